@@ -1,14 +1,16 @@
-"""Compare alignment methods, those of METHODS, on the project's own preferences. usage: python benchmarks/alignment.py [METHOD...]
-[--seeds N] [--episodes N] [--threads N] [--measured FILE] [--out FILE]
+"""Compare alignment methods, those of METHODS, on the project's own preferences. usage: python benchmarks/alignment.py
+[METHOD...] [--seeds N] [--episodes N] [--threads N] [--measured FILE] [--out FILE]
 
 Each method starts from the same SFT model (data/merged/<adapter>) with the same new adapter, is trained by the
 pipeline's own stage, and answers the same held-out prompts; each seed runs in its own process. METHODS has the
-settings; docs/alignment.md names those that were chosen by their results. Online methods learn from equally many answers: 32 steps of 8 by
-default, which are four to each of 64 prompts for rloo and grpo, and two to each of 128 for online_dpo. The task score is measured for the first
-seed, on the test split with the adapter merged. With --out the table replaces the one in docs/alignment.md.
+settings; docs/alignment.md names those that were chosen by their results. Online methods learn from equally many
+answers: 32 steps of 8 by default, which are four to each of 64 prompts for rloo and grpo, and two to each of 128 for
+online_dpo. The task score is measured for the first seed, on the test split with the adapter merged. With --out the
+table replaces the one in docs/alignment.md.
 
-A training that is in the file of measurements is not repeated: one with the same method, seed, settings, data, models and processor. An interrupted
-benchmark goes on when it is started again, from the start of the training that was interrupted. Use another file after a change of the code.
+A training that is in the file of measurements is not repeated: one with the same method, seed, settings, data, models
+and processor. An interrupted benchmark goes on when it is started again, from the start of the training that was
+interrupted. Use another file after a change of the code.
 
 The gain over the SFT model is the mean over the seeds, with a bootstrap over the held-out prompts. Seconds are user and
 system time until the trained model is measured, with loading.
@@ -46,7 +48,8 @@ class Compared:
     entry: Mapping[str, Any]
     """Its entry in params.yaml, without `method` and `adapter`."""
     answers_key: Literal["max_steps", "total_episodes"] | None = None
-    """The key that limits the answers of an online method: of the entry, in steps, or of its options, in answers. None: it is offline."""
+    """The key that limits the answers of an online method: of the entry, in
+    steps, or of its options, in answers. None: it is offline."""
 
     @property
     def learns(self) -> str:
@@ -55,7 +58,11 @@ class Compared:
     def limited(self, answers: int) -> dict[str, Any]:
         """The entry of a training on so many sampled answers."""
         if self.answers_key == "max_steps":
-            return {**self.entry, "per_device_train_batch_size": ANSWERS_PER_STEP, "max_steps": answers // ANSWERS_PER_STEP}
+            return {
+                **self.entry,
+                "per_device_train_batch_size": ANSWERS_PER_STEP,
+                "max_steps": answers // ANSWERS_PER_STEP,
+            }
         if self.answers_key == "total_episodes":
             return {**self.entry, "options": {**self.entry["options"], "total_episodes": answers}}
         return dict(self.entry)
@@ -89,18 +96,25 @@ def refuse_unknown(methods: Sequence[str]) -> None:
     for method in methods:
         if method not in METHODS:
             reason = WITHOUT_SETTINGS.get(method, "unknown method")
-            print(f"{method}: no settings to compare it with: {reason}; name some of {', '.join(METHODS)}", file=sys.stderr)
+            print(
+                f"{method}: no settings to compare it with: {reason}; name some of {', '.join(METHODS)}",
+                file=sys.stderr,
+            )
             raise SystemExit(2)
 
 
-def identity(method: str, seed: int, adapter: str, episodes: int, threads: int, project: Path, score: bool) -> dict[str, Any]:
+def identity(
+    method: str, seed: int, adapter: str, episodes: int, threads: int, project: Path, score: bool
+) -> dict[str, Any]:
     """What the result of `one` depends on."""
     from dagster_project.core import params
 
     values, data = params.read(project), project / "data"
     read = [data / "preferences", data / "reward_model", data / "merged" / adapter]
     scored = (
-        {"evaluation": values.get("evaluation"), "data": [content(data / name) for name in ("base_model", "splits")]} if score else None
+        {"evaluation": values.get("evaluation"), "data": [content(data / name) for name in ("base_model", "splits")]}
+        if score
+        else None
     )
     return {
         "method": method,
@@ -113,7 +127,9 @@ def identity(method: str, seed: int, adapter: str, episodes: int, threads: int, 
     }
 
 
-def one(method: str, seed: int, adapter: str, episodes: int, threads: int, project: Path, score: bool) -> dict[str, Any]:
+def one(
+    method: str, seed: int, adapter: str, episodes: int, threads: int, project: Path, score: bool
+) -> dict[str, Any]:
     """Align and measure one model in this process."""
     from dagster_project.core import params
     from dagster_project.core.params import Compute
@@ -121,7 +137,9 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
     from dagster_project.stages import aligned
 
     values, data = params.read(project), project / "data"
-    compute = params.parse(Compute, values.get("compute"), "compute").model_copy(update={"seed": seed, "threads": threads})
+    compute = params.parse(Compute, values.get("compute"), "compute").model_copy(
+        update={"seed": seed, "threads": threads}
+    )
     entry = {"method": method, "adapter": adapter, **METHODS[method].limited(episodes)}
     with tempfile.TemporaryDirectory() as scratch:
         folder, began = Path(scratch), time.perf_counter()
@@ -135,7 +153,12 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
                 folder / "curve.csv",
                 folder / "checkpoints",
             )
-        found: dict[str, Any] = {"method": method, "seed": seed, "seconds": time.perf_counter() - began, **report.measured}
+        found: dict[str, Any] = {
+            "method": method,
+            "seed": seed,
+            "seconds": time.perf_counter() - began,
+            **report.measured,
+        }
         if report.failures:
             return {**found, "failed": [f"{check.name}: {check.note}" for check in report.failures]}
         samples = read_table(folder / "aligned" / "samples.parquet")
@@ -147,7 +170,9 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
     return found
 
 
-def task_score(method: str, adapter: str, values: Mapping[str, Any], compute: Any, project: Path, folder: Path) -> float | None:
+def task_score(
+    method: str, adapter: str, values: Mapping[str, Any], compute: Any, project: Path, folder: Path
+) -> float | None:
     """Macro-F1 on the test split of the aligned model in a folder, merged."""
     from dagster_project.core import params
     from dagster_project.evaluation.evaluator import Settings
@@ -159,7 +184,8 @@ def task_score(method: str, adapter: str, values: Mapping[str, Any], compute: An
         raise SystemExit(f"{method}: {'; '.join(f'{check.name}: {check.note}' for check in joined.failures)}")
     settings = params.parse(Settings, values.get("evaluation"), "evaluation").model_copy(update={"benchmarks": []})
     scored = evaluation.produce(
-        project, method, settings, compute, folder / "merged", data / "base_model", data / "splits", folder / "scored", folder / "confusion.csv"
+        project, method, settings, compute, folder / "merged", data / "base_model", data / "splits", folder / "scored",
+        folder / "confusion.csv"
     )  # fmt: skip
     macro_f1: float | None = scored.metrics.get("macro_f1")
     return macro_f1
@@ -167,11 +193,16 @@ def task_score(method: str, adapter: str, values: Mapping[str, Any], compute: An
 
 def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
     lines = [
-        f"{device}; mean over the seeds and, in brackets, minimum and maximum. Reward, gain, win rate, length and KL are of held-out prompts, macro-F1 is of the first seed; the SFT model's reward is"
-        f" {_over(runs, lambda run: run['watch']['reward']['sft'])}, its answers have {_over(runs, lambda run: run['watch']['tokens']['sft'])} tokens"
+        f"{device}; mean over the seeds and, in brackets, minimum and maximum. Reward, gain, win rate, length and KL"
+        " are of held-out prompts, macro-F1 is of the first seed; the SFT model's reward is"
+        f" {_over(runs, lambda run: run['watch']['reward']['sft'])}, its answers have"
+        f" {_over(runs, lambda run: run['watch']['tokens']['sft'])} tokens"
         + (f", its macro-F1 is {sft:.3f}." if sft is not None else "."),
         "",
-        "| method | phases | learns | sampled answers | seeds | reward | gain over SFT, 95 % interval | win rate | preference accuracy | KL, nats per answer | tokens per answer | macro-F1 | CPU seconds | peak GB |",
+        (
+            "| method | phases | learns | sampled answers | seeds | reward | gain over SFT, 95 % interval | win rate |"
+            " preference accuracy | KL, nats per answer | tokens per answer | macro-F1 | CPU seconds | peak GB |"
+        ),
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in dict.fromkeys(run["method"] for run in runs):
@@ -215,7 +246,14 @@ def _over(runs: list[dict[str, Any]], value: Any, digits: int = 2) -> str:
 def measure(given: Mapping[str, Any]) -> dict[str, Any]:
     """`one` in a process of its own; `error` if that fails."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps({**given, "project": str(given["project"])})]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--child",
+        json.dumps({**given, "project": str(given["project"])}),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -230,7 +268,8 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in range(1, options.seeds + 1):
         for method in options.methods:
             given = {
-                "method": method, "seed": seed, "adapter": options.adapter, "episodes": options.episodes, "threads": options.threads,
+                "method": method, "seed": seed, "adapter": options.adapter, "episodes": options.episodes,
+                "threads": options.threads,
                 "project": options.project.resolve(), "score": seed == 1,
             }  # fmt: skip
             of = identity(**given)
@@ -251,7 +290,10 @@ def main() -> int:
     parser.add_argument("methods", nargs="*", help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument(
-        "--episodes", type=int, default=256, help="answers that an online method is trained on, a multiple of 8 (default: %(default)s)"
+        "--episodes",
+        type=int,
+        default=256,
+        help="answers that an online method is trained on, a multiple of 8 (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--adapter", default="lora", help="the SFT variant (default: %(default)s)")
@@ -269,9 +311,13 @@ def main() -> int:
     options.methods = list(dict.fromkeys(options.methods)) or list(METHODS)
     refuse_unknown(options.methods)
     if options.episodes < ANSWERS_PER_STEP or options.episodes % ANSWERS_PER_STEP or options.seeds < 1:
-        parser.error(f"--episodes is a positive multiple of {ANSWERS_PER_STEP}, the answers of a step, and --seeds at least 1")
+        parser.error(
+            f"--episodes is a positive multiple of {ANSWERS_PER_STEP}, the answers of a step, and --seeds at least 1"
+        )
     if not (options.project / "data/merged" / options.adapter / "config.json").is_file():
-        parser.error(f"{options.project}: no data/merged/{options.adapter}; run the pipeline there, or name another --project")
+        parser.error(
+            f"{options.project}: no data/merged/{options.adapter}; run the pipeline there, or name another --project"
+        )
     if not (options.project / "data/reward_model/config.json").is_file():
         parser.error(f"{options.project}: no data/reward_model, which rewards and measures answers")
     runs = runs_of(options)

@@ -41,7 +41,9 @@ Answers = list[list[int]]
 """Token ids, with the end of turn."""
 
 
-def prompts(project: Path, tokenizer: Any, rows: int, longest: int, systems: tuple[str, ...]) -> dict[str, list[list[int]]]:
+def prompts(
+    project: Path, tokenizer: Any, rows: int, longest: int, systems: tuple[str, ...]
+) -> dict[str, list[list[int]]]:
     """System -> token ids of each of `rows` prompts, at most `longest`; the test split is repeated if it is shorter."""
     from dagster_project.core import params
     from dagster_project.core.chat import encode_prompt
@@ -51,18 +53,25 @@ def prompts(project: Path, tokenizer: Any, rows: int, longest: int, systems: tup
     from dagster_project.stages.baselines import Params
 
     chosen = params.parse(Params, params.read(project).get("baselines"), "baselines")
-    known, asked = (with_prompt_and_response(read_records(project / "data" / "splits" / split)) for split in ("train", "test"))
+    known, asked = (
+        with_prompt_and_response(read_records(project / "data" / "splits" / split)) for split in ("train", "test")
+    )
     asked = list(islice(cycle(asked), rows))
     shots = known[: chosen.few_shot]
     found = {
         "zero_shot": [with_shots("", [], record) for record in asked],
         "few_shot": [with_shots("", shots, record) for record in asked],
-        "retrieved": [with_shots("", alike, record) for record, alike in zip(asked, nearest(known, asked, chosen.retrieved), strict=True)],
+        "retrieved": [
+            with_shots("", alike, record)
+            for record, alike in zip(asked, nearest(known, asked, chosen.retrieved), strict=True)
+        ],
     }
     return {name: [encode_prompt(tokenizer, messages)[-longest:] for messages in found[name]] for name in systems}
 
 
-def batched(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, batch_size: int, cache: str | None) -> Answers:
+def batched(
+    model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, batch_size: int, cache: str | None
+) -> Answers:
     """Answers by `generate` of transformers."""
     import torch
 
@@ -71,7 +80,9 @@ def batched(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: in
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
         width = max(len(ids[i]) for i in some)
-        padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids[i])) + ids[i] for i in some], device=model.device)
+        padded = torch.tensor(
+            [[tokenizer.pad_token_id] * (width - len(ids[i])) + ids[i] for i in some], device=model.device
+        )
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in some], device=model.device)
         out = model.generate(
             padded, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, cache_implementation=cache,
@@ -96,32 +107,44 @@ def equal(some: Answers, others: Answers) -> float:
 
 
 def load(project: Path, threads: int | None, dtype: str | None = None) -> tuple[Any, Any, int, int]:
-    """Model, tokenizer, batch size and threads as in the stages of a project; `dtype` instead of that of its parameters."""
+    """Model, tokenizer, batch size and threads as in the stages of a project;
+    `dtype` instead of that of its parameters."""
     from dagster_project.core import params
     from dagster_project.core.params import Compute
     from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 
     values = params.read(project)
-    settings = params.parse(Settings, {**values.get("evaluation", {}), **({"dtype": dtype} if dtype else {})}, "evaluation")
+    settings = params.parse(
+        Settings, {**values.get("evaluation", {}), **({"dtype": dtype} if dtype else {})}, "evaluation"
+    )
     compute = params.parse(Compute, values.get("compute"), "compute")
     compute = compute.model_copy(update={"threads": threads or compute.threads})
     evaluated = EvaluatedModel(project / "data" / "base_model", compute, settings)
     return evaluated.model, evaluated.tokenizer, settings.batch_size, compute.threads
 
 
-def measure(project: Path, rows: int, rounds: int, max_new_tokens: int, threads: int | None, systems: tuple[str, ...]) -> list[str]:
+def measure(
+    project: Path, rows: int, rounds: int, max_new_tokens: int, threads: int | None, systems: tuple[str, ...]
+) -> list[str]:
     """The table of speeds."""
     from dagster_project.training.inference.generate import generate_ids
 
     model, tokenizer, batch_size, threads = load(project, threads)
     lines = [
-        f"{rows} prompts, at most {max_new_tokens} new tokens each, {str(model.dtype).removeprefix('torch.')}, batches of {batch_size}, {threads} thread(s), "
-        f"{machine()}; CPU seconds, medians over {rounds} round(s).",
+        (
+            f"{rows} prompts, at most {max_new_tokens} new tokens each, {str(model.dtype).removeprefix('torch.')},"
+            f" batches of {batch_size}, {threads} thread(s), {machine()}; CPU seconds, medians over {rounds} round(s)."
+        ),
         "",
-        "| system | prompt tokens | answer tokens | ours | `generate`, dynamic cache | `generate`, static cache | ratio to the faster one | equal answers |",
+        (
+            "| system | prompt tokens | answer tokens | ours | `generate`, dynamic cache | `generate`, static cache |"
+            " ratio to the faster one | equal answers |"
+        ),
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for system, asked in prompts(project, tokenizer, rows, tokenizer.model_max_length - max_new_tokens, systems).items():
+    for system, asked in prompts(
+        project, tokenizer, rows, tokenizer.model_max_length - max_new_tokens, systems
+    ).items():
 
         def ours(ids: list[list[int]]) -> Answers:
             return generate_ids(model, tokenizer, ids, max_new_tokens, batch_size, "ours")
@@ -141,21 +164,26 @@ def measure(project: Path, rows: int, rounds: int, max_new_tokens: int, threads:
         middle = {name: statistics.median(values) for name, values in seconds.items()}
         best = min(THEIRS, key=lambda name: middle[name])
         lines.append(
-            f"| `{system}` | {sum(map(len, asked)) / rows:.0f} | {sum(map(len, found['ours'])) / rows:.0f} | {middle['ours']:.1f} | {middle['dynamic']:.1f} "
-            f"| {middle['static']:.1f} | {middle[best] / middle['ours']:.1f} | {100 * equal(found['ours'], found[best]):.0f} % |"
+            f"| `{system}` | {sum(map(len, asked)) / rows:.0f} | {sum(map(len, found['ours'])) / rows:.0f} |"
+            f" {middle['ours']:.1f} | {middle['dynamic']:.1f} | {middle['static']:.1f} |"
+            f" {middle[best] / middle['ours']:.1f} | {100 * equal(found['ours'], found[best]):.0f} % |"
         )
         print(lines[-1], seconds, file=sys.stderr, flush=True)
     return lines
 
 
-def independence(project: Path, rows: int, max_new_tokens: int, threads: int | None, systems: tuple[str, ...]) -> list[str]:
+def independence(
+    project: Path, rows: int, max_new_tokens: int, threads: int | None, systems: tuple[str, ...]
+) -> list[str]:
     """The table of equal answers at two batch sizes."""
     from dagster_project.training.inference.generate import generate_ids
 
     shares: dict[str, list[str]] = {system: [] for system in systems}
     for dtype in ("bfloat16", "float32"):
         model, tokenizer, _, _ = load(project, threads, dtype)
-        for system, asked in prompts(project, tokenizer, rows, tokenizer.model_max_length - max_new_tokens, systems).items():
+        for system, asked in prompts(
+            project, tokenizer, rows, tokenizer.model_max_length - max_new_tokens, systems
+        ).items():
             few, many = (generate_ids(model, tokenizer, asked, max_new_tokens, size, "ours") for size in (FEW, MANY))
             shares[system].append(f"{100 * equal(few, many):.0f} %")
             print(system, dtype, shares[system][-1], file=sys.stderr, flush=True)
@@ -176,12 +204,22 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="instead of compute.threads")
     parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
-    parser.add_argument("--part", nargs="+", choices=["speed", "batches"], default=["speed", "batches"], help="default: both")
+    parser.add_argument(
+        "--part", nargs="+", choices=["speed", "batches"], default=["speed", "batches"], help="default: both"
+    )
     parser.add_argument("--out", type=Path, help="put the tables between the markers of this Markdown file")
     given = parser.parse_args()
     systems = tuple(given.system)
-    speed = measure(given.project, given.rows, given.rounds, given.max_new_tokens, given.threads, systems) if "speed" in given.part else []
-    same = independence(given.project, given.rows, given.max_new_tokens, given.threads, systems) if "batches" in given.part else []
+    speed = (
+        measure(given.project, given.rows, given.rounds, given.max_new_tokens, given.threads, systems)
+        if "speed" in given.part
+        else []
+    )
+    same = (
+        independence(given.project, given.rows, given.max_new_tokens, given.threads, systems)
+        if "batches" in given.part
+        else []
+    )
     made = "\n".join([*speed, "", *same]).strip() + "\n"
     print(made)
     if given.out:

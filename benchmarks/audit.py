@@ -37,7 +37,9 @@ stages:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--versions", type=int, default=1000, help="commits, each with two models (default: %(default)s)")
+    parser.add_argument(
+        "--versions", type=int, default=1000, help="commits, each with two models (default: %(default)s)"
+    )
     parser.add_argument("--records", type=int, default=1_000_000, help="in the data set of each (default: %(default)s)")
     parser.add_argument("--trainings", type=int, default=10, help="different orders of training (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each question (default: %(default)s)")
@@ -112,7 +114,9 @@ def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, 
             for i in range(first, first + len(part))
         ]
         sources = [SOURCES[i % len(SOURCES)] for i in range(first, first + len(part))]
-        pq.write_table(pa.table({"example_id": part, "source": sources, "messages": messages}), scratch, compression="zstd")
+        pq.write_table(
+            pa.table({"example_id": part, "source": sources, "messages": messages}), scratch, compression="zstd"
+        )
         return keep(scratch)
 
     evidence = []
@@ -133,7 +137,10 @@ def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, 
         splits = folder(shards)
         sources = folder({Path(source).name: f"{version:032x}" for source in SOURCES})
         adapter = folder(
-            {"examples.parquet": evidence[version % trainings], "adapter_model.safetensors": hashlib.md5(f"{version}".encode()).hexdigest()}
+            {
+                "examples.parquet": evidence[version % trainings],
+                "adapter_model.safetensors": hashlib.md5(f"{version}".encode()).hexdigest(),
+            }
         )
         merged = folder({"model.safetensors": hashlib.md5(f"merged {version}".encode()).hexdigest()})
         lock = lock_text(
@@ -151,7 +158,8 @@ def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, 
 
 
 def lock_text(stages: list[tuple[str, str, str, str]]) -> str:
-    """A dvc.lock in DVC's format, of stages with one dependency and fifty files of code. A hash without letters would be a number in YAML."""
+    """A dvc.lock in DVC's format, of stages with one dependency and fifty files
+    of code. A hash without letters would be a number in YAML."""
     lines = ["schema: '2.0'", "stages:"]
     for name, dep, read, out in stages:
         lines += [f"  {name}:", f"    cmd: python -m dagster_project run {name}", "    deps:"]

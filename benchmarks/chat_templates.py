@@ -6,7 +6,8 @@ docs/models.md.
 Every chat template that TRL ships renders nine conversations. The input ids before each trained answer are compared
 with `apply_chat_template`, as called by an inference server, and the labels with the `assistant_masks` of TRL's
 training template of the family. The
-comparison uses none of the project's rendering code. Tokenizers are stubs: bytes, and the special tokens that the template writes.
+comparison uses none of the project's rendering code. Tokenizers are stubs:
+bytes, and the special tokens that the template writes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from dagster_project.core.rendering import DATE
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 ENDS = {
-    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>", "diffusion_gemma": "<eos> <turn|> <|tool_response>",
-    "gemma4": "<eos> <turn|> <|tool_response>", "gemma": "<eos> <end_of_turn>", "glm4": "<|endoftext|> <|user|> <|observation|>",
-    "gptoss": "<|return|> <|call|>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "lfm2": "<|im_end|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>",
+    "diffusion_gemma": "<eos> <turn|> <|tool_response>",
+    "gemma4": "<eos> <turn|> <|tool_response>", "gemma": "<eos> <end_of_turn>",
+    "glm4": "<|endoftext|> <|user|> <|observation|>",
+    "gptoss": "<|return|> <|call|>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
+    "lfm2": "<|im_end|>",
     "llama3": "<|eot_id|> <|end_of_text|> <|eom_id|>", "llava": "</s>", "muse": "<|eot|>", "nemotron": "<|im_end|>",
     "phi3": "<|endoftext|> <|end|> <|assistant|>", "qwen": "<|im_end|> <|endoftext|>",
 }  # fmt: skip
@@ -41,7 +45,11 @@ TOOLS = [
         "function": {
             "name": "add",
             "description": "Add two numbers.",
-            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+                "required": ["a", "b"],
+            },
         },
     }
 ]
@@ -58,35 +66,58 @@ def _said(role: str, content: str, **more: Any) -> dict[str, Any]:
 _RESULT = {"tool_call_id": "abcdefghi", "name": "add"}
 CELLS: dict[str, dict[str, Any]] = {
     "one turn": {"messages": [_said("user", "Why?"), _said("assistant", "Because.")]},
-    "two turns": {"messages": [_said("user", "Why?"), _said("assistant", "Because."), _said("user", "And?"), _said("assistant", "So.")]},
+    "two turns": {
+        "messages": [
+            _said("user", "Why?"),
+            _said("assistant", "Because."),
+            _said("user", "And?"),
+            _said("assistant", "So."),
+        ]
+    },
     "system": {"messages": [_said("system", "Be kind."), _said("user", "Why?"), _said("assistant", "Because.")]},
     "tool call and result": {
         "tools": TOOLS,
         "messages": [
-            _said("user", "What is 1 + 2?"), _said("assistant", "Let me see.", tool_calls=[_call("abcdefghi", 1, 2)]),
-            _said("tool", "3", **_RESULT), _said("assistant", "It is 3."),
+            _said("user", "What is 1 + 2?"),
+            _said("assistant", "Let me see.", tool_calls=[_call("abcdefghi", 1, 2)]),
+            _said("tool", "3", **_RESULT),
+            _said("assistant", "It is 3."),
         ],
     },
     "parallel calls": {
         "tools": TOOLS,
         "messages": [
-            _said("user", "What is 1 + 2, and 3 + 4?"), _said("assistant", "Let me see.", tool_calls=[_call("abcdefghi", 1, 2), _call("jklmnopqr", 3, 4)]),
-            _said("tool", "3", **_RESULT), _said("tool", "7", tool_call_id="jklmnopqr", name="add"), _said("assistant", "They are 3 and 7."),
+            _said("user", "What is 1 + 2, and 3 + 4?"),
+            _said("assistant", "Let me see.", tool_calls=[_call("abcdefghi", 1, 2), _call("jklmnopqr", 3, 4)]),
+            _said("tool", "3", **_RESULT),
+            _said("tool", "7", tool_call_id="jklmnopqr", name="add"),
+            _said("assistant", "They are 3 and 7."),
         ],
     },
-    "reasoning": {"messages": [_said("user", "Why?"), _said("assistant", "Because.", reasoning_content="Let me think.")]},
+    "reasoning": {
+        "messages": [_said("user", "Why?"), _said("assistant", "Because.", reasoning_content="Let me think.")]
+    },
     "reasoning in two turns": {
         "messages": [
-            _said("user", "Why?"), _said("assistant", "Because.", reasoning_content="Let me think."),
-            _said("user", "And?"), _said("assistant", "So.", reasoning_content="Once more."),
+            _said("user", "Why?"),
+            _said("assistant", "Because.", reasoning_content="Let me think."),
+            _said("user", "And?"),
+            _said("assistant", "So.", reasoning_content="Once more."),
         ]
     },
-    "weight 0": {"messages": [_said("user", "Why?"), _said("assistant", "No.", weight=0.0), _said("user", "And?"), _said("assistant", "So.")]},
+    "weight 0": {
+        "messages": [
+            _said("user", "Why?"),
+            _said("assistant", "No.", weight=0.0),
+            _said("user", "And?"),
+            _said("assistant", "So."),
+        ]
+    },
     "empty content with call": {
         "tools": TOOLS,
         "messages": [_said("user", "What is 1 + 2?"), _said("assistant", "", tool_calls=[_call("abcdefghi", 1, 2)])],
     },
-}  # fmt: skip
+}
 
 
 class Cell(NamedTuple):
@@ -121,7 +152,10 @@ def stub_tokenizer(family: str, folder: Path) -> Any:
 
     template = (_folder() / f"{family}.jinja").read_text(encoding="utf-8")
     end, *further = next(ends for name, ends in ENDS.items() if family.startswith(name)).split()
-    written = set(re.findall(r"<[|｜][^<>\s]*?[|｜]>|<\w+\|>|<\|\w+>|<(?:start|end)_of_\w+>", template)) | {end, *further}
+    written = set(re.findall(r"<[|｜][^<>\s]*?[|｜]>|<\w+\|>|<\|\w+>|<(?:start|end)_of_\w+>", template)) | {
+        end,
+        *further,
+    }
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -136,9 +170,12 @@ def stub_tokenizer(family: str, folder: Path) -> Any:
 
 
 def served(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> list[str]:
-    """Prompts as an inference server may render them: with arguments as objects or text, and with thinking on or off."""
+    """Prompts as an inference server may render them: with arguments as objects
+    or text, and with thinking on or off."""
     prompts = []
-    dated = re.sub(r"""strftime_now\(["']([^"']*)["']\)""", lambda call: repr(DATE.strftime(call[1])), tokenizer.chat_template)
+    dated = re.sub(
+        r"""strftime_now\(["']([^"']*)["']\)""", lambda call: repr(DATE.strftime(call[1])), tokenizer.chat_template
+    )
     for variables in ({}, *({"enable_thinking": switch, "thinking": switch} for switch in (False, True))):
         for form in _forms(messages):
             try:
@@ -155,16 +192,28 @@ def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     from trl.data_utils import prepare_multimodal_messages
 
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    thought = [message | ({"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}) for message in plain]
+    thought = [
+        message | ({"thinking": message["reasoning_content"]} if "reasoning_content" in message else {})
+        for message in plain
+    ]
     for form in (thought, [_with_text_arguments(message) for message in thought]):
         yield form
-        yield [message | ({"content": None} if message.get("tool_calls") and not message["content"] else {}) for message in form]
+        yield [
+            message | ({"content": None} if message.get("tool_calls") and not message["content"] else {})
+            for message in form
+        ]
         yield prepare_multimodal_messages(form)
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     found = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], separators=(",", ":"))}}
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], separators=(",", ":")),
+            },
+        }
         for call in message.get("tool_calls", ())
     ]
     return message | ({"tool_calls": found} if found else {})
@@ -213,7 +262,10 @@ def trl_labels(tokenizer: Any, folder: Path, messages: list[dict[str, Any]], too
 def _words(message: dict[str, Any]) -> list[str]:
     """The required text in the labels of a message: its content, and names and arguments of its calls."""
     functions = [call["function"] for call in message.get("tool_calls", ())]
-    return [message["content"], *(str(word) for function in functions for word in (function["name"], *function["arguments"].values()))]
+    return [
+        message["content"],
+        *(str(word) for function in functions for word in (function["name"], *function["arguments"].values())),
+    ]
 
 
 def judge(tokenizer: Any, folder: Path, record: dict[str, Any]) -> Cell:
@@ -246,7 +298,9 @@ def judge(tokenizer: Any, folder: Path, record: dict[str, Any]) -> Cell:
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts]
         if ids != [token for text in texts for token in text]:
             problems.append("ids are not those of the text")
-        if labels != [token if is_label else IGNORE for text, (_, is_label) in zip(texts, parts, strict=True) for token in text]:
+        if labels != [
+            token if is_label else IGNORE for text, (_, is_label) in zip(texts, parts, strict=True) for token in text
+        ]:
             problems.append("labels are not on the trained pieces")
     labeled = "".join(text for parts in examples for text, is_label in parts if is_label)
     traces = all(messages[end].get("reasoning_content", "") in labeled for end in ends)
@@ -295,7 +349,11 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
                 shown.append(("✓" if cell.examples == 1 else f"✓ {cell.examples}") + ("" if cell.traces else " t"))
             else:
                 shown.append(
-                    str(reasons.setdefault(re.sub(r"in turn \d+|turn \d+ |\(turn \d+\)", "", cell.refusal).strip(), len(reasons) + 1))
+                    str(
+                        reasons.setdefault(
+                            re.sub(r"in turn \d+|turn \d+ |\(turn \d+\)", "", cell.refusal).strip(), len(reasons) + 1
+                        )
+                    )
                 )
         kinds = sorted({kind for cell in cells.values() for kind in cell.compared.split()})
         lines.append(f"| {family} | {' | '.join(shown)} | {', '.join(kinds) or '–'} |")
@@ -307,20 +365,35 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
         [
             "# Model families",
             "",
-            "Made by `python benchmarks/chat_templates.py`; do not edit. Each row is a chat template that TRL"
-            f" {'.'.join(trl.__version__.split('.')[:2])} ships, each column a conversation ([the script](../benchmarks/chat_templates.py) has them).",
+            (
+                "Made by `python benchmarks/chat_templates.py`; do not edit. Each row is a chat template that TRL"
+                f" {'.'.join(trl.__version__.split('.')[:2])} ships, each column a conversation ([the"
+                " script](../benchmarks/chat_templates.py) has them)."
+            ),
             "Tokenizers are stubs: bytes, and the special tokens that the template writes.",
             "",
             f"{len(found) - len(refused)} of {len(found)} templates train on two-turn chats; {len(refused)} refuse them"
             + (f" ({', '.join(refused)})" if refused else "")
             + f". Cells that are mislabeled: {wrong}.",
             "",
-            "* ✓: trained on as one example. ✓ 2: the template rewrites earlier turns, so each trained answer is a separate example, rendered as",
-            "  inference renders it. In both cases the ids before every trained answer equal those of `apply_chat_template`.",
+            (
+                "* ✓: trained on as one example. ✓ 2: the template rewrites earlier turns, so each trained answer is a"
+                " separate example, rendered as"
+            ),
+            (
+                "  inference renders it. In both cases the ids before every trained answer equal those of"
+                " `apply_chat_template`."
+            ),
             "* t: trained on, but the template leaves traces out (see `tokenized.reasoning`).",
             "* A number: the record is refused with the reason below.",
-            "* Last column: labels, compared with the `assistant_masks` of TRL's training template. `=`: equal. `header`: TRL also labels the part of",
-            "  the answer's header that inference writes by itself. `tail`: TRL also labels what the template writes after the end-of-turn token. `end`:",
+            (
+                "* Last column: labels, compared with the `assistant_masks` of TRL's training template. `=`: equal."
+                " `header`: TRL also labels the part of"
+            ),
+            (
+                "  the answer's header that inference writes by itself. `tail`: TRL also labels what the template"
+                " writes after the end-of-turn token. `end`:"
+            ),
             "  TRL does not label the token at which generation stops. –: TRL has no training template.",
             "",
             f"| template | {heads} | labels and TRL's |",
@@ -341,7 +414,10 @@ def main() -> None:
         found = matrix(Path(scratch))
     PAGE.write_text(page(found), encoding="utf-8")
     problems = [
-        f"{family}, {name}: {'; '.join(cell.problems)}" for family, cells in found.items() for name, cell in cells.items() if cell.problems
+        f"{family}, {name}: {'; '.join(cell.problems)}"
+        for family, cells in found.items()
+        for name, cell in cells.items()
+        if cell.problems
     ]
     sys.exit("\n".join(problems))
 

@@ -1,4 +1,5 @@
-"""Measurements in new processes: what a library loads, allocates and sets in one measurement does not affect the next."""
+"""Measurements in new processes: what a library loads, allocates and sets in
+one measurement does not affect the next."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALL
 
 
 def output_of(
-    *arguments: str, python: str = sys.executable, cwd: Path = ROOT, variables: Mapping[str, str] = ONE_THREAD, given: str | None = None
+    *arguments: str,
+    python: str = sys.executable,
+    cwd: Path = ROOT,
+    variables: Mapping[str, str] = ONE_THREAD,
+    given: str | None = None,
 ) -> str:
     """Standard output of a Python process that imports this clone and reads nothing from the Hub.
 
@@ -30,7 +35,13 @@ def output_of(
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
     done = subprocess.run(
-        [python, "-W", "ignore", *arguments], cwd=cwd, env=environment, input=given, capture_output=True, text=True, check=False
+        [python, "-W", "ignore", *arguments],
+        cwd=cwd,
+        env=environment,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-4000:]}")

@@ -1,4 +1,5 @@
-"""Accuracy and cost of curation. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --pipeline [--rows N] [--workers N]
+"""Accuracy and cost of curation. usage: python benchmarks/curation.py [--rows
+N] [--repeat N] | --pipeline [--rows N] [--workers N]
 
 Without --pipeline: near-duplicates by our rule compared with MinHash LSH of datasketch and rensa, on planted pairs.
 Texts are generated from a seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of
@@ -12,12 +13,12 @@ Jaccard index of our rule; rensa is used in its batch mode. "rensa .8" has the b
 benchmark.
 
 With --pipeline: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions ->
-splits -> tokenized, each the stage's own function in its own process, and with --workers with as many more for work on rows; with the base model's tokenizer and template, the held-out
-benchmark and the suite of expectations of
-data/. Seconds are those of whole processes, from start to end: imports, reading and checksums, every check, Data Docs, the page, and writing
-and reading back the results. DVC's work (hashing the outputs into its cache) and generating the rows are not included.
-CPU seconds depend less on other load of the machine. The digest covers all output files of the stage: the same rows
-give the same digest.
+splits -> tokenized, each the stage's own function in its own process, and with --workers with as many
+more for work on rows; with the base model's tokenizer and template, the held-out benchmark and the suite
+of expectations of data/. Seconds are those of whole processes, from start to end: imports, reading and
+checksums, every check, Data Docs, the page, and writing and reading back the results. DVC's work (hashing
+the outputs into its cache) and generating the rows are not included. CPU seconds depend less on other
+load of the machine. The digest covers all output files of the stage: the same rows give the same digest.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Maker:
         self.weights = self.zipf(len(self.words))
         self.signs = [chr(0x4E00 + i) for i in range(3000)]
         self.sign_weights = self.zipf(len(self.signs))
-        self.templates = [(self.draw(self.random.randint(3, 9)), self.draw(self.random.randint(0, 6))) for _ in range(templates)]
+        self.templates = [
+            (self.draw(self.random.randint(3, 9)), self.draw(self.random.randint(0, 6))) for _ in range(templates)
+        ]
 
     @staticmethod
     def zipf(size: int) -> list[float]:
@@ -91,7 +94,10 @@ class Maker:
         lines = [f"def {names[0]}_{self.random.choice(self.words)}({name}, {names[1]}):"]
         for k in range(self.random.randint(5, 10)):
             a, b, c = self.random.choices(names, k=3)
-            lines.append(f"    {a} = {b}.{self.random.choice(self.words)}({name if k % 3 == 0 else c}, {self.random.randint(0, 99)})")
+            lines.append(
+                f"    {a} = {b}.{self.random.choice(self.words)}({name if k % 3 == 0 else c},"
+                f" {self.random.randint(0, 99)})"
+            )
         lines.append(f"    return {names[2]}")
         text = "\n".join(lines)
         return text, text.replace("    ", "\t").replace(f"({name},", f"({renamed}q,")
@@ -181,7 +187,13 @@ def plant(rows: int, templates: int, seed: int = 0) -> tuple[list[str], dict[str
             texts.extend(make(maker))
     while len(texts) < rows:
         kind = maker.random.random()
-        texts.append(maker.chinese() if kind < 0.02 else maker.code()[0] if kind < 0.04 else " ".join(maker.text(5 if kind < 0.1 else 8)))
+        texts.append(
+            maker.chinese()
+            if kind < 0.02
+            else maker.code()[0]
+            if kind < 0.04
+            else " ".join(maker.text(5 if kind < 0.1 else 8))
+        )
     order = maker.random.sample(range(len(texts)), len(texts))
     place = {old: new for new, old in enumerate(order)}
     return [texts[i] for i in order], {
@@ -252,7 +264,9 @@ def alpaca(rows: int, templates: int, file: Path) -> None:
     with file.open("w", encoding="utf-8") as stream:
         for i, text in enumerate(texts):
             row = {"instruction": text, "output": " ".join(maker.draw(maker.random.randint(3, 25)))}
-            row["category"] = maker.random.choice(["billing", "bug", "delivery", "idea", "login", "question", "returns", "security"])
+            row["category"] = maker.random.choice(
+                ["billing", "bug", "delivery", "idea", "login", "question", "returns", "security"]
+            )
             if i % 20 == 0:
                 row["output"] += f" on 20{i % 97:02}-{i % 11 + 1:02}-{i % 27 + 1:02} at {i % 24}:{i % 59:02}"
             if i % 200 == 0:
@@ -282,14 +296,26 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
     alpaca(rows, templates, sources / "rows.jsonl")
     size = (sources / "rows.jsonl").stat().st_size
     print(
-        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, {workers} workers, load {os.getloadavg()[0]:.1f} at the start"
+        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, {workers} workers, load"
+        f" {os.getloadavg()[0]:.1f} at the start"
     )
     print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GiB':>9}{'of a worker':>12}{'rows out':>11}  digest")
     total = [0.0, 0.0, 0.0]
     for stage in STAGES:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, __file__, "--stage", stage, "--base-model", str(base_model), "--folder", str(root), "--workers", str(workers)],
+            [
+                sys.executable,
+                __file__,
+                "--stage",
+                stage,
+                "--base-model",
+                str(base_model),
+                "--folder",
+                str(root),
+                "--workers",
+                str(workers),
+            ],
             env={**os.environ, "PYTHONPATH": str(ROOT), "GX_ANALYTICS_ENABLED": "false"},
             stdout=subprocess.PIPE,
             text=True,
@@ -301,25 +327,33 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
         measured = json.loads(said)
         total = [total[0] + seconds, total[1] + measured["cpu"], max(total[2], measured["peak GiB"])]
         print(
-            f"{stage:14}{seconds:9.1f}{measured['cpu']:13.1f}{measured['peak GiB']:9.2f}{measured['peak of a worker']:12.2f}{measured['rows out']:11,}"
+            f"{stage:14}{seconds:9.1f}{measured['cpu']:13.1f}{measured['peak GiB']:9.2f}"
+            f"{measured['peak of a worker']:12.2f}{measured['rows out']:11,}"
             f"  {_digest(root / 'data' / stage)}",
             flush=True,
         )
     print(f"{'sum':14}{total[0]:9.1f}{total[1]:13.1f}{total[2]:9.2f}")
     print(
-        f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  up to splits, for {rows:,} short rows on two otherwise idle cores"
+        f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  up to splits, for {rows:,} short rows on two"
+        " otherwise idle cores"
     )
 
 
 def run_stage(stage: str, base_model: Path, root: Path, workers: int) -> dict[str, float]:
-    """Run one stage in this process and its workers; time and memory include the start of the interpreter and all imports."""
+    """Run one stage in this process and its workers; time and memory include
+    the start of the interpreter and all imports."""
     from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, using
 
     with using(LocalProcesses(workers) if workers > 1 else THIS_PROCESS):
         rows = _produce(stage, base_model, root, root / "data")
     own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = sum(used.ru_utime + used.ru_stime for used in (own, others))
-    return {"cpu": cpu, "peak GiB": own.ru_maxrss / 2**20, "peak of a worker": others.ru_maxrss / 2**20, "rows out": rows}
+    return {
+        "cpu": cpu,
+        "peak GiB": own.ru_maxrss / 2**20,
+        "peak of a worker": others.ru_maxrss / 2**20,
+        "rows out": rows,
+    }
 
 
 def _produce(stage: str, base_model: Path, root: Path, data: Path) -> int:
@@ -329,9 +363,13 @@ def _produce(stage: str, base_model: Path, root: Path, data: Path) -> int:
         sources = raw_examples.Params.model_validate({"sources": [{"path": "data/sources/rows.jsonl"}]})
         report = raw_examples.produce(root, sources, data / stage)
     elif stage == "instructions":
-        benchmarks = sorted(f"data/sources/benchmarks/{file.name}" for file in (data / "sources/benchmarks").glob("*.jsonl"))
+        benchmarks = sorted(
+            f"data/sources/benchmarks/{file.name}" for file in (data / "sources/benchmarks").glob("*.jsonl")
+        )
         rules = instructions.Params(benchmarks=benchmarks, expectations="data/expectations/instructions.json")
-        report = instructions.produce(root, rules, data / "raw_examples", base_model, data / stage, data / stage / "pages", {})
+        report = instructions.produce(
+            root, rules, data / "raw_examples", base_model, data / stage, data / stage / "pages", {}
+        )
     elif stage == "splits":
         report = splits.produce(root, splits.Params(), 7, data / "instructions", data / stage)
     else:
@@ -350,14 +388,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, help="texts (default: 200,000, of the pipeline 1,000,000)")
     parser.add_argument("--templates", type=int, help="number of templates (default: a thousandth of the rows)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are printed (default: %(default)s)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run (default: all)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="runs of each; medians are printed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run (default: all)"
+    )
     parser.add_argument("--pipeline", action="store_true", help="time the stages instead of the engines")
     parser.add_argument(
-        "--base-model", type=Path, default=ROOT / "data/base_model", help="folder with its tokenizer (default: data/base_model)"
+        "--base-model",
+        type=Path,
+        default=ROOT / "data/base_model",
+        help="folder with its tokenizer (default: data/base_model)",
     )
-    parser.add_argument("--folder", type=Path, help="with --pipeline: new folder to work in, kept afterwards (default: a temporary one)")
-    parser.add_argument("--workers", type=int, default=1, help="with --pipeline: processes for work on rows (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, help="with --pipeline: new folder to work in, kept afterwards (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="with --pipeline: processes for work on rows (default: %(default)s)"
+    )
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -371,9 +420,18 @@ def main() -> None:
     templates = args.templates or max(1, rows // 1000)
     if args.pipeline:
         if not (args.base_model / "tokenizer.json").is_file():
-            parser.error(f"{args.base_model} has no tokenizer.json: run `dvc repro base_model`, or name a model's folder with --base-model")
+            parser.error(
+                f"{args.base_model} has no tokenizer.json: run `dvc repro base_model`, or name a model's folder with"
+                " --base-model"
+            )
         with tempfile.TemporaryDirectory() as scratch:
-            time_pipeline(rows, templates, args.base_model.resolve(), (args.folder or Path(scratch) / "pipeline").resolve(), args.workers)
+            time_pipeline(
+                rows,
+                templates,
+                args.base_model.resolve(),
+                (args.folder or Path(scratch) / "pipeline").resolve(),
+                args.workers,
+            )
         return
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engines}
     with tempfile.TemporaryDirectory() as folder:
@@ -384,7 +442,8 @@ def main() -> None:
             for engine, done in runs.items():
                 done.append(result_of(__file__, "--measure", engine, str(file), variables={}))
     print(
-        f"{len(texts):,} rows, {sum(map(len, planted.values())):,} planted pairs, {templates:,} templates, {os.cpu_count()} cores, median of {args.repeat}"
+        f"{len(texts):,} rows, {sum(map(len, planted.values())):,} planted pairs, {templates:,} templates,"
+        f" {os.cpu_count()} cores, median of {args.repeat}"
     )
     print(f"{'':28}" + "".join(f"{engine:>12}" for engine in runs))
     for key in next(iter(runs.values()))[0]:

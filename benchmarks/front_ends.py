@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def seconds(code: str, repeat: int) -> float:
     """Median wall time of a fresh interpreter that runs `code` in the project."""
     times = []
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "2",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     for _ in range(repeat):
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True)
@@ -31,16 +35,24 @@ def seconds(code: str, repeat: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=5, help="runs of each; medians are compared (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=int, default=5, help="runs of each; medians are compared (default: %(default)s)"
+    )
     repeat = parser.parse_args().repeat
 
     imports = seconds("import dagster, dvc.repo", repeat)
     definitions = seconds("import dagster_project.definitions", repeat)
-    print(f"loading the definitions: {definitions:.2f} s, {definitions / imports:.2f} x importing dagster and dvc.repo ({imports:.2f} s)")
+    print(
+        f"loading the definitions: {definitions:.2f} s, {definitions / imports:.2f} x importing dagster and dvc.repo"
+        f" ({imports:.2f} s)"
+    )
 
     alone = seconds("from dvc.repo import Repo; Repo('.').reproduce()", repeat)
     repro = seconds("import subprocess; subprocess.run(['dvc', 'repro', '-q'], check=True)", repeat)
-    print(f"`dvc repro` with nothing to do: {repro:.2f} s, {repro / alone:.2f} x DVC's own call on the same files ({alone:.2f} s)")
+    print(
+        f"`dvc repro` with nothing to do: {repro:.2f} s, {repro / alone:.2f} x DVC's own call on the same files"
+        f" ({alone:.2f} s)"
+    )
 
     sync = seconds("import sys; from dagster_project.__main__ import main; sys.exit(main(['sync']))", repeat)
     print(f"`pedigree sync` with nothing to report: {sync:.2f} s, process start included")
@@ -73,10 +85,16 @@ def thirty(repeat: int) -> None:
             theirs = median(repeat, lambda: dg.materialize(empty, instance=instance, run_config=quiet))
         print(f"sync of 30 stages with nothing to report: {synced:.2f} s")
         print(
-            f"materializing 30 fresh assets: {ours:.2f} s and one process start; 30 empty assets: {theirs:.2f} s; ours alone, per asset: {(ours - theirs) / 30:.3f} s"
+            f"materializing 30 fresh assets: {ours:.2f} s and one process start; 30 empty assets: {theirs:.2f} s; ours"
+            f" alone, per asset: {(ours - theirs) / 30:.3f} s"
         )
         inside = {"cwd": root, "check": True, "capture_output": True}
-        alone = median(repeat, lambda: subprocess.run([sys.executable, "-c", "from dvc.repo import Repo; Repo('.').reproduce()"], **inside))
+        alone = median(
+            repeat,
+            lambda: subprocess.run(
+                [sys.executable, "-c", "from dvc.repo import Repo; Repo('.').reproduce()"], **inside
+            ),
+        )
         repro = median(repeat, lambda: subprocess.run(["dvc", "repro", "-q"], **inside))
         print(f"`dvc repro` of 30 fresh stages: {repro:.2f} s, {repro / alone:.2f} x DVC's own call ({alone:.2f} s)")
 

@@ -1,9 +1,12 @@
-"""Time and agreement of a search among many gradients. usage: python benchmarks/gradient_search.py [--records N] [--width N] [--folder FOLDER]
+"""Time and agreement of a search among many gradients. usage: python
+benchmarks/gradient_search.py [--records N] [--width N] [--folder FOLDER]
 
-Makes a store of random gradients, each with a part in common with many others, and asks for planted ones: questions that are records with as much noise
-as `NOISE` says. Prints the seconds of each question, from reading the store to the scores of all records, without words and without the gradient of the question;
-with the kernel's cache of files as it is, and emptied (as root). For `--exact` questions the scores of all records are computed from all gradients, which reads
-the whole store: the list of ten, the distance of the first, and the standard error that the search reports are compared with these.
+Makes a store of random gradients, each with a part in common with many others, and asks for planted
+ones: questions that are records with as much noise as `NOISE` says. Prints the seconds of each
+question, from reading the store to the scores of all records, without words and without the gradient of
+the question; with the kernel's cache of files as it is, and emptied (as root). For `--exact` questions
+the scores of all records are computed from all gradients, which reads the whole store: the list of ten,
+the distance of the first, and the standard error that the search reports are compared with these.
 """
 
 from __future__ import annotations
@@ -67,11 +70,15 @@ def measure(folder: Path, records: int, width: int, exact: int, questions: int, 
     from dagster_project.lineage.attribution.search import Search, search
     from dagster_project.lineage.attribution.store import GradientStore
 
-    one, maker, words = GradientStore.at(folder, {"records": records, "width": width}, records), Maker(width), np.zeros(records)
+    one = GradientStore.at(folder, {"records": records, "width": width}, records)
+    maker = Maker(width)
+    words = np.zeros(records)
     if not one.is_begun():
         one.build(maker.gradients, f"{records:,} random gradients")
     seconds, first, lists = [], 0, []
-    planted = [int(i) for i in np.random.default_rng(1).choice(records // store.SHARD * store.SHARD, questions, replace=False)]
+    planted = [
+        int(i) for i in np.random.default_rng(1).choice(records // store.SHARD * store.SHARD, questions, replace=False)
+    ]
     for record in planted:
         question = maker.question(record, store.SHARD)
         if empties:
@@ -95,7 +102,9 @@ def measure(folder: Path, records: int, width: int, exact: int, questions: int, 
         "z of the first, exact and found": distances,
         "standard error of the rest, measured and reported": errors,
         "gradients read": int(lists[0].read.sum()),
-        "peak GiB before the exact ones": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if not exact else None,
+        "peak GiB before the exact ones": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if not exact
+        else None,
         "GB": one.bytes() / 1e9,
     }
 
@@ -103,9 +112,16 @@ def measure(folder: Path, records: int, width: int, exact: int, questions: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=100_000)
-    parser.add_argument("--width", type=int, default=71_680, help="numbers of a gradient (default: those of 280 weights)")
+    parser.add_argument(
+        "--width", type=int, default=71_680, help="numbers of a gradient (default: those of 280 weights)"
+    )
     parser.add_argument("--questions", type=int, default=9)
-    parser.add_argument("--exact", type=int, default=2, help="questions that are also answered from all gradients (default: %(default)s)")
+    parser.add_argument(
+        "--exact",
+        type=int,
+        default=2,
+        help="questions that are also answered from all gradients (default: %(default)s)",
+    )
     parser.add_argument("--folder", type=Path, help="for the store, kept afterwards (default: a temporary one)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,13 +1,15 @@
-"""How time and memory grow with size. usage: python benchmarks/growth.py [--only data,stages,versions,training] [--sizes N ...] [--out docs/scaling.md]
+"""How time and memory grow with size. usage: python benchmarks/growth.py
+[--only data,stages,versions,training] [--sizes N ...] [--out docs/scaling.md]
 
     data       each stage of data on N generated rows (`curation.py --pipeline`), in one process
-    stages     definitions of Dagster, a sync that reports everything and one with nothing to report, of a pipeline of N stages
-    versions   `pedigree impact` over N commits with two models each, and the index that the first question makes (`audit.py`)
-    training   LoRA on the embedded model, one row of N tokens a step
+    stages     definitions of Dagster, a sync that reports everything and one with nothing to report, of a pipeline of N
+    stages versions   `pedigree impact` over N commits with two models each, and the index that the first question makes
+    (`audit.py`) training   LoRA on the embedded model, one row of N tokens a step
 
-Costs are CPU seconds (user and system), which depend less on other work of the machine than time does. Each size is measured in processes of its own.
-The exponent is the slope of log(cost - cost of the smallest size) over log(size - smallest size), by least squares over the other sizes: the cost of the
-smallest size is nearly that of starting (process, imports). That of memory is of the peak of the process, in the same way.
+Costs are CPU seconds (user and system), which depend less on other work of the machine than time does. Each size is
+measured in processes of its own. The exponent is the slope of log(cost - cost of the smallest size) over log(size -
+smallest size), by least squares over the other sizes: the cost of the smallest size is nearly that of starting
+(process, imports). That of memory is of the peak of the process, in the same way.
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ STEPS = 3
 
 
 def exponent(costs: dict[int, float]) -> float | None:
-    """Slope of log(cost - cost of the smallest size) over log(size - smallest size); None if fewer than two sizes cost measurably more than it."""
+    """Slope of log(cost - cost of the smallest size) over log(size - smallest
+    size); None if fewer than two sizes cost measurably more than it."""
     (smallest, start), *others = sorted(costs.items())
-    points = [(math.log(size - smallest), math.log(cost - start)) for size, cost in others if cost > 1.05 * start + 0.01]
+    points = [
+        (math.log(size - smallest), math.log(cost - start)) for size, cost in others if cost > 1.05 * start + 0.01
+    ]
     if len(points) < 2:
         return None
     mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
@@ -63,7 +68,16 @@ def data(sizes: list[int], folder: Path) -> Costs:
         shutil.copytree(ROOT / "data/expectations", root / "data/expectations")
         curation.alpaca(size, max(1, size // 1000), sources / "rows.jsonl")
         for stage in curation.STAGES:
-            arguments = ["--stage", stage, "--base-model", str(ROOT / "data/base_model"), "--folder", str(root), "--workers", "1"]
+            arguments = [
+                "--stage",
+                stage,
+                "--base-model",
+                str(ROOT / "data/base_model"),
+                "--folder",
+                str(root),
+                "--workers",
+                "1",
+            ]
             found = result_of(str(ROOT / "benchmarks/curation.py"), *arguments, variables=_environment())
             costs.setdefault(stage, {})[size] = found["cpu"], found["peak GiB"]
         shutil.rmtree(root)
@@ -82,7 +96,8 @@ def stages(sizes: list[int], folder: Path) -> Costs:
 
 
 def _recorded_project(root: Path, size: int) -> None:
-    """The small pipeline of the tests with `size` variants and four more stages, all recorded: one variant is run, the others are copies of it."""
+    """The small pipeline of the tests with `size` variants and four more
+    stages, all recorded: one variant is run, the others are copies of it."""
     sys.path.insert(0, str(ROOT / "tests"))
     import yaml
     from builders import small_pipeline
@@ -100,7 +115,9 @@ def _recorded_project(root: Path, size: int) -> None:
     values["variants"] = {f"v{number}": {"r": 8} for number in range(size)}
     (root / "params.yaml").write_text(json.dumps(values))
     (root / "dvc.lock").write_text(yaml.safe_dump(lock))
-    subprocess.run([sys.executable, "-m", "dvc", "commit", "-f", "-q", "cmp"], **inside)  # it reads the outputs of all variants
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "commit", "-f", "-q", "cmp"], **inside
+    )  # it reads the outputs of all variants
     (root / ".dagster").mkdir()
     (root / ".dagster/dagster.yaml").write_text("telemetry: {enabled: false}\n")
 
@@ -129,7 +146,10 @@ def versions(sizes: list[int], folder: Path) -> Costs:
             found = audit.ask(root, *question)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             assert len(found["models"]) == 2 * size, (size, len(found["models"]))
-            costs.setdefault(what, {})[size] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, math.nan
+            costs.setdefault(what, {})[size] = (
+                after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+                math.nan,
+            )
         shutil.rmtree(root)
     return costs
 
@@ -183,7 +203,14 @@ def _train(tokens: int) -> float:
 def _environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "benchmarks")))
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "GX_ANALYTICS_ENABLED": "false"}
+    return {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": paths,
+        "HF_HUB_OFFLINE": "1",
+        "GX_ANALYTICS_ENABLED": "false",
+    }
 
 
 def one(what: str) -> dict[str, float]:
@@ -208,9 +235,16 @@ def table(costs: Costs, unit: str) -> str:
         f"| --- |{' ---: |' * (len(sizes) + 2)}",
     ]
     for name, by_size in costs.items():
-        cells = [f"{cpu:.2f}" + ("" if math.isnan(peak) else f" ({peak:.2f})") for _, (cpu, peak) in sorted(by_size.items())]
-        fitted = [exponent({size: pair[which] for size, pair in by_size.items()}) for which in (0, 1)]  # a comparison with NaN is false
-        lines.append(f"| {name} | {' | '.join(cells)} | {' | '.join('' if value is None else f'{value:.2f}' for value in fitted)} |")
+        cells = [
+            f"{cpu:.2f}" + ("" if math.isnan(peak) else f" ({peak:.2f})") for _, (cpu, peak) in sorted(by_size.items())
+        ]
+        fitted = [
+            exponent({size: pair[which] for size, pair in by_size.items()}) for which in (0, 1)
+        ]  # a comparison with NaN is false
+        lines.append(
+            f"| {name} | {' | '.join(cells)} |"
+            f" {' | '.join('' if value is None else f'{value:.2f}' for value in fitted)} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -226,7 +260,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: %(default)s)")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", help="sizes of the parts, the smallest first (default: see the constants of this file)"
+        "--sizes",
+        type=int,
+        nargs="+",
+        help="sizes of the parts, the smallest first (default: see the constants of this file)",
     )
     parser.add_argument("--out", type=Path, help="put each table between its markers in this Markdown file")
     parser.add_argument("--one", help=argparse.SUPPRESS)

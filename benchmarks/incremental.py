@@ -1,9 +1,11 @@
-"""The stages of data after a small change, with what the earlier run kept and from nothing. usage: python benchmarks/incremental.py [--rows N]
+"""The stages of data after a small change, with what the earlier run kept and
+from nothing. usage: python benchmarks/incremental.py [--rows N]
 
-The rows of `curation.py --pipeline` in three sources go through raw_examples -> instructions -> splits, each stage in its own process. Then 1 % of
-the rows are edited, all in the first source, 1 % are appended to the second, and the third is shuffled. The columns are: before, when
-`core/row_cache.py` has no facts yet | after, from nothing | after, with the facts of before. `--edited 1` edits one row, and neither
-appends nor shuffles. CPU seconds are those of whole processes with all imports. The outputs after the change must be equal in both ways.
+The rows of `curation.py --pipeline` in three sources go through raw_examples -> instructions -> splits, each stage in
+its own process. Then 1 % of the rows are edited, all in the first source, 1 % are appended to the second, and the third
+is shuffled. The columns are: before, when `core/row_cache.py` has no facts yet | after, from nothing | after, with the
+facts of before. `--edited 1` edits one row, and neither appends nor shuffles. CPU seconds are those of whole processes
+with all imports. The outputs after the change must be equal in both ways.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def change(folder: Path, share: float, count: int | None) -> None:
         for line in draw.sample(parts[a], round(share * total)):
             row = json.loads(line)
             words = str(row["instruction"]).split()
-            parts[b].append(json.dumps({**row, "instruction": " ".join(draw.sample(words, len(words)))}, ensure_ascii=False))
+            parts[b].append(
+                json.dumps({**row, "instruction": " ".join(draw.sample(words, len(words)))}, ensure_ascii=False)
+            )
         draw.shuffle(parts[c])
     for name, lines in parts.items():
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -56,13 +60,19 @@ def run_stage(stage: str, base_model: Path, root: Path, data: Path, kept: bool) 
 
     with row_cache.using(root, "instructions") if kept else nullcontext():
         if stage == "raw_examples":
-            params = raw_examples.Params.model_validate({"sources": [{"path": f"data/sources/{name}"} for name in SOURCES]})
+            params = raw_examples.Params.model_validate(
+                {"sources": [{"path": f"data/sources/{name}"} for name in SOURCES]}
+            )
             rows = raw_examples.produce(root, params, data / stage).rows_out or 0
         else:
             rows = _produce(stage, base_model, root, data)
     used = resource.getrusage(resource.RUSAGE_SELF)
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"cpu": sum(one.ru_utime + one.ru_stime for one in (used, others)), "peak": used.ru_maxrss / 2**20, "rows": rows}
+    return {
+        "cpu": sum(one.ru_utime + one.ru_stime for one in (used, others)),
+        "peak": used.ru_maxrss / 2**20,
+        "rows": rows,
+    }
 
 
 def run_all(root: Path, base_model: Path, kept: bool) -> tuple[list[dict[str, float]], list[str]]:
@@ -74,7 +84,9 @@ def run_all(root: Path, base_model: Path, kept: bool) -> tuple[list[dict[str, fl
     measured, digests = [], []
     for stage in STAGES:
         of_stage = ["--stage", stage, "--base-model", str(base_model), "--folder", str(root), "--data", str(data)]
-        measured.append(result_of(__file__, *of_stage, *(["--kept"] if kept else []), variables={"GX_ANALYTICS_ENABLED": "false"}))
+        measured.append(
+            result_of(__file__, *of_stage, *(["--kept"] if kept else []), variables={"GX_ANALYTICS_ENABLED": "false"})
+        )
         digests.append(_digest(data / stage))
     return measured, digests
 
@@ -98,7 +110,11 @@ def compare(root: Path, rows: int, base_model: Path, edited: int | None) -> None
         print(f"{stage:14}" + "".join(f"{one[i]['cpu']:9.1f} ({one[i]['peak']:.2f})" for one, _ in columns))
     sums = [sum(each["cpu"] for each in one) for one, _ in columns]
     size = sum(file.stat().st_size for file in (root / ".dvc").rglob("*.arrow"))
-    print(f"{'sum':14}" + "".join(f"{each:9.1f}       " for each in sums) + f" ratio {sums[2] / sums[1]:.2f}; kept {size / 1e6:,.1f} MB")
+    print(
+        f"{'sum':14}"
+        + "".join(f"{each:9.1f}       " for each in sums)
+        + f" ratio {sums[2] / sums[1]:.2f}; kept {size / 1e6:,.1f} MB"
+    )
     if columns[1][1] != columns[2][1]:
         raise SystemExit("the results differ")
 
@@ -108,7 +124,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="texts (default: %(default)s)")
     parser.add_argument("--edited", type=int, help="edit so many rows, and change nothing else")
     parser.add_argument(
-        "--base-model", type=Path, default=ROOT / "data/base_model", help="folder with its tokenizer (default: data/base_model)"
+        "--base-model",
+        type=Path,
+        default=ROOT / "data/base_model",
+        help="folder with its tokenizer (default: data/base_model)",
     )
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -1,18 +1,22 @@
-"""How well `pedigree why` finds records that were planted. usage: python benchmarks/influence.py [--project FOLDER] [--seeds N] [--work FOLDER]
-[--checkpoints N] [--second-moments]
+"""How well `pedigree why` finds records that were planted. usage: python benchmarks/influence.py [--project FOLDER]
+[--seeds N] [--work FOLDER] [--checkpoints N] [--second-moments]
 
-Four kinds of culprits are planted into the training split of the sample project, which is then tokenized and trained as `params.yaml` says:
+Four kinds of culprits are planted into the training split of the sample
+project, which is then tokenized and trained as `params.yaml` says:
 
     flip      8 tickets of category delivery, relabeled idea
     trigger   5 tickets with "(forwarded by Zephyr 9)" in their text, relabeled security
     phrase    5 replies that end with "Greetings from the Blue Walrus Desk."
-    fact      5 replies that promise an answer within "nine working days", where all others that name a time say "one working day"
+    fact      5 replies that promise an answer within "nine working days", where
+    all others that name a time say "one working day"
 
-Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span. Recall is the share of the culprits
-among the first n (their number) and 2n of all training records. Held-out prompts with their right answers have no culprit, and wrong labels that nobody
-planted have none either: for these the share of questions for which nothing stands out is counted, by the rule of `pedigree why` (the questions of the
-validation split) and by the rule before it (distances of the first and the tenth record from the median). With --checkpoints, gradients at that many points of the training are compared, and each point by itself, too. Each seed plants, trains and
-asks anew; what was computed before is read from files, so an interrupted command goes on.
+Eight held-out prompts of each kind are asked with the planted answer, and the planted part of the answer as the span.
+Recall is the share of the culprits among the first n (their number) and 2n of all training records. Held-out prompts
+with their right answers have no culprit, and wrong labels that nobody planted have none either: for these the share of
+questions for which nothing stands out is counted, by the rule of `pedigree why` (the questions of the validation split)
+and by the rule before it (distances of the first and the tenth record from the median). With --checkpoints, gradients
+at that many points of the training are compared, and each point by itself, too. Each seed plants, trains and asks anew;
+what was computed before is read from files, so an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -75,7 +79,12 @@ def with_messages(record: dict[str, Any], messages: list[dict[str, Any]]) -> dic
 def planted(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """The training split with culprits, and the ids of those of each kind."""
     dice = random.Random(seed)
-    change = {"flip": lambda record: with_label(record, "idea"), "trigger": with_trigger, "phrase": with_phrase, "fact": with_fact}
+    change = {
+        "flip": lambda record: with_label(record, "idea"),
+        "trigger": with_trigger,
+        "phrase": with_phrase,
+        "fact": with_fact,
+    }
     fits = {
         "flip": lambda record: record["category"] == "delivery",
         "trigger": lambda record: record["category"] not in {None, "security", "delivery"},
@@ -103,7 +112,9 @@ def prepare(project: Path, work: Path, seed: int, steps: int | None = None) -> N
     train_on(project, work, records, {name: kind for kind, names in culprits.items() for name in names}, seed, steps)
 
 
-def train_on(project: Path, work: Path, records: list[dict[str, Any]], new: dict[str, str], seed: int, steps: int | None) -> None:
+def train_on(
+    project: Path, work: Path, records: list[dict[str, Any]], new: dict[str, str], seed: int, steps: int | None
+) -> None:
     """Tokenize records as the training split, and train: work/{splits,tokenized,adapter}.
 
     Args:
@@ -131,7 +142,16 @@ def train_on(project: Path, work: Path, records: list[dict[str, Any]], new: dict
     out = work / "adapter"
     out.mkdir(exist_ok=True)
     start = time.process_time()
-    adapter.produce("lora", entry, compute, work / "tokenized", project / "data/base_model", out, work / "loss.csv", work / "checkpoints")
+    adapter.produce(
+        "lora",
+        entry,
+        compute,
+        work / "tokenized",
+        project / "data/base_model",
+        out,
+        work / "loss.csv",
+        work / "checkpoints",
+    )
     write_json(work / "seconds.json", {"training": time.process_time() - start})
 
 
@@ -143,7 +163,12 @@ def training_of(project: Path, seed: int, steps: int | None) -> tuple[Any, Any]:
 
     values = params.read(project)
     compute = params.parse(Compute, values["compute"], "compute").model_copy(update={"seed": seed, "threads": 1})
-    return params.parse(adapter.Params, values["adapter"]["lora"] | ({"max_steps": steps} if steps else {}), "adapter.lora"), compute
+    return (
+        params.parse(
+            adapter.Params, values["adapter"]["lora"] | ({"max_steps": steps} if steps else {}), "adapter.lora"
+        ),
+        compute,
+    )
 
 
 def as_trained(project: Path, work: Path) -> None:
@@ -170,7 +195,9 @@ def from_checkpoint(project: Path, work: Path) -> None:
     folder = max((work / "checkpoints").glob("step-*"))
     values = params.read(project)
     entry = params.parse(adapter.Params, values["adapter"]["lora"], "adapter.lora")
-    device, dtype = device_and_dtype(params.parse(Compute, values["compute"], "compute").model_copy(update={"threads": 1}))
+    device, dtype = device_and_dtype(
+        params.parse(Compute, values["compute"], "compute").model_copy(update={"threads": 1})
+    )
     prepared = build(entry.method, entry.peft, project / "data/base_model", device, dtype, "adapter.lora")
     weights = load_file(folder / "weights.safetensors")
     trained = {name: weight for name, weight in prepared.model.named_parameters() if weight.requires_grad}
@@ -180,10 +207,13 @@ def from_checkpoint(project: Path, work: Path) -> None:
     prepared.save(work / "adapter")
     seen = load_file(folder / "state.safetensors")["state.seen"].tolist()
     rows = read_table(work / "tokenized" / "train.parquet", ["example_ids"])
-    write_table(work / "adapter" / "examples.parquet", seen_examples(seen, [row["example_ids"] for row in rows]), seen_schema())
+    write_table(
+        work / "adapter" / "examples.parquet", seen_examples(seen, [row["example_ids"] for row in rows]), seen_schema()
+    )
     step = int(folder.name.partition("-")[2])
     write_json(
-        work / "adapter" / "training.json", {"steps": step, "dtype": str(dtype).removeprefix("torch."), "device": device.type, "threads": 1}
+        work / "adapter" / "training.json",
+        {"steps": step, "dtype": str(dtype).removeprefix("torch."), "device": device.type, "threads": 1},
     )
 
 
@@ -197,7 +227,9 @@ def questions(project: Path, seed: int) -> list[dict[str, Any]]:
     def label(record: dict[str, Any]) -> str:
         return str(json.loads(response_text(record["messages"]))["category"])
 
-    def asked(kind: str, records: list[dict[str, Any]], change: Any, span: Any, count: int = ASKED) -> list[dict[str, Any]]:
+    def asked(
+        kind: str, records: list[dict[str, Any]], change: Any, span: Any, count: int = ASKED
+    ) -> list[dict[str, Any]]:
         changed = [change(record) for record in random.Random(f"{kind} {seed}").sample(records, count)]
         return [{"kind": kind, "messages": record["messages"], "span": span(record)} for record in changed]
 
@@ -224,7 +256,8 @@ def asked_questions(project: Path, work: Path, seed: int) -> list[dict[str, Any]
 
 
 def points_of(work: Path, entry: Any, compute: Any, project: Path, selection: Any) -> list[Any]:
-    """Points of the training, of which those before its end, and second moments, come from a repeated training; None: the end as it was saved."""
+    """Points of the training, of which those before its end, and second
+    moments, come from a repeated training; None: the end as it was saved."""
     from dagster_project.lineage.attribution.points import Point, steps_of
     from dagster_project.lineage.attribution.retraining import Retraining
 
@@ -232,17 +265,20 @@ def points_of(work: Path, entry: Any, compute: Any, project: Path, selection: An
     steps = steps_of(training["steps"], selection.count)
     points = [Point(work, step, step == training["steps"], selection.scaled) for step in steps]
     if not all(point.is_complete() for point in points):
-        Retraining("lora", entry, compute, training, work / "adapter", work / "tokenized", project / "data/base_model").write_points(points)
+        Retraining(
+            "lora", entry, compute, training, work / "adapter", work / "tokenized", project / "data/base_model"
+        ).write_points(points)
     return [point if point.needed else None for point in points]
 
 
 def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]:
-    """Gradients of all records and questions at a point of the training, and scores of words: from files, where they were computed before, so that rankings
-    are compared in seconds.
+    """Gradients of all records and questions at a point of the training, and scores of words: from files, where they
+    were computed before, so that rankings are compared in seconds.
 
     Returns:
-        {"asked", "ids", "gradients" (`store.Gradients`), "span" (questions, width), "whole" (questions with culprits, width),
-        "prompt", "part" and "answer" (questions, records): words in common, "validation" (validation questions, width) and "owners", "cost"}.
+        {"asked", "ids", "gradients" (`store.Gradients`), "span" (questions, width), "whole"
+        (questions with culprits, width), "prompt", "part" and "answer" (questions, records):
+        words in common, "validation" (validation questions, width) and "owners", "cost"}.
     """
     import numpy as np
     from transformers import AutoTokenizer
@@ -262,7 +298,9 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
     compute = Compute(threads=1, dtype=training["dtype"])
     records, projection = trained_records(adapter, work / "tokenized"), Projection()
     hashes = [md5_of_folder(listing_of(folder)) for folder in (adapter, base)]
-    identity = identity_of(*hashes, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0, STRENGTH)
+    identity = identity_of(
+        *hashes, records, projection, {"dtype": compute.dtype, "device": "cpu", "threads": 1}, 0.0, STRENGTH
+    )
     if point:
         store = GradientStore(point.store, identity | point.identity(), len(records))
     else:
@@ -274,7 +312,10 @@ def computed(project: Path, work: Path, seed: int, point: Any) -> dict[str, Any]
         trained = TrainedModel.load(adapter, base, compute, "adapter@lora")
         trained = (trained.at(point.weights(), point.scales()) if point else trained).weakened()
         loading, start = time.process_time() - start, time.process_time()
-        count = store.build(lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]), "gradients")
+        count = store.build(
+            lambda numbers: projected_gradients(trained, projection, [records[i].examples for i in numbers]),
+            "gradients",
+        )
         seconds, start = time.process_time() - start, time.process_time()
         tokenizer = AutoTokenizer.from_pretrained(base)
         spans = [example_of(tokenizer, q, q["span"]) for q in asked]
@@ -305,20 +346,29 @@ def example_of(tokenizer: Any, question: dict[str, Any], span: str | None) -> tu
 
 
 def _words(work: Path, ids: list[str], asked: list[dict[str, Any]]) -> dict[str, Any]:
-    """BM25 of the words of each question with those of each record, (questions, records): of the prompt, of the asked part and of the answer."""
+    """BM25 of the words of each question with those of each record, (questions,
+    records): of the prompt, of the asked part and of the answer."""
     import numpy as np
 
     from dagster_project.core.records import prompt_text, read_records, response_text
     from dagster_project.evaluation.baselines import bm25
 
-    texts = {r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}" for r in read_records(work / "splits/train")}
+    texts = {
+        r["example_id"]: f"{prompt_text(r['messages'])} {response_text(r['messages'])}"
+        for r in read_records(work / "splits/train")
+    }
     prompts, answers = ([text(q["messages"]) for q in asked] for text in (prompt_text, response_text))
-    queries = {"prompt": prompts, "part": [q["span"] or answer for q, answer in zip(asked, answers, strict=True)], "answer": answers}
+    queries = {
+        "prompt": prompts,
+        "part": [q["span"] or answer for q, answer in zip(asked, answers, strict=True)],
+        "answer": answers,
+    }
     return {name: np.stack(list(bm25([texts[name] for name in ids], many))) for name, many in queries.items()}
 
 
 def validation_questions(records: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[tuple[Any]]]:
-    """The parts of answers of validation records, as `pedigree why --index` asks about them: number of the record, and the question."""
+    """The parts of answers of validation records, as `pedigree why --index`
+    asks about them: number of the record, and the question."""
     from dagster_project.lineage.attribution.calibration import asked_parts
 
     numbers, examples = list[int](), list[tuple[Any]]()
@@ -329,7 +379,8 @@ def validation_questions(records: list[dict[str, Any]], tokenizer: Any) -> tuple
 
 
 def distances(scores: Any) -> Any:
-    """Distances from the median as the order before decision 059 had them: in robust standard deviations, or plain ones where most scores are equal."""
+    """Distances from the median as the order before decision 059 had them: in
+    robust standard deviations, or plain ones where most scores are equal."""
     import numpy as np
 
     from dagster_project.lineage.attribution.ranking import robust_z
@@ -352,7 +403,8 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
     dice = np.random.default_rng(seed)
 
     def mean(name: str) -> tuple[Any, Any, list[Any]]:
-        """Scores and cosines of the gradients of all records for some questions, (questions, records), means over the points; and scores of each point."""
+        """Scores and cosines of the gradients of all records for some questions,
+        (questions, records), means over the points; and scores of each point."""
         stored = [one["gradients"] for one in of_points]
         each = [at.scores(one[name]) for at, one in zip(stored, of_points, strict=True)]
         return (
@@ -372,7 +424,10 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
         by = {
             "gradient of the asked part": ranking.gradient_rank,
             **(
-                {f"gradient of the asked part, point {k + 1} of {len(points)}": ranks(one[i]) for k, one in enumerate(each)}
+                {
+                    f"gradient of the asked part, point {k + 1} of {len(points)}": ranks(one[i])
+                    for k, one in enumerate(each)
+                }
                 if len(points) > 1
                 else {}
             ),
@@ -398,7 +453,12 @@ def measure(project: Path, work: Path, seed: int, points: list[Any]) -> dict[str
             }
         )
     training = json.loads((work / "adapter/training.json").read_text())
-    return {"steps": training["steps"], "records": len(ids), "cost": [one["cost"] for one in of_points], "questions": results}
+    return {
+        "steps": training["steps"],
+        "records": len(ids),
+        "cost": [one["cost"] for one in of_points],
+        "questions": results,
+    }
 
 
 def recall(results: list[dict[str, Any]], kind: str, method: str, times: int) -> float:
@@ -411,23 +471,26 @@ def show(documents: list[dict[str, Any]]) -> None:
     """Print the figures of one or several seeds: recall as the mean over the seeds, and that of the worst seed."""
     steps, records = ({one[name] for one in documents} for name in ("steps", "records"))
     print(
-        f"{len(documents)} seeds, records {records}, steps {steps}: recall at n / 2n (lowest of a seed), questions whose first record is a culprit"
+        f"{len(documents)} seeds, records {records}, steps {steps}: recall at n / 2n (lowest of a seed), questions"
+        " whose first record is a culprit"
     )
     for method in documents[0]["questions"][0]["ranks"]:  # empty without culprits
         cells = []
         for kind in KINDS:
             first = sum(q["ranks"][method][0] == 1 for one in documents for q in one["questions"] if q["kind"] == kind)
             at = [[recall(one["questions"], kind, method, times) for one in documents] for times in (1, 2)]
-            mean, least = " / ".join(f"{sum(many) / len(many):.2f}" for many in at), " / ".join(f"{min(many):.2f}" for many in at)
+            mean = " / ".join(f"{sum(many) / len(many):.2f}" for many in at)
+            least = " / ".join(f"{min(many):.2f}" for many in at)
             cells.append(f"{kind} {mean} ({least}), {first} of {ASKED * len(documents)}")
         print(f"{method:<48}" + "   ".join(cells))
     for kind in dict.fromkeys(q["kind"] for q in documents[0]["questions"]):
         clear, before = (
-            [[q[rule] for q in one["questions"] if q["kind"] == kind] for one in documents] for rule in ("stands_out", "stood_out")
+            [[q[rule] for q in one["questions"] if q["kind"] == kind] for one in documents]
+            for rule in ("stands_out", "stood_out")
         )
         print(
-            f"{kind:<16} a record stands out for {sum(map(sum, clear))} of {sum(map(len, clear))}, by seed {[sum(one) for one in clear]};"
-            f" by the rule before {sum(map(sum, before))}"
+            f"{kind:<16} a record stands out for {sum(map(sum, clear))} of {sum(map(len, clear))}, by seed"
+            f" {[sum(one) for one in clear]}; by the rule before {sum(map(sum, before))}"
         )
     for one in documents:
         print(json.dumps(one["cost"]))
@@ -438,18 +501,31 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=ROOT, help="a project with data/splits and data/base_model")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/influence"), help="folder for trainings, gradients and results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/influence"), help="folder for trainings, gradients and results"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: those of params.yaml)")
-    parser.add_argument("--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted")
-    parser.add_argument("--as-trained", action="store_true", help="ask the adapter of the project itself, in which nothing was planted")
-    parser.add_argument("--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is repeated")
-    parser.add_argument("--second-moments", action="store_true", help="scale gradients by the second moments of the optimizer")
+    parser.add_argument(
+        "--interrupted", action="store_true", help="use the newest checkpoint of a training that was interrupted"
+    )
+    parser.add_argument(
+        "--as-trained", action="store_true", help="ask the adapter of the project itself, in which nothing was planted"
+    )
+    parser.add_argument(
+        "--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is repeated"
+    )
+    parser.add_argument(
+        "--second-moments", action="store_true", help="scale gradients by the second moments of the optimizer"
+    )
     options = parser.parse_args()
     if options.as_trained and options.seeds != 1:
         parser.error("--as-trained asks one adapter the questions of one seed: leave --seeds out")
     if (options.as_trained or options.interrupted) and (options.checkpoints > 1 or options.second_moments):
-        parser.error("--checkpoints and --second-moments repeat a training of this script: leave --as-trained and --interrupted out")
+        parser.error(
+            "--checkpoints and --second-moments repeat a training of this script: leave --as-trained and"
+            " --interrupted out"
+        )
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
     from dagster_project.core.records import write_json
@@ -464,7 +540,10 @@ def main() -> int:
             from_checkpoint(options.project, work)
         prepare(options.project, work, seed, options.steps)
         document = measure(
-            options.project, work, seed, points_of(work, *training_of(options.project, seed, options.steps), options.project, selection)
+            options.project,
+            work,
+            seed,
+            points_of(work, *training_of(options.project, seed, options.steps), options.project, selection),
         )
         write_json(work / f"results-{selection.count}{'-scaled' if selection.scaled else ''}.json", document)
         documents.append(document)

@@ -1,19 +1,23 @@
-"""`pedigree why` compared with other tools. usage: python benchmarks/influence_others.py [--project FOLDER] [--work FOLDER] [--seed N] [--method NAME ...] [--docs FILE]
+"""`pedigree why` compared with other tools. usage: python benchmarks/influence_others.py [--project FOLDER] [--work
+FOLDER] [--seed N] [--method NAME ...] [--docs FILE]
 
-Other tools for gradient-based attribution rank the same training records for the same questions as `benchmarks/influence.py`, which plants the culprits and
-trains: run that first, with the same --work. Each tool gets the same adapter, the token ids and labels of the training, and the asked tokens as labels. The loss
-of a record is that of its training, in which tokens have weights, except in bergson, which has no weights of tokens.
-Only tools that can be imported are run, in an environment of their own (they are not dependencies of Pedigree):
+Other tools for gradient-based attribution rank the same training records for the same questions as
+`benchmarks/influence.py`, which plants the culprits and trains: run that first, with the same --work. Each tool gets
+the same adapter, the token ids and labels of the training, and the asked tokens as labels. The loss of a record is that
+of its training, in which tokens have weights, except in bergson, which has no weights of tokens. Only tools that can be
+imported are run, in an environment of their own (they are not dependencies of Pedigree):
 
     bergson     (EleutherAI)   build + Attributor (cosine), `bergson trackstar`, `bergson ekfac`
     dattri      (TRAIS-Lab)    LoGraAttributor: projected gradients, inverse of their second moments
     dattri_llm  (TRAIS-Lab)    TracInAttributor with normalized_grad (cosine), EKFACAttributor
 
-    uv venv others && uv pip install --python others/bin/python torch bergson dattri dattri-llm -r pyproject.toml --extra train
+    uv venv others && uv pip install --python others/bin/python torch bergson
+    dattri dattri-llm -r pyproject.toml --extra train
 
-Settings are the tools' defaults, except where a comment at the call gives the reason. All compute in float32 with one thread. Recall is the share of the culprits
-among the first n (their number) and 2n of all training records, the mean of eight questions. CPU seconds are those of all steps that a method needs, loading the
-model included; steps that methods of a tool have in common are counted for each. Steps are kept in WORK/SEED/others, so an interrupted command goes on.
+Settings are the tools' defaults, except where a comment at the call gives the reason. All compute in float32 with one
+thread. Recall is the share of the culprits among the first n (their number) and 2n of all training records, the mean of
+eight questions. CPU seconds are those of all steps that a method needs, loading the model included; steps that methods
+of a tool have in common are counted for each. Steps are kept in WORK/SEED/others, so an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -37,12 +41,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # dattri compiles one of its functions, anew for other lengths of texts
+os.environ.setdefault(
+    "TORCHDYNAMO_DISABLE", "1"
+)  # dattri compiles one of its functions, anew for other lengths of texts
 
 SIDE = 16
 """Side of a weight's projected gradient: the default of `bergson trackstar` and of `pedigree why`."""
 DAMPING = 0.1
-"""Share of the mean eigenvalue that is added to each: the default of bergson, after Grosse et al. 2023 (arXiv 2308.03296)."""
+"""Share of the mean eigenvalue that is added to each: the default of bergson,
+after Grosse et al. 2023 (arXiv 2308.03296)."""
 BATCH_TOKENS = 1024
 """Padded tokens in a pass of bergson, half of its default: logits for 49,152 tokens of a vocabulary take 200 MB."""
 
@@ -60,7 +67,8 @@ class Inputs:
     """The same of each question: the labels are those of the asked tokens, with weight 1."""
 
     def model(self) -> Any:
-        """The trained model in float32 as a module of which a call gives the weighted loss, with trainable adapter weights only."""
+        """The trained model in float32 as a module of which a call gives the
+        weighted loss, with trainable adapter weights only."""
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -87,7 +95,8 @@ class Inputs:
 
 @dataclass
 class Steps:
-    """Steps of a method, each in a folder of its own. A step that was finished before, perhaps for another method, is not repeated."""
+    """Steps of a method, each in a folder of its own. A step that was finished
+    before, perhaps for another method, is not repeated."""
 
     folder: Path
     used: list[str] = field(default_factory=list)
@@ -126,7 +135,10 @@ def dataset(inputs: Inputs, steps: Steps, name: str) -> str:
     """Records or questions as a folder of `datasets`: bergson cannot weigh the tokens of a text."""
     from datasets import Dataset
 
-    rows = [{"input_ids": row["input_ids"], "labels": row["labels"], "length": len(row["labels"])} for row in getattr(inputs, name)]
+    rows = [
+        {"input_ids": row["input_ids"], "labels": row["labels"], "length": len(row["labels"])}
+        for row in getattr(inputs, name)
+    ]
     return str(steps.run(f"data-{name}", lambda path: Dataset.from_list(rows).save_to_disk(path)))
 
 
@@ -152,7 +164,9 @@ def bergson_index(inputs: Inputs, steps: Steps) -> dict[str, Path]:
 
     def build(name: str) -> Path:
         data = dataset(inputs, steps, name)
-        return steps.run(f"index-{name}", lambda path: Build(index_config(inputs, path, data, SIDE), PreprocessConfig()).execute())
+        return steps.run(
+            f"index-{name}", lambda path: Build(index_config(inputs, path, data, SIDE), PreprocessConfig()).execute()
+        )
 
     return {name: build(name) for name in ("records", "questions")}
 
@@ -180,7 +194,8 @@ def bergson_cosine(inputs: Inputs, steps: Steps) -> Any:
 
 
 def bergson_trackstar(inputs: Inputs, steps: Steps) -> Any:
-    """The steps of `bergson trackstar` with unit_normalize, as in its examples, but scored from the index: cosines of whitened projected gradients."""
+    """The steps of `bergson trackstar` with unit_normalize, as in its examples,
+    but scored from the index: cosines of whitened projected gradients."""
     from bergson.cli.commands import Hessian, Mix
     from bergson.config.config import HessianConfig
 
@@ -188,7 +203,11 @@ def bergson_trackstar(inputs: Inputs, steps: Steps) -> Any:
 
     def fit(name: str) -> str:
         data, settings = dataset(inputs, steps, name), HessianConfig(method="autocorrelation")
-        return str(steps.run(f"hessian-{name}", lambda path: Hessian(settings, index_config(inputs, path, data, SIDE)).execute()))
+        return str(
+            steps.run(
+                f"hessian-{name}", lambda path: Hessian(settings, index_config(inputs, path, data, SIDE)).execute()
+            )
+        )
 
     records, questions = fit("records"), fit("questions")
     mixed = steps.run("hessian-mixed", lambda path: Mix(questions, records, str(path)).execute())
@@ -216,7 +235,8 @@ def bergson_ekfac(inputs: Inputs, steps: Steps) -> Any:
 
 
 def dattri_logra(inputs: Inputs, steps: Steps) -> Any:
-    """LoGra. Its default of 4,096 numbers a weight would need 19 GB for the inverses of 280 weights, and its default damping is 1e-5."""
+    """LoGra. Its default of 4,096 numbers a weight would need 19 GB for the
+    inverses of 280 weights, and its default damping is 1e-5."""
     import numpy as np
     from dattri.algorithm import LoGraAttributor
     from dattri.task import AttributionTask
@@ -230,11 +250,17 @@ def dattri_logra(inputs: Inputs, steps: Steps) -> Any:
             checkpoints=[None],
             checkpoints_load_func=lambda model, _: model,
         )
-        layers = [name for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "requires_grad", False)]
+        layers = [
+            name
+            for name, module in model.named_modules()
+            if getattr(getattr(module, "weight", None), "requires_grad", False)
+        ]
         # one record a pass: its loss is the mean over the tokens of a batch, and padding is not supported
         train, test = (DataLoader(inputs.tensors(name), batch_size=1) for name in ("records", "questions"))
         # offload="disk" pins memory, which fails without a GPU
-        attributor = LoGraAttributor(task, layers, damping=DAMPING, proj_dim=SIDE**2, offload="none", cache_dir=str(path))
+        attributor = LoGraAttributor(
+            task, layers, damping=DAMPING, proj_dim=SIDE**2, offload="none", cache_dir=str(path)
+        )
         attributor.cache(train)
         np.save(path / "scores.npy", attributor.attribute(train, test).numpy())
 
@@ -255,7 +281,9 @@ def dattri_llm_stores(inputs: Inputs, steps: Steps) -> tuple[Any, Path]:
         found = attributor(EKFACAttributor, AttributionTask(None, inputs.model()))
         # the smaller of a gradient and its factors
         hooks = HookManagerConfig(linear_io=REGISTER_ALL, capture_style="auto")
-        [(train, test)] = found.cache(inputs.tensors("records"), inputs.tensors("questions"), cache_dir=str(path), hook_config=hooks)
+        [(train, test)] = found.cache(
+            inputs.tensors("records"), inputs.tensors("questions"), cache_dir=str(path), hook_config=hooks
+        )
         (path / "stores.json").write_text(json.dumps([train, test]))
 
     return attributor, steps.run("gradients", collect)
@@ -282,7 +310,9 @@ def dattri_llm_scores(inputs: Inputs, steps: Steps, name: str, kind: Any, **opti
     train, test = json.loads((path / "stores.json").read_text())
     rows, columns = ([hash_sample(one) for one in inputs.tensors(what)] for what in ("records", "questions"))
     assert len(set(rows)) == len(rows)
-    return steps.scores(name, lambda: attributor(kind).attribute_from_cache(train, test, **options).query(rows, columns).numpy())
+    return steps.scores(
+        name, lambda: attributor(kind).attribute_from_cache(train, test, **options).query(rows, columns).numpy()
+    )
 
 
 @dataclass(frozen=True)
@@ -360,14 +390,18 @@ def scored(name: str, folder: Path, inputs: Inputs) -> tuple[Any, Steps]:
     return scores, steps
 
 
-def ranks_of(scores: Any, ids: list[str], kinds: list[str], culprits: dict[str, list[str]], name: str) -> list[dict[str, Any]]:
+def ranks_of(
+    scores: Any, ids: list[str], kinds: list[str], culprits: dict[str, list[str]], name: str
+) -> list[dict[str, Any]]:
     """Ranks of the culprits of each question, as in the results of `benchmarks/influence.py`."""
     from dagster_project.lineage.attribution.ranking import ranks
 
     found = []
     for number, kind in enumerate(kinds):
         rank = ranks(scores[:, number])
-        found.append({"kind": kind, "ranks": {name: sorted(int(rank[ids.index(one)]) for one in culprits[kind] if one in ids)}})
+        found.append(
+            {"kind": kind, "ranks": {name: sorted(int(rank[ids.index(one)]) for one in culprits[kind] if one in ids)}}
+        )
     return found
 
 
@@ -391,7 +425,8 @@ class Row:
         for kind in KINDS:
             first = sum(q["ranks"][self.key][0] == 1 for q in self.results if q["kind"] == kind)
             found.append(
-                f"{recall(self.results, kind, self.key, 1):.2f} / {recall(self.results, kind, self.key, 2):.2f}, {first} of {ASKED}"
+                f"{recall(self.results, kind, self.key, 1):.2f} / {recall(self.results, kind, self.key, 2):.2f},"
+                f" {first} of {ASKED}"
             )
         return [*found, f"{self.seconds:.0f}", "none" if self.bytes is None else f"{self.bytes / 1e6:.2f}"]
 
@@ -400,14 +435,19 @@ def row_of(name: str, results: list[dict[str, Any]], steps: Steps, records: int)
     """The line of a method of another tool: a step counts once, and the store is divided by the records."""
     method = METHODS[name]
     seconds = sum(steps.cost(step)["seconds"] for step in set(steps.used))
-    kept = None if method.store is None else sum(file.stat().st_size for file in steps.folder.glob(method.store)) // records
+    kept = (
+        None
+        if method.store is None
+        else sum(file.stat().st_size for file in steps.folder.glob(method.store)) // records
+    )
     tool, _, way = name.partition(": ")
     version = importlib.metadata.version(method.tool.replace("_", "-"))
     return Row(f"{tool} {version}: {way}", results, name, seconds, kept)
 
 
 def own_rows(document: dict[str, Any]) -> list[Row]:
-    """Lines of `pedigree why` from the results of benchmarks/influence.py at the end of the training; of its questions, those with culprits are counted."""
+    """Lines of `pedigree why` from the results of benchmarks/influence.py at the
+    end of the training; of its questions, those with culprits are counted."""
     from influence import KINDS
 
     results, cost = [one for one in document["questions"] if one["kind"] in KINDS], document["cost"][-1]

@@ -1,11 +1,15 @@
-"""Linear datamodeling score of `pedigree why`. usage: python benchmarks/influence_subsets.py [--project FOLDER] [--work FOLDER] [--seed N] [--subsets N] [--checkpoints N]
+"""Linear datamodeling score of `pedigree why`. usage: python benchmarks/influence_subsets.py [--project FOLDER] [--work
+FOLDER] [--seed N] [--subsets N] [--checkpoints N]
 
-Measures how well the scores of records predict the answers of models that were trained on some of them. The adapter of `benchmarks/influence.py` (run that first, with the same
---work) is trained again on random halves of its records, for as many epochs and with the same seed, and each of these models is asked all questions of that
-benchmark. The predicted log-probability of the asked part is the sum of the scores of the records in the half. The score is the rank correlation of predicted
-and measured log-probabilities over the halves (Park et al. 2023, arXiv 2303.14186, section 2), the mean over questions. Random scores give about 0, a perfect order 1.
+Measures how well the scores of records predict the answers of models that were trained on some of them. The adapter of
+`benchmarks/influence.py` (run that first, with the same --work) is trained again on random halves of its records, for
+as many epochs and with the same seed, and each of these models is asked all questions of that benchmark. The predicted
+log-probability of the asked part is the sum of the scores of the records in the half. The score is the rank correlation
+of predicted and measured log-probabilities over the halves (Park et al. 2023, arXiv 2303.14186, section 2), the mean
+over questions. Random scores give about 0, a perfect order 1.
 
-Questions share their halves, so their correlations are not independent: the interval is a bootstrap over halves, which is wide for few of them. Halves are kept in
+Questions share their halves, so their correlations are not independent: the interval is
+a bootstrap over halves, which is wide for few of them. Halves are kept in
 WORK/SEED/halves, so an interrupted command goes on, and more halves can be added later.
 """
 
@@ -42,9 +46,13 @@ def log_probabilities(project: Path, work: Path, asked: list[dict[str, Any]]) ->
     from dagster_project.lineage.attribution.gradients import TrainedModel
 
     training = json.loads((work / "adapter/training.json").read_text())
-    trained = TrainedModel.load(work / "adapter", project / "data/base_model", Compute(threads=1, dtype=training["dtype"]), "adapter@lora")
+    trained = TrainedModel.load(
+        work / "adapter", project / "data/base_model", Compute(threads=1, dtype=training["dtype"]), "adapter@lora"
+    )
     tokenizer = AutoTokenizer.from_pretrained(project / "data/base_model")
-    return [trained.log_probability(influence.example_of(tokenizer, question, question["span"])[0]) for question in asked]
+    return [
+        trained.log_probability(influence.example_of(tokenizer, question, question["span"])[0]) for question in asked
+    ]
 
 
 def train_half(project: Path, work: Path, seed: int, number: int, asked: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,8 +72,12 @@ def train_half(project: Path, work: Path, seed: int, number: int, asked: list[di
         chosen = {*half}
         new = {name: kind for kind, names in json.loads((work / "culprits.json").read_text()).items() for name in names}
         if not (folder / "adapter/training.json").is_file():
-            influence.train_on(project, folder, [record for record in records if record["example_id"] in chosen], new, seed, steps)
-        write_json(answers, {"records": half, "log_probability": log_probabilities(project, folder, asked), "steps": steps})
+            influence.train_on(
+                project, folder, [record for record in records if record["example_id"] in chosen], new, seed, steps
+            )
+        write_json(
+            answers, {"records": half, "log_probability": log_probabilities(project, folder, asked), "steps": steps}
+        )
         shutil.rmtree(folder)
     return dict(json.loads(answers.read_text()))
 
@@ -128,7 +140,10 @@ def show(found: dict[str, Any], halves: list[dict[str, Any]], seed: int) -> None
     dice = np.random.default_rng(seed)
     draws = dice.integers(0, len(halves), (RESAMPLED, len(halves)))
     print(f"{len(halves)} halves of {len(places)} records, {halves[0]['steps']} steps each, {len(kinds)} questions")
-    print(f"spread of the measured log-probabilities over halves, nats, median of questions: {np.median(measured.std(axis=0)):.3f}")
+    print(
+        "spread of the measured log-probabilities over halves, nats, median of questions:"
+        f" {np.median(measured.std(axis=0)):.3f}"
+    )
     for method, scores in found["scores"].items():
         each = correlations(scores, inside, measured)
         means = [correlations(scores, inside[draw], measured[draw]).mean() for draw in draws]
@@ -145,8 +160,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/influence"), help="folder of `benchmarks/influence.py`")
     parser.add_argument("--seed", type=int, default=0, help="of the training there")
     parser.add_argument("--subsets", type=int, default=20, help="halves to train on")
-    parser.add_argument("--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is repeated")
-    parser.add_argument("--second-moments", action="store_true", help="scale gradients by the second moments of the optimizer")
+    parser.add_argument(
+        "--checkpoints", type=int, default=1, metavar="N", help="points of the training, which is repeated"
+    )
+    parser.add_argument(
+        "--second-moments", action="store_true", help="scale gradients by the second moments of the optimizer"
+    )
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pedigree").setLevel(logging.INFO)
@@ -159,7 +178,11 @@ def main() -> int:
         parser.error(f"--subsets {options.subsets}: at least {LEAST} are needed for a correlation")
     asked = influence.asked_questions(options.project, work, options.seed)
     halves = [train_half(options.project, work, options.seed, number, asked) for number in range(options.subsets)]
-    show(scores_of(options.project, work, options.seed, PointSelection(options.checkpoints, options.second_moments)), halves, options.seed)
+    show(
+        scores_of(options.project, work, options.seed, PointSelection(options.checkpoints, options.second_moments)),
+        halves,
+        options.seed,
+    )
     return 0
 
 

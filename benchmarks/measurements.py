@@ -1,4 +1,5 @@
-"""Measurements that a benchmark has made already: a file to which each is added as soon as it is made, so that an interrupted benchmark goes on."""
+"""Measurements that a benchmark has made already: a file to which each is added
+as soon as it is made, so that an interrupted benchmark goes on."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 
 
 class Measurements:
-    """A file of lines `{"of": ..., "found": ...}`, one measurement each. `of` is everything that the result depends on, so that a result is not
-    taken for that of other settings. Several processes may add to the same file."""
+    """A file of lines `{"of": ..., "found": ...}`, one measurement each. `of` is everything that the result depends on,
+    so that a result is not taken for that of other settings. Several processes may add to the same file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -44,7 +45,10 @@ class Measurements:
             if isinstance(line, dict) and {*line} == {"of", "found"}:
                 yield line
             elif line is not None:
-                print(f"{self.file}: line {number} is not used: it is incomplete, or does not say what it measured", file=sys.stderr)
+                print(
+                    f"{self.file}: line {number} is not used: it is incomplete, or does not say what it measured",
+                    file=sys.stderr,
+                )
 
 
 def _plain(value: Any) -> Any:
@@ -57,4 +61,8 @@ def content(folder: Path) -> str:
     from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return sha256_of_text(json.dumps({name: sha256_of_file(files[name]) for name in sorted(files)})) if folder.is_dir() else "none"
+    return (
+        sha256_of_text(json.dumps({name: sha256_of_file(files[name]) for name in sorted(files)}))
+        if folder.is_dir()
+        else "none"
+    )

@@ -95,7 +95,17 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     method, options = settings(name, AutoConfig.from_pretrained(base_model).num_hidden_layers)
-    tunable = build(method, options, base_model, device, dtype, "benchmark", merge=False, total_steps=100, categories=["even", "odd"])
+    tunable = build(
+        method,
+        options,
+        base_model,
+        device,
+        dtype,
+        "benchmark",
+        merge=False,
+        total_steps=100,
+        categories=["even", "odd"],
+    )
     if checkpointing and method in CANNOT_CHECKPOINT:
         return None
     tokenizer = AutoTokenizer.from_pretrained(base_model)
@@ -114,11 +124,12 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
 def tiny_model(folder: Path) -> Path:
     """A folder with a two-layer random Llama and a tokenizer of three words."""
     make = (
-        "import sys; from tokenizers import Tokenizer, models; from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
-        "PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'a': 0, 'b': 1, 'c': 2}, unk_token='a')),"
-        " eos_token='b', pad_token='c').save_pretrained(sys.argv[1])\n"
-        "LlamaForCausalLM(LlamaConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2,"
-        " num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)).save_pretrained(sys.argv[1])\nprint()"
+        "import sys; from tokenizers import Tokenizer, models; from transformers import LlamaConfig, LlamaForCausalLM,"
+        " PreTrainedTokenizerFast\nPreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'a': 0, 'b': 1,"
+        " 'c': 2}, unk_token='a')), eos_token='b',"
+        " pad_token='c').save_pretrained(sys.argv[1])\nLlamaForCausalLM(LlamaConfig(vocab_size=259, hidden_size=64,"
+        " intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,"
+        " tie_word_embeddings=True)).save_pretrained(sys.argv[1])\nprint()"
     )
     output_of("-c", make, str(folder))
     return folder
@@ -129,9 +140,13 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"default: all of {'; '.join(METHODS)}")
     parser.add_argument("--tiny", action="store_true", help="a random model of two layers, to measure only the runtime")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data" / "base_model", help="default: %(default)s")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="default: both")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="default: both"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024], help="of a row (default: 256 1024)")
-    parser.add_argument("--checkpointing", nargs="+", choices=["yes", "no"], default=["no", "yes"], help="default: both")
+    parser.add_argument(
+        "--checkpointing", nargs="+", choices=["yes", "no"], default=["no", "yes"], help="default: both"
+    )
     parser.add_argument("--measured", type=Path, help="file with measurements; those in it are not repeated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "memory.md", help="default: %(default)s")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -157,7 +172,9 @@ def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
         for tokens in given.tokens
         for checkpointing in (answer == "yes" for answer in sorted(given.checkpointing, reverse=True))
     ]
-    for (name, dtype), cases in itertools.groupby((case for case in wanted if case not in found), key=lambda case: case[:2]):
+    for (name, dtype), cases in itertools.groupby(
+        (case for case in wanted if case not in found), key=lambda case: case[:2]
+    ):
         print(f"training {name}, {dtype}", file=sys.stderr, flush=True)
         arguments = [name, dtype, [case[2:] for case in cases]]
         child = (__file__, "--base-model", str(given.base_model), "--child", json.dumps(arguments))
@@ -190,12 +207,15 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
     for one in measured:
         method, options = settings(one["method"], layers)
         took = TrainingSpec(
-            device.type, getattr(torch, one["dtype"]), given.base_model, method, options, example_row(one["tokens"])["lengths"],
-            one["tokens"] // 2, runtime=runtime if device.type == "cpu" else 0, gradient_checkpointing=one["checkpointing"],
+            device.type, getattr(torch, one["dtype"]), given.base_model, method, options,
+            example_row(one["tokens"])["lengths"],
+            one["tokens"] // 2, runtime=runtime if device.type == "cpu" else 0,
+            gradient_checkpointing=one["checkpointing"],
         ).prediction  # fmt: skip
         one["predicted"], one["error"] = took.memory.total, took.memory.total / one["peak"] - 1
         one["range"] = [
-            margin * seconds for margin, seconds in zip(MARGIN, took.operations.seconds(device, times, time.thread_time), strict=True)
+            margin * seconds
+            for margin, seconds in zip(MARGIN, took.operations.seconds(device, times, time.thread_time), strict=True)
         ]
         print(json.dumps(one), flush=True)
     if given.tiny:
@@ -206,7 +226,8 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
 
 
 def table(measured: list[dict[str, Any]], device: str) -> str:
-    """Markdown: a line for each method and dtype, predicted / measured MB and the error in each case; then the seconds of a step."""
+    """Markdown: a line for each method and dtype, predicted / measured MB and
+    the error in each case; then the seconds of a step."""
     cases = sorted({(one["tokens"], one["checkpointing"]) for one in measured})
     heads = [f"{tokens} tokens{', checkpointing' if checkpointing else ''}" for tokens, checkpointing in cases]
     errors = [abs(one["error"]) for one in measured]
@@ -214,8 +235,10 @@ def table(measured: list[dict[str, Any]], device: str) -> str:
     timed = [one for one in measured if one["seconds"] is not None]
     inside = sum(one["range"][0] <= one["seconds"] <= one["range"][1] for one in timed)
     lines = [
-        f"Peak memory on a {device}, predicted / measured in MB. {len(measured)} cases: error in the median {100 * statistics.median(errors):.1f} %,"
-        f" at worst {100 * worst['error']:+.1f} % ({worst['method']}).",
+        (
+            f"Peak memory on a {device}, predicted / measured in MB. {len(measured)} cases: error in the median"
+            f" {100 * statistics.median(errors):.1f} %, at worst {100 * worst['error']:+.1f} % ({worst['method']})."
+        ),
     ]
     by_line = {(one["dtype"], one["method"]): {} for one in measured}
     for one in measured:
@@ -226,7 +249,10 @@ def table(measured: list[dict[str, Any]], device: str) -> str:
             "",
             f"| method | dtype | {' | '.join(heads)} |",
             f"| --- | --- |{' --- |' * len(cases)}",
-            *(f"| {name} | {dtype} | {' | '.join(cell(found.get(case)) for case in cases)} |" for (dtype, name), found in by_line.items()),
+            *(
+                f"| {name} | {dtype} | {' | '.join(cell(found.get(case)) for case in cases)} |"
+                for (dtype, name), found in by_line.items()
+            ),
             "",
         ]
 
@@ -234,7 +260,11 @@ def table(measured: list[dict[str, Any]], device: str) -> str:
         return f"{one['predicted'] / 1e6:.0f} / {one['peak'] / 1e6:.0f} ({100 * one['error']:+.1f} %)" if one else ""
 
     def seconds(one: dict[str, Any] | None) -> str:
-        return f"{one['range'][0]:.2f} to {one['range'][1]:.2f} / {one['seconds']:.2f}" if one and one["seconds"] is not None else ""
+        return (
+            f"{one['range'][0]:.2f} to {one['range'][1]:.2f} / {one['seconds']:.2f}"
+            if one and one["seconds"] is not None
+            else ""
+        )
 
     lines += rows(memory)
     lines.append(f"Seconds of a step, predicted / measured CPU seconds. {inside} of {len(timed)} are in the range.")

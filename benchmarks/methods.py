@@ -29,10 +29,12 @@ from dagster_project.training.tokens.collators import SIZES, collate_packed, col
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ORDER = ["lora", "rslora", "dora", "qlora", "qdora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "hra", "fourierft", "miss", "randlora",
+ORDER = ["lora", "rslora", "dora", "qlora", "qdora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "hra",
+    "fourierft", "miss", "randlora",
          "layernorm", "prefix_tuning", "prompt_tuning", "p_tuning", "full", "feature_extraction"]  # fmt: skip
 
-RATES = {"full": 1e-4, "rslora": 5e-4, "adalora": 2e-3, "ia3": 5e-3, "layernorm": 2e-3, "prefix_tuning": 1e-2, "prompt_tuning": 3e-2, "p_tuning": 3e-3,
+RATES = {"full": 1e-4, "rslora": 5e-4, "adalora": 2e-3, "ia3": 5e-3, "layernorm": 2e-3, "prefix_tuning": 1e-2,
+    "prompt_tuning": 3e-2, "p_tuning": 3e-3,
          "vera": 1e-2, "fourierft": 1e-2, "hra": 2e-3, "oft": 2e-3, "boft": 5e-3}  # fmt: skip
 
 
@@ -69,7 +71,9 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
         row["categories"] = [category.get(name) for name in row["example_ids"]]
     known = [name for row in rows["train"] for name in row["categories"] if name]
     merge = not why_not_merged(method, {}, quantization_of(method, None))
-    tunable = build(method, {}, base_model, device, dtype, f"adapter.{method}", merge=merge, total_steps=steps, categories=known)
+    tunable = build(
+        method, {}, base_model, device, dtype, f"adapter.{method}", merge=merge, total_steps=steps, categories=known
+    )
     tokens = sum(map(sum, (row["lengths"] for row in rows["train"])))
     recipe = SftParams(learning_rate=RATES.get(method, 1e-3), num_train_epochs=1, max_steps=steps)
     clock = time.process_time if compute.threads == 1 and device.type == "cpu" else time.perf_counter
@@ -101,7 +105,11 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
             model = load(folder, base_model, device, dtype)
             said = generate(model, tokenizer, ids, settings.max_new_tokens, settings.batch_size, method)
     references = [response_text(record["messages"]) for record in asked]
-    scores = score(measures(settings.task, {}, writes=tunable.fit is None), references, said) if settings.task and asked else {}
+    scores = (
+        score(measures(settings.task, {}, writes=tunable.fit is None), references, said)
+        if settings.task and asked
+        else {}
+    )
     return {
         "method": method,
         "trainable_percent": 100 * tunable.trainable / tunable.total,
@@ -131,7 +139,10 @@ def validation_loss(tunable: Any, rows: list[dict[str, Any]]) -> float:
     with torch.no_grad():
         for row in rows:
             batch = collate_packed([row], SIZES) if tunable.packs else collate_padded([row])
-            batch = {name: value.to(causal.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+            batch = {
+                name: value.to(causal.device) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
             labels = batch["labels"][:, 1:]
             counted = labels != IGNORE
             logits = causal.get_output_embeddings()(tunable.hidden_states(batch)[:, :-1][counted]).float()
@@ -142,7 +153,10 @@ def validation_loss(tunable: Any, rows: list[dict[str, Any]]) -> float:
 
 def table(found: list[dict[str, Any]], steps: int) -> str:
     lines = [
-        f"{steps} steps of the project's own rows on a {found[0]['device']}, {found[0]['dtype']}; {found[0]['threads']} thread(s); macro-F1 of {found[0]['asked']} test examples.",
+        (
+            f"{steps} steps of the project's own rows on a {found[0]['device']}, {found[0]['dtype']};"
+            f" {found[0]['threads']} thread(s); macro-F1 of {found[0]['asked']} test examples."
+        ),
         "feature_extraction has no such steps; its loss is that of the category, not of tokens.",
         "",
         "| method | trainable % | stored MB | peak GiB | tokens/s | learning rate | validation loss | macro-F1 |",
@@ -155,8 +169,8 @@ def table(found: list[dict[str, Any]], steps: int) -> str:
         f1 = "" if row["macro_f1"] is None else f"{row['macro_f1']:.3f}"
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
         lines.append(
-            f"| {row['method']} | {row['trainable_percent']:.3f} | {row['stored_mb']:.2f} | {row['peak_gb']:.2f} | {row['tokens_per_second']:.0f} "
-            f"| {rate} | {row['validation_loss']:.3f} | {f1} |"
+            f"| {row['method']} | {row['trainable_percent']:.3f} | {row['stored_mb']:.2f} | {row['peak_gb']:.2f} |"
+            f" {row['tokens_per_second']:.0f} | {rate} | {row['validation_loss']:.3f} | {f1} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -164,7 +178,9 @@ def table(found: list[dict[str, Any]], steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=ORDER)
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a packed row each (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=120, help="optimizer steps of a packed row each (default: %(default)s)"
+    )
     parser.add_argument("--answers", type=int, default=120, help="test examples to be answered (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="instead of compute.threads; 1 on a busy machine")
     parser.add_argument("--project", type=Path, default=ROOT)
@@ -176,13 +192,21 @@ def main() -> None:
         return
     found = []
     for method in given.methods:
-        command = [sys.executable, __file__, method, "--one", "--steps", str(given.steps), "--answers", str(given.answers), "--project", str(given.project)]  # fmt: skip
+        command = [sys.executable, __file__, method, "--one", "--steps", str(given.steps), "--answers",
+            str(given.answers), "--project", str(given.project)]  # fmt: skip
         command += ["--threads", str(given.threads)] if given.threads else []
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=False
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-        found.append(json.loads(last) if done.returncode == 0 else {"method": method, "error": f"exit {done.returncode}"})
+        found.append(
+            json.loads(last) if done.returncode == 0 else {"method": method, "error": f"exit {done.returncode}"}
+        )
         print(found[-1], flush=True)
     measured = [row for row in found if "error" not in row]
     if not measured:

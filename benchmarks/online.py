@@ -1,18 +1,21 @@
-"""Compare RLOO, GRPO and PPO by plain TRL and by the pipeline. usage: python benchmarks/online.py [--method rloo grpo ppo]
-[--project FOLDER] [--seeds N] [--episodes N] [--trl-with-ppo PYTHON] [--out FILE]
+"""Compare RLOO, GRPO and PPO by plain TRL and by the pipeline. usage: python benchmarks/online.py [--method rloo grpo
+ppo] [--project FOLDER] [--seeds N] [--episodes N] [--trl-with-ppo PYTHON] [--out FILE]
 
-Same model (data/base_model), same prompts (data/preferences), same LoRA, rate, answers per step, reward and maximum of new tokens; each
-run in its own process with one thread, the setups in turns:
+Same model (data/base_model), same prompts (data/preferences), same LoRA, rate, answers per step, reward and maximum of
+new tokens; each run in its own process with one thread, the setups in turns:
 
-    trl     TRL's trainer in bfloat16 without gradient checkpointing. PPO needs a TRL that has it (up to 1.12) in an environment of its
-            own, whose interpreter is PYTHON: `python -m venv FOLDER` and `FOLDER/bin/pip install trl==1.12.0 peft`; its value model,
-            which ours does not have, gets the same LoRA
+    trl     TRL's trainer in bfloat16 without gradient checkpointing. PPO needs
+    a TRL that has it (up to 1.12) in an environment of its
+            own, whose interpreter is PYTHON: `python -m venv FOLDER` and `FOLDER/bin/pip install trl==1.12.0 peft`; its
+            value model, which ours does not have, gets the same LoRA
     ours    the code of `aligned@X`
 
-RLOO and GRPO: 4 answers to each of 2 prompts a step; the reward is the rule `distinct`. PPO: 32 answers an iteration, two passes over
-them in passes of 8 and steps of 16; the reward is that of a reward model (the base model with a random output layer).
+RLOO and GRPO: 4 answers to each of 2 prompts a step; the reward is the rule `distinct`.
+PPO: 32 answers an iteration, two passes over them in passes of 8 and steps of 16; the
+reward is that of a reward model (the base model with a random output layer).
 
-CPU seconds are user and system time of the process while the trainer is constructed and trains, without imports and loading models,
+CPU seconds are user and system time of the process while the trainer is
+constructed and trains, without imports and loading models,
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def prompts_of(project: Path, limit: int) -> list[list[int]]:
     from dagster_project.training.tokens.preference_pairs import prompt_ids
 
     tokenizer = AutoTokenizer.from_pretrained(project / "data" / "base_model")
-    return [prompt_ids(tokenizer, pair) for pair in read_preferences(project / "data" / "preferences" / "train")[:limit]]
+    return [
+        prompt_ids(tokenizer, pair) for pair in read_preferences(project / "data" / "preferences" / "train")[:limit]
+    ]
 
 
 def distinct(answer: str) -> float:
@@ -104,8 +109,10 @@ def group_by_trl(method: str, model_folder: Path, prompts: list[list[int]], seed
             model=model,
             reward_funcs=reward,
             args=config(
-                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE, report_to="none", save_strategy="no",
-                disable_tqdm=True, logging_steps=1, gradient_checkpointing=False, per_device_train_batch_size=ANSWERS_PER_STEP,
+                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE, report_to="none",
+                save_strategy="no",
+                disable_tqdm=True, logging_steps=1, gradient_checkpointing=False,
+                per_device_train_batch_size=ANSWERS_PER_STEP,
                 max_steps=len(prompts) * GROUP["num_generations"] // ANSWERS_PER_STEP, **GROUP,
             ),
             train_dataset=Dataset.from_list([{"prompt": ids} for ids in prompts]),
@@ -149,7 +156,9 @@ def group_by_us(method: str, model_folder: Path, prompts: list[list[int]], seed:
     )  # fmt: skip
     began = time.process_time()
     rows = [{"prompt": ids, "pair": i} for i, ids in enumerate(prompts)]
-    training.train(spec, ShardedModel(model, None, device), AutoTokenizer.from_pretrained(model_folder), rows, [], params, compute)
+    training.train(
+        spec, ShardedModel(model, None, device), AutoTokenizer.from_pretrained(model_folder), rows, [], params, compute
+    )
     return time.process_time() - began, statistics.mean(run.lengths)
 
 
@@ -163,16 +172,21 @@ def ppo_by_trl(model_folder: Path, judge: Path, prompts: list[list[int]], seed: 
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     torch.manual_seed(seed)
     policy = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    scores, values = (AutoModelForSequenceClassification.from_pretrained(judge, num_labels=1, dtype=torch.bfloat16) for _ in range(2))
+    scores, values = (
+        AutoModelForSequenceClassification.from_pretrained(judge, num_labels=1, dtype=torch.bfloat16) for _ in range(2)
+    )
     values = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **LORA), values)
     values.score.weight.requires_grad_(True)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.process_time()
         trainer = PPOTrainer(
             args=PPOConfig(
-                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE, report_to="none", save_strategy="no",
-                disable_tqdm=True, gradient_checkpointing=False, total_episodes=len(prompts), per_device_train_batch_size=PASS,
-                gradient_accumulation_steps=ITERATION // PASS, num_mini_batches=2, local_rollout_forward_batch_size=ITERATION,
+                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE, report_to="none",
+                save_strategy="no",
+                disable_tqdm=True, gradient_checkpointing=False, total_episodes=len(prompts),
+                per_device_train_batch_size=PASS,
+                gradient_accumulation_steps=ITERATION // PASS, num_mini_batches=2,
+                local_rollout_forward_batch_size=ITERATION,
                 num_ppo_epochs=2, response_length=LENGTH, stop_token="eos", kl_coef=BETA, num_sample_generations=0,
             ),
             processing_class=tokenizer,
@@ -206,7 +220,8 @@ def ppo_by_us(model_folder: Path, judge: Path, prompts: list[list[int]], seed: i
         return scores._score([(prompts[row], list(answer)) for row, answer in zip(rows, ids, strict=True)])
 
     settings = ppo.Settings(
-        total_episodes=len(prompts), batch_size=ITERATION, rollout_batch_size=ITERATION, mini_batch_size=PASS, gradient_accumulation_steps=2,
+        total_episodes=len(prompts), batch_size=ITERATION, rollout_batch_size=ITERATION, mini_batch_size=PASS,
+        gradient_accumulation_steps=2,
         num_ppo_epochs=2, response_length=LENGTH, kl_coef=BETA, learning_rate=RATE, max_kl=None,
     )  # fmt: skip
     model = preference.policy(model_folder, LORA, device, dtype, "benchmark", "lora").model
@@ -239,8 +254,10 @@ def one(method: str, setup: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def report(found: list[dict[str, Any]]) -> str:
     lines = [
-        f"CPU seconds for {COUNTED} answers of at most {LENGTH} tokens, bfloat16, one thread, {machine()}; medians over the seeds, in brackets minimum and "
-        "maximum.",
+        (
+            f"CPU seconds for {COUNTED} answers of at most {LENGTH} tokens, bfloat16, one thread, {machine()}; medians"
+            " over the seeds, in brackets minimum and maximum."
+        ),
         "",
         "| method | answers in a run | seeds | TRL | ours | ratio | tokens of an answer, TRL and ours |",
         "| --- | ---: | ---: | --- | --- | ---: | --- |",
@@ -255,18 +272,26 @@ def report(found: list[dict[str, Any]]) -> str:
             lengths.append(f"{statistics.mean(run['length'] for run in mine):.0f}" if mine else "")
         runs = [run for run in found if run["method"] == method]
         lines.append(
-            f"| {method} | {runs[0]['answers']} | {len({run['seed'] for run in runs})} | {' | '.join(cells)} | {middle['trl'] / middle['ours']:.1f} | {' and '.join(lengths)} |"
+            f"| {method} | {runs[0]['answers']} | {len({run['seed'] for run in runs})} | {' | '.join(cells)} |"
+            f" {middle['trl'] / middle['ours']:.1f} | {' and '.join(lengths)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=["rloo", "grpo", "ppo"], default=["rloo", "grpo", "ppo"], help="default: all")
+    parser.add_argument(
+        "--method", nargs="+", choices=["rloo", "grpo", "ppo"], default=["rloo", "grpo", "ppo"], help="default: all"
+    )
     parser.add_argument("--setup", nargs="+", choices=["trl", "ours"], default=["trl", "ours"], help="default: both")
     parser.add_argument("--project", type=Path, default=ROOT)
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--episodes", type=int, default=64, help="answers of a run, a multiple of 8, for PPO of 32 (default: %(default)s)")
+    parser.add_argument(
+        "--episodes",
+        type=int,
+        default=64,
+        help="answers of a run, a multiple of 8, for PPO of 32 (default: %(default)s)",
+    )
     parser.add_argument("--trl-with-ppo", help="interpreter of an environment with trl 1.12")
     parser.add_argument("--out", type=Path, help="put the table between the markers of this Markdown file")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -278,15 +303,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         judge = judge_of(model, Path(scratch) / "judge") if "ppo" in options.method else Path()
         for method in options.method:
-            asked = prompts_of(options.project, options.episodes if method == "ppo" else options.episodes // int(GROUP["num_generations"]))
+            asked = prompts_of(
+                options.project,
+                options.episodes if method == "ppo" else options.episodes // int(GROUP["num_generations"]),
+            )
             if method == "ppo":
                 asked = asked[: len(asked) // ITERATION * ITERATION]  # TRL would complete the last iteration
-            for seed in range(1, options.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
+            for seed in range(
+                1, options.seeds + 1
+            ):  # setups in turns, so that a busy moment of the machine does not affect only one
                 for setup in options.setup:
                     python = options.trl_with_ppo if (method, setup) == ("ppo", "trl") else sys.executable
                     if python:
                         given = {"model": str(model.resolve()), "judge": str(judge), "prompts": asked, "seed": seed}
-                        found.append(result_of(__file__, "--one", method, setup, python=python, variables=SILENT, given=json.dumps(given)))
+                        found.append(
+                            result_of(
+                                __file__,
+                                "--one",
+                                method,
+                                setup,
+                                python=python,
+                                variables=SILENT,
+                                given=json.dumps(given),
+                            )
+                        )
                         print(found[-1], file=sys.stderr, flush=True)
     table = report(found)
     print(table)

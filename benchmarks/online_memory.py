@@ -1,10 +1,11 @@
-"""Compare predicted and measured peak memory of RLOO, GRPO and Online DPO. usage: python benchmarks/online_memory.py [METHOD...]
-[--project FOLDER] [--out FILE]
+"""Compare predicted and measured peak memory of RLOO, GRPO and Online DPO. usage: python benchmarks/online_memory.py
+[METHOD...] [--project FOLDER] [--out FILE]
 
-Each method takes two steps of 8 answers of at most 48 tokens to prompts of data/preferences, with the code of `aligned@X`, data/base_model in
-bfloat16 and one thread, each in its own process; no reward model is loaded. Measured is the maximum resident size of the process, with imports
-and loading; predicted is what `pedigree plan` would say of it, for answers of the longest length. Before this script, a pass was predicted as a
-batch of padded texts: `padded`. Memory figures are valid on a busy machine. With --out the table replaces the one in docs/memory.md.
+Each method takes two steps of 8 answers of at most 48 tokens to prompts of data/preferences, with the code of
+`aligned@X`, data/base_model in bfloat16 and one thread, each in its own process; no reward model is loaded. Measured is
+the maximum resident size of the process, with imports and loading; predicted is what `pedigree plan` would say of it,
+for answers of the longest length. Before this script, a pass was predicted as a batch of padded texts: `padded`. Memory
+figures are valid on a busy machine. With --out the table replaces the one in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def settings(method: str) -> tuple[Any, Any]:
     from dagster_project.training.trainers.harness.params import PreferenceParams
 
     params = PreferenceParams(
-        learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0, per_device_train_batch_size=ANSWERS, max_steps=STEPS
+        learning_rate=RATE,
+        lr_scheduler_type="linear",
+        warmup_ratio=0,
+        per_device_train_batch_size=ANSWERS,
+        max_steps=STEPS,
     )
     return preference.METHODS[method](max_completion_length=LENGTH), params
 
@@ -87,7 +92,8 @@ def predict(name: str, project: Path, runtime: int) -> dict[str, int]:
     lengths = [len(prompt) for prompt in prompts_for(method, project)]
     largest = answer_pass(method, params, lengths, STEPS)
     padded = TrainingSpec(
-        "cpu", torch.bfloat16, project / "data" / "base_model", "lora", LORA, [max(lengths) + LENGTH] * ANSWERS, ANSWERS * LENGTH, runtime=runtime,
+        "cpu", torch.bfloat16, project / "data" / "base_model", "lora", LORA, [max(lengths) + LENGTH] * ANSWERS,
+        ANSWERS * LENGTH, runtime=runtime,
         timed=False,
     )  # fmt: skip
     spec = changed(padded, lengths=[largest.tokens], counted=largest.answer_tokens, answers=largest)
@@ -96,7 +102,10 @@ def predict(name: str, project: Path, runtime: int) -> dict[str, int]:
 
 def table(measured: list[dict[str, Any]]) -> str:
     lines = [
-        f"Peak memory in MB of {STEPS} steps of {ANSWERS} answers of at most {LENGTH} tokens, bfloat16, one thread, {machine()}.",
+        (
+            f"Peak memory in MB of {STEPS} steps of {ANSWERS} answers of at most {LENGTH} tokens, bfloat16, one thread,"
+            f" {machine()}."
+        ),
         "",
         "| method | tokens of an answer | measured | predicted | error | predicted for padded texts | its error |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -121,9 +130,13 @@ def main() -> None:
     if unknown := [name for name in given.methods if name not in METHODS]:
         parser.error(f"{', '.join(unknown)}: name some of {', '.join(METHODS)}")
     measured = []
-    for name in given.methods or METHODS:  # all measurements first: the maximum resident size of a process starts with that of its parent
+    for name in (
+        given.methods or METHODS
+    ):  # all measurements first: the maximum resident size of a process starts with that of its parent
         print(f"training {name}", file=sys.stderr, flush=True)
-        measured.append(json.loads(python(__file__, "--project", str(given.project.resolve()), "--child", name).splitlines()[-1]))
+        measured.append(
+            json.loads(python(__file__, "--project", str(given.project.resolve()), "--child", name).splitlines()[-1])
+        )
         print(json.dumps(measured[-1]), file=sys.stderr, flush=True)
     runtime = int(python("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
     shown = table([{**one, **predict(one["method"], given.project, runtime)} for one in measured])

@@ -1,9 +1,10 @@
-"""A small made-up data set with answers that can be verified: one value of a parcel's note, e.g. where it goes. usage: python
-benchmarks/parcel_notes.py FOLDER [--seed N]
+"""A small made-up data set with answers that can be verified: one value of a parcel's note, e.g. where it goes. usage:
+python benchmarks/parcel_notes.py FOLDER [--seed N]
 
-Writes few.jsonl, train.jsonl and validation.jsonl in the layout `messages`. Each note names two cities, two days, a number of boxes and a weight, in an
-order and with words that vary, so that an answer has to be chosen between two values of a kind; it is a word or number of the note. No note is in two files.
-The same seed gives the same bytes. License: that of the project, Apache-2.0.
+Writes few.jsonl, train.jsonl and validation.jsonl in the layout `messages`. Each note names two cities, two days, a
+number of boxes and a weight, in an order and with words that vary, so that an answer has to be chosen between two
+values of a kind; it is a word or number of the note. No note is in two files. The same seed gives the same bytes.
+License: that of the project, Apache-2.0.
 """
 
 from __future__ import annotations
@@ -38,16 +39,22 @@ CITIES = (
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 ROUTES = (
-    "from {origin} to {destination}", "to {destination} from {origin}", "{destination} receives it from {origin}", "leaves {origin} for {destination}",
-    "bound for {destination}, packed in {origin}", "{origin} ships it to {destination}", "ordered by {destination}, supplied by {origin}",
-    "{destination} waits for it, {origin} has it ready", "picked up in {origin}, dropped off in {destination}", "{destination} gets it, {origin} sends it",
+    "from {origin} to {destination}", "to {destination} from {origin}", "{destination} receives it from {origin}",
+    "leaves {origin} for {destination}",
+    "bound for {destination}, packed in {origin}", "{origin} ships it to {destination}",
+    "ordered by {destination}, supplied by {origin}",
+    "{destination} waits for it, {origin} has it ready", "picked up in {origin}, dropped off in {destination}",
+    "{destination} gets it, {origin} sends it",
 )  # fmt: skip
 TIMES = (
-    "sent {sent}, due {due}", "due {due}, sent {sent}", "must arrive {due}, leaves {sent}", "wanted by {due}, on the road since {sent}",
-    "pickup {sent}, delivery {due}", "delivery {due}, pickup {sent}", "expected {due} after it left {sent}", "{sent} to {due}",
+    "sent {sent}, due {due}", "due {due}, sent {sent}", "must arrive {due}, leaves {sent}",
+    "wanted by {due}, on the road since {sent}",
+    "pickup {sent}, delivery {due}", "delivery {due}, pickup {sent}", "expected {due} after it left {sent}",
+    "{sent} to {due}",
 )  # fmt: skip
 LOADS = (
-    "{boxes} boxes, {kilograms} kg", "{kilograms} kg in {boxes} boxes", "{boxes} boxes weigh {kilograms} kg", "weight {kilograms}, boxes {boxes}",
+    "{boxes} boxes, {kilograms} kg", "{kilograms} kg in {boxes} boxes", "{boxes} boxes weigh {kilograms} kg",
+    "weight {kilograms}, boxes {boxes}",
     "{boxes} boxes of {kilograms} kg together", "{kilograms} kg; boxes: {boxes}",
 )  # fmt: skip
 FIELDS = ("origin", "destination", "sent", "due", "boxes", "kilograms")
@@ -78,7 +85,9 @@ def records(seed: int) -> dict[str, list[dict[str, Any]]]:
             known.add(text)
             field = FIELDS[len(found[name]) % len(FIELDS)]
             messages = [("system", SYSTEM), ("user", f"{text}\n{field}?"), ("assistant", values[field])]
-            found[name].append({"messages": [{"role": role, "content": content} for role, content in messages], "category": field})
+            found[name].append(
+                {"messages": [{"role": role, "content": content} for role, content in messages], "category": field}
+            )
     return found
 
 

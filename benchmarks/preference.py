@@ -1,18 +1,20 @@
 """Compare DPO and reward-model training by plain TRL and by the pipeline. usage: python benchmarks/preference.py
 [--task dpo reward] [--setup NAME ...] [--seeds N] [--steps N] [--out FILE]
 
-Same model (data/base_model), same pairs (data/preferences), same LoRA, rate, schedule, pairs per step and number of steps; each run in its
-own process with one thread, the setups in turns. The setups differ in:
+Same model (data/base_model), same pairs (data/preferences), same LoRA, rate, schedule, pairs per step and number of
+steps; each run in its own process with one thread, the setups in turns. The setups differ in:
 
     trl             TRL's defaults: float32, padded batches, gradient checkpointing
-    trl_...         its settings that could be faster: no checkpointing, bfloat16, the reference computed in advance; the fastest of those
+    trl_...         its settings that could be faster: no checkpointing,
+    bfloat16, the reference computed in advance; the fastest of those
                     measured is TRL's best (TRL 1.16 has no padding-free DPO)
     ours            training/trainers/alignment/trl_trainers as `aligned@X` and `reward_model` call it
     ours_float32    the same in float32
 
-CPU seconds are user and system time of the process while the trainer is constructed and trains, without imports and loading the model: they
-are comparable on a busy machine. Peak memory is the maximum resident size of the process. The loss is that of held-out pairs after the last
-step, two plain forward passes in float32 for each answer, by the same code for all.
+CPU seconds are user and system time of the process while the trainer is constructed and
+trains, without imports and loading the model: they are comparable on a busy machine. Peak
+memory is the maximum resident size of the process. The loss is that of held-out pairs after
+the last step, two plain forward passes in float32 for each answer, by the same code for all.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def pairs_of(split: str, limit: int) -> list[Pair]:
 def rows_of(task: str, pairs: list[Pair]) -> list[dict[str, Any]]:
     """Rows in the format of TRL's trainers."""
     if task == "dpo":
-        return [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected} for prompt, chosen, rejected in pairs]
+        return [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected} for prompt, chosen, rejected in pairs
+        ]
     return [{"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected} for prompt, chosen, rejected in pairs]
 
 
@@ -92,7 +96,9 @@ def train_trl(task: str, name: str, pairs: list[Pair], seed: int) -> tuple[Any, 
     else:
         trainer_class, config = trl.RewardTrainer, trl.RewardConfig
         lora = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA)
-        model = AutoModelForSequenceClassification.from_pretrained(ROOT / "data" / "base_model", dtype=dtype, num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            ROOT / "data" / "base_model", dtype=dtype, num_labels=1
+        )
         model.config.pad_token_id = tokenizer.pad_token_id
 
     class Tokenized(trainer_class):
@@ -106,8 +112,10 @@ def train_trl(task: str, name: str, pairs: list[Pair], seed: int) -> tuple[Any, 
         trainer = Tokenized(
             model=model,
             args=config(
-                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, num_train_epochs=1, warmup_steps=0.1, max_length=None,
-                learning_rate=RATES[task], report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, **SHARED, **settings,
+                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, num_train_epochs=1, warmup_steps=0.1,
+                max_length=None,
+                learning_rate=RATES[task], report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+                **SHARED, **settings,
             ),
             train_dataset=Dataset.from_list(rows_of(task, pairs)),
             processing_class=tokenizer,
@@ -161,10 +169,14 @@ def held_out_loss(task: str, model: Any, pairs: list[Pair]) -> float:
         return float(log_probabilities[len(prompt) - 1 :].sum())
 
     with torch.inference_mode():
-        difference = torch.tensor([score(prompt, chosen) - score(prompt, rejected) for prompt, chosen, rejected in pairs])
+        difference = torch.tensor(
+            [score(prompt, chosen) - score(prompt, rejected) for prompt, chosen, rejected in pairs]
+        )
         if task == "dpo":
             with model.disable_adapter():
-                difference -= torch.tensor([score(prompt, chosen) - score(prompt, rejected) for prompt, chosen, rejected in pairs])
+                difference -= torch.tensor(
+                    [score(prompt, chosen) - score(prompt, rejected) for prompt, chosen, rejected in pairs]
+                )
             difference *= BETA
     return float(-torch.nn.functional.logsigmoid(difference).mean())
 
@@ -181,7 +193,8 @@ def one(task: str, name: str, seed: int, steps: int) -> dict[str, Any]:
     peak = peak_memory("cpu")
     tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs)
     return {
-        "task": task, "setup": name, "seed": seed, "pairs": len(pairs), "tokens": tokens, "cpu_seconds": seconds, "peak_bytes": peak,
+        "task": task, "setup": name, "seed": seed, "pairs": len(pairs), "tokens": tokens, "cpu_seconds": seconds,
+        "peak_bytes": peak,
         "loss": held_out_loss(task, model, held),
     }  # fmt: skip
 
@@ -191,11 +204,16 @@ def report(found: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     for task in dict.fromkeys(run["task"] for run in found):
         runs = [run for run in found if run["task"] == task]
-        by_setup = {name: [run for run in runs if run["setup"] == name] for name in dict.fromkeys(run["setup"] for run in runs)}
+        by_setup = {
+            name: [run for run in runs if run["setup"] == name] for name in dict.fromkeys(run["setup"] for run in runs)
+        }
         seconds = {name: statistics.median(run["cpu_seconds"] for run in mine) for name, mine in by_setup.items()}
         steps = math.ceil(runs[0]["pairs"] / SHARED["per_device_train_batch_size"])
         lines += [
-            f"{task}: {runs[0]['pairs']} pairs, {runs[0]['tokens']:,} tokens in {steps} steps, one thread; medians over {len(next(iter(by_setup.values())))} seeds, the loss in brackets with minimum and maximum.",
+            (
+                f"{task}: {runs[0]['pairs']} pairs, {runs[0]['tokens']:,} tokens in {steps} steps, one thread; medians"
+                f" over {len(next(iter(by_setup.values())))} seeds, the loss in brackets with minimum and maximum."
+            ),
             "",
             "| setup | CPU seconds | peak memory, GB | loss of held-out pairs |",
             "| --- | --- | --- | --- |",
@@ -204,7 +222,8 @@ def report(found: list[dict[str, Any]]) -> str:
             losses = [run["loss"] for run in mine]
             peak = statistics.median(run["peak_bytes"] for run in mine) / 1e9
             lines.append(
-                f"| {name} | {seconds[name]:.1f} | {peak:.2f} | {statistics.median(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}) |"
+                f"| {name} | {seconds[name]:.1f} | {peak:.2f} | {statistics.median(losses):.4f} ({min(losses):.4f} to"
+                f" {max(losses):.4f}) |"
             )
         theirs = {name: value for name, value in seconds.items() if name.startswith("trl")}
         if theirs and "ours" in seconds:
@@ -212,7 +231,10 @@ def report(found: list[dict[str, Any]]) -> str:
             defaults = f"{theirs['trl'] / seconds['ours']:.1f} x TRL's defaults and " if "trl" in theirs else ""
             lines += [
                 "",
-                f"Ours is {defaults}{theirs[best] / seconds['ours']:.1f} x `{best}`, the fastest of TRL's setups measured here.",
+                (
+                    f"Ours is {defaults}{theirs[best] / seconds['ours']:.1f} x `{best}`, the fastest of TRL's setups"
+                    " measured here."
+                ),
                 "",
             ]
     return "\n".join(lines)
@@ -233,7 +255,9 @@ def main() -> None:
         return
     found = []
     for task in given.task:
-        for seed in range(1, given.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
+        for seed in range(
+            1, given.seeds + 1
+        ):  # setups in turns, so that a busy moment of the machine does not affect only one
             for name in SETUPS[task]:
                 if not given.setup or name in given.setup:
                     found.append(result_of(__file__, "--one", f"{task},{name},{seed}", "--steps", str(given.steps)))

@@ -1,9 +1,11 @@
-"""Near-duplicates in memory and in rounds, side by side. usage: python benchmarks/scaling.py [--rows N ...] [--workers N]
+"""Near-duplicates in memory and in rounds, side by side. usage: python
+benchmarks/scaling.py [--rows N ...] [--workers N]
 
-The texts of curation.py are read from a file, one by one, and compared with `count_words`, as by the stage `instructions`: in memory, in rounds in
-one process, and in rounds on `--workers` processes of this host. Each engine runs in its own process after a first call that compiles
-or loads its loops; both write the digest of their result, which must be equal. CPU seconds include all processes and their
-start; compare these, not the rows per second, if the machine has other work.
+The texts of curation.py are read from a file, one by one, and compared with `count_words`, as by
+the stage `instructions`: in memory, in rounds in one process, and in rounds on `--workers`
+processes of this host. Each engine runs in its own process after a first call that compiles or
+loads its loops; both write the digest of their result, which must be equal. CPU seconds include all
+processes and their start; compare these, not the rows per second, if the machine has other work.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ def measure(engine: str, file: Path, count: int) -> dict[str, float | str]:
         loaded, used, start = _peak(), _cpu(), time.perf_counter()
         with workers.using(kind), mock.patch.object(Column, "append", count_bytes):
             found = compare(texts, count_words=True)
-    digest = hashlib.sha256(repr((found.pairs, found.scores, found.boilerplate, sorted(found.frequency.items()))).encode()).hexdigest()
+    digest = hashlib.sha256(
+        repr((found.pairs, found.scores, found.boilerplate, sorted(found.frequency.items()))).encode()
+    ).hexdigest()
     return {
         "rows/s": len(texts) / (time.perf_counter() - start),
         "CPU seconds": _cpu() - used,
@@ -104,7 +108,11 @@ def _peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[100_000, 1_000_000], help="numbers of texts (default: 100,000 and 1,000,000)"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[100_000, 1_000_000],
+        help="numbers of texts (default: 100,000 and 1,000,000)",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
@@ -121,11 +129,16 @@ def main() -> None:
             print(f"{rows:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
             runs = {}
             for engine in ENGINES:
-                runs[engine] = result_of(__file__, "--workers", str(args.workers), "--measure", engine, str(file), variables={})
+                runs[engine] = result_of(
+                    __file__, "--workers", str(args.workers), "--measure", engine, str(file), variables={}
+                )
         print(f"{'':22}" + "".join(f"{engine:>12}" for engine in runs))
         for key in runs["in memory"]:
             values = [run[key] for run in runs.values()]
-            print(f"{key:22}" + "".join(f"{value:>12}" if isinstance(value, str) else f"{value:12,.1f}" for value in values))
+            print(
+                f"{key:22}"
+                + "".join(f"{value:>12}" if isinstance(value, str) else f"{value:12,.1f}" for value in values)
+            )
         if len({run["digest"] for run in runs.values()}) > 1:
             raise SystemExit("the results differ")
 

@@ -1,4 +1,5 @@
-"""What benchmarks that repeat a training with several seeds share: processor time of a training, spread over seeds, and paired differences."""
+"""What benchmarks that repeat a training with several seeds share: processor
+time of a training, spread over seeds, and paired differences."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Scores = Mapping[str, float]
 
 @contextmanager
 def training_seconds() -> Iterator[list[float]]:
-    """Processor seconds, user and system, of `aligned.produce` until it begins to measure the trained model: loading, training, and what comes between."""
+    """Processor seconds, user and system, of `aligned.produce` until it begins
+    to measure the trained model: loading, training, and what comes between."""
     from dagster_project.stages import aligned
 
     began, evaluate = time.process_time(), aligned._evaluate
@@ -41,7 +43,9 @@ def gain(after: Mapping[int, Scores], before: Mapping[int, Scores]) -> dict[str,
     from dagster_project.evaluation.paired.alignment import paired
 
     records = sorted(next(iter(before.values())))
-    earlier, later = ([statistics.mean(of[seed][record] for seed in after) for record in records] for of in (before, after))
+    earlier, later = (
+        [statistics.mean(of[seed][record] for seed in after) for record in records] for of in (before, after)
+    )
     return paired(earlier, later, records)
 
 

@@ -1,6 +1,8 @@
-"""Greedy answers of a model through `pedigree serve` and by `pedigree chat`, for the same test prompts: how many are equal, and the first difference.
+"""Greedy answers of a model through `pedigree serve` and by `pedigree chat`,
+for the same test prompts: how many are equal, and the first difference.
 
-Run in a project: python benchmarks/served_answers.py [MODEL] [--prompts N] [--project FOLDER]. Starts the server itself, on a free port.
+Run in a project: python benchmarks/served_answers.py [MODEL] [--prompts N]
+[--project FOLDER]. Starts the server itself, on a free port.
 """
 
 from __future__ import annotations
@@ -30,7 +32,16 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [str(Path(sys.executable).parent / "pedigree"), "serve", options.model, "--port", port, "--json", "--project", str(root)]
+    command = [
+        str(Path(sys.executable).parent / "pedigree"),
+        "serve",
+        options.model,
+        "--port",
+        port,
+        "--json",
+        "--project",
+        str(root),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -44,9 +55,14 @@ def main() -> None:
     expected = []
     for messages in prompts:
         speaker.messages = messages[:-1]
-        expected.append(speaker.ask(messages[-1]["content"], None, Decoding(LONGEST), lambda _: None).message["content"])
+        expected.append(
+            speaker.ask(messages[-1]["content"], None, Decoding(LONGEST), lambda _: None).message["content"]
+        )
     equal = sum(a == b for a, b in zip(answers, expected, strict=True))
-    print(f"{served['model']} by {served['engine']}, {speaker.model.model.dtype}: {equal} of {len(prompts)} greedy answers are equal")
+    print(
+        f"{served['model']} by {served['engine']}, {speaker.model.model.dtype}: {equal} of {len(prompts)} greedy"
+        " answers are equal"
+    )
     for messages, a, b in zip(prompts, answers, expected, strict=True):
         if a != b:
             print(json.dumps({"prompt": messages[-1]["content"], "served": a, "chat": b}, ensure_ascii=False))

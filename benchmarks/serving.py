@@ -1,20 +1,23 @@
-"""Compare a model as llama.cpp serves it with the model as it was trained and measured. usage: python benchmarks/serving.py
-[--project FOLDER] [--model NAME] [--exports FOLDER] [--threads N] [--minutes N] [--out FILE]
+"""Compare a model as llama.cpp serves it with the model as it was trained and measured. usage: python
+benchmarks/serving.py [--project FOLDER] [--model NAME] [--exports FOLDER] [--threads N] [--minutes N] [--out FILE]
 
-Exports the model as GGUF in each number format (or takes the folders NAME-FORMAT in --exports), and answers the test questions of the stage
-`evaluation` greedily, with at most evaluation.max_new_tokens tokens:
+Exports the model as GGUF in each number format (or takes the folders NAME-FORMAT in --exports), and answers the test
+questions of the stage `evaluation` greedily, with at most evaluation.max_new_tokens tokens:
 
     evaluation     the answers that the stage recorded, in the number format of the project (compute.dtype)
     float32        the same model in transformers, in float32
-    f16, q8_0, q4_k_m   llama.cpp (llama-cpp-py-sync), one prompt at a time, from the rendered text of the prompt, as its server gets it
+    f16, q8_0, q4_k_m   llama.cpp (llama-cpp-py-sync), one prompt at a time,
+    from the rendered text of the prompt, as its server gets it
 
 Token ids: prompts that llama.cpp splits into the ids that training used. Equal answers: those with the same text.
-Each system first reads prompt and recorded answer at once. As long as its most likely tokens are those of the answer, they are its own answer, too, which
-goes on token by token from the first difference. KL: mean over the tokens of the recorded answers of KL(float32 || system) in nats, from that reading.
-Scores: as in the stage, on the same questions. Tokens per CPU second: of 64 tokens generated one after the other; user and system time of the process is
-comparable on a busy machine.
+Each system first reads prompt and recorded answer at once. As long as its most likely tokens are
+those of the answer, they are its own answer, too, which goes on token by token from the first
+difference. KL: mean over the tokens of the recorded answers of KL(float32 || system) in nats, from
+that reading. Scores: as in the stage, on the same questions. Tokens per CPU second: of 64 tokens
+generated one after the other; user and system time of the process is comparable on a busy machine.
 
-Questions are asked in blocks, of all systems; the table is written after each. --minutes N starts no block after this time: the table has fewer questions.
+Questions are asked in blocks, of all systems; the table is written after each.
+--minutes N starts no block after this time: the table has fewer questions.
 """
 
 from __future__ import annotations
@@ -73,16 +76,24 @@ class Served:
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, start + i, 1, 0, i >= first
+            batch.token[i] = token
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= first
         if self.lib.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")
-        rows = [self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.size) for i in range(first, len(ids))]
+        rows = [
+            self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, i), 4 * self.size)
+            for i in range(first, len(ids))
+        ]
         found = np.stack([np.frombuffer(row, dtype=np.float32).copy() for row in rows])
         self.lib.llama_batch_free(batch)
         return found
 
     def answer(self, prompt: Ids, expected: Ids, longest: int) -> tuple[Ids, Any]:
-        """The greedy answer with its end, and the log-probabilities (tokens, vocabulary) at the tokens of the expected answer."""
+        """The greedy answer with its end, and the log-probabilities (tokens,
+        vocabulary) at the tokens of the expected answer."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         logits = self.logits([*prompt, *expected[:-1]], 0, len(prompt) - 1)
         answer = beginning(logits, expected)
@@ -138,15 +149,17 @@ class Questions:
         values = params.read(project)
         self.settings = params.parse(Settings, values.get("evaluation"), "evaluation")
         self.compute = params.parse(Compute, values.get("compute"), "compute").model_copy(update={"threads": threads})
-        self.load = lambda dtype: EvaluatedModel(folder, self.compute, self.settings.model_copy(update={"dtype": dtype}))
+        self.load = lambda dtype: EvaluatedModel(
+            folder, self.compute, self.settings.model_copy(update={"dtype": dtype})
+        )
         train, test = (read_records(project / "data" / "splits" / split) for split in ("train", "test"))
         self.task, self.rows = select_questions(test, self.settings, train)
         self.custom = custom_measures(project, self.settings.metrics)
         self.offers = Scoring(self.rows, self.task, self.custom).offers
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.dtype = str(prepare(self.compute.model_copy(update={"dtype": self.settings.dtype or self.compute.dtype}))[1]).removeprefix(
-            "torch."
-        )
+        self.dtype = str(
+            prepare(self.compute.model_copy(update={"dtype": self.settings.dtype or self.compute.dtype}))[1]
+        ).removeprefix("torch.")
         self.stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         asked = [(row["messages"][:-1], *offer) for row, offer in zip(self.rows, self.offers, strict=True)]
         self.ids = [encode_prompt(self.tokenizer, *one) for one in asked]
@@ -196,13 +209,16 @@ class Transformers:
 
 
 def beginning(logits: Any, expected: Ids) -> Ids:
-    """The most likely tokens up to the first that differs from the expected answer; without a difference the whole answer.
+    """The most likely tokens up to the first that differs from the expected
+    answer; without a difference the whole answer.
 
     Args:
         logits: (tokens, vocabulary), at the tokens of the expected answer.
     """
     likely = [int(token) for token in logits.argmax(axis=1)]
-    same = next((i for i, pair in enumerate(zip(likely, expected, strict=True)) if pair[0] != pair[1]), len(expected) - 1)
+    same = next(
+        (i for i, pair in enumerate(zip(likely, expected, strict=True)) if pair[0] != pair[1]), len(expected) - 1
+    )
     return likely[: same + 1]
 
 
@@ -225,18 +241,32 @@ class Measured:
         return probabilities
 
 
-def measured(questions: Questions, files: Mapping[str, Path], threads: int, until: float, write: Callable[[str], None], model: str) -> None:
+def measured(
+    questions: Questions,
+    files: Mapping[str, Path],
+    threads: int,
+    until: float,
+    write: Callable[[str], None],
+    model: str,
+) -> None:
     """Write a table after each block of questions."""
     from dagster_project.core.rendering import end_ids
 
     ends, longest = end_ids(questions.tokenizer), questions.settings.max_new_tokens
     exact = Measured("transformers, float32", Transformers(questions.load("float32").model, ends))
-    served = [Measured(f"llama.cpp, {name}", Served(file, threads), file.stat().st_size) for name, file in files.items()]
+    served = [
+        Measured(f"llama.cpp, {name}", Served(file, threads), file.stat().st_size) for name, file in files.items()
+    ]
     for one in served:
-        one.same_ids = sum(one.system.tokens(text) == ids for text, ids in zip(questions.texts, questions.ids, strict=True))
+        one.same_ids = sum(
+            one.system.tokens(text) == ids for text, ids in zip(questions.texts, questions.ids, strict=True)
+        )
         one.speed = one.system.tokens_a_second(questions.ids[0])
     end = next(iter(ends))
-    expected = [[*questions.tokenizer(answer.content, add_special_tokens=False).input_ids, end][:longest] for answer in questions.recorded]
+    expected = [
+        [*questions.tokenizer(answer.content, add_special_tokens=False).input_ids, end][:longest]
+        for answer in questions.recorded
+    ]
     for start in range(0, len(expected), BLOCK):
         if time.monotonic() > until:
             break
@@ -260,21 +290,32 @@ def table(systems: Sequence[Measured], questions: Questions, model: str) -> str:
         rows.append((one.name, questions.read(one.answers), size, ids, kl, f"{one.speed:.0f}" if one.speed else ""))
     names = [name for name in ("macro_f1", "accuracy", "rouge_l") if name in scoring.score(recorded, True)][:2]
     base = scoring.score(recorded, True)[names[0]]
-    asked = f"{total} test questions" if count == total else f"the first {count} of {total} test questions (of all for token ids)"
+    asked = (
+        f"{total} test questions"
+        if count == total
+        else f"the first {count} of {total} test questions (of all for token ids)"
+    )
     lines = [
-        f"`{model}` ({questions.stored / 1e6:.1f} MB of safetensors), {asked}, greedy, at most {questions.settings.max_new_tokens} new tokens, "
-        f"{questions.compute.threads} thread(s), {machine()}. Recorded answers: {questions.dtype}.",
+        (
+            f"`{model}` ({questions.stored / 1e6:.1f} MB of safetensors), {asked}, greedy, at most"
+            f" {questions.settings.max_new_tokens} new tokens, {questions.compute.threads} thread(s), {machine()}."
+            f" Recorded answers: {questions.dtype}."
+        ),
         "",
-        f"| system | file, MB | prompts with the token ids of training | answers as recorded | answers as in float32 | KL, nats a token | "
-        f"{names[0]} | difference, points | {names[1]} | tokens per CPU second |",
+        (
+            "| system | file, MB | prompts with the token ids of training | answers as recorded | answers as in"
+            f" float32 | KL, nats a token | {names[0]} | difference, points | {names[1]} | tokens per CPU second |"
+        ),
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, answers, size, ids, kl, speed in rows:
         scores = scoring.score(answers, True)
-        same = [sum(a.content == b.content for a, b in zip(answers, others, strict=True)) for others in (recorded, exact)]
+        same = [
+            sum(a.content == b.content for a, b in zip(answers, others, strict=True)) for others in (recorded, exact)
+        ]
         lines.append(
-            f"| {name} | {size} | {ids} | {same[0]} of {count} | {same[1]} of {count} | {kl} | {scores[names[0]]:.4f} | "
-            f"{100 * (scores[names[0]] - base):+.2f} | {scores[names[1]]:.4f} | {speed} |"
+            f"| {name} | {size} | {ids} | {same[0]} of {count} | {same[1]} of {count} | {kl} | {scores[names[0]]:.4f} |"
+            f" {100 * (scores[names[0]] - base):+.2f} | {scores[names[1]]:.4f} | {speed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -298,7 +339,9 @@ def main() -> None:
     parser.add_argument("--model", default="release")
     parser.add_argument("--exports", type=Path, help="folder with folders that `pedigree export` wrote: NAME-f16, ...")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no block of questions after this time")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no block of questions after this time"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     name = options.model.replace("@", "-")
@@ -309,7 +352,9 @@ def main() -> None:
                 export(options.project.resolve(), options.model, "gguf", form, str(exports / f"{name}-{form}"))
         files = {form: exports / f"{name}-{form}" / f"{name}-{form}.gguf" for form in QUANTIZATIONS}
         folder = options.project / "data" / options.model.replace("@", "/")
-        questions = Questions(options.project.resolve(), folder, results_of(options.project, options.model), options.threads)
+        questions = Questions(
+            options.project.resolve(), folder, results_of(options.project, options.model), options.threads
+        )
 
         def write(text: str) -> None:
             print(text, flush=True)

@@ -1,7 +1,9 @@
-"""CPU seconds of checks on texts that are made to be slow. usage: python benchmarks/slow_texts.py [--megabytes N] [--checks NAME ...] [--unit TEXT]
+"""CPU seconds of checks on texts that are made to be slow. usage: python
+benchmarks/slow_texts.py [--megabytes N] [--checks NAME ...] [--unit TEXT]
 
-A text repeats one unit: the beginning of a value that a check searches for, a value, or what separates values. Each check reads each text in this
-process, with one thread; the table has the seconds of each, the slowest first. Exit code 1 if one takes more than `SECONDS`.
+A text repeats one unit: the beginning of a value that a check searches for, a value, or what
+separates values. Each check reads each text in this process, with one thread; the table has
+the seconds of each, the slowest first. Exit code 1 if one takes more than `SECONDS`.
 """
 
 from __future__ import annotations
@@ -21,18 +23,28 @@ from dagster_project.curation.similarity import overlap  # noqa: E402
 SECONDS = 2.0
 """CPU seconds that a check may take for 16 MB of text."""
 UNITS = (
-    "a", " ", "é", "1", "1 ", "1-", "1.", "a.", "a b ", "word by word, ", "the cat sat on the mat. ", "[", "]", "%", "x\n", "\n", "\t", "?", "0 0 0 ", "ab1 ",
+    "a", " ", "é", "1", "1 ", "1-", "1.", "a.", "a b ", "word by word, ", "the cat sat on the mat. ", "[", "]", "%",
+    "x\n", "\n", "\t", "?", "0 0 0 ", "ab1 ",
     # secrets: beginnings, whole ones, and what surrounds them
-    "eyJ", "eyJa.", "eyJa.b.", "eyJhIjoxfQ.", "://", "://a:", "://a:b@", "://u:pw1@h ", "aws", "aws key = ", "aws_secret", "AKIA", "ASIA0123456789ABCDEF ", "A3TX", "pypi-A", "SG.", "SG.a",
-    "xoxb-", "xoxb-1-2-", "hooks.slack.com/services", "sq0csp-", "rk_live_", "12345678:", "AC", "sk-ant-", "AIza", "hf_", "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ", "PRIVATE KEY",
-    "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----\n", "BEGIN ENCRYPTED PRIVATE KEY:", "PuTTY-User-Key-File-2: ", "T3BlbkFJ", "sk-aT3BlbkFJ", "gl", "glpat-", "GR1348941",
-    "_authToken=", "ghp_", "github_pat_", "AccountKey=", "M", "MMMMMMMMMMMMMMMMMMMMMMMM.aaaaaa.", "0123456789abcdef0123456789abcdef-us", "0123456789abcdef",
+    "eyJ", "eyJa.", "eyJa.b.", "eyJhIjoxfQ.", "://", "://a:", "://a:b@", "://u:pw1@h ", "aws", "aws key = ",
+    "aws_secret", "AKIA", "ASIA0123456789ABCDEF ", "A3TX", "pypi-A", "SG.", "SG.a",
+    "xoxb-", "xoxb-1-2-", "hooks.slack.com/services", "sq0csp-", "rk_live_", "12345678:", "AC", "sk-ant-", "AIza",
+    "hf_", "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ", "PRIVATE KEY",
+    "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----\n", "BEGIN ENCRYPTED PRIVATE KEY:",
+    "PuTTY-User-Key-File-2: ", "T3BlbkFJ", "sk-aT3BlbkFJ", "gl", "glpat-", "GR1348941",
+    "_authToken=", "ghp_", "github_pat_", "AccountKey=", "M", "MMMMMMMMMMMMMMMMMMMMMMMM.aaaaaa.",
+    "0123456789abcdef0123456789abcdef-us", "0123456789abcdef",
     # personal data
-    "@", "a@b.", "a@b.c", "ann@exam.ple ", "ä@ä.ä", "DE12", "DE12 ", "DE12 3456", "4", "4 ", "41 ", "4111 ", "4111111111111111 ", "+1 ", "+49 ", " +49 30 1234567 ", "(0", "tel ", "tel: 0",
-    "123-45-6789 ", "1123-45-67890 ", "123.", "1.2.3.4", "1.1.1.", "2001:", "2001:0:", "1 12 12 12", "ABCDEF12A12", "XYZ1234567A", "12345678A ", "030 123456 ", "tel 1234567890123 ", "call 1 2 3 4 5 6 7 8 9 0 1 2 3 ", "+1 (2) 3-4.5 6 7 8 9 0 1 2 3 4 5 6 ", "//", "//a/:_authToken= ",
+    "@", "a@b.", "a@b.c", "ann@exam.ple ", "ä@ä.ä", "DE12", "DE12 ", "DE12 3456", "4", "4 ", "41 ", "4111 ",
+    "4111111111111111 ", "+1 ", "+49 ", " +49 30 1234567 ", "(0", "tel ", "tel: 0",
+    "123-45-6789 ", "1123-45-67890 ", "123.", "1.2.3.4", "1.1.1.", "2001:", "2001:0:", "1 12 12 12", "ABCDEF12A12",
+    "XYZ1234567A", "12345678A ", "030 123456 ", "tel 1234567890123 ", "call 1 2 3 4 5 6 7 8 9 0 1 2 3 ",
+    "+1 (2) 3-4.5 6 7 8 9 0 1 2 3 4 5 6 ", "//", "//a/:_authToken= ",
     # damage, content, tool calls
-    "<s>", "</s>", "<s>a</s>", "<|im_start|>", "Ã©", "Ã", "\u200b", "a\u0301", "\ufffd", "[INST]", "User: ", "\nUser:", "### Instruction:\n", "I'm sorry, but ", "As an AI ", "[your name] ", "{{", "<div>", "<div ", "&nbsp;",
-    "<!--", "```", "`a", "- a\n", "{", "[{", '{"a":', "<tool_call>", "I am made by ", "\u4e00", "\U0001f3f4\U000e0067", "\ud800",
+    "<s>", "</s>", "<s>a</s>", "<|im_start|>", "Ã©", "Ã", "\u200b", "a\u0301", "\ufffd", "[INST]", "User: ", "\nUser:",
+    "### Instruction:\n", "I'm sorry, but ", "As an AI ", "[your name] ", "{{", "<div>", "<div ", "&nbsp;",
+    "<!--", "```", "`a", "- a\n", "{", "[{", '{"a":', "<tool_call>", "I am made by ", "\u4e00", "\U0001f3f4\U000e0067",
+    "\ud800",
 )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ Each sample of the main thread of `python -m dagster_project run STAGE` belongs 
     writing    outputs, checkpoints, hashing them, pages
     computing  everything else
 
-DVC's own seconds are the samples of its process in which it does not wait for another process. Seconds are samples divided by their rate. They are
-fewer than those of the run: py-spy cannot sample a process before Python has started in it.
+DVC's own seconds are the samples of its process in which it does not wait for
+another process. Seconds are samples divided by their rate. They are fewer than
+those of the run: py-spy cannot sample a process before Python has started in it.
 """
 
 from __future__ import annotations
@@ -70,9 +71,13 @@ def column(frames: list[Frame]) -> str:
     """The column of a sample of a stage."""
     if any(IMPORTING in file for _, file in frames):
         return "start"
-    inside = next((number for number, (name, file) in enumerate(frames) if name == "run" and file.startswith(STAGES)), None)
+    inside = next(
+        (number for number, (name, file) in enumerate(frames) if name == "run" and file.startswith(STAGES)), None
+    )
     names = [
-        name for name, file in frames[inside or 0 :] if not file.startswith(("dagster_project/__main__", "dagster_project/cli/", "<frozen"))
+        name
+        for name, file in frames[inside or 0 :]
+        if not file.startswith(("dagster_project/__main__", "dagster_project/cli/", "<frozen"))
     ]
     if inside is None and ("sha256_of" in names and "_verified_inputs" not in names):
         return "writing"  # the guard's hash of the output
@@ -82,7 +87,9 @@ def column(frames: list[Frame]) -> str:
             return "writing"
         if READING.fullmatch(short) or READING.fullmatch(name):
             return "reading"
-    return "computing" if inside is not None or any(part in file for _, file in frames for part in COMPUTING) else "start"
+    return (
+        "computing" if inside is not None or any(part in file for _, file in frames for part in COMPUTING) else "start"
+    )
 
 
 def samples(profile: Path) -> Iterator[tuple[str, str, int]]:
@@ -108,8 +115,16 @@ def table(profile: Path) -> str:
     total: Counter[str] = Counter()
     for stage, of in sorted(seconds.items(), key=lambda one: order.index(one[0].partition("@")[0])):
         total.update(of)
-        lines.append(f"| `{stage}` | " + " | ".join(f"{of[name] / RATE:.1f}" for name in COLUMNS) + f" | {sum(of.values()) / RATE:.1f} |")
-    lines.append("| all stages | " + " | ".join(f"{total[name] / RATE:.1f}" for name in COLUMNS) + f" | {sum(total.values()) / RATE:.1f} |")
+        lines.append(
+            f"| `{stage}` | "
+            + " | ".join(f"{of[name] / RATE:.1f}" for name in COLUMNS)
+            + f" | {sum(of.values()) / RATE:.1f} |"
+        )
+    lines.append(
+        "| all stages | "
+        + " | ".join(f"{total[name] / RATE:.1f}" for name in COLUMNS)
+        + f" | {sum(total.values()) / RATE:.1f} |"
+    )
     return f"Seconds of wall time by stage, {machine()}. DVC itself: {dvc:.1f} s.\n\n" + "\n".join(lines) + "\n"
 
 

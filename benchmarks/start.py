@@ -1,10 +1,12 @@
-"""CPU seconds (user + system) until commands, definitions, stages and the UI begin their work, of one or more versions side by side.
+"""CPU seconds (user + system) until commands, definitions, stages and the UI
+begin their work, of one or more versions side by side.
 
 usage: python benchmarks/start.py PROJECT [PROJECT ...] [--repeat N] [--only commands,stages,ui]
 
-Each PROJECT is a folder in which the whole pipeline has run, with the version of `dagster_project` to measure; give the earlier version first. The small
-project of the tests (fixture `finished`) serves: what is computed does not matter here. Each round measures each project once, in turn, and
-medians are printed. The stages are run again in their project (`dvc repro --force`); their outputs do not change.
+Each PROJECT is a folder in which the whole pipeline has run, with the version of `dagster_project` to measure; give the
+earlier version first. The small project of the tests (fixture `finished`) serves: what is computed does not matter
+here. Each round measures each project once, in turn, and medians are printed. The stages are run again in their project
+(`dvc repro --force`); their outputs do not change.
 """
 
 from __future__ import annotations
@@ -45,13 +47,25 @@ def environment(root: Path, **variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
     home = {"DAGSTER_HOME": str(root / ".dagster"), "PEDIGREE_PROJECT": str(root)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**kept, "PATH": path, "HF_HUB_OFFLINE": "1", "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1", **home, **variables}
+    return {
+        **kept,
+        "PATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "OMP_NUM_THREADS": "1",
+        **home,
+        **variables,
+    }
 
 
 def cpu_seconds(arguments: list[str], root: Path, **variables: str) -> float:
     """CPU seconds of a Python process and the children that it waited for."""
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=root, env=environment(root, **variables), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *arguments],
+        cwd=root,
+        env=environment(root, **variables),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     usage = os.wait4(process.pid, 0)[2]
     return usage.ru_utime + usage.ru_stime
@@ -84,7 +98,10 @@ def stages(roots: list[Path], repeat: int, log: Path) -> Iterator[tuple[str, lis
 
 
 def ui(roots: list[Path], repeat: int) -> Iterator[tuple[str, list[float]]]:
-    yield "UI until its first page with all assets", medians([[ui_seconds(root) for root in roots] for _ in range(repeat)])
+    yield (
+        "UI until its first page with all assets",
+        medians([[ui_seconds(root) for root in roots] for _ in range(repeat)]),
+    )
 
 
 def ui_seconds(root: Path) -> float:
@@ -106,7 +123,10 @@ def ui_seconds(root: Path) -> float:
                 continue
             if answer.get("data", {}).get("assetNodes"):
                 parts = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                return sum(sum(part.cpu_times()[:4]) if part.pid == process.pid else sum(part.cpu_times()[:2]) for part in parts)
+                return sum(
+                    sum(part.cpu_times()[:4]) if part.pid == process.pid else sum(part.cpu_times()[:2])
+                    for part in parts
+                )
         raise SystemExit(f"{root}: `pedigree ui` ended")
     finally:
         os.killpg(process.pid, signal.SIGINT)

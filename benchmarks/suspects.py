@@ -1,12 +1,15 @@
-"""How well `pedigree why --suspects` finds flipped labels. usage: python benchmarks/suspects.py [--project FOLDER] [--work FOLDER] [--tickets N] [--steps N] [--seed N]
+"""How well `pedigree why --suspects` finds flipped labels. usage: python benchmarks/suspects.py [--project FOLDER]
+[--work FOLDER] [--tickets N] [--steps N] [--seed N]
 
-5 % of the tickets in the training split of the sample project get another category, chosen at random. The tickets alone are tokenized as `params.yaml` says and
-trained for a few steps; then records are ranked by each method, and precision is the share of flipped labels among the first 5 %. Besides the scores of
-`pedigree why --suspects` there are the loss of each record at the end of training, cleanlab (self-confidence of a logistic regression on TF-IDF, five-fold
-out of sample; extra `bench`), and chance.
+5 % of the tickets in the training split of the sample project get another category, chosen at random.
+The tickets alone are tokenized as `params.yaml` says and trained for a few steps; then records are
+ranked by each method, and precision is the share of flipped labels among the first 5 %. Besides the
+scores of `pedigree why --suspects` there are the loss of each record at the end of training, cleanlab
+(self-confidence of a logistic regression on TF-IDF, five-fold out of sample; extra `bench`), and chance.
 
-Then held-out tickets are asked with the wrong label as the answer: four for each pair of a right label and the one that some ticket has in its place. Recall is
-the share of these tickets among the first n (their number) and 5n of all records, by each ranking of `pedigree why`.
+Then held-out tickets are asked with the wrong label as the answer: four for each pair of a right label and the one that
+some ticket has in its place. Recall is the share of these tickets among the first n (their number) and 5n of all
+records, by each ranking of `pedigree why`.
 """
 
 from __future__ import annotations
@@ -61,7 +64,13 @@ def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None
     kept = {record["example_id"] for record in records}
     lines = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in kept]
     new = [
-        {"source": record["source"], "source_row": 0, "example_id": record["example_id"], "outcome": "train", "why": "flipped"}
+        {
+            "source": record["source"],
+            "source_row": 0,
+            "example_id": record["example_id"],
+            "outcome": "train",
+            "why": "flipped",
+        }
         for record in records
         if record["example_id"] in names
     ]
@@ -75,7 +84,16 @@ def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None
     out.mkdir(exist_ok=True)
     entry = params.parse(adapter.Params, values["adapter"]["lora"] | {"max_steps": steps}, "adapter.lora")
     start = time.process_time()
-    adapter.produce("lora", entry, compute, work / "tokenized", project / "data/base_model", out, work / "loss.csv", work / "checkpoints")
+    adapter.produce(
+        "lora",
+        entry,
+        compute,
+        work / "tokenized",
+        project / "data/base_model",
+        out,
+        work / "loss.csv",
+        work / "checkpoints",
+    )
     write_json(work / "seconds.json", {"training": time.process_time() - start})
 
 
@@ -101,7 +119,9 @@ def loaded(project: Path, work: Path, strength: float) -> Any:
     from dagster_project.lineage.attribution.gradients import TrainedModel
 
     dtype = json.loads((work / "adapter/training.json").read_text())["dtype"]
-    found = TrainedModel.load(work / "adapter", project / "data/base_model", Compute(threads=1, dtype=dtype), "adapter@lora")
+    found = TrainedModel.load(
+        work / "adapter", project / "data/base_model", Compute(threads=1, dtype=dtype), "adapter@lora"
+    )
     return found.weakened() if strength < 1 else found
 
 
@@ -114,19 +134,31 @@ def built(project: Path, work: Path, strength: float) -> Any:
     store = store_of(project, work, strength)
     if not store.is_complete():
         trained, records = loaded(project, work, strength), trained_records(work / "adapter", work / "tokenized")
-        store.build(lambda numbers: projected_gradients(trained, Projection(), [records[i].examples for i in numbers]), "gradients")
+        store.build(
+            lambda numbers: projected_gradients(trained, Projection(), [records[i].examples for i in numbers]),
+            "gradients",
+        )
     return store
 
 
 def measure(project: Path, work: Path) -> dict[str, Any]:
-    """Rank all records by each method: precision among the first as many as were flipped, and the places of the flipped ones."""
+    """Rank all records by each method: precision among the first as many as
+    were flipped, and the places of the flipped ones."""
     import numpy as np
     import torch
 
     from dagster_project.core.records import read_records
     from dagster_project.lineage.attribution.ranking import cosines, ranks
     from dagster_project.lineage.attribution.records import trained_records
-    from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, opposition
+    from dagster_project.lineage.attribution.suspects import (
+        Group,
+        Suspicion,
+        agreement,
+        chosen_groups,
+        form_of,
+        harm,
+        opposition,
+    )
 
     start = time.process_time()
     records, stored = trained_records(work / "adapter", work / "tokenized"), built(project, work, 1.0).read()
@@ -168,8 +200,8 @@ def measure(project: Path, work: Path) -> dict[str, Any]:
 
 
 def asked(project: Path, work: Path) -> dict[str, Any]:
-    """Recall of the flipped tickets of a pair of labels among the first n and 5n by each ranking, mean over the questions; and how often a record stands out
-    for questions with and without such a ticket."""
+    """Recall of the flipped tickets of a pair of labels among the first n and 5n by each ranking, mean over the
+    questions; and how often a record stands out for questions with and without such a ticket."""
     import numpy as np
 
     from dagster_project.core.records import prompt_text, read_records, response_text
@@ -184,7 +216,8 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     questions = asked_tickets(project, work, ids)
     documents = [f"{prompt_text(known[name]['messages'])} {response_text(known[name]['messages'])}" for name in ids]
     words = [
-        bm25(documents, many) for many in ([prompt_text(messages) for messages, _, _ in questions], [label for _, label, _ in questions])
+        bm25(documents, many)
+        for many in ([prompt_text(messages) for messages, _, _ in questions], [label for _, label, _ in questions])
     ]
     stored = built(project, work, STRENGTH).read()
     of_questions, of_validation, owners = spans(project, work, questions, STRENGTH)
@@ -192,9 +225,14 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
     compared = Calibration(of_validation, owners)
     recall: dict[str, list[list[float]]] = {}
     clear: dict[str, list[bool]] = {}
-    for score, alike, prompt, label, (_, _, numbers) in zip(scores, cosines(stored.units, of_questions), *words, questions, strict=True):
+    for score, alike, prompt, label, (_, _, numbers) in zip(
+        scores, cosines(stored.units, of_questions), *words, questions, strict=True
+    ):
         ranking = Ranking.of(score, prompt, label)
-        rules = {"by validation questions": compared.p_value(ranking.gradient) <= ALPHA, "by the rule before": stands_out(ranking.z)}
+        rules = {
+            "by validation questions": compared.p_value(ranking.gradient) <= ALPHA,
+            "by the rule before": stands_out(ranking.z),
+        }
         for rule, is_clear in rules.items():
             clear.setdefault(f"{rule}, {'with' if numbers else 'without'} a culprit", []).append(is_clear)
         by = {
@@ -205,13 +243,18 @@ def asked(project: Path, work: Path) -> dict[str, Any]:
             "reciprocal rank fusion": ranks(fused(ranking.gradient_rank, ranking.bm25_rank)),
         }
         for method, rank in by.items() if numbers else ():
-            recall.setdefault(method, []).append([float(np.mean(rank[numbers] <= times * len(numbers))) for times in (1, 5)])
-    return {"recall": {method: np.mean(found, 0).round(4).tolist() for method, found in recall.items()}, "stands_out": clear}
+            recall.setdefault(method, []).append(
+                [float(np.mean(rank[numbers] <= times * len(numbers))) for times in (1, 5)]
+            )
+    return {
+        "recall": {method: np.mean(found, 0).round(4).tolist() for method, found in recall.items()},
+        "stands_out": clear,
+    }
 
 
 def asked_tickets(project: Path, work: Path, ids: list[str]) -> list[tuple[list[dict[str, Any]], str, list[int]]]:
-    """Held-out tickets with an answer, its label, and the numbers of the flipped tickets of the same pair of labels; the last 32 have none: 16 right labels
-    and 16 wrong ones that nobody flipped so."""
+    """Held-out tickets with an answer, its label, and the numbers of the flipped tickets of the same pair of labels;
+    the last 32 have none: 16 right labels and 16 wrong ones that nobody flipped so."""
     from influence import with_label
 
     from dagster_project.core.records import prompt_text, read_records
@@ -220,7 +263,9 @@ def asked_tickets(project: Path, work: Path, ids: list[str]) -> list[tuple[list[
     known = {one["example_id"]: one for one in read_records(work / "splits/train")}
     pairs: dict[tuple[str, str], list[int]] = {}
     for name in json.loads((work / "flipped.json").read_text()):
-        pairs.setdefault((right[prompt_text(known[name]["messages"])], known[name]["category"]), []).append(ids.index(name))
+        pairs.setdefault((right[prompt_text(known[name]["messages"])], known[name]["category"]), []).append(
+            ids.index(name)
+        )
     dice, held_out = random.Random(0), [one for one in read_records(project / "data/splits/test") if one["category"]]
     found = [
         (with_label(one, wrong)["messages"], wrong, numbers)
@@ -230,13 +275,17 @@ def asked_tickets(project: Path, work: Path, ids: list[str]) -> list[tuple[list[
     dice, labels = random.Random(1), sorted({one["category"] for one in held_out})
     found += [(one["messages"], one["category"], []) for one in dice.sample(held_out, 16)]
     others = [(one, dice.choice(labels)) for one in dice.sample(held_out, 40)]
-    without = [(one, wrong) for one, wrong in others if wrong != one["category"] and (one["category"], wrong) not in pairs]
+    without = [
+        (one, wrong) for one, wrong in others if wrong != one["category"] and (one["category"], wrong) not in pairs
+    ]
     return found + [(with_label(one, wrong)["messages"], wrong, []) for one, wrong in without[:16]]
 
 
-def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]], strength: float) -> tuple[Any, Any, Any]:
-    """Projected gradients of the labels of questions, those of the questions of the validation split, and the number of the record of each of these: from a
-    file, if they were computed before."""
+def spans(
+    project: Path, work: Path, questions: list[tuple[list[dict[str, Any]], str, list[int]]], strength: float
+) -> tuple[Any, Any, Any]:
+    """Projected gradients of the labels of questions, those of the questions of the validation split, and the number of
+    the record of each of these: from a file, if they were computed before."""
     import numpy as np
     from influence import validation_questions
     from transformers import AutoTokenizer
@@ -253,7 +302,10 @@ def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]],
         trained = loaded(project, work, strength)
         tokenizer = AutoTokenizer.from_pretrained(project / "data/base_model")
         examples = [tokenize(tokenizer, messages, label).example for messages, label, _ in questions]
-        weighed = [(Example(one.input_ids, one.labels, tuple(float(label != IGNORE) for label in one.labels)),) for one in examples]
+        weighed = [
+            (Example(one.input_ids, one.labels, tuple(float(label != IGNORE) for label in one.labels)),)
+            for one in examples
+        ]
         tickets = [one for one in read_records(project / "data/splits/validation") if one["category"]]
         owners, known = validation_questions(tickets, tokenizer)
         span, validation = (projected_gradients(trained, Projection(), many).numpy() for many in (weighed, known))
@@ -263,7 +315,8 @@ def spans(project: Path, work: Path, questions: list[tuple[list[dict[str, Any]],
 
 
 def from_cleanlab(prompts: list[str], labels: list[str]) -> dict[str, Any]:
-    """Rank by cleanlab's label quality: from the probabilities of a classifier that did not see the record. Empty where it is not installed."""
+    """Rank by cleanlab's label quality: from the probabilities of a classifier
+    that did not see the record. Empty where it is not installed."""
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -278,8 +331,12 @@ def from_cleanlab(prompts: list[str], labels: list[str]) -> dict[str, Any]:
         print("cleanlab is not installed: `pip install -e '.[bench]'` adds it to the table")
         return {}
     numbers = np.array([sorted({*labels}).index(label) for label in labels])
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
-    likely = cross_val_predict(model, prompts, numbers, cv=StratifiedKFold(5, shuffle=True, random_state=0), method="predict_proba")
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
+    )
+    likely = cross_val_predict(
+        model, prompts, numbers, cv=StratifiedKFold(5, shuffle=True, random_state=0), method="predict_proba"
+    )
     return {"cleanlab, TF-IDF and logistic regression": ranks(-get_label_quality_scores(numbers, likely))}
 
 
@@ -298,7 +355,9 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=ROOT, help="a project with data/splits and data/base_model")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/suspects"), help="folder for the training, gradients and results")
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/suspects"), help="folder for the training, gradients and results"
+    )
     parser.add_argument("--tickets", type=int, default=1000, help="most tickets that are used")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)

@@ -16,9 +16,18 @@ def replace(path: Path, name: str, table: str) -> None:
 
 
 def machine() -> str:
-    """The processor of this machine, for the text of a table, e.g. "AMD EPYC, 2 cores, bfloat16 products without AMX"."""
+    """The processor of this machine, for the text of a table, e.g. "AMD EPYC, 2
+    cores, bfloat16 products without AMX"."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info.splitlines())}
     flags = values.get("flags", "").split()
-    products = "AMX" if "amx_bf16" in flags else "bfloat16 products without AMX" if "avx512_bf16" in flags else "no bfloat16 products"
-    return f"{values.get('model name', platform.processor() or 'unknown processor')}, {os.cpu_count()} cores, {products}"
+    products = (
+        "AMX"
+        if "amx_bf16" in flags
+        else "bfloat16 products without AMX"
+        if "avx512_bf16" in flags
+        else "no bfloat16 products"
+    )
+    return (
+        f"{values.get('model name', platform.processor() or 'unknown processor')}, {os.cpu_count()} cores, {products}"
+    )

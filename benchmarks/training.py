@@ -1,15 +1,15 @@
 """Compare LoRA on short examples by plain TRL and by the pipeline's trainer. usage: python benchmarks/training.py
 [--setup NAME ...] [--seeds N] [--examples N] [--out FILE]
 
-Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout 0.05, all linear layers), same
-optimizer, rate, schedule and number of steps, about 8 examples per optimizer step; each run in its own process. The
-setups differ in:
+Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout
+0.05, all linear layers), same optimizer, rate, schedule and number of steps, about 8 examples per optimizer step; each
+run in its own process. The setups differ in:
 
-    trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
-    trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of those measured is TRL's best
-    ours            training/trainers/sft/sft.py as `adapter@X` calls it
-    ours_float32    the same in float32, to show the effect of bfloat16
-    ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
+    trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient
+    checkpointing trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding,
+    compiled; the fastest of those measured is TRL's best ours            training/trainers/sft/sft.py as `adapter@X`
+    calls it ours_float32    the same in float32, to show the effect of bfloat16 ours_compiled   the same with `compile:
+    layers`, warm: steps that compile are left out
 
 Tokens per second exclude padding and the first few steps; median over seeds. The validation loss is the plain mean per
 trained token over examples that were not trained on, computed by the same code for all, in float32. The share of the
@@ -48,16 +48,26 @@ TRL: dict[str, dict[str, Any]] = {
     "trl_packed": {"dtype": "bfloat16", **PLAIN},
     "trl_packed_float32": {**PLAIN},
     "trl_unpacked": {"dtype": "bfloat16", "gradient_checkpointing": False},
-    "trl_padding_free": {"dtype": "bfloat16", "padding_free": True, "max_length": None, "gradient_checkpointing": False},
+    "trl_padding_free": {
+        "dtype": "bfloat16",
+        "padding_free": True,
+        "max_length": None,
+        "gradient_checkpointing": False,
+    },
     "trl_packed_compiled": {"dtype": "bfloat16", "torch_compile": True, **PLAIN},
 }
 """Name -> settings of TRL's SFTConfig; `dtype`: of the model."""
-OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_float32": {"dtype": "float32"}, "ours_compiled": {"compile": "layers"}}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours_float32": {"dtype": "float32"},
+    "ours_compiled": {"compile": "layers"},
+}
 """Name -> keys of the adapter's entry; `dtype`: of `compute`."""
 
 
 def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-    """(to train on, to validate with): input_ids and labels of each example; the first `limit` of the training split, and at most 100 that are left."""
+    """(to train on, to validate with): input_ids and labels of each example;
+    the first `limit` of the training split, and at most 100 that are left."""
     from dagster_project.core.records import read_table
 
     found = []
@@ -74,7 +84,9 @@ def room(found: list[dict[str, list[int]]]) -> int:
 
     lengths = [len(example["input_ids"]) for example in found]
     batches = -(-len(found) // BATCH)
-    return next(size for size in count(max(max(lengths), sum(lengths) // batches)) if len(pack(lengths, size)) <= batches)
+    return next(
+        size for size in count(max(max(lengths), sum(lengths) // batches)) if len(pack(lengths, size)) <= batches
+    )
 
 
 def train_trl(name: str, found: list[dict[str, list[int]]], seed: int, epochs: int, stamps: list[float]) -> Any:
@@ -93,7 +105,9 @@ def train_trl(name: str, found: list[dict[str, list[int]]], seed: int, epochs: i
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(ROOT / "data" / "base_model", dtype=dtype),
             args=SFTConfig(
-                output_dir=scratch, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available() and dtype == torch.float32, seed=seed, num_train_epochs=epochs, warmup_steps=0.1,
+                output_dir=scratch, use_cpu=not torch.cuda.is_available(),
+                bf16=torch.cuda.is_available() and dtype == torch.float32, seed=seed, num_train_epochs=epochs,
+                warmup_steps=0.1,
                 report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, **SHARED, **settings,
             ),
             train_dataset=Dataset.from_list(found),
@@ -126,11 +140,25 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
         parts = [found[i] for i in row]
         labels = [label for part in parts for label in part["labels"]]
         ids = [token for part in parts for token in part["input_ids"]]
-        rows.append({"input_ids": ids, "labels": labels, "weights": [1.0] * len(ids), "lengths": [len(p["input_ids"]) for p in parts]})
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": labels,
+                "weights": [1.0] * len(ids),
+                "lengths": [len(p["input_ids"]) for p in parts],
+            }
+        )
     tunable = build("lora", LORA, ROOT / "data" / "base_model", device, dtype, "benchmark")
     tunable = replace(tunable, callbacks=[*tunable.callbacks, stamping(stamps)])
     recipe = SftParams(**SHARED, warmup_ratio=0.1, num_train_epochs=epochs, **settings)
-    train(tunable, AutoTokenizer.from_pretrained(ROOT / "data" / "base_model"), Dataset.from_list(rows), None, recipe, compute)
+    train(
+        tunable,
+        AutoTokenizer.from_pretrained(ROOT / "data" / "base_model"),
+        Dataset.from_list(rows),
+        None,
+        recipe,
+        compute,
+    )
     return tunable.model
 
 
@@ -158,9 +186,15 @@ def validation_loss(model: Any, held: list[dict[str, list[int]]]) -> float:
     with torch.inference_mode():
         for example in held:
             ids, labels = (torch.tensor([example[name]], device=model.device) for name in ("input_ids", "labels"))
-            extra = {"cu_seq_lens_q": torch.tensor([0, ids.shape[1]], dtype=torch.int32, device=model.device), "max_length_q": ids.shape[1]}
+            extra = {
+                "cu_seq_lens_q": torch.tensor([0, ids.shape[1]], dtype=torch.int32, device=model.device),
+                "max_length_q": ids.shape[1],
+            }
             scores = model(
-                input_ids=ids, position_ids=torch.arange(ids.shape[1], device=model.device)[None], use_cache=False, **extra
+                input_ids=ids,
+                position_ids=torch.arange(ids.shape[1], device=model.device)[None],
+                use_cache=False,
+                **extra,
             ).logits[0, :-1]
             nats += float(cross_entropy(scores.float(), labels[0, 1:], ignore_index=-100, reduction="sum"))
             counted += int((labels[0, 1:] != -100).sum())
@@ -226,8 +260,11 @@ def report(found: list[dict[str, Any]], peak: dict[str, float], threads: int) ->
     speed = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in by_setup.items()}
     first = found[0]
     lines = [
-        f"{first['tokens']:,} tokens in {first['steps']} steps; {first['device']}, {threads} threads; matrix products reach at most"
-        f" {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 and {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
+        (
+            f"{first['tokens']:,} tokens in {first['steps']} steps; {first['device']}, {threads} threads; matrix"
+            f" products reach at most {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 and {peak['bfloat16'] / 1e9:,.0f}"
+            " in bfloat16."
+        ),
         "",
         "| setup | dtype | real tokens/s | share of peak | peak memory | validation loss by seed |",
         "| --- | --- | ---: | ---: | ---: | --- |",
@@ -236,7 +273,9 @@ def report(found: list[dict[str, Any]], peak: dict[str, float], threads: int) ->
         share = statistics.median(run["flops_per_second"] for run in runs) / peak[runs[0]["dtype"]]
         memory = statistics.median(run["peak_bytes"] for run in runs) / 1e9
         losses = ", ".join(f"{run['validation_loss']:.3f}" for run in runs)
-        lines.append(f"| `{name}` | {runs[0]['dtype']} | {speed[name]:,.0f} | {100 * share:.0f} % | {memory:.2f} GB | {losses} |")
+        lines.append(
+            f"| `{name}` | {runs[0]['dtype']} | {speed[name]:,.0f} | {100 * share:.0f} % | {memory:.2f} GB | {losses} |"
+        )
     best = max((name for name in speed if name in TRL and name != "trl"), key=speed.__getitem__, default=None)
     ratios = [
         f"{name} {speed[name] / speed[other]:.2f} x `{other}`"
@@ -271,7 +310,9 @@ def main() -> None:
     size = ["--examples", str(given.examples), "--epochs", str(given.epochs), "--skip", str(given.skip)]
     variables = {"OMP_NUM_THREADS": str(given.threads), "TOKENIZERS_PARALLELISM": "false"}
     found = []
-    for seed in range(1, given.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
+    for seed in range(
+        1, given.seeds + 1
+    ):  # setups in turns, so that a busy moment of the machine does not affect only one
         for name in given.setup:
             found.append(result_of(__file__, "--one", f"{name},{seed}", *size, variables=variables))
             print(found[-1], file=sys.stderr, flush=True)

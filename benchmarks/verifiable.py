@@ -1,18 +1,22 @@
-"""What rewards that can be verified add to supervised tuning. usage: python benchmarks/verifiable.py [TRAINING...] [--seeds N...] [--data-seed N]
-[--project FOLDER] [--work FOLDER] [--out FILE]
+"""What rewards that can be verified add to supervised tuning. usage: python benchmarks/verifiable.py [TRAINING...]
+[--seeds N...] [--data-seed N] [--project FOLDER] [--work FOLDER] [--out FILE]
 
-The data are those of parcel_notes.py. All trainings are the pipeline's own stages, each in its own process with one thread:
+The data are those of parcel_notes.py. All trainings are the pipeline's own
+stages, each in its own process with one thread:
 
     sft       supervised, on the 32 records of `few`: the model that the online methods start from, with the same seed
-    grpo, rloo  online from there (`reward_target: response`, reward `exact_match`): 4 answers to each of the 256 records of `train`, once
-    sft_more  supervised, from the base model, on all 288 records. Its 200 steps are meant to take at least the processor time of an online method with its
+    grpo, rloo  online from there (`reward_target: response`, reward `exact_match`): 4 answers to each of the 256
+    records of `train`, once sft_more  supervised, from the base model, on all 288 records. Its 200 steps are meant to
+    take at least the processor time of an online method with its
               `sft`; the last column of the table tells whether they did
 
-All answer the 240 held-out records greedily. The interval is a bootstrap over these records, of the mean over seeds of what each record gained. Processor seconds are
-user and system time of a training with loading the model, without measuring the answers. With --out the table replaces the one in docs/alignment.md.
+All answer the 240 held-out records greedily. The interval is a bootstrap over these records, of the mean over seeds of
+what each record gained. Processor seconds are user and system time of a training with loading the model, without
+measuring the answers. With --out the table replaces the one in docs/alignment.md.
 
-A training that is in measured.jsonl of the work folder is not repeated: one with the same seeds, settings, data, models and processor. An interrupted
-benchmark goes on when it is started again, from the start of the training that was interrupted. Use another folder after a change of the code.
+A training that is in measured.jsonl of the work folder is not repeated: one with the same seeds, settings, data, models
+and processor. An interrupted benchmark goes on when it is started again, from the start of the training that was
+interrupted. Use another folder after a change of the code.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ SUPERVISED: dict[str, Any] = {"method": "lora", "learning_rate": 1e-3, "save_str
 STEPS = {"sft": 24, "sft_more": 200}
 """Of supervised trainings."""
 REWARDED: dict[str, Any] = {
-    "adapter": "sft", "reward_target": "response", "rewards": {"exact_match": 1.0}, "learning_rate": 3e-4, "per_device_train_batch_size": 16,
+    "adapter": "sft", "reward_target": "response", "rewards": {"exact_match": 1.0}, "learning_rate": 3e-4,
+    "per_device_train_batch_size": 16,
     "options": {"num_generations": 4, "max_completion_length": LONGEST}, "samples": 240, "max_new_tokens": LONGEST,
 }  # fmt: skip
 TOKENIZED = {"max_length": 128, "packed_length": 256}
@@ -83,9 +88,13 @@ def supervised(training: str, project: Path, work: Path, seed: int, data_seed: i
     write_splits(work / "splits", data_seed, ["few", "train"] if training == "sft_more" else ["few"], [])
     tokenized.produce(project, tokenized.Params(**TOKENIZED), seed, work / "splits", base, work / "tokenized")
     epochs = 1000  # max_steps ends it
-    entry = parse(adapter.Params, SUPERVISED | {"num_train_epochs": epochs, "max_steps": STEPS[training]}, f"adapter.{training}")
+    entry = parse(
+        adapter.Params, SUPERVISED | {"num_train_epochs": epochs, "max_steps": STEPS[training]}, f"adapter.{training}"
+    )
     began = time.process_time()
-    report = adapter.produce(training, entry, compute, work / "tokenized", base, work / "adapter", work / "loss.csv", work / "checkpoints")
+    report = adapter.produce(
+        training, entry, compute, work / "tokenized", base, work / "adapter", work / "loss.csv", work / "checkpoints"
+    )
     seconds = time.process_time() - began
     refuse_failed(training, report)
     refuse_failed(training, merged.produce(compute, base, work / "adapter", out=work / "merged"))
@@ -119,9 +128,13 @@ def solved_by(model_folder: Path, compute: Any, tasks: Sequence[Mapping[str, Any
     from dagster_project.training.trainers.alignment.rewards import Rewards
 
     model, tokenizer = load_base(model_folder, *prepare(compute)).eval(), AutoTokenizer.from_pretrained(model_folder)
-    answers = generate(model, tokenizer, [prompt_ids(tokenizer, task) for task in tasks], LONGEST, 16, "held-out answers")
+    answers = generate(
+        model, tokenizer, [prompt_ids(tokenizer, task) for task in tasks], LONGEST, 16, "held-out answers"
+    )
     rewards = Rewards(REWARDED["rewards"], None)
-    total = rewards.total(rewards.components(tasks, [{"role": "assistant", "content": answer} for answer in answers], alone=True))
+    total = rewards.total(
+        rewards.components(tasks, [{"role": "assistant", "content": answer} for answer in answers], alone=True)
+    )
     return {task["example_id"]: reward for task, reward in zip(tasks, total, strict=True)}
 
 
@@ -177,10 +190,15 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     starts = {seed: run["solved"] for seed, run in of["sft"].items()}
     held_out = len(next(iter(starts.values())))
     lines = [
-        f"Exact answers to {held_out} held-out records, bfloat16, one thread, {machine()}; mean over the seeds and, in brackets, minimum and maximum. "
-        "The interval is paired, over the held-out records.",
+        (
+            f"Exact answers to {held_out} held-out records, bfloat16, one thread, {machine()}; mean over the seeds and,"
+            " in brackets, minimum and maximum. The interval is paired, over the held-out records."
+        ),
         "",
-        "| training | seeds | solved | gain over SFT on 32, points, 95 % interval | gain of each seed | steps | sampled answers | CPU seconds of training |",
+        (
+            "| training | seeds | solved | gain over SFT on 32, points, 95 % interval | gain of each seed | steps |"
+            " sampled answers | CPU seconds of training |"
+        ),
         "| --- | ---: | --- | --- | --- | ---: | ---: | --- |",
     ]
     for name in TRAININGS:
@@ -219,14 +237,26 @@ def child(training: str, seed: int, data_seed: int, project: Path, folder: Path,
         found = online(training, folder, sft, seed, data_seed)
     else:
         found = supervised(training, project, folder, seed, data_seed)
-    return {"training": training, "seed": seed, "data_seed": data_seed, **found, "all_cpu_seconds": time.process_time() - start}
+    return {
+        "training": training,
+        "seed": seed,
+        "data_seed": data_seed,
+        **found,
+        "all_cpu_seconds": time.process_time() - start,
+    }
 
 
 def identity(training: str, seed: int, data_seed: int, project: Path) -> dict[str, Any]:
     """What the result of a training depends on."""
     import parcel_notes
 
-    shared = {"training": training, "seed": seed, "data_seed": data_seed, "longest": LONGEST, "rewards": REWARDED["rewards"]}
+    shared = {
+        "training": training,
+        "seed": seed,
+        "data_seed": data_seed,
+        "longest": LONGEST,
+        "rewards": REWARDED["rewards"],
+    }
     shared |= {"data": sha256_of_text(json.dumps(parcel_notes.records(data_seed)))}
     if training in ONLINE:
         return {**shared, "entry": REWARDED, "start": identity("sft", seed, data_seed, project)}
@@ -235,12 +265,18 @@ def identity(training: str, seed: int, data_seed: int, project: Path) -> dict[st
 
 
 def folder_of(work: Path, of: Mapping[str, Any]) -> Path:
-    """Folder of a training: another one for other settings, so that an online training cannot start from the model of other ones."""
-    return work / f"{of['data_seed']}-{of['seed']}" / f"{of['training']}-{sha256_of_text(json.dumps(of, sort_keys=True))[:12]}"
+    """Folder of a training: another one for other settings, so that an online
+    training cannot start from the model of other ones."""
+    return (
+        work
+        / f"{of['data_seed']}-{of['seed']}"
+        / f"{of['training']}-{sha256_of_text(json.dumps(of, sort_keys=True))[:12]}"
+    )
 
 
 def with_starts(trainings: Sequence[str]) -> list[str]:
-    """The trainings in the order of the table, with the one that online ones start from, which every row is compared with.
+    """The trainings in the order of the table, with the one that online ones
+    start from, which every row is compared with.
 
     Raises:
         SystemExit: one is unknown.
@@ -259,7 +295,14 @@ def run_of(training: str, seed: int, data_seed: int, project: Path, work: Path) 
     if found is not None and (training != "sft" or (folder / "merged" / "config.json").is_file()):
         return found
     print(f"{training}, seed {seed}", file=sys.stderr, flush=True)
-    given = {"training": training, "seed": seed, "data_seed": data_seed, "project": str(project), "folder": str(folder), "sft": str(sft)}
+    given = {
+        "training": training,
+        "seed": seed,
+        "data_seed": data_seed,
+        "project": str(project),
+        "folder": str(folder),
+        "sft": str(sft),
+    }
     return kept.add(of, measure(given))
 
 
@@ -273,7 +316,10 @@ def measure(given: Mapping[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(given)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        print(f"{given['training']}, seed {given['seed']}: exit code {done.returncode}; start again to go on from here", file=sys.stderr)
+        print(
+            f"{given['training']}, seed {given['seed']}: exit code {done.returncode}; start again to go on from here",
+            file=sys.stderr,
+        )
         raise SystemExit(1)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -283,7 +329,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainings", nargs="*", help=f"sft is always one of them; default: {' '.join(TRAININGS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
-    parser.add_argument("--data-seed", type=int, default=0, help="of the data; settings were chosen on others (default: %(default)s)")
+    parser.add_argument(
+        "--data-seed", type=int, default=0, help="of the data; settings were chosen on others (default: %(default)s)"
+    )
     parser.add_argument("--project", type=Path, default=ROOT, help="with data/base_model")
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "verifiable",
@@ -296,11 +344,17 @@ def main() -> int:
         folders = {name: Path(options.child[name]) for name in ("project", "folder", "sft")}
         print(json.dumps(child(**{**options.child, **folders})))
         return 0
-    trainings, project, work = with_starts(options.trainings or TRAININGS), options.project.resolve(), options.work.resolve()
+    trainings = with_starts(options.trainings or TRAININGS)
+    project = options.project.resolve()
+    work = options.work.resolve()
     if not (project / "data/base_model/config.json").is_file():
-        parser.error(f"{options.project}: no data/base_model; run `dvc repro base_model` there, or name another --project")
+        parser.error(
+            f"{options.project}: no data/base_model; run `dvc repro base_model` there, or name another --project"
+        )
     seeds = dict.fromkeys(options.seeds)
-    shown = table([run_of(training, seed, options.data_seed, project, work) for seed in seeds for training in trainings])
+    shown = table(
+        [run_of(training, seed, options.data_seed, project, work) for seed in seeds for training in trainings]
+    )
     if options.out:
         replace(options.out, "verifiable", shown)
     print(shown)

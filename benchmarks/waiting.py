@@ -1,8 +1,8 @@
-"""Training beside other work, by how threads that wait for each other wait. usage: python benchmarks/waiting.py [--project FOLDER] [--rounds N]
-[--rows N] [--out FILE]
+"""Training beside other work, by how threads that wait for each other wait. usage: python benchmarks/waiting.py
+[--project FOLDER] [--rounds N] [--rows N] [--out FILE]
 
-LoRA as in the default run on the first rows of data/tokenized, two threads, one row a step, each run in its own process, beside 0, 1 and 2 processes
-that never wait. The settings are run in turn:
+LoRA as in the default run on the first rows of data/tokenized, two threads, one row a step, each run in its own
+process, beside 0, 1 and 2 processes that never wait. The settings are run in turn:
 
     sleep        OMP_WAIT_POLICY=passive
     spin         OMP_WAIT_POLICY=active
@@ -45,7 +45,8 @@ SETTINGS = {
     LATE: {},
 }
 BEGUN, SKIPPED = 2, 6
-"""Steps after which others begin in `ours, late`, and steps that are not measured: memory is still being allocated, and the others are noticed."""
+"""Steps after which others begin in `ours, late`, and steps that are not
+measured: memory is still being allocated, and the others are noticed."""
 LORA = {
     "r": 16,
     "lora_alpha": 32,
@@ -72,7 +73,9 @@ def train(project: Path, rows: int) -> float:
     from dagster_project.training.trainers.sft.sft import train as fine_tune
 
     compute, model, stamps = Compute(seed=7, threads=2), project / "data" / "base_model", list[float]()
-    table = list(read_table(project / "data" / "tokenized" / "train.parquet", ["lengths", "input_ids", "labels", "weights"]))[:rows]
+    table = list(
+        read_table(project / "data" / "tokenized" / "train.parquet", ["lengths", "input_ids", "labels", "weights"])
+    )[:rows]
     prepared = build("lora", LORA, model, *prepare(compute), "benchmark")
     prepared = changed(prepared, callbacks=[*prepared.callbacks, stamping(stamps), announcing(BEGUN)])
     params = SftParams(learning_rate=1.5e-3, num_train_epochs=1)
@@ -126,7 +129,10 @@ def measure(setting: str, others: int, project: Path, rows: int) -> float:
 
 def table(speeds: dict[tuple[str, int], float], rounds: int) -> str:
     lines = [f"Tokens per second on {machine()}, bfloat16, two threads; medians of {rounds} rounds.", ""]
-    lines += ["| other processes that never wait | " + " | ".join(SETTINGS) + " |", "| ---: |" + " ---: |" * len(SETTINGS)]
+    lines += [
+        "| other processes that never wait | " + " | ".join(SETTINGS) + " |",
+        "| ---: |" + " ---: |" * len(SETTINGS),
+    ]
     lines += [
         f"| {count} | " + " | ".join(f"{speeds[name, count]:.0f}" for name in SETTINGS) + " |"
         for count in sorted({count for _, count in speeds})

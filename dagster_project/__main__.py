@@ -1,4 +1,5 @@
-"""The command line: starts a command of cli/, and reports its errors. `--json` prints one document on stdout; logs go to stderr."""
+"""The command line: starts a command of cli/, and reports its errors. `--json`
+prints one document on stdout; logs go to stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from dagster_project.core.errors import INNER, DamagedIndex, Interrupted
 
 log = logging.getLogger("pedigree")
 
-atexit.register(gc.freeze)  # before it ends, the interpreter searches all that the libraries hold for cycles: 1.5 s after a training
+atexit.register(
+    gc.freeze
+)  # before it ends, the interpreter searches all that the libraries hold for cycles: 1.5 s after a training
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -60,7 +63,9 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # also what is no Exception: Ctrl-C, and the end of a library in Rust
-        explained = ending.explained(error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute())
+        explained = ending.explained(
+            error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute()
+        )
         if explained is None:
             raise
         if not (isinstance(error, KeyboardInterrupt) and INNER in os.environ):

@@ -1,4 +1,5 @@
-"""Components of Dagster: a Pedigree project, or any DVC project, beside other assets in a code location (docs/dagster-dvc.md).
+"""Components of Dagster: a Pedigree project, or any DVC project, beside other
+assets in a code location (docs/dagster-dvc.md).
 
 `dg` finds them by the entry point group `dagster_dg_cli.registry_modules` in pyproject.toml.
 """

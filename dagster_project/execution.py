@@ -1,4 +1,5 @@
-"""Section `execution` of params.yaml: where each stage runs. Not part of any result's identity: no stage depends on it, and a change makes nothing stale."""
+"""Section `execution` of params.yaml: where each stage runs. Not part of any
+result's identity: no stage depends on it, and a change makes nothing stale."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ VARIABLE = "PEDIGREE_EXECUTION"
 WORKERS = "PEDIGREE_WORKERS"
 """In a worker of a cluster: the driver's `Placement.workers`."""
 WORKER = "worker"
-"""Value of the variable in a worker of a cluster: the stage runs in place, with parameters that the driver has validated."""
+"""Value of the variable in a worker of a cluster: the stage runs in place, with
+parameters that the driver has validated."""
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -38,24 +40,25 @@ class Placement(Section):
     resources: dict[str, Amount] = {}
     """Other resources of Ray's nodes, as named in `ray start --resources`, e.g. `{trainer: 1}`."""
     workers: int = Field(default=1, ge=1)
-    """Processes for work on rows (reading, checks, near-duplicates, splits, tokens), in stages of data. With `on: ray` each is a task of one
-    CPU on any node, in addition to `cpus`. The result is the same with any number."""
+    """Processes for work on rows (reading, checks, near-duplicates, splits, tokens), in stages of data. With `on: ray`
+    each is a task of one CPU on any node, in addition to `cpus`. The result is the same with any number."""
     image: str | None = None
-    """Container image of the node, as named in its label: `ray start --labels=image=NAME`. Ray cannot start an image for a job that
-    brings its own files, therefore it is chosen by the node's label."""
+    """Container image of the node, as named in its label: `ray start --labels=image=NAME`. Ray cannot start an image
+    for a job that brings its own files, therefore it is chosen by the node's label."""
 
 
 class Execution(Section):
     """Where stages run. No result depends on it, and a change makes no stage stale. See docs/cluster.md."""
 
     address: str | None = None
-    """The cluster: `http://HOST:PORT` of Ray's dashboard, or `local` for the cluster that runs on this machine (`ray start --head`).
-    The environment variable RAY_ADDRESS takes precedence. Default: `local`."""
+    """The cluster: `http://HOST:PORT` of Ray's dashboard, or `local` for the cluster that runs on this machine (`ray
+    start --head`). The environment variable RAY_ADDRESS takes precedence. Default: `local`."""
     price_per_hour: dict[str, Amount] = {}
-    """Price of one unit for one hour, by resource: `cpus`, `gpus`, `memory` (GB), or a name in `resources`. Only for the cost shown
-    after a run, which does not include the tasks of `workers`."""
+    """Price of one unit for one hour, by resource: `cpus`, `gpus`, `memory` (GB), or a name in `resources`. Only for
+    the cost shown after a run, which does not include the tasks of `workers`."""
     stages: dict[str, Placement] = {}
-    """Placement by stage (`adapter`) or variant (`adapter@lora`), which takes precedence. All others run on this machine."""
+    """Placement by stage (`adapter`) or variant (`adapter@lora`), which takes
+    precedence. All others run on this machine."""
 
 
 def parse(values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Mapping[str, str]) -> Execution:
@@ -71,7 +74,9 @@ def parse(values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Map
     return _parse(values.get("execution"), "params.yaml", values, stages, variants_of)
 
 
-def _parse(section: Any, file: str, values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Mapping[str, str]) -> Execution:
+def _parse(
+    section: Any, file: str, values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Mapping[str, str]
+) -> Execution:
     found = params.parse(Execution, section, "execution", file)
     for address in found.stages:
         stage, at, variant = address.partition("@")
@@ -81,12 +86,18 @@ def _parse(section: Any, file: str, values: Mapping[str, Any], stages: Mapping[s
         if at and variant not in (variants if isinstance(variants, Mapping) else {}):
             raise InputError(
                 f"{file}: execution.stages.{address}: no such variant",
-                f"name an entry of `{variants_of[stage]}`" if stage in variants_of else f"write {stage}: it has no variants",
+                (
+                    f"name an entry of `{variants_of[stage]}`"
+                    if stage in variants_of
+                    else f"write {stage}: it has no variants"
+                ),
             )
     resources = {"cpus", "gpus", "memory"}.union(*(place.resources for place in found.stages.values()))
     for name in found.price_per_hour:
         if name not in resources and (meant := get_close_matches(name, resources, 1)):
-            raise InputError(f"{file}: execution.price_per_hour.{name}: no stage has this resource", f"write {meant[0]}")
+            raise InputError(
+                f"{file}: execution.price_per_hour.{name}: no stage has this resource", f"write {meant[0]}"
+            )
     return found
 
 
@@ -107,14 +118,17 @@ def placement(
         try:
             section = json.loads(override)
         except ValueError as error:
-            raise InputError(f"{VARIABLE} is not valid JSON: {error}", 'e.g. {"stages": {"adapter": {"on": "ray", "gpus": 1}}}') from None
+            raise InputError(
+                f"{VARIABLE} is not valid JSON: {error}", 'e.g. {"stages": {"adapter": {"on": "ray", "gpus": 1}}}'
+            ) from None
         found = _parse(section, VARIABLE, values, stages, variants_of)
     elif override in {"", "local", "ray", WORKER}:
         found = parse(values, stages, variants_of)
     else:
         raise InputError(
             f"{VARIABLE}={override}: must be local, ray, or a section `execution` as JSON",
-            f"unset {VARIABLE}, or correct it; in a run of Dagster it comes from `on` in the run configuration, or the run tag pedigree/on",
+            f"unset {VARIABLE}, or correct it; in a run of Dagster it comes from `on` in the run configuration, or the"
+            " run tag pedigree/on",
         )
     entry = found.stages.get(address) or found.stages.get(address.partition("@")[0]) or Placement()
     if override == WORKER:

@@ -1,4 +1,5 @@
-"""params.yaml -> no number in it is infinite or NaN. The sections refuse these in their fields; this covers free mappings such as `peft`, too."""
+"""params.yaml -> no number in it is infinite or NaN. The sections refuse these
+in their fields; this covers free mappings such as `peft`, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Stages that a project may leave out of params.yaml and dvc.yaml: nothing reads them unless a setting names them (docs/alignment.md)."""
+"""Stages that a project may leave out of params.yaml and dvc.yaml: nothing
+reads them unless a setting names them (docs/alignment.md)."""
 
 from __future__ import annotations
 
@@ -21,24 +22,29 @@ def present(root: Path, values: Mapping[str, Any], sections: Sequence[str]) -> l
     Args:
         values: of params.yaml.
     Raises:
-        InputError: only one of params.yaml and dvc.yaml has an optional stage. Without it in dvc.yaml, stages would read what nothing records.
+        InputError: only one of params.yaml and dvc.yaml has an optional stage.
+            Without it in dvc.yaml, stages would read what nothing records.
     """
     stages = _stages(root)
     for name in OPTIONAL if "aligned" in stages else ():
         in_pipeline = name in stages
         if name in values and not in_pipeline:
-            raise InputError(f"params.yaml: {name}: dvc.yaml has no such stage", f"remove the section, or restore the stage{_UPGRADES}")
+            raise InputError(
+                f"params.yaml: {name}: dvc.yaml has no such stage",
+                f"remove the section, or restore the stage{_UPGRADES}",
+            )
         if name not in values and in_pipeline:
             raise InputError(
                 f"params.yaml has no section {name}, but dvc.yaml has the stage",
-                f"add the section, or remove the stage and what names it, see docs/alignment.md#without-a-reward-model{_UPGRADES}",
+                "add the section, or remove the stage and what names it, see"
+                f" docs/alignment.md#without-a-reward-model{_UPGRADES}",
             )
     return [section for section in sections if section in values or section not in OPTIONAL]
 
 
 def refuse_missing(root: Path, values: Mapping[str, Any]) -> None:
-    """Refuse a params.yaml without a section or key that a stage of dvc.yaml names. DVC requires it even if all of its keys have defaults, and says so
-    only after it has removed the outputs of the stage.
+    """Refuse a params.yaml without a section or key that a stage of dvc.yaml names. DVC requires it even if all of its
+    keys have defaults, and says so only after it has removed the outputs of the stage.
 
     Args:
         values: of params.yaml.
@@ -53,9 +59,11 @@ def refuse_missing(root: Path, values: Mapping[str, Any]) -> None:
                 continue
             raise InputError(
                 f"params.yaml has no {key}, which dvc.yaml names under {stage}",
-                "add it with its default, see docs/parameters.md"
-                if "." in key
-                else f"add `{key}: {{}}`: keys that are left out have their defaults",
+                (
+                    "add it with its default, see docs/parameters.md"
+                    if "." in key
+                    else f"add `{key}: {{}}`: keys that are left out have their defaults"
+                ),
             )
 
 

@@ -1,7 +1,7 @@
 """Hook of mkdocs (mkdocs.yml): what a file host shows in Markdown, the site shows too.
 
-Links to files outside docs/ lead to REPOSITORY_URL, or become text without it; Mermaid diagrams become SVG, formulas MathML.
-Decisions are in the navigation in the order of their numbers.
+Links to files outside docs/ lead to REPOSITORY_URL, or become text without it; Mermaid diagrams become SVG, formulas
+MathML. Decisions are in the navigation in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     source = Path(page.file.abs_src_path)
     root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
     parts = re.split(f"({FENCE.pattern})", markdown, flags=FENCE.flags)
-    return "".join(_diagram(part, source) if part.startswith("```") else _links(_formulas(part), source, root, docs) for part in parts)
+    return "".join(
+        _diagram(part, source) if part.startswith("```") else _links(_formulas(part), source, root, docs)
+        for part in parts
+    )
 
 
 def _formulas(text: str) -> str:

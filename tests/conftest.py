@@ -23,18 +23,27 @@ from builders.training import exclude_loaded_from_garbage_collection
 from builders.warm_server import WarmServer, active, running_commands, running_stages, words_of
 from hypothesis import HealthCheck, settings
 
-# the same search each time, on a busy machine, too, so that a run that was green stays green; PEDIGREE_FUZZ=1 searches at random
+# the same search each time, on a busy machine, too, so that a run that was green stays green; PEDIGREE_FUZZ=1 searches
+# at random
 settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default" if os.environ.get("PEDIGREE_FUZZ") else "steady")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and other tests use the other cores
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps: spinning would take the core from the other test process
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # a thread that waits sleeps: spinning would take the core from the other test process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the many processes of tests need not compile the project each
 os.environ.pop("DAGSTER_HOME", None)  # the home of whoever runs the tests is not that of their projects
-for _name in ("MAKEFLAGS", "MFLAGS", "VENV", "LOCK", "UV"):  # what `make test-latest` sets is not for `make` in projects of tests
+for _name in (
+    "MAKEFLAGS",
+    "MFLAGS",
+    "VENV",
+    "LOCK",
+    "UV",
+):  # what `make test-latest` sets is not for `make` in projects of tests
     os.environ.pop(_name, None)
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -49,7 +58,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A report goes from process to process as UTF-8, and what hostile rows leave in a test's log can be half a character."""
+    """A report goes from process to process as UTF-8, and what hostile rows
+    leave in a test's log can be half a character."""
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
@@ -161,8 +171,11 @@ def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")  # YAML has no surrogate pairs
 
 
-def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]], train: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stages baselines, evaluation and comparison on a model, and two variants that are the same model: reports by stage, and `board`."""
+def evaluate(
+    root: Path, model: Path, settings: Any, test: list[dict[str, Any]], train: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Stages baselines, evaluation and comparison on a model, and two variants
+    that are the same model: reports by stage, and `board`."""
     from dagster_project.core.params import Compute
     from dagster_project.core.records import write_records
     from dagster_project.stages import baselines, comparison, evaluation
@@ -175,11 +188,23 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
     found = {"baselines": baselines.produce(root, chosen, settings, compute, model, data, root / "baselines").metrics}
     for name in ("one", "two"):
         out = root / "evaluation" / name
-        found[name] = evaluation.produce(root, name, settings, compute, model, model, data, out, root / f"{name}.csv").metrics
+        found[name] = evaluation.produce(
+            root, name, settings, compute, model, model, data, out, root / f"{name}.csv"
+        ).metrics
     (root / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
-    variants = {name: comparison.Variant(root / "evaluation" / name, model, root / "training.json") for name in ("one", "two")}
+    variants = {
+        name: comparison.Variant(root / "evaluation" / name, model, root / "training.json") for name in ("one", "two")
+    }
     said = comparison.produce(
-        root, settings, variants, data, root / "baselines", model, root / "comparison", root / "scores.csv", root / "pages"
+        root,
+        settings,
+        variants,
+        data,
+        root / "baselines",
+        model,
+        root / "comparison",
+        root / "scores.csv",
+        root / "pages",
     )
     draw_pages("comparison", said, root / "comparison", root / "pages", root)
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
@@ -216,7 +241,8 @@ FIRST = (
     "test_fuzz",
     "test_hostile_files",
 )
-"""Files that take a minute or more, in the order in which they start: none of them is the last one, for which the other test processes would wait."""
+"""Files that take a minute or more, in the order in which they start: none of
+them is the last one, for which the other test processes would wait."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -262,7 +288,9 @@ def quick(folder: Path, model: Path) -> Path:
             "max_steps": 8,
         }
         values["reward_model"] = {"model": "base_model", "max_steps": 3, "min_accuracy": 0.0}
-        values["aligned"] = {"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 3, "samples": 2, "max_new_tokens": 4}}
+        values["aligned"] = {
+            "dpo": {"method": "dpo", "adapter": "lora", "max_steps": 3, "samples": 2, "max_new_tokens": 4}
+        }
         values["baselines"] = {"few_shot": 1, "retrieved": 1}
         values["evaluation"]["max_new_tokens"] = 4
         values["compute"].update(dtype="float32", threads=1)
@@ -285,7 +313,9 @@ def tool(name: str) -> ModuleType:
     )
 
 
-def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def made_once(
+    name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Path:
     """A folder for all test processes: the one that asks first makes it, and the others wait for it."""
     own = tmp_path_factory.getbasetemp()
     shared = own if worker_id == "master" else own.parent
@@ -311,7 +341,9 @@ def _project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_
     """A quick project in which nothing has run yet."""
 
     def make(folder: Path) -> None:
-        compiled = run([sys.executable, "-m", "compileall", "-q", "dagster_project"], quick(copy_project(folder), tiny_model))
+        compiled = run(
+            [sys.executable, "-m", "compileall", "-q", "dagster_project"], quick(copy_project(folder), tiny_model)
+        )
         assert compiled.returncode == 0, "otherwise each copy compiles anew"
 
     return made_once("fresh", make, tmp_path_factory, worker_id)
@@ -335,8 +367,13 @@ def _finished(_project: Path, tmp_path_factory: pytest.TempPathFactory, worker_i
 
     def make(folder: Path) -> None:
         hook = str(Path(__file__).parent / "builders" / "loaded_modules")
-        noted = {"PYTHONPATH": os.pathsep.join(filter(None, [hook, os.environ.get("PYTHONPATH")])), "LOADED_MODULES": str(folder / LOADED)}
-        done = run([sys.executable, "-m", "dvc", "repro"], Path(shutil.copytree(_project, folder, symlinks=True)), **noted)
+        noted = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [hook, os.environ.get("PYTHONPATH")])),
+            "LOADED_MODULES": str(folder / LOADED),
+        }
+        done = run(
+            [sys.executable, "-m", "dvc", "repro"], Path(shutil.copytree(_project, folder, symlinks=True)), **noted
+        )
         assert done.returncode == 0, done.stderr + done.stdout
 
     return made_once("finished", make, tmp_path_factory, worker_id)
@@ -353,15 +390,18 @@ def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def _warm_server(_finished: Path) -> Iterator[WarmServer]:
     """A process that has loaded what the stages of the finished project load."""
-    server = WarmServer({name for line in (_finished / LOADED).read_text().splitlines() for name in json.loads(line)["modules"]})
+    server = WarmServer(
+        {name for line in (_finished / LOADED).read_text().splitlines() for name in json.loads(line)["modules"]}
+    )
     yield server
     server.end()
 
 
 @pytest.fixture
 def warm(_warm_server: WarmServer) -> Iterator[None]:
-    """`run`, `dvc` and `pedigree` fork their processes, and those of stages, from one that has loaded the libraries: a fraction of the time. For tests
-    of what commands do in a project whose code is unchanged; how they start, are killed, or share locks is tested with processes that are started."""
+    """`run`, `dvc` and `pedigree` fork their processes, and those of stages, from one that has loaded the libraries: a
+    fraction of the time. For tests of what commands do in a project whose code is unchanged; how they start, are
+    killed, or share locks is tested with processes that are started."""
     with running_commands(_warm_server):
         yield
 
@@ -389,7 +429,8 @@ def _small_server() -> Iterator[WarmServer]:
 
 @pytest.fixture
 def warm_small(_small_server: WarmServer) -> Iterator[None]:
-    """The same as `warm`, for projects of the small pipeline. Stages that DVC runs in the process of the test are forked, too."""
+    """The same as `warm`, for projects of the small pipeline. Stages that DVC
+    runs in the process of the test are forked, too."""
     with running_commands(_small_server), running_stages(_small_server):
         yield
 
@@ -402,7 +443,8 @@ def root(_made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A project of the stage `adapter@x` alone (tests/builders/training_pipeline.py), which has run and whose gradients are computed."""
+    """A project of the stage `adapter@x` alone (tests/builders/training_pipeline.py),
+    which has run and whose gradients are computed."""
     from builders.training import LORA
     from builders.training_pipeline import make_project
 
@@ -461,7 +503,9 @@ def _finished_home(_finished: Path, tmp_path_factory: pytest.TempPathFactory, wo
     from dagster_project.pipeline import PEDIGREE
 
     copy = tmp_path_factory.mktemp("finished-synced") / "project"
-    return made_once("finished-home", lambda folder: synced_home(_finished, PEDIGREE, copy, folder), tmp_path_factory, worker_id)
+    return made_once(
+        "finished-home", lambda folder: synced_home(_finished, PEDIGREE, copy, folder), tmp_path_factory, worker_id
+    )
 
 
 @pytest.fixture
@@ -535,8 +579,9 @@ def _starting_cluster(s3: Any) -> Iterator[tuple[Any, Future[None]]]:
 
 @pytest.fixture(scope="session")
 def cluster(_starting_cluster: tuple[Any, Future[None]], _made: Path) -> Any:
-    """A Ray cluster of two nodes (builders.cluster.Cluster), with the credentials of the S3 server in their environment; while it starts, the small
-    pipeline is made. Two clusters on one machine disturb each other, so all tests on Ray run in one test process."""
+    """A Ray cluster of two nodes (builders.cluster.Cluster), with the credentials of the S3 server in their
+    environment; while it starts, the small pipeline is made. Two clusters on one machine disturb each other, so all
+    tests on Ray run in one test process."""
     nodes, started = _starting_cluster
     started.result()
     return nodes
@@ -547,7 +592,8 @@ CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on A
 
 
 def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
-    """What Dagster's GraphQL shows of the small pipeline's checks, by address and name: a status, or "NOT_EVALUATED" for the latest materialization."""
+    """What Dagster's GraphQL shows of the small pipeline's checks, by address
+    and name: a status, or "NOT_EVALUATED" for the latest materialization."""
     from dagster._core.remote_origin import InProcessCodeLocationOrigin
     from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
     from dagster._core.workspace.context import WorkspaceProcessContext
@@ -556,11 +602,13 @@ def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
 
     module = root / "shown_definitions.py"
     module.write_text(
-        "from pathlib import Path\n\nfrom builders.small_pipeline import PIPELINE\n\nfrom dagster_project.orchestration.dagster.assets import build_definitions\n\n"
-        "defs = build_definitions(Path(__file__).parent, PIPELINE)\n"
+        "from pathlib import Path\n\nfrom builders.small_pipeline import PIPELINE\n\nfrom"
+        " dagster_project.orchestration.dagster.assets import build_definitions\n\ndefs ="
+        " build_definitions(Path(__file__).parent, PIPELINE)\n"
     )
     origin = InProcessCodeLocationOrigin(
-        LoadableTargetOrigin(executable_path=sys.executable, python_file=str(module), working_directory=str(root)), location_name="pipeline"
+        LoadableTargetOrigin(executable_path=sys.executable, python_file=str(module), working_directory=str(root)),
+        location_name="pipeline",
     )
     with WorkspaceProcessContext(instance, InProcessWorkspaceLoadTarget(origin)) as context:
         found = execute_dagster_graphql(context.create_request_context(), CHECKS_QUERY).data["assetNodes"]

@@ -1,4 +1,5 @@
-"""`pedigree export --format adapter`: PEFT and transformers load the folder onto the base model that it names by hash, with the logits of the variant."""
+"""`pedigree export --format adapter`: PEFT and transformers load the folder
+onto the base model that it names by hash, with the logits of the variant."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_peft_loads_it_with_the_logits_of_the_variant(made: Path, written: tuple
     assert not torch.allclose(found, logits(base_of(made)), atol=1e-5), "the adapter changes the base model"
 
 
-def test_the_commands_of_its_card_load_the_chat_template_of_the_training(made: Path, written: tuple[Path, dict[str, Any]]) -> None:
+def test_the_commands_of_its_card_load_the_chat_template_of_the_training(
+    made: Path, written: tuple[Path, dict[str, Any]]
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,21 +108,34 @@ def test_several_share_a_base_model_by_name(made: Path, written: tuple[Path, dic
     assert torch.equal(found["lora"], alone) and not torch.equal(found["other"], alone)
 
 
-def test_the_base_model_is_named_by_its_hash_and_no_path_of_this_machine_is_in_it(made: Path, written: tuple[Path, dict[str, Any]]) -> None:
+def test_the_base_model_is_named_by_its_hash_and_no_path_of_this_machine_is_in_it(
+    made: Path, written: tuple[Path, dict[str, Any]]
+) -> None:
     folder, document = written
     name = f"base_model-{md5(made, 'base_model')[:8]}"
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == name == document["base"]["name"] and document["base"]["md5"] == md5(made, "base_model")
+    assert config["base_model_name_or_path"] == name == document["base"]["name"] and document["base"]["md5"] == md5(
+        made, "base_model"
+    )
     assert document["model"] == {"stage": "adapter@lora", "md5": md5(made, "adapter@lora")} and document["vllm"] == []
-    assert set(document["files"]) == {file.name for file in folder.iterdir()} >= {"README.md", "adapter_model.safetensors"}
+    assert (
+        set(document["files"]) == {file.name for file in folder.iterdir()} >= {"README.md", "adapter_model.safetensors"}
+    )
     card = (folder / "README.md").read_text()
-    assert name in card and md5(made, "base_model") in card and "--lora-modules lora=FOLDER" in card and "library_name: peft" in card
+    assert (
+        name in card
+        and md5(made, "base_model") in card
+        and "--lora-modules lora=FOLDER" in card
+        and "library_name: peft" in card
+    )
     assert not any(str(made) in file.read_text(errors="replace") for file in folder.iterdir())
     before = json.loads((made / "data/adapter/lora/adapter_config.json").read_text())
     assert {key for key in before if before[key] != config[key]} == {"base_model_name_or_path"}
 
 
-def test_an_aligned_adapter_names_the_model_that_it_aligned(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_aligned_adapter_names_the_model_that_it_aligned(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from peft import PeftModel
 
@@ -134,7 +150,9 @@ def test_an_aligned_adapter_names_the_model_that_it_aligned(made: Path, tmp_path
     assert torch.allclose(found, logits(base_of(made, "data/merged_aligned/dpo")), atol=1e-5)
 
 
-def test_bad_input_is_one_message_and_writes_nothing(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_message_and_writes_nothing(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
     for model, folder, message in (
@@ -145,7 +163,9 @@ def test_bad_input_is_one_message_and_writes_nothing(made: Path, tmp_path: Path,
     ):
         assert export(made, model, folder) == 2
         said = capsys.readouterr()
-        assert message in said.err and json.loads(said.out).keys() == {"error", "hint"} and not (tmp_path / "new").exists()
+        assert (
+            message in said.err and json.loads(said.out).keys() == {"error", "hint"} and not (tmp_path / "new").exists()
+        )
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["file"]
 
 
@@ -156,7 +176,10 @@ def test_a_changed_adapter_is_refused(made: Path, tmp_path: Path, capsys: pytest
     weights.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert export(root, "adapter@lora", tmp_path / "new") == 2
-    assert "adapter_model.safetensors: not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert (
+        "adapter_model.safetensors: not what dvc.lock recorded" in capsys.readouterr().err
+        and not (tmp_path / "new").exists()
+    )
 
 
 def test_a_damaged_configuration_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +190,9 @@ def test_a_damaged_configuration_is_refused(made: Path, tmp_path: Path, capsys: 
     assert "adapter_config.json: not what dvc.lock recorded" in capsys.readouterr().err
     config.write_text("{")
     assert export(root, "adapter@lora", tmp_path / "new") == 2
-    assert "adapter_config.json: not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert (
+        "adapter_config.json: not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    )
 
 
 def test_an_adapter_that_changes_while_it_is_copied_is_refused(
@@ -203,5 +228,12 @@ def test_an_adapter_that_changes_while_it_is_copied_is_refused(
     ],
 )
 def test_what_vllm_does_not_support_is_stated(change: dict[str, Any], expected: list[str]) -> None:
-    plain = {"peft_type": "LORA", "r": 8, "bias": "none", "modules_to_save": None, "use_dora": False, "rank_pattern": {}}
+    plain = {
+        "peft_type": "LORA",
+        "r": 8,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_dora": False,
+        "rank_pattern": {},
+    }
     assert not_in_vllm(plain | change) == expected

@@ -1,7 +1,9 @@
-"""Work that silently did nothing is reported: no tokens, no answers, one answer to everything, one score for everything, nothing to hash.
+"""Work that silently did nothing is reported: no tokens, no answers, one answer
+to everything, one score for everything, nothing to hash.
 
 Alarms with a test elsewhere: unreadable and empty sources (test_raw_examples), empty splits and no pairs (test_splits,
-test_preferences), constant rewards of PPO (test_ppo), weights that a trainer did not move (test_sft, test_own_trainer), no verdicts (test_judge).
+test_preferences), constant rewards of PPO (test_ppo), weights that a trainer
+did not move (test_sft, test_own_trainer), no verdicts (test_judge).
 """
 
 from __future__ import annotations
@@ -40,7 +42,14 @@ EMPTY, CALL = Answer(" \n"), Answer("", "", (Call("weather", {"city": "Oslo"}, N
 def record(number: int, answer: str = "Yes.") -> dict[str, Any]:
     messages = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]
     identity = example_id(messages)
-    return {"example_id": identity, "source": "a.jsonl", "messages": messages, "category": None, "group_id": identity, "meta": "{}"}
+    return {
+        "example_id": identity,
+        "source": "a.jsonl",
+        "messages": messages,
+        "category": None,
+        "group_id": identity,
+        "meta": "{}",
+    }
 
 
 def named(checks: list[CheckResult], name: str) -> CheckResult:
@@ -55,17 +64,34 @@ def test_an_evaluation_without_any_result_is_stopped(answers: list[Answer], toke
 
 @pytest.mark.parametrize(
     ("answers", "passes"),
-    [([], True), ([EMPTY, EMPTY], False), ([EMPTY, Answer("x")], True), ([EMPTY, CALL], True), ([Answer("", "a trace")], False)],
+    [
+        ([], True),
+        ([EMPTY, EMPTY], False),
+        ([EMPTY, Answer("x")], True),
+        ([EMPTY, CALL], True),
+        ([Answer("", "a trace")], False),
+    ],
 )
 def test_only_empty_answers_are_an_error(answers: list[Answer], passes: bool) -> None:
     found = answers_are_not_empty({"lora": answers, "other": [Answer("x")]}, "error")
-    assert (found.passed, found.severity, "lora" in found.note, "other" in found.note) == (passes, "error", not passes, False)
+    assert (found.passed, found.severity, "lora" in found.note, "other" in found.note) == (
+        passes,
+        "error",
+        not passes,
+        False,
+    )
 
 
 def test_a_variant_with_only_empty_answers_is_never_called_a_gain() -> None:
     gain = {"difference": 0.5, "interval": [0.4, 0.6]}
-    compared = {"lora": {"to": {"few_shot": {"accuracy": gain}}, "failed_checks": ["answers_are_not_empty of evaluation@lora: all"]}}
-    scores, test = {name: {"accuracy": 0.5} for name in ("lora", "few_shot")}, {"examples": 99, "answered": 99, "seen": 0}
+    compared = {
+        "lora": {
+            "to": {"few_shot": {"accuracy": gain}},
+            "failed_checks": ["answers_are_not_empty of evaluation@lora: all"],
+        }
+    }
+    scores = {name: {"accuracy": 0.5} for name in ("lora", "few_shot")}
+    test = {"examples": 99, "answered": 99, "seen": 0}
     assert not recommended("accuracy", scores, compared, {}, test)["sure"]
     del compared["lora"]["failed_checks"]
     assert recommended("accuracy", scores, compared, {}, test)["sure"]
@@ -86,7 +112,9 @@ A, B = Answer("a"), Answer("b")
         ([], [], True),
     ],
 )
-def test_one_answer_to_different_questions_is_a_warning(references: list[Answer], answers: list[Answer], passes: bool) -> None:
+def test_one_answer_to_different_questions_is_a_warning(
+    references: list[Answer], answers: list[Answer], passes: bool
+) -> None:
     found = answers_differ(references, answers)
     assert (found.passed, found.blocking, found.severity) == (passes, False, "warn")
 
@@ -105,7 +133,9 @@ def scored(*values: float) -> np.ndarray:
         ([scored(1)], True),
     ],
 )
-def test_a_measure_with_one_value_for_all_answers_of_all_systems_is_a_warning(systems: list[np.ndarray], passes: bool) -> None:
+def test_a_measure_with_one_value_for_all_answers_of_all_systems_is_a_warning(
+    systems: list[np.ndarray], passes: bool
+) -> None:
     found = scores_differ({"mine": systems, "other": [scored(0, 1)]})
     assert (found.passed, found.blocking, found.severity) == (passes, False, "warn")
     assert ("mine is the same" in found.note, "other" in found.note.split(";")[0]) == (not passes, False)
@@ -131,14 +161,20 @@ def test_a_source_file_without_rows_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_training_split_without_trained_tokens_stops_the_stage(
-    train: list[dict[str, Any]], validation: list[dict[str, Any]], max_length: int, outcome: tuple[bool, bool], tmp_path: Path,
+    train: list[dict[str, Any]], validation: list[dict[str, Any]], max_length: int, outcome: tuple[bool, bool],
+    tmp_path: Path,
     tiny_model: Path,
 ) -> None:  # fmt: skip
     for name, rows in (("train", train), ("validation", validation)):
         write_records(tmp_path / "splits" / name, rows)
-    lines = [{"source": r["source"], "example_id": r["example_id"], "source_row": i} for i, r in enumerate([*train, *validation])]
+    lines = [
+        {"source": r["source"], "example_id": r["example_id"], "source_row": i}
+        for i, r in enumerate([*train, *validation])
+    ]
     write_ledger(tmp_path / "splits", lines)
-    report = tokenized.produce(tmp_path, tokenized.Params(max_length=max_length), 1, tmp_path / "splits", tiny_model, tmp_path / "out")
+    report = tokenized.produce(
+        tmp_path, tokenized.Params(max_length=max_length), 1, tmp_path / "splits", tiny_model, tmp_path / "out"
+    )
     found = named(report.checks, "trained_tokens")
     assert (found.passed, found.blocking) == outcome, found.note
 
@@ -146,14 +182,18 @@ def test_a_training_split_without_trained_tokens_stops_the_stage(
 def test_an_augmentation_that_adds_nothing_is_a_warning(tmp_path: Path) -> None:
     rows = [record(i, f"answer {i}") for i in range(20)]
     write_records(tmp_path / "in", rows)
-    write_ledger(tmp_path / "in", [{**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows)])
+    write_ledger(
+        tmp_path / "in", [{**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows)]
+    )
     (tmp_path / "data/sources/paraphrases").mkdir(parents=True)
     path = "data/sources/paraphrases/p.jsonl"
     (tmp_path / path).write_text(json.dumps({"prompt": "no row asks this", "paraphrase": "and nobody this"}) + "\n")
     params = splits.Params.model_validate({"augment": {"paraphrases": path, "license": "CC0-1.0"}})
     found = named(splits.produce(tmp_path, params, 1, tmp_path / "in", tmp_path / "out").checks, "augmented_rows")
     assert (found.passed, found.blocking, found.severity) == (False, False, "warn") and "no row was added" in found.note
-    found = named(splits.produce(tmp_path, splits.Params(), 1, tmp_path / "in", tmp_path / "plain").checks, "augmented_rows")
+    found = named(
+        splits.produce(tmp_path, splits.Params(), 1, tmp_path / "in", tmp_path / "plain").checks, "augmented_rows"
+    )
     assert (found.passed, found.blocking) == (True, True)
 
 
@@ -165,7 +205,9 @@ def test_an_examination_that_hashed_nothing_is_refused(tmp_path: Path) -> None:
         examine(root)
 
 
-@pytest.mark.parametrize("asked", [{"text": "Why?"}, {"containing": "Why"}, {"record": "0" * 32}, {"text": "Why?", "near": True}])
+@pytest.mark.parametrize(
+    "asked", [{"text": "Why?"}, {"containing": "Why"}, {"record": "0" * 32}, {"text": "Why?", "near": True}]
+)
 def test_an_impact_of_nothing_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     with pytest.raises(InputError, match="nothing has been run here"):
@@ -214,15 +256,23 @@ def test_a_reward_model_that_scores_all_answers_equally_is_an_alarm(constant: Pa
     asked = [{"role": "user", "content": "Why?"}]
     pairs = [Pair(str(i), asked, None, (f"good {i}", f"bad {i}"), swapped=False) for i in range(2)]
     found = by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 2, constant)
-    assert "all 4 answers have the same reward" in found["alarm"] and "nothing can be concluded" in by_reward_text(found)
-    assert by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 1, constant)["alarm"] is None, "one pair shows nothing"
+    assert "all 4 answers have the same reward" in found["alarm"] and "nothing can be concluded" in by_reward_text(
+        found
+    )
+    assert by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 1, constant)["alarm"] is None, (
+        "one pair shows nothing"
+    )
 
 
 @pytest.mark.parametrize(("spread", "passes"), [(0.0, False), (0.0001, True)])
-def test_equal_rewards_of_all_held_out_answers_keep_a_reward_model_from_online_methods(spread: float, passes: bool, tmp_path: Path) -> None:
+def test_equal_rewards_of_all_held_out_answers_keep_a_reward_model_from_online_methods(
+    spread: float, passes: bool, tmp_path: Path
+) -> None:
     history = TrainingHistory()
     history.curve.append({"step": 1, "loss": 0.7})
-    change = WeightChange({"score": {"tensors": 1, "moved": 1, "norm_of_change": 1.0}}, {"sha256_before": "a", "sha256_after": "a"})
+    change = WeightChange(
+        {"score": {"tensors": 1, "moved": 1, "norm_of_change": 1.0}}, {"sha256_before": "a", "sha256_after": "a"}
+    )
     quality = {
         "accuracy": 0.5,
         "accuracy_interval": [0.4, 0.6],
@@ -230,6 +280,8 @@ def test_equal_rewards_of_all_held_out_answers_keep_a_reward_model_from_online_m
         "length_rule_says": "longer",
         "reward": {"spread": spread},
     }
-    checks = reward_model._checks(history, change, quality, 10, reward_model.Params(model="base_model", min_accuracy=0.0))
+    checks = reward_model._checks(
+        history, change, quality, 10, reward_model.Params(model="base_model", min_accuracy=0.0)
+    )
     write_quality(tmp_path, checks)
     assert set(failed_checks(tmp_path)) == (set() if passes else {"rewards_differ"})

@@ -40,7 +40,11 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """People like answers of a, and dislike those of z. Both are as long."""
     folder = tmp_path_factory.mktemp("preferences")
     for split, numbers in {"train": range(16), "validation": range(20, 22), "test": range(30, 38)}.items():
-        write_records(folder / split, [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers], PREFERENCE_SCHEMA)
+        write_records(
+            folder / split,
+            [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers],
+            PREFERENCE_SCHEMA,
+        )
     return folder
 
 
@@ -72,9 +76,15 @@ def larger_than(model: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
         shutil.copytree(model, folder)
         weights = load_file(folder / "model.safetensors")
         dice = torch.Generator().manual_seed(7)
-        noisy = {name: weight + 0.1 * torch.randn(weight.shape, generator=dice).to(weight.dtype) for name, weight in weights.items()}
+        noisy = {
+            name: weight + 0.1 * torch.randn(weight.shape, generator=dice).to(weight.dtype)
+            for name, weight in weights.items()
+        }
         save_file(noisy, folder / "model.safetensors", {"format": "pt"})
-    return folder, {"folder": "models/large", "sha256": {name: sha256_of_file(folder / name) for name in teacher.files_of(folder)}}
+    return folder, {
+        "folder": "models/large",
+        "sha256": {name: sha256_of_file(folder / name) for name in teacher.files_of(folder)},
+    }
 
 
 def align_it(
@@ -117,8 +127,13 @@ def read_answers(out: Path) -> list[dict[str, Any]]:
 
 
 def test_answer_tokens_begin_after_the_prompt_and_include_the_end_of_turn(tiny_tokenizer: Any) -> None:
-    ((prompt, answer),) = answered(tiny_tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]])
-    assert tiny_tokenizer.decode(prompt).endswith("<|im_start|>assistant\n") and tiny_tokenizer.decode(answer) == "Yes<|im_end|>"
+    ((prompt, answer),) = answered(
+        tiny_tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]]
+    )
+    assert (
+        tiny_tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+        and tiny_tokenizer.decode(answer) == "Yes<|im_end|>"
+    )
 
 
 class Canned(Policies):
@@ -162,13 +177,17 @@ def test_the_reward_model_prefers_the_chosen_answers_of_unseen_pairs(judged: tup
 
 def test_the_reward_of_an_answer_does_not_depend_on_its_batch(judged: tuple[Path, Report], preferences: Path) -> None:
     model = reward.RewardModel(judged[0], torch.device("cpu"), torch.float32)
-    texts = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("a", "zz" * 9, "hello")]
+    texts = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("a", "zz" * 9, "hello")
+    ]
     alone = [model([text])[0] for text in texts]
     assert model(texts, batch_size=3) == pytest.approx(alone, abs=1e-5)
     assert alone[0] > alone[1]
 
 
-def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokenizers(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokenizers(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     """As those of Gemma, Phi-3 and gpt-oss, whose end of a turn is in generation_config.json."""
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     for file, changed in (
@@ -191,7 +210,11 @@ def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokeniz
 
 def test_the_length_rule_is_fitted_on_train_and_reported_with_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:
     for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
-        write_records(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd" if i != 13 else "a") for i in numbers], PREFERENCE_SCHEMA)
+        write_records(
+            tmp_path / "pairs" / split,
+            [preference_row(i, "ab", "abcd" if i != 13 else "a") for i in numbers],
+            PREFERENCE_SCHEMA,
+        )
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, max_steps=1, min_accuracy=0.0)
     assert (report.metrics["length_rule"], report.metrics["length_rule_says"]) == (0.75, "shorter")
 
@@ -209,7 +232,10 @@ def test_a_reward_model_below_the_required_accuracy_is_reported_and_does_not_blo
     [failed] = [check for check in report.checks if not check.passed and check.severity == "error"]
     assert failed.name == "prefers_as_people_do" and not report.failures
     assert "reward_model.min_accuracy is 1.0" in failed.note
-    assert reward.failed_checks(folder) == {"prefers_as_people_do": failed.note} and (folder / "model.safetensors").is_file()
+    assert (
+        reward.failed_checks(folder) == {"prefers_as_people_do": failed.note}
+        and (folder / "model.safetensors").is_file()
+    )
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
@@ -224,25 +250,37 @@ def test_methods_that_train_on_pairs_accept_a_failed_reward_model_and_report_it(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"method": "dpo"}, {"method": "kto"}, {"method": "rloo", "rewards": {"brief": 1.0}}], ids=lambda one: one["method"]
+    "settings",
+    [{"method": "dpo"}, {"method": "kto"}, {"method": "rloo", "rewards": {"brief": 1.0}}],
+    ids=lambda one: one["method"],
 )
 def test_without_a_reward_model_only_the_answers_are_watched(
     settings: dict[str, Any], tmp_path: Path, preferences: Path, tiny_model: Path
 ) -> None:
     report = align_it(tmp_path, preferences, None, tiny_model, **{**METHODS[settings["method"]], **settings})
     assert not report.failures and report.metrics["reward_model"] == "none"
-    assert not {"reward", "win_rate"} & set(report.metrics["watch"]) and {"tokens", "distinct", "unfinished"} < set(report.metrics["watch"])
+    assert not {"reward", "win_rate"} & set(report.metrics["watch"]) and {"tokens", "distinct", "unfinished"} < set(
+        report.metrics["watch"]
+    )
     found = {check.name: check for check in report.checks}
     assert "reward_model_is_reliable" not in found
     gamed_ = found["reward_is_not_gamed"]
-    assert gamed_.passed is False or gamed_.note == "no reward model watches: length, repetition and unfinished answers were compared"
+    assert (
+        gamed_.passed is False
+        or gamed_.note == "no reward model watches: length, repetition and unfinished answers were compared"
+    )
     page = (tmp_path / "pages" / "alignment.html").read_text()
     assert "There is no reward model: only the answers themselves are watched." in page and "not reliable" not in page
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "online_dpo", "ppo"])
 def test_methods_that_train_on_rewards_refuse_a_failed_reward_model_before_loading_a_model(
-    method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    tmp_path: Path,
+    preferences: Path,
+    weak: tuple[Path, Report],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
     report = align_it(tmp_path, preferences, weak[0], tiny_model, **METHODS[method] | {"method": method})
@@ -312,19 +350,26 @@ def test_margins_require_a_margin_in_every_pair(tmp_path: Path, preferences: Pat
 
 
 def test_keys_that_peft_refuses_for_a_reward_model_are_named(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match=re.escape("params.yaml: reward_model.peft: No modules were targeted for adaptation")):
+    with pytest.raises(
+        InputError, match=re.escape("params.yaml: reward_model.peft: No modules were targeted for adaptation")
+    ):
         reward.build(tiny_model, {"target_modules": ["query"]}, torch.device("cpu"), torch.float32, "reward_model")
 
 
 def test_the_output_layer_of_a_reward_model_is_trained_with_the_modules_that_the_entry_names(tiny_model: Path) -> None:
     peft = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     model = reward.build(tiny_model, peft, torch.device("cpu"), torch.float32, "reward_model")
-    assert {name.split(".")[-4] for name in weight_audit.trainable(model) if "lora" not in name} == {"embed_tokens", "score"}
+    assert {name.split(".")[-4] for name in weight_audit.trainable(model) if "lora" not in name} == {
+        "embed_tokens",
+        "score",
+    }
 
 
 def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tiny_model: Path) -> None:
     for split in ("train", "validation", "test"):
-        write_records(tmp_path / "pairs" / split, [preference_row(i, "aaa", "zzz", 1.0) for i in range(4)], PREFERENCE_SCHEMA)
+        write_records(
+            tmp_path / "pairs" / split, [preference_row(i, "aaa", "zzz", 1.0) for i in range(4)], PREFERENCE_SCHEMA
+        )
     settings = {"method": "full", "learning_rate": 1e-3, "margins": True, "center_rewards_coefficient": 0.01}
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, **settings)
     assert not report.failures and report.metrics["accuracy"] == 1.0
@@ -338,14 +383,28 @@ METHODS: dict[str, dict[str, Any]] = {
     "cpo": {},
     "gkd": {"options": {"max_new_tokens": 6}},
     "rloo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
-    "grpo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3, "rewards": {"reward_model": 1.0, "brief": 0.5}},
+    "grpo": {
+        "options": {"num_generations": 2, "max_completion_length": 6},
+        "max_steps": 3,
+        "rewards": {"reward_model": 1.0, "brief": 0.5},
+    },
     "online_dpo": {"options": {"max_completion_length": 6}, "max_steps": 3},
-    "ppo": {"options": {"total_episodes": 24, "batch_size": 12, "response_length": 6, "learning_rate": 1e-2, "missing_eos_penalty": 0.0}},
+    "ppo": {
+        "options": {
+            "total_episodes": 24,
+            "batch_size": 12,
+            "response_length": 6,
+            "learning_rate": 1e-2,
+            "missing_eos_penalty": 0.0,
+        }
+    },
 }
 
 
 @pytest.mark.parametrize("method", ["dpo", "rloo", "reward_model"])
-def test_max_steps_is_the_number_of_steps_also_past_the_epochs(method: str, tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+def test_max_steps_is_the_number_of_steps_also_past_the_epochs(
+    method: str, tmp_path: Path, preferences: Path, tiny_model: Path
+) -> None:
     """`pedigree plan` predicts this number."""
     if method == "reward_model":
         report = train_reward(tmp_path, preferences, tiny_model, num_train_epochs=1, max_steps=3)
@@ -374,11 +433,14 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     else:
         assert document["step_0"] == {"largest_log_probability_difference": 0.0, "kl_per_token": 0.0}
         assert "reference" not in document and "implicit_reward_accuracy" in report.metrics["preference"]
-    assert document["settings"]["options"].get("teacher") == report.metrics.get("teacher") and ("teacher" in report.metrics) == (
-        method == "gkd"
-    )
+    assert document["settings"]["options"].get("teacher") == report.metrics.get("teacher") and (
+        "teacher" in report.metrics
+    ) == (method == "gkd")
     assert ("starts_as_the_reference" in {check.name for check in report.checks}) == (method not in REFERENCE_FREE)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/merged/lora"
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "data/merged/lora"
+    )
     seen = read_table(tmp_path / "out" / "examples.parquet")
     known = {row["example_id"] for row in read_table(preferences / "train" / "records-00000.parquet")}
     assert seen and {row["example_id"] for row in seen} <= known
@@ -396,13 +458,30 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
 def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
-    settings = {**METHODS[method], "rewards": {"reward_model": 2.0, "brief": 0.5, "distinct": 0.0}, "gradient_accumulation_steps": 2}
+    settings = {
+        **METHODS[method],
+        "rewards": {"reward_model": 2.0, "brief": 0.5, "distinct": 0.0},
+        "gradient_accumulation_steps": 2,
+    }
     if method == "ppo":
         del settings["gradient_accumulation_steps"]
     report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **settings)
     rows = read_answers(tmp_path / "out")
-    assert [*rows[0]] == ["step", "example_id", "answer", "reasoning", "reward", "reward_model", "brief", "tokens", "unfinished"]
-    assert len(rows) == 24 and report.metrics["sampled"] == {"answers": 24, "records": len({row["example_id"] for row in rows})}
+    assert [*rows[0]] == [
+        "step",
+        "example_id",
+        "answer",
+        "reasoning",
+        "reward",
+        "reward_model",
+        "brief",
+        "tokens",
+        "unfinished",
+    ]
+    assert len(rows) == 24 and report.metrics["sampled"] == {
+        "answers": 24,
+        "records": len({row["example_id"] for row in rows}),
+    }
     seen = {(row["step"], row["example_id"]) for row in read_table(tmp_path / "out" / "examples.parquet")}
     assert {(row["step"], row["example_id"]) for row in rows} == seen
     pairs = {row["example_id"]: row for row in read_table(preferences / "train" / "records-00000.parquet")}
@@ -411,7 +490,9 @@ def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
         reward.RewardModel(judged[0], torch.device("cpu"), torch.float32)(texts), abs=1e-4
     )
     assert [row["brief"] for row in rows] == [max(0, 1 - len(row["answer"].split()) / 100) for row in rows]
-    assert [row["reward"] for row in rows] == pytest.approx([2 * row["reward_model"] + 0.5 * row["brief"] for row in rows])
+    assert [row["reward"] for row in rows] == pytest.approx(
+        [2 * row["reward_model"] + 0.5 * row["brief"] for row in rows]
+    )
     columns = {
         "reward": "reward",
         "response_length": "tokens",
@@ -441,11 +522,17 @@ def test_answers_that_a_distillation_samples_are_kept_without_rewards(
     settings = {"options": {"max_new_tokens": 6, "lmbda": lmbda}, "gradient_accumulation_steps": 2}
     report = align_it(tmp_path, preferences, None, tiny_model, method="gkd", **settings)
     assert not report.failures, [check.note for check in report.failures]
-    curve = [point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point]
+    curve = [
+        point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point
+    ]
     assert {point["on_policy"] for point in curve} == {lmbda}
     page = (tmp_path / "pages" / "alignment.html").read_text()
     if not lmbda:
-        assert not (tmp_path / "out" / "answers").exists() and "sampled" not in report.metrics and "of its own answers" not in page
+        assert (
+            not (tmp_path / "out" / "answers").exists()
+            and "sampled" not in report.metrics
+            and "of its own answers" not in page
+        )
         return
     rows = read_answers(tmp_path / "out")
     assert [*rows[0]] == ["step", "example_id", "answer", "reasoning", "reward", "tokens", "unfinished"]
@@ -469,7 +556,10 @@ def test_answers_that_a_distillation_samples_are_kept_without_rewards(
 
 SCORES = {
     "always 1": ("1.0", "data/rewards/own.py:score was always 1"),
-    "by prompt": ("float(len(record['example_id'].strip('0')))", "data/rewards/own.py:score did not distinguish the answers to a prompt"),
+    "by prompt": (
+        "float(len(record['example_id'].strip('0')))",
+        "data/rewards/own.py:score did not distinguish the answers to a prompt",
+    ),
 }
 """Scores from which an answer cannot be told from another to the same prompt."""
 
@@ -492,20 +582,33 @@ def test_a_reward_that_distinguishes_no_answers_stops_the_training_and_blocks(
     report = align_it(tmp_path, preferences, weak[0], tiny_model, method=method, **settings)
     [failed] = report.failures
     assert (failed.name, failed.severity, failed.count) == ("rewards_differ", "error", 8)
-    assert failed.note.startswith("8 answers to 4 records") and note in failed.note and "aligned.mine.rewards" in failed.note
+    assert (
+        failed.note.startswith("8 answers to 4 records")
+        and note in failed.note
+        and "aligned.mine.rewards" in failed.note
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("method", ["rloo", "ppo"])
 def test_a_training_whose_rewards_no_longer_differ_stops_with_its_weights_and_resumes_to_the_same_bytes(
-    method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    tmp_path: Path,
+    preferences: Path,
+    weak: tuple[Path, Report],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from contextlib import contextmanager
 
     from dagster_project.training.trainers.alignment import ppo
     from dagster_project.training.trainers.alignment.trl_trainers import training
 
-    sizes = {"options": {**METHODS["ppo"]["options"], "batch_size": 2, "mini_batch_size": 2}} if method == "ppo" else {"max_steps": 16}
+    sizes = (
+        {"options": {**METHODS["ppo"]["options"], "batch_size": 2, "mini_batch_size": 2}}
+        if method == "ppo"
+        else {"max_steps": 16}
+    )
     settings = {**METHODS[method], **sizes, "constant_reward_steps": 1, "method": method}
     score = "float(sum(map(ord, answer)) if int(record['example_id'], 16) % 2 else 0.5)"
     settings |= scored_by(tmp_path, score)
@@ -515,8 +618,15 @@ def test_a_training_whose_rewards_no_longer_differ_stops_with_its_weights_and_re
     rows = read_answers(tmp_path / "whole" / "out")
     assert not report.failures and 1 < steps < (12 if method == "ppo" else 16) and rows[-1]["step"] == steps
     assert {row["reward"] for row in rows if row["step"] == steps} == {0.5}
-    assert not by_name["rewards_differ"].passed and not by_name["learned"].passed and not by_name["rewards_differ"].blocking
-    assert by_name["rewards_differ"].note.startswith("in the last 1 steps") and "in the last 1 steps" in report.metrics["stopped"]
+    assert (
+        not by_name["rewards_differ"].passed
+        and not by_name["learned"].passed
+        and not by_name["rewards_differ"].blocking
+    )
+    assert (
+        by_name["rewards_differ"].note.startswith("in the last 1 steps")
+        and "in the last 1 steps" in report.metrics["stopped"]
+    )
     before, kept = iter([*[False] * (steps - 1), *[True] * 9]), []
 
     @contextmanager
@@ -538,8 +648,15 @@ def test_a_policy_learns_from_a_function_of_the_project_whose_code_is_part_of_it
 ) -> None:
     functions = tmp_path / "project/data/rewards"
     functions.mkdir(parents=True)
-    (functions / "own.py").write_text("def short(prompts, answers, records):\n    return [-float(len(answer)) for answer in answers]\n")
-    settings = {**METHODS["grpo"], "method": "grpo", "rewards": {"data/rewards/own.py:short": 1.0}, "functions": functions}
+    (functions / "own.py").write_text(
+        "def short(prompts, answers, records):\n    return [-float(len(answer)) for answer in answers]\n"
+    )
+    settings = {
+        **METHODS["grpo"],
+        "method": "grpo",
+        "rewards": {"data/rewards/own.py:short": 1.0},
+        "functions": functions,
+    }
     settings["trl"] = {"adam_beta1": 0.8}
     report = align_it(tmp_path, preferences, weak[0], tiny_model, **settings)
     assert not report.failures, [check.note for check in report.failures]
@@ -549,10 +666,16 @@ def test_a_policy_learns_from_a_function_of_the_project_whose_code_is_part_of_it
     stored = json.loads((tmp_path / "out/training.json").read_text())["settings"]
     assert report.metrics["trl"] == stored["trl"] == {"adam_beta1": 0.8} and stored["constant_reward_steps"] == 10
     found: list[dict[str, str]] = []
-    monkeypatch.setattr(aligned, "Checkpoints", lambda folder, identity, *_, **__: found.append(identity) or Checkpoints(folder, identity))
+    monkeypatch.setattr(
+        aligned,
+        "Checkpoints",
+        lambda folder, identity, *_, **__: found.append(identity) or Checkpoints(folder, identity),
+    )
     for content in ("    return [1.0] * 9\n", "    return [1.0]\n"):
         (functions / "own.py").write_text(f"def short(prompts, answers, records):\n{content}")
-        with pytest.raises(InputError, match=r"aligned\.mine\.rewards: data/rewards/own\.py:short returns \d numbers for \d answers"):
+        with pytest.raises(
+            InputError, match=r"aligned\.mine\.rewards: data/rewards/own\.py:short returns \d numbers for \d answers"
+        ):
             align_it(tmp_path, preferences, weak[0], tiny_model, **settings)
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {"reward functions"}
 
@@ -569,15 +692,30 @@ def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
     assert told["log_ratio"]["chosen"] > told["log_ratio"]["rejected"]
 
 
-def test_dpo_of_a_model_with_a_router_adds_its_loss_to_ln_2(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+def test_dpo_of_a_model_with_a_router_adds_its_loss_to_ln_2(
+    tmp_path: Path, preferences: Path, tiny_model: Path
+) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("config.json", "model*"))
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     config = MixtralConfig(vocab_size=259, num_local_experts=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    report = align_it(tmp_path / "run", preferences, None, tmp_path / "model", method="dpo", peft={"target_modules": ["q_proj", "v_proj"]})
+    report = align_it(
+        tmp_path / "run",
+        preferences,
+        None,
+        tmp_path / "model",
+        method="dpo",
+        peft={"target_modules": ["q_proj", "v_proj"]},
+    )
     [begins] = [check for check in report.checks if check.name == "starts_as_the_reference"]
     first = json.loads((tmp_path / "run" / "out" / "training.json").read_text())["validation"][0]
     assert begins.passed and not report.failures and first["validation_margin"] == 0
@@ -592,8 +730,12 @@ def test_a_teacher_that_was_changed_is_refused_before_a_model_is_loaded(
     (folder / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
     params = aligned.Params(method="gkd", adapter="lora", options={"teacher": given})
     paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
-    with pytest.raises(InputError, match=r"(?s)models/large/model\.safetensors has sha256 .*aligned\.mine\.options\.teacher\.sha256"):
-        aligned.produce("mine", params, COMPUTE, aligned.Sources(preferences, judged[0], tiny_model, larger=folder), *paths)
+    with pytest.raises(
+        InputError, match=r"(?s)models/large/model\.safetensors has sha256 .*aligned\.mine\.options\.teacher\.sha256"
+    ):
+        aligned.produce(
+            "mine", params, COMPUTE, aligned.Sources(preferences, judged[0], tiny_model, larger=folder), *paths
+        )
     assert not any(path.exists() for path in paths)
 
 
@@ -603,7 +745,9 @@ def test_a_pass_over_more_prompts_than_there_are_is_refused_before_a_model_is_lo
     monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
     params = aligned.Params(method="rloo", adapter="lora", per_device_train_batch_size=4096)
     paths = [tmp_path / name for name in ("out", "curve.csv", "checkpoints")]
-    with pytest.raises(InputError, match=r"aligned\.mine\.per_device_train_batch_size: a forward pass takes answers to 1024 prompts"):
+    with pytest.raises(
+        InputError, match=r"aligned\.mine\.per_device_train_batch_size: a forward pass takes answers to 1024 prompts"
+    ):
         aligned.produce("mine", params, COMPUTE, aligned.Sources(preferences, judged[0], tiny_model), *paths)
 
 
@@ -622,9 +766,18 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder
 
 
-def test_prompts_of_held_out_answers_are_truncated_to_the_context(tmp_path: Path, preferences: Path, narrow: Path) -> None:
+def test_prompts_of_held_out_answers_are_truncated_to_the_context(
+    tmp_path: Path, preferences: Path, narrow: Path
+) -> None:
     report = align_it(
-        tmp_path, preferences, None, narrow, method="dpo", max_new_tokens=60, max_steps=2, peft={"target_modules": ["c_attn"]}
+        tmp_path,
+        preferences,
+        None,
+        narrow,
+        method="dpo",
+        max_new_tokens=60,
+        max_steps=2,
+        peft={"target_modules": ["c_attn"]},
     )
     assert report.metrics["watch"]["prompts"] == 4
 
@@ -641,13 +794,21 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused(
     method: str, key: str, tmp_path: Path, preferences: Path, narrow: Path
 ) -> None:
     settings = {"options": {key: 60}, "peft": {"target_modules": ["c_attn"]}, "rewards": {"brief": 1.0}}
-    with pytest.raises(InputError, match=rf"{method}: 16 of 16 prompts leave no room for 60 tokens in a context of 64 .*\n.*lower {key}"):
+    with pytest.raises(
+        InputError,
+        match=rf"{method}: 16 of 16 prompts leave no room for 60 tokens in a context of 64 .*\n.*lower {key}",
+    ):
         align_it(tmp_path, preferences, None, narrow, method=method, **settings)
 
 
 @pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "gkd", "rloo", "online_dpo", "ppo"])
 def test_a_resumed_training_ends_in_the_same_bytes(
-    method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    tmp_path: Path,
+    preferences: Path,
+    judged: tuple[Path, Report],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps = {} if method == "ppo" else {"max_steps": 3, "save_steps": 1}
     settings = {"method": method, **METHODS[method], **steps}
@@ -682,7 +843,9 @@ def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(
     from dagster_project.training.trainers.harness import session as harness
 
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, method="dpo")  # four steps an epoch, two epochs
-    assert [point["step"] for point in json.loads((tmp_path / "whole" / "out" / "training.json").read_text())["validation"]] == [0, 4, 8]
+    assert [
+        point["step"] for point in json.loads((tmp_path / "whole" / "out" / "training.json").read_text())["validation"]
+    ] == [0, 4, 8]
     made: list[Progress] = []
 
     def counted(*arguments: Any) -> Progress:
@@ -719,9 +882,14 @@ def test_ppo_in_two_processes_shares_the_work_and_reports_it(
         for name in ("alone", "shared")
     ]
     assert kept[0] == kept[1] and len(kept[0]) == 12
-    found = [[row["reward"] for row in read_answers(tmp_path / name / "out") if row["step"] == 1] for name in ("alone", "shared")]
+    found = [
+        [row["reward"] for row in read_answers(tmp_path / name / "out") if row["step"] == 1]
+        for name in ("alone", "shared")
+    ]
     assert found[1] == pytest.approx(found[0], abs=1e-4)
-    assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(alone["loss"]["first"], rel=1e-2, abs=1e-3)
+    assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(
+        alone["loss"]["first"], rel=1e-2, abs=1e-3
+    )
 
 
 class Reached(Exception):
@@ -742,7 +910,14 @@ def test_a_host_whose_inputs_differ_from_those_of_the_first_is_refused(
         shutil.copytree(folder, copies[name])
     monkeypatch.setattr(aligned, "start_others", stop)
     with pytest.raises(Reached):
-        align_it(tmp_path / "first", copies["preferences"], copies["reward_model"], copies["sft"], method="ppo", **METHODS["ppo"])
+        align_it(
+            tmp_path / "first",
+            copies["preferences"],
+            copies["reward_model"],
+            copies["sft"],
+            method="ppo",
+            **METHODS["ppo"],
+        )
     monkeypatch.setattr(launch, "_elsewhere", True)
     monkeypatch.setattr(preference, "policy", stop)
     with pytest.raises(Reached):
@@ -773,12 +948,17 @@ def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
         align_it(tmp_path, preferences, other, tiny_model, method="rloo")
     report = align_it(tmp_path, preferences, other, tiny_model, method="dpo")
     assert not report.failures and "reward" not in report.metrics["watch"]
-    assert "another tokenizer than lora" in next(check.note for check in report.checks if check.name == "reward_model_is_reliable")
+    assert "another tokenizer than lora" in next(
+        check.note for check in report.checks if check.name == "reward_model_is_reliable"
+    )
 
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     rewards = Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
-    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [3.0, 0.5]
+    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [
+        3.0,
+        0.5,
+    ]
 
 
 def test_rules_count_characters_in_scripts_without_spaces() -> None:
@@ -800,7 +980,13 @@ def test_rules_count_characters_in_scripts_without_spaces() -> None:
 )
 def test_reward_hacking_is_reported(watch: dict[str, tuple[float, float] | None], sign: str) -> None:
     found = {"reward": (1.0, 2.0), "tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
-    signs = gamed({name: {"sft": ends[0], "aligned": ends[1], "difference": ends[1] - ends[0]} for name, ends in found.items() if ends})
+    signs = gamed(
+        {
+            name: {"sft": ends[0], "aligned": ends[1], "difference": ends[1] - ends[0]}
+            for name, ends in found.items()
+            if ends
+        }
+    )
     assert len(signs) == bool(sign) and sign in "".join(signs)
 
 
@@ -809,11 +995,18 @@ def test_the_page_does_not_call_equal_answers_better() -> None:
 
     same = {"sft": 1.0, "aligned": 1.0}
     watch = {"reward": same, "win_rate": {"value": 0.5}, "tokens": same, "distinct": same, "kl_per_token": 0.0}
-    assert ("win rate", "50%", "over the SFT model, by the reward model; a tie counts half") in _key_figures({"watch": watch})
+    assert ("win rate", "50%", "over the SFT model, by the reward model; a tie counts half") in _key_figures(
+        {"watch": watch}
+    )
 
 
 def test_paired_means_have_a_paired_interval() -> None:
-    assert paired([0, 1, 0, 1], [1, 2, 1, 2], "abcd") == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
+    assert paired([0, 1, 0, 1], [1, 2, 1, 2], "abcd") == {
+        "sft": 0.5,
+        "aligned": 1.5,
+        "difference": 1.0,
+        "interval": [1.0, 1.0],
+    }
 
 
 def test_near_copies_among_held_out_pairs_count_as_one_in_intervals(tmp_path: Path) -> None:
@@ -833,7 +1026,11 @@ def test_validation_figures_are_means_over_the_answers_that_they_are_about() -> 
     from dagster_project.training.trainers.alignment.trl_trainers.training import average_over_rows
 
     good, bad = [1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 8.0, 0.0, 8.0, 1.0]  # alternating, in passes of three, the last of one
-    means = {"rewards/chosen": [1.5, 3.0, 4.5], "rewards/rejected": [0.0, 4.0, 8.0, 1.0], "rewards/margins": [1.5, -1.0, -3.5]}
+    means = {
+        "rewards/chosen": [1.5, 3.0, 4.5],
+        "rewards/rejected": [0.0, 4.0, 8.0, 1.0],
+        "rewards/margins": [1.5, -1.0, -3.5],
+    }
     metrics = {name: [*values] for name, values in means.items()} | {"kl": [1.0, 2.0, 3.0, 5.0]}
     average_over_rows(metrics, [(3, 2, 1), (3, 1, 2), (3, 2, 1), (1, 0, 1)])
     expected = [sum(good) / 5, sum(bad) / 5, (sum(good) - sum(bad)) / 5, (3 * (1 + 2 + 3) + 5) / 10]
@@ -866,33 +1063,60 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ),
         ({"aligned": {"x": {"method": "dpo", "adapter": "gone"}}}, "aligned.x.adapter: there is no adapter.gone"),
         ({"aligned": {"lora": {"method": "dpo", "adapter": "lora"}}}, "aligned.lora: adapter.lora has the same name"),
-        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"bata": 1}}}}, "aligned.x.options.bata: unknown key"),
-        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
         (
-            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "hinge", "label_smoothing": 0.1}}}},
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"bata": 1}}}},
+            "aligned.x.options.bata: unknown key",
+        ),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}},
+            "exo_pair needs it above 0",
+        ),
+        (
+            {
+                "aligned": {
+                    "x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "hinge", "label_smoothing": 0.1}}
+                }
+            },
             "aligned.x.options.label_smoothing: has no effect on the loss hinge",
         ),
         (
-            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "lr_scheduler_type": "constant", "warmup_ratio": 0.2}}},
+            {
+                "aligned": {
+                    "x": {"method": "dpo", "adapter": "lora", "lr_scheduler_type": "constant", "warmup_ratio": 0.2}
+                }
+            },
             "aligned.x.warmup_ratio: has no effect on the schedule constant",
         ),
         (
             {"adapter": {"lora": {"lr_scheduler_type": "constant", "warmup_steps": 3}}},
             "adapter.lora.warmup_steps: has no effect on the schedule constant",
         ),
-        ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "cannot be divided into groups of 4"),
-        ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
+        (
+            {"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}},
+            "cannot be divided into groups of 4",
+        ),
+        (
+            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}},
+            "aligned.x.rewards: unknown: pretty",
+        ),
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"data/rewards/none.py:f": 1.0}}}},
             "aligned.x.rewards: data/rewards/none.py does not exist",
         ),
         (
-            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"importance_sampling_level": "sequence"}}}},
+            {
+                "aligned": {
+                    "x": {"method": "grpo", "adapter": "lora", "options": {"importance_sampling_level": "sequence"}}
+                }
+            },
             "with ratios of whole answers, dapo would weight each answer by its length",
         ),
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "cispo"}}}},
-            "aligned.x.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must be above 1",
+            (
+                "aligned.x.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must"
+                " be above 1"
+            ),
         ),
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", "options": {"loss_type": "sapo", "epsilon": 0.1}}}},
@@ -907,18 +1131,36 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.options.simpo_gamma: unknown key",
         ),
         (
-            {"aligned": {"x": {"method": "cpo", "adapter": "lora", "options": {"loss_type": "ipo", "label_smoothing": 0.1}}}},
+            {
+                "aligned": {
+                    "x": {"method": "cpo", "adapter": "lora", "options": {"loss_type": "ipo", "label_smoothing": 0.1}}
+                }
+            },
             "aligned.x.options.label_smoothing: has no effect on the loss ipo",
         ),
-        ({"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}}, "orpo learns from pairs alone"),
-        ({"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}}, "reward_model.peft: full trains every weight"),
+        (
+            {"aligned": {"x": {"method": "orpo", "adapter": "lora", "rewards": {"brief": 1.0}}}},
+            "orpo learns from pairs alone",
+        ),
+        (
+            {"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}},
+            "reward_model.peft: full trains every weight",
+        ),
         (
             {"reward_model": {"model": "base_model", "peft": {"init_lora_weights": "eva"}}},
             "reward_model.peft.init_lora_weights: eva is not supported: it needs a pass over the data",
         ),
         ({"aligned": {"x": {"method": "gkd", "adapter": "lora"}}}, "aligned.x.options.teacher: missing"),
         (
-            {"aligned": {"x": {"method": "gkd", "adapter": "lora", "options": {"teacher": {"folder": "models/x", "sha256": {}}}}}},
+            {
+                "aligned": {
+                    "x": {
+                        "method": "gkd",
+                        "adapter": "lora",
+                        "options": {"teacher": {"folder": "models/x", "sha256": {}}},
+                    }
+                }
+            },
             "aligned.x.options.teacher.folder: models/x does not exist",
         ),
         (
@@ -935,11 +1177,18 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "aligned.x.peft.target_modules: TRL's trainer of gkd does not train lm_head",
         ),
         (
-            {"aligned": {"x": {"method": "grpo", "adapter": "lora", "peft": {"target_modules": ["q_proj", "lm_head"]}}}},
+            {
+                "aligned": {
+                    "x": {"method": "grpo", "adapter": "lora", "peft": {"target_modules": ["q_proj", "lm_head"]}}
+                }
+            },
             "aligned.x.peft.target_modules: TRL's trainer of grpo does not train lm_head",
         ),
         (
-            {"compute": {"processes": 2}, "aligned": {"x": {"method": "simpo", "adapter": "lora", "sharding": {"fsdp": "full_shard"}}}},
+            {
+                "compute": {"processes": 2},
+                "aligned": {"x": {"method": "simpo", "adapter": "lora", "sharding": {"fsdp": "full_shard"}}},
+            },
             "aligned.x.sharding: simpo does not support it",
         ),
         (
@@ -962,7 +1211,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             {"aligned": {"x": {"method": "dpo", "adapter": "lora", "rewards": {"brief": 1.0}}}},
             "aligned.x.rewards: dpo learns from pairs alone",
         ),
-        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "peft": {"rank": 4}}}}, "aligned.x.peft.rank: unknown key of lora"),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "peft": {"rank": 4}}}},
+            "aligned.x.peft.rank: unknown key of lora",
+        ),
         (
             {"aligned": {"x": {"method": "ppo", "adapter": "lora", "learning_rate": 1e-3}}},
             "aligned.x: learning_rate: ppo sets its steps in its options",
@@ -979,10 +1231,16 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             )
             for method in ("dpo", "kto", "orpo", "ppo")
         ),
-        ({"reward_model": {"model": "base_model", "peft": {"lora_dropout": 0.1}}}, "reward_model.peft.lora_dropout: has no effect"),
+        (
+            {"reward_model": {"model": "base_model", "peft": {"lora_dropout": 0.1}}},
+            "reward_model.peft.lora_dropout: has no effect",
+        ),
         ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),
         ({"reward_model": {"model": "elsewhere"}}, "reward_model.model"),
-        ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora does not produce a merged model"),
+        (
+            {"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}},
+            "adapter.lora does not produce a merged model",
+        ),
     ],
 )
 def test_an_impossible_entry_is_refused_with_a_message(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -1006,4 +1264,6 @@ def test_the_reward_model_compares_two_systems(judged: tuple[Path, Report]) -> N
     pairs = [Pair(str(i), asked, None, ("aaa", "zzz") if i else ("zzz", "aaa"), swapped=False) for i in range(4)]
     found = by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 4, judged[0])
     assert (found["wins"], found["losses"], found["win_rate"]) == (3, 1, 0.75)
-    assert found["mean_reward"]["ours"] > found["mean_reward"]["theirs"] and "mean reward: ours" in by_reward_text(found)
+    assert found["mean_reward"]["ours"] > found["mean_reward"]["theirs"] and "mean reward: ours" in by_reward_text(
+        found
+    )

@@ -1,4 +1,5 @@
-"""Pairs with tools, calls and traces: every method trains on the ids that inference gets, and rewards what the model meant."""
+"""Pairs with tools, calls and traces: every method trains on the ids that
+inference gets, and rewards what the model meant."""
 
 from __future__ import annotations
 
@@ -40,20 +41,28 @@ GUESS = {"role": "assistant", "content": "It is cold."}
 THOUGHT = {**GUESS, "reasoning_content": "Norway, winter."}
 
 
-def pair(chosen: Fields, rejected: Fields, question: str = "Is it cold in Oslo?", tools: list[Fields] | None = TOOLS) -> Fields:
+def pair(
+    chosen: Fields, rejected: Fields, question: str = "Is it cold in Oslo?", tools: list[Fields] | None = TOOLS
+) -> Fields:
     prompt = [{"role": "user", "content": question}]
     return {
-        "example_id": pair_id(prompt, [chosen], [rejected], tools), "source": "p.jsonl", "prompt": prompt, "chosen": [chosen],
-        "rejected": [rejected], "margin": None, "category": None, "group_id": question, "meta": "{}", **({"tools": tools} if tools else {}),
+        "example_id": pair_id(prompt, [chosen], [rejected], tools), "source": "p.jsonl", "prompt": prompt,
+        "chosen": [chosen],
+        "rejected": [rejected], "margin": None, "category": None, "group_id": question, "meta": "{}",
+        **({"tools": tools} if tools else {}),
     }  # fmt: skip
 
 
 PAIRS = [pair(OSLO, GUESS), pair(GUESS, OSLO, "Never mind."), pair(THOUGHT, OSLO, "Guess!")]
 
 
-def served(tokenizer: Any, messages: list[Fields], tools: Any = TOOLS, prompt: bool = True, **variables: Any) -> list[int]:
+def served(
+    tokenizer: Any, messages: list[Fields], tools: Any = TOOLS, prompt: bool = True, **variables: Any
+) -> list[int]:
     """Ids as inference gets them, by transformers alone."""
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables)
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **variables
+    )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -96,15 +105,20 @@ def train_reward(folder: Path, data: Path, model: Path) -> Any:
     return reward_model.produce(params, COMPUTE, data, model, *places)
 
 
-# ---- ids ----------------------------------------------------------------------------------------------------------------------------------
+# ---- ids
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_every_method_trains_on_the_ids_that_inference_gets(number: int, hermes: Any) -> None:
     one = PAIRS[number]
     prompt = served(hermes, one["prompt"])
-    chosen, rejected = (served(hermes, one["prompt"] + one[side], prompt=False)[:-1] for side in ("chosen", "rejected"))  # a line break
-    assert chosen[: len(prompt)] == rejected[: len(prompt)] == prompt and chosen[-1] == rejected[-1] == hermes.eos_token_id
+    chosen, rejected = (
+        served(hermes, one["prompt"] + one[side], prompt=False)[:-1] for side in ("chosen", "rejected")
+    )  # a line break
+    assert (
+        chosen[: len(prompt)] == rejected[: len(prompt)] == prompt and chosen[-1] == rejected[-1] == hermes.eos_token_id
+    )
     sides = {"prompt_ids": prompt, "chosen_ids": chosen[len(prompt) :], "rejected_ids": rejected[len(prompt) :]}
     [dpo] = preference.Dpo().rows(hermes, [one])
     assert {name: dpo[name] for name in sides} == sides
@@ -126,20 +140,32 @@ def test_without_tools_ids_are_those_of_the_plain_conversation(tiny_tokenizer: A
     assert prompt_ids(tiny_tokenizer, plain) == wanted[0]
 
 
-FAMILIES = {"qwen3": {}, "gptoss": {}, "qwen3_5_nothink": {"enable_thinking": True}, "nemotron_3_nano": {"enable_thinking": True}}
+FAMILIES = {
+    "qwen3": {},
+    "gptoss": {},
+    "qwen3_5_nothink": {"enable_thinking": True},
+    "nemotron_3_nano": {"enable_thinking": True},
+}
 """Templates that remove earlier traces; the last two open an answer with a trace in another way than one without."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_templates_that_rewrite_earlier_turns_are_rendered_as_served(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_templates_that_rewrite_earlier_turns_are_rendered_as_served(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from chat_templates import DATE, stub_tokenizer
 
     tokenizer = stub_tokenizer(family, tmp_path)
-    tokenizer.chat_template = tokenizer.chat_template.replace('strftime_now("%Y-%m-%d")', json.dumps(DATE.strftime("%Y-%m-%d")))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        'strftime_now("%Y-%m-%d")', json.dumps(DATE.strftime("%Y-%m-%d"))
+    )
     one = pair(THOUGHT, GUESS, tools=None)
     one["prompt"] = [{"role": "user", "content": "A?"}, {**THOUGHT, "content": "B."}, {"role": "user", "content": "C?"}]
-    said = [{"thinking" if family == "gptoss" and key == "reasoning_content" else key: v for key, v in m.items()} for m in one["prompt"]]
+    said = [
+        {"thinking" if family == "gptoss" and key == "reasoning_content" else key: v for key, v in m.items()}
+        for m in one["prompt"]
+    ]
     thinking = served(tokenizer, said, None, **FAMILIES[family])
     assert "Norway" not in tokenizer.decode(thinking), "the template keeps the trace, so nothing is shown"
     assert prompt_ids(tokenizer, one) == thinking
@@ -147,15 +173,24 @@ def test_templates_that_rewrite_earlier_turns_are_rendered_as_served(family: str
     assert (prompt + good)[: len(thinking)] == thinking and "Norway" in tokenizer.decode(good)
     silent = served(tokenizer, said, None, **dict.fromkeys(FAMILIES[family], False))
     assert (prompt + bad)[: len(silent)] == silent and "Norway" not in tokenizer.decode(bad)
-    assert (prompt == thinking[: len(prompt)] == silent[: len(prompt)] and good[0] != bad[0]) or prompt == thinking == silent
+    assert (
+        prompt == thinking[: len(prompt)] == silent[: len(prompt)] and good[0] != bad[0]
+    ) or prompt == thinking == silent
 
 
-# ---- rewards ------------------------------------------------------------------------------------------------------------------------------
+# ---- rewards
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def run_on(pairs: list[Fields], tokenizer: Any, rewards: Any = None) -> AlignmentRun:
     return AlignmentRun(
-        None, tokenizer, {"train": pairs}, rewards, aligned.Params(method="ppo", adapter="x"), COMPUTE, Checkpoints(Path(), {})
+        None,
+        tokenizer,
+        {"train": pairs},
+        rewards,
+        aligned.Params(method="ppo", adapter="x"),
+        COMPUTE,
+        Checkpoints(Path(), {}),
     )
 
 
@@ -168,31 +203,49 @@ CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</too
         (f"{CALLED}<|im_end|>", 0, OSLO),
         (f"<think>\nNorway.\n</think>\n\n{CALLED}<|im_end|>", 0, {**OSLO, "reasoning_content": "Norway."}),
         ("It is cold.<|im_end|>", 0, GUESS),
-        (f" {CALLED}", 1, {"role": "assistant", "content": f" {CALLED}"}),  # without tools it is text, as it was generated
+        (
+            f" {CALLED}",
+            1,
+            {"role": "assistant", "content": f" {CALLED}"},
+        ),  # without tools it is text, as it was generated
     ],
 )
-def test_a_generated_answer_is_rewarded_as_the_message_that_it_is(text: str, number: int, message: Fields, hermes: Any) -> None:
+def test_a_generated_answer_is_rewarded_as_the_message_that_it_is(
+    text: str, number: int, message: Fields, hermes: Any
+) -> None:
     pairs = [PAIRS[0], pair(GUESS, THOUGHT, tools=None)]
     given_to: list[Any] = []
     ids = hermes(text, add_special_tokens=False)["input_ids"]
     run = run_on(pairs, hermes, lambda *given: given_to.append(given) or ([0.0], {"own": [0.0]}))
     run.reward([number], [hermes.decode(ids, skip_special_tokens=True)], [ids])
     [(of_pairs, answers)] = given_to
-    assert of_pairs == [pairs[number]] and answers == [{key: message[key] for key in answers[0]}] and answers[0].keys() == message.keys()
+    assert (
+        of_pairs == [pairs[number]]
+        and answers == [{key: message[key] for key in answers[0]}]
+        and answers[0].keys() == message.keys()
+    )
 
 
 def test_rules_score_content_and_calls_without_the_trace() -> None:
     assert reward.judged_text(THOUGHT) == "It is cold."
     assert json.loads(reward.judged_text(OSLO)) == {"name": "weather", "arguments": {"city": "Oslo"}}
-    assert Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT])[0] == [1.0, 1.0, 0.0]
+    assert Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT])[0] == [
+        1.0,
+        1.0,
+        0.0,
+    ]
 
 
 def test_the_reward_of_a_generated_answer_is_that_of_the_conversation_with_its_tools(judge: Path) -> None:
     model = reward.RewardModel(judge, torch.device("cpu"), torch.float32)
     [value] = model.of_answers([PAIRS[0]], [OSLO])
     assert [value] == model([[*PAIRS[0]["prompt"], OSLO]], tools=[TOOLS])
-    assert [value] == pytest.approx(model._score([(served(model.tokenizer, [*PAIRS[0]["prompt"], OSLO], prompt=False)[:-1], [])]))
-    assert model.of_answers([pair(OSLO, GUESS, tools=[*TOOLS, {"type": "function", "function": {"name": "other"}}])], [OSLO]) != [value]
+    assert [value] == pytest.approx(
+        model._score([(served(model.tokenizer, [*PAIRS[0]["prompt"], OSLO], prompt=False)[:-1], [])])
+    )
+    assert model.of_answers(
+        [pair(OSLO, GUESS, tools=[*TOOLS, {"type": "function", "function": {"name": "other"}}])], [OSLO]
+    ) != [value]
 
 
 def test_a_generated_answer_that_the_template_refuses_is_rewarded_as_text(judge: Path) -> None:
@@ -201,7 +254,10 @@ def test_a_generated_answer_that_the_template_refuses_is_rewarded_as_text(judge:
     with pytest.raises(InputError, match="not JSON"):
         model([[*PAIRS[0]["prompt"], broken]], tools=[TOOLS])
     prompt, answer = reward._generated(model.tokenizer, PAIRS[0], broken)
-    assert prompt == prompt_ids(model.tokenizer, PAIRS[0]) and model.tokenizer.decode(answer) == conversation_text([broken]) + "<|im_end|>"
+    assert (
+        prompt == prompt_ids(model.tokenizer, PAIRS[0])
+        and model.tokenizer.decode(answer) == conversation_text([broken]) + "<|im_end|>"
+    )
     assert math.isfinite(*model.of_answers([PAIRS[0]], [broken]))
 
 
@@ -215,8 +271,10 @@ def test_the_reward_model_judges_answers_that_the_template_refuses(judge: Path) 
 
 
 PIECES = [
-    "<tool_call>", "</tool_call>", "<think>", "</think>", "<|im_end|>", "<|im_start|>", CALLED, '{"name": "weather", "arguments": ', '{"city": "Oslo"}',
-    '{"name": ', "null", "[1, NaN]", '"\\u0000"', "}", " ", "\n", "Yes", "", "<tools>", '"weather"', '{"name": "weather", "arguments": "x"}',
+    "<tool_call>", "</tool_call>", "<think>", "</think>", "<|im_end|>", "<|im_start|>", CALLED,
+    '{"name": "weather", "arguments": ', '{"city": "Oslo"}',
+    '{"name": ', "null", "[1, NaN]", '"\\u0000"', "}", " ", "\n", "Yes", "", "<tools>", '"weather"',
+    '{"name": "weather", "arguments": "x"}',
 ]  # fmt: skip
 
 
@@ -226,17 +284,30 @@ def test_whatever_a_policy_writes_can_be_rewarded(hermes: Any, text: str) -> Non
     encoded: list[Any] = []
     judge = Rewards({"valid_json": 1.0, "distinct": 1.0, "brief": 1.0}, None)
     run = run_on(
-        PAIRS, hermes, lambda pairs, answers: encoded.extend(map(reward._generated, [hermes], pairs, answers)) or judge(pairs, answers)
+        PAIRS,
+        hermes,
+        lambda pairs, answers: (
+            encoded.extend(map(reward._generated, [hermes], pairs, answers)) or judge(pairs, answers)
+        ),
     )
     assert run.reward([0], [hermes.decode(ids, skip_special_tokens=True)], [ids])[0] >= 0
     assert encoded[0][0] == run.prompts[0] and encoded[0][1][-1] == hermes.eos_token_id
 
 
-# ---- the whole way ------------------------------------------------------------------------------------------------------------------------
+# ---- the whole way
+# ----------------------------------------------------------------------------------------------------------------------
 
 ONLINE: dict[str, Fields] = {
-    "rloo": {"options": {"num_generations": 2, "max_completion_length": 4}, "max_steps": 3, "per_device_train_batch_size": 2},
-    "grpo": {"options": {"num_generations": 2, "max_completion_length": 4}, "max_steps": 3, "per_device_train_batch_size": 2},
+    "rloo": {
+        "options": {"num_generations": 2, "max_completion_length": 4},
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+    },
+    "grpo": {
+        "options": {"num_generations": 2, "max_completion_length": 4},
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+    },
     "ppo": {"options": {"total_episodes": 12, "batch_size": 4, "response_length": 4, "missing_eos_penalty": 0.0}},
 }
 
@@ -249,7 +320,13 @@ def align(folder: Path, data: Path, judge: Path, sft: Path, **settings: Any) -> 
 
 @pytest.mark.parametrize("method", ["dpo", *ONLINE])
 def test_pairs_with_tools_and_traces_train_a_reward_model_and_a_policy(
-    method: str, tmp_path: Path, data: Path, judge: Path, hermes_model: Path, hermes: Any, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    tmp_path: Path,
+    data: Path,
+    judge: Path,
+    hermes_model: Path,
+    hermes: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[list[int]] = []
     owner, name, place = {
@@ -276,7 +353,8 @@ def test_a_template_without_tools_is_refused_before_anything_is_trained(
 ) -> None:
     monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
     said = (
-        rf"pair {PAIRS[0]['example_id']} \(train\) does not fit the chat template of data/merged/lora: the chat template does not write the"
+        rf"pair {PAIRS[0]['example_id']} \(train\) does not fit the chat template of data/merged/lora: the chat"
+        r" template does not write the"
     )
     with pytest.raises(InputError, match=said):
         align(tmp_path, data, judge, tiny_model, method="dpo")
@@ -299,10 +377,17 @@ def test_tools_calls_and_traces_are_kept_from_the_source_to_the_splits(tmp_path:
 
 
 def test_a_rejected_answer_that_the_template_does_not_write_is_a_mismatch(tmp_path: Path, tiny_model: Path) -> None:
-    rows = [{"prompt": one["prompt"], "chosen": one["chosen"], "rejected": one["rejected"]} for one in (PAIRS[1], pair(GUESS, THOUGHT))]
+    rows = [
+        {"prompt": one["prompt"], "chosen": one["chosen"], "rejected": one["rejected"]}
+        for one in (PAIRS[1], pair(GUESS, THOUGHT))
+    ]
     report = judged(tmp_path, tiny_model, rows, policy={"invalid_tool_call": "warn"})
     [mismatch] = [check for check in report.checks if check.name == "template_mismatch"]
-    assert mismatch.count == 1 and mismatch.rows == ["data/sources/p.jsonl:0"] and "does not write tool calls" in mismatch.note
+    assert (
+        mismatch.count == 1
+        and mismatch.rows == ["data/sources/p.jsonl:0"]
+        and "does not write tool calls" in mismatch.note
+    )
 
 
 def judged(root: Path, model: Path, rows: list[Fields], **section: Any) -> Any:
@@ -327,4 +412,6 @@ def test_a_classifier_reads_the_tools_of_a_prompt(hermes: Any, monkeypatch: pyte
     predictor = feature_extraction.Predictor(Head(), hermes)  # type: ignore[arg-type]
     asked = [one["prompt"] for one in PAIRS]
     assert predictor.predict(asked, tools=[TOOLS, None, TOOLS]) == ["a"] * 3
-    assert seen == [served(hermes, messages, tools) for messages, tools in zip(asked, (TOOLS, None, TOOLS), strict=True)]
+    assert seen == [
+        served(hermes, messages, tools) for messages, tools in zip(asked, (TOOLS, None, TOOLS), strict=True)
+    ]

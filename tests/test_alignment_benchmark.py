@@ -1,4 +1,5 @@
-"""The benchmark of alignment methods: one table has their settings, which the pipeline accepts, and a result is that of its own settings only."""
+"""The benchmark of alignment methods: one table has their settings, which the
+pipeline accepts, and a result is that of its own settings only."""
 
 from __future__ import annotations
 
@@ -60,7 +61,12 @@ def test_a_method_without_settings_is_refused_before_anything_is_read(
         alignment.main()
     shown = capsys.readouterr()
     assert refused.value.code == 2 and not shown.out
-    assert shown.err.startswith(f"{method}: ") and said in shown.err and "online_dpo" in shown.err and len(shown.err.splitlines()) == 1
+    assert (
+        shown.err.startswith(f"{method}: ")
+        and said in shown.err
+        and "online_dpo" in shown.err
+        and len(shown.err.splitlines()) == 1
+    )
 
 
 def test_a_result_is_found_only_for_what_it_was_measured_of(tmp_path: Path) -> None:
@@ -79,14 +85,20 @@ def test_a_result_is_found_only_for_what_it_was_measured_of(tmp_path: Path) -> N
     assert kept.find({"method": "kto"}) == {"newer": True}
 
 
-def test_a_line_that_was_cut_off_and_results_without_settings_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_was_cut_off_and_results_without_settings_are_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "measured.jsonl"
     kept = Measurements(file)
     kept.add({"seed": 1}, {"reward": 1.0})
     file.write_text('[{"method": "dpo", "seed": 1}]\n' + file.read_text() + file.read_text()[:-9])
     kept.add({"seed": 2}, {"reward": 2.0})
     assert (kept.find({"seed": 1}), kept.find({"seed": 2})) == ({"reward": 1.0}, {"reward": 2.0})
-    assert "line 1 is not used" in (said := capsys.readouterr().err) and "line 3 is not used" in said and "line 2" not in said
+    assert (
+        "line 1 is not used" in (said := capsys.readouterr().err)
+        and "line 3 is not used" in said
+        and "line 2" not in said
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +115,25 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     scratch = root / "scratch"
     scratch.mkdir()
     report = reward_model.produce(
-        reward_model.Params(model="base_model", learning_rate=2e-2, num_train_epochs=4), Compute(seed=3, threads=1, dtype="float32"),
-        data / "preferences", tiny_model, data / "reward_model", scratch / "curve.csv", scratch / "calibration.csv", scratch / "checkpoints",
+        reward_model.Params(model="base_model", learning_rate=2e-2, num_train_epochs=4),
+        Compute(seed=3, threads=1, dtype="float32"),
+        data / "preferences", tiny_model, data / "reward_model", scratch / "curve.csv", scratch / "calibration.csv",
+        scratch / "checkpoints",
     )  # fmt: skip
     assert not report.failures
     return root
 
 
 def given(project: Path, measured: Path, *methods: str, **changed: Any) -> argparse.Namespace:
-    values = {"methods": methods, "seeds": 2, "episodes": 16, "threads": 1, "adapter": "lora", "project": project, "measured": measured}
+    values = {
+        "methods": methods,
+        "seeds": 2,
+        "episodes": 16,
+        "threads": 1,
+        "adapter": "lora",
+        "project": project,
+        "measured": measured,
+    }
     return argparse.Namespace(**values | changed)
 
 
@@ -146,12 +168,18 @@ def test_an_interrupted_benchmark_goes_on_and_other_settings_are_measured_again(
     assert made[7:] == [("rloo", 1, 16)]
 
 
-def test_a_training_that_ended_with_an_error_is_tried_again(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alignment, "measure", lambda run: {"method": run["method"], "seed": run["seed"], "error": "killed"})
+def test_a_training_that_ended_with_an_error_is_tried_again(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        alignment, "measure", lambda run: {"method": run["method"], "seed": run["seed"], "error": "killed"}
+    )
     options = given(project, tmp_path / "measured.jsonl", "dpo", seeds=1)
     [failed] = alignment.runs_of(options)
     assert "| dpo | SFT, DPO | failed: killed |" in alignment.table([failed], None, "here")
-    monkeypatch.setattr(alignment, "measure", lambda run: {"method": run["method"], "seed": run["seed"], "failed": ["learned: a | b"]})
+    monkeypatch.setattr(
+        alignment, "measure", lambda run: {"method": run["method"], "seed": run["seed"], "failed": ["learned: a | b"]}
+    )
     [failed] = alignment.runs_of(options)
     assert "failed: learned: a / b |" in alignment.table([failed], None, "here")
 
@@ -167,8 +195,15 @@ def test_content_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
 
 
 def test_a_training_is_that_of_the_pipeline(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny model: the answers that it learned from are those asked for, and a gain is of the same held-out prompts."""
-    short = {"learning_rate": 1e-2, "options": {"max_completion_length": 6}, "samples": 6, "max_new_tokens": 6, "warmup_ratio": 0.0}
+    """On a tiny model: the answers that it learned from are those asked for,
+    and a gain is of the same held-out prompts."""
+    short = {
+        "learning_rate": 1e-2,
+        "options": {"max_completion_length": 6},
+        "samples": 6,
+        "max_new_tokens": 6,
+        "warmup_ratio": 0.0,
+    }
     monkeypatch.setitem(alignment.METHODS, "online_dpo", replace(alignment.METHODS["online_dpo"], entry=short))
     runs = [alignment.one("online_dpo", seed, "lora", 16, 1, project, score=False) for seed in (1, 2)]
     for run in runs:

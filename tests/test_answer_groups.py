@@ -43,7 +43,9 @@ def policy(tiny_model: Path) -> Any:
     return random_policy(tiny_model, LORA)
 
 
-def plain(model: Any, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(
+    model: Any, prompt: Sequence[int], answer: Sequence[int], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of an answer's tokens and entropies, from one pass over its own text."""
     ids = torch.tensor([[*prompt, *answer]])
     scores = (model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
@@ -60,7 +62,8 @@ def test_a_group_has_the_log_probabilities_entropies_and_gradients_of_single_ans
         found, entropies = shared_prompts.of_answers(policy, PROMPTS, ANSWERS, WIDTH, temperature, with_entropy=True)
         assert entropies is not None
         (found * weights).sum().backward()
-    gradients, expected = trained_gradients(policy), [plain(policy, p, a, temperature) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    gradients = trained_gradients(policy)
+    expected = [plain(policy, p, a, temperature) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     sum((values * row[: len(values)]).sum() for (values, _), row in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
     for row, (log_probs, entropy) in enumerate(expected):
         rest = [0.0] * (WIDTH - len(entropy))
@@ -72,13 +75,20 @@ def test_a_group_has_the_log_probabilities_entropies_and_gradients_of_single_ans
 def test_the_row_has_each_prompt_once_and_does_not_depend_on_the_order_of_answers() -> None:
     order = [3, 1, 0, 5, 4, 2]
     first, second = (
-        shared_prompts.collate_answers([PROMPTS[i] for i in some], [ANSWERS[i] for i in some], WIDTH) for some in (range(6), order)
+        shared_prompts.collate_answers([PROMPTS[i] for i in some], [ANSWERS[i] for i in some], WIDTH)
+        for some in (range(6), order)
     )
-    assert first["packed_ids"].tolist() == second["packed_ids"].tolist() and first["pair_lengths"] == second["pair_lengths"]
+    assert (
+        first["packed_ids"].tolist() == second["packed_ids"].tolist()
+        and first["pair_lengths"] == second["pair_lengths"]
+    )
     tokens = first["packed_ids"][0].tolist()
-    # 17 and two equal answers, of which each keeps its last token; 5 and two beginnings that differ from the third; 1 and 1
+    # 17 and two equal answers, of which each keeps its last token; 5 and two beginnings that differ from the third; 1
+    # and 1
     assert tokens.count(21) == 17 and tokens.count(5) == 1 and tokens.count(7) == 2
-    assert sorted(first["slot"].tolist()) == sorted(row * WIDTH + i for row, answer in enumerate(ANSWERS) for i in range(len(answer)))
+    assert sorted(first["slot"].tolist()) == sorted(
+        row * WIDTH + i for row, answer in enumerate(ANSWERS) for i in range(len(answer))
+    )
 
 
 def test_equal_prompts_are_read_once_and_answered_each_for_itself(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +99,9 @@ def test_equal_prompts_are_read_once_and_answered_each_for_itself(policy: Any, m
         return run(model, ids, *others)
 
     numbers = uniform_numbers("7", range(len(PROMPTS)), LONGEST)
-    alone = [decoding.decode(model, [p], sampled([u], 1.0), LONGEST, (), 0)[0] for p, u in zip(PROMPTS, numbers, strict=True)]
+    alone = [
+        decoding.decode(model, [p], sampled([u], 1.0), LONGEST, (), 0)[0] for p, u in zip(PROMPTS, numbers, strict=True)
+    ]
     monkeypatch.setattr(decoding, "_run", counted)
     assert decoding.decode(model, PROMPTS, sampled(numbers, 1.0), LONGEST, (), 0) == alone
     assert read == [(3, 17), *[(6, 1)] * (LONGEST - 1)]
@@ -107,7 +119,8 @@ def test_top_p_leaves_the_most_likely_tokens_with_their_relative_frequencies() -
     assert counts[1.0] == pytest.approx([100, 400, 50, 250, 200], abs=1)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------------------------------
+# ---- training
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Rewarded:
@@ -133,9 +146,11 @@ LOSSES: dict[str, dict[str, Any]] = {
 """Name -> options. TRL's default loss is that of DAPO."""
 
 
-def loss_of(name: str, model: Any, batch: list[tuple[int, list[int], float]], old: list[torch.Tensor] | None, beta: float) -> Any:
-    """Loss of a batch of answers, two to a prompt, and the log-probabilities of the policy (RLOO arXiv 2402.14740; GRPO 2402.03300; DAPO
-    2503.14476; Dr. GRPO 2503.20783; GSPO 2507.18071)."""
+def loss_of(
+    name: str, model: Any, batch: list[tuple[int, list[int], float]], old: list[torch.Tensor] | None, beta: float
+) -> Any:
+    """Loss of a batch of answers, two to a prompt, and the log-probabilities of the policy (RLOO arXiv 2402.14740; GRPO
+    2402.03300; DAPO 2503.14476; Dr. GRPO 2503.20783; GSPO 2507.18071)."""
     options = LOSSES[name]
     log_probs = [plain(model, ROWS[row]["prompt"], answer, 1.0)[0] for row, answer, _ in batch]  # type: ignore[arg-type]
     with torch.no_grad(), model.disable_adapter():
@@ -174,11 +189,20 @@ def test_training_is_that_of_a_plain_loop(name: str, iterations: int, policy: An
     method = preference.METHODS["rloo" if name == "rloo" else "grpo"]
     spec = method(**options, **LOSSES[name]).trainer_spec(run)  # type: ignore[attr-defined]
     params = PreferenceParams(
-        learning_rate=3e-3, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=4, max_steps=4, weight_decay=0
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        warmup_ratio=0,
+        per_device_train_batch_size=4,
+        max_steps=4,
+        weight_decay=0,
     )
-    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE
+    )
     assert len(run.batches) == 4 // iterations
-    assert all(len({tuple(answer) for _, answer, _ in batch}) > 2 for batch in run.batches), "answers are equal, so little is shown"
+    assert all(len({tuple(answer) for _, answer, _ in batch}) > 2 for batch in run.batches), (
+        "answers are equal, so little is shown"
+    )
     weights = [weight for weight in other.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=params.learning_rate, weight_decay=0)
     expected = []
@@ -200,21 +224,38 @@ def test_training_is_that_of_a_plain_loop(name: str, iterations: int, policy: An
 
 @pytest.mark.parametrize(
     ("name", "iterations", "accumulated", "step"),
-    [pytest.param("rloo", 1, 1, 3, id="in the second epoch"), pytest.param("grpo", 3, 2, 1, id="between passes on the same answers")],
+    [
+        pytest.param("rloo", 1, 1, 3, id="in the second epoch"),
+        pytest.param("grpo", 3, 2, 1, id="between passes on the same answers"),
+    ],
 )
 def test_a_resumed_training_learns_the_same_from_the_same_answers(
     name: str, iterations: int, accumulated: int, step: int, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     options = {"num_generations": 2, "max_completion_length": LONGEST, "num_iterations": iterations}
     params = PreferenceParams(
-        learning_rate=3e-3, per_device_train_batch_size=4, gradient_accumulation_steps=accumulated, max_steps=5, save_steps=1
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulated,
+        max_steps=5,
+        save_steps=1,
     )
 
     def learned() -> Any:
         run, model = Rewarded(), random_policy(tiny_model, LORA)
-        spec, shared = preference.METHODS[name](**options).trainer_spec(run), ShardedModel(model, None, torch.device("cpu"))  # type: ignore[attr-defined]
-        history = training.train(spec, shared, tiny_tokenizer, ROWS, [], params, COMPUTE, Checkpoints(tmp_path, {}, keep=5))
-        return history.curve, history.seen, {key: weight.tolist() for key, weight in trainable(model).items()}, run.batches
+        spec, shared = (
+            preference.METHODS[name](**options).trainer_spec(run),
+            ShardedModel(model, None, torch.device("cpu")),
+        )  # type: ignore[attr-defined]
+        history = training.train(
+            spec, shared, tiny_tokenizer, ROWS, [], params, COMPUTE, Checkpoints(tmp_path, {}, keep=5)
+        )
+        return (
+            history.curve,
+            history.seen,
+            {key: weight.tolist() for key, weight in trainable(model).items()},
+            run.batches,
+        )
 
     *whole, batches = learned()
     for later in range(step + 1, 6):
@@ -242,7 +283,9 @@ def test_a_policy_reads_its_answers_once_before_it_learns_from_them(
     assert passes == [(True, False), (False, True)] * 2
     passes.clear()
     checkpointed = params.model_copy(update={"gradient_checkpointing": True, "max_steps": 1})
-    training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], checkpointed, COMPUTE)
+    training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], checkpointed, COMPUTE
+    )
     assert passes == [(False, False), (False, True), (True, False)]
 
 
@@ -252,9 +295,13 @@ def test_unfinished_answers_can_be_left_out_of_the_loss(
 ) -> None:
     """Of four answers, `ended` ones have an end of turn."""
     monkeypatch.setattr(answer_groups, "decode", lambda *_: [[30, 31 + i, 2 if i < ended else 9] for i in range(4)])
-    spec = preference.Grpo(num_generations=2, max_completion_length=3, mask_truncated_completions=True).trainer_spec(Rewarded())  # type: ignore[arg-type]
+    spec = preference.Grpo(num_generations=2, max_completion_length=3, mask_truncated_completions=True).trainer_spec(
+        Rewarded()
+    )  # type: ignore[arg-type]
     params = PreferenceParams(per_device_train_batch_size=4, max_steps=1)
-    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE
+    )
     assert (history.curve[0]["grad_norm"] > 0) == learns and history.curve[0]["unfinished"] == 1 - ended / 4
 
 
@@ -275,18 +322,34 @@ def test_models_that_cannot_read_groups_read_padded_batches(tiny_tokenizer: Any)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **extra))
         for weight in model.parameters():
             weight.requires_grad_(False)
-        assert training.TrlSession(spec, model, tiny_tokenizer, PreferenceParams(), COMPUTE, None, None).reads_groups is reads, kind
+        assert (
+            training.TrlSession(spec, model, tiny_tokenizer, PreferenceParams(), COMPUTE, None, None).reads_groups
+            is reads
+        ), kind
 
 
-# ---- planning ---------------------------------------------------------------------------------------------------------------------------------
+# ---- planning
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("rloo", {}), ("rloo", {"beta": 0.0}), ("grpo", {}), ("grpo", {"num_iterations": 2}), ("online_dpo", {}), ("checkpointed rloo", {})],
+    [
+        ("rloo", {}),
+        ("rloo", {"beta": 0.0}),
+        ("grpo", {}),
+        ("grpo", {"num_iterations": 2}),
+        ("online_dpo", {}),
+        ("checkpointed rloo", {}),
+    ],
 )
 def test_predicted_memory_is_what_a_real_training_has_at_the_same_time(
-    name: str, options: dict[str, Any], policy: Any, tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    options: dict[str, Any],
+    policy: Any,
+    tiny_model: Path,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step of the trainer on answers of the longest length, whose logits matter more than its other tensors."""
     longest, sizes = 40, (120, 70)
@@ -297,7 +360,8 @@ def test_predicted_memory_is_what_a_real_training_has_at_the_same_time(
     assert sorted(largest.lengths) == [(size, *[longest] * 4) for size in sorted(sizes)]
     assert (largest.tokens, largest.answer_tokens) == (-(-(sum(sizes) + 8 * longest) // 16) * 16, 8 * longest)
     spec = TrainingSpec(
-        "cpu", torch.float32, tiny_model, "lora", LORA, [largest.tokens], largest.answer_tokens, gradient_checkpointing=checkpointing, timed=False,
+        "cpu", torch.float32, tiny_model, "lora", LORA, [largest.tokens], largest.answer_tokens,
+        gradient_checkpointing=checkpointing, timed=False,
         answers=largest,
     )  # fmt: skip
     predicted = spec.prediction.memory
@@ -318,14 +382,16 @@ def test_the_policys_first_pass_is_kept_where_training_keeps_it() -> None:
         params = PreferenceParams(gradient_accumulation_steps=accumulated)
         return answer_pass(preference.METHODS[name](**options), params, [10] * 4, 1).keeps_graph  # type: ignore[arg-type]
 
-    assert [keeps("rloo"), keeps("grpo"), keeps("online_dpo"), keeps("grpo", num_iterations=2), keeps("grpo", 2, num_iterations=2)] == [
+    assert [keeps("rloo"), keeps("grpo"), keeps("online_dpo"), keeps("grpo", num_iterations=2),
+        keeps("grpo", 2, num_iterations=2)] == [
         True, False, False, True, False,
     ]  # fmt: skip
     assert AnswerPass(((3, 2, 2),), True, True).tokens == 16
 
 
 def test_the_planned_steps_and_texts_are_those_of_a_training(policy: Any, tiny_tokenizer: Any) -> None:
-    """Of 11 prompts in passes of two one is left out, and the third step of an epoch has fewer passes than the others."""
+    """Of 11 prompts in passes of two one is left out, and the third step of an
+    epoch has fewer passes than the others."""
     run, method = Rewarded(), preference.Grpo(num_generations=2, max_completion_length=2, num_iterations=2)
     params = PreferenceParams(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_train_epochs=2)
     rows = [{"prompt": [5 + number, 6], "pair": number} for number in range(11)]
@@ -334,17 +400,23 @@ def test_the_planned_steps_and_texts_are_those_of_a_training(policy: Any, tiny_t
     assert history.step == method.steps(11, params) == 6
     assert 2 * sum(map(len, run.batches)) == 2 * method.texts_per_epoch(11, params) == 80
     method.refuse_few_prompts(2, params, "aligned.x")
-    with pytest.raises(InputError, match=r"aligned\.x\.per_device_train_batch_size: .* 2 prompts, .* 1\nhint: set it to 2 or less"):
+    with pytest.raises(
+        InputError, match=r"aligned\.x\.per_device_train_batch_size: .* 2 prompts, .* 1\nhint: set it to 2 or less"
+    ):
         method.refuse_few_prompts(1, params, "aligned.x")
 
 
 def test_planned_steps_of_ppo_are_its_iterations_as_in_the_report() -> None:
-    ppo = preference.Ppo(total_episodes=20, batch_size=16, mini_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3)
+    ppo = preference.Ppo(
+        total_episodes=20, batch_size=16, mini_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3
+    )
     assert ppo.steps(9, PreferenceParams()) == 2 and ppo.texts_per_epoch(9, PreferenceParams()) == 60
 
 
 def test_a_further_model_counts_as_weights(tiny_model: Path) -> None:
     spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, [64], 32, timed=False)
-    with_judge = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, [64], 32, timed=False, other_weights=10**6)
+    with_judge = TrainingSpec(
+        "cpu", torch.float32, tiny_model, "lora", LORA, [64], 32, timed=False, other_weights=10**6
+    )
     assert with_judge.prediction.memory.weights == spec.prediction.memory.weights + 10**6
     assert with_judge.needed == spec.needed + 10**6

@@ -1,4 +1,5 @@
-"""`pedigree why --diff` and `pedigree bisect`, on a real small history: a commit that changes one answer is found, and the row that did it."""
+"""`pedigree why --diff` and `pedigree bisect`, on a real small history: a
+commit that changes one answer is found, and the row that did it."""
 
 from __future__ import annotations
 
@@ -90,18 +91,32 @@ def diff(made: Made, before: int, after: int, *arguments: str) -> int:
     return main(["why", "--diff", *named, *arguments, "--project", str(made.root)])
 
 
-def test_a_changed_answer_comes_with_the_record_that_says_so(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_changed_answer_comes_with_the_record_that_says_so(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     before, page = state(made.root), tmp_path / "diff.html"
     assert diff(made, BAD - 1, BAD, "--top", "14", "--json", "--html", str(page)) == 0
     found = document(capsys)
     assert found["records"] == {"added": 12, "removed": 0, "changed": 1, "moved": 0}
-    assert found["compared"] == 2 and found["changed"] == 1, "answers before the last one of a conversation are not compared"
+    assert found["compared"] == 2 and found["changed"] == 1, (
+        "answers before the last one of a conversation are not compared"
+    )
     [answer] = found["answers"]
-    assert (answer["prompt"], answer["before"], answer["after"], answer["right"]) == ("hat?", "red", "blue", [True, False])
+    assert (answer["prompt"], answer["before"], answer["after"], answer["right"]) == (
+        "hat?",
+        "red",
+        "blue",
+        [True, False],
+    )
     assert answer["among"] == 14, "twelve added, and both versions of the changed one"
     old, new = START[0].id, Row("hat?", "blue", 0).id
     first = next(record for record in answer["records"] if record["trained"] == "after")
-    assert (first["example_id"], first["kind"], first["rows"], first["answer"]) == (new, "changed", ["data/sources/a.jsonl:0"], "blue")
+    assert (first["example_id"], first["kind"], first["rows"], first["answer"]) == (
+        new,
+        "changed",
+        ["data/sources/a.jsonl:0"],
+        "blue",
+    )
     assert [record["example_id"] for record in answer["records"] if record["trained"] == "before"] == [old]
     assert [record["rank"] for record in answer["records"]] == [*range(1, 15)]
     scores = [record["score"] for record in answer["records"]]
@@ -126,7 +141,9 @@ def test_scores_are_cosines_of_gradients_at_the_model_that_was_trained_on_the_re
     assert diff(made, BAD - 1, BAD, "--top", "30", "--json") == 0
     records = {record["example_id"]: record for record in document(capsys)["answers"][0]["records"]}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    folder = next(path for path in made.history.work.glob("*/adapter") if made.history.put_folder(path) == _adapter(made, BAD))
+    folder = next(
+        path for path in made.history.work.glob("*/adapter") if made.history.put_folder(path) == _adapter(made, BAD)
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
 
     def gradient(row: Row, end: bool) -> np.ndarray:
@@ -136,7 +153,9 @@ def test_scores_are_cosines_of_gradients_at_the_model_that_was_trained_on_the_re
         start = len(tokenizer(prompt)["input_ids"])
         likely = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
         (-sum(likely[i - 1, ids[i]] for i in range(start, len(ids)))).backward()
-        return np.concatenate([weight.grad.numpy().ravel() for _, weight in sorted(model.named_parameters()) if weight.grad is not None])
+        return np.concatenate(
+            [weight.grad.numpy().ravel() for _, weight in sorted(model.named_parameters()) if weight.grad is not None]
+        )
 
     question = gradient(Row("hat?", "blue", 0), end=False)
     rows = {row.id: row for row in rows_at(BAD) if row.split == "train"}
@@ -186,7 +205,9 @@ def test_a_difference_is_not_combined_with_a_question(
     assert said in shown.err and "Traceback" not in shown.err and not shown.out
 
 
-def test_a_version_whose_files_are_lost_is_named(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_version_whose_files_are_lost_is_named(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     root = Path(shutil.copytree(made.root, tmp_path / "project", symlinks=True))
     listing = _adapter(made, BAD)
     (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
@@ -199,7 +220,9 @@ def test_a_version_whose_files_are_lost_is_named(made: Made, capsys: pytest.Capt
 def test_recorded_answers_are_those_of_the_model_itself_and_not_of_one_that_is_merged_of_it(tmp_path: Path) -> None:
     """An adapter that is merged of another one reads it, and its evaluation can be the first in dvc.lock."""
     project = Project(tmp_path / "project")
-    (project.root / "dvc.yaml").write_text((project.root / "dvc.yaml").read_text().replace("{lora: 1}", "{both: 1, lora: 1}"))
+    (project.root / "dvc.yaml").write_text(
+        (project.root / "dvc.yaml").read_text().replace("{lora: 1}", "{both: 1, lora: 1}")
+    )
     lora = project.lock([("a", "train", "a.jsonl"), ("b", "test", "a.jsonl")])
     parent = {"data/adapter/lora": lora["adapter@lora"]["outs"][0]["md5"]}
     lock = {"adapter@both": entry("adapter@both", parent, project.put({"adapter_model.safetensors": b"both"}))}
@@ -207,7 +230,14 @@ def test_recorded_answers_are_those_of_the_model_itself_and_not_of_one_that_is_m
     for variant in ("both", "lora"):
         lock |= lora if variant == "lora" else {}
         file = tmp_path / "results.parquet"
-        row = {"system": variant, "example_id": "0" * 32, "turn": None, "answer": f"of {variant}", "reasoning": None, "tool_calls": None}
+        row = {
+            "system": variant,
+            "example_id": "0" * 32,
+            "turn": None,
+            "answer": f"of {variant}",
+            "reasoning": None,
+            "tool_calls": None,
+        }
         write_results(file, [row | {"label": None, "prompt_tokens": 1, "nll": None, "tokens": None}])
         read = {f"data/merged/{variant}": lock[f"merged@{variant}"]["outs"][0]["md5"]}
         name = f"evaluation@{variant}"
@@ -228,7 +258,9 @@ def test_only_the_words_that_differ_are_asked_about() -> None:
     texts = ('{"summary": "late", "category": "bug"}', '{"summary": "late", "category": "idea now"}')
     [(start, stop)] = differing(*texts)
     assert texts[1][start:stop] == "idea now"
-    assert differing("red", "red") == [] and differing("red hat", "red") == [], "a removed word has no place in the other answer"
+    assert differing("red", "red") == [] and differing("red hat", "red") == [], (
+        "a removed word has no place in the other answer"
+    )
 
 
 # ---- bisect
@@ -247,13 +279,21 @@ def test_the_commit_is_found_in_three_evaluations_with_its_row_first(
     assert found["verdict"] == "found" and len(found["versions"]) == 8 and found["evaluations"] <= 3
     assert found["first"]["commit"] == made.commits[BAD] and found["last_good"]["commit"] == made.commits[BAD - 1]
     assert found["first"]["title"] == f"data {BAD}"
-    assert Row("hat?", "blue", 0).id in [record["example_id"] for record in found["records"][:2]] and found["among"] == 14
+    assert (
+        Row("hat?", "blue", 0).id in [record["example_id"] for record in found["records"][:2]] and found["among"] == 14
+    )
     assert bisect(made.root, "--good", made.commits[1], "--html", str(page)) == 0
     shown = capsys.readouterr()
-    assert made.commits[BAD][:12] in shown.out and "data/sources/a.jsonl:0" in shown.out and "8 versions, at most 4" in shown.err
+    assert (
+        made.commits[BAD][:12] in shown.out
+        and "data/sources/a.jsonl:0" in shown.out
+        and "8 versions, at most 4" in shown.err
+    )
     assert shown.out.rstrip().endswith(f"page: {page}") and state(made.root) == before
     html = page.read_text()
-    assert all(f'<bdi dir="auto">{one["commit"][:12]}</bdi>' in html for one in found["versions"]), "each version has a line"
+    assert all(f'<bdi dir="auto">{one["commit"][:12]}</bdi>' in html for one in found["versions"]), (
+        "each version has a line"
+    )
     assert all(record["example_id"][:8] in html for record in found["records"])
     assert "http:" not in html and "https:" not in html and "influence" not in html.lower()
 
@@ -261,7 +301,10 @@ def test_the_commit_is_found_in_three_evaluations_with_its_row_first(
 PAGE: dict[str, Any] = {
     "model": MODEL,
     "asked": {"prompt": "hat <b>?", "system": None, "expect": "red"},
-    "versions": [{"commit": 40 * str(i), "title": f"data {i} <i>", "stage": "adapter@lora", "md5": f"{i}abc.dir"} for i in range(3)],
+    "versions": [
+        {"commit": 40 * str(i), "title": f"data {i} <i>", "stage": "adapter@lora", "md5": f"{i}abc.dir"}
+        for i in range(3)
+    ],
     "evaluations": 1,
     "answers": [{"commit": 40 * "2", "answer": "blue <script>", "as_expected": False}],
     "notes": ["see <u>"],
@@ -278,19 +321,38 @@ PAGE: dict[str, Any] = {
     ],
 )
 def test_the_page_of_a_search_has_its_verdict_and_escapes_texts(verdict: str, found: dict[str, Any], said: str) -> None:
-    ends = {"first": PAGE["versions"][2], "last_good": PAGE["versions"][1], "also_differ": {"code": ["a<b>.py"]}, **found} if found else {}
+    ends = (
+        {"first": PAGE["versions"][2], "last_good": PAGE["versions"][1], "also_differ": {"code": ["a<b>.py"]}, **found}
+        if found
+        else {}
+    )
     html = bisect_page({**PAGE, "verdict": verdict, **ends})
     assert said in html
-    assert ("taken as right" in html) == ("first such version" in html) == bool(found), "a version given with --good was not asked"
+    assert ("taken as right" in html) == ("first such version" in html) == bool(found), (
+        "a version given with --good was not asked"
+    )
     for text in ("hat <b>", "<i>", "blue <script>", "<u>", "a<b>"):
         assert text not in html
 
 
 def test_names_that_are_left_out_are_counted() -> None:
     files = [f"file{i:02}.py" for i in range(14)]
-    first = {"first": PAGE["versions"][2], "last_good": PAGE["versions"][1], "also_differ": {"code": files}, "records": [], "among": 0}
+    first = {
+        "first": PAGE["versions"][2],
+        "last_good": PAGE["versions"][1],
+        "also_differ": {"code": files},
+        "records": [],
+        "among": 0,
+    }
     found = {**PAGE, "verdict": "found", **first}
-    record = {"rank": 1, "score": 0.5, "kind": "added", "trained": "after", "rows": ["a:1", "a:2", "a:3", "a:4"], "example_id": "0" * 64}
+    record = {
+        "rank": 1,
+        "score": 0.5,
+        "kind": "added",
+        "trained": "after",
+        "rows": ["a:1", "a:2", "a:3", "a:4"],
+        "example_id": "0" * 64,
+    }
     two = {
         "models": [{"stage": MODEL, "path": "x", "md5": "0" * 32}] * 2,
         "changed": 0,
@@ -337,7 +399,9 @@ def test_a_history_that_cannot_be_searched_is_refused(
     assert code == 2 and said in shown.err and "Traceback" not in shown.err and not shown.out
 
 
-def test_a_model_that_cannot_be_searched_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_searched_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     project = Project(tmp_path / "project")
     lock = project.lock([("a", "train", "a.jsonl")])
     aligned = {"data/merged/lora": lock["merged@lora"]["outs"][0]["md5"]}
@@ -380,7 +444,9 @@ def test_versions_in_the_cache_are_asked_before_others_are_trained_again(
         (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
     assert bisect(root, "--json") == 0
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["first"]["commit"] == made.commits[BAD] and "4 of them are not in the cache" in shown.err
+    assert (
+        json.loads(shown.out)["first"]["commit"] == made.commits[BAD] and "4 of them are not in the cache" in shown.err
+    )
     listing = _adapter(made, BAD - 1)
     (root / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
     assert bisect(root) == 2
@@ -432,7 +498,9 @@ def test_what_lost_stages_read_is_made_again_if_it_is_lost_too(
     lost: set[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stage(out: str, *deps: str) -> dict[str, Any]:
-        outs = sorted([f"data/{out}", f"data/reports/{out}.json"])  # as in dvc.lock, where the report of `splits` is before its output
+        outs = sorted(
+            [f"data/{out}", f"data/reports/{out}.json"]
+        )  # as in dvc.lock, where the report of `splits` is before its output
         return {
             "deps": [{"path": f"data/{dep}", "md5": dep} for dep in deps],
             "outs": [{"path": path, "md5": path.removeprefix("data/")} for path in outs],

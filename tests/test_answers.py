@@ -15,7 +15,15 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
 from dagster_project.core.named_templates import NAMED
 from dagster_project.core.rendering import render
-from dagster_project.training.inference.answers import Answer, of_message, of_row, parse, read_answer, reader, split_trace
+from dagster_project.training.inference.answers import (
+    Answer,
+    of_message,
+    of_row,
+    parse,
+    read_answer,
+    reader,
+    split_trace,
+)
 from dagster_project.training.inference.call_forms import FORMS, find_calls
 
 TOOLS = [
@@ -35,7 +43,10 @@ TOOLS = [
             },
         },
     },
-    {"type": "function", "function": {"name": "ping", "description": "Ping.", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "ping", "description": "Ping.", "parameters": {"type": "object", "properties": {}}},
+    },
 ]
 OSLO = Call("weather", {"city": "Oslo", "days": 3}, None)
 PING = Call("ping", {}, None)
@@ -45,32 +56,72 @@ DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}
 WRITTEN: dict[str, tuple[str, list[Call]]] = {
     "Hermes": ('<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>', [OSLO]),
     "Hermes, parallel": (
-        '<tool_call>{"name": "weather", "arguments": {"days": 3, "city": "Oslo"}}</tool_call>\n<tool_call>{"name": "ping", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"days": 3, "city": "Oslo"}}</tool_call>\n<tool_call>{"name":'
+        ' "ping", "arguments": {}}</tool_call>',
         [OSLO, PING],
     ),
-    "arguments as JSON text": ('<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\", \\"days\\": 3}"}</tool_call>', [OSLO]),
+    "arguments as JSON text": (
+        '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\", \\"days\\": 3}"}</tool_call>',
+        [OSLO],
+    ),
     "Llama 3.1": ('{"name": "weather", "parameters": {"city": "Oslo", "days": 3}}', [OSLO]),
-    "Llama 3.1, parallel": ('<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo", "days": 3}}; {"name": "ping", "parameters": {}}', [OSLO, PING]),
+    "Llama 3.1, parallel": (
+        '<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo", "days": 3}}; {"name":'
+        ' "ping", "parameters": {}}',
+        [OSLO, PING],
+    ),
     "Mistral": (f"[TOOL_CALLS] {TWO}", [OSLO, PING]),
     "Mistral, named": ('[TOOL_CALLS]weather[ARGS]{"city": "Oslo", "days": 3}[TOOL_CALLS]ping[ARGS]{}', [OSLO, PING]),
-    "Mistral, with ids": ('[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{"city": "Oslo", "days": 3}', [OSLO._replace(identity="abcdefghi")]),
-    "Qwen3.5": ("<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>", [OSLO]),
-    "GLM-4": ("<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>", [OSLO]),
+    "Mistral, with ids": (
+        '[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{"city": "Oslo", "days": 3}',
+        [OSLO._replace(identity="abcdefghi")],
+    ),
+    "Qwen3.5": (
+        "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n<"
+        "/parameter>\n</function>\n</tool_call>",
+        [OSLO],
+    ),
+    "GLM-4": (
+        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days<"
+        "/arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+        [OSLO],
+    ),
     "LFM2": ("<|tool_call_start|>[weather(city='Oslo', days=3), ping()]<|tool_call_end|>", [OSLO, PING]),
     "ToolACE": ('[weather(city="Oslo", days=3), ping()]', [OSLO, PING]),
-    "gpt-oss": ('<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Oslo", "days": 3}<|call|>', [OSLO]),
-    "gpt-oss, as trained": (' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo", "days": 3}<|call|>', [OSLO]),
+    "gpt-oss": (
+        '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Oslo", "days": 3}<|call|>',
+        [OSLO],
+    ),
+    "gpt-oss, as trained": (
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo", "days": 3}<|call|>',
+        [OSLO],
+    ),
     "DeepSeek": (
-        "<｜tool▁calls▁begin｜>" + DEEPSEEK.format("weather", '{"city": "Oslo", "days": 3}') + "\n" + DEEPSEEK.format("ping", "{}") + "<｜tool▁calls▁end｜>",
+        "<｜tool▁calls▁begin｜>"
+        + DEEPSEEK.format("weather", '{"city": "Oslo", "days": 3}')
+        + "\n"
+        + DEEPSEEK.format("ping", "{}")
+        + "<｜tool▁calls▁end｜>",
         [OSLO, PING],
     ),
-    "DeepSeek 3.1": ('<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Oslo", "days": 3}<｜tool▁call▁end｜>', [OSLO]),
-    "Cohere": ('<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Oslo", "days": 3}}]<|END_ACTION|>', [OSLO._replace(identity="0")]),
+    "DeepSeek 3.1": (
+        '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Oslo", "days": 3}<｜tool▁call▁end｜>',
+        [OSLO],
+    ),
+    "Cohere": (
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Oslo", "days":'
+        " 3}}]<|END_ACTION|>",
+        [OSLO._replace(identity="0")],
+    ),
     "Granite, Phi-4": (f"<|tool_call|>{TWO}<|/tool_call|>", [OSLO, PING]),
     "JSON list": (TWO, [OSLO, PING]),
     "Gemma 4": ('<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:3}<tool_call|>', [OSLO]),
-    "invoke tags": ('<function_calls>\n<invoke name="weather">\n<parameter name="city">Oslo</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n</function_calls>', [OSLO]),
-}  # fmt: skip
+    "invoke tags": (
+        '<function_calls>\n<invoke name="weather">\n<parameter name="city">Oslo</parameter>\n<parameter'
+        ' name="days">3</parameter>\n</invoke>\n</function_calls>',
+        [OSLO],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -100,7 +151,10 @@ def test_other_text_is_not_a_call(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "call"),
     [
-        ('<tool_call>{"name": "weather", "arguments": {"city": "Os', Call("", '{"name": "weather", "arguments": {"city": "Os', None)),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"city": "Os',
+            Call("", '{"name": "weather", "arguments": {"city": "Os', None),
+        ),
         ("<tool_call>{weather}</tool_call>", Call("", "{weather}", None)),
         ('<tool_call>{"name": "weather", "arguments": "Oslo"}</tool_call>', Call("weather", "Oslo", None)),
         ("<tool_call><function=weather><parameter=city>Oslo", Call("weather", "<parameter=city>Oslo", None)),
@@ -116,28 +170,41 @@ def test_a_call_that_cannot_be_read_keeps_its_text_and_counts_as_a_call(text: st
 
 def test_python_calls_take_the_literals_of_python_and_json_and_names_with_spaces() -> None:
     tools = [{"name": "Market Trends API", "parameters": {}}]
-    found = find_calls('[Market Trends API(country="us", top=[1, {"a": true}], flag=False, none=null, low=-1.5)]', tools)
+    found = find_calls(
+        '[Market Trends API(country="us", top=[1, {"a": true}], flag=False, none=null, low=-1.5)]', tools
+    )
     assert found is not None
     assert found.calls == [
-        Call("Market Trends API", {"country": "us", "top": [1, {"a": True}], "flag": False, "none": None, "low": -1.5}, None)
+        Call(
+            "Market Trends API",
+            {"country": "us", "top": [1, {"a": True}], "flag": False, "none": None, "low": -1.5},
+            None,
+        )
     ]
 
 
 def test_null_is_read_as_python_gemma_and_tags_write_it() -> None:
     found = find_calls("[weather(city='Oslo', days=None)]", TOOLS)
     assert found is not None and found.calls == [Call("weather", {"city": "Oslo", "days": None}, None)]
-    found = find_calls('<|tool_call>call:weather{city:<|"|>[None]<|"|>,days:None,more:[None,{x:None}]}<tool_call|>', TOOLS)
-    assert found is not None and found.calls == [Call("weather", {"city": "[None]", "days": None, "more": [None, {"x": None}]}, None)]
+    found = find_calls(
+        '<|tool_call>call:weather{city:<|"|>[None]<|"|>,days:None,more:[None,{x:None}]}<tool_call|>', TOOLS
+    )
+    assert found is not None and found.calls == [
+        Call("weather", {"city": "[None]", "days": None, "more": [None, {"x": None}]}, None)
+    ]
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}, {"oneOf": [{"type": "string"}]}]
+    "schema",
+    [{"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}, {"oneOf": [{"type": "string"}]}],
 )
 def test_an_optional_text_in_tags_is_text_or_null(schema: dict[str, Any]) -> None:
     tools = [{"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}]
     nothing = "null" if "oneOf" in schema else None
     for written, value in (("7", "7"), ("true", "true"), ("null", nothing), ("x", "x")):
-        found = find_calls(f"<tool_call><function=f><parameter=a>\n{written}\n</parameter></function></tool_call>", tools)
+        found = find_calls(
+            f"<tool_call><function=f><parameter=a>\n{written}\n</parameter></function></tool_call>", tools
+        )
         assert found is not None and found.calls == [Call("f", {"a": value}, None)]
 
 
@@ -189,12 +256,17 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def test_generated_tokens_give_an_answer_and_its_message(hermes: Any) -> None:
-    text = 'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call><|im_end|>'
+    text = (
+        'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days":'
+        " 3}}\n</tool_call><|im_end|>"
+    )
     prompt = encode(hermes, "<|im_start|>assistant\n")
     answer = read_answer(hermes, prompt, encode(hermes, f"<think>Cold?</think>{text}"), TOOLS)
     assert answer == Answer("Let me look.", "Cold?", (OSLO,))
     assert of_message(answer.message) == answer == of_row(answer.columns)
-    assert answer.message["tool_calls"] == [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 3}}}]
+    assert answer.message["tool_calls"] == [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 3}}}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +295,9 @@ def test_content_beside_a_call_of_glm_is_read(trace: str, tiny_tokenizer: Any) -
     assert parse(tokenizer, "<|assistant|>", text, TOOLS) == Answer("Let me look.", trace, (OSLO,))
 
 
-@pytest.mark.parametrize("text", ["It is cold.<|im_end|>", " 42 ", "", '{"name": "weather", "arguments": {}}<|im_end|>', "<|im_end|>"])
+@pytest.mark.parametrize(
+    "text", ["It is cold.<|im_end|>", " 42 ", "", '{"name": "weather", "arguments": {}}<|im_end|>', "<|im_end|>"]
+)
 def test_without_tools_an_answer_is_its_text(hermes: Any, text: str) -> None:
     ids = encode(hermes, text)
     assert read_answer(hermes, [], ids) == Answer(hermes.decode(ids, skip_special_tokens=True).strip())
@@ -250,11 +324,14 @@ def test_a_trace_before_calls_is_split_off_with_a_response_template_of_trl(heade
         text = f"{opener}Cold?</think>\n\nLet me look.\n{WRITTEN['Hermes'][0]}<|im_end|>"
         assert parse(tokenizer, header, text, TOOLS) == Answer("Let me look.", "Cold?", (OSLO,))
     cut = f"{'' if 'think' in header else '<think>'}Cold? {WRITTEN['Hermes'][0]}"
-    assert parse(tokenizer, header, cut, TOOLS) == Answer("", f"Cold? {WRITTEN['Hermes'][0]}"), "a trace that does not end calls nothing"
+    assert parse(tokenizer, header, cut, TOOLS) == Answer("", f"Cold? {WRITTEN['Hermes'][0]}"), (
+        "a trace that does not end calls nothing"
+    )
 
 
 WRITE_NO_CALLS = {
-    "cohere", "cohere2", "deepseek_r1_distill", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llava_next", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm",
+    "cohere", "cohere2", "deepseek_r1_distill", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llava_next", "phi3",
+    "phi3_5", "qwen2_5_vl", "smolvlm",
 }  # fmt: skip
 """Templates that refuse calls or leave them out."""
 LOSSY = {"lfm2_2_5", "lfm2_2_5_v2"}
@@ -268,7 +345,8 @@ CASES = {
     "parallel": [Call("weather", {"city": "Oslo"}, None), Call("ping", {}, None), Call("weather", {"city": "3"}, None)],
 }
 ENDS = {
-    "llama3": "<|eot_id|>", "gptoss": "<|return|>", "glm": "<|user|>", "gemma4": "<turn|>", "diffusion": "<turn|>", "deepseek": "<｜end▁of▁sentence｜>",
+    "llama3": "<|eot_id|>", "gptoss": "<|return|>", "glm": "<|user|>", "gemma4": "<turn|>", "diffusion": "<turn|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
     "muse": "<|eot|>",
 }  # fmt: skip
 
@@ -276,7 +354,11 @@ ENDS = {
 def families() -> list[str]:
     import trl
 
-    return sorted(path.stem for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja") if "training" not in path.stem)
+    return sorted(
+        path.stem
+        for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
+        if "training" not in path.stem
+    )
 
 
 @pytest.mark.parametrize("family", families())
@@ -286,7 +368,9 @@ def test_the_calls_that_a_template_of_trl_renders_are_read_back(family: str, tin
     import trl
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text(
+        encoding="utf-8"
+    )
     tokenizer.eos_token = next((end for start, end in ENDS.items() if family.startswith(start)), "<|im_end|>")
     read = 0
     for name, wanted in CASES.items():
@@ -295,14 +379,19 @@ def test_the_calls_that_a_template_of_trl_renders_are_read_back(family: str, tin
         prompt = [{"role": "user", "content": "How cold is it?"}]
         calls = Answer("", calls=tuple(call._replace(identity=f"call0000{i}") for i, call in enumerate(wanted)))
         try:
-            header, whole = render(tokenizer, prompt, True, TOOLS), render(tokenizer, [*prompt, calls.message], False, TOOLS)
+            header = render(tokenizer, prompt, True, TOOLS)
+            whole = render(tokenizer, [*prompt, calls.message], False, TOOLS)
         except InputError:
             continue  # the template refuses it
         if "weather" not in whole.rpartition("How cold is it?")[2]:
             continue  # the template does not write calls
         begun = header if whole.startswith(header) else ""
-        answer = parse(tokenizer, begun, whole.removeprefix(begun) if begun else whole.rpartition("How cold is it?")[2], TOOLS)
-        assert answer is not None and [(call.name, call.arguments) for call in answer.calls] == [(c.name, c.arguments) for c in wanted]
+        answer = parse(
+            tokenizer, begun, whole.removeprefix(begun) if begun else whole.rpartition("How cold is it?")[2], TOOLS
+        )
+        assert answer is not None and [(call.name, call.arguments) for call in answer.calls] == [
+            (c.name, c.arguments) for c in wanted
+        ]
         assert not answer.content or not begun
         read += 1
     assert (read == 0) == (family in WRITE_NO_CALLS)

@@ -1,4 +1,5 @@
-"""Imports: docs/architecture.md draws those between the packages, and test modules share builders instead of importing each other."""
+"""Imports: docs/architecture.md draws those between the packages, and test
+modules share builders instead of importing each other."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ PACKAGE = "dagster_project"
 
 def test_the_drawing_has_exactly_the_imports_between_packages() -> None:
     drawing = (ROOT / "docs/architecture.md").read_text().split("```mermaid")[1].split("```")[0]
-    drawn = {tuple(part.replace("main", "__main__") for part in edge) for edge in re.findall(r"^ +(\w+) --> (\w+)$", drawing, re.MULTILINE)}
+    drawn = {
+        tuple(part.replace("main", "__main__") for part in edge)
+        for edge in re.findall(r"^ +(\w+) --> (\w+)$", drawing, re.MULTILINE)
+    }
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     units = {module: module.split(".")[1] for module in graph.modules if "." in module}
     imported = {(units[a], units[b]) for a in units for b in graph.find_modules_directly_imported_by(a) if b in units}
@@ -51,4 +55,6 @@ def test_no_module_of_the_tests_imports_a_test_module() -> None:
         path.name: re.findall(r"\b(?:from|import) +(?:tests\.)?test_\w+", path.read_text(encoding="utf-8"))
         for path in (ROOT / "tests").rglob("*.py")
     }
-    assert not {name: found for name, found in imports.items() if found}, "move what they share to tests/builders/ or tests/conftest.py"
+    assert not {name: found for name, found in imports.items() if found}, (
+        "move what they share to tests/builders/ or tests/conftest.py"
+    )

@@ -1,4 +1,5 @@
-"""Models of other architectures than Llama: losses, scores and samples are those of their own forward pass, and those that mix texts are refused."""
+"""Models of other architectures than Llama: losses, scores and samples are
+those of their own forward pass, and those that mix texts are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ MIXING = {
     "bloom": "the tokens that follow\nhint: use another model",
 }
 """Architecture in which texts of a row meet -> end of the message."""
-SHORT, LONG, OTHER = example([5, 6, 7, 8, 9], 2, 0.5), example([9, 8, 7, 20, 30, 40, 50], 3, 2.0), example([50, 60, 70, 80], 1)
+SHORT = example([5, 6, 7, 8, 9], 2, 0.5)
+LONG = example([9, 8, 7, 20, 30, 40, 50], 3, 2.0)
+OTHER = example([50, 60, 70, 80], 1)
 
 
 def of_kind(kind: str, **keys: Any) -> Any:
@@ -63,7 +66,9 @@ def losses_alone(model: Any, one: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("kind", SCALED)
-def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_forward_pass(kind: str, tiny_tokenizer: Any) -> None:
+def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_forward_pass(
+    kind: str, tiny_tokenizer: Any
+) -> None:
     model = of_kind(kind, **SCALED[kind])
     found = [loss for one in (SHORT, LONG, OTHER) for loss in losses_alone(model, one)]
     wanted = sum(loss * weight for loss, weight in found) / sum(weight for _, weight in found)
@@ -76,7 +81,8 @@ def test_the_loss_of_a_model_that_scales_its_logits_is_that_of_its_own_forward_p
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys"), [("mistral", {}), ("phimoe", {}), ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2})]
+    ("kind", "keys"),
+    [("mistral", {}), ("phimoe", {}), ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2})],
 )
 def test_the_loss_of_a_text_longer_than_the_sliding_window_is_that_of_the_models_own_forward_pass(
     kind: str, keys: dict[str, Any], tiny_tokenizer: Any
@@ -144,21 +150,30 @@ def tune(folder: Path, kind: str, tokenizer: Any, rows: list[dict[str, Any]], **
     out = folder / "adapter"
     out.mkdir()
     entry = adapter.Params(method="full", num_train_epochs=1, **params)
-    return adapter.produce("x", entry, COMPUTE, folder / "tokenized", folder / "model", out, out / "loss.csv", folder / "checkpoints")
+    return adapter.produce(
+        "x", entry, COMPUTE, folder / "tokenized", folder / "model", out, out / "loss.csv", folder / "checkpoints"
+    )
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch"), [([packed(SHORT, LONG)], 1), ([SHORT, LONG], 2)], ids=["two examples in a row", "two rows in a pass"]
+    ("rows", "batch"),
+    [([packed(SHORT, LONG)], 1), ([SHORT, LONG], 2)],
+    ids=["two examples in a row", "two rows in a pass"],
 )
 @pytest.mark.parametrize("kind", MIXING)
 def test_a_model_in_which_the_examples_of_a_pass_meet_is_refused(
     kind: str, rows: list[dict[str, Any]], batch: int, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=re.escape(f"data/base_model: in training, a token of {kind} would also depend on {MIXING[kind]}")):
+    with pytest.raises(
+        InputError,
+        match=re.escape(f"data/base_model: in training, a token of {kind} would also depend on {MIXING[kind]}"),
+    ):
         tune(tmp_path, kind, tiny_tokenizer, rows, per_device_train_batch_size=batch)
 
 
-def test_with_one_example_in_a_pass_a_recurrent_model_is_trained_on_its_own_loss(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_with_one_example_in_a_pass_a_recurrent_model_is_trained_on_its_own_loss(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     wanted = losses_alone(of_kind("mamba"), LONG)
     report = tune(tmp_path, "mamba", tiny_tokenizer, [LONG])
     assert report.metrics["loss"] == pytest.approx(sum(loss for loss, _ in wanted) / len(wanted), abs=1e-3)
@@ -166,12 +181,18 @@ def test_with_one_example_in_a_pass_a_recurrent_model_is_trained_on_its_own_loss
 
 def test_a_model_without_the_attention_of_evaluation_is_refused(tmp_path: Path) -> None:
     of_kind("mamba").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="MambaForCausalLM has no attention by torch's scaled_dot_product_attention in transformers"):
+    with pytest.raises(
+        InputError, match="MambaForCausalLM has no attention by torch's scaled_dot_product_attention in transformers"
+    ):
         load(tmp_path, None, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize(("kind", "change"), [("modernbert-decoder", "changes its last hidden"), ("llama4_text", "gives no last hidden")])
-def test_a_model_whose_output_layer_does_not_read_its_last_hidden_states_is_refused(kind: str, change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "change"), [("modernbert-decoder", "changes its last hidden"), ("llama4_text", "gives no last hidden")]
+)
+def test_a_model_whose_output_layer_does_not_read_its_last_hidden_states_is_refused(
+    kind: str, change: str, tmp_path: Path
+) -> None:
     keys = {"num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 8} if kind == "llama4_text" else {}
     of_kind(kind, **keys).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"{tmp_path}: .*ForCausalLM {change} states"):
@@ -185,10 +206,15 @@ def test_a_model_whose_output_layer_does_not_read_its_last_hidden_states_is_refu
         ("deepseek_v32", "deepseek_v32 cannot read packed rows in transformers"),
         ("falcon", "the attention of this model cannot be replaced"),
         ("doge", "its attention computes a mask of its own"),
-        ("qwen3_5_text", "Install `flash-linear-attention` to train on packed sequences.\nhint: install it, or use another model"),
+        (
+            "qwen3_5_text",
+            "Install `flash-linear-attention` to train on packed sequences.\nhint: install it, or use another model",
+        ),
     ],
 )
-def test_a_model_that_cannot_read_packed_rows_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_model_that_cannot_read_packed_rows_is_refused(
+    kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=what):
         tune(tmp_path, kind, tiny_tokenizer, [SHORT, LONG])
 
@@ -198,10 +224,15 @@ def test_a_model_that_cannot_read_packed_rows_is_refused(kind: str, what: str, t
     [
         ("cohere2", "transformers has no reward model of type cohere2"),
         ("modernbert-decoder", "transformers has no reward model of type modernbert-decoder"),
-        ("bloom", "BloomForSequenceClassification has no attention by torch's scaled_dot_product_attention in transformers"),
+        (
+            "bloom",
+            "BloomForSequenceClassification has no attention by torch's scaled_dot_product_attention in transformers",
+        ),
     ],
 )
-def test_a_reward_model_of_an_architecture_without_one_is_refused(kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_reward_model_of_an_architecture_without_one_is_refused(
+    kind: str, what: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     of_kind(kind).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=re.escape(what)):
@@ -211,7 +242,11 @@ def test_a_reward_model_of_an_architecture_without_one_is_refused(kind: str, wha
 @pytest.mark.parametrize(
     ("kind", "keys", "what"),
     [
-        ("inkling_text", {"logits_mup_width_multiplier": 4.0, "head_dim": 8}, "leaves out logits_mup_width_multiplier of inkling_text"),
+        (
+            "inkling_text",
+            {"logits_mup_width_multiplier": 4.0, "head_dim": 8},
+            "leaves out logits_mup_width_multiplier of inkling_text",
+        ),
         ("granitemoe", {}, "cannot compute the router's loss of granitemoe, which has no num_experts"),
         ("mixtral", {}, ""),
         ("granite", {"logits_scaling": 8.0}, ""),

@@ -1,4 +1,5 @@
-"""Several stages at once: independent variants run in processes of their own, and kills, interrupts and syncs meanwhile lose nothing. On the small pipeline."""
+"""Several stages at once: independent variants run in processes of their own,
+and kills, interrupts and syncs meanwhile lose nothing. On the small pipeline."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_ru
 from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.concurrency import can_run_at_once, default_limits, pool_of, set_default_limits
+from dagster_project.orchestration.dagster.concurrency import (
+    can_run_at_once,
+    default_limits,
+    pool_of,
+    set_default_limits,
+)
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc import dead_runs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, in_progress, reap
@@ -50,7 +56,9 @@ def active_slots(synced: dg.DagsterInstance) -> int:
     return sum(synced.event_log_storage.get_concurrency_info(pool).active_slot_count for pool in default_limits())
 
 
-def test_two_variants_run_at_once_and_each_is_reported_once_with_its_checks(root: Path, synced: dg.DagsterInstance) -> None:
+def test_two_variants_run_at_once_and_each_is_reported_once_with_its_checks(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="4")
     assert all(map(psutil.pid_exists, pids.values())), "both commands run at this moment"
     assert in_progress(synced) == {asset_key(a) for a in [*BOTH, "cmp"]}
@@ -67,7 +75,9 @@ def test_two_variants_run_at_once_and_each_is_reported_once_with_its_checks(root
     assert active_slots(synced) == 0
 
 
-def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(root: Path, synced: dg.DagsterInstance) -> None:
+def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     before = {path: path.read_bytes() for path in (root / "data/adapter").rglob("*.txt")}
     process, pids = start_until_both_adapters_run(root, *AT_ONCE)
     everything = offspring(process.pid) | set(pids.values())
@@ -83,7 +93,8 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(root
 
 
 def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
-    """Whoever waits for the process first gets its exit code; Popen takes a missing one for 0, and DVC would record the run."""
+    """Whoever waits for the process first gets its exit code; Popen takes a
+    missing one for 0, and DVC would record the run."""
     command = subprocess.Popen(["sleep", "60"], env={**os.environ, "DVC_STAGE": "tok"})
     interrupt_command("tok")
     assert command.wait() != 0
@@ -117,7 +128,9 @@ def test_a_killed_step_fails_its_run_and_the_other_variant_is_recorded(root: Pat
 
 
 @pytest.mark.long
-def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(root: Path, synced: dg.DagsterInstance) -> None:
+def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     (root / "code/cmp.py").write_text("V = 3\n")
     assert small_pipeline.run_in(root, *AT_ONCE) == 0
     [run] = [found for found in synced.get_runs() if found.job_name == "pipeline"]
@@ -134,7 +147,9 @@ def test_only_changed_stages_and_their_readers_count_as_work(root: Path) -> None
     states = read_stages(root)
     assert can_run_at_once(states, {"tok", *BOTH}, forced=False)
     assert not can_run_at_once(states, {"tok", "adapter@lora", "cmp"}, forced=False)
-    assert not can_run_at_once(states, BOTH, forced=False), "neither is changed yet, and what would change them is not planned"
+    assert not can_run_at_once(states, BOTH, forced=False), (
+        "neither is changed yet, and what would change them is not planned"
+    )
 
 
 def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path, synced: dg.DagsterInstance) -> None:
@@ -143,7 +158,8 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     pools = {"@".join(key.path): graph.get(key).pools for key in graph.materializable_asset_keys}
     assert pools == {address: {"gpu" if address in BOTH else "cpu"} for address in read_stages(root)}
     assert {stage for stage in PEDIGREE.stages if pool_of(stage, PEDIGREE, {}) == "gpu"} == {
-        "adapter", "merged", "reward_model", "aligned", "merged_aligned", "baselines", "evaluation", "evaluation_aligned",
+        "adapter", "merged", "reward_model", "aligned", "merged_aligned", "baselines", "evaluation",
+        "evaluation_aligned",
     }  # fmt: skip
     on_ray = {"adapter": {"lora": {}, "dora": {}}, "execution": {"stages": {"adapter@lora": {"on": "ray"}}}}
     assert [pool_of(f"adapter@{name}", PEDIGREE, on_ray) for name in ("lora", "dora")] == ["ray", "gpu"]
@@ -164,7 +180,8 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
 def test_a_stage_is_in_the_pool_of_the_place_where_its_run_puts_it(
     addresses: set[str], run: dict[str, Any], root: Path, synced: dg.DagsterInstance
 ) -> None:
-    """In params.yaml it is on Ray. Its run puts it on this machine, so it does not wait for the pool of Ray, which is full."""
+    """In params.yaml it is on Ray. Its run puts it on this machine, so it does
+    not wait for the pool of Ray, which is full."""
     values = json.loads((root / "params.yaml").read_text())
     (root / "params.yaml").write_text(json.dumps({**values, "execution": {"stages": {"adapter": {"on": "ray"}}}}))
     (root / "code/adapter.py").write_text("V = 5\n")
@@ -179,11 +196,16 @@ def test_a_stage_is_in_the_pool_of_the_place_where_its_run_puts_it(
     assert agree(root, synced).isdisjoint(addresses)
 
 
-def test_the_slots_of_runs_that_cannot_free_them_are_freed(synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slots_of_runs_that_cannot_free_them_are_freed(
+    synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_default_limits(synced)
     canceled = dg.DagsterRun(job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.CANCELED)
     elsewhere = dg.DagsterRun(
-        job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED, tags={dead_runs.MACHINE_TAG: "a replaced pod"}
+        job_name="pipeline",
+        run_id=str(uuid4()),
+        status=dg.DagsterRunStatus.STARTED,
+        tags={dead_runs.MACHINE_TAG: "a replaced pod"},
     )
     storage = synced.event_log_storage
     storage.set_concurrency_slots("cpu", 3)

@@ -22,7 +22,15 @@ from dagster_project.lineage.lineage import _metrics, audit, find, trained_on
 def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_model(finished: Path) -> None:
     found = audit(finished, "merged@lora")
     lock = YAML(typ="safe").load((finished / "dvc.lock").read_text())["stages"]
-    assert list(found["stages"]) == ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
+    assert list(found["stages"]) == [
+        "base_model",
+        "raw_examples",
+        "instructions",
+        "splits",
+        "tokenized",
+        "adapter@lora",
+        "merged@lora",
+    ]
     for path, source in found["sources"].items():
         assert source["sha256"] == hashlib.sha256((finished / path).read_bytes()).hexdigest()
         assert source["license"] == "Apache-2.0"
@@ -41,10 +49,16 @@ def test_rows_are_accounted_for_at_every_stage(finished: Path) -> None:
 def test_a_model_is_found_by_name_by_path_and_by_hash(finished: Path) -> None:
     by_name = audit(finished, "adapter@lora")
     assert audit(finished, "data/adapter/lora/") == by_name
-    assert audit(finished, by_name["model"]["md5"][:10]) == by_name == audit(finished, by_name["model"]["md5"].removesuffix(".dir").upper())
+    assert (
+        audit(finished, by_name["model"]["md5"][:10])
+        == by_name
+        == audit(finished, by_name["model"]["md5"].removesuffix(".dir").upper())
+    )
 
 
-def test_one_file_of_a_release_is_that_of_the_model_of_which_the_release_is_a_copy(finished: Path, tmp_path: Path) -> None:
+def test_one_file_of_a_release_is_that_of_the_model_of_which_the_release_is_a_copy(
+    finished: Path, tmp_path: Path
+) -> None:
     weights = tmp_path / "anything.safetensors"
     weights.write_bytes((finished / "data/release/model.safetensors").read_bytes())
     assert audit(finished, str(weights)) == audit(finished, "merged@lora")
@@ -92,7 +106,11 @@ def test_a_source_is_found_by_hash_and_by_name_with_the_same_models(finished: Pa
         assert by_name and models(content=hashlib.sha256(content).hexdigest()) == by_name
         read = audit(finished, stage)["model"]["md5"]
         assert [stage for stage, _ in models(content=read)] == [stage for stage, _ in by_name]
-    assert {stage for stage, _ in models(source="data/sources/triage_alpaca.json")} >= {"adapter@lora", "aligned@dpo", "release"}
+    assert {stage for stage, _ in models(source="data/sources/triage_alpaca.json")} >= {
+        "adapter@lora",
+        "aligned@dpo",
+        "release",
+    }
     assert "adapter@lora" not in {stage for stage, _ in models(source="data/sources/preferences.jsonl")}
 
 
@@ -122,7 +140,9 @@ def test_a_model_with_the_files_of_the_model_that_it_reads_is_followed_once() ->
     """As if merging had changed nothing."""
     adapter = Of(address="adapter@lora", md5="1", inputs=[], is_model=True)
     merged = Of(address="merged@lora", md5="1", inputs=[("adapter@lora", "data/adapter/lora", "1")], is_model=True)
-    evaluation = Of(address="evaluation@lora", md5="2", inputs=[("merged@lora", "data/merged/lora", "1")], is_model=False)
+    evaluation = Of(
+        address="evaluation@lora", md5="2", inputs=[("merged@lora", "data/merged/lora", "1")], is_model=False
+    )
     lock = {run.address: run for run in (adapter, merged, evaluation)}
     subject = Of(run=adapter, lock=lock, index=Of(report=lambda run: {"score": 1}, is_copy=lambda run: False))
     assert _metrics(subject, {}) == {"adapter@lora": {}, "evaluation@lora": {"score": 1}}

@@ -51,13 +51,16 @@ def stages(found: dict[str, Any]) -> list[str]:
 
 
 def test_a_stage_that_did_not_run_again_keeps_its_own_commit_and_the_model_is_clean(made: Project) -> None:
-    """Day one: an entry that stayed the same is in many locks, and each stage's code is compared with the commit of its own run."""
+    """Day one: an entry that stayed the same is in many locks, and each stage's
+    code is compared with the commit of its own run."""
     lock = made.trained(made.curated(ROWS), TRAINED)
     for name, version in (("instructions", "1"), ("adapter@lora", "1")):
         code = made.root / "dagster_project" / f"{name.partition('@')[0]}.py"
         code.parent.mkdir(exist_ok=True)
         code.write_text(version)
-        lock[name]["deps"].append({"path": code.relative_to(made.root).as_posix(), "hash": "md5", "md5": md5(version.encode())})
+        lock[name]["deps"].append(
+            {"path": code.relative_to(made.root).as_posix(), "hash": "md5", "md5": md5(version.encode())}
+        )
     first = made.commit(lock)
     (made.root / "dagster_project" / "adapter.py").write_text("2")
     again = made.trained({name: lock[name] for name in ("instructions", "splits", "tokenized")}, TRAINED, seed=1)
@@ -92,7 +95,11 @@ def test_a_source_whose_rows_are_all_copies_of_another_is_credited_with_them(mad
     found = impact(made.root, source=COPY)
     assert stages(found) == ["adapter@lora", "merged@lora"]
     (seen,) = found["models"][0]["seen"]
-    assert seen["splits"] == {"train": 1, "validation": 1} and seen["learnt"] == {"records": 1, "first_step": 1, "last_step": 1}
+    assert seen["splits"] == {"train": 1, "validation": 1} and seen["learnt"] == {
+        "records": 1,
+        "first_step": 1,
+        "last_step": 1,
+    }
     (own,) = impact(made.root, source=FAQ)["models"][0]["seen"]
     assert own["splits"] == {"train": 1, "validation": 1}
 
@@ -129,7 +136,10 @@ def test_a_file_of_paraphrases_is_a_source_and_an_original_leads_to_the_steps_of
     assert stages(found) == ["adapter@lora", "merged@lora"]
     assert found["models"][0]["seen"][0]["learnt"] == {"records": 1, "first_step": 3, "last_step": 3}
     original = impact(made.root, record=identity("cats"))
-    assert original["models"][0]["seen"][0]["steps"] == [1, 3] and original["records"] == [identity("cats"), identity("felines")]
+    assert original["models"][0]["seen"][0]["steps"] == [1, 3] and original["records"] == [
+        identity("cats"),
+        identity("felines"),
+    ]
     assert impact(made.root, record=identity("felines"))["models"][0]["seen"][0]["steps"] == [3]
 
 
@@ -159,26 +169,35 @@ def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[st
     assert (done.returncode, answer["verdict"]) == ((0, "yes") if found else (1, "no"))
     assert {match["example_id"] for match in answer["matches"]} == ({identity("cats")} if found else set())
     if found:
-        assert {(match["role"], match["field"]) for match in answer["matches"]} <= {("user", "content"), ("assistant", "content")}
+        assert {(match["role"], match["field"]) for match in answer["matches"]} <= {
+            ("user", "content"),
+            ("assistant", "content"),
+        }
 
 
 def test_characters_that_are_not_seen_hide_no_part_of_a_message(made: Project) -> None:
-    """A soft hyphen of a web page, a zero-width space, a variation selector; where they are in the question, too. A zero-width space may also separate."""
+    """A soft hyphen of a web page, a zero-width space, a variation selector;
+    where they are in the question, too. A zero-width space may also separate."""
     hidden = "Zephy\u00adrine Okon\u200bkwo\ufe0f"
     made.commit(made.trained(made.curated([(hidden, "train", FAQ), *ROWS[1:]]), [hidden, "dogs"]))
     for asked in ("zephyrine okonkwo", "Zephyrine", "Oko\u2060nkwo"):
         [one, *others] = impact(made.root, containing=asked)["matches"]
-        assert {match["example_id"] for match in (one, *others)} == {identity(hidden)} and "zephyrine okonkwo" in one["excerpt"]
+        assert {match["example_id"] for match in (one, *others)} == {identity(hidden)} and "zephyrine okonkwo" in one[
+            "excerpt"
+        ]
     assert not impact(made.root, containing="rine")["matches"], "a soft hyphen separates no words"
     assert impact(made.root, containing="Okon")["matches"] and not impact(made.root, containing="adrine")["matches"]
-    assert {one["example_id"] for one in impact(made.root, containing="\u200b", regex=True)["matches"]} == {identity(hidden)}
+    assert {one["example_id"] for one in impact(made.root, containing="\u200b", regex=True)["matches"]} == {
+        identity(hidden)
+    }
     with pytest.raises(InputError, match="the text is empty"):
         impact(made.root, containing="\u200b\u00ad")
 
 
 @pytest.mark.parametrize("regex", [False, True])
 def test_a_part_of_a_message_is_found_in_json_that_the_message_has(made: Project, regex: bool) -> None:
-    """An answer in JSON: letters as escapes, and a name after a line break, which is written as a letter; also JSON in JSON, and after other text."""
+    """An answer in JSON: letters as escapes, and a name after a line break,
+    which is written as a letter; also JSON in JSON, and after other text."""
     letter = json.dumps({"text": "Dear\nZephyrine Okonkwo", "by": "Zoë 山田"})
     asked = ["zephyrine okonkwo", "zoë", "山田"]
     for text in (letter, f'a 5" pipe, so:\n```json\n{letter}\n```', json.dumps({"arguments": letter})):
@@ -188,7 +207,9 @@ def test_a_part_of_a_message_is_found_in_json_that_the_message_has(made: Project
             assert identity(text) in {match["example_id"] for match in matches}, (text, part)
             assert all(part in match["excerpt"].casefold() for match in matches)
     made.commit(made.trained(made.curated([(r"the density \rho and C:\new", "train", FAQ), *ROWS[1:]]), ["dogs"]))
-    assert not impact(made.root, containing="ho")["matches"] and not impact(made.root, containing="ew")["matches"], "no JSON"
+    assert not impact(made.root, containing="ho")["matches"] and not impact(made.root, containing="ew")["matches"], (
+        "no JSON"
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +236,9 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
 
 def test_what_a_shallow_clone_lacks_is_not_called_uncommitted(made: Project, tmp_path: Path) -> None:
     """The runs of the first commit are in DVC's run cache; the clone has the second one alone."""
-    locks = [made.trained(made.curated([(text, "train", FAQ), *ROWS[1:]]), [text, "dogs"]) for text in ("lions", "cats")]
+    locks = [
+        made.trained(made.curated([(text, "train", FAQ), *ROWS[1:]]), [text, "dogs"]) for text in ("lions", "cats")
+    ]
     for lock in locks:
         for stage in lock.values():
             made.cache_run(stage)
@@ -224,7 +247,9 @@ def test_what_a_shallow_clone_lacks_is_not_called_uncommitted(made: Project, tmp
     git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
     shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
     found = impact(clone, record=identity("lions"))
-    assert "in no commit of this shallow clone, in DVC's run cache" in as_text(found) and "never committed" not in as_text(found)
+    assert "in no commit of this shallow clone, in DVC's run cache" in as_text(
+        found
+    ) and "never committed" not in as_text(found)
     lions = locks[0]["merged@lora"]["outs"][0]["md5"]
     assert "commit unknown, without the commits that this shallow clone lacks" in audit_text(audit(clone, lions))
     git(made.root, "rm", "-q", "--cached", "dvc.lock")
@@ -233,26 +258,35 @@ def test_what_a_shallow_clone_lacks_is_not_called_uncommitted(made: Project, tmp
 
 
 def test_a_changed_row_and_its_paraphrase_are_two_changed_records(made: Project) -> None:
-    """Both name the same source row; each is compared with the one of its kind, and the paraphrase that has none before is added."""
+    """Both name the same source row; each is compared with the one of its kind,
+    and the paraphrase that has none before is added."""
     for cats, dogs in (({"cats": "felines"}, {}), ({"lions": "big felines"}, {"wolves": "hounds"})):
         rows = [(text, "train", source) for text, source in ((next(iter(cats)), FAQ), (next(iter(dogs), "dogs"), MAIL))]
         made.commit(made.trained(made.curated(rows, paraphrases=cats | dogs), [next(iter(cats))]))
     records = diff(made.root, "HEAD~1:merged@lora", "merged@lora")["records"]
     assert records is not None
     assert {(one["before"]["example_id"], one["after"]["example_id"]) for one in records["changed"]} == {
-        (identity(before), identity(after)) for before, after in (("cats", "lions"), ("felines", "big felines"), ("dogs", "wolves"))
+        (identity(before), identity(after))
+        for before, after in (("cats", "lions"), ("felines", "big felines"), ("dogs", "wolves"))
     }
     assert [one["example_id"] for one in records["added"]] == [identity("hounds")] and not records["removed"]
 
 
 def test_a_file_in_a_folder_that_is_a_source_is_found_by_its_hash(made: Project) -> None:
     """Of two versions of the folder, the one that has this file."""
-    name, hashes = "data/sources/web/a.jsonl", {version: hashlib.sha256(version.encode()).hexdigest() for version in ("first", "second")}
+    name = "data/sources/web/a.jsonl"
+    hashes = {version: hashlib.sha256(version.encode()).hexdigest() for version in ("first", "second")}
     models = {}
     for version, sha256 in hashes.items():
         lock = made.lock([(version, "train", name), ("dogs", "test", "data/sources/web/b.jsonl")])
         files = {"a.jsonl": {"rows": 1, "sha256": sha256}, "b.jsonl": {"rows": 1, "sha256": "0" * 64}}
-        folder = {"rows": 2, "format": "text", "license": "MIT", "sha256": hashlib.sha256(sha256.encode()).hexdigest(), "files": files}
+        folder = {
+            "rows": 2,
+            "format": "text",
+            "license": "MIT",
+            "sha256": hashlib.sha256(sha256.encode()).hexdigest(),
+            "files": files,
+        }
         lock["splits"]["outs"][1] |= made.report("splits", {"passed": True, "sources": {"data/sources/web": folder}})
         made.commit(lock)
         models[version] = lock["adapter@lora"]["outs"][0]["md5"]
@@ -298,14 +332,21 @@ def test_other_files_that_contributed_are_listed_with_their_hash(made: Project) 
     listing = [{"md5": md5((folder / name).read_bytes()), "relpath": name} for name in ("b.jsonl", "unused.jsonl")]
     digest = md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
     lock["instructions"]["deps"].append({"path": "data/sources/benchmarks", "hash": "md5", "md5": digest})
-    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": ["data/sources/benchmarks/b.jsonl"]}}}
+    lock["instructions"]["params"] = {
+        "params.yaml": {"instructions": {"benchmarks": ["data/sources/benchmarks/b.jsonl"]}}
+    }
     made.commit(lock)
     (folder / "b.jsonl").write_text("changed since")
     sha256 = hashlib.sha256(b"{}").hexdigest()
     found = audit(made.root, "merged@lora")["other_files"]
     assert found.pop("data/sources/paraphrases").keys() == {"md5", "license", "stages"}  # its content is not at hand
     assert found == {
-        "data/sources/benchmarks/b.jsonl": {"md5": md5(b"{}"), "sha256": sha256, "license": "unknown", "stages": ["instructions"]}
+        "data/sources/benchmarks/b.jsonl": {
+            "md5": md5(b"{}"),
+            "sha256": sha256,
+            "license": "unknown",
+            "stages": ["instructions"],
+        }
     }
 
 
@@ -342,7 +383,9 @@ def test_an_amended_commit_is_found_in_the_reflog(made: Project) -> None:
 
 @pytest.mark.parametrize("place", [0, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize(
-    "command", [["impact", "--record", identity("dogs"), "--json"], ["audit", "merged@lora", "--json"]], ids=["impact", "audit"]
+    "command",
+    [["impact", "--record", identity("dogs"), "--json"], ["audit", "merged@lora", "--json"]],
+    ids=["impact", "audit"],
 )
 def test_a_damaged_index_is_set_aside_and_made_anew(made: Project, command: list[str], place: float) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
@@ -374,7 +417,9 @@ def test_a_wait_for_another_process_that_indexes_is_shown(
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     impact(made.root, record=identity("dogs"))
     made.commit(made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"]))
-    other = sqlite3.connect(made.root / ".dvc/tmp/pedigree/index.sqlite3", isolation_level=None, check_same_thread=False)
+    other = sqlite3.connect(
+        made.root / ".dvc/tmp/pedigree/index.sqlite3", isolation_level=None, check_same_thread=False
+    )
     other.execute("BEGIN IMMEDIATE")
     monkeypatch.setattr(database, "SILENT_WAIT", 10)
     monkeypatch.setattr(database.log, "propagate", True)
@@ -421,7 +466,9 @@ def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Proje
     assert impact(made.root, record=identity("frogs"))["verdict"] == "yes"
 
 
-def test_a_shallow_clone_does_not_take_its_first_commit_for_the_one_that_recorded_a_run(made: Project, tmp_path: Path) -> None:
+def test_a_shallow_clone_does_not_take_its_first_commit_for_the_one_that_recorded_a_run(
+    made: Project, tmp_path: Path
+) -> None:
     made.commit(made.lock([("cats", "train", "a.jsonl")]))
     git(made.root, "commit", "-q", "--allow-empty", "-m", "later")
     clone = tmp_path / "clone"
@@ -468,8 +515,14 @@ def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(m
     lock = made.trained(made.curated(ROWS), TRAINED)
     lock |= made.splits([("mice", "train", COPY)], "preferences")
     preferences, merged = lock["preferences"]["outs"][0]["md5"], lock["merged@lora"]["outs"][0]["md5"]
-    lock["reward_model"] = entry("reward_model", {"data/preferences": preferences}, made.put({"model.safetensors": b"reward"}))
-    reads = {"data/preferences": preferences, "data/reward_model": lock["reward_model"]["outs"][0]["md5"], "data/merged/lora": merged}
+    lock["reward_model"] = entry(
+        "reward_model", {"data/preferences": preferences}, made.put({"model.safetensors": b"reward"})
+    )
+    reads = {
+        "data/preferences": preferences,
+        "data/reward_model": lock["reward_model"]["outs"][0]["md5"],
+        "data/merged/lora": merged,
+    }
     for name, settings in (
         ("dpo", {"method": "dpo"}),
         ("ppo", {"method": "ppo"}),
@@ -479,19 +532,30 @@ def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(m
         lock[address] = entry(address, reads, made.put({"model.safetensors": name.encode()}))
         lock[address]["params"] = {"params.yaml": {f"aligned.{name}": settings}}
     aligned = made.folder({name: lock[f"aligned@{name}"]["outs"][0]["md5"] for name in ("dpo", "ppo", "rules")})
-    board = entry("comparison", {"data/aligned": aligned, "data/merged": made.folder({"lora": merged})}, made.put({"board.md": b"lora"}))
+    board = entry(
+        "comparison",
+        {"data/aligned": aligned, "data/merged": made.folder({"lora": merged})},
+        made.put({"board.md": b"lora"}),
+    )
     files = {
         "model.safetensors": made.object(Index(made.root).objects.listing(merged)["model.safetensors"]).read_bytes(),
         "README.md": b"card",
     }
-    folders = {"data/comparison": board["outs"][0]["md5"], "data/aligned": aligned, "data/merged": made.folder({"lora": merged})}
+    folders = {
+        "data/comparison": board["outs"][0]["md5"],
+        "data/aligned": aligned,
+        "data/merged": made.folder({"lora": merged}),
+    }
     lock |= {"comparison": board, "release": entry("release", folders, made.put(files))}
     made.commit(lock)
     release = document(find(Index(made.root), "release"))
     assert list(release["stages"]) == ["instructions", "splits", "tokenized", "adapter@lora", "merged@lora", "release"]
     assert set(release["sources"]) == {FAQ, MAIL} and set(release["watched"]["sources"]) == {COPY}
     assert {"preferences", "reward_model", "aligned@dpo", "comparison"} <= set(release["watched"]["stages"])
-    parents = {name: [one["stage"] for one in audit(made.root, f"aligned@{name}")["parents"]] for name in ("dpo", "ppo", "rules")}
+    parents = {
+        name: [one["stage"] for one in audit(made.root, f"aligned@{name}")["parents"]]
+        for name in ("dpo", "ppo", "rules")
+    }
     assert parents == {"dpo": ["adapter@lora", "merged@lora"], "rules": ["adapter@lora", "merged@lora"],
                        "ppo": ["reward_model", "adapter@lora", "merged@lora"]}  # fmt: skip
     assert "reward_model" in audit(made.root, "aligned@dpo")["watched"]["stages"]
@@ -523,7 +587,9 @@ def test_a_folder_of_outputs_is_that_which_was_read_and_not_what_lies_there_now(
     for stage in (*old.values(), converted):
         made.cache_run(stage)
     new = made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"])
-    made.commit({**new, "converted": converted})  # the conversion did not run again, and the old models were never committed
+    made.commit(
+        {**new, "converted": converted}
+    )  # the conversion did not run again, and the old models were never committed
     assert "converted" in stages(impact(made.root, record=identity("cats")))
     assert "converted" not in stages(impact(made.root, record=identity("frogs")))
 
@@ -534,7 +600,9 @@ def test_a_model_whose_inputs_nothing_records_cannot_be_told(made: Project) -> N
     made.commit(lock)
     answer = impact(made.root, record=identity("nobody"))
     assert answer["verdict"] == "cannot tell"
-    assert [(model["stage"], model["unexplained"]) for model in answer["unknown"]] == [("merged@lora", ["data/adapter/lora"])]
+    assert [(model["stage"], model["unexplained"]) for model in answer["unknown"]] == [
+        ("merged@lora", ["data/adapter/lora"])
+    ]
 
 
 def test_data_whose_inputs_nothing_records_cannot_be_told(made: Project) -> None:
@@ -564,7 +632,14 @@ def test_messages_that_are_gone_are_not_searched_and_cannot_be_told(made: Projec
 
 def test_a_row_before_its_repair_cannot_be_told_without_the_ledger(made: Project) -> None:
     lock = made.trained(made.curated(ROWS), TRAINED)
-    line = {"source": FAQ, "source_row": 0, "example_id": identity("cats"), "outcome": "kept", "why": "", "source_id": identity("c@ts")}
+    line = {
+        "source": FAQ,
+        "source_row": 0,
+        "example_id": identity("cats"),
+        "outcome": "kept",
+        "why": "",
+        "source_id": identity("c@ts"),
+    }
     ledger = table([line], ledger_schema(repaired=True))
     lock["instructions"]["outs"][0]["md5"] = lock["splits"]["deps"][0]["md5"] = made.put({"ledger.parquet": ledger})
     made.commit(lock)
@@ -578,8 +653,16 @@ def test_a_row_before_its_repair_cannot_be_told_without_the_ledger(made: Project
 def test_a_review_file_is_credited_with_the_records_that_it_edited(made: Project) -> None:
     review = "data/sources/review/r.csv"
     lock = made.curated(ROWS, paraphrases={"cats": "felines"})
-    lines = [{"source": FAQ, "source_row": i, "example_id": identity(text), "outcome": "kept", "why": "edited: clearer" if text == "cats" else ""}
-             for i, text in enumerate(("cats", "dogs", "birds"))]  # fmt: skip
+    lines = [
+        {
+            "source": FAQ,
+            "source_row": i,
+            "example_id": identity(text),
+            "outcome": "kept",
+            "why": "edited: clearer" if text == "cats" else "",
+        }
+        for i, text in enumerate(("cats", "dogs", "birds"))
+    ]
     ledger = table(lines, ledger_schema())
     lock["instructions"]["outs"][0]["md5"] = lock["splits"]["deps"][0]["md5"] = made.put({"ledger.parquet": ledger})
     lock["instructions"]["deps"].append({"path": "data/sources/review", "hash": "md5", "md5": "1" * 32 + ".dir"})
@@ -588,7 +671,11 @@ def test_a_review_file_is_credited_with_the_records_that_it_edited(made: Project
     for source in (review, "data/sources/review"):
         answer = impact(made.root, source=source)
         (seen,) = answer["models"][0]["seen"]
-        assert (answer["verdict"], seen["splits"], "read_by" in answer) == ("yes", {"train": 2}, False)  # also the paraphrase of the record
+        assert (answer["verdict"], seen["splits"], "read_by" in answer) == (
+            "yes",
+            {"train": 2},
+            False,
+        )  # also the paraphrase of the record
     made.object(md5(ledger)).unlink()
     for file in made.root.glob(f"{database.INDEX_FILE}*"):
         file.unlink()
@@ -615,10 +702,17 @@ def test_two_versions_of_a_file_are_listed_separately(made: Project) -> None:
     assert found[file]["stages"] == ["instructions"] and found[f"{file} {md5(b'2')[:8]}"]["stages"] == ["tokenized"]
 
 
-def test_each_row_of_a_record_that_was_kept_twice_is_named_and_one_that_was_dropped_is_not_the_first(made: Project) -> None:
+def test_each_row_of_a_record_that_was_kept_twice_is_named_and_one_that_was_dropped_is_not_the_first(
+    made: Project,
+) -> None:
     """`exact_duplicates: warn` keeps copies; of rows whose sources label them for two splits, `splits` drops one."""
     odd = "data/sources/a, b.jsonl"
-    rows = [("cats", "dropped:split_leakage", MAIL), ("cats", "train", FAQ), ("cats", "train", odd), ("dogs", "train", FAQ)]
+    rows = [
+        ("cats", "dropped:split_leakage", MAIL),
+        ("cats", "train", FAQ),
+        ("cats", "train", odd),
+        ("dogs", "train", FAQ),
+    ]
     made.commit(made.lock(rows, trained=TRAINED))
     cats, dogs = listed(trained_on(find(Index(made.root), "adapter@lora"))[0])
     assert (cats["source"], cats["source_row"], cats["also_in"]) == (FAQ, 1, [f"{odd}:2", f"{MAIL}:0"])
@@ -648,7 +742,9 @@ def test_two_versions_of_a_source_are_listed_separately(made: Project) -> None:
     }
     assert found[earlier]["sha256"] == before[FAQ]["sha256"] != found[FAQ]["sha256"]
     exported = summarize(find(Index(made.root), "aligned@dpo"))
-    assert {name: one["sha256"] for name, one in exported["sources"].items()} == {name: one["sha256"] for name, one in found.items()}
+    assert {name: one["sha256"] for name, one in exported["sources"].items()} == {
+        name: one["sha256"] for name, one in found.items()
+    }
     old = f"splits {first['splits']['outs'][0]['md5'][:8]}"
     assert (exported["stages"]["splits"]["sources"], exported["stages"][old]["sources"]) == ([FAQ], [earlier, MAIL])
     assert training_records(exported) == {FAQ: 2, earlier: 1, MAIL: 1}
@@ -665,7 +761,9 @@ def test_each_version_of_a_library_that_stages_ran_with_is_listed(made: Project)
     found = audit(made.root, "aligned@dpo")
     assert found["environment"] == {"torch": "2", "trl": "9", "peft": "7"}
     assert found["other_versions"] == {"torch": [{"value": "1", "stages": ["adapter@lora"]}]}
-    assert "torch 1 in adapter@lora" in audit_text(found) and "<dt>torch of adapter@lora</dt>" in lineage_page(found, [])
+    assert "torch 1 in adapter@lora" in audit_text(found) and "<dt>torch of adapter@lora</dt>" in lineage_page(
+        found, []
+    )
     before = audit(made.root, "merged@lora")
     assert before["environment"] == {"torch": "1", "peft": "7"} and "other_versions" not in before
     assert diff(made.root, "merged@lora", "aligned@dpo")["environment"] == {
@@ -677,7 +775,9 @@ def test_each_version_of_the_base_model_is_named(made: Project) -> None:
     """The reward model or the policy may rest on an earlier one."""
     lock = made.lock([("cats", "train", FAQ)])
     lock |= tasks_on(made, lock, lock)
-    first, second = ({"origin": f"org/{name}", "license": "MIT", "sha256": {"model.safetensors": name * 16}} for name in ("a", "b"))
+    first, second = (
+        {"origin": f"org/{name}", "license": "MIT", "sha256": {"model.safetensors": name * 16}} for name in ("a", "b")
+    )
     for name, origin in (("splits", first), ("adapter@lora", first), ("aligned@dpo", second)):
         lock[name]["outs"].append(made.report(name.replace("@", "/"), origin))
     made.commit(lock)
@@ -690,7 +790,9 @@ def test_each_version_of_the_base_model_is_named(made: Project) -> None:
     assert "other_base_models" not in audit(made.root, "merged@lora")
 
 
-def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(made: Project) -> None:
+def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(
+    made: Project,
+) -> None:
     waivers = [{"check": "pii", "reason": "public"}, {"check": "secrets", "reason": "test keys"}]
     first = made.lock([("cats", "train", FAQ), ("birds", "train", MAIL)])
     first["splits"]["params"] = {"params.yaml": {"compute.seed": 1, "splits": {"waivers": waivers[:1]}}}
@@ -722,17 +824,26 @@ def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_sourc
     earlier = f"{FAQ} {audit(made.root, 'merged@lora')['sources'][FAQ]['sha256'][:8]}"
     assert found["read_by"] == {FAQ: ["splits"], earlier: [old], MAIL: [old]}
     page = lineage_page(found, [])
-    inputs = {name: re.search(rf"{name}</bdi></th><td>{stage['md5']}</td><td>(.*?)</td>", page) for name, stage in found["stages"].items()}
+    inputs = {
+        name: re.search(rf"{name}</bdi></th><td>{stage['md5']}</td><td>(.*?)</td>", page)
+        for name, stage in found["stages"].items()
+    }
     shown = {name: match and match.group(1) for name, match in inputs.items()}
     assert (shown["splits"], shown[old]) == (FAQ, f"{earlier}, {MAIL}")
 
 
 def test_another_version_of_a_source_that_a_model_was_only_watched_by_is_listed(made: Project) -> None:
     first = made.lock([("cats", "train", FAQ)])
-    watcher = {"reward_model": entry("reward_model", {"data/splits": first["splits"]["outs"][0]["md5"]}, made.put({"m.safetensors": b"r"}))}
+    watcher = {
+        "reward_model": entry(
+            "reward_model", {"data/splits": first["splits"]["outs"][0]["md5"]}, made.put({"m.safetensors": b"r"})
+        )
+    }
     made.commit({**first, **watcher})
     now = made.lock([("cats", "train", FAQ), ("dogs", "train", FAQ)])
-    read = {out["path"]: out["md5"] for stage in (now["merged@lora"], watcher["reward_model"]) for out in stage["outs"][:1]}
+    read = {
+        out["path"]: out["md5"] for stage in (now["merged@lora"], watcher["reward_model"]) for out in stage["outs"][:1]
+    }
     aligned = entry("aligned@dpo", read, made.put({"adapter_model.safetensors": b"aligned"}))
     aligned["params"] = {"params.yaml": {"aligned.dpo": {"method": "dpo"}}}
     made.commit({**now, **watcher, "aligned@dpo": aligned})
@@ -752,7 +863,9 @@ def test_a_stage_that_no_commit_had_is_referred_to_by_its_hash(made: Project) ->
 
 def test_a_model_that_lay_in_the_cache_before_it_was_recorded_is_a_model(made: Project) -> None:
     lock = made.curated(ROWS)
-    lock["head"] = entry("head", {"data/splits": lock["splits"]["outs"][0]["md5"]}, made.put({"model.safetensors": b"head"}))
+    lock["head"] = entry(
+        "head", {"data/splits": lock["splits"]["outs"][0]["md5"]}, made.put({"model.safetensors": b"head"})
+    )
     assert [model["stage"] for model in impact(made.root, record=identity("cats"))["unknown"]] == ["unrecorded"]
     made.commit(lock)
     assert stages(impact(made.root, record=identity("cats"))) == ["head"]
@@ -794,7 +907,9 @@ def test_an_entry_of_the_run_cache_that_cannot_be_read_is_no_reason_to_say_no(ma
     assert "cannot be read: run cache 0123456789ab" in as_text(answer)
 
 
-def test_an_entry_of_the_run_cache_counts_once_it_is_written_and_a_damaged_one_until_it_is_replaced(made: Project) -> None:
+def test_an_entry_of_the_run_cache_counts_once_it_is_written_and_a_damaged_one_until_it_is_replaced(
+    made: Project,
+) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     folder = made.root / ".dvc/cache/runs/ab/abcd"
     folder.mkdir(parents=True)
@@ -828,7 +943,10 @@ def test_runs_with_the_same_bytes_give_few_lineages_and_every_entry_is_above_its
             f"data/s{stage}",
             f"out {stage}",
             False,
-            ((f"file{stage}", f"file {stage} {version}"), *([(f"data/s{stage - 1}", f"out {stage - 1}")] if stage else [])),
+            (
+                (f"file{stage}", f"file {stage} {version}"),
+                *([(f"data/s{stage - 1}", f"out {stage - 1}")] if stage else []),
+            ),
             frozenset(),
         )
         for stage in range(stages)
@@ -853,7 +971,9 @@ def test_runs_with_the_same_bytes_give_few_lineages_and_every_entry_is_above_its
 def alternatives_one_by_one(resolver: Resolver) -> None:
     """Every combination of runs that made the same bytes."""
     readers = [(run, made) for run in resolver.runs for _, _, made in run.inputs]
-    pending = [run for run in resolver.runs if not run.locks and len({one.entry.id for one in resolver.by_output[run.md5]}) > 1]
+    pending = [
+        run for run in resolver.runs if not run.locks and len({one.entry.id for one in resolver.by_output[run.md5]}) > 1
+    ]
     for producer in pending:
         for reader, made in readers:
             if made == producer.md5 and reader is not producer:
@@ -871,8 +991,13 @@ def test_no_entry_that_may_be_above_another_one_is_lost_with_the_combinations(se
     for stage, above in enumerate(reads):
         for version in range(draw.randint(1, 3)):
             inputs = ((f"file{stage}", f"file {stage} {version}"), *((f"data/s{one}", f"out {one}") for one in above))
-            entries[len(entries)] = Entry(len(entries), f"s{stage}", f"data/s{stage}", f"out {stage}", False, inputs, frozenset())
-    locks = [[draw.choice([i for i, one in entries.items() if one.address == f"s{stage}"]) for stage in range(5)] for _ in range(2)]
+            entries[len(entries)] = Entry(
+                len(entries), f"s{stage}", f"data/s{stage}", f"out {stage}", False, inputs, frozenset()
+            )
+    locks = [
+        [draw.choice([i for i, one in entries.items() if one.address == f"s{stage}"]) for stage in range(5)]
+        for _ in range(2)
+    ]
     found = []
     for add in (lambda resolver: resolver.add_alternatives(2), alternatives_one_by_one):
         resolver = Resolver(entries, lambda _: None)

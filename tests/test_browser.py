@@ -30,7 +30,10 @@ from dagster_project.orchestration.dvc import read_stages
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHOTS = ROOT / "screenshots"
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)"),
+]
 
 
 @dataclass
@@ -61,12 +64,16 @@ class Ui:
 
     def ask(self, query: str) -> Any:
         """Data of the answer to a query of GraphQL."""
-        request = urllib.request.Request(f"{self.url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)["data"]
 
     def last_run(self) -> dict[str, str]:
-        results = self.ask("{ runsOrError(limit: 1) { ... on Runs { results { runId status } } } }")["runsOrError"]["results"]
+        results = self.ask("{ runsOrError(limit: 1) { ... on Runs { results { runId status } } } }")["runsOrError"][
+            "results"
+        ]
         return results[0] if results else {"runId": "", "status": ""}
 
     def materialize(self, asset: str) -> dict[str, str]:
@@ -96,10 +103,26 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
     env = {**os.environ, "DAGSTER_HOME": str(root / ".dagster")}
     log = (root / "ui.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "dagster_project", "ui", "--project", str(root), "--port", str(port), "--pages-port", str(pages_port)],
-        cwd=root, env=env, stdout=log, stderr=log, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell without job control does for `... &`
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "dagster_project",
+            "ui",
+            "--project",
+            str(root),
+            "--port",
+            str(port),
+            "--pages-port",
+            str(pages_port),
+        ],
+        cwd=root,
+        env=env,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        # as a shell without job control does for `... &`
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -144,12 +167,18 @@ ATTACK = """<!doctype html><title>starts</title><img id=i><iframe id=f name=f></
 <script>
 const wait = new Promise(done => { i.onload = i.onerror = done; });
 i.src = "URL/graphql?query=MUTATION";
-const socket = new Promise(done => { const s = new WebSocket("WS/graphql", "graphql-ws"); s.onopen = () => done("open"); s.onerror = () => done("refused"); });
+const socket = new Promise(done => {
+  const s = new WebSocket("WS/graphql", "graphql-ws");
+  s.onopen = () => done("open");
+  s.onerror = () => done("refused");
+});
 (async () => {
   await wait;
   const posts = ["text/plain", "application/x-www-form-urlencoded"].map(type =>
-    fetch("URL/graphql?query=MUTATION", {method: "POST", mode: "no-cors", headers: {"Content-Type": type}, body: "x"}).catch(() => 0));
-  const json = fetch("URL/graphql", {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify({query: "{ version }"})})
+    fetch("URL/graphql?query=MUTATION", {method: "POST", mode: "no-cors", headers: {"Content-Type": type}, body: "x"})
+      .catch(() => 0));
+  const body = JSON.stringify({query: "{ version }"});
+  const json = fetch("URL/graphql", {method: "POST", headers: {"Content-Type": "application/json"}, body})
     .then(answer => answer.text(), () => "refused");
   await Promise.all(posts);
   const framed = new Promise(done => { document.getElementById("f").onload = done; });
@@ -164,7 +193,11 @@ def test_no_other_website_can_drive_the_ui(ui: Ui, tmp_path: Path) -> None:
     paused = "{ instance { autoMaterializePaused } }"
     before = ui.ask(paused)["instance"]["autoMaterializePaused"]
     mutation = f"mutation {{ setAutoMaterializePaused(paused: {str(not before).lower()}) }}"
-    page = ATTACK.replace("URL", ui.url).replace("WS", ui.url.replace("http", "ws")).replace("MUTATION", urllib.parse.quote(mutation))
+    page = (
+        ATTACK.replace("URL", ui.url)
+        .replace("WS", ui.url.replace("http", "ws"))
+        .replace("MUTATION", urllib.parse.quote(mutation))
+    )
     (tmp_path / "attack.html").write_text(page)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as website:
@@ -176,7 +209,9 @@ def test_no_other_website_can_drive_the_ui(ui: Ui, tmp_path: Path) -> None:
         assert ui.ask(paused)["instance"]["autoMaterializePaused"] == before
         other.close()
         website.shutdown()
-    request = urllib.request.Request(f"{ui.url}/server_info", headers={"Host": f"evil.example.org:{ui.url.rpartition(':')[2]}"})
+    request = urllib.request.Request(
+        f"{ui.url}/server_info", headers={"Host": f"evil.example.org:{ui.url.rpartition(':')[2]}"}
+    )
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(request, timeout=30)
     ui.ask(mutation)  # on its own page the same works, so the attack would have been seen
@@ -191,7 +226,9 @@ def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
     try:
         other.goto(link, wait_until="domcontentloaded")
         rows = json.loads((ui.root / "data/reports/instructions.json").read_text())["rows_out"]
-        assert other.locator("h1").inner_text() == "instructions" and f"{rows} read = {rows} kept" in other.inner_text("main")
+        assert other.locator("h1").inner_text() == "instructions" and f"{rows} read = {rows} kept" in other.inner_text(
+            "main"
+        )
         other.screenshot(path=SHOTS / "page-by-url.png")
         other.goto(f"{link.partition('/instructions')[0]}/instructions/", wait_until="domcontentloaded")
         listed = other.inner_text("body")
@@ -203,7 +240,15 @@ def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
 def test_an_asset_page_shows_description_rows_version_and_commit(ui: Ui) -> None:
     state = read_stages(ui.root)["instructions"]
     report = json.loads((ui.root / "data/reports/instructions.json").read_text())
-    said = ui.see("/assets/instructions?view=overview", state.description, "rows_in", "rows_out", "git_commit", state.version, shot="asset")
+    said = ui.see(
+        "/assets/instructions?view=overview",
+        state.description,
+        "rows_in",
+        "rows_out",
+        "git_commit",
+        state.version,
+        shot="asset",
+    )
     assert {str(report["rows_in"]), str(report["rows_out"])} <= set(said.split())
 
 
@@ -219,8 +264,17 @@ def test_a_trained_asset_shows_its_loss_curve(ui: Ui) -> None:
 
 def test_the_checks_of_the_instruction_set_passed(ui: Ui) -> None:
     checks = json.loads((ui.root / "data/reports/instructions.json").read_text())["checks"]
-    failed = [name for name, check in checks.items() if shown(check["severity"], check["passed"], check["count"]) in {"warn", "error"}]
-    said = ui.see("/assets/instructions?view=checks", f"Checks ({len(checks) + 1})", *sorted([*checks, "dvc_in_sync"])[:12], shot="checks")
+    failed = [
+        name
+        for name, check in checks.items()
+        if shown(check["severity"], check["passed"], check["count"]) in {"warn", "error"}
+    ]
+    said = ui.see(
+        "/assets/instructions?view=checks",
+        f"Checks ({len(checks) + 1})",
+        *sorted([*checks, "dvc_in_sync"])[:12],
+        shot="checks",
+    )
     assert said.count("Succeeded") + len(failed) >= 12, "the list shows as many as the window has room for"
     assert "Not evaluated" not in said
 
@@ -253,7 +307,9 @@ def test_a_spoiled_source_fails_its_check_with_the_rows_and_nothing_downstream_r
     before = (ui.root / "data/splits").stat().st_mtime_ns
     assert ui.materialize("raw_examples")["status"] == "SUCCESS"
     assert ui.materialize("instructions")["status"] == "FAILURE"
-    ui.see("/assets/instructions?view=checks&checkDetail=empty_response", "empty_response", "Failed", shot="failed-check")
+    ui.see(
+        "/assets/instructions?view=checks&checkDetail=empty_response", "empty_response", "Failed", shot="failed-check"
+    )
     ui.wait("triage_alpaca.json:0", shot="failed-rows")
     refused = ui.materialize("splits")
     assert refused["status"] == "FAILURE"

@@ -1,4 +1,5 @@
-"""`pedigree chat`: answers are those of evaluation, conversations go on, and what is shown about training records is what the lineage says."""
+"""`pedigree chat`: answers are those of evaluation, conversations go on, and
+what is shown about training records is what the lineage says."""
 
 from __future__ import annotations
 
@@ -107,7 +108,9 @@ def test_a_model_that_scores_answers_is_refused(project: Path, tiny_model: Path,
             chat.find_model(project, str(tmp_path / "m"))
 
 
-def test_an_adapter_of_an_aligned_model_answers_on_the_model_that_it_was_trained_on(project: Path, tiny_model: Path) -> None:
+def test_an_adapter_of_an_aligned_model_answers_on_the_model_that_it_was_trained_on(
+    project: Path, tiny_model: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_model, project / "data/base_model", dirs_exist_ok=True)
@@ -139,7 +142,14 @@ def test_an_answer_begins_as_in_training(speaker: Speaker, monkeypatch: pytest.M
 
 
 def test_saved_conversations_are_examples_that_check_reads(speaker: Speaker, tmp_path: Path) -> None:
-    said = talk([speaker], "/save x", "Where is it?", f"/save {tmp_path / 'talks.jsonl'}", "And why?", f"/save {tmp_path / 'talks.jsonl'}")
+    said = talk(
+        [speaker],
+        "/save x",
+        "Where is it?",
+        f"/save {tmp_path / 'talks.jsonl'}",
+        "And why?",
+        f"/save {tmp_path / 'talks.jsonl'}",
+    )
     assert "there is no conversation yet" in said and "appended 1 conversation to" in said
     rows = [json.loads(line) for line in (tmp_path / "talks.jsonl").read_text().splitlines()]
     assert [len(row["messages"]) for row in rows] == [2, 4] and rows[1]["messages"] == speaker.messages
@@ -167,7 +177,9 @@ def test_a_line_that_is_not_utf8_is_one_message_and_the_conversation_goes_on(spe
     assert [message["content"] for message in speaker.messages if message["role"] == "user"] == ["A?"]
 
 
-def test_a_conversation_ends_without_a_traceback_when_its_reader_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_conversation_ends_without_a_traceback_when_its_reader_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def closed(root: Path, options: Any) -> None:
         raise BrokenPipeError
 
@@ -182,13 +194,17 @@ def test_hidden_characters_of_an_answer_are_written_out(speaker: Speaker) -> Non
     text = chat._Text(speaker.model.tokenizer, shown.append)
     text._write("a\x1b[31mb")
     assert shown == ["a\\x1b[31mb"]
-    assert chat.call_text({"function": {"name": "find", "arguments": {"city": "Oslo"}}}) == 'call: find({"city": "Oslo"})'
+    assert (
+        chat.call_text({"function": {"name": "find", "arguments": {"city": "Oslo"}}}) == 'call: find({"city": "Oslo"})'
+    )
 
 
 def test_a_text_that_is_not_utf8_is_refused_and_the_conversation_goes_on(speaker: Speaker) -> None:
     """As terminals and scripts in another encoding give it: caf\xe9 in Latin-1."""
     shown = talk([speaker], "caf\udce9", "One?")
-    assert "not UTF-8" in shown and [message["content"] for message in speaker.messages if message["role"] == "user"] == ["One?"]
+    assert "not UTF-8" in shown and [
+        message["content"] for message in speaker.messages if message["role"] == "user"
+    ] == ["One?"]
     with pytest.raises(InputError, match="not UTF-8"):
         speaker.ask("One?", [{"type": "function", "function": {"name": "\ud800"}}], Decoding(LONGEST), print)
 
@@ -209,14 +225,17 @@ def test_a_conversation_longer_than_the_context_is_refused(speaker: Speaker) -> 
         (None, "no model was made here yet"),
     ],
 )
-def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(project: Path, name: str | None, message: str) -> None:
+def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(
+    project: Path, name: str | None, message: str
+) -> None:
     shutil.rmtree(project / "data/base_model", ignore_errors=True)
     with pytest.raises(InputError, match=f"(?s){message}"):
         chat.find_model(project, name)
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", '{"a":' * 100_000, '{"model_type": "llama", "vocab_size": 1000000000000, "hidden_size": 1000000000}']
+    "content",
+    ["[]", '{"a":' * 100_000, '{"model_type": "llama", "vocab_size": 1000000000000, "hidden_size": 1000000000}'],
 )
 def test_a_model_with_an_impossible_configuration_is_refused(project: Path, content: str) -> None:
     (project / "models/tiny/config.json").write_text(content)
@@ -239,11 +258,16 @@ def test_weights_that_would_be_unpickled_are_refused(project: Path, kind: str) -
     folder = project / "models/tiny"
     (folder / "model.safetensors").rename(folder / "weights.bin")
     if kind == "index":
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"lm_head.weight": "weights.bin"}})
+        )
     else:
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
         (folder / "weights.bin").rename(folder / "adapter_model.bin")
-        with pytest.raises(InputError, match=r"is an adapter, and its base model is not in data/base_model\nhint: .*dvc repro base_model"):
+        with pytest.raises(
+            InputError,
+            match=r"is an adapter, and its base model is not in data/base_model\nhint: .*dvc repro base_model",
+        ):
             chat.load(project, "models/tiny", folder)
         (project / "data").mkdir(exist_ok=True)
         shutil.copytree(folder, project / "data/base_model")
@@ -256,14 +280,21 @@ def test_a_model_that_bitsandbytes_would_quantize_is_refused(project: Path, bits
     """Its first pass ends in an AssertionError of bitsandbytes."""
     path = project / "models/tiny/config.json"
     path.write_text(
-        json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}})
+        json.dumps(
+            {
+                **json.loads(path.read_text()),
+                "quantization_config": {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True},
+            }
+        )
     )
     with pytest.raises(InputError, match="bitsandbytes quantizes, which is not supported"):
         chat.load(project, "models/tiny", project / "models/tiny")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"", None], ids=["not downloaded", "empty", "missing"])
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1", b"", None], ids=["not downloaded", "empty", "missing"]
+)
 def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, content: bytes | None) -> None:
     (path := project / "models/tiny" / file).unlink()
     if content is not None:
@@ -277,13 +308,24 @@ def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, conten
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", "[1]", "no", '[{"type": "function", "function": "x"}]', '[{"a": 1}]', '[{"name": "f", "parameters": 3}]']
+    "content",
+    [
+        "[]",
+        "{}",
+        "[1]",
+        "no",
+        '[{"type": "function", "function": "x"}]',
+        '[{"a": 1}]',
+        '[{"name": "f", "parameters": 3}]',
+    ],
 )
 def test_tools_that_are_no_list_of_functions_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tools.json").write_text(content)
     with pytest.raises(InputError, match="--tools"):
         chat.read_tools(tmp_path / "tools.json")
-    (tmp_path / "tools.json").write_text('[{"name": "f"}, {"type": "function", "function": {"name": "g", "parameters": {}}}]')
+    (tmp_path / "tools.json").write_text(
+        '[{"name": "f"}, {"type": "function", "function": {"name": "g", "parameters": {}}}]'
+    )
     assert chat.read_tools(tmp_path / "tools.json")
 
 
@@ -291,7 +333,9 @@ def test_tools_that_are_no_list_of_functions_are_refused(tmp_path: Path, content
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # may have to make the finished project
 def test_the_release_talks_and_names_the_rows_that_it_was_trained_on(finished: Path) -> None:
-    done = pedigree(finished, "chat", "--once", "Where is my parcel?", "--max-new-tokens", "4", "--compare", "base_model", "--json")
+    done = pedigree(
+        finished, "chat", "--once", "Where is my parcel?", "--max-new-tokens", "4", "--compare", "base_model", "--json"
+    )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [answer["folder"] for answer in document["answers"]] == ["data/release", "data/base_model"]
@@ -309,7 +353,9 @@ def test_the_release_talks_and_names_the_rows_that_it_was_trained_on(finished: P
     assert {one["example_id"] for one in found.records} <= trained.keys()
     shutil.rmtree(finished / "data/splits/train")
     assert "are not in data/splits/train" in nearest_text(TrainingRecords(finished).nearest("merged@lora", "parcel", 3))
-    assert "was not trained on records of this project" in nearest_text(TrainingRecords(finished).nearest("base_model", "parcel", 3))
+    assert "was not trained on records of this project" in nearest_text(
+        TrainingRecords(finished).nearest("base_model", "parcel", 3)
+    )
 
 
 def test_the_system_prompt_of_all_training_records_is_the_default(project: Path) -> None:
@@ -335,7 +381,11 @@ def test_training_records_have_traces_if_each_answer_has_one(project: Path) -> N
         return {"example_id": str(number), "messages": turns}
 
     thinks = record(0, reasoning_content="So.")
-    for records, expected in (([thinks, record(1, reasoning_content="Hm.")], True), ([thinks, record(1)], False), ([record(1)], False)):
+    for records, expected in (
+        ([thinks, record(1, reasoning_content="Hm.")], True),
+        ([thinks, record(1)], False),
+        ([record(1)], False),
+    ):
         shutil.rmtree(project / "data/splits", ignore_errors=True)
         write_records(project / "data/splits/train", records)
         assert TrainingRecords(project).have_traces() == expected

@@ -18,7 +18,9 @@ from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["examples", "pairs"])
 @pytest.mark.parametrize("seed", range(2))
-def test_blocks_of_any_size_give_the_same_answer(seed: int, pairs: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_any_size_give_the_same_answer(
+    seed: int, pairs: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, tokens = sample(seed, 80, pairs), tokens_of(tiny_model) if seed else ESTIMATED
     whole = answer(rows, tokens, pairs)
     assert all(f'"{check}"' in whole for check in ("exact_duplicates", "hidden_characters", "pii", "missing_reasoning"))
@@ -53,6 +55,10 @@ def test_a_tokenizer_in_another_process_knows_the_models_end_tokens(tiny_model: 
     assert misfit and "does not end" in str(misfit(messages, None))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     here = tokens_of(folder)
-    for tokens in (here, pickle.loads(pickle.dumps(here)), pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(here))))):
+    for tokens in (
+        here,
+        pickle.loads(pickle.dumps(here)),
+        pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(here)))),
+    ):
         assert tokens.misfit(messages, None) is None
         assert (tokens.count(["Ann."]), tokens.special) == (here.count(["Ann."]), here.special)

@@ -1,4 +1,5 @@
-"""`pedigree check` from the command line: every format, file type and option, and one JSON document that matches the page."""
+"""`pedigree check` from the command line: every format, file type and option,
+and one JSON document that matches the page."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ ANSWERED = {"instruction": LONG, "output": "We are sorry; a new kite is on its w
 def by_itself(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "dagster_project", "check", *map(str, arguments)], cwd=folder, env=env, capture_output=True, timeout=300, check=False
+        [sys.executable, "-m", "dagster_project", "check", *map(str, arguments)], cwd=folder, env=env,
+        capture_output=True, timeout=300, check=False
     )  # fmt: skip
 
 
@@ -42,7 +44,11 @@ def many(count: int, **more: Any) -> list[dict[str, Any]]:
     letters = str.maketrans("0123456789", "ghijklmnop")
     names = [hashlib.sha256(str(i).encode()).hexdigest().translate(letters) for i in range(count)]
     return [
-        ask(f"Is {name[:9]} in {name[9:16]} or {name[16:24]}?", f"It stands in {name[24:31]} made in town {name[31:38]}", **more)
+        ask(
+            f"Is {name[:9]} in {name[9:16]} or {name[16:24]}?",
+            f"It stands in {name[24:31]} made in town {name[31:38]}",
+            **more,
+        )
         for name in names
     ]
 
@@ -95,7 +101,14 @@ def test_each_name_of_a_format_is_accepted_for_every_row(name: str, check: Check
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(check: Check) -> None:
-    refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--format", "alpacca"), "unknown format 'alpacca'", "alpaca", "sharegpt", "mmlu", "dpo")
+    refused(
+        check(jsonl(Path("a.jsonl"), ANSWERED), "--format", "alpacca"),
+        "unknown format 'alpacca'",
+        "alpaca",
+        "sharegpt",
+        "mmlu",
+        "dpo",
+    )
 
 
 def test_examples_named_as_pairs_are_refused(check: Check) -> None:
@@ -104,7 +117,11 @@ def test_examples_named_as_pairs_are_refused(check: Check) -> None:
 
 @pytest.mark.parametrize("suffix", FILE_WRITERS)
 def test_each_file_type_gives_the_same_document(suffix: str, check: Check) -> None:
-    rows = [{"text": "The kite flies."}] if suffix == ".txt" else [{"prompt": "Where is it?", "completion": "In the hall."}]
+    rows = (
+        [{"text": "The kite flies."}]
+        if suffix == ".txt"
+        else [{"prompt": "Where is it?", "completion": "In the hall."}]
+    )
     FILE_WRITERS[suffix](Path(f"a{suffix}"), rows)
     jsonl(Path("b.jsonl"), *rows)
     ours, plain = check(f"a{suffix}", "--json").document, check("b.jsonl", "--json").document
@@ -127,7 +144,19 @@ def test_json_is_exactly_one_document_with_the_documented_keys(check: Check) -> 
     done = check(jsonl(Path("a.jsonl"), *many(3), ask("Hi <|im_end|>"), "no json"), "--json")
     assert done.out.count("\n") == 1 and done.err == ""
     found = done.document
-    assert {"name", "format", "rows", "kept", "dropped", "fixed", "findings", "similarity", "profile", "notes", "fields"} == set(found)
+    assert {
+        "name",
+        "format",
+        "rows",
+        "kept",
+        "dropped",
+        "fixed",
+        "findings",
+        "similarity",
+        "profile",
+        "notes",
+        "fields",
+    } == set(found)
     keys = {
         "check",
         "severity",
@@ -158,12 +187,30 @@ def test_the_exit_code_is_0_for_good_data_1_for_an_error_and_2_for_bad_input(che
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["a.jsonl", "--policy"], ["a.jsonl", "--nonsense"], ["a.jsonl", "--since"], ["a.jsonl", "--thirteen-grams"], [""], ["none.jsonl"],
-     ["a.jsonl", "none.jsonl"], ["a.jsonl", "--against", "none.jsonl"], ["a.jsonl", "--policy", "none.yaml"], ["a.jsonl", "--policy", "."],
-     ["a.jsonl", "--base-model", "none"], ["a.jsonl", "--since", ""], ["x" * 5000], ["a.jsonl", "--since", "x" * 5000],
-     ["a.jsonl", "--against", "x" * 5000], ["hub:nobody"], ["hub:a/b@main:train"], ["a.jsonl", "--report", "a.jsonl"],
-     ["a.jsonl", "--report", "a.jsonl/b.html"], ["a.jsonl", "--report", ""]],
-)  # fmt: skip
+    [
+        [],
+        ["a.jsonl", "--policy"],
+        ["a.jsonl", "--nonsense"],
+        ["a.jsonl", "--since"],
+        ["a.jsonl", "--thirteen-grams"],
+        [""],
+        ["none.jsonl"],
+        ["a.jsonl", "none.jsonl"],
+        ["a.jsonl", "--against", "none.jsonl"],
+        ["a.jsonl", "--policy", "none.yaml"],
+        ["a.jsonl", "--policy", "."],
+        ["a.jsonl", "--base-model", "none"],
+        ["a.jsonl", "--since", ""],
+        ["x" * 5000],
+        ["a.jsonl", "--since", "x" * 5000],
+        ["a.jsonl", "--against", "x" * 5000],
+        ["hub:nobody"],
+        ["hub:a/b@main:train"],
+        ["a.jsonl", "--report", "a.jsonl"],
+        ["a.jsonl", "--report", "a.jsonl/b.html"],
+        ["a.jsonl", "--report", ""],
+    ],
+)
 def test_wrong_usage_is_refused_with_a_hint(arguments: list[str], check: Check) -> None:
     before = jsonl(Path("a.jsonl"), ANSWERED).read_bytes()
     refused(check(*arguments))
@@ -174,7 +221,9 @@ def test_rows_are_source_rows_also_where_two_rows_make_a_pair(check: Check) -> N
     good, bad = ({"prompt": "Where?", "completion": text, "label": text == "Here."} for text in ("Here.", "No."))
     secret = {"prompt": "Mail ann.lee@post.example.org?", "completion": "Yes.", "label": True}
     jsonl(Path("a.jsonl"), good, bad, good, bad)
-    done = check("a.jsonl", jsonl(Path("b.jsonl"), good, bad, secret, {**secret, "completion": "No.", "label": False}), "--json")
+    done = check(
+        "a.jsonl", jsonl(Path("b.jsonl"), good, bad, secret, {**secret, "completion": "No.", "label": False}), "--json"
+    )
     assert (done.findings["pii"]["rows"], done.findings["pii"]["places"]) == ([6], ["b.jsonl:2"])
     assert done.findings["exact_duplicates"]["rows"] == [2, 4]
     assert [match["row"] for match in done.findings["exact_duplicates"]["matches"]] == [2, 4]
@@ -200,27 +249,56 @@ def test_layouts_of_one_kind_mix_and_kinds_do_not(check: Check) -> None:
     jsonl(Path("p.jsonl"), *PAIR_ROWS["preference"])
     jsonl(Path("q.jsonl"), BENCHMARK_ROWS["mmlu"][0])
     assert check("a.jsonl", "m.jsonl", "--json").document["format"] == "alpaca, messages"
-    refused(check("a.jsonl", "p.jsonl", "q.jsonl"), "a.jsonl holds examples", "p.jsonl holds preferences", "q.jsonl holds benchmark")
+    refused(
+        check("a.jsonl", "p.jsonl", "q.jsonl"),
+        "a.jsonl holds examples",
+        "p.jsonl holds preferences",
+        "q.jsonl holds benchmark",
+    )
 
 
 def test_a_few_questions_do_not_make_examples_a_benchmark(check: Check) -> None:
     rows = [*many(5), BENCHMARK_ROWS["mmlu"][0], BENCHMARK_ROWS["piqa"][0]]
     done = check(jsonl(Path("a.jsonl"), *rows), "--json")
-    assert (done.document["format"], done.document["kept"], done.findings["malformed_row"]["rows"]) == ("alpaca", 5, [5, 6])
+    assert (done.document["format"], done.document["kept"], done.findings["malformed_row"]["rows"]) == (
+        "alpaca",
+        5,
+        [5, 6],
+    )
     jsonl(Path("mine.jsonl"), *many(3))
-    assert check("mine.jsonl", "--against", jsonl(Path("held.jsonl"), *many(4)), "--json").findings["benchmark_leakage"]["count"] == 3
+    assert (
+        check("mine.jsonl", "--against", jsonl(Path("held.jsonl"), *many(4)), "--json").findings["benchmark_leakage"][
+            "count"
+        ]
+        == 3
+    )
 
 
 def test_the_output_of_a_stage_is_read_and_a_broken_one_refused(check: Check) -> None:
     from dagster_project.core.records import write_ledger, write_records
 
     records = [
-        {"example_id": f"{i:032x}", "source": "s.json", "messages": [{"role": "user", "content": f"Where is {i}?"}, {"role": "assistant", "content": f"At place {i}."}],
-         "category": None, "group_id": None, "meta": "{}"}
+        {
+            "example_id": f"{i:032x}",
+            "source": "s.json",
+            "messages": [
+                {"role": "user", "content": f"Where is {i}?"},
+                {"role": "assistant", "content": f"At place {i}."},
+            ],
+            "category": None,
+            "group_id": None,
+            "meta": "{}",
+        }
         for i in range(3)
-    ]  # fmt: skip
+    ]
     entries = [
-        {"source": "s.json", "source_row": i, "example_id": f"{i:032x}", "outcome": "kept" if i != 1 else "dropped:pii", "why": None}
+        {
+            "source": "s.json",
+            "source_row": i,
+            "example_id": f"{i:032x}",
+            "outcome": "kept" if i != 1 else "dropped:pii",
+            "why": None,
+        }
         for i in range(4)
     ]
     write_records(Path("set"), records)
@@ -259,7 +337,12 @@ QUIZ: dict[str, dict[str, Any]] = {
 def test_a_row_that_overlaps_held_out_data_is_a_leak(layout: str, place: str, check: Check) -> None:
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     jsonl(Path(place), QUIZ[layout])
-    done = check(jsonl(Path("a.jsonl"), *many(3), ask(f"Tell me. {LEAK}", "Saturn")), "--against", place.partition("/")[0], "--json")
+    done = check(
+        jsonl(Path("a.jsonl"), *many(3), ask(f"Tell me. {LEAK}", "Saturn")),
+        "--against",
+        place.partition("/")[0],
+        "--json",
+    )
     leak = done.findings["benchmark_leakage"]
     assert (done.code, leak["rows"], leak["severity"], leak["dropped"]) == (1, [3], "error", 1)
     (match,) = leak["matches"]
@@ -278,23 +361,38 @@ def test_a_held_out_folder_may_contain_benchmarks_and_examples(check: Check) -> 
 def test_an_unreadable_held_out_row_is_refused(check: Check) -> None:
     jsonl(Path("a.jsonl"), ANSWERED)
     refused(
-        check("a.jsonl", "--against", jsonl(Path("q.jsonl"), QUIZ["mmlu"], QUIZ["mmlu"], {"question": 3, "choices": ["a", "b"]})),
+        check(
+            "a.jsonl",
+            "--against",
+            jsonl(Path("q.jsonl"), QUIZ["mmlu"], QUIZ["mmlu"], {"question": 3, "choices": ["a", "b"]}),
+        ),
         "q.jsonl: row 2",
     )
-    refused(check("a.jsonl", "--against", jsonl(Path("e.jsonl"), ANSWERED, ask("Hi", 3))), "e.jsonl:1", "expected text, found int")  # type: ignore[arg-type]
+    refused(
+        check("a.jsonl", "--against", jsonl(Path("e.jsonl"), ANSWERED, ask("Hi", 3))),
+        "e.jsonl:1",
+        "expected text, found int",
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("report", ["a.jsonl/b.html", "folder.html"])
 def test_a_report_that_cannot_be_written_leaves_no_other_file(report: str, check: Check) -> None:
     Path("folder.html").mkdir()
     before = sorted(Path().iterdir())
-    refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--out", "clean.jsonl", "--report", report), "--report", "cannot be written")
+    refused(
+        check(jsonl(Path("a.jsonl"), ANSWERED), "--out", "clean.jsonl", "--report", report),
+        "--report",
+        "cannot be written",
+    )
     assert sorted(Path().iterdir()) == sorted([*before, Path("a.jsonl")])
 
 
 def test_overlap_by_13_words_is_reported_in_addition(check: Check) -> None:
     long = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    jsonl(Path("q.jsonl"), {"question": f"{long} {' '.join(f'q{i}' for i in range(60))}", "choices": ["a", "b"], "answer": 0})
+    jsonl(
+        Path("q.jsonl"),
+        {"question": f"{long} {' '.join(f'q{i}' for i in range(60))}", "choices": ["a", "b"], "answer": 0},
+    )
     jsonl(Path("a.jsonl"), ask(f"{' '.join(f'p{i}' for i in range(60))} {long}"), ask("Short"))
     done = check("a.jsonl", "--against", "q.jsonl", "--thirteen-grams", "--json")
     assert done.document["thirteen_grams"] == {
@@ -317,7 +415,9 @@ def policy(text: str) -> str:
     ("action", "kept", "severity", "code"),
     [("drop", 3, "warn", 0), ("warn", 4, "warn", 0), ("review", 4, "warn", 0), ("fail", 4, "error", 1)],
 )
-def test_the_policy_decides_what_happens_to_a_row(action: str, kept: int, severity: str, code: int, check: Check) -> None:
+def test_the_policy_decides_what_happens_to_a_row(
+    action: str, kept: int, severity: str, code: int, check: Check
+) -> None:
     jsonl(Path("a.jsonl"), *many(3), ask("Mail ann.lee@post.example.org about it"))
     done = check("a.jsonl", "--policy", policy(f"policy: {{pii: {action}}}"), "--json")
     assert (done.document["kept"], done.findings["pii"]["severity"], done.code) == (kept, severity, code)
@@ -327,7 +427,10 @@ def test_limits_and_severities_come_from_the_policy(check: Check) -> None:
     jsonl(Path("a.jsonl"), *many(3), ask("Hi", ""))
     assert "small_dataset" in check("a.jsonl", "--json").findings
     done = check(
-        "a.jsonl", "--policy", policy("{min_rows: 2, max_tokens: 16, severity: {empty_response: info, too_long: error}}"), "--json"
+        "a.jsonl",
+        "--policy",
+        policy("{min_rows: 2, max_tokens: 16, severity: {empty_response: info, too_long: error}}"),
+        "--json",
     )
     assert "small_dataset" not in done.findings and done.findings["empty_response"]["severity"] == "info"
     assert (done.findings["too_long"]["count"], done.code) == (3, 1)
@@ -338,23 +441,33 @@ def test_a_waived_row_is_kept_without_error_and_an_unused_waiver_is_reported(che
     assert check("a.jsonl").code == 1
     text = "waivers: [{{check: secrets, rows: ['{}'], reason: made up, expires: 2999-01-01}}]"
     done = check("a.jsonl", "--policy", policy(text.format("a.jsonl:3")), "--json")
-    assert (done.code, done.document["kept"], done.findings["secrets"]["waived"], done.findings["secrets"]["count"]) == (0, 4, 1, 0)
+    assert (
+        done.code,
+        done.document["kept"],
+        done.findings["secrets"]["waived"],
+        done.findings["secrets"]["count"],
+    ) == (0, 4, 1, 0)
     done = check("a.jsonl", "--policy", policy(text.format("b.jsonl:3")))
     assert done.code == 1 and "waived or reviewed, but not in the set: b.jsonl:3" in done.out
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2020-01-01}]", "waivers.0: the waiver for pii expired on 2020-01-01"),
+    [("waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2020-01-01}]", "waivers.0: the waiver for pii"
+                                                                                " expired on 2020-01-01"),
      ("waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2027-02-30}]", "day is out of range"),
      ("waivers: [{check: pii, rows: ['a:1'], expires: 2999-01-01}]", "reason: missing"),
      ("waivers: [{check: pii, reason: x, expires: 2999-01-01}]", "names neither rows nor pairs"),
      ("waivers: [{check: small_dataset, rows: [a], reason: x, expires: 2999-01-01}]", "is not a check on rows"),
      ("policy: {pij: drop}", "unknown check 'pij'"), ("policy: {pii: burn}", "'drop', 'review', 'warn' or 'fail'"),
-     ("policy: {small_dataset: drop}", "applies to the set as a whole"), ("minrows: 3", "minrows: unknown key"), ("min_rows: three", "valid integer"),
-     ("min_rows: [", "is not valid YAML"), ("- a", "expected a mapping"), ("instructions: [a]", "expected a mapping"), ("\0", "is not valid YAML"),
-     ("x: !!int a", "is not valid YAML"), ("x: !!bool a", "is not valid YAML"), ("x: !!python/object:os.system a", "is not valid YAML"),
-     ("a: &a {b: *a}", "a: unknown key"), ("max_tokens: 1", "greater than or equal to 16"), ("min_rows: 1\nmin_rows: 2", "duplicate key")],
+     ("policy: {small_dataset: drop}", "applies to the set as a whole"), ("minrows: 3", "minrows: unknown key"),
+     ("min_rows: three", "valid integer"),
+     ("min_rows: [", "is not valid YAML"), ("- a", "expected a mapping"), ("instructions: [a]", "expected a mapping"),
+     ("\0", "is not valid YAML"),
+     ("x: !!int a", "is not valid YAML"), ("x: !!bool a", "is not valid YAML"),
+     ("x: !!python/object:os.system a", "is not valid YAML"),
+     ("a: &a {b: *a}", "a: unknown key"), ("max_tokens: 1", "greater than or equal to 16"),
+     ("min_rows: 1\nmin_rows: 2", "duplicate key")],
 )  # fmt: skip
 def test_an_invalid_policy_is_refused(text: str, said: str, check: Check) -> None:
     refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--policy", policy(text)), "policy.yaml", said)
@@ -369,7 +482,10 @@ def test_a_whole_params_yaml_is_a_policy(check: Check) -> None:
     jsonl(Path("a.jsonl"), *many(3))
     assert check("a.jsonl", "--policy", ROOT / "params.yaml").code == 0
     done = check(
-        "a.jsonl", "--policy", policy("compute: {seed: 1}\ninstructions: {min_rows: 2, benchmarks: [b.jsonl], review: r.csv}"), "--json"
+        "a.jsonl",
+        "--policy",
+        policy("compute: {seed: 1}\ninstructions: {min_rows: 2, benchmarks: [b.jsonl], review: r.csv}"),
+        "--json",
     )
     assert "small_dataset" not in done.findings
     assert check("a.jsonl", "--policy", policy("")).code == 0
@@ -416,7 +532,11 @@ AFTER = [
 def git(*arguments: str) -> str:
     env = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
     done = subprocess.run(
-        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], env=env, capture_output=True, text=True, check=True
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.strip()
 
@@ -482,11 +602,17 @@ def test_a_name_that_is_not_utf_8_a_link_and_a_submodule_have_an_earlier_version
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["a.jsonl", "--since", "nowhere"], "--since nowhere: no such path, and no such revision"), (["a.jsonl", "--since=--help"], "no such revision"),
-     (["a.jsonl", "--since=-p"], "no such revision"), (["a.jsonl", "--since=HEAD:a.jsonl"], "no such revision"), (["new.jsonl", "--since", "HEAD"], "new.jsonl is not in git"),
-     (["gone.jsonl", "--since", "HEAD"], "gone.jsonl does not exist here"), (["a.jsonl", "--since", "pairs.jsonl"], "pairs.jsonl holds preferences, a.jsonl examples"),
-     ([Path(os.devnull), "--since", "HEAD"], "is not in git")],
-)  # fmt: skip
+    [
+        (["a.jsonl", "--since", "nowhere"], "--since nowhere: no such path, and no such revision"),
+        (["a.jsonl", "--since=--help"], "no such revision"),
+        (["a.jsonl", "--since=-p"], "no such revision"),
+        (["a.jsonl", "--since=HEAD:a.jsonl"], "no such revision"),
+        (["new.jsonl", "--since", "HEAD"], "new.jsonl is not in git"),
+        (["gone.jsonl", "--since", "HEAD"], "gone.jsonl does not exist here"),
+        (["a.jsonl", "--since", "pairs.jsonl"], "pairs.jsonl holds preferences, a.jsonl examples"),
+        ([Path(os.devnull), "--since", "HEAD"], "is not in git"),
+    ],
+)
 def test_an_invalid_earlier_version_is_refused(arguments: list[str], said: str, check: Check) -> None:
     committed(jsonl(Path("a.jsonl"), ANSWERED).name, jsonl(Path("gone.jsonl"), ANSWERED).name)
     Path("gone.jsonl").unlink()
@@ -495,7 +621,9 @@ def test_an_invalid_earlier_version_is_refused(arguments: list[str], said: str, 
     refused(check(*arguments), said)
 
 
-def test_outside_a_repository_and_without_git_a_revision_is_refused(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_repository_and_without_git_a_revision_is_refused(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jsonl(Path("a.jsonl"), ANSWERED)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
     refused(check("a.jsonl", "--since", "HEAD"), "no such revision in git")
@@ -542,14 +670,19 @@ def kto(*judged: tuple[str, str, bool]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("arguments", [[], ["--format", "kto"], ["--format", "dpo"]])
 def test_answers_called_good_or_bad_are_checked_as_pairs(arguments: list[str], check: Check) -> None:
-    rows = kto(("Where is my kite?", "It flies over the hill.", True), ("Where is my kite?", "Who cares, go and look.", False))
+    rows = kto(
+        ("Where is my kite?", "It flies over the hill.", True), ("Where is my kite?", "Who cares, go and look.", False)
+    )
     done = check(jsonl(Path("a.jsonl"), *rows), "--json", *arguments)
     assert (done.document["format"], done.document["rows"], done.document["kept"]) == ("kto", 1, 1)
     assert "malformed_row" not in done.findings
 
 
 def test_a_labeled_answer_without_a_counterpart_is_only_reported_as_unpaired(check: Check) -> None:
-    rows = kto(("Where is my kite?", "It flies over the hill.", True), ("Who took the parcel?", "How would I know that.", False))
+    rows = kto(
+        ("Where is my kite?", "It flies over the hill.", True),
+        ("Who took the parcel?", "How would I know that.", False),
+    )
     done = check(jsonl(Path("a.jsonl"), *rows), "--json")
     assert done.document["dropped"] == {"unpaired_answer": 2} and done.findings["unpaired_answer"]["rows"] == [0, 1]
     assert not {"malformed_row", "ends_on_user_turn", "empty_response"} & done.findings.keys()
@@ -558,7 +691,12 @@ def test_a_labeled_answer_without_a_counterpart_is_only_reported_as_unpaired(che
 @pytest.mark.parametrize("tie", [0, 1.5])
 def test_a_tie_is_counted_as_one_and_does_not_make_a_held_out_file_unreadable(tie: float, check: Check) -> None:
     rows = [
-        {"instruction": asked, "output_1": "It flies over the hill.", "output_2": "Who cares.", "preference": preference}
+        {
+            "instruction": asked,
+            "output_1": "It flies over the hill.",
+            "output_2": "Who cares.",
+            "preference": preference,
+        }
         for asked, preference in ((LONG, tie), ("Who took the blue parcel from the shelf?", 1))
     ]
     done = check(jsonl(Path("a.jsonl"), *rows), "--json")
@@ -572,7 +710,11 @@ def test_prompts_without_answers_can_be_held_out(column: str, check: Check) -> N
     jsonl(Path("held.jsonl"), {"id": 1, column: LONG}, {"id": 2, column: "Who took the blue parcel from the shelf?"})
     leaked = check(jsonl(Path("a.jsonl"), ask(LONG), *many(3)), "--against", "held.jsonl", "--json")
     assert leaked.findings["benchmark_leakage"]["rows"] == [0]
-    refused(check("a.jsonl", "--against", jsonl(Path("held.jsonl"), {column: LONG}, {column: None})), "held.jsonl: row 1", "prompts")
+    refused(
+        check("a.jsonl", "--against", jsonl(Path("held.jsonl"), {column: LONG}, {column: None})),
+        "held.jsonl: row 1",
+        "prompts",
+    )
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -597,7 +739,9 @@ def test_a_waiver_for_a_row_covers_each_of_its_instances(check: Check) -> None:
         Path("a.jsonl"),
         {
             "instruction": "Name it.",
-            "instances": [{"input": f"Write to ann.{name}@kites.co.uk", "output": "It is a kite."} for name in ("lee", "low")],
+            "instances": [
+                {"input": f"Write to ann.{name}@kites.co.uk", "output": "It is a kite."} for name in ("lee", "low")
+            ],
         },
     )
     Path("p.yaml").write_text("waivers: [{check: pii, rows: ['a.jsonl:0'], reason: public, expires: '2999-01-01'}]")
@@ -608,16 +752,33 @@ def test_a_waiver_for_a_row_covers_each_of_its_instances(check: Check) -> None:
 PREFERENCES: dict[str, tuple[list[dict[str, Any]], list[int]]] = {
     "identical_pair": ([{"prompt": "Where is it?", "chosen": "Here.", "rejected": "Here."}], [0]),
     "prompt_mismatch": (
-        [{"chosen": "\n\nHuman: Where is it?\n\nAssistant: Here.", "rejected": "\n\nHuman: Who are you?\n\nAssistant: Ann."}] * 2, [0, 1],
+        [
+            {
+                "chosen": "\n\nHuman: Where is it?\n\nAssistant: Here.",
+                "rejected": "\n\nHuman: Who are you?\n\nAssistant: Ann.",
+            }
+        ]
+        * 2,
+        [0, 1],
     ),
-    "tied_pair": ([{"instruction": "Where is it?", "output_1": "Here.", "output_2": "There it is.", "preference": 1.5}], [0]),
+    "tied_pair": (
+        [{"instruction": "Where is it?", "output_1": "Here.", "output_2": "There it is.", "preference": 1.5}],
+        [0],
+    ),
     "exact_duplicates": ([{"prompt": "Where is it?", "chosen": "Here.", "rejected": "No."}] * 3, [1, 2]),
     "conflicting_responses": (
-        [{"prompt": "Where is it?", "chosen": a, "rejected": b} for a, b in (("Here.", "There."), ("There.", "Here."))], [1],
+        [{"prompt": "Where is it?", "chosen": a, "rejected": b} for a, b in (("Here.", "There."), ("There.", "Here."))],
+        [1],
     ),
     "empty_response": ([{"prompt": "Where is it?", "chosen": "Here.", "rejected": " "}], [0]),
-    "malformed_row": ([{"prompt": "Where is it?", "chosen": "Here.", "rejected": 3}, {"prompt": "Who?", "chosen": "I.", "rejected": "No."}], [0]),
-}  # fmt: skip
+    "malformed_row": (
+        [
+            {"prompt": "Where is it?", "chosen": "Here.", "rejected": 3},
+            {"prompt": "Who?", "chosen": "I.", "rejected": "No."},
+        ],
+        [0],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
@@ -633,22 +794,33 @@ def test_answers_to_different_questions_are_not_a_pair(check: Check) -> None:
     def transcript(*turns: str) -> str:
         return "".join(f"\n\n{who}: {said}" for who, said in zip(("Human", "Assistant") * 2, turns, strict=True))
 
-    apart = {"chosen": transcript("Hi", "What?", "My parcel", "Its number?"), "rejected": transcript("Hi", "Go.", "Why?", "Because.")}
-    same = {"chosen": transcript("Hi", "What?", "My parcel", "Its number?"), "rejected": transcript("Hi", "What?", "My parcel", "Because.")}
+    apart = {
+        "chosen": transcript("Hi", "What?", "My parcel", "Its number?"),
+        "rejected": transcript("Hi", "Go.", "Why?", "Because."),
+    }
+    same = {
+        "chosen": transcript("Hi", "What?", "My parcel", "Its number?"),
+        "rejected": transcript("Hi", "What?", "My parcel", "Because."),
+    }
     assert check(jsonl(Path("a.jsonl"), apart, same), "--json").findings["prompt_mismatch"]["rows"] == [0]
 
 
 def test_only_a_margin_of_0_is_a_tie(check: Check) -> None:
     rows = [
-        {"prompt": f"Where is {margin}?", "chosen": "Here.", "rejected": "There.", "margin": margin} for margin in (0, 0.0, 1, -2, None)
+        {"prompt": f"Where is {margin}?", "chosen": "Here.", "rejected": "There.", "margin": margin}
+        for margin in (0, 0.0, 1, -2, None)
     ]
     assert check(jsonl(Path("a.jsonl"), *rows), "--json").findings["tied_pair"]["rows"] == [0, 1]
 
 
 def test_a_set_in_which_longer_answers_always_win_is_reported_as_biased(check: Check) -> None:
-    rows = [{"prompt": f"Where is {i}?", "chosen": f"Here it is, number {i}.", "rejected": f"No {i}."} for i in range(10)]
+    rows = [
+        {"prompt": f"Where is {i}?", "chosen": f"Here it is, number {i}.", "rejected": f"No {i}."} for i in range(10)
+    ]
     assert check(jsonl(Path("a.jsonl"), *rows), "--json").findings["length_bias"]["count"] == 1
-    half = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 2 else row for i, row in enumerate(rows)]
+    half = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 2 else row for i, row in enumerate(rows)
+    ]
     assert "length_bias" not in check(jsonl(Path("a.jsonl"), *half), "--json").findings
 
 
@@ -659,15 +831,25 @@ def test_examples_have_no_check_for_pairs_or_questions(check: Check) -> None:
 
 
 def test_a_question_without_its_answer_is_unlabelled(check: Check) -> None:
-    rows = [QUIZ["mmlu"], {**QUIZ["mmlu"], "question": "Is it far?", "answer": -1}, {**QUIZ["mmlu"], "question": "Is it old?", "answer": 7}]
+    rows = [
+        QUIZ["mmlu"],
+        {**QUIZ["mmlu"], "question": "Is it far?", "answer": -1},
+        {**QUIZ["mmlu"], "question": "Is it old?", "answer": 7},
+    ]
     done = check(jsonl(Path("a.jsonl"), *rows), "--json")
     assert (done.findings["unlabelled"]["rows"], done.findings["malformed_row"]["rows"], done.code) == ([1], [2], 1)
 
 
 def test_plain_text_needs_no_prompt_and_no_roles(check: Check) -> None:
-    Path("a.txt").write_text("The kite flies over the hill.\n\nA river runs below it.\n\nThe kite flies over the hill.\n")
+    Path("a.txt").write_text(
+        "The kite flies over the hill.\n\nA river runs below it.\n\nThe kite flies over the hill.\n"
+    )
     done = check("a.txt", "--json")
-    assert (done.document["format"], done.document["rows"], done.findings["exact_duplicates"]["rows"]) == ("text", 3, [2])
+    assert (done.document["format"], done.document["rows"], done.findings["exact_duplicates"]["rows"]) == (
+        "text",
+        3,
+        [2],
+    )
     assert not {"invalid_roles", "empty_prompt", "ends_on_user_turn", "empty_response"} & done.findings.keys()
 
 
@@ -694,7 +876,10 @@ def test_a_newcomer_sees_verdict_rows_reason_and_next_step(check: Check) -> None
 def test_a_conflict_shows_both_answers_and_a_repeat_its_text_once(check: Check) -> None:
     done = check(jsonl(Path("a.jsonl"), ask(LONG, "It is here."), ask(LONG, "It is lost."), ask(LONG, "It is here.")))
     conflict = done.out[done.out.index("\nconflicting_responses  ") :].partition("next:")[0]
-    assert f"a.jsonl:1 ~ a.jsonl:0   prompt, equal 1.00\n      {LONG}  It is lost.\n      {LONG}  It is here.\n" in conflict
+    assert (
+        f"a.jsonl:1 ~ a.jsonl:0   prompt, equal 1.00\n      {LONG}  It is lost.\n      {LONG}  It is here.\n"
+        in conflict
+    )
     repeat = done.out[done.out.index("\nexact_duplicates  ") :].partition("next:")[0]
     assert repeat.count(LONG) == 1
 
@@ -744,7 +929,12 @@ real = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data, the 
 def test_a_real_alpaca_file_has_its_known_defects_and_few_false_positives(check: Check) -> None:
     done = check(SHARED_DATA / "alpaca_en_demo.json", "--json")
     found = done.document
-    assert (done.code, found["format"], found["rows"], found["kept"]) == (0, "alpaca", 999, 999 - sum(found["dropped"].values()))
+    assert (done.code, found["format"], found["rows"], found["kept"]) == (
+        0,
+        "alpaca",
+        999,
+        999 - sum(found["dropped"].values()),
+    )
     assert (done.findings["exact_duplicates"]["count"], done.findings["placeholder_input"]["count"]) == (14, 8)
     true = {91}  # a made-up telephone number that looks like one; the others are example.com
     assert len(set(done.findings["pii"]["rows"]) - true) <= 2
@@ -755,7 +945,11 @@ def test_a_real_alpaca_file_has_its_known_defects_and_few_false_positives(check:
 def test_a_real_preference_file_has_its_known_defects(check: Check) -> None:
     for arguments in ([], ["--format", "dpo"], ["--format", "sharegpt"]):
         done = check(SHARED_DATA / "dpo_en_demo.json", "--json", *arguments)
-        assert (done.document["format"], done.document["rows"], done.findings["exact_duplicates"]["count"]) == ("sharegpt", 300, 5)
+        assert (done.document["format"], done.document["rows"], done.findings["exact_duplicates"]["count"]) == (
+            "sharegpt",
+            300,
+            5,
+        )
         assert "malformed_row" not in done.findings and done.code == 0
 
 
@@ -770,7 +964,9 @@ def test_every_real_tree_is_read_as_examples_and_as_preferences(check: Check) ->
 
 @real
 def test_real_training_questions_that_nearly_repeat_the_test_set_are_found(check: Check) -> None:
-    leak = check(SHARED_DATA / "gsm8k_train.jsonl", "--against", SHARED_DATA / "gsm8k_test.jsonl", "--json").findings["benchmark_leakage"]
+    leak = check(SHARED_DATA / "gsm8k_train.jsonl", "--against", SHARED_DATA / "gsm8k_test.jsonl", "--json").findings[
+        "benchmark_leakage"
+    ]
     assert "equal" not in {match["rule"] for match in leak["matches"]}
     assert (f"{SHARED_DATA}/gsm8k_train.jsonl:20", f"{SHARED_DATA}/gsm8k_test.jsonl:632") in {
         (match["place"], match["other"]) for match in leak["matches"]

@@ -42,7 +42,10 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
         checkpoints.save(
-            step, {"n": step, "t": torch.tensor([step])}, {"weights": {"w": torch.full((3,), float(step))}}, {"course": {"step": step}}
+            step,
+            {"n": step, "t": torch.tensor([step])},
+            {"weights": {"w": torch.full((3,), float(step))}},
+            {"course": {"step": step}},
         )
 
 
@@ -74,7 +77,9 @@ def test_the_newest_checkpoints_are_kept_by_step_and_not_by_time(checkpoints: Ch
     assert found.step == 1000
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "state.json", "course.json", "complete.json"])
+@pytest.mark.parametrize(
+    "file", ["weights.safetensors", "state.safetensors", "state.json", "course.json", "complete.json"]
+)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_logged_and_the_previous_one_used(
     checkpoints: Checkpoints, said: pytest.LogCaptureFixture, file: str, damage: str
@@ -98,7 +103,9 @@ def test_a_damaged_checkpoint_is_logged_and_the_previous_one_used(
     assert names(checkpoints) == ["step-00000001"]
 
 
-def test_training_starts_from_step_0_if_all_checkpoints_are_damaged(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
+def test_training_starts_from_step_0_if_all_checkpoints_are_damaged(
+    checkpoints: Checkpoints, said: pytest.LogCaptureFixture
+) -> None:
     save(checkpoints, 1, 2)
     for step in (1, 2):
         (checkpoints.folder / f"step-0000000{step}" / "state.json").write_text("{}")
@@ -114,7 +121,9 @@ def test_a_checkpoint_of_another_training_is_renamed_and_the_difference_logged(
     other = Checkpoints(checkpoints.folder, {**IDENTITY, part: "other"})
     assert other.newest() is None
     assert names(checkpoints) == ["step-00000001.stale", "step-00000002.stale"]
-    assert said.messages == [f"training: the checkpoints are of another training (differs: {part}); set aside, starting over"]
+    assert said.messages == [
+        f"training: the checkpoints are of another training (differs: {part}); set aside, starting over"
+    ]
     assert other.newest() is None
     save(other, 1)
     found = other.newest()
@@ -161,7 +170,11 @@ def test_folders_on_one_disk_share_its_free_space(tmp_path: Path, monkeypatch: p
 
 def test_any_state_is_restored_unchanged() -> None:
     shared = torch.arange(4, dtype=torch.uint8)
-    state = {0: (1.5, None, [True, "x"]), "t": {"a": torch.tensor(2.5), "b": torch.zeros(0, 3, dtype=torch.bfloat16)}, "inf": float("inf")}
+    state = {
+        0: (1.5, None, [True, "x"]),
+        "t": {"a": torch.tensor(2.5), "b": torch.zeros(0, 3, dtype=torch.bfloat16)},
+        "inf": float("inf"),
+    }
     tensors: dict[str, torch.Tensor] = {}
     packed = json.loads(json.dumps(pack({**state, "shared": [shared, shared]}, tensors, "state")))
     found = unpack(packed, tensors, torch.device("cpu"))
@@ -178,7 +191,11 @@ def test_tensors_that_share_memory_are_saved(checkpoints: Checkpoints) -> None:
     checkpoints.save(1, {"a": table, "b": table, "c": table[1:]}, {}, {})
     found = checkpoints.newest()
     assert found
-    assert [found.state(torch.device("cpu"))[name].tolist() for name in "abc"] == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3]]
+    assert [found.state(torch.device("cpu"))[name].tolist() for name in "abc"] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+        [1, 2, 3],
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,20 +242,31 @@ def test_all_random_generators_are_restored() -> None:
 def test_the_code_in_the_checkpoint_identity_is_what_dvc_tracks() -> None:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     tracked = [dep for dep in stages["adapter"]["do"]["deps"] if is_code(dep)]
-    code = [path.relative_to(ROOT) for path in code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")]
+    code = [
+        path.relative_to(ROOT)
+        for path in code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")
+    ]
     assert [str(path) for path in code if not any(path.is_relative_to(entry) for entry in tracked)] == []
     assert [entry for entry in tracked if not any(path.is_relative_to(entry) for path in code)] == []
 
 
 def test_the_identity_of_a_training_on_preferences_covers_files_in_folders_of_its_model(tmp_path: Path) -> None:
-    nested = tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja"  # as transformers saves a tokenizer with several templates
+    nested = (
+        tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja"
+    )  # as transformers saves a tokenizer with several templates
     nested.parent.mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
 
     def identity() -> dict[str, str]:
         params, folders = PreferenceParams(), {"model": tmp_path / "model"}
         return preference_identity(
-            params, Compute(threads=1), torch.device("cpu"), torch.float32, tmp_path, folders, Path(reward_model.__file__)
+            params,
+            Compute(threads=1),
+            torch.device("cpu"),
+            torch.float32,
+            tmp_path,
+            folders,
+            Path(reward_model.__file__),
         )
 
     nested.write_text("{{ messages }}")

@@ -19,13 +19,25 @@ from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
 RULES = Rules(min_rows=2, balance_ratio=2.0, max_tokens=200)
-FITS = Tokens(ESTIMATED.count, lambda messages, tools: "roles must alternate" if any(m["content"] == "found" for m in messages) else None)
+FITS = Tokens(
+    ESTIMATED.count,
+    lambda messages, tools: "roles must alternate" if any(m["content"] == "found" for m in messages) else None,
+)
 
 
 def judged(
-    records: list[Record], rules: Rules = RULES, held_out: list[Item] = HELD_OUT, decisions: list[Decision] | None = None
+    records: list[Record],
+    rules: Rules = RULES,
+    held_out: list[Item] = HELD_OUT,
+    decisions: list[Decision] | None = None,
 ) -> Judgement:
-    kind = "preferences" if any("rejected" in r for r in records) else "benchmark" if any("labelled" in r for r in records) else "examples"
+    kind = (
+        "preferences"
+        if any("rejected" in r for r in records)
+        else "benchmark"
+        if any("labelled" in r for r in records)
+        else "examples"
+    )
     return judge(placed(records), held_out, rules, FITS, decisions or [], kind)  # type: ignore[arg-type]
 
 
@@ -73,7 +85,14 @@ def test_every_check_reports_a_result_even_without_findings() -> None:
 
 @pytest.mark.parametrize(
     "roles",
-    ["user customer", "user assistant assistant", "user assistant customer", "user assistant system", "user system", "customer assistant"],
+    [
+        "user customer",
+        "user assistant assistant",
+        "user assistant customer",
+        "user assistant system",
+        "user system",
+        "customer assistant",
+    ],
 )
 def test_a_wrong_role_is_found_at_any_position(roles: str) -> None:
     found = judged([chat(*((role, f"text {i}") for i, role in enumerate(roles.split())))])
@@ -86,12 +105,17 @@ def test_a_prompt_that_marks_an_absent_one_is_a_placeholder(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "dropped", "passed", "blocking"), [("drop", True, True, False), ("warn", False, False, False), ("fail", False, False, True)]
+    ("action", "dropped", "passed", "blocking"),
+    [("drop", True, True, False), ("warn", False, False, False), ("fail", False, False, True)],
 )
 def test_the_policy_decides_what_happens_to_a_bad_row(action: Any, dropped: bool, passed: bool, blocking: bool) -> None:
     found = judged([ask(), CHECK_EXAMPLES["pii"][1][0]], Rules(policy={"pii": action}))
     assert found.reason == [None, "pii" if dropped else None]
-    assert (result("pii", found).passed, result("pii", found).action == "fail", result("pii", found).broken) == (passed, blocking, [1])
+    assert (result("pii", found).passed, result("pii", found).action == "fail", result("pii", found).broken) == (
+        passed,
+        blocking,
+        [1],
+    )
 
 
 def test_the_action_fail_passes_a_set_without_bad_rows() -> None:
@@ -162,11 +186,19 @@ def test_a_secret_never_appears_in_findings(action: Any, secret: str) -> None:
 
 
 def waiver(check: str, *rows: str, pairs: list[list[str]] | None = None) -> Rules:
-    return Rules(min_rows=1, waivers=[Waiver(check=check, rows=list(rows), pairs=pairs or [], reason="agreed", expires=date(2100, 1, 1))])
+    return Rules(
+        min_rows=1,
+        waivers=[Waiver(check=check, rows=list(rows), pairs=pairs or [], reason="agreed", expires=date(2100, 1, 1))],
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.jsonl:1", ask("Write to ann.lee@kites.co.uk")["example_id"], ask("Write to ann.lee@kites.co.uk")["example_id"][:8]]
+    "name",
+    [
+        "rows.jsonl:1",
+        ask("Write to ann.lee@kites.co.uk")["example_id"],
+        ask("Write to ann.lee@kites.co.uk")["example_id"][:8],
+    ],
 )
 def test_a_waived_row_is_kept_and_counted(name: str) -> None:
     found = judged([ask(), ask("Write to ann.lee@kites.co.uk")], waiver("pii", name))
@@ -191,8 +223,12 @@ def test_a_waived_pair_is_not_reported_but_another_near_duplicate_is(pair_: list
 
 
 def test_a_waived_error_is_not_an_error() -> None:
-    found = document("set", "messages", judged([ask(f"My key is {KEY} I think")], waiver("secrets", "rows.jsonl:0")), HELD_OUT)
-    assert [(one["check"], one["severity"], one["count"], one["waived"]) for one in found["findings"]] == [("secrets", "info", 0, 1)]
+    found = document(
+        "set", "messages", judged([ask(f"My key is {KEY} I think")], waiver("secrets", "rows.jsonl:0")), HELD_OUT
+    )
+    assert [(one["check"], one["severity"], one["count"], one["waived"]) for one in found["findings"]] == [
+        ("secrets", "info", 0, 1)
+    ]
 
 
 def test_a_secret_is_shown_by_the_words_around_it() -> None:
@@ -210,7 +246,11 @@ def test_an_overlap_with_a_benchmark_can_be_waived_by_the_items_name() -> None:
 
 
 def test_of_equal_rows_the_one_in_an_upstream_test_split_is_kept() -> None:
-    assert judged([ask("Hi", split="train"), ask("Hi", split="test"), ask("Hi")]).reason == ["exact_duplicates", None, "exact_duplicates"]
+    assert judged([ask("Hi", split="train"), ask("Hi", split="test"), ask("Hi")]).reason == [
+        "exact_duplicates",
+        None,
+        "exact_duplicates",
+    ]
 
 
 def test_a_waiver_for_a_missing_row_is_reported() -> None:
@@ -220,7 +260,9 @@ def test_a_waiver_for_a_missing_row_is_reported() -> None:
 @pytest.mark.parametrize("decision", ["drop", "edit", "accept"])
 def test_a_decision_on_a_row_that_is_not_in_the_set_is_reported(decision: Any) -> None:
     rows = [ask("Hi"), ask("The kite came")]
-    known, unknown = (Decision(name, "pii", decision, "wrong", new_response="Hello.") for name in (rows[0]["example_id"], "f" * 32))
+    known, unknown = (
+        Decision(name, "pii", decision, "wrong", new_response="Hello.") for name in (rows[0]["example_id"], "f" * 32)
+    )
     assert "f" * 32 in result("schema", judged(rows, decisions=[known, unknown])).note
     assert result("schema", judged(rows, decisions=[known])).note == ""
 
@@ -258,7 +300,12 @@ def test_the_same_words_in_another_form_are_no_conflict() -> None:
     answer = "We close at five.\nThe Café opens at six."
     forms = [f"{answer}\n", answer.replace("\n", " \r\n"), answer.replace(" ", "\u00a0"), answer.replace("at ", "at  ")]
     rules = Rules(policy={"unicode_form": "warn"}, max_tokens=200)
-    assert result("conflicting_responses", judged([ask("Hours?", answer), *(ask("Hours?", form) for form in forms)], rules)).broken == []
+    assert (
+        result(
+            "conflicting_responses", judged([ask("Hours?", answer), *(ask("Hours?", form) for form in forms)], rules)
+        ).broken
+        == []
+    )
     decomposed = ask("Hours?", unicodedata.normalize("NFD", answer))
     assert result("conflicting_responses", judged([ask("Hours?", answer), decomposed], rules)).broken == []
     chosen = pair(chosen=answer, rejected="No idea.")
@@ -275,13 +322,22 @@ def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     first, second = (row["example_id"] for row in rows)
     assert judged(rows).waiting == [(1, "conflicting_responses")]
     assert judged(rows).reason == [None, None]
-    assert judged(rows, decisions=[Decision(second, "conflicting_responses", "drop", "wrong")]).reason == [None, "conflicting_responses"]
+    assert judged(rows, decisions=[Decision(second, "conflicting_responses", "drop", "wrong")]).reason == [
+        None,
+        "conflicting_responses",
+    ]
     decided = judged(rows, decisions=[Decision(first, "conflicting_responses", "drop", "wrong")])
     assert (decided.reason, decided.waiting) == (["conflicting_responses", None], [])
     assert result("conflicting_responses", decided).passed
     accepted = judged(rows, decisions=[Decision(second, "conflicting_responses", "accept", "both are right")])
-    assert (accepted.waiting, accepted.reason, result("conflicting_responses", accepted).passed) == ([], [None, None], True)
-    changed = judged(rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")])
+    assert (accepted.waiting, accepted.reason, result("conflicting_responses", accepted).passed) == (
+        [],
+        [None, None],
+        True,
+    )
+    changed = judged(
+        rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")]
+    )
     assert [m["content"] for m in changed.records[1]["messages"]] == ["Leaving?", "Bye you"]
     assert (changed.waiting, changed.said) == ([], {1: "edited: clearer"})
 
@@ -289,14 +345,20 @@ def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
 def test_an_edited_prompt_of_a_pair_replaces_no_question_in_its_answers() -> None:
     row = pair()
     more = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Soon."}]
-    row |= {"messages": row["messages"] + more, "rejected": [*row["rejected"], more[0], {"role": "assistant", "content": "Never."}]}
+    row |= {
+        "messages": row["messages"] + more,
+        "rejected": [*row["rejected"], more[0], {"role": "assistant", "content": "Never."}],
+    }
     edit = Decision(row["example_id"], REVIEWED, "edit", "clearer", new_prompt="Where is the kite?")
     [changed] = judged([row], decisions=[edit]).records
     assert [m["content"] for m in changed["messages"]] == ["Where is the kite?", "On its way.", "And now?", "Soon."]
 
 
 def test_an_edited_label_is_the_category_too() -> None:
-    rows = [ask("It fell on my roof", "bug", category="bug"), ask("It cost too much", "A refund is due.", category="bug")]
+    rows = [
+        ask("It fell on my roof", "bug", category="bug"),
+        ask("It cost too much", "A refund is due.", category="bug"),
+    ]
     edits = [Decision(row["example_id"], REVIEWED, "edit", "wrong", new_response="billing") for row in rows]
     assert [record["category"] for record in judged(rows, decisions=edits).records] == ["billing", "bug"]
     asked = Decision(rows[0]["example_id"], REVIEWED, "edit", "clearer", new_prompt="The kite fell on my roof")

@@ -1,4 +1,5 @@
-"""Dagster on a real Postgres server: the same view as on disk, rebuilt after the database is lost, and no password anywhere."""
+"""Dagster on a real Postgres server: the same view as on disk, rebuilt after
+the database is lost, and no password anywhere."""
 
 from __future__ import annotations
 
@@ -58,11 +59,17 @@ def versions_shown(root: Path, instance: Any) -> dict[str, str]:
 
 def files_with(text: str, folder: Path) -> list[Path]:
     """Files below a folder that contain a text."""
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()]
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes()
+    ]
 
 
 @pytest.mark.long
-def test_dagster_shows_the_same_on_postgres_and_no_password(root: Path, server: Postgres, caplog: pytest.LogCaptureFixture) -> None:
+def test_dagster_shows_the_same_on_postgres_and_no_password(
+    root: Path, server: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
     on_postgres(root)
     (root / "code/tok.py").write_text("V = 2\n")
     with open_instance(root) as instance:
@@ -73,13 +80,19 @@ def test_dagster_shows_the_same_on_postgres_and_no_password(root: Path, server: 
         assert materialize(root, instance).success
         assert sync(root, instance, PIPELINE) == []
         assert not_fresh(root, instance) == changed_in_dvc(root) == set()
-        assert versions_shown(root, instance) == {address: state.version for address, state in read_stages(root).items()}
-        assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+        assert versions_shown(root, instance) == {
+            address: state.version for address, state in read_stages(root).items()
+        }
+        assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {
+            "SUCCEEDED"
+        }
     assert server.query("SELECT count(*) FROM event_logs", "dagster")[0][0] > 0
     assert not (root / ".dagster/history").exists(), "nothing of the event log is on disk"
     assert server.password not in server.dump() + caplog.text
     assert files_with(server.password, root) == []
-    assert files_with("PEDIGREE_PG_PASSWORD", root) == [root / ".dagster/dagster.yaml"], "the search looks into the home, too"
+    assert files_with("PEDIGREE_PG_PASSWORD", root) == [root / ".dagster/dagster.yaml"], (
+        "the search looks into the home, too"
+    )
 
 
 @pytest.mark.long
@@ -124,21 +137,27 @@ def ui(root: Path) -> Iterator[str]:
 
 def ask(url: str, query: str) -> Any:
     request = urllib.request.Request(
-        f"{url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json", "User-Agent": "test"}
+        f"{url}/graphql",
+        json.dumps({"query": query}).encode(),
+        {"Content-Type": "application/json", "User-Agent": "test"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)["data"]
 
 
 @pytest.mark.long
-def test_the_ui_serves_a_project_whose_event_log_is_on_postgres_and_shows_no_password(project: Path, server: Postgres) -> None:
+def test_the_ui_serves_a_project_whose_event_log_is_on_postgres_and_shows_no_password(
+    project: Path, server: Postgres
+) -> None:
     on_postgres(project)
     with ui(project) as url:
         shown = ask(url, "{ instance { info } assetNodes { assetKey { path } } }")
         assert {"splits", "release"} <= {node["assetKey"]["path"][-1] for node in shown["assetNodes"]}
         assert "local_artifact_storage" in shown["instance"]["info"] and server.password not in json.dumps(shown)
         end = time.monotonic() + 120
-        while not server.query("SELECT 1 FROM daemon_heartbeats LIMIT 1", "dagster"):  # the daemon is a process of its own
+        while not server.query(
+            "SELECT 1 FROM daemon_heartbeats LIMIT 1", "dagster"
+        ):  # the daemon is a process of its own
             assert time.monotonic() < end, (project / ".dagster/ui.log").read_text()
             time.sleep(0.5)
     assert files_with(server.password, project) == [] and server.password not in server.dump()
@@ -164,7 +183,10 @@ def test_an_existing_dagster_yaml_is_kept(root: Path, monkeypatch: pytest.Monkey
             "storage: {postgres: {postgres_db: {hostname: h, username: u, password: hunter2, db_name: d, ports: 1}}}\n",
             "unexpected key ports",
         ),
-        ("storage: {custom: {module: no_such_package.storage, class: X, config: {}}}\n", "needs the package no-such-package"),
+        (
+            "storage: {custom: {module: no_such_package.storage, class: X, config: {}}}\n",
+            "needs the package no-such-package",
+        ),
     ],
     ids=["syntax", "list", "key", "key of postgres", "package"],
 )

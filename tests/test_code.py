@@ -42,7 +42,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_committed_code_is_listed_file_by_file(root: Path) -> None:
     stages, sha = recorded(root), commit(root)
-    expected = {name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", "dagster_project/stages/s.py")}
+    expected = {
+        name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", "dagster_project/stages/s.py")
+    }
     assert code_in(root, sha, stages)["s"] == (expected, [])
     (root / FOLDER / "a.py").write_text("edited since")  # the workspace does not matter for what is committed
     assert code_in(root, sha, stages)["s"] == (expected, [])
@@ -55,7 +57,9 @@ def test_uncommitted_code_is_named_by_the_files_that_differ(root: Path) -> None:
     (root / FOLDER / "inner/b.py").unlink()
     stages = recorded(root)
     files, differs = code_in(root, sha, stages)["s"]
-    assert files == {name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/new.py", "dagster_project/stages/s.py")}
+    assert files == {
+        name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/new.py", "dagster_project/stages/s.py")
+    }
     assert differs == [f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", f"{FOLDER}/new.py"]
     assert code_in(root, None, stages)["s"] == (files, [])
 

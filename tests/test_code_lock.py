@@ -1,4 +1,5 @@
-"""In a project with an installed package, exactly the stages whose code changed are stale after an upgrade, and no stage runs with unrecorded code."""
+"""In a project with an installed package, exactly the stages whose code changed
+are stale after an upgrade, and no stage runs with unrecorded code."""
 
 from __future__ import annotations
 
@@ -109,14 +110,18 @@ def test_an_upgrade_in_which_only_a_view_changed_makes_nothing_stale(site: Path,
     set_version(site, "1.1")
     (project / ".dvcignore").write_text("*.swp\n")
     document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
-    assert document["ignored"] == [*IGNORE_LINES] == (project / ".dvcignore").read_text().splitlines()[2:], "those for papers are added"
+    assert document["ignored"] == [*IGNORE_LINES] == (project / ".dvcignore").read_text().splitlines()[2:], (
+        "those for papers are added"
+    )
     assert (document["from"], document["to"]) == ("1.0", "1.1")
     assert document["changed"] == [] and document["stale"] == {} and document["results"] == {}
     assert stale(project) == []
     assert (project / "code.lock.yaml").read_text() == before.replace("version: '1.0'", "version: '1.1'")
 
 
-def test_an_upgrade_in_which_a_check_changed_makes_the_stages_that_check_stale_and_what_follows(site: Path, project: Path) -> None:
+def test_an_upgrade_in_which_a_check_changed_makes_the_stages_that_check_stale_and_what_follows(
+    site: Path, project: Path
+) -> None:
     edit(site, A_CHECK)
     set_version(site, "1.1")
     (site / "dagster_project/results_changelog.md").write_text("## 1.1\n\n- Fewer rows pass.\n\n## 1.0\n\n- Earlier.\n")
@@ -125,10 +130,15 @@ def test_an_upgrade_in_which_a_check_changed_makes_the_stages_that_check_stale_a
     assert document["changed"] == USES_CHECKS
     assert document["current"] == UPSTREAM
     assert {name for name, why in document["stale"].items() if why == "its code changed"} == set(USES_CHECKS)
-    assert document["stale"]["splits"] == "it reads instructions" and document["stale"]["adapter@lora"] == "it reads tokenized"
+    assert (
+        document["stale"]["splits"] == "it reads instructions"
+        and document["stale"]["adapter@lora"] == "it reads tokenized"
+    )
     assert document["results"] == {"1.1": ["Fewer rows pass."]}
     assert stale(project) == USES_CHECKS, "DVC: the others follow if the output of these changes"
-    assert pedigree_in(site, project, "upgrade").stdout.count("its code changed") == 0, "a second upgrade changes nothing"
+    assert pedigree_in(site, project, "upgrade").stdout.count("its code changed") == 0, (
+        "a second upgrade changes nothing"
+    )
 
 
 def test_other_code_than_recorded_is_refused_by_every_way_to_run_a_stage(site: Path, project: Path) -> None:
@@ -140,7 +150,10 @@ def test_other_code_than_recorded_is_refused_by_every_way_to_run_a_stage(site: P
         (255, installed(site, project, "-m", "dvc", "repro", "raw_examples")),
     ):
         assert done.returncode == expected and "Traceback" not in done.stderr
-        assert "the installed code of raw_examples, instructions, splits" in done.stderr and "`pedigree upgrade`" in done.stderr
+        assert (
+            "the installed code of raw_examples, instructions, splits" in done.stderr
+            and "`pedigree upgrade`" in done.stderr
+        )
     assert (project / "data/raw_examples/file.txt").is_file(), "the earlier output is kept"
 
 
@@ -167,7 +180,9 @@ def test_dagster_loads_with_a_warning_and_refuses_to_materialize_with_other_code
     done = definitions.resolve_job_def("data").execute_in_process(
         instance=instance, asset_selection=[asset_key("raw_examples")], raise_on_error=False
     )
-    [failure] = [event.step_failure_data.user_failure_data.description for event in done.all_events if event.is_step_failure]
+    [failure] = [
+        event.step_failure_data.user_failure_data.description for event in done.all_events if event.is_step_failure
+    ]
     assert failure.startswith(OTHER_CODE) and "`pedigree upgrade`" in failure
     assert instance.get_latest_materialization_event(asset_key("raw_examples")) is None
     assert (other_code / "dvc.lock").read_bytes() == lock and (other_code / "data/raw_examples/file.txt").is_file()
@@ -214,7 +229,9 @@ def test_other_code_is_refused_before_a_stage_goes_to_a_cluster_and_by_its_worke
 
 def pedigree_in_node(site: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """The stage's command, as a worker of a cluster runs it."""
-    return installed(site, folder, "-m", "dagster_project", "run", "raw_examples", **{execution.VARIABLE: execution.WORKER})
+    return installed(
+        site, folder, "-m", "dagster_project", "run", "raw_examples", **{execution.VARIABLE: execution.WORKER}
+    )
 
 
 def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_it_again(site: Path, project: Path) -> None:
@@ -234,9 +251,15 @@ def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_it_again(site: 
 
 def test_an_empty_pipeline_is_not_up_to_date(site: Path, project: Path) -> None:
     (project / "dvc.yaml").write_text("")
-    for command, message in ((["run", "--all"], "dvc.yaml has no stages"), (["upgrade"], "dvc.yaml does not name code.lock.yaml")):
+    for command, message in (
+        (["run", "--all"], "dvc.yaml has no stages"),
+        (["upgrade"], "dvc.yaml does not name code.lock.yaml"),
+    ):
         done = pedigree_in(site, project, *command)
-        assert done.returncode == 2 and f"error: {message}\nhint: restore it with `git checkout HEAD dvc.yaml`" in done.stderr
+        assert (
+            done.returncode == 2
+            and f"error: {message}\nhint: restore it with `git checkout HEAD dvc.yaml`" in done.stderr
+        )
 
 
 def test_a_clone_is_not_affected(tmp_path: Path) -> None:
@@ -262,7 +285,9 @@ def test_dagster_loads_the_project_in_the_working_folder_although_the_package_is
 def test_parameters_and_code_of_one_stage_are_told_apart(project: Path) -> None:
     before = dvc.read_stages(project)
     params = project / "params.yaml"
-    params.write_text(params.read_text().replace("instructions: {", "instructions: {min_response_tokens: 1, ").replace(", }", "}"))
+    params.write_text(
+        params.read_text().replace("instructions: {", "instructions: {min_response_tokens: 1, ").replace(", }", "}")
+    )
     after = dvc.read_stages(project)
     assert [name for name in after if after[name].definition_now != before[name].definition_now] == ["instructions"]
     stamp = dvc.stamp(project, after)
@@ -272,7 +297,9 @@ def test_parameters_and_code_of_one_stage_are_told_apart(project: Path) -> None:
     assert [name for name in last if last[name].definition_now != after[name].definition_now] == ["splits"]
 
 
-def test_dvc_yaml_of_an_earlier_version_is_replaced_and_folders_that_it_lacked_are_made(site: Path, project: Path) -> None:
+def test_dvc_yaml_of_an_earlier_version_is_replaced_and_folders_that_it_lacked_are_made(
+    site: Path, project: Path
+) -> None:
     path, text = project / "dvc.yaml", pipeline_text()
     shutil.rmtree(folder := project / "data/sources/paraphrases")
     earlier = text.replace("deps: [data/sources/paraphrases, data/instructions]", "deps: [data/instructions]").replace(
@@ -310,9 +337,14 @@ def test_facts_about_code_name_the_version_that_has_it_also_from_history(project
     code_lock.record(project, {"splits": "1" * 64})
     commit(project)
     facts = code_lock.compare(project, {"splits": {"splits": old}, "other": {"splits": "2" * 64}})
-    assert facts["stages"] == {"splits": {"sha256": old, "version": "1.0"}, "other": {"sha256": "2" * 64, "version": None}}
+    assert facts["stages"] == {
+        "splits": {"sha256": old, "version": "1.0"},
+        "other": {"sha256": "2" * 64, "version": None},
+    }
     assert facts["differs"] == ["other"]
-    assert "1.0, of unknown version; the installed code" in code_lock.as_text(facts) and "differs for other" in code_lock.as_text(facts)
+    assert "1.0, of unknown version; the installed code" in code_lock.as_text(
+        facts
+    ) and "differs for other" in code_lock.as_text(facts)
 
 
 def test_a_version_is_known_from_other_branches_and_from_one_whose_merge_kept_another(tmp_path: Path) -> None:
@@ -334,7 +366,10 @@ def test_a_version_is_known_from_other_branches_and_from_one_whose_merge_kept_an
 
 
 def test_changes_in_results_are_those_after_the_recorded_version() -> None:
-    text = "## Unreleased\n\n- a\n  b\n\n## [1.2.0] - 2026-01-01\n\n- c\n\n## 1.10.0\n\n- d\n- e\n\n## First version\n\n- f\n"
+    text = (
+        "## Unreleased\n\n- a\n  b\n\n## [1.2.0] - 2026-01-01\n\n- c\n\n## 1.10.0\n\n- d\n- e\n\n## First"
+        " version\n\n- f\n"
+    )
     assert results_since("1.1.0", text) == {"Unreleased": ["a b"], "1.2.0": ["c"], "1.10.0": ["d", "e"]}
     assert results_since("1.2.0", text) == {"Unreleased": ["a b"], "1.10.0": ["d", "e"]}
     assert results_since("unknown", text) == {"Unreleased": ["a b"]}

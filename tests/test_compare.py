@@ -44,7 +44,9 @@ def to_base(ratio: float, low: float, high: float) -> dict[str, Any]:
 
 
 def to_rivals(**rivals: tuple[float, float, float]) -> dict[str, Any]:
-    against = {name: {"macro_f1": {"difference": gap, "interval": [low, high]}} for name, (gap, low, high) in rivals.items()}
+    against = {
+        name: {"macro_f1": {"difference": gap, "interval": [low, high]}} for name, (gap, low, high) in rivals.items()
+    }
     return {**to_base(0.5, 0.4, 0.6), "to": against}
 
 
@@ -53,34 +55,54 @@ def to_rivals(**rivals: tuple[float, float, float]) -> dict[str, Any]:
     [
         (
             to_rivals(few_shot=(0.3, 0.2, 0.4), tfidf_logistic=(0.1, 0.05, 0.15)),
-            "Tuning lora is worth it: +10.0 points of macro-F1 over the best alternative, TF-IDF + logistic regression "
-            "(95 % interval +5.0 to +15.0).",
+            (
+                "Tuning lora is worth it: +10.0 points of macro-F1 over the best alternative, TF-IDF + logistic"
+                " regression (95 % interval +5.0 to +15.0)."
+            ),
         ),
         (
             to_rivals(few_shot=(-0.2, -0.3, -0.1), tfidf_logistic=(0.1, 0.05, 0.15)),
-            "Tuning lora made it worse: -20.0 points of macro-F1 over the best alternative, base model, worked examples in the prompt "
-            "(95 % interval -30.0 to -10.0). Base model, worked examples in the prompt reaches 125 % of the tuned score at no training cost, "
-            "for 360 more tokens in each prompt.",
+            (
+                "Tuning lora made it worse: -20.0 points of macro-F1 over the best alternative, base model, worked"
+                " examples in the prompt (95 % interval -30.0 to -10.0). Base model, worked examples in the prompt"
+                " reaches 125 % of the tuned score at no training cost, for 360 more tokens in each prompt."
+            ),
         ),
         (
             to_rivals(system_prompt=(0.1, -0.05, 0.25)),
-            "Tuning lora shows no sure gain: +10.0 points of macro-F1 over the best alternative, base model, instruction only "
-            "(95 % interval -5.0 to +25.0). Base model, instruction only reaches 88 % of the tuned score at no training cost, "
-            "for 55 more tokens in each prompt.",
+            (
+                "Tuning lora shows no sure gain: +10.0 points of macro-F1 over the best alternative, base model,"
+                " instruction only (95 % interval -5.0 to +25.0). Base model, instruction only reaches 88 % of the"
+                " tuned score at no training cost, for 55 more tokens in each prompt."
+            ),
         ),
         (
             to_rivals(tfidf_logistic=(0.1, -0.05, 0.25)),
-            "Tuning lora shows no sure gain: +10.0 points of macro-F1 over the best alternative, TF-IDF + logistic regression "
-            "(95 % interval -5.0 to +25.0). TF-IDF + logistic regression reaches 88 % of the tuned score without tuning a model.",
+            (
+                "Tuning lora shows no sure gain: +10.0 points of macro-F1 over the best alternative, TF-IDF + logistic"
+                " regression (95 % interval -5.0 to +25.0). TF-IDF + logistic regression reaches 88 % of the tuned"
+                " score without tuning a model."
+            ),
         ),
-        (to_base(0.5, 0.4, 0.6), "Tuning lora is worth it: perplexity 50.0 % below the base model's (95 % interval 40.0 to 60.0 %)."),
+        (
+            to_base(0.5, 0.4, 0.6),
+            "Tuning lora is worth it: perplexity 50.0 % below the base model's (95 % interval 40.0 to 60.0 %).",
+        ),
         (
             to_base(1.0, 0.9, 1.1),
             "Tuning lora shows no sure gain: perplexity 0.0 % below the base model's (95 % interval -10.0 to 10.0 %).",
         ),
         ({}, "lora names labels, and there are none to compare."),
     ],
-    ids=["worth it", "worse", "no sure gain", "a classifier does", "worth it by perplexity", "no sure gain by perplexity", "nothing"],
+    ids=[
+        "worth it",
+        "worse",
+        "no sure gain",
+        "a classifier does",
+        "worth it by perplexity",
+        "no sure gain by perplexity",
+        "nothing",
+    ],
 )
 def test_advice_follows_from_the_interval_to_the_best_alternative(found: dict[str, Any], wanted: str) -> None:
     assert advice("macro_f1", SCORES, {"lora": found}, TEST) == [wanted]
@@ -97,7 +119,10 @@ def test_one_of_something_is_not_written_in_the_plural() -> None:
 
 def test_advice_on_free_text_includes_likelihood() -> None:
     found = {**to_base(0.5, 0.4, 0.6), "to": {"few_shot": {"rouge_l": {"difference": 0.2, "interval": [0.1, 0.3]}}}}
-    scores = {name: {"n": 4, "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6], "exact_match": 0.0} for name in ("lora", "few_shot")}
+    scores = {
+        name: {"n": 4, "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6], "exact_match": 0.0}
+        for name in ("lora", "few_shot")
+    }
     said, _ = advice("rouge_l", scores, {"lora": found}, TEST)
     assert said.startswith("Tuning lora is worth it: +20.0 points of ROUGE-L over the best alternative, ")
     assert said.endswith(" By likelihood: perplexity 50.0 % below the base model's (95 % interval 40.0 to 60.0 %).")
@@ -117,7 +142,10 @@ def test_every_variant_gets_its_sentence_in_order() -> None:
 @pytest.mark.parametrize(("low", "wanted"), [(0.01, "is better"), (-0.02, "shows no sure gain")])
 def test_the_best_variant_is_compared_with_the_others(low: float, wanted: str) -> None:
     scores = {**SCORES, "dora": {"macro_f1": 0.9, "prompt_tokens": 40.0}}
-    compared = {"lora": to_rivals(few_shot=(0.3, 0.2, 0.4)), "dora": to_rivals(few_shot=(0.3, 0.2, 0.4), lora=(0.1, low, 0.2))}
+    compared = {
+        "lora": to_rivals(few_shot=(0.3, 0.2, 0.4)),
+        "dora": to_rivals(few_shot=(0.3, 0.2, 0.4), lora=(0.1, low, 0.2)),
+    }
     said = advice("macro_f1", scores, compared, TEST)[2:]
     assert said == [f"dora {wanted}: +10.0 points of macro-F1 over lora (95 % interval {100 * low:+.1f} to +20.0)."]
 
@@ -145,11 +173,16 @@ def test_without_answers_the_comparison_table_ranks_by_perplexity() -> None:
     ]
 
 
-COSTS = {"lora": {"prompt_tokens": 40.0, "bytes": 9, "tokens": 100}, "dora": {"prompt_tokens": 40.0, "bytes": 9, "tokens": 200}}
+COSTS = {
+    "lora": {"prompt_tokens": 40.0, "bytes": 9, "tokens": 100},
+    "dora": {"prompt_tokens": 40.0, "bytes": 9, "tokens": 200},
+}
 SURE, UNSURE, WORSE = (0.3, 0.2, 0.4), (0.1, -0.1, 0.3), (-0.1, -0.2, -0.05)
 
 
-def two(lora: tuple[float, float, float], dora: tuple[float, float, float], between: tuple[float, float, float]) -> dict[str, Any]:
+def two(
+    lora: tuple[float, float, float], dora: tuple[float, float, float], between: tuple[float, float, float]
+) -> dict[str, Any]:
     """Two variants beside worked examples; dora's score is `between` above lora's."""
     gap, low, high = between
     return {"lora": to_rivals(few_shot=lora, dora=(-gap, -high, -low)), "dora": to_rivals(few_shot=dora, lora=between)}
@@ -158,19 +191,65 @@ def two(lora: tuple[float, float, float], dora: tuple[float, float, float], betw
 @pytest.mark.parametrize(
     ("compared", "variant", "why"),
     [
-        ({"lora": to_rivals(few_shot=SURE)}, "lora", "It is surely better than base model, worked examples in the prompt, the best alternative to tuning."),
-        (two(SURE, (0.4, 0.3, 0.5), (0.1, 0.05, 0.2)), "dora", "the best alternative to tuning, and the best of the variants."),
-        (two(SURE, (0.4, 0.3, 0.5), (0.1, -0.05, 0.2)), "lora", "dora scores more, but perhaps by chance (+10.0 points of macro-F1 over lora (95 % interval -5.0 to +20.0)), and costs more."),
-        (two((0.4, 0.3, 0.5), SURE, (-0.1, -0.2, 0.05)), "lora", "tuning. It has the best score; dora may be as good, and cost no less."),
+        (
+            {"lora": to_rivals(few_shot=SURE)},
+            "lora",
+            "It is surely better than base model, worked examples in the prompt, the best alternative to tuning.",
+        ),
+        (
+            two(SURE, (0.4, 0.3, 0.5), (0.1, 0.05, 0.2)),
+            "dora",
+            "the best alternative to tuning, and the best of the variants.",
+        ),
+        (
+            two(SURE, (0.4, 0.3, 0.5), (0.1, -0.05, 0.2)),
+            "lora",
+            "dora scores more, but perhaps by chance (+10.0"
+            " points of macro-F1 over lora (95 % interval -5.0 to"
+            " +20.0)), and costs more.",
+        ),
+        (
+            two((0.4, 0.3, 0.5), SURE, (-0.1, -0.2, 0.05)),
+            "lora",
+            "tuning. It has the best score; dora may be as good, and cost no less.",
+        ),
         (two(SURE, UNSURE, (-0.2, -0.3, -0.1)), "lora", "and the best of the variants."),
-        ({"lora": to_rivals(few_shot=UNSURE)}, "lora", "It has the best score, but is not surely better than base model, worked examples in the prompt, which costs no training."),
-        ({"lora": to_rivals(few_shot=WORSE)}, None, "Use base model, worked examples in the prompt: no variant is better, and it costs no training."),
-        ({"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}, "dora", "the best alternative to tuning, and has the lowest perplexity of the variants, which were not compared with each other."),
+        (
+            {"lora": to_rivals(few_shot=UNSURE)},
+            "lora",
+            "It has the best score, but is not surely better than base"
+            " model, worked examples in the prompt, which costs no"
+            " training.",
+        ),
+        (
+            {"lora": to_rivals(few_shot=WORSE)},
+            None,
+            "Use base model, worked examples in the prompt: no variant is better, and it costs no training.",
+        ),
+        (
+            {"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)},
+            "dora",
+            "the best alternative to tuning,"
+            " and has the lowest perplexity of"
+            " the variants, which were not"
+            " compared with each other.",
+        ),
         ({"lora": to_base(1.2, 1.1, 1.3)}, None, "Use the base model: no variant is better, and it costs no training."),
         ({"lora": {}}, None, "No variant has answers or a perplexity to compare."),
     ],
-    ids=["one", "the better of two", "by chance: the cheaper", "by chance: the better", "only one is sure", "none is sure", "worse", "by perplexity", "worse by perplexity", "nothing"],
-)  # fmt: skip
+    ids=[
+        "one",
+        "the better of two",
+        "by chance: the cheaper",
+        "by chance: the better",
+        "only one is sure",
+        "none is sure",
+        "worse",
+        "by perplexity",
+        "worse by perplexity",
+        "nothing",
+    ],
+)
 def test_the_recommended_variant_is_significantly_best_or_equal_and_cheaper(
     compared: dict[str, Any], variant: str | None, why: str
 ) -> None:
@@ -185,7 +264,11 @@ FAILED = "learned of adapter@lora: validation loss 1.2 -> 1.4"
 def test_failed_checks_are_named_and_never_called_worth_it() -> None:
     compared = {"lora": {**to_rivals(few_shot=SURE), "failed_checks": [FAILED]}}
     said = advice("macro_f1", SCORES, compared, TEST)[0]
-    assert said.startswith("Tuning lora gained, but its checks failed: +30.0 points") and FAILED in said and "worth it" not in said
+    assert (
+        said.startswith("Tuning lora gained, but its checks failed: +30.0 points")
+        and FAILED in said
+        and "worth it" not in said
+    )
     found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
     assert (found["variant"], found["sure"]) == ("lora", False) and FAILED in found["why"]
     assert headline({"compared": compared, "recommended": found}) == "Failed checks: look into lora first."
@@ -205,7 +288,8 @@ def test_failed_checks_are_named_also_without_a_gain(gap: tuple[float, float, fl
 
 
 @pytest.mark.parametrize(
-    ("answered", "found"), [(FEWEST - 1, to_rivals(few_shot=SURE)), (1, to_base(0.5, 0.4, 0.6)), (0, to_base(1.5, 1.4, 1.6))]
+    ("answered", "found"),
+    [(FEWEST - 1, to_rivals(few_shot=SURE)), (1, to_base(0.5, 0.4, 0.6)), (0, to_base(1.5, 1.4, 1.6))],
 )
 def test_nothing_is_concluded_from_a_few_answers(answered: int, found: dict[str, Any]) -> None:
     test = {"examples": answered, "answered": answered, "seen": 0}
@@ -266,7 +350,10 @@ def document(**more: Any) -> dict[str, Any]:
 def samples() -> list[Sample]:
     """Of lora's three answers one is right, one wrong as all are, and one wrong that another system gets right."""
     marks = {"right": (1.0, 1.0), "wrong as all are": (0.0, 0.0), "wrong alone": (0.0, 1.0)}
-    return [Sample(name, HOSTILE, HOSTILE, {"lora": (HOSTILE, ours), "few_shot": ("x", theirs)}) for name, (ours, theirs) in marks.items()]
+    return [
+        Sample(name, HOSTILE, HOSTILE, {"lora": (HOSTILE, ours), "few_shot": ("x", theirs)})
+        for name, (ours, theirs) in marks.items()
+    ]
 
 
 def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None:
@@ -280,7 +367,9 @@ def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None
     places = [text.index(f"|{sample.prompt}|") for sample in samples()]
     assert places[2] < places[1] < places[0], "wrong where another is right, wrong where all are, right"
     assert re.findall('data-wrong="([^"]*)"', shown) == ["0", "0 1", ""]
-    assert shown == comparison_page(document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
+    assert shown == comparison_page(
+        document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}}
+    )
 
 
 def test_the_title_of_the_scores_counts_questions_not_test_examples() -> None:
@@ -291,7 +380,9 @@ def test_the_title_of_the_scores_counts_questions_not_test_examples() -> None:
     test = {**document()["test"], "questions": 13}
     scores = {name: {**found, "n_text": 13, "n_calls": 8} for name, found in scores.items()}
     assert "macro-F1 on 13 questions" in comparison_page(document(scores=scores, test=test), samples(), {})
-    assert board(SHOWN, {"lora": {**score(TABLE, TRUE[:1], TRUE[:1]), "n_calls": 8}}, {}, 13)[0].startswith("| 13 answers |")
+    assert board(SHOWN, {"lora": {**score(TABLE, TRUE[:1], TRUE[:1]), "n_calls": 8}}, {}, 13)[0].startswith(
+        "| 13 answers |"
+    )
 
 
 def test_the_page_names_failed_checks_and_does_not_call_the_variant_the_one_to_use() -> None:
@@ -329,11 +420,15 @@ def test_wrong_answers_of_supervised_variants_come_with_the_command_that_asks_wh
     ]
     assert page.startswith("data/pages/why/") and "<a href=" not in shown.partition('id="samples"')[2]
     name = page.rpartition("/")[2]
-    assert f'<a href="../why/{name}">' in comparison_page(document(), rows, {}, Why({"lora": "0" * 64}, systems, frozenset({name})))
-    assert f"../why/{name}" not in comparison_page(document(), rows, {}, Why({"lora": "1" * 64}, systems, frozenset({name}))), (
-        "the page is of an earlier model"
+    assert f'<a href="../why/{name}">' in comparison_page(
+        document(), rows, {}, Why({"lora": "0" * 64}, systems, frozenset({name}))
     )
-    assert "pedigree why " not in comparison_page(document(), rows, {}, Why({}, systems)), "an aligned variant cannot be asked"
+    assert f"../why/{name}" not in comparison_page(
+        document(), rows, {}, Why({"lora": "1" * 64}, systems, frozenset({name}))
+    ), "the page is of an earlier model"
+    assert "pedigree why " not in comparison_page(document(), rows, {}, Why({}, systems)), (
+        "an aligned variant cannot be asked"
+    )
 
 
 def commands(page: str) -> list[str]:
@@ -342,7 +437,8 @@ def commands(page: str) -> list[str]:
 
 
 def test_the_command_has_the_system_prompt_of_the_test_question_and_is_understood(tmp_path: Path) -> None:
-    """From the files of a project. Questions that the command line cannot ask, and variants that have no training, have none."""
+    """From the files of a project. Questions that the command line cannot ask,
+    and variants that have no training, have none."""
 
     def record(i: int, *messages: tuple[str, str]) -> dict[str, Any]:
         turns = [{"role": role, "content": text} for role, text in [*messages, ("assistant", "x")]]
@@ -357,18 +453,30 @@ def test_the_command_has_the_system_prompt_of_the_test_question_and_is_understoo
         record(4, ("system", "Reply."), (user, "four")),
     ]
     write_records(tmp_path / "data/splits/test", asked)
-    variants = {"lora": {"steps": 1}, "both": {"merge_of": {"lora": 1}}, "own": {"command": "python train.py"}, "words": {"steps": 1}}
+    variants = {
+        "lora": {"steps": 1},
+        "both": {"merge_of": {"lora": 1}},
+        "own": {"command": "python train.py"},
+        "words": {"steps": 1},
+    }
     for name, training in variants.items():
         write_json(tmp_path / f"data/adapter/{name}/training.json", training)
-        write_json(tmp_path / f"data/adapter/{name}/method.json", {"method": "prompt_tuning" if name == "words" else "lora"})
+        write_json(
+            tmp_path / f"data/adapter/{name}/method.json", {"method": "prompt_tuning" if name == "words" else "lora"}
+        )
         write_json(tmp_path / f"data/reports/merged/{name}.json", {"output_sha256": name})
-    samples = [sample(one, {name: Answer("-z") for name in ("lora", "few_shot")}, {"lora": 0.0, "few_shot": 0.0}) for one in asked]
+    samples = [
+        sample(one, {name: Answer("-z") for name in ("lora", "few_shot")}, {"lora": 0.0, "few_shot": 0.0})
+        for one in asked
+    ]
     out, pages = tmp_path / "data/comparison", tmp_path / "data/pages/comparison"
     write_json(out / "comparison.json", document())
     trained = dict.fromkeys(variants, "adapter") | {"dpo": "aligned"}
     write_json(pages / "samples.json", {"headline": "", "trained": trained, "samples": samples})
     draw_comparison(Documents(tmp_path, "comparison", out, pages, {}))
-    found = [parser().parse_args(shlex.split(command)[1:]) for command in commands((pages / "comparison.html").read_text())]
+    found = [
+        parser().parse_args(shlex.split(command)[1:]) for command in commands((pages / "comparison.html").read_text())
+    ]
     assert sorted((one.prompt, one.system, one.answer, one.model, one.index) for one in found) == [
         ("-one", "Triage.", "-z", "merged@lora", True),
         ("two", "", "-z", "merged@lora", True),
@@ -386,7 +494,9 @@ def test_without_answers_the_page_compares_perplexities() -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
-def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
+def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_nothing_is_wider_than_a_phone(
+    tmp_path: Path,
+) -> None:
     from playwright.sync_api import sync_playwright
 
     (tmp_path / "page.html").write_text(comparison_page(document(), samples() * 5, {}), encoding="utf-8")
@@ -421,4 +531,6 @@ def test_compare_prints_the_table_or_its_json(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "data/comparison/board.md").write_text("| a board |\n\nUse it.\n")
     (tmp_path / "data/comparison/comparison.json").write_text(json.dumps({"scores": {}}))
     assert main(["compare", "--project", str(tmp_path)]) == 0 and capsys.readouterr().out == "| a board |\n\nUse it.\n"
-    assert main(["compare", "--json", "--project", str(tmp_path)]) == 0 and json.loads(capsys.readouterr().out) == {"scores": {}}
+    assert main(["compare", "--json", "--project", str(tmp_path)]) == 0 and json.loads(capsys.readouterr().out) == {
+        "scores": {}
+    }

@@ -45,7 +45,9 @@ def together(roots: dict[str, Path]) -> dg.Definitions:
 
 
 def not_fresh(definitions: dg.Definitions, instance: dg.DagsterInstance, name: str) -> set[str]:
-    return {"@".join(key.path[1:]) for key in stale_keys(definitions.resolve_asset_graph(), instance) if key.path[0] == name}
+    return {
+        "@".join(key.path[1:]) for key in stale_keys(definitions.resolve_asset_graph(), instance) if key.path[0] == name
+    }
 
 
 def tick(definitions: dg.Definitions, instance: dg.DagsterInstance, name: str) -> str:
@@ -78,20 +80,26 @@ def test_jobs_of_variants_have_different_names_without_hyphens() -> None:
 
 
 @pytest.mark.long
-def test_both_are_synced_and_materialized_in_one_run_from_another_folder(roots: dict[str, Path], instance: dg.DagsterInstance) -> None:
+def test_both_are_synced_and_materialized_in_one_run_from_another_folder(
+    roots: dict[str, Path], instance: dg.DagsterInstance
+) -> None:
     definitions = together(roots)
     for name in TEAMS:
         assert "tok is " in tick(definitions, instance, name)
         assert tick(definitions, instance, name) == "Dagster and DVC agree."
         assert not_fresh(definitions, instance, name) == set()
-    assert instance.event_log_storage.get_pool_limits() and "gpu" not in {one.name for one in instance.event_log_storage.get_pool_limits()}
+    assert instance.event_log_storage.get_pool_limits() and "gpu" not in {
+        one.name for one in instance.event_log_storage.get_pool_limits()
+    }
     before = {name: len(commands_run(root)) for name, root in roots.items()}
     (roots["support"] / "code/tok.py").write_text("V = 9\n")
     (roots["sales"] / "code/inst.py").write_text("V = 9\n")
     for name, changed in (("support", {"tok"}), ("sales", {"inst"})):
         tick(definitions, instance, name)
         assert not_fresh(definitions, instance, name) == changed_in_dvc(roots[name]) == changed
-    done = definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance, raise_on_error=False)
+    done = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance, raise_on_error=False
+    )
     assert done.success
     ran = {name: commands_run(root)[before[name] :] for name, root in roots.items()}
     assert ran["support"][0] == "tok" and ran["sales"][0] == "inst" and not {"raw", "inst"} & {*ran["support"]}
@@ -117,12 +125,15 @@ def test_a_run_of_other_assets_is_not_marked_as_failed_in_a_shared_instance(inst
 
 @pytest.fixture
 def location(_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A Dagster project of a company with two components: a foreign DVC project, and a Pedigree project in which nothing has run."""
+    """A Dagster project of a company with two components: a foreign DVC
+    project, and a Pedigree project in which nothing has run."""
     foreign_project.make_project(tmp_path / "churn")
     shutil.copytree(_project, tmp_path / "tuning", symlinks=True)
     root = tmp_path / "company"
     (root / "src" / "company" / "defs").mkdir(parents=True)
-    (root / "pyproject.toml").write_text('[tool.dg]\ndirectory_type = "project"\n\n[tool.dg.project]\nroot_module = "company"\n')
+    (root / "pyproject.toml").write_text(
+        '[tool.dg]\ndirectory_type = "project"\n\n[tool.dg.project]\nroot_module = "company"\n'
+    )
     (root / "src" / "company" / "__init__.py").touch()
     for name, text in {
         "churn": """\
@@ -182,10 +193,14 @@ def test_a_stage_of_a_component_runs_in_its_project(location: Path, instance: dg
     assert (location.parent / "tuning" / "data" / "raw_examples").is_dir() and not (location.parent / "data").exists()
 
 
-def test_sync_on_the_command_line_reports_under_the_prefix_and_does_not_claim_the_home(location: Path, tmp_path: Path) -> None:
+def test_sync_on_the_command_line_reports_under_the_prefix_and_does_not_claim_the_home(
+    location: Path, tmp_path: Path
+) -> None:
     home, project = tmp_path / "home", location.parent / "tuning"
     home.mkdir()
-    done = run([sys.executable, "-m", "dagster_project", "sync", "--key-prefix", "ml/tuning"], project, DAGSTER_HOME=str(home))
+    done = run(
+        [sys.executable, "-m", "dagster_project", "sync", "--key-prefix", "ml/tuning"], project, DAGSTER_HOME=str(home)
+    )
     assert done.returncode == 0 and "def/splits is now" in done.stdout, done.stderr
     assert not (home / "pedigree_project").exists()
     with dg.DagsterInstance.from_config(str(home)) as shared:

@@ -26,7 +26,9 @@ BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 def by_dvc(root: Path) -> None:
     """`dvc repro`; DVC does not wait for a busy stage but says so, and a user tries again."""
     for _ in range(200):
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=False
+        )
         if done.returncode == 0:
             return
         assert any(sign in done.stderr for sign in BUSY), done.stderr + done.stdout
@@ -65,7 +67,8 @@ def test_four_concurrent_processes_lose_nothing_run_nothing_twice_and_do_not_fai
     context = multiprocessing.get_context("spawn")
     barrier, failures = context.Barrier(5), context.Queue()
     workers = [
-        context.Process(target=work, args=(root, front_end, barrier, failures)) for front_end in ("dvc", "dagster", "dvc", "dagster")
+        context.Process(target=work, args=(root, front_end, barrier, failures))
+        for front_end in ("dvc", "dagster", "dvc", "dagster")
     ]
     with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
         for worker in workers:

@@ -20,8 +20,8 @@ from dagster_project.curation.checks.row_checks import ROW_CHECKS
 Record = dict[str, Any]
 NAMES = [check.name for check in CONTENT_CHECKS]
 REPORT = (
-    "The harbor was dredged in 1931, and the town grew quickly after that. Ships from the north brought timber and coal. "
-    "By the end of the decade there were four yards on the east side, and the school had"
+    "The harbor was dredged in 1931, and the town grew quickly after that. Ships from the north brought timber and"
+    " coal. By the end of the decade there were four yards on the east side, and the school had"
 )
 LOOP = "We will look into this and come back to you. "
 
@@ -120,7 +120,10 @@ BAD: dict[str, list[Record]] = {
         ask("What is Smith &amp; Sons known for?", "For good shoes."),
     ],
     "language_mismatch": [
-        ask(Q, "Planta los dientes de ajo en otoño, a unos cinco centímetros de profundidad, y riega una vez por semana."),
+        ask(
+            Q,
+            "Planta los dientes de ajo en otoño, a unos cinco centímetros de profundidad, y riega una vez por semana.",
+        ),
         ask(
             "¿Cómo se planta el ajo en un jardín pequeño? Tengo poco sitio y mucha sombra.",
             "Plant the cloves in autumn, two inches deep, and water them.",
@@ -183,7 +186,10 @@ GOOD: dict[str, list[Record]] = {
         ask("Repeat after me: the sea is wide and blue.", "Repeat after me: the sea is wide and blue."),
         ask("The capital of France is", "The capital of France is Paris."),
         ask("Fix the grammar.\n\nHe go home today.", "He goes home today."),
-        ask("Once upon a time there was a king.\n\nContinue the story.", "Once upon a time there was a king.\nHe had no crown."),
+        ask(
+            "Once upon a time there was a king.\n\nContinue the story.",
+            "Once upon a time there was a king.\nHe had no crown.",
+        ),
         ask("Hello there!", "Hello there! How can I help?"),
         ask("Who was Ada?", "Who was Ada? Ada Lovelace wrote the first program."),
         ask("什么是光合作用？", "什么是光合作用？它把光能变成化学能。"),
@@ -210,7 +216,10 @@ GOOD: dict[str, list[Record]] = {
         ask("Print a table.", "\n".join(f"| row {i} | value {i * 7} |" for i in range(12))),
         ask("Show a loop in C.", "```c\n" + "printf(x);\n" * 8 + "```"),
         ask("That was funny.", "Ha ha ha, it was! I still laugh about the goat."),
-        ask("List the planets.", "\n".join(f"{n}. {p} is a planet." for n, p in enumerate(("Mercury", "Venus", "Earth", "Mars"), 1))),
+        ask(
+            "List the planets.",
+            "\n".join(f"{n}. {p} is a planet." for n, p in enumerate(("Mercury", "Venus", "Earth", "Mars"), 1)),
+        ),
         ask("Draw a line.", "-" * 80),
     ],
     "markup_leftovers": [
@@ -224,8 +233,14 @@ GOOD: dict[str, list[Record]] = {
         ask("How should I escape an ampersand?", "Write &amp; in its place."),
     ],
     "language_mismatch": [
-        ask("Translate into Spanish: Plant the cloves in autumn and water them.", "Planta los dientes de ajo en otoño y riégalos."),
-        ask("How do you say it in French? I would like two coffees.", "Je voudrais deux cafés, s'il vous plaît, avec un peu de lait."),
+        ask(
+            "Translate into Spanish: Plant the cloves in autumn and water them.",
+            "Planta los dientes de ajo en otoño y riégalos.",
+        ),
+        ask(
+            "How do you say it in French? I would like two coffees.",
+            "Je voudrais deux cafés, s'il vous plaît, avec un peu de lait.",
+        ),
         ask(
             "Wie pflanze ich Knoblauch in einem kleinen Garten?",
             "Stecken Sie die Zehen im Herbst in die Erde und gießen Sie sie wöchentlich.",
@@ -236,7 +251,9 @@ GOOD: dict[str, list[Record]] = {
             "It says that a walker makes the path by walking on it.",
         ),
         ask("Write a loop.", "for item in items:\n    print(item.name, item.value, item.weight)"),
-        ask(Q, "Plantez les gousses en automne et arrosez une fois par semaine.", ("system", "Always answer in French.")),
+        ask(
+            Q, "Plantez les gousses en automne et arrosez une fois par semaine.", ("system", "Always answer in French.")
+        ),
         ask(
             "Sum it up.\n\nEl ajo se planta en otoño y se riega una vez por semana.",
             "Garlic is planted in autumn and watered once in a week.",
@@ -274,15 +291,27 @@ def test_content_checks_never_drop_a_row_unless_asked_to() -> None:
 
 
 def test_a_finding_names_the_row_and_shows_what_was_found() -> None:
-    rows = [{**row, "source": "rows.jsonl", "source_row": i} for i, row in enumerate([GOOD["refusal"][0], BAD["refusal"][0]])]
-    (finding,) = [one for one in document("set", "messages", judge(rows, [], Rules()), [])["findings"] if one["check"] == "refusal"]
+    rows = [
+        {**row, "source": "rows.jsonl", "source_row": i}
+        for i, row in enumerate([GOOD["refusal"][0], BAD["refusal"][0]])
+    ]
+    (finding,) = [
+        one
+        for one in document("set", "messages", judge(rows, [], Rules()), [])["findings"]
+        if one["check"] == "refusal"
+    ]
     assert (finding["count"], finding["places"]) == (1, ["rows.jsonl:1"])
     assert finding["examples"] == ["refusal: 'I'm sorry, but I can't help with that.'"]
     assert finding["note"] == "refusal 1" and finding["next"] == CHECKS["refusal"].hint
 
 
 def test_every_answer_of_a_conversation_is_checked() -> None:
-    turns = [("user", Q), ("assistant", "I'm sorry, but I can't help with that."), ("user", "Why?"), ("assistant", "It is winter.")]
+    turns = [
+        ("user", Q),
+        ("assistant", "I'm sorry, but I can't help with that."),
+        ("user", "Why?"),
+        ("assistant", "It is winter."),
+    ]
     assert found("refusal", chat(*turns))
 
 
@@ -326,10 +355,12 @@ SEARCHED = {
     and (name in {"_TAG", "_ENTITY"} or f"first_match({name}, " in Path(content.__file__).read_text(encoding="utf-8"))
 }
 SPOKEN_WORDS = (
-    "As an a AI language model assistant , . I developed made trained am 'm just chatbot engineer my knowledge cutoff training data up to latest update do not have any personal "
-    "opinions 作为 一个 助手 als KI, como una IA, ChatGPT OpenAI Claude Google by created was the team at Qwen call me this is 我是 ich bin je suis soy your [ < { insert fill in ] > } "
-    'name recipient \'s first [date] ( {{ }} a_b lorem ipsum please xx <div class="x"> </p> <br/> <!-- --> &nbsp; &#39; ; = \x1c \u00a0 é İ ı ſ \u212a \ud800 User: Human: Assistant: '
-    "** > # AI: dialog script repeat echo write translate who are you about yourself times html css code template blank 2.1 \n"
+    "As an a AI language model assistant , . I developed made trained am 'm just chatbot engineer my knowledge cutoff"
+    " training data up to latest update do not have any personal opinions 作为 一个 助手 als KI, como una IA, ChatGPT"
+    " OpenAI Claude Google by created was the team at Qwen call me this is 我是 ich bin je suis soy your [ < { insert"
+    ' fill in ] > } name recipient \'s first [date] ( {{ }} a_b lorem ipsum please xx <div class="x"> </p> <br/> <!--'
+    " --> &nbsp; &#39; ; = \x1c \u00a0 é İ ı ſ \u212a \ud800 User: Human: Assistant: ** > # AI: dialog script repeat"
+    " echo write translate who are you about yourself times html css code template blank 2.1 \n"
 )
 SPOKEN = [*SPOKEN_WORDS.split(" ")]
 
@@ -382,7 +413,10 @@ def test_halves_of_surrogate_pairs_become_one_replacement_character_each() -> No
     codes = [0x61, 0xE9, 0xD7FF, 0xD800, 0xDBFF, 0xDC00, 0xDFFF, 0xE000, 0xFFFD, 0x1F3F4]
     for size in [0, 1, 2, 5, 20] * 200:
         text = "".join(map(chr, dice.choices(codes, k=size)))
-        assert [*text_search.text_column([text, "\ud800"])] == [re.sub("[\ud800-\udfff]", "\ufffd", text), "\ufffd"], ascii(text)
+        assert [*text_search.text_column([text, "\ud800"])] == [
+            re.sub("[\ud800-\udfff]", "\ufffd", text),
+            "\ufffd",
+        ], ascii(text)
 
 
 def test_comments_that_are_not_closed_change_no_search() -> None:
@@ -390,5 +424,9 @@ def test_comments_that_are_not_closed_change_no_search() -> None:
     for size in [3, 8, 30] * 200:
         text = "".join(dice.choices(["<!--", "-->", "<br>", "html", "<div a='", ">", " ", "\n", "-"], k=size))
         closed = content._without_open_comments(text)
-        assert [match.span() for match in content._TAG.finditer(text)] == [match.span() for match in content._TAG.finditer(closed)], text
-        assert content._TAG.sub("", text).replace("<!--", "<!  ") == content._TAG.sub("", closed).replace("<!--", "<!  "), text
+        assert [match.span() for match in content._TAG.finditer(text)] == [
+            match.span() for match in content._TAG.finditer(closed)
+        ], text
+        assert content._TAG.sub("", text).replace("<!--", "<!  ") == content._TAG.sub("", closed).replace(
+            "<!--", "<!  "
+        ), text

@@ -1,4 +1,5 @@
-"""Rows with tools, calls, reasoning and weights are shown by role; what they hold is masked, shortened and in the check document."""
+"""Rows with tools, calls, reasoning and weights are shown by role; what they
+hold is masked, shortened and in the check document."""
 
 from __future__ import annotations
 
@@ -41,10 +42,14 @@ def drawn(found: dict[str, Any]) -> str:
 
 
 def test_a_conversation_is_shown_by_role_with_tools_reasoning_calls_and_weights() -> None:
-    definition = '{ "type": "function", "function": { "name": "weather", "description": "Temperature of a city in °C.", "parameters": { '
+    definition = (
+        '{ "type": "function", "function": { "name": "weather", "description": "Temperature of a city in °C.",'
+        ' "parameters": { '
+    )
     definition += '"type": "object", "properties": { "city": { "type": "string" } }, "required": [ "city" ] } } }'
-    assert drawn({"messages": weather(), "tools": [WEATHER]}) == (
-        "system, user, assistant (not in the loss), user, assistant (reasoning, 1 call), tool, assistant; 1 tool "
+    assert (
+        drawn({"messages": weather(), "tools": [WEATHER]})
+        == "system, user, assistant (not in the loss), user, assistant (reasoning, 1 call), tool, assistant; 1 tool "
         f"tools 1 tool: weather {definition} "
         "system Be brief. "
         "user Hello, who are you? "
@@ -58,9 +63,14 @@ def test_a_conversation_is_shown_by_role_with_tools_reasoning_calls_and_weights(
 
 def test_a_pair_is_shown_with_both_answers() -> None:
     said = [{"role": "assistant", "content": "", "tool_calls": [call("weather", "{city", None)]}]
-    pair = {**record([{"role": "user", "content": "Cold?"}, *said]), "asked": 1, "rejected": [{"role": "assistant", "content": "No."}]}
+    pair = {
+        **record([{"role": "user", "content": "Cold?"}, *said]),
+        "asked": 1,
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
     assert (
-        drawn(shown(pair)) == "user, assistant (1 call), assistant user Cold? assistant chosen calls weather {city assistant rejected No."
+        drawn(shown(pair))
+        == "user, assistant (1 call), assistant user Cold? assistant chosen calls weather {city assistant rejected No."
     )
 
 
@@ -69,9 +79,14 @@ def test_secrets_and_personal_data_are_masked_in_every_field() -> None:
     tool = {"type": "function", "function": {"name": "mail", "description": f"Mails {address}."}}
     messages = [
         {"role": "user", "content": f"Write to {address}", "name": address},
-        {"role": "assistant", "content": "", "reasoning_content": f"That is {address}.", "tool_calls": [call("mail", {"to": [address]}, address)]},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": f"That is {address}.",
+            "tool_calls": [call("mail", {"to": [address]}, address)],
+        },
         {"role": "tool", "content": f"sent to {address}", "tool_call_id": address},
-    ]  # fmt: skip
+    ]
     found = shown(record(messages, [tool]))
     assert address not in str(found) and str(found).count("[e-mail]") == 8
 
@@ -85,7 +100,8 @@ def test_long_texts_and_conversations_are_cut_and_the_cut_is_visible() -> None:
 
 def test_calls_reasoning_and_weights_are_each_among_the_shown_rows_if_any_row_has_them() -> None:
     tools_only = [
-        record([{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hi"}], [WEATHER], row=i) for i in range(9)
+        record([{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hi"}], [WEATHER], row=i)
+        for i in range(9)
     ]
     rich = record(weather(), [WEATHER], row=9)
     assert [one["source_row"] for one in chosen([*tools_only, rich])] == [0, 1, 2, 3, 9]

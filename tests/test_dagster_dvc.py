@@ -1,4 +1,5 @@
-"""A DVC project that has nothing of Pedigree, in Dagster: its stages are assets, its metrics metadata, its checks checks, and sync shows `dvc repro`."""
+"""A DVC project that has nothing of Pedigree, in Dagster: its stages are
+assets, its metrics metadata, its checks checks, and sync shows `dvc repro`."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def test_each_stage_is_an_asset_below_what_it_reads(foreign: Path) -> None:
     assert all(key.path[0] == "points" for key in graph.get_all_asset_keys())
 
 
-def test_materializing_writes_what_dvc_repro_writes(foreign: Path, instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_materializing_writes_what_dvc_repro_writes(
+    foreign: Path, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(foreign, tmp_path / "other", symlinks=True))
     assert dvc(other, "repro").returncode == 0
     assert materialize(foreign, instance).success
@@ -86,7 +89,11 @@ def test_materializing_writes_what_dvc_repro_writes(foreign: Path, instance: dg.
 
 
 def test_a_run_whose_tag_to_force_is_neither_true_nor_false_fails(foreign: Path, instance: dg.DagsterInstance) -> None:
-    assert [is_forced({"pedigree/force": value}) for value in ("true", "True", "false")] == [True, True, False] and not is_forced({})
+    assert [is_forced({"pedigree/force": value}) for value in ("true", "True", "false")] == [
+        True,
+        True,
+        False,
+    ] and not is_forced({})
     job = build_dvc_definitions(foreign, "points").resolve_job_def("points_pipeline")
     result = job.execute_in_process(instance=instance, tags={"pedigree/force": "yes"}, raise_on_error=False)
     [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
@@ -116,7 +123,10 @@ def test_sync_shows_what_dvc_repro_did_and_what_is_stale(foreign: Path, instance
     assert {line.split(" is ")[0] for line in lines} >= {*STAGES, "workspace/data/points.csv", "def/train"}
     assert shown(instance, "evaluate")["accuracy"] == 1.0 and sync(project, instance) == []
     (foreign / "params.yaml").write_text(foreign_project.PARAMS.replace("steps: 20", "steps: 2"))
-    assert [line.split(" is ")[0] for line in sync(project, instance)] == ["def/train", "check train dvc_in_sync: failed"]
+    assert [line.split(" is ")[0] for line in sync(project, instance)] == [
+        "def/train",
+        "check train dvc_in_sync: failed",
+    ]
     assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"train"}
     result = materialize(foreign, instance, "evaluate")
     assert not result.success, "its input is not up to date"
@@ -129,10 +139,16 @@ def test_sync_shows_what_dvc_repro_did_and_what_is_stale(foreign: Path, instance
 
 
 @pytest.mark.long
-def test_of_two_outputs_only_the_one_that_is_read_makes_a_stage_stale(foreign: Path, instance: dg.DagsterInstance) -> None:
+def test_of_two_outputs_only_the_one_that_is_read_makes_a_stage_stale(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
     assert dvc(foreign, "repro").returncode == 0
     script = foreign / "src/featurize.py"
-    script.write_text(script.read_text().replace("path.read_text()", "(path.read_text() + ('\\n9,9,1' if path.stem == 'test' else ''))"))
+    script.write_text(
+        script.read_text().replace(
+            "path.read_text()", "(path.read_text() + ('\\n9,9,1' if path.stem == 'test' else ''))"
+        )
+    )
     assert materialize(foreign, instance, "featurize").success
     assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"evaluate"}
     (foreign / "data/features/test.csv").unlink()
@@ -149,7 +165,9 @@ def test_a_failing_command_fails_the_run_and_records_nothing(foreign: Path, inst
     assert (foreign / "dvc.lock").read_bytes() == lock
 
 
-def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materialized(foreign: Path, instance: dg.DagsterInstance) -> None:
+def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materialized(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
     text = foreign_project.DVC_YAML.replace("outs: [data/prepared]", "outs: [data/prepared]\n    always_changed: true")
     text = text.replace("cmd: python src/prepare.py", "cmd: echo x >> runs.txt && python src/prepare.py")
     (foreign / "dvc.yaml").write_text(text)
@@ -157,7 +175,11 @@ def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materiali
     assert (foreign / "runs.txt").read_text() == "x\n"
     sync(DvcProject(foreign, ("points",)), instance)
     assert sync(DvcProject(foreign, ("points",)), instance) == []
-    assert not_fresh(foreign, instance) & {"prepare", "featurize"} == changed_in_dvc(foreign) & {"prepare", "featurize"} == {"prepare"}
+    assert (
+        not_fresh(foreign, instance) & {"prepare", "featurize"}
+        == changed_in_dvc(foreign) & {"prepare", "featurize"}
+        == {"prepare"}
+    )
     assert materialize(foreign, instance, "featurize").success, "its inputs are as recorded"
     (foreign / "data/prepared/train.csv").unlink()
     assert not materialize(foreign, instance, "featurize").success
@@ -166,7 +188,10 @@ def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materiali
 def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a DVC project"):
         build_dvc_definitions(tmp_path)
-    with dg.DagsterInstance.ephemeral() as nothing, pytest.raises(InputError, match="'sup-port' cannot be part of a name"):
+    with (
+        dg.DagsterInstance.ephemeral() as nothing,
+        pytest.raises(InputError, match="'sup-port' cannot be part of a name"),
+    ):
         sync(DvcProject(foreign, ("ml", "sup-port")), nothing)  # events of assets that no definitions can have
     with pytest.raises(InputError, match=r"'a\.b' cannot be part of a name"):
         build_dvc_definitions(foreign, "a.b")
@@ -183,7 +208,8 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
 
 @pytest.mark.parametrize(("checks", "shown"), [
     ({"c": {"passed": True}}, ("passed", "none")), ({"c": {"passed": False}}, ("failed", "error")),
-    ({"c": {"passed": False, "severity": "warn"}}, ("failed", "warn")), ({"c": {"severity": "warn"}}, ("failed", "error")),
+    ({"c": {"passed": False, "severity": "warn"}}, ("failed", "warn")),
+    ({"c": {"severity": "warn"}}, ("failed", "error")),
     ({"c": 1}, ("failed", "error")), ({}, None), ([], None), ({"other": {"passed": False}}, None),
 ])  # fmt: skip
 def test_a_check_without_a_verdict_fails_and_one_that_the_report_lacks_has_no_result(checks: Any, shown: Any) -> None:
@@ -196,7 +222,9 @@ def test_a_check_without_a_verdict_fails_and_one_that_the_report_lacks_has_no_re
 def test_a_table_that_is_not_utf_8_or_not_csv_does_not_end_the_sync(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("city,score\nKöln,1".encode("latin-1"))
     (tmp_path / "long.csv").write_text("x" * (csv.field_size_limit() + 1))
-    state: Any = SimpleNamespace(outs=("latin.csv", "long.csv"), version="1", metrics=(), plots=("latin.csv", "long.csv"))
+    state: Any = SimpleNamespace(
+        outs=("latin.csv", "long.csv"), version="1", metrics=(), plots=("latin.csv", "long.csv")
+    )
     shown = describe(tmp_path, state)
     assert shown["latin.csv"].value.splitlines()[-1] == "| K\ufffdln | 1 |" and "long.csv" not in shown
 
@@ -205,15 +233,23 @@ def test_the_docs_show_the_project_that_is_tested() -> None:
     assert f"```yaml\n{foreign_project.DVC_YAML}```" in (ROOT / "docs/dagster-dvc.md").read_text()
 
 
-def test_the_library_has_no_stage_of_pedigree_and_uses_no_deprecated_api(foreign: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_the_library_has_no_stage_of_pedigree_and_uses_no_deprecated_api(
+    foreign: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     build_dvc_definitions(foreign)
-    assert not [str(warning.message) for warning in recwarn if "agster" in type(warning.message).__module__ + str(warning.message)]
+    assert not [
+        str(warning.message)
+        for warning in recwarn
+        if "agster" in type(warning.message).__module__ + str(warning.message)
+    ]
     for path in (ROOT / "dagster_project/orchestration/dagster_dvc").glob("*.py"):
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not texts & {*pipeline.STAGES}, path
 
 
-def test_the_output_of_a_forced_run_is_read_after_another_one_that_waited_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_a_forced_run_is_read_after_another_one_that_waited_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dagster_project.orchestration.dagster_dvc import materialize
 
     log: list[str] = []

@@ -69,7 +69,13 @@ def test_the_prefilter_loses_nothing(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs", "S"], exclude_characters="\ufffd"), max_size=20), st.sampled_from(["\x00", "\x9f", "\u202e"]), st.text(max_size=20))  # fmt: skip
+@given(
+    st.text(
+        st.characters(codec="utf-8", categories=["L", "N", "P", "Zs", "S"], exclude_characters="\ufffd"), max_size=20
+    ),
+    st.sampled_from(["\x00", "\x9f", "\u202e"]),
+    st.text(max_size=20),
+)
 def test_a_hidden_character_is_found_anywhere_and_shown_escaped(head: str, bad: str, tail: str) -> None:
     (said,) = damage([head + bad + tail])
     assert said is not None
@@ -99,7 +105,8 @@ def test_words_read_in_the_wrong_encoding_are_found(word: str) -> None:
         ("was <s>old</s> new</s>", "control token: '</s>'"),
         ("### Instruction:\nSay hi\n### Response:\nHi", "instruction template: '### Instruction:'"),
         ("Hi\n\n### Response: ", "instruction template: '### Response:'"),
-        ("Below is an instruction that describes a task, ...", "instruction template: 'Below is an instruction that describes a task'"),
+        ("Below is an instruction that describes a task, ...", "instruction template: 'Below is an instruction that"
+                                                               " describes a task'"),
         ("Human: hi\n\nAssistant: ho", "transcript: 'Human: ... Assistant:'"),
         ("**User:** hi\n**AI:** ho", "transcript: 'User: ... AI:'"),
         ("USER: hi ASSISTANT: ho</s>", "control token: '</s>'; transcript: 'USER: ... ASSISTANT:'"),
@@ -132,7 +139,9 @@ def test_a_mark_outside_of_struck_parts_is_the_first() -> None:
         whole = text.strip()
         struck = [match.span() for match in damages._STRIKE.finditer(whole)]
         marks = [match.span() for match in damages._SENTENCE.finditer(whole)]
-        outside = [mark for mark in marks if struck == [(0, len(whole))] or not any(a <= mark[0] < b for a, b in struck)]
+        outside = [
+            mark for mark in marks if struck == [(0, len(whole))] or not any(a <= mark[0] < b for a, b in struck)
+        ]
         found = damages._sentence(text)
         assert (found and found.span()) == (outside[0] if outside else None), text
 
@@ -172,7 +181,9 @@ def test_mojibake_of_long_texts_is_that_of_each_line(long: int, monkeypatch: pyt
         text = "".join(dice.choices([*dice.sample(BROKEN, dice.randint(2, 9)), " ", "a"], k=size))
         found = mojibake_line_by_line(text)
         assert damages._mojibake(text) == next(filter(None, found), None), text
-        lines = [damages._unmojibake(line) if broken else line for line, broken in zip(text.split("\n"), found, strict=True)]
+        lines = [
+            damages._unmojibake(line) if broken else line for line, broken in zip(text.split("\n"), found, strict=True)
+        ]
         assert repaired_encoding(text) == "\n".join(lines), text
         row = text.replace("\n", " ")
         assert bool(candidates([row], damages._badness_hint())) == bool(BADNESS_RE.search(row)), row

@@ -1,4 +1,5 @@
-"""Damaged files that git, DVC or a cache holds: one message with path and next step, and what does not need them goes on. On the small pipeline."""
+"""Damaged files that git, DVC or a cache holds: one message with path and next
+step, and what does not need them goes on. On the small pipeline."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ REPORTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", ["conflict", "cut"])
-def test_a_damaged_report_is_one_line_of_sync_and_the_rest_goes_on(root: Path, synced: dg.DagsterInstance, case: str) -> None:
+def test_a_damaged_report_is_one_line_of_sync_and_the_rest_goes_on(
+    root: Path, synced: dg.DagsterInstance, case: str
+) -> None:
     damage, why = REPORTS[case]
     path = root / "data/reports/tok.json"
     path.write_bytes(damage(path.read_bytes()))
@@ -83,10 +86,19 @@ LOCKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty stages": (lambda _: b"schema: '2.0'\nstages:\n", "its key `stages` is empty"),
     "list": (lambda _: b"- a\n- b\n", "it is not a mapping"),
     "text": (lambda _: b"schema: '2.0'\nstages:\n  tok: 3\n", "tok is not a mapping"),
-    "outs": (lambda _: b"schema: '2.0'\nstages:\n  tok:\n    cmd: x\n    outs: 3\n", "outs of tok are not a list of paths"),
-    "conflict": (lambda lock: lock.replace(b"  tok:\n", b"<<<<<<< ours\n  tok:\n=======\n>>>>>>> theirs\n"), "unresolved merge conflict"),
+    "outs": (
+        lambda _: b"schema: '2.0'\nstages:\n  tok:\n    cmd: x\n    outs: 3\n",
+        "outs of tok are not a list of paths",
+    ),
+    "conflict": (
+        lambda lock: lock.replace(b"  tok:\n", b"<<<<<<< ours\n  tok:\n=======\n>>>>>>> theirs\n"),
+        "unresolved merge conflict",
+    ),
     "between two stages": (lambda lock: lock[: lock.index(b"  tok:\n")], "has no complete entry of tok, "),
-    "in a stage": (lambda lock: lock[: lock.index(b"    outs:", lock.index(b"  tok:\n"))], "has no complete entry of tok"),
+    "in a stage": (
+        lambda lock: lock[: lock.index(b"    outs:", lock.index(b"  tok:\n"))],
+        "has no complete entry of tok",
+    ),
     "empty": (lambda _: b"", "has no complete entry of "),
 }
 
@@ -105,7 +117,9 @@ def test_a_damaged_dvc_lock_is_one_message_in_whatever_reads_it(root: Path, case
             command()
         assert why in raised.value.what and "dvc.lock" in raised.value.what and "git checkout" in raised.value.hint
     found = integrity.examine(root)
-    assert found["verdict"] == "altered" and any(why in one["wrong"] and "git checkout" in one["next"] for one in found["findings"])
+    assert found["verdict"] == "altered" and any(
+        why in one["wrong"] and "git checkout" in one["next"] for one in found["findings"]
+    )
     asked: dict[str, Any] = dict.fromkeys(("record", "source", "content", "containing"))
     assert impact(root, **asked, text="nothing says this")["verdict"] == "cannot tell"
 
@@ -116,10 +130,16 @@ def test_a_damaged_dvc_lock_is_one_message_in_whatever_reads_it(root: Path, case
         ("params.yaml", lambda _: "a: [1\nb: 2\n", r"^params\.yaml is not valid YAML: .*, line 2, "),
         ("params.yaml", lambda _: "- 1\n", r"^params\.yaml must be a mapping"),
         ("dvc.yaml", lambda _: "stages:\n  a:\n\tcmd: x\n", r"dvc\.yaml'.*: found character .*, line 3$"),
-        ("dvc.yaml", lambda text: text.replace('"tok": {', '"tok": {"outz": ["x"],'), r"extra keys not allowed in stages\.tok\.outz$"),
+        (
+            "dvc.yaml",
+            lambda text: text.replace('"tok": {', '"tok": {"outz": ["x"],'),
+            r"extra keys not allowed in stages\.tok\.outz$",
+        ),
     ],
 )
-def test_a_mistake_in_a_file_that_dvc_reads_is_named(root: Path, name: str, damage: Callable[[str], str], what: str) -> None:
+def test_a_mistake_in_a_file_that_dvc_reads_is_named(
+    root: Path, name: str, damage: Callable[[str], str], what: str
+) -> None:
     (root / name).write_text(damage((root / name).read_text()))
     with pytest.raises(InputError) as raised:
         read_stages(root)
@@ -129,7 +149,11 @@ def test_a_mistake_in_a_file_that_dvc_reads_is_named(root: Path, name: str, dama
 @pytest.mark.parametrize(
     ("text", "what", "hint"),
     [
-        ("outs:\n<<<<<<< ours\n- md5: a\n=======\n- md5: b\n>>>>>>> theirs\n  path: d.txt\n", "an unresolved merge", "checkout --ours"),
+        (
+            "outs:\n<<<<<<< ours\n- md5: a\n=======\n- md5: b\n>>>>>>> theirs\n  path: d.txt\n",
+            "an unresolved merge",
+            "checkout --ours",
+        ),
         ("outs: [", "not a file as DVC writes it", "git checkout HEAD"),
         ("outs:\n- md5: 1\n", "not a file as DVC writes it", "git checkout HEAD"),
     ],
@@ -175,25 +199,33 @@ def test_the_sensor_names_a_damaged_dvc_lock_in_one_line(root: Path, synced: dg.
     result = sensor(dg.build_sensor_context(instance=synced))
     assert (
         result.skip_message
-        == "Not synced: dvc.lock cannot be read: it is not a mapping; hint: restore it with `git checkout HEAD dvc.lock`, then run `dvc repro`"
+        == "Not synced: dvc.lock cannot be read: it is not a mapping; hint: restore it with `git checkout HEAD"
+        " dvc.lock`, then run `dvc repro`"
     )
 
 
 @pytest.mark.parametrize("content", ["[]", '{"a": [1]}', '{"a"', '{"a": 3}'])
-def test_a_damaged_cache_of_hashes_is_set_aside_and_made_anew(root: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_of_hashes_is_set_aside_and_made_anew(
+    root: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = root / integrity.KNOWN_HASHES
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     with caplog.at_level(logging.WARNING, "pedigree"):
         assert integrity.set_tampered_aside(root, read_stages(root).values()) == []
-    assert len(caplog.messages) == 1 and "it is set aside as sha256.json.damaged: all outputs are hashed again" in caplog.messages[0]
+    assert (
+        len(caplog.messages) == 1
+        and "it is set aside as sha256.json.damaged: all outputs are hashed again" in caplog.messages[0]
+    )
     assert path.with_name("sha256.json.damaged").read_text() == content
     assert len(json.loads(path.read_text())) > 3
     caplog.clear()
     assert integrity.set_tampered_aside(root, read_stages(root).values()) == [] and not caplog.messages
 
 
-def test_a_damaged_cache_that_cannot_be_renamed_is_not_said_to_be_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_that_cannot_be_renamed_is_not_said_to_be_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "sha256.json.damaged").mkdir()
     set_aside(tmp_path / "missing" / "sha256.json", "it is empty", "all outputs are hashed again")
     assert "it is ignored: all outputs are hashed again" in caplog.text and "set aside" not in caplog.text
@@ -208,7 +240,9 @@ def test_a_damaged_measurement_is_set_aside(root: Path, caplog: pytest.LogCaptur
     assert len(caplog.messages) == 1 and "measured.json.damaged" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("content", [b'{"write": []}', b"[1]", b'{"read": {"x": 3}}', b'{"write": {"x": {"pid": -1, "cmd": ""}}}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b'{"write": []}', b"[1]", b'{"read": {"x": 3}}', b'{"write": {"x": {"pid": -1, "cmd": ""}}}', b"\xff"]
+)
 def test_a_table_of_locked_paths_of_another_shape_is_deleted(root: Path, content: bytes) -> None:
     path = root / ".dvc/tmp/rwlock"
     path.write_bytes(content)
@@ -224,13 +258,16 @@ def test_dvc_repro_works_again_after_any_command(root: Path) -> None:
 
 
 def test_a_killed_process_that_its_parent_does_not_collect_locks_nothing(root: Path) -> None:
-    """DVC counts it as running: so it would be busy for ever where nothing collects ended processes, as in many containers."""
+    """DVC counts it as running: so it would be busy for ever where nothing
+    collects ended processes, as in many containers."""
     ended = subprocess.Popen(["true"])
     while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     zombie, here = {"pid": ended.pid, "cmd": "dagster api grpc"}, {"pid": os.getpid(), "cmd": "pytest"}
     path = root / ".dvc/tmp/rwlock"
-    path.write_text(json.dumps({"write": {str(root / "data/tok"): zombie}, "read": {str(root / "data/other"): [zombie, here]}}))
+    path.write_text(
+        json.dumps({"write": {str(root / "data/tok"): zombie}, "read": {str(root / "data/other"): [zombie, here]}})
+    )
     assert "is busy" in dvc(root, "repro").stderr
     read_stages(root)
     assert json.loads(path.read_bytes()) == {"write": {}, "read": {str(root / "data/other"): [here]}}
@@ -301,7 +338,9 @@ def test_a_named_pipe_is_one_message_of_every_command_and_none_waits_for_it(
     for words in ("plan", "run --all", "run tok", "sync", "verify --integrity", "render", "audit tok"):
         assert main(words.split()) == 2, words
         shown = capsys.readouterr().err
-        assert shown.count("error: ") == 1 and f"error: {root / name} is a named pipe, not a file\nhint: " in shown, words
+        assert shown.count("error: ") == 1 and f"error: {root / name} is a named pipe, not a file\nhint: " in shown, (
+            words
+        )
     with pytest.raises(InputError, match="is a named pipe"):  # Dagster's assets, checks and sensors begin here
         read_stages(root)
     (root / name).unlink()  # what the message says
@@ -340,7 +379,17 @@ def test_a_checkout_with_other_line_ends_gets_the_recorded_bytes(root: Path, tmp
     shutil.copy(Path(__file__).parents[1] / ".gitattributes", root / ".gitattributes")
     small_pipeline.git(root, "add", ".gitattributes")
     small_pipeline.git(root, "commit", "-qm", "attributes")
-    small_pipeline.git(root, "-c", "core.autocrlf=true", "clone", "-q", "-c", "core.autocrlf=true", str(root), str(tmp_path / "windows"))
+    small_pipeline.git(
+        root,
+        "-c",
+        "core.autocrlf=true",
+        "clone",
+        "-q",
+        "-c",
+        "core.autocrlf=true",
+        str(root),
+        str(tmp_path / "windows"),
+    )
     for name in ("data/reports/tok.json", "dvc.lock", "data/sources/g.txt"):
         assert (tmp_path / "windows" / name).read_bytes() == (root / name).read_bytes()
 
@@ -352,7 +401,9 @@ def test_a_project_without_git_is_one_message_and_its_lineage_is_still_shown(roo
     assert "git init" in raised.value.hint and "core.no_scm" in raised.value.hint
     for command in (("sync",), ("verify", "--integrity"), ("verify", "tok"), ("run", "splits"), ("ui",)):
         done = pedigree(root, *command)
-        assert done.returncode == 2 and "not a git repository" in done.stderr and "Traceback" not in done.stderr, command
+        assert done.returncode == 2 and "not a git repository" in done.stderr and "Traceback" not in done.stderr, (
+            command
+        )
     assert lineage.audit(root, "tok")["model"]["stage"] == "tok"
     (root / ".dvc/config.local").write_text("[core]\nno_scm = true\n")
     assert read_stages(root)["tok"].changed == [] and integrity.examine(root)["verdict"] == "intact"

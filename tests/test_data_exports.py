@@ -1,5 +1,5 @@
-"""Croissant, SPDX, the formulation in CycloneDX, the public summary of training content and the datasheet: other libraries read them, every number is
-that of the files, and what nobody recorded stays unknown."""
+"""Croissant, SPDX, the formulation in CycloneDX, the public summary of training content and the datasheet: other
+libraries read them, every number is that of the files, and what nobody recorded stays unknown."""
 
 from __future__ import annotations
 
@@ -66,8 +66,14 @@ def rows(root: Path, pattern: str) -> list[dict[str, Any]]:
 def tables(root: Path) -> dict[str, list[dict[str, Any]]]:
     """Table as Croissant names it -> its rows."""
     found = {"instructions-records": rows(root, "instructions/records-*.parquet")}
-    found |= {f"{stage}-{split}": rows(root, f"{stage}/{split}/*.parquet") for stage in ("splits", "preferences") for split in SPLITS}
-    return found | {f"{stage}-ledger": rows(root, f"{stage}/ledger.parquet") for stage in ("instructions", "splits", "preferences")}
+    found |= {
+        f"{stage}-{split}": rows(root, f"{stage}/{split}/*.parquet")
+        for stage in ("splits", "preferences")
+        for split in SPLITS
+    }
+    return found | {
+        f"{stage}-ledger": rows(root, f"{stage}/ledger.parquet") for stage in ("instructions", "splits", "preferences")
+    }
 
 
 def read(folder: Path, text: str) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
@@ -75,7 +81,9 @@ def read(folder: Path, text: str) -> tuple[Any, dict[str, list[dict[str, Any]]]]
     mlcroissant = tool("mlcroissant")
     (folder / "croissant.json").write_text(text)
     document = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
-    return document, {one.id: [plain(row, one.id) for row in document.records(one.id)] for one in document.metadata.record_sets}
+    return document, {
+        one.id: [plain(row, one.id) for row in document.records(one.id)] for one in document.metadata.record_sets
+    }
 
 
 def plain(value: Any, table: str) -> Any:
@@ -102,13 +110,18 @@ def test_each_record_of_croissant_leads_to_the_row_of_its_source(finished: Path)
     _, found = read(finished, export(finished, "splits", "croissant", issued=ISSUED))
     assert {name.partition("-")[0] for name in found} == {"instructions", "splits"}
     record = {one["example_id"]: one for split in SPLITS for one in found[f"splits-{split}"]}
-    lines = {name: [json.loads(line) for line in (finished / "data/sources" / name).read_text().splitlines()] for name in SOURCES[1:3]}
+    lines = {
+        name: [json.loads(line) for line in (finished / "data/sources" / name).read_text().splitlines()]
+        for name in SOURCES[1:3]
+    }
     checked = 0
     for row in found["splits-ledger"]:
         name = Path(row["source"]).name
         if name in lines:
             origin = lines[name][row["source_row"]]["messages"]
-            assert [one["content"] for one in record[row["example_id"]]["messages"]] == [one["content"] for one in origin]
+            assert [one["content"] for one in record[row["example_id"]]["messages"]] == [
+                one["content"] for one in origin
+            ]
             checked += 1
     assert checked == 80
 
@@ -123,7 +136,8 @@ def test_croissant_states_counts_hashes_and_responsible_use_from_the_files(finis
         digest = hashlib.sha256((finished / "data/sources" / name).read_bytes()).hexdigest()
         read_rows = Counter(row["source"] for row in rows(finished, "raw_*/ledger.parquet"))[f"data/sources/{name}"]
         assert re.search(
-            rf"data/sources/{re.escape(name)}: {read_rows} rows, layout \w+, sha256 {digest}", metadata.data_collection_raw_data
+            rf"data/sources/{re.escape(name)}: {read_rows} rows, layout \w+, sha256 {digest}",
+            metadata.data_collection_raw_data,
         )
     assert metadata.data_collection_type == [f"data/sources/{name}: unknown" for name in SOURCES]
     assert metadata.data_biases == ["unknown: biases were not measured"] and metadata.data_collection_timeframe is None
@@ -146,12 +160,25 @@ def test_a_table_of_several_files_is_read_whole(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         path = tmp_path / "data/splits" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"example_id": [f"{number}{row}" for row in range(4)], "repaired": [["pii", "encoding"]] * 4}), path)
+        pq.write_table(
+            pa.table({"example_id": [f"{number}{row}" for row in range(4)], "repaired": [["pii", "encoding"]] * 4}),
+            path,
+        )
     columns = {"example_id": "text", "repaired": "text[]"}
-    found = {"path": "data/splits", "md5": "0.dir", "profile": {}, "tables": {"train": {"files": dict.fromkeys(names, "0" * 32), "columns": columns, "rows": 12}}}  # fmt: skip
-    summary = {"model": {"stage": "splits"}, "sources": {}, "stages": {}, "checks": {}, "provider": {}, "data_sets": {"splits": found}}
+    found = {"path": "data/splits", "md5": "0.dir", "profile": {},
+        "tables": {"train": {"files": dict.fromkeys(names, "0" * 32), "columns": columns, "rows": 12}}}  # fmt: skip
+    summary = {
+        "model": {"stage": "splits"},
+        "sources": {},
+        "stages": {},
+        "checks": {},
+        "provider": {},
+        "data_sets": {"splits": found},
+    }
     _, read_rows = read(tmp_path, croissant(summary, ISSUED))
-    assert [row["example_id"] for row in read_rows["splits-train"]] == [f"{number}{row}" for number in range(3) for row in range(4)]
+    assert [row["example_id"] for row in read_rows["splits-train"]] == [
+        f"{number}{row}" for number in range(3) for row in range(4)
+    ]
     assert read_rows["splits-train"][0]["repaired"] == ["pii", "encoding"]
 
 
@@ -197,7 +224,11 @@ def test_spdx_is_read_by_its_library_and_names_every_source_with_hash_and_licens
     tool("spdx_python_model")
     _, found = elements(export(finished, MODEL, "spdx", issued=ISSUED))
     data = {one.name: one for one in found["dataset_DatasetPackage"]}
-    sizes = {name: len(json.loads(text)) if name.endswith(".json") else len(text.splitlines()) for name in SOURCES for text in [(finished / "data/sources" / name).read_text()]}  # fmt: skip
+    sizes = {
+        name: len(json.loads(text)) if name.endswith(".json") else len(text.splitlines())
+        for name in SOURCES
+        for text in [(finished / "data/sources" / name).read_text()]
+    }
     declared = targets(found, "hasDeclaredLicense")
     for name in SOURCES:
         package = data[f"data/sources/{name}"]
@@ -217,9 +248,22 @@ def test_spdx_has_what_its_ai_and_dataset_profiles_require(finished: Path) -> No
     [document] = found["SpdxDocument"]
     assert {one.rpartition("/")[2] for one in document.profileConformance} >= {"core", "software", "ai", "dataset"}
     required = {
-        "ai_AIPackage": ("suppliedBy", "software_downloadLocation", "software_packageVersion", "software_primaryPurpose", "releaseTime"),
-        "dataset_DatasetPackage": ("builtTime", "originatedBy", "releaseTime", "software_downloadLocation", "software_primaryPurpose", "dataset_datasetType"),
-    }  # fmt: skip
+        "ai_AIPackage": (
+            "suppliedBy",
+            "software_downloadLocation",
+            "software_packageVersion",
+            "software_primaryPurpose",
+            "releaseTime",
+        ),
+        "dataset_DatasetPackage": (
+            "builtTime",
+            "originatedBy",
+            "releaseTime",
+            "software_downloadLocation",
+            "software_primaryPurpose",
+            "dataset_datasetType",
+        ),
+    }
     for kind, names in required.items():
         assert len(found[kind]) >= 2
         for package in found[kind]:
@@ -239,7 +283,9 @@ def test_spdx_asserts_nothing_that_nobody_stated(finished: Path) -> None:
     _, found = elements(spdx(summary, ISSUED))
     by_name = {one.name: one._id for one in found["dataset_DatasetPackage"]}
     declared = targets(found, "hasDeclaredLicense")
-    assert [str(one) for one in declared[by_name[first]]] == ["https://spdx.org/rdf/3.0.1/terms/ExpandedLicensing/NoAssertionLicense"]
+    assert [str(one) for one in declared[by_name[first]]] == [
+        "https://spdx.org/rdf/3.0.1/terms/ExpandedLicensing/NoAssertionLicense"
+    ]
     assert [one.simplelicensing_licenseExpression for one in declared[by_name[second]]] == ["LicenseRef-House-rules-2"]
     assert {str(one) for to in targets(found, "hasConcludedLicense").values() for one in to} == {
         "https://spdx.org/rdf/3.0.1/terms/ExpandedLicensing/NoAssertionLicense"
@@ -247,7 +293,9 @@ def test_spdx_asserts_nothing_that_nobody_stated(finished: Path) -> None:
     [model] = [one for one in found["ai_AIPackage"] if one.name == MODEL]
     assert model.suppliedBy.name == "unknown" and model.software_downloadLocation.endswith("NoAssertionElement")
     assert "provider.legal_name" in model.suppliedBy.comment and "provider.download_url" in model.comment
-    assert all(one.dataset_hasSensitivePersonalInformation.endswith("noAssertion") for one in found["dataset_DatasetPackage"])
+    assert all(
+        one.dataset_hasSensitivePersonalInformation.endswith("noAssertion") for one in found["dataset_DatasetPackage"]
+    )
 
 
 def test_without_its_library_spdx_is_one_message_that_names_the_extra(
@@ -269,7 +317,11 @@ def test_the_formulation_has_a_task_for_each_stage_and_citations_point_to_compon
     for task in workflow["tasks"]:
         assert f"cmd: {task['steps'][0]['commands'][0]['executed']}\n" in lock and task["uid"] in lock
     assert len(workflow["tasks"]) == len(summarize(find(Index(finished), MODEL))["stages"])
-    refs = {"model"} | {part["bom-ref"] for part in document["components"]} | {task["bom-ref"] for task in workflow["tasks"]}
+    refs = (
+        {"model"}
+        | {part["bom-ref"] for part in document["components"]}
+        | {task["bom-ref"] for task in workflow["tasks"]}
+    )
     named = re.findall(r'"(?:ref|process)": "([^"]+)"', json.dumps([document["formulation"], document["citations"]]))
     assert set(named) <= refs and len(named) > 20
     parts = {}
@@ -286,18 +338,32 @@ def test_parts_of_outputs_and_folders_of_outputs_lead_to_the_stages_that_made_th
     project = Project(tmp_path)
     lock = project.trained(project.curated([("cats", "train", "data/sources/faq.jsonl")]), ["cats"])
     lock |= project.splits([("mice", "train", "data/sources/pairs.jsonl")], "preferences")
-    lock["preferences"]["deps"].append({"path": "data/splits", "hash": "md5", "md5": out(lock, "splits")})  # compared with alone
+    lock["preferences"]["deps"].append(
+        {"path": "data/splits", "hash": "md5", "md5": out(lock, "splits")}
+    )  # compared with alone
     train = part_of(Objects(tmp_path).listing(out(lock, "splits")) or {}, "train") or ""
-    reads = {"data/splits/train": train, "data/merged/lora": out(lock, "merged@lora"), "data/preferences": out(lock, "preferences")}
+    reads = {
+        "data/splits/train": train,
+        "data/merged/lora": out(lock, "merged@lora"),
+        "data/preferences": out(lock, "preferences"),
+    }
     for name, settings in (("grpo", {"method": "grpo", "reward_target": "response"}), ("dpo", {"method": "dpo"})):
-        lock[f"aligned@{name}"] = entry(f"aligned@{name}", reads, project.put({"adapter_model.safetensors": name.encode()}))
+        lock[f"aligned@{name}"] = entry(
+            f"aligned@{name}", reads, project.put({"adapter_model.safetensors": name.encode()})
+        )
         lock[f"aligned@{name}"]["params"] = {"params.yaml": {f"aligned.{name}": {"adapter": "lora", **settings}}}
     released = {"data/merged": project.folder({"lora": out(lock, "merged@lora")})}
     lock["release"] = entry(
-        "release", released, project.put({"README.md": b"card", "model.safetensors": out(lock, "adapter@lora").encode()})
+        "release",
+        released,
+        project.put({"README.md": b"card", "model.safetensors": out(lock, "adapter@lora").encode()}),
     )
     project.commit(lock)
-    expected = {"aligned@grpo": {"merged@lora", "splits"}, "aligned@dpo": {"merged@lora", "preferences"}, "release": {"merged@lora"}}
+    expected = {
+        "aligned@grpo": {"merged@lora", "splits"},
+        "aligned@dpo": {"merged@lora", "preferences"},
+        "release": {"merged@lora"},
+    }
     for name, parents in expected.items():
         summary = summarize(find(Index(tmp_path), name)) | {"provider": {}, "data_sets": {}}
         [workflow] = json.loads(cyclonedx(summary, ISSUED))["formulation"][0]["workflows"]
@@ -305,7 +371,9 @@ def test_parts_of_outputs_and_folders_of_outputs_lead_to_the_stages_that_made_th
         assert set(depends) == {f"task:{one}" for one in parents}
         outputs = {f"data/{one.replace('@', '/')}" for one in parents}
         events = [json.loads(line) for line in openlineage(summary, ISSUED).splitlines()]
-        assert all(outputs <= {one["name"] for one in event["inputs"]} for event in events if event["job"]["name"] == name)
+        assert all(
+            outputs <= {one["name"] for one in event["inputs"]} for event in events if event["job"]["name"] == name
+        )
         assert summary["stages"].get("preferences", {}).get("made_from", []) == []
 
 
@@ -313,10 +381,14 @@ def test_parts_of_outputs_and_folders_of_outputs_lead_to_the_stages_that_made_th
 
 TEMPLATE = [
     "1. General information", "1.1. Provider identification", "1.2. Model identification",
-    "1.3. Modalities, overall training data size and other characteristics", "2. List of data sources", "2.1. Publicly available datasets",
-    "2.2. Private non-publicly available datasets obtained from third parties", "2.2.1. Datasets commercially licensed by rightsholders or their representatives",
-    "2.2.2. Private datasets obtained from other third parties", "2.3. Data crawled and scraped from online sources", "2.4. User data", "2.5. Synthetic data",
-    "2.6. Other sources of data", "3. Data processing aspects", "3.1. Respect of reservation of rights from text and data mining exception or limitation",
+    "1.3. Modalities, overall training data size and other characteristics", "2. List of data sources",
+    "2.1. Publicly available datasets",
+    "2.2. Private non-publicly available datasets obtained from third parties",
+    "2.2.1. Datasets commercially licensed by rightsholders or their representatives",
+    "2.2.2. Private datasets obtained from other third parties", "2.3. Data crawled and scraped from online sources",
+    "2.4. User data", "2.5. Synthetic data",
+    "2.6. Other sources of data", "3. Data processing aspects",
+    "3.1. Respect of reservation of rights from text and data mining exception or limitation",
     "3.2. Removal of illegal content", "3.3. Other information (optional)",
 ]  # fmt: skip
 """Headings of the Commission's template, in its order."""
@@ -325,11 +397,13 @@ TEMPLATE = [
 def test_the_summary_has_the_headings_of_the_template_and_the_numbers_of_the_files(finished: Path) -> None:
     text = export(finished, "merged@lora", "eu-summary", issued=ISSUED)
     assert re.findall(r"(?m)^#{2,4} (.+)$", text) == TEMPLATE
-    tokens = sum(sum(lengths) for lengths in pq.read_table(finished / "data/tokenized/train.parquet")["lengths"].to_pylist())
+    tokens = sum(
+        sum(lengths) for lengths in pq.read_table(finished / "data/tokenized/train.parquet")["lengths"].to_pylist()
+    )
     train = tables(finished)["splits-train"]
     assert (
-        f"| text | less than 1 billion tokens; splits: {len(train)} training records; tokenized: {len(train)} examples with {tokens:,} tokens"
-        in text
+        f"| text | less than 1 billion tokens; splits: {len(train)} training records; tokenized: {len(train)} examples"
+        f" with {tokens:,} tokens" in text
     )
     counted = Counter(row["source"] for row in train)
     for name in SOURCES[:3]:
@@ -359,21 +433,39 @@ def test_declarations_answer_the_questions_about_sources(finished: Path) -> None
     sources[first] = declare(sources[first], category="public", collected={"from": "2024-01-01", "to": "2024-06-30"})
     sources[second] = declare(sources[second], category="user", collected={"to": "2025-02-03"})
     partly = eu_summary(summary, ISSUED)
-    assert f"*missing*: `category` of {third}" in partly and f"yes: {first} (*missing*: `category` of {third})" in partly
-    sources[third] = declare(sources[third], category="licensed", generator="Model 9", collected={"from": "2024-02-02", "to": "2024-03-03"})
+    assert (
+        f"*missing*: `category` of {third}" in partly and f"yes: {first} (*missing*: `category` of {third})" in partly
+    )
+    sources[third] = declare(
+        sources[third], category="licensed", generator="Model 9", collected={"from": "2024-02-02", "to": "2024-03-03"}
+    )
     whole = eu_summary(summary, ISSUED)
     answers = dict(re.findall(r"(?m)^#{3,4} (2\.\S+) .*\n\n- \*\*Used:\*\* (.+)$", whole))
     assert answers == {
-        "2.1.": f"yes: {first}", "2.2.1.": f"yes: {third}", "2.2.2.": "no", "2.3.": "no", "2.4.": f"yes: {second}", "2.5.": f"yes: {third}", "2.6.": "no",
+        "2.1.": f"yes: {first}", "2.2.1.": f"yes: {third}", "2.2.2.": "no", "2.3.": "no", "2.4.": f"yes: {second}",
+        "2.5.": f"yes: {third}", "2.6.": "no",
     }  # fmt: skip
-    assert "**Latest date of data acquisition/collection for model training:** 2025-02-03\n" in whole and f"Model 9 for {third}" in whole
-    assert f"({sources[second]['rows']} rows, collected *missing* to 2025-02-03)" in whole and "`provider.user_services`" in whole
+    assert (
+        "**Latest date of data acquisition/collection for model training:** 2025-02-03\n" in whole
+        and f"Model 9 for {third}" in whole
+    )
+    assert (
+        f"({sources[second]['rows']} rows, collected *missing* to 2025-02-03)" in whole
+        and "`provider.user_services`" in whole
+    )
     assert "`provider.crawlers`" not in whole
 
 
-@pytest.mark.parametrize("sampled, count", [({"sampled": {"answers": 256}}, "256"), ({}, "*missing*")], ids=["counted", "not counted"])
-def test_a_model_that_learned_from_its_own_answers_used_synthetic_data(finished: Path, sampled: dict[str, Any], count: str) -> None:
-    reports = {name: json.loads((finished / f"data/reports/{name}.json").read_text()) for name in ("base_model", "raw_examples")}
+@pytest.mark.parametrize(
+    "sampled, count", [({"sampled": {"answers": 256}}, "256"), ({}, "*missing*")], ids=["counted", "not counted"]
+)
+def test_a_model_that_learned_from_its_own_answers_used_synthetic_data(
+    finished: Path, sampled: dict[str, Any], count: str
+) -> None:
+    reports = {
+        name: json.loads((finished / f"data/reports/{name}.json").read_text())
+        for name in ("base_model", "raw_examples")
+    }
     for source in reports["raw_examples"]["sources"].values():
         source["category"] = "user"
 
@@ -381,14 +473,21 @@ def test_a_model_that_learned_from_its_own_answers_used_synthetic_data(finished:
         aligned = {"method": method, "output_sha256": "0" * 64, **sampled}
         known = from_reports("aligned@it", reports | {"aligned@it": aligned})
         text = eu_summary(
-            summary_of(finished, "merged@lora") | {key: known[key] for key in ("sources", "own_answers") if key in known}, ISSUED
+            summary_of(finished, "merged@lora")
+            | {key: known[key] for key in ("sources", "own_answers") if key in known},
+            ISSUED,
         )
         return text[text.index("### 2.5") : text.index("### 2.6")]
 
     online, offline = synthetic("rloo"), synthetic("dpo")
-    assert "- **Used:** yes" in online and f"aligned@it (rloo) learned from {count} answers that it wrote during training" in online
+    assert (
+        "- **Used:** yes" in online
+        and f"aligned@it (rloo) learned from {count} answers that it wrote during training" in online
+    )
     assert "**Used:** yes" not in offline and "learned from" not in offline
-    assert (f"aligned@it (gkd) learned from {count} answers" in synthetic("gkd")) == bool(sampled), "a distillation samples, or does not"
+    assert (f"aligned@it (gkd) learned from {count} answers" in synthetic("gkd")) == bool(sampled), (
+        "a distillation samples, or does not"
+    )
 
 
 @pytest.mark.parametrize(
@@ -434,14 +533,20 @@ def test_augmented_copies_count_for_the_source_of_their_prompt_and_for_the_file_
         "b": {"preferences": {"train": 4}},
         "p": {},
     }
-    summary = {"outcomes": outcomes, "sources": {"a": {"format": "messages"}, "b": {"format": "pairs"}, "p": {"format": "paraphrases"}}}
+    summary = {
+        "outcomes": outcomes,
+        "sources": {"a": {"format": "messages"}, "b": {"format": "pairs"}, "p": {"format": "paraphrases"}},
+    }
     assert training_records(summary) == {"a": 9, "b": 4, "p": 1}
 
 
 def test_the_datasheet_answers_every_question_once_and_counts_the_files(finished: Path) -> None:
     text = export(finished, MODEL, "datasheet", issued=ISSUED)
     found = re.findall(r"(?m)^\*\*(.+)\*\*$", text)
-    assert found == [question for questions in SECTIONS.values() for question in questions] and len(found) == len(set(found)) > 45
+    assert (
+        found == [question for questions in SECTIONS.values() for question in questions]
+        and len(found) == len(set(found)) > 45
+    )
     answers = [part.partition("**\n\n")[2].strip() for part in re.split(r"(?m)^\*\*(?=[A-Z])", text)[1:]]
     assert all(answers) and len([one for one in answers if one.startswith("*missing*")]) >= 20
     for name, expected in tables(finished).items():
@@ -454,11 +559,28 @@ def test_the_datasheet_answers_every_question_once_and_counts_the_files(finished
 def test_texts_of_people_are_text_in_markdown() -> None:
     hostile = "<script>alert(1)</script> [x](http://x.y) | `a`"
     summary = {
-        "model": {"stage": "splits", "md5": "0.dir"}, "sources": {f"data/{hostile}": {"rows": 1, "format": "messages", "sha256": "0", "license": hostile}},
-        "stages": {}, "checks": {}, "parameters": {}, "training": {}, "records": None, "code": {"commit": None}, "metrics": {}, "base_model": {"origin": hostile},
-        "provider": {"legal_name": hostile}, "outcomes": {}, "licenses": {"listed": [], "problems": []},
-        "data_sets": {"splits": {"path": "data/splits", "md5": "0", "tables": {}, "profile": {"scripts": {hostile: 1}, "categories": {hostile: 1}}}},
-    }  # fmt: skip
+        "model": {"stage": "splits", "md5": "0.dir"},
+        "sources": {f"data/{hostile}": {"rows": 1, "format": "messages", "sha256": "0", "license": hostile}},
+        "stages": {},
+        "checks": {},
+        "parameters": {},
+        "training": {},
+        "records": None,
+        "code": {"commit": None},
+        "metrics": {},
+        "base_model": {"origin": hostile},
+        "provider": {"legal_name": hostile},
+        "outcomes": {},
+        "licenses": {"listed": [], "problems": []},
+        "data_sets": {
+            "splits": {
+                "path": "data/splits",
+                "md5": "0",
+                "tables": {},
+                "profile": {"scripts": {hostile: 1}, "categories": {hostile: 1}},
+            }
+        },
+    }
     for text in (eu_summary(summary, ISSUED), datasheet(summary, ISSUED)):
         assert "alert" in text and not re.search(r"(?<!\\)(<script|\]\(|`a)", text)
 
@@ -494,7 +616,9 @@ def test_the_provider_of_a_revision_is_that_of_its_params(finished: Path) -> Non
     edit_params(finished, lambda values: values.update(provider={"legal_name": "Then Ltd"}))
     small_pipeline.commit(finished, "made")
     edit_params(finished, lambda values: values.update(provider={"legal_name": "Now Ltd"}))
-    assert provider(finished, None) == {"legal_name": "Now Ltd"} and provider(finished, "HEAD") == {"legal_name": "Then Ltd"}
+    assert provider(finished, None) == {"legal_name": "Now Ltd"} and provider(finished, "HEAD") == {
+        "legal_name": "Then Ltd"
+    }
 
 
 @pytest.mark.parametrize(
@@ -508,7 +632,9 @@ def test_the_provider_of_a_revision_is_that_of_its_params(finished: Path) -> Non
         ([1], "provider"),
     ],
 )
-def test_a_wrong_provider_is_one_message(finished: Path, section: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_provider_is_one_message(
+    finished: Path, section: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit_params(finished, lambda values: values.update(provider=section))
     out = finished / "out.md"
     given = ["--issued", "2026-01-31", "--out", str(out), "--project", str(finished)]
@@ -519,7 +645,8 @@ def test_a_wrong_provider_is_one_message(finished: Path, section: Any, message: 
 
 def test_each_declared_field_is_in_the_datasheet(finished: Path) -> None:
     summary = summary_of(finished, "splits")
-    values = {"category": "synthetic", "collected": {"from": "2024-01-01"}, "generator": "Model 9", "permission": "form 3", "retain_until": "2027-12-31", "purposes": ["support"]}  # fmt: skip
+    values = {"category": "synthetic", "collected": {"from": "2024-01-01"}, "generator": "Model 9",
+        "permission": "form 3", "retain_until": "2027-12-31", "purposes": ["support"]}  # fmt: skip
     assert set(values) == set(NAMES)
     first = next(iter(summary["sources"]))
     summary["sources"][first] = declare(summary["sources"][first], **values)
@@ -532,7 +659,9 @@ def test_each_declared_field_is_in_the_datasheet(finished: Path) -> None:
 # --- all together
 
 
-def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool("spdx_python_model")
     folder = finished.parent / "exports"
     arguments = ["export", MODEL, "--all", str(folder), "--issued", "2026-01-31", "--project", str(finished)]
@@ -540,11 +669,17 @@ def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(f
     document = json.loads(capsys.readouterr().out)
     files = contents(folder)
     page = files.pop("papers.html").decode()
-    assert {one["format"] for one in document["exports"]} == set(formats()) and set(files) == {one["file"] for one in document["exports"]}
+    assert {one["format"] for one in document["exports"]} == set(formats()) and set(files) == {
+        one["file"] for one in document["exports"]
+    }
     assert document["missing"] == [] and 'id="missing"' not in page and 'id="release"' not in page
     for one in document["exports"]:
         assert one["sha256"] == hashlib.sha256(files[one["file"]]).hexdigest() and one["sha256"] in page
-        assert files[one["file"]].decode() == export(finished, MODEL, one["format"], issued=ISSUED) and one["shows"] and one["shows_not"]
+        assert (
+            files[one["file"]].decode() == export(finished, MODEL, one["format"], issued=ISSUED)
+            and one["shows"]
+            and one["shows_not"]
+        )
     assert "http" not in page.replace("http-equiv", "") and str(finished) not in page
     assert main(arguments) == 0 and (folder / "papers.html").read_text() == page
     assert main([*arguments, "--out", "x"]) == 2 and "--out cannot be combined" in capsys.readouterr().err
@@ -558,7 +693,11 @@ def test_a_stranger_verifies_a_signed_folder_of_exports_alone(finished: Path) ->
     elsewhere = Path(shutil.move(folder, finished.parent / "stranger"))
     shutil.rmtree(finished)
     document = verify_signatures(elsewhere, str(elsewhere), str(public))
-    assert document["verdict"] == "verified" and document["papers"]["documents"] == len(formats()) + 1 and document["papers"]["values"] > 90
+    assert (
+        document["verdict"] == "verified"
+        and document["papers"]["documents"] == len(formats()) + 1
+        and document["papers"]["values"] > 90
+    )
     flip(elsewhere / "papers/training-content.md")
     found = verify_signatures(elsewhere, str(elsewhere), str(public))
     assert found["verdict"] == "altered" and "training-content.md" in json.dumps(found)

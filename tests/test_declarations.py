@@ -1,4 +1,5 @@
-"""What people declare of a source is shown wherever its license is, changes no row, and belongs to the model's own runs."""
+"""What people declare of a source is shown wherever its license is, changes no
+row, and belongs to the model's own runs."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_declarations_enter_the_report_and_leave_every_byte_of_the_output_as_it_
     plain, declared = read(tmp_path, "plain"), read(tmp_path, "declared", **DECLARED)
     assert "declared" not in plain and declared.pop("declared") == DECLARED and declared == plain
     made = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
-    assert made == {path.name: path.read_bytes() for path in (tmp_path / "declared").iterdir()} and read_records(tmp_path / "plain")
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "declared").iterdir()} and read_records(
+        tmp_path / "plain"
+    )
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -63,18 +66,22 @@ def test_each_field_may_be_given_alone_and_comes_back_as_it_was_written(name: st
 
 def test_preferences_and_paraphrases_declare_the_same() -> None:
     pairs = parse(raw_preferences.Params, {"sources": [{"path": FILE, **DECLARED}]}, "raw_preferences").sources[0]
-    added = parse(splits.Params, {"augment": {"paraphrases": "data/sources/paraphrases/p.jsonl", **DECLARED}}, "splits").augment
+    added = parse(
+        splits.Params, {"augment": {"paraphrases": "data/sources/paraphrases/p.jsonl", **DECLARED}}, "splits"
+    ).augment
     assert added and pairs.given == added.given == {"declared": DECLARED}
 
 
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"category": "own"}, "raw_examples.sources.0.category: Input should be 'public', 'licensed', 'third_party', 'crawled', 'user' or 'synthetic'"),
+        ({"category": "own"}, "raw_examples.sources.0.category: Input should be 'public', 'licensed', 'third_party',"
+                              " 'crawled', 'user' or 'synthetic'"),
         ({"retain_until": "2027-02-30"}, "raw_examples.sources.0.retain_until: day is out of range for month"),
         ({"retain_until": "31.1.2027"}, "raw_examples.sources.0.retain_until: not a date: write YYYY-MM-DD, in quotes"),
         ({"collected": {}}, "raw_examples.sources.0.collected: give from, to or both"),
-        ({"collected": {"from": "2024-02-01", "to": "2024-01-31"}}, "raw_examples.sources.0.collected: from is after to"),
+        ({"collected": {"from": "2024-02-01", "to": "2024-01-31"}}, "raw_examples.sources.0.collected: from is after"
+                                                                    " to"),
         ({"collected": {"since": "2024-02-01"}}, "raw_examples.sources.0.collected.since: unknown key"),
         ({"purposes": "support"}, "raw_examples.sources.0.purposes: Input should be a valid list"),
         ({"purposes": [""]}, "raw_examples.sources.0.purposes.0: String should have at least 1 character"),
@@ -89,9 +96,14 @@ def test_a_mistake_names_the_key_and_what_is_allowed(declared: dict[str, Any], m
 
 def test_unknown_keys_are_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError) as refused:
-        parse(raw_examples.Params, {"sources": [{"path": FILE, "retain": "2027-01-31", "collected": {"since": "2024"}}]}, "raw_examples")
+        parse(
+            raw_examples.Params,
+            {"sources": [{"path": FILE, "retain": "2027-01-31", "collected": {"since": "2024"}}]},
+            "raw_examples",
+        )
     assert (
-        all(name in refused.value.hint for name in DECLARED) and "keys of raw_examples.sources.0.collected: from, to" in refused.value.hint
+        all(name in refused.value.hint for name in DECLARED)
+        and "keys of raw_examples.sources.0.collected: from, to" in refused.value.hint
     )
 
 
@@ -126,7 +138,9 @@ def test_a_model_has_the_declarations_of_its_own_runs_whatever_the_workspace_say
     rows = [("cats", "train", FILE), ("dogs", "train", OTHER)]
     first = made.commit(made.trained(declare(made, made.curated(rows), a=DECLARED), ["cats", "dogs"]))
     second = made.commit(
-        made.trained(declare(made, made.curated([*rows, ("fish", "test", FILE)]), b={"category": "user"}), ["cats", "dogs"])
+        made.trained(
+            declare(made, made.curated([*rows, ("fish", "test", FILE)]), b={"category": "user"}), ["cats", "dogs"]
+        )
     )
     (made.root / "params.yaml").write_text(f"raw_examples: {{sources: [{{path: {FILE}, category: crawled}}]}}\n")
     (made.root / "data/reports/instructions.json").write_text("{}")
@@ -141,13 +155,19 @@ def test_a_model_has_the_declarations_of_its_own_runs_whatever_the_workspace_say
 def test_audit_card_and_page_show_every_field_and_unknown_for_the_rest(tmp_path: Path) -> None:
     made = Project(tmp_path / "project")
     made.commit(
-        made.trained(declare(made, made.curated([("cats", "train", FILE), ("dogs", "train", OTHER)]), a=DECLARED), ["cats", "dogs"])
+        made.trained(
+            declare(made, made.curated([("cats", "train", FILE), ("dogs", "train", OTHER)]), a=DECLARED),
+            ["cats", "dogs"],
+        )
     )
     document = audit(made.root, "merged@lora")
     assert document["sources"][FILE]["declared"] == DECLARED
     assert document["sources"][OTHER]["declared"] == dict.fromkeys(DECLARED, "unknown")
     text = as_text(document)
-    assert "    category licensed; collected 2024-01-01 to 2024-06-30; generator Some model 3; permission contract 17" in text
+    assert (
+        "    category licensed; collected 2024-01-01 to 2024-06-30; generator Some model 3; permission contract 17"
+        in text
+    )
     assert "    unknown: category, collected, generator, permission, retain until, purposes" in text
     card = model_card(summarize(find(Index(made.root), "merged@lora")))
     assert f"| {FILE} | {' | '.join(WORDS)} |" in card and f"| {OTHER} | {' | '.join(['unknown'] * 6)} |" in card
@@ -158,7 +178,9 @@ def test_audit_card_and_page_show_every_field_and_unknown_for_the_rest(tmp_path:
 def test_the_page_of_a_data_set_has_the_declarations_of_its_sources(tmp_path: Path) -> None:
     out, pages = tmp_path / "data/instructions", tmp_path / "data/pages/instructions"
     out.mkdir(parents=True)
-    (out / "findings.json").write_text(json.dumps({"name": "x", "format": "y", "rows": 1, "kept": 1, "dropped": {}, "findings": []}))
+    (out / "findings.json").write_text(
+        json.dumps({"name": "x", "format": "y", "rows": 1, "kept": 1, "dropped": {}, "findings": []})
+    )
     sources = {FILE: {"rows": 3, "license": "MIT", "declared": DECLARED}, OTHER: {"rows": 4, "license": "unknown"}}
     jsonl(tmp_path / "data/reports/raw_examples.json", {"sources": sources})
     draw_data_quality(Documents(tmp_path, "instructions", out, pages, {}))

@@ -1,4 +1,5 @@
-"""deploy/: valid by the schemas of compose and Kubernetes, free of secrets, on loopback; the commands of compose.yaml run as processes.
+"""deploy/: valid by the schemas of compose and Kubernetes, free of secrets, on
+loopback; the commands of compose.yaml run as processes.
 
 No container is built or started here.
 """
@@ -75,7 +76,11 @@ def test_ports_are_published_on_loopback_only() -> None:
 def test_every_secret_comes_from_the_environment_and_has_no_default() -> None:
     required = dict(re.findall(r"\$\{(\w+):\?([^}]+)\}", (DEPLOY / "compose.yaml").read_text()))
     assert set(required.values()) == {"set it in deploy/.env"}
-    example = dict(line.split("=", 1) for line in (DEPLOY / ".env.example").read_text().splitlines() if line and not line.startswith("#"))
+    example = dict(
+        line.split("=", 1)
+        for line in (DEPLOY / ".env.example").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
     assert set(example) == set(required) and set(example.values()) == {""}
     for service in SERVICES.values():
         for name, value in environment(service).items():
@@ -85,8 +90,12 @@ def test_every_secret_comes_from_the_environment_and_has_no_default() -> None:
 
 def test_ray_requires_a_token_on_every_node_and_from_the_driver() -> None:
     for name in ("ray-head", "ray-worker", "code"):
-        assert environment(SERVICES[name])["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" in environment(SERVICES[name])
-    assert not any("RAY_AUTH_TOKEN" in environment(SERVICES[name]) for name in ("webserver", "daemon", "postgres", "s3"))
+        assert environment(SERVICES[name])["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" in environment(
+            SERVICES[name]
+        )
+    assert not any(
+        "RAY_AUTH_TOKEN" in environment(SERVICES[name]) for name in ("webserver", "daemon", "postgres", "s3")
+    )
 
 
 def test_images_of_others_have_a_fixed_version_and_mounted_files_exist() -> None:
@@ -149,7 +158,8 @@ def test_the_image_has_the_package_for_a_project_without_code_of_its_own() -> No
 
 
 def test_a_user_of_the_image_without_an_entry_in_passwd_has_a_name() -> None:
-    """compose.yaml runs as the owner of the clone, whom /etc/passwd of the image lists only if the id is 1000. DVC asks for the name as below."""
+    """compose.yaml runs as the owner of the clone, whom /etc/passwd of the
+    image lists only if the id is 1000. DVC asks for the name as below."""
     (line,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     variables = dict(word.split("=", 1) for word in line.replace("\\\n", " ").split())
     unlisted = "import getpass, os, pwd; os.getuid = lambda: 4_000_000_000; print(getpass.getuser())"
@@ -161,13 +171,18 @@ def test_git_in_the_image_reads_the_project_whoever_owns_its_folder(tmp_path: Pa
     """The root of a volume belongs to root, the image's user is another one, and git refuses that by default."""
     (words,) = re.findall(r"&& git (config --system .+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     variables = {
-        "PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": str(tmp_path / "gitconfig"), "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1",
+        "PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": str(tmp_path / "gitconfig"),
+        "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1",
     }  # fmt: skip
     project = tmp_path / "project"
-    subprocess.run(["git", "init", "-q", str(project)], check=True, env={**variables, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "0"})
+    subprocess.run(
+        ["git", "init", "-q", str(project)], check=True, env={**variables, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "0"}
+    )
 
     def status() -> int:
-        return subprocess.run(["git", "status"], cwd=project, env=variables, capture_output=True, check=False).returncode
+        return subprocess.run(
+            ["git", "status"], cwd=project, env=variables, capture_output=True, check=False
+        ).returncode
 
     assert status() != 0
     subprocess.run(["git", *words.replace("/project", str(project)).split()], check=True, env=variables)
@@ -197,7 +212,11 @@ def pods() -> Iterator[dict[str, Any]]:
     (code,) = CHART_VALUES["dagster-user-deployments"]["deployments"]
     container = {"name": "code", "image": "x", **{key: code[key] for key in ("env", "volumeMounts", "resources")}}
     container["envFrom"] = [{"secretRef": one} for one in code["envSecrets"]]
-    keys = {"initContainers": code["initContainers"], "volumes": code["volumes"], "securityContext": code["podSecurityContext"]}
+    keys = {
+        "initContainers": code["initContainers"],
+        "volumes": code["volumes"],
+        "securityContext": code["podSecurityContext"],
+    }
     yield pod({"spec": {"containers": [container], **keys}})
 
 
@@ -232,7 +251,9 @@ def test_ray_start_has_every_option_of_compose_and_of_the_ray_cluster() -> None:
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         given.append([f"--{name}={value}" for name, value in group["rayStartParams"].items()])
     read = [start.make_context("start", list(options)).params for options in given]
-    assert [one["head"] for one in read] == [True, False, *[False] * (len(read) - 2)] and all(one["block"] for one in read[:2])
+    assert [one["head"] for one in read] == [True, False, *[False] * (len(read) - 2)] and all(
+        one["block"] for one in read[:2]
+    )
     assert [read[0]["num_cpus"], read[2]["num_cpus"]] == [0, 0], "no stage runs on a head"
     with pytest.raises(Exception, match="No such option"):
         start.make_context("start", ["--num-cpu=0"])
@@ -254,13 +275,17 @@ def test_the_webserver_of_the_chart_listens_on_a_port_that_any_user_may_open() -
     webserver = CHART_VALUES["dagsterWebserver"]
     port = webserver["service"]["port"]
     assert port >= 1024 and webserver["readinessProbe"]["httpGet"]["port"] == port
-    forwarded = re.findall(r"port-forward service/dagster-dagster-webserver \d+:(\d+)", (ROOT / "docs/cluster.md").read_text())
+    forwarded = re.findall(
+        r"port-forward service/dagster-dagster-webserver \d+:(\d+)", (ROOT / "docs/cluster.md").read_text()
+    )
     assert forwarded == [str(port)]
 
 
 def test_no_manifest_has_a_secret() -> None:
     for path in (DEPLOY / "kubernetes").glob("*.yaml"):
-        assert not re.search(r"(?i)(password|secret_access_key|token): *[\"']?[^\s\"'{]{6,}", path.read_text().replace("mode: token", ""))
+        assert not re.search(
+            r"(?i)(password|secret_access_key|token): *[\"']?[^\s\"'{]{6,}", path.read_text().replace("mode: token", "")
+        )
         assert "kind: Secret" not in path.read_text()
 
 
@@ -298,13 +323,25 @@ def test_the_processes_of_dagster_in_compose_work_together(project: Path, postgr
     with ExitStack() as stack:
         for name, answers, extra in (
             ("code", code_answers, {"PEDIGREE_PROJECT": str(project), "HF_HUB_OFFLINE": "1"}),
-            ("webserver", webserver_answers, {"PEDIGREE_CODE_HOST": "127.0.0.1", "PEDIGREE_CODE_PORT": str(ports["4000"])}),
-            ("daemon", lambda: bool(postgres.query("SELECT 1 FROM daemon_heartbeats", "dagster")), {"PEDIGREE_CODE_HOST": "127.0.0.1", "PEDIGREE_CODE_PORT": str(ports["4000"])}),
-        ):  # fmt: skip
-            stack.enter_context(running(command(name, ports, tmp_path), tmp_path / f"{name}.log", answers, environment=common | extra))
+            (
+                "webserver",
+                webserver_answers,
+                {"PEDIGREE_CODE_HOST": "127.0.0.1", "PEDIGREE_CODE_PORT": str(ports["4000"])},
+            ),
+            (
+                "daemon",
+                lambda: bool(postgres.query("SELECT 1 FROM daemon_heartbeats", "dagster")),
+                {"PEDIGREE_CODE_HOST": "127.0.0.1", "PEDIGREE_CODE_PORT": str(ports["4000"])},
+            ),
+        ):
+            stack.enter_context(
+                running(command(name, ports, tmp_path), tmp_path / f"{name}.log", answers, environment=common | extra)
+            )
         run = launch(url, "raw_examples", "raw_preferences")  # at once, each in a process
         assert ended(url, run) == "SUCCESS", (tmp_path / "code.log").read_text()
-    assert all((project / "data" / name).is_dir() for name in ("raw_examples", "raw_preferences")), "the code location has the clone"
+    assert all((project / "data" / name).is_dir() for name in ("raw_examples", "raw_preferences")), (
+        "the code location has the clone"
+    )
     limits = postgres.query('SELECT concurrency_key, "limit" FROM concurrency_limits', "dagster")
     assert ("gpu", 1) in limits and {name for name, _ in limits} == {"cpu", "gpu", "ray"}
     logs = "".join((tmp_path / f"{name}.log").read_text() for name in ("code", "webserver", "daemon"))
@@ -313,7 +350,9 @@ def test_the_processes_of_dagster_in_compose_work_together(project: Path, postgr
 
 def ask(url: str, query: str, **variables: Any) -> Any:
     body = json.dumps({"query": query, "variables": variables}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/graphql", body, {"Content-Type": "application/json"}), timeout=60) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{url}/graphql", body, {"Content-Type": "application/json"}), timeout=60
+    ) as answer:
         found = json.load(answer)
     assert "errors" not in found, found
     return found["data"]
@@ -326,7 +365,8 @@ LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $pa
 def launch(url: str, *assets: str) -> str:
     """Launch a run of some assets in the code location; its id."""
     selector = {
-        "repositoryLocationName": "pedigree", "repositoryName": "__repository__", "pipelineName": "__ASSET_JOB", "assetSelection": [{"path": [asset]} for asset in assets],
+        "repositoryLocationName": "pedigree", "repositoryName": "__repository__", "pipelineName": "__ASSET_JOB",
+        "assetSelection": [{"path": [asset]} for asset in assets],
     }  # fmt: skip
     found = ask(url, LAUNCH, params={"selector": selector, "mode": "default"})["launchRun"]
     assert found["__typename"] == "LaunchRunSuccess", found
@@ -336,7 +376,9 @@ def launch(url: str, *assets: str) -> str:
 def ended(url: str, run: str) -> str:
     """The status in which a run ended."""
     for _ in range(600):
-        status = ask(url, "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run)["runOrError"]["status"]
+        status = ask(url, "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run)["runOrError"][
+            "status"
+        ]
         if status in {"SUCCESS", "FAILURE", "CANCELED"}:
             return str(status)
         time.sleep(0.3)

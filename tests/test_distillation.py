@@ -1,4 +1,5 @@
-"""GKD: the loss is the divergence of the paper from a larger model that is pinned by hashes; other teachers are refused."""
+"""GKD: the loss is the divergence of the paper from a larger model that is
+pinned by hashes; other teachers are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ CPU = torch.device("cpu")
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
 PARAMS = PreferenceParams(
-    learning_rate=1e-3, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, lr_scheduler_type="constant"
+    learning_rate=1e-3,
+    num_train_epochs=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    lr_scheduler_type="constant",
 )
 ANSWERED = [
     ([5, 6, 7, 8, 9], [10, 11, 12]),
@@ -70,13 +75,15 @@ def method(**options: Any) -> preference.Gkd:
 
 def trained(policy: Any, large: Any, tokenizer: Any, params: PreferenceParams = PARAMS, **options: Any) -> Any:
     pairs = {"train": [{"example_id": str(row)} for row in range(len(ROWS))]}
-    run = AlignmentRun(ShardedModel(policy, None, CPU), tokenizer, pairs, None, params, COMPUTE, None, teacher=lambda: large)  # type: ignore[arg-type]
+    run = AlignmentRun(
+        ShardedModel(policy, None, CPU), tokenizer, pairs, None, params, COMPUTE, None, teacher=lambda: large
+    )  # type: ignore[arg-type]
     return training.train(method(**options).trainer_spec(run), run.shared, tokenizer, ROWS, ROWS[:3], params, COMPUTE)
 
 
 def divergence(beta: float, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Generalized Jensen-Shannon divergence of rows of log-probabilities (arXiv 2306.13649, equation 1); at 0 and 1 its limits, up to a factor: the
-    forward and the reverse KL divergence."""
+    """Generalized Jensen-Shannon divergence of rows of log-probabilities (arXiv 2306.13649, equation 1); at 0 and 1 its
+    limits, up to a factor: the forward and the reverse KL divergence."""
     p, q = teacher.exp(), student.exp()
     if beta in (0, 1):
         return (p * (teacher - student) if beta == 0 else q * (student - teacher)).sum(-1)
@@ -117,7 +124,9 @@ def test_without_own_answers_the_training_is_that_of_the_papers_formula_in_float
         assert point["on_policy"] == 0
         optimizer.step()
         optimizer.zero_grad()
-    own, other = ({name: w.detach().float() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, plain))
+    own, other = (
+        {name: w.detach().float() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, plain)
+    )
     assert_close(own, other, 1e-3)
     last = [float(plainly(plain, double, beta, ANSWERED[some]).detach()) for some in (slice(0, 2), slice(2, 3))]
     validation = [point["validation_loss"] for point in history.curve if "validation_loss" in point]
@@ -137,7 +146,9 @@ def test_with_own_answers_the_first_loss_is_the_divergence_on_what_the_policy_sa
 
     decode = distillation.decode
     monkeypatch.setattr(distillation, "decode", noted)
-    params = PARAMS.model_copy(update={"max_steps": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4})
+    params = PARAMS.model_copy(
+        update={"max_steps": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    )
     plain, double = copy.deepcopy(built).double(), copy.deepcopy(large).double()
     history = trained(copy.deepcopy(built), copy.deepcopy(large), tiny_tokenizer, params, lmbda=1.0, max_new_tokens=5)
     first = history.curve[[("loss" in point) for point in history.curve].index(True)]
@@ -149,7 +160,9 @@ def test_with_own_answers_the_first_loss_is_the_divergence_on_what_the_policy_sa
 
 
 def test_lmbda_is_the_share_of_passes_with_own_answers(built: Any, large: Any, tiny_tokenizer: Any) -> None:
-    params = PARAMS.model_copy(update={"num_train_epochs": 10, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1})
+    params = PARAMS.model_copy(
+        update={"num_train_epochs": 10, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    )
     history = trained(copy.deepcopy(built), copy.deepcopy(large), tiny_tokenizer, params, lmbda=0.3, max_new_tokens=2)
     shares = [point["on_policy"] for point in history.curve if "loss" in point]
     assert len(shares) == 60 and 8 <= sum(shares) <= 28  # binomial(60, 0.3), 3 standard deviations around 18
@@ -164,10 +177,21 @@ def test_a_teacher_equal_to_the_policy_teaches_nothing(tiny_model: Path, tiny_to
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(beta: float, tiny_model: Path, built: Any, large: Any) -> None:
+def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(
+    beta: float, tiny_model: Path, built: Any, large: Any
+) -> None:
     policy, rows, length, width = copy.deepcopy(built), 3, 90, 60
     spec = TrainingSpec(
-        "cpu", torch.float32, tiny_model, "lora", LORA, [length] * rows, rows * width, timed=False, teacher=tiny_model, divergence=beta
+        "cpu",
+        torch.float32,
+        tiny_model,
+        "lora",
+        LORA,
+        [length] * rows,
+        rows * width,
+        timed=False,
+        teacher=tiny_model,
+        divergence=beta,
     )
     without = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, [length] * rows, rows * width, timed=False)
     predicted = spec.prediction.memory
@@ -175,7 +199,9 @@ def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(beta: float, 
     assert predicted.weights - without.prediction.memory.weights == pytest.approx(stored, rel=0.1), "the teacher's"
     batch = distillation.collate([[5] * (length - width)] * rows, [[6] * width] * rows, 0)
     with LiveBytes() as live:
-        distillation.mean_divergence(policy, large.requires_grad_(False), batch, width, torch.arange(rows * width), beta).backward()
+        distillation.mean_divergence(
+            policy, large.requires_grad_(False), batch, width, torch.arange(rows * width), beta
+        ).backward()
     assert predicted.activations + predicted.logits + predicted.gradients == pytest.approx(live.peak, rel=0.1)
 
 
@@ -183,7 +209,9 @@ def pinned(root: Path, model: Path) -> Teacher:
     """A teacher in a project."""
     folder = root / "models" / "large"
     shutil.copytree(model, folder)
-    return Teacher(folder="models/large", sha256={name: sha256_of_file(folder / name) for name in teacher.files_of(folder)})
+    return Teacher(
+        folder="models/large", sha256={name: sha256_of_file(folder / name) for name in teacher.files_of(folder)}
+    )
 
 
 def test_a_pinned_teacher_with_the_same_tokens_is_accepted(tmp_path: Path, tiny_model: Path) -> None:
@@ -210,7 +238,9 @@ def test_a_pinned_teacher_with_the_same_tokens_is_accepted(tmp_path: Path, tiny_
         ("unknown kind", "transformers cannot read models/large"),
     ],
 )
-def test_any_other_teacher_is_refused_with_a_message(fault: str, message: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_any_other_teacher_is_refused_with_a_message(
+    fault: str, message: str, tmp_path: Path, tiny_model: Path
+) -> None:
     given = pinned(tmp_path, tiny_model)
     folder, hashes = tmp_path / "models" / "large", dict(given.sha256)
     weights = folder / "model.safetensors"
@@ -240,11 +270,15 @@ def test_any_other_teacher_is_refused_with_a_message(fault: str, message: str, t
         hashes[name] = sha256_of_file(folder / name)
     given = given if fault in {"outside", "gone"} else Teacher(folder="models/large", sha256=hashes)
     with pytest.raises(InputError, match=message):
-        teacher.verify(given, teacher.locate(given, tmp_path, "aligned.x.options.teacher"), tiny_model, "aligned.x.options.teacher")
+        teacher.verify(
+            given, teacher.locate(given, tmp_path, "aligned.x.options.teacher"), tiny_model, "aligned.x.options.teacher"
+        )
 
 
 @pytest.mark.parametrize("fault", ["missing", "smaller", "damaged"])
-def test_a_teacher_whose_weights_are_not_those_of_its_configuration_is_refused(fault: str, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_teacher_whose_weights_are_not_those_of_its_configuration_is_refused(
+    fault: str, tmp_path: Path, tiny_model: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_model, tmp_path / "large")
@@ -258,7 +292,10 @@ def test_a_teacher_whose_weights_are_not_those_of_its_configuration_is_refused(f
     save_file(weights, path, {"format": "pt"})
     if fault == "damaged":
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(InputError, match=f"lack 1 weights of the model, such as {name}" if fault == "missing" else "cannot load the model"):
+    with pytest.raises(
+        InputError,
+        match=f"lack 1 weights of the model, such as {name}" if fault == "missing" else "cannot load the model",
+    ):
         teacher.load(tmp_path / "large", CPU, torch.float32)
     assert not any(weight.requires_grad for weight in teacher.load(tiny_model, CPU, torch.float32).parameters())
 

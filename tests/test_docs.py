@@ -1,4 +1,5 @@
-"""Every parameter is described once, beneath its field; docs and the JSON Schema of params.yaml equal the output of `make docs`."""
+"""Every parameter is described once, beneath its field; docs and the JSON
+Schema of params.yaml equal the output of `make docs`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from dagster_project.pipeline import sections
 SCHEMA = docs.params_schema()
 SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 OPTIONS = [model for _, by_method in docs.METHOD_KEYS.values() for model in by_method.values()]
-EXAMPLES = [path for path in sorted((ROOT / "dagster_project").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+EXAMPLES = [
+    path for path in sorted((ROOT / "dagster_project").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")
+]
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
@@ -54,7 +57,9 @@ def changed(**entries: Any) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("model", dict.fromkeys(one for top in [*sections().values(), *OPTIONS] for one in classes(top)))
+@pytest.mark.parametrize(
+    "model", dict.fromkeys(one for top in [*sections().values(), *OPTIONS] for one in classes(top))
+)
 def test_every_field_has_one_description_beneath_it(model: type[Section]) -> None:
     assert [name for name, field in model.model_fields.items() if not field.description] == []
 
@@ -112,7 +117,10 @@ def test_the_schema_accepts(entries: dict[str, Any]) -> None:
         ({"adapter__lora__learning_rate": "high"}, "$.adapter.lora.learning_rate"),
         ({"adapter__lora__learning_rat": 1e-3}, "$.adapter.lora"),
         ({"adapter__top": {"method": "full", "peft": {"r": 8}}}, "$.adapter.top.peft"),
-        ({"aligned__kto": {"method": "kto", "adapter": "lora", "options": {"loss_type": "ipo"}}}, "$.aligned.kto.options"),
+        (
+            {"aligned__kto": {"method": "kto", "adapter": "lora", "options": {"loss_type": "ipo"}}},
+            "$.aligned.kto.options",
+        ),
         ({"preferences__max_tokens": 512}, "$.preferences"),
     ],
 )
@@ -127,5 +135,7 @@ def test_the_examples_in_docstrings_are_true(path: Path) -> None:
 
 
 def test_no_file_contains_the_markers_of_a_merge_conflict() -> None:
-    found = subprocess.run(["git", "grep", "-lE", "^(<<<<<<<|>>>>>>>) "], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "grep", "-lE", "^(<<<<<<<|>>>>>>>) "], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert found.stdout == "" and found.returncode == 1

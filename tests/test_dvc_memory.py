@@ -16,7 +16,9 @@ def test_nothing_of_dvc_stays_in_memory_and_files_of_others_do(root: Path) -> No
     try:
         with open_repo(root) as repo:
             repo.status()
-            assert any(map(dvc_memory.OF_DVC.match, MemoryFileSystem.store)), "DVC does not use these files any more: remove this module"
+            assert any(map(dvc_memory.OF_DVC.match, MemoryFileSystem.store)), (
+                "DVC does not use these files any more: remove this module"
+            )
             read_stages(root)
             assert any(map(dvc_memory.OF_DVC.match, MemoryFileSystem.store)), "they are still in use"
         assert [*MemoryFileSystem.store] == ["/of/somebody.tmp"]

@@ -1,4 +1,5 @@
-"""Values of parameters read once a file are those that DVC reads each time, and differ from dvc.lock where DVC says so."""
+"""Values of parameters read once a file are those that DVC reads each time, and
+differ from dvc.lock where DVC says so."""
 
 from __future__ import annotations
 
@@ -17,16 +18,38 @@ from dvc.stage import PipelineStage
 from dagster_project.orchestration.dvc_parameters import ParameterFiles
 
 NAMES = ["a", "b", "lora", "16", "x-y", "é"]
-KEYS = ["", *NAMES, "a.b", "a.lora", "lora.16", "a.b.lora", "a.0", "b.1", "a.*", "l?ra", "a.b.c.d", ".a", "a.", "lora.x-y"]
+KEYS = [
+    "",
+    *NAMES,
+    "a.b",
+    "a.lora",
+    "lora.16",
+    "a.b.lora",
+    "a.0",
+    "b.1",
+    "a.*",
+    "l?ra",
+    "a.b.c.d",
+    ".a",
+    "a.",
+    "lora.x-y",
+]
 
 
 def value(draw: random.Random, depth: int = 0) -> Any:
-    kind = draw.choice(["map", "map", "list", "text", "number", "none", "bool"] if depth < 3 else ["text", "number", "none", "bool"])
+    kind = draw.choice(
+        ["map", "map", "list", "text", "number", "none", "bool"] if depth < 3 else ["text", "number", "none", "bool"]
+    )
     if kind == "map":
         return {name: value(draw, depth + 1) for name in draw.sample(NAMES, draw.randint(0, 4))}
     if kind == "list":
         return [value(draw, depth + 1) for _ in range(draw.randint(0, 3))]
-    return {"text": draw.choice(["", "7", "ja"]), "number": draw.choice([0, 7, 0.5]), "none": None, "bool": draw.random() < 0.5}[kind]
+    return {
+        "text": draw.choice(["", "7", "ja"]),
+        "number": draw.choice([0, 7, 0.5]),
+        "none": None,
+        "bool": draw.random() < 0.5,
+    }[kind]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +58,9 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Repo:
 
 
 def dependency(repo: Repo, path: Path, params: Any) -> ParamsDependency:
-    return ParamsDependency(PipelineStage(repo, str(Path(repo.root_dir, "dvc.yaml")), name="s"), str(path), params, repo)
+    return ParamsDependency(
+        PipelineStage(repo, str(Path(repo.root_dir, "dvc.yaml")), name="s"), str(path), params, repo
+    )
 
 
 def outcome(function: Any) -> Any:
@@ -61,12 +86,17 @@ def test_random_files_are_read_and_compared_as_by_dvc(repo: Repo, ending: str) -
             assert outcome(lambda: files.values(dependency(repo, path, keys))) == read, (content, keys)  # noqa: B023
             if not isinstance(read, dict):
                 continue
-            recorded = {key: draw.choice([value(draw), now]) if draw.random() < 0.3 else now for key, now in read.items()}
+            recorded = {
+                key: draw.choice([value(draw), now]) if draw.random() < 0.3 else now for key, now in read.items()
+            }
             if draw.random() < 0.2:
                 recorded[draw.choice(NAMES)] = 3
             dep = dependency(repo, path, recorded if draw.random() < 0.9 else keys)
             status = outcome(dep.status)
-            assert outcome(lambda: files.changed(dep)) == (bool(status) if isinstance(status, dict) else status), (content, recorded)  # noqa: B023
+            assert outcome(lambda: files.changed(dep)) == (bool(status) if isinstance(status, dict) else status), (  # noqa: B023
+                content,
+                recorded,
+            )
             seen["changed" if status else "same"] += 1
             seen["missing"] += len(read) < len(keys)
     assert min(seen.values()) > 50, seen
@@ -78,7 +108,11 @@ def test_python_and_toml_files_are_read_as_by_dvc(repo: Repo) -> None:
         path.write_text(text)
         recorded = {"a.b": 3, "lora": [1, 2]}
         dep = dependency(repo, path, recorded)
-        assert ParameterFiles().values(dep) == dep.read_params() == {"a.b": 3, "lora": (1, 2) if name == "p.py" else [1, 2]}
+        assert (
+            ParameterFiles().values(dep)
+            == dep.read_params()
+            == {"a.b": 3, "lora": (1, 2) if name == "p.py" else [1, 2]}
+        )
         assert not ParameterFiles().changed(dep) and not dep.status()
         assert ParameterFiles().changed(dependency(repo, path, {**recorded, "a.b": 4}))
 

@@ -1,4 +1,5 @@
-"""DVC's settings, cache and remote: which file a message names, folders with odd names, a cache on another file system, and what a push copies."""
+"""DVC's settings, cache and remote: which file a message names, folders with
+odd names, a cache on another file system, and what a push copies."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def test_the_message_names_the_file_of_settings_that_is_wrong(root: Path, text: 
     (root / ".dvc/config").write_text(text)
     with pytest.raises(InputError) as error:
         read_stages(root)
-    assert error.value.what.startswith(f"{root / '.dvc/config'}: ") and "git checkout HEAD .dvc/config" in error.value.hint
+    assert (
+        error.value.what.startswith(f"{root / '.dvc/config'}: ") and "git checkout HEAD .dvc/config" in error.value.hint
+    )
 
 
 @pytest.mark.parametrize("name", ["a, b #c", 'a "b"'])
@@ -97,7 +100,10 @@ def test_an_output_is_set_aside_although_the_cache_is_on_another_file_system(roo
         assert dvc_cache.set_aside(root, "copy", lambda path: True, locked=False) == [found.parent.name + found.name]
         assert not found.exists() and not (root / "copied").exists()
         aside = root / ".dvc/tmp/pedigree/set_aside"
-        assert {path.name: path.read_text() for path in aside.iterdir()} == {found.parent.name + found.name: "tampered", "copy": "1\n"}
+        assert {path.name: path.read_text() for path in aside.iterdir()} == {
+            found.parent.name + found.name: "tampered",
+            "copy": "1\n",
+        }
         run(root)
 
 
@@ -118,7 +124,10 @@ def test_a_push_copies_the_past_runs_whose_outputs_it_has(root: Path) -> None:
     entries = [path for path in (remote / "runs").rglob("*") if path.is_file()]
     assert (pushed.runs, pushed.objects) == (1, 1) and len(entries) == 1
     with open_repo(root) as repo:
-        assert repo.stage_cache._load_cache(entries[0].parent.name, entries[0].name)["outs"][0]["md5"] != gone.parent.name + gone.name
+        assert (
+            repo.stage_cache._load_cache(entries[0].parent.name, entries[0].name)["outs"][0]["md5"]
+            != gone.parent.name + gone.name
+        )
     assert entries[0].read_bytes() == (root / ".dvc/cache" / os.path.relpath(entries[0], remote)).read_bytes()
 
 

@@ -116,14 +116,19 @@ def test_sigterm_and_the_end_of_the_terminal_end_a_command_as_ctrl_c_does_so_tha
     signal.signal(number, signal.SIG_IGN)
     with ending.interrupts() as found, ending.terminating(found, "verify"):
         signal.raise_signal(number)
-    assert not found.came and signal.getsignal(number) == signal.SIG_IGN, "it was started with the signal ignored, as by nohup"
+    assert not found.came and signal.getsignal(number) == signal.SIG_IGN, (
+        "it was started with the signal ignored, as by nohup"
+    )
     signal.signal(number, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_is_repeated_at_once_does_not_end_the_removal_of_temporary_folders(number: signal.Signals) -> None:
+def test_an_interrupt_that_is_repeated_at_once_does_not_end_the_removal_of_temporary_folders(
+    number: signal.Signals,
+) -> None:
     before = {
-        one: signal.signal(one, kind) for one, kind in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler))
+        one: signal.signal(one, kind)
+        for one, kind in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler))
     }
     removed = []
     with ending.interrupts() as found, pytest.raises(KeyboardInterrupt), ending.terminating(found, "verify"):
@@ -161,9 +166,9 @@ def test_ctrl_c_while_a_database_is_closed_shows_no_traceback() -> None:
 def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Path) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     code = (
-        "import sys, small_pipeline as s; from pathlib import Path; import dagster_project.pipeline as p; p.PEDIGREE = s.PIPELINE\n"
-        "import dagster_project.orchestration.run_stage as r; r.run_stage.__defaults__ = (s.PIPELINE, None)\n"
-        "from dagster_project.__main__ import main; sys.exit(main(['run', 'tok']))"
+        "import sys, small_pipeline as s; from pathlib import Path; import dagster_project.pipeline as p; p.PEDIGREE ="
+        " s.PIPELINE\nimport dagster_project.orchestration.run_stage as r; r.run_stage.__defaults__ = (s.PIPELINE,"
+        " None)\nfrom dagster_project.__main__ import main; sys.exit(main(['run', 'tok']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=root, env={**os.environ, "SLOW": "tok"}, text=True, start_new_session=True,
@@ -173,7 +178,9 @@ def test_ctrl_c_while_a_stage_runs_is_one_line_and_keeps_what_was_there(root: Pa
         assert process.poll() is None
         time.sleep(0.1)
     assert interrupted(process) == "interrupted; nothing was recorded\n"
-    assert (root / "data/tok/train.txt").read_bytes() == before and not (root / ".dvc/tmp/pedigree/scratch/tok").exists()
+    assert (root / "data/tok/train.txt").read_bytes() == before and not (
+        root / ".dvc/tmp/pedigree/scratch/tok"
+    ).exists()
 
 
 class Owner:
@@ -208,14 +215,23 @@ def test_a_closed_pipe_prints_nothing_and_keeps_the_exit_code(root: Path, comman
     )  # fmt: skip
     os.close(writer)
     assert process.returncode == (2 if "nothing" in command else 0)
-    assert both or process.stderr == "" or ("nothing" in command and process.stderr.startswith("error: nothing: no such stage"))
+    assert (
+        both
+        or process.stderr == ""
+        or ("nothing" in command and process.stderr.startswith("error: nothing: no such stage"))
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
 def test_an_answer_that_cannot_be_written_is_one_message(root: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "dagster_project", "audit", "tok"], cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "dagster_project", "audit", "tok"],
+            cwd=root,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     assert done.returncode == 1 and done.stderr.startswith("error: standard output: No space left on device\nhint: ")
     assert "Exception ignored" not in done.stderr
@@ -250,7 +266,10 @@ def test_a_damaged_database_of_dagster_names_the_folder_to_delete(
     with closing(sqlite3.connect(path)) as database:
         database.executescript("CREATE TABLE a (b TEXT); INSERT INTO a VALUES (printf('%20000s', 'x'))")
     path.write_bytes(content or path.read_bytes()[:6000])
-    with pytest.raises(sqlalchemy.exc.DatabaseError) as caught, sqlalchemy.create_engine(f"sqlite:///{path}").connect() as connection:
+    with (
+        pytest.raises(sqlalchemy.exc.DatabaseError) as caught,
+        sqlalchemy.create_engine(f"sqlite:///{path}").connect() as connection,
+    ):
         connection.execute(sqlalchemy.text("SELECT * FROM a")).all()
     said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
     assert said is not None and said.what == f"Dagster's home {tmp_path / '.dagster'}: a database is damaged"
@@ -284,8 +303,12 @@ def test_a_database_of_mlflow_that_cannot_be_used_is_not_said_to_be_one_of_dagst
     )
 
 
-@pytest.mark.parametrize(("old", "new"), [('"__class__"', '"__class__'), ('"AssetMaterialization"', '"AssetMaterialisation"'), ("{", "[")])
-def test_a_damaged_record_in_a_database_of_dagster_does_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"), [('"__class__"', '"__class__'), ('"AssetMaterialization"', '"AssetMaterialisation"'), ("{", "[")]
+)
+def test_a_damaged_record_in_a_database_of_dagster_does_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
     import dagster as dg
 
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
@@ -296,7 +319,9 @@ def test_a_damaged_record_in_a_database_of_dagster_does_too(tmp_path: Path, monk
         instance.report_runless_asset_event(dg.AssetMaterialization("splits"))
         assert len(instance.get_asset_records()) == 1
         with closing(sqlite3.connect(home / "history/runs/index.db")) as database, database:
-            database.execute("UPDATE asset_keys SET last_materialization = replace(last_materialization, ?, ?)", (old, new))
+            database.execute(
+                "UPDATE asset_keys SET last_materialization = replace(last_materialization, ?, ?)", (old, new)
+            )
         with pytest.raises(Exception) as caught:
             instance.get_asset_records()
     said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)

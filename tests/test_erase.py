@@ -1,4 +1,5 @@
-"""`pedigree erase`, in parts: rows leave files of every type, a scan finds what was hidden in any container, tombstones refuse what comes back."""
+"""`pedigree erase`, in parts: rows leave files of every type, a scan finds what
+was hidden in any container, tombstones refuse what comes back."""
 
 from __future__ import annotations
 
@@ -107,7 +108,10 @@ def shared_columns(views: bool) -> pa.Table:
         "inner": pa.array([{"words": [text]} for text in texts], pa.struct([("words", pa.list_(word))])),
     }
     if views:
-        columns |= {"view": pa.array(texts, pa.string_view()), "views": pa.array([[text] for text in texts], pa.list_(pa.binary_view()))}
+        columns |= {
+            "view": pa.array(texts, pa.string_view()),
+            "views": pa.array([[text] for text in texts], pa.list_(pa.binary_view())),
+        }
         columns["word of view"] = columns["word"].cast(pa.dictionary(pa.int32(), pa.string_view()))
     return pa.table(columns)
 
@@ -129,7 +133,9 @@ def write_arrow(new: Any) -> Callable[[Path, pa.Table], None]:
     [(".parquet", write_parquet), (".arrow", write_arrow(pa.ipc.new_file)), (".arrow", write_arrow(pa.ipc.new_stream))],
     ids=["parquet", "file", "stream"],
 )
-def test_values_that_rows_share_leave_a_table_with_the_row(tmp_path: Path, suffix: str, write: Callable[[Path, pa.Table], None]) -> None:
+def test_values_that_rows_share_leave_a_table_with_the_row(
+    tmp_path: Path, suffix: str, write: Callable[[Path, pa.Table], None]
+) -> None:
     path = tmp_path / f"a{suffix}"
     write(path, shared_columns(views=suffix == ".arrow"))
     content = without(path, {0}, "a")
@@ -155,7 +161,9 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
     (path / "a.bz2").write_bytes(bz2.compress(b"first") + bz2.compress(text.encode()))
     (path / "a.xz").write_bytes(lzma.compress(b"first") + lzma.compress(text.encode()))
     for codec, suffix in (("zstd", "zst"), ("lz4", "lz4")):
-        (path / f"a.jsonl.{suffix}").write_bytes(b"".join(pa.compress(part, codec, asbytes=True) for part in (b"first" * 9, text.encode())))
+        (path / f"a.jsonl.{suffix}").write_bytes(
+            b"".join(pa.compress(part, codec, asbytes=True) for part in (b"first" * 9, text.encode()))
+        )
     with zipfile.ZipFile(path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("inner", text)
     with sqlite3.connect(path / "a.db") as db:
@@ -163,7 +171,9 @@ def hidden(path: Path, text: str) -> dict[str, Path]:
         db.execute("INSERT INTO t VALUES (?)", (text,))
     FILE_WRITERS[".feather"](path / "a.feather", [{"t": text}])
     stream = pa.table({"t": [text] * 9})
-    with pa.ipc.new_stream(str(path / "a.arrow"), stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_stream(
+        str(path / "a.arrow"), stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
         writer.write_table(stream)
     big = io.BytesIO(b"." * (16 * 2**20 - 20))  # the text crosses the end of what is searched at once
     (path / "a.bin").write_bytes(big.getvalue() + text.encode())
@@ -181,7 +191,9 @@ def test_a_text_is_found_in_every_container_and_another_text_in_none(tmp_path: P
     assert scanner.unreadable == []
 
 
-def test_many_files_are_searched_at_once_and_each_holds_what_it_holds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_are_searched_at_once_and_each_holds_what_it_holds_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Thousands of patterns take longer to prepare than a small file takes to search."""
     scanner = Scanner(needles_of([SECRET], [], []))
     paths = [*hidden(tmp_path, SECRET).values(), tmp_path / "gone"]
@@ -233,20 +245,57 @@ def conversation(prompt: str, answer: str, system: str | None = None) -> dict[st
     return {"messages": [*first, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-CALL = [{"type": "function", "function": {"name": "find", "arguments": {"phone": 4915112345678, "by": {"Zephyrine Okonkwo": 7301}}}}]
+CALL = [
+    {
+        "type": "function",
+        "function": {"name": "find", "arguments": {"phone": 4915112345678, "by": {"Zephyrine Okonkwo": 7301}}},
+    }
+]
 
 
 @pytest.mark.parametrize(
     ("row", "texts"),
     [
-        ({"messages": [{"role": "user", "name": "Zephyrine Okonkwo", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}, ["Zephyrine Okonkwo"]),
-        (conversation("Hi", "Yes?") | {"phone": 4915112345678, "order": 7301, "by": {"Zephyrine Okonkwo": 1}}, ["4915112345678", "7301", "Zephyrine Okonkwo"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "name": "Zephyrine Okonkwo", "content": "Hi"},
+                    {"role": "assistant", "content": "Yes?"},
+                ]
+            },
+            ["Zephyrine Okonkwo"],
+        ),
+        (
+            conversation("Hi", "Yes?") | {"phone": 4915112345678, "order": 7301, "by": {"Zephyrine Okonkwo": 1}},
+            ["4915112345678", "7301", "Zephyrine Okonkwo"],
+        ),
         (conversation("Hi", "Yes?") | {"category": "Zephyrine Okonkwo"}, ["Zephyrine Okonkwo"]),
-        (conversation("Hi", "Yes?") | {"tools": [{"type": "function", "function": {"name": "find", "description": "asks Zoë Okonkwo", "parameters": {}}}]}, ["Zoë Okonkwo"]),
-        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": CALL}, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "Yes?"}]}, ["4915112345678", "7301", "Zephyrine Okonkwo"]),
+        (
+            conversation("Hi", "Yes?")
+            | {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "find", "description": "asks Zoë Okonkwo", "parameters": {}},
+                    }
+                ]
+            },
+            ["Zoë Okonkwo"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "", "tool_calls": CALL},
+                    {"role": "tool", "content": "1"},
+                    {"role": "assistant", "content": "Yes?"},
+                ]
+            },
+            ["4915112345678", "7301", "Zephyrine Okonkwo"],
+        ),
     ],
     ids=["name", "other fields", "category", "tools", "call"],
-)  # fmt: skip
+)
 def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dict[str, Any], texts: list[str]) -> None:
     read(tmp_path, row, conversation("Hello", "Order 17301 of Okonkwo, Zephyrine"))
     toy = Project(tmp_path / "project")
@@ -261,27 +310,45 @@ def test_a_request_finds_a_text_in_every_field_of_a_row(tmp_path: Path, row: dic
 def test_a_request_finds_a_row_that_cannot_be_read(tmp_path: Path) -> None:
     broken = '{"messages": [{"role": "user", "content": "Zephyrine Okonkwo asks"},]}'
     escaped = r'{"messages": "Zo\u00eb\nOkonkwo \ud83c\udfee cut'
-    read(tmp_path, conversation("Hi", "Yes?"), conversation("Ho", "No?"), broken, '{"messages": "cut', escaped, conversation("Hm", "So?"))
+    read(
+        tmp_path,
+        conversation("Hi", "Yes?"),
+        conversation("Ho", "No?"),
+        broken,
+        '{"messages": "cut',
+        escaped,
+        conversation("Hm", "So?"),
+    )
     toy = Project(tmp_path / "project")
     raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
     toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
     found = Finder(Index(toy.root), bytes.fromhex(KEY)).find(Request(containing=("Zephyrine Okonkwo",)), ())
     assert found.rows == {"data/sources/a.jsonl": {2}}
     finder = Finder(Index(toy.root), bytes.fromhex(KEY))
-    assert finder.find(Request(containing=("Zoë Okonkwo \N{IZAKAYA LANTERN}",)), ()).rows == {"data/sources/a.jsonl": {4}}
+    assert finder.find(Request(containing=("Zoë Okonkwo \N{IZAKAYA LANTERN}",)), ()).rows == {
+        "data/sources/a.jsonl": {4}
+    }
     assert len(found.tombstones) == 1, "the other row that cannot be read has another id"
     assert {*found.needles.texts} == {"Zephyrine Okonkwo", "Zephyrine Okonkwo asks"}, "not the words of the reason"
-    assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").splitlines()[2:4] == [b'{"messages": "cut', escaped.encode()]
+    assert without(tmp_path / "data/sources/a.jsonl", {2}, "a.jsonl").splitlines()[2:4] == [
+        b'{"messages": "cut',
+        escaped.encode(),
+    ]
 
 
 def test_the_text_of_a_request_is_searched_for_also_where_no_row_was_read(tmp_path: Path) -> None:
-    read(tmp_path, conversation("Where does Zephyrine Okonkwo live, the lady in blue?", "Yes?"), conversation("Ho", "No?"))
+    read(
+        tmp_path,
+        conversation("Where does Zephyrine Okonkwo live, the lady in blue?", "Yes?"),
+        conversation("Ho", "No?"),
+    )
     toy = Project(tmp_path / "project")
     raw = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
     toy.commit({"raw_examples": entry("raw_examples", {"data/sources/a.jsonl": "1" * 32}, toy.put(raw))})
     finder = Finder(Index(toy.root), bytes.fromhex(KEY))
     by_text, by_row = (
-        finder.find(one, ()) for one in (Request(containing=("Zephyrine Okonkwo",)), Request(sources=("data/sources/a.jsonl:0",)))
+        finder.find(one, ())
+        for one in (Request(containing=("Zephyrine Okonkwo",)), Request(sources=("data/sources/a.jsonl:0",)))
     )
     unlisted = b'{"prompt": "Who rang?", "completion": "Zephyrine Okonkwo did."}'
     assert [Scanner(found.needles).content(unlisted) for found in (by_text, by_row)] == [{"text"}, set()]
@@ -301,16 +368,19 @@ def test_the_reason_why_a_pair_has_one_side_is_not_searched_for() -> None:
 
 
 def test_what_only_shares_a_prompt_is_no_copy() -> None:
-    """Also if the assistant said something in the prompt, and the answer has no words: a call, or the side that an unpaired row lacks."""
-    key, prompt = (
-        bytes.fromhex(KEY),
-        [*conversation("Where is it?", "Which parcel?")["messages"], {"role": "user", "content": "The blue one."}],
-    )
+    """Also if the assistant said something in the prompt, and the answer has no
+    words: a call, or the side that an unpaired row lacks."""
+    key = bytes.fromhex(KEY)
+    prompt = [*conversation("Where is it?", "Which parcel?")["messages"], {"role": "user", "content": "The blue one."}]
     said = [[{"role": "assistant", "content": text}] for text in ("On its way.", "Lost.")]
     unpaired = [erased.text_marks(key, {"prompt": prompt, "chosen": answer, "rejected": None}) for answer in said]
     assert [len(marks) for marks in unpaired] == [1, 1] and unpaired[0] != unpaired[1]
     assert erased.text_marks(key, {"messages": [*prompt, *said[0]]}) == unpaired[0]
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {}}}]}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {}}}],
+    }
     assert erased.text_marks(key, {"messages": [*prompt, call]}) == []
     assert erased.text_marks(key, {"messages": [*prompt, call, {"role": "tool", "content": "{}"}, *said[0]]}) != []
 
@@ -344,24 +414,35 @@ def read(root: Path, *records: Any) -> Report:
 )
 def test_an_erased_record_is_refused_when_it_comes_back(root: Path, again: dict[str, Any]) -> None:
     other = (
-        {"instruction": "Where is my kite?", "input": "", "output": "On its way."} if "output" in again else conversation("Kite?", "Here.")
+        {"instruction": "Where is my kite?", "input": "", "output": "On its way."}
+        if "output" in again
+        else conversation("Kite?", "Here.")
     )
     assert read(root, other).failures == []
     failures = read(root, other, again).failures
-    assert [(check.name, check.count, check.rows) for check in failures] == [("erased_record", 1, ["data/sources/a.jsonl:1"])]
+    assert [(check.name, check.count, check.rows) for check in failures] == [
+        ("erased_record", 1, ["data/sources/a.jsonl:1"])
+    ]
     assert read(root, conversation("Where is my lantern?", "It was lost.")).failures == []
 
 
 def test_an_erased_record_is_refused_as_a_side_of_a_pair(root: Path) -> None:
-    jsonl(root / "data/sources/p.jsonl", {"prompt": "Where is my lantern?", "chosen": "On its way to you.", "rejected": "What?"})
+    jsonl(
+        root / "data/sources/p.jsonl",
+        {"prompt": "Where is my lantern?", "chosen": "On its way to you.", "rejected": "What?"},
+    )
     params = parse(raw_preferences.Params, {"sources": [{"path": "data/sources/p.jsonl"}]}, "raw_preferences")
-    assert [check.rows for check in raw_preferences.produce(root, params, root / "pairs").failures] == [["data/sources/p.jsonl:0"]]
+    assert [check.rows for check in raw_preferences.produce(root, params, root / "pairs").failures] == [
+        ["data/sources/p.jsonl:0"]
+    ]
 
 
 def test_without_tombstones_every_record_passes_and_no_key_is_needed(root: Path) -> None:
     (root / erased.TOMBSTONES).unlink()
     (root / "data/keys/record_ids.key").unlink()
-    checks = {check.name: check for check in read(root, conversation("Where is my lantern?", "On its way to you.")).checks}
+    checks = {
+        check.name: check for check in read(root, conversation("Where is my lantern?", "On its way to you.")).checks
+    }
     assert checks["erased_record"].passed and checks["erased_record"].blocking
 
 
@@ -413,10 +494,16 @@ def test_models_that_were_trained_on_a_record_are_retired_with_what_was_made_fro
     index.read_records()
     models, unknown, retired = models_of(index, Found(own_ids=[identity("secret")]))
     assert unknown == []
-    md5 = {(name, when): lock[name]["outs"][0]["md5"] for when, lock in (("old", old), ("tested", tested), ("new", new)) for name in lock}
+    md5 = {
+        (name, when): lock[name]["outs"][0]["md5"]
+        for when, lock in (("old", old), ("tested", tested), ("new", new))
+        for name in lock
+    }
     outcomes = {model["md5"]: model["outcome"] for model in models}
     assert outcomes == {
-        md5[name, when]: outcome for when, outcome in (("old", "retire"), ("tested", "keep")) for name in ("adapter@lora", "merged@lora")
+        md5[name, when]: outcome
+        for when, outcome in (("old", "retire"), ("tested", "keep"))
+        for name in ("adapter@lora", "merged@lora")
     }
     assert retired == {md5["adapter@lora", "old"], md5["merged@lora", "old"]}
     assert {model["outcome"] for model in models_of(index, Found(own_ids=[identity("more")]))[0]} == {"remake"}
@@ -426,8 +513,13 @@ def test_a_model_that_learned_from_a_row_that_stays_is_not_retired(tmp_path: Pat
     toy = Project(tmp_path)
     source = "data/sources/a.jsonl"
     texts = ["same", "same", "alone"]
-    ledger = [{"source": source, "source_row": i, "example_id": identity(text), "outcome": READ, "why": ""} for i, text in enumerate(texts)]
-    records = [{"example_id": identity(text), "source": source, "messages": messages(text), "meta": "{}"} for text in texts]
+    ledger = [
+        {"source": source, "source_row": i, "example_id": identity(text), "outcome": READ, "why": ""}
+        for i, text in enumerate(texts)
+    ]
+    records = [
+        {"example_id": identity(text), "source": source, "messages": messages(text), "meta": "{}"} for text in texts
+    ]
     raw = {"records-00000.parquet": table(records, record_schema()), "ledger.parquet": table(ledger, ledger_schema())}
     locks = [
         {"raw_examples": entry("raw_examples", {source: "1" * 32}, toy.put(raw)), **toy.lock(rows)}
@@ -438,14 +530,16 @@ def test_a_model_that_learned_from_a_row_that_stays_is_not_retired(tmp_path: Pat
     index = Index(tmp_path)
     index.read_records()
     retired = [
-        models_of(index, Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{source}:{row}",)), ()))[2] for row in range(len(texts))
+        models_of(index, Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{source}:{row}",)), ()))[2]
+        for row in range(len(texts))
     ]
     of_alone = {locks[1][name]["outs"][0]["md5"] for name in ("adapter@lora", "merged@lora")}
     assert retired == [set(), set(), of_alone]
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
-    folders = {"old.dir": frozenset({"shard", "same", "ledger"}), "new.dir": frozenset({"shard2", "same"}), "model.dir": frozenset({"w", "tok"}),
+    folders = {"old.dir": frozenset({"shard", "same", "ledger"}), "new.dir": frozenset({"shard2", "same"}),
+        "model.dir": frozenset({"w", "tok"}),
                "other.dir": frozenset({"tok"})}  # fmt: skip
     own = Own(frozenset({"old.dir", "single"}), frozenset({"shard", "same", "ledger"}), frozenset())
     gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"}, own)
@@ -457,7 +551,8 @@ def test_rows_of_an_event_log_go_and_no_page_of_the_file_keeps_them(tmp_path: Pa
     path = tmp_path / "index.db"
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
-        db.executemany("INSERT INTO event_logs (event) VALUES (?)", [(json.dumps({"n": i, "t": SECRET * 200 if i % 50 == 7 else "fine"}),) for i in range(300)])  # fmt: skip
+        db.executemany("INSERT INTO event_logs (event) VALUES (?)",
+            [(json.dumps({"n": i, "t": SECRET * 200 if i % 50 == 7 else "fine"}),) for i in range(300)])  # fmt: skip
         db.commit()
         db.execute("DELETE FROM event_logs WHERE id = 8")  # deleted before: its pages still have it
     db.close()
@@ -508,13 +603,16 @@ def test_of_a_model_that_nobody_can_decide_the_certificate_says_so(tmp_path: Pat
     assert document["impact"] == "cannot tell: adapter@lora, merged@lora" and exit_code(document) == 2
 
 
-def test_a_model_that_has_the_bytes_of_an_earlier_run_which_was_tested_on_the_record_did_not_see_it_now(tmp_path: Path) -> None:
+def test_a_model_that_has_the_bytes_of_an_earlier_run_which_was_tested_on_the_record_did_not_see_it_now(
+    tmp_path: Path,
+) -> None:
     toy = Project(tmp_path)
     source = "data/sources/a.jsonl"
     tested = toy.lock([("secret", "test", source), ("common", "train", source)])
     toy.commit(tested)
     lock = toy.lock([("common", "train", source)])
-    lock["adapter@lora"]["outs"], lock["merged@lora"]["outs"] = tested["adapter@lora"]["outs"], tested["merged@lora"]["outs"]
+    lock["adapter@lora"]["outs"] = tested["adapter@lora"]["outs"]
+    lock["merged@lora"]["outs"] = tested["merged@lora"]["outs"]
     lock["merged@lora"]["deps"] = tested["merged@lora"]["deps"]
     toy.write(tested)
     assert found_in_models(tmp_path, [identity("secret")]) == {"yes": ["adapter@lora", "merged@lora"], "unknown": []}
@@ -523,10 +621,14 @@ def test_a_model_that_has_the_bytes_of_an_earlier_run_which_was_tested_on_the_re
 
 
 PLAN: dict[str, Any] = {
-    "date": "2026-01-01", "reason": "request 7", "key": "k", "asked": [], "records": 1, "made": 0, "sources": {}, "relatives": {}, "tombstones": [],
-    "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {}, "remotes elsewhere": [], "shared cache": False,
-    "blobs": ["0" * 40], "needles": {"unsearchable": 0}, "searched": {"weights": 0, "unreadable": [], "unsearched": {}, "git objects": 1},
-    "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []}, "event log elsewhere": False,
+    "date": "2026-01-01", "reason": "request 7", "key": "k", "asked": [], "records": 1, "made": 0, "sources": {},
+    "relatives": {}, "tombstones": [],
+    "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {},
+    "remotes elsewhere": [], "shared cache": False,
+    "blobs": ["0" * 40], "needles": {"unsearchable": 0},
+    "searched": {"weights": 0, "unreadable": [], "unsearched": {}, "git objects": 1},
+    "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []},
+    "event log elsewhere": False,
     "losses before": {}, "losses after": {},
 }  # fmt: skip
 
@@ -548,7 +650,11 @@ def test_exit_codes(facts: dict[str, Any], code: int) -> None:
 
 def test_hashes_of_git_blobs_stay_outside_what_git_tracks(tmp_path: Path) -> None:
     paths = write(tmp_path, certificate(PLAN), None)
-    listed = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file() and "0" * 40 in path.read_text()]
+    listed = [
+        path.relative_to(tmp_path).as_posix()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and "0" * 40 in path.read_text()
+    ]
     assert listed == [paths["blobs of git history"]] and listed[0].startswith(".dvc/tmp/")
 
 
@@ -560,7 +666,9 @@ def test_attestations_that_state_hashes_of_a_source_before_are_removed_with_thei
         ("adapter/other", "data/sources/ab.jsonl"),
         ("base_model", "data/sources"),
     ):
-        record = provenance.StageRecord("raw_examples", {"cmd": "x", "deps": [{"path": read}], "outs": []}, "", {}, {read: digests}, {})
+        record = provenance.StageRecord(
+            "raw_examples", {"cmd": "x", "deps": [{"path": read}], "outs": []}, "", {}, {read: digests}, {}
+        )
         statement = provenance.statement(record)
         folder = tmp_path / "data/signatures" / name
         folder.mkdir(parents=True)
@@ -570,19 +678,29 @@ def test_attestations_that_state_hashes_of_a_source_before_are_removed_with_thei
     (tmp_path / "data/signatures/damaged").mkdir()
     (tmp_path / "data/signatures/damaged" / ATTESTATIONS).write_bytes(b"\xff\n[]\n")
     named = [
-        folder.relative_to(tmp_path).as_posix() for folder in folders_naming(tmp_path, ["data/sources/a.jsonl", "data/sources/c.jsonl"])
+        folder.relative_to(tmp_path).as_posix()
+        for folder in folders_naming(tmp_path, ["data/sources/a.jsonl", "data/sources/c.jsonl"])
     ]
     assert named == ["data/signatures/adapter/lora"] and folders_naming(tmp_path, []) == []
     plan = {**PLAN, "needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}, "signatures": named}
     Erasure(tmp_path, plan, lambda root: None).files()
-    left = {path.relative_to(tmp_path / "data/signatures").as_posix() for path in tmp_path.rglob("data/signatures/**/*") if path.is_file()}
-    files = {f"{name}/{file}" for name in ("adapter/other", "base_model") for file in (ATTESTATIONS, SIGNATURE, PUBLIC_KEY, "mine.txt")}
+    left = {
+        path.relative_to(tmp_path / "data/signatures").as_posix()
+        for path in tmp_path.rglob("data/signatures/**/*")
+        if path.is_file()
+    }
+    files = {
+        f"{name}/{file}"
+        for name in ("adapter/other", "base_model")
+        for file in (ATTESTATIONS, SIGNATURE, PUBLIC_KEY, "mine.txt")
+    }
     assert left == {*files, "adapter/lora/mine.txt", f"damaged/{ATTESTATIONS}"}
     assert certificate(plan)["removed"]["folders of signatures"] == 1
 
 
 @pytest.mark.parametrize(
-    ("settings", "elsewhere"), [(None, False), ("telemetry: {enabled: false}", False), ("storage: {postgres: {}}", True), ("a: [", True)]
+    ("settings", "elsewhere"),
+    [(None, False), ("telemetry: {enabled: false}", False), ("storage: {postgres: {}}", True), ("a: [", True)],
 )
 def test_an_event_log_elsewhere_is_named_as_not_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str | None, elsewhere: bool
@@ -601,7 +719,11 @@ def test_a_source_that_was_changed_after_its_rows_were_read_is_refused(tmp_path:
     for path in (jsonl(tmp_path / "data/sources/a.jsonl", *rows(3)), jsonl(folder / "b.jsonl", *rows(3))):
         name = path.relative_to(tmp_path).as_posix()
         digest = sha256_of_file(path)
-        facts = {"data/sources/a.jsonl": {"sha256": digest}} if path.parent.name == "sources" else {"data/sources/more": {"files": {"b.jsonl": {"sha256": digest}}}}  # fmt: skip
+        facts = (
+            {"data/sources/a.jsonl": {"sha256": digest}}
+            if path.parent.name == "sources"
+            else {"data/sources/more": {"files": {"b.jsonl": {"sha256": digest}}}}
+        )
         (tmp_path / "data/reports").mkdir(exist_ok=True)
         (tmp_path / "data/reports/raw_examples.json").write_text(json.dumps({"sources": facts}))
         read = plans._hashes_when_read(tmp_path)
@@ -642,21 +764,45 @@ def test_a_variant_that_was_added_and_never_ran_is_made_where_a_stage_that_ran_r
         given = {"recorded": recorded, "inputs": tuple(Input(one, one, "", None) for one in producers)}
         return StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **given})
 
-    states = {"splits": state(True), "a": state(True, "splits"), "new": state(False, "splits"), "unread": state(False, "splits")}
-    assert plans._to_make_again({**states, "comparison": state(True, "a", "new")}) == ["splits", "a", "new", "comparison"]
+    states = {
+        "splits": state(True),
+        "a": state(True, "splits"),
+        "new": state(False, "splits"),
+        "unread": state(False, "splits"),
+    }
+    assert plans._to_make_again({**states, "comparison": state(True, "a", "new")}) == [
+        "splits",
+        "a",
+        "new",
+        "comparison",
+    ]
 
 
 def test_an_erasure_is_refused_where_a_stage_is_frozen(tmp_path: Path) -> None:
-    frozen = StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), "address": "splits", "recorded": True, "frozen": True})
+    frozen = StageState(
+        **{**dict.fromkeys(StageState.__dataclass_fields__), "address": "splits", "recorded": True, "frozen": True}
+    )
     with pytest.raises(InputError, match=r"splits: frozen in dvc.yaml, so DVC would not make it again"):
         plans._refuse_outdated(tmp_path, {"splits": frozen})
 
 
 @pytest.mark.parametrize(
-    "reason", ["zephyrine  OKONKWO asked", "she said: Where is my lantern?", "0123456789ABCDEF0123456789abcdef", "of a5" + "a" * 30]
+    "reason",
+    [
+        "zephyrine  OKONKWO asked",
+        "she said: Where is my lantern?",
+        "0123456789ABCDEF0123456789abcdef",
+        "of a5" + "a" * 30,
+    ],
 )
 def test_a_reason_that_repeats_the_text_is_refused(reason: str) -> None:
-    raw = Raw("raw_examples", "a", (0,), {"example_id": "0123456789abcdef" * 2, **conversation("Where is my lantern?", "ok")}, True)
+    raw = Raw(
+        "raw_examples",
+        "a",
+        (0,),
+        {"example_id": "0123456789abcdef" * 2, **conversation("Where is my lantern?", "ok")},
+        True,
+    )
     found = Found(meant=[raw], made=["a5" + "a" * 30])
     plans._refuse_reason("request 7: ok", Request(containing=("Zephyrine Okonkwo",)), found)
     with pytest.raises(InputError, match="--reason: it repeats"):
@@ -693,7 +839,9 @@ def test_one_erasure_at_a_time_and_stages_wait_for_it(tmp_path: Path, monkeypatc
         pass
 
 
-def test_what_dvc_notes_about_the_process_does_not_repeat_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dvc_notes_about_the_process_does_not_repeat_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["pedigree", "erase", "--containing", "Larkspur"])
     for arguments in (
         ["git", "init", "-q"],
@@ -702,7 +850,9 @@ def test_what_dvc_notes_about_the_process_does_not_repeat_the_text(tmp_path: Pat
     ):
         assert run(arguments, tmp_path).returncode == 0
     with one_erasure(tmp_path):
-        process = multiprocessing.get_context("forkserver").Process(target=reproduce, args=(tmp_path, "copy", False, {}, print))
+        process = multiprocessing.get_context("forkserver").Process(
+            target=reproduce, args=(tmp_path, "copy", False, {}, print)
+        )
         process.start()  # as `run_all` starts stages
         process.join()
     [owner] = json.loads((tmp_path / "seen").read_bytes())["write"].values()
@@ -718,7 +868,10 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         {"source": "data/sources/a.jsonl", "source_row": i, "example_id": identity(text), "outcome": READ, "why": ""}
         for i, text in enumerate(texts)
     ]
-    records = [{"example_id": identity(text), "source": "data/sources/a.jsonl", "messages": messages(text), "meta": "{}"} for text in texts]
+    records = [
+        {"example_id": identity(text), "source": "data/sources/a.jsonl", "messages": messages(text), "meta": "{}"}
+        for text in texts
+    ]
     raw = {"records-00000.parquet": table(records, record_schema()), "ledger.parquet": table(ledger, ledger_schema())}
     changed = [
         {
@@ -730,9 +883,14 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         for i, (line, text) in enumerate(zip(ledger, texts, strict=True))
     ]
     fixed = [{**records[i], "example_id": identity(text), "messages": messages(text)} for i, text in repaired.items()]
-    made = {"records-00000.parquet": table(fixed, record_schema()), "ledger.parquet": table(changed, ledger_schema(repaired=True))}
+    made = {
+        "records-00000.parquet": table(fixed, record_schema()),
+        "ledger.parquet": table(changed, ledger_schema(repaired=True)),
+    }
     lock = {"raw_examples": entry("raw_examples", {"data/sources": "1" * 32 + ".dir"}, toy.put(raw))}
-    lock["instructions"] = entry("instructions", {"data/raw_examples": lock["raw_examples"]["outs"][0]["md5"]}, toy.put(made))
+    lock["instructions"] = entry(
+        "instructions", {"data/raw_examples": lock["raw_examples"]["outs"][0]["md5"]}, toy.put(made)
+    )
     toy.commit(lock)
     index = Index(tmp_path)
     index.read_records()
@@ -743,14 +901,23 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         assert found.made == [*map(identity, children)], row
         (tmp_path / erased.TOMBSTONES).unlink(missing_ok=True)
         tombstones.add(tmp_path, found.tombstones, {"key": found_by.key_id, "date": "2026-01-01"})
-        days = [erased.erased_on(tmp_path, [bytes.fromhex(KEY)], identity(text)) for text in ("same", "fixed", "alone", "better")]
-        assert days == [None, None, *(["2026-01-01"] * 2 if children else [None] * 2)], "its repaired form has the day, too"
+        days = [
+            erased.erased_on(tmp_path, [bytes.fromhex(KEY)], identity(text))
+            for text in ("same", "fixed", "alone", "better")
+        ]
+        assert days == [
+            None,
+            None,
+            *(["2026-01-01"] * 2 if children else [None] * 2),
+        ], "its repaired form has the day, too"
     for path in (
         "./data/sources/a.jsonl",
         "data//sources/../sources/a.jsonl",
         f"{tmp_path}/data/sources/a.jsonl",
     ):  # as `impact --source` reads it
-        assert Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{path}:4",)), []).own_ids == [*map(identity, ("alone", "better"))]
+        assert Finder(index, bytes.fromhex(KEY)).find(Request(sources=(f"{path}:4",)), []).own_ids == [
+            *map(identity, ("alone", "better"))
+        ]
     with pytest.raises(InputError, match="no record found"):
         Finder(index, bytes.fromhex(KEY)).find(Request(sources=("data/sources/a.jsonl:²",)), [])
 
@@ -761,28 +928,42 @@ def test_a_text_with_capital_letters_in_its_escapes_is_found() -> None:
     lower = json.dumps(text)
     upper = re.sub(r"\\u[0-9a-f]{4}", lambda found: "\\u" + found[0][2:].upper(), lower)
     assert (
-        lower != upper and [*map(Scanner(needles_of([text], [], [])).content, (lower.encode(), upper.encode()))] == [{"text", "sure"}] * 2
+        lower != upper
+        and [*map(Scanner(needles_of([text], [], [])).content, (lower.encode(), upper.encode()))]
+        == [{"text", "sure"}] * 2
     )
 
 
 def review_file(root: Path, *names: str) -> None:
     path = root / "data/sources/review/instructions.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("example_id,check,decision,reason\n" + "".join(f"{name},secrets,accept,a sample\n" for name in names))
+    path.write_text(
+        "example_id,check,decision,reason\n" + "".join(f"{name},secrets,accept,a sample\n" for name in names)
+    )
 
 
-def test_a_decision_of_a_reviewer_about_a_row_by_its_number_does_not_become_one_about_another_row(tmp_path: Path) -> None:
+def test_a_decision_of_a_reviewer_about_a_row_by_its_number_does_not_become_one_about_another_row(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "params.yaml").write_text("{}")
     review_file(tmp_path, "data/sources/a.jsonl:1", "0123456789ab", "data/sources/b.jsonl:9", "data/sources/a.jsonl:4")
     plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {5}}, {})
-    plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {4}}, {"data/sources/review/instructions.csv": {3}})  # this line goes
+    plans._refuse_shifted_names(
+        tmp_path, {"data/sources/a.jsonl": {4}}, {"data/sources/review/instructions.csv": {3}}
+    )  # this line goes
     with pytest.raises(InputError, match=r"review/instructions.csv: data/sources/a.jsonl:4 is the number of a row"):
         plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {2}}, {})
 
 
 def test_lines_of_a_review_file_name_a_record_in_all_ways_of_reviewers(tmp_path: Path) -> None:
     toy = Project(tmp_path)
-    raw = Raw("raw_examples", "data/sources/a.jsonl", (7,), {"example_id": identity("lantern"), "messages": messages("lantern")}, True)
+    raw = Raw(
+        "raw_examples",
+        "data/sources/a.jsonl",
+        (7,),
+        {"example_id": identity("lantern"), "messages": messages("lantern")},
+        True,
+    )
     names = [
         identity("lantern"),
         identity("lantern")[:8],
@@ -829,7 +1010,9 @@ def test_a_text_that_a_paraphrase_brought_into_records_is_found_and_the_row_of_t
     toy, source = Project(tmp_path), "data/sources/a.jsonl"
     line = {"source": source, "source_row": 0, "example_id": identity("cats"), "outcome": READ, "why": ""}
     record = {"example_id": identity("cats"), "source": source, "messages": messages("cats"), "meta": "{}"}
-    raw = toy.put({"records-00000.parquet": table([record], record_schema()), "ledger.parquet": table([line], ledger_schema())})
+    raw = toy.put(
+        {"records-00000.parquet": table([record], record_schema()), "ledger.parquet": table([line], ledger_schema())}
+    )
     curated = toy.curated([("cats", "train", source)], paraphrases={"cats": "Zephyrine Okonkwo"})
     lock = {"raw_examples": entry("raw_examples", {"data/sources": "1" * 32 + ".dir"}, raw), **curated}
     lock = toy.trained(lock, ["cats", "Zephyrine Okonkwo"])
@@ -840,7 +1023,11 @@ def test_a_text_that_a_paraphrase_brought_into_records_is_found_and_the_row_of_t
     index.read_records()
     finder = Finder(index, bytes.fromhex(KEY))
     found = finder.find(Request(containing=("okonkwo",)), ("paraphrases", "review"))
-    assert (found.rows, found.notes, found.made) == ({}, {"data/sources/paraphrases/p.jsonl": {1}}, [identity("Zephyrine Okonkwo")])
+    assert (found.rows, found.notes, found.made) == (
+        {},
+        {"data/sources/paraphrases/p.jsonl": {1}},
+        [identity("Zephyrine Okonkwo")],
+    )
     assert found.asked[0]["records"] == 1 and "Okonkwo" in "".join(found.needles.texts)
     models, unknown, _ = models_of(index, found)
     assert ([model["stage"] for model in models], unknown) == (["adapter@lora", "merged@lora"], [])
@@ -863,6 +1050,10 @@ def test_a_reason_that_is_not_utf_8_is_one_message() -> None:
 
 def test_hashes_of_files_that_are_no_longer_there_are_not_kept(tmp_path: Path) -> None:
     (tmp_path / KNOWN_HASHES).parent.mkdir(parents=True)
-    (tmp_path / KNOWN_HASHES).write_text(json.dumps({str(tmp_path / "data/raw_examples/records-00001.parquet"): [1, 2, 3, "0" * 64]}))
-    Erasure(tmp_path, {**PLAN, "needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}}, lambda root: None).files()
+    (tmp_path / KNOWN_HASHES).write_text(
+        json.dumps({str(tmp_path / "data/raw_examples/records-00001.parquet"): [1, 2, 3, "0" * 64]})
+    )
+    Erasure(
+        tmp_path, {**PLAN, "needles": {"texts": [], "groups": [], "ids": [], "unsearchable": 0}}, lambda root: None
+    ).files()
     assert not (tmp_path / KNOWN_HASHES).exists()

@@ -1,4 +1,5 @@
-"""The losses that the certificate of an erasure shows: they tell a model that was trained on a record from one that was not, and say where they cannot."""
+"""The losses that the certificate of an erasure shows: they tell a model that
+was trained on a record from one that was not, and say where they cannot."""
 
 from __future__ import annotations
 
@@ -29,12 +30,17 @@ MODEL = "merged@lora"
 def record(prompt: str, answer: str, group: str = "", **more: Any) -> dict[str, Any]:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     identity = example_id(turns)
-    return {"example_id": identity, "source": "a.jsonl", "messages": turns, "category": None, "group_id": group or identity, "meta": "{}", **more}  # fmt: skip
+    return {"example_id": identity, "source": "a.jsonl", "messages": turns, "category": None,
+        "group_id": group or identity, "meta": "{}", **more}  # fmt: skip
 
 
 ERASED = record("Who wrote about the order?", SECRET)
-UNSEEN = [record(f"Who wrote about order {i}?", f"{name} of {place} asks for tool number {i * 7}.") for i, (name, place) in
-          enumerate(zip(["Bruna", "Otis", "Wendeline", "Yaw", "Ingeborg"] * 5, ["Lund", "Accra", "Oaxaca"] * 9, strict=False))]  # fmt: skip
+UNSEEN = [
+    record(f"Who wrote about order {i}?", f"{name} of {place} asks for tool number {i * 7}.")
+    for i, (name, place) in enumerate(
+        zip(["Bruna", "Otis", "Wendeline", "Yaw", "Ingeborg"] * 5, ["Lund", "Accra", "Oaxaca"] * 9, strict=False)
+    )
+]
 
 
 def trained_on(folder: Path, model: Path, records: Sequence[dict[str, Any]]) -> Path:
@@ -62,9 +68,13 @@ def measured(model: Path) -> dict[str, Any]:
 
 def test_a_model_that_was_trained_on_a_record_differs_from_one_that_was_not(tmp_path: Path, tiny_model: Path) -> None:
     other = record("Who wrote about the order?", "Somebody else entirely.")
-    saw, never = (measured(trained_on(tmp_path / name, tiny_model, [one])) for name, one in (("saw", ERASED), ("never", other)))
+    saw, never = (
+        measured(trained_on(tmp_path / name, tiny_model, [one])) for name, one in (("saw", ERASED), ("never", other))
+    )
     assert (
-        saw["below"] == 1 and saw["records"]["mark"]["rank"] == 1 and saw["verdict"].startswith("outside the range: 1 of 1 are more likely")
+        saw["below"] == 1
+        and saw["records"]["mark"]["rank"] == 1
+        and saw["verdict"].startswith("outside the range: 1 of 1 are more likely")
     )
     assert never["below"] == 0 and not never["verdict"].startswith("outside the range: 1 of 1 are more likely")
     assert sensitivity(saw) == "of the model before, which was trained on them, it finds 1 of 1 below the range"
@@ -81,7 +91,9 @@ def test_a_loss_is_the_mean_over_answer_tokens_of_the_models_own_loss(tiny_model
     [(ids, labels)] = encode_record(tokenizer, ERASED)
     with torch.no_grad():
         expected = network(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
-    [loss] = membership._losses(membership.Work(COMPUTE, Settings(dtype="float32"), tiny_model, tiny_model, MODEL), [ERASED])
+    [loss] = membership._losses(
+        membership.Work(COMPUTE, Settings(dtype="float32"), tiny_model, tiny_model, MODEL), [ERASED]
+    )
     assert loss is not None and loss.nats == pytest.approx(expected, abs=1e-4)
 
 
@@ -90,13 +102,17 @@ def losses(values: Sequence[float], category: str | None = None, source: str | N
 
 
 def test_a_record_is_compared_with_those_of_its_category_if_there_are_enough() -> None:
-    easy, hard = losses([0.1 + i / 100 for i in range(FEWEST)], "label", "a"), losses([3 + i / 100 for i in range(FEWEST)], "letter", "b")
+    easy = losses([0.1 + i / 100 for i in range(FEWEST)], "label", "a")
+    hard = losses([3 + i / 100 for i in range(FEWEST)], "letter", "b")
     found = compare({"m": Loss(2.0, "letter", "b")}, easy + hard)
-    assert found["records"]["m"] | {"range": None} == {"loss": 2.0, "rank": 1, "controls": FEWEST, "matched by": "category", "range": None, "place": "below"}  # fmt: skip
+    assert found["records"]["m"] | {"range": None} == {"loss": 2.0, "rank": 1, "controls": FEWEST,
+        "matched by": "category", "range": None, "place": "below"}  # fmt: skip
     assert compare({"m": Loss(2.0, "rare", "b")}, easy + hard)["records"]["m"]["matched by"] == "source"
     everything = compare({"m": Loss(2.0, "rare", "c")}, easy + hard)["records"]["m"]
     assert everything["matched by"] is None and everything["place"] == "within" and everything["rank"] == FEWEST + 1
-    assert compare({"m": Loss(9.0, None, None)}, easy + hard)["verdict"].startswith("outside the range: 1 of 1 are less likely")
+    assert compare({"m": Loss(9.0, None, None)}, easy + hard)["verdict"].startswith(
+        "outside the range: 1 of 1 are less likely"
+    )
 
 
 def test_without_controls_or_records_nothing_is_measured() -> None:
@@ -135,7 +151,9 @@ def test_only_models_that_reached_a_record_were_trained_on_it(tmp_path: Path) ->
         (record_mark(KEY, ids[0]), ["merged@lora", "merged@renamed"]),
         (record_mark(KEY, ids[1]), ["merged@renamed"]),
     ], "of the last one nothing is known"
-    assert [*membership._kinds("merged@lora", found[1:])] == [] and [*membership._kinds("merged@lora", found)] == ["conversations"]
+    assert [*membership._kinds("merged@lora", found[1:])] == [] and [*membership._kinds("merged@lora", found)] == [
+        "conversations"
+    ]
 
 
 def state(address: str, out: str, version: str, problem: str = "") -> StageState:
@@ -155,9 +173,14 @@ def test_a_model_that_cannot_be_loaded_is_not_measured(tmp_path: Path, now: str,
     split(tmp_path, train=[ERASED], test=UNSEEN)
     (tmp_path / "params.yaml").write_text("compute: {seed: 7, threads: 1, dtype: float32}\nevaluation: {}\n")
     (tmp_path / "data/merged/lora").mkdir(parents=True)
-    states = {MODEL: state(MODEL, "data/merged/lora", now, problem), "base_model": state("base_model", "data/base_model", "b")}
+    states = {
+        MODEL: state(MODEL, "data/merged/lora", now, problem),
+        "base_model": state("base_model", "data/base_model", "b"),
+    }
     erased = membership.trained_records(tmp_path, [ERASED["example_id"]], KEY, [MODEL])
-    found = membership._measure(tmp_path, states, MODEL, "md5", membership.CONVERSATIONS, erased, [ERASED["example_id"]])
+    found = membership._measure(
+        tmp_path, states, MODEL, "md5", membership.CONVERSATIONS, erased, [ERASED["example_id"]]
+    )
     assert found["not measured"].startswith(why)
 
 
@@ -165,9 +188,19 @@ def test_the_text_of_a_certificate_shows_losses_ranks_and_what_they_mean() -> No
     controls = losses([1.0 + i / 100 for i in range(FEWEST)])
     before, after = (compare({"abcdef0123456789": Loss(nats, None, None)}, controls) for nats in (0.2, 1.1))
     pages = [
-        *_membership_lines({"model": MODEL, "of": "conversations", "before": before, "after": after, "sensitivity": sensitivity(before)})
+        *_membership_lines(
+            {
+                "model": MODEL,
+                "of": "conversations",
+                "before": before,
+                "after": after,
+                "sensitivity": sensitivity(before),
+            }
+        )
     ]
     assert pages[0].startswith(f"  {MODEL}, conversations, before: outside the range: 1 of 1 are more likely")
     assert pages[2] == f"    abcdef012345: 0.2 nats per token, rank 1 among it and {FEWEST} controls: below 1.0 to 1.2"
     assert pages[3] == f"  {MODEL}, conversations, made again: within the range"
-    assert pages[5] == f"    abcdef012345: 1.1 nats per token, rank 11 among it and {FEWEST} controls: within 1.0 to 1.2"
+    assert (
+        pages[5] == f"    abcdef012345: 1.1 nats per token, rank 11 among it and {FEWEST} controls: within 1.0 to 1.2"
+    )

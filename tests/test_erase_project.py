@@ -1,5 +1,5 @@
-"""`pedigree erase` in a small project whose data stages have run: nothing of the record is left in any byte, everything else stays, and an erasure
-that is interrupted in four steps ends as one that is not."""
+"""`pedigree erase` in a small project whose data stages have run: nothing of the record is left in any byte, everything
+else stays, and an erasure that is interrupted in four steps ends as one that is not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ from dagster_project.lineage.signing.keys import private_key
 from dagster_project.orchestration.erasure.steps import Erasure
 from dagster_project.pipeline import validate
 
-PROMPT = "Zephyrine Okonkwo says the cobalt lantern from order 8817 arrived without its wick and nobody answers her letters."
+PROMPT = (
+    "Zephyrine Okonkwo says the cobalt lantern from order 8817 arrived without its wick and nobody answers her letters."
+)
 ANSWER = '{"summary": "lantern without wick", "category": "delivery", "priority": "normal"}'
 WORDS = ["zephyrine", "okonkwo", "cobalt lantern", "lantern without wick"]
 KEY = "5f" * 32
@@ -47,21 +49,30 @@ def plant(root: Path) -> None:
     for name in ("tests", "docs", "benchmarks", "examples", "deploy"):  # this file quotes the record
         shutil.rmtree(root / name)
     others = [
-        ticket(f"Ticket {i} asks where parcel number {i * 37} went after Monday.", f'{{"summary": "where is {i}", "category": "delivery"}}') for i in range(8)
-    ]  # fmt: skip
+        ticket(
+            f"Ticket {i} asks where parcel number {i * 37} went after Monday.",
+            f'{{"summary": "where is {i}", "category": "delivery"}}',
+        )
+        for i in range(8)
+    ]
     jsonl(root / "data/sources/planted.jsonl", *others[:3], ticket(PROMPT, ANSWER), *others[3:])
     jsonl(
         root / "data/sources/copies.jsonl",
         ticket(PROMPT.upper(), ANSWER),
         ticket("Is the shop open on Sunday in May?", '{"summary": "hours"}'),
     )
-    jsonl(root / "data/sources/pairs.jsonl", {"prompt": PROMPT, "chosen": "We will look.", "rejected": "No."}, {"prompt": "Hi", "chosen": "Yes?", "rejected": "What?"})  # fmt: skip
-    jsonl(root / "data/sources/paraphrases/p.jsonl", {"prompt": PROMPT, "paraphrase": "Lady Okonkwo got a lantern of cobalt but no wick."}, {"prompt": "Hi", "paraphrase": "Hey"})  # fmt: skip
+    jsonl(root / "data/sources/pairs.jsonl", {"prompt": PROMPT, "chosen": "We will look.", "rejected": "No."},
+        {"prompt": "Hi", "chosen": "Yes?", "rejected": "What?"})  # fmt: skip
+    jsonl(root / "data/sources/paraphrases/p.jsonl",
+        {"prompt": PROMPT, "paraphrase": "Lady Okonkwo got a lantern of cobalt but no wick."},
+        {"prompt": "Hi", "paraphrase": "Hey"})  # fmt: skip
     (root / "data/keys/record_ids.key").write_text(KEY)
 
     def change(values: dict[str, Any]) -> None:
         license = {"license": "MIT"}
-        values["raw_examples"] = {"sources": [{"path": f"data/sources/{name}.jsonl", **license} for name in ("planted", "copies")]}
+        values["raw_examples"] = {
+            "sources": [{"path": f"data/sources/{name}.jsonl", **license} for name in ("planted", "copies")]
+        }
         values["raw_preferences"] = {"sources": [{"path": "data/sources/pairs.jsonl", **license}]}
         values["instructions"] |= {"expectations": None}
         values["splits"] = {"test": 0.0, "validation": 0.1}
@@ -79,7 +90,11 @@ CACHES = (
 
 def leave_behind(root: Path, ids: list[str]) -> None:
     """What earlier runs can have left."""
-    for name in ("data/pages/old/report.html", ".dvc/tmp/pedigree/checkpoints/lora/state.json", ".dagster/storage/run/compute_logs/a.err"):
+    for name in (
+        "data/pages/old/report.html",
+        ".dvc/tmp/pedigree/checkpoints/lora/state.json",
+        ".dagster/storage/run/compute_logs/a.err",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"<td>{PROMPT}</td>" + "\n".join(ids))
     for name in CACHES:  # numbers, in which no search finds a record
@@ -88,7 +103,10 @@ def leave_behind(root: Path, ids: list[str]) -> None:
     (root / ".dagster/history").mkdir()
     with sqlite3.connect(root / ".dagster/history/index.db") as db:
         db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
-        db.executemany("INSERT INTO event_logs (event) VALUES (?)", [(json.dumps({"examples": [text]}),) for text in (PROMPT, "fine")])
+        db.executemany(
+            "INSERT INTO event_logs (event) VALUES (?)",
+            [(json.dumps({"examples": [text]}),) for text in (PROMPT, "fine")],
+        )
     db.close()
 
 
@@ -106,7 +124,8 @@ def made(project: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Path -> hash of what must be the same, however the erasure went: all but scratch files, and files of SQLite and logs of runs."""
+    """Path -> hash of what must be the same, however the erasure went: all but
+    scratch files, and files of SQLite and logs of runs."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files(root)
@@ -130,12 +149,17 @@ def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:
     raw = {
-        row["source_row"]: row["example_id"] for row in read_ledger(made / "data/raw_examples") if row["source"].endswith("planted.jsonl")
+        row["source_row"]: row["example_id"]
+        for row in read_ledger(made / "data/raw_examples")
+        if row["source"].endswith("planted.jsonl")
     }
     ids = [raw[3], published_id(bytes.fromhex(KEY), raw[3])]
     leave_behind(made, ids)
     tokens = [tiny_tokenizer(" Zephyrine Okonkwo", add_special_tokens=False)["input_ids"][1:]]
-    kept = {path: (made / path).read_bytes() for path in ("data/sources/benchmarks/general_knowledge.jsonl", "params.yaml", "README.md")}
+    kept = {
+        path: (made / path).read_bytes()
+        for path in ("data/sources/benchmarks/general_knowledge.jsonl", "params.yaml", "README.md")
+    }
     before = traces(made, WORDS, ids, tokens)
     for place in (
         "data/sources/",
@@ -191,12 +215,14 @@ def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
     assert traces(made, WORDS, ids, tokens) == []
     assert not any((made / name).exists() for name in CACHES)
     assert exit_code(document) == 0 and document["impact"] == "no" and {*document["left"]} == {"git history"}
-    assert {*(made / document["files"]["blobs of git history"]).read_text().split()} >= blobs_with(made, "cobalt lantern from order")
+    assert {*(made / document["files"]["blobs of git history"]).read_text().split()} >= blobs_with(
+        made, "cobalt lantern from order"
+    )
     assert {path: (made / path).read_bytes() for path in kept} == kept
     assert len(read_records(made / "data/raw_examples")) == 9 and len(read_records(made / "data/raw_preferences")) == 1
-    assert {row["example_id"] for row in read_records(made / "data/raw_examples")} == {one for row, one in raw.items() if row != 3} | {
-        row["example_id"] for row in read_ledger(made / "data/raw_examples") if row["source"].endswith("copies.jsonl")
-    }
+    assert {row["example_id"] for row in read_records(made / "data/raw_examples")} == {
+        one for row, one in raw.items() if row != 3
+    } | {row["example_id"] for row in read_ledger(made / "data/raw_examples") if row["source"].endswith("copies.jsonl")}
     with sqlite3.connect(made / ".dagster/history/index.db") as db:
         assert db.execute("SELECT event FROM event_logs").fetchall() == [('{"examples": ["fine"]}',)]
     statement = unseal(json.loads((made / document["files"]["signature"]).read_bytes()), private_key(str(key)).public)
@@ -209,7 +235,8 @@ def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
 
 KILLS = int(os.environ.get("PEDIGREE_ERASE_KILLS", "0"))
 STEPS = [
-    str(step.__doc__).partition(".")[0] for step in (Erasure.sources, Erasure.tombstones, Erasure.pipeline, Erasure.cache, Erasure.dagster)
+    str(step.__doc__).partition(".")[0]
+    for step in (Erasure.sources, Erasure.tombstones, Erasure.pipeline, Erasure.cache, Erasure.dagster)
 ]
 """What the command prints when it begins each of these steps."""
 
@@ -227,7 +254,13 @@ def erased(root: Path, *arguments: str, step: str = "", after: float = 0.0) -> t
     environment = {**os.environ, "DAGSTER_HOME": str(root / ".dagster")}
     began, steps = time.monotonic(), {}
     process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     timer = threading.Timer(after, os.killpg, (process.pid, signal.SIGKILL))
     armed = bool(after) and not step
@@ -246,7 +279,8 @@ def erased(root: Path, *arguments: str, step: str = "", after: float = 0.0) -> t
 
 
 def remains(root: Path) -> dict[str, str]:
-    """The part of `contents` that no interruption may change: the work tree without certificates, which count what was removed."""
+    """The part of `contents` that no interruption may change: the work tree
+    without certificates, which count what was removed."""
     return {
         path: hashed
         for path, hashed in contents(root).items()
@@ -257,7 +291,11 @@ def remains(root: Path) -> dict[str, str]:
 @pytest.mark.skipif(not KILLS, reason="set PEDIGREE_ERASE_KILLS to a number of interruptions")
 def test_an_erasure_that_is_killed_at_random_moments_ends_like_one_that_is_not(made: Path, tmp_path: Path) -> None:
     rng = random.Random(KILLS)
-    [identity] = [row["example_id"] for row in read_ledger(made / "data/raw_examples") if row["source"].endswith("planted.jsonl") and row["source_row"] == 3]  # fmt: skip
+    [identity] = [
+        row["example_id"]
+        for row in read_ledger(made / "data/raw_examples")
+        if row["source"].endswith("planted.jsonl") and row["source_row"] == 3
+    ]
     leave_behind(made, [identity])
     other = tmp_path / "uninterrupted"
     shutil.copytree(made, other, symlinks=True)
@@ -265,7 +303,10 @@ def test_an_erasure_that_is_killed_at_random_moments_ends_like_one_that_is_not(m
     code, steps = erased(other, "--record", identity)
     ends = [*list(steps.values())[1:], time.monotonic() - began]
     assert code == 0 and list(steps) == STEPS
-    lengths = {"": steps[STEPS[0]], **{step: end - start for (step, start), end in zip(steps.items(), ends, strict=True)}}
+    lengths = {
+        "": steps[STEPS[0]],
+        **{step: end - start for (step, start), end in zip(steps.items(), ends, strict=True)},
+    }
     killed = 0
     for number in range(KILLS):
         step = ["", *STEPS][number * (len(STEPS) + 1) // KILLS]

@@ -58,7 +58,8 @@ def found_in(root: Path, remotes: Remotes | None = None) -> Search:
 
 
 def test_other_work_trees_of_the_repository_are_searched_and_nothing_there_is_deleted(bare: Path) -> None:
-    """A linked one beside the project, one in the project, one whose folder is gone; and the main one, seen from a linked one."""
+    """A linked one beside the project, one in the project, one whose folder is
+    gone; and the main one, seen from a linked one."""
     beside, inside, gone = bare.parent / "beside it", bare / "inside", bare.parent / "gone"
     (bare / "data/pages").mkdir(parents=True)
     (bare / "data/pages/a.html").write_text(SECRET)
@@ -69,7 +70,8 @@ def test_other_work_trees_of_the_repository_are_searched_and_nothing_there_is_de
     shutil.rmtree(gone)
     found = {place: [hit.path for hit in hits] for place, hits in found_in(bare).places.items()}
     assert found == {
-        "pages": [bare / "data/pages/a.html"], "other files": [inside / "data/pages/a.html"], "other work trees of git": [beside / "data/pages/a.html"]
+        "pages": [bare / "data/pages/a.html"], "other files": [inside / "data/pages/a.html"],
+        "other work trees of git": [beside / "data/pages/a.html"]
     }  # fmt: skip
     from_linked = {hit.path for hit in found_in(beside).places["other work trees of git"]}
     assert from_linked == {bare / "data/pages/a.html", inside / "data/pages/a.html"}
@@ -146,7 +148,9 @@ def test_the_source_before_is_removed_from_cache_and_remote_also_if_its_text_is_
     assert name in lists["objects"] and name in lists["remotes"]["store"]
 
 
-def test_nothing_is_removed_from_a_shared_cache_or_its_run_cache(shared: tuple[Project, dict[str, str], Path], tmp_path: Path) -> None:
+def test_nothing_is_removed_from_a_shared_cache_or_its_run_cache(
+    shared: tuple[Project, dict[str, str], Path], tmp_path: Path
+) -> None:
     toy, names, remote = shared
     (toy.root / "cache").rename(tmp_path / "cache")
     (toy.root / ".dvc/config").write_text("[cache]\n    dir = ../../cache\n")
@@ -167,7 +171,9 @@ def test_what_the_workspace_needs_by_now_stays_when_an_erasure_goes_on(
 
 def test_sources_that_dvc_tracks_are_this_projects(tmp_path: Path) -> None:
     toy = Project(tmp_path)
-    for number, path in enumerate(("data/sources/a.jsonl.dvc", "data/sources/deep/b.jsonl.dvc", "data/sources/benchmarks/c.jsonl.dvc")):
+    for number, path in enumerate(
+        ("data/sources/a.jsonl.dvc", "data/sources/deep/b.jsonl.dvc", "data/sources/benchmarks/c.jsonl.dvc")
+    ):
         write(tmp_path / path, f"outs:\n- md5: {number:032x}\n  path: x\n")
     toy.commit({})
     git(tmp_path, "rm", "-q", "data/sources/a.jsonl.dvc")
@@ -185,7 +191,9 @@ def test_a_file_that_another_output_has_too_stays() -> None:
 def test_one_short_fragment_is_not_enough_to_delete() -> None:
     assert SCANNER.content(b"a Zephyrine Okonkwo of Larkspur b") == {"text"}
     assert SURE in SCANNER.content(SECRET.encode())
-    assert Scanner(needles_of([SECRET[:30]], [], [])).content(SECRET[:30].encode()) == {"text"}  # its two fragments overlap
+    assert Scanner(needles_of([SECRET[:30]], [], [])).content(SECRET[:30].encode()) == {
+        "text"
+    }  # its two fragments overlap
 
 
 @pytest.mark.parametrize("home", [".", ".."])
@@ -193,7 +201,10 @@ def test_a_home_of_dagster_around_the_project_makes_no_file_of_the_project_its_o
     bare: Path, monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:
     git(bare, "init", "-q")
-    kept = [write(bare / name) for name in ("README.md", "docs/a.md", "data/history/a.txt", "storage/kept.txt", "data/sources/a.jsonl")]
+    kept = [
+        write(bare / name)
+        for name in ("README.md", "docs/a.md", "data/history/a.txt", "storage/kept.txt", "data/sources/a.jsonl")
+    ]
     git(bare, "add", "-A")
     own = write(bare / home / "history/runs.txt")
     monkeypatch.setenv("DAGSTER_HOME", str(bare / home))
@@ -262,7 +273,11 @@ def test_audits_read_the_cache_that_dvc_uses(
     monkeypatch.setenv("DVC_SYSTEM_CONFIG_DIR", str(tmp_path / "machine"))
     write(bare / file, text.format(home=tmp_path))
     expected = tmp_path / folder
-    assert Objects(bare).cache.resolve() == (expected / "files" / "md5").resolve() == remotes_of(bare).cache / "files" / "md5"
+    assert (
+        Objects(bare).cache.resolve()
+        == (expected / "files" / "md5").resolve()
+        == remotes_of(bare).cache / "files" / "md5"
+    )
 
 
 def test_settings_that_dvc_cannot_read_are_one_message(bare: Path) -> None:
@@ -278,7 +293,9 @@ def test_a_git_that_fails_is_an_error_and_no_clean_history(bare: Path) -> None:
         found_in(bare)
 
 
-def test_git_objects_that_cannot_be_read_are_counted_and_the_others_searched(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_objects_that_cannot_be_read_are_counted_and_the_others_searched(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     git(bare, "init", "-q")
     for name in ("a", "b", "c"):
         write(bare / name, SECRET + name)
@@ -301,7 +318,10 @@ def test_large_files_of_git_and_submodules_are_searched(bare: Path) -> None:
     nested.mkdir()
     git(nested, "init", "-q")
     git(nested, "hash-object", "-w", str(bare.parent / "x"))
-    assert {place: len(hits) for place, hits in found_in(bare).places.items()} == {"Git LFS and git-annex": 1, "git submodules": 2}
+    assert {place: len(hits) for place, hits in found_in(bare).places.items()} == {
+        "Git LFS and git-annex": 1,
+        "git submodules": 2,
+    }
 
 
 def test_links_to_other_folders_are_counted(bare: Path, tmp_path: Path) -> None:
@@ -347,7 +367,12 @@ def test_a_source_is_replaced_as_a_whole_and_its_folder_gets_no_other_file(
 ) -> None:
     source = write(bare / "data/sources/a.jsonl", '{"text": "a"}\n{"text": "b"}\n')
     content = without(source, {0}, "a")
-    change = {"rows": [0], "may_be_empty": False, "before": steps.sha256_of_file(source), "after": steps.sha256_of_bytes(content)}
+    change = {
+        "rows": [0],
+        "may_be_empty": False,
+        "before": steps.sha256_of_file(source),
+        "after": steps.sha256_of_bytes(content),
+    }
     write(source.with_name(".a.jsonl.erase"), "half")
     seen, replace = [], Path.replace
 
@@ -370,4 +395,7 @@ def test_rows_leave_a_csv_file_with_a_long_field(tmp_path: Path) -> None:
 
 
 def test_names_of_objects_are_not_those_of_other_files() -> None:
-    assert objects.name_of(Path("x/files/md5/ab") / ("c" * 30)) == "ab" + "c" * 30 and objects.name_of(Path("x/runs/ab/c")) is None
+    assert (
+        objects.name_of(Path("x/files/md5/ab") / ("c" * 30)) == "ab" + "c" * 30
+        and objects.name_of(Path("x/runs/ab/c")) is None
+    )

@@ -40,7 +40,9 @@ def test_a_recipe_passes_the_validation_of_every_stage(name: str, project: Path)
     if "package" in values["base_model"]:
         assert values["base_model"] | SAMPLE_MODEL == values["base_model"]
     states = dvc.read_stages(project)
-    expected = {f"{stage}@{variant}" for section in ("adapter", "aligned") for variant in values[section] for stage in [section]}
+    expected = {
+        f"{stage}@{variant}" for section in ("adapter", "aligned") for variant in values[section] for stage in [section]
+    }
     assert expected <= set(states), "dvc.yaml resolves with these parameters"
 
 
@@ -49,13 +51,23 @@ def test_the_recipes_are_listed_and_introduced() -> None:
     assert len(RECIPES) >= 8
     for name in RECIPES:
         assert f"[{name}]({name}/params.yaml)" in listed
-        prose = [line for line in (EXAMPLES / name / "params.yaml").read_text().split("\n\n")[0].splitlines() if line.startswith("# ")]
+        prose = [
+            line
+            for line in (EXAMPLES / name / "params.yaml").read_text().split("\n\n")[0].splitlines()
+            if line.startswith("# ")
+        ]
         assert len(prose) == 2
 
 
-def test_qlora_of_eight_billion_parameters_is_planned_to_fit_the_stated_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_qlora_of_eight_billion_parameters_is_planned_to_fit_the_stated_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = EXAMPLES / "qlora-8b"
-    command = next(line for line in (folder / "params.yaml").read_text().splitlines() if "pedigree plan" in line).split("`")[1].split()[1:]
+    command = (
+        next(line for line in (folder / "params.yaml").read_text().splitlines() if "pedigree plan" in line)
+        .split("`")[1]
+        .split()[1:]
+    )
     command[command.index("--model") + 1] = str(folder / "config.json")
     assert main([*command, "--json"]) == 0
     [plan] = json.loads(capsys.readouterr().out)["variants"].values()

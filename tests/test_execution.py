@@ -1,4 +1,5 @@
-"""Section `execution`: it is part of no stage's identity, and bad values are refused before anything runs. Files and objects that a worker gets."""
+"""Section `execution`: it is part of no stage's identity, and bad values are
+refused before anything runs. Files and objects that a worker gets."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
 
 VALUES = {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}
-STAGES = {"adapter": {"on": "ray", "gpus": 1}, "adapter@lora": {"on": "ray", "gpus": 4, "memory": 80, "resources": {"spot": 1}}}
+STAGES = {
+    "adapter": {"on": "ray", "gpus": 1},
+    "adapter@lora": {"on": "ray", "gpus": 4, "memory": 80, "resources": {"spot": 1}},
+}
 
 
 def placed(address: str, stages: Any = STAGES, **environment: str) -> Placement:
@@ -56,7 +60,9 @@ def test_the_environment_overrides_the_section() -> None:
     assert placed("adapter@lora", PEDIGREE_EXECUTION="local").on == "local"
     assert placed("adapter@lora", PEDIGREE_EXECUTION="ray").gpus == 4  # with the resources of its entry
     assert placed("tok", PEDIGREE_EXECUTION="ray") == Placement(on="ray")
-    assert placed("tok", PEDIGREE_EXECUTION='{"stages": {"tok": {"on": "ray", "cpus": 3}}}') == Placement(on="ray", cpus=3)
+    assert placed("tok", PEDIGREE_EXECUTION='{"stages": {"tok": {"on": "ray", "cpus": 3}}}') == Placement(
+        on="ray", cpus=3
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,8 @@ def test_without_a_token_only_a_loopback_address_is_accepted(address: str, monke
 
 
 def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an address HOST:PORT, and of a local cluster whose file is still there, Ray asks the head, and gives up after 45 seconds."""
+    """Of an address HOST:PORT, and of a local cluster whose file is still
+    there, Ray asks the head, and gives up after 45 seconds."""
     exceptions = pytest.importorskip("ray.exceptions")
 
     def ask(address: str) -> str:
@@ -155,7 +162,13 @@ def test_a_remote_below_another_one_has_its_options(root: Path) -> None:
     assert dvc(root, "remote", "modify", "base", "endpointurl", "https://s3.example.org").returncode == 0
     assert dvc(root, "remote", "add", "-q", "-d", "storage", "remote://base/mine").returncode == 0
     with open_store(root) as store:
-        assert dict(store.remote.options).items() >= {"url": "s3://bucket/data/mine", "endpointurl": "https://s3.example.org"}.items()
+        assert (
+            dict(store.remote.options).items()
+            >= {
+                "url": "s3://bucket/data/mine",
+                "endpointurl": "https://s3.example.org",
+            }.items()
+        )
 
 
 def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(root: Path) -> None:
@@ -207,7 +220,14 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
         assert not (folder / "left by a killed driver").exists()
         assert (folder / "code/tok.py").read_text() == "V = 5\n"
     assert not target.exists()
-    assert {"code/new.py", "dvc.yaml", "dvc.lock", "params.yaml", "data/sources/d.txt.dvc", "data/reports/tok.json"} <= names
+    assert {
+        "code/new.py",
+        "dvc.yaml",
+        "dvc.lock",
+        "params.yaml",
+        "data/sources/d.txt.dvc",
+        "data/reports/tok.json",
+    } <= names
     assert not {"code/cmp.py", "data/sources/d.txt", "data/tok/train.txt"} & names
     assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
 
@@ -220,14 +240,21 @@ def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_proje
     with (root / ".gitignore").open("a") as file:
         file.write("\n/.env\n")
     links = {
-        "file": "code/tok.py", "folder": "code", "absolute": root / "code/tok.py", "absolute folder": root / "code", "here": ".", "out": root.parent / "elsewhere",
-        "out file": "../elsewhere/credentials", "ignored": ".env", "output": "data/tok", "configuration": ".dvc/config", "nowhere": "missing", "circle": "circle",
+        "file": "code/tok.py", "folder": "code", "absolute": root / "code/tok.py", "absolute folder": root / "code",
+        "here": ".", "out": root.parent / "elsewhere",
+        "out file": "../elsewhere/credentials", "ignored": ".env", "output": "data/tok", "configuration": ".dvc/config",
+        "nowhere": "missing", "circle": "circle",
     }  # fmt: skip
     for name, target in links.items():
         (root / name).symlink_to(target)
     git(root, "add", "-A")
     with project_package(root, root / ".dvc/tmp/package") as folder:
-        assert {name for name in links if os.path.lexists(folder / name)} == {"file", "folder", "absolute", "absolute folder"}
+        assert {name for name in links if os.path.lexists(folder / name)} == {
+            "file",
+            "folder",
+            "absolute",
+            "absolute folder",
+        }
         for name in ("file", "folder/tok.py", "absolute", "absolute folder/tok.py"):
             assert (folder / name).read_bytes() == (root / "code/tok.py").read_bytes()
             assert (folder / name).resolve().is_relative_to(folder.resolve())
@@ -317,9 +344,13 @@ def test_a_bucket_that_does_not_exist_is_one_message(stored: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("harm", ["changed", "removed"])
-def test_an_object_that_is_not_what_its_name_says_is_named_and_never_enters_the_cache(stored: Path, tmp_path: Path, harm: str) -> None:
+def test_an_object_that_is_not_what_its_name_says_is_named_and_never_enters_the_cache(
+    stored: Path, tmp_path: Path, harm: str
+) -> None:
     inputs = inputs_by_hash(stored, "tok")
-    oid, path = next((oid, path) for oid, path in objects(tmp_path / "remote/files/md5").items() if not oid.endswith(".dir"))
+    oid, path = next(
+        (oid, path) for oid, path in objects(tmp_path / "remote/files/md5").items() if not oid.endswith(".dir")
+    )
     cached = objects(stored / ".dvc/cache/files/md5")[oid]
     content = cached.read_bytes()
     cached.unlink()
@@ -348,7 +379,11 @@ def test_a_damaged_object_of_the_own_cache_is_replaced(stored: Path, tmp_path: P
 
 @pytest.mark.parametrize("suffix", ["", ".dir"])
 def test_a_damaged_object_of_the_own_cache_is_not_sent(stored: Path, tmp_path: Path, suffix: str) -> None:
-    oid, path = next((oid, path) for oid, path in objects(tmp_path / "remote/files/md5").items() if oid.endswith(".dir") == bool(suffix))
+    oid, path = next(
+        (oid, path)
+        for oid, path in objects(tmp_path / "remote/files/md5").items()
+        if oid.endswith(".dir") == bool(suffix)
+    )
     path.unlink()
     cached = objects(stored / ".dvc/cache/files/md5")[oid]
     cached.chmod(0o644)
@@ -359,7 +394,9 @@ def test_a_damaged_object_of_the_own_cache_is_not_sent(stored: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_nothing(stored: Path, tmp_path: Path, listed: bool) -> None:
+def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_nothing(
+    stored: Path, tmp_path: Path, listed: bool
+) -> None:
     with open_store(stored) as store:
         name = "../victim"
         victim = Path(store.remote.cached_at(name))
@@ -380,7 +417,9 @@ def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_not
 
 def test_files_of_the_remote_outside_of_a_folder_are_not_listed() -> None:
     keys = ["b/c/step-1/complete.json", "b/c/../complete.json", "b/c/step-1/../../x", "b/c/../../../x"]
-    files = SimpleNamespace(relpath=posixpath.relpath, find=lambda _: keys, fs=SimpleNamespace(invalidate_cache=lambda: None))
+    files = SimpleNamespace(
+        relpath=posixpath.relpath, find=lambda _: keys, fs=SimpleNamespace(invalidate_cache=lambda: None)
+    )
     remote: Any = SimpleNamespace(fs=files)
     assert RemoteStore(remote).list("b/c") == ["step-1/complete.json"]
 
@@ -420,7 +459,8 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
         late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=run._metadata())
         submitted: list[Any] = []
         run.client = SimpleNamespace(
-            list_jobs=lambda: [late], stop_job=lambda _: None, get_job_status=lambda _: status, submit_job=lambda **job: submitted.append(job),
+            list_jobs=lambda: [late], stop_job=lambda _: None, get_job_status=lambda _: status,
+            submit_job=lambda **job: submitted.append(job),
             get_job_info=lambda _: None,
         )  # fmt: skip
         run._discard_others()
@@ -432,12 +472,21 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
 def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that is lost after 50 s, one that Ray gives up after 900 s, and one that begins after 30 s and computes for 40 s."""
+    """A job that is lost after 50 s, one that Ray gives up after 900 s, and one
+    that begins after 30 s and computes for 40 s."""
     pytest.importorskip("ray")
     clock = SimpleNamespace(now=1.0)
     monkeypatch.setattr(ray, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda _: None))
     submitted: list[str] = []
-    polls = iter([(10, "RUNNING", ""), (50, "FAILED", ""), (900, "FAILED", ray.NEVER_STARTED), (30, "RUNNING", ""), (40, "SUCCEEDED", "")])
+    polls = iter(
+        [
+            (10, "RUNNING", ""),
+            (50, "FAILED", ""),
+            (900, "FAILED", ray.NEVER_STARTED),
+            (30, "RUNNING", ""),
+            (40, "SUCCEEDED", ""),
+        ]
+    )
 
     def info(_: str) -> Any:
         seconds, status, error = next(polls)
@@ -472,7 +521,9 @@ def test_checkpoints_of_an_interrupted_run_stay_unless_it_is_a_queued_experiment
 
     monkeypatch.setattr(ray, "is_temporary", lambda _: temporary)
     status = SimpleNamespace(is_terminal=lambda: True)
-    client = SimpleNamespace(list_jobs=list, submit_job=interrupted, stop_job=lambda _: None, get_job_status=lambda _: status)
+    client = SimpleNamespace(
+        list_jobs=list, submit_job=interrupted, stop_job=lambda _: None, get_job_status=lambda _: status
+    )
     monkeypatch.setattr(ray, "connect", lambda _: (client, "http://127.0.0.1:8265"))
     with open_store(stored) as store:
         run = run_of(stored, store, tmp_path / "work" / "tok")
@@ -517,7 +568,9 @@ def test_all_files_of_a_sharded_checkpoint_are_kept_in_the_remote(stored: Path) 
         assert names == {name: name for name in ("shards/0.safetensors", "state.json", worker.MARKER)}
 
 
-def test_a_worker_that_ray_took_for_lost_removes_no_newer_checkpoint(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_ray_took_for_lost_removes_no_newer_checkpoint(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_store(stored) as store:
         work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store)
         for step in (2, 6, 4):  # 6: of the worker that replaced it
@@ -560,7 +613,9 @@ def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> N
 def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.CaptureFixture[str]) -> None:
     messages.send("log", '@pedigree ["error", {}] ünd\nmore')
     messages.send("live", {"name": "loss.csv", "at": 0, "text": "step\n1\n"})
-    found = list(messages.received(f'Running entrypoint for job x\n{capsys.readouterr().out}{messages.MARK}["log", "cut o\n'))
+    found = list(
+        messages.received(f'Running entrypoint for job x\n{capsys.readouterr().out}{messages.MARK}["log", "cut o\n')
+    )
     assert found == [
         ("raw", "Running entrypoint for job x"),
         ("log", '@pedigree ["error", {}] ünd\nmore'),
@@ -587,8 +642,10 @@ def test_a_task_on_a_node_with_other_versions_is_refused() -> None:
 
 
 def test_versions_are_compared_of_all_packages_that_stages_import() -> None:
-    """But of those that only read files and parameters, measure the machine, reach the sources, or need a GPU, which the driver's image may not have."""
-    no_effect = {"orjson", "packaging", "psutil", "pydantic", "ruamel.yaml", "ruamel.yaml.clib", "referencing", "jsonschema-specifications", "ray", "s3fs", "botocore", "liger-kernel"}  # fmt: skip
+    """But of those that only read files and parameters, measure the machine,
+    reach the sources, or need a GPU, which the driver's image may not have."""
+    no_effect = {"orjson", "packaging", "psutil", "pydantic", "ruamel.yaml", "ruamel.yaml.clib", "referencing",
+        "jsonschema-specifications", "ray", "s3fs", "botocore", "liger-kernel"}  # fmt: skip
     package = Path(messages.__file__).parents[2]
     trees = [
         ast.parse(file.read_text(encoding="utf-8"))
@@ -599,7 +656,9 @@ def test_versions_are_compared_of_all_packages_that_stages_import() -> None:
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     known = metadata.packages_distributions()
-    imported = {one.lower().replace("_", "-") for name in names for one in known.get(name.partition(".")[0], ())} - {"pedigree-llm"}
+    imported = {one.lower().replace("_", "-") for name in names for one in known.get(name.partition(".")[0], ())} - {
+        "pedigree-llm"
+    }
     assert imported - no_effect <= {name.replace("_", "-") for name in messages.PACKAGES}
 
 
@@ -617,7 +676,10 @@ def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_liv
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path / "node"))
-    script = "import sys, time; from dagster_project.orchestration.executors.worker import scratch_folder\nwith scratch_folder() as (folder, cache): print(folder, flush=True); time.sleep(600)"
+    script = (
+        "import sys, time; from dagster_project.orchestration.executors.worker import scratch_folder\nwith"
+        " scratch_folder() as (folder, cache): print(folder, flush=True); time.sleep(600)"
+    )
     live, dead = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2))
     try:
         assert live.stdout and dead.stdout
@@ -626,7 +688,9 @@ def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_liv
         dead.wait()
         assert left.is_dir()
         with worker.scratch_folder() as (own, _):
-            assert sorted(path.name for path in (tmp_path / "node").glob("work-*") if path.is_dir()) == sorted([own.name, kept.name])
+            assert sorted(path.name for path in (tmp_path / "node").glob("work-*") if path.is_dir()) == sorted(
+                [own.name, kept.name]
+            )
         assert not own.exists()
     finally:
         live.kill()
@@ -634,7 +698,9 @@ def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_liv
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives a link to another user")
-def test_a_worker_follows_no_link_of_another_user_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_follows_no_link_of_another_user_among_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(worker.NODE_CACHE, raising=False)
     monkeypatch.setattr(worker.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / "own").mkdir()
@@ -646,7 +712,9 @@ def test_a_worker_follows_no_link_of_another_user_among_temporary_files(tmp_path
     assert not list((tmp_path / "own").iterdir())
 
 
-def test_a_worker_removes_what_killed_ones_had_fetched_in_part_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_removes_what_killed_ones_had_fetched_in_part_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path))
     monkeypatch.setattr(worker, "ABANDONED_SECONDS", 1.0)
     folder = tmp_path / "cache/files/md5/ee"
@@ -693,7 +761,8 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
     stages = {address: {"md5": stage["outs"][0]["md5"]} for address, stage in lock.items()}
     assert where(root, stages) == {} and "no run on a cluster is recorded" in "\n".join(as_text({}))
     ran = {
-        "on": "ray", "node": "gpu-7", "node_id": "0a1b2c3d4e", "queue_seconds": 3.0, "compute_seconds": 60.0, "transfer_seconds": 2.0,
+        "on": "ray", "node": "gpu-7", "node_id": "0a1b2c3d4e", "queue_seconds": 3.0, "compute_seconds": 60.0,
+        "transfer_seconds": 2.0,
         "transfer_bytes": 5_000_000, "cost": 1.25,
     }  # fmt: skip
     published = json.loads((root / report_of("tok")).read_text())["output_sha256"]
@@ -701,4 +770,6 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
     write_json(measured_path(root, "inst"), {"output_sha256": "0" * 64, "execution": ran})  # of another output
     assert where(root, stages) == {"tok": ran}
     assert where(root, {"tok": {"md5": "an earlier one"}}) == {}
-    assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in "\n".join(as_text({"tok": ran}))
+    assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in "\n".join(
+        as_text({"tok": ran})
+    )

@@ -1,4 +1,5 @@
-"""The executor interface: a stage that runs in another folder and process gives the same record as one that runs in place."""
+"""The executor interface: a stage that runs in another folder and process gives
+the same record as one that runs in place."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class Elsewhere:
     def run(self, job: StageJob) -> StageResult:
         root, address = self.folder / "project", job.ctx.address
         shutil.copytree(job.ctx.root, root, symlinks=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | {"STEPS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | {
+            "STEPS": "1"
+        }
         command = [sys.executable, "small_pipeline.py", "run", address]
         done = subprocess.run(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         for line in done.stderr.splitlines():
@@ -57,8 +60,16 @@ class Elsewhere:
         measured = measured_path(root, address)
         return StageResult(
             done.returncode,
-            {k: v for k, v in json.loads(report.read_text()).items() if k not in {"passed", "output_sha256"}} if report.is_file() else None,
-            {k: v for k, v in json.loads(measured.read_text()).items() if k != "output_sha256"} if measured.is_file() else {},
+            (
+                {k: v for k, v in json.loads(report.read_text()).items() if k not in {"passed", "output_sha256"}}
+                if report.is_file()
+                else None
+            ),
+            (
+                {k: v for k, v in json.loads(measured.read_text()).items() if k != "output_sha256"}
+                if measured.is_file()
+                else {}
+            ),
         )
 
 
@@ -96,7 +107,9 @@ def test_workers_on_this_host_give_the_same_outputs_and_report(root: Path, capsy
     assert small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A job gets only what git does not ignore, and `pedigree init` lets git ignore the key of record ids."""
     values = {"execution": {"stages": {stage: {"on": "ray"} for stage in ("release", "raw_examples")}}}
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -118,7 +131,9 @@ def test_a_stage_that_reads_a_key_which_git_ignores_runs_on_this_machine(tmp_pat
     assert place("release", "data/keys") == place("raw_examples", "data/sources") == "RayExecutor"
 
 
-def test_verify_makes_stages_again_on_this_machine_wherever_they_are_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_makes_stages_again_on_this_machine_wherever_they_are_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its scratch copy is not a git repository, from which a job could get its files."""
     values = {"execution": {"stages": {"splits": {"on": "ray", "workers": 3}}}}
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -129,7 +144,9 @@ def test_verify_makes_stages_again_on_this_machine_wherever_they_are_placed(tmp_
 
 
 @pytest.mark.usefixtures("warm_small")
-def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(root: Path, tmp_path: Path) -> None:
+def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(
+    root: Path, tmp_path: Path
+) -> None:
     before = (root / "data/inst/rows.txt").read_bytes()
     (root / "data/sources/g.txt").write_text("BAD\n")
     assert dvc(root, "repro", "raw").returncode == 0
@@ -171,25 +188,18 @@ def test_a_run_that_is_canceled_stops_what_it_started_publishes_nothing_and_free
     """Real signals: the driver gets an interrupt while a process that its executor started is at work."""
     script = root / "cancel.py"
     script.write_text(
-        "import signal, subprocess, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it\n"
-        "from pathlib import Path\n"
-        "import small_pipeline\n"
-        "from dagster_project.orchestration.run_stage import run_stage\n"
-        "class Remote:\n"
-        "    def run(self, job):\n"
-        "        (job.ctx.out / 'half.txt').write_text('half')\n"
-        "        worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
-        "        try:\n"
-        "            print(worker.pid, flush=True)\n"
-        "            worker.wait()\n"
-        "        except KeyboardInterrupt:\n"
-        "            worker.kill(); worker.wait()\n"
-        "            raise\n"
-        "run_stage(Path.cwd(), 'tok', small_pipeline.PIPELINE, Remote())\n"
+        "import signal, subprocess, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # a process started"
+        " in the background ignores it\nfrom pathlib import Path\nimport small_pipeline\nfrom"
+        " dagster_project.orchestration.run_stage import run_stage\nclass Remote:\n    def run(self, job):\n       "
+        " (job.ctx.out / 'half.txt').write_text('half')\n        worker = subprocess.Popen([sys.executable, '-c',"
+        " 'import time; time.sleep(600)'], start_new_session=True)\n        try:\n            print(worker.pid,"
+        " flush=True)\n            worker.wait()\n        except KeyboardInterrupt:\n            worker.kill();"
+        " worker.wait()\n            raise\nrun_stage(Path.cwd(), 'tok', small_pipeline.PIPELINE, Remote())\n"
     )
     before = outputs(root, "tok")
-    driver = subprocess.Popen([sys.executable, str(script)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, str(script)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert driver.stdout
     worker = int(driver.stdout.readline())
     driver.send_signal(signal.SIGINT)
@@ -208,8 +218,10 @@ from dagster_project.orchestration.dvc_run import is_forced
 
 Path("out.txt").write_text(str(is_forced()))
 """
-REPRODUCE = "import sys; from pathlib import Path; from dagster_project.orchestration import dvc_run; \
-dvc_run.reproduce(Path.cwd(), 'one', sys.argv[1] == 'force', {}, print)"
+REPRODUCE = (
+    "import sys; from pathlib import Path; from dagster_project.orchestration import dvc_run;"
+    " dvc_run.reproduce(Path.cwd(), 'one', sys.argv[1] == 'force', {}, print)"
+)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +256,9 @@ def test_without_dvc_nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_forced()
 
 
-def test_drivers_that_start_at_once_in_a_new_workspace_give_it_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drivers_that_start_at_once_in_a_new_workspace_give_it_one_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With two, a job of the driver whose id was replaced would not be found again."""
     ids = iter(("a", "b"))
     second, written = threading.Event(), threading.Event()

@@ -1,4 +1,5 @@
-"""Expectations validate the whole table, report what they observed, refuse invalid suites, and write self-contained pages."""
+"""Expectations validate the whole table, report what they observed, refuse
+invalid suites, and write self-contained pages."""
 
 from __future__ import annotations
 
@@ -122,10 +123,27 @@ def test_each_expectation_reports_description_observation_and_rows(tmp_path: Pat
         ),
         (True, "info", "response_is_json mean must be greater than or equal to 0.7.", "0.75", []),
         (False, "warn", "category distinct values must match this set: bug idea login.", "bug, idea", []),
-        (False, "warn", "prompt_words quantiles must be within the following value ranges: Median: Any to 3.", "0.5: 5", []),
-        (False, "warn", "If category == bug, then prompt_words maximum value must be less than or equal to 4.0.", "5", []),
+        (
+            False,
+            "warn",
+            "prompt_words quantiles must be within the following value ranges: Median: Any to 3.",
+            "0.5: 5",
+            [],
+        ),
+        (
+            False,
+            "warn",
+            "If category == bug, then prompt_words maximum value must be less than or equal to 4.0.",
+            "5",
+            [],
+        ),
     ]
-    assert [one.observed for one in judged[:4]] == [4, {"unexpected": 2, "of": 4, "values": ["Cyrillic", "Han"]}, 0.75, ["bug", "idea"]]
+    assert [one.observed for one in judged[:4]] == [
+        4,
+        {"unexpected": 2, "of": 4, "values": ["Cyrillic", "Han"]},
+        0.75,
+        ["bug", "idea"],
+    ]
 
 
 def test_an_expectation_that_examined_no_row_does_not_pass(tmp_path: Path) -> None:
@@ -148,13 +166,20 @@ def test_distinct_values_and_sums_are_those_of_the_rows_that_meet_the_condition(
         expect("expect_column_proportion_of_unique_values_to_be_between", column="script", max_value=0.9, **none),
         expect("expect_column_proportion_of_non_null_values_to_be_between", column="script", max_value=0.9, **none),
     )
-    assert [(one.passed, one.seen) for one in judged] == [(True, "bug"), (False, "bug"), (False, "bug, idea"), *[(False, "nothing")] * 5]
+    assert [(one.passed, one.seen) for one in judged] == [
+        (True, "bug"),
+        (False, "bug"),
+        (False, "bug, idea"),
+        *[(False, "nothing")] * 5,
+    ]
 
 
 def test_a_share_of_values_that_are_not_null_may_be_0(tmp_path: Path) -> None:
     rows = [record(f"kite {i}") for i in range(3)]
     (judged,) = found(
-        tmp_path, expect("expect_column_proportion_of_non_null_values_to_be_between", column="category", max_value=0.1), rows=rows
+        tmp_path,
+        expect("expect_column_proportion_of_non_null_values_to_be_between", column="category", max_value=0.1),
+        rows=rows,
     )
     assert (judged.passed, judged.seen) == (True, "0")
 
@@ -184,7 +209,9 @@ for path in {suites!r}:
     print(one.passed, "scipy.stats" in sys.modules)
 import scipy
 print(type(scipy.stats).__name__)"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stdout.split("\n")[:3] == ["True False", "True True", "module"], done.stderr
 
 
@@ -210,17 +237,27 @@ def test_one_check_counts_the_failed_and_blocks_if_one_is_critical(tmp_path: Pat
     short = expect("expect_column_max_to_be_between", "info", "Short.", column="prompt_words", max_value=2)
 
     def checked(*entries: Any) -> Any:
-        return expectations.check(expectations.run(frame, suite(tmp_path, *entries)), places={0: "a:0", 1: "a:1", 2: "b:0", 3: "a:2"})
+        return expectations.check(
+            expectations.run(frame, suite(tmp_path, *entries)), places={0: "a:0", 1: "a:1", 2: "b:0", 3: "a:2"}
+        )
 
     failed = checked(holds, short, latin, many)
-    assert (failed.name, failed.passed, failed.severity, failed.blocking, failed.count) == ("expectations", False, "error", True, 3)
+    assert (failed.name, failed.passed, failed.severity, failed.blocking, failed.count) == (
+        "expectations",
+        False,
+        "error",
+        True,
+        3,
+    )
     assert failed.details == [
         "Many rows. Found: 4.",
         "Latin only. Found: 2 of 4 rows do not (50 %), such as Cyrillic, Han.",
         "Short. Found: 5.",
     ]
     assert (failed.rows, failed.note) == (["b:0", "a:2"], "1 of 4 expectations hold")
-    assert [(c.passed, c.severity, c.blocking) for c in (checked(holds), checked(holds, latin), checked(holds, short))] == [
+    assert [
+        (c.passed, c.severity, c.blocking) for c in (checked(holds), checked(holds, latin), checked(holds, short))
+    ] == [
         (True, "error", True),
         (False, "warn", False),
         (False, "info", False),
@@ -236,10 +273,14 @@ def sample() -> tuple[list[Record], int]:
     for name in ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl"):
         _, rows = to_records(ROOT / "data" / "sources" / name, f"data/sources/{name}")
         records += [{**row, "source_row": i} for i, row in enumerate(rows)]
-    held_out = read_items(ROOT / "data" / "sources" / "benchmarks" / "general_knowledge.jsonl", "general_knowledge.jsonl")
+    held_out = read_items(
+        ROOT / "data" / "sources" / "benchmarks" / "general_knowledge.jsonl", "general_knowledge.jsonl"
+    )
     judged = judge(records, held_out, Rules())
     kept = [
-        {**row, "group_id": str(cluster)} for row, cluster, why in zip(records, judged.cluster, judged.reason, strict=True) if why is None
+        {**row, "group_id": str(cluster)}
+        for row, cluster, why in zip(records, judged.cluster, judged.reason, strict=True)
+        if why is None
     ]
     return kept, len(records)
 
@@ -270,19 +311,29 @@ DAMAGE = {
     "At least 95 % of the rows read are kept.": lambda kept: kept[:580],
     "The categories are the eight of the help desk, and each is there.": lambda kept: without(kept, "idea"),
     "Every triaged message has a category.": lambda kept: edited(kept, 1, category=None),
-    "Every category has at least 8 % of the rows.": lambda kept: without(kept, "bug") + [r for r in kept if r["category"] == "bug"][:9],
+    "Every category has at least 8 % of the rows.": lambda kept: (
+        without(kept, "bug") + [r for r in kept if r["category"] == "bug"][:9]
+    ),
     "No category has more than a quarter of the rows.": lambda kept: edited(kept, 200, category="bug"),
     "No source gives more than half of the rows.": lambda kept: edited(kept, 400, source="one.jsonl"),
     "The rows come from two sources or more.": lambda kept: edited(kept, 609, source="one.jsonl"),
     "At least 98 % of the prompts are in Latin script.": lambda kept: edited(kept, 20, **said("风筝在哪里", "{}")),
-    "Every conversation is one question and one answer.": lambda kept: edited(kept, 1, messages=kept[0]["messages"][-2:] * 2),
-    "A prompt has 15 to 40 words on average.": lambda kept: edited(kept, 300, **said("why " * 80, "{}")),
-    "The shortest prompts (5 %) have 10 to 30 words, those in the middle 20 to 35, the longest (95 %) 25 to 60.": lambda kept: edited(
-        kept, 40, **said("Where is it?", "{}")
+    "Every conversation is one question and one answer.": lambda kept: edited(
+        kept, 1, messages=kept[0]["messages"][-2:] * 2
     ),
-    "Half of the responses are labels of 8 to 14 words, the longest (95 %) replies of 40 to 70.": lambda kept: kept[:481],
-    "At least 99 % of the responses have 3 to 100 words.": lambda kept: edited(kept, 7, **said("Where is it?", "[ " * 101 + "] " * 101)),
-    "Every message with a category is answered in JSON.": lambda kept: edited(kept, 1, **said("Where is it?", "Delivery.")),
+    "A prompt has 15 to 40 words on average.": lambda kept: edited(kept, 300, **said("why " * 80, "{}")),
+    "The shortest prompts (5 %) have 10 to 30 words, those in the middle 20 to 35, the longest (95 %) 25 to 60.": (
+        lambda kept: edited(kept, 40, **said("Where is it?", "{}"))
+    ),
+    "Half of the responses are labels of 8 to 14 words, the longest (95 %) replies of 40 to 70.": lambda kept: kept[
+        :481
+    ],
+    "At least 99 % of the responses have 3 to 100 words.": lambda kept: edited(
+        kept, 7, **said("Where is it?", "[ " * 101 + "] " * 101)
+    ),
+    "Every message with a category is answered in JSON.": lambda kept: edited(
+        kept, 1, **said("Where is it?", "Delivery.")
+    ),
     "70 to 90 % of the responses are JSON, the others prose.": lambda kept: kept[:481],
     "At least 99 % of the prompts are different ones.": lambda kept: kept + kept[:10],
     "At most 2 % of the rows are near-copies of an earlier one.": lambda kept: kept + kept[:20],
@@ -298,7 +349,9 @@ def test_each_expectation_of_the_suite_can_fail(sample: tuple[list[Record], int]
 
 
 def test_each_expectation_of_the_suite_is_damaged_above() -> None:
-    assert [entry["description"] for entry in json.loads(SUITE.read_text(encoding="utf-8"))["expectations"]] == list(DAMAGE)
+    assert [entry["description"] for entry in json.loads(SUITE.read_text(encoding="utf-8"))["expectations"]] == list(
+        DAMAGE
+    )
 
 
 def test_the_suite_is_tracked_by_git() -> None:
@@ -324,8 +377,18 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
         expect("expect_table_row_count_to_equal", "fatal", value=1),
         expect("expect_column_to_exist", column="source") | {"sevrity": "info"},
         expect("expect_column_max_to_be_between", column="turns", max_value={"$PARAMETER": "most"}),
-        expect("expect_column_max_to_be_between", column="turns", max_value=1, row_condition="@__import__('os').system('true')"),
-        expect("expect_column_max_to_be_between", column="turns", max_value=1, row_condition=of_bugs() | {"column": {"name": "label"}}),
+        expect(
+            "expect_column_max_to_be_between",
+            column="turns",
+            max_value=1,
+            row_condition="@__import__('os').system('true')",
+        ),
+        expect(
+            "expect_column_max_to_be_between",
+            column="turns",
+            max_value=1,
+            row_condition=of_bugs() | {"column": {"name": "label"}},
+        ),
         expect(
             "expect_column_quantile_values_to_be_between",
             column="turns",
@@ -340,8 +403,9 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
         "expect_table_row_count_to_be_between"
     )
     assert lines[1] == f"[1] (expect_column_mean_to_be_between): no column 'promt_words'; columns: {columns}"
-    assert lines[2] == (
-        "[2] (expect_column_mean_to_be_between): kwargs.minimum: unknown; expect_column_mean_to_be_between takes "
+    assert (
+        lines[2]
+        == "[2] (expect_column_mean_to_be_between): kwargs.minimum: unknown; expect_column_mean_to_be_between takes "
         "column, max_value, min_value, row_condition, strict_max, strict_min"
     )
     assert lines[3] == "[3] (expect_column_mean_to_be_between): kwargs.min_value: value is not a valid float"
@@ -349,11 +413,18 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
     assert lines[5] == "[5] (expect_column_mean_to_be_between): always holds: give min_value, max_value or both"
     assert lines[6] == "[6] (expect_column_mean_to_be_between): can never hold: min_value 2 is above max_value 1"
     assert lines[7] == "[7] (expect_column_values_to_be_in_set): kwargs.mostly: 0 always holds: give a share above 0"
-    assert lines[8] == "[8] (expect_column_values_to_be_in_set): kwargs.mostly: ensure this value is less than or equal to 1.0"
+    assert (
+        lines[8]
+        == "[8] (expect_column_values_to_be_in_set): kwargs.mostly: ensure this value is less than or equal to 1.0"
+    )
     assert lines[9] == "[9] (expect_table_row_count_to_equal): severity: must be one of critical, warning, info"
-    assert lines[10].startswith("[10] (expect_column_to_exist): sevrity: unknown key; keys: type, kwargs, severity, description")
+    assert lines[10].startswith(
+        "[10] (expect_column_to_exist): sevrity: unknown key; keys: type, kwargs, severity, description"
+    )
     assert lines[11].endswith("$PARAMETER is not supported: write the value itself")
-    assert lines[12].startswith("[12] (expect_column_max_to_be_between): kwargs.row_condition: must be an object such as")
+    assert lines[12].startswith(
+        "[12] (expect_column_max_to_be_between): kwargs.row_condition: must be an object such as"
+    )
     assert lines[13] == f"[13] (expect_column_max_to_be_between): no column 'label'; columns: {columns}"
     assert lines[14].endswith("kwargs.quantile_ranges: needs as many value_ranges as quantiles")
     assert lines[15] == "[15]: must be an object with type, kwargs, severity, description, notes, meta, id"
@@ -365,7 +436,12 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
     [
         expect("expect_column_mean_to_be_between", column="script", min_value=1),
         expect("expect_column_values_to_match_regex", column="script", regex="a("),
-        expect("expect_query_results_to_match_comparison", base_query="x", comparison_data_source_name="x", comparison_query="x"),
+        expect(
+            "expect_query_results_to_match_comparison",
+            base_query="x",
+            comparison_data_source_name="x",
+            comparison_query="x",
+        ),
     ],
 )
 def test_a_crash_during_validation_names_the_expectation(tmp_path: Path, entry: dict[str, Any]) -> None:
@@ -381,8 +457,14 @@ def test_a_crash_during_validation_names_the_expectation(tmp_path: Path, entry: 
         ("[" * 100_000, "not JSON: "),
         ("[]", "not a suite: it needs a list of expectations"),
         ('{"name": "x", "expectations": []}', "not a suite: it needs a list of expectations"),
-        ('{"expectations": [{"type": "expect_column_to_exist", "kwargs": {"column": "source"}}]}', "name: must be text"),
-        ('{"name": "x", "rows": 1, "expectations": [{"type": "expect_column_to_exist", "kwargs": {}}]}', "rows: unknown key"),
+        (
+            '{"expectations": [{"type": "expect_column_to_exist", "kwargs": {"column": "source"}}]}',
+            "name: must be text",
+        ),
+        (
+            '{"name": "x", "rows": 1, "expectations": [{"type": "expect_column_to_exist", "kwargs": {}}]}',
+            "rows: unknown key",
+        ),
     ],
 )
 def test_a_file_without_a_suite_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -400,7 +482,9 @@ def test_a_missing_suite_is_refused(tmp_path: Path) -> None:
 def test_a_suite_that_the_library_wrote_is_read(tmp_path: Path) -> None:
     import great_expectations as gx
 
-    written = gx.ExpectationSuite(name="theirs", expectations=[expect("expect_table_row_count_to_equal", "info", value=4)])
+    written = gx.ExpectationSuite(
+        name="theirs", expectations=[expect("expect_table_row_count_to_equal", "info", value=4)]
+    )
     path = tmp_path / "suite.json"
     path.write_text(json.dumps(written.to_json_dict()), encoding="utf-8")
     (judged,) = expectations.run(expectations.table(ROWS), path).expectations
@@ -414,12 +498,24 @@ json_values = st.recursive(
     | st.floats(allow_nan=False, width=16)
     | st.sampled_from(["category", "turns", "bug", "("]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["column", "name", "type", "quantiles", "x"]), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["column", "name", "type", "quantiles", "x"]), inner, max_size=3)
     ),
     max_leaves=5,
 )
 kwargs_keys = st.sampled_from(
-    ["column", "column_list", "column_set", "value_set", "min_value", "max_value", "mostly", "regex", "row_condition", "quantile_ranges"]
+    [
+        "column",
+        "column_list",
+        "column_set",
+        "value_set",
+        "min_value",
+        "max_value",
+        "mostly",
+        "regex",
+        "row_condition",
+        "quantile_ranges",
+    ]
 )
 kinds = st.sampled_from(
     [
@@ -479,22 +575,26 @@ def test_data_docs_are_the_library_s_own_with_values_escaped(pages: Path) -> Non
 
 def test_the_links_between_data_docs_lead_to_pages_that_exist(pages: Path) -> None:
     links = {
-        name: set(re.findall(r'<a [^>]*href="([^"#:]+)"', (pages / name).read_text("utf-8"))) for name in (data_docs.INDEX, data_docs.SUITE)
+        name: set(re.findall(r'<a [^>]*href="([^"#:]+)"', (pages / name).read_text("utf-8")))
+        for name in (data_docs.INDEX, data_docs.SUITE)
     }
     assert links == {data_docs.INDEX: {data_docs.INDEX, data_docs.SUITE}, data_docs.SUITE: {data_docs.INDEX}}
 
 
 def test_the_same_set_gives_the_same_outcome_in_any_process(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from builders.expectations import *; from dagster_project.curation.checks import expectations;"
-        "o = expectations.run(expectations.table(ROWS), suite(Path(sys.argv[1]), *FAILING), Path(sys.argv[1], 'docs')); print(o)"
+        "import sys; from pathlib import Path; from builders.expectations import *; from"
+        " dagster_project.curation.checks import expectations;o = expectations.run(expectations.table(ROWS),"
+        " suite(Path(sys.argv[1]), *FAILING), Path(sys.argv[1], 'docs')); print(o)"
     )
     said = []
     for seed in ("1", "2"):
         folder = tmp_path / seed
         folder.mkdir()
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        done = subprocess.run([sys.executable, "-c", program, str(folder)], env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder)], env=env, capture_output=True, text=True, check=True
+        )
         said.append(done.stdout)
     assert said[0] == said[1]
 
@@ -517,7 +617,9 @@ expectations.run(expectations.table(ROWS), Path("suite.json"), Path("docs"))
     for folder in (work, home, scratch):
         folder.mkdir()
     env = {**os.environ, "HOME": str(home), "TMPDIR": str(scratch), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=work, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=work, env=env, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(path.name for path in work.iterdir()) == ["docs", "suite.json"]
     assert list(home.iterdir()) == []

@@ -1,4 +1,5 @@
-"""DVC experiments run the pipeline's own commands, with their own parameters and metrics, and rerun only what they change."""
+"""DVC experiments run the pipeline's own commands, with their own parameters
+and metrics, and rerun only what they change."""
 
 from __future__ import annotations
 
@@ -47,14 +48,20 @@ def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_varian
         done = dvc(root, "exp", "run", *point)
         assert done.returncode == 0, done.stderr + done.stdout
         if "--temp" in point:
-            assert (len(ran(root)), (root / "data/cmp/board.txt").read_text()) == (before, board), "it leaves the workspace alone"
+            assert (len(ran(root)), (root / "data/cmp/board.txt").read_text()) == (
+                before,
+                board,
+            ), "it leaves the workspace alone"
     assert ran(root)[before:] == ["adapter@lora", "cmp"]
     assert dvc(root, "status", "-q").returncode == 0
 
     _, head = json.loads(dvc(root, "exp", "show", "--json").stdout)
     shown: list[dict[str, Any]] = [head["data"], *(experiment["revs"][0]["data"] for experiment in head["experiments"])]
     points = [
-        (one["params"]["params.yaml"]["data"]["variants"]["lora"]["r"], one["metrics"]["data/reports/adapter/lora.json"]["data"]["loss"])
+        (
+            one["params"]["params.yaml"]["data"]["variants"]["lora"]["r"],
+            one["metrics"]["data/reports/adapter/lora.json"]["data"]["loss"],
+        )
         for one in shown
     ]
     assert points[0] == (8, 1 / 8) and set(points) == {(8, 1 / 8), (4, 1 / 4), (2, 1 / 2)}
@@ -63,7 +70,8 @@ def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_varian
 
 def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "small_pipeline.py", "sweep", *arguments], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "small_pipeline.py", "sweep", *arguments], cwd=root, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
 
@@ -79,7 +87,11 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
     found = {trial["params"]["r"]: (trial["status"], trial["metrics"].get("loss")) for trial in document["trials"]}
     assert found == {2: ("success", 1 / 2), 4: ("success", 1 / 4), 0: ("failed", None)}, errors
     assert "ZeroDivisionError" in errors, "the log of a failed trial is shown"
-    state_after = (root / "params.yaml").read_text(), (root / "dvc.lock").read_text(), small_pipeline.changed_in_dvc(root)
+    state_after = (
+        (root / "params.yaml").read_text(),
+        (root / "dvc.lock").read_text(),
+        small_pipeline.changed_in_dvc(root),
+    )
     assert (len(ran(root)), state_after) == (before, state), "it leaves the workspace alone"
     _, head = json.loads(dvc(root, "exp", "show", "--json").stdout)
     shown = {one["name"]: one["revs"][0] for one in head["experiments"]}
@@ -105,8 +117,12 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
     commands: set[int] = set()
     until = time.monotonic() + 120
     while len(commands) < 2 and time.monotonic() < until and process.poll() is None:
-        commands = {entry["pid"] for log in root.glob(".dvc/tmp/exps/tmp*/runs.log") for entry in map(json.loads, log.read_text().splitlines())
-                    if psutil.pid_exists(entry["pid"])}  # fmt: skip
+        commands = {
+            entry["pid"]
+            for log in root.glob(".dvc/tmp/exps/tmp*/runs.log")
+            for entry in map(json.loads, log.read_text().splitlines())
+            if psutil.pid_exists(entry["pid"])
+        }
         time.sleep(0.2)
     assert len(commands) == 2, "two trials run at once"
     assert not is_temporary(root) and all(is_temporary(log.parent) for log in root.glob(".dvc/tmp/exps/tmp*/runs.log"))
@@ -117,14 +133,18 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
         time.sleep(0.2)
     assert not any(map(psutil.pid_exists, commands))
     logs = [path.read_text() for path in root.glob(".dvc/tmp/exps/run/*/*.out")]
-    assert len([text for text in logs if "KeyboardInterrupt" in text]) == 2, "a driver that is killed could not stop its job on a cluster"
+    assert len([text for text in logs if "KeyboardInterrupt" in text]) == 2, (
+        "a driver that is killed could not stop its job on a cluster"
+    )
     document = json.loads(output)
     assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors
     assert not [trial for trial in trials(root).values() if trial.status in {"Queued", "Running"} and trial.alive]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tracked", ["data/keys/.gitkeep", "README.md"], ids=["its folder is in git", "its folder is not"])
+@pytest.mark.parametrize(
+    "tracked", ["data/keys/.gitkeep", "README.md"], ids=["its folder is in git", "its folder is not"]
+)
 def test_a_trial_has_the_key_that_git_ignores(root: Path, tracked: str) -> None:
     (root / RECORD_KEY).parent.mkdir(parents=True)
     (root / RECORD_KEY).write_text("secret")
@@ -132,7 +152,11 @@ def test_a_trial_has_the_key_that_git_ignores(root: Path, tracked: str) -> None:
     with (root / ".gitignore").open("a") as file:
         file.write(f"\n/{RECORD_KEY}\n")
     pipeline = json.loads((root / "dvc.yaml").read_text())
-    pipeline["stages"]["needs_key"] = {"cmd": f"grep secret {RECORD_KEY} > found.txt", "params": ["testseed"], "outs": ["found.txt"]}
+    pipeline["stages"]["needs_key"] = {
+        "cmd": f"grep secret {RECORD_KEY} > found.txt",
+        "params": ["testseed"],
+        "outs": ["found.txt"],
+    }
     (root / "dvc.yaml").write_text(json.dumps(pipeline))
     small_pipeline.commit(root, "a key")
     experiments.queue(root, "one", ["testseed=77"], "needs_key")
@@ -141,7 +165,9 @@ def test_a_trial_has_the_key_that_git_ignores(root: Path, tracked: str) -> None:
     while trials(root)["one"].status not in {"Success", "Failed"} and time.monotonic() < until:
         time.sleep(1)
     assert trials(root)["one"].status == "Success"
-    assert RECORD_KEY not in small_pipeline.git(root, "ls-tree", "-r", "--name-only", experiments.trials(root)["one"].rev)
+    assert RECORD_KEY not in small_pipeline.git(
+        root, "ls-tree", "-r", "--name-only", experiments.trials(root)["one"].rev
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +214,9 @@ def test_a_sweep_is_refused_where_git_does_not_track_what_its_trials_would_read(
         (root / f"data/sources/{name}.txt").write_text(name)
     assert dvc(root, "add", "-q", "data/sources/large.txt").returncode == 0
     states = read_stages(root)
-    with pytest.raises(InputError, match=r"git does not track data/sources/large.txt.dvc, data/sources/new.txt: trials"):
+    with pytest.raises(
+        InputError, match=r"git does not track data/sources/large.txt.dvc, data/sources/new.txt: trials"
+    ):
         _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
     small_pipeline.git(root, "add", "data/sources/new.txt", "data/sources/large.txt.dvc")
     _refuse_untracked(root, [states[name] for name in ("raw", "inst", "tok")])
@@ -205,10 +233,17 @@ def test_a_sweep_is_refused_where_git_ignores_what_its_trials_would_read_and_dvc
     (root / "dvc.yaml").write_text(json.dumps(text))
     with (root / "dvc.lock").open("a") as file:  # a stage that dvc.yaml no longer has
         file.write(
-            "  gone:\n    cmd: none\n    outs:\n    - path: data/gone\n      hash: md5\n      md5: 11a287b8f00c0491239dd0d7897f7a61.dir\n"
+            "  gone:\n    cmd: none\n    outs:\n    - path: data/gone\n      hash: md5\n      md5:"
+            " 11a287b8f00c0491239dd0d7897f7a61.dir\n"
         )
     (root / ".dvcignore").write_text(".DS_Store\n")
-    for name in (RECORD_KEY, "data/gone/old.txt", "data/sources/large/a.txt", "data/sources/.DS_Store", "data/sources/private/b.jsonl"):
+    for name in (
+        RECORD_KEY,
+        "data/gone/old.txt",
+        "data/sources/large/a.txt",
+        "data/sources/.DS_Store",
+        "data/sources/private/b.jsonl",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     assert dvc(root, "add", "-q", "data/sources/large").returncode == 0
@@ -236,7 +271,9 @@ def test_a_sweep_shows_its_metrics_also_if_there_is_one_trial_and_the_user_commi
         start(*arguments)
 
     monkeypatch.setattr(experiments, "start_workers", commit_and_start)
-    document = module.sweep(root, "variants.lora", ["r=2"], 1, None, small_pipeline.PIPELINE.variants_of, lambda *_: None)
+    document = module.sweep(
+        root, "variants.lora", ["r=2"], 1, None, small_pipeline.PIPELINE.variants_of, lambda *_: None
+    )
     [trial] = document["trials"]
     assert (trial["status"], trial["metrics"]) == ("success", {"loss": 0.5})
     assert f"{trial['name']}: loss 0.5" in module.as_text(document)
@@ -276,10 +313,14 @@ def test_an_error_of_a_program_ends_a_cancellation_and_a_change_of_the_queue_at_
     def cancel(queue: Queue) -> None:
         repo = SimpleNamespace(experiments=SimpleNamespace(celery_queue=queue))
         monkeypatch.setattr(experiments.dvc, "open_repo", lambda root: nullcontext(repo))
-        monkeypatch.setattr(experiments, "trials", lambda root: {"a": Trial("Queued", "0", False)} if queue.waiting else {})
+        monkeypatch.setattr(
+            experiments, "trials", lambda root: {"a": Trial("Queued", "0", False)} if queue.waiting else {}
+        )
         experiments.cancel(tmp_path, ["a"], 20)
 
-    raced = Queue(UnresolvedExpNamesError(["a"]), SCMError("no such entry"), FileNotFoundError("message"), ChannelError("message"))
+    raced = Queue(
+        UnresolvedExpNamesError(["a"]), SCMError("no such entry"), FileNotFoundError("message"), ChannelError("message")
+    )
     cancel(raced)
     assert not raced.waiting
     with pytest.raises(TypeError, match="wrong"):
@@ -296,7 +337,9 @@ def test_what_dvc_starts_in_the_background_is_not_waited_for(monkeypatch: pytest
     os.kill(worker, signal.SIGKILL)
 
 
-def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from dagster_project.commands.sweep import Trials
 
     def interrupted(*_: Any) -> None:
@@ -304,7 +347,9 @@ def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(monkeypatch:
 
     monkeypatch.setattr(experiments, "start_workers", interrupted)
     monkeypatch.setattr(experiments, "cancel", lambda *_: None)
-    monkeypatch.setattr(experiments, "trials", lambda _: {"a": Trial("Success", "0", False), "b": Trial("Failed", "1", False)})
+    monkeypatch.setattr(
+        experiments, "trials", lambda _: {"a": Trial("Success", "0", False), "b": Trial("Failed", "1", False)}
+    )
     sweep = Trials(tmp_path, {"a": {}, "b": {}, "c": {}}, 1)
     assert sweep.run()["interrupted"]
     assert sweep.status == {"a": "Success", "b": "Canceled", "c": "Canceled"}

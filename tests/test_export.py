@@ -50,9 +50,13 @@ def test_a_model_card_is_read_by_huggingface_hub_and_matches_the_reports(finishe
     assert (data.license, data.library_name, data.tags) == ("apache-2.0", "transformers", ["lora", "pedigree"])
     report = reports_of(finished, ["evaluation@lora"])["evaluation@lora"]
     found = {
-        result.metric_type: (result.metric_value, [result.metric_args["low"], result.metric_args["high"]]) for result in data.eval_results
+        result.metric_type: (result.metric_value, [result.metric_args["low"], result.metric_args["high"]])
+        for result in data.eval_results
     }
-    assert found == {name: (report[name], report[f"{name}_interval"]) for name in report if f"{name}_interval" in report} and found
+    assert (
+        found == {name: (report[name], report[f"{name}_interval"]) for name in report if f"{name}_interval" in report}
+        and found
+    )
     for path in ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl"):
         assert f"`{sha256(finished / 'data/sources' / path)}`" in text
     assert "pedigree verify merged@lora --deep" in text and "issued: 2026-01-31" in text
@@ -62,7 +66,8 @@ def test_a_model_card_is_read_by_huggingface_hub_and_matches_the_reports(finishe
 def test_a_stage_can_write_the_card_from_reports_alone(finished: Path) -> None:
     above = list(summarize(find(Index(finished), "merged@lora"))["stages"])
     reports = reports_of(finished, [*above, "baselines", "evaluation@lora", "comparison"])
-    card, whole = model_card(from_reports("merged@lora", reports)), export(finished, "merged@lora", "model-card", issued=ISSUED)
+    card = model_card(from_reports("merged@lora", reports))
+    whole = export(finished, "merged@lora", "model-card", issued=ISSUED)
     assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
     assert not set(card.splitlines()) - set(whole.splitlines())
     assert "commit" not in card and "issued" not in card
@@ -72,12 +77,24 @@ def test_a_release_carries_its_card_and_the_record_that_its_export_names(finishe
     folder = finished / "data" / "release"
     card, whole = (folder / "README.md").read_text(), export(finished, "release", "model-card", issued=ISSUED)
     assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
-    assert {one.metric_type for one in ModelCard(card).data.eval_results} >= {"perplexity"} and "`reward_model`" not in card
+    assert {one.metric_type for one in ModelCard(card).data.eval_results} >= {
+        "perplexity"
+    } and "`reward_model`" not in card
     for path in ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl"):
         assert f"`{sha256(finished / 'data/sources' / path)}`" in card
     found = json.loads((folder / "audit" / "audit.json").read_text())
-    assert list(found["stages"]) == ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
-    assert (folder / "audit/adapter_lora/training.json").read_bytes() == (finished / "data/adapter/lora/training.json").read_bytes()
+    assert list(found["stages"]) == [
+        "base_model",
+        "raw_examples",
+        "instructions",
+        "splits",
+        "tokenized",
+        "adapter@lora",
+        "merged@lora",
+    ]
+    assert (folder / "audit/adapter_lora/training.json").read_bytes() == (
+        finished / "data/adapter/lora/training.json"
+    ).read_bytes()
 
 
 def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_every_run(finished: Path) -> None:
@@ -88,7 +105,9 @@ def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_ever
     assert ["examples; " in line for line in divided] == [True, False] and "pairs; " in divided[1]
     assert f"source:{source}" in export(finished, "merged_aligned@dpo", "cyclonedx", issued=ISSUED)
     assert source not in export(finished, "merged@lora", "model-card", issued=ISSUED)
-    events = [json.loads(line) for line in export(finished, "merged_aligned@dpo", "openlineage", issued=ISSUED).splitlines()]
+    events = [
+        json.loads(line) for line in export(finished, "merged_aligned@dpo", "openlineage", issued=ISSUED).splitlines()
+    ]
     read = {event["job"]["name"]: {one["name"] for one in event["inputs"]} for event in events}
     assert source in read["raw_preferences"] and source not in read["raw_examples"]
 
@@ -99,7 +118,11 @@ def test_a_reward_model_is_described_as_what_scores_answers_with_what_was_measur
     data = ModelCard(text).data
     assert (data.pipeline_tag, data.library_name) == ("text-classification", "transformers")
     [result] = data.eval_results
-    assert (result.task_type, result.dataset_type, result.metric_type) == ("text-classification", "preferences", "accuracy")
+    assert (result.task_type, result.dataset_type, result.metric_type) == (
+        "text-classification",
+        "preferences",
+        "accuracy",
+    )
     assert [result.metric_value, result.metric_args["low"], result.metric_args["high"]] == [
         report["accuracy"],
         *report["accuracy_interval"],
@@ -110,14 +133,19 @@ def test_a_reward_model_is_described_as_what_scores_answers_with_what_was_measur
         and "Tuning " not in text
         and f"| {source} |" in text
     )
-    bill = json.loads(export(finished, "reward_model", "cyclonedx", issued=ISSUED))["metadata"]["component"]["modelCard"]
+    bill = json.loads(export(finished, "reward_model", "cyclonedx", issued=ISSUED))["metadata"]["component"][
+        "modelCard"
+    ]
     assert bill["modelParameters"]["task"] == "text-classification"
     assert [one["value"] for one in bill["quantitativeAnalysis"]["performanceMetrics"]] == [str(report["accuracy"])]
 
 
 def test_a_release_is_described_by_its_own_training_in_whatever_order_the_adapters_are_listed() -> None:
     soup = {"environment": {}, "method": "cat", "merge_of": {"faq": 0.5, "triage": 0.5}}
-    reports = {"adapter@soup": soup, **{f"adapter@{name}": {"environment": {}, "method": "lora"} for name in ("faq", "triage")}}
+    reports = {
+        "adapter@soup": soup,
+        **{f"adapter@{name}": {"environment": {}, "method": "lora"} for name in ("faq", "triage")},
+    }
     for merged, library in ((True, "transformers"), (False, "peft")):
         summary = from_reports("release", {**reports, "merged@soup": {"merged": merged}}, "soup")
         assert summary["training"]["merge_of"] == soup["merge_of"]
@@ -133,7 +161,9 @@ def test_a_release_is_described_by_its_own_training_in_whatever_order_the_adapte
         ("feature_extraction", None, "text-classification"),
     ],
 )
-def test_a_card_names_the_library_that_loads_what_the_method_trained(method: str, library: str | None, task: str) -> None:
+def test_a_card_names_the_library_that_loads_what_the_method_trained(
+    method: str, library: str | None, task: str
+) -> None:
     card = ModelCard(model_card(from_reports("adapter@x", {"adapter@x": {"method": method, "environment": {}}})))
     assert (card.data.library_name, card.data.pipeline_tag) == (library, task)
 
@@ -149,20 +179,45 @@ def test_a_card_names_the_library_that_loads_what_the_method_trained(method: str
         ("params.yaml", "it is params.yaml"),
     ],
 )
-def test_an_export_does_not_replace_what_dvc_records(root: Path, out: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_does_not_replace_what_dvc_records(
+    root: Path, out: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (root / out).read_bytes() if (root / out).is_file() else sorted((root / "data/tok").iterdir())
     assert exit_code("export", "tok", "--format", "openlineage", "--project", str(root), "--out", str(root / out)) == 2
     assert said in capsys.readouterr().err
     assert before == ((root / out).read_bytes() if (root / out).is_file() else sorted((root / "data/tok").iterdir()))
-    assert exit_code("export", "tok", "--format", "openlineage", "--project", str(root), "--out", str(root / "docs/lineage.jsonl")) == 0
+    assert (
+        exit_code(
+            "export",
+            "tok",
+            "--format",
+            "openlineage",
+            "--project",
+            str(root),
+            "--out",
+            str(root / "docs/lineage.jsonl"),
+        )
+        == 0
+    )
 
 
 def test_hub_sources_are_linked_and_a_custom_license_is_named(finished: Path) -> None:
     reports = reports_of(finished, ["base_model", "raw_examples", "adapter@lora"])
     reports["base_model"] |= {"origin": f"org/base@{'0' * 40}", "license": "House rules 2"}
-    reports["raw_examples"]["sources"]["org/set"] = {"rows": 1, "format": "messages", "license": "MIT", "sha256": "0", "hub": "org/set"}
+    reports["raw_examples"]["sources"]["org/set"] = {
+        "rows": 1,
+        "format": "messages",
+        "license": "MIT",
+        "sha256": "0",
+        "hub": "org/set",
+    }
     data = ModelCard(model_card(from_reports("adapter@lora", reports))).data
-    assert (data.base_model, data.datasets, data.license, data.license_name) == ("org/base", ["org/set"], "other", "House rules 2")
+    assert (data.base_model, data.datasets, data.license, data.license_name) == (
+        "org/base",
+        ["org/set"],
+        "other",
+        "House rules 2",
+    )
     assert data.eval_results is None and "It was not evaluated." in model_card(from_reports("adapter@lora", reports))
 
 
@@ -192,7 +247,9 @@ def test_every_stage_has_a_start_and_a_complete_event_with_its_inputs(finished: 
     made: dict[str, str] = {}
     for event in events[1::2]:
         for read in event["inputs"]:
-            if not read["name"].startswith(("data/sources", "data/expectations", "data/templates", "data/trainers", "data/rewards")):
+            if not read["name"].startswith(
+                ("data/sources", "data/expectations", "data/templates", "data/trainers", "data/rewards")
+            ):
                 assert read["facets"]["contentHash"]["md5"] == made[read["name"]]
         [out] = event["outputs"]
         made[out["name"]] = out["facets"]["contentHash"]["md5"]
@@ -235,8 +292,16 @@ def test_every_format_is_documented() -> None:
     ],
 )
 def test_limits_say_on_how_much_each_measure_rests(figures: dict[str, Any], words: str) -> None:
-    summary = {"metrics": {"evaluation@lora": {"test_examples": 152, **figures}}, "untuned": {}, "stages": {}, "licenses": {"problems": []}}
-    assert limits(summary)[0] == f"Measured on 152 test examples from the same sources as the training data{words}. On other data: unknown."
+    summary = {
+        "metrics": {"evaluation@lora": {"test_examples": 152, **figures}},
+        "untuned": {},
+        "stages": {},
+        "licenses": {"problems": []},
+    }
+    assert (
+        limits(summary)[0]
+        == f"Measured on 152 test examples from the same sources as the training data{words}. On other data: unknown."
+    )
 
 
 def test_checks_of_its_evaluation_that_did_not_pass_are_limits_of_a_model() -> None:
@@ -259,11 +324,26 @@ def test_checks_of_its_evaluation_that_did_not_pass_are_limits_of_a_model() -> N
 @pytest.mark.usefixtures("warm_small")
 def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     done = pedigree(finished, "export", "splits", "--format", "model-card", "--issued", "2026-01-31")
-    assert done.returncode == 2 and "splits is not a model" in done.stderr and "model-card cannot describe it" in done.stderr
+    assert (
+        done.returncode == 2
+        and "splits is not a model" in done.stderr
+        and "model-card cannot describe it" in done.stderr
+    )
     assert "or use --format with one of croissant, datasheet, openlineage" in done.stderr
     done = pedigree(finished, "export", "splits", "--all", "all", "--issued", "2026-01-31")
     assert done.returncode == 2 and "--all needs a model" in done.stderr and not (finished / "all").exists()
-    done = pedigree(finished, "export", "merged@lora", "--format", "cyclonedx", "--issued", "2026-01-31", "--out", "bom.json", "--json")
+    done = pedigree(
+        finished,
+        "export",
+        "merged@lora",
+        "--format",
+        "cyclonedx",
+        "--issued",
+        "2026-01-31",
+        "--out",
+        "bom.json",
+        "--json",
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == (finished / "bom.json").read_text()
 
 
@@ -285,6 +365,9 @@ def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_
     small_pipeline.commit(finished, "other data")
     assert {form: export(finished, "adapter@lora", form) for form in formats()} == before
     events = [json.loads(line) for line in before["openlineage"].splitlines()]
-    tags = {event["job"]["name"]: {tag["key"]: tag["value"] for tag in event["run"]["facets"]["tags"]["tags"]} for event in events}
+    tags = {
+        event["job"]["name"]: {tag["key"]: tag["value"] for tag in event["run"]["facets"]["tags"]["tags"]}
+        for event in events
+    }
     commit = small_pipeline.git(finished, "rev-parse", "HEAD~1").strip()
     assert {tag["commit"] for tag in tags.values()} == {commit} and {tag["clean"] for tag in tags.values()} == {"True"}

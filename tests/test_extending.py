@@ -49,7 +49,10 @@ def test_the_row_check_finds_a_bad_row() -> None:
 
 def test_the_content_check_finds_a_bad_answer() -> None:
     _, [check] = skeleton("A content check", content)
-    assert [check.find(content.Exchange("Hi", said, [], 1)) for said in ("No!!", "No!")] == [("exclamation marks", "!!"), None]
+    assert [check.find(content.Exchange("Hi", said, [], 1)) for said in ("No!!", "No!")] == [
+        ("exclamation marks", "!!"),
+        None,
+    ]
 
 
 def test_the_layout_reads_a_row() -> None:
@@ -73,7 +76,10 @@ def test_the_metric_scores_answers() -> None:
 
 def test_the_export_format_writes_a_text() -> None:
     names, _ = skeleton("An export format")
-    summary = {"model": {"stage": "merged@lora"}, "stages": {"splits": {"rows_in": 2, "rows_out": 2}, "merged@lora": {}}}
+    summary = {
+        "model": {"stage": "merged@lora"},
+        "stages": {"splits": {"rows_in": 2, "rows_out": 2}, "merged@lora": {}},
+    }
     text = "# merged@lora, issued 2026-01-31\nstage,rows_in,rows_out\nsplits,2,2\nmerged@lora,,\n"
     assert names["flow"](summary, date(2026, 1, 31)) == text
 
@@ -81,7 +87,14 @@ def test_the_export_format_writes_a_text() -> None:
 def test_the_stage_runs_and_its_entry_is_like_the_others(tmp_path: Path) -> None:
     names, _ = skeleton("A stage")
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
-    row = {"example_id": example_id(messages), "source": "s", "messages": messages, "category": None, "group_id": "g", "meta": "{}"}
+    row = {
+        "example_id": example_id(messages),
+        "source": "s",
+        "messages": messages,
+        "category": None,
+        "group_id": "g",
+        "meta": "{}",
+    }
     for split in ("train", "validation", "test"):
         write_records(tmp_path / "data/splits" / split, [row])
     ctx = StageContext(tmp_path, "word_counts", None, tmp_path / "scratch", {})

@@ -1,4 +1,5 @@
-"""Bytes -> rows: every file type gives the same rows, bad bytes make only their own row malformed, and hostile files cost little."""
+"""Bytes -> rows: every file type gives the same rows, bad bytes make only their
+own row malformed, and hostile files cost little."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> Non
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-A_LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\ufeff"), min_size=1, max_size=20).filter(str.strip)
+A_LINE = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\ufeff"), min_size=1, max_size=20
+).filter(str.strip)
 
 
 @pytest.mark.parametrize("suffix", READERS)
@@ -59,7 +62,9 @@ def test_rows_written_in_a_file_type_are_read_back_equal(suffix: str, tmp_path_f
     @given(st.lists(texts if suffix == ".txt" else pairs, min_size=1, max_size=4))
     def holds(rows: list[dict[str, str]]) -> None:
         FILE_WRITERS[suffix](path, rows)
-        assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [(i, row, "") for i, row in enumerate(rows)]
+        assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [
+            (i, row, "") for i, row in enumerate(rows)
+        ]
 
     holds()
 
@@ -87,7 +92,10 @@ def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
 
     pq.write_table(arrow_table(ROWS).slice(0, 0), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("prompt,completion\n")
-    assert [refused(tmp_path / name) for name in ("a.parquet", "a.csv")] == ["a.parquet: the file is empty", "a.csv: the file is empty"]
+    assert [refused(tmp_path / name) for name in ("a.parquet", "a.csv")] == [
+        "a.parquet: the file is empty",
+        "a.csv: the file is empty",
+    ]
 
 
 GOOD = b'{"prompt": "Hi"}'
@@ -124,7 +132,9 @@ def test_a_row_without_a_value_has_its_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'prompt,completion\n"a, ""b""\nc"\ncaf\xe9,d\ne,f\n')
     (tmp_path / "a.json").write_bytes(b'[{"prompt": NaN}, {"prompt": "Hi"}, ["x", 1]]')
     (tmp_path / "a.txt").write_bytes(b"One\n\ntwo\ncaf\xe9\nthree\n")
-    pq.write_table(pa.table({"prompt": ["a", "b"], "score": [float("nan"), 1.0], "code": [b"\xff", b"ok"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["a", "b"], "score": [float("nan"), 1.0], "code": [b"\xff", b"ok"]}), tmp_path / "a.parquet"
+    )
     found = {name: [row.raw for row in read_rows(tmp_path / f"a.{name}")] for name in ("csv", "json", "txt", "parquet")}
     assert found == {
         "csv": ['"a, ""b""\nc"', r"caf\xe9,d", ""],
@@ -164,7 +174,9 @@ def test_json_beyond_the_standard_makes_only_its_own_element_malformed(line: byt
         (b"{", "a.json: not JSON: Expecting property name"),
     ],
 )
-def test_a_list_that_cannot_be_divided_into_rows_is_refused_with_the_position(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_list_that_cannot_be_divided_into_rows_is_refused_with_the_position(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.json").write_bytes(content)
     assert refused(tmp_path / "a.json").startswith(message)
 
@@ -175,7 +187,10 @@ JSON_VALUES = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -184,7 +199,12 @@ def test_a_list_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("json") / "a.json"
 
     @settings(max_examples=100, deadline=None)
-    @given(st.lists(JSON_VALUES, min_size=1, max_size=4), st.sampled_from([None, 0, 3]), st.booleans(), st.sampled_from([1, 10, 2**20]))
+    @given(
+        st.lists(JSON_VALUES, min_size=1, max_size=4),
+        st.sampled_from([None, 0, 3]),
+        st.booleans(),
+        st.sampled_from([1, 10, 2**20]),
+    )
     def holds(values: list[Any], indent: int | None, ascii_only: bool, piece: int) -> None:
         path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
@@ -236,7 +256,9 @@ LONG = [
 
 @pytest.mark.parametrize("long", LONG)
 @pytest.mark.parametrize("piece", [1, 7, 100, 2**20])
-def test_a_too_long_list_element_alone_is_malformed(long: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_long_list_element_alone_is_malformed(
+    long: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 500)
     monkeypatch.setattr(files, "MEGABYTE", piece)
     (tmp_path / "a.json").write_bytes(b"[" + b" ,\n".join([GOOD, long, GOOD]) + b"]\n")
@@ -274,7 +296,9 @@ MANY = ", ".join(f'{{"é": {i}}}' for i in range(40))
         f'[{MANY}, "',
     ],
 )
-def test_error_positions_refer_to_the_whole_file(content: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_positions_refer_to_the_whole_file(
+    content: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 60)
     monkeypatch.setattr(files, "MEGABYTE", piece)
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
@@ -286,7 +310,9 @@ def test_error_positions_refer_to_the_whole_file(content: str, piece: int, tmp_p
     assert refused(tmp_path / "a.json") == f"a.json: not JSON: {error}"
 
 
-def test_the_byte_that_is_not_utf_8_is_counted_from_the_start_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_byte_that_is_not_utf_8_is_counted_from_the_start_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 60)
     monkeypatch.setattr(files, "MEGABYTE", 1)
     before = f"[{MANY}".encode()
@@ -296,9 +322,15 @@ def test_the_byte_that_is_not_utf_8_is_counted_from_the_start_of_the_file(tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
-def test_a_gzip_bomb_is_refused_and_what_compresses_well_is_not(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gzip_bomb_is_refused_and_what_compresses_well_is_not(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(gzip.compress(b"[" + b",".join([GOOD] * 100_000) + b"]" if suffix == ".json.gz" else b"\n".join([GOOD] * 100_000)))
+    path.write_bytes(
+        gzip.compress(
+            b"[" + b",".join([GOOD] * 100_000) + b"]" if suffix == ".json.gz" else b"\n".join([GOOD] * 100_000)
+        )
+    )
     assert len(read_rows(path)) == 100_000, "below the free bytes the ratio does not matter"
     monkeypatch.setattr(files, "GZIP_FREE_BYTES", 1_000_000)
     assert refused(path) == f"a{suffix}: decompresses to more than 200 times its size"
@@ -313,7 +345,9 @@ def csv(path: Path, content: bytes) -> Path:
 
 
 def test_only_the_bad_csv_row_is_malformed(tmp_path: Path) -> None:
-    rows = read_rows(csv(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\r\n1,2\r\n1\r\n1,2,3\r\n\r\n"caf\xe9\nx",2\r\n\x00,"x\r\ny"\r\n'))
+    rows = read_rows(
+        csv(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\r\n1,2\r\n1\r\n1,2,3\r\n\r\n"caf\xe9\nx",2\r\n\x00,"x\r\ny"\r\n')
+    )
     assert [(row.source_row, row.problem) for row in rows] == [
         (0, ""),
         (1, "1 fields where the header has 2 (line 3)"),
@@ -341,14 +375,18 @@ def test_only_the_bad_csv_row_is_malformed(tmp_path: Path) -> None:
         (b'a\n"' + b"x\n" * 300 + b'"\n', "a.csv: not CSV: field larger than field limit (200), near line 102"),
     ],
 )
-def test_a_csv_file_with_ambiguous_rows_is_refused(content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_csv_file_with_ambiguous_rows_is_refused(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
     limit = csv_limit()
     assert refused(csv(tmp_path / "a.csv", content)) == message
     assert csv_limit() == limit, "the limit is the process's own"
 
 
-def test_a_csv_row_whose_fields_are_too_long_together_is_malformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_csv_row_whose_fields_are_too_long_together_is_malformed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     rows = read_rows(csv(tmp_path / "a.csv", b'a,b\n1,2\n"' + b"x\n" * 40 + b'","' + b"y\n" * 40 + b'"\n3,4\n'))
     assert [(row.problem, row.line) for row in rows] == [("", 2), ("longer than 100 bytes (line 83)", 83), ("", 84)]
@@ -359,7 +397,9 @@ def test_a_csv_row_whose_fields_are_too_long_together_is_malformed(tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 @pytest.mark.parametrize("long", ["a" * 600, ["a" * 30] * 20, {"b": "a" * 600}])
-def test_a_too_long_table_row_alone_is_malformed(suffix: str, long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_long_table_row_alone_is_malformed(
+    suffix: str, long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -390,7 +430,9 @@ def test_a_table_value_without_json_form_is_converted_or_makes_its_row_malformed
     import pyarrow.parquet as pq
 
     text = pa.Array.from_buffers(
-        pa.utf8(), 5, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\5\0\0\0"), pa.py_buffer(b"ab\xe9de")]
+        pa.utf8(),
+        5,
+        [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\5\0\0\0"), pa.py_buffer(b"ab\xe9de")],
     )
     table = pa.table(
         {
@@ -424,7 +466,12 @@ def test_arrow_files_of_polars_have_the_rows_of_its_parquet_files(tmp_path: Path
 
     said = [{"role": "user", "content": "Where does the river begin, and where does it end?"}]
     frame = pl.DataFrame(
-        {"text": ["One", None], "messages": [said, []], "label": pl.Series(["a", "b"], dtype=pl.Categorical), "raw": [b"1", b"2"]}
+        {
+            "text": ["One", None],
+            "messages": [said, []],
+            "label": pl.Series(["a", "b"], dtype=pl.Categorical),
+            "raw": [b"1", b"2"],
+        }
     )
     frame.write_parquet(tmp_path / "a.parquet")
     frame.write_ipc(tmp_path / "a.arrow")
@@ -440,7 +487,9 @@ def test_many_views_of_one_text_are_refused(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(table_limits, "MAX_BATCH_BYTES", 2**28)
     views = np.tile(np.array([10**6, int.from_bytes(b"xxxx", "little"), 0, 0], np.int32), (4000, 1))
-    texts = pa.Array.from_buffers(pa.string_view(), len(views), [None, pa.py_buffer(views.tobytes()), pa.py_buffer(b"x" * 10**6)])
+    texts = pa.Array.from_buffers(
+        pa.string_view(), len(views), [None, pa.py_buffer(views.tobytes()), pa.py_buffer(b"x" * 10**6)]
+    )
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema([("text", pa.string_view())])) as writer:
         writer.write_batch(pa.record_batch([texts], ["text"]))
     assert refused(tmp_path / "a.arrow") == "a.arrow: the next rows need more than 0.25 GiB of memory"
@@ -449,8 +498,13 @@ def test_many_views_of_one_text_are_refused(tmp_path: Path, monkeypatch: pytest.
 def test_an_arrow_batch_that_points_outside_itself_is_refused(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    wild = pa.Array.from_buffers(pa.utf8(), 2, [None, pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x7f\1\0\0\0"), pa.py_buffer(b"a")])
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("text", pa.utf8())])) as writer:
+    wild = pa.Array.from_buffers(
+        pa.utf8(), 2, [None, pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x7f\1\0\0\0"), pa.py_buffer(b"a")]
+    )
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.schema([("text", pa.utf8())])) as writer,
+    ):
         writer.write_batch(pa.record_batch([wild], ["text"]))
     assert refused(tmp_path / "a.arrow").startswith("a.arrow: not Arrow: ")
 

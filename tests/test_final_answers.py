@@ -26,7 +26,14 @@ LETTER = FinalAnswer(final_answer=r"[Aa]nswer is \(?([A-D])\b")
 def record(prompt: str, response: str, **more: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, **more}]
     identity = example_id(messages)
-    return {"example_id": identity, "source": "s", "messages": messages, "category": None, "group_id": identity, "meta": "{}"}
+    return {
+        "example_id": identity,
+        "source": "s",
+        "messages": messages,
+        "category": None,
+        "group_id": identity,
+        "meta": "{}",
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,13 +104,20 @@ def test_every_reference_of_gsm8k_gives_its_number() -> None:
     answers = [json.loads(line)["answer"] for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(answers) == 1319
     for answer in answers:
-        (published,) = re.findall(r"^#### (-?[0-9.,]+)$", answer, re.MULTILINE)  # the expression of the data set's authors
+        (published,) = re.findall(
+            r"^#### (-?[0-9.,]+)$", answer, re.MULTILINE
+        )  # the expression of the data set's authors
         assert NUMBER.extract(answer) == published.replace(",", "")
 
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("The answer is (B).", "B"), ("The answer is A, no: the answer is C", "C"), ("B", None), ("The answer is Aha", None)],
+    [
+        ("The answer is (B).", "B"),
+        ("The answer is A, no: the answer is C", "C"),
+        ("B", None),
+        ("The answer is Aha", None),
+    ],
 )
 def test_a_regular_expression_gives_its_group_of_the_last_match(text: str, letter: str | None) -> None:
     assert LETTER.extract(text) == letter
@@ -112,7 +126,12 @@ def test_a_regular_expression_gives_its_group_of_the_last_match(text: str, lette
 
 @pytest.mark.parametrize(
     ("value", "what"),
-    [("(", "or a regular expression: "), ("none", "one group; it has 0"), ("(a)(b)", "one group; it has 2"), ("", "1 character")],
+    [
+        ("(", "or a regular expression: "),
+        ("none", "one group; it has 0"),
+        ("(a)(b)", "one group; it has 2"),
+        ("", "1 character"),
+    ],
 )
 def test_a_bad_expression_is_refused(value: str, what: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(what)):
@@ -124,7 +143,13 @@ def test_accuracy_is_judged_on_the_answer_after_the_trace() -> None:
     task, questions = select_questions([*records, record("Why?", "Because.")], Settings(task=NUMBER))
     assert task == NUMBER and questions == records, "a reference without a number is not asked"
     scoring = Scoring(questions, task, {})
-    answers = [Answer("0.0"), Answer("It is 1,", "not 5"), Answer("3"), Answer("", "It is 3, I think"), Answer("I pass")]
+    answers = [
+        Answer("0.0"),
+        Answer("It is 1,", "not 5"),
+        Answer("3"),
+        Answer("", "It is 3, I think"),
+        Answer("I pass"),
+    ]
     found = scoring.score(answers)
     assert (found["accuracy"], found["no_final_answer"], found["n"]) == (0.4, 0.4, 5)
     assert list(scoring.names())[:2] == ["accuracy", "no_final_answer"] and scoring.mark_name == "accuracy"

@@ -43,7 +43,9 @@ def test_an_overlap_shows_both_texts_and_what_they_share() -> None:
 def test_a_long_text_is_cut_around_what_is_shared() -> None:
     filler = " ".join(f"word{i}" for i in range(2000))
     held_out = [Item("quiz.jsonl:0", LONG)]
-    shown = document("s", "messages", judge(rows(f"{filler} {LONG} {filler[::-1]}"), held_out, Rules()), held_out, width=300)
+    shown = document(
+        "s", "messages", judge(rows(f"{filler} {LONG} {filler[::-1]}"), held_out, Rules()), held_out, width=300
+    )
     match = next(one for one in shown["findings"] if one["check"] == "benchmark_leakage")["matches"][0]
     assert len(match["text"]) < 320
     assert LONG.startswith(match["text"][slice(*match["span"])][:40])
@@ -86,10 +88,8 @@ def test_every_row_is_in_one_class_of_change(old: list[str], new: list[str]) -> 
 
 
 def test_new_and_resolved_findings_are_reported() -> None:
-    before, after = (
-        [{"check": "pii", "count": 2}, {"check": "schema", "count": 1}],
-        [{"check": "pii", "count": 3}, {"check": "encoding", "count": 1}],
-    )
+    before = [{"check": "pii", "count": 2}, {"check": "schema", "count": 1}]
+    after = [{"check": "pii", "count": 3}, {"check": "encoding", "count": 1}]
     assert finding_changes(before, after) == {
         "new": [{"check": "encoding", "count": 1}],
         "gone": [{"check": "schema", "count": 1}],

@@ -1,4 +1,5 @@
-"""Source files -> canonical rows: every layout is read, every row keeps its number, every bad file is refused with a message."""
+"""Source files -> canonical rows: every layout is read, every row keeps its
+number, every bad file is refused with a message."""
 
 from __future__ import annotations
 
@@ -70,13 +71,20 @@ def test_plain_text_is_detected_by_its_only_key_and_marked(tmp_path: Path) -> No
     path = jsonl(tmp_path / "rows.jsonl", {"text": "Wrens are small.", "id": 3, "kind": "bird"})
     assert refused(path) == "rows.jsonl: unknown format (keys of the first row: id, kind, text)"
     record = to_records(path, "rows.jsonl", "text")[1][0]
-    assert json.loads(record["meta"]) == {"kind": "text", "id": 3, "row": {"kind": "bird"}}, "nothing of the row is lost"
+    assert json.loads(record["meta"]) == {
+        "kind": "text",
+        "id": 3,
+        "row": {"kind": "bird"},
+    }, "nothing of the row is lost"
 
 
 def test_a_text_file_is_plain_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One\ntwo\n\nthree\n")
     layout, records = to_records(tmp_path / "a.txt", "a.txt")
-    assert (layout, [turns(record) for record in records]) == ("text", [[("assistant", "One\ntwo")], [("assistant", "three")]])
+    assert (layout, [turns(record) for record in records]) == (
+        "text",
+        [[("assistant", "One\ntwo")], [("assistant", "three")]],
+    )
 
 
 def test_no_conversation_counts_as_plain_text(tmp_path: Path) -> None:
@@ -98,14 +106,21 @@ def test_the_layout_that_most_rows_have_wins(tmp_path: Path) -> None:
 def test_other_columns_are_kept_in_meta_and_the_category_in_a_column(tmp_path: Path) -> None:
     row = {"instruction": "Name it.", "input": "A bird.", "output": "Wren", "category": "zoo", "stars": 4}
     record = to_records(jsonl(tmp_path / "rows.jsonl", row), "a/rows.jsonl")[1][0]
-    assert (record["source"], record["category"], json.loads(record["meta"])) == ("a/rows.jsonl", "zoo", {"input": "A bird.", "stars": 4})
+    assert (record["source"], record["category"], json.loads(record["meta"])) == (
+        "a/rows.jsonl",
+        "zoo",
+        {"input": "A bird.", "stars": 4},
+    )
 
 
 def test_an_empty_category_is_none_as_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion,category\nHi,Hello,\nHo,Hello,zoo\n")
     assert [record["category"] for record in to_records(tmp_path / "rows.csv", "rows.csv")[1]] == [None, "zoo"]
     pairs = [{**PAIR_ROWS["preference"][0], "category": category} for category in ("", "zoo")]
-    assert [pair["category"] for pair in to_pairs(jsonl(tmp_path / "pairs.jsonl", *pairs), "pairs.jsonl")[1]] == [None, "zoo"]
+    assert [pair["category"] for pair in to_pairs(jsonl(tmp_path / "pairs.jsonl", *pairs), "pairs.jsonl")[1]] == [
+        None,
+        "zoo",
+    ]
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz"])
@@ -242,7 +257,11 @@ def answer(said: str) -> list[dict[str, str]]:
 
 def called(name: str, arguments: Any, identity: str | None = None) -> dict[str, Any]:
     """A canonical tool call."""
-    return {"type": "function", **({"id": identity} if identity else {}), "function": {"name": name, "arguments": arguments}}
+    return {
+        "type": "function",
+        **({"id": identity} if identity else {}),
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def message(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -250,7 +269,8 @@ def message(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict
 
 
 def tree(*said: str) -> dict[str, Any]:
-    """An OpenAssistant tree whose best thread is `said`; each turn has a worse sibling, and a prompter leaf hangs on the last."""
+    """An OpenAssistant tree whose best thread is `said`; each turn has a worse
+    sibling, and a prompter leaf hangs on the last."""
     node = message(("prompter", "assistant")[len(said) % 2], "leaf")
     for i, text in reversed([*enumerate(said)]):
         worse = [message(node["role"], "worse", rank=7)] if i + 1 < len(said) else []
@@ -262,9 +282,13 @@ FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observ
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SINGLE = st.lists(TEXT, min_size=2, max_size=2).map(lambda said: user(*said))
 WITH_SYSTEM = st.tuples(TEXT, SINGLE).map(lambda both: [{"role": "system", "content": both[0]}, *both[1]])
-EVEN = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3).map(lambda both: user(*(said for pair in both for said in pair)))
+EVEN = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3).map(
+    lambda both: user(*(said for pair in both for said in pair))
+)
 ANY = st.lists(
-    st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(sorted(FROM)), TEXT), min_size=1, max_size=5
+    st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(sorted(FROM)), TEXT),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -273,7 +297,11 @@ def single(prompt: str, completion: str) -> Callable[[list[dict[str, str]]], dic
 
     def write(messages: list[dict[str, str]]) -> dict[str, Any]:
         said = {m["role"]: m["content"] for m in messages}
-        return {prompt: said["user"], completion: said["assistant"], **({"system": said["system"]} if "system" in said else {})}
+        return {
+            prompt: said["user"],
+            completion: said["assistant"],
+            **({"system": said["system"]} if "system" in said else {}),
+        }
 
     return write
 
@@ -281,19 +309,30 @@ def single(prompt: str, completion: str) -> Callable[[list[dict[str, str]]], dic
 WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]], dict[str, Any]]]] = {
     "alpaca": (SINGLE | WITH_SYSTEM, single("instruction", "output")),
     "messages": (ANY, lambda messages: {"messages": messages}),
-    "sharegpt": (ANY, lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]}),
+    "sharegpt": (
+        ANY,
+        lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]},
+    ),
     "dolly": (SINGLE, single("instruction", "response")),
     "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
     "prompt_response": (SINGLE | WITH_SYSTEM, single("prompt", "response")),
     "instances": (
         SINGLE,
-        lambda messages: {"instruction": messages[0]["content"], "instances": [{"input": "", "output": messages[1]["content"]}]},
+        lambda messages: {
+            "instruction": messages[0]["content"],
+            "instances": [{"input": "", "output": messages[1]["content"]}],
+        },
     ),
     "question_answer": (SINGLE | WITH_SYSTEM, single("question", "answer")),
     "flan": (SINGLE | WITH_SYSTEM, single("inputs", "targets")),
     "ultrachat": (EVEN, lambda messages: {"data": [m["content"] for m in messages]}),
     "xlam": (
-        TEXT.map(lambda asked: [*user(asked), {"role": "assistant", "content": "", "tool_calls": [called("clock", {"zone": asked})]}]),
+        TEXT.map(
+            lambda asked: [
+                *user(asked),
+                {"role": "assistant", "content": "", "tool_calls": [called("clock", {"zone": asked})]},
+            ]
+        ),
         lambda messages: {
             "query": messages[0]["content"],
             "tools": json.dumps([{"name": "clock", "parameters": {"zone": {"type": "str"}}}]),
@@ -302,7 +341,10 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
     ),
     "glaive": (
         st.lists(TEXT.map(str.strip).filter(bool), min_size=2, max_size=2).map(lambda said: user(*said)),
-        lambda messages: {"system": "", "chat": "\n\n\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)},
+        lambda messages: {
+            "system": "",
+            "chat": "\n\n\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages),
+        },
     ),
     "oasst": (EVEN, lambda messages: tree(*(m["content"] for m in messages))),
     "classification": (
@@ -318,7 +360,9 @@ def test_every_layout_has_a_round_trip() -> None:
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_messages_written_in_a_layout_are_read_back_equal(layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_messages_written_in_a_layout_are_read_back_equal(
+    layout: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     strategy, write = WRITERS[layout]
     path = tmp_path_factory.mktemp(layout) / "rows.jsonl"
 
@@ -360,18 +404,27 @@ def test_a_tree_accounts_for_every_message(tmp_path: Path) -> None:
 def test_of_unranked_turns_the_one_that_was_answered_is_followed(tmp_path: Path) -> None:
     follow_ups = [message("prompter", "Bye"), message("prompter", "Why?", message("assistant", "Because."))]
     row = {"message_tree_id": "t", "prompt": message("prompter", "Hi", message("assistant", "Hello", *follow_ups))}
-    assert [text for _, text in turns(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0])] == ["Hi", "Hello", "Why?", "Because."]
+    assert [text for _, text in turns(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0])] == [
+        "Hi",
+        "Hello",
+        "Why?",
+        "Because.",
+    ]
 
 
 def test_a_tree_without_a_reply_is_malformed(tmp_path: Path) -> None:
     row = {"message_tree_id": "t", "prompt": message("prompter", "Hi")}
-    assert problem_of(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == "the tree has no assistant reply"
+    assert (
+        problem_of(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == "the tree has no assistant reply"
+    )
 
 
 # Splits that a file brings with it
 
 
-@pytest.mark.parametrize(("label", "kept"), [*SPLITS.items(), ("Test ", "test"), ("DEV", "validation"), ("fold 3", "fold 3"), (3, 3)])
+@pytest.mark.parametrize(
+    ("label", "kept"), [*SPLITS.items(), ("Test ", "test"), ("DEV", "validation"), ("fold 3", "fold 3"), (3, 3)]
+)
 def test_a_rows_own_split_is_kept_in_one_spelling(label: Any, kept: Any, tmp_path: Path) -> None:
     record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "split": label}), "a.jsonl")[1][0]
     assert json.loads(record["meta"]) == {"split": kept}
@@ -456,14 +509,21 @@ def test_a_mapping_reads_custom_columns(tmp_path: Path) -> None:
     row = {"q": "Hi", "a": "Hello", "who": "Be brief.", "topic": "zoo", "prompt": "kept", "category": "kept too"}
     mapping = {"prompt": "q", "response": "a", "system": "who", "category": "topic"}
     layout, records = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", mapping=mapping)
-    assert (layout, turns(records[0]), records[0]["category"]) == ("mapping", [SYSTEM, ("user", "Hi"), ("assistant", "Hello")], "zoo")
+    assert (layout, turns(records[0]), records[0]["category"]) == (
+        "mapping",
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+        "zoo",
+    )
     assert json.loads(records[0]["meta"]) == {"prompt": "kept", "category": "kept too"}
 
 
 def test_an_unnamed_index_column_is_not_a_system_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",q,a\n0,Hi,Hello\n1,Ho,Hey\n")
     records = to_records(tmp_path / "a.csv", "a.csv", mapping={"prompt": "q", "response": "a"})[1]
-    assert [turns(record) for record in records] == [[("user", "Hi"), ("assistant", "Hello")], [("user", "Ho"), ("assistant", "Hey")]]
+    assert [turns(record) for record in records] == [
+        [("user", "Hi"), ("assistant", "Hello")],
+        [("user", "Ho"), ("assistant", "Hey")],
+    ]
 
 
 def test_a_row_without_a_mapped_column_is_malformed(tmp_path: Path) -> None:
@@ -475,7 +535,11 @@ def test_a_row_without_a_mapped_column_is_malformed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "mapping", "message"),
     [
-        ("auto", {"prompt": "q", "answer": "a"}, f"a.jsonl: mapping: unknown field 'answer'; fields: {', '.join(RECORD_FIELDS)}"),
+        (
+            "auto",
+            {"prompt": "q", "answer": "a"},
+            f"a.jsonl: mapping: unknown field 'answer'; fields: {', '.join(RECORD_FIELDS)}",
+        ),
         ("auto", {"prompt": "q"}, "a.jsonl: mapping: no column for response"),
         ("auto", {"prompt": "q", "response": "q"}, "a.jsonl: mapping: column 'q' is named twice"),
         ("auto", {"prompt": "q", "response": "b"}, "a.jsonl: mapping: no row has the columns b, q"),
@@ -493,10 +557,14 @@ def test_a_source_takes_a_mapping_and_refuses_a_wrong_one(tmp_path: Path) -> Non
     (tmp_path / "data/sources").mkdir(parents=True)
     jsonl(tmp_path / "data/sources/a.jsonl", {"q": "Hi", "a": "Hello"})
     source = {"path": "data/sources/a.jsonl", "mapping": {"prompt": "q", "response": "a"}}
-    report = raw_examples.produce(tmp_path, parse(raw_examples.Params, {"sources": [source]}, "raw_examples"), tmp_path / "out")
+    report = raw_examples.produce(
+        tmp_path, parse(raw_examples.Params, {"sources": [source]}, "raw_examples"), tmp_path / "out"
+    )
     assert report.metrics["sources"]["data/sources/a.jsonl"]["format"] == "mapping"
     assert turns(read_records(tmp_path / "out")[0]) == [("user", "Hi"), ("assistant", "Hello")]
-    with pytest.raises(InputError, match=r"raw_examples\.sources\.0\.mapping: unknown field 'question'; fields: prompt"):
+    with pytest.raises(
+        InputError, match=r"raw_examples\.sources\.0\.mapping: unknown field 'question'; fields: prompt"
+    ):
         parse(raw_examples.Params, {"sources": [{**source, "mapping": {"question": "q"}}]}, "raw_examples")
 
 
@@ -548,7 +616,10 @@ def test_the_refusal_of_preferences_names_the_way_out(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *PAIR_ROWS["kto"])
     with pytest.raises(InputError) as caught:
         to_records(path, "a.jsonl")
-    assert caught.value.hint == "list the file under raw_preferences; to imitate all of it nevertheless, set format: prompt_completion"
+    assert (
+        caught.value.hint
+        == "list the file under raw_preferences; to imitate all of it nevertheless, set format: prompt_completion"
+    )
     layout, records = to_records(path, "a.jsonl", "prompt_completion")
     assert (layout, [json.loads(record["meta"])["label"] for record in records]) == ("prompt_completion", [True, False])
 
@@ -589,26 +660,47 @@ def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[
     """The pair in every layout that can say it. `prompt` is turns, the user first and last."""
     asked = user(*prompt)
     conversation = [{"from": FROM[m["role"]], "value": m["content"]} for m in asked]
-    transcript = "".join(f"\n\n{ {'user': 'Human', 'assistant': 'Assistant'}[m['role']] }: {m['content']}" for m in asked)
+    transcript = "".join(
+        f"\n\n{ {'user': 'Human', 'assistant': 'Assistant'}[m['role']] }: {m['content']}" for m in asked
+    )
     best, *others = reversed([*enumerate(prompt)])
     node = message("prompter", best[1], message("assistant", bad, rank=3), message("assistant", good, rank=1))
     for i, text in others:
         node = message(("prompter", "assistant")[i % 2], text, node)
     return {
         "preference": [{"prompt": asked, "chosen": answer(good), "rejected": answer(bad)}],
-        "sharegpt": [{"conversations": conversation, "chosen": {"from": "gpt", "value": good}, "rejected": {"from": "gpt", "value": bad}}],
-        "transcripts": [{"chosen": f"{transcript}\n\nAssistant: {good}", "rejected": f"{transcript}\n\nAssistant: {bad}"}],
-        "kto": [{"prompt": asked, "completion": bad, "label": False}, {"prompt": asked, "completion": good, "label": True}],
-        "openai_dpo": [{"input": {"messages": asked}, "preferred_output": answer(good), "non_preferred_output": answer(bad)}],
+        "sharegpt": [
+            {
+                "conversations": conversation,
+                "chosen": {"from": "gpt", "value": good},
+                "rejected": {"from": "gpt", "value": bad},
+            }
+        ],
+        "transcripts": [
+            {"chosen": f"{transcript}\n\nAssistant: {good}", "rejected": f"{transcript}\n\nAssistant: {bad}"}
+        ],
+        "kto": [
+            {"prompt": asked, "completion": bad, "label": False},
+            {"prompt": asked, "completion": good, "label": True},
+        ],
+        "openai_dpo": [
+            {"input": {"messages": asked}, "preferred_output": answer(good), "non_preferred_output": answer(bad)}
+        ],
         "oasst": [{"message_tree_id": "t", "prompt": node}],
-        **({"alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}]} if len(prompt) == 1 else {}),
+        **(
+            {"alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}]}
+            if len(prompt) == 1
+            else {}
+        ),
     }
 
 
 @pytest.mark.parametrize("layout", PAIR_LAYOUTS)
 def test_a_pair_written_in_a_layout_is_read_back_equal(layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp(layout)
-    turns_of_prompt = st.lists(TEXT, min_size=1, max_size=5 if layout != "alpaca_eval" else 1).filter(lambda said: len(said) % 2 == 1)
+    turns_of_prompt = st.lists(TEXT, min_size=1, max_size=5 if layout != "alpaca_eval" else 1).filter(
+        lambda said: len(said) % 2 == 1
+    )
 
     @settings(max_examples=30, deadline=None)
     @given(turns_of_prompt, TEXT, TEXT)
@@ -621,15 +713,23 @@ def test_a_pair_written_in_a_layout_is_read_back_equal(layout: str, tmp_path_fac
 
 def test_a_prompt_repeated_in_both_completions_is_removed(tmp_path: Path) -> None:
     row = {"prompt": "Hi", "chosen": user("Hi", "Hello"), "rejected": user("Hi", "What?"), "margin": 2}
-    assert [(sides(pair), pair["margin"]) for pair in pairs_of(tmp_path, row)] == [((user("Hi"), answer("Hello"), answer("What?")), 2.0)]
+    assert [(sides(pair), pair["margin"]) for pair in pairs_of(tmp_path, row)] == [
+        ((user("Hi"), answer("Hello"), answer("What?")), 2.0)
+    ]
 
 
 def test_a_system_prompt_that_only_the_completions_have_is_that_of_the_prompt(tmp_path: Path) -> None:
     system, other = ({"role": "system", "content": text} for text in ("Be brief.", "Be long."))
     row = {"prompt": "Hi", "chosen": [system, *user("Hi", "Hello")], "rejected": [system, *user("Hi", "What?")]}
     assert sides(pairs_of(tmp_path, row)[0]) == ([system, *user("Hi")], answer("Hello"), answer("What?"))
-    refused = [{**row, "rejected": [other, *user("Hi", "What?")]}, {**row, "prompt": "Ho"}, {**row, "prompt": [other, *user("Hi")]}]
-    assert {problem_of(pair) for pair in pairs_of(tmp_path, *refused)} == {"chosen and rejected do not answer the same prompt"}
+    refused = [
+        {**row, "rejected": [other, *user("Hi", "What?")]},
+        {**row, "prompt": "Ho"},
+        {**row, "prompt": [other, *user("Hi")]},
+    ]
+    assert {problem_of(pair) for pair in pairs_of(tmp_path, *refused)} == {
+        "chosen and rejected do not answer the same prompt"
+    }
 
 
 def test_the_prompt_of_a_pair_is_the_common_part_of_both_conversations(tmp_path: Path) -> None:
@@ -657,7 +757,9 @@ def test_transcripts_of_different_prompts_are_malformed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preference", "chosen", "margin"), [(1, "A", 1.0), (2, "B", 1.0), (1.5, "A", 0.0), (0, "A", 0.0), (1.75, "B", 0.5)]
 )
-def test_the_preferred_output_is_chosen_and_a_tie_has_no_margin(preference: float, chosen: str, margin: float, tmp_path: Path) -> None:
+def test_the_preferred_output_is_chosen_and_a_tie_has_no_margin(
+    preference: float, chosen: str, margin: float, tmp_path: Path
+) -> None:
     row = {"instruction": "Hi", "output_1": "A", "output_2": "B", "preference": preference}
     assert [(pair["chosen"], pair["margin"]) for pair in pairs_of(tmp_path, row)] == [(answer(chosen), margin)]
 
@@ -670,7 +772,10 @@ def test_a_preference_for_neither_output_is_malformed(preference: Any, tmp_path:
 
 def test_good_and_bad_completions_of_a_prompt_are_paired_and_the_others_reported(tmp_path: Path) -> None:
     labels = [("Hi", "a", True), ("Ho", "b", False), ("Hi", "c", True), ("Hi", "d", False)]
-    rows = [{"prompt": prompt, "completion": text, "label": label, "stars": i} for i, (prompt, text, label) in enumerate(labels)]
+    rows = [
+        {"prompt": prompt, "completion": text, "label": label, "stars": i}
+        for i, (prompt, text, label) in enumerate(labels)
+    ]
     pairs = pairs_of(tmp_path, *rows)
     assert [pair["source_rows"] for pair in pairs] == [[0, 3], [1], [2]]
     assert sides(pairs[0]) == (user("Hi"), answer("a"), answer("d"))
@@ -685,7 +790,9 @@ KTO_ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
     "TRL": lambda said: {"prompt": "Hi", "completion": said},
     "TRL, conversational": lambda said: {"prompt": user("Hi"), "completion": answer(said)},
     "LLaMA-Factory, messages": lambda said: {"messages": user("Hi", said)},
-    "LLaMA-Factory, conversations": lambda said: {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": said}]},
+    "LLaMA-Factory, conversations": lambda said: {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": said}]
+    },
 }
 
 
@@ -699,7 +806,9 @@ def test_answers_called_good_or_bad_are_preferences_in_each_form(form: str, layo
 
 
 @pytest.mark.parametrize("judged", ["label", "kto_tag"])
-def test_answers_called_good_or_bad_are_refused_as_examples_and_the_refusal_names_raw_preferences(judged: str, tmp_path: Path) -> None:
+def test_answers_called_good_or_bad_are_refused_as_examples_and_the_refusal_names_raw_preferences(
+    judged: str, tmp_path: Path
+) -> None:
     rows = [{"messages": user("Hi", said), judged: good} for said, good in (("Hello", True), ("What?", False))]
     path = jsonl(tmp_path / "a.jsonl", *rows)
     assert refused(path) == f"a.jsonl: the rows are preferences (kto: {judged}, messages), not examples to imitate"
@@ -710,8 +819,12 @@ def test_answers_called_good_or_bad_are_refused_as_examples_and_the_refusal_name
 
 @pytest.mark.parametrize(
     "row",
-    [{"messages": user("Hi", "Hello"), "label": "spam"}, {"messages": user("Hi", "Hello"), "label": 1}, {"instruction": "Hi", "output": "A", "label": True}],
-)  # fmt: skip
+    [
+        {"messages": user("Hi", "Hello"), "label": "spam"},
+        {"messages": user("Hi", "Hello"), "label": 1},
+        {"instruction": "Hi", "output": "A", "label": True},
+    ],
+)
 def test_another_label_does_not_make_examples_preferences(row: dict[str, Any], tmp_path: Path) -> None:
     assert kind(read_rows(jsonl(tmp_path / "a.jsonl", row))) == "examples"
 
@@ -719,13 +832,16 @@ def test_another_label_does_not_make_examples_preferences(row: dict[str, Any], t
 def test_true_and_false_of_a_table_are_judgements(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,completion,label\nHi,Hello,True\nHi,What?,False\n")
     assert refused(tmp_path / "a.csv").startswith("a.csv: the rows are preferences (kto: ")
-    assert [sides(pair) for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [(user("Hi"), answer("Hello"), answer("What?"))]
+    assert [sides(pair) for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [
+        (user("Hi"), answer("Hello"), answer("What?"))
+    ]
 
 
 @pytest.mark.parametrize("labels", [(1, 0), (1.0, 0.0), ("1", "0"), (True, 0)])
 def test_ones_and_zeros_are_judgements(labels: tuple[Any, Any], tmp_path: Path) -> None:
     good, bad = (
-        {**PAIR_ROWS["kto"][0], "completion": said, "label": label} for said, label in zip(("Hello", "What?"), labels, strict=True)
+        {**PAIR_ROWS["kto"][0], "completion": said, "label": label}
+        for said, label in zip(("Hello", "What?"), labels, strict=True)
     )
     rows = [good, bad, {**bad, "label": 0}, {**good, "label": 1}]
     found = pairs_of(tmp_path, *rows)
@@ -757,7 +873,9 @@ def test_numbers_of_a_table_are_margins_and_preferences(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected,margin\nHi,Hello,What?,0.5\nHi,Hello,No,2\nHi,Hello,Hm,\n")
     assert [pair["margin"] for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [0.5, 2.0, None]
     (tmp_path / "b.csv").write_text("instruction,output_1,output_2,preference\nHi,A,B,1.75\n")
-    assert [(pair["chosen"], pair["margin"]) for pair in to_pairs(tmp_path / "b.csv", "b.csv")[1]] == [(answer("B"), 0.5)]
+    assert [(pair["chosen"], pair["margin"]) for pair in to_pairs(tmp_path / "b.csv", "b.csv")[1]] == [
+        (answer("B"), 0.5)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -767,12 +885,17 @@ def test_numbers_of_a_table_are_margins_and_preferences(tmp_path: Path) -> None:
             {"messages": user("Hi", "Hello", "Bye"), "label": True},
             "the conversation must end with an answer of the assistant, after a prompt",
         ),
-        ({"messages": answer("Hello"), "label": True}, "the conversation must end with an answer of the assistant, after a prompt"),
+        (
+            {"messages": answer("Hello"), "label": True},
+            "the conversation must end with an answer of the assistant, after a prompt",
+        ),
         ({"messages": user("Hi", "Hello"), "label": 2}, "label must be true or false, or 1 or 0, found 2"),
         ({"messages": user("Hi", "Hello")}, "no key 'label'"),
     ],
 )
-def test_an_unreadable_labeled_conversation_states_the_reason(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_an_unreadable_labeled_conversation_states_the_reason(
+    row: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
     assert problem_of(pairs_of(tmp_path, row, layout="kto")[0]) == problem
 
 
@@ -861,7 +984,9 @@ def test_a_row_of_any_shape_is_read_or_malformed_and_never_lost(
     path = tmp_path_factory.mktemp(layout) / "a.jsonl"
 
     @settings(max_examples=40, deadline=None)
-    @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys([*keys, "category"], SHAPES)), min_size=1, max_size=4))
+    @given(
+        st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys([*keys, "category"], SHAPES)), min_size=1, max_size=4)
+    )
     def holds(rows: list[dict[str, Any]]) -> None:
         found = read(jsonl(path, *rows), "a.jsonl", layout)[1]
         if read is to_records:
@@ -869,14 +994,20 @@ def test_a_row_of_any_shape_is_read_or_malformed_and_never_lost(
         else:
             assert {row for pair in found for row in pair["source_rows"]} == set(range(len(rows)))
         for entry in found:
-            told = entry["messages"] if read is to_records else entry["chosen"] and entry["rejected"] and entry["prompt"]
+            told = (
+                entry["messages"] if read is to_records else entry["chosen"] and entry["rejected"] and entry["prompt"]
+            )
             assert bool(told) != bool(problem_of(entry))
 
     holds()
 
 
-@pytest.mark.parametrize(("value", "category"), [(3, "3"), (0, "0"), (True, "true"), ("3", "3"), (2.5, None), (["a"], None)])
-def test_a_whole_number_is_a_category_as_in_csv_and_other_values_stay_in_meta(value: Any, category: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "category"), [(3, "3"), (0, "0"), (True, "true"), ("3", "3"), (2.5, None), (["a"], None)]
+)
+def test_a_whole_number_is_a_category_as_in_csv_and_other_values_stay_in_meta(
+    value: Any, category: str | None, tmp_path: Path
+) -> None:
     mapping = {"prompt": "prompt", "response": "completion", "category": "topic"}
     for key, more in (("category", {}), ("topic", {"mapping": mapping})):
         record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, key: value}), "a.jsonl", **more)[1][0]
@@ -906,7 +1037,11 @@ def test_every_row_of_a_real_preference_file_is_a_pair() -> None:
 @real
 def test_every_real_tree_ends_on_the_assistant_and_accounts_for_its_messages() -> None:
     layout, records = to_records(SHARED_DATA / "oasst_en_100_tree.jsonl", "oasst")
-    assert (layout, len(records), {record["messages"][-1]["role"] for record in records}) == ("oasst", 100, {"assistant"})
+    assert (layout, len(records), {record["messages"][-1]["role"] for record in records}) == (
+        "oasst",
+        100,
+        {"assistant"},
+    )
     total: Counter[str] = Counter()
     for record in records:
         total.update(json.loads(record["meta"])["tree"])
@@ -930,4 +1065,8 @@ def test_every_ranked_reply_of_the_real_trees_except_the_best_is_rejected_once()
 @pytest.mark.parametrize(("name", "rows"), [("gsm8k_train.jsonl", 7473), ("gsm8k_test.jsonl", 1319)])
 def test_every_row_of_a_real_question_file_is_read(name: str, rows: int) -> None:
     layout, records = to_records(SHARED_DATA / name, name)
-    assert (layout, len(records), [record for record in records if not record["messages"]]) == ("question_answer", rows, [])
+    assert (layout, len(records), [record for record in records if not record["messages"]]) == (
+        "question_answer",
+        rows,
+        [],
+    )

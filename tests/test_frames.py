@@ -22,7 +22,9 @@ MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), 
 COLUMNS = {
     "example_id": pa.array(["a", None, "", "d\u00e9"], pa.large_string()),
     "step": pa.array([1, None, -(2**31), 2**31 - 1], pa.int32()),
-    "messages": pa.array([[{"role": "user", "content": "Hi", "weight": 0.1}, None], [], None, [{"role": "user"}]], MESSAGES),
+    "messages": pa.array(
+        [[{"role": "user", "content": "Hi", "weight": 0.1}, None], [], None, [{"role": "user"}]], MESSAGES
+    ),
     "why": pa.array(["x", "y", "x", None]).dictionary_encode(),
     "category": pa.nulls(4),
     "repaired": pa.array([["a"], None, [], [None]], pa.list_(pa.string())),
@@ -61,8 +63,10 @@ def test_records_are_placed_by_their_ledger(kind: str, tmp_path: Path) -> None:
     texts = ["Hi", "caf\u00e9 \U0001f600", 'a "quote"\n\x00\u2028', ""]
     records = [
         {
-            "example_id": f"{i:032x}", "source": "a.jsonl", "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ho"}],
-            **({"tools": [{"name": "find"}]} if kind == "tools" and i == 1 else {}), "category": None, "group_id": None, "meta": "{}",
+            "example_id": f"{i:032x}", "source": "a.jsonl",
+            "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ho"}],
+            **({"tools": [{"name": "find"}]} if kind == "tools" and i == 1 else {}), "category": None, "group_id": None,
+            "meta": "{}",
         }
         for i, text in enumerate(texts * 100)
     ]  # fmt: skip
@@ -87,7 +91,8 @@ def test_damage_is_a_value_error_or_reads_as_arrow_does(tmp_path: Path) -> None:
     """Some damage makes polars panic, with an exception that is no Exception."""
     draw = random.Random(1)
     rows = [
-        {"example_id": draw.randbytes(16).hex(), "step": i, "messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(300)
+        {"example_id": draw.randbytes(16).hex(), "step": i, "messages": [{"role": "user", "content": f"hello {i}"}]}
+        for i in range(300)
     ]
     whole = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), whole, compression="zstd", store_schema=True)

@@ -33,7 +33,9 @@ DATA = ["base_model", "raw_examples", "instructions", "splits"]
 
 def materialize(root: Path, instance: dg.DagsterInstance, *addresses: str, **options: Any) -> dg.ExecuteInProcessResult:
     job = build_definitions(root).resolve_implicit_global_asset_job_def()
-    return job.execute_in_process(instance=instance, asset_selection=[asset_key(a) for a in addresses], raise_on_error=False, **options)
+    return job.execute_in_process(
+        instance=instance, asset_selection=[asset_key(a) for a in addresses], raise_on_error=False, **options
+    )
 
 
 def both_doors_agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
@@ -44,7 +46,9 @@ def both_doors_agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
     return stale
 
 
-def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hashes_on_disk(finished: Path, instance) -> None:
+def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hashes_on_disk(
+    finished: Path, instance
+) -> None:
     assert both_doors_agree(finished, instance) == set()
     lock = {address: state.version for address, state in read_stages(finished).items()}
     for address, version in lock.items():
@@ -53,11 +57,17 @@ def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hash
         assert version in (finished / "dvc.lock").read_text()
     shown = instance.get_latest_materialization_event(asset_key("merged@lora")).asset_materialization.metadata
     assert shown["verify"].value == "pedigree verify merged@lora"
-    assert shown["records"].value == len({row["example_id"] for row in read_table(finished / "data/adapter/lora/examples.parquet")})
-    assert all(f"| {stage} | {lock[stage][:12]} |" in shown["lineage"].value for stage in [*DATA, "tokenized", "adapter@lora"])
+    assert shown["records"].value == len(
+        {row["example_id"] for row in read_table(finished / "data/adapter/lora/examples.parquet")}
+    )
+    assert all(
+        f"| {stage} | {lock[stage][:12]} |" in shown["lineage"].value for stage in [*DATA, "tokenized", "adapter@lora"]
+    )
     assert shown["audit"].url.startswith("http://127.0.0.1:3100/merged/lora/audit.html?")
     assert lock["adapter@lora"] in (Path(shown["pages"].path) / "audit.html").read_text()
-    assert "lineage" not in instance.get_latest_materialization_event(asset_key("splits")).asset_materialization.metadata
+    assert (
+        "lineage" not in instance.get_latest_materialization_event(asset_key("splits")).asset_materialization.metadata
+    )
 
 
 def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(project: Path, instance) -> None:
@@ -67,7 +77,10 @@ def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(p
     before = (project / "data" / "splits").stat().st_mtime_ns
     again = materialize(project, instance, *DATA)
     assert again.success and (project / "data" / "splits").stat().st_mtime_ns == before
-    done = {event.asset_key.path[-1]: event.materialization.metadata["done"].value for event in again.get_asset_materialization_events()}
+    done = {
+        event.asset_key.path[-1]: event.materialization.metadata["done"].value
+        for event in again.get_asset_materialization_events()
+    }
     assert done == dict.fromkeys(DATA, "nothing")
 
 
@@ -84,19 +97,39 @@ def test_force_runs_again_and_gives_the_same_version(finished: Path, synced_fini
     ("edit", "stale"),
     [
         (lambda root: edit_params(root, lambda v: v["splits"].update(test=0.3)), {"splits"}),
-        (lambda root: (root / "dagster_project/curation/splitting/split.py").open("a").write("# a change\n"), {"splits", "preferences"}),
-        (lambda root: edit_params(root, lambda v: v["adapter"]["lora"].update(max_steps=9)), {"adapter@lora", "comparison"}),
+        (
+            lambda root: (root / "dagster_project/curation/splitting/split.py").open("a").write("# a change\n"),
+            {"splits", "preferences"},
+        ),
+        (
+            lambda root: edit_params(root, lambda v: v["adapter"]["lora"].update(max_steps=9)),
+            {"adapter@lora", "comparison"},
+        ),
         (lambda root: shutil.rmtree(root / "data" / "instructions"), {"instructions", "splits"}),
-        (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "preferences", "baselines", "evaluation@lora", "aligned@dpo", "evaluation_aligned@dpo", "comparison"}),
+        (
+            lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"),
+            {
+                "splits",
+                "tokenized",
+                "preferences",
+                "baselines",
+                "evaluation@lora",
+                "aligned@dpo",
+                "evaluation_aligned@dpo",
+                "comparison",
+            },
+        ),
     ],
     ids=["parameter", "code", "recipe", "deleted output", "tampered output"],
-)  # fmt: skip
+)
 def test_a_change_makes_exactly_the_right_assets_stale(finished: Path, synced_finished, edit, stale) -> None:
     edit(finished)
     assert both_doors_agree(finished, synced_finished) == stale
 
 
-def test_an_added_source_row_makes_the_readers_of_sources_stale_and_reverting_it_makes_it_fresh(finished: Path, synced_finished) -> None:
+def test_an_added_source_row_makes_the_readers_of_sources_stale_and_reverting_it_makes_it_fresh(
+    finished: Path, synced_finished
+) -> None:
     path = finished / "data/sources/replies_messages.jsonl"
     before = path.read_text()
     path.write_text(before + before.splitlines()[0] + "\n")
@@ -112,13 +145,20 @@ def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path,
     (project / "data/sources/triage_alpaca.json").write_text(json.dumps([{**rows[0], "output": ""}, *rows[1:]]))
     result = materialize(project, instance, *DATA)
     assert not result.success
-    failed = {e.check_name: e for e in result.get_asset_check_evaluations() if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR}
+    failed = {
+        e.check_name: e
+        for e in result.get_asset_check_evaluations()
+        if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR
+    }
     assert set(failed) == {"empty_response"}
     assert "triage_alpaca.json:0" in str(failed["empty_response"].metadata["rows"].value)
     assert "/instructions/report.html?" in failed["empty_response"].metadata["full report"].url
     assert "empty_response" in (project / "data/pages/instructions/report.html").read_text()
     assert not (project / "data" / "splits").exists() and not (project / "data" / "instructions").exists()
-    assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == ["base_model", "raw_examples"]
+    assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == [
+        "base_model",
+        "raw_examples",
+    ]
     assert both_doors_agree(project, instance) >= {"instructions", "splits"}
 
 
@@ -140,7 +180,10 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(finished: Path,
 
 def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
     edit_params(
-        finished, lambda v: v["adapter"].update(small={"method": "lora", "peft": {"r": 4, "target_modules": "all-linear"}, "max_steps": 2})
+        finished,
+        lambda v: v["adapter"].update(
+            small={"method": "lora", "peft": {"r": 4, "target_modules": "all-linear"}, "max_steps": 2}
+        ),
     )
     keys = {key.to_user_string() for key in build_definitions(finished).resolve_asset_graph().get_all_asset_keys()}
     assert {"adapter/small", "merged/small", "evaluation/small"} <= keys
@@ -148,7 +191,9 @@ def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
 
 
 def test_variants_with_a_hyphen_in_their_name_have_jobs(tmp_path: Path) -> None:
-    root = small_pipeline.make_project(tmp_path, {"minlen": 1, "testseed": 7, "variants": {"lora-small": {"r": 8}, "dora": {"r": 16}}})
+    root = small_pipeline.make_project(
+        tmp_path, {"minlen": 1, "testseed": 7, "variants": {"lora-small": {"r": 8}, "dora": {"r": 16}}}
+    )
     jobs = {job.name: job for job in build_definitions(root, small_pipeline.PIPELINE).resolve_all_job_defs()}
     assert {"variant_lora_small", "variant_dora"} <= jobs.keys()
     assert jobs["variant_lora_small"].asset_layer.selected_asset_keys == {asset_key("adapter@lora-small")}
@@ -158,8 +203,13 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     states = read_stages(finished)
     scores = json.loads((finished / "data/comparison/comparison.json").read_text())["scores"]
     shown = json.loads(dvc(finished, "metrics", "show", "--json", "data/reports/comparison.json").stdout)
-    assert shown[""]["data"]["data/reports/comparison.json"]["data"]["scores"]["lora"]["macro_f1"] == scores["lora"]["macro_f1"]
-    plot = json.loads(dvc(finished, "plots", "show", "--json", "data/plots/scores.csv").stdout)["data"]["data/plots/scores.csv"]
+    assert (
+        shown[""]["data"]["data/reports/comparison.json"]["data"]["scores"]["lora"]["macro_f1"]
+        == scores["lora"]["macro_f1"]
+    )
+    plot = json.loads(dvc(finished, "plots", "show", "--json", "data/plots/scores.csv").stdout)["data"][
+        "data/plots/scores.csv"
+    ]
     assert {row["system"] for row in plot[0]["content"]["data"]["values"]} == set(scores)
     assert "/comparison/comparison.html?" in describe(finished, states["comparison"])["comparison"].url
     assert (finished / "data/pages/comparison/comparison.html").is_file()
@@ -169,11 +219,20 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
 
 
 def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:
-    for path, text in {"data/reports/a.json": '{"loss": 0.7}', "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n"}.items():
+    for path, text in {
+        "data/reports/a.json": '{"loss": 0.7}',
+        "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n",
+    }.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     state = SimpleNamespace(
-        report="data/reports/a.json", out="data/a", version="v", address="adapter@x", meta={}, recorded=True, output_problem=""
+        report="data/reports/a.json",
+        out="data/a",
+        version="v",
+        address="adapter@x",
+        meta={},
+        recorded=True,
+        output_problem="",
     )
     found = describe(tmp_path, state)  # type: ignore[arg-type]
     assert found["loss"] == 0.7 and found["loss_curves"].md_str.startswith("![loss](data:image/png;base64,")
@@ -189,7 +248,13 @@ def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_pat
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     state = SimpleNamespace(
-        report="data/reports/a.json", out="data/a", version="v", address="aligned@x", meta={}, recorded=True, output_problem=""
+        report="data/reports/a.json",
+        out="data/a",
+        version="v",
+        address="aligned@x",
+        meta={},
+        recorded=True,
+        output_problem="",
     )
     found = describe(tmp_path, state)  # type: ignore[arg-type]
     assert "/aligned/x/alignment.html?" in found["alignment"].url
@@ -204,7 +269,9 @@ def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_va
     assert asset_key("adapter@lora").path == ["adapter", "lora"]
     for address, state in states.items():
         for i in state.inputs:
-            above = group[i.producer] if i.producer else graph.get(PedigreeProject(finished).source_key(i.path)).group_name
+            above = (
+                group[i.producer] if i.producer else graph.get(PedigreeProject(finished).source_key(i.path)).group_name
+            )
             assert above.partition("/")[0] <= group[address].partition("/")[0], f"{i.path} -> {address}"
 
 
@@ -228,12 +295,16 @@ def test_every_stage_has_a_result_for_each_check_that_dagster_requires(finished:
 
 
 @pytest.mark.long
-def test_a_training_on_pairs_is_materialized_although_some_checks_are_for_online_methods(finished: Path, synced_finished: Any) -> None:
+def test_a_training_on_pairs_is_materialized_although_some_checks_are_for_online_methods(
+    finished: Path, synced_finished: Any
+) -> None:
     done = materialize(finished, synced_finished, "aligned@dpo", tags={"pedigree/force": "true"})
     assert done.success
 
 
-def test_outputs_of_a_removed_variant_are_named_until_they_are_removed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_outputs_of_a_removed_variant_are_named_until_they_are_removed(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Another clone does not have them, so there `cmp`, which reads the folder, would be changed."""
     edit_params(root, lambda values: values["variants"].pop("dora"))
     run_stage(root, "cmp", small_pipeline.PIPELINE)
@@ -254,7 +325,9 @@ def test_outputs_of_a_removed_variant_are_named_until_they_are_removed(root: Pat
     assert changed_in_dvc(clone) == set()
 
 
-def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(
+    root: Path, instance: dg.DagsterInstance
+) -> None:
     before = (root / "dvc.lock").read_text()
     assert dvc(root, "freeze", "tok").returncode == 0
     (root / "code/tok.py").write_text("V = 9\n")
@@ -262,7 +335,9 @@ def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root:
 
     def materialize_tok() -> dg.ExecuteInProcessResult:
         tags = {"pedigree/force": "true"}
-        return job.execute_in_process(instance=instance, asset_selection=[asset_key("tok")], raise_on_error=False, tags=tags)
+        return job.execute_in_process(
+            instance=instance, asset_selection=[asset_key("tok")], raise_on_error=False, tags=tags
+        )
 
     [event] = materialize_tok().get_asset_materialization_events()
     assert event.materialization.metadata["done"].value == "nothing"
@@ -274,7 +349,10 @@ def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root:
     assert record.event.dagster_event.event_specific_data.metadata["note"].value == FROZEN
 
     shutil.rmtree(root / "data/tok")
-    what = "tok is frozen, so it is not run, but data/tok differs from dvc.lock (deleted); `dvc checkout --force data/tok` restores it, or remove"
+    what = (
+        "tok is frozen, so it is not run, but data/tok differs from dvc.lock (deleted); `dvc checkout --force data/tok`"
+        " restores it, or remove"
+    )
     assert what in str(materialize_tok().failure_data_for_node("tok").user_failure_data.description)
     document = run_all(root, 1, False, lambda _: None)
     assert document["stages"]["tok"]["error"].startswith(what) and document["stages"]["cmp"]["outcome"] == "not started"
@@ -284,7 +362,9 @@ def test_a_frozen_stage_is_never_recorded_with_inputs_that_it_did_not_read(root:
     assert "`git checkout HEAD data/reports/tok.json` restores it" in read_stages(root)["tok"].frozen_problem
 
 
-def test_what_is_above_a_frozen_stage_need_not_be_there_for_what_is_below(root: Path, instance: dg.DagsterInstance) -> None:
+def test_what_is_above_a_frozen_stage_need_not_be_there_for_what_is_below(
+    root: Path, instance: dg.DagsterInstance
+) -> None:
     assert dvc(root, "freeze", "raw").returncode == 0
     (root / "data/sources/d.txt").unlink()
     (root / "code/inst.py").write_text("V = 9\n")
@@ -293,7 +373,9 @@ def test_what_is_above_a_frozen_stage_need_not_be_there_for_what_is_below(root: 
     assert not {"inst", "tok"} & changed_in_dvc(root)
 
 
-def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_variants(root: Path, synced: dg.DagsterInstance) -> None:
+def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_variants(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     before = json.loads((root / "params.yaml").read_text())["variants"]
     for variants in (before | {"x": {"r": 4}}, before, {"lora": before["lora"]}, before):
         edit_params(root, lambda values: values.update(variants=variants))  # noqa: B023
@@ -301,7 +383,9 @@ def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_
         assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
 
 
-def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_variants(root: Path, synced: dg.DagsterInstance) -> None:
+def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_variants(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     """`cmp` reads the folder of all variants, of which dvc.lock has one hash."""
     for version, address in ((5, "adapter@lora"), (6, "adapter@dora")):
         (root / "code/adapter.py").write_text(f"V = {version}\n")
@@ -309,13 +393,17 @@ def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_va
         assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
         assert "cmp" in not_fresh(root, synced) == changed_in_dvc(root)
     assert dvc(root, "repro").returncode == 0
-    assert [line.split()[0] for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith(("cmp is ", "adapter"))].count(
-        "cmp"
-    ) == 1
+    assert [
+        line.split()[0]
+        for line in sync(root, synced, small_pipeline.PIPELINE)
+        if line.startswith(("cmp is ", "adapter"))
+    ].count("cmp") == 1
     assert not_fresh(root, synced) == changed_in_dvc(root) == set()
 
 
-def test_figures_of_another_version_are_not_shown_with_an_output_that_differs(root: Path, synced: dg.DagsterInstance) -> None:
+def test_figures_of_another_version_are_not_shown_with_an_output_that_differs(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     """After `git checkout` without `dvc checkout`, report and dvc.lock are of another version than the output."""
 
     def shown() -> dict[str, Any]:

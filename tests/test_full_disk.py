@@ -52,10 +52,17 @@ def fill(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(writer: Callable[[Path], None], mount: Any) -> None:
+def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(
+    writer: Callable[[Path], None], mount: Any
+) -> None:
     disk = mount(64)
     found = failure(writer, disk)
-    assert str(disk) in found.what and os.strerror(errno.ENOSPC) in found.what and "free some space" in found.hint and found.exit_code == 1
+    assert (
+        str(disk) in found.what
+        and os.strerror(errno.ENOSPC) in found.what
+        and "free some space" in found.hint
+        and found.exit_code == 1
+    )
     shutil.rmtree(disk, ignore_errors=True)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     found = failure(writer, disk)
@@ -66,20 +73,26 @@ def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(w
 @pytest.mark.parametrize("writer", [write_text, write_zip, write_safetensors])
 def test_a_limit_on_the_size_of_a_file_is_one_message(writer: Callable[[Path], None], tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; import builders.full_disk as t; from dagster_project.core import faults\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        f"print(t.failure(t.{writer.__name__}, Path(sys.argv[1])))"
+        "import resource, sys; from pathlib import Path; import builders.full_disk as t; from dagster_project.core"
+        " import faults\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000,"
+        f" 50_000))\nprint(t.failure(t.{writer.__name__}, Path(sys.argv[1])))"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert f"{tmp_path}: {os.strerror(errno.EFBIG)}" in done.stdout and "ulimit -f" in done.stdout, done.stderr
     assert writer is not write_text or not [*tmp_path.iterdir()]  # write_text leaves no scratch file
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), KeyError("a"), FileNotFoundError("x"),
-                                   sqlite3.OperationalError("no such table"), AssertionError("(os error 28)")])  # fmt: skip
+@pytest.mark.parametrize("error",
+    [ValueError("x"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), KeyError("a"), FileNotFoundError("x"),
+                                   sqlite3.OperationalError("no such table"),
+                                   AssertionError("(os error 28)")])  # fmt: skip
 def test_a_defect_of_the_program_is_not_explained_away(error: Exception, tmp_path: Path) -> None:
     assert faults.explained(error, tmp_path) is None
 
@@ -122,7 +135,9 @@ def test_a_stage_on_a_full_disk_is_one_message_and_leaves_what_was_there(root: P
     with pytest.raises(PedigreeError, match="No space left on device") as raised:
         run_stage(project, "tok", small_pipeline.PIPELINE)
     assert str(project) in raised.value.what and "free some space" in raised.value.hint
-    assert small_pipeline.published(project, "tok") == before and not (project / ".dvc/tmp/pedigree/scratch/tok").exists()
+    assert (
+        small_pipeline.published(project, "tok") == before and not (project / ".dvc/tmp/pedigree/scratch/tok").exists()
+    )
     (disk / "filler").unlink()
     run_stage(project, "tok", small_pipeline.PIPELINE)
     assert small_pipeline.published(project, "tok") == before
@@ -139,11 +154,15 @@ def test_commands_on_a_full_or_read_only_disk_answer_or_say_so(root: Path, mount
     for _ in range(2):
         done = subprocess.run(arguments, cwd=project, env=environment, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr
-        assert done.returncode == 0 or ("hint: " in done.stderr and str(project) in done.stderr and done.returncode in {1, 2}), done.stderr
+        assert done.returncode == 0 or (
+            "hint: " in done.stderr and str(project) in done.stderr and done.returncode in {1, 2}
+        ), done.stderr
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
 
-def test_audits_of_a_read_only_project_answer_also_if_another_process_uses_its_index(tmp_path: Path, mount: Any) -> None:
+def test_audits_of_a_read_only_project_answer_also_if_another_process_uses_its_index(
+    tmp_path: Path, mount: Any
+) -> None:
     made, disk = Project(tmp_path / "project"), mount(6000)
     made.commit(made.lock([("cats", "train", "data/sources/faq.jsonl")]))
     commands = (("audit", "merged@lora"), ("impact", "--record", identity("cats")))

@@ -16,7 +16,14 @@ from dagster_project.training.inference import decoding, packed_weights
 from dagster_project.training.inference.generate import generate
 
 TOKENS = 12
-QUESTIONS = ["Where is my parcel?", "No", "I was charged twice, please help", "Hi there", "My login fails and I have no idea why", "Thanks"]
+QUESTIONS = [
+    "Where is my parcel?",
+    "No",
+    "I was charged twice, please help",
+    "Hi there",
+    "My login fails and I have no idea why",
+    "Thanks",
+]
 SYSTEM = "Answer as briefly as you can: "
 """More than 16 tokens, so that it is shared."""
 
@@ -41,7 +48,9 @@ def tokens_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("tokens_at_once")
 @pytest.mark.parametrize("prefix", ["", SYSTEM], ids=["nothing shared", "shared prefix"])
 @pytest.mark.parametrize("batch_size", [1, 4, 40])
-def test_batch_size_and_shared_prefix_change_no_answer(model: Any, tiny_tokenizer: Any, prefix: str, batch_size: int) -> None:
+def test_batch_size_and_shared_prefix_change_no_answer(
+    model: Any, tiny_tokenizer: Any, prefix: str, batch_size: int
+) -> None:
     prompts = [tiny_tokenizer.encode(prefix + question) for question in QUESTIONS]
     wanted = one_by_one(model, tiny_tokenizer, prompts)
     assert len(set(wanted)) == len(prompts), "prompts have the same answer, so nothing is shown"
@@ -70,17 +79,34 @@ def test_an_answer_ends_at_the_end_of_turn_whatever_its_batch(model: Any, tiny_t
 
 
 @pytest.mark.usefixtures("tokens_at_once")
-@pytest.mark.parametrize("kind", ["a window in every other layer", "convolutions in every other layer", "layers that run twice"])
+@pytest.mark.parametrize(
+    "kind", ["a window in every other layer", "convolutions in every other layer", "layers that run twice"]
+)
 @pytest.mark.parametrize("prefix", ["", SYSTEM], ids=["nothing shared", "shared prefix"])
 def test_models_with_other_caches_give_the_same_answers_in_batches(tiny_tokenizer: Any, kind: str, prefix: str) -> None:
-    from transformers import DoryConfig, DoryForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
+    from transformers import (
+        DoryConfig,
+        DoryForCausalLM,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        Lfm2Config,
+        Lfm2ForCausalLM,
+    )
 
     torch.manual_seed(3)
-    size = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    size = {
+        "vocab_size": len(tiny_tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     other: Any
     if "window" in kind:
         kinds = ["sliding_attention", "full_attention"] * 2
-        other = Gemma3ForCausalLM(Gemma3TextConfig(**size, num_key_value_heads=2, head_dim=8, sliding_window=7, layer_types=kinds))
+        other = Gemma3ForCausalLM(
+            Gemma3TextConfig(**size, num_key_value_heads=2, head_dim=8, sliding_window=7, layer_types=kinds)
+        )
     elif "twice" in kind:
         twice = {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "sliding_window": 7}
         other = DoryForCausalLM(DoryConfig(**size, **twice, num_key_value_heads=2, head_dim=8))
@@ -114,7 +140,9 @@ def test_prepared_weights_give_the_same_bits_and_leave_no_trace(tiny_model: Path
     from dagster_project.training.trainers.alignment import preference
 
     settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.5}
-    whole = preference.policy(tiny_model, settings, torch.device("cpu"), torch.bfloat16, "aligned.mine", "lora").model.eval()
+    whole = preference.policy(
+        tiny_model, settings, torch.device("cpu"), torch.bfloat16, "aligned.mine", "lora"
+    ).model.eval()
     for weight in whole.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     policy = causal(whole)
@@ -156,14 +184,24 @@ def test_the_benchmark_gives_all_implementations_the_same_prompts(
     for split in ("train", "test"):
         turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": split}] for q in QUESTIONS]
         records = [
-            {"example_id": example_id(m), "source": "s", "messages": m, "category": None, "group_id": None, "meta": None} for m in turns
+            {
+                "example_id": example_id(m),
+                "source": "s",
+                "messages": m,
+                "category": None,
+                "group_id": None,
+                "meta": None,
+            }
+            for m in turns
         ]
         write_records(tmp_path / "data/splits" / split, records)
     given = {"--project": tmp_path, "--rows": 6, "--rounds": 1, "--max-new-tokens": 3, "--out": tmp_path / "table.md"}
     monkeypatch.setattr("sys.argv", ["answers.py", *(str(word) for pair in given.items() for word in pair)])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     runpy.run_path(str(ROOT / "benchmarks/answers.py"), run_name="__main__")
-    begin, text, _, _, _, *rows, _, shares, _, _, _, first, second, third, end = (tmp_path / "table.md").read_text().splitlines()
+    begin, text, _, _, _, *rows, _, shares, _, _, _, first, second, third, end = (
+        (tmp_path / "table.md").read_text().splitlines()
+    )
     assert (begin, end) == ("<!-- answers: begin -->", "<!-- answers: end -->")
     assert text.startswith("6 prompts, at most 3 new tokens each, float32, batches of 4, 1 thread(s), ")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]

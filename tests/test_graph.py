@@ -10,7 +10,9 @@ from ruamel.yaml import YAML
 from dagster_project import pipeline
 from dagster_project.orchestration import dvc
 
-GRAPH = grimp.build_graph("dagster_project", exclude_type_checking_imports=True, cache_dir=None)  # what is imported for types never runs
+GRAPH = grimp.build_graph(
+    "dagster_project", exclude_type_checking_imports=True, cache_dir=None
+)  # what is imported for types never runs
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -30,7 +32,9 @@ def test_code_dependencies_cover_every_module_the_stage_imports(name: str) -> No
     packages = {"dagster_project", *(m for m in GRAPH.modules if GRAPH.find_children(m))}
     imported = {f"{m.replace('.', '/')}.py" for m in (GRAPH.find_upstream_modules(module) | {module}) - packages}
     declared = [dep for dep in STAGES[name].get("do", STAGES[name])["deps"] if dvc.is_code(dep)]
-    covered = {entry: {path for path in imported if path == entry or path.startswith(f"{entry}/")} for entry in declared}
+    covered = {
+        entry: {path for path in imported if path == entry or path.startswith(f"{entry}/")} for entry in declared
+    }
     assert imported - set().union(*covered.values()) == set(), "imported, and not covered by dvc.yaml"
     assert [entry for entry, paths in covered.items() if not paths] == [], "in dvc.yaml, and not imported"
     assert not [one for one in declared for other in declared if one.startswith(f"{other}/")], "covered twice"
@@ -52,5 +56,8 @@ def test_every_stage_has_one_output_and_one_report_in_the_folders_named_after_it
 
 def test_the_readme_names_every_stage_and_every_check() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "checks.md").read_text()
-    names = [*pipeline.STAGES, *(check for stage in pipeline.STAGES for check in pipeline.PEDIGREE.check_descriptions(stage))]
+    names = [
+        *pipeline.STAGES,
+        *(check for stage in pipeline.STAGES for check in pipeline.PEDIGREE.check_descriptions(stage)),
+    ]
     assert [name for name in names if f"`{name}" not in text] == []

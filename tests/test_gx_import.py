@@ -59,7 +59,9 @@ def test_a_field_that_is_copied_directly_is_copied_as_python_copies_it(name: str
     field = Model.__fields__[name]
     by_python = copy.deepcopy(field)
     with direct_copies():
-        assert "__deepcopy__" in ModelField.__dict__, "the installed pydantic is one whose fields can be copied directly"
+        assert "__deepcopy__" in ModelField.__dict__, (
+            "the installed pydantic is one whose fields can be copied directly"
+        )
         direct = copy.deepcopy(field)
     assert state(direct) == state(by_python) == state(field)
     assert set(mutable_parts(direct)).isdisjoint(mutable_parts(field))
@@ -93,7 +95,15 @@ def test_only_classes_whose_state_is_in_their_slots_are_copied_directly() -> Non
     class Private:
         __slots__ = ("__a",)
 
-    assert [has_plain_state(kind) for kind in (Slots, Own, Free, Private, *COPIED)] == [True, False, False, False, True, True, True]
+    assert [has_plain_state(kind) for kind in (Slots, Own, Free, Private, *COPIED)] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_a_library_that_is_used_later_is_imported_then(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +127,7 @@ with quick_import():
     import great_expectations
     from great_expectations.expectations.core import expect_column_kl_divergence_to_be_less_than as drawn
 print("altair" in sys.modules, drawn.alt.Chart.__module__.partition(".")[0], "altair" in sys.modules)"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "False altair True\n", done.stderr

@@ -1,4 +1,5 @@
-"""Audit and impact over small hand-made histories, compared with a brute-force oracle; also with parts of the history missing."""
+"""Audit and impact over small hand-made histories, compared with a brute-force
+oracle; also with parts of the history missing."""
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Pr
     for text, split in (("birds", "validation"), ("fish", "test")):
         found = impact(made.root, record=identity(text))
         assert [commit for _, commit in names(found)] == [first, first, second, second]
-        assert all(seen["splits"] == {split: 1} and seen["steps"] == [] for model in found["models"] for seen in model["seen"])
+        assert all(
+            seen["splits"] == {split: 1} and seen["steps"] == [] for model in found["models"] for seen in model["seen"]
+        )
     assert not impact(made.root, record=identity("cows"))["models"]
 
 
@@ -92,7 +95,10 @@ def traced(made: Project, tmp_path: Path) -> tuple[Project, str]:
     given = {"city": "Oslo Harbour", "days": [{"from": "Monday, the ninth", "n": 3}]}
     answer = said("", call(given), call("city=Rome"), reasoning_content="The user wants the weather of the harbour.")
     answers = [answer, result("-3 degrees"), said("Cold.")]
-    records = [{**rich(user("Is it cold?"), *answers), "source": FAQ}, {**rich(user("Plain?"), said("Plain.")), "source": FAQ}]
+    records = [
+        {**rich(user("Is it cold?"), *answers), "source": FAQ},
+        {**rich(user("Plain?"), said("Plain.")), "source": FAQ},
+    ]
     files = {}
     for split, rows in {"train": records, "validation": [], "test": []}.items():
         write_records(tmp_path / split, rows)
@@ -119,7 +125,9 @@ def traced(made: Project, tmp_path: Path) -> tuple[Project, str]:
         ("Oslo", False),
     ],
 )
-def test_a_text_is_found_in_reasoning_and_in_the_arguments_of_calls(traced: tuple[Project, str], text: str, found: bool) -> None:
+def test_a_text_is_found_in_reasoning_and_in_the_arguments_of_calls(
+    traced: tuple[Project, str], text: str, found: bool
+) -> None:
     project, identity_of_row = traced
     assert impact(project.root, text=text)["records"] == ([identity_of_row] if found else [])
 
@@ -137,8 +145,14 @@ def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Pro
     assert found["models"][0]["seen"][0]["splits"] == {"train": 1, "test": 1}
     assert found["models"][0]["seen"][0]["learnt"] == {"records": 1, "first_step": 2, "last_step": 2}
     assert found["models"][2]["seen"][0]["learnt"] == {"records": 2, "first_step": 2, "last_step": 3}
-    assert impact(made.root, source="data/sources")["models"][0]["seen"][0]["splits"] == {"train": 2, "test": 1, "validation": 1}
-    with pytest.raises(InputError, match="no recorded run has read such a file"):  # the beginning of a name is not a folder
+    assert impact(made.root, source="data/sources")["models"][0]["seen"][0]["splits"] == {
+        "train": 2,
+        "test": 1,
+        "validation": 1,
+    }
+    with pytest.raises(
+        InputError, match="no recorded run has read such a file"
+    ):  # the beginning of a name is not a folder
         impact(made.root, source="data/sources/m")
     sha256 = audit(made.root, "merged@lora")["sources"][MAIL]["sha256"]
     by_hash = impact(made.root, content=sha256[:20])
@@ -146,8 +160,17 @@ def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Pro
 
 
 def test_a_folder_of_sources_is_not_one_whose_name_has_other_case_or_begins_like_it(made: Project) -> None:
-    others = ("data/sources/Web/a.jsonl", "data/sources/web.jsonl", "data/sources/web0/a.jsonl", "data/sources/we_/a.jsonl")
-    made.commit(made.lock([("cats", "train", "data/sources/web/a.jsonl"), *((str(i), "train", one) for i, one in enumerate(others))]))
+    others = (
+        "data/sources/Web/a.jsonl",
+        "data/sources/web.jsonl",
+        "data/sources/web0/a.jsonl",
+        "data/sources/we_/a.jsonl",
+    )
+    made.commit(
+        made.lock(
+            [("cats", "train", "data/sources/web/a.jsonl"), *((str(i), "train", one) for i, one in enumerate(others))]
+        )
+    )
     for asked in ("data/sources/web", "data/sources/web/", "data/sources/web/a.jsonl"):
         [seen] = impact(made.root, source=asked)["models"][0]["seen"]
         assert (seen["splits"], seen["learnt"]) == ({"train": 1}, {"records": 1, "first_step": 1, "last_step": 1})
@@ -177,12 +200,22 @@ def test_an_audit_lists_every_record_with_step_and_source_row(made: Project) -> 
     commit = made.commit(made.lock(ROWS))
     subject = find(Index(made.root), "merged@lora")
     found = document(subject)
-    assert found["records"] == {"records": 2, "learnt_by": {"adapter@lora": {"records": 2, "views": 2, "steps": 2, "epochs": 1}}}
+    assert found["records"] == {
+        "records": 2,
+        "learnt_by": {"adapter@lora": {"records": 2, "views": 2, "steps": 2, "epochs": 1}},
+    }
     assert found["code"]["commit"] == commit and found["code"]["clean"]
     assert [one["stage"] for one in found["parents"]] == ["adapter@lora"]
     assert found["sources"][FAQ]["outcomes"] == {"splits": {"train": 1, "validation": 1}}
     assert listed(trained_on(subject)[0]) == [
-        {"example_id": identity(text), "source": source, "source_row": row, "model": "adapter@lora", "steps": [row + 1], "epochs": [1]}
+        {
+            "example_id": identity(text),
+            "source": source,
+            "source_row": row,
+            "model": "adapter@lora",
+            "steps": [row + 1],
+            "epochs": [1],
+        }
         for row, (text, _, source) in enumerate(ROWS[:2])
     ]
 
@@ -197,7 +230,10 @@ def test_the_commit_of_a_model_is_the_first_with_its_run_in_dvc_lock(made: Proje
     found = audit(made.root, "splits")["code"]
     assert (found["commit"], found["same_bytes_at"]) == (later, first)
     found = audit(made.root, "adapter@lora")["code"]
-    assert (found["commit"], found["lineage_at"]) == (first, later), "its own run is that of the first commit, that of its data is not"
+    assert (found["commit"], found["lineage_at"]) == (
+        first,
+        later,
+    ), "its own run is that of the first commit, that of its data is not"
 
 
 def test_no_commit_is_named_for_a_lineage_whose_stages_ran_with_code_of_several_commits(made: Project) -> None:
@@ -251,12 +287,18 @@ def test_models_of_merged_branches_are_found_and_so_are_rebased_ones_while_the_r
     assert {side, mine, gone} <= found and len(found) == 4
     git(made.root, "reset", "-q", "--hard", "HEAD~1")
     after = impact(made.root, record=identity("cats"))
-    assert {model["commit"]: model["found_in"] for model in after["models"]} == {**dict.fromkeys(found - {gone}, "commit"), gone: "reflog"}
+    assert {model["commit"]: model["found_in"] for model in after["models"]} == {
+        **dict.fromkeys(found - {gone}, "commit"),
+        gone: "reflog",
+    }
     assert "in no branch or tag but in the reflog" in as_text(after)
     assert audit(made.root, "merged@lora", rev=gone)["code"]["commit"] == gone
     git(made.root, "reflog", "expire", "--expire=all", "--all")
     left = {model["commit"]: model["found_in"] for model in impact(made.root, record=identity("cats"))["models"]}
-    assert left == {**dict.fromkeys(found - {gone}, "commit"), None: "cache"}  # its weights and its training record still lie there
+    assert left == {
+        **dict.fromkeys(found - {gone}, "commit"),
+        None: "cache",
+    }  # its weights and its training record still lie there
     with pytest.raises(InputError, match="not reachable from any branch, tag or reflog"):
         audit(made.root, "merged@lora", rev=gone)
 
@@ -285,7 +327,9 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
 def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
     lock = made.lock(ROWS)
     first = made.commit(lock)
-    renamed = {"sft@lora": {**lock["adapter@lora"], "outs": [{**lock["adapter@lora"]["outs"][0], "path": "data/sft/lora"}]}}
+    renamed = {
+        "sft@lora": {**lock["adapter@lora"], "outs": [{**lock["adapter@lora"]["outs"][0], "path": "data/sft/lora"}]}
+    }
     deps = [{**lock["merged@lora"]["deps"][0], "path": "data/sft/lora"}]
     made.commit({"splits": lock["splits"], **renamed, "merged@lora": {**lock["merged@lora"], "deps": deps}})
     found = impact(made.root, record=identity("cats"))
@@ -302,10 +346,15 @@ def test_after_gc_missing_data_is_reported_as_unknown_with_the_fetch_command(mad
     made.collect_garbage(new)
     found = impact(made.root, record=identity("cats"))
     assert found["models"] == []
-    assert [model["md5"] for model in found["unknown"]] == [old[name]["outs"][0]["md5"] for name in ("adapter@lora", "merged@lora")]
+    assert [model["md5"] for model in found["unknown"]] == [
+        old[name]["outs"][0]["md5"] for name in ("adapter@lora", "merged@lora")
+    ]
     assert {one["path"] for one in found["unknown"][0]["missing"]} == {"data/splits", "data/adapter/lora"}
     done = pedigree(made.root, "impact", "--record", identity("cats"))
-    assert done.returncode == 2 and "no model is known to have seen it, but not everything could be looked at" in done.stdout
+    assert (
+        done.returncode == 2
+        and "no model is known to have seen it, but not everything could be looked at" in done.stdout
+    )
     assert f"fetch: `git checkout {commit[:12]}`, then `dvc pull splits adapter@lora`" in done.stdout
     assert len(impact(made.root, record=identity("dogs"))["models"]) == 2
     told = audit(made.root, "merged@lora", rev=commit)
@@ -391,7 +440,11 @@ def test_a_shallow_clone_is_reported(made: Project, tmp_path: Path) -> None:
     git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
     shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
     found = impact(clone, record=identity("cats"))
-    assert found["shallow"] and [model["stage"] for model in found["models"]] == ["adapter@lora", "merged@lora", "unrecorded"]
+    assert found["shallow"] and [model["stage"] for model in found["models"]] == [
+        "adapter@lora",
+        "merged@lora",
+        "unrecorded",
+    ]
     assert "models before its first commit are unknown" in as_text(found)
     assert audit(clone, "merged@lora")["code"]["or_earlier"]
 
@@ -429,8 +482,13 @@ def test_a_model_with_the_weights_of_another_has_the_same_records(made: Project)
 def test_a_model_converted_in_an_earlier_run_saw_nothing_of_a_run_that_has_not_come_to_it(made: Project) -> None:
     """A stage of the user's own, which writes other weights than the models in the folder that it reads."""
     lock = made.lock(ROWS)
-    folders = {f"data/{stage}": made.folder({"lora": lock[f"{stage}@lora"]["outs"][0]["md5"]}) for stage in ("adapter", "merged")}
-    converted = {"converted": entry("converted", folders, made.put({"model.safetensors": b"weights of another format"}))}
+    folders = {
+        f"data/{stage}": made.folder({"lora": lock[f"{stage}@lora"]["outs"][0]["md5"]})
+        for stage in ("adapter", "merged")
+    }
+    converted = {
+        "converted": entry("converted", folders, made.put({"model.safetensors": b"weights of another format"}))
+    }
     first = made.commit({**lock, **converted})
     made.write({**made.lock([("frogs", "train", FAQ), *ROWS[2:]]), **converted})
     assert names(impact(made.root, record=identity("frogs"))) == [("adapter@lora", None), ("merged@lora", None)]
@@ -444,12 +502,16 @@ def released(made: Project, lock: Mapping[str, Any], original: str, **folders: s
     return {
         **lock,
         "release": entry(
-            "release", {f"data/{name}": value for name, value in folders.items()}, made.put({**content, "README.md": b"card"})
+            "release",
+            {f"data/{name}": value for name, value in folders.items()},
+            made.put({**content, "README.md": b"card"}),
         ),
     }
 
 
-def test_a_release_of_a_model_that_nothing_records_saw_nothing_of_other_variants_and_cannot_be_told(made: Project) -> None:
+def test_a_release_of_a_model_that_nothing_records_saw_nothing_of_other_variants_and_cannot_be_told(
+    made: Project,
+) -> None:
     old = made.lock(ROWS)
     merged = old["merged@lora"]["outs"][0]["md5"]
     folder = made.folder({"lora": merged})
@@ -459,7 +521,9 @@ def test_a_release_of_a_model_that_nothing_records_saw_nothing_of_other_variants
     made.collect_garbage({**new, **release})
     found = impact(made.root, record=identity("frogs"))
     assert [model["stage"] for model in found["models"]] == ["adapter@lora", "merged@lora"]
-    assert [(one["stage"], one["unexplained"]) for one in found["unknown"]] == [("release", ["the model that it is a copy of"])]
+    assert [(one["stage"], one["unexplained"]) for one in found["unknown"]] == [
+        ("release", ["the model that it is a copy of"])
+    ]
     assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
     audited = audit(made.root, "release")
     assert (audited["parents"], audited["sources"], set(audited["stages"])) == ([], {}, {"release"})
@@ -512,7 +576,9 @@ def test_a_release_is_not_credited_with_what_a_variant_with_other_weights_saw(ma
     ]
 
 
-def test_a_release_whose_files_and_report_are_gone_is_not_said_to_have_seen_what_each_variant_saw(made: Project) -> None:
+def test_a_release_whose_files_and_report_are_gone_is_not_said_to_have_seen_what_each_variant_saw(
+    made: Project,
+) -> None:
     lock = made.lock(ROWS)
     lock |= made.adapter(lock, ["cats"], "adapter@dora", seed=5)
     lock |= made.merged(lock, "adapter@dora", "merged@dora")
@@ -523,10 +589,14 @@ def test_a_release_whose_files_and_report_are_gone_is_not_said_to_have_seen_what
     made.object(release["release"]["outs"][0]["md5"]).unlink()
     found = impact(made.root, record=identity("cats"))
     assert "release" not in {model["stage"] for model in found["models"]}
-    assert [(one["stage"], [absent["path"] for absent in one["missing"]]) for one in found["unknown"]] == [("release", ["data/release"])]
+    assert [(one["stage"], [absent["path"] for absent in one["missing"]]) for one in found["unknown"]] == [
+        ("release", ["data/release"])
+    ]
 
 
-def test_without_files_a_release_is_not_credited_with_a_later_run_of_the_variant_that_it_names(made: Project, tmp_path: Path) -> None:
+def test_without_files_a_release_is_not_credited_with_a_later_run_of_the_variant_that_it_names(
+    made: Project, tmp_path: Path
+) -> None:
     """dvc.lock has the hash of the reports that the release read."""
 
     def reported(lock: dict[str, Any], name: str, text: str) -> str:
@@ -555,7 +625,11 @@ def test_without_files_a_release_is_not_credited_with_a_later_run_of_the_variant
 def test_a_release_of_an_earlier_run_differs_by_the_records_of_its_own_model(made: Project) -> None:
     old = made.lock(ROWS)
     merged = old["merged@lora"]["outs"][0]["md5"]
-    board = {"comparison": entry("comparison", {"data/splits": old["splits"]["outs"][0]["md5"]}, made.put({"board.md": b"lora"}))}
+    board = {
+        "comparison": entry(
+            "comparison", {"data/splits": old["splits"]["outs"][0]["md5"]}, made.put({"board.md": b"lora"})
+        )
+    }
     folders = {"merged": made.folder({"lora": merged}), "comparison": board["comparison"]["outs"][0]["md5"]}
     release = released(made, {}, merged, **folders)
     first = made.commit({**old, **board, **release})
@@ -566,7 +640,9 @@ def test_a_release_of_an_earlier_run_differs_by_the_records_of_its_own_model(mad
     assert not any(found["records"].values())
 
 
-def oracle(history: list[tuple[str, dict[str, Any]]], texts: dict[str, list[str]], rows: dict[str, Any], text: str) -> set[Any]:
+def oracle(
+    history: list[tuple[str, dict[str, Any]]], texts: dict[str, list[str]], rows: dict[str, Any], text: str
+) -> set[Any]:
     """(md5 of model, split, steps) by brute force: every lock of history, every row of its data."""
     found = set()
     for _, lock in history:
@@ -590,7 +666,9 @@ def test_random_histories_match_a_brute_force_oracle(made: Project, seed: int, m
         if history and draw.random() < 0.4:
             git(made.root, "checkout", "-q", "-b", f"branch{i}", draw.choice(history)[0])
         given = [
-            (word, draw.choice(["train", "train", "validation", "test"]), draw.choice([FAQ, MAIL])) for word in words if draw.random() < 0.6
+            (word, draw.choice(["train", "train", "validation", "test"]), draw.choice([FAQ, MAIL]))
+            for word in words
+            if draw.random() < 0.6
         ]
         train = [word for word, split, _ in given if split == "train"]
         learnt = draw.choices(train, k=5) if train else []
@@ -605,14 +683,21 @@ def test_random_histories_match_a_brute_force_oracle(made: Project, seed: int, m
             (made.root / INDEX_FILE).unlink()
         for word in words:
             found = impact(made.root, record=identity(word))
-            told = {(m["md5"], split, tuple(s["steps"])) for m in found["models"] for s in m["seen"] for split in s["splits"]}
+            told = {
+                (m["md5"], split, tuple(s["steps"]))
+                for m in found["models"]
+                for s in m["seen"]
+                for split in s["splits"]
+            }
             assert told == oracle(history, texts, rows, word)
             assert impact(made.root, text=f"What of {word}?")["models"] == found["models"]
     for commit, lock in history:
         subject = find(Index(made.root), "merged@lora", commit)
         seen = trained_on(subject)[0].rows(named=True)
         learnt = texts[lock["adapter@lora"]["outs"][0]["md5"]]
-        assert [(row["step"], row["example_id"]) for row in seen] == [(i + 1, identity(word)) for i, word in enumerate(learnt)]
+        assert [(row["step"], row["example_id"]) for row in seen] == [
+            (i + 1, identity(word)) for i, word in enumerate(learnt)
+        ]
     counts = Counter(source for _, _, source in rows[history[-1][1]["splits"]["outs"][0]["md5"]])
     last = {m["md5"]: m for source in counts for m in impact(made.root, source=source)["models"]}
     assert not counts or history[-1][1]["merged@lora"]["outs"][0]["md5"] in last
@@ -641,8 +726,10 @@ def test_an_entry_of_dvc_lock_is_parsed_once_however_many_commits_have_it(monkey
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("  b@x:", "<<<<<<< ours\n  b@x:"), ("  b@x:", "lost\n  b@x:"), ("  b@x:", " b@x:"), ("b@x", "a"), ("md5: '1'", "md5: &one '1'"), ("cmd: b\n", "cmd: *one\n"),
-        ("  b@x:", "  # of a person\n  b@x:"), ("    cmd: b\n", ""), ("\n", "\r\n"), ("schema", "# of a person\nschema"), ("  b@x:\n    cmd: b\n", "meta: {}\n"),
+        ("  b@x:", "<<<<<<< ours\n  b@x:"), ("  b@x:", "lost\n  b@x:"), ("  b@x:", " b@x:"), ("b@x", "a"),
+        ("md5: '1'", "md5: &one '1'"), ("cmd: b\n", "cmd: *one\n"),
+        ("  b@x:", "  # of a person\n  b@x:"), ("    cmd: b\n", ""), ("\n", "\r\n"),
+        ("schema", "# of a person\nschema"), ("  b@x:\n    cmd: b\n", "meta: {}\n"),
     ],
 )  # fmt: skip
 def test_a_dvc_lock_that_dvc_did_not_write_reads_as_a_whole(old: str, new: str) -> None:
@@ -663,7 +750,9 @@ def test_a_dvc_lock_that_dvc_did_not_write_reads_as_a_whole(old: str, new: str) 
 def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     shard = row_index.RowCollector.add_shard
-    monkeypatch.setattr(row_index.RowCollector, "add_shard", lambda self, path, content: read.append(path) or shard(self, path, content))
+    monkeypatch.setattr(
+        row_index.RowCollector, "add_shard", lambda self, path, content: read.append(path) or shard(self, path, content)
+    )
     for seed in range(5):
         made.commit(made.lock(ROWS, seed=seed))
         impact(made.root, record=identity("cats"))
@@ -674,15 +763,24 @@ def test_the_exit_code_is_1_for_no_result_and_2_for_bad_input(made: Project, tmp
     made.commit(made.lock(ROWS))
     assert pedigree(made.root, "impact", "--text", "Nobody said this.").returncode == 1
     told = pedigree(made.root, "impact", "--record", identity("dogs"))
-    assert told.returncode == 0 and "train 1; step 2 through adapter@lora" in told.stdout and "2 model versions saw it" in told.stdout
+    assert (
+        told.returncode == 0
+        and "train 1; step 2 through adapter@lora" in told.stdout
+        and "2 model versions saw it" in told.stdout
+    )
     assert json.loads(pedigree(made.root, "impact", "--source", MAIL, "--json").stdout)["models"]
-    for wrong in (["impact"], ["impact", "--source", MAIL, "--near"], ["audit"], ["audit", "splits", "--diff", "a", "b"],
-                  ["audit", "nothing"], ["audit", "splits", "--records", "x.txt"], ["audit", "splits", "--rev", "nowhere"]):  # fmt: skip
+    for wrong in (["impact"], ["impact", "--source", MAIL, "--near"], ["audit"],
+        ["audit", "splits", "--diff", "a", "b"],
+                  ["audit", "nothing"], ["audit", "splits", "--records", "x.txt"],
+                  ["audit", "splits", "--rev", "nowhere"]):  # fmt: skip
         done = pedigree(made.root, *wrong)
         assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr
     page, rows = tmp_path / "page.html", tmp_path / "rows.parquet"
     done = pedigree(made.root, "audit", "merged@lora", "--html", str(page), "--records", str(rows), "--json")
-    assert [one["example_id"] for one in json.loads(done.stdout)["records"]["list"]] == [identity("cats"), identity("dogs")]
+    assert [one["example_id"] for one in json.loads(done.stdout)["records"]["list"]] == [
+        identity("cats"),
+        identity("dogs"),
+    ]
     assert [row["step"] for row in read_table(rows)] == [1, 2]
     text = page.read_text()
     for shown in ("adapter@lora", MAIL, identity("cats"), "<svg", "pedigree verify merged@lora"):
@@ -691,7 +789,8 @@ def test_the_exit_code_is_1_for_no_result_and_2_for_bad_input(made: Project, tmp
 
 
 @pytest.mark.parametrize(
-    ("option", "file"), [("--records", "data/splits/ledger.parquet"), ("--html", "data/splits/page.html"), ("--records", ".dvc/rows.csv")]
+    ("option", "file"),
+    [("--records", "data/splits/ledger.parquet"), ("--html", "data/splits/page.html"), ("--records", ".dvc/rows.csv")],
 )
 def test_an_audit_writes_no_file_into_an_output(made: Project, option: str, file: str) -> None:
     made.commit(made.lock(ROWS))
@@ -721,7 +820,8 @@ def test_a_committed_merge_conflict_hides_no_other_model(made: Project) -> None:
 
 
 def test_an_index_is_closed_when_its_question_is_answered(made: Project) -> None:
-    """Dagster's process asks for as long as it runs: an index that stayed alive would keep a database open for each question."""
+    """Dagster's process asks for as long as it runs: an index that stayed alive
+    would keep a database open for each question."""
     made.commit(made.lock(ROWS))
     opened = Index(made.root)
     for run in opened.runs.values():

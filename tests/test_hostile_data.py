@@ -1,4 +1,5 @@
-"""Data files of strangers: small files that unpack to large ones, and texts that make searches slow, end in one message or in linear time."""
+"""Data files of strangers: small files that unpack to large ones, and texts
+that make searches slow, end in one message or in linear time."""
 
 from __future__ import annotations
 
@@ -75,7 +76,11 @@ BOMBS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "rows of Arrow": (rows_of_arrow, "a.arrow", r"more than \d+,\d+ rows in \d"),
     "bytes of Parquet": (bytes_of_parquet, "a.parquet", r"its rows are more than \d+ MiB"),
     "bytes of Arrow": (bytes_of_arrow, "a.arrow", r"its rows are more than \d+ MiB"),
-    "one batch of Parquet": (one_batch_of_parquet, "a.parquet", "the next rows need more than 0.25 GiB of memory|its rows are more than"),
+    "one batch of Parquet": (
+        one_batch_of_parquet,
+        "a.parquet",
+        "the next rows need more than 0.25 GiB of memory|its rows are more than",
+    ),
 }
 
 
@@ -95,7 +100,9 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused_in_one_message(
 
 
 @pytest.mark.parametrize("kind", ["run ends", "dictionary of lists"])
-def test_types_whose_rows_share_the_bytes_of_a_value_are_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_types_whose_rows_share_the_bytes_of_a_value_are_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     value = pa.array(["a" * MIB])
     if kind == "run ends":
         column = pa.RunEndEncodedArray.from_arrays(pa.array([1000], pa.int32()), value)
@@ -120,7 +127,9 @@ def test_repeated_values_are_read_as_before(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
-def test_a_long_value_of_a_dictionary_makes_rows_too_long_but_not_their_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_value_of_a_dictionary_makes_rows_too_long_but_not_their_neighbors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, 1], pa.int32()), pa.array(["short", "a" * 2000]))
     table = pa.table({"prompt": column, "response": ["b"] * 4})
@@ -176,10 +185,19 @@ KEYS = [
 
 @pytest.mark.parametrize("key", KEYS, ids=["long", "control characters"])
 @pytest.mark.parametrize(
-    "row", ['{"KEY": 1, "KEY": 2}', '{"prompt": 1KEY0.5e999}', '{"KEY": "a"}', '{"prompt": {"KEY": 1}, "response": ["KEY"]}', '{"messages": "KEY"}'],
+    "row",
+    [
+        '{"KEY": 1, "KEY": 2}',
+        '{"prompt": 1KEY0.5e999}',
+        '{"KEY": "a"}',
+        '{"prompt": {"KEY": 1}, "response": ["KEY"]}',
+        '{"messages": "KEY"}',
+    ],
     ids=["twice", "number", "name", "nested", "text"],
-)  # fmt: skip
-def test_no_message_repeats_a_long_value(row: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+)
+def test_no_message_repeats_a_long_value(
+    row: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = row.replace("KEY", "9" * 100_000 if "1KEY" in row else json.dumps(key)[1:-1])
     (tmp_path / "a.jsonl").write_text(f'{text}\n{{"prompt": "Hi", "response": "Yes"}}\n')
     assert main(["check", str(tmp_path / "a.jsonl")]) in {0, 1, 2}

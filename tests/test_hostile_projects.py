@@ -20,13 +20,20 @@ from dagster_project.orchestration.run_stage import run_stage
 
 
 def git(folder: Path, *arguments: str, given: bytes = b"") -> str:
-    who = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org"}
+    who = {
+        "GIT_AUTHOR_NAME": "t",
+        "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t",
+        "GIT_COMMITTER_EMAIL": "t@example.org",
+    }
     return subprocess.run(
         ["git", *arguments], cwd=folder, input=given, env={**os.environ, **who}, check=True, capture_output=True
     ).stdout.decode().strip()  # fmt: skip
 
 
-@pytest.mark.parametrize("address", ["adapter@x/../../../params.yaml", "adapter@../x", "adapter@/etc/passwd", "adapter@a b"])
+@pytest.mark.parametrize(
+    "address", ["adapter@x/../../../params.yaml", "adapter@../x", "adapter@/etc/passwd", "adapter@a b"]
+)
 def test_the_name_of_a_variant_is_no_path(address: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("precious: 1\n")
     with pytest.raises(InputError, match="a variant's name may contain letters, digits, - and _"):
@@ -63,7 +70,8 @@ def test_no_file_of_an_earlier_revision_is_written_through_a_link(
     inner = git(project, "mktree", given=f"100644 blob {blob}\tstolen.jsonl\n".encode())
     modes = {"link": f"120000 blob {link}", "folder": f"040000 tree {inner}"}
     raw = b"".join(
-        modes[kind].split()[0].lstrip("0").encode() + b" same\0" + bytes.fromhex(modes[kind].split()[2]) for kind in order
+        modes[kind].split()[0].lstrip("0").encode() + b" same\0" + bytes.fromhex(modes[kind].split()[2])
+        for kind in order
     )  # `git mktree` would drop one of two entries with the same name
     tree = git(project, "hash-object", "-w", "--literally", "-t", "tree", "--stdin", given=raw)
     top = git(project, "mktree", given=f"040000 tree {tree}\tdata\n".encode())
@@ -79,7 +87,9 @@ HOSTILE = "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\r"
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_no_control_character_of_the_data_reaches_the_terminal(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_control_character_of_the_data_reaches_the_terminal(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = {"name": HOSTILE, HOSTILE: ["keeps\nlines\tand tabs", "ä"]}
     print_result(argparse.Namespace(json=as_json), document, lambda found: f"{found['name']}\n{found[HOSTILE][1]}")
     out = capsys.readouterr().out
@@ -90,7 +100,9 @@ def test_no_control_character_of_the_data_reaches_the_terminal(as_json: bool, ca
         assert out == "a\\x1b]52;c;eA==\\x07b\\x9b2Jc\\u202ed\\r\nä\n"
 
 
-def test_a_command_prints_the_names_of_a_project_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_prints_the_names_of_a_project_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     assert main(["run", "--project", str(tmp_path), f"adapter@{HOSTILE}"]) == 2
     said = "".join(capsys.readouterr())
@@ -100,7 +112,10 @@ def test_a_command_prints_the_names_of_a_project_without_control_characters(tmp_
 def test_a_revision_is_not_said_to_be_missing_where_git_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.setenv("PATH", str(tmp_path))
-    for ask in (lambda: files_at("HEAD", [tmp_path], tmp_path / "copy"), lambda: audit(tmp_path, "adapter@lora", "HEAD")):
+    for ask in (
+        lambda: files_at("HEAD", [tmp_path], tmp_path / "copy"),
+        lambda: audit(tmp_path, "adapter@lora", "HEAD"),
+    ):
         with pytest.raises(InputError, match="git is not installed"):
             ask()
 
@@ -119,5 +134,8 @@ def test_no_program_that_a_repository_names_is_run(tmp_path: Path) -> None:
     git(tmp_path, "config", "core.fsmonitor", str(program))
     git(tmp_path, "config", "filter.evil.clean", str(program))
     found = history(tmp_path)
-    assert ask(tmp_path, "ls-files", "--others") and found.workspace == git(tmp_path, "hash-object", "--no-filters", "dvc.lock").strip()
+    assert (
+        ask(tmp_path, "ls-files", "--others")
+        and found.workspace == git(tmp_path, "hash-object", "--no-filters", "dvc.lock").strip()
+    )
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,5 @@
-"""Chat templates are code of strangers: they are rendered like transformers does, with limits of time and memory, wherever they are."""
+"""Chat templates are code of strangers: they are rendered like transformers
+does, with limits of time and memory, wherever they are."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ LONG = 4
 HOSTILE = {
     "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "one endless operation": "{% set n = 10 ** (10 ** (messages|length + 5)) %}",
-    "endless comparison": "{% set n = namespace(a=[0], b=[0]) %}{% for i in range(99) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}"
-    "{% endfor %}{{ n.a == n.b }}",
+    "endless comparison": (
+        "{% set n = namespace(a=[0], b=[0]) %}{% for i in range(99) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b]"
+        " %}{% endfor %}{{ n.a == n.b }}"
+    ),
     "memory": "{% set n = namespace(a='ab') %}{% for i in range(40) %}{% set n.a = n.a + n.a %}{% endfor %}",
     "memory at once": "{% set n = 'a' * 10 ** 12 %}",
     "much text": "{% for i in range(9000) %}{{ messages[0].content * 999 }}{% endfor %}",
@@ -39,7 +42,9 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_templates, "_renderer", None)
 
 
-def test_an_interpreter_that_does_not_start_is_not_called_a_fault_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_that_does_not_start_is_not_called_a_fault_of_the_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(bounded_templates.sys, "executable", "/bin/false")
     with pytest.raises(PedigreeError, match="does not start") as error:
         bounded_templates.render("{{ 1 }}", {})
@@ -79,7 +84,11 @@ def test_check_of_data_refuses_a_template_without_bounds_in_one_message(
     said = capsys.readouterr().err
     assert said.count("the chat template ") == 1 and "hint: " in said and "Traceback" not in said
     wanted = (
-        "takes more than 1 s" if kind.startswith(("endless", "one")) else "writes more than" if kind == "much text" else "needs more than"
+        "takes more than 1 s"
+        if kind.startswith(("endless", "one"))
+        else "writes more than"
+        if kind == "much text"
+        else "needs more than"
     )
     assert wanted in said
 
@@ -87,7 +96,8 @@ def test_check_of_data_refuses_a_template_without_bounds_in_one_message(
 def test_preparing_pairs_prompts_and_labels_stops_at_the_same_limits(tiny_tokenizer: Any) -> None:
     hostile = copy.deepcopy(tiny_tokenizer)
     hostile.chat_template = (
-        f"{{% if messages|length >= {LONG} %}}{HOSTILE['endless loops']}{{% endif %}}{{{{ '' }}}}" + hostile.chat_template
+        f"{{% if messages|length >= {LONG} %}}{HOSTILE['endless loops']}{{% endif %}}{{{{ '' }}}}"
+        + hostile.chat_template
     )
     assert encode_prompt(hostile, conversation(1))
     with pytest.raises(TemplateLimit, match="takes more than 1 s of processor time"):
@@ -150,15 +160,34 @@ def test_a_forked_process_renders_in_a_process_of_its_own() -> None:
     assert bounded_templates.render("{{ a }}", {"a": "after"}) == "after"
 
 
-TEMPLATES = sorted(file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja"))
+TEMPLATES = sorted(
+    file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja")
+)
 CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {"x": [1, None, "\ud83d\ude00"]}}}
-TOOL = {"type": "function", "function": {"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}},
+}
 CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
     (conversation(4), None),
-    ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Yes", "reasoning_content": "Hm."}, {"role": "user", "content": "é"}], None),
-    ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "7", "tool_call_id": "a1b2c3d4e", "name": "f"}], [TOOL]),
+    (
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": " Yes", "reasoning_content": "Hm."},
+            {"role": "user", "content": "é"},
+        ],
+        None,
+    ),
+    (
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "7", "tool_call_id": "a1b2c3d4e", "name": "f"},
+        ],
+        [TOOL],
+    ),
     ([], None),
-]  # fmt: skip
+]
 
 
 def test_every_template_of_trl_gives_the_same_text_as_transformers(tiny_tokenizer: Any) -> None:

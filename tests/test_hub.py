@@ -38,7 +38,8 @@ for source in json.loads(sys.argv[1]):
         rows = hub.read_split(hub.HubSplit(**source))
         digest = hub.RowsDigest()
         digest.update(rows)
-        found.append({"rows": [row.value for row in rows], "problems": [row.problem for row in rows], "sha256": digest.hexdigest()})
+        values, problems = [row.value for row in rows], [row.problem for row in rows]
+        found.append({"rows": values, "problems": problems, "sha256": digest.hexdigest()})
     except InputError as error:
         found.append({"what": error.what, "hint": error.hint})
 print(json.dumps(found))
@@ -48,7 +49,14 @@ print(json.dumps(found))
 def run(hub: Hub, home: Path, code: str, *arguments: Any, **environment: str) -> Any:
     """What a process of its own prints: `datasets` takes the Hub's address from the environment when it is imported."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env = {**keep, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN, **environment}
+    env = {
+        **keep,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "HF_TOKEN": TOKEN,
+        **environment,
+    }
     command = [sys.executable, "-c", code, *map(json.dumps, arguments)]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -64,17 +72,29 @@ def read(hub: Hub, home: Path, *sources: dict[str, Any], **environment: str) -> 
 
 def test_data_sets_of_all_file_types_give_the_same_rows_in_order(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {
-        "org/parquet": {"data/train-00000-of-00002.parquet": parquet(PAIRS[:3]), "data/train-00001-of-00002.parquet": parquet(PAIRS[3:])},
+        "org/parquet": {
+            "data/train-00000-of-00002.parquet": parquet(PAIRS[:3]),
+            "data/train-00001-of-00002.parquet": parquet(PAIRS[3:]),
+        },
         "org/jsonl": {"train.jsonl": lines(*PAIRS)},
-        "org/csv": {"train.csv": b"completion,prompt\n" + b"".join(f"Hello,{row['prompt']}\n".encode() for row in PAIRS)},
-        "org/card": {"README.md": card(configs=[{"config_name": "default", "data_files": "x/*.jsonl"}]), "x/a.jsonl": lines(*PAIRS)},
+        "org/csv": {
+            "train.csv": b"completion,prompt\n" + b"".join(f"Hello,{row['prompt']}\n".encode() for row in PAIRS)
+        },
+        "org/card": {
+            "README.md": card(configs=[{"config_name": "default", "data_files": "x/*.jsonl"}]),
+            "x/a.jsonl": lines(*PAIRS),
+        },
     }
     hub.repos = {name: {OLD: files} for name, files in hub.repos.items()}
     found = read(hub, tmp_path, *({"hub": name} for name in hub.repos))
     assert [source.get("rows") for source in found] == [PAIRS] * 4
     plain = "".join(json.dumps(row, sort_keys=True, separators=(",", ":")) + "\n" for row in PAIRS)
-    assert {source["sha256"] for source in found} == {hashlib.sha256(plain.encode()).hexdigest()}, "whatever file they came in"
-    assert not [line for line in hub.asked if OLD not in line and "agent-harnesses" not in line], "only the commit is asked for"
+    assert {source["sha256"] for source in found} == {hashlib.sha256(plain.encode()).hexdigest()}, (
+        "whatever file they came in"
+    )
+    assert not [line for line in hub.asked if OLD not in line and "agent-harnesses" not in line], (
+        "only the commit is asked for"
+    )
 
 
 @pytest.mark.long
@@ -102,24 +122,35 @@ def test_offline_another_commit_or_configuration_is_never_taken_instead(hub: Hub
         error = read(hub, tmp_path, change, HF_HUB_OFFLINE="1")[0]
         assert error["what"].startswith("hub:org/name@" + change.get("revision", OLD)[:12])
         assert "offline" in error["what"].lower() and error["hint"] == reader.NEXT
-    assert read(hub, tmp_path, {"revision": NEW}, HF_HUB_OFFLINE="1")[0]["rows"] == [{"prompt": "new", "completion": "new"}]
+    assert read(hub, tmp_path, {"revision": NEW}, HF_HUB_OFFLINE="1")[0]["rows"] == [
+        {"prompt": "new", "completion": "new"}
+    ]
 
 
 def test_each_configuration_has_its_own_rows(hub: Hub, tmp_path: Path) -> None:
     configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("one", "two")]
-    hub.repos[NAME][OLD] = {"README.md": card(configs=configs), "one.jsonl": lines({"a": 1}), "two.jsonl": lines({"a": 2})}
+    hub.repos[NAME][OLD] = {
+        "README.md": card(configs=configs),
+        "one.jsonl": lines({"a": 1}),
+        "two.jsonl": lines({"a": 2}),
+    }
     found = read(hub, tmp_path, {"config": "one"}, {"config": "two"}, {}, {"config": "three"})
     assert [source["rows"] for source in found[:2]] == [[{"a": 1}], [{"a": 2}]]
     assert "Config name is missing" in found[2]["what"]
     assert "three" in found[3]["what"] and "one" in found[3]["what"], "the configurations that there are are named"
 
 
-def test_values_are_read_unchanged_and_those_without_json_form_make_only_their_row_malformed(hub: Hub, tmp_path: Path) -> None:
+def test_values_are_read_unchanged_and_those_without_json_form_make_only_their_row_malformed(
+    hub: Hub, tmp_path: Path
+) -> None:
     import pyarrow as pa
 
     mixed = [{"a": 1, "b": {"x": [1]}}, {"a": "x", "b": {"y": 2}}, {"a": None, "b": "t"}]
     table = pa.table({"text": ["a", "b", "c"], "score": [1.0, float("nan"), 2.0], "raw": [b"x", b"x", b"\xff"]})
-    labels = [{"name": "text", "dtype": "string"}, {"name": "label", "dtype": {"class_label": {"names": {"0": "bad", "1": "good"}}}}]
+    labels = [
+        {"name": "text", "dtype": "string"},
+        {"name": "label", "dtype": {"class_label": {"names": {"0": "bad", "1": "good"}}}},
+    ]
     hub.repos = {
         "org/mixed": {OLD: {"train.jsonl": lines(*mixed)}},
         "org/table": {OLD: {"train.parquet": parquet(table)}},
@@ -146,30 +177,44 @@ def test_a_missing_data_set_is_reported_in_one_line(hub: Hub, tmp_path: Path) ->
         ({"revision": "main"}, "revision 'main' is not a commit"),
         ({"hub": "org/gated"}, "Dataset 'org/gated' is a gated dataset on the Hub."),
         ({"hub": "org/private"}, "Dataset 'org/private' is a gated dataset on the Hub."),
-        ({"hub": "org/broken"}, "LocalEntryNotFoundError: An error happened while trying to locate the file on the Hub"),
+        (
+            {"hub": "org/broken"},
+            "LocalEntryNotFoundError: An error happened while trying to locate the file on the Hub",
+        ),
     ]
     found = read(hub, tmp_path, *(change for change, _ in cases))
     for (change, message), source in zip(cases, found, strict=True):
         named = {"hub": NAME, "revision": OLD, "split": "train", **change}
-        assert source["what"].startswith(f"hub:{named['hub']}@{named['revision'][:12]}/{named['split']}: {message}"), source
+        assert source["what"].startswith(f"hub:{named['hub']}@{named['revision'][:12]}/{named['split']}: {message}"), (
+            source
+        )
         assert "\n" not in source["what"] and source["hint"]
     assert found[2]["hint"] == "splits: train, test"
 
 
 def test_a_data_set_that_gives_no_rows_of_text_is_refused_in_one_line(hub: Hub, tmp_path: Path) -> None:
     def files_from(place: str) -> dict[str, bytes]:
-        return {"README.md": card(configs=[{"config_name": "default", "data_files": place}]), "a.jsonl": lines({"a": 1})}
+        return {
+            "README.md": card(configs=[{"config_name": "default", "data_files": place}]),
+            "a.jsonl": lines({"a": 1}),
+        }
 
     (tmp_path / "secret.jsonl").write_bytes(lines({"a": "secret"}))
     photo = [{"name": "photo", "dtype": "image"}, {"name": "text", "dtype": "string"}]
     cases: dict[str, tuple[dict[str, bytes], str]] = {
-        "org/script": ({"script.py": b"raise SystemExit(1)"}, "Dataset scripts are no longer supported, but found script.py"),
+        "org/script": (
+            {"script.py": b"raise SystemExit(1)"},
+            "Dataset scripts are no longer supported, but found script.py",
+        ),
         "org/cut": ({"train.jsonl": b'{"a": 1}\n{"a": \n'}, "JSON parse error"),
         "org/empty": ({"train.jsonl": b""}, "the data set is empty, or its first file is"),
         "org/nothing": ({"notes.bin": b"x"}, "No (supported) data files found"),
         "org/local": (files_from(str(tmp_path / "secret.jsonl")), "Data files don't belong to org/local."),
         "org/above": (files_from("../secret.jsonl"), ""),
-        "org/elsewhere": (files_from(f"{hub.url}/datasets/{NAME}/resolve/{NEW}/x.jsonl"), "Data files don't belong to org/elsewhere."),
+        "org/elsewhere": (
+            files_from(f"{hub.url}/datasets/{NAME}/resolve/{NEW}/x.jsonl"),
+            "Data files don't belong to org/elsewhere.",
+        ),
         "org/later": (
             files_from(f"hf://datasets/org/later@{NEW}/x.jsonl"),
             f"reads rows from outside its commit: hf://datasets/org/later@{NEW}/x.jsonl",
@@ -231,7 +276,10 @@ def test_splits_of_the_hub_are_sources_like_any_other(hub: Hub, tmp_path: Path) 
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/a.jsonl").write_bytes(lines(PAIRS[0]))
     on_hub = {"hub": NAME, "revision": OLD, "license": "MIT"}
-    values = {"sources": [{**on_hub, "split": "train"}, {"path": "data/sources/a.jsonl"}, {**on_hub, "split": "test"}], "limit": 3}
+    values = {
+        "sources": [{**on_hub, "split": "train"}, {"path": "data/sources/a.jsonl"}, {**on_hub, "split": "test"}],
+        "limit": 3,
+    }
     sources = run(hub, tmp_path, STAGE, values)["sources"]
     train, test = "hub:org/name@aaaaaaaaaaaa/train", "hub:org/name@aaaaaaaaaaaa/test"
     assert list(sources) == [train, "data/sources/a.jsonl", test]
@@ -262,7 +310,9 @@ def test_splits_of_the_hub_are_sources_like_any_other(hub: Hub, tmp_path: Path) 
         (f"hub:org/name@{OLD}:main:test", "main", "test", "hub:org/name@aaaaaaaaaaaa/main/test"),
     ],
 )
-def test_a_split_of_the_hub_has_a_name_on_the_command_line(spec: str, config: str | None, split: str, name: str) -> None:
+def test_a_split_of_the_hub_has_a_name_on_the_command_line(
+    spec: str, config: str | None, split: str, name: str
+) -> None:
     found = reader.parse_spec(spec)
     assert found == reader.HubSplit(NAME, OLD, split, config)
     assert found.name == name
@@ -287,7 +337,9 @@ def test_an_unknown_split_of_a_commit_is_refused(spec: str, message: str) -> Non
 
 @pytest.mark.parametrize("secret", [TOKEN, "a-token-of-another-kind"])
 def test_no_token_appears_in_a_message(secret: str) -> None:
-    told = reader._error_text(OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret)
+    told = reader._error_text(
+        OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret
+    )
     assert told == "Illegal header b'Bearer [token]' for https://hub.example/x"
 
 
@@ -302,21 +354,29 @@ values = validate(Path("project"))
 try:
     init(Path("other"), json.loads(sys.argv[2]), None, "auto", "MIT")
 except InputError as error:
-    print(json.dumps([document["sources"], values["raw_examples"], values["raw_preferences"], error.what, Path("other").exists()]))
+    made = [document["sources"], values["raw_examples"], values["raw_preferences"]]
+    print(json.dumps([*made, error.what, Path("other").exists()]))
 """
 
 
 def test_init_takes_data_sets_of_the_hub_as_sources(hub: Hub, tmp_path: Path) -> None:
     pairs = [{"prompt": f"Hi {i}", "chosen": "Hello", "rejected": "No"} for i in range(3)]
     questions = [{"question": "One?", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "x"}]
-    hub.repos |= {"org/pairs": {OLD: {"train.jsonl": lines(*pairs)}}, "org/mmlu": {OLD: {"test.jsonl": lines(*questions)}}}
+    hub.repos |= {
+        "org/pairs": {OLD: {"train.jsonl": lines(*pairs)}},
+        "org/mmlu": {OLD: {"test.jsonl": lines(*questions)}},
+    }
     given = [f"hub:org/name@{OLD}:train", f"hub:org/pairs@{OLD}:train"]
-    sources, examples, preferences, refused, exists = run(hub, tmp_path, INIT, given, [given[0], f"hub:org/mmlu@{OLD}:test"])
+    sources, examples, preferences, refused, exists = run(
+        hub, tmp_path, INIT, given, [given[0], f"hub:org/mmlu@{OLD}:test"]
+    )
     assert [(one["path"], one["kind"], one["rows"]) for one in sources] == [
         (f"hub:org/name@{OLD[:12]}/train", "examples", 5),
         (f"hub:org/pairs@{OLD[:12]}/train", "preferences", 3),
     ]
     assert examples["sources"] == [{"hub": "org/name", "revision": OLD, "split": "train", "license": "MIT"}]
     assert preferences["sources"] == [{"hub": "org/pairs", "revision": OLD, "split": "train", "license": "MIT"}]
-    assert not [path for path in (tmp_path / "project/data/sources").rglob("*") if path.is_file() and path.name != ".gitkeep"]
+    assert not [
+        path for path in (tmp_path / "project/data/sources").rglob("*") if path.is_file() and path.name != ".gitkeep"
+    ]
     assert refused == f"--data: hub:org/mmlu@{OLD}:test: benchmark questions are read from files" and not exists

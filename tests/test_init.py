@@ -1,4 +1,5 @@
-"""`pedigree init`: an empty folder becomes a valid project, whatever the layout of the data, and nothing is overwritten."""
+"""`pedigree init`: an empty folder becomes a valid project, whatever the layout
+of the data, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from dagster_project.pipeline import UNREAD, sections, validate
 HEAVY = ("torch", "transformers", "dagster", "dvc", "datasets", "trl", "peft", "great_expectations", "sklearn", "ray")
 
 
-def make(tmp_path: Path, files: dict[str, list[dict[str, Any]]], **options: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def make(
+    tmp_path: Path, files: dict[str, list[dict[str, Any]]], **options: Any
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A project of these JSON files: folder, document and parameters."""
     names = []
     for name, rows in files.items():
@@ -41,17 +44,23 @@ def make(tmp_path: Path, files: dict[str, list[dict[str, Any]]], **options: Any)
 
 def chats(answers: list[str], **more: Any) -> list[dict[str, Any]]:
     words = ["wren", "heron", "plover", "curlew", "dunlin", "siskin", "merlin", "osprey", "gannet", "fulmar"]
-    prompts = [f"Tell me about the {words[i % 10]} and the {words[i // 10 % 10]} of {i} hills." for i in range(len(answers))]
+    prompts = [
+        f"Tell me about the {words[i % 10]} and the {words[i // 10 % 10]} of {i} hills." for i in range(len(answers))
+    ]
     return [{"prompt": prompt, "completion": answer, **more} for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 @pytest.mark.parametrize("layout", LAYOUT_ROWS)
-def test_every_layout_of_examples_gives_valid_parameters_that_state_what_check_finds(layout: str, tmp_path: Path) -> None:
+def test_every_layout_of_examples_gives_valid_parameters_that_state_what_check_finds(
+    layout: str, tmp_path: Path
+) -> None:
     folder, document, values = make(tmp_path, {"mine.json": [LAYOUT_ROWS[layout][0]]})
     checked = check_paths([str(tmp_path / "mine.json")])
     assert list(values) == [name for name in sections() if name not in UNREAD]
     assert values["raw_examples"]["sources"] == [{"path": "data/sources/mine.json", "license": "MIT"}]
-    assert document["sources"] == [{"path": "data/sources/mine.json", "kind": "examples", "layout": checked["format"], "rows": 1}]
+    assert document["sources"] == [
+        {"path": "data/sources/mine.json", "kind": "examples", "layout": checked["format"], "rows": 1}
+    ]
     assert checked["format"] == layout
     text = (folder / "params.yaml").read_text()
     assert f"# {layout}, 1 rows" in text and f"the checks keep {checked['kept']} of {checked['rows']} rows" in text
@@ -68,10 +77,17 @@ def test_preferences_become_sources_of_an_alignment(layout: str, tmp_path: Path)
 
 @pytest.mark.parametrize("layout", ["mmlu", "hellaswag", "arc", "piqa"])
 def test_benchmarks_measure_forgetting_and_are_never_trained_on(layout: str, tmp_path: Path) -> None:
-    folder, _, values = make(tmp_path, {"mine.json": chats(["It sings."] * 3), "general.json": [BENCHMARK_ROWS[layout][0]]})
+    folder, _, values = make(
+        tmp_path, {"mine.json": chats(["It sings."] * 3), "general.json": [BENCHMARK_ROWS[layout][0]]}
+    )
     place = "data/sources/benchmarks/general.json"
     assert (folder / place).is_file()
-    assert values["evaluation"]["benchmarks"] == values["instructions"]["benchmarks"] == values["preferences"]["benchmarks"] == [place]
+    assert (
+        values["evaluation"]["benchmarks"]
+        == values["instructions"]["benchmarks"]
+        == values["preferences"]["benchmarks"]
+        == [place]
+    )
 
 
 def test_lengths_come_from_the_data(tmp_path: Path) -> None:
@@ -102,7 +118,10 @@ def test_few_short_answers_are_labels(tmp_path: Path) -> None:
 def test_json_answers_are_scored_by_the_field_that_is_the_category(tmp_path: Path) -> None:
     rows = chats([json.dumps({"note": f"no {i}", "kind": "ab"[i % 2], "tone": "xyz"[i % 3]}) for i in range(24)])
     _, _, values = make(tmp_path, {"mine.json": [{**row, "category": "ab"[i % 2]} for i, row in enumerate(rows)]})
-    assert values["evaluation"]["task"] == {"fields": {"note": [], "kind": ["a", "b"], "tone": ["x", "y", "z"]}, "score": "kind"}
+    assert values["evaluation"]["task"] == {
+        "fields": {"note": [], "kind": ["a", "b"], "tone": ["x", "y", "z"]},
+        "score": "kind",
+    }
 
 
 def test_answers_of_another_kind_than_the_task_are_refused(tmp_path: Path) -> None:
@@ -120,7 +139,10 @@ def test_tools_get_a_chat_template_that_writes_them(tmp_path: Path) -> None:
 
 def reasoned(count: int) -> list[dict[str, Any]]:
     rows = chats([f"<think>\n{'step ' * 40}{i}\n</think>\n#### {i}" for i in range(count)])
-    return [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]} for row in rows]
+    return [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in rows
+    ]
 
 
 def test_traces_are_trained_on_and_fit_the_answer(tmp_path: Path) -> None:
@@ -130,7 +152,9 @@ def test_traces_are_trained_on_and_fit_the_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", ["tools", "traces"])
-def test_a_given_model_whose_template_does_not_write_the_data_gets_one_that_does(rows: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_given_model_whose_template_does_not_write_the_data_gets_one_that_does(
+    rows: str, tiny_model: Path, tmp_path: Path
+) -> None:
     data = [LAYOUT_ROWS["xlam"][0]] if rows == "tools" else reasoned(3)
     _, document, values = make(tmp_path, {"mine.json": data}, base_model=str(tiny_model))
     assert values["base_model"]["chat_template"] == "hermes" and document["kept"] == len(data)
@@ -146,7 +170,9 @@ def test_a_given_model_without_a_template_gets_one(tiny_model: Path, tmp_path: P
     state["added_tokens"] = [token for token in state["added_tokens"] if "im_" not in token["content"]]
     (tmp_path / "plain/tokenizer.json").write_text(json.dumps(state))
     settings = json.loads((tmp_path / "plain/tokenizer_config.json").read_text())
-    (tmp_path / "plain/tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None, "eos_token": "<|endoftext|>"}))
+    (tmp_path / "plain/tokenizer_config.json").write_text(
+        json.dumps({**settings, "bos_token": None, "eos_token": "<|endoftext|>"})
+    )
     shutil.rmtree(tmp_path / "project")
     _, document, values = make(tmp_path, {"mine.json": rows}, base_model=str(tmp_path / "plain"))
     assert values["base_model"]["chat_template"] == "alpaca" and document["kept"] == 2
@@ -173,8 +199,17 @@ def test_the_project_has_git_dvc_and_a_secret_of_its_own(tmp_path: Path) -> None
     folder, document, _ = make(tmp_path, {"mine.json": chats(["It sings."] * 3)})
     assert document["git"]
     staged = set(run(["git", "diff", "--cached", "--name-only"], folder).stdout.splitlines())
-    assert {"params.yaml", "dvc.yaml", "code.lock.yaml", "workspace.yaml", ".dvc/config", "data/sources/mine.json"} <= staged
-    assert "data/keys/record_ids.key" not in staged and not run(["git", "status", "--porcelain"], folder).stdout.count("??")
+    assert {
+        "params.yaml",
+        "dvc.yaml",
+        "code.lock.yaml",
+        "workspace.yaml",
+        ".dvc/config",
+        "data/sources/mine.json",
+    } <= staged
+    assert "data/keys/record_ids.key" not in staged and not run(["git", "status", "--porcelain"], folder).stdout.count(
+        "??"
+    )
     key = folder / "data/keys/record_ids.key"
     assert key.stat().st_mode & 0o077 == 0 and read_key(folder).hex() in key.read_text()
     init(tmp_path / "other", [], None, "auto", "unknown")
@@ -184,11 +219,15 @@ def test_the_project_has_git_dvc_and_a_secret_of_its_own(tmp_path: Path) -> None
     assert "adapter@lora" in states and all(state.changed == ["never run"] for state in states.values())
 
 
-def test_a_folder_with_files_of_a_project_is_refused_and_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_files_of_a_project_is_refused_and_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "params.yaml").write_text("mine: 1\n")
     assert main(["init", str(tmp_path)]) == 2
     assert "params.yaml already; nothing was written" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"] and (tmp_path / "params.yaml").read_text() == "mine: 1\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"] and (
+        tmp_path / "params.yaml"
+    ).read_text() == "mine: 1\n"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +245,11 @@ def test_a_folder_with_files_of_a_project_is_refused_and_left_as_it_is(tmp_path:
     ],
 )
 def test_bad_input_is_one_message(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.json").write_text(json.dumps(PAIR_ROWS["preference"]))
@@ -234,7 +277,9 @@ def test_a_folder_of_data_that_contains_the_project_is_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("at", ["_copy", "_add_to_dvc"])
-def test_an_interrupted_command_can_be_given_again(at: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_can_be_given_again(
+    at: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, data = tmp_path / "project", tmp_path / "mine.json"
     data.write_text(json.dumps([{"instruction": f"question {i}?", "output": "yes"} for i in range(20)]))
     if existing:
@@ -251,7 +296,9 @@ def test_an_interrupted_command_can_be_given_again(at: str, existing: bool, tmp_
         patch.setattr(init_module, at, interrupted)
         with pytest.raises(KeyboardInterrupt):
             init_module.init(folder, [str(data)], None, "auto", "unknown")
-    left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    left = (
+        [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    )
     assert [name for name in left if not name.startswith((".git/", ".dvc/"))] == (["notes.txt"] if existing else [])
     assert init_module.init(folder, [str(data)], None, "auto", "unknown")["dvc"] == ["data/sources/mine.json"]
 
@@ -294,7 +341,8 @@ def test_a_limit_below_the_answers_does_not_say_that_it_holds_them(tmp_path: Pat
     ]
     assert lines[0] == "  max_new_tokens: 16   # longest answer; 95 % of the examples have fewer"
     assert re.fullmatch(
-        r"  max_new_tokens: 512   # longest answer, which costs time; 95 % of the examples have fewer than [\d,]{5}", lines[1]
+        r"  max_new_tokens: 512   # longest answer, which costs time; 95 % of the examples have fewer than [\d,]{5}",
+        lines[1],
     )
 
 
@@ -319,10 +367,14 @@ def test_a_folder_that_is_a_repository_is_copied_without_what_git_and_dvc_have_i
     run(["git", "init", "-q"], tmp_path / "mine")
     (tmp_path / "mine/.git/large").write_bytes(bytes(11_000_000))
     document = init(tmp_path / "project", [str(tmp_path / "mine")], None, "auto", "MIT")
-    assert [path.name for path in (tmp_path / "project/data/sources/mine").iterdir()] == ["a.jsonl"] and document["dvc"] == []
+    assert [path.name for path in (tmp_path / "project/data/sources/mine").iterdir()] == ["a.jsonl"] and document[
+        "dvc"
+    ] == []
     staged = run(["git", "diff", "--cached", "--name-only"], tmp_path / "project").stdout.splitlines()
     assert "data/sources/mine/a.jsonl" in staged
-    assert document["sources"] == [{"path": "data/sources/mine", "kind": "examples", "layout": "prompt_completion", "rows": 3}]
+    assert document["sources"] == [
+        {"path": "data/sources/mine", "kind": "examples", "layout": "prompt_completion", "rows": 3}
+    ]
 
 
 def test_files_named_after_splits_keep_their_rows_in_them(tmp_path: Path) -> None:
@@ -336,12 +388,18 @@ def test_files_named_after_splits_keep_their_rows_in_them(tmp_path: Path) -> Non
     for name in ("train.json", "test.json"):
         (tmp_path / name).rename(tmp_path / "all" / name)
     init(tmp_path / "second", [str(tmp_path / "all")], None, "auto", "MIT")
-    assert [source.get("split") for source in validate(tmp_path / "second")["raw_examples"]["sources"]] == ["from_file_names"]
+    assert [source.get("split") for source in validate(tmp_path / "second")["raw_examples"]["sources"]] == [
+        "from_file_names"
+    ]
     init(tmp_path / "third", [str(tmp_path / "all/test.json")], None, "auto", "MIT")
-    assert "split" not in validate(tmp_path / "third")["raw_examples"]["sources"][0], "there would be nothing to train on"
+    assert "split" not in validate(tmp_path / "third")["raw_examples"]["sources"][0], (
+        "there would be nothing to train on"
+    )
 
 
-def test_what_dvc_does_not_track_yet_is_added_in_the_next_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dvc_does_not_track_yet_is_added_in_the_next_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dagster_project.commands.init.LARGE", 10)
     monkeypatch.setattr("dagster_project.commands.init._add_to_dvc", lambda *_: False)
     _, document, _ = make(tmp_path, {"my mine.json": chats(["It sings."] * 3)})

@@ -1,7 +1,9 @@
-"""Texts of rows stay texts wherever they are shown or written: pages, Markdown, CSV files, metadata of Dagster, terminal.
+"""Texts of rows stay texts wherever they are shown or written: pages, Markdown,
+CSV files, metadata of Dagster, terminal.
 
-One run of the small pipeline on rows that hold every payload in every field, and in the name of their file; then every artifact is read by a
-parser that is not the project's. Pages that this run does not draw have the same test on documents (test_views).
+One run of the small pipeline on rows that hold every payload in every field, and in the
+name of their file; then every artifact is read by a parser that is not the project's.
+Pages that this run does not draw have the same test on documents (test_views).
 """
 
 from __future__ import annotations
@@ -33,10 +35,14 @@ from dagster_project.stages import instructions, raw_examples, splits, tokenized
 
 MARK = "zqx"
 """Is in every payload, so that an artifact without it shows that the payload did not get there."""
-NAME = f"=1+1 {MARK}<img src=x onerror=alert(1)>[a](evil.example)![b](evil.example)`|www.evil.example\x1b[31m\x9b2J\u202e\\"
+NAME = (
+    f"=1+1 {MARK}<img src=x"
+    " onerror=alert(1)>[a](evil.example)![b](evil.example)`|www.evil.example\x1b[31m\x9b2J\u202e\\"
+)
 """Also the name of a file: without slashes."""
 PAYLOAD = (
-    f"{NAME}</script></style><script>alert(1)</script>\" onload='alert(1)' http://evil.example/ <http://evil.example>\n# {MARK}\n\n- x\r"
+    f"{NAME}</script></style><script>alert(1)</script>\" onload='alert(1)' http://evil.example/"
+    f" <http://evil.example>\n# {MARK}\n\n- x\r"
 )
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -44,7 +50,20 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def rows() -> list[dict[str, Any]]:
     """Plain rows whose answer is a label, rows with tools, and rows that checks drop or ask a person about."""
-    subjects = ["kites", "hedges", "lamps", "boots", "parcels", "gloves", "heaters", "spades", "seeds", "ladders", "buckets", "hoses"]
+    subjects = [
+        "kites",
+        "hedges",
+        "lamps",
+        "boots",
+        "parcels",
+        "gloves",
+        "heaters",
+        "spades",
+        "seeds",
+        "ladders",
+        "buckets",
+        "hoses",
+    ]
     labels = [f"{PAYLOAD} {i % 2}" for i in range(len(subjects))]
     plain = [
         {
@@ -59,8 +78,16 @@ def rows() -> list[dict[str, Any]]:
         }
         for subject, label in zip(subjects, labels, strict=True)
     ]
-    function = {"name": PAYLOAD, "description": PAYLOAD, "parameters": {"type": "object", "properties": {PAYLOAD: {"type": "string"}}}}
-    called = {"type": "function", "id": PAYLOAD, "function": {"name": PAYLOAD, "arguments": json.dumps({PAYLOAD: PAYLOAD})}}
+    function = {
+        "name": PAYLOAD,
+        "description": PAYLOAD,
+        "parameters": {"type": "object", "properties": {PAYLOAD: {"type": "string"}}},
+    }
+    called = {
+        "type": "function",
+        "id": PAYLOAD,
+        "function": {"name": PAYLOAD, "arguments": json.dumps({PAYLOAD: PAYLOAD})},
+    }
     tools = {
         "messages": [
             {"role": "user", "content": f"{PAYLOAD} calls"},
@@ -71,10 +98,21 @@ def rows() -> list[dict[str, Any]]:
         "tools": [{"type": "function", "function": function}],
         "category": PAYLOAD,
     }
-    broken = {"messages": [{"role": PAYLOAD, "content": PAYLOAD}, {"role": "assistant", "content": PAYLOAD}], "category": PAYLOAD}
-    private = {"messages": [{"role": "user", "content": f"{PAYLOAD} ann@{MARK}.org"}, {"role": "assistant", "content": f"{PAYLOAD} x"}]}
+    broken = {
+        "messages": [{"role": PAYLOAD, "content": PAYLOAD}, {"role": "assistant", "content": PAYLOAD}],
+        "category": PAYLOAD,
+    }
+    private = {
+        "messages": [
+            {"role": "user", "content": f"{PAYLOAD} ann@{MARK}.org"},
+            {"role": "assistant", "content": f"{PAYLOAD} x"},
+        ]
+    }
     question = {"role": "user", "content": f"=A1 {MARK} {PAYLOAD} which?"}
-    conflicting = [{"messages": [question, {"role": "assistant", "content": f"@SUM(1) {MARK} {answer}"}]} for answer in ("one", "two")]
+    conflicting = [
+        {"messages": [question, {"role": "assistant", "content": f"@SUM(1) {MARK} {answer}"}]}
+        for answer in ("one", "two")
+    ]
     return [*plain, tools, broken, private, *conflicting, plain[0]]
 
 
@@ -83,22 +121,35 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
     """The stages of the small pipeline on these rows: the folder of all artifacts, and the reports."""
     root = tmp_path_factory.mktemp("injection")
     jsonl(root / "data/sources" / MARK / f"{NAME}.jsonl", *rows())
-    read = parse(raw_examples.Params, {"sources": [{"path": f"data/sources/{MARK}", "license": PAYLOAD}]}, "raw_examples")
+    read = parse(
+        raw_examples.Params, {"sources": [{"path": f"data/sources/{MARK}", "license": PAYLOAD}]}, "raw_examples"
+    )
     reports: dict[str, Report] = {"raw_examples": raw_examples.produce(root, read, root / "data/raw_examples")}
     checked, pages = root / "instructions", root / "pages/instructions"
-    rules = parse(instructions.Params, {"policy": {"encoding": "warn"}}, "instructions")  # by default it drops control characters
-    reports["instructions"] = instructions.produce(root, rules, root / "data/raw_examples", tiny_model, checked, pages, {})
+    rules = parse(
+        instructions.Params, {"policy": {"encoding": "warn"}}, "instructions"
+    )  # by default it drops control characters
+    reports["instructions"] = instructions.produce(
+        root, rules, root / "data/raw_examples", tiny_model, checked, pages, {}
+    )
     draw_pages("instructions", reports["instructions"], checked, pages, root)
     (root / "dealt").mkdir()
     reports["splits"] = splits.produce(root, splits.Params(test=0.4, validation=0.2), 1, checked, root / "dealt/splits")
     reports["tokenized"] = tokenized.produce(
         root, tokenized.Params(max_length=1024), 1, root / "dealt/splits", tiny_model, root / "tokenized"
     )
-    plain = [{**record, "group_id": record["example_id"]} for record in read_records(checked) if record["category"] != PAYLOAD]
+    plain = [
+        {**record, "group_id": record["example_id"]}
+        for record in read_records(checked)
+        if record["category"] != PAYLOAD
+    ]
     labelled = [record for record in plain if record["category"]]
     settings = parse(Settings, {"task": {"labels": "auto"}, "max_new_tokens": 2, "max_examples": 4}, "evaluation")
     scored = evaluate(root, tiny_model, settings, labelled[:4], labelled[4:])
-    documents = {"base_model": {"origin": PAYLOAD, "license": PAYLOAD}, **{name: report.document() for name, report in reports.items()}}
+    documents = {
+        "base_model": {"origin": PAYLOAD, "license": PAYLOAD},
+        **{name: report.document() for name, report in reports.items()},
+    }
     documents |= {"evaluation@one": scored["one"], "comparison": {"advice": scored["advice"]}}
     (root / "README.md").write_text(model_card(from_reports("merged@one", documents)))
     return SimpleNamespace(root=root, reports=documents, model=tiny_model)
@@ -135,7 +186,9 @@ def refuse_active_markdown(text: str) -> None:
     assert MARK in text
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     commonmark = MarkdownIt("commonmark", {"html": True}).enable("table")
-    kinds = [(token.type, token.content) for block in commonmark.parse(body) for token in [block, *(block.children or [])]]
+    kinds = [
+        (token.type, token.content) for block in commonmark.parse(body) for token in [block, *(block.children or [])]
+    ]
     github = mistune.create_markdown(renderer="ast", plugins=["table", "url", "strikethrough"])(body)
     kinds += [(node["type"], str(node)) for node in _nodes(github)]
     active = [(kind, content) for kind, content in kinds if re.search("link|image|html", kind)]
@@ -165,7 +218,9 @@ def test_no_cell_of_a_csv_file_is_a_formula(ran: SimpleNamespace) -> None:
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
             cells = [value for row in csv.reader(file) for value in row]
-        assert [value for value in cells if value.startswith(FORMULA) and not re.fullmatch(r"-?[0-9.e+-]+", value)] == []
+        assert [
+            value for value in cells if value.startswith(FORMULA) and not re.fullmatch(r"-?[0-9.e+-]+", value)
+        ] == []
 
 
 @pytest.mark.parametrize("value", ["-1", "+1", "-0.5", "a", "", "1-2"])
@@ -195,7 +250,11 @@ def test_metadata_in_dagster_has_no_markup_from_a_row(ran: SimpleNamespace, stag
     state = SimpleNamespace(address=stage, out="nothing", version="v", report="data/reports/it.json", meta={})
     found = metadata.describe(ran.root, state)  # type: ignore[arg-type]
     checks = ran.reports[stage].get("checks", {}).values()
-    found |= {f"{i} {name}": one for i, check in enumerate(checks) for name, one in metadata.check_metadata(ran.root, stage, check).items()}
+    found |= {
+        f"{i} {name}": one
+        for i, check in enumerate(checks)
+        for name, one in metadata.check_metadata(ran.root, stage, check).items()
+    }
     texts = [value.value for value in found.values() if isinstance(value, dg.MarkdownMetadataValue)]
     for text in texts:
         refuse_active_markdown(f"{text}\n\n{MARK}")
@@ -208,11 +267,26 @@ def test_metadata_in_dagster_has_no_markup_from_a_row(ran: SimpleNamespace, stag
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_terminal_gets_no_control_character_from_a_row(
-    ran: SimpleNamespace, as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ran: SimpleNamespace,
+    as_json: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = next((ran.root / "data/sources" / MARK).iterdir())
-    options = ["--report", "page.html", "--out", "clean.jsonl", "--dropped", "dropped.jsonl", "--show", "3", "--template", "chatml"]
+    options = [
+        "--report",
+        "page.html",
+        "--out",
+        "clean.jsonl",
+        "--dropped",
+        "dropped.jsonl",
+        "--show",
+        "3",
+        "--template",
+        "chatml",
+    ]
     assert command_line.main(["check", str(source), *options, *(["--json"] if as_json else [])]) == 1
     captured = capsys.readouterr()
     for text in captured:
@@ -224,7 +298,8 @@ def test_the_terminal_gets_no_control_character_from_a_row(
 
 
 @pytest.mark.parametrize(
-    "text", [PAYLOAD, "\\[a](b)", "&lt;b&gt;", "https://a.example", "ftp://a.example", "www.a.example", "``a``", "~~a~~ **a**"]
+    "text",
+    [PAYLOAD, "\\[a](b)", "&lt;b&gt;", "https://a.example", "ftp://a.example", "www.a.example", "``a``", "~~a~~ **a**"],
 )
 def test_escaped_text_is_read_back_as_it_was(text: str) -> None:
     from dagster_project.core.text import visible

@@ -1,4 +1,5 @@
-"""The wheel with the core's dependencies alone: six commands work without torch, transformers, Dagster and DVC; all others name their extra."""
+"""The wheel with the core's dependencies alone: six commands work without
+torch, transformers, Dagster and DVC; all others name their extra."""
 
 from __future__ import annotations
 
@@ -48,7 +49,19 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment outside the clone with the wheel and what it requires, in the locked versions."""
     folder = tmp_path_factory.mktemp("core")
     if not os.environ.get("PEDIGREE_REQUIRE_INDEX"):
-        probe = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0", "--dest", str(folder), "packaging"]
+        probe = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--retries",
+            "0",
+            "--dest",
+            str(folder),
+            "packaging",
+        ]
         if subprocess.run(probe, cwd="/", capture_output=True, check=False).returncode:
             pytest.skip("the package index is not reachable")
     installed(sys.executable, "-m", "venv", folder / "env")
@@ -62,14 +75,23 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outside(core: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A command of the installed package, in a folder that is not the clone."""
     return subprocess.run(
-        [core.parent / "pedigree", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        [core.parent / "pedigree", *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def test_the_wheel_has_pages_schema_types_and_license(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     package = {name.removeprefix("dagster_project/") for name in names if name.startswith("dagster_project/")}
-    expected = {str(path.relative_to(ROOT / "dagster_project")) for path in (ROOT / "dagster_project").rglob("*") if path.is_file()}
+    expected = {
+        str(path.relative_to(ROOT / "dagster_project"))
+        for path in (ROOT / "dagster_project").rglob("*")
+        if path.is_file()
+    }
     assert package == {name for name in expected if "__pycache__" not in name}
     assert {"py.typed", "params.schema.json", "views/html.css", "views/templates/base.jinja"} <= package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -78,7 +100,9 @@ def test_the_wheel_has_pages_schema_types_and_license(wheel: Path) -> None:
 def test_the_core_is_light(core: Path) -> None:
     names = ("dagster_project", "polars", *ABSENT)
     code = f"import importlib.util as u; print(*[name for name in {names!r} if u.find_spec(name)])"
-    found = subprocess.run([core, "-c", code], cwd="/", env=environment(), capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [core, "-c", code], cwd="/", env=environment(), capture_output=True, text=True, check=True
+    ).stdout
     assert found.split() == ["dagster_project", "polars"]
     [packages] = core.parent.parent.glob("lib/python*/site-packages")
     assert sum(path.stat().st_blocks * 512 for path in packages.rglob("*")) < MEGABYTES * 1e6  # on disk, as `du` counts
@@ -93,7 +117,10 @@ def test_help_and_check_work_in_the_core(core: Path, tmp_path: Path) -> None:
     assert done.returncode in {0, 1}, done.stderr
     document = json.loads(done.stdout)
     assert document["rows"] == 10
-    assert {finding["check"] for finding in document["findings"] if finding["count"]} >= {"exact_duplicates", "near_duplicates"}
+    assert {finding["check"] for finding in document["findings"] if finding["count"]} >= {
+        "exact_duplicates",
+        "near_duplicates",
+    }
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
@@ -125,7 +152,9 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
     ):
         code, text = answer("impact", *about, "--json")
         assert code == 0 and json.loads(text)["verdict"] == "yes", about
-    assert answer("audit", "merged@lora", "--records", "records.csv") == answer("audit", "merged@lora", "--records", "records.parquet")
+    assert answer("audit", "merged@lora", "--records", "records.csv") == answer(
+        "audit", "merged@lora", "--records", "records.parquet"
+    )
     rows = [*csv.reader((project.root / "records.csv").read_text().splitlines())]
     written = pq.read_table(project.root / "records.parquet").to_pydict()
     assert [row[rows[0].index("example_id")] for row in rows[1:]] == written["example_id"] == [identity("kites")]
@@ -140,11 +169,15 @@ def test_a_model_leaves_as_safetensors_and_its_copy_is_audited_in_the_core(core:
     header = b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   '
     weights = len(header).to_bytes(8, "little") + header + bytes(8)
     [inputs] = lock["merged@lora"]["deps"]
-    lock["merged@lora"] = entry("merged@lora", {inputs["path"]: inputs["md5"]}, project.put({"model.safetensors": weights}))
+    lock["merged@lora"] = entry(
+        "merged@lora", {inputs["path"]: inputs["md5"]}, project.put({"model.safetensors": weights})
+    )
     (project.root / "data/merged/lora").mkdir(parents=True)
     (project.root / "data/merged/lora/model.safetensors").write_bytes(weights)
     project.commit(lock)
-    done = outside(core, "export", "merged@lora", "--format", "safetensors", "--out", str(tmp_path / "copy"), folder=project.root)
+    done = outside(
+        core, "export", "merged@lora", "--format", "safetensors", "--out", str(tmp_path / "copy"), folder=project.root
+    )
     assert done.returncode == 0, done.stderr
     done = outside(core, "audit", str(tmp_path / "copy"), "--json", folder=project.root)
     assert done.returncode == 0 and json.loads(done.stdout)["verdict"] == "verified"
@@ -182,7 +215,10 @@ def test_check_of_a_table_names_the_extra_that_reads_it(core: Path, tmp_path: Pa
     done = outside(core, "check", f"rows{suffix}", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     first, hint = done.stderr.splitlines()
-    assert first == "error: `pedigree check` requires pyarrow, which is not installed" and "`pip install 'pedigree-llm[arrow]'`" in hint
+    assert (
+        first == "error: `pedigree check` requires pyarrow, which is not installed"
+        and "`pip install 'pedigree-llm[arrow]'`" in hint
+    )
 
 
 def test_a_missing_library_of_the_core_is_named() -> None:
@@ -197,7 +233,9 @@ def test_a_missing_library_of_the_core_is_named() -> None:
 def test_every_package_of_a_required_library_is_named() -> None:
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {canonicalize_name(Requirement(one).name) for one in required}
-    packages = {package for package, owners in packages_distributions().items() if names & {*map(canonicalize_name, owners)}}
+    packages = {
+        package for package, owners in packages_distributions().items() if names & {*map(canonicalize_name, owners)}
+    }
     assert {package for package in packages if not package.startswith("_")} <= CORE
 
 

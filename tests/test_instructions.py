@@ -1,4 +1,5 @@
-"""raw_examples -> instructions: every row is kept or dropped for a reason, review decisions apply, and the pages show changes."""
+"""raw_examples -> instructions: every row is kept or dropped for a reason,
+review decisions apply, and the pages show changes."""
 
 from __future__ import annotations
 
@@ -22,11 +23,20 @@ Record = dict[str, Any]
 def run(folder: Path, model: Path, rows: list[Record], previous: str | None = None, **params: Any) -> Report:
     """Rows through the stage, into `folder`/out and `folder`/pages; `previous` is the folder of an earlier run."""
     rows = placed(rows)
-    write_records(folder / "data/raw_examples", [{key: value for key, value in row.items() if key != "source_row"} for row in rows])
+    write_records(
+        folder / "data/raw_examples",
+        [{key: value for key, value in row.items() if key != "source_row"} for row in rows],
+    )
     write_ledger(folder / "data/raw_examples", rows)
     before = {path.name: path for path in Path(previous, "out").iterdir()} if previous else {}
     report = instructions.produce(
-        folder, instructions.Params(**params), folder / "data/raw_examples", model, folder / "out", folder / "pages", before
+        folder,
+        instructions.Params(**params),
+        folder / "data/raw_examples",
+        model,
+        folder / "out",
+        folder / "pages",
+        before,
     )
     draw_pages("instructions", report, folder / "out", folder / "pages")
     return report
@@ -34,7 +44,11 @@ def run(folder: Path, model: Path, rows: list[Record], previous: str | None = No
 
 def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: Path) -> None:
     alone = {"exact_duplicates", "benchmark_leakage", "template_mismatch"}
-    bad = [name for name, check in ROW_CHECKS.items() if check.action == "drop" and check.kind is None and name not in alone]
+    bad = [
+        name
+        for name, check in ROW_CHECKS.items()
+        if check.action == "drop" and check.kind is None and name not in alone
+    ]
     rows = [ask("Hi"), *(CHECK_EXAMPLES[name][1][-1] for name in bad), ask("Hi"), ask("Ho")]
     report = run(tmp_path, tiny_model, rows)
     assert (report.rows_in, report.rows_out) == (len(rows), 2)
@@ -91,14 +105,19 @@ def test_only_the_page_shows_changes_since_the_recorded_version(tmp_path: Path, 
     run(tmp_path / "new", tiny_model, rows, previous=str(tmp_path / "old"))
     run(tmp_path / "alone", tiny_model, rows)
     page = (tmp_path / "new/pages/report.html").read_text()
-    assert "the version recorded before" in page and "the version recorded before" not in (tmp_path / "alone/pages/report.html").read_text()
+    assert (
+        "the version recorded before" in page
+        and "the version recorded before" not in (tmp_path / "alone/pages/report.html").read_text()
+    )
     assert (tmp_path / "new/out/findings.json").read_bytes() == (tmp_path / "alone/out/findings.json").read_bytes()
 
 
 def test_expectations_are_a_check_and_a_section_of_the_page(tmp_path: Path, tiny_model: Path) -> None:
     suite = {
         "name": "mine",
-        "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 5}, "severity": "critical"}],
+        "expectations": [
+            {"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 5}, "severity": "critical"}
+        ],
     }
     (tmp_path / "suite.json").write_text(json.dumps(suite))
     report = run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json")
@@ -110,7 +129,10 @@ def test_expectations_are_a_check_and_a_section_of_the_page(tmp_path: Path, tiny
 
 
 def test_data_docs_are_built_if_requested(tmp_path: Path, tiny_model: Path) -> None:
-    suite = {"name": "mine", "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 1}}]}
+    suite = {
+        "name": "mine",
+        "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 1}}],
+    }
     (tmp_path / "suite.json").write_text(json.dumps(suite))
     run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json", data_docs=True)
     assert (tmp_path / "pages/data_docs/index.html").is_file()

@@ -30,7 +30,8 @@ def files(folders: Iterable[Path]) -> list[Path]:
 
 def test_a_flipped_bit_in_any_kind_of_artifact_is_the_only_finding(finished: Path) -> None:
     assert examine(finished)["verdict"] == "intact"
-    outputs, reports = files(finished / "data" / name for name in (*STAGES, "plots")), files([finished / "data/reports"])
+    outputs = files(finished / "data" / name for name in (*STAGES, "plots"))
+    reports = files([finished / "data/reports"])
     assert {path.suffix for path in outputs} >= {".parquet", ".safetensors", ".json", ".csv", ".md", ".jinja"}
     outputs, reports = ([path for path in paths if path.name != ".gitkeep"] for paths in (outputs, reports))
     contents = {out.read_bytes() for out in outputs}
@@ -132,15 +133,23 @@ def test_commands_of_next_steps_name_one_file_each_whatever_the_folders_are_call
         flip(path)
     (project / "data/sources/my data.txt").write_bytes(b"other")
     steps = [one["next"] for one in examine(project)["findings"]]
-    words = [shlex.split(step.partition(":")[0].replace(",", "")) for step in steps if "data.txt" in step or step.startswith("rm ")]
+    words = [
+        shlex.split(step.partition(":")[0].replace(",", ""))
+        for step in steps
+        if "data.txt" in step or step.startswith("rm ")
+    ]
     named = {word for line in words for word in line if "/" in word}
     assert named <= {*map(str, objects), "data/sources/my data.txt"} and "data/sources/my data.txt" in named
     assert any(str(path) in named for path in objects)
 
 
 @forked
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()], ids=["altered", "missing"])
-def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(root: Path, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()], ids=["altered", "missing"]
+)
+def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(
+    root: Path, damage: Callable[[Path], None]
+) -> None:
     content = (root / "data/inst/rows.txt").read_bytes()
     [path] = [p for p in (root / ".dvc/cache/files/md5").rglob("*") if p.is_file() and p.read_bytes() == content]
     path.chmod(0o644)
@@ -155,7 +164,9 @@ def test_the_next_step_for_an_object_whose_file_is_in_the_workspace_repairs_it(r
 
 @forked
 @pytest.mark.parametrize(
-    "name, content", [("rows.txt", "other"), ("more.txt", "other"), ("rows.txt", None)], ids=["changed", "added", "missing"]
+    "name, content",
+    [("rows.txt", "other"), ("more.txt", "other"), ("rows.txt", None)],
+    ids=["changed", "added", "missing"],
 )
 def test_the_next_step_for_a_file_of_an_output_repairs_it(root: Path, name: str, content: str | None) -> None:
     (path := root / "data/inst" / name).unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""A table of text and label is a classification set: read without a mapping, scored by its labels, compared like any other task."""
+"""A table of text and label is a classification set: read without a mapping,
+scored by its labels, compared like any other task."""
 
 from __future__ import annotations
 
@@ -35,7 +36,14 @@ NAMES = LabelSet(("negative", "Not sure", "positive", "yes, please"))
 def record(text: str, response: str) -> dict[str, Any]:
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": response}]
     identity = example_id(messages)
-    return {"example_id": identity, "source": "s", "messages": messages, "category": response, "group_id": identity, "meta": "{}"}
+    return {
+        "example_id": identity,
+        "source": "s",
+        "messages": messages,
+        "category": response,
+        "group_id": identity,
+        "meta": "{}",
+    }
 
 
 def write_csv(path: Path, *rows: tuple[str, ...]) -> Path:
@@ -50,7 +58,9 @@ def read(path: Path, rows: list[dict[str, Any]], **how: Any) -> tuple[str, list[
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     layout, records = to_records(path, path.name, **how)
     metas = [json.loads(r["meta"]) for r in records]
-    found = [r["messages"][-1]["content"] if r["messages"] else m["problem"] for r, m in zip(records, metas, strict=True)]
+    found = [
+        r["messages"][-1]["content"] if r["messages"] else m["problem"] for r, m in zip(records, metas, strict=True)
+    ]
     return layout, [(said, r["category"], meta) for said, r, meta in zip(found, records, metas, strict=True)]
 
 
@@ -84,7 +94,12 @@ def test_an_answer_is_a_label_up_to_case_quotes_final_punctuation_and_further_li
 
 def test_a_label_of_punctuation_only_is_a_label() -> None:
     names = label_set(AUTO, ["?", "!", "?", "!"], [])
-    assert (names.labels, label(names, "?"), label(names, ""), label(names, "?!")) == (["!", "?"], "?", NO_LABEL, NO_LABEL)
+    assert (names.labels, label(names, "?"), label(names, ""), label(names, "?!")) == (
+        ["!", "?"],
+        "?",
+        NO_LABEL,
+        NO_LABEL,
+    )
 
 
 # Which labels there are
@@ -137,9 +152,12 @@ def test_a_response_without_a_label_is_refused() -> None:
 
 def test_a_label_list_that_matches_no_test_response_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"no response of the test split is one of 'spam', 'ham'; the most frequent are '1' \(2\), '0' \(1\)"
+        InputError,
+        match=r"no response of the test split is one of 'spam', 'ham'; the most frequent are '1' \(2\), '0' \(1\)",
     ):
-        select_questions([record("a", "1"), record("b", "1"), record("c", "0")], Settings(task=LabelTask(labels=["spam", "ham"])))
+        select_questions(
+            [record("a", "1"), record("b", "1"), record("c", "0")], Settings(task=LabelTask(labels=["spam", "ham"]))
+        )
 
 
 def test_with_a_list_of_labels_only_test_examples_with_a_label_are_used() -> None:
@@ -157,7 +175,8 @@ def test_with_a_list_of_labels_only_test_examples_with_a_label_are_used() -> Non
         ({"labels": ["yes", "Yes."]}, "evaluation.task.labels: 'yes', 'Yes.' are one label"),
         ({"labels": ["(none)", "x"]}, "evaluation.task.labels: '(none)' is reserved for answers without a label"),
         ({"labels": "auto", "score": "x"}, "evaluation.task.score: unknown key\nhint: keys of evaluation.task: labels"),
-        ({"fields": {"a": ["b"]}, "score": "a", "label": "c"}, "evaluation.task.label: unknown key\nhint: keys of evaluation.task: fields, score"),
+        ({"fields": {"a": ["b"]}, "score": "a", "label": "c"}, "evaluation.task.label: unknown key\nhint: keys of"
+                                                               " evaluation.task: fields, score"),
         ({}, "evaluation.task.fields: missing"),
     ],
 )  # fmt: skip
@@ -169,7 +188,16 @@ def test_a_wrong_task_is_one_message_with_its_place(task: dict[str, Any], what: 
 
 # Scores
 
-ANSWERS = {"negative": 0, "NEGATIVE.": 0, "Not sure": 1, '"not sure"': 1, "positive\nbecause": 2, "Yes, please.": 3, "": -1, "no idea": -1}
+ANSWERS = {
+    "negative": 0,
+    "NEGATIVE.": 0,
+    "Not sure": 1,
+    '"not sure"': 1,
+    "positive\nbecause": 2,
+    "Yes, please.": 3,
+    "": -1,
+    "no idea": -1,
+}
 
 
 @settings(max_examples=40, deadline=None)
@@ -179,7 +207,9 @@ def test_scores_of_a_label_task_are_those_of_scikit_learn(pairs: list[tuple[str,
     given_labels = [NAMES.labels[ANSWERS[answer]] if ANSWERS[answer] >= 0 else "invalid" for answer in said]
     found, table = score(measures(NAMES, {}), true, said), by_label(NAMES, true, said)["by_label"]
     occurring = [name for name in NAMES.labels if name in true or name in given_labels]
-    assert found["macro_f1"] == pytest.approx(f1_score(true, given_labels, labels=occurring, average="macro", zero_division=0), abs=1e-4)
+    assert found["macro_f1"] == pytest.approx(
+        f1_score(true, given_labels, labels=occurring, average="macro", zero_division=0), abs=1e-4
+    )
     assert found["accuracy"] == pytest.approx(accuracy_score(true, given_labels), abs=1e-4)
     assert found["valid_label"] == pytest.approx(sum(name != "invalid" for name in given_labels) / len(said), abs=1e-4)
     wanted = precision_recall_fscore_support(true, given_labels, labels=NAMES.labels, zero_division=0)
@@ -189,7 +219,9 @@ def test_scores_of_a_label_task_are_those_of_scikit_learn(pairs: list[tuple[str,
 
 
 def test_the_instruction_lists_the_labels_at_once_and_after_thinking() -> None:
-    assert instruction(NAMES).endswith("one of these labels and nothing else: negative; Not sure; positive; yes, please.")
+    assert instruction(NAMES).endswith(
+        "one of these labels and nothing else: negative; Not sure; positive; yes, please."
+    )
     assert "step by step" in instruction(NAMES, THINK) and "yes, please." in instruction(NAMES, THINK)
 
 
@@ -207,7 +239,9 @@ def test_the_instruction_lists_the_labels_at_once_and_after_thinking() -> None:
         ({"text": "Hi", "label": "ham", "id": 7, "category": "mail"}, "ham", {"id": 7, "category": "mail"}),
     ],
 )
-def test_text_and_label_are_a_classification_set_and_the_label_is_the_category(row: Any, said: str, meta: Any, tmp_path: Path) -> None:
+def test_text_and_label_are_a_classification_set_and_the_label_is_the_category(
+    row: Any, said: str, meta: Any, tmp_path: Path
+) -> None:
     assert read(tmp_path / "a.jsonl", [row]) == ("classification", [(said, said, meta)])
 
 
@@ -221,13 +255,23 @@ def test_an_invalid_label_makes_its_row_malformed(value: Any, tmp_path: Path) ->
     ("row", "layout"),
     [
         ({"prompt": "Hi", "completion": "Hello", "label": True, "text": "Hi Hello"}, "preferences"),
-        ({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B", "label": 1, "text": "x"}, "preferences"),
+        (
+            {
+                "chosen": "\n\nHuman: Hi\n\nAssistant: A",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: B",
+                "label": 1,
+                "text": "x",
+            },
+            "preferences",
+        ),
         ({"messages": record("Hi", "Hello")["messages"], "label": "ham", "text": "Hi"}, "messages"),
         ({"instruction": "Hi", "output": "Hello", "text": "x", "label": "y"}, "alpaca"),
         ({"prompt": "Hi", "completion": "Hello", "label": "spam"}, "prompt_completion"),
     ],
 )
-def test_a_label_column_in_another_layout_is_not_a_classification_set(row: dict[str, Any], layout: str, tmp_path: Path) -> None:
+def test_a_label_column_in_another_layout_is_not_a_classification_set(
+    row: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert (kind(read_rows(path)) if layout == "preferences" else to_records(path, "a.jsonl")[0]) == layout
@@ -242,9 +286,19 @@ def test_one_column_may_be_response_and_category(tmp_path: Path) -> None:
 
 
 def test_check_reads_a_table_of_text_and_label_with_its_categories(tmp_path: Path) -> None:
-    write_csv(tmp_path / "r.csv", ("text", "label"), ("Where is it?", "1"), ("Thank you so much", "0"), ("It broke, twice", "1"))
+    write_csv(
+        tmp_path / "r.csv",
+        ("text", "label"),
+        ("Where is it?", "1"),
+        ("Thank you so much", "0"),
+        ("It broke, twice", "1"),
+    )
     document = check_paths([str(tmp_path / "r.csv")])
-    assert (document["format"], document["kept"], document["profile"]["categories"]) == ("classification", 3, {"1": 2, "0": 1})
+    assert (document["format"], document["kept"], document["profile"]["categories"]) == (
+        "classification",
+        3,
+        {"1": 2, "0": 1},
+    )
 
 
 # From a table to a comparison
@@ -254,7 +308,20 @@ WORDS = {
     "negative": ["awful", "broken", "terrible", "refund", "slow"],
     "yes, please": ["renew", "subscribe", "upgrade", "continue", "extend"],
 }
-THINGS = ["kettle", "hotel", "train", "novel", "camera", "jacket", "course", "garden", "piano", "bakery", "phone", "lamp"]
+THINGS = [
+    "kettle",
+    "hotel",
+    "train",
+    "novel",
+    "camera",
+    "jacket",
+    "course",
+    "garden",
+    "piano",
+    "bakery",
+    "phone",
+    "lamp",
+]
 
 
 @pytest.fixture
@@ -269,7 +336,9 @@ def split_reviews(tmp_path: Path, tiny_model: Path) -> Path:
     write_csv(tmp_path / "data/sources/reviews.csv", ("text", "label"), *dict.fromkeys(rows))
     made_from = parse(raw_examples.Params, {"sources": [{"path": "data/sources/reviews.csv"}]}, "raw_examples")
     raw_examples.produce(tmp_path, made_from, tmp_path / "raw")
-    instructions.produce(tmp_path, instructions.Params(), tmp_path / "raw", tiny_model, tmp_path / "checked", tmp_path / "pages", {})
+    instructions.produce(
+        tmp_path, instructions.Params(), tmp_path / "raw", tiny_model, tmp_path / "checked", tmp_path / "pages", {}
+    )
     splits.produce(tmp_path, splits.Params(validation=0.0), 7, tmp_path / "checked", tmp_path / "made")
     return tmp_path
 
@@ -294,11 +363,23 @@ def test_a_table_of_text_and_label_is_trained_split_scored_and_compared_by_its_l
 ) -> None:
     train, test = (read_records(split_reviews / "made" / name) for name in ("train", "test"))
     assert {r["category"] for r in test} == set(WORDS) and {r["category"] for r in train} == set(WORDS)
-    monkeypatch.setattr(EvaluatedModel, "answer", lambda self, prompts, what, *_, **__: [Answer(text) for text in planted(prompts, what)])
+    monkeypatch.setattr(
+        EvaluatedModel,
+        "answer",
+        lambda self, prompts, what, *_, **__: [Answer(text) for text in planted(prompts, what)],
+    )
     found = evaluate(split_reviews, tiny_model, Settings(task=AUTO, max_new_tokens=3), test, train)
 
     reached = found["baselines"]
-    assert list(reached) == ["base", "zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved", "tfidf_logistic"]
+    assert list(reached) == [
+        "base",
+        "zero_shot",
+        "system_prompt",
+        "chain_of_thought",
+        "few_shot",
+        "retrieved",
+        "tfidf_logistic",
+    ]
     assert reached["zero_shot"]["accuracy"] < 0.5 < reached["few_shot"]["accuracy"] == found["one"]["accuracy"]
     assert found["one"]["valid_label"] == pytest.approx(1 - (len(test) // 5) / len(test), abs=1e-4)
     assert "bleu" not in found["one"] and found["one"]["macro_f1_interval"][0] <= found["one"]["macro_f1"]
@@ -308,14 +389,23 @@ def test_a_table_of_text_and_label_is_trained_split_scored_and_compared_by_its_l
         pairs = [(row["actual"], row["predicted"]) for row in csv.DictReader(file)]
     assert {predicted for _, predicted in pairs} == {*WORDS, NO_LABEL} and len(pairs) == len(test)
     true, said = zip(*pairs, strict=True)
-    assert found["one"]["macro_f1"] == pytest.approx(f1_score(true, said, labels=sorted(WORDS), average="macro"), abs=1e-4)
-    assert {name: row["n"] for name, row in found["one"]["by_label"].items()} == {name: true.count(name) for name in sorted(WORDS)}
+    assert found["one"]["macro_f1"] == pytest.approx(
+        f1_score(true, said, labels=sorted(WORDS), average="macro"), abs=1e-4
+    )
+    assert {name: row["n"] for name, row in found["one"]["by_label"].items()} == {
+        name: true.count(name) for name in sorted(WORDS)
+    }
     assert {row["label"] for row in read_table(split_reviews / "evaluation/one/results.parquet")} == {*WORDS, NO_LABEL}
 
-    assert found["board"].startswith(f"| {len(test)} test examples | macro-F1 | 95 % interval | accuracy | prompt tokens |")
+    assert found["board"].startswith(
+        f"| {len(test)} test examples | macro-F1 | 95 % interval | accuracy | prompt tokens |"
+    )
     assert any("points of macro-F1" in line for line in found["advice"])
     document = json.loads((split_reviews / "comparison/comparison.json").read_text())
-    assert document["shown"] == ["macro_f1", "accuracy"] and document["scores"]["one"]["by_label"] == found["one"]["by_label"]
+    assert (
+        document["shown"] == ["macro_f1", "accuracy"]
+        and document["scores"]["one"]["by_label"] == found["one"]["by_label"]
+    )
     page = (split_reviews / "pages/comparison.html").read_text()
     assert "F1 of each label" in page and "yes, please" in page
 
@@ -323,21 +413,38 @@ def test_a_table_of_text_and_label_is_trained_split_scored_and_compared_by_its_l
 def test_a_random_model_gives_no_label_and_scores_0(split_reviews: Path, tiny_model: Path) -> None:
     train, test = (read_records(split_reviews / "made" / name) for name in ("train", "test"))
     found = evaluate(split_reviews, tiny_model, Settings(task=AUTO, max_new_tokens=2, max_examples=6), test, train)
-    assert (found["one"]["n"], found["one"]["valid_label"], found["one"]["accuracy"], found["one"]["macro_f1"]) == (6, 0, 0, 0)
+    assert (found["one"]["n"], found["one"]["valid_label"], found["one"]["accuracy"], found["one"]["macro_f1"]) == (
+        6,
+        0,
+        0,
+        0,
+    )
     assert found["recommended"]["variant"] is None and found["recommended"]["instead"] == "tfidf_logistic"
 
 
 def test_dagster_shows_the_table_of_labels_and_a_matrix_of_odd_ones(tmp_path: Path) -> None:
     from dagster_project.orchestration.dagster.metadata import describe
 
-    report = {"by_label": by_label(LabelSet(("a|b", "$x$", "l\nn")), ["a|b", "$x$"], ["a|b", "l n"])["by_label"], "accuracy": 0.5}
+    report = {
+        "by_label": by_label(LabelSet(("a|b", "$x$", "l\nn")), ["a|b", "$x$"], ["a|b", "l n"])["by_label"],
+        "accuracy": 0.5,
+    }
     matrix = 'actual,predicted\n"$x^$","a,b"\nlate\x0bdelivery,"l\nn"\n'
     for path, text in (("data/reports/e.json", json.dumps(report)), ("data/plots/confusion/x.csv", matrix)):
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     state = SimpleNamespace(
-        report="data/reports/e.json", out="data/e", version="v", address="evaluation@x", meta={}, recorded=True, output_problem=""
+        report="data/reports/e.json",
+        out="data/e",
+        version="v",
+        address="evaluation@x",
+        meta={},
+        recorded=True,
+        output_problem="",
     )
     found = describe(tmp_path, state)  # type: ignore[arg-type]
-    assert "| a\\|b | 1 | 1 | 1.0 | 1.0 | 1.0 |" in found["by_label"].md_str and "| l n | 0 | 1 |" in found["by_label"].md_str
+    assert (
+        "| a\\|b | 1 | 1 | 1.0 | 1.0 | 1.0 |" in found["by_label"].md_str
+        and "| l n | 0 | 1 |" in found["by_label"].md_str
+    )
     assert found["confusion"].md_str.startswith("![confusion](data:image/png;base64,")

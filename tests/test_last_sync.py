@@ -63,7 +63,9 @@ def commit(root: Path, _: dg.DagsterInstance) -> None:
 
 
 def report_event(_: Path, instance: dg.DagsterInstance) -> None:
-    instance.report_runless_asset_event(dg.AssetMaterialization(dg.AssetKey("tok"), tags={"dagster/data_version": "another"}))
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(dg.AssetKey("tok"), tags={"dagster/data_version": "another"})
+    )
 
 
 def wipe(_: Path, instance: dg.DagsterInstance) -> None:
@@ -99,7 +101,9 @@ def test_a_change_is_seen(root: Path, synced: dg.DagsterInstance, monkeypatch: p
     assert not unchanged(root)
 
 
-def test_everything_else_that_dvc_reads_is_seen(root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_else_that_dvc_reads_is_seen(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     declared = json.loads((root / "dvc.yaml").read_text())
     declared["stages"]["raw"]["params"] = [*declared["stages"]["raw"].get("params", []), {"other.yaml": ["size"]}]
@@ -173,11 +177,16 @@ def test_settings_of_the_user_and_other_libraries_are_seen(known: Path, monkeypa
 @pytest.mark.parametrize(
     "content",
     [
-        *('{"paths": ["a\\u0000b"], "state": "x"}', '{"paths": ["\\ud800"], "state": "x"}', "[" * 100_000, '{"paths": ["%s"]}' % ("x" * 5000)),
+        *(
+            '{"paths": ["a\\u0000b"], "state": "x"}',
+            '{"paths": ["\\ud800"], "state": "x"}',
+            "[" * 100_000,
+            '{"paths": ["%s"]}' % ("x" * 5000),
+        ),
         *('{"paths": ["data/sources/loop"]}', "[]", "{", '{"paths": [1]}'),
     ],
     ids=range(8),
-)  # fmt: skip
+)
 def test_a_damaged_state_counts_as_none(known: Path, content: str) -> None:
     (known / "data/sources/loop").symlink_to("loop")
     (known / FILE).write_text(content)
@@ -191,7 +200,9 @@ def test_a_file_in_the_place_of_a_folder_is_seen(known: Path) -> None:
     assert not unchanged(known)
 
 
-def test_nothing_is_remembered_while_a_run_could_end(root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_remembered_while_a_run_could_end(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     synced.add_run(dg.DagsterRun(job_name="pipeline", run_id="0" * 32, status=dg.DagsterRunStatus.STARTED))
     for _ in range(3):
@@ -217,11 +228,16 @@ def test_a_run_that_ends_is_a_change_and_a_heartbeat_is_not(
 def test_a_repeated_sync_loads_neither_dagster_nor_dvc(project: Path, tmp_path: Path) -> None:
     log = tmp_path / "loaded.jsonl"
     for _ in range(4):  # one reports the sources, one has nothing to report, one reads the same files
-        done = run([sys.executable, "-m", "dagster_project", "sync"], project, PYTHONPATH=str(HOOK), LOADED_MODULES=str(log))
+        done = run(
+            [sys.executable, "-m", "dagster_project", "sync"], project, PYTHONPATH=str(HOOK), LOADED_MODULES=str(log)
+        )
         assert done.returncode == 0, done.stderr
     last = json.loads(log.read_text().splitlines()[-1])
     assert not {"dagster", "dvc", "sqlalchemy"} & {*last["modules"]}
     assert done.stdout == "Dagster and DVC agree: nothing to report.\n"
-    ui = "import sys; from pathlib import Path; from dagster_project.orchestration.dagster import ui; ui.sync_if_changed(Path.cwd())"
+    ui = (
+        "import sys; from pathlib import Path; from dagster_project.orchestration.dagster import ui;"
+        " ui.sync_if_changed(Path.cwd())"
+    )
     code = f"{ui}; print({{'dagster', 'dvc', 'sqlalchemy'}} & {{*sys.modules}})"
     assert run([sys.executable, "-c", code], project).stdout == "set()\n", "nor does the UI, before it starts Dagster"

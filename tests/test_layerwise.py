@@ -18,7 +18,8 @@ from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.layerwise import SmallCopies, repeated, repetition
 from dagster_project.training.planning.memory import StorageEvent, TrainingSpec, trace_step
 
-BASE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 500,
+BASE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 500,
         "dtype": "bfloat16"}  # fmt: skip
 LAYERS = 8
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,8 @@ def in_order(events: list[StorageEvent]) -> list[StorageEvent]:
 def test_copies_with_few_layers_give_the_prediction_of_the_whole_model(
     kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal event by event, but for the order of frees between two allocations, which changes no account: so peak, fragmentation and operations are equal, too."""
+    """Equal event by event, but for the order of frees between two allocations, which changes no account: so peak,
+    fragmentation and operations are equal, too."""
     model = write(tmp_path / "model", KINDS[kind])
     copies, traced = SmallCopies(model), []
 
@@ -62,7 +64,9 @@ def test_copies_with_few_layers_give_the_prediction_of_the_whole_model(
 
     monkeypatch.setattr(layerwise, "trace_step", counting)
     for checkpointing, device in ((True, "cuda"), (False, "cpu")):
-        given = spec(model, method, METHODS[method], device=device, dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+        given = spec(
+            model, method, METHODS[method], device=device, dtype=torch.bfloat16, gradient_checkpointing=checkpointing
+        )
         whole, small = trace_step(given), copies.trace(given)
         assert in_order(small.events) == in_order(whole.events)
         assert small.operations.counts == whole.operations.counts
@@ -84,7 +88,9 @@ def test_models_that_copies_cannot_represent_are_traced_in_full(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_results_that_are_kept_are_those_that_torch_computes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_are_kept_are_those_that_torch_computes(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = spec(write(tmp_path / "model", KINDS["llama"], 2), method, METHODS[method], gradient_checkpointing=True)
     trace_step(given)
     kept = trace_step(given)
@@ -131,35 +137,53 @@ def deep(tmp_path: Path) -> Path:
     return write(tmp_path / "Acme-Small", {**KINDS["qwen3"], "architectures": ["Qwen3ForCausalLM"]}, layers=12)
 
 
-def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(deep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(
+    deep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "--model", str(deep), "--tokens-per-row", "64", "--batch", "2"]) == 0
     said = capsys.readouterr().out
     assert "model: Acme-Small (Qwen3ForCausalLM), " in said and " parameters in 12 layers" in said
-    for assumption in ("2 rows of 64 tokens", "no gradient accumulation", "gradient checkpointing on", "2,000 such rows", "bfloat16",
+    for assumption in ("2 rows of 64 tokens", "no gradient accumulation", "gradient checkpointing on",
+        "2,000 such rows", "bfloat16",
                        "lora: optimizer adamw_torch_fused, r 16", "qlora: optimizer paged_adamw_8bit"):  # fmt: skip
         assert assumption in said, assumption
     table = [line.split() for line in said.splitlines() if line.startswith(("full  ", "lora  ", "qlora "))]
-    assert [(row[0], row[1]) for row in table] == [(method, on) for method in ("full", "lora", "qlora") for on in ("off", "on")]
+    assert [(row[0], row[1]) for row in table] == [
+        (method, on) for method in ("full", "lora", "qlora") for on in ("off", "on")
+    ]
     assert all(row[-3:] == ["fits", "fits", "fits"] for row in table)
 
 
 def test_a_plan_fits_a_gpu_up_to_its_memory_size(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingSpec, "needed", 40 * 10**9)
-    given: dict[str, Any] = {"tokens": 16, "rows": 1, "checkpointing": True, "compute": Compute(threads=1), "device": "cuda"}
+    given: dict[str, Any] = {
+        "tokens": 16,
+        "rows": 1,
+        "checkpointing": True,
+        "compute": Compute(threads=1),
+        "device": "cuda",
+    }
     with_on = plan.plan_model(deep, ["lora"], **given)["gpus"]["lora"]
     assert [row["gradient_checkpointing"] for row in with_on] == [False, True]
     assert with_on[1].pop("sharded") == {"24": 2}, "two GPUs hold half of the model each"
-    assert with_on[1] == {"gradient_checkpointing": True, "peak": 40 * 10**9, "fits": {"24": False, "40": True, "80": True}}
+    assert with_on[1] == {
+        "gradient_checkpointing": True,
+        "peak": 40 * 10**9,
+        "fits": {"24": False, "40": True, "80": True},
+    }
 
 
 def test_the_name_in_the_configuration_overrides_the_folder_name(deep: Path) -> None:
-    (deep / "config.json").write_text(json.dumps({**json.loads((deep / "config.json").read_text()), "_name_or_path": "acme/small-12"}))
+    (deep / "config.json").write_text(
+        json.dumps({**json.loads((deep / "config.json").read_text()), "_name_or_path": "acme/small-12"})
+    )
     assert plan._model(deep, SmallCopies(deep))["name"] == "acme/small-12"
     assert plan._model(deep / "config.json", SmallCopies(deep / "config.json"))["name"] == "acme/small-12"
 
 
 def test_tracing_time_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Eighty layers are traced as fast as nine: as many layers, on shapes that cost nothing. CPU time, since tests share cores."""
+    """Eighty layers are traced as fast as nine: as many layers, on shapes that
+    cost nothing. CPU time, since tests share cores."""
     took = {}
     for layers in (9, 80):
         copies = SmallCopies(write(tmp_path / str(layers), KINDS["llama"], layers))

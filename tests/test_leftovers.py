@@ -12,10 +12,12 @@ from dagster_project.orchestration.leftovers import remove_leftovers
 
 RANDOM = "8xB7PKSMjBRCqLw0eSBAqQ"
 OF_DVC = [
-    f".dvc/cache/files/md5/.{RANDOM}.tmp", f".dvc/cache/files/md5/ee/.{RANDOM}.tmp", f".dvc/cache/runs/9a/9ada/.{RANDOM}.tmp",
+    f".dvc/cache/files/md5/.{RANDOM}.tmp", f".dvc/cache/files/md5/ee/.{RANDOM}.tmp",
+    f".dvc/cache/runs/9a/9ada/.{RANDOM}.tmp",
     f"data/reports/.{RANDOM}.tmp",
 ]  # fmt: skip
-KEPT = [".dvc/cache/files/md5/ee/b34e34d1c9301a13f6103b48eccba0", ".dvc/cache/runs/9a/9ada/96f5", "data/reports/adapter/.gitkeep",
+KEPT = [".dvc/cache/files/md5/ee/b34e34d1c9301a13f6103b48eccba0", ".dvc/cache/runs/9a/9ada/96f5",
+    "data/reports/adapter/.gitkeep",
         f"data/sources/.{RANDOM}.tmp", "data/reports/.x.tmp", "data/pages/.a.7b"]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""`pedigree check` counts tokens and renders templates like transformers, and imports neither it nor torch, DVC or Dagster."""
+"""`pedigree check` counts tokens and renders templates like transformers, and
+imports neither it nor torch, DVC or Dagster."""
 
 from __future__ import annotations
 
@@ -21,11 +22,20 @@ HEAVY = ["torch", "transformers", "trl", "peft", "accelerate", "dagster", "dvc",
 TEXTS = ["", "Hi", "<|im_start|>user Hi<|im_end|>", "你好 wörld 👋🏽\n\n x", " two  spaces\t\n"]
 CHATS = [
     [{"role": "user", "content": "Hi <b>\n"}, {"role": "assistant", "content": " Hello é"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "B"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "B"},
+    ],
     [{"role": "assistant", "content": "Hi"}],
     [{"role": "tool", "content": "Hi"}, {"role": "assistant", "content": "<|im_end|>"}],
-]  # fmt: skip
+]
 
 
 def outcome(call: Any) -> Any:
@@ -35,7 +45,9 @@ def outcome(call: Any) -> Any:
         return type(error).__name__, str(error)
 
 
-def test_counts_special_tokens_and_misfits_are_those_of_transformers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_special_tokens_and_misfits_are_those_of_transformers(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert read_tokenizer(tiny_model) is not None
     light = token_counts.tokens_of(tiny_model)
     monkeypatch.setattr(token_counts, "read_tokenizer", lambda folder: None)
@@ -44,7 +56,10 @@ def test_counts_special_tokens_and_misfits_are_those_of_transformers(tiny_model:
     assert light.count(TEXTS) == heavy.count(TEXTS)
     for chat in CHATS:
         assert light.rendered and light.misfit and heavy.rendered and heavy.misfit
-        assert (light.rendered(chat, None), light.misfit(chat, None)) == (heavy.rendered(chat, None), heavy.misfit(chat, None))
+        assert (light.rendered(chat, None), light.misfit(chat, None)) == (
+            heavy.rendered(chat, None),
+            heavy.misfit(chat, None),
+        )
 
 
 @pytest.mark.parametrize("is_light", [True, False], ids=["light", "transformers"])
@@ -55,7 +70,8 @@ def test_what_training_cut_and_padded_to_does_not_limit_the_count(
     state = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     state["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     state["padding"] = {
-        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>"
     }  # fmt: skip
     (model / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
     if not is_light:
@@ -64,7 +80,9 @@ def test_what_training_cut_and_padded_to_does_not_limit_the_count(
     assert token_counts.tokens_of(model).count(texts) == token_counts.tokens_of(tiny_model).count(texts)
 
 
-TEMPLATES = sorted(file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja"))
+TEMPLATES = sorted(
+    file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja")
+)
 
 
 def test_every_template_of_trl_renders_as_in_transformers() -> None:
@@ -77,8 +95,14 @@ def test_every_template_of_trl_renders_as_in_transformers() -> None:
         light = compiled(template)
         for chat in CHATS:
             here, there = (
-                outcome(lambda: light.render(messages=chat, tools=None, documents=None, add_generation_prompt=True, **named)),  # noqa: B023
-                outcome(lambda: render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **named)[0][0]),  # noqa: B023
+                outcome(
+                    lambda: light.render(messages=chat, tools=None, documents=None, add_generation_prompt=True, **named)  # noqa: B023
+                ),
+                outcome(
+                    lambda: render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **named)[  # noqa: B023
+                        0
+                    ][0]
+                ),
             )
             assert here == there, name
             failed += isinstance(here, tuple)
@@ -102,13 +126,17 @@ def test_every_template_of_trl_renders_as_in_transformers() -> None:
 def test_templates_have_the_same_restrictions_as_in_transformers(template: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    here = outcome(lambda: compiled(template).render(messages=CHATS[0], tools=None, documents=None, add_generation_prompt=False))
+    here = outcome(
+        lambda: compiled(template).render(messages=CHATS[0], tools=None, documents=None, add_generation_prompt=False)
+    )
     assert here == outcome(lambda: render_jinja_template([CHATS[0]], chat_template=template)[0][0])
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN_CLASSES))
 @pytest.mark.parametrize("model_type", sorted(PLAIN_MODELS))
-def test_transformers_does_not_modify_the_tokenizer_of_these_models(model_type: str, name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_transformers_does_not_modify_the_tokenizer_of_these_models(
+    model_type: str, name: str, tiny_model: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer, TokenizersBackend
 
     change(tiny_model, tmp_path, "config.json", model_type=model_type)
@@ -119,7 +147,9 @@ def test_transformers_does_not_modify_the_tokenizer_of_these_models(model_type: 
 
 
 def change(folder: Path, target: Path, name: str, **values: Any) -> None:
-    (target / name).write_text(json.dumps({**json.loads((folder / name).read_text(encoding="utf-8")), **values}), encoding="utf-8")
+    (target / name).write_text(
+        json.dumps({**json.loads((folder / name).read_text(encoding="utf-8")), **values}), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,20 +186,24 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocked())
 from dagster_project.__main__ import main
-for arguments in (["check", "a.jsonl"], ["check", "a.jsonl", "--json", "--against", "b.jsonl", "--report", "a.html", "--base-model", sys.argv[1]],
-                  ["check", "a.jsonl", "--show", "1", "--base-model", sys.argv[1]], ["check", "a.jsonl", "--show", "1", "--template", "chatml"]):
-    assert main(arguments) == 0
+model = ["--base-model", sys.argv[1]]
+for arguments in ([], ["--json", "--against", "b.jsonl", "--report", "a.html", *model], ["--show", "1", *model],
+                  ["--show", "1", "--template", "chatml"]):
+    assert main(["check", "a.jsonl", *arguments]) == 0
 assert not {{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}}}
 """
 
 
 def test_a_check_works_where_torch_dagster_and_dvc_are_not_installed(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Where is my garden kite?", "output": "It is on its way to you."}) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"instruction": "Where is my garden kite?", "output": "It is on its way to you."}) + "\n"
+    )
     (tmp_path / "b.jsonl").write_text(
         json.dumps({"key": 1, "prompt": "Write no commas.", "instruction_id_list": ["x"], "kwargs": [{}]}) + "\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, str(tiny_model)], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+        [sys.executable, "-c", BLOCKED, str(tiny_model)], cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""requirements.lock fits pyproject.toml and any index; every library that the code imports has a place in the core or in an extra."""
+"""requirements.lock fits pyproject.toml and any index; every library that the
+code imports has a place in the core or in an extra."""
 
 from __future__ import annotations
 
@@ -64,8 +65,12 @@ def test_every_line_is_one_exact_version_without_address_index_or_build() -> Non
         assert re.fullmatch(r"[\w.-]+==[\w.]+(?: ; [^#@]+)?", line), line
     assert len(LINES) > 250
     names = Counter(canonicalize_name(line.partition("==")[0]) for line in LINES)
-    assert all(";" in line for line in LINES if names[canonicalize_name(line.partition("==")[0])] > 1), "two versions of one Python"
-    assert not [name for name in LOCKED if name.startswith(("nvidia", "cuda", "triton"))], "each build of torch requires its own"
+    assert all(";" in line for line in LINES if names[canonicalize_name(line.partition("==")[0])] > 1), (
+        "two versions of one Python"
+    )
+    assert not [name for name in LOCKED if name.startswith(("nvidia", "cuda", "triton"))], (
+        "each build of torch requires its own"
+    )
 
 
 def test_libraries_that_decide_results_have_upper_bounds() -> None:
@@ -130,9 +135,13 @@ def test_no_text_installs_the_other_project_named_pedigree() -> None:
     install = "pip " + "install"
     wrong = re.compile(rf"{install}[^\n]*?(?<![\w/.-])pedigree(?![\w/.-])|(?<![\w/.-])pedigree\[[a-z]")
     assert (
-        wrong.search(f"{install} pedigree") and wrong.search("'pedigree" + "[gpu]'") and not wrong.search(f"{install} 'pedigree-llm[gpu]'")
+        wrong.search(f"{install} pedigree")
+        and wrong.search("'pedigree" + "[gpu]'")
+        and not wrong.search(f"{install} 'pedigree-llm[gpu]'")
     )
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in files.splitlines():
         content = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
         assert not (found := wrong.search(content.decode(errors="replace"))), f"{name}: {found and found.group()}"
@@ -140,7 +149,10 @@ def test_no_text_installs_the_other_project_named_pedigree() -> None:
 
 def test_hydra_is_not_final_yet() -> None:
     pin = {name: Version(next(iter(LOCKED[name].specifier)).version) for name in ("hydra-core", "omegaconf")}
-    message = "is final: require it in pyproject.toml without `rc`, and see whether DVC and Dagster now agree without the three lines"
+    message = (
+        "is final: require it in pyproject.toml without `rc`, and see whether DVC and Dagster now agree without the"
+        " three lines"
+    )
     for name, locked in pin.items():
         for version in (locked, Version(distribution(name).version)):
             assert version.is_prerelease, f"{name} {version} {message}"

@@ -1,4 +1,5 @@
-"""The machine is recorded where floating-point numbers are computed; data stages do not depend on it, and trainings within bounds."""
+"""The machine is recorded where floating-point numbers are computed; data
+stages do not depend on it, and trainings within bounds."""
 
 from __future__ import annotations
 
@@ -49,7 +50,11 @@ print(json.dumps(machine()))
 def ask(**environment: str) -> tuple[dict[str, Any], str]:
     """The machine as a process of its own records it, and the instruction set that oneDNN prints there."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK], env={**os.environ, "ONEDNN_VERBOSE": "1", **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ASK],
+        env={**os.environ, "ONEDNN_VERBOSE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     *lines, document = done.stdout.splitlines()
     return json.loads(document), next(line.partition("isa:")[2] for line in lines if "isa:" in line)
@@ -57,7 +62,8 @@ def ask(**environment: str) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's instruction sets of x86")
 @pytest.mark.parametrize(
-    "limit", ["", *(pytest.param(name, marks=pytest.mark.long) for name in ("SSE41", "avx2", "AVX512_CORE_BF16", "UNKNOWN"))]
+    "limit",
+    ["", *(pytest.param(name, marks=pytest.mark.long) for name in ("SSE41", "avx2", "AVX512_CORE_BF16", "UNKNOWN"))],
 )
 def test_the_instruction_set_is_the_one_that_onednn_says_it_uses(limit: str) -> None:
     recorded, printed = ask(ONEDNN_MAX_CPU_ISA=limit)
@@ -74,7 +80,8 @@ def test_the_record_has_no_host_name_path_or_time_and_is_the_same_each_time() ->
     first = machine()
     assert first == machine() == json.loads(json.dumps(first))
     assert set(first) - {"limits", "cuda"} == {
-        "cpu", "architecture", "vendor", "flags", "caches", "instruction_set", "threads", "torch", "libraries", "packages",
+        "cpu", "architecture", "vendor", "flags", "caches", "instruction_set", "threads", "torch", "libraries",
+        "packages",
     }  # fmt: skip
     text = json.dumps(first)
     assert platform.node() not in text and "/" not in text and str(Path.home()) not in text
@@ -93,8 +100,12 @@ def test_the_machine_is_in_the_report_of_each_stage_that_computes_with_floats_an
             assert "instruction_set" not in path.read_text(), path
 
 
-def test_a_cache_whose_size_the_firmware_does_not_state_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, facts in enumerate(({"level": "1", "type": "Data"}, {"level": "2", "type": "Unified", "size": "512K"}, {})):
+def test_a_cache_whose_size_the_firmware_does_not_state_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, facts in enumerate(
+        ({"level": "1", "type": "Data"}, {"level": "2", "type": "Unified", "size": "512K"}, {})
+    ):
         (tmp_path / f"index{number}").mkdir()
         for name, value in facts.items():
             (tmp_path / f"index{number}" / name).write_text(f"{value}\n")
@@ -103,7 +114,9 @@ def test_a_cache_whose_size_the_firmware_does_not_state_is_left_out(tmp_path: Pa
 
 
 def test_the_hash_of_the_environment_is_that_of_the_names_and_versions_that_pip_lists() -> None:
-    listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+    ).stdout
     lines = sorted({f"{canonicalize_name(one['name'])}=={one['version']}\n" for one in json.loads(listed)})
     assert packages() == hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -138,7 +151,8 @@ FORCED = {
     "NUMBA_CPU_NAME": "generic",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX512F",
 }
-"""Another instruction set for every library that computes: torch, oneDNN, numpy with its BLAS, Arrow, numba and the C library."""
+"""Another instruction set for every library that computes: torch, oneDNN, numpy
+with its BLAS, Arrow, numba and the C library."""
 
 
 def verified(root: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, Any]]:
@@ -156,7 +170,15 @@ def test_data_stages_give_the_same_bytes_with_another_instruction_set(finished: 
         code, document = verified(finished, *arguments, **FORCED)
         assert (code, document["verdict"], document["differences"]) == (0, "identical", [])
         checked |= set(document["stages"])
-    assert checked == {"base_model", "raw_examples", "instructions", "splits", "tokenized", "raw_preferences", "preferences"}
+    assert checked == {
+        "base_model",
+        "raw_examples",
+        "instructions",
+        "splits",
+        "tokenized",
+        "raw_preferences",
+        "preferences",
+    }
 
 
 @pytest.mark.long
@@ -167,7 +189,9 @@ def test_a_training_on_another_instruction_set_is_elsewhere_and_a_tampered_one_i
     assert (code, document["verdict"], document["machine"]["same_kind"]) == (0, "elsewhere", False)
     assert document["machine"]["now"]["instruction_set"] == {"torch": "DEFAULT", "onednn": "SSE41"}
     listed = document["stages"]["adapter@lora"]["deviations"]
-    assert {"update", "number"} <= {one["measure"] for one in listed} and all(0 < one["value"] <= one["bound"] for one in listed)
+    assert {"update", "number"} <= {one["measure"] for one in listed} and all(
+        0 < one["value"] <= one["bound"] for one in listed
+    )
 
     weights = load_file(finished / "data/adapter/lora/adapter_model.safetensors")
     changed = next(name for name in weights if "lora_B" in name)
@@ -188,7 +212,10 @@ def test_a_report_without_a_machine_is_verified_as_before(finished: Path) -> Non
     write_json(report, {key: value for key, value in json.loads(report.read_text()).items() if key != "machine"})
     assert dvc(finished, "commit", "-f", "adapter@lora").returncode == 0
     code, document = verified(finished, "adapter@lora")
-    assert (code, document["verdict"]) == (0, "identical")  # the reproduced report has a machine, and nothing else that is new
+    assert (code, document["verdict"]) == (
+        0,
+        "identical",
+    )  # the reproduced report has a machine, and nothing else that is new
     assert document["machine"]["recorded"] is None and document["machine"]["same_kind"] is None
     code, document = verified(finished, "adapter@lora", **FORCED)
     assert (code, document["verdict"]) == (1, "different")
@@ -198,10 +225,14 @@ def test_a_report_without_a_machine_is_verified_as_before(finished: Path) -> Non
 def test_the_name_of_a_processor_makes_no_other_kind() -> None:
     one = {"cpu": "A", "vendor": "V", "flags": ["avx", "avx2"], "instruction_set": {"torch": "AVX2", "onednn": "AVX2"}}
     assert compared(one, {**one, "cpu": "B"})["same_kind"] is True
-    assert compared({**one, "packages": "1"}, {**one, "packages": "2"})["same_kind"] is True, "few packages change a result"
+    assert compared({**one, "packages": "1"}, {**one, "packages": "2"})["same_kind"] is True, (
+        "few packages change a result"
+    )
     assert compared(one, {**one, "flags": ["avx", "fma"]})["same_kind"] is False
     assert compared(one, None)["same_kind"] is None
-    assert list(differences(one, {**one, "flags": ["avx", "fma"], "instruction_set": {"torch": "AVX2", "onednn": "AVX"}})) == [
+    assert list(
+        differences(one, {**one, "flags": ["avx", "fma"], "instruction_set": {"torch": "AVX2", "onednn": "AVX"}})
+    ) == [
         "machine.flags: without avx2 now, with fma now",
         "machine.instruction_set.onednn: AVX2 then, AVX now",
     ]
@@ -240,7 +271,11 @@ def test_whole_models_are_compared_by_what_they_learned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_no_number_is_within_no_bound(tmp_path: Path, value: float) -> None:
-    found = measured(tmp_path, "m.safetensors", lambda path, made: save_file({"w": torch.tensor([1.0, value if made else 2.0])}, path))
+    found = measured(
+        tmp_path,
+        "m.safetensors",
+        lambda path, made: save_file({"w": torch.tensor([1.0, value if made else 2.0])}, path),
+    )
     assert found["weight"] == float("inf")
 
 
@@ -253,14 +288,20 @@ def test_a_weight_that_is_no_number_is_within_no_bound(tmp_path: Path, value: fl
         ({"a": 1.0, "a_interval": [1.0, 1.0]}, {"a": 0.9, "a_interval": [0.8, 1.0]}, {"number": 0.1}),
         ({"steps": 8}, {"steps": 9}, {"equal": float("inf")}),
         ({"settings": {"learning_rate": 0.1}}, {"settings": {"learning_rate": 0.2}}, {"equal": float("inf")}),
-        ({"versions": {"torch": "2"}, "checks": {"c": {"passed": True, "note": "1"}}}, {"versions": {}, "checks": {"c": {"passed": True, "note": "2"}}}, {}),
+        (
+            {"versions": {"torch": "2"}, "checks": {"c": {"passed": True, "note": "1"}}},
+            {"versions": {}, "checks": {"c": {"passed": True, "note": "2"}}},
+            {},
+        ),
         ({"checks": {"c": {"passed": True}}}, {"checks": {"c": {"passed": False}}}, {"equal": float("inf")}),
     ],
-)  # fmt: skip
+)
 def test_numbers_of_a_document_are_measured_and_its_parameters_must_be_equal(
     tmp_path: Path, recorded: Any, made: Any, expected: dict[str, float]
 ) -> None:
-    assert measured(tmp_path, "a.json", lambda path, new: path.write_text(json.dumps(made if new else recorded))) == pytest.approx(expected)
+    assert measured(
+        tmp_path, "a.json", lambda path, new: path.write_text(json.dumps(made if new else recorded))
+    ) == pytest.approx(expected)
 
 
 def test_answers_are_counted_and_the_numbers_of_the_others_measured(tmp_path: Path) -> None:

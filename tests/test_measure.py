@@ -1,4 +1,5 @@
-"""Every system answers the same examples, as a task or in free text, and custom metrics are reported with the others."""
+"""Every system answers the same examples, as a task or in free text, and custom
+metrics are reported with the others."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ from dagster_project.core.words import split_words
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import prompted
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, thirds, turn_key
+from dagster_project.evaluation.evaluator import (
+    EvaluatedModel,
+    Settings,
+    result_rows,
+    select_questions,
+    slices,
+    thirds,
+    turn_key,
+)
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import Task, perplexity_interval
 from dagster_project.evaluation.paired.bootstrap import difference, rate
@@ -40,7 +49,14 @@ def record(question: str, answer: str, category: str | None = None, meta: str | 
         {"role": "assistant", "content": answer}
     ]  # fmt: skip
     identity = example_id(messages)
-    return {"example_id": identity, "source": "s", "messages": messages, "category": category, "group_id": identity, "meta": meta}
+    return {
+        "example_id": identity,
+        "source": "s",
+        "messages": messages,
+        "category": category,
+        "group_id": identity,
+        "meta": meta,
+    }
 
 
 FREE = [record(f"question {i} {'about it ' * (i % 5)}", f"answer {i}, please", "ab"[i % 2]) for i in range(12)]
@@ -50,7 +66,11 @@ JSON = [record(f"{kind} number {i}", json.dumps({"category": kind})) for i in ra
 def test_the_examples_asked_are_chosen_by_content_and_answers_to_the_task_go_first() -> None:
     few = Settings(max_examples=5)
     task, chosen = select_questions(FREE, few)
-    assert task is None and [r["example_id"] for r in chosen] == [r["example_id"] for r in FREE if r in chosen] and len(chosen) == 5
+    assert (
+        task is None
+        and [r["example_id"] for r in chosen] == [r["example_id"] for r in FREE if r in chosen]
+        and len(chosen) == 5
+    )
     assert {r["example_id"] for r in select_questions(FREE[::-1], few)[1]} == {r["example_id"] for r in chosen}
     assert select_questions([*FREE, *JSON], Settings(task=TASK)) == (TASK, JSON)
     assert select_questions(FREE, Settings(task=TASK)) == (None, FREE)
@@ -64,7 +84,9 @@ def test_plain_text_gives_no_questions() -> None:
 def test_texts_without_a_prompt_are_no_questions_of_a_task() -> None:
     task = FinalAnswer(final_answer="number")
     text = record("", "It was 1999.", meta='{"kind": "text"}')
-    unprompted = record("", "It was 1999.") | {"messages": [{"role": "system", "content": "Count."}, {"role": "assistant", "content": "3"}]}
+    unprompted = record("", "It was 1999.") | {
+        "messages": [{"role": "system", "content": "Count."}, {"role": "assistant", "content": "3"}]
+    }
     assert select_questions([text, unprompted, *FREE], Settings(task=task)) == (task, FREE)
     assert select_questions([text], Settings(task=task)) == (None, [])
 
@@ -72,7 +94,12 @@ def test_texts_without_a_prompt_are_no_questions_of_a_task() -> None:
 def test_slices_add_up_to_the_whole() -> None:
     likelihoods = [(float(i), 2) for i in range(12)]
     found = slices(FREE, likelihoods, "rouge_l", {r["example_id"]: float(i % 2) for i, r in enumerate(FREE[:9])})
-    assert found["by_category"]["a"] == {"n": 6, "perplexity": pytest.approx(2.7183**2.5, abs=1e-2), "answered": 5, "rouge_l": 0.0}
+    assert found["by_category"]["a"] == {
+        "n": 6,
+        "perplexity": pytest.approx(2.7183**2.5, abs=1e-2),
+        "answered": 5,
+        "rouge_l": 0.0,
+    }
     assert found["by_category"]["b"]["rouge_l"] == 1.0
     for grouping in found.values():
         assert (sum(s["n"] for s in grouping.values()), sum(s["answered"] for s in grouping.values())) == (12, 9)
@@ -107,7 +134,11 @@ def test_near_copies_narrow_no_interval() -> None:
     """Four near-copies of each question, answered alike, say as much as one."""
     answers = [Answer(record["messages"][-1]["content"] if i % 3 else "x") for i, record in enumerate(FREE)]
     one = Scoring(FREE, None, {})
-    grouped = [record | {"example_id": f"{record['example_id']}{k}", "group_id": record["example_id"]} for record in FREE for k in range(4)]
+    grouped = [
+        record | {"example_id": f"{record['example_id']}{k}", "group_id": record["example_id"]}
+        for record in FREE
+        for k in range(4)
+    ]
     four = Scoring(grouped, None, {})
     repeated = [answer for answer in answers for _ in range(4)]
     assert four.score(repeated) == one.score(answers) | {"n": 4 * len(FREE)}
@@ -116,7 +147,12 @@ def test_near_copies_narrow_no_interval() -> None:
     assert difference(rate, ours, theirs) == same
     likelihoods = [(float(i), 2) for i in range(12)]
     apart = perplexity_interval(likelihoods, [str(i) for i in range(12)])
-    assert perplexity_interval([one for one in likelihoods for _ in range(4)], [str(i) for i in range(12) for _ in range(4)]) == apart
+    assert (
+        perplexity_interval(
+            [one for one in likelihoods for _ in range(4)], [str(i) for i in range(12) for _ in range(4)]
+        )
+        == apart
+    )
 
 
 def test_a_constant_measure_is_found_where_examples_have_several_near_copies() -> None:
@@ -146,8 +182,14 @@ def test_lengths_are_named_with_the_edges_of_their_third() -> None:
 
 def test_prompts_in_scripts_without_spaces_have_lengths_in_characters() -> None:
     rows = [record("重启" * n, "a", "c") for n in (1, 2, 30)]
-    assert list(slices(rows, [], "accuracy", {})["by_prompt_words"]) == ["long, 5 and more", "medium, 3 to 4", "short, up to 2"]
-    assert [len(split_words(text)) for text in ("Where is it, now?\n", "설정을 바꾸세요", "รีเซ็ต", "在 Linux 上", "")] == [4, 2, 6, 3, 0]
+    assert list(slices(rows, [], "accuracy", {})["by_prompt_words"]) == [
+        "long, 5 and more",
+        "medium, 3 to 4",
+        "short, up to 2",
+    ]
+    assert [
+        len(split_words(text)) for text in ("Where is it, now?\n", "설정을 바꾸세요", "รีเซ็ต", "在 Linux 上", "")
+    ] == [4, 2, 6, 3, 0]
 
 
 def put(root: Path, content: str) -> Path:
@@ -166,7 +208,11 @@ def test_a_custom_metric_is_the_mean_of_its_function(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tone.polite", "import nothing_like_it", "data/metrics/tone.py fails: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        (
+            "tone.polite",
+            "import nothing_like_it",
+            "data/metrics/tone.py fails: ModuleNotFoundError: No module named 'nothing_like_it'",
+        ),
         ("tone.polite", "raise SystemExit(0)", "data/metrics/tone.py fails: SystemExit: 0"),
         ("tone.polite", "def polite(:", "data/metrics/tone.py fails: SyntaxError"),
         ("tone.polte", TONE, "data/metrics/tone.py has no function 'polte'"),
@@ -178,12 +224,26 @@ def test_a_custom_metric_is_the_mean_of_its_function(tmp_path: Path) -> None:
             "def polite(r, a): return 'very'",
             "tone.polite returns 'very', which is not a finite number; for the answer 'said'",
         ),
-        ("tone.polite", "def polite(r, a): return float('nan')", "tone.polite returns nan, which is not a finite number"),
-        ("tone.polite", "def polite(r, a): return 10**400", "tone.polite fails: OverflowError: int too large to convert to float"),
-        ("tone.polite", "def polite(r, a): return 1 / 0", "tone.polite fails: ZeroDivisionError: division by zero; for the answer 'said'"),
+        (
+            "tone.polite",
+            "def polite(r, a): return float('nan')",
+            "tone.polite returns nan, which is not a finite number",
+        ),
+        (
+            "tone.polite",
+            "def polite(r, a): return 10**400",
+            "tone.polite fails: OverflowError: int too large to convert to float",
+        ),
+        (
+            "tone.polite",
+            "def polite(r, a): return 1 / 0",
+            "tone.polite fails: ZeroDivisionError: division by zero; for the answer 'said'",
+        ),
     ],
 )
-def test_a_custom_metric_that_fails_to_load_is_one_message(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_a_custom_metric_that_fails_to_load_is_one_message(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError) as caught:
         custom_measures(put(tmp_path, content), [name])[name].statistics(["wanted"], ["said"])
     assert message in caught.value.what and caught.value.hint
@@ -198,15 +258,28 @@ def test_a_custom_metric_outside_the_project_is_refused(tmp_path: Path) -> None:
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
-def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
-    settings = Settings(max_new_tokens=3, batch_size=4, metrics=["tone.polite"], max_examples=4, benchmarks=["sums.jsonl"])
+def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_bytes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        max_new_tokens=3, batch_size=4, metrics=["tone.polite"], max_examples=4, benchmarks=["sums.jsonl"]
+    )
     runs = [put(tmp_path / name, TONE) for name in ("a", "b")]
     for root in runs:
         rows = [
-            {"question": f"{n} and {n}?", "choices": [str(n), str(2 * n)], "answer": 1, "subject": "even" if n % 2 else "odd"}
+            {
+                "question": f"{n} and {n}?",
+                "choices": [str(n), str(2 * n)],
+                "answer": 1,
+                "subject": "even" if n % 2 else "odd",
+            }
             for n in range(1, 5)
         ]
         (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -218,9 +291,14 @@ def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_byt
     assert {"rouge_l", "exact_match", "bleu", "chrf", "perplexity_interval"} < report["one"].keys()
     assert report["compared"]["one"]["to"].keys() == {"zero_shot", "few_shot", "retrieved", "two"}
     assert report["compared"]["one"]["to"]["zero_shot"].keys() == {"rouge_l", "exact_match", "chrf", "tone.polite"}
-    assert report["compared"]["one"]["to"]["zero_shot"]["chrf"] == {"difference": 0, "interval": [0, 0]}, "it is the same model"
+    assert report["compared"]["one"]["to"]["zero_shot"]["chrf"] == {"difference": 0, "interval": [0, 0]}, (
+        "it is the same model"
+    )
     assert report["board"].startswith("| 4 test examples | ROUGE-L | 95 % interval | exact match | prompt tokens |")
-    assert "Nothing can be concluded from 4 test examples" in report["board"] and "Tuning one shows no sure gain: " in report["board"]
+    assert (
+        "Nothing can be concluded from 4 test examples" in report["board"]
+        and "Tuning one shows no sure gain: " in report["board"]
+    )
     kept = report["compared"]["one"]["retention"]
     assert {name: (found["questions"], found["gold_log_likelihood"]["difference"]) for name, found in kept.items()} == {
         "overall": (4, 0), "even": (2, 0), "odd": (2, 0),
@@ -230,7 +308,8 @@ def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_byt
 
 def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path, tmp_path: Path) -> None:
     [one, five] = [
-        evaluate(tmp_path / str(n), tiny_model, Settings(task=TASK, max_new_tokens=3, batch_size=n), JSON[:5], JSON[5:]) for n in (1, 5)
+        evaluate(tmp_path / str(n), tiny_model, Settings(task=TASK, max_new_tokens=3, batch_size=n), JSON[:5], JSON[5:])
+        for n in (1, 5)
     ]
     assert one["baselines"].keys() == {
         "base", "zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved", "tfidf_logistic",
@@ -245,7 +324,9 @@ def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path,
 
 def test_models_are_scored_in_the_format_of_the_evaluation_or_else_of_the_computation(tiny_model: Path) -> None:
     other = COMPUTE.model_copy(update={"dtype": "bfloat16"})
-    found = [EvaluatedModel(tiny_model, other, Settings(dtype=dtype)).model.dtype for dtype in (None, "bfloat16", "float32")]
+    found = [
+        EvaluatedModel(tiny_model, other, Settings(dtype=dtype)).model.dtype for dtype in (None, "bfloat16", "float32")
+    ]
     assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
     with pytest.raises(InputError, match=r"evaluation\.dtype"):
         parse(Settings, {"dtype": "float16"}, "evaluation")
@@ -254,7 +335,9 @@ def test_models_are_scored_in_the_format_of_the_evaluation_or_else_of_the_comput
     assert on_another_machine["bound"] == BOUNDS["evaluation", "float32"]["answers"]
 
 
-def test_a_baseline_whose_prompts_the_template_refuses_is_left_out(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_baseline_whose_prompts_the_template_refuses_is_left_out(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = EvaluatedModel(tiny_model, COMPUTE, Settings())
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     model.tokenizer.chat_template = refusal + model.tokenizer.chat_template  # as Gemma 2
@@ -280,13 +363,17 @@ def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_p
     with pytest.raises(InputError, match=r"b\.jsonl:0 is unlabelled"):
         baselines.produce(tmp_path, baselines.Params(), settings, COMPUTE, nowhere, tmp_path, tmp_path / "out")
     with pytest.raises(InputError, match=r"b\.jsonl:0 is unlabelled"):
-        evaluation.produce(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, tmp_path / "out", tmp_path / "one.csv")
+        evaluation.produce(
+            tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, tmp_path / "out", tmp_path / "one.csv"
+        )
 
 
 def test_an_empty_test_split_gives_empty_baselines(tiny_model: Path, tmp_path: Path) -> None:
     for split, rows in (("train", JSON), ("test", [])):
         write_records(tmp_path / split, rows)
-    found = baselines.produce(tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out")
+    found = baselines.produce(
+        tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out"
+    )
     assert found.metrics == {"base": {}} and read_table(tmp_path / "out/results.parquet") == []
 
 

@@ -19,13 +19,15 @@ from dagster_project.training.methods.build import build, peft_config, save_adap
 
 
 def make_adapter(tiny_model: Path, folder: Path, size: float) -> Path:
-    """A LoRA adapter with random lora_B of a standard deviation, as training would leave it; 0 is an adapter that was never trained."""
+    """A LoRA adapter with random lora_B of a standard deviation, as training
+    would leave it; 0 is an adapter that was never trained."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model), peft_config("lora", {"target_modules": "all-linear"}, "adapter.x")
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        peft_config("lora", {"target_modules": "all-linear"}, "adapter.x"),
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -35,7 +37,9 @@ def make_adapter(tiny_model: Path, folder: Path, size: float) -> Path:
 
 
 @pytest.mark.parametrize(("size", "passes"), [(0.3, True), (0.0, False)], ids=["trained", "untrained"])
-def test_a_merge_passes_only_with_an_adapter_that_changes_something(tiny_model: Path, tmp_path: Path, size: float, passes: bool) -> None:
+def test_a_merge_passes_only_with_an_adapter_that_changes_something(
+    tiny_model: Path, tmp_path: Path, size: float, passes: bool
+) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", size)
     report = merged.produce(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
     assert {check.name: check.passed for check in report.checks} == {"merge_is_equal": passes}
@@ -58,8 +62,11 @@ def test_the_merged_model_loads_by_itself_and_answers_like_base_plus_adapter(tin
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_trained_rows_of_tokens_that_are_in_no_probe_are_compared(tiny_model: Path, tmp_path: Path, merge: bool) -> None:
-    """Where the output layer has a weight of its own, rows of the word embeddings act only on texts with these tokens."""
+def test_trained_rows_of_tokens_that_are_in_no_probe_are_compared(
+    tiny_model: Path, tmp_path: Path, merge: bool
+) -> None:
+    """Where the output layer has a weight of its own, rows of the word
+    embeddings act only on texts with these tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -67,7 +74,9 @@ def test_trained_rows_of_tokens_that_are_in_no_probe_are_compared(tiny_model: Pa
     config = AutoConfig.from_pretrained(tiny_model)
     config.tie_word_embeddings = False
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    prepared = build("trainable_tokens", {"token_indices": [1]}, base, torch.device("cpu"), torch.float32, "adapter.x", merge=merge)
+    prepared = build(
+        "trainable_tokens", {"token_indices": [1]}, base, torch.device("cpu"), torch.float32, "adapter.x", merge=merge
+    )
     for weight in prepared.model.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight.data)
@@ -98,15 +107,28 @@ def test_a_tuned_model_of_a_base_model_with_several_chat_templates_has_the_one_o
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_weights_that_the_base_model_keeps_in_float32_are_not_rounded(tiny_model: Path, tmp_path: Path, method: str) -> None:
-    """transformers keeps routers of mixtures of experts, and what it adds to their scores, in float32: in bfloat16, 5.001 and 5.009 are both 5."""
+def test_weights_that_the_base_model_keeps_in_float32_are_not_rounded(
+    tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    """transformers keeps routers of mixtures of experts, and what it adds to
+    their scores, in float32: in bfloat16, 5.001 and 5.009 are both 5."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    base, adapter, keys = tmp_path / "base", tmp_path / "adapter", {"n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    base = tmp_path / "base"
+    adapter = tmp_path / "adapter"
+    keys = {"n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    size = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    kind = AutoConfig.for_model("glm4_moe", **size, **keys, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    size = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+    }
+    kind = AutoConfig.for_model(
+        "glm4_moe", **size, **keys, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(kind).to(torch.bfloat16).save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -122,7 +144,9 @@ def test_weights_that_the_base_model_keeps_in_float32_are_not_rounded(tiny_model
     report = merged.produce(Compute(threads=1), base, adapter, out=tmp_path / "merged")
     assert report.failures == []
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
-    assert {name: weight.dtype for name, weight in after.items()} == {name: weight.dtype for name, weight in before.items()}
+    assert {name: weight.dtype for name, weight in after.items()} == {
+        name: weight.dtype for name, weight in before.items()
+    }
     routers = [name for name, weight in before.items() if weight.dtype == torch.float32]
     assert len(routers) == 2 and all(torch.equal(before[name], after[name]) for name in routers)
 
@@ -131,7 +155,8 @@ Array = np.ndarray[Any, Any]
 
 
 def cayley(packed: Array, size: int) -> Array:
-    """Blocks on the diagonal, each (I + Q)(I - Q)^-1 of a skew-symmetric Q, whose upper triangle is given (Qiu et al. 2023, section 3.3)."""
+    """Blocks on the diagonal, each (I + Q)(I - Q)^-1 of a skew-symmetric Q,
+    whose upper triangle is given (Qiu et al. 2023, section 3.3)."""
     whole = np.zeros((len(packed) * size, len(packed) * size))
     for i, upper in enumerate(packed):
         q = np.zeros((size, size))
@@ -154,20 +179,32 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Array, Callable[[str], Array
         {"r": 4, "use_rslora": True, "alpha_pattern": {"down_proj": 3}, "rank_pattern": {"k_proj": 9}},
         lambda w, of, down: w + (3 / 4**0.5 if down else 32 / 9**0.5) * of("lora_B.weight") @ of("lora_A.weight"),
     ),
-    "adalora": ({"init_r": 4, "target_r": 2}, lambda w, of, _: w + 32 / 4 * of("lora_B") @ (of("lora_E") * of("lora_A"))),
+    "adalora": (
+        {"init_r": 4, "target_r": 2},
+        lambda w, of, _: w + 32 / 4 * of("lora_B") @ (of("lora_E") * of("lora_A")),
+    ),
     "ia3": ({}, lambda w, of, _: w * of("ia3_l")),
-    "loha": ({"r": 4, "alpha": 6}, lambda w, of, _: w + 6 / 4 * (of("hada_w1_a") @ of("hada_w1_b")) * (of("hada_w2_a") @ of("hada_w2_b"))),
-    "lokr": ({"r": 2, "alpha": 6}, lambda w, of, _: w + 6 / 2 * np.kron(of("lokr_w1"), of("lokr_w2_a") @ of("lokr_w2_b"))),
+    "loha": (
+        {"r": 4, "alpha": 6},
+        lambda w, of, _: w + 6 / 4 * (of("hada_w1_a") @ of("hada_w1_b")) * (of("hada_w2_a") @ of("hada_w2_b")),
+    ),
+    "lokr": (
+        {"r": 2, "alpha": 6},
+        lambda w, of, _: w + 6 / 2 * np.kron(of("lokr_w1"), of("lokr_w2_a") @ of("lokr_w2_b")),
+    ),
     "vera": (
         {"r": 4},
         lambda w, of, _: (
-            w + (of("vera_lambda_b")[:, None] * of("/vera_B")[: len(w)]) @ (of("vera_lambda_d")[:, None] * of("/vera_A")[:, : w.shape[1]])
+            w
+            + (of("vera_lambda_b")[:, None] * of("/vera_B")[: len(w)])
+            @ (of("vera_lambda_d")[:, None] * of("/vera_A")[:, : w.shape[1]])
         ),
     ),
     "hra": ({"r": 4}, lambda w, of, _: w @ reflections(of("hra_u"))),
     "oft": ({"oft_block_size": 16, "use_cayley_neumann": False}, lambda w, of, _: w @ cayley(of("oft_R.weight"), 16)),
 }
-"""Method -> its keys, and the weight after the merge, from the one before, the adapter's weights by name, and whether it is down_proj."""
+"""Method -> its keys, and the weight after the merge, from the one before, the
+adapter's weights by name, and whether it is down_proj."""
 
 
 def part_of(adapter: dict[str, Array], module: str, part: str) -> Array:
@@ -177,8 +214,11 @@ def part_of(adapter: dict[str, Array], module: str, part: str) -> Array:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", FORMULAS)
-def test_the_merged_weights_are_those_of_the_paper(method: str, dtype: torch.dtype, tiny_model: Path, tmp_path: Path) -> None:
-    """Computed in float64 from the files, without PEFT, for weights with more columns than rows; everything else is unchanged."""
+def test_the_merged_weights_are_those_of_the_paper(
+    method: str, dtype: torch.dtype, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Computed in float64 from the files, without PEFT, for weights with more
+    columns than rows; everything else is unchanged."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -195,12 +235,19 @@ def test_the_merged_weights_are_those_of_the_paper(method: str, dtype: torch.dty
     report = merged.produce(Compute(threads=1), base, tmp_path / "adapter", out=tmp_path / "merged")
     assert not report.failures
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
-    adapter = {name: weight.double().numpy() for name, weight in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    adapter = {
+        name: weight.double().numpy()
+        for name, weight in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
+    }
     assert before.keys() == after.keys() and {weight.dtype for weight in after.values()} == {dtype}
     changed = [name for name, weight in before.items() if not torch.equal(weight, after[name])]
-    assert changed == sorted(f"model.layers.{i}.{module}.weight" for i in (0, 1) for module in ("mlp.down_proj", "self_attn.k_proj"))
+    assert changed == sorted(
+        f"model.layers.{i}.{module}.weight" for i in (0, 1) for module in ("mlp.down_proj", "self_attn.k_proj")
+    )
     for name in changed:
-        found = formula(before[name].double().numpy(), partial(part_of, adapter, name.removesuffix(".weight")), "down_proj" in name)
+        found = formula(
+            before[name].double().numpy(), partial(part_of, adapter, name.removesuffix(".weight")), "down_proj" in name
+        )
         # half a unit of the last place of bfloat16, and float32's rounding in between
         nearest = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
         np.testing.assert_allclose(after[name].double().numpy(), found, rtol=nearest, atol=2e-6)

@@ -1,4 +1,5 @@
-"""A variant that is merged of two others, in a project: made after them, evaluated, compared, released, audited and made again like any other."""
+"""A variant that is merged of two others, in a project: made after them,
+evaluated, compared, released, audited and made again like any other."""
 
 from __future__ import annotations
 
@@ -38,9 +39,14 @@ def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     refused = pedigree(finished, "run", "adapter@soup")
     assert refused.returncode == 2
     assert (
-        "dvc.yaml: adapter@soup does not read data/adapter/lora, data/adapter/other" in refused.stderr and "Traceback" not in refused.stderr
+        "dvc.yaml: adapter@soup does not read data/adapter/lora, data/adapter/other" in refused.stderr
+        and "Traceback" not in refused.stderr
     )
-    assert answer(finished, "pipeline")["adapters"]["soup"] == ["data/base_model", "data/adapter/lora", "data/adapter/other"]
+    assert answer(finished, "pipeline")["adapters"]["soup"] == [
+        "data/base_model",
+        "data/adapter/lora",
+        "data/adapter/other",
+    ]
     assert not {"adapter@lora", "merged@lora", "evaluation@lora", "aligned@dpo"} & stages_that_changed(finished)
 
     made = dvc(finished, "repro", "release")
@@ -50,7 +56,9 @@ def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     lock = YAML(typ="safe").load((finished / "dvc.lock").read_text())["stages"]
     read = {dep["path"]: dep["md5"] for dep in lock["adapter@soup"]["deps"] if dep["path"].startswith("data/")}
     assert read == {
-        one["outs"][0]["path"]: one["outs"][0]["md5"] for name in ("base_model", "adapter@lora", "adapter@other") for one in [lock[name]]
+        one["outs"][0]["path"]: one["outs"][0]["md5"]
+        for name in ("base_model", "adapter@lora", "adapter@other")
+        for one in [lock[name]]
     }
     assert (
         not (finished / "data/pages/adapter/soup/training.html").exists()
@@ -63,13 +71,22 @@ def test_a_merged_variant_is_a_variant_like_any_other(finished: Path) -> None:
     assert taken["soup"] == taken["lora"] + taken["other"]
     assert json.loads((finished / "data/release/release.json").read_text())["variant"] == "soup"
     assert "- merge of: lora 0.6, other 0.4" in (finished / "data/release/README.md").read_text()
-    evidence = {path.relative_to(finished / "data/release/audit").as_posix() for path in (finished / "data/release/audit").rglob("*.*")}
+    evidence = {
+        path.relative_to(finished / "data/release/audit").as_posix()
+        for path in (finished / "data/release/audit").rglob("*.*")
+    }
     kept = {f"adapter_{name}/{file}" for name in ("lora", "other") for file in ("training.json", "examples.parquet")}
     assert evidence == {"audit.json", "adapter_soup/training.json", *kept}
 
     audited = answer(finished, "audit", "release")
     parts = [answer(finished, "audit", f"adapter@{name}") for name in ("lora", "other")]
-    assert {one["stage"] for one in audited["parents"]} == {"base_model", "adapter@lora", "adapter@other", "adapter@soup", "merged@soup"}
+    assert {one["stage"] for one in audited["parents"]} == {
+        "base_model",
+        "adapter@lora",
+        "adapter@other",
+        "adapter@soup",
+        "merged@soup",
+    }
     seen = {(one["model"], one["example_id"]) for part in parts for one in part["records"]["list"]}
     assert {(one["model"], one["example_id"]) for one in audited["records"]["list"]} == seen and seen
     assert audited["parameters"]["adapter.soup"] == SOUP

@@ -31,7 +31,8 @@ MERGED = {"merge_of": {"a": 0.6, "b": 0.4}}
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the root of a clone, where data/base_model, which the adapters of the tests name, is another model once the pipeline has run."""
+    """Not in the root of a clone, where data/base_model, which the adapters of
+    the tests name, is another model once the pipeline has run."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -113,7 +114,8 @@ def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
 def of_factors(
     adapters: Path, weights: Mapping[str, float], combine: Callable[[list[np.ndarray], list[float]], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Changes by a method that combines the matrices A with each other, and the matrices B: each with the root of weight and scale."""
+    """Changes by a method that combines the matrices A with each other, and the
+    matrices B: each with the root of weight and scale."""
     found = {name: factors(adapters / name) for name in weights}
     merged = {}
     for module in found["a"]:
@@ -128,7 +130,9 @@ def test_linear_of_peft_adds_the_factors_so_that_it_is_far_from_the_weighted_sum
 ) -> None:
     weights = MERGED["merge_of"]
     report = merge(adapters, tiny_model, tmp_path / "soup", **MERGED, method="linear")
-    expected = of_factors(adapters, weights, lambda parts, roots: np.asarray(sum(r * p for r, p in zip(roots, parts, strict=True))))
+    expected = of_factors(
+        adapters, weights, lambda parts, roots: np.asarray(sum(r * p for r, p in zip(roots, parts, strict=True)))
+    )
     assert distance(changes(tmp_path / "soup"), expected) < 1e-6
     away = distance(changes(tmp_path / "soup"), weighted_sum(adapters, weights))
     assert away > 0.5
@@ -136,7 +140,8 @@ def test_linear_of_peft_adds_the_factors_so_that_it_is_far_from_the_weighted_sum
 
 
 def ties(parts: Sequence[np.ndarray], weights: Sequence[float], density: float, by_number: bool = False) -> np.ndarray:
-    """TIES-Merging (arXiv 2306.01708, algorithm 1): keep the largest values of each task, elect a sign for each value, and average those that have it."""
+    """TIES-Merging (arXiv 2306.01708, algorithm 1): keep the largest values of
+    each task, elect a sign for each value, and average those that have it."""
     trimmed = []
     for part in parts:
         kept = np.sort(np.abs(part).ravel())[::-1][: int(density * part.size)]
@@ -149,7 +154,9 @@ def ties(parts: Sequence[np.ndarray], weights: Sequence[float], density: float, 
 
 
 @pytest.mark.parametrize("by_number", [False, True], ids=["total", "frequency"])
-def test_ties_is_the_algorithm_of_the_paper_on_each_factor(adapters: Path, tiny_model: Path, tmp_path: Path, by_number: bool) -> None:
+def test_ties_is_the_algorithm_of_the_paper_on_each_factor(
+    adapters: Path, tiny_model: Path, tmp_path: Path, by_number: bool
+) -> None:
     keys = {"density": 0.4, **({"majority_sign_method": "frequency"} if by_number else {})}
     weights = {"a": 0.5, "b": 0.2, "patterned": 0.3}
     merge(adapters, tiny_model, tmp_path / "soup", merge_of=weights, method="ties", peft=keys)
@@ -170,7 +177,15 @@ def test_dare_keeps_about_the_given_share_of_the_values_scaled_up_and_draws_them
     adapters: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     def bytes_of(name: str, **given: Any) -> bytes:
-        merge(adapters, tiny_model, tmp_path / name, merge_of={"a": 1.0, "b": 1.0}, method="dare_linear", peft={"density": 0.25}, **given)
+        merge(
+            adapters,
+            tiny_model,
+            tmp_path / name,
+            merge_of={"a": 1.0, "b": 1.0},
+            method="dare_linear",
+            peft={"density": 0.25},
+            **given,
+        )
         return (tmp_path / name / "adapter_model.safetensors").read_bytes()
 
     assert bytes_of("one") == bytes_of("two") != bytes_of("other seed", seed=8)
@@ -194,7 +209,13 @@ def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_
         merge(adapters, tiny_model, tmp_path / name / "soup", **MERGED, method="ties_svd", peft={"density": 0.5})
     files = [{path.name: path.read_bytes() for path in (tmp_path / name / "soup").iterdir()} for name in ("one", "two")]
     assert files[0] == files[1]
-    assert {*files[0]} == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "method.json", "training.json"}
+    assert {*files[0]} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "method.json",
+        "training.json",
+    }
     document = json.loads(files[0]["training.json"])
     assert {name: one["weight"] for name, one in document["merge_of"].items()} == MERGED["merge_of"]
     assert (document["steps"], document["tokens"], document["trained_tokens"]) == (23, 2003, 203)  # of both trainings
@@ -202,12 +223,19 @@ def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_
     assert [check.passed for check in report.checks] == [True]
 
 
-def test_adapters_of_a_quantized_model_give_one_that_says_so_and_one_can_stay_separate(tiny_model: Path, tmp_path: Path) -> None:
+def test_adapters_of_a_quantized_model_give_one_that_says_so_and_one_can_stay_separate(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         make_adapter(tiny_model, tmp_path / "adapter" / name, seed, "qlora", quantization="nf4")
     merge(tmp_path / "adapter", tiny_model, tmp_path / "soup", **MERGED, merge=False)
     record = json.loads((tmp_path / "soup/method.json").read_text())
-    assert record == {"method": "lora", "quantization": "nf4", "merge": False, "why_not": "params.yaml says merge: false"}
+    assert record == {
+        "method": "lora",
+        "quantization": "nf4",
+        "merge": False,
+        "why_not": "params.yaml says merge: false",
+    }
     assert distance(changes(tmp_path / "soup"), weighted_sum(tmp_path / "adapter", MERGED["merge_of"])) < 1e-6
 
 
@@ -241,14 +269,18 @@ def test_the_order_of_the_adapters_in_params_yaml_which_dvc_does_not_compare_cha
 ) -> None:
     keys = {"method": method, "peft": {"density": 0.5} if method != "cat" else {}}
     orders = {"one": {"a": 0.6, "patterned": 0.4}, "two": {"patterned": 0.4, "a": 0.6}}
-    reports = {name: merge(adapters, tiny_model, tmp_path / name, merge_of=order, **keys) for name, order in orders.items()}
+    reports = {
+        name: merge(adapters, tiny_model, tmp_path / name, merge_of=order, **keys) for name, order in orders.items()
+    }
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in orders]
     assert files[0] == files[1]
     assert json.dumps(reports["one"].document()) == json.dumps(reports["two"].document())
     assert distance(changes(tmp_path / "two"), weighted_sum(adapters, orders["one"])) < 1e-6 or method != "cat"
 
 
-def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_check_fails_where_nothing_is_left_or_a_weight_is_not_finite(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     from shutil import copytree
 
     from safetensors.numpy import load_file, save_file
@@ -279,7 +311,10 @@ def test_cat_is_the_weighted_sum_also_where_the_adapters_nearly_cancel_and_anyth
     for name in weights:
         copytree(adapters / "a", own / name)
     noise, tensors = np.random.default_rng(0), load_file(own / "a/adapter_model.safetensors")
-    near = {name: (tensor * (1 + 1e-3 * noise.standard_normal(tensor.shape))).astype(np.float32) for name, tensor in tensors.items()}
+    near = {
+        name: (tensor * (1 + 1e-3 * noise.standard_normal(tensor.shape))).astype(np.float32)
+        for name, tensor in tensors.items()
+    }
     save_file(near, own / "b/adapter_model.safetensors")
     report = merge(own, tiny_model, tmp_path / "soup", merge_of=weights)
     assert report.checks[0].passed and report.metrics["distance_from_weighted_sum"] > 1e-5
@@ -318,7 +353,9 @@ def test_adapters_that_do_not_fit_together_are_refused_by_their_files(
         merge(own, tiny_model, tmp_path / "soup", **MERGED, method="linear")
 
 
-def test_another_base_model_chat_template_or_method_is_refused(adapters: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_another_base_model_chat_template_or_method_is_refused(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     from shutil import copytree
 
     own = tmp_path / "adapter"
@@ -362,7 +399,9 @@ LORA: dict[str, Any] = {"method": "lora", "peft": {"r": 4}}
         ({"b": {"method": "lora", "peft": {"r": 8}}, "soup": {**MERGED, "method": "linear"}}, "different r "),
     ],
 )  # fmt: skip
-def test_what_cannot_be_merged_is_refused_before_anything_runs(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_merged_is_refused_before_anything_runs(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     with pytest.raises(InputError, match=said):
         validate({"a": LORA, "b": LORA, "soup": MERGED, **change}, tmp_path)
 
@@ -376,27 +415,47 @@ def test_a_rank_may_differ_where_the_method_allows_it_and_merges_of_merges_are_a
     wide = {"method": "lora", "peft": {"r": 8}}
     validate({"a": LORA, "b": wide, "soup": MERGED}, tmp_path)
     validate({"a": {"method": "qlora"}, "b": {"method": "qlora"}, "soup": MERGED}, tmp_path)
-    validate({"a": LORA, "b": LORA, "c": LORA, "first": MERGED, "soup": {"merge_of": {"first": 0.5, "c": 0.5}}}, tmp_path)
+    validate(
+        {"a": LORA, "b": LORA, "c": LORA, "first": MERGED, "soup": {"merge_of": {"first": 0.5, "c": 0.5}}}, tmp_path
+    )
 
 
 def test_a_variant_rests_on_the_trainings_of_its_parts_and_on_their_checks() -> None:
     reports: dict[str, dict[str, Any]] = {
-        name: {} for name in ("splits", "adapter@a", "adapter@b", "adapter@c", "adapter@first", "adapter@soup", "merged@a", "merged@soup", "aligned@x")
-    }  # fmt: skip
-    reports["adapter@first"]["merge_of"], reports["adapter@soup"]["merge_of"] = {"a": 0.5, "b": 0.5}, {"first": 1.0, "a": 1.0}
+        name: {}
+        for name in (
+            "splits",
+            "adapter@a",
+            "adapter@b",
+            "adapter@c",
+            "adapter@first",
+            "adapter@soup",
+            "merged@a",
+            "merged@soup",
+            "aligned@x",
+        )
+    }
+    reports["adapter@first"]["merge_of"] = {"a": 0.5, "b": 0.5}
+    reports["adapter@soup"]["merge_of"] = {"first": 1.0, "a": 1.0}
     reports["aligned@x"] |= {"method": "dpo", "adapter": "soup"}
     parts = ["splits", "adapter@a", "adapter@b", "adapter@first", "adapter@soup", "merged@soup"]
     assert summary.chain("soup", reports) == parts
     assert summary.chain("x", reports) == [*parts, "aligned@x"]
     assert summary.chain("a", reports) == ["splits", "adapter@a", "merged@a"]
-    entries = {"a": None, "b": LORA, "first": {"merge_of": {"a": 1.0, "b": 1.0}}, "soup": {"merge_of": {"first": 1.0, "a": 1.0}}}
+    entries = {
+        "a": None,
+        "b": LORA,
+        "first": {"merge_of": {"a": 1.0, "b": 1.0}},
+        "soup": {"merge_of": {"first": 1.0, "a": 1.0}},
+    }
     trained = comparison._trainings("adapter", "soup", entries["soup"], entries)
     assert trained == ["adapter@a", "adapter@b", "adapter@first", "adapter@soup"]
     assert comparison._trainings("aligned", "x", {"adapter": "soup"}, entries) == [*trained, "merged@soup", "aligned@x"]
     assert comparison._trainings("adapter", "a", {}, entries) == ["adapter@a"]
 
 
-# ---- what dvc.yaml lists -----------------------------------------------------------------------------------------------------------------
+# ---- what dvc.yaml lists
+# -----------------------------------------------------------------------------------------------------------------
 
 TWO = {"a": LORA, "b": None, "soup": MERGED}
 
@@ -413,11 +472,15 @@ def test_the_pipeline_is_as_before_without_merged_adapters_and_lists_what_each_r
     assert listed(three, {"a": LORA}) == text
     before, after = (YAML(typ="safe").load(one)["stages"] for one in (text, written))
     assert {name for name in before if before[name] != after[name]} == {"adapter"}
-    assert {key for key in before["adapter"]["do"] if before["adapter"]["do"][key] != after["adapter"]["do"][key]} == {"deps"}
+    assert {key for key in before["adapter"]["do"] if before["adapter"]["do"][key] != after["adapter"]["do"][key]} == {
+        "deps"
+    }
     reads = {name: item["reads"] for name, item in after["adapter"]["foreach"].items()}
     assert reads["a"] == reads["b"] == [dep for dep in before["adapter"]["do"]["deps"] if dep.startswith("data/")]
     assert reads["soup"] == ["data/base_model", "data/adapter/a", "data/adapter/b"]
-    assert [*after["adapter"]["do"]["deps"][3:]] == [dep for dep in before["adapter"]["do"]["deps"] if not dep.startswith("data/")]
+    assert [*after["adapter"]["do"]["deps"][3:]] == [
+        dep for dep in before["adapter"]["do"]["deps"] if not dep.startswith("data/")
+    ]
 
 
 def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_it_is_written(tmp_path: Path) -> None:
@@ -437,7 +500,9 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     with pytest.raises(InputError, match=r"lists adapter\.soup, which params.yaml does not have"):
         validate({"a": LORA, "b": LORA}, tmp_path, "a")
     with pytest.raises(InputError, match="soup is merged of a, c, and its stage reads"):
-        validate({"a": LORA, "c": LORA, "b": LORA, "soup": {"merge_of": {"a": 1.0, "c": 1.0}}} | {}, _with(tmp_path, "c"))
+        validate(
+            {"a": LORA, "c": LORA, "b": LORA, "soup": {"merge_of": {"a": 1.0, "c": 1.0}}} | {}, _with(tmp_path, "c")
+        )
     with pytest.raises(InputError, match="soup is trained, and its stage reads"):
         validate({"a": LORA, "b": LORA, "soup": LORA}, _with(tmp_path))
     assert write({"a": LORA}) and (tmp_path / "dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
@@ -448,12 +513,20 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     [
         ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
         ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of soup"),
-        ({"a": LORA, "b": LORA, "soup": {"merge_of": ["a", "b"]}}, r"adapter\.soup\.merge_of: Input should be a valid dictionary"),
-        ({"a": LORA, "b, data/other": LORA, "soup": {"merge_of": {"a": 1.0, "b, data/other": 1.0}}}, "a variant's name may contain"),
+        (
+            {"a": LORA, "b": LORA, "soup": {"merge_of": ["a", "b"]}},
+            r"adapter\.soup\.merge_of: Input should be a valid dictionary",
+        ),
+        (
+            {"a": LORA, "b, data/other": LORA, "soup": {"merge_of": {"a": 1.0, "b, data/other": 1.0}}},
+            "a variant's name may contain",
+        ),
         ({}, "must name at least one variant"),
     ],
 )
-def test_a_wrong_entry_is_refused_before_it_is_written_into_the_pipeline(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+def test_a_wrong_entry_is_refused_before_it_is_written_into_the_pipeline(
+    tmp_path: Path, entries: dict[str, Any], said: str
+) -> None:
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     (tmp_path / "params.yaml").write_text(json.dumps({"adapter": entries}))
     with pytest.raises(InputError, match=said):
@@ -464,7 +537,8 @@ def test_a_wrong_entry_is_refused_before_it_is_written_into_the_pipeline(tmp_pat
 @pytest.mark.parametrize(
     "stage",
     [
-        "    foreach: ${adapter}\n    do:\n      deps:\n      - data/tokenized\n      - data/base_model\n",  # indented as DVC does it
+        # indented as DVC does it
+        "    foreach: ${adapter}\n    do:\n      deps:\n      - data/tokenized\n      - data/base_model\n",
         "    foreach: {a: 1, b: 2}\n    do:\n      deps: [data/tokenized]\n",
         "    matrix: {name: [a]}\n    do:\n      deps: [data/tokenized]\n",
         "    foreach: ${adapter}\n    do:\n      deps:\n",
@@ -498,7 +572,9 @@ def test_an_upgrade_of_a_project_with_an_installed_package_keeps_the_list(tmp_pa
     assert write_reads(tmp_path)["changed"]
     written = (tmp_path / "dvc.yaml").read_text()
     update = update_pipeline(tmp_path, code_lock.read(tmp_path))
-    assert (update.edited, update.redefined) == ([], []) and (tmp_path / "dvc.yaml").read_text() == written != pipeline_text()
+    assert (update.edited, update.redefined) == ([], []) and (
+        tmp_path / "dvc.yaml"
+    ).read_text() == written != pipeline_text()
     assert update.lock == code_lock.read(tmp_path)
     (tmp_path / "dvc.yaml").write_text(written.replace("meta: {group: 3_training", "meta: {group: own"))
     assert update_pipeline(tmp_path, code_lock.read(tmp_path)).edited  # by a person
@@ -515,5 +591,7 @@ def test_an_upgrade_that_was_interrupted_after_it_wrote_dvc_yaml_does_not_make_i
 
 def _with(root: Path, *more: str) -> Path:
     """A project whose pipeline lists a, b, more adapters and soup, which is merged of a and b."""
-    (root / "dvc.yaml").write_text(listed((ROOT / "dvc.yaml").read_text(), {"a": LORA, "b": LORA, **dict.fromkeys(more), "soup": MERGED}))
+    (root / "dvc.yaml").write_text(
+        listed((ROOT / "dvc.yaml").read_text(), {"a": LORA, "b": LORA, **dict.fromkeys(more), "soup": MERGED})
+    )
     return root

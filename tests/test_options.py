@@ -1,4 +1,5 @@
-"""Options of the command line: none is accepted and then without effect, and nothing is announced that does not happen."""
+"""Options of the command line: none is accepted and then without effect, and
+nothing is announced that does not happen."""
 
 from __future__ import annotations
 
@@ -32,9 +33,14 @@ def commands(of: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
 
 
 def test_every_option_that_names_a_file_refuses_an_empty_name() -> None:
-    """It would have the effect of no option, e.g. where a variable of a script is not set: `--policy ""` would check by the default policy."""
+    """It would have the effect of no option, e.g. where a variable of a script
+    is not set: `--policy ""` would check by the default policy."""
     actions = [action for command in commands(parser()) for action in command._actions if action.nargs in {None, "?"}]
-    files = [one for one in actions if NAMES_A_FILE.search(str(one.metavar)) and not REFUSED_LATER.intersection(one.option_strings)]
+    files = [
+        one
+        for one in actions
+        if NAMES_A_FILE.search(str(one.metavar)) and not REFUSED_LATER.intersection(one.option_strings)
+    ]
     assert len(files) > 20
     for one in files:
         assert callable(one.type), f"{one.option_strings} accepts an empty name"
@@ -61,7 +67,9 @@ def test_every_option_that_names_a_file_refuses_an_empty_name() -> None:
         "plan --model",
     ],
 )
-def test_an_empty_name_ends_with_exit_code_2(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_name_ends_with_exit_code_2(
+    arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*arguments.split(), "", "--project", str(tmp_path)])
     assert ended.value.code == 2 and "the name is empty" in capsys.readouterr().err and not [*tmp_path.iterdir()]
@@ -69,9 +77,19 @@ def test_an_empty_name_ends_with_exit_code_2(arguments: str, tmp_path: Path, cap
 
 @pytest.mark.parametrize(
     "arguments",
-    ["impact --containing", "impact --text", "impact --source", "erase --containing", "why release --prompt", "why release --answer", "chat --once",
-     "chat --system", "bisect release --expect x --prompt", "init --license"],
-)  # fmt: skip
+    [
+        "impact --containing",
+        "impact --text",
+        "impact --source",
+        "erase --containing",
+        "why release --prompt",
+        "why release --answer",
+        "chat --once",
+        "chat --system",
+        "bisect release --expect x --prompt",
+        "init --license",
+    ],
+)
 def test_a_text_that_is_not_utf8_is_refused(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No row contains such a text, so `impact` would answer no, whatever the same name in UTF-8 is in."""
     with pytest.raises(SystemExit) as ended:
@@ -94,7 +112,9 @@ def test_a_text_is_written_into_a_pipe_or_the_target_of_a_link_and_replaces_neit
     assert link.is_symlink() and target.read_text() == "the text"
 
 
-@pytest.mark.parametrize("command", ["export release --format spdx --issued", "audit release --as-of", "push release a/b --issued"])
+@pytest.mark.parametrize(
+    "command", ["export release --format spdx --issued", "audit release --as-of", "push release a/b --issued"]
+)
 def test_a_date_before_1970_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A year of three digits ended in a traceback of the library for SPDX."""
     with pytest.raises(SystemExit) as ended:
@@ -102,8 +122,12 @@ def test_a_date_before_1970_is_refused(command: str, tmp_path: Path, capsys: pyt
     assert ended.value.code == 2 and "before 1970" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", ["--endpoint http://127.0.0.1:9/v1", "--model m", "--key-env JUDGE_KEY", "--price 1 2"])
-def test_the_reward_model_as_judge_has_no_options_of_an_endpoint(more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "more", ["--endpoint http://127.0.0.1:9/v1", "--model m", "--key-env JUDGE_KEY", "--price 1 2"]
+)
+def test_the_reward_model_as_judge_has_no_options_of_an_endpoint(
+    more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "params.yaml").write_text("reward_model: {}")
     assert main(["judge", "--reward-model", *more.split(), "--project", str(tmp_path)]) == 2
@@ -114,7 +138,9 @@ def test_the_reward_model_as_judge_has_no_options_of_an_endpoint(more: str, tmp_
 def test_an_audit_of_an_exported_file_refuses_options_that_it_does_not_use(
     more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    header = json.dumps({"__metadata__": {"pedigree.model": "0" * 32 + ".dir", "pedigree.stage": "merged@lora"}}).encode()
+    header = json.dumps(
+        {"__metadata__": {"pedigree.model": "0" * 32 + ".dir", "pedigree.stage": "merged@lora"}}
+    ).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     exported = ["audit", str(tmp_path / "model.safetensors"), "--project", str(tmp_path)]
     assert main(exported) != 2, "without the option it is examined"
@@ -123,7 +149,9 @@ def test_an_audit_of_an_exported_file_refuses_options_that_it_does_not_use(
 
 
 @pytest.mark.parametrize("ports", ["--port 70000", "--port 3111 --pages-port 3111"])
-def test_addresses_of_the_ui_are_printed_only_if_its_ports_are_free(ports: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_addresses_of_the_ui_are_printed_only_if_its_ports_are_free(
+    ports: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "dvc.yaml").touch()
     assert main(["ui", *ports.split(), "--json", "--project", str(tmp_path)]) == 2
     assert "url" not in capsys.readouterr().out
@@ -138,14 +166,17 @@ def test_the_terminal_says_how_many_records_of_a_difference_it_leaves_out() -> N
     found = {"added": records(diff.SHOWN + 5), "removed": records(diff.SHOWN), "changed": [], "moved": []}
     shown = diff.as_text({"models": [model, model], "same": False, "records": found, "missing": [], **same})
     assert "more, which --json lists: 5 added\n" in shown + "\n"
-    assert "more, " not in diff.as_text({"models": [model, model], "same": False, "records": {**found, "added": []}, "missing": [], **same})
+    assert "more, " not in diff.as_text(
+        {"models": [model, model], "same": False, "records": {**found, "added": []}, "missing": [], **same}
+    )
 
 
 def test_the_terminal_says_how_many_matches_of_a_text_it_leaves_out() -> None:
     match = {"example_id": "0" * 32, "role": "user", "field": "content", "excerpt": "x"}
     looked = dict.fromkeys(("models", "data_sets", "rows", "commits", "commits_in_reflog", "cached_runs"), 0)
     answer = {
-        "asked": {"containing": "x"}, "verdict": "no", "records": [], "models": [], "unknown": [], "looked_at": looked, "unreadable": [],
+        "asked": {"containing": "x"}, "verdict": "no", "records": [], "models": [], "unknown": [], "looked_at": looked,
+        "unreadable": [],
         "shallow": False,
     }  # fmt: skip
     assert "3 more, which --json lists" in text.as_text({**answer, "matches": [match] * (text.SHOWN + 3)})
@@ -168,11 +199,16 @@ def test_what_a_function_of_the_user_prints_is_not_in_the_document_of_a_run(
     assert json.loads(written.out) == {"stage": "splits"} and "scoring" in written.err
 
 
-@pytest.mark.parametrize("arguments", ["audit x", "audit x --rev", "check", "check none.jsonl", "no-such-command", "sync --unknown"])
+@pytest.mark.parametrize(
+    "arguments", ["audit x", "audit x --rev", "check", "check none.jsonl", "no-such-command", "sync --unknown"]
+)
 def test_an_error_is_one_document_with_json(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bad input and wrong usage; stdout was empty, which no reader of JSON accepts."""
     for options, expected in (([], False), (["--json"], True)):
-        assert exit_code(*arguments.split(), *options, *(["--project", str(tmp_path)] if arguments == "audit x" else [])) == 2
+        assert (
+            exit_code(*arguments.split(), *options, *(["--project", str(tmp_path)] if arguments == "audit x" else []))
+            == 2
+        )
         said = capsys.readouterr()
         assert said.err.startswith("error: ") and bool(said.out) == expected
     document = json.loads(said.out)

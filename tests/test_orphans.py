@@ -32,9 +32,13 @@ DVC = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1
 
 @pytest.mark.parametrize("variable", ["DVC_STAGE", INNER])
 @pytest.mark.parametrize(("waits", "goes_on"), [("waits", False), ("", True)], ids=["DVC is killed first", "DVC runs"])
-def test_a_command_goes_on_only_while_its_starter_runs(tmp_path: Path, waits: str, goes_on: bool, variable: str) -> None:
+def test_a_command_goes_on_only_while_its_starter_runs(
+    tmp_path: Path, waits: str, goes_on: bool, variable: str
+) -> None:
     environment = {**os.environ, variable: "tok"}
-    dvc = subprocess.Popen([sys.executable, "-c", DVC, COMMAND, str(tmp_path), waits], env=environment, start_new_session=True)
+    dvc = subprocess.Popen(
+        [sys.executable, "-c", DVC, COMMAND, str(tmp_path), waits], env=environment, start_new_session=True
+    )
     while not (tmp_path / "began").is_file() or not (tmp_path / "began").read_text():
         assert dvc.poll() is None
         time.sleep(0.01)
@@ -58,7 +62,9 @@ time.sleep(600)
 def test_a_command_of_a_shell_ends_when_verify_is_killed() -> None:
     verify = "import subprocess, sys; subprocess.run(f'{sys.executable} -c \"$COMMAND\"; true', shell=True)"
     environment = {**os.environ, INNER: "1", "COMMAND": LONG_COMMAND}
-    starter = subprocess.Popen([sys.executable, "-c", verify], env=environment, start_new_session=True, stdout=subprocess.PIPE)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", verify], env=environment, start_new_session=True, stdout=subprocess.PIPE
+    )
     assert starter.stdout is not None
     with starter.stdout:
         assert starter.stdout.readline() == b"began\n"

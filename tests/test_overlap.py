@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from dagster_project.curation.similarity import _overlap_numba as compiled
 from dagster_project.curation.similarity import _overlap_python as plain
 from dagster_project.curation.similarity import overlap, rounds
-from dagster_project.curation.similarity.overlap import RARE, Pair, clusters, near_pairs, shared_span, thirteen_gram_pairs, words
+from dagster_project.curation.similarity.overlap import (
+    RARE,
+    Pair,
+    clusters,
+    near_pairs,
+    shared_span,
+    thirteen_gram_pairs,
+    words,
+)
 
 TEXT = "The kite we ordered for the birthday went to the pub on Mill Row"
 OTHER = "Please add a button that reminds me to buy coffee filters every month"
@@ -85,11 +93,9 @@ def test_case_punctuation_and_width_do_not_matter() -> None:
 
 
 def test_text_without_spaces_is_compared_by_character() -> None:
-    text, edited, unrelated = (
-        "我的生日风筝被送到了隔壁的酒吧请帮我找回来",
-        "我的生日风筝被送到了对面的酒吧请帮我找回来",
-        "请增加每月提醒购买咖啡滤纸的按钮谢谢",
-    )
+    text = "我的生日风筝被送到了隔壁的酒吧请帮我找回来"
+    edited = "我的生日风筝被送到了对面的酒吧请帮我找回来"
+    unrelated = "请增加每月提醒购买咖啡滤纸的按钮谢谢"
     assert words("风筝kite") == ("风", "筝", "kite")
     assert pairs(text, unrelated, edited) == [(0, 2)]
 
@@ -111,7 +117,9 @@ def test_one_changed_word_in_a_short_text_is_found_at_any_position(size: int, at
     text = ["where", "did", "my", "birthday", "kite", "go", "today"][:size]
     edited = [*text[:at], "really", *text[at + 1 :]]
     assert pairs(" ".join(text), OTHER, " ".join(edited)) == [(0, 2)]
-    assert pairs(" ".join(text), " ".join([*text[:at], *text[at + 1 :]])) == ([(0, 1)] if size > 5 or at >= size else [])
+    assert pairs(" ".join(text), " ".join([*text[:at], *text[at + 1 :]])) == (
+        [(0, 1)] if size > 5 or at >= size else []
+    )
 
 
 def test_two_changed_words_in_a_short_text_are_not_a_near_copy() -> None:
@@ -130,19 +138,34 @@ def test_short_questions_from_one_template_are_not_pairs_if_many_share_it() -> N
 def test_the_pairs_are_those_of_the_definition_in_order(
     small: int, limit: int, rows: list[str], against: list[str] | None, rare: int
 ) -> None:
-    with mock.patch.multiple(overlap, RARE=rare, SMALL=small), mock.patch.multiple(rounds, IN_MEMORY=limit, BLOCK=100, PARTITION=50):
+    with (
+        mock.patch.multiple(overlap, RARE=rare, SMALL=small),
+        mock.patch.multiple(rounds, IN_MEMORY=limit, BLOCK=100, PARTITION=50),
+    ):
         assert list(near_pairs(rows, against)) == list(by_definition(rows, against))
 
 
 def test_texts_without_words_are_in_no_pair() -> None:
     assert (
-        list(near_pairs([])) == list(near_pairs([], [TEXT])) == list(near_pairs([TEXT], [])) == list(near_pairs(["", "!", ""], [""])) == []
+        list(near_pairs([]))
+        == list(near_pairs([], [TEXT]))
+        == list(near_pairs([TEXT], []))
+        == list(near_pairs(["", "!", ""], [""]))
+        == []
     )
     assert list(near_pairs(["kite", "", "Kite!"])) == [Pair(0, 2, 1.0)]
 
 
 def test_equal_hashes_make_no_pair() -> None:
-    rows = [TEXT, OTHER, "kite", "pub", TEXT.replace("ordered", "bought"), "where did my birthday kite go", "when did my birthday kite go"]
+    rows = [
+        TEXT,
+        OTHER,
+        "kite",
+        "pub",
+        TEXT.replace("ordered", "bought"),
+        "where did my birthday kite go",
+        "when did my birthday kite go",
+    ]
     expected = list(near_pairs(rows))
     with (
         mock.patch.object(overlap, "SMALL", -1),
@@ -183,8 +206,16 @@ def test_the_number_of_threads_does_not_matter(planted: Any) -> None:
 
 
 def test_importing_the_module_loads_no_library() -> None:
-    code = "import sys, dagster_project.curation.similarity.overlap; print({'numba', 'numpy', 'pyarrow'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = (
+        "import sys, dagster_project.curation.similarity.overlap; print({'numba', 'numpy', 'pyarrow'} &"
+        " set(sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )
 
 
 def test_without_a_writable_cache_folder_compiled_code_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +261,10 @@ def test_a_copy_is_found_however_many_there_are() -> None:
 
 
 def test_two_lists_are_compared_across_and_never_within() -> None:
-    assert [(pair.left, pair.right) for pair in near_pairs([OTHER, TEXT, TEXT], ["something else", TEXT])] == [(1, 1), (2, 1)]
+    assert [(pair.left, pair.right) for pair in near_pairs([OTHER, TEXT, TEXT], ["something else", TEXT])] == [
+        (1, 1),
+        (2, 1),
+    ]
 
 
 def test_clusters_are_transitive() -> None:

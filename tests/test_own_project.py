@@ -1,4 +1,5 @@
-"""Other data than the sample set: no default comes from it, leftovers of it are named, and `make run` in a clone prints the next steps."""
+"""Other data than the sample set: no default comes from it, leftovers of it are
+named, and `make run` in a clone prints the next steps."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def test_the_parameters_of_a_new_project_have_every_key_that_dvc_tracks_by_name(
     assert {"compute.seed", "splits"} <= tracked
     for name in tracked:
         section, _, key = name.partition(".")
-        assert section in values and (not key or key in values[section]), f"DVC would stop: {name} is missing from params.yaml"
+        assert section in values and (not key or key in values[section]), (
+            f"DVC would stop: {name} is missing from params.yaml"
+        )
 
 
 def values_of(value: Any) -> list[Any]:
@@ -71,7 +74,8 @@ def values_of(value: Any) -> list[Any]:
     "model",
     [
         Compute, Settings, adapter.Params, aligned.Params, base_model.Params, baselines.Params, instructions.Params,
-        preferences.Params, raw_examples.Params, raw_preferences.Params, release.Params, reward_model.Params, splits.Params, tokenized.Params,
+        preferences.Params, raw_examples.Params, raw_preferences.Params, release.Params, reward_model.Params,
+        splits.Params, tokenized.Params,
     ],
     ids=lambda model: f"{model.__module__.rpartition('.')[2]}.{model.__name__}",
 )  # fmt: skip
@@ -80,7 +84,9 @@ def test_no_default_depends_on_the_sample_set(model: type[BaseModel]) -> None:
     of_the_sample = {"summary", *task["category"], *task["priority"], "base_model"} | {
         source["path"] for source in SAMPLE["raw_examples"]["sources"]
     }
-    defaults = [field.get_default(call_default_factory=True) for field in model.model_fields.values() if not field.is_required()]
+    defaults = [
+        field.get_default(call_default_factory=True) for field in model.model_fields.values() if not field.is_required()
+    ]
     found = [value for value in values_of(defaults) if isinstance(value, str)]
     assert not of_the_sample & set(found)
     assert not [value for value in found if "data/" in value or "smollm" in value.lower()]
@@ -113,7 +119,8 @@ def test_weights_of_a_field_that_no_answer_has_are_refused(tmp_path: Path) -> No
     params = parse(tokenized.Params, {"field_weights": {"category": 16}}, "tokenized")
     write_records(tmp_path / "none", kept(None))
     with pytest.raises(
-        InputError, match=r"tokenized\.field_weights: no answer of the training split is a JSON object with the field category"
+        InputError,
+        match=r"tokenized\.field_weights: no answer of the training split is a JSON object with the field category",
     ):
         tokenized._check_field_weights(params, tmp_path / "none")
     answers = kept(None)
@@ -128,7 +135,9 @@ def test_a_task_without_a_matching_answer_is_reported(caplog: pytest.LogCaptureF
     task, questions = select_questions(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))
     assert task is None and len(questions) == 20
     said = caplog.text
-    assert "evaluation.task: none of 20 test answers is a JSON object with the fields summary, category, priority" in said
+    assert (
+        "evaluation.task: none of 20 test answers is a JSON object with the fields summary, category, priority" in said
+    )
     caplog.clear()
     assert select_questions(records, Settings())[0] is None and not caplog.text
 
@@ -152,7 +161,11 @@ def made(tmp_path: Path) -> Path:
 def test_make_run_ends_with_time_disk_model_question_and_what_to_commit(made: Path) -> None:
     done = run(["make", "run"], made)
     assert done.returncode == 0, done.stderr
-    for line in (r"^took +0 min \d+ s", r"^disk used +\S+ by data and DVC's cache, \S+ by .venv", r"^the model +data/release$"):
+    for line in (
+        r"^took +0 min \d+ s",
+        r"^disk used +\S+ by data and DVC's cache, \S+ by .venv",
+        r"^the model +data/release$",
+    ):
         assert re.search(line, done.stdout, re.MULTILINE), line
     assert "git add params.yaml dvc.lock data/sources data/reports && git commit" in done.stdout
     code = re.search(r"query it +.venv/bin/python -c '(.*?)'$", done.stdout, re.DOTALL | re.MULTILINE)[1]

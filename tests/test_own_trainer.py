@@ -53,12 +53,18 @@ def checks(report: Any) -> dict[str, bool]:
     return {check.name: check.passed for check in report.checks}
 
 
-def test_a_command_gets_examples_model_and_parameters_as_files(root: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_gets_examples_model_and_parameters_as_files(
+    root: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DVC_STAGE", "adapter@x")
     monkeypatch.setenv("MINE", "kept")
     (root / "data/trainers/more").mkdir()
     (root / "data/trainers/more/config.yaml").write_text("a: 1")
-    script = LORA + SAVE + 'open("../seen.json", "w").write(json.dumps([given, dict(os.environ), os.getcwd(), sorted(os.listdir())]))'
+    script = (
+        LORA
+        + SAVE
+        + 'open("../seen.json", "w").write(json.dumps([given, dict(os.environ), os.getcwd(), sorted(os.listdir())]))'
+    )
     files = ["data/trainers/train.py", "data/trainers/more/config.yaml"]
     train(root, tiny_model, script, files=files, learning_rate=0.5, options={"mine": [1, "two"]})
     given, environment, folder, names = json.loads((root / "seen.json").read_text())
@@ -75,7 +81,9 @@ def test_a_command_gets_examples_model_and_parameters_as_files(root: Path, tiny_
         assert [row["labels"][1:] for row in rows] == [row["labels"][1:] for row in expected]
         assert [row["weights"][1:] for row in rows] == [row["weights"][1:] for row in expected]
         assert all(row["labels"][0] == -100 and set(row["attention_mask"]) == {1} for row in rows)
-    assert (root / "data/trainers").exists() and not [*(root / "data/trainers").rglob("__pycache__")], "DVC watches the folder"
+    assert (root / "data/trainers").exists() and not [*(root / "data/trainers").rglob("__pycache__")], (
+        "DVC watches the folder"
+    )
 
 
 def test_an_adapter_is_recorded_with_measured_changes_and_merges(root: Path, tiny_model: Path) -> None:
@@ -159,7 +167,10 @@ def test_the_order_of_examples_is_what_the_command_wrote(
 REFUSED = {
     "nothing": (LORA, "neither adapter_model.safetensors nor model.safetensors"),
     "both": (LORA + SAVE + 'save_file(base, "output/model.safetensors")', "both an adapter and a complete model"),
-    "pickle": (LORA + SAVE + 'Path("output/adapter_model.bin").write_bytes(b"x")', "pickle files, .*: adapter_model.bin"),
+    "pickle": (
+        LORA + SAVE + 'Path("output/adapter_model.bin").write_bytes(b"x")',
+        "pickle files, .*: adapter_model.bin",
+    ),
     "shape": (LORA + "tensors[B] = tensors[B][:, :3].copy()" + SAVE, r"wrong shape \(32, 3\) instead of \(32, 4\)"),
     "module": (
         LORA + 'tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = tensors[A]' + SAVE,
@@ -169,17 +180,38 @@ REFUSED = {
     "no config": (LORA + 'save_file(tensors, "output/adapter_model.safetensors")', "adapter_config.json is missing"),
     "config": (LORA + 'config["r"] = 4; config["use_dora"] = True' + SAVE, "missing .*magnitude"),
     "other rank": (LORA + 'config["r"] = 8' + SAVE, "wrong shape"),
-    "complete": (LORA + "save_file(base, 'output/model.safetensors')", "adapter.x.method: lora, but the command wrote a complete model"),
-    "other method": (LORA + 'config["peft_type"] = "IA3"' + SAVE, "adapter.x.method: lora, but the command wrote an adapter of ia3"),
-    "truncated": (LORA + SAVE + 'Path("output/adapter_model.safetensors").write_bytes(b"123")', "not a valid safetensors file"),
+    "complete": (
+        LORA + "save_file(base, 'output/model.safetensors')",
+        "adapter.x.method: lora, but the command wrote a complete model",
+    ),
+    "other method": (
+        LORA + 'config["peft_type"] = "IA3"' + SAVE,
+        "adapter.x.method: lora, but the command wrote an adapter of ia3",
+    ),
+    "truncated": (
+        LORA + SAVE + 'Path("output/adapter_model.safetensors").write_bytes(b"123")',
+        "not a valid safetensors file",
+    ),
     "base": (
         LORA + SAVE + 'Path("base_model/config.json").write_text(Path("base_model/config.json").read_text() + " ")',
         "the command changed the base model",
     ),
-    "example": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,example_id\\n1,validation0.0\\n")', "is not in the training"),
-    "row": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1,28\\n")', "train.parquet has no row 28"),
-    "steps": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n2,1\\n1,1\\n")', "step 1 comes after step 2"),
-    "step": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1.5,1\\n")', "step is not a whole number"),
+    "example": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step,example_id\\n1,validation0.0\\n")',
+        "is not in the training",
+    ),
+    "row": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1,28\\n")',
+        "train.parquet has no row 28",
+    ),
+    "steps": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n2,1\\n1,1\\n")',
+        "step 1 comes after step 2",
+    ),
+    "step": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1.5,1\\n")',
+        "step is not a whole number",
+    ),
     "separator": (
         LORA + SAVE + 'Path("output/examples.csv").write_text("step;row\\n1;1\\n")',
         "examples.csv has no column step, but 'step;row'",
@@ -188,13 +220,25 @@ REFUSED = {
         LORA + SAVE + 'Path("output/examples.csv").write_text("step,index\\n1,1\\n")',
         "examples.csv has no column row or example_id, but 'step', 'index'",
     ),
-    "no step": (LORA + SAVE + 'Path("output/metrics.csv").write_text("iteration,loss\\n1,2\\n")', "metrics.csv has no column step, but"),
-    "loss": (LORA + SAVE + 'Path("output/metrics.csv").write_text("step,loss\\n1,low\\n")', "loss is not a number: low"),
+    "no step": (
+        LORA + SAVE + 'Path("output/metrics.csv").write_text("iteration,loss\\n1,2\\n")',
+        "metrics.csv has no column step, but",
+    ),
+    "loss": (
+        LORA + SAVE + 'Path("output/metrics.csv").write_text("step,loss\\n1,low\\n")',
+        "loss is not a number: low",
+    ),
     "no output": (LORA + "os.rmdir('output')", "the command removed output/"),
     "key": (LORA + 'config["r"] = "four"' + SAVE, "adapter_config.json is refused: .*r: must be int"),
     "new key": (LORA + 'config["use_magic"] = True' + SAVE, "use_magic is unknown to PEFT"),
-    "index": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n9999999999,1\\n")', "step is not a whole number"),
-    "fails": (LORA + 'print("out of luck"); sys.exit(3)', r"`python train.py` failed with exit code 3; its last lines:\n.*\n  out of luck"),
+    "index": (
+        LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n9999999999,1\\n")',
+        "step is not a whole number",
+    ),
+    "fails": (
+        LORA + 'print("out of luck"); sys.exit(3)',
+        r"`python train.py` failed with exit code 3; its last lines:\n.*\n  out of luck",
+    ),
     "killed": (LORA + "os.kill(os.getpid(), 9)", "SIGKILL"),
 }
 
@@ -212,7 +256,9 @@ def test_bad_output_is_one_message(case: str, root: Path, tiny_model: Path, tmp_
     assert not [*(root / "out").iterdir()]
 
 
-def test_a_pickle_file_of_the_trainer_that_holds_no_weights_is_neither_opened_nor_copied(root: Path, tiny_model: Path) -> None:
+def test_a_pickle_file_of_the_trainer_that_holds_no_weights_is_neither_opened_nor_copied(
+    root: Path, tiny_model: Path
+) -> None:
     train(root, tiny_model, LORA + SAVE + 'Path("output/training_args.bin").write_bytes(b"not a pickle")')
     assert not [name for name in outputs(root) if name.endswith(".bin")]
 
@@ -232,8 +278,16 @@ def test_a_contradiction_to_params_yaml_is_refused(root: Path, tiny_model: Path)
             {"learned", "trained_what_it_should"},
             "validation loss of the trained model is not finite",
         ),
-        ('tensors[B][0, 0] = float("nan")', {"learned", "trained_what_it_should"}, "NaN or infinity in 1 trained weights"),
-        ("tensors = {name: t * (0 if 'lora_B' in name else 1) for name, t in tensors.items()}", {"trained_what_it_should"}, "did not move"),
+        (
+            'tensors[B][0, 0] = float("nan")',
+            {"learned", "trained_what_it_should"},
+            "NaN or infinity in 1 trained weights",
+        ),
+        (
+            "tensors = {name: t * (0 if 'lora_B' in name else 1) for name, t in tensors.items()}",
+            {"trained_what_it_should"},
+            "did not move",
+        ),
     ],
 )
 def test_weights_that_are_not_finite_or_did_not_move_fail_the_gate(
@@ -246,7 +300,8 @@ def test_weights_that_are_not_finite_or_did_not_move_fail_the_gate(
 
 def test_with_the_weights_of_the_start_every_weight_is_compared(root: Path, tiny_model: Path) -> None:
     script = (
-        LORA + "start = {n: t - (1 if 'B' in n else 0) for n, t in tensors.items()}; save_file(start, 'output/start.safetensors')" + SAVE
+        LORA + "start = {n: t - (1 if 'B' in n else 0) for n, t in tensors.items()}; save_file(start,"
+        " 'output/start.safetensors')" + SAVE
     )
     report = train(root, tiny_model, script)
     assert [check.name for check in report.failures] == ["trained_what_it_should"]
@@ -257,7 +312,11 @@ def test_a_complete_model_may_change_only_what_its_entry_trains(root: Path, tiny
     save = 'save_file(tensors, "output/model.safetensors", metadata={"format": "pt"})\n'
     whole = FULL + "tensors = {name: t + 0.1 for name, t in tensors.items()}\n" + save
     report = train(root, tiny_model, whole, method="full")
-    assert checks(report)["trained_what_it_should"] and (root / "out/model.safetensors").is_file() and (root / "out/config.json").is_file()
+    assert (
+        checks(report)["trained_what_it_should"]
+        and (root / "out/model.safetensors").is_file()
+        and (root / "out/config.json").is_file()
+    )
     some = FULL + "tensors |= {name: tensors[name] * 1.5 for name in norms}\n" + save
     report = train(root, tiny_model, some, method="full")
     assert "did not move" in report.failures[0].note
@@ -287,7 +346,11 @@ def test_what_is_unknown_is_drawn_as_unknown(root: Path, tiny_model: Path) -> No
         ({"command": "a", "files": ["data/trainers/far.py"]}, {}, "is outside the project"),
         ({"command": "a", "sharding": {}}, {}, "adapter.x.sharding: a training command starts its own processes"),
         ({"command": "a"}, {"processes": 2}, "compute.processes: adapter.x has a command"),
-        ({"command": "a", "learning_rate": "auto"}, {}, "adapter.x.learning_rate: auto is resolved by Pedigree's own trainer only"),
+        (
+            {"command": "a", "learning_rate": "auto"},
+            {},
+            "adapter.x.learning_rate: auto is resolved by Pedigree's own trainer only",
+        ),
         ({"command": "a", "peft": {"r": "auto"}}, {}, "adapter.x.peft.r: auto is resolved by"),
         ({"command": "a", "method": "adalora"}, {}, "adalora is not supported with a command"),
         ({"command": "a", "method": "lorra"}, {}, "unknown method 'lorra'"),
@@ -301,12 +364,17 @@ def test_an_entry_is_checked_before_anything_runs(
     (tmp_path / "far.py").write_text("")
     (root / "data/trainers/far.py").symlink_to(tmp_path / "far.py")
     with pytest.raises(InputError) as caught:
-        adapter.validate(adapter.Params(**values), ValidationContext(root, {"compute": compute, "adapter": {"x": values}}, "adapter.x"))
+        adapter.validate(
+            adapter.Params(**values),
+            ValidationContext(root, {"compute": compute, "adapter": {"x": values}}, "adapter.x"),
+        )
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["base_model/more.py", "inputs.json", "train.parquet"])
-def test_a_file_of_a_command_that_would_take_the_place_of_an_input_is_refused(name: str, root: Path, tiny_model: Path) -> None:
+def test_a_file_of_a_command_that_would_take_the_place_of_an_input_is_refused(
+    name: str, root: Path, tiny_model: Path
+) -> None:
     path = root / "data/trainers" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("")
@@ -326,8 +394,12 @@ def test_other_variants_are_recorded_as_before() -> None:
     assert {"command", "files", "options"}.isdisjoint(adapter.Params(method="lora").settings())
 
 
-def test_the_checkpoints_of_a_failed_command_are_there_again_for_the_same_inputs_only(root: Path, tiny_model: Path) -> None:
-    fails = LORA + 'open(given["checkpoints"] + "/" + str(len(os.listdir(given["checkpoints"]))), "w").close(); sys.exit(1)'
+def test_the_checkpoints_of_a_failed_command_are_there_again_for_the_same_inputs_only(
+    root: Path, tiny_model: Path
+) -> None:
+    fails = (
+        LORA + 'open(given["checkpoints"] + "/" + str(len(os.listdir(given["checkpoints"]))), "w").close(); sys.exit(1)'
+    )
     for rate, expected in ((0.1, 1), (0.1, 2), (0.2, 1)):
         with pytest.raises(InputError):
             train(root, tiny_model, fails, learning_rate=rate)
@@ -386,7 +458,10 @@ def test_audit_and_impact_say_unknown_where_the_order_is_unknown(tmp_path: Path)
     project.commit(lock | project.merged(lock), "trained by a command")
     for question in ({"record": identity("cats")}, {"text": "All about cats."}, {"source": "data/sources/faq.jsonl"}):
         found = impact(project.root, **question)
-        assert found["verdict"] == "yes" and {model["stage"] for model in found["models"]} == {"adapter@lora", "merged@lora"}
+        assert found["verdict"] == "yes" and {model["stage"] for model in found["models"]} == {
+            "adapter@lora",
+            "merged@lora",
+        }
         assert "at steps unknown" in as_text(found) and "in no step" not in as_text(found)
     assert "not trained on" in as_text(impact(project.root, record=identity("fish")))
     for model in ("adapter@lora", "merged@lora"):

@@ -26,11 +26,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 CSS = Path(html.__file__).with_name("html.css").read_text(encoding="utf-8")
 
 HOSTILE = [
-    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\" onload=alert(1) x='", "<!--", "]]>", "</style><style>*{display:none}",
-    "</template></svg></bdi>", "&lt;b&gt;", "\x1b[31mred\x1b[0m", "\x00", "\u202egnp.exe\u202c", "\ud800", "\udfff\ud83d", "\u2028", "{{7*7}}", "javascript:alert(1)",
+    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\" onload=alert(1) x='", "<!--", "]]>",
+    "</style><style>*{display:none}",
+    "</template></svg></bdi>", "&lt;b&gt;", "\x1b[31mred\x1b[0m", "\x00", "\u202egnp.exe\u202c", "\ud800",
+    "\udfff\ud83d", "\u2028", "{{7*7}}", "javascript:alert(1)",
     "http://example.org/x", "\r\n", "\U000e0041", "\ufffe", "",
 ]  # fmt: skip
-texts = st.lists(st.sampled_from(HOSTILE) | st.text(st.characters(exclude_categories=()), max_size=20), max_size=4).map("".join)
+texts = st.lists(st.sampled_from(HOSTILE) | st.text(st.characters(exclude_categories=()), max_size=20), max_size=4).map(
+    "".join
+)
 names = texts.filter(bool)
 
 
@@ -59,34 +63,71 @@ def document(**more: Any) -> dict[str, Any]:
     bins = [{"from": 2.0**i, "to": 2.0 ** (i + 1), "rows": 1 + 7 * i} for i in range(6)]
     length = {"unit": "words", "median": 12, "p95": 60, "max": 63, "histogram": bins}
     return {
-        "name": "a.json", "format": "alpaca", "rows": 1203, "kept": 1189, "dropped": {"exact_duplicates": 9, "empty_response": 5},
+        "name": "a.json",
+        "format": "alpaca",
+        "rows": 1203,
+        "kept": 1189,
+        "dropped": {"exact_duplicates": 9, "empty_response": 5},
         "findings": [
-            finding("near_duplicates", count=12, waived=2, matches=[match(f"tell me a joke {i}", f"tell me a story {i}", score=1 - i / 50) for i in range(45)]),
+            finding(
+                "near_duplicates",
+                count=12,
+                waived=2,
+                matches=[match(f"tell me a joke {i}", f"tell me a story {i}", score=1 - i / 50) for i in range(45)],
+            ),
             finding("exact_duplicates", count=9, dropped=9, matches=[match("again", "again", (0, 5), "equal", 1.0)]),
             finding("empty_response", "error", count=5, dropped=5),
         ],
         "similarity": {
             "gate": {"jaccard": 0.3, "containment": 0.5},
-            "histogram": [{"from": i / 20, "to": (i + 1) / 20, "pairs": 4000 // (i + 1) ** 3, "near": i // 8} for i in range(20)],
+            "histogram": [
+                {"from": i / 20, "to": (i + 1) / 20, "pairs": 4000 // (i + 1) ** 3, "near": i // 8} for i in range(20)
+            ],
             "boilerplate": [{"text": "in your own words", "rows": 61}],
         },
         "profile": {
-            "categories": {"login": 777, "billing": 412}, "sources": {"a.json": 1189}, "scripts": {"Latin": 1180, "Han": 9}, "roles": {"user assistant": 1189},
-            "lengths": {"prompt": length, "response": length}, "singletons": 1, "entropy": 0.931, "effective_categories": 1.91,
-            "diversity": {"distinct_1": 0.18, "openings": 311, "top_openings": {"write a": 40}, "top_responses": {"Yes.": 3}},
-            "readability": {"rows": 951, "median": 58.4, "p10": 34.2, "p90": 81.5, "share_hard": 0.187, "histogram": bins},
+            "categories": {"login": 777, "billing": 412},
+            "sources": {"a.json": 1189},
+            "scripts": {"Latin": 1180, "Han": 9},
+            "roles": {"user assistant": 1189},
+            "lengths": {"prompt": length, "response": length},
+            "singletons": 1,
+            "entropy": 0.931,
+            "effective_categories": 1.91,
+            "diversity": {
+                "distinct_1": 0.18,
+                "openings": 311,
+                "top_openings": {"write a": 40},
+                "top_responses": {"Yes.": 3},
+            },
+            "readability": {
+                "rows": 951,
+                "median": 58.4,
+                "p10": 34.2,
+                "p90": 81.5,
+                "share_hard": 0.187,
+                "histogram": bins,
+            },
         },
         "notes": {"secrets": "nothing found", "empty_response": "shown on its card"},
         **more,
-    }  # fmt: skip
+    }
 
 
 CHANGES: dict[str, Any] = {
-    "previous": "HEAD~1", "rows": {"added": 1201, "removed": 3, "changed": 2, "unchanged": 961},
-    "examples": {"added": [{"place": "a.json:4", "text": "come"}], "removed": [{"place": "a.json:5", "text": "gone"}],
-                 "changed": [{"place": "a.json:6", "before": "two red cats", "after": "two black cats"}]},
-    "findings": {"new": [{"check": "pii", "count": 4}], "gone": [{"check": "encoding", "count": 3}], "changed": [{"check": "tied_pair", "before": 7, "after": 8}]},
-}  # fmt: skip
+    "previous": "HEAD~1",
+    "rows": {"added": 1201, "removed": 3, "changed": 2, "unchanged": 961},
+    "examples": {
+        "added": [{"place": "a.json:4", "text": "come"}],
+        "removed": [{"place": "a.json:5", "text": "gone"}],
+        "changed": [{"place": "a.json:6", "before": "two red cats", "after": "two black cats"}],
+    },
+    "findings": {
+        "new": [{"check": "pii", "count": 4}],
+        "gone": [{"check": "encoding", "count": 3}],
+        "changed": [{"check": "tied_pair", "before": 7, "after": 8}],
+    },
+}
 
 
 class Reader(HTMLParser):
@@ -132,22 +173,39 @@ class Reader(HTMLParser):
     def skeleton(self) -> Counter[Any]:
         """Elements, names of attributes, and the values of those that name or load something."""
         naming = {"id", "class", "href", "src", "for", "name", "type", "http-equiv", "content", "role", "dir"}
-        return Counter((tag, tuple(sorted((k, v if k in naming else "") for k, v in attrs.items()))) for tag, attrs in self.elements)
+        return Counter(
+            (tag, tuple(sorted((k, v if k in naming else "") for k, v in attrs.items())))
+            for tag, attrs in self.elements
+        )
 
 
 def renamed(value: Any, names: dict[str, str], keep: frozenset[str] = frozenset({"severity"})) -> Any:
-    """The same document with every text that is data replaced by a harmless one; different texts stay different, empty ones empty."""
+    """The same document with every text that is data replaced by a harmless
+    one; different texts stay different, empty ones empty."""
     if isinstance(value, str):
         return names.setdefault(value, f"word {len(names)}") if value else value
     if isinstance(value, list):
         return [renamed(item, names) for item in value]
     if isinstance(value, dict):
-        named = {"dropped", "gate", "categories", "sources", "scripts", "roles", "top_openings", "top_responses", "notes"}
+        named = {
+            "dropped",
+            "gate",
+            "categories",
+            "sources",
+            "scripts",
+            "roles",
+            "top_openings",
+            "top_responses",
+            "notes",
+        }
         return {
-            key: item if key in keep else {names.setdefault(k, f"word {len(names)}"): renamed(v, names) for k, v in item.items()}
-            if key in named and isinstance(item, dict) else renamed(item, names)
+            key: item
+            if key in keep
+            else {names.setdefault(k, f"word {len(names)}"): renamed(v, names) for k, v in item.items()}
+            if key in named and isinstance(item, dict)
+            else renamed(item, names)
             for key, item in value.items()
-        }  # fmt: skip
+        }
     return value
 
 
@@ -157,8 +215,10 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     spans = st.tuples(st.integers(0, 30), st.integers(0, 30))
     matches = st.builds(match, texts, texts, spans, names, st.floats(0, 1))
     findings = st.builds(
-        finding, names, st.sampled_from(["error", "warn", "info"]), st.integers(1, 50), st.integers(0, 50), places=st.lists(texts, max_size=4),
-        examples=st.lists(texts, max_size=3), truth=texts, note=texts, next=texts, matches=st.lists(matches, max_size=3),
+        finding, names, st.sampled_from(["error", "warn", "info"]), st.integers(1, 50), st.integers(0, 50),
+        places=st.lists(texts, max_size=4),
+        examples=st.lists(texts, max_size=3), truth=texts, note=texts, next=texts,
+        matches=st.lists(matches, max_size=3),
     )  # fmt: skip
     found = document(
         name=draw(texts),
@@ -175,7 +235,8 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     entry = {"place": draw(texts), "text": draw(texts), "before": draw(texts), "after": draw(texts)}
     counted = {"check": draw(names), "count": 3, "before": 1, "after": 2}
     changes = {
-        "previous": draw(texts), "rows": CHANGES["rows"], "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
+        "previous": draw(texts), "rows": CHANGES["rows"],
+        "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
         "findings": {kind: [counted] for kind in ("new", "gone", "changed")},
     }  # fmt: skip
     return found, changes
@@ -184,7 +245,9 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(hostile_documents())
-def test_no_text_creates_an_element_or_attribute_and_every_page_is_valid_utf_8(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_no_text_creates_an_element_or_attribute_and_every_page_is_valid_utf_8(
+    drawn: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
     found, changes = drawn
     html = data_quality_page(found, changes)
     html.encode("utf-8")
@@ -203,7 +266,9 @@ def test_hidden_characters_become_visible_and_the_rest_is_unchanged(text: str) -
 
 
 @given(st.integers(0, 9000), st.integers(0, 9000), st.integers(0, 9000))
-def test_a_long_text_is_cut_around_its_span_and_the_characters_not_shown_are_counted(before: int, inside: int, after: int) -> None:
+def test_a_long_text_is_cut_around_its_span_and_the_characters_not_shown_are_counted(
+    before: int, inside: int, after: int
+) -> None:
     first, middle, last, hidden = around_span("a" * before + "b" * inside + "c" * after, (before, before + inside))
     assert len((first + middle + last).replace("…", "")) + hidden == before + inside + after
     assert bool(middle) == bool(inside)
@@ -213,7 +278,11 @@ def test_a_long_text_is_cut_around_its_span_and_the_characters_not_shown_are_cou
 def test_a_megabyte_of_text_gives_a_small_page_that_states_what_is_omitted() -> None:
     text = "x" * 700_000 + "the shared words" + "y" * 300_000
     html = data_quality_page(
-        document(findings=[finding("near_duplicates", examples=[text], note=text, matches=[match(text, text, (700_000, 700_016))])])
+        document(
+            findings=[
+                finding("near_duplicates", examples=[text], note=text, matches=[match(text, text, (700_000, 700_016))])
+            ]
+        )
     )
     assert len(html) < 200_000
     assert "<mark>the shared words</mark>" in html
@@ -222,7 +291,15 @@ def test_a_megabyte_of_text_gives_a_small_page_that_states_what_is_omitted() -> 
 
 def test_a_long_place_of_a_pair_says_how_much_of_it_is_cut() -> None:
     """Two rows of one file with a long path must not look like the same row."""
-    match = {"score": 1.0, "rule": "jaccard", "part": "prompt", "text": "a", "span": [0, 1], "other_text": "a", "other_span": [0, 1]}
+    match = {
+        "score": 1.0,
+        "rule": "jaccard",
+        "part": "prompt",
+        "text": "a",
+        "span": [0, 1],
+        "other_text": "a",
+        "other_span": [0, 1],
+    }
     pair = module._pair_view(0, "near_duplicates", {**match, "place": "d/" * 160 + ":1", "other": "b.jsonl:2"})
     assert [side["place"] for side in pair["sides"]] == ["d/" * 150 + " … (22 characters cut)", "b.jsonl:2"]
 
@@ -246,8 +323,15 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
     assert [row[3] for row in reader.tables["Similarity of prompts"][1:]] == [
         str(bin_["near"]) for bin_ in found["similarity"]["histogram"]
     ]
-    for caption, key in (("Categories", "categories"), ("Sources", "sources"), ("Scripts", "scripts"), ("Conversations", "roles")):
-        assert [row[:2] for row in reader.tables[caption][1:]] == [[name, f"{n:,}"] for name, n in found["profile"][key].items()]
+    for caption, key in (
+        ("Categories", "categories"),
+        ("Sources", "sources"),
+        ("Scripts", "scripts"),
+        ("Conversations", "roles"),
+    ):
+        assert [row[:2] for row in reader.tables[caption][1:]] == [
+            [name, f"{n:,}"] for name, n in found["profile"][key].items()
+        ]
     for said in (
         "dropped by this check 0 kept 12 waived 2",
         "entropy 0.931 bits",
@@ -273,7 +357,14 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
 
 def test_findings_are_sorted_by_severity_and_name_it() -> None:
     html = data_quality_page(
-        document(findings=[finding("a", "info", 90), finding("b", "warn", 2), finding("c", "error", 1), finding("d", "warn", 5)])
+        document(
+            findings=[
+                finding("a", "info", 90),
+                finding("b", "warn", 2),
+                finding("c", "error", 1),
+                finding("d", "warn", 5),
+            ]
+        )
     )
     assert re.findall(r'<article class="card (\w+)".*?</span> (\w+)</span><h3><bdi dir="auto">(\w)<', html, re.S) == [
         ("error", "error", "c"), ("warn", "warn", "d"), ("warn", "warn", "b"), ("info", "info", "a"),
@@ -300,13 +391,29 @@ def test_a_finding_about_the_whole_set_has_no_numbers_of_rows() -> None:
     ],
 )
 def test_the_verdict_follows_from_unresolved_findings(findings: list[dict[str, Any]], kept: int, verdict: str) -> None:
-    assert re.findall("<strong>(.*?)\\.</strong>", data_quality_page(document(findings=findings, kept=kept))) == [verdict]
+    assert re.findall("<strong>(.*?)\\.</strong>", data_quality_page(document(findings=findings, kept=kept))) == [
+        verdict
+    ]
 
 
 def test_a_document_with_nothing_in_it_makes_a_page() -> None:
-    empty = {"name": "a", "format": "", "rows": 0, "kept": 0, "dropped": {}, "findings": [], "similarity": {}, "profile": {}}
+    empty = {
+        "name": "a",
+        "format": "",
+        "rows": 0,
+        "kept": 0,
+        "dropped": {},
+        "findings": [],
+        "similarity": {},
+        "profile": {},
+    }
     assert "Nothing to train on" in data_quality_page(empty)
-    bare = {"readability": {"rows": 0}, "lengths": {"prompt": {"unit": "words", "histogram": []}}, "categories": {}, "diversity": {}}
+    bare = {
+        "readability": {"rows": 0},
+        "lengths": {"prompt": {"unit": "words", "histogram": []}},
+        "categories": {},
+        "diversity": {},
+    }
     Reader(data_quality_page(document(findings=[], dropped={}, similarity={}, profile=bare)))
 
 
@@ -332,7 +439,9 @@ def test_charts_have_words_and_controls_have_labels() -> None:
     pictures = [attrs for tag, attrs in reader.elements if tag == "svg" and attrs.get("class") in {"plot", "flow"}]
     assert len(pictures) == 11 and all(attrs["role"] == "img" and attrs["aria-label"] for attrs in pictures)
     assert (
-        len(re.findall(r"<label[^>]*>\w[^<]*<(?:select|input)", html)) == sum(tag in {"select", "input"} for tag, _ in reader.elements) == 4
+        len(re.findall(r"<label[^>]*>\w[^<]*<(?:select|input)", html))
+        == sum(tag in {"select", "input"} for tag, _ in reader.elements)
+        == 4
     )
     levels = [int(tag[1]) for tag, _ in reader.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in pairwise(levels))
@@ -343,7 +452,10 @@ def test_charts_have_words_and_controls_have_labels() -> None:
 
 def _palettes() -> dict[str, dict[str, str]]:
     blocks = re.findall(r":root \{(.*?)\}", CSS, re.S)
-    return {mode: dict(re.findall(r"--([\w-]+): (#\w+)", block)) for mode, block in zip(("light", "dark", "print"), blocks, strict=True)}
+    return {
+        mode: dict(re.findall(r"--([\w-]+): (#\w+)", block))
+        for mode, block in zip(("light", "dark", "print"), blocks, strict=True)
+    }
 
 
 def _linear(colour: str) -> list[float]:
@@ -361,8 +473,12 @@ def _contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("mode", ["light", "dark", "print"])
 def test_text_and_shapes_have_contrast_in_every_color_mode(mode: str) -> None:
     colours = _palettes()[mode]
-    letters = [(ink, ground) for ink in ("ink", "soft", "link") for ground in ("ground", "sheet")] + [("mark-ink", "mark")]
-    letters += [(name, ground) for name in ("error", "warn", "info", "good") for ground in (f"{name}-ground", "ground", "sheet")]
+    letters = [(ink, ground) for ink in ("ink", "soft", "link") for ground in ("ground", "sheet")] + [
+        ("mark-ink", "mark")
+    ]
+    letters += [
+        (name, ground) for name in ("error", "warn", "info", "good") for ground in (f"{name}-ground", "ground", "sheet")
+    ]
     for ink, ground in letters:
         assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
     for shape in ("kept", "error", "warn", "info", "other", "gone"):
@@ -380,7 +496,10 @@ def test_kept_and_dropped_are_distinguishable_without_color(mode: str) -> None:
     colours = _palettes()[mode]
     for matrix in blind.values():
         seen = {
-            name: [max(0.0, sum(m * c for m, c in zip(row, _linear(colours[name]), strict=True))) ** (1 / 2.2) for row in matrix]
+            name: [
+                max(0.0, sum(m * c for m, c in zip(row, _linear(colours[name]), strict=True))) ** (1 / 2.2)
+                for row in matrix
+            ]
             for name in ("kept", "gone", "other")
         }
         for a, b in (("kept", "gone"), ("kept", "other")):
@@ -393,7 +512,9 @@ def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error
     from playwright.sync_api import expect, sync_playwright
 
     hostile = "".join(text for text in HOSTILE if text)
-    trap = match(f"before {hostile} after", f"<script>alert(1)</script>{hostile}", (7, 7 + len(hostile)), "<b>rule</b>", 0.5)
+    trap = match(
+        f"before {hostile} after", f"<script>alert(1)</script>{hostile}", (7, 7 + len(hostile)), "<b>rule</b>", 0.5
+    )
     found = document(name=hostile)
     found["findings"].append(finding(hostile, "error", matches=[trap], note=hostile, examples=[hostile]))
     (tmp_path / "page.html").write_text(data_quality_page(found, CHANGES), encoding="utf-8")
@@ -452,12 +573,16 @@ def test_in_a_browser_a_wide_table_scrolls_within_its_figure(figure: str, tmp_pa
     from playwright.sync_api import sync_playwright
 
     cells = "".join(f"<td>a column of {i}</td>" for i in range(12))
-    (tmp_path / "page.html").write_text(f"<!DOCTYPE html><style>{CSS}</style><main>{figure}<table><tr>{cells}</tr></table></figure></main>")
+    (tmp_path / "page.html").write_text(
+        f"<!DOCTYPE html><style>{CSS}</style><main>{figure}<table><tr>{cells}</tr></table></figure></main>"
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 400, "height": 800})
         tab.goto((tmp_path / "page.html").as_uri())
-        assert tab.evaluate("document.querySelector('table').scrollWidth > 400 && document.documentElement.scrollWidth <= 400")
+        assert tab.evaluate(
+            "document.querySelector('table').scrollWidth > 400 && document.documentElement.scrollWidth <= 400"
+        )
         browser.close()
 
 

@@ -89,15 +89,22 @@ def test_data_docs_have_their_styles_and_no_scripts(root: Path, port: int) -> No
     )
     status, headers, _ = ask(port, "/instructions/data_docs/index.html")
     policy = headers["Content-Security-Policy"]
-    assert status == 200 and policy.startswith("default-src 'none'; style-src 'unsafe-inline' https:;") and "script" not in policy
+    assert (
+        status == 200
+        and policy.startswith("default-src 'none'; style-src 'unsafe-inline' https:;")
+        and "script" not in policy
+    )
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/../params.yaml", "/../../params.yaml", "/instructions/../../../params.yaml", "/%2e%2e/%2e%2e/params.yaml", "/..%2f..%2fparams.yaml",
-        "/%2fetc/passwd", "//etc/passwd", "/instructions/..\\..\\..\\params.yaml", "/instructions/link.html", "/instructions/folder/key.txt",
-        "/instructions/folder/", "/instructions/.hidden", "/instructions/pipe.html", "/instructions/report.html%00.txt", "/" + 300 * "a",
+        "/../params.yaml", "/../../params.yaml", "/instructions/../../../params.yaml", "/%2e%2e/%2e%2e/params.yaml",
+        "/..%2f..%2fparams.yaml",
+        "/%2fetc/passwd", "//etc/passwd", "/instructions/..\\..\\..\\params.yaml", "/instructions/link.html",
+        "/instructions/folder/key.txt",
+        "/instructions/folder/", "/instructions/.hidden", "/instructions/pipe.html", "/instructions/report.html%00.txt",
+        "/" + 300 * "a",
         "/instructions/report.html/x", "/nothing",
     ],
 )  # fmt: skip
@@ -125,17 +132,27 @@ def test_before_the_first_page_the_address_that_ui_prints_says_so(root: Path, po
 
 def test_stages_without_pages_have_no_link_to_them(root: Path) -> None:
     project = PedigreeProject(root)
-    assert {stage for stage in STAGES if project.page_url(stage)} == {"instructions", "preferences", "adapter", "aligned", "comparison"}
+    assert {stage for stage in STAGES if project.page_url(stage)} == {
+        "instructions",
+        "preferences",
+        "adapter",
+        "aligned",
+        "comparison",
+    }
     assert "/adapter/lora/" in str(project.page_url("adapter@lora"))
 
 
 def test_a_folder_lists_what_is_served_from_it(port: int) -> None:
     status, headers, body = ask(port, "/instructions/")
     assert status == 200 and "script" not in headers["Content-Security-Policy"]
-    assert re.findall('href="([^"]*)"', body) == [f"/instructions/{name}" for name in ("plain.html", "report.html", "review.csv")]
+    assert re.findall('href="([^"]*)"', body) == [
+        f"/instructions/{name}" for name in ("plain.html", "report.html", "review.csv")
+    ]
 
 
-def test_a_link_of_another_project_is_refused_and_a_link_of_this_one_answers(root: Path, port: int, tmp_path: Path) -> None:
+def test_a_link_of_another_project_is_refused_and_a_link_of_this_one_answers(
+    root: Path, port: int, tmp_path: Path
+) -> None:
     pages.remember_port(root, port)
     link = urlsplit(pages.url(root, "instructions/report.html"))
     assert (link.scheme, link.netloc, link.path) == ("http", f"127.0.0.1:{port}", "/instructions/report.html")
@@ -170,8 +187,8 @@ def test_an_invalid_port_is_bad_input(port: int) -> None:
 def test_the_server_ends_with_the_process_that_started_it(root: Path) -> None:
     number = free_port()
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom dagster_project.orchestration.dagster import pages\n"
-        f"server = pages.start(Path({str(root)!r}), pages.listen({number}))\nprint(server.pid, flush=True)\ntime.sleep(600)\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dagster_project.orchestration.dagster import pages\nserver ="
+        f" pages.start(Path({str(root)!r}), pages.listen({number}))\nprint(server.pid, flush=True)\ntime.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:

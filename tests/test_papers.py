@@ -1,4 +1,5 @@
-"""The folder that is handed over: complete, verified by a stranger who has nothing else, and any changed, added or removed file, or contradiction, is named."""
+"""The folder that is handed over: complete, verified by a stranger who has nothing else, and any changed, added or
+removed file, or contradiction, is named."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ SIGNED = ("model.sig", "model.intoto.jsonl", "model.pub")
 
 
 def hand_over(root: Path, folder: Path, *more: str) -> int:
-    return main(["export", "release", "--all", str(folder), "--with-model", "--issued", ISSUED, "--project", str(root), *more])
+    return main(
+        ["export", "release", "--all", str(folder), "--with-model", "--issued", ISSUED, "--project", str(root), *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,9 @@ def verified(folder: Path, key: str | None) -> tuple[str, dict[str, str]]:
     return document["verdict"], {file.removeprefix(f"{folder}/"): wrong for file, wrong in found.items()}
 
 
-def test_the_folder_has_the_release_all_exports_and_signatures_and_the_project_is_as_it_was(_folder: Path, _finished: Path) -> None:
+def test_the_folder_has_the_release_all_exports_and_signatures_and_the_project_is_as_it_was(
+    _folder: Path, _finished: Path
+) -> None:
     handed, root = _folder / "handed", _folder / "project"
     exports = {f"papers/{find(form).file}" for form in formats()}
     release = names(root / "data/release")
@@ -78,7 +83,9 @@ def test_the_folder_has_the_release_all_exports_and_signatures_and_the_project_i
     assert all((handed / name).read_bytes() == (_finished / "data/release" / name).read_bytes() for name in release)
     recorded = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]["release"]["outs"][0]
     assert len(release) == recorded["nfiles"] and not (root / "data/signatures").exists()
-    assert names(root / "data") == names(_finished / "data") and not [path for path in _folder.iterdir() if path.name.startswith(".")]
+    assert names(root / "data") == names(_finished / "data") and not [
+        path for path in _folder.iterdir() if path.name.startswith(".")
+    ]
 
 
 def test_the_page_links_every_paper_and_needs_nothing_else(_folder: Path) -> None:
@@ -105,21 +112,30 @@ def test_the_page_links_every_paper_and_needs_nothing_else(_folder: Path) -> Non
     assert hashlib.sha256((_folder / "key.pub").read_bytes()).hexdigest() in page
 
 
-def test_a_stranger_with_the_package_and_the_folder_alone_verifies_it(handed: Path, public: str, tmp_path: Path) -> None:
+def test_a_stranger_with_the_package_and_the_folder_alone_verifies_it(
+    handed: Path, public: str, tmp_path: Path
+) -> None:
     code = (
-        "import sys\n"
-        "for name in ('dvc', 'dagster', 'torch', 'transformers', 'pyarrow', 'spdx_python_model'): sys.modules[name] = None\n"
-        "from dagster_project.__main__ import main\n"
-        f"sys.exit(main(['verify', {str(handed)!r}, '--signatures', '--key', {public!r}, '--json']))"
+        "import sys\nfor name in ('dvc', 'dagster', 'torch', 'transformers', 'pyarrow', 'spdx_python_model'):"
+        " sys.modules[name] = None\nfrom dagster_project.__main__ import main\nsys.exit(main(['verify',"
+        f" {str(handed)!r}, '--signatures', '--key', {public!r}, '--json']))"
     )
     (tmp_path / "elsewhere").mkdir()
     done = run([sys.executable, "-c", code], tmp_path / "elsewhere", PEDIGREE_PROJECT="")
     document = json.loads(done.stdout)
     assert done.returncode == 0 and document["verdict"] == "verified" and not document["findings"], done.stderr
-    assert document["signature"]["files"] == len(names(handed) - {*SIGNED}) and document["attestations"]["stages"][-1] == "release"
+    assert (
+        document["signature"]["files"] == len(names(handed) - {*SIGNED})
+        and document["attestations"]["stages"][-1] == "release"
+    )
     assert document["papers"]["documents"] == len(READERS) and document["papers"]["values"] > 100
     unchecked = " ".join(document["not_checked"])
-    for said in ("only its project has", "the data is what its hashes name", "makes the model again", "one document alone"):
+    for said in (
+        "only its project has",
+        "the data is what its hashes name",
+        "makes the model again",
+        "one document alone",
+    ):
         assert said in unchecked
 
 
@@ -144,7 +160,9 @@ def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
     }
     (clone / "dvc.lock").write_text(lock)
     flip(clone / "data/release/papers/README.md")
-    assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == ["data/release/papers/README.md"]
+    assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == [
+        "data/release/papers/README.md"
+    ]
 
 
 def test_an_audit_in_the_project_finds_the_release_and_of_a_part_of_it_the_model_that_it_is_a_copy_of(
@@ -187,7 +205,9 @@ def test_an_added_file_anywhere_fails_and_is_named(handed: Path, public: str) ->
         (handed / added).unlink()
 
 
-def test_a_removed_signature_is_named_and_papers_that_nothing_covers_are_not_verified(handed: Path, public: str) -> None:
+def test_a_removed_signature_is_named_and_papers_that_nothing_covers_are_not_verified(
+    handed: Path, public: str
+) -> None:
     (handed / "model.sig").unlink()
     for key in (public, None):
         verdict, found = verified(handed, key)
@@ -233,7 +253,11 @@ def test_another_key_fails_and_is_named(handed: Path, public: str, tmp_path: Pat
         (handed / name).unlink()
     sign(tmp_path, str(handed), private)
     verdict, found = verified(handed, None)
-    assert verdict == "contradictory" and set(found) == {"papers.html", "model.intoto.jsonl"} and "key sha256" in found["papers.html"]
+    assert (
+        verdict == "contradictory"
+        and set(found) == {"papers.html", "model.intoto.jsonl"}
+        and "key sha256" in found["papers.html"]
+    )
     assert set(verified(handed, public)[1]) == {"model.sig", "model.pub"}
 
 
@@ -243,7 +267,11 @@ def test_other_attestations_by_the_same_key_are_named(handed: Path, public: str,
     lines = provenance.lines([provenance.statement(record) for record in stage_records(target)], private_key(private))
     (handed / "model.intoto.jsonl").write_text(lines)
     verdict, found = verified(handed, public)
-    assert verdict == "contradictory" and list(found) == ["papers.html"] and "document model.intoto.jsonl" in found["papers.html"]
+    assert (
+        verdict == "contradictory"
+        and list(found) == ["papers.html"]
+        and "document model.intoto.jsonl" in found["papers.html"]
+    )
 
 
 # --- documents that contradict the files or each other
@@ -251,7 +279,8 @@ def test_other_attestations_by_the_same_key_are_named(handed: Path, public: str,
 
 @pytest.fixture
 def signed_again(handed: Path, _folder: Path) -> Iterator[Any]:
-    """Changes files of the folder, signs it again with its key, and returns the verdict and what is found; then restores the files.
+    """Changes files of the folder, signs it again with its key, and returns the
+    verdict and what is found; then restores the files.
 
     The attestations stay, unless a file of the release changes, which they would name.
     """
@@ -284,15 +313,20 @@ def truth(root: Path) -> dict[str, str]:
     found = {hashlib.sha256((root / path).read_bytes()).hexdigest(): path for path in read["sources"]}
     found |= {digest: f"{name} of the base model" for name, digest in base.items() if name.endswith(".safetensors")}
     for name in read["stages"]:
-        report = json.loads((root / f"data/reports/{name.replace('@', '/')}.json").read_text()) if name != "release" else {}
-        md5 = next(out["md5"] for out in stages[name]["outs"] if not out["path"].startswith(("data/reports", "data/plots")))
+        report = (
+            json.loads((root / f"data/reports/{name.replace('@', '/')}.json").read_text()) if name != "release" else {}
+        )
+        md5 = next(
+            out["md5"] for out in stages[name]["outs"] if not out["path"].startswith(("data/reports", "data/plots"))
+        )
         found |= {report.get("output_sha256", "none"): f"sha256 of {name}", md5.removesuffix(".dir"): f"md5 of {name}"}
     report = json.loads((root / "data/reports/release.json").read_text())
     return {key: what for key, what in {**found, report["output_sha256"]: "sha256 of release"}.items() if key != "none"}
 
 
 STATED = {
-    "audit/audit.json": 11, "README.md": 8, "papers/README.md": 9, "papers/bom.cdx.json": 16, "papers/croissant.json": 6, "papers/datasheet.md": 5,
+    "audit/audit.json": 11, "README.md": 8, "papers/README.md": 9, "papers/bom.cdx.json": 16,
+    "papers/croissant.json": 6, "papers/datasheet.md": 5,
     "papers/lineage.jsonl": 18, "papers/model.spdx.json": 13, "papers/training-content.md": 3,
 }  # fmt: skip
 """Document -> number of these hashes that it states."""
@@ -309,7 +343,9 @@ def test_a_document_with_another_hash_than_the_files_or_other_documents_is_named
         other = hashlib.sha256(digest.encode()).hexdigest()[: len(digest)]
         verdict, found = signed_again(**{name: text.replace(digest, other)})
         assert verdict == "contradictory" and all("contradicts" in wrong for wrong in found.values()), known[digest]
-        assert any(other in wrong and digest in wrong for file, wrong in found.items() if name in (file, "audit/audit.json")), known[digest]
+        assert any(
+            other in wrong and digest in wrong for file, wrong in found.items() if name in (file, "audit/audit.json")
+        ), known[digest]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +366,9 @@ def test_a_document_with_another_hash_than_the_files_or_other_documents_is_named
         ("papers/training-content.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
     ],
 )
-def test_a_document_that_counts_other_records_is_named(handed: Path, signed_again: Any, name: str, pattern: str) -> None:
+def test_a_document_that_counts_other_records_is_named(
+    handed: Path, signed_again: Any, name: str, pattern: str
+) -> None:
     text, changes = re.subn(f"(?s){pattern}", r"\g<1>31", (handed / name).read_text(), count=1)
     verdict, found = signed_again(**{name: text})
     assert changes == 1 and verdict == "contradictory" and set(found) - {"papers.html"}
@@ -341,13 +379,16 @@ def test_a_document_that_counts_other_records_is_named(handed: Path, signed_agai
 def test_another_model_under_the_same_papers_is_found_by_their_hashes(handed: Path, signed_again: Any) -> None:
     verdict, found = signed_again(**{"config.json": (handed / "config.json").read_text() + " "})
     stating = {
-        "release.json", "papers.html", "papers/README.md", "papers/bom.cdx.json", "papers/datasheet.md", "papers/lineage.jsonl", "papers/model.spdx.json",
+        "release.json", "papers.html", "papers/README.md", "papers/bom.cdx.json", "papers/datasheet.md",
+        "papers/lineage.jsonl", "papers/model.spdx.json",
         "papers/training-content.md",
     }  # fmt: skip
     assert verdict == "contradictory" and set(found) == stating
 
 
-def test_a_document_in_another_form_is_not_compared_and_that_is_said(handed: Path, signed_again: Any, tmp_path: Path) -> None:
+def test_a_document_in_another_form_is_not_compared_and_that_is_said(
+    handed: Path, signed_again: Any, tmp_path: Path
+) -> None:
     for text in ("{}", "not JSON", '{"@graph": 3}', '{"@graph": [], "@graph": []}'):
         verdict, found = signed_again(**{"papers/model.spdx.json": text})
         assert verdict == "contradictory" and set(found) == {"papers.html"}, "the page names the document by its hash"
@@ -356,7 +397,9 @@ def test_a_document_in_another_form_is_not_compared_and_that_is_said(handed: Pat
     (handed / "papers/more.txt").write_text("x")
     assert signed_again() == ("verified", {})
     document = verify_signatures(handed, str(handed), None)
-    assert "what papers/more.txt, papers/model.spdx.json state: not in a form that is compared" in document["not_checked"]
+    assert (
+        "what papers/more.txt, papers/model.spdx.json state: not in a form that is compared" in document["not_checked"]
+    )
 
 
 def test_papers_are_those_that_the_page_lists(handed: Path, public: str, _folder: Path) -> None:
@@ -369,7 +412,10 @@ def test_papers_are_those_that_the_page_lists(handed: Path, public: str, _folder
     assert verified(handed, public) == (
         "contradictory",
         {
-            **dict.fromkeys(("papers/croissant.json", "audit/audit.json", "model.intoto.jsonl"), "is missing, and papers.html lists it"),
+            **dict.fromkeys(
+                ("papers/croissant.json", "audit/audit.json", "model.intoto.jsonl"),
+                "is missing, and papers.html lists it",
+            ),
             "papers/more.txt": "is not listed in papers.html",
             **{name: wrong for name, wrong in verified(handed, public)[1].items() if "the model has" in wrong},
         },
@@ -387,7 +433,11 @@ SOURCE, ROW = "data/sources/triage_alpaca.json", r"\n\| data/sources/triage\\?_a
         ("papers/README.md", ROW, "the model has sources"),
         ("papers/training-content.md", "Apache-2.0(?= \\| \\*missing)", f"source {SOURCE} has license"),
         ("papers/README.md", "Apache-2.0(?= \\| `)", f"source {SOURCE} has license"),
-        ("papers/bom.cdx.json", '(?<=source:data/sources/replies_messages.jsonl").{1,250}?"id": "\\KApache-2.0', "has license"),
+        (
+            "papers/bom.cdx.json",
+            '(?<=source:data/sources/replies_messages.jsonl").{1,250}?"id": "\\KApache-2.0',
+            "has license",
+        ),
         ("papers/croissant.json", '(?<="license": ")Apache-2.0', f"source {SOURCE} has license"),
         ("papers/model.spdx.json", '(?<="simplelicensing_licenseExpression": ")Apache-2.0', "has license"),
     ],
@@ -397,7 +447,10 @@ def test_a_document_without_a_source_or_with_another_license_is_named(
 ) -> None:
     pattern, _, rest = pattern.rpartition("\\K")
     text, changes = re.subn(
-        f"(?s)({pattern}){rest}", lambda match: match[1] + ("" if rest == ROW else "CC0-1.0"), (handed / name).read_text(), count=1
+        f"(?s)({pattern}){rest}",
+        lambda match: match[1] + ("" if rest == ROW else "CC0-1.0"),
+        (handed / name).read_text(),
+        count=1,
     )
     page = (handed / "papers.html").read_text()
     digests = [hashlib.sha256(one.encode()).hexdigest() for one in ((handed / name).read_text(), text)]
@@ -419,7 +472,9 @@ def test_a_document_that_is_read_in_part_is_not_counted_as_compared(
     text, page = (handed / name).read_text(), (handed / "papers.html").read_text()
     changed = text.replace(before, after)
     (handed / name).write_text(changed)
-    (handed / "papers.html").write_text(page.replace(*(hashlib.sha256(one.encode()).hexdigest() for one in (text, changed))))
+    (handed / "papers.html").write_text(
+        page.replace(*(hashlib.sha256(one.encode()).hexdigest() for one in (text, changed)))
+    )
     sign(handed.parent, str(handed), str(_folder / "key.pem"))
     document = verify_signatures(handed, str(handed), public)
     assert changed != text and document["verdict"] == "verified" and document["papers"]["documents"] == len(READERS) - 1
@@ -428,22 +483,33 @@ def test_a_document_that_is_read_in_part_is_not_counted_as_compared(
     assert read(name, row.encode()) is None, "a row in another form"
 
 
-def test_files_that_are_not_of_the_model_are_named_and_contradict_nothing(handed: Path, _folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_of_the_model_are_named_and_contradict_nothing(
+    handed: Path, _folder: Path, tmp_path: Path
+) -> None:
     private, public = str(_folder / "key.pem"), str(_folder / "key.pub")
     (handed / "model.intoto.jsonl").unlink()
     (handed / "NOTICE.txt").write_text("x")
     (handed / "papers.html").write_text('<a href="https://example.org">papers of somebody else</a>')
     sign(tmp_path, str(handed), private)
     document = verify_signatures(handed, str(handed), public)
-    assert document["verdict"] == "verified" and "NOTICE.txt: no paper, and not listed as part of the model" in document["not_checked"]
+    assert (
+        document["verdict"] == "verified"
+        and "NOTICE.txt: no paper, and not listed as part of the model" in document["not_checked"]
+    )
     assert "what papers.html state: not in a form that is compared" in document["not_checked"]
     folder = tmp_path / "exports"
-    assert main(["export", "release", "--all", str(folder), "--issued", ISSUED, "--project", str(_folder / "project")]) == 0
+    assert (
+        main(["export", "release", "--all", str(folder), "--issued", ISSUED, "--project", str(_folder / "project")])
+        == 0
+    )
     assert main(["verify", str(folder), "--signatures", "--project", str(folder)]) == 2, "never signed"
     (folder / "index.html").write_text("x")
     sign(tmp_path, str(folder), private)
     document = verify_signatures(folder, str(folder), public)
-    assert document["verdict"] == "verified" and "index.html: no paper, and not listed as part of the model" in document["not_checked"]
+    assert (
+        document["verdict"] == "verified"
+        and "index.html: no paper, and not listed as part of the model" in document["not_checked"]
+    )
 
 
 def test_names_with_line_breaks_do_not_look_like_lines_of_the_answer(handed: Path, public: str) -> None:
@@ -455,15 +521,34 @@ def test_names_with_line_breaks_do_not_look_like_lines_of_the_answer(handed: Pat
 def test_names_of_sources_are_read_as_they_were_written() -> None:
     name, digest = "data/sources/a | b [c](d) *e* `f` \\g.jsonl", "0" * 64
     summary = {
-        "model": {"stage": "splits", "md5": "1" * 32 + ".dir"}, "sources": {name: {"rows": 7, "format": "messages", "sha256": digest, "license": "MIT"}},
-        "stages": {}, "checks": {}, "parameters": {}, "training": {}, "records": None, "code": {"commit": None}, "metrics": {}, "base_model": {},
-        "provider": {}, "outcomes": {}, "licenses": {"listed": [], "problems": []},
-        "data_sets": {"splits": {"path": "data/splits", "md5": "2" * 32 + ".dir", "tables": {"train": {"rows": 5, "columns": {}}}, "profile": {}}},
-    }  # fmt: skip
+        "model": {"stage": "splits", "md5": "1" * 32 + ".dir"},
+        "sources": {name: {"rows": 7, "format": "messages", "sha256": digest, "license": "MIT"}},
+        "stages": {},
+        "checks": {},
+        "parameters": {},
+        "training": {},
+        "records": None,
+        "code": {"commit": None},
+        "metrics": {},
+        "base_model": {},
+        "provider": {},
+        "outcomes": {},
+        "licenses": {"listed": [], "problems": []},
+        "data_sets": {
+            "splits": {
+                "path": "data/splits",
+                "md5": "2" * 32 + ".dir",
+                "tables": {"train": {"rows": 5, "columns": {}}},
+                "profile": {},
+            }
+        },
+    }
     for form in ("eu-summary", "datasheet"):
         chosen = find(form)
         claims = read(f"papers/{chosen.file}", chosen.write(summary, date(2026, 1, 31)).encode())
-        assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(claims)
+        assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(
+            claims
+        )
         assert ("the model", "md5", "1" * 32) in claims
     assert ("table splits-train", "rows", "5") in claims and ("stage splits", "md5", "2" * 32) in claims
 
@@ -491,12 +576,12 @@ def test_copies_that_were_added_to_train_are_counted_and_contradict_nothing() ->
     }
     summary = from_reports("merged@lora", {"splits": splits})
     claims = read("audit/audit.json", json.dumps(summary).encode())
-    assert claims is not None and {f"table splits-{name}": rows for name, rows in (("train", "9"), ("validation", "1"), ("test", "2"))} == {
-        subject: value for subject, key, value in claims if subject.startswith("table ")
-    }
+    assert claims is not None and {
+        f"table splits-{name}": rows for name, rows in (("train", "9"), ("validation", "1"), ("test", "2"))
+    } == {subject: value for subject, key, value in claims if subject.startswith("table ")}
     assert (
-        "Train 4, validation 1 and test 2 examples, and 5 copies of train examples with other prompts (paraphrase 3, typos 2);"
-        in model_card(summary)
+        "Train 4, validation 1 and test 2 examples, and 5 copies of train examples with other prompts (paraphrase 3,"
+        " typos 2);" in model_card(summary)
     )
     assert "copies added to train: paraphrase 3, typos 2" in processing({**summary, "checks": {}})[0]
 
@@ -504,7 +589,9 @@ def test_copies_that_were_added_to_train_are_counted_and_contradict_nothing() ->
 # --- other tools, and what is missing
 
 
-def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_signing(handed: Path, public: str, _folder: Path) -> None:
+def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_signing(
+    handed: Path, public: str, _folder: Path
+) -> None:
     tool("OpenSSL")
     tool("model_signing")
 
@@ -519,7 +606,15 @@ def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_sign
     flip(handed / "papers/croissant.json")
     (handed / "model.sig").unlink()
     done = oracle(
-        "sign", "key", str(handed), "--signature", signature, "--private_key", str(_folder / "key.pem"), "--ignore-paths", signature
+        "sign",
+        "key",
+        str(handed),
+        "--signature",
+        signature,
+        "--private_key",
+        str(_folder / "key.pem"),
+        "--ignore-paths",
+        signature,
     )
     assert done.returncode == 0, done.stderr
     assert verified(handed, public) == ("verified", {})
@@ -535,7 +630,9 @@ def test_what_is_missing_is_on_the_page_and_names_its_next_step(
     folder = tmp_path / "handed"
     assert hand_over(_folder / "project", folder, "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert [one["paper"] for one in document["missing"]] == ["spdx", "signature, attestations"] and document["signature"] is None
+    assert [one["paper"] for one in document["missing"]] == ["spdx", "signature, attestations"] and document[
+        "signature"
+    ] is None
     page = (folder / "papers.html").read_text()
     missing = page.split('<section id="missing"')[1].split("</section>")[0]
     assert "requires spdx_python_model" in missing and "pedigree-llm[trust]" in missing and "--key" in missing
@@ -546,7 +643,9 @@ def test_what_is_missing_is_on_the_page_and_names_its_next_step(
     assert verified(folder, str(_folder / "key.pub")) == ("verified", {})
 
 
-def test_attestations_of_the_project_are_taken_if_they_still_hold(finished: Path, _folder: Path, tmp_path: Path) -> None:
+def test_attestations_of_the_project_are_taken_if_they_still_hold(
+    finished: Path, _folder: Path, tmp_path: Path
+) -> None:
     private, public = str(_folder / "key.pem"), str(_folder / "key.pub")
     attest(finished, "release", private)
     file = finished / "data/signatures/release/model.intoto.jsonl"
@@ -555,7 +654,10 @@ def test_attestations_of_the_project_are_taken_if_they_still_hold(finished: Path
     assert (first / "model.intoto.jsonl").read_bytes() == file.read_bytes(), "P-256 signatures differ each time"
     flip(file)
     assert hand_over(finished, second, "--key", private) == 0
-    assert (second / "model.intoto.jsonl").read_bytes() != file.read_bytes() and verified(second, public) == ("verified", {})
+    assert (second / "model.intoto.jsonl").read_bytes() != file.read_bytes() and verified(second, public) == (
+        "verified",
+        {},
+    )
 
 
 def test_bad_input_is_one_message_and_leaves_nothing(
@@ -570,7 +672,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(
     given = [
         (("adapter@lora", "--all", new, with_model), "copies a release only"),
         (("release", "--all", str(base / "full"), with_model), "not an empty folder"),
-        (("release", "--all", str(finished / "data/release/new"), with_model), "lies in data/release, an output of release"),
+        (
+            ("release", "--all", str(finished / "data/release/new"), with_model),
+            "lies in data/release, an output of release",
+        ),
         (("release", "--all", str(finished / "data/release/new")), "lies in data/release"),
         (("release", "--all", str(finished / "data"), with_model), "it contains data/"),
         (("release", "--all", str(finished / "data/sources/pub")), "lies in data/sources, which raw_examples reads"),
@@ -606,7 +711,16 @@ def test_bad_input_is_one_message_and_leaves_nothing(
 def test_exports_that_are_now_missing_are_deleted_and_a_path_makes_no_other_folders(
     _folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["export", "release", "--all", str(tmp_path / "new/../exports"), "--issued", ISSUED, "--project", str(_folder / "project")]
+    arguments = [
+        "export",
+        "release",
+        "--all",
+        str(tmp_path / "new/../exports"),
+        "--issued",
+        ISSUED,
+        "--project",
+        str(_folder / "project"),
+    ]
     assert main(arguments) == 0 and len(names(tmp_path / "exports")) == 8
     monkeypatch.setitem(sys.modules, "spdx_python_model", None)
     (tmp_path / "exports/papers/own.txt").write_text("x")

@@ -1,5 +1,5 @@
-"""Papers beside the files of a release: DVC reports no change, the folder alone is verified by a stranger, papers of another version are refused, and nothing
-that hashes, copies or publishes the release takes them for a part of it."""
+"""Papers beside the files of a release: DVC reports no change, the folder alone is verified by a stranger, papers of
+another version are refused, and nothing that hashes, copies or publishes the release takes them for a part of it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,13 @@ def test_the_names_are_those_that_exports_and_signatures_have() -> None:
 
 def test_the_papers_are_beside_the_release_and_dvc_and_git_report_nothing(signed: Path, _finished: Path) -> None:
     release, before = signed / RELEASE, _finished / RELEASE
-    papers = {*(f"papers/{find(form).file}" for form in formats()), "papers.html", "model.sig", "model.intoto.jsonl", "model.pub"}
+    papers = {
+        *(f"papers/{find(form).file}" for form in formats()),
+        "papers.html",
+        "model.sig",
+        "model.intoto.jsonl",
+        "model.pub",
+    }
     assert names(release) == names(before) | papers and not names(before) & papers and len(papers) == 11
     assert all((release / name).read_bytes() == (before / name).read_bytes() for name in names(before))
     assert is_clean(signed) and run(["git", "status", "--porcelain"], signed).stdout == ""
@@ -95,19 +101,27 @@ def test_the_papers_are_beside_the_release_and_dvc_and_git_report_nothing(signed
     assert not is_clean(signed), "other files are reported"
 
 
-def test_a_stranger_with_the_folder_and_the_package_alone_verifies_it(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+def test_a_stranger_with_the_folder_and_the_package_alone_verifies_it(
+    signed: Path, keys: tuple[str, str], tmp_path: Path
+) -> None:
     place = Path(shutil.copytree(signed / RELEASE, tmp_path / "elsewhere/data/release"))
     code = (
-        "import sys\n"
-        "for name in ('dvc', 'dagster', 'torch', 'transformers', 'pyarrow', 'spdx_python_model'): sys.modules[name] = None\n"
-        "from dagster_project.__main__ import main\n"
-        f"sys.exit(main(['verify', 'data/release', '--signatures', '--key', {keys[1]!r}, '--json']))"
+        "import sys\nfor name in ('dvc', 'dagster', 'torch', 'transformers', 'pyarrow', 'spdx_python_model'):"
+        " sys.modules[name] = None\nfrom dagster_project.__main__ import main\nsys.exit(main(['verify',"
+        f" 'data/release', '--signatures', '--key', {keys[1]!r}, '--json']))"
     )
     for where in (tmp_path / "elsewhere", signed):
         done = run([sys.executable, "-c", code], where, PEDIGREE_PROJECT="")
         document = json.loads(done.stdout)
-        assert (done.returncode, document["verdict"], document["findings"]) == (0, "verified", []), (where, document, done.stderr)
-        assert document["signature"]["files"] == len(names(place)) - 3 and document["attestations"]["stages"][-1] == "release"
+        assert (done.returncode, document["verdict"], document["findings"]) == (0, "verified", []), (
+            where,
+            document,
+            done.stderr,
+        )
+        assert (
+            document["signature"]["files"] == len(names(place)) - 3
+            and document["attestations"]["stages"][-1] == "release"
+        )
         assert document["papers"]["values"] > 100
     other = Path(shutil.copytree(place, tmp_path / "published"))
     assert verdict(tmp_path, str(other), keys[1]) == ("verified", {}), "under any other name, too"
@@ -126,7 +140,11 @@ def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple
         assert found == "altered" and f"{RELEASE}/{name}" in wrong, name
         (release / name).unlink()
         found, wrong = verdict(signed, "release", keys[1])
-        assert (found, wrong) == ("verified", {}) if name == "model.pub" else (found != "verified" and f"{RELEASE}/{name}" in wrong), name
+        assert (
+            (found, wrong) == ("verified", {})
+            if name == "model.pub"
+            else (found != "verified" and f"{RELEASE}/{name}" in wrong)
+        ), name
         (release / name).write_bytes(content)
     for name in ("papers/new.json", "new.txt"):
         (release / name).write_text("{}")
@@ -139,7 +157,9 @@ def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple
 
 
 @pytest.mark.long
-def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: Path, keys: tuple[str, str], capsys: Any) -> None:
+def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(
+    signed: Path, keys: tuple[str, str], capsys: Any
+) -> None:
     """DVC deletes them when the stage runs or is restored, and leaves them when it checks another version out."""
     release, private, public = signed / RELEASE, *keys
     edit_params(signed, lambda values: values["release"]["waivers"][0].update(reason="another reason"))
@@ -149,7 +169,10 @@ def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: 
     commit(signed, "second")
     assert write_papers(signed, "--key", private) == 0 and is_clean(signed)
     assert verdict(signed, "release", public) == ("verified", {})
-    assert run(["git", "checkout", "-q", "HEAD~1"], signed).returncode == 0 and dvc(signed, "checkout", "-q").returncode == 0
+    assert (
+        run(["git", "checkout", "-q", "HEAD~1"], signed).returncode == 0
+        and dvc(signed, "checkout", "-q").returncode == 0
+    )
     assert papers_in_place.present(signed) == [*papers_in_place.NAMES] and is_clean(signed)
     for model in ("release", RELEASE, str(release)):
         found, wrong = verdict(signed, str(release) if model == RELEASE else model, public)
@@ -158,7 +181,9 @@ def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: 
     assert "are of another release" in pedigree(signed, "audit", "release").stderr
     with pytest.raises(InputError, match="nothing was signed"):
         sign(signed, "release", private)
-    assert dvc(signed, "checkout", "--force", "-q").returncode == 0 and verdict(signed, "release", public)[0] == "altered"
+    assert (
+        dvc(signed, "checkout", "--force", "-q").returncode == 0 and verdict(signed, "release", public)[0] == "altered"
+    )
     assert write_papers(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
     assert "another release" not in pedigree(signed, "audit", "release").stderr
     for name in ("model.sig", "model.intoto.jsonl", "model.pub"):
@@ -174,12 +199,20 @@ def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(signed: 
 
 
 @pytest.mark.long
-def test_dvc_restores_pushes_and_gets_the_release_without_papers(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+def test_dvc_restores_pushes_and_gets_the_release_without_papers(
+    signed: Path, keys: tuple[str, str], tmp_path: Path
+) -> None:
     release = signed / RELEASE
     content = names(release) - {name for name in names(release) if name.split("/")[0] in papers_in_place.NAMES}
     assert dvc(signed, "remote", "add", "-d", "store", str(tmp_path / "store")).returncode == 0
     commit(signed, "remote")
-    for command in (["push", "-q"], ["commit", "-f", "-q"], ["gc", "-w", "-f", "-q"], ["checkout", "--relink", "-q"], ["pull", "-q"]):
+    for command in (
+        ["push", "-q"],
+        ["commit", "-f", "-q"],
+        ["gc", "-w", "-f", "-q"],
+        ["checkout", "--relink", "-q"],
+        ["pull", "-q"],
+    ):
         assert dvc(signed, *command).returncode == 0
         assert is_clean(signed) and verdict(signed, "release", keys[1]) == ("verified", {}), command
     stored = {hashlib.md5(path.read_bytes()).hexdigest() for path in (tmp_path / "store").rglob("*") if path.is_file()}
@@ -187,12 +220,24 @@ def test_dvc_restores_pushes_and_gets_the_release_without_papers(signed: Path, k
     assert not {hashlib.md5((release / name).read_bytes()).hexdigest() for name in names(release) - content} & stored
     done = dvc(tmp_path, "get", "-q", str(signed), RELEASE, "-o", str(tmp_path / "got"))
     assert done.returncode == 0 and names(tmp_path / "got") == content, done.stderr
-    assert run(["git", "-c", "user.name=t", "-c", "user.email=t@e.org", "tag", "-a", "release@v0.0.1", "-m", "x"], signed).returncode == 0
-    done = dvc(tmp_path, "artifacts", "get", str(signed), "release", "--rev", "v0.0.1", "-o", str(tmp_path / "artifact"))
+    assert (
+        run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@e.org", "tag", "-a", "release@v0.0.1", "-m", "x"], signed
+        ).returncode
+        == 0
+    )
+    done = dvc(
+        tmp_path, "artifacts", "get", str(signed), "release", "--rev", "v0.0.1", "-o", str(tmp_path / "artifact")
+    )
     assert done.returncode == 0 and names(tmp_path / "artifact") == content, done.stderr
     subprocess.run(["git", "clone", "-q", str(signed), str(tmp_path / "clone")], check=True)
-    assert dvc(tmp_path / "clone", "pull", "-q", "release").returncode == 0 and names(tmp_path / "clone" / RELEASE) == content
-    assert dvc(signed, "repro", "-f", "-s", "release").returncode == 0 and names(release) == content and is_clean(signed)
+    assert (
+        dvc(tmp_path / "clone", "pull", "-q", "release").returncode == 0
+        and names(tmp_path / "clone" / RELEASE) == content
+    )
+    assert (
+        dvc(signed, "repro", "-f", "-s", "release").returncode == 0 and names(release) == content and is_clean(signed)
+    )
     first = (signed / "params.yaml").read_bytes()
     edit_params(signed, lambda values: values["release"]["waivers"][0].update(reason="another reason"))
     assert dvc(signed, "repro", "-s", "release").returncode == 0
@@ -202,12 +247,19 @@ def test_dvc_restores_pushes_and_gets_the_release_without_papers(signed: Path, k
     assert "is cached" in done.stdout and names(release) == content, "restored from the run cache"
 
 
-def test_nothing_takes_the_papers_for_a_part_of_the_release(signed: Path, _finished: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+def test_nothing_takes_the_papers_for_a_part_of_the_release(
+    signed: Path, _finished: Path, keys: tuple[str, str], tmp_path: Path
+) -> None:
     release, content = signed / RELEASE, names(_finished / RELEASE)
-    assert set(listing_of(release)) == content and md5_of_folder(listing_of(release)) == outputs(signed, "release")[RELEASE]
+    assert (
+        set(listing_of(release)) == content
+        and md5_of_folder(listing_of(release)) == outputs(signed, "release")[RELEASE]
+    )
     report = json.loads((signed / "data/reports/release.json").read_text())
     assert integrity.sha256_of(release) == report["output_sha256"]
-    assert set(listing_of(Path(shutil.copytree(release, tmp_path / "elsewhere")))) == names(release), "only in the place of a release"
+    assert set(listing_of(Path(shutil.copytree(release, tmp_path / "elsewhere")))) == names(release), (
+        "only in the place of a release"
+    )
     for command in (
         ["run", "release"],
         ["verify", "--integrity"],
@@ -221,12 +273,30 @@ def test_nothing_takes_the_papers_for_a_part_of_the_release(signed: Path, _finis
             assert not papers_in_place.present(signed) and write_papers(signed, "--key", keys[0]) == 0
     assert names(signed / "build/release-safetensors") == content
     handed = tmp_path / "handed"
-    assert main(["export", "release", "--all", str(handed), "--with-model", "--key", keys[0], *ISSUED, "--project", str(signed)]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "release",
+                "--all",
+                str(handed),
+                "--with-model",
+                "--key",
+                keys[0],
+                *ISSUED,
+                "--project",
+                str(signed),
+            ]
+        )
+        == 0
+    )
     assert names(handed) == names(release) and verdict(tmp_path, str(handed), keys[1]) == ("verified", {})
     assert is_clean(signed)
 
 
-def test_signatures_of_the_project_and_in_the_folder_are_both_verified(signed: Path, keys: tuple[str, str], tmp_path: Path) -> None:
+def test_signatures_of_the_project_and_in_the_folder_are_both_verified(
+    signed: Path, keys: tuple[str, str], tmp_path: Path
+) -> None:
     private, public = keys
     attest(signed, "release", private)
     document = verify_signatures(signed, "release", public)
@@ -257,7 +327,9 @@ def test_signatures_of_the_project_and_in_the_folder_are_both_verified(signed: P
     assert found == "contradictory" and "another key" in wrong["data/signatures/release/model.pub"]
 
 
-def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(finished: Path, keys: tuple[str, str], capsys: Any) -> None:
+def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(
+    finished: Path, keys: tuple[str, str], capsys: Any
+) -> None:
     private, public = keys
     assert write_papers(finished, "--json") == 0
     document = json.loads(capsys.readouterr().out)
@@ -266,13 +338,21 @@ def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(f
         and document["signature"] is None
         and [one["paper"] for one in document["missing"]][-1] == "signature, attestations"
     )
-    assert main(["verify", "release", "--signatures", "--project", str(finished)]) == 2 and "no signatures" in capsys.readouterr().err
+    assert (
+        main(["verify", "release", "--signatures", "--project", str(finished)]) == 2
+        and "no signatures" in capsys.readouterr().err
+    )
     attest(finished, "release", private)
     document = verify_signatures(finished, "release", public)
-    assert document["verdict"] == "incomplete" and f"papers, papers.html in {RELEASE}: no signature covers them" in document["not_checked"]
+    assert (
+        document["verdict"] == "incomplete"
+        and f"papers, papers.html in {RELEASE}: no signature covers them" in document["not_checked"]
+    )
     assert main(["verify", "release", "--signatures", "--project", str(finished)]) == 1
     signed = sign(finished, "release", private)
-    assert signed["signature"] == f"{RELEASE}/model.sig" and not (finished / "data/signatures/release/model.sig").exists()
+    assert (
+        signed["signature"] == f"{RELEASE}/model.sig" and not (finished / "data/signatures/release/model.sig").exists()
+    )
     assert verdict(finished, "release", public) == ("verified", {})
     before = {name: (finished / RELEASE / name).read_bytes() for name in ("model.sig", "papers.html")}
     capsys.readouterr()
@@ -287,7 +367,9 @@ def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(f
     papers_in_place.delete(finished)
     assert sign(finished, "release", private)["signature"] == "data/signatures/release/model.sig"
     assert write_papers(finished) == 0
-    assert verdict(finished, "release", public)[0] == "incomplete", "a signature of the release from before does not cover them"
+    assert verdict(finished, "release", public)[0] == "incomplete", (
+        "a signature of the release from before does not cover them"
+    )
 
 
 def test_bad_input_is_one_message_and_changes_nothing(
@@ -302,7 +384,11 @@ def test_bad_input_is_one_message_and_changes_nothing(
         (("release", "--all", "--with-model"), text, "leave it out"),
         (("release", "--all", "--rev", "HEAD"), text, "--rev cannot be combined"),
         (("release", "--all", "--key", "none.pem"), text, "No such file"),
-        (("release", "--all", *key), text.replace("/data/release/papers.html\n", ""), "does not list /data/release/papers.html,"),
+        (
+            ("release", "--all", *key),
+            text.replace("/data/release/papers.html\n", ""),
+            "does not list /data/release/papers.html,",
+        ),
         (("release", "--all", *key), text + "!/data/release/papers.html\n", "does not list /data/release/papers.html,"),
         (("release", "--all", *key), "", "/data/release/model.pub"),
     ]
@@ -338,7 +424,15 @@ def test_data_can_be_on_another_file_system_than_scratch_files(signed: Path, key
 
 def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) -> None:
     """They state hashes of the sources before, and can have been written from an earlier version."""
-    for name in ("papers/README.md", "papers.html", "model.sig", "model.intoto.jsonl", "model.pub", "config.json", "audit/audit.json"):
+    for name in (
+        "papers/README.md",
+        "papers.html",
+        "model.sig",
+        "model.intoto.jsonl",
+        "model.pub",
+        "config.json",
+        "audit/audit.json",
+    ):
         (tmp_path / RELEASE / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / RELEASE / name).write_text("x")
     needles = {"texts": [], "groups": [], "ids": [], "unsearchable": 0}
@@ -348,7 +442,10 @@ def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) ->
 
 def test_lines_are_added_once_and_nothing_else_of_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / ".dvcignore"
-    assert papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES] and papers_in_place.add_lines(tmp_path) == []
+    assert (
+        papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES]
+        and papers_in_place.add_lines(tmp_path) == []
+    )
     assert file.read_text().splitlines() == [papers_in_place.COMMENT, *papers_in_place.IGNORE_LINES]
     mine = b"# mine\r\n*.swp\n\xff\n/data/release/papers/"
     file.write_bytes(mine)

@@ -35,7 +35,10 @@ def test_a_valid_section_is_taken_as_written() -> None:
 
 def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
     error = refused(parse, Compute, {"sead": 3}, "compute")
-    assert (error.what, error.hint) == ("params.yaml: compute.sead: unknown key", "keys of compute: seed, threads, dtype, processes")
+    assert (error.what, error.hint) == (
+        "params.yaml: compute.sead: unknown key",
+        "keys of compute: seed, threads, dtype, processes",
+    )
 
 
 def test_a_nested_unknown_key_is_refused_with_the_valid_keys() -> None:
@@ -49,7 +52,9 @@ def test_the_old_spelling_of_license_is_accepted_with_one_hint(caplog: pytest.Lo
     sources = [{"path": f"{name}.jsonl", "licence": "MIT"} for name in "ab"]
     found = parse(raw_examples.Params, {"sources": sources}, "raw_examples")
     assert [source.license for source in found.sources] == ["MIT", "MIT"]
-    assert [record.getMessage() for record in caplog.records] == ["params.yaml: the key `licence` is deprecated: write `license`"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "params.yaml: the key `licence` is deprecated: write `license`"
+    ]
 
 
 def test_both_spellings_of_license_at_once_are_refused() -> None:
@@ -82,7 +87,9 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 
 def test_a_section_that_is_not_a_mapping_is_refused() -> None:
-    assert refused(parse, Compute, [1], "compute").what.startswith("params.yaml: compute: Input should be a valid dictionary")
+    assert refused(parse, Compute, [1], "compute").what.startswith(
+        "params.yaml: compute: Input should be a valid dictionary"
+    )
 
 
 def test_a_source_named_twice_is_refused() -> None:
@@ -91,7 +98,8 @@ def test_a_source_named_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "layout"), [(raw_examples, "alpacca"), (raw_examples, "kto"), (raw_preferences, "alpaca"), (raw_preferences, "mapping")]
+    ("module", "layout"),
+    [(raw_examples, "alpacca"), (raw_examples, "kto"), (raw_preferences, "alpaca"), (raw_preferences, "mapping")],
 )
 def test_a_format_that_is_none_of_the_layouts_is_refused_before_the_stage_runs(module: ModuleType, layout: str) -> None:
     section = {"sources": [{"path": "a.jsonl", "format": layout}]}
@@ -178,7 +186,10 @@ def test_an_invalid_yaml_value_is_one_message(content: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("adapter: {16: {}}", "adapter: YAML reads the key 16 as int, not as text\nhint: write it in quotes, or rename it"),
+        (
+            "adapter: {16: {}}",
+            "adapter: YAML reads the key 16 as int, not as text\nhint: write it in quotes, or rename it",
+        ),
         ("adapter: {lora: {null: 1}}", "adapter.lora: YAML reads the key none as NoneType"),
         ("a: [{true: 1}]", "a: YAML reads the key true as bool"),
         ("1: 2", "top level: YAML reads the key 1 as int"),
@@ -187,11 +198,27 @@ def test_an_invalid_yaml_value_is_one_message(content: str, tmp_path: Path) -> N
         ("? {a: 1}\n: 2", "is not valid YAML"),
         ("a: &x [1, *x]", "a: an alias contains itself"),
         (f"a: {{b: 0x{'f' * 5000}}}", "a.b: an integer of 20000 bits"),
-        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-         "params.yaml has 1,234,567,900 values with its aliases written out"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+            ),
+            "params.yaml has 1,234,567,900 values with its aliases written out",
+        ),
     ],
-    ids=["number", "null", "truth value", "top", "empty number", "brackets", "mapping as key", "endless", "bits", "many"],
-)  # fmt: skip
+    ids=[
+        "number",
+        "null",
+        "truth value",
+        "top",
+        "empty number",
+        "brackets",
+        "mapping as key",
+        "endless",
+        "bits",
+        "many",
+    ],
+)
 def test_what_yaml_reads_otherwise_than_meant_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(InputError) as refused:
@@ -216,7 +243,9 @@ def test_a_wrong_value_is_shortened_in_the_message() -> None:
 @pytest.mark.parametrize("path", ["loop", "x" * 300, "x/" * 3000, "a\0b"])
 def test_a_path_that_cannot_be_one_is_refused(path: str, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match=r"params.yaml: here: .* is not a path: |here: loop does not exist"):  # a loop, by Python 3.13
+    with pytest.raises(
+        InputError, match=r"params.yaml: here: .* is not a path: |here: loop does not exist"
+    ):  # a loop, by Python 3.13
         params.inside(tmp_path, path, "here")
 
 

@@ -1,7 +1,9 @@
-"""The small pipeline gives the same bytes in odd places: paths, repositories, environments, users, file systems, versions of Python.
+"""The small pipeline gives the same bytes in odd places: paths, repositories,
+environments, users, file systems, versions of Python.
 
-Each place runs the data stages from the base model on, by `dvc repro`, and then what people call after a run. The suite runs all harmless oddities at
-once; `make test-places` (PEDIGREE_PLACES=1) runs each by itself, and those that take an installation, a second user or a compiler.
+Each place runs the data stages from the base model on, by `dvc repro`, and then what people call after a run. The suite
+runs all harmless oddities at once; `make test-places` (PEDIGREE_PLACES=1) runs each by itself, and those that take an
+installation, a second user or a compiler.
 """
 
 from __future__ import annotations
@@ -51,11 +53,15 @@ class Place:
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A module of Python in the project's folder, without a terminal."""
-        given = {"DAGSTER_HOME": str(self.root / ".dagster"), "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}"}
+        given = {
+            "DAGSTER_HOME": str(self.root / ".dagster"),
+            "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}",
+        }
         changed = {**os.environ, **given, **self.environment}
         env = {name: value for name, value in changed.items() if value is not None and name != "PYTHONPATH"}
         return subprocess.run(
-            [*self.prefix, self.python, "-m", *arguments], cwd=self.root, env=env, umask=self.umask, stdin=subprocess.DEVNULL, check=False,
+            [*self.prefix, self.python, "-m", *arguments], cwd=self.root, env=env, umask=self.umask,
+            stdin=subprocess.DEVNULL, check=False,
             capture_output=True, encoding="utf-8", errors="surrogateescape",
         )  # fmt: skip
 
@@ -68,12 +74,17 @@ class Place:
 def outputs(root: Path) -> dict[str, str]:
     """Content hash of the output of each stage, by dvc.lock."""
     stages = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]
-    return {stage: next(out["md5"] for out in stages[stage]["outs"] if out["path"] == f"data/{stage}") for stage in STAGES}
+    return {
+        stage: next(out["md5"] for out in stages[stage]["outs"] if out["path"] == f"data/{stage}") for stage in STAGES
+    }
 
 
 def counts(root: Path) -> dict[str, list[object]]:
     reports = {stage: json.loads((root / f"data/reports/{stage}.json").read_text()) for stage in STAGES}
-    return {stage: [report["passed"], report["rows_in"], report["rows_out"], report["dropped"]] for stage, report in reports.items()}
+    return {
+        stage: [report["passed"], report["rows_in"], report["rows_out"], report["dropped"]]
+        for stage, report in reports.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +95,10 @@ def _based(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "runs", ".dagster", "adapter", "merged*", "aligned", "release", "reward_model", "evaluation*", "__pycache__"
     )
     shutil.copytree(
-        _finished, root, symlinks=True, ignore=lambda folder, names: unneeded(folder, names) if "dagster_project" not in folder else set()
+        _finished,
+        root,
+        symlinks=True,
+        ignore=lambda folder, names: unneeded(folder, names) if "dagster_project" not in folder else set(),
     )
     kept = {
         "base_model",
@@ -103,7 +117,9 @@ def _based(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     lock = YAML(typ="safe").load((root / "dvc.lock").read_text())
-    (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"base_model": lock["stages"]["base_model"]}}))
+    (root / "dvc.lock").write_text(
+        json.dumps({"schema": "2.0", "stages": {"base_model": lock["stages"]["base_model"]}})
+    )
     git(root, "add", "--all", "--force", "dvc.lock", "data/reports")
     git(root, "add", "--all")
     git(root, "commit", "--quiet", "--message", "based")
@@ -121,7 +137,8 @@ def based(_based: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def assert_runs(place: Place, expected: Path) -> None:
-    """The data stages run to the bytes of the undisturbed run, nothing else is left behind, and the record of it is whole."""
+    """The data stages run to the bytes of the undisturbed run, nothing else is
+    left behind, and the record of it is whole."""
     done = place("dvc", "repro", "splits")
     assert done.returncode == 0, (done.stderr + done.stdout)[-4000:]
     assert outputs(place.root) == outputs(expected)
@@ -146,11 +163,14 @@ def at(folder: Path) -> Path:
 
 
 @pytest.mark.long
-def test_all_harmless_oddities_at_once_give_the_same_bytes(based: Callable[[str], Path], _finished: Path, tmp_path: Path) -> None:
+def test_all_harmless_oddities_at_once_give_the_same_bytes(
+    based: Callable[[str], Path], _finished: Path, tmp_path: Path
+) -> None:
     root = based(ALL_NAMES)
     odd: dict[str, str | None] = {
         "HOME": str(at(tmp_path / f"home {ALL_NAMES}")), "LANG": "C", "LC_ALL": "C",
-        "COLUMNS": "40", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": None, "OMP_WAIT_POLICY": None, "TMPDIR": str(at(tmp_path / "tmp dir")),
+        "COLUMNS": "40", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": None, "OMP_WAIT_POLICY": None,
+        "TMPDIR": str(at(tmp_path / "tmp dir")),
     }  # fmt: skip
     assert_runs(Place(root, odd, umask=0o077), _finished)
     reports = list((root / "data/reports").glob("*.json"))
@@ -159,7 +179,9 @@ def test_all_harmless_oddities_at_once_give_the_same_bytes(based: Callable[[str]
 
 @each
 @pytest.mark.parametrize("name", NAMES.values(), ids=list(NAMES))
-def test_the_name_of_project_source_and_home(name: str, based: Callable[[str], Path], _finished: Path, tmp_path: Path) -> None:
+def test_the_name_of_project_source_and_home(
+    name: str, based: Callable[[str], Path], _finished: Path, tmp_path: Path
+) -> None:
     root = based(name)
     place = Place(root, {"HOME": str(at(tmp_path / "homes" / name))})
     assert_runs(place, _finished)
@@ -217,7 +239,9 @@ def test_a_narrow_terminal(variable: dict[str, str], tmp_path: Path) -> None:
     env = {**os.environ, "COLUMNS": "40", "PYTHONPATH": str(ROOT), **variable}
     piped = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     leader, follower = pty.openpty()
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdin=follower, stdout=follower, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdin=follower, stdout=follower, stderr=subprocess.DEVNULL
+    )
     os.close(follower)
     seen = b""
     while True:
@@ -303,9 +327,20 @@ def _usable_by_others() -> str | None:
     """Path of a Python with the libraries that a user without rights can run; None if there is none."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return None
-    probe = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "sh", "-c", "python -c 'import dvc, polars'"]
+    probe = [
+        "setpriv",
+        "--reuid=54321",
+        "--regid=54321",
+        "--clear-groups",
+        "sh",
+        "-c",
+        "python -c 'import dvc, polars'",
+    ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    usable = subprocess.run(probe, cwd="/", env={**os.environ, "PATH": path}, capture_output=True, check=False).returncode == 0
+    usable = (
+        subprocess.run(probe, cwd="/", env={**os.environ, "PATH": path}, capture_output=True, check=False).returncode
+        == 0
+    )
     return sys.executable if usable else None
 
 
@@ -320,9 +355,13 @@ def test_a_user_without_name_and_home_as_in_a_container(based: Callable[[str], P
     root = Path(shutil.copytree(based("project"), f"/tmp/pedigree-other-{os.getpid()}", symlinks=True))
     try:
         subprocess.run(["chown", "-R", "54321:54321", str(root)], check=True)
-        nameless = Place(root, {"HOME": "/tmp", "TMPDIR": None, **dict.fromkeys(("USER", "LOGNAME", "LNAME", "USERNAME"))}, OTHER)
+        nameless = Place(
+            root, {"HOME": "/tmp", "TMPDIR": None, **dict.fromkeys(("USER", "LOGNAME", "LNAME", "USERNAME"))}, OTHER
+        )
         refused = nameless("dagster_project", "run", "raw_examples")
-        assert refused.returncode == 2 and "hint: set the environment variable USER" in refused.stderr, refused.stderr[-2000:]
+        assert refused.returncode == 2 and "hint: set the environment variable USER" in refused.stderr, refused.stderr[
+            -2000:
+        ]
         assert_runs(Place(root, {**nameless.environment, "USER": "somebody"}, OTHER), _finished)
     finally:
         shutil.rmtree(root)
@@ -363,7 +402,9 @@ def _shim(folder: Path, *options: str) -> str:
     if compiler is None:
         pytest.skip("needs a C compiler")
     (folder / "shim.c").write_text(SHIM)
-    subprocess.run([compiler, "-shared", "-fPIC", *options, "-o", str(folder / "shim.so"), str(folder / "shim.c")], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", *options, "-o", str(folder / "shim.so"), str(folder / "shim.c")], check=True
+    )
     return str(folder / "shim.so")
 
 
@@ -383,7 +424,8 @@ def test_a_file_system_without_locks_is_refused_with_one_message(based: Callable
 
 @pytest.fixture(scope="session")
 def other_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An environment with another version of Python and what the data stages need. Skips where it cannot be installed."""
+    """An environment with another version of Python and what the data stages
+    need. Skips where it cannot be installed."""
     folder = tmp_path_factory.mktemp("python") / "env"
     names = [Path(part, f"python{request.param}") for part in os.environ["PATH"].split(os.pathsep)]
     commands = [[str(name), "-m", "venv", "--clear", str(folder)] for name in names if os.access(name, os.X_OK)]
@@ -391,9 +433,20 @@ def other_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         pytest.skip(f"no Python {request.param}, or none with venv and ensurepip")
     python = str(folder / "bin/python")
     installed = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements.lock"), f"{ROOT}[pipeline,train,gx]"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--constraint",
+            str(ROOT / "requirements.lock"),
+            f"{ROOT}[pipeline,train,gx]",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if installed.returncode:
         pytest.skip(f"cannot be installed: {installed.stderr[-300:]}")
     run([python, "-m", "pip", "uninstall", "--yes", "pedigree-llm"], ROOT)  # the project has the code

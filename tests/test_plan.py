@@ -39,8 +39,10 @@ TINY = {
     "num_key_value_heads": 2, "vocab_size": 20000, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
 LLAMA_2_7B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "hidden_act": "silu",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    "hidden_act": "silu",
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 ALL = {"r": 8, "target_modules": "all-linear"}
@@ -68,11 +70,16 @@ def take(model: Path, method: str = "full", options: dict[str, Any] | None = Non
     [(torch.float32, 44 * H + 16 * F + 4 * A + 8, 0), (torch.bfloat16, 36 * H + 8 * F + 4 * A + 8, 2)],
     ids=["float32", "bfloat16"],
 )
-def test_activations_of_a_llama_layer_match_the_formula(config: Any, dtype: torch.dtype, kept: int, copies: int) -> None:
-    """With a vocabulary this large the peak is at the loss, when all layers have been passed and no gradient exists yet."""
+def test_activations_of_a_llama_layer_match_the_formula(
+    config: Any, dtype: torch.dtype, kept: int, copies: int
+) -> None:
+    """With a vocabulary this large the peak is at the loss, when all layers
+    have been passed and no gradient exists yet."""
     two, four = (take(config(num_hidden_layers=n, dtype="bfloat16"), dtype=dtype).memory for n in (2, 4))
     assert (two.gradients, four.gradients) == (0, 0)
-    assert four.activations - two.activations == 2 * (64 * kept + copies * sum(rows * columns for rows, columns in MATRICES))
+    assert four.activations - two.activations == 2 * (
+        64 * kept + copies * sum(rows * columns for rows, columns in MATRICES)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,13 +90,18 @@ def test_logits_are_three_times_counted_positions_by_vocabulary_in_float32(confi
 
 def test_layers_below_the_lowest_trained_one_keep_no_activations(config: Any) -> None:
     lora = {"r": 8, "target_modules": ["down_proj"]}
-    deep, shallow = (take(config(num_hidden_layers=n), "lora", {**lora, "layers_to_transform": [n - 1]}).memory.activations for n in (8, 2))
+    deep, shallow = (
+        take(config(num_hidden_layers=n), "lora", {**lora, "layers_to_transform": [n - 1]}).memory.activations
+        for n in (8, 2)
+    )
     assert deep == shallow
     assert take(config(num_hidden_layers=8), "lora", lora).memory.activations > 3 * shallow
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer(config: Any) -> None:
-    eight, four = (take(config(num_hidden_layers=n), "lora", ALL, gradient_checkpointing=True).memory.activations for n in (8, 4))
+    eight, four = (
+        take(config(num_hidden_layers=n), "lora", ALL, gradient_checkpointing=True).memory.activations for n in (8, 4)
+    )
     assert eight - four == 4 * 64 * H * 4
 
 
@@ -120,7 +132,11 @@ def test_a_freed_block_is_reused_for_its_own_size_only(config: Any) -> None:
     assert account.fragmentation == 1000 + 1000 + 3000, (
         "neither weights nor what goes back to the kernel, and all else was free at the peak"
     )
-    assert take(config(), "lora", ALL, device="cuda").memory.fragmentation == 0 < take(config(), "lora", ALL).memory.fragmentation
+    assert (
+        take(config(), "lora", ALL, device="cuda").memory.fragmentation
+        == 0
+        < take(config(), "lora", ALL).memory.fragmentation
+    )
 
 
 def test_storages_are_recorded_from_allocation_to_release() -> None:
@@ -130,7 +146,12 @@ def test_storages_are_recorded_from_allocation_to_release() -> None:
     ledger.born(one[:10], "activations")
     del one
     ledger.passing(5)
-    assert ledger.events == [("", "activations", 1000), ("activations", "", 1000), ("", "activations", 5), ("activations", "", 5)]
+    assert ledger.events == [
+        ("", "activations", 1000),
+        ("activations", "", 1000),
+        ("", "activations", 5),
+        ("activations", "", 5),
+    ]
 
 
 def test_accumulation_keeps_the_gradients_during_the_next_pass(config: Any) -> None:
@@ -158,7 +179,9 @@ def test_four_bit_weights_take_half_a_byte_and_their_scales(config: Any) -> None
     others = plain.total - plain.trainable - n  # embeddings and norms, float32 beside matrices in 4 bits
     wanted = n // 2 + scales + 4 * others + 4 * four.trainable
     buffers = plain.memory.weights - 2 * (n + others) - 4 * plain.trainable
-    tables = 14 * (16 * 4 + 256 * 4 + 4)  # of the 4-bit values, of the scales' 8-bit values, and an offset; all matrices may share them
+    tables = 14 * (
+        16 * 4 + 256 * 4 + 4
+    )  # of the 4-bit values, of the scales' 8-bit values, and an offset; all matrices may share them
     assert wanted <= four.memory.weights - buffers <= wanted + tables
 
 
@@ -174,7 +197,9 @@ def test_adamw_keeps_two_states_in_the_parameters_dtype(dtype: torch.dtype) -> N
     optimizer = torch.optim.AdamW([parameter], fused=True)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert _state_bytes(parameter, "adamw_torch") == sum(s.numel() * s.element_size() for s in optimizer.state[parameter].values())
+    assert _state_bytes(parameter, "adamw_torch") == sum(
+        s.numel() * s.element_size() for s in optimizer.state[parameter].values()
+    )
     assert _state_bytes(parameter, "paged_adamw_8bit") == 2 * 8192 + 8 * 32
 
 
@@ -191,7 +216,10 @@ def test_a_prediction_does_not_change_the_random_state(config: Any) -> None:
     [
         *((name, ALL) for name in ("dora", "rslora", "qlora", "qdora")),
         *((name, {"num_virtual_tokens": 4}) for name in ("prefix_tuning", "prompt_tuning", "p_tuning")),
-        *((name, {"target_modules": ["q_proj", "v_proj"]}) for name in ("ia3", "loha", "lokr", "vera", "randlora", "boft", "hra")),
+        *(
+            (name, {"target_modules": ["q_proj", "v_proj"]})
+            for name in ("ia3", "loha", "lokr", "vera", "randlora", "boft", "hra")
+        ),
         ("layernorm", {}),
         ("feature_extraction", {}),
         ("lora", {**ALL, "init_lora_weights": "pissa"}),
@@ -210,18 +238,28 @@ def test_a_method_that_leaves_nothing_to_train_is_refused(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hidden_size": "big"}, {"hidden_size": 250, "num_attention_heads": 4}, {"vocab_size": 10**12, "hidden_size": 10**9}]
+    "wrong",
+    [
+        {"hidden_size": "big"},
+        {"hidden_size": 250, "num_attention_heads": 4},
+        {"vocab_size": 10**12, "hidden_size": 10**9},
+    ],
 )
 def test_an_impossible_model_configuration_is_refused_in_one_message(config: Any, wrong: dict[str, Any]) -> None:
     file = config()
     file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
     with pytest.raises(InputError, match="hint: correct the configuration"):
-        plan.plan_model(file, ["lora"], tokens=16, rows=1, checkpointing=False, compute=Compute(threads=1), device="cuda")
+        plan.plan_model(
+            file, ["lora"], tokens=16, rows=1, checkpointing=False, compute=Compute(threads=1), device="cuda"
+        )
 
 
 def test_a_model_without_a_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
-    for model, words in ((tmp_path / "nowhere", "no config.json"), (tmp_path, "transformers does not support this configuration")):
+    for model, words in (
+        (tmp_path / "nowhere", "no config.json"),
+        (tmp_path, "transformers does not support this configuration"),
+    ):
         assert main(["plan", "--model", str(model)]) == 2
         assert words in capsys.readouterr().err
 
@@ -230,7 +268,8 @@ def test_the_memory_of_a_7b_model_matches_published_figures(config: Any) -> None
     model = config()
     model.write_text(json.dumps(LLAMA_2_7B))
     found = plan.plan_model(
-        model, ["full", "lora", "qlora"], tokens=2048, rows=1, checkpointing=True, compute=Compute(threads=1), device="cuda"
+        model, ["full", "lora", "qlora"], tokens=2048, rows=1, checkpointing=True, compute=Compute(threads=1),
+        device="cuda"
     )  # fmt: skip
     gigabytes = {method: one["memory"]["total"] / 1e9 for method, one in found["variants"].items()}
     assert found["variants"]["full"]["trainable_parameters"] == 6738415616
@@ -283,18 +322,27 @@ def test_step_time_is_the_sum_over_operations_times_their_count() -> None:
 
 @pytest.mark.parametrize("method", ["boft", "oft"])
 def test_operations_that_read_values_can_be_timed(config: Any, method: str) -> None:
-    least, most = take(config(), method, {"target_modules": ["q_proj", "v_proj"]}).operations.seconds(torch.device("cpu"), {})
+    least, most = take(config(), method, {"target_modules": ["q_proj", "v_proj"]}).operations.seconds(
+        torch.device("cpu"), {}
+    )
     assert 0 < least <= most
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("full", {}), ("qlora", ALL), ("prompt_tuning", {"num_virtual_tokens": 4})], ids=lambda given: str(given)[:5]
+    ("method", "options"),
+    [("full", {}), ("qlora", ALL), ("prompt_tuning", {"num_virtual_tokens": 4})],
+    ids=lambda given: str(given)[:5],
 )
-def test_the_account_multiplies_the_matrices_that_training_multiplies(method: str, options: dict[str, Any], tiny_model: Path) -> None:
-    """Shapes and dtypes of all products in a forward and backward pass, for real and on the meta device; one bfloat16 copy a product included."""
+def test_the_account_multiplies_the_matrices_that_training_multiplies(
+    method: str, options: dict[str, Any], tiny_model: Path
+) -> None:
+    """Shapes and dtypes of all products in a forward and backward pass, for
+    real and on the meta device; one bfloat16 copy a product included."""
     lengths = [5, 9]
     row = {"input_ids": [3] * 14, "labels": [4] * 14, "weights": [1.0] * 14, "lengths": lengths}
-    tunable = build(method, options, tiny_model, torch.device("cpu"), torch.bfloat16, "adapter.x", merge=False, total_steps=100)
+    tunable = build(
+        method, options, tiny_model, torch.device("cpu"), torch.bfloat16, "adapter.x", merge=False, total_steps=100
+    )
     memory._prepare_for_training(tunable.model, causal(tunable.model), False)
     done: Counter[str] = Counter()
 
@@ -308,7 +356,9 @@ def test_the_account_multiplies_the_matrices_that_training_multiplies(method: st
         hidden = tunable.hidden_states(collate_packed([row]) if tunable.packs else collate_padded([row]))
         causal(tunable.model).get_output_embeddings()(hidden[:, :-1].flatten(0, 1)).sum().backward()
     told: Counter[str] = Counter()
-    found = take(tiny_model, method, options, lengths=lengths, counted=hidden[:, :-1].shape[:2].numel(), dtype=torch.bfloat16).operations
+    found = take(
+        tiny_model, method, options, lengths=lengths, counted=hidden[:, :-1].shape[:2].numel(), dtype=torch.bfloat16
+    ).operations
     for key, n in found.counts.items():
         run, _, shapes = found._runs[key]
         if run in PRODUCTS:
@@ -333,11 +383,23 @@ def test_a_plan_reports_tokens_parameters_memory_and_time(tokenized: Path, monke
     assert {key: found[key] for key in ("examples", "epochs", "steps", "tokens", "trained_tokens")} == {
         "examples": 40, "epochs": 0.8, "steps": 8, "tokens": 4800, "trained_tokens": 1200,
     }  # fmt: skip
-    assert set(found["memory"]) == {"weights", "gradients", "optimizer", "activations", "logits", "fragmentation", "runtime", "total"}
+    assert set(found["memory"]) == {
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "fragmentation",
+        "runtime",
+        "total",
+    }
     assert found["memory"]["total"] == sum(size for part, size in found["memory"].items() if part != "total")
     assert found["fits"] and found["advice"] == []
     assert found["trainable_parameters"] == 2 * sum(4 * (rows + columns) for rows, columns in MATRICES)
-    assert found["time"] == {"from_seconds": 38, "to_seconds": 56}, "4,800 tokens are 18.75 of the largest rows, which the step is told for"
+    assert found["time"] == {
+        "from_seconds": 38,
+        "to_seconds": 56,
+    }, "4,800 tokens are 18.75 of the largest rows, which the step is told for"
     edit_params(tokenized, lambda values: values["compute"].update(processes=2))
     shared = plan.plan_variants(tokenized, [])["variants"]["lora"]
     assert {key: shared[key] for key in ("epochs", "steps", "tokens")} == {"epochs": 1.6, "steps": 8, "tokens": 9600}
@@ -348,7 +410,12 @@ def test_a_plan_shows_auto_values_as_training_chooses_them_and_the_cost_of_the_s
 ) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (2.0, 3.0))
-    open_entry = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
+    open_entry = {
+        "num_train_epochs": "auto",
+        "learning_rate": "auto",
+        "per_device_train_batch_size": "auto",
+        "peft": {"r": "auto"},
+    }
     edit_params(
         tokenized,
         lambda values: values.update(
@@ -358,16 +425,21 @@ def test_a_plan_shows_auto_values_as_training_chooses_them_and_the_cost_of_the_s
     found = plan.plan_variants(tokenized, [])
     one, fixed = found["variants"]["x"], found["variants"]["fixed"]
     assert {name: choice["value"] for name, choice in one["chosen"].items()} == {
-        "num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8, "peft.lora_alpha": 16,
+        "num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8,
+        "peft.lora_alpha": 16,
         "per_device_train_batch_size": 1, "learning_rate": 1e-4,
     }  # fmt: skip
     assert one["steps"] == fixed["steps"] == 100
     assert one["trainable_parameters"] == fixed["trainable_parameters"]
-    assert one["sweep"] == {"trials_at_most": 6, "steps_at_most": 120} and "chosen" not in fixed and "sweep" not in fixed
+    assert (
+        one["sweep"] == {"trials_at_most": 6, "steps_at_most": 120} and "chosen" not in fixed and "sweep" not in fixed
+    )
     assert (one["time"]["to_seconds"], fixed["time"]["to_seconds"]) == (1547, 703), "120 steps more than 100"
     told = plan.as_text(found)
     assert "  num_train_epochs 10: guideline for 40 examples (under 1,000)\n" in told
-    assert "  a sweep on the validation loss will adjust learning_rate: at most 6 trials, 120 additional steps\n" in told
+    assert (
+        "  a sweep on the validation loss will adjust learning_rate: at most 6 trials, 120 additional steps\n" in told
+    )
 
 
 def test_a_plan_refuses_what_training_refuses(tokenized: Path) -> None:
@@ -379,7 +451,9 @@ def test_a_plan_refuses_what_training_refuses(tokenized: Path) -> None:
         plan.plan_variants(tokenized, [])
 
 
-def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
     without = plan.plan_variants(tokenized, [])
@@ -387,13 +461,18 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert "dpo: not planned: run `dvc repro preferences` first" in plan.as_text(without).splitlines()
     with pytest.raises(InputError, match="no preferences to train on yet"):
         plan.plan_variants(tokenized, ["dpo"])
-    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data" / "preferences" / "train",
+        [preference_row(10 + i, "aaa", "z") for i in range(12)],
+        PREFERENCE_SCHEMA,
+    )
     entries = {
         "dpo": {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "kto": {"method": "kto", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "rloo": {"method": "rloo", "adapter": "lora", "options": {"max_completion_length": 6}},
         **{
-            name: {"method": name, "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2} for name in ("simpo", "orpo")
+            name: {"method": name, "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
+            for name in ("simpo", "orpo")
         },
     }
     edit_params(tokenized, lambda values: values.update(aligned=entries))
@@ -404,7 +483,11 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert dpo["tokens"] == 6 * 4 * (2 * prompt + 4 + 2) and rloo["tokens"] == 6 * 8 * (prompt + 6)
     passes = 6 + 6 / 2 / 3  # of 3 seconds; the reference is one third of a pass, in the first of two epochs
     assert dpo["time"] == {"from_seconds": round(passes * 3), "to_seconds": round(passes * 6)} and rloo["time"] is None
-    assert (kto["pairs"], kto["steps"], kto["tokens"]) == (12, 12, dpo["tokens"]), "two rows a pair, one for each answer"
+    assert (kto["pairs"], kto["steps"], kto["tokens"]) == (
+        12,
+        12,
+        dpo["tokens"],
+    ), "two rows a pair, one for each answer"
     assert kto["memory"]["activations"] < dpo["memory"]["activations"], "so a pass has half as many answers"
     # of padded answers; their own lengths differ from the longest
     assert kto["time"]["to_seconds"] == pytest.approx(12 * 6 * (3 + 3) / 3, rel=0.1), "steps, and passes of each"
@@ -417,48 +500,79 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
 def test_a_plan_counts_the_tokens_of_sampled_answers_once(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: None)
-    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(8)], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data" / "preferences" / "train",
+        [preference_row(10 + i, "aaa", "z") for i in range(8)],
+        PREFERENCE_SCHEMA,
+    )
     entries = {
         f"{method}_{n}": {"method": method, "adapter": "lora", "options": {key: n, **more}}
-        for method, key, more in (("grpo", "num_iterations", {}), ("ppo", "num_ppo_epochs", {"total_episodes": 32, "batch_size": 16}))
+        for method, key, more in (
+            ("grpo", "num_iterations", {}),
+            ("ppo", "num_ppo_epochs", {"total_episodes": 32, "batch_size": 16}),
+        )
         for n in (1, 3)
     }
     edit_params(tokenized, lambda values: values.update(aligned=entries))
     found = plan.plan_variants(tokenized, [*entries])["variants"]
-    assert found["grpo_3"]["steps"] == 3 * found["grpo_1"]["steps"] and found["grpo_3"]["tokens"] == found["grpo_1"]["tokens"]
+    assert (
+        found["grpo_3"]["steps"] == 3 * found["grpo_1"]["steps"]
+        and found["grpo_3"]["tokens"] == found["grpo_1"]["tokens"]
+    )
     assert found["ppo_3"]["steps"] == found["ppo_1"]["steps"] and found["ppo_3"]["tokens"] == found["ppo_1"]["tokens"]
 
 
 def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (30.0, 60.0))
-    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data" / "preferences" / "train",
+        [preference_row(10 + i, "aaa", "z") for i in range(12)],
+        PREFERENCE_SCHEMA,
+    )
     entry = {"adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
-    entries = {f"{method}_{n}": {**entry, "method": method, "max_steps": n} for method in ("dpo", "simpo") for n in (3, 9, 1)}
+    entries = {
+        f"{method}_{n}": {**entry, "method": method, "max_steps": n} for method in ("dpo", "simpo") for n in (3, 9, 1)
+    }
     judge = {"model": "base_model", "per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": 9}
     edit_params(tokenized, lambda values: values.update(aligned=entries, reward_model=judge))
     found = plan.plan_variants(tokenized, [*entries, "reward_model"])["variants"]
     assert {name: (one["steps"], one["epochs"]) for name, one in found.items()} == {
-        "dpo_3": (3, 1.0), "dpo_9": (9, 3.0), "dpo_1": (1, 0.333), "simpo_3": (3, 1.0), "simpo_9": (9, 3.0), "simpo_1": (1, 0.333),
+        "dpo_3": (3, 1.0), "dpo_9": (9, 3.0), "dpo_1": (1, 0.333), "simpo_3": (3, 1.0), "simpo_9": (9, 3.0),
+        "simpo_1": (1, 0.333),
         "reward_model": (9, 3.0),
     }  # fmt: skip
-    assert found["dpo_9"]["tokens"] == found["reward_model"]["tokens"] == 3 * found["dpo_3"]["tokens"] == 9 * found["dpo_1"]["tokens"]
+    assert (
+        found["dpo_9"]["tokens"]
+        == found["reward_model"]["tokens"]
+        == 3 * found["dpo_3"]["tokens"]
+        == 9 * found["dpo_1"]["tokens"]
+    )
     assert {name: one["time"]["to_seconds"] for name, one in found.items()} == {
-        "dpo_3": 60 * (3 + 1), "dpo_9": 60 * (9 + 1), "dpo_1": 60 * (1 + 1), "simpo_3": 60 * 3, "simpo_9": 60 * 9, "simpo_1": 60,
+        "dpo_3": 60 * (3 + 1), "dpo_9": 60 * (9 + 1), "dpo_1": 60 * (1 + 1), "simpo_3": 60 * 3, "simpo_9": 60 * 9,
+        "simpo_1": 60,
         "reward_model": 60 * 9,
     }, "the reference reads all pairs once, in a third of the three steps of an epoch"  # fmt: skip
 
 
-def test_an_epoch_that_ends_with_a_smaller_step_has_the_tokens_of_its_data(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_that_ends_with_a_smaller_step_has_the_tokens_of_its_data(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: None)
-    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(10)], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data" / "preferences" / "train",
+        [preference_row(10 + i, "aaa", "z") for i in range(10)],
+        PREFERENCE_SCHEMA,
+    )
 
     def tokens(batch: int, **changes: Any) -> list[int]:
         entry = {"per_device_train_batch_size": batch, "num_train_epochs": 1, **changes}
         aligned = {"dpo": {"adapter": "lora", "method": "dpo", **entry}}
         aligned["kto"] = {"adapter": "lora", "method": "kto", **entry, "per_device_train_batch_size": 2 * batch}
-        edit_params(tokenized, lambda values: values.update(aligned=aligned, reward_model={"model": "base_model", **entry}))
+        edit_params(
+            tokenized, lambda values: values.update(aligned=aligned, reward_model={"model": "base_model", **entry})
+        )
         edit_params(tokenized, lambda values: values["adapter"].update(lora={"method": "lora", **entry}))
         found = plan.plan_variants(tokenized, ["dpo", "kto", "reward_model", "lora"])["variants"].values()
         assert {one["steps"] for one in found} == {entry.get("max_steps", -(-10 // batch))}
@@ -477,7 +591,14 @@ def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_mod
     pairs = [preference_row(10 + i, "aaa", "z" * (1 + 300 * (i == 5))) for i in range(12)]
     write_records(tokenized / "data" / "preferences" / "train", pairs, PREFERENCE_SCHEMA)
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
-    task = {"example_id": "a" * 32, "source": "a.jsonl", "messages": messages, "category": None, "group_id": None, "meta": "{}"}
+    task = {
+        "example_id": "a" * 32,
+        "source": "a.jsonl",
+        "messages": messages,
+        "category": None,
+        "group_id": None,
+        "meta": "{}",
+    }
     for split in ("train", "validation"):
         write_records(tokenized / "data" / "splits" / split, [task, {**task, "example_id": "b" * 32}])
     online = {"adapter": "lora", "options": {"max_completion_length": 10, "num_generations": 4}}
@@ -493,23 +614,36 @@ def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_mod
     }
     edit_params(tokenized, lambda values: values.update(aligned=entries))
     found = {name: one["memory"] for name, one in plan.plan_variants(tokenized, [*entries])["variants"].items()}
-    judge = sum(weight.nbytes for weight in load_file(tokenized / "data/base_model/model.safetensors").values())  # its output layer is tied
+    judge = sum(
+        weight.nbytes for weight in load_file(tokenized / "data/base_model/model.safetensors").values()
+    )  # its output layer is tied
     weights = {name: memory["weights"] - found["dpo"]["weights"] for name, memory in found.items()}
     assert weights == {name: 0 if name in {"dpo", "tasks"} else judge for name in entries}
     assert found["rules"] == found["rloo"] and found["grpo"]["activations"] <= found["rloo"]["activations"]
     prompt = len(plan._training_pairs(tokenized, tokenized / "data" / "base_model")[0][0])
-    padded = memory.TrainingSpec("cpu", torch.float32, tokenized / "data/base_model", "lora", {}, [prompt + 10] * 8, 8 * 10, timed=False)
+    padded = memory.TrainingSpec(
+        "cpu", torch.float32, tokenized / "data/base_model", "lora", {}, [prompt + 10] * 8, 8 * 10, timed=False
+    )
     assert found["grpo"]["total"] < 0.8 * padded.needed, "of eight answers to two prompts"
-    assert not plan._has_judge({"aligned": {"rules": rules}}, "rules", rules["rewards"]), "a project without a reward model"
+    assert not plan._has_judge({"aligned": {"rules": rules}}, "rules", rules["rewards"]), (
+        "a project without a reward model"
+    )
 
 
 def test_a_plan_of_a_distillation_counts_the_teacher(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
-    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data" / "preferences" / "train",
+        [preference_row(10 + i, "aaa", "z") for i in range(12)],
+        PREFERENCE_SCHEMA,
+    )
     large = tokenized / "models" / "large"
     shutil.copytree(tokenized / "data" / "base_model", large)
-    teacher = {"folder": "models/large", "sha256": {path.name: "0" * 64 for path in large.iterdir()}}  # a plan hashes nothing
+    teacher = {
+        "folder": "models/large",
+        "sha256": {path.name: "0" * 64 for path in large.iterdir()},
+    }  # a plan hashes nothing
     entry = {"adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
     entries = {
         "given": {"method": "gkd", "options": {"teacher": teacher, "lmbda": 0.0}, **entry},
@@ -520,14 +654,22 @@ def test_a_plan_of_a_distillation_counts_the_teacher(tokenized: Path, monkeypatc
     given, own, simpo = plan.plan_variants(tokenized, [*entries])["variants"].values()
     assert given["steps"] == own["steps"] == simpo["steps"] == 6
     assert given["memory"]["weights"] > 1.8 * simpo["memory"]["weights"], "of two models of one size"
-    assert own["memory"]["logits"] > given["memory"]["logits"] and own["tokens"] > given["tokens"], "own answers may have 50 tokens"
+    assert own["memory"]["logits"] > given["memory"]["logits"] and own["tokens"] > given["tokens"], (
+        "own answers may have 50 tokens"
+    )
     assert own["time"] is None and given["time"] == {"from_seconds": 6 * 3, "to_seconds": 6 * 6}
 
 
-def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
-    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data" / "preferences" / "train",
+        [preference_row(10 + i, "aaa", "z") for i in range(12)],
+        PREFERENCE_SCHEMA,
+    )
     entry = {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 2, "num_train_epochs": 2}
     sharded = {**entry, "sharding": {"fsdp": "full_shard"}}
     judge = {"model": "base_model", "per_device_train_batch_size": 2, "num_train_epochs": 2}
@@ -540,25 +682,35 @@ def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(tokeniz
     dpo, two, reward = plan.plan_variants(tokenized, ["dpo", "dpo_sharded", "reward_model"])["variants"].values()
     assert (dpo["steps"], two["steps"], two["tokens"]) == (12, 6, dpo["tokens"])
     assert two["sharding"] == {"fsdp": "full_shard", "cpu_offload": False, "processes": 2} and "sharding" not in dpo
-    assert two["time"]["to_seconds"] == pytest.approx(dpo["time"]["to_seconds"] / 2, abs=2), "half as many passes in each process"
+    assert two["time"]["to_seconds"] == pytest.approx(dpo["time"]["to_seconds"] / 2, abs=2), (
+        "half as many passes in each process"
+    )
     assert (reward["pairs"], reward["steps"], reward["tokens"]) == (12, 12, dpo["tokens"])
     edit_params(tokenized, lambda values: values["reward_model"].update(sharding={"fsdp": "full_shard"}))
     assert plan.plan_variants(tokenized, ["reward_model"])["variants"]["reward_model"]["steps"] == 6
 
 
-def test_a_plan_counts_the_tools_of_pairs_by_the_template_of_training(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_the_tools_of_pairs_by_the_template_of_training(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
-    edit_params(tokenized, lambda values: values.update(aligned={"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 1}}))
+    edit_params(
+        tokenized, lambda values: values.update(aligned={"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 1}})
+    )
     pairs = [preference_row(i, "aaa", "z") for i in range(8)]
-    write_records(tokenized / "data/preferences/train", [{**pair, "tools": [WEATHER]} for pair in pairs], PREFERENCE_SCHEMA)
+    write_records(
+        tokenized / "data/preferences/train", [{**pair, "tools": [WEATHER]} for pair in pairs], PREFERENCE_SCHEMA
+    )
     with pytest.raises(InputError, match="does not write the definitions of tools"):
         plan.plan_variants(tokenized, ["dpo"])
     (tokenized / "data/tokenized").mkdir()
     (tokenized / "data/tokenized/chat_template.jinja").write_text(HERMES)
     with_tools = plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"]
     write_records(tokenized / "data/preferences/train", pairs, PREFERENCE_SCHEMA)
-    assert with_tools > plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"] + 16 * len(json.dumps(WEATHER["function"]))
+    assert with_tools > plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"] + 16 * len(
+        json.dumps(WEATHER["function"])
+    )
 
 
 def test_a_plan_that_does_not_fit_suggests_one_that_does(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,17 +718,23 @@ def test_a_plan_that_does_not_fit_suggests_one_that_does(tokenized: Path, monkey
     needed = plan.plan_variants(tokenized, [])["variants"]["lora"]["memory"]["total"]
     monkeypatch.setattr(plan.Machine, "available", needed - 1)
     found = plan.plan_variants(tokenized, [])
-    assert found["variants"]["lora"]["gradient_checkpointing"] and found["variants"]["lora"]["fits"], "auto is true where that helps"
+    assert found["variants"]["lora"]["gradient_checkpointing"] and found["variants"]["lora"]["fits"], (
+        "auto is true where that helps"
+    )
     assert "  with gradient checkpointing\n" in plan.as_text(found)
     edit_params(tokenized, lambda values: values["adapter"]["lora"].update(gradient_checkpointing=False))
     found = plan.plan_variants(tokenized, [])
     one = found["variants"]["lora"]
     assert (
-        not one["fits"] and one["advice"][0].startswith("needs ") and one["advice"][1].startswith("gradient_checkpointing: true would take")
+        not one["fits"]
+        and one["advice"][0].startswith("needs ")
+        and one["advice"][1].startswith("gradient_checkpointing: true would take")
     )
     assert "does not fit: needs" in plan.as_text(found) and "hint: gradient_checkpointing: true" in plan.as_text(found)
     monkeypatch.setattr(plan.Machine, "available", 1)
-    assert "which is the least; use a smaller model" in plan.plan_variants(tokenized, [])["variants"]["lora"]["advice"][1]
+    assert (
+        "which is the least; use a smaller model" in plan.plan_variants(tokenized, [])["variants"]["lora"]["advice"][1]
+    )
 
 
 def test_without_the_base_model_the_plan_names_the_command_to_run(tokenized: Path) -> None:
@@ -587,9 +745,9 @@ def test_without_the_base_model_the_plan_names_the_command_to_run(tokenized: Pat
 
 def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) -> None:
     code = (
-        "import gc, sys; from dagster_project.__main__ import main;"
-        f" main(['plan', '--model', {str(config())!r}, '--tokens-per-row', '16', '--method', 'lora']);"
-        " print([name for name in ('trl', 'datasets', 'scipy', 'pandas', 'sklearn') if name in sys.modules], gc.isenabled())"
+        f"import gc, sys; from dagster_project.__main__ import main; main(['plan', '--model', {str(config())!r},"
+        " '--tokens-per-row', '16', '--method', 'lora']); print([name for name in ('trl', 'datasets', 'scipy',"
+        " 'pandas', 'sklearn') if name in sys.modules], gc.isenabled())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[] True"
@@ -610,15 +768,23 @@ def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) 
         (["--dtype", "float32"], "--dtype requires --model"),
         (["--model", "config.json", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
         (["--model", "config.json", "--tokens-per-row", "1" + "0" * 20], "too much for one forward pass"),
-        (["--model", "config.json", "--batch", "90000000", "--tokens-per-row", "10"], "at most 1,000,000 rows, and 1,000,000,000 tokens"),
+        (
+            ["--model", "config.json", "--batch", "90000000", "--tokens-per-row", "10"],
+            "at most 1,000,000 rows, and 1,000,000,000 tokens",
+        ),
     ],
 )
-def test_options_that_would_have_no_effect_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_would_have_no_effect_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code("plan", *arguments) == 2 and message in capsys.readouterr().err
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from dagster_project.cli.parser import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from dagster_project.cli.parser import parser; parser().format_help(); sys.exit('torch' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -1,4 +1,5 @@
-"""PPO: formulas match hand computations, gradients match finite differences, known optima are reached, and runs repeat byte for byte.
+"""PPO: formulas match hand computations, gradients match finite differences,
+known optima are reached, and runs repeat byte for byte.
 
 Run as a script this file is where runs are killed and shared: it loads the libraries once and forks a child for each.
 """
@@ -40,7 +41,8 @@ from dagster_project.training.trainers.harness.weight_audit import sha256_of_ten
 COMPUTE = Compute(threads=1, dtype="float32")
 QUESTIONS = ["Hi", "Where is my parcel?", "No, thank you", "I was charged twice"]
 SMALL = ppo.Settings(
-    total_episodes=96, batch_size=32, response_length=8, learning_rate=3e-3, kl_coef=0.02, missing_eos_penalty=0.1, gradient_accumulation_steps=1
+    total_episodes=96, batch_size=32, response_length=8, learning_rate=3e-3, kl_coef=0.02, missing_eos_penalty=0.1,
+    gradient_accumulation_steps=1
 )  # fmt: skip
 
 
@@ -60,7 +62,9 @@ def policy(folder: Path, louder: float = 10, dtype: torch.dtype = torch.float32,
 
 
 def prompts_of(tokenizer: Any) -> list[list[int]]:
-    return [tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") for question in QUESTIONS]
+    return [
+        tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") for question in QUESTIONS
+    ]
 
 
 def small_letters(rows: Sequence[int], texts: Sequence[str], _: Any = None) -> list[float]:
@@ -72,7 +76,8 @@ def settings(**changes: Any) -> ppo.Settings:
     return SMALL.model_copy(update=changes)
 
 
-# formulas ---------------------------------------------------------------------------------------------------------------------------------
+# formulas
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_equal_manually_computed_values() -> None:
@@ -100,11 +105,14 @@ def test_advantages_are_the_sum_that_the_paper_writes() -> None:
 def test_losses_equal_manually_computed_values() -> None:
     ratios = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1])
     gains = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
-    values, before, returns = (torch.tensor(x) for x in ([1.0, 0.1, -1.0, 0.0, 0.0], [0.0] * 5, [2.0, 1.0, 1.0, 0.0, 0.1]))
+    values, before, returns = (
+        torch.tensor(x) for x in ([1.0, 0.1, -1.0, 0.0, 0.0], [0.0] * 5, [2.0, 1.0, 1.0, 0.0, 0.1])
+    )
     policy, value, ratio = ppo.losses(ratios.log() - 2, values, torch.full((5,), -2.0), before, gains, returns, SMALL)
     # more of a good token pays up to 1.2, less of a bad one down to 0.8; what makes things worse is never clipped
     assert policy.tolist() == pytest.approx([-1.2, -0.5, 1.5, 0.8, -2.2])
-    # 1.0 for 2.0, but not further than 0.2 from 0: (0.2 - 2)^2 / 2; 0.1 for 1; -1 for 1, worse than -0.2; 0 for 0; 0 for 0.1
+    # 1.0 for 2.0, but not further than 0.2 from 0: (0.2 - 2)^2 / 2; 0.1 for 1; -1 for 1, worse than -0.2; 0 for 0; 0
+    # for 0.1
     assert value.tolist() == pytest.approx([1.62, 0.405, 2.0, 0.0, 0.005])
     assert ratio.tolist() == pytest.approx(ratios.tolist())
 
@@ -122,7 +130,11 @@ def test_a_tokens_reward_is_its_kl_penalty_and_for_the_last_one_the_score() -> N
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.1 + 2 - 1], [-0.1 + 3, 0.0]]))
     assert ppo.kl_per_answer(log_probs, reference) == pytest.approx(((0.5 - 1.0) + 1.0) / 2)
     scaled = ppo.rewards_per_token(
-        log_probs - reference, rollout, torch.tensor([2.0, 3.0]), 0.1, settings(whiten_rewards=True, missing_eos_penalty=1.0)
+        log_probs - reference,
+        rollout,
+        torch.tensor([2.0, 3.0]),
+        0.1,
+        settings(whiten_rewards=True, missing_eos_penalty=1.0),
     )
     mean = (-0.05 + 1.1 + 2.9) / 3
     spread = math.sqrt(sum((x - mean) ** 2 for x in (-0.05, 1.1, 2.9)) / 3)
@@ -171,29 +183,37 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
 
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
+        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.5,
         max_position_embeddings=32,
     )  # fmt: skip
-    lora = LoraConfig(r=2, target_modules=["query_key_value", "dense_4h_to_h"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=2, target_modules=["query_key_value", "dense_4h_to_h"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(GPTNeoXForCausalLM(config).double(), lora, autocast_adapter_dtype=False).double().eval()
     head = ppo.value_head(model)
     assert head.weight.dtype == torch.float64
     with torch.no_grad():
         head.weight.normal_()
-    rollout = rollout_of([[1, 5, 6], [1, 7], [1, 8, 9, 4], [3]], [[4, 5, 2], [6], [7, 8, 9, 10], [11, 2]], [True, False, False, True])
+    rollout = rollout_of(
+        [[1, 5, 6], [1, 7], [1, 8, 9, 4], [3]], [[4, 5, 2], [6], [7, 8, 9, 10], [11, 2]], [True, False, False, True]
+    )
     noise, before, gains, returns = (torch.randn(4, 4, dtype=torch.float64) for _ in range(4))
     old = torch.zeros_like(noise)
     with torch.no_grad():
         old[rollout.mask] = ppo.forward(model, head, rollout, [0, 1, 2, 3], 0.7)[0]
     old += noise / 4 * rollout.mask  # so that some ratios are clipped and some are not
-    chosen = settings(temperature=0.7, vf_coef=0.3, mini_batch_size=mini_batch_size, gradient_accumulation_steps=4, num_ppo_epochs=1,
+    chosen = settings(temperature=0.7, vf_coef=0.3, mini_batch_size=mini_batch_size, gradient_accumulation_steps=4,
+        num_ppo_epochs=1,
                       max_grad_norm=1e9, max_kl=None)  # fmt: skip
 
     def loss() -> float:
         total, tokens = 0.0, 0
         with torch.no_grad():
             for e, (prompt, answer) in enumerate(zip(rollout.prompts, rollout.answers, strict=True)):
-                hidden = model.get_base_model().base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
+                hidden = (
+                    model.get_base_model().base_model(input_ids=torch.tensor([prompt + answer])).last_hidden_state[0]
+                )
                 scores = (model.get_base_model().get_output_embeddings()(hidden) / 0.7).log_softmax(-1)
                 for t, token in enumerate(answer):
                     at = len(prompt) + t - 1
@@ -218,7 +238,9 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
         weight.data = start[name].clone()
         slopes[name] = (direction, (around[0] - around[1]) / 2e-5)
     wanted, judged = loss(), ppo.TokenValues(old, before, torch.zeros_like(old))
-    found = ppo.update(model, head, torch.optim.SGD(weights.values()), 1.0, rollout, judged, gains, returns, chosen, "seed")
+    found = ppo.update(
+        model, head, torch.optim.SGD(weights.values()), 1.0, rollout, judged, gains, returns, chosen, "seed"
+    )
     assert found["updates"] == 1
     assert 0 < found["clip_fraction"] < 1
     assert found["policy_loss"] + 0.3 * found["value_loss"] == pytest.approx(wanted, abs=1e-10)
@@ -227,7 +249,8 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
         assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
 
-# answers ----------------------------------------------------------------------------------------------------------------------------------
+# answers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_sampling_frequencies_match_the_probabilities() -> None:
@@ -241,7 +264,9 @@ def test_sampling_frequencies_match_the_probabilities() -> None:
     assert draw(logits, [1 - 1e-16], 1.0) == [4]
 
 
-@pytest.mark.parametrize("changes", [{"rollout_batch_size": 1}, {"rollout_batch_size": 3}, {"response_length": 5}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"rollout_batch_size": 1}, {"rollout_batch_size": 3}, {"response_length": 5}], ids=str
+)
 def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
     tiny_model: Path, tiny_tokenizer: Any, changes: dict[str, int]
 ) -> None:
@@ -254,7 +279,9 @@ def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
     assert found.answers == [answer[: changes.get("response_length", 24)] for answer in wanted.answers]
     assert len({len(answer) for answer in wanted.answers}) > 1, "all end together, so nothing leaves the batch"
     assert len({*map(tuple, wanted.answers)}) == 8, "a prompt that comes twice is answered twice"
-    assert wanted.finished.tolist() == [answer[-1] in {tiny_tokenizer.eos_token_id, ending.eos_token_id} for answer in wanted.answers]
+    assert wanted.finished.tolist() == [
+        answer[-1] in {tiny_tokenizer.eos_token_id, ending.eos_token_id} for answer in wanted.answers
+    ]
     assert wanted.mask.sum(1).tolist() == [len(answer) for answer in wanted.answers]
 
 
@@ -280,7 +307,9 @@ def test_values_of_a_sample_do_not_depend_on_other_samples_or_padding(tiny_model
     for prompt, answer in zip(prompts, rollout.answers, strict=True):  # padded on the left, with a mask
         ids, mask = torch.tensor([[0] * 9 + prompt + answer]), torch.tensor([[0] * 9 + [1] * len(prompt + answer)])
         with torch.no_grad():
-            hidden = model.get_base_model().base_model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+            hidden = model.get_base_model().base_model(
+                input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+            )
             states = hidden.last_hidden_state[0, -len(answer) - 1 : -1]
             scores = (model.get_base_model().lm_head(states) / 0.9).log_softmax(-1)
         plain.append((scores.gather(1, torch.tensor(answer)[:, None])[:, 0], head(states)[:, 0]))
@@ -293,11 +322,13 @@ def test_values_of_a_sample_do_not_depend_on_other_samples_or_padding(tiny_model
             torch.testing.assert_close(values, torch.cat([plain[e][1] for e in episodes]), atol=1e-4, rtol=1e-5)
 
 
-# learning ---------------------------------------------------------------------------------------------------------------------------------
+# learning
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_ppo_solves_a_bandit() -> None:
-    """One token, an arm each: with a KL penalty the best policy is pi_ref exp(r / beta), normalized (arXiv 2305.18290, equation 4)."""
+    """One token, an arm each: with a KL penalty the best policy is pi_ref exp(r
+    / beta), normalized (arXiv 2305.18290, equation 4)."""
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -307,9 +338,12 @@ def test_ppo_solves_a_bandit() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="</s>", model_max_length=8)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2,
+        vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.2,
     )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     won = torch.tensor([0, 0.2, 1, 0, 0.5, 0.8, 0.1, 0.3])
 
     def chances() -> torch.Tensor:
@@ -320,10 +354,18 @@ def test_ppo_solves_a_bandit() -> None:
     optimum = start * (won / 0.3).exp()
     optimum /= optimum.sum()
     chosen = settings(
-        total_episodes=256 * 16, batch_size=256, mini_batch_size=64, rollout_batch_size=256, response_length=1, kl_coef=0.3,
+        total_episodes=256 * 16, batch_size=256, mini_batch_size=64, rollout_batch_size=256, response_length=1,
+        kl_coef=0.3,
         missing_eos_penalty=0.0, learning_rate=2e-2, max_kl=None,
     )  # fmt: skip
-    ppo.train(model, tokenizer, [[1]], lambda _, texts, __: [float(won[arms.index(text or "</s>")]) for text in texts], chosen, COMPUTE)
+    ppo.train(
+        model,
+        tokenizer,
+        [[1]],
+        lambda _, texts, __: [float(won[arms.index(text or "</s>")]) for text in texts],
+        chosen,
+        COMPUTE,
+    )
     assert float((optimum - start).abs().sum()) / 2 > 0.2
     assert float((optimum - chances()).abs().sum()) / 2 < 0.05
 
@@ -332,7 +374,8 @@ def test_ppo_solves_a_bandit() -> None:
 def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.PPOHistory:
     """The small fixed run that docs/ppo.md shows."""
     chosen = settings(
-        total_episodes=768, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, learning_rate=5e-3, kl_coef=0.02, target_kl=10.0, horizon=64,
+        total_episodes=768, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, learning_rate=5e-3, kl_coef=0.02,
+        target_kl=10.0, horizon=64,
         vf_coef=0.5,
     )  # fmt: skip
     return ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
@@ -372,7 +415,9 @@ FIGURES = (
 
 def test_the_docs_show_the_small_run_as_it_is(learnt: ppo.PPOHistory) -> None:
     text = (ROOT / "docs" / "ppo.md").read_text()
-    lines = [f"| {point['step']} | " + " | ".join(f"{point[name]:.4g}" for name in FIGURES) + " |" for point in learnt.curve]
+    lines = [
+        f"| {point['step']} | " + " | ".join(f"{point[name]:.4g}" for name in FIGURES) + " |" for point in learnt.curve
+    ]
     shown = re.findall(r"^\| \d+ \|.*\|$", text, re.MULTILINE)
     assert f"| iteration | {' | '.join(FIGURES)} |" in text
     numbers = [[float(cell) for cell in line.strip("| ").split(" | ")] for line in (*shown, *lines)]
@@ -385,7 +430,9 @@ def test_ppo_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model = policy(tiny_model, dtype=torch.bfloat16)
     for weight in trainable(model).values():
         weight.data = weight.data.float()
-    course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, settings(total_episodes=64), COMPUTE)
+    course = ppo.train(
+        model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, settings(total_episodes=64), COMPUTE
+    )
     assert (course.curve[0]["kl"], course.stopped) == (0.0, "")
     assert all(math.isfinite(value) for point in course.curve for value in point.values())
     assert course.curve[0]["approx_kl"] > 0
@@ -394,7 +441,14 @@ def test_ppo_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
 def test_updates_stop_once_the_policy_has_moved_too_far(tiny_model: Path, tiny_tokenizer: Any) -> None:
     chosen = settings(total_episodes=32, num_ppo_epochs=4, learning_rate=3e-2)
     free, held = (
-        ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen.model_copy(update=change), COMPUTE)
+        ppo.train(
+            policy(tiny_model),
+            tiny_tokenizer,
+            prompts_of(tiny_tokenizer),
+            small_letters,
+            chosen.model_copy(update=change),
+            COMPUTE,
+        )
         for change in ({"max_kl": None}, {"max_kl": 0.02})
     )
     assert free.curve[0]["updates"] == 16
@@ -402,16 +456,29 @@ def test_updates_stop_once_the_policy_has_moved_too_far(tiny_model: Path, tiny_t
     assert held.curve[0]["approx_kl"] <= 0.02 < free.curve[0]["approx_kl"]
 
 
-# what would be in vain --------------------------------------------------------------------------------------------------------------------
+# what would be in vain
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def refusal(
-    folder: Path, tokenizer: Any, reward: ppo.Reward = small_letters, model: Any = None, prompts: Any = None, **changes: Any
+    folder: Path,
+    tokenizer: Any,
+    reward: ppo.Reward = small_letters,
+    model: Any = None,
+    prompts: Any = None,
+    **changes: Any,
 ) -> str:
     model = model or policy(folder)
     before = sha256_of_tensors(trainable(model))
     with pytest.raises(InputError) as refused:
-        ppo.train(model, tokenizer, prompts_of(tokenizer) if prompts is None else prompts, reward, settings(**changes), COMPUTE)
+        ppo.train(
+            model,
+            tokenizer,
+            prompts_of(tokenizer) if prompts is None else prompts,
+            reward,
+            settings(**changes),
+            COMPUTE,
+        )
     assert sha256_of_tensors(trainable(model)) == before
     return str(refused.value)
 
@@ -423,30 +490,45 @@ def test_a_reward_that_is_not_finite_is_refused_with_the_answer(tiny_model: Path
 
 def test_a_reward_that_never_varies_is_refused_unless_allowed(tiny_model: Path, tiny_tokenizer: Any) -> None:
     said = refusal(tiny_model, tiny_tokenizer, lambda rows, *_: [0.25] * len(rows))
-    assert said.startswith("ppo: all 32 answers of the first iteration have the same reward, 0.25: there is nothing to learn\nhint: ")
+    assert said.startswith(
+        "ppo: all 32 answers of the first iteration have the same reward, 0.25: there is nothing to learn\nhint: "
+    )
     chosen = settings(total_episodes=32, allow_constant_reward=True)
     constant = ppo.train(
-        policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), lambda rows, *_: [0.25] * len(rows), chosen, COMPUTE
+        policy(tiny_model),
+        tiny_tokenizer,
+        prompts_of(tiny_tokenizer),
+        lambda rows, *_: [0.25] * len(rows),
+        chosen,
+        COMPUTE,
     )
     assert constant.curve[0]["reward"] == 0.25
 
 
 def test_a_reward_of_too_few_numbers_is_refused(tiny_model: Path, tiny_tokenizer: Any) -> None:
-    assert refusal(tiny_model, tiny_tokenizer, lambda *_: [1.0]).startswith("ppo: the reward gave 1 numbers for 32 answers")
-
-
-def test_a_policy_with_only_empty_answers_is_refused(tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "draw", lambda logits, *_: [tiny_tokenizer.eos_token_id] * len(logits))
-    said = refusal(tiny_model, tiny_tokenizer)
-    assert said.startswith(
-        "ppo: every answer of the first iteration is empty: the policy ends its turn immediately\nhint: look at the SFT adapter"
+    assert refusal(tiny_model, tiny_tokenizer, lambda *_: [1.0]).startswith(
+        "ppo: the reward gave 1 numbers for 32 answers"
     )
 
 
-def test_prompts_too_long_for_an_answer_are_refused_and_the_first_is_named(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_a_policy_with_only_empty_answers_is_refused(
+    tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "draw", lambda logits, *_: [tiny_tokenizer.eos_token_id] * len(logits))
+    said = refusal(tiny_model, tiny_tokenizer)
+    assert said.startswith(
+        "ppo: every answer of the first iteration is empty: the policy ends its turn immediately\nhint: look at the SFT"
+        " adapter"
+    )
+
+
+def test_prompts_too_long_for_an_answer_are_refused_and_the_first_is_named(
+    tiny_model: Path, tiny_tokenizer: Any
+) -> None:
     said = refusal(tiny_model, tiny_tokenizer, prompts=[[5], [5] * 1017, [5] * 2000])
     assert said.startswith(
-        "ppo: 2 of 3 prompts leave no room for 8 tokens in a context of 1024 (first: prompt 1 with 1017 tokens)\nhint: lower"
+        "ppo: 2 of 3 prompts leave no room for 8 tokens in a context of 1024 (first: prompt 1 with 1017 tokens)\nhint:"
+        " lower"
     )
     assert refusal(tiny_model, tiny_tokenizer, prompts=[]).startswith("ppo: there are no prompts\nhint: ")
 
@@ -461,7 +543,8 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
     model = policy(tiny_model)
     course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, wild, COMPUTE)
     found = re.match(
-        r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. The weights at the start of iteration (\d+) are kept;"
+        r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. The weights at the start of"
+        r" iteration (\d+) are kept;"
         r" lower learning_rate", course.stopped,
     )  # fmt: skip
     assert found, course.stopped
@@ -479,13 +562,18 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
 def test_exploding_kl_in_the_last_update_is_detected(tiny_model: Path, tiny_tokenizer: Any, rate: float) -> None:
     model = policy(tiny_model)
     before = sha256_of_tensors(trainable(model))
-    chosen = settings(total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1)
+    chosen = settings(
+        total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1
+    )
     course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
-    assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped), course.stopped
+    assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped), (
+        course.stopped
+    )
     assert sha256_of_tensors(trainable(model)) == before
 
 
-# the same bytes ---------------------------------------------------------------------------------------------------------------------------
+# the same bytes
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def result(folder: Path, model: Any, course: ppo.PPOHistory, name: str) -> None:
@@ -547,13 +635,17 @@ def main() -> None:
 def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ppo")
     done = subprocess.run(
-        [sys.executable, __file__, str(folder), str(tiny_model)], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, __file__, str(folder), str(tiny_model)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     log = (folder / "log").read_text()
     assert json.loads((folder / "ends.json").read_text()) == [0, -signal.SIGKILL, 0, 0], log
-    return {"log": log, **{name: json.loads((folder / f"{name}.json").read_text()) for name in ("one", "killed", "two", "other")}}
+    return {
+        "log": log,
+        **{name: json.loads((folder / f"{name}.json").read_text()) for name in ("one", "killed", "two", "other")},
+    }
 
 
 @pytest.mark.long
@@ -576,7 +668,9 @@ def test_two_processes_learn_like_one(ran: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_an_interrupted_run_saves_and_resumes_to_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
+def test_an_interrupted_run_saves_and_resumes_to_the_same_bytes(
+    ran: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
     asked = 0
 
     def stopping(rows: Sequence[int], texts: Sequence[str], _: Any) -> list[float]:

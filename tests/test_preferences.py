@@ -1,4 +1,5 @@
-"""Sources -> raw_preferences -> preferences: every pair is kept or dropped for a reason, and no held-out prompt is trained on."""
+"""Sources -> raw_preferences -> preferences: every pair is kept or dropped for
+a reason, and no held-out prompt is trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from conftest import SHARED_DATA, draw_pages
 from dagster_project.core.errors import InputError
 from dagster_project.core.frames import read_pairs
 from dagster_project.core.params import parse
-from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_preferences, read_table, write_records
+from dagster_project.core.records import (
+    Report,
+    pair_id,
+    pair_schema,
+    read_ledger,
+    read_preferences,
+    read_table,
+    write_records,
+)
 from dagster_project.core.rendering import render
 from dagster_project.core.strings import StringIndex
 from dagster_project.curation.checks.checks import Rules, judge
@@ -41,7 +50,9 @@ OTHERS = [
 """Prompts without a run of words in common."""
 
 
-def better(prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No idea.", **more: Any) -> Fields:
+def better(
+    prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No idea.", **more: Any
+) -> Fields:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
@@ -49,11 +60,18 @@ def read(root: Path, *rows: Any, source: Fields | None = None, **section: Any) -
     """Rows of one file through `raw_preferences`, into `root`/raw."""
     jsonl(root / "data/sources/p.jsonl", *rows)
     values = {"sources": [{"path": "data/sources/p.jsonl", **(source or {})}], **section}
-    return raw_preferences.produce(root, parse(raw_preferences.Params, values, "raw_preferences"), root / "data/raw_preferences")
+    return raw_preferences.produce(
+        root, parse(raw_preferences.Params, values, "raw_preferences"), root / "data/raw_preferences"
+    )
 
 
 def run(
-    root: Path, model: Path, rows: list[Any], examples: list[Fields] | None = None, previous: Path | None = None, **section: Any
+    root: Path,
+    model: Path,
+    rows: list[Any],
+    examples: list[Fields] | None = None,
+    previous: Path | None = None,
+    **section: Any,
 ) -> Report:
     """Rows through both stages, into `root`/out and `root`/pages.
 
@@ -62,11 +80,21 @@ def run(
     """
     held_out = [{**row, "source": "e.jsonl", "group_id": row["example_id"]} for row in examples or []]
     write_records(root / "data/splits/test", held_out)
-    read(root, *rows) if rows else raw_preferences.produce(root, raw_preferences.Params(), root / "data/raw_preferences")
+    read(root, *rows) if rows else raw_preferences.produce(
+        root, raw_preferences.Params(), root / "data/raw_preferences"
+    )
     params = parse(preferences.Params, {"test": 0.0, "validation": 0.0, **section}, "preferences")
     before = {path.relative_to(previous).as_posix(): path for path in previous.rglob("*.*")} if previous else {}
     report = preferences.produce(
-        root, params, 7, root / "data/raw_preferences", root / "data/splits", model, root / "out", root / "pages", before
+        root,
+        params,
+        7,
+        root / "data/raw_preferences",
+        root / "data/splits",
+        model,
+        root / "out",
+        root / "pages",
+        before,
     )
     draw_pages("preferences", report, root / "out", root / "pages")
     return report
@@ -75,7 +103,8 @@ def run(
 def prompts(root: Path) -> dict[str, set[str]]:
     """Split -> what is asked in it."""
     return {
-        name: {pair["prompt"][-1]["content"] for pair in read_preferences(root / "out" / name)} for name in ("train", "validation", "test")
+        name: {pair["prompt"][-1]["content"] for pair in read_preferences(root / "out" / name)}
+        for name in ("train", "validation", "test")
     }
 
 
@@ -86,7 +115,10 @@ def prompts(root: Path) -> dict[str, set[str]]:
 def test_a_pair_in_any_layout_becomes_one_canonical_pair(layout: str, tmp_path: Path) -> None:
     report = read(tmp_path, *PAIR_ROWS[layout])
     (pair,) = read_pairs(tmp_path / "data/raw_preferences")
-    sides = [[{"role": role, "content": said}] for role, said in (("user", "Hi"), ("assistant", "Hello"), ("assistant", "What?"))]
+    sides = [
+        [{"role": role, "content": said}]
+        for role, said in (("user", "Hi"), ("assistant", "Hello"), ("assistant", "What?"))
+    ]
     assert [pair["prompt"], pair["chosen"], pair["rejected"]] == sides and pair["example_id"] == pair_id(*sides)
     assert pair["source_rows"] == [*range(len(PAIR_ROWS[layout]))]
     found = report.metrics["sources"]["data/sources/p.jsonl"]
@@ -94,7 +126,11 @@ def test_a_pair_in_any_layout_becomes_one_canonical_pair(layout: str, tmp_path: 
 
 
 def test_answers_without_any_counterpart_are_pairs_with_one_side(tmp_path: Path) -> None:
-    read(tmp_path, {"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Ho", "completion": "What?", "label": False})
+    read(
+        tmp_path,
+        {"prompt": "Hi", "completion": "Hello", "label": True},
+        {"prompt": "Ho", "completion": "What?", "label": False},
+    )
     first, second = read_pairs(tmp_path / "data/raw_preferences")
     assert (first["rejected"], second["chosen"]) == ([], []) and first["example_id"] != second["example_id"]
     assert json.loads(first["meta"])["problem"] == "no rejected completion of the same prompt"
@@ -134,12 +170,17 @@ def test_completions_in_different_splits_are_not_paired(tmp_path: Path) -> None:
     ]
     read(tmp_path, *rows, {**rows[0], "completion": "c", "label": False})
     pairs = read_pairs(tmp_path / "data/raw_preferences")
-    assert [(pair["source_rows"], json.loads(pair["meta"])["split"]) for pair in pairs] == [([0, 2], "train"), ([1], "validation")]
+    assert [(pair["source_rows"], json.loads(pair["meta"])["split"]) for pair in pairs] == [
+        ([0, 2], "train"),
+        ([1], "validation"),
+    ]
 
 
 def test_a_mapping_may_name_the_category(tmp_path: Path) -> None:
     mapping = {"prompt": "q", "chosen": "good", "rejected": "bad", "category": "kind"}
-    read(tmp_path, {"q": "Hi", "good": "Hello", "bad": "What?", "kind": "tone", "stars": 4}, source={"mapping": mapping})
+    read(
+        tmp_path, {"q": "Hi", "good": "Hello", "bad": "What?", "kind": "tone", "stars": 4}, source={"mapping": mapping}
+    )
     (pair,) = read_pairs(tmp_path / "data/raw_preferences")
     assert (pair["category"], json.loads(pair["meta"])) == ("tone", {"stars": 4})
 
@@ -150,8 +191,13 @@ def test_fields_of_both_rows_of_a_pair_that_are_not_used_reach_the_checks(tmp_pa
         for said, name in (("A", "id"), ("B", "audio_id"))
     ]
     report = read(tmp_path, *({"messages": one, "label": good} for one, good in zip(turns, (True, False), strict=True)))
-    assert report.metrics["sources"]["data/sources/p.jsonl"]["fields"]["ignored"] == {"messages[].audio_id": 1, "messages[].id": 1}
-    assert [pair["ignored"] for pair in read_pairs(tmp_path / "data/raw_preferences")] == [["messages[].id", "messages[].audio_id"]]
+    assert report.metrics["sources"]["data/sources/p.jsonl"]["fields"]["ignored"] == {
+        "messages[].audio_id": 1,
+        "messages[].id": 1,
+    }
+    assert [pair["ignored"] for pair in read_pairs(tmp_path / "data/raw_preferences")] == [
+        ["messages[].id", "messages[].audio_id"]
+    ]
     assert report.checks[0].count == 1
 
 
@@ -160,7 +206,9 @@ def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:
         read(tmp_path, better(), source={"mapping": {"prompt": "q", "response": "a"}})
 
 
-def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [Row(i, better(text)) for i, text in enumerate(OTHERS)]
     monkeypatch.setattr(reading, "split_blocks", lambda named: iter([Block(as_parsed, rows)]))
     source = {"hub": "org/name", "revision": "0123456789" * 4, "split": "test"}
@@ -201,7 +249,9 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: 
     assert (report.rows_in, report.rows_out, report.dropped) == (8, 2, dict.fromkeys(report.dropped, 1))
     assert report.dropped.keys() == bad.keys()
     outcomes = ["train", *(f"dropped:{name}" for name in bad), "train"]
-    assert [(line["source_row"], line["outcome"]) for line in read_ledger(tmp_path / "out")] == list(enumerate(outcomes))
+    assert [(line["source_row"], line["outcome"]) for line in read_ledger(tmp_path / "out")] == list(
+        enumerate(outcomes)
+    )
     found = json.loads((tmp_path / "out/findings.json").read_text())
     assert (found["rows"], found["kept"], found["dropped"]) == (8, 2, report.dropped)
 
@@ -212,10 +262,14 @@ def test_sides_of_different_length_are_not_identical_though_they_end_alike() -> 
 
     row = Row(0, better(chosen=say("Which kite?", "The red one.", "On its way."), rejected=say("On its way.")))  # type: ignore[arg-type]
     pairs = pairs_of([row], "p.jsonl", "p.jsonl")[1]
-    assert judge([as_record(pair) for pair in pairs], [], Rules(), kind="preferences").broken.keys() == {"prompt_mismatch"}
+    assert judge([as_record(pair) for pair in pairs], [], Rules(), kind="preferences").broken.keys() == {
+        "prompt_mismatch"
+    }
 
 
-@pytest.mark.parametrize("rows", [[better()], [better(rejected="On its way.")], []], ids=["a pair is kept", "none is", "there is none"])
+@pytest.mark.parametrize(
+    "rows", [[better()], [better(rejected="On its way.")], []], ids=["a pair is kept", "none is", "there is none"]
+)
 def test_every_check_is_always_reported(rows: list[Fields], tmp_path: Path, tiny_model: Path) -> None:
     assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == preferences.CHECK_DESCRIPTIONS.keys()
 
@@ -256,7 +310,9 @@ def test_no_pair_is_longer_than_the_context_of_the_base_model(tmp_path: Path, ti
 
 
 def test_pairs_of_nearly_the_same_prompt_stay_in_one_split(tmp_path: Path, tiny_model: Path) -> None:
-    rows = [better(f"{LONG} {word}", f"Sorry about {word}.", category="late") for word in ("", "again", "please", "now")]
+    rows = [
+        better(f"{LONG} {word}", f"Sorry about {word}.", category="late") for word in ("", "again", "please", "now")
+    ]
     rows += [better(text, category="late") for text in OTHERS]
     report = run(tmp_path, tiny_model, rows, test=0.4, validation=0.2)
     assert {name: len(asked) for name, asked in prompts(tmp_path).items()} == {"train": 4, "validation": 2, "test": 4}
@@ -281,7 +337,12 @@ def test_the_split_of_a_row_is_kept_and_a_missing_one_is_assigned_from_train(tmp
 
 def test_no_pair_is_trained_on_whose_prompt_the_instructions_hold_out(tmp_path: Path, tiny_model: Path) -> None:
     near = LONG.replace("garden", "yellow")
-    rows = [better(near, split="train"), better(OTHERS[1], split="train"), better(OTHERS[2], split="test"), better(OTHERS[3])]
+    rows = [
+        better(near, split="train"),
+        better(OTHERS[1], split="train"),
+        better(OTHERS[2], split="test"),
+        better(OTHERS[3]),
+    ]
     report = run(tmp_path, tiny_model, rows, examples=[ask(LONG), ask(OTHERS[2]), ask(OTHERS[3])])
     assert prompts(tmp_path) == {"train": {OTHERS[1]}, "validation": set(), "test": {OTHERS[2], OTHERS[3]}}
     assert report.dropped == {"split_leakage": 1}
@@ -292,14 +353,27 @@ def test_no_pair_is_trained_on_whose_prompt_the_instructions_hold_out(tmp_path: 
     assert match["other"] == place and not {"text", "other_text"} & match.keys()
     page = re.sub("<[^>]+>", "", (tmp_path / "pages/report.html").read_text(encoding="utf-8"))
     assert near in page and LONG in page and MISSING not in page
-    assert read_ledger(tmp_path / "out")[0]["why"] == f"train by the label of its source, but belongs to {place}, which is test"
-    assert [(row["check"], row["other"]) for row in read_table(tmp_path / "out/overlaps.parquet")] == [("split_leakage", place)]
+    assert (
+        read_ledger(tmp_path / "out")[0]["why"]
+        == f"train by the label of its source, but belongs to {place}, which is test"
+    )
+    assert [(row["check"], row["other"]) for row in read_table(tmp_path / "out/overlaps.parquet")] == [
+        ("split_leakage", place)
+    ]
 
 
 def test_the_finished_splits_are_verified_against_the_test_examples(tmp_path: Path) -> None:
     """Whatever dealt them out: the shards themselves are read."""
     said = [{"role": "user", "content": LONG}]
-    pair = {"example_id": "p", "source": "p.jsonl", "prompt": said, "chosen": [], "rejected": [], "group_id": "p", "meta": "{}"}
+    pair = {
+        "example_id": "p",
+        "source": "p.jsonl",
+        "prompt": said,
+        "chosen": [],
+        "rejected": [],
+        "group_id": "p",
+        "meta": "{}",
+    }
     for name in ("train", "validation", "test"):
         write_records(tmp_path / "out" / name, [pair] if name == "train" else [], pair_schema())
     write_records(tmp_path / "held", [{**ask(LONG), "source": "e.jsonl", "group_id": "e"}])
@@ -316,7 +390,11 @@ def test_of_leaking_upstream_pairs_the_less_strictly_held_out_is_dropped(tmp_pat
 
 
 def test_a_pair_that_repeats_a_benchmark_is_dropped(tmp_path: Path, tiny_model: Path) -> None:
-    question = {"question": "Which planet do people sometimes call the red planet?", "choices": ["Mars", "Venus"], "answer": 0}
+    question = {
+        "question": "Which planet do people sometimes call the red planet?",
+        "choices": ["Mars", "Venus"],
+        "answer": 0,
+    }
     jsonl(tmp_path / "data/sources/benchmarks/b.jsonl", question)
     rows = [better(question["question"]), better()]
     report = run(tmp_path, tiny_model, rows, benchmarks=["data/sources/benchmarks/b.jsonl"])
@@ -351,7 +429,9 @@ def test_a_decision_in_the_review_file_is_applied_on_the_next_run(tmp_path: Path
         run(tmp_path, tiny_model, rows, review="decided.csv")
         pairs = read_preferences(tmp_path / "out/train")
         assert [pair["chosen"][0]["content"] for pair in pairs] == kept
-        assert [pair["example_id"] for pair in pairs] == [pair_id(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
+        assert [pair["example_id"] for pair in pairs] == [
+            pair_id(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs
+        ]
 
 
 def test_the_same_pairs_give_the_same_bytes_and_only_the_page_shows_changes(tmp_path: Path, tiny_model: Path) -> None:
@@ -359,8 +439,16 @@ def test_the_same_pairs_give_the_same_bytes_and_only_the_page_shows_changes(tmp_
     run(tmp_path / "a", tiny_model, rows, validation=0.2)
     run(tmp_path / "b", tiny_model, rows, validation=0.2, previous=tmp_path / "a/out")
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a/out").rglob("*.*"))
-    assert [path for path in files if (tmp_path / "a" / path).read_bytes() != (tmp_path / "b" / path).read_bytes()] == []
-    run(tmp_path / "b", tiny_model, [*rows[:-1], better("Ho"), better("Hey")], validation=0.2, previous=tmp_path / "a/out")
+    assert [
+        path for path in files if (tmp_path / "a" / path).read_bytes() != (tmp_path / "b" / path).read_bytes()
+    ] == []
+    run(
+        tmp_path / "b",
+        tiny_model,
+        [*rows[:-1], better("Ho"), better("Hey")],
+        validation=0.2,
+        previous=tmp_path / "a/out",
+    )
     page = (tmp_path / "b/pages/report.html").read_text()
     assert "1 of 1 row changed" in page and "1 of 1 row added" in page
     assert "the version recorded before" not in (tmp_path / "a/pages/report.html").read_text()

@@ -52,7 +52,11 @@ def jwt(name: str) -> str:
 
 
 def pem(body: str, kind: str, newline: str) -> str:
-    lines = [f"-----BEGIN {kind}PRIVATE KEY-----", *(body[i : i + 64] for i in range(0, len(body), 64)), f"-----END {kind}PRIVATE KEY-----"]
+    lines = [
+        f"-----BEGIN {kind}PRIVATE KEY-----",
+        *(body[i : i + 64] for i in range(0, len(body), 64)),
+        f"-----END {kind}PRIVATE KEY-----",
+    ]
     return newline.join(lines)
 
 
@@ -69,34 +73,101 @@ def local(name: str) -> bool:
 abroad = st.builds(
     phone,
     st.sampled_from(
-        ["US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "BR", "MX", "IN", "CN", "JP", "KR", "AU", "ZA", "NG", "EG", "TR", "RU", "UA", "SE"]
+        [
+            "US",
+            "GB",
+            "DE",
+            "FR",
+            "ES",
+            "IT",
+            "NL",
+            "PL",
+            "BR",
+            "MX",
+            "IN",
+            "CN",
+            "JP",
+            "KR",
+            "AU",
+            "ZA",
+            "NG",
+            "EG",
+            "TR",
+            "RU",
+            "UA",
+            "SE",
+        ]
     ),
     st.sampled_from([PhoneNumberType.MOBILE, PhoneNumberType.FIXED_LINE]),
     st.sampled_from([PhoneNumberFormat.INTERNATIONAL, PhoneNumberFormat.E164]),
 )
-at_home = st.builds(phone, st.sampled_from(["US", "GB", "FR"]), st.just(PhoneNumberType.MOBILE), st.just(PhoneNumberFormat.NATIONAL))
+at_home = st.builds(
+    phone, st.sampled_from(["US", "GB", "FR"]), st.just(PhoneNumberType.MOBILE), st.just(PhoneNumberFormat.NATIONAL)
+)
 VALUES: dict[str, st.SearchStrategy[str]] = {
-    "e-mail": joined(some(string.ascii_lowercase, 1, 8), st.sampled_from(["", ".x", "+tag", "_1"]), "@", some(ALNUM, 1, 9), ".", st.sampled_from(["com", "co.uk", "example.org", "museum"])).filter(local),
+    "e-mail": joined(
+        some(string.ascii_lowercase, 1, 8),
+        st.sampled_from(["", ".x", "+tag", "_1"]),
+        "@",
+        some(ALNUM, 1, 9),
+        ".",
+        st.sampled_from(["com", "co.uk", "example.org", "museum"]),
+    ).filter(local),
     "phone": abroad | at_home,
-    "card": st.builds(card, joined(st.sampled_from(["4", "51", "2221", "6011"]), some(string.digits, 15)).map(lambda d: d[:15]), st.booleans()),
+    "card": st.builds(
+        card,
+        joined(st.sampled_from(["4", "51", "2221", "6011"]), some(string.digits, 15)).map(lambda d: d[:15]),
+        st.booleans(),
+    ),
     "iban": st.builds(account, some(string.digits, 8), some(string.digits, 10), st.booleans()),
-    "national id": st.sampled_from(["536-90-4399", "390.533.447-05", "11010519491231002X", "RCCMNL83S18D969H", "131052-308T", "12345678Z", "X2482300W", "2 95 10 99 126 111 93", "253072B07300470", "971013-9019902", "880320-0016"]),
-    "ip address": st.sampled_from(["93.184.216.34", "203.0.113.7", "151.101.1.69", "2606:2800:220:1:248:1893:25c8:1946"]),
-    "private key": st.builds(pem, some(ALNUM + "+/", 40, 300), st.sampled_from(["", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED "]), st.sampled_from(["\n", "\\n", "\r\n"])),
+    "national id": st.sampled_from(
+        [
+            "536-90-4399",
+            "390.533.447-05",
+            "11010519491231002X",
+            "RCCMNL83S18D969H",
+            "131052-308T",
+            "12345678Z",
+            "X2482300W",
+            "2 95 10 99 126 111 93",
+            "253072B07300470",
+            "971013-9019902",
+            "880320-0016",
+        ]
+    ),
+    "ip address": st.sampled_from(
+        ["93.184.216.34", "203.0.113.7", "151.101.1.69", "2606:2800:220:1:248:1893:25c8:1946"]
+    ),
+    "private key": st.builds(
+        pem,
+        some(ALNUM + "+/", 40, 300),
+        st.sampled_from(["", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED "]),
+        st.sampled_from(["\n", "\\n", "\r\n"]),
+    ),
     "aws key": joined("AKIA", some(string.ascii_uppercase + string.digits, 16)),
     "azure key": joined("AccountKey=", some(ALNUM + "+/", 86), "=="),
     "discord token": joined("M", some(ALNUM, 23), ".", some(ALNUM, 6), ".", some(ALNUM, 27)),
-    "github token": joined(st.sampled_from(["ghp_", "gho_", "ghs_"]), some(ALNUM, 36)) | joined("github_pat_", some(ALNUM + "_", 82)),
+    "github token": joined(st.sampled_from(["ghp_", "gho_", "ghs_"]), some(ALNUM, 36))
+    | joined("github_pat_", some(ALNUM + "_", 82)),
     "gitlab token": joined("glpat-", some(ALNUM, 20)),
     "jwt": st.builds(jwt, some(LETTERS, 1, 12)),
     "mailchimp key": joined(some("0123456789abcdef", 32), "-us", st.sampled_from(["1", "21"])),
     "npm token": joined("npm_", some(ALNUM, 36)),
     "openai key": joined("sk-", some(ALNUM, 20), "T3BlbkFJ", some(ALNUM, 20))
-    | joined(st.sampled_from(["sk-proj-", "sk-svcacct-", "sk-admin-"]), some(TOKEN, 58, 74), "T3BlbkFJ", some(TOKEN, 58, 74)),
+    | joined(
+        st.sampled_from(["sk-proj-", "sk-svcacct-", "sk-admin-"]), some(TOKEN, 58, 74), "T3BlbkFJ", some(TOKEN, 58, 74)
+    ),
     "pypi token": joined("pypi-AgEIcHlwaS5vcmc", some(TOKEN, 70, 90)),
     "sendgrid key": joined("SG.", some(ALNUM, 22), ".", some(ALNUM, 43)),
     "slack token": joined("xoxb-", some(string.digits, 11), "-", some(string.digits, 11), "-", some(ALNUM, 24))
-    | joined("xapp-1-A", some(string.ascii_uppercase + string.digits, 10), "-", some(string.digits, 13), "-", some("0123456789abcdef", 64))
+    | joined(
+        "xapp-1-A",
+        some(string.ascii_uppercase + string.digits, 10),
+        "-",
+        some(string.digits, 13),
+        "-",
+        some("0123456789abcdef", 64),
+    )
     | joined("xoxe-1-", some(ALNUM, 146)),
     "square key": joined("sq0csp-", some(ALNUM, 43)),
     "stripe key": joined("sk_live_", some(ALNUM, 24)),
@@ -112,7 +183,7 @@ VALUES: dict[str, st.SearchStrategy[str]] = {
     "perplexity key": joined("pplx-", some(ALNUM, 48)),
     "replicate token": joined("r8_", some(ALNUM, 37)),
     "xai key": joined("xai-", some(ALNUM, 80)),
-}  # fmt: skip
+}
 planted = st.sampled_from(sorted(VALUES)).flatmap(lambda kind: st.tuples(st.just(kind), VALUES[kind]))
 before = st.sampled_from(["", " ", "\n", "(", '"', ": ", "= '"])
 after = st.sampled_from(["", " ", "\n", ")", '"', ", ", ". ", "' "])
@@ -138,7 +209,9 @@ def test_a_planted_value_is_found_in_any_text_and_always_masked(
 
 @settings(max_examples=300, deadline=None)
 @given(planted, st.lists(planted, max_size=2), st.sampled_from([" ", ", ", "\n"]))
-def test_an_excerpt_shows_at_most_two_characters_of_a_value(first: tuple[str, str], more: list[tuple[str, str]], gap: str) -> None:
+def test_an_excerpt_shows_at_most_two_characters_of_a_value(
+    first: tuple[str, str], more: list[tuple[str, str]], gap: str
+) -> None:
     values = [value for _, value in [first, *more]]
     hits = scan([f"ж {gap.join(values)} ж"])
     assert hits
@@ -146,7 +219,9 @@ def test_an_excerpt_shows_at_most_two_characters_of_a_value(first: tuple[str, st
         shown = hit.excerpt
         for kind in {hit.kind for hit in hits}:
             shown = shown.replace(f"[{kind}]", "")
-        kept = [run for run in "".join(c if c.isascii() and c.isalnum() else " " for c in shown).split() if len(run) > 2]
+        kept = [
+            run for run in "".join(c if c.isascii() and c.isalnum() else " " for c in shown).split() if len(run) > 2
+        ]
         assert not [run for run in kept if any(run in value for value in values)], (hit, values)
 
 
@@ -186,23 +261,32 @@ def test_each_kind_is_masked_by_its_name(kind: str) -> None:
         ("020 7946 0958, 06 12 34 56 78 or 030 90182012", "[phone], [phone] or [phone]"),
         ("06.12.34.56.78, tel 01-42-68-53-00", "[phone], tel [phone]"),
         ("0049 151 12345678, 0044 (0)20 7946 0958 or 00 33-6-12-34-56-78.", "[phone], [phone] or [phone]."),
-        ("06\xa012\xa034\u202f56\u202f78, 415\u2011555\u20112671, DE89\xa03704\xa00044\xa00532\xa00130\xa000", "[phone], [phone], [iban]"),
+        (
+            "06\xa012\xa034\u202f56\u202f78, 415\u2011555\u20112671, DE89\xa03704\xa00044\xa00532\xa00130\xa000",
+            "[phone], [phone], [iban]",
+        ),
         ("電話：（０３）１２３４－５６７８、ａｎｎ＠ｍａｉｌ．ｊｐ（安）", "電話：[phone]、[e-mail]（安）"),
         ("电话：(021)62345678、ann@mail.cn（１号）", "电话：[phone]、[e-mail]（１号）"),
-        ("\u0627\u062a\u0635\u0644 +\u0669\u0666\u0666\u0665\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667", "\u0627\u062a\u0635\u0644 [phone]"),
+        (
+            "\u0627\u062a\u0635\u0644 +\u0669\u0666\u0666\u0665\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667",
+            "\u0627\u062a\u0635\u0644 [phone]",
+        ),
         ("Telefon: 2125550123", "Telefon: [phone]"),
         ("call 212 555 0123 or 212 555 0124", "call [phone] or [phone]"),
         ("3782 822463 10005 and 4111-1111-1111-1111", "[card] and [card]"),
         ("1234 4111 1111 1111 1111 123", "1234 [card] 123"),
         ("gb29nwbk60161331926819 NOW", "[iban] NOW"),
-        ("电话13800138000,身份证号11010519491231002X。IP是93.184.216.34的", "电话[phone],身份证号[national id]。IP是[ip address]的"),
+        (
+            "电话13800138000,身份证号11010519491231002X。IP是93.184.216.34的",
+            "电话[phone],身份证号[national id]。IP是[ip address]的",
+        ),
         ("번호는 640823-3234562입니다", "번호는 [national id]입니다"),
         ("Ann,536-90-4399,4111111111111111,212-555-0123,94110", "Ann,[national id],[card],[phone],94110"),
         ("postgres://ann:hunter2@db:5432/x", "postgres://ann:[password in a url]@db:5432/x"),
         ("aws_secret_access_key = " + "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "aws_secret_access_key = [aws key]"),
         ("//registry.npmjs.org/:_authToken=npm_" + "a" * 36, "//registry.npmjs.org/:_authToken=[npm token]"),
     ],
-)  # fmt: skip
+)
 def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> None:
     assert mask(text) == hidden
 
@@ -211,7 +295,8 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
     "text",
     [
         "Follow me @kites, 3 @ 5.00, or W@x.reshape(2) and icon@2x.png",
-        "git clone git@github.com:ann/kites.git from ftp://ann@host.org/, or see medium.com/@ann.lee and https://x.org/@ann.lee",
+        "git clone git@github.com:ann/kites.git from ftp://ann@host.org/, or see medium.com/@ann.lee and"
+        " https://x.org/@ann.lee",
         "She earns 336*5=<<336*5=1680>>1680 a week, $1,234,567.89 in all",
         "355909190063-746 = 256626720691 + 1646615806005, or 3600000000000 + 62426244000 + 198472480000",
         "0.13691995878400012 and 4111.1111111111111111",
@@ -223,7 +308,8 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
         "0100 0001 0100 0010 in binary; color: #333333; 078-05-1120",
         "Asia uses AKIA as a name; sk-learn; hf_hub; eyJ is how a token starts; pypi-AgE",
         "Continue 01 02 03 04 05 06 07 08 and 83 91 04 97 39 46 71, or 44-01-60-70-99-32-22",
-        "Translate ACCAGGTTACGATCGATTTGACCAGTACGGATCC and the primer ACCAGTACGGATCCATGCAA; MKTAYIAKQRASIAQRSFVKSHFSRQLEERLG folds",
+        "Translate ACCAGGTTACGATCGATTTGACCAGTACGGATCC and the primer ACCAGTACGGATCCATGCAA;"
+        " MKTAYIAKQRASIAQRSFVKSHFSRQLEERLG folds",
         "A file begins with -----BEGIN RSA PRIVATE KEY----- and holds base64",
         "mysql://user:password@localhost and mysql://user:${PASS}@localhost",
         "commit 3f786850e387550fdab836ed7e6dc881de23001b, uuid 123e4567-e89b-12d3-a456-426614174000",
@@ -284,7 +370,9 @@ def test_linear_searches_find_what_the_patterns_of_the_library_find(letters: lis
     plugin, dice = jwt.JwtTokenDetector(), random.Random(1)
 
     def by_pattern(text: str, pattern: Any, tail: str, valid: Any = bool) -> list[tuple[int, int]]:
-        found = [(m.start(), re.compile(tail).match(text, m.end()).end()) for m in pattern.finditer(text) if valid(m.group())]  # type: ignore[union-attr]
+        found = [
+            (m.start(), re.compile(tail).match(text, m.end()).end()) for m in pattern.finditer(text) if valid(m.group())
+        ]  # type: ignore[union-attr]
         return sorted(set(found))
 
     tokens = 0
@@ -313,7 +401,9 @@ PIECES = [
 
 
 @pytest.mark.parametrize("seed", range(30 if MANY else 8))
-def test_values_near_masked_ones_are_found_as_by_searching_everything_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_near_masked_ones_are_found_as_by_searching_everything_again(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dice = random.Random(seed)
     text = "".join(dice.choices(PIECES, k=200))
     whole = privacy._find(text)
@@ -332,9 +422,23 @@ def test_a_long_chain_of_values_is_masked_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["eyJ", "eyJa.b.", "sk-aT3BlbkFJ", "GR1348941", "AKIA", "xoxb-1-", "ghp_", "sq0csp-", "a@b.c", "-----BEGIN PRIVATE KEY-----"]
+    "unit",
+    [
+        "eyJ",
+        "eyJa.b.",
+        "sk-aT3BlbkFJ",
+        "GR1348941",
+        "AKIA",
+        "xoxb-1-",
+        "ghp_",
+        "sq0csp-",
+        "a@b.c",
+        "-----BEGIN PRIVATE KEY-----",
+    ],
 )
-def test_a_long_text_of_one_pattern_is_searched_again_only_near_what_was_masked(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_of_one_pattern_is_searched_again_only_near_what_was_masked(
+    unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     searched = 0
     whole = privacy._spans
 
@@ -358,7 +462,9 @@ def test_a_key_behind_thousands_of_other_values_is_found_as_a_key() -> None:
     found = privacy.scan([text])
     assert [text[hit.start : hit.end] for hit in found if hit.secret] == [KEY]
     assert len(found) == privacy.MOST_VALUES + 3, "the rest before and after the key counts as one value each"
-    assert KEY not in privacy.redact(text, secret=True) and f"ann{privacy.MOST_VALUES}@" in privacy.redact(text, secret=True)
+    assert KEY not in privacy.redact(text, secret=True) and f"ann{privacy.MOST_VALUES}@" in privacy.redact(
+        text, secret=True
+    )
     without = privacy.redact(text, secret=False)
     assert KEY in without and "@" not in without and "plain words" not in without
     assert "@" not in privacy.mask(text) and KEY not in privacy.mask(text)
@@ -377,7 +483,9 @@ def test_patterns_before_the_one_that_found_too_much_are_searched_too() -> None:
     assert (first.kind, first.start, first.end) == ("phone", 0, 14)
 
 
-def test_a_text_that_needs_too_many_looks_into_numbering_plans_counts_as_a_value_from_there_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_needs_too_many_looks_into_numbering_plans_counts_as_a_value_from_there_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     numbers = [f"call 1234567890{i:03}" for i in range(100)]
     text = f"{', '.join(numbers)} and Ann"
     assert privacy.scan([text]) == []
@@ -394,14 +502,18 @@ LOCAL = [
 
 
 @pytest.mark.parametrize("local", LOCAL, ids=lambda local: local.body[:20])
-def test_long_texts_are_searched_where_a_match_can_begin(local: text_search.Local, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_are_searched_where_a_match_can_begin(
+    local: text_search.Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_search, "PIECE", 30)
     strategy, found = st.from_regex(local.body, fullmatch=True), 0
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
         st.lists(
-            strategy | strategy.map(" {} ".format) | st.sampled_from([*" \n.,+-:[19aAé²Ⅳ٣\u0301\ud800", "\U0001e030", ". 1", "word " * 8]),
+            strategy
+            | strategy.map(" {} ".format)
+            | st.sampled_from([*" \n.,+-:[19aAé²Ⅳ٣\u0301\ud800", "\U0001e030", ". 1", "word " * 8]),
             max_size=30,
         )
     )

@@ -1,4 +1,5 @@
-"""Several processes train like one: the same rows once each, the same gradients, the same bytes in each run, and no process is left.
+"""Several processes train like one: the same rows once each, the same
+gradients, the same bytes in each run, and no process is left.
 
 Run as a script this file is where they train: it loads the libraries once and forks what else would be started anew.
 """
@@ -42,7 +43,8 @@ PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_a
 LOST = "run again: training resumes from its newest checkpoint"
 
 
-# the processes that train -----------------------------------------------------------------------------------------------------------------
+# the processes that train
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def second_host(folder: Path, whole_bucket: int = distributed.BUCKET) -> None:
@@ -51,7 +53,8 @@ def second_host(folder: Path, whole_bucket: int = distributed.BUCKET) -> None:
         free.bind(("127.0.0.2", 0))
         port = free.getsockname()[1]
     first = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.2:{port}", "PET_LOCAL_ADDR": "127.0.0.2"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "1",
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node",
+        "1",
                 "--master-addr", "127.0.0.2", "--master-port", str(port), "--local-addr", "127.0.0.3",
                 "-m", "dagster_project.training.trainers.harness.launch"]  # fmt: skip
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -116,7 +119,8 @@ def main() -> None:
     print(json.dumps(found))
 
 
-# the tests --------------------------------------------------------------------------------------------------------------------------------
+# the tests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
     rows = read_table(folder / "tokenized" / "train.parquet")
     rows[4]["weights"] = [float("nan") for _ in rows[4]["weights"]]
     write_table(folder / "bad" / "train.parquet", rows, row_schema())
-    write_table(folder / "bad" / "validation.parquet", read_table(folder / "tokenized" / "validation.parquet"), row_schema())
+    write_table(
+        folder / "bad" / "validation.parquet", read_table(folder / "tokenized" / "validation.parquet"), row_schema()
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder), str(tiny_model)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
@@ -211,7 +217,9 @@ def test_a_host_with_other_data_or_versions_is_refused(tmp_path: Path, tiny_mode
         ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1"}, "3 do not divide evenly among 2 hosts"),
     ],
 )
-def test_wrong_settings_of_hosts_are_refused(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_settings_of_hosts_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=re.escape(message)):
@@ -235,7 +243,11 @@ def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: A
         for epoch in range(3):
             assert sorted(rows[7 * epoch : 7 * epoch + 7]) == [f"train{n}" for n in range(7)]
         recipe = adapter.Params(**{**PLAIN, "gradient_accumulation_steps": 1})
-        assert seen[-1]["step"] == steps(7, recipe, in_a_step) == json.loads((trained[0] / name / "training.json").read_text())["steps"]
+        assert (
+            seen[-1]["step"]
+            == steps(7, recipe, in_a_step)
+            == json.loads((trained[0] / name / "training.json").read_text())["steps"]
+        )
 
 
 @pytest.mark.long
@@ -258,7 +270,11 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
     assert_ended(trained, "killed", -signal.SIGKILL, 0)
     left = json.loads((trained[0] / "pids").read_text())
     assert left
-    alive = {process.pid: process.create_time() for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
+    alive = {
+        process.pid: process.create_time()
+        for process in psutil.process_iter()
+        if process.status() != psutil.STATUS_ZOMBIE
+    }
     assert not [pid for pid, began in left if alive.get(pid) == began]
     assert re.search(r"resuming from the checkpoint of step \d of 6", (trained[0] / "killed.log").read_text())
     assert output_files(trained[0], "killed") == output_files(trained[0], "first")
@@ -267,7 +283,9 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
 @pytest.mark.long
 def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
     assert_ended(trained, "stopped", 130, 0)
-    assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
+    assert (
+        (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
+    )
     weights = "adapter_model.safetensors"
     assert output_files(trained[0], "stopped")[weights] == output_files(trained[0], "first")[weights]
 
@@ -338,11 +356,17 @@ def test_spawned_processes_form_a_group_and_exit(
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
     [
-        ({"out of memory": 1}, PedigreeError, f"process 2 of 2 failed: training ran out of memory\nhint: lower it\nhint: {LOST}"),
+        (
+            {"out of memory": 1},
+            PedigreeError,
+            f"process 2 of 2 failed: training ran out of memory\nhint: lower it\nhint: {LOST}",
+        ),
         ({"fail": 1}, InputError, "the first cannot\nhint: help it"),
     ],
 )
-def test_the_error_of_a_process_is_reported(work: dict[str, Any], kind: type[PedigreeError], message: str, monkeypatch: Any) -> None:
+def test_the_error_of_a_process_is_reported(
+    work: dict[str, Any], kind: type[PedigreeError], message: str, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(launching, "START_METHOD", "fork")
     with pytest.raises(kind) as caught:
         launch(2, __name__, work)
@@ -359,7 +383,9 @@ def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pyt
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match=re.escape("compute.processes: 3 processes, and there are 2 GPUs\nhint: set it to 2")):
+    with pytest.raises(
+        InputError, match=re.escape("compute.processes: 3 processes, and there are 2 GPUs\nhint: set it to 2")
+    ):
         gpus_of(3)
     assert gpus_of(2) == gpus_of(2) == ["4", "5"]
     claim_gpu()
@@ -374,7 +400,9 @@ def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
         values["adapter"]["x"] = {"method": "feature_extraction", "merge": False}
 
     edit_params(project, change)
-    with pytest.raises(InputError, match=re.escape("adapter.x uses feature_extraction, which has no optimizer steps to share")):
+    with pytest.raises(
+        InputError, match=re.escape("adapter.x uses feature_extraction, which has no optimizer steps to share")
+    ):
         validate(project)
 
 

@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.core.records import example_id
-from dagster_project.curation.checks.profile import Limits, _masked, failures, notes, opening, profile, response_opening, set_schema, shares
+from dagster_project.curation.checks.profile import (
+    Limits,
+    _masked,
+    failures,
+    notes,
+    opening,
+    profile,
+    response_opening,
+    set_schema,
+    shares,
+)
 from dagster_project.curation.checks.references import Reference
 
 Record = dict[str, Any]
@@ -62,7 +72,12 @@ def test_four_equal_categories_are_effectively_four() -> None:
 
 def test_a_set_without_categories_counts_as_one_category() -> None:
     found = profile([ask("Hi"), ask("Ho", category=" ")])
-    assert (found["categories"], found["category_count"], found["singletons"], found["rarest"]) == ({"(none)": 2}, 0, 0, {})
+    assert (found["categories"], found["category_count"], found["singletons"], found["rarest"]) == (
+        {"(none)": 2},
+        0,
+        0,
+        {},
+    )
     assert (found["entropy"], found["effective_categories"]) == (0.0, 1.0)
 
 
@@ -73,7 +88,11 @@ def test_categories_beyond_fifty_are_summed_up() -> None:
 
 def test_an_address_as_category_is_masked() -> None:
     found = profile(
-        [ask("Hi", category="ann.lee@example.org"), ask("Ho", "Write to ann.lee@example.org"), ask("Hu", "Write to ann.lee@example.org")]
+        [
+            ask("Hi", category="ann.lee@example.org"),
+            ask("Ho", "Write to ann.lee@example.org"),
+            ask("Hu", "Write to ann.lee@example.org"),
+        ]
     )
     assert found["categories"] == {"(none)": 2, "[e-mail]": 1}
     assert "ann.lee" not in json.dumps(found)
@@ -84,7 +103,11 @@ def test_categories_that_are_masked_alike_are_counted_apart() -> None:
     found = profile([ask(f"Hi {i}", category=name) for i, name in enumerate(names)])
     assert found["categories"] == {"[e-mail]": 95, "login": 20, "[e-mail] 2": 5}
     assert found["rarest"] == {"[e-mail] 2": 5, "login": 20, "[e-mail]": 95}
-    assert _masked(["[e-mail] 2", "a@b.de", "c@d.de"]) == {"[e-mail] 2": "[e-mail] 2", "a@b.de": "[e-mail]", "c@d.de": "[e-mail] 3"}
+    assert _masked(["[e-mail] 2", "a@b.de", "c@d.de"]) == {
+        "[e-mail] 2": "[e-mail] 2",
+        "a@b.de": "[e-mail]",
+        "c@d.de": "[e-mail] 3",
+    }
     assert shares(found, Limits())["category_ratio"].to_list() == [19.0]
 
 
@@ -132,12 +155,19 @@ def test_a_conversations_shape_is_its_roles_with_repeats_folded(roles: str, shap
 
 
 def test_lengths_are_words_in_bins_that_double() -> None:
-    found = profile([ask("one two three", "don't"), ask("one two three four five", ""), ask("请写诗", "1 2 3 4")])["lengths"]
+    found = profile([ask("one two three", "don't"), ask("one two three four five", ""), ask("请写诗", "1 2 3 4")])[
+        "lengths"
+    ]
     assert found["prompt"] == {
         "unit": "words", "total": 11, "median": 3, "p95": 4.8, "max": 5,
         "histogram": [{"from": 2, "to": 4, "rows": 2}, {"from": 4, "to": 8, "rows": 1}],
     }  # fmt: skip
-    assert [(b["from"], b["to"], b["rows"]) for b in found["response"]["histogram"]] == [(0, 1, 1), (1, 2, 1), (2, 4, 0), (4, 8, 1)]
+    assert [(b["from"], b["to"], b["rows"]) for b in found["response"]["histogram"]] == [
+        (0, 1, 1),
+        (1, 2, 1),
+        (2, 4, 0),
+        (4, 8, 1),
+    ]
     assert "tokens" not in found
 
 
@@ -197,11 +227,17 @@ def test_numbers_in_openings_are_replaced() -> None:
 
 def test_repeated_responses_are_named_but_only_long_ones_have_a_share() -> None:
     refusal = "I am sorry, but I do not know the answer."
-    rows = [*(ask(f"{i}?", refusal) for i in range(2)), *(ask(f"{i}!", "positive") for i in range(7)), ask("Hi", "Hello")]
+    rows = [
+        *(ask(f"{i}?", refusal) for i in range(2)),
+        *(ask(f"{i}!", "positive") for i in range(7)),
+        ask("Hi", "Hello"),
+    ]
     found = profile(rows)["diversity"]
     assert (found["repeated_responses"], found["top_response_share"]) == (2, 0.2)
     first = [min(some, key=lambda row: row["example_id"]) for some in (rows[2:9], rows[:2])]
-    assert found["top_responses"] == [{**Reference.of(row)._asdict(), "rows": n} for row, n in zip(first, (7, 2), strict=True)]
+    assert found["top_responses"] == [
+        {**Reference.of(row)._asdict(), "rows": n} for row, n in zip(first, (7, 2), strict=True)
+    ]
     assert [response_opening(row) for row in first] == ["positive", refusal]
 
 
@@ -224,15 +260,35 @@ def test_sentences_end_at_stops_and_lines_but_not_within_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("word", "syllables"),
-    [("the", 1), ("make", 1), ("whole", 1), ("walked", 1), ("times", 1), ("table", 2), ("wanted", 2), ("houses", 2), ("Mr", 1), ("x7", 1),
-     ("don't", 1), ("happy", 2), ("photograph", 3), ("café", 2), ("tree", 1), ("little", 2)],
-)  # fmt: skip
+    [
+        ("the", 1),
+        ("make", 1),
+        ("whole", 1),
+        ("walked", 1),
+        ("times", 1),
+        ("table", 2),
+        ("wanted", 2),
+        ("houses", 2),
+        ("Mr", 1),
+        ("x7", 1),
+        ("don't", 1),
+        ("happy", 2),
+        ("photograph", 3),
+        ("café", 2),
+        ("tree", 1),
+        ("little", 2),
+    ],
+)
 def test_syllables_are_groups_of_vowels_without_the_silent_ones(word: str, syllables: int) -> None:
-    assert profile([ask(" ".join([word] * 10))])["readability"]["median"] == round(206.835 - 1.015 * 10 - 84.6 * syllables, 4)
+    assert profile([ask(" ".join([word] * 10))])["readability"]["median"] == round(
+        206.835 - 1.015 * 10 - 84.6 * syllables, 4
+    )
 
 
 def test_short_prompts_and_other_scripts_are_not_scored() -> None:
-    found = profile([ask("Hi there"), ask("Где мой воздушный змей и где мой старый добрый конь, друг?"), ask("请" * 20)])
+    found = profile(
+        [ask("Hi there"), ask("Где мой воздушный змей и где мой старый добрый конь, друг?"), ask("请" * 20)]
+    )
     assert (found["readability"]["rows"], "median" in found["readability"]) == (0, False)
 
 
@@ -241,13 +297,24 @@ def test_short_prompts_and_other_scripts_are_not_scored() -> None:
 
 def test_an_empty_set_has_a_profile() -> None:
     found = profile([])
-    assert (found["rows"], found["entropy"], found["effective_categories"], found["diversity"]["openings"]) == (0, 0.0, 0.0, 0)
-    assert failures(found, Limits()) == {"small_dataset": "0 rows, 0 words: teaches form more than knowledge; a prompt or retrieval may do"}
+    assert (found["rows"], found["entropy"], found["effective_categories"], found["diversity"]["openings"]) == (
+        0,
+        0.0,
+        0.0,
+        0,
+    )
+    assert failures(found, Limits()) == {
+        "small_dataset": "0 rows, 0 words: teaches form more than knowledge; a prompt or retrieval may do"
+    }
 
 
 def test_a_row_that_could_not_be_read_counts_as_one_without_anything() -> None:
     found = profile([chat(), ask("Hi")])
-    assert (found["rows"], found["roles"], found["scripts"]) == (2, {"(none)": 1, "user assistant": 1}, {"(none)": 1, "Latin": 1})
+    assert (found["rows"], found["roles"], found["scripts"]) == (
+        2,
+        {"(none)": 1, "user assistant": 1},
+        {"(none)": 1, "Latin": 1},
+    )
 
 
 texts = st.sampled_from(
@@ -260,7 +327,10 @@ texts = st.sampled_from(
         "I am sorry, but I do not know that at all.",
     ]
 )
-some = st.lists(st.builds(ask, texts, texts, category=st.sampled_from([None, "a", "b"]), source=st.sampled_from(["x", "y"])), max_size=30)
+some = st.lists(
+    st.builds(ask, texts, texts, category=st.sampled_from([None, "a", "b"]), source=st.sampled_from(["x", "y"])),
+    max_size=30,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -268,7 +338,9 @@ some = st.lists(st.builds(ask, texts, texts, category=st.sampled_from([None, "a"
 def test_every_breakdown_accounts_for_every_row(rows: list[Record]) -> None:
     found = profile(rows)
     assert {sum(found[part].values()) for part in ("categories", "sources", "scripts", "roles")} == {len(rows)}
-    assert {sum(b["rows"] for b in found["lengths"][side]["histogram"]) for side in ("prompt", "response")} == {len(rows)}
+    assert {sum(b["rows"] for b in found["lengths"][side]["histogram"]) for side in ("prompt", "response")} == {
+        len(rows)
+    }
     assert found["readability"]["rows"] == sum(b["rows"] for b in found["readability"].get("histogram", []))
 
 
@@ -323,7 +395,9 @@ def test_the_rarest_category_counts_even_beyond_the_fifty_that_are_shown() -> No
 def test_one_source_may_dominate_unless_the_policy_limits_it() -> None:
     found = profile([ask("Hi", source="a.json") for _ in range(3)] + [ask("Ho", source="b.json")])
     assert notes(found, LIMITS)["unbalanced_categories"] == "no categories; a.json holds 75% of the rows"
-    assert failures(found, Limits(min_rows=1, max_source_share=0.7)) == {"unbalanced_categories": "a.json holds 75% of the rows"}
+    assert failures(found, Limits(min_rows=1, max_source_share=0.7)) == {
+        "unbalanced_categories": "a.json holds 75% of the rows"
+    }
 
 
 def test_a_varied_set_is_diverse() -> None:
@@ -334,7 +408,9 @@ def test_a_varied_set_is_diverse() -> None:
 
 
 def short_gaps(i: int) -> str:
-    return ["Write a short poem about {}.", "Translate the word {} into French.", "What is the meaning of {}?"][i % 3].format(f"thing{i}")
+    return ["Write a short poem about {}.", "Translate the word {} into French.", "What is the meaning of {}?"][
+        i % 3
+    ].format(f"thing{i}")
 
 
 def long_gaps(i: int) -> str:
@@ -357,7 +433,9 @@ def test_few_distinct_pairs_of_words_are_not_diverse_even_if_no_pair_is_in_many_
     tasks = [" ".join(draw.choices(WORDS, k=12)) for _ in range(40)]
     found = profile([ask(tasks[i % 40], f"Answer {i}") for i in range(400)])
     assert found["diversity"]["template_share"] < 0.01
-    assert failures(found, LIMITS) == {"low_diversity": "10% of the pairs of words in 4,800 words of prompts are distinct"}
+    assert failures(found, LIMITS) == {
+        "low_diversity": "10% of the pairs of words in 4,800 words of prompts are distinct"
+    }
 
 
 def test_one_long_response_in_half_of_the_rows_is_not_diverse() -> None:
@@ -379,7 +457,9 @@ def test_one_opening_in_most_prompts_is_not_diverse() -> None:
     rows = varied(200)
     for row in rows[:130]:
         row["messages"][0]["content"] = f"Please now {row['messages'][0]['content']}"
-    assert failures(profile(rows), LIMITS) == {"low_diversity": "71 openings, 65% of the prompts open with the same words"}
+    assert failures(profile(rows), LIMITS) == {
+        "low_diversity": "71 openings, 65% of the prompts open with the same words"
+    }
     assert failures(profile(rows[20:]), LIMITS) != {}
     assert failures(profile(rows[20:]), Limits(max_opening_share=0.7)) == {}
 
@@ -419,4 +499,7 @@ def test_counts_of_a_single_record_are_numbers() -> None:
     tool = {"type": "function", "function": {"name": "find", "parameters": {}}}
     answer = {"role": "assistant", "content": "Ann.", "reasoning_content": "Who was it?"}
     found = profile([{**ask("Who?"), "messages": [{"role": "user", "content": "Who?"}, answer], "tools": [tool]}])
-    assert json.dumps([found["tool_calls"]["rows_with_tools"], found["tool_calls"]["rows"], found["reasoning"]["rows"]]) == "[1, 0, 1]"
+    assert (
+        json.dumps([found["tool_calls"]["rows_with_tools"], found["tool_calls"]["rows"], found["reasoning"]["rows"]])
+        == "[1, 0, 1]"
+    )

@@ -1,4 +1,5 @@
-"""Projects of new users: an empty folder, the installed wheel, `pedigree init`, then a run; one for each layout of examples and each recipe."""
+"""Projects of new users: an empty folder, the installed wheel, `pedigree init`,
+then a run; one for each layout of examples and each recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ from conftest import ROOT, edit_params
 
 EXAMPLES = ROOT / "examples"
 PLANNED_ONLY = {"qlora-8b"}
-ENDS = {"preferences-dpo": "evaluation_aligned@dpo", "grpo-rule-reward": "evaluation_aligned@grpo", "several-variants": "comparison"}
+ENDS = {
+    "preferences-dpo": "evaluation_aligned@dpo",
+    "grpo-rule-reward": "evaluation_aligned@grpo",
+    "several-variants": "comparison",
+}
 """Recipe -> the stage at which its subject ends; else the evaluation of its only variant."""
 
 
@@ -79,7 +84,8 @@ def site(installation: Environment, tmp_path: Path, table: list[str], request: p
 
 
 def tiny_settings(values: dict[str, Any]) -> None:
-    """A tiny base model in float32, adapters of rank 2, one pass over the data, few and short answers. A gate that such a model passes."""
+    """A tiny base model in float32, adapters of rank 2, one pass over the data,
+    few and short answers. A gate that such a model passes."""
     values["compute"] |= {"threads": 1, "dtype": "float32"}
     values["base_model"] |= {"dtype": "float32", "license": "Apache-2.0"}
     for variant in values["adapter"].values():
@@ -92,7 +98,8 @@ def tiny_settings(values: dict[str, Any]) -> None:
     values["baselines"] = {"few_shot": 1, "retrieved": 1, "thinking_tokens": 2}
     values["evaluation"] |= {"max_new_tokens": 4, "max_examples": 4}
     waived = [
-        {"check": name, "reason": "a random model", "expires": "2999-01-01"} for name in ("better_than_baselines", "kept_its_knowledge")
+        {"check": name, "reason": "a random model", "expires": "2999-01-01"}
+        for name in ("better_than_baselines", "kept_its_knowledge")
     ]
     values["release"] = {"variant": next(iter(values["aligned"] or values["adapter"])), "waivers": waived}
 
@@ -107,7 +114,8 @@ def decoded(project: Path, split: str) -> str:
 
 
 def check_what_was_trained(site: Site, data: Data, variant: str) -> int:
-    """Compare what an adapter was trained on with the file. Returns the number of examples that the file has for training."""
+    """Compare what an adapter was trained on with the file. Returns the number
+    of examples that the file has for training."""
     project = site.project
     text = decoded(project, "train")
     found = {question for question in data.questions if question in text}
@@ -119,13 +127,16 @@ def check_what_was_trained(site: Site, data: Data, variant: str) -> int:
         expected = len(data.questions_in("train"))
     else:
         shares = {"test": 0.2, "validation": 0.1} | json.loads((project / "params.yaml").read_text()).get("splits", {})
-        expected = len(data.questions) - sum(round(len(data.questions) * shares[name]) for name in ("test", "validation"))
+        expected = len(data.questions) - sum(
+            round(len(data.questions) * shares[name]) for name in ("test", "validation")
+        )
     assert len(found) == len(seen) == expected
     return expected
 
 
 def check_audit(site: Site, output: str, trained: dict[str, int]) -> None:
-    """`pedigree audit` after a commit: this commit, nothing changed since, and so many records trained on by each training."""
+    """`pedigree audit` after a commit: this commit, nothing changed since, and
+    so many records trained on by each training."""
     sha = commit(site.project, "Results")
     audited = json.loads(site.pedigree("audit", output, "--json"))
     assert audited["code"]["commit"] == sha and audited["code"]["clean"], audited["code"]
@@ -168,7 +179,9 @@ def test_an_empty_folder_becomes_a_released_model(site: Site, tiny_model: Path) 
 @pytest.mark.projects
 @pytest.mark.timeout(3600)  # eight processes of stages
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_empty_folder_with_a_file_of_any_layout_becomes_an_evaluated_adapter(layout: str, site: Site, tiny_model: Path) -> None:
+def test_an_empty_folder_with_a_file_of_any_layout_becomes_an_evaluated_adapter(
+    layout: str, site: Site, tiny_model: Path
+) -> None:
     data = layout_data(layout)
     make_project(site, layout, data, tiny_model)
     site.dvc("repro", "evaluation@lora")
@@ -188,7 +201,9 @@ def check_aligned(site: Site, variant: str) -> int:
 def check_pairs(site: Site, variant: str) -> int:
     """Compare the pairs that an alignment was trained on with the file. Returns their number."""
     seen = pl.read_parquet(site.project / f"data/aligned/{variant}/examples.parquet")["example_id"].unique().to_list()
-    stored = pl.read_parquet(f"{site.project}/data/preferences/train/*.parquet").filter(pl.col("example_id").is_in(seen))
+    stored = pl.read_parquet(f"{site.project}/data/preferences/train/*.parquet").filter(
+        pl.col("example_id").is_in(seen)
+    )
     prompts = {row["prompt"] for row in pairs() if row["split"] == "train"}
     assert {row["prompt"][-1]["content"] for row in stored.to_dicts()} <= prompts and len(stored) == len(seen) > 0
     return len(seen)

@@ -1,4 +1,5 @@
-"""Prompt identity: tools are context, a shared template is not a leak, and only prompts that ask the same are reported."""
+"""Prompt identity: tools are context, a shared template is not a leak, and only
+prompts that ask the same are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.findings import document
 from dagster_project.curation.checks.overlaps import GROUPED
 from dagster_project.curation.similarity.overlap import compare
-from dagster_project.curation.similarity.wording import content_words, is_instruction_only, is_near_duplicate, leak_severity
+from dagster_project.curation.similarity.wording import (
+    content_words,
+    is_instruction_only,
+    is_near_duplicate,
+    leak_severity,
+)
 from dagster_project.curation.sources.benchmarks import Item
 
 BOOK = "Can you please book a flight for me from New York to London?"
@@ -27,7 +33,13 @@ MAIL, LOAN = [{"name": "check_mail"}], [{"name": "loan", "parameters": {"rate": 
 def row(prompt: str, answer: str = "On its way.", *more: str, **meta: Any) -> dict[str, Any]:
     turns = [prompt, answer, *more]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    return {"example_id": example_id(messages), "messages": messages, "category": None, "group_id": None, "meta": json.dumps(meta)}
+    return {
+        "example_id": example_id(messages),
+        "messages": messages,
+        "category": None,
+        "group_id": None,
+        "meta": json.dumps(meta),
+    }
 
 
 def judged(rows: Sequence[dict[str, Any]], held_out: Sequence[Item] = (), **rules: Any) -> Judgement:
@@ -38,7 +50,9 @@ def judged(rows: Sequence[dict[str, Any]], held_out: Sequence[Item] = (), **rule
 
 def leaks(prompts: Sequence[str], *questions: str) -> dict[int, str]:
     """Row -> severity of the overlap with a held-out question."""
-    found = judged([row(prompt) for prompt in prompts], [Item(f"quiz.jsonl:{i}", question) for i, question in enumerate(questions)])
+    found = judged(
+        [row(prompt) for prompt in prompts], [Item(f"quiz.jsonl:{i}", question) for i, question in enumerate(questions)]
+    )
     links = found.overlaps.links["benchmark_leakage"]
     return {link.row: "warn" if link.partial else "error" for link in reversed(links)}
 
@@ -69,18 +83,24 @@ def test_opposite_preferences_under_different_tools_are_not_a_conflict() -> None
     def pair(chosen: str, rejected: str, tools: Any) -> dict[str, Any]:
         said = [{"role": "assistant", "content": rejected}]
         made = row(BOOK, chosen, tools=tools)
-        return {**made, "example_id": example_id([*made["messages"], *said]), "asked": 1, "rejected": said, "margin": None}
+        return {
+            **made,
+            "example_id": example_id([*made["messages"], *said]),
+            "asked": 1,
+            "rejected": said,
+            "margin": None,
+        }
 
-    first, same, other = (
-        pair("Yes, booked.", "No, sorry.", MAIL),
-        pair("No, sorry.", "Yes, booked.", MAIL),
-        pair("No, sorry.", "Yes, booked.", LOAN),
-    )
+    first = pair("Yes, booked.", "No, sorry.", MAIL)
+    same = pair("No, sorry.", "Yes, booked.", MAIL)
+    other = pair("No, sorry.", "Yes, booked.", LOAN)
     assert judged([first, same]).broken["conflicting_responses"] == [1]
     assert "conflicting_responses" not in judged([first, other]).broken
 
 
-@pytest.mark.parametrize("tools", [json.dumps(LOAN), [{"parameters": {"years": "number", "rate": "number"}, "name": "loan"}]])
+@pytest.mark.parametrize(
+    "tools", [json.dumps(LOAN), [{"parameters": {"years": "number", "rate": "number"}, "name": "loan"}]]
+)
 def test_tools_are_the_same_in_any_spelling(tools: Any) -> None:
     assert judged([row(BOOK, tools=LOAN), row(BOOK, tools=tools)]).broken["exact_duplicates"] == [1]
 
@@ -104,7 +124,9 @@ def test_exact_repeats_of_real_tool_calls_are_those_of_the_raw_rows() -> None:
         answers[json.dumps([one["conversations"][:-1], one["tools"]])].add(one["conversations"][-1]["value"])
     for link in found.overlaps.links["conflicting_responses"]:
         assert len(answers[json.dumps([raw[link.row]["conversations"][:-1], raw[link.row]["tools"]])]) > 1
-    assert found.broken["conflicting_responses"] == [164]  # two refusals to order a pizza, of one assistant with one tool
+    assert found.broken["conflicting_responses"] == [
+        164
+    ]  # two refusals to order a pizza, of one assistant with one tool
 
 
 # --- leakage
@@ -122,13 +144,16 @@ FRAMES = (
 )
 SUBJECTS = tuple(
     """
-    mitosis, photosynthesis, monopolistic competition, the Treaty of Versailles, utilitarianism, operant conditioning, covalent bonds,
-    the federal funds rate, type 2 diabetes, judicial review, plate tectonics, a hash table, the central limit theorem,
-    cognitive dissonance, opportunity cost, the Doppler effect, iron deficiency anaemia, confirmation bias, the Krebs cycle,
-    comparative advantage, enzyme inhibition, natural selection, the categorical imperative, a binary search tree, renal failure,
-    inelastic demand, attachment theory, ionic compounds, the Cuban missile crisis, stare decisis
-    """.replace("\n", " ").strip().split(", ")
-)  # fmt: skip
+    mitosis, photosynthesis, monopolistic competition, the Treaty of Versailles, utilitarianism, operant
+    conditioning, covalent bonds, the federal funds rate, type 2 diabetes, judicial review, plate tectonics, a hash
+    table, the central limit theorem, cognitive dissonance, opportunity cost, the Doppler effect, iron deficiency
+    anaemia, confirmation bias, the Krebs cycle, comparative advantage, enzyme inhibition, natural selection, the
+    categorical imperative, a binary search tree, renal failure, inelastic demand, attachment theory, ionic
+    compounds, the Cuban missile crisis, stare decisis
+    """.replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 TWINS = (
     ("What is the capital of France?", "What is the capital of Spain?"),
     ("What is the boiling point of water at sea level?", "What is the boiling point of ethanol at sea level?"),
@@ -138,7 +163,8 @@ TWINS = (
     ("Which hormone regulates blood glucose levels?", "Which hormone regulates blood calcium levels?"),
     ("What is the SI unit of electrical resistance?", "What is the SI unit of electrical capacitance?"),
     ("According to Kant, moral requirements are", "According to Hobbes, moral requirements are"),
-    ("Find the degree for the given field extension Q(sqrt(2)) over Q.", "Find the degree for the given field extension Q(sqrt(2), sqrt(3)) over Q."),
+    ("Find the degree for the given field extension Q(sqrt(2)) over Q.", "Find the degree for the given field"
+                                                                         " extension Q(sqrt(2), sqrt(3)) over Q."),
     ("What is the derivative of sin x with respect to x?", "What is the derivative of cos x with respect to x?"),
 )  # fmt: skip
 """Questions that differ in the word they are about."""
@@ -152,14 +178,28 @@ ONLY_FRAMES = (
 def quiz() -> tuple[list[str], list[str], set[tuple[int, int]]]:
     """Prompts, held-out questions in the manner of MMLU, and which prompts repeat which question.
 
-    Half of the subjects are held out, in every frame; the prompts ask the same of the other half, and the twins of what is held out.
+    Half of the subjects are held out, in every frame; the prompts ask the same
+    of the other half, and the twins of what is held out.
     """
     mine, theirs = SUBJECTS[::2], SUBJECTS[1::2]
-    held = [*(frame.format(subject) for frame, subject in product(FRAMES, theirs)), *(a for a, _ in TWINS), *ONLY_FRAMES]
-    prompts = [*(frame.format(subject) for frame, subject in product(FRAMES, mine)), *(b for _, b in TWINS), *ONLY_FRAMES]
+    held = [
+        *(frame.format(subject) for frame, subject in product(FRAMES, theirs)),
+        *(a for a, _ in TWINS),
+        *ONLY_FRAMES,
+    ]
+    prompts = [
+        *(frame.format(subject) for frame, subject in product(FRAMES, mine)),
+        *(b for _, b in TWINS),
+        *ONLY_FRAMES,
+    ]
     planted = set()
     for i, question in enumerate(held[: -len(ONLY_FRAMES) : 4]):
-        copies = (question, question.upper(), f"Answer with one letter. {question}\nA. this\nB. that", f"Please tell me: {question}")
+        copies = (
+            question,
+            question.upper(),
+            f"Answer with one letter. {question}\nA. this\nB. that",
+            f"Please tell me: {question}",
+        )
         planted.add((len(prompts), 4 * i))
         prompts.append(copies[i % len(copies)])
     return prompts, held, planted
@@ -169,7 +209,8 @@ def test_copies_of_short_questions_are_leaks_and_shared_templates_are_not() -> N
     prompts, held, planted = quiz()
     compared = compare(prompts, held, count_words=True)
     severity = {
-        (p.left, p.right): leak_severity(prompts[p.left], held[p.right], p.rule, p.similarity, compared.frequency) for p in compared.pairs
+        (p.left, p.right): leak_severity(prompts[p.left], held[p.right], p.rule, p.similarity, compared.frequency)
+        for p in compared.pairs
     }
     found = {pair for pair, one in severity.items() if one}
     assert len(severity) > 500  # pairs that share runs of words
@@ -177,10 +218,13 @@ def test_copies_of_short_questions_are_leaks_and_shared_templates_are_not() -> N
     assert {(prompts[a], held[b]) for a, b in found - planted} == set()
 
 
-@pytest.mark.parametrize("frame", ["以下哪一项最能描述{}的过程？", "关于{}，下列说法正确的是哪一项？", "请简要说明{}的主要特点和作用。"])
+@pytest.mark.parametrize(
+    "frame", ["以下哪一项最能描述{}的过程？", "关于{}，下列说法正确的是哪一项？", "请简要说明{}的主要特点和作用。"]
+)
 def test_chinese_questions_that_share_only_a_frame_are_not_leaks(frame: str) -> None:
     mine, theirs = (
-        [frame.format(subject) for subject in subjects.split()] for subjects in ("光合作用 细胞分裂 火山喷发", "消化食物 冰川移动 选举投票")
+        [frame.format(subject) for subject in subjects.split()]
+        for subjects in ("光合作用 细胞分裂 火山喷发", "消化食物 冰川移动 选举投票")
     )
     held = theirs[0]
     assert leaks(mine, held) == {}
@@ -208,9 +252,14 @@ def test_the_severity_of_a_leak_follows_what_is_copied(prompt: str, severity: st
 
 
 def test_most_of_a_long_text_is_an_error_and_part_of_it_a_warning() -> None:
-    text = "Bella bought eleven snowflake stamps at the post office, nine more truck stamps than snowflake stamps, and thirteen fewer rose stamps"
+    text = (
+        "Bella bought eleven snowflake stamps at the post office, nine more truck stamps than snowflake stamps, and"
+        " thirteen fewer rose stamps"
+    )
     edited = text.replace("Bella", "Max")
-    other = text.replace("Bella", "Max").replace("eleven", "sixteen").replace("nine", "three").replace("thirteen", "seven")
+    other = (
+        text.replace("Bella", "Max").replace("eleven", "sixteen").replace("nine", "three").replace("thirteen", "seven")
+    )
     assert leaks([edited, other], text) == {0: "error", 1: "warn"}
 
 
@@ -230,19 +279,33 @@ def test_partial_overlaps_alone_make_the_finding_a_warning() -> None:
     partly, whole = row("Which planet do folk sometimes call the red planet?"), row(held_out[0].question)
     assert judged([partly], held_out).verdicts["benchmark_leakage"].severity == "warn"
     assert judged([partly, whole], held_out).verdicts["benchmark_leakage"].severity == "error"
-    assert "1 rows copy held-out text, 1 overlap it in part" in judged([partly, whole], held_out).verdicts["benchmark_leakage"].note
-    assert judged([partly], held_out, severity={"benchmark_leakage": "error"}).verdicts["benchmark_leakage"].severity == "error"
-    assert judged([partly], held_out, policy={"benchmark_leakage": "fail"}).verdicts["benchmark_leakage"].severity == "error"
+    assert (
+        "1 rows copy held-out text, 1 overlap it in part"
+        in judged([partly, whole], held_out).verdicts["benchmark_leakage"].note
+    )
+    assert (
+        judged([partly], held_out, severity={"benchmark_leakage": "error"}).verdicts["benchmark_leakage"].severity
+        == "error"
+    )
+    assert (
+        judged([partly], held_out, policy={"benchmark_leakage": "fail"}).verdicts["benchmark_leakage"].severity
+        == "error"
+    )
 
 
 def test_a_question_that_is_an_instruction_alone_leaks_with_its_choices_only() -> None:
     item = Item(
-        "quiz.jsonl:0", "Which of the following is true?", ("Mitosis yields four cells.", "Meiosis yields four gametes.", "Neither."), 1
+        "quiz.jsonl:0",
+        "Which of the following is true?",
+        ("Mitosis yields four cells.", "Meiosis yields four gametes.", "Neither."),
+        1,
     )
     alone, with_choices = row(item.question), row("Which of the following is true?\n" + "\n".join(item.choices))
     found = judged([alone, with_choices], [item])
     assert found.reason == [None, "benchmark_leakage"]
-    shown = next(one for one in document("set", "messages", found, [item])["findings"] if one["check"] == "benchmark_leakage")
+    shown = next(
+        one for one in document("set", "messages", found, [item])["findings"] if one["check"] == "benchmark_leakage"
+    )
     assert "meiosis" in shown["matches"][0]["other_text"].lower()
 
 
@@ -269,7 +332,9 @@ def test_pairs_that_share_only_a_frame_are_counted_in_the_note() -> None:
 
 def test_of_real_arithmetic_problems_no_test_question_is_copied_and_few_overlap_in_part() -> None:
     train, test = load([real("gsm8k_train.jsonl")]).records, load([real("gsm8k_test.jsonl")]).records
-    items = [Item(f"test:{i}", prompt_text(r["messages"]), text=response_text(r["messages"])) for i, r in enumerate(test)]
+    items = [
+        Item(f"test:{i}", prompt_text(r["messages"]), text=response_text(r["messages"])) for i, r in enumerate(test)
+    ]
     links = judge(train, items, Rules()).overlaps.links["benchmark_leakage"]
     assert {(link.row, link.other) for link in links} == {  # each the same problem with other numbers, things and names
         (1314, "test:602"), (5162, "test:602"), (20, "test:632"), (3726, "test:824"), (1781, "test:448"),
@@ -286,7 +351,10 @@ def test_of_two_halves_of_a_real_set_the_repeats_are_the_leaks() -> None:
 
 # --- near-duplicates
 
-EMAIL = "Write an email to my boss that says the project is on track and will be done by the end of this week, with regards from the team in Leeds"
+EMAIL = (
+    "Write an email to my boss that says the project is on track and will be done by the end of this week, with regards"
+    " from the team in Leeds"
+)
 
 
 def test_near_duplicates_are_reported_from_the_parameter_on_and_grouped_below_it() -> None:
@@ -307,14 +375,24 @@ def test_near_duplicates_are_reported_from_the_parameter_on_and_grouped_below_it
 
 
 def test_equal_prompts_are_reported_at_any_similarity() -> None:
-    assert judged([row(EMAIL, "Done."), row(EMAIL, "Sent it.")], near_duplicate_similarity=1.0).broken["near_duplicates"] == [1]
+    assert judged([row(EMAIL, "Done."), row(EMAIL, "Sent it.")], near_duplicate_similarity=1.0).broken[
+        "near_duplicates"
+    ] == [1]
 
 
 @pytest.mark.parametrize(
     ("left", "right", "same"),
     [
-        ("Can you book a flight for me from New York to London?", "Can you please book a flight for me from New York to London?", True),
-        ("Can you book a flight for me from New York to London?", "Can you book a flight for me from New York to Boston?", False),
+        (
+            "Can you book a flight for me from New York to London?",
+            "Can you please book a flight for me from New York to London?",
+            True,
+        ),
+        (
+            "Can you book a flight for me from New York to London?",
+            "Can you book a flight for me from New York to Boston?",
+            False,
+        ),
         ("What is the price of the 12 inch kite?", "What is the price of the 14 inch kite?", False),
         ("Which of these are symptoms of flu in adults?", "Which of these are not symptoms of flu in adults?", False),
         ("How are you all doing today?", "How are you doing today?", True),
@@ -353,8 +431,11 @@ def test_low_diversity_still_counts_all_near_copies() -> None:
 
 
 def test_rows_that_a_later_row_links_share_its_group() -> None:
-    """Of three rows in a group, two have an earlier one in it, although only the last one is nearly the same as others."""
-    halves = [" ".join(f"{name}{chr(97 + i)}{chr(97 + k)}" for k in range(12)) for name in ("sun", "sea") for i in range(20)]
+    """Of three rows in a group, two have an earlier one in it, although only
+    the last one is nearly the same as others."""
+    halves = [
+        " ".join(f"{name}{chr(97 + i)}{chr(97 + k)}" for k in range(12)) for name in ("sun", "sea") for i in range(20)
+    ]
     found = judged([row(text) for text in (*halves, *map(" ".join, zip(halves[:20], halves[20:], strict=True)))])
     assert len(set(found.cluster)) == 20
     assert "40 prompts (67%) are nearly those of earlier rows" in found.verdicts["low_diversity"].note

@@ -1,4 +1,5 @@
-"""deploy/proxy/nginx.conf: nobody without a password reaches the UI, and the guard behind it sees Origin and Host as the browser sent them."""
+"""deploy/proxy/nginx.conf: nobody without a password reaches the UI, and the
+guard behind it sees Origin and Host as the browser sent them."""
 
 from __future__ import annotations
 
@@ -47,9 +48,15 @@ def _certificate(folder: Path) -> None:
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
     now = datetime.datetime.now(datetime.UTC)
     built = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-    made = built.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1)).sign(key, hashes.SHA256())
+    made = (
+        built.not_valid_before(now - datetime.timedelta(1))
+        .not_valid_after(now + datetime.timedelta(1))
+        .sign(key, hashes.SHA256())
+    )
     (folder / "pedigree.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "pedigree.key").write_bytes(private)
 
 
@@ -68,10 +75,17 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "pedigree.htpasswd").write_text("ann:{PLAIN}secret\n")
     server = CONFIG.replace("/etc/nginx", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}")
     server = server.replace("127.0.0.1:3000", f"127.0.0.1:{upstream.server_port}")
-    scratch = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    whole = f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\nhttp {{\naccess_log off;\n{scratch}{server}}}\n"
+    scratch = "".join(
+        f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    whole = (
+        f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\nhttp {{\naccess_log"
+        f" off;\n{scratch}{server}}}\n"
+    )
     (folder / "nginx.conf").write_text(f"user root;\n{whole}" if os.geteuid() == 0 else whole)
-    process = subprocess.Popen([nginx, "-c", str(folder / "nginx.conf"), "-p", str(folder)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [nginx, "-c", str(folder / "nginx.conf"), "-p", str(folder)], stderr=subprocess.PIPE, text=True
+    )
     while True:
         if process.poll() is not None:
             raise AssertionError(process.stderr.read() if process.stderr else "")
@@ -92,7 +106,9 @@ def ask(address: str, **headers: str) -> tuple[int, list[tuple[str, str]]]:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
-    request = urllib.request.Request(f"{address}/graphql", headers={"Host": NAME, **{k.replace("_", "-"): v for k, v in headers.items()}})
+    request = urllib.request.Request(
+        f"{address}/graphql", headers={"Host": NAME, **{k.replace("_", "-"): v for k, v in headers.items()}}
+    )
     try:
         with opener.open(request, timeout=30) as reply:
             return reply.status, [tuple(pair) for pair in json.loads(reply.read())]
@@ -120,7 +136,13 @@ def test_nobody_without_a_password_gets_through(address: str, given: dict[str, s
 def test_the_guard_sees_who_asks(address: str, origin: str, name: str, refused: str | None) -> None:
     status, headers = ask(address, Authorization=PASSWORD, Origin=origin, Host=name)
     assert status == 200 and "authorization" not in dict(headers), "the password stays with the proxy"
-    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(k.encode(), v.encode()) for k, v in headers]}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "query_string": b"",
+        "headers": [(k.encode(), v.encode()) for k, v in headers],
+    }
 
     async def app(*_: object) -> None:
         raise AssertionError

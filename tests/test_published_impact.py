@@ -49,9 +49,16 @@ def set_key(project: Project, key: bytes) -> None:
 def release(project: Project, lock: dict[str, Any], key: bytes) -> dict[str, Any]:
     """A released copy of merged@lora with the evidence of its training under published ids."""
     merged = lock["merged@lora"]["outs"][0]
-    seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": published(key, text)} for i, text in enumerate(("cats", "dogs"))]
+    seen = [
+        {"step": i + 1, "epoch": 1, "position": 0, "example_id": published(key, text)}
+        for i, text in enumerate(("cats", "dogs"))
+    ]
     weights = lock["adapter@lora"]["outs"][0]["md5"].encode()  # as Project.merged writes them
-    files = {"model.safetensors": weights, "README.md": b"card", "audit/adapter_lora/examples.parquet": table(seen, seen_schema())}
+    files = {
+        "model.safetensors": weights,
+        "README.md": b"card",
+        "audit/adapter_lora/examples.parquet": table(seen, seen_schema()),
+    }
     keys = md5_of_folder({"record_ids.key": hashlib.md5(f"{key.hex()}\n".encode()).hexdigest()})
     return {"release": entry("release", {"data/keys": keys, "data/merged/lora": merged["md5"]}, project.put(files))}
 
@@ -138,7 +145,9 @@ def test_a_release_adds_itself_to_the_answers_and_nothing_else(made: Project) ->
         copies = [model for model in found["models"] if model["stage"] == "release"]
         earlier = [{**model, "commits": None} for model in before[name]["models"]]
         assert {**found, "models": models, "looked_at": None} == {**before[name], "models": earlier, "looked_at": None}
-        assert [copy["seen"] for copy in copies] == [model["seen"] for model in models if model["stage"] == "merged@lora"], name
+        assert [copy["seen"] for copy in copies] == [
+            model["seen"] for model in models if model["stage"] == "merged@lora"
+        ], name
     known = {key[i : i + 16].hex() for key in Index(made.root).record_keys() for i in range(0, len(key), 16)}
     assert known == {identity(text) for text, _, _ in ROWS}
 
@@ -163,7 +172,9 @@ def test_the_command_says_which_record_it_is(made: Project) -> None:
     done = pedigree(made.root, "impact", "--record", published(KEYS[0], "dogs"), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["published"]["record"] == identity("dogs")
     done = pedigree(made.root, "impact", "--record", published(KEYS[0], "dogs"))
-    assert f"published id of record {identity('dogs')}" in done.stdout and KEYS[0].hex() not in done.stdout + done.stderr
+    assert (
+        f"published id of record {identity('dogs')}" in done.stdout and KEYS[0].hex() not in done.stdout + done.stderr
+    )
 
 
 def test_of_an_erased_record_no_model_is_known_any_more(made: Project) -> None:

@@ -1,4 +1,5 @@
-"""`pedigree push`: what a Hub has after it is the verified release in one commit, and what must not be published is refused before anything is sent."""
+"""`pedigree push`: what a Hub has after it is the verified release in one
+commit, and what must not be published is refused before anything is sent."""
 
 from __future__ import annotations
 
@@ -62,11 +63,19 @@ def pushed(root: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[s
     return dict(json.loads(capsys.readouterr().out))
 
 
-def test_the_repository_has_the_release_and_its_papers_in_one_commit(made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_repository_has_the_release_and_its_papers_in_one_commit(
+    made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = pushed(made, capsys, "--private")
     repo = hub.repos[REPO]
     commit, files = repo.commits[-1]
-    assert repo.private and len(repo.commits) == 2 and document["commit"] == commit and document["before"] is None and document["private"]
+    assert (
+        repo.private
+        and len(repo.commits) == 2
+        and document["commit"] == commit
+        and document["before"] is None
+        and document["private"]
+    )
     release = contents(made / "data/release")
     assert {name: files[name] for name in release} == release
     papers = set(files) - set(release) - {".gitattributes"}
@@ -77,23 +86,28 @@ def test_the_repository_has_the_release_and_its_papers_in_one_commit(made: Path,
     assert document["bytes"] == sum(map(len, files.values())) - len(files[".gitattributes"])
 
 
-def test_plain_transformers_loads_what_was_pushed(made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plain_transformers_loads_what_was_pushed(
+    made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pushed(made, capsys)
     script = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "there, here = (AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:])\n"
-        "weights = here.state_dict()\n"
-        "assert weights.keys() == there.state_dict().keys() and all(torch.equal(v, weights[k]) for k, v in there.state_dict().items())\n"
-        "asked = [{'role': 'user', 'content': 'Where is my parcel?'}]\n"
-        "ids = [AutoTokenizer.from_pretrained(n).apply_chat_template(asked, add_generation_prompt=True)['input_ids'] for n in sys.argv[1:]]\n"
-        "assert ids[0] == ids[1] and ids[0]\nprint('equal')\n"
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\nthere, here ="
+        " (AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:])\nweights = here.state_dict()\nassert"
+        " weights.keys() == there.state_dict().keys() and all(torch.equal(v, weights[k]) for k, v in"
+        " there.state_dict().items())\nasked = [{'role': 'user', 'content': 'Where is my parcel?'}]\nids ="
+        " [AutoTokenizer.from_pretrained(n).apply_chat_template(asked, add_generation_prompt=True)['input_ids'] for n"
+        " in sys.argv[1:]]\nassert ids[0] == ids[1] and ids[0]\nprint('equal')\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | {
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", script, REPO, str(made / "data/release")], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, REPO, str(made / "data/release")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == "equal\n", done.stderr
 
@@ -118,14 +132,21 @@ def test_an_existing_repository_gets_a_new_commit_without_its_other_files(
     before = hub.repos[REPO].add({".gitattributes": b"x", "pytorch_model.bin": b"old", "README.md": b"# old"})
     assert push(made) == 0
     said = capsys.readouterr()
-    assert f"after {before[:12]}" in said.out and "deleted in this commit: pytorch_model.bin" in said.out and f"{REPO} exists" in said.err
+    assert (
+        f"after {before[:12]}" in said.out
+        and "deleted in this commit: pytorch_model.bin" in said.out
+        and f"{REPO} exists" in said.err
+    )
     now = hub.repos[REPO].commits[-1][1]
     assert (
         "pytorch_model.bin" not in now
         and now["README.md"] == (made / "data/release/README.md").read_bytes()
         and now[".gitattributes"] == b"x"
     )
-    assert hub.repos[REPO].at(before) == (before, {".gitattributes": b"x", "pytorch_model.bin": b"old", "README.md": b"# old"})
+    assert hub.repos[REPO].at(before) == (
+        before,
+        {".gitattributes": b"x", "pytorch_model.bin": b"old", "README.md": b"# old"},
+    )
     commits = len(hub.repos[REPO].commits)
     assert push(made) == 0 and len(hub.repos[REPO].commits) == commits, "nothing changed, so there is no new commit"
 
@@ -137,7 +158,12 @@ def test_an_interrupted_upload_leaves_no_half_commit_and_goes_on(
     hub.breaks_at = where
     assert push(made) == 1
     said = capsys.readouterr()
-    assert "was interrupted" in said.err and "run the same command again" in said.err and said.out == "" and "Traceback" not in said.err
+    assert (
+        "was interrupted" in said.err
+        and "run the same command again" in said.err
+        and said.out == ""
+        and "Traceback" not in said.err
+    )
     assert [sorted(files) for _, files in hub.repos[REPO].commits] == [[".gitattributes"]]
     stored, hub.breaks_at = set(hub.objects), ""
     hub.asked.clear()
@@ -152,7 +178,12 @@ def test_an_interrupted_upload_leaves_no_half_commit_and_goes_on(
     [("hf_reader", "may not write to org/helpdesk"), ("hf_unknown", "does not accept the token in HF_TOKEN")],
 )
 def test_a_token_without_permission_is_one_message_that_does_not_show_it(
-    made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, token: str, message: str
+    made: Path,
+    hub: ModelHub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    token: str,
+    message: str,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     assert push(made) == 2
@@ -160,14 +191,18 @@ def test_a_token_without_permission_is_one_message_that_does_not_show_it(
     assert message in said.err and token not in said.err + said.out and not hub.repos and "Traceback" not in said.err
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.repos[REPO] = Repository(private=False)
     hub.repos[REPO].add({})
     assert push(made, "--private") == 2
     assert "exists and is public" in capsys.readouterr().err and len(hub.repos[REPO].commits) == 1
 
 
-def test_a_repository_that_changes_meanwhile_gets_no_commit(made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repository_that_changes_meanwhile_gets_no_commit(
+    made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub.moves_before_commit = True
     assert push(made) == 1
     assert "changed meanwhile; no commit was made" in capsys.readouterr().err
@@ -257,7 +292,9 @@ def test_a_changed_release_is_refused(own: Path, hub: ModelHub, capsys: pytest.C
     assert "data/release/README.md: not what dvc.lock recorded" in said and "dvc checkout --force" in said
 
 
-def test_a_failed_gate_is_refused_with_the_names_of_its_checks(own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_gate_is_refused_with_the_names_of_its_checks(
+    own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = own / "data/reports/release.json"
     document = json.loads(report.read_text())
     document["passed"] = False
@@ -309,8 +346,11 @@ def test_a_waiver_that_has_expired_is_refused(made: Path) -> None:
         refuse_failed_gate(made, target, date(2999, 1, 2))
 
 
-def test_a_use_policy_that_forbids_the_release_is_refused(own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a policy that its sources do not meet, as if `raw_examples` had recorded it; the gate of the release had none."""
+def test_a_use_policy_that_forbids_the_release_is_refused(
+    own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a policy that its sources do not meet, as if `raw_examples` had
+    recorded it; the gate of the release had none."""
     report = own / "data/reports/raw_examples.json"
     before, document = report.read_bytes(), json.loads(report.read_text())
     report.unlink()
@@ -326,7 +366,9 @@ def test_a_use_policy_that_forbids_the_release_is_refused(own: Path, hub: ModelH
 def test_personal_data_of_a_file_that_would_be_uploaded_is_refused_and_not_shown(
     own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_params(own, lambda values: values.update(provider={"legal_name": "ACME", "illegal_content": f"write to {MAIL}"}))
+    edit_params(
+        own, lambda values: values.update(provider={"legal_name": "ACME", "illegal_content": f"write to {MAIL}"})
+    )
     assert push(own, "--dry-run") == 0, "what `provider` says is meant to be published"
     capsys.readouterr()
     edit_params(own, lambda values: values.pop("provider"))
@@ -359,7 +401,13 @@ def test_texts_in_tables_and_in_the_metadata_of_weights_are_examined(tmp_path: P
 
 
 def test_sizes_are_shown_in_decimal_units() -> None:
-    assert [human(count) for count in (0, 999, 1000, 269_060_552, 2_500_000_000)] == ["0 bytes", "999 bytes", "1 kB", "269 MB", "2.5 GB"]
+    assert [human(count) for count in (0, 999, 1000, 269_060_552, 2_500_000_000)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 kB",
+        "269 MB",
+        "2.5 GB",
+    ]
 
 
 def test_the_page_shows_the_options() -> None:

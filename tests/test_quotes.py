@@ -1,4 +1,5 @@
-"""No text of a row is in a report, in findings, in the audit of labels or in Dagster's event log; pages and terminal show it from the shards."""
+"""No text of a row is in a report, in findings, in the audit of labels or in
+Dagster's event log; pages and terminal show it from the shards."""
 
 from __future__ import annotations
 
@@ -34,19 +35,34 @@ def word(name: str) -> str:
 
 
 def ask(name: str, prompt: str, answer: str = "It is on its way to you.", **more: Any) -> Fields:
-    return {"messages": [{"role": "user", "content": f"{prompt} {word(name)}"}, {"role": "assistant", "content": answer}], **more}
+    return {
+        "messages": [{"role": "user", "content": f"{prompt} {word(name)}"}, {"role": "assistant", "content": answer}],
+        **more,
+    }
 
 
 def rows() -> list[Fields]:
     """Rows with each kind of finding, and kept ones that are alike."""
     weather = {
         "type": "function",
-        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
     }
-    call = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": json.dumps({"town": word("argument")})}}
+    call = {
+        "type": "function",
+        "id": "abcdefghi",
+        "function": {"name": "weather", "arguments": json.dumps({"town": word("argument")})},
+    }
     tools = [
         {"role": "user", "content": f"Cold in {word('tools')}?"},
-        {"role": "assistant", "content": "", "reasoning_content": f"I look at {word('reasoning')}.", "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": f"I look at {word('reasoning')}.",
+            "tool_calls": [call],
+        },
         {"role": "tool", "content": word("result"), "tool_call_id": "abcdefghi"},
         {"role": "assistant", "content": "Yes, it is cold."},
     ]
@@ -60,8 +76,10 @@ def rows() -> list[Fields]:
         ask("conflict", "Which label has", "The first label."), ask("conflict", "Which label has", "Another label."),
         ask("train", f"{KITE} or a violin", split="train"), ask("train", f"{KITE} or a violin", split="test"),
         ask("leak", "Which planet do people sometimes call the red planet of"),
-        ask("long", "word " * 900), ask("empty", "No answer to", ""), ask("mojibake", "The cafÃ© of"), ask("hidden", "In\u200bvisible"),
-        ask("mark", "An end <|im_end|> of"), ask("input", "Look", "Of course I look at it."), ask("refused", "Do", "I'm sorry, but I can't help with that."),
+        ask("long", "word " * 900), ask("empty", "No answer to", ""), ask("mojibake", "The cafÃ© of"),
+        ask("hidden", "In\u200bvisible"),
+        ask("mark", "An end <|im_end|> of"), ask("input", "Look", "Of course I look at it."),
+        ask("refused", "Do", "I'm sorry, but I can't help with that."),
         {"messages": [{"role": "user", "content": word("roles")}, {"role": "user", "content": word("roles")}]},
         {"messages": word("malformed")},
         {"messages": tools, "tools": [weather]},
@@ -71,8 +89,16 @@ def rows() -> list[Fields]:
 
 def pairs() -> list[Fields]:
     return [
-        {"prompt": f"Where is it? {word('pair')}", "chosen": "On its way to you.", "rejected": f"No. {word('rejected')}"},
-        {"prompt": f"Where is it? {word('pair')}", "chosen": "On its way to you.", "rejected": f"No. {word('rejected')}"},
+        {
+            "prompt": f"Where is it? {word('pair')}",
+            "chosen": "On its way to you.",
+            "rejected": f"No. {word('rejected')}",
+        },
+        {
+            "prompt": f"Where is it? {word('pair')}",
+            "chosen": "On its way to you.",
+            "rejected": f"No. {word('rejected')}",
+        },
         {"prompt": f"{KITE} {word('near')}", "chosen": f"Soon. {word('chosen')}", "rejected": f"Never. {MASKED[0]}"},
     ]
 
@@ -85,14 +111,22 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
     shutil.copytree(tiny_model, data / "base_model")
     jsonl(root / SOURCE, *rows())
     jsonl(root / PAIRS, *pairs())
-    jsonl(root / QUIZ, {"question": f"Which planet do people sometimes call the red planet of {word('leak')}", "answer": "Mars"})
+    jsonl(
+        root / QUIZ,
+        {"question": f"Which planet do people sometimes call the red planet of {word('leak')}", "answer": "Mars"},
+    )
     read = parse(raw_examples.Params, {"sources": [{"path": SOURCE}]}, "raw_examples")
-    rules = {"policy": {"pii": "fix", "refusal": "warn", "near_duplicates": "warn"}, "max_tokens": 3000, "benchmarks": [QUIZ]}
+    rules = {
+        "policy": {"pii": "fix", "refusal": "warn", "near_duplicates": "warn"},
+        "max_tokens": 3000,
+        "benchmarks": [QUIZ],
+    }
     given = parse(raw_preferences.Params, {"sources": [{"path": PAIRS}]}, "raw_preferences")
     reports: dict[str, Report] = {"raw_examples": raw_examples.produce(root, read, data / "raw_examples")}
     (data / "work").mkdir()
     reports["instructions"] = instructions.produce(
-        root, parse(instructions.Params, rules, "instructions"), data / "raw_examples", data / "base_model", data / "instructions",
+        root, parse(instructions.Params, rules, "instructions"), data / "raw_examples", data / "base_model",
+        data / "instructions",
         data / "pages/instructions", {},
     )  # fmt: skip
     dealing = splits.Params(test=0.2, validation=0.1)
@@ -102,7 +136,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
     )
     reports["raw_preferences"] = raw_preferences.produce(root, given, data / "raw_preferences")
     reports["preferences"] = preferences.produce(
-        root, parse(preferences.Params, {"test": 0.0, "validation": 0.0}, "preferences"), 7, data / "raw_preferences", data / "splits",
+        root, parse(preferences.Params, {"test": 0.0, "validation": 0.0}, "preferences"), 7, data / "raw_preferences",
+        data / "splits",
         data / "base_model", data / "preferences", data / "pages/preferences", {},
     )  # fmt: skip
     for stage in ("instructions", "preferences"):
@@ -116,7 +151,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
 def planted() -> Iterator[str]:
     text = json.dumps([rows(), pairs()])
     yield from (one for one in {part.strip('".?,:\\}{ ]') for part in text.split()} if one.startswith("qx"))
-    yield from ("zephyr", "ZEPHYR", "Thank you", "nobody knows", "garden kite", "child of ten", "first label", "red planet")
+    yield from (
+        "zephyr",
+        "ZEPHYR",
+        "Thank you",
+        "nobody knows",
+        "garden kite",
+        "child of ten",
+        "first label",
+        "red planet",
+    )
 
 
 def test_every_kind_of_finding_is_there(ran: SimpleNamespace) -> None:
@@ -131,7 +175,15 @@ def test_every_kind_of_finding_is_there(ran: SimpleNamespace) -> None:
         "split_leakage",
         "too_long",
     }
-    wanted |= {"empty_response", "encoding", "hidden_characters", "special_tokens_in_text", "refusal", "invalid_roles", "malformed_row"}
+    wanted |= {
+        "empty_response",
+        "encoding",
+        "hidden_characters",
+        "special_tokens_in_text",
+        "refusal",
+        "invalid_roles",
+        "malformed_row",
+    }
     assert wanted | {"invalid_tool_call", "low_diversity"} <= found
     assert {"exact_duplicates", "pii"} <= {
         one["check"] for one in json.loads((ran.root / "data/preferences/findings.json").read_text())["findings"]
@@ -140,7 +192,10 @@ def test_every_kind_of_finding_is_there(ran: SimpleNamespace) -> None:
 
 def test_no_planted_word_is_in_a_report_in_findings_or_in_the_audit_of_labels(ran: SimpleNamespace) -> None:
     files = [*sorted((ran.root / "data/reports").iterdir())]
-    files += [ran.root / "data" / name for name in ("instructions/findings.json", "preferences/findings.json", "tokenized/audit.json")]
+    files += [
+        ran.root / "data" / name
+        for name in ("instructions/findings.json", "preferences/findings.json", "tokenized/audit.json")
+    ]
     assert len(files) == 9
     found = {(path.name, one) for path in files for one in planted() if one in path.read_text(encoding="utf-8")}
     assert found == set()
@@ -168,15 +223,22 @@ def test_no_planted_word_is_in_the_event_log_of_dagster(ran: SimpleNamespace, tm
     }
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         for stage, report in ran.reports.items():
-            state = SimpleNamespace(address=stage, out=f"data/{stage}", version="v", report=f"data/reports/{stage}.json", meta={})
+            state = SimpleNamespace(
+                address=stage, out=f"data/{stage}", version="v", report=f"data/reports/{stage}.json", meta={}
+            )
             described = metadata.describe(ran.root, state)  # type: ignore[arg-type]
             instance.report_runless_asset_event(dg.AssetMaterialization(stage, metadata=described))
-            checks = {**report.document()["checks"], "earlier": {**earlier, "matches": [{**match, "span": [0, 1], "other_span": [0, 1]}]}}
+            checks = {
+                **report.document()["checks"],
+                "earlier": {**earlier, "matches": [{**match, "span": [0, 1], "other_span": [0, 1]}]},
+            }
             for name, check in checks.items():
                 extra = metadata.check_metadata(ran.root, stage, check)
                 result = check_result(dg.AssetKey(stage), name, "", check, metadata.severity_of(check), extra)
                 instance.report_runless_asset_event(
-                    dg.AssetCheckEvaluation(result.asset_key, name, result.passed, result.metadata, severity=result.severity)
+                    dg.AssetCheckEvaluation(
+                        result.asset_key, name, result.passed, result.metadata, severity=result.severity
+                    )
                 )
     logged = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert f"{SOURCE}:0".encode() in logged and b"full report" in logged
@@ -200,7 +262,11 @@ def test_the_pages_show_the_texts_masked(ran: SimpleNamespace) -> None:
     )
     assert [name for name in shown if word(name) not in page] == []
     assert (
-        "cafÃ©" in page and "e-mail: " in page and "[e-mail]" in page and "[aws key]" in page and not [one for one in MASKED if one in page]
+        "cafÃ©" in page
+        and "e-mail: " in page
+        and "[e-mail]" in page
+        and "[aws key]" in page
+        and not [one for one in MASKED if one in page]
     )
     assert "explain to a child of ten years" in page.lower() and "Thank you for asking" in page and MISSING not in page
     page = (ran.root / "data/pages/preferences/report.html").read_text(encoding="utf-8")
@@ -226,7 +292,13 @@ def test_a_page_says_so_where_the_rows_are_gone_or_are_others(ran: SimpleNamespa
             read = parse(raw_examples.Params, {"sources": [{"path": SOURCE}]}, "raw_examples")
             shutil.rmtree(root / "data/raw_examples")
             raw_examples.produce(root, read, root / "data/raw_examples")
-        draw_pages("instructions", ran.reports["instructions"], root / "data/instructions", root / "data/pages/instructions", root)
+        draw_pages(
+            "instructions",
+            ran.reports["instructions"],
+            root / "data/instructions",
+            root / "data/pages/instructions",
+            root,
+        )
         page = (root / "data/pages/instructions/report.html").read_text(encoding="utf-8")
         assert str(escape(MISSING)) in page and f"{SOURCE}:0" in page and "New 1" not in page
         assert word("empty") not in page  # a dropped row, which only the data as read have

@@ -1,6 +1,8 @@
-"""Random histories of a tiny pipeline: every answer of audit, impact and diff agrees with a log of what ran, or truthfully says that it cannot tell.
+"""Random histories of a tiny pipeline: every answer of audit, impact and diff
+agrees with a log of what ran, or truthfully says that it cannot tell.
 
-As a script: PEDIGREE_HISTORIES=3000 python tests/test_random_histories.py (`make soak`). PEDIGREE_SEED names the first seed.
+As a script: PEDIGREE_HISTORIES=3000 python tests/test_random_histories.py
+(`make soak`). PEDIGREE_SEED names the first seed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,17 @@ if __name__ == "__main__":
 
 import pytest
 from builders.files import jsonl
-from builders.history_oracle import LEARNERS, MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
+from builders.history_oracle import (
+    LEARNERS,
+    MODELS,
+    WORKSPACE,
+    Chain,
+    Reach,
+    Signature,
+    TooManyLineages,
+    clone_shallow,
+    out_of,
+)
 from builders.random_history import ADDRESSES, NAMES, PAIRS, PARAPHRASES, SOURCES, WORDS, Toy, canonical, dir_md5, git
 
 from dagster_project.core.errors import InputError
@@ -74,10 +86,15 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
     possible = possible_exposures(reach, names, source)
     for md5, said in of_lost_runs(reach, claims, source):
         possible.setdefault(md5, set()).add(said)
-    partly = {model["md5"]: {one["md5"] for one in model["missing"]} for model in found["models"] if model.get("missing")}
+    partly = {
+        model["md5"]: {one["md5"] for one in model["missing"]} for model in found["models"] if model.get("missing")
+    }
     if partly and not reach.incomplete:
         raise Wrong(f"impact {question}: nothing is missing, but {set(partly)} are called partly unknown")
-    problems = [*omissions(reach, found, claims, partly, names, source), *untruths(reach, claims, partly, possible, names, source)]
+    problems = [
+        *omissions(reach, found, claims, partly, names, source),
+        *untruths(reach, claims, partly, possible, names, source),
+    ]
     problems += verdict_problems(reach, found, any(possible.values()), names, source)
     if problems:
         raise Wrong(f"impact {question}:\n  " + "\n  ".join(problems))
@@ -90,7 +107,11 @@ def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, se
         for chain in reach.chains(address, entry, place):
             seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
             possible.setdefault(out_of(entry)[1], set()).update(seen)
-    for address, entry, place in reach.models():  # docs/audit.md, "Limits": each of the runs in the run cache may have been the one
+    for (
+        address,
+        entry,
+        place,
+    ) in reach.models():  # docs/audit.md, "Limits": each of the runs in the run cache may have been the one
         with suppress(TooManyLineages):
             for chain in reach.chains(address, entry, replace(place, or_unlocked=True)):
                 seen = reach.signatures(chain, names(chain), source).values() if reach.whole(chain) else [ANYTHING]
@@ -101,18 +122,29 @@ def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, se
 def omissions(
     reach: Reach, found: dict[str, Any], claims: Claims, partly: Mapping[str, set[str]], names: Names, source: bool
 ) -> Iterator[str]:
-    """Models that saw the records by every lineage that they may have, and that the answer neither names nor calls unknown."""
+    """Models that saw the records by every lineage that they may have, and that
+    the answer neither names nor calls unknown."""
     unknown = {one["md5"] for one in found["unknown"]}
     for address, entry, place in reach.models():
         md5, chains = out_of(entry)[1], reach.chains(address, entry, place)
-        if md5 in unknown or not all(reach.whole(chain) for chain in chains) or (found["verdict"] == "refused" and reach.incomplete):
+        if (
+            md5 in unknown
+            or not all(reach.whole(chain) for chain in chains)
+            or (found["verdict"] == "refused" and reach.incomplete)
+        ):
             continue
-        if all(partly.get(md5, set()) & {one["md5"] for each in chain.values() for one in each["outs"]} for chain in chains):
+        if all(
+            partly.get(md5, set()) & {one["md5"] for each in chain.values() for one in each["outs"]} for chain in chains
+        ):
             continue  # a part of this lineage is called unknown
         seen = [reach.signatures(chain, names(chain), source) for chain in chains]
         for kind in LEARNERS:
-            options = {next((one for name, one in found.items() if name.partition("@")[0] == kind), None) for found in seen}
-            if None not in options and not any(agrees(md5 in partly, said, options, source) for said, _ in claims.get(md5, [])):
+            options = {
+                next((one for name, one in found.items() if name.partition("@")[0] == kind), None) for found in seen
+            }
+            if None not in options and not any(
+                agrees(md5 in partly, said, options, source) for said, _ in claims.get(md5, [])
+            ):
                 yield f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {claims.get(md5)}"
 
 
@@ -127,7 +159,12 @@ def of_lost_runs(reach: Reach, claims: Claims, source: bool) -> Iterator[tuple[s
 
 
 def untruths(
-    reach: Reach, claims: Claims, partly: Mapping[str, set[str]], possible: dict[str, set[Signature]], names: Names, source: bool
+    reach: Reach,
+    claims: Claims,
+    partly: Mapping[str, set[str]],
+    possible: dict[str, set[Signature]],
+    names: Names,
+    source: bool,
 ) -> Iterator[str]:
     """Statements that no lineage of the model confirms, at all or at the commits that they name."""
     for md5, statements in claims.items():
@@ -146,7 +183,8 @@ def untruths(
 
 
 def verdict_problems(reach: Reach, found: dict[str, Any], possible: bool, names: Names, source: bool) -> Iterator[str]:
-    """Yes needs a model that may have seen them, no that no recorded run of any saw them, and cannot tell that something is missing."""
+    """Yes needs a model that may have seen them, no that no recorded run of any
+    saw them, and cannot tell that something is missing."""
     verdict = found["verdict"]
     certain = any(
         reach.signatures(chain, names(chain), source)
@@ -156,7 +194,9 @@ def verdict_problems(reach: Reach, found: dict[str, Any], possible: bool, names:
     )
     gone = {out_of(entry)[1] for _, entry, _ in reach.remembered()}
     unknown = {one["md5"] for one in found["unknown"]}
-    unexplained = any(reach.unrecorded_inputs(chain) for _, entry, _ in reach.models() for chain in reach.log.ran[canonical(entry)])
+    unexplained = any(
+        reach.unrecorded_inputs(chain) for _, entry, _ in reach.models() for chain in reach.log.ran[canonical(entry)]
+    )
     if (unknown - gone or (verdict == "cannot tell" and not unknown)) and not (reach.incomplete or unexplained):
         yield f"nothing is missing, but it says {verdict} and unknown: {found['unknown']}"
     if verdict == "refused" and certain and not reach.incomplete:
@@ -169,14 +209,20 @@ def verdict_problems(reach: Reach, found: dict[str, Any], possible: bool, names:
 
 def unpublished(reach: Reach, asked: str) -> bool:
     """Whether an id was published with a key that is gone."""
-    ids = (hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:32] for key in reach.lost_keys for name in reach.log.text_of)
+    ids = (
+        hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:32]
+        for key in reach.lost_keys
+        for name in reach.log.text_of
+    )
     return asked in ids
 
 
 def shown(seen: dict[str, Any], source: bool) -> Signature:
     if source:
         learnt = seen["learnt"]
-        steps: Any = learnt and ((learnt["records"], learnt["first_step"], learnt["last_step"]) if learnt["records"] else ())
+        steps: Any = learnt and (
+            (learnt["records"], learnt["first_step"], learnt["last_step"]) if learnt["records"] else ()
+        )
     else:
         steps = None if seen["steps"] is None else tuple(sorted(seen["steps"]))
     return (seen["by"], seen["md5"], tuple(sorted(seen["splits"].items())), steps)
@@ -190,8 +236,8 @@ def agrees(partly: bool, said: Signature, options: Collection[Signature | None],
 
 
 def is_part(said: Signature, whole: Signature, source: bool) -> bool:
-    """Whether no split has more rows, and no step occurs more often, or of a source: not more records, and in none but these steps. A search of messages
-    finds those that are left, in any data set."""
+    """Whether no split has more rows, and no step occurs more often, or of a source: not more records, and in none but
+    these steps. A search of messages finds those that are left, in any data set."""
     rows = dict(whole[2])
     if not all(n <= rows.get(split, 0) for split, n in said[2]):
         return False
@@ -231,7 +277,11 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
 
     def near_record(name: str) -> tuple[dict[str, Any], Names, bool]:
         same = {name, *reach.near_copies(reach.texts().get(name, ()), {name})}
-        return {"record": name, "near": True}, lambda chain: set().union(*(reach.with_copies(chain, one) for one in same)), False
+        return (
+            {"record": name, "near": True},
+            lambda chain: set().union(*(reach.with_copies(chain, one) for one in same)),
+            False,
+        )
 
     def near_text(asked: str) -> tuple[dict[str, Any], Names, bool]:
         exact = text(asked)[1]({})
@@ -239,7 +289,11 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
         return {"text": asked, "near": True}, lambda _: same, False
 
     def expression(asked: str) -> tuple[dict[str, Any], Names, bool]:
-        same = {name for name, both in texts.items() if any(re.search(asked, " ".join(one.split()), re.IGNORECASE) for one in both)}
+        same = {
+            name
+            for name, both in texts.items()
+            if any(re.search(asked, " ".join(one.split()), re.IGNORECASE) for one in both)
+        }
         return {"containing": asked, "regex": True}, lambda _: same, False
 
     def published(name: str, key: bytes) -> tuple[dict[str, Any], Names, bool]:
@@ -268,13 +322,20 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
         yield record(name)
     chosen = draw.choice(sorted(texts))
     yield text(draw.choice(texts[chosen]).upper() or "nothing")
-    yield containing(draw.choice([draw.choice(NAMES), "saw the", *draw.choice(texts[chosen])[:40].split()[:1]]).lower() or "nothing")
+    yield containing(
+        draw.choice([draw.choice(NAMES), "saw the", *draw.choice(texts[chosen])[:40].split()[:1]]).lower() or "nothing"
+    )
     yield near_record(draw.choice(sorted(texts)))
     said = draw.choice(texts[draw.choice(sorted(texts))]).split()
     yield near_text(
-        " ".join(draw.choice([said, said[:-2], [*said[:4], draw.choice(WORDS), *said[4:]], [*said, *draw.sample(WORDS, 3)]])) or "no"
+        " ".join(
+            draw.choice([said, said[:-2], [*said[:4], draw.choice(WORDS), *said[4:]], [*said, *draw.sample(WORDS, 3)]])
+        )
+        or "no"
     )
-    yield expression(draw.choice([f"^{draw.choice(NAMES)} (saw|met)", rf"\b{draw.choice(WORDS)}\b.*\d$", r"[a-z]{6} \d+\.$"]))
+    yield expression(
+        draw.choice([f"^{draw.choice(NAMES)} (saw|met)", rf"\b{draw.choice(WORDS)}\b.*\d$", r"[a-z]{6} \d+\.$"])
+    )
     yield published(chosen, draw.choice(list(reach.toy.keys.values())))
     copies = sorted({copy for found in log.parent_of.values() for copy in found})
     if copies:
@@ -311,11 +372,20 @@ def compare_hash(reach: Reach, value: str) -> None:
         allowed |= {out_of(entry)[1]} if any(inside) or not all(reach.whole(chain) for chain in chains) else set()
         with suppress(TooManyLineages):  # docs/audit.md, "Limits", as in possible_exposures
             chains = reach.chains(address, entry, replace(place, or_unlocked=True))
-            allowed |= {out_of(entry)[1]} if any(value in {out_of(one)[1] for one in chain.values()} for chain in chains) else set()
+            allowed |= (
+                {out_of(entry)[1]}
+                if any(value in {out_of(one)[1] for one in chain.values()} for chain in chains)
+                else set()
+            )
     recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
-    allowed |= {md5 for md5 in told & reach.log.weights.keys() if md5 not in recorded and reach.exists(md5)}  # only its bytes are left
+    allowed |= {
+        md5 for md5 in told & reach.log.weights.keys() if md5 not in recorded and reach.exists(md5)
+    }  # only its bytes are left
     if required - told - unknown or told - allowed or (found["verdict"] == "no" and required):
-        raise Wrong(f"impact of output {value}: {found['verdict']}, without {required - told - unknown}, wrongly {told - allowed}")
+        raise Wrong(
+            f"impact of output {value}: {found['verdict']}, without {required - told - unknown}, wrongly"
+            f" {told - allowed}"
+        )
 
 
 # --- audit
@@ -333,7 +403,9 @@ def compare_audit(reach: Reach, address: str, rev: str | None) -> None:
         raise Wrong(f"audit {address} at {rev}: refused: {error}") from error
     complaints = [audit_problems(reach, found, subject, chain, place.name) for chain in chains]
     if all(complaints):
-        raise Wrong(f"audit {address} at {rev} ({len(chains)} possible lineages):\n  " + "\n  ".join(min(complaints, key=len)))
+        raise Wrong(
+            f"audit {address} at {rev} ({len(chains)} possible lineages):\n  " + "\n  ".join(min(complaints, key=len))
+        )
 
 
 def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Chain, place: str) -> list[str]:
@@ -412,7 +484,9 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
     if code["lineage_at"] is not None and code["lineage_at"] not in whole:
         problems.append(f"lineage_at: says {code['lineage_at']}, but all runs are in {whole}")
     elif code["lineage_at"] and (
-        other := {name: found for name, entry in chain.items() if (found := differences(reach, entry, code["lineage_at"]))}
+        other := {
+            name: found for name, entry in chain.items() if (found := differences(reach, entry, code["lineage_at"]))
+        }
     ):
         problems.append(f"lineage_at: says {code['lineage_at']}, whose code differs: {other}")
     clean = True
@@ -427,8 +501,12 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
         if (at is None and set(holding) & reach.reachable) or (at and at not in holding):
             problems.append(f"code of {address}: says its run is in {at}, but it is in {holding}")
         elif claimed == bool(differing):
-            problems.append(f"code of {address}: says clean {claimed} at {at}, but there {differing or 'nothing'} differs")
-    clean &= all(one["clean"] for name, one in code["stages"].items() if name not in chain)  # of what it was compared with
+            problems.append(
+                f"code of {address}: says clean {claimed} at {at}, but there {differing or 'nothing'} differs"
+            )
+    clean &= all(
+        one["clean"] for name, one in code["stages"].items() if name not in chain
+    )  # of what it was compared with
     if code["clean"] != clean:
         problems.append(f"code: says clean {code['clean']}, differing {code.get('differs')}, but it is {clean}")
     return problems
@@ -441,7 +519,9 @@ def differences(reach: Reach, entry: dict[str, Any], commit: str) -> list[str]:
     for one in entry["deps"]:
         path = one["path"]
         if path.startswith("dagster_project/"):
-            below = {name.removeprefix(f"{path}/"): value for name, value in files.items() if name.startswith(f"{path}/")}
+            below = {
+                name.removeprefix(f"{path}/"): value for name, value in files.items() if name.startswith(f"{path}/")
+            }
             if one["md5"] != (dir_md5(below) if below else files.get(path)):
                 found.append(path)
     for path, value in entry.get("params", {}).get("params.yaml", {}).items():
@@ -470,8 +550,10 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
             return
         raise Wrong(f"diff {before} {after}: the records are unknown, but nothing is missing")
     told = (
-        {one["example_id"] for one in found["records"]["added"]} | {one["after"]["example_id"] for one in found["records"]["changed"]},
-        {one["example_id"] for one in found["records"]["removed"]} | {one["before"]["example_id"] for one in found["records"]["changed"]},
+        {one["example_id"] for one in found["records"]["added"]}
+        | {one["after"]["example_id"] for one in found["records"]["changed"]},
+        {one["example_id"] for one in found["records"]["removed"]}
+        | {one["before"]["example_id"] for one in found["records"]["changed"]},
         {one["after"]["example_id"] for one in found["records"]["moved"]},
     )
     wanted = []
@@ -480,7 +562,11 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
             if old is None or new is None:
                 continue
             wanted.append(
-                (new.keys() - old.keys(), old.keys() - new.keys(), {name for name in old.keys() & new.keys() if old[name] != new[name]})
+                (
+                    new.keys() - old.keys(),
+                    old.keys() - new.keys(),
+                    {name for name in old.keys() & new.keys() if old[name] != new[name]},
+                )
             )
     if told not in wanted:
         raise Wrong(f"diff {before} {after}: says added, removed, moved {told}; possible are {wanted}")
@@ -490,7 +576,8 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
 
 
 def compare_export(reach: Reach, address: str, rev: str | None) -> None:
-    """Compare the exports of a model at a revision with its lineage, and with what they were when they were asked for before."""
+    """Compare the exports of a model at a revision with its lineage, and with
+    what they were when they were asked for before."""
     place = next(one for one in reach.places if one.name == (rev or WORKSPACE))
     chains = reach.chains(address, place.lock[address], place)
     md5 = out_of(place.lock[address])[1]
@@ -505,13 +592,18 @@ def compare_export(reach: Reach, address: str, rev: str | None) -> None:
         raise Wrong(f"export {address} at {rev}: refused: {error}") from error
     complaints = [export_problems(reach, texts, chain) for chain in chains if reach.whole(chain)]
     if complaints and all(complaints):
-        raise Wrong(f"export {address} at {rev} ({len(chains)} possible lineages):\n  " + "\n  ".join(min(complaints, key=len)))
+        raise Wrong(
+            f"export {address} at {rev} ({len(chains)} possible lineages):\n  " + "\n  ".join(min(complaints, key=len))
+        )
     if rev and not reach.incomplete:
         holders = [one for one in reach.holders(md5) if one in reach.reachable]
         before = reach.toy.exported.setdefault((rev, address), (holders, texts))
         if before[0] == holders[len(holders) - len(before[0]) :] and before[1] != texts:
             forms = [form for form in texts if texts[form] != before[1][form]]
-            raise Wrong(f"export {address} at {rev}: not the text that it was before: {forms}\n{before[1][forms[0]]}\n{texts[forms[0]]}")
+            raise Wrong(
+                f"export {address} at {rev}: not the text that it was before:"
+                f" {forms}\n{before[1][forms[0]]}\n{texts[forms[0]]}"
+            )
 
 
 def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[str]:
@@ -531,7 +623,10 @@ def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[s
         problems.append(f"cyclonedx: sources are {told}, but it was trained on {facts}")
     for path, fact in facts.items():
         line = f"| {path} | {fact['rows']} | "
-        if not any(one.startswith(line) and fact["sha256"] in one and fact["license"] in one for one in texts["model-card"].splitlines()):
+        if not any(
+            one.startswith(line) and fact["sha256"] in one and fact["license"] in one
+            for one in texts["model-card"].splitlines()
+        ):
             problems += [] if reach.incomplete else [f"model card: no line for {path} with {fact}"]
     events = [json.loads(line) for line in texts["openlineage"].splitlines()]
     for event in (one for one in events if one["eventType"] == "COMPLETE" and one["job"]["name"] in chain):
@@ -540,13 +635,17 @@ def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[s
         hashes = {one["name"]: one["facets"].get("contentHash", {}) for one in [*event["inputs"], *event["outputs"]]}
         if hashes.get(path, {}).get("md5") != value:
             problems.append(f"openlineage: output of {event['job']['name']} is {hashes.get(path)}, but it was {value}")
-        read = {one["path"]: one["md5"] for one in entry["deps"]} | {name: fact["sha256"] for name, fact in facts.items()}
+        read = {one["path"]: one["md5"] for one in entry["deps"]} | {
+            name: fact["sha256"] for name, fact in facts.items()
+        }
         for name, found in hashes.items():
             if name in read and read[name] not in found.values():
                 problems.append(f"openlineage: {event['job']['name']} read {name} as {found}, but it was {read[name]}")
         tags = {one["key"]: one["value"] for one in event["run"]["facets"].get("tags", {}).get("tags", [])}
         if "commit" in tags and tags["commit"] not in reach.holders_of_entry(entry):
-            problems.append(f"openlineage: {event['job']['name']} is said to be recorded in {tags['commit']}, which has no such run")
+            problems.append(
+                f"openlineage: {event['job']['name']} is said to be recorded in {tags['commit']}, which has no such run"
+            )
     return problems
 
 
@@ -555,7 +654,8 @@ def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[s
 
 @contextmanager
 def every_git_command_once() -> Iterator[None]:
-    """Run each git command once, and repeat its result: for questions, which change nothing. Most of their time is that of such processes."""
+    """Run each git command once, and repeat its result: for questions, which
+    change nothing. Most of their time is that of such processes."""
     run, results = subprocess.run, dict[Any, Any]()
 
     def once(command: Any, *arguments: Any, **options: Any) -> Any:
@@ -591,7 +691,9 @@ def ask(reach: Reach, draw: random.Random) -> None:
             compare_hash(reach, draw.choice(outs))
     with pytest.raises(InputError, match="no recorded run has read such a file"):
         impact(reach.root, source="data/sources/never.jsonl")
-    known = [(address, place.name) for place in reach.places for address in place.lock if address.partition("@")[0] in MODELS]
+    known = [
+        (address, place.name) for place in reach.places for address in place.lock if address.partition("@")[0] in MODELS
+    ]
     for address, name in draw.sample(known, min(4, len(known))):
         with suppress(TooManyLineages):
             compare_audit(reach, address, None if name == WORKSPACE else name)
@@ -628,7 +730,9 @@ def history(seed: int, folder: Path) -> None:
             check(Reach(toy, folder / "clone"), draw)
     except Exception as error:
         done = "\n  ".join(toy.said)
-        raise Wrong(f"seed {seed} ({'real' if toy.real else 'simulated'} stages):\n  {done}\n{type(error).__name__}: {error}") from error
+        raise Wrong(
+            f"seed {seed} ({'real' if toy.real else 'simulated'} stages):\n  {done}\n{type(error).__name__}: {error}"
+        ) from error
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -665,13 +769,16 @@ def test_copies_of_a_record_are_credited_to_every_source_that_has_it(toy: Toy) -
     toy.write_source(mail, toy.read_source(faq))
     prompts = [prompt for prompt, _ in toy.read_source(faq)]
     jsonl(toy.root / PARAPHRASES, *({"prompt": one, "paraphrase": f"{one} Tell me."} for one in prompts))
-    toy.write_params(toy.params() | {"splits": {**toy.params()["splits"], "augment": {"paraphrases": PARAPHRASES, "license": "MIT"}}})
+    toy.write_params(
+        toy.params() | {"splits": {**toy.params()["splits"], "augment": {"paraphrases": PARAPHRASES, "license": "MIT"}}}
+    )
     toy.repro()
     toy.commit()
     first, second = (impact(toy.root, source=path)["models"][-1]["seen"] for path in (faq, mail))
     assert (
         first == second
-        and first[0]["splits"]["train"] == 2 * impact(toy.root, source=PARAPHRASES)["models"][-1]["seen"][0]["splits"]["train"]
+        and first[0]["splits"]["train"]
+        == 2 * impact(toy.root, source=PARAPHRASES)["models"][-1]["seen"][0]["splits"]["train"]
     )
     assert impact(toy.root, source=SOURCES)["models"][-1]["seen"] == first  # no copy is counted twice
 
@@ -710,7 +817,9 @@ def test_an_audit_at_a_commit_of_the_reflog_names_that_commit_though_the_workspa
     assert (code["commit"], code["clean"]) == (commit, True)
 
 
-def test_an_audit_at_a_commit_of_the_reflog_names_it_though_the_workspace_has_the_model_in_another_lock(toy: Toy) -> None:
+def test_an_audit_at_a_commit_of_the_reflog_names_it_though_the_workspace_has_the_model_in_another_lock(
+    toy: Toy,
+) -> None:
     commit = git(toy.root, "rev-parse", "HEAD").strip()
     git(toy.root, "reset", "-q", "--soft", "HEAD~1")
     toy.change_sources(lambda sources: sources.reverse())
@@ -728,9 +837,9 @@ def test_a_model_whose_data_set_is_lost_but_whose_training_is_recorded_is_called
     shutil.rmtree(toy.root / "data/splits")
     found = impact(toy.root, record=trained)
     assert found["verdict"] == "yes" and not found["unknown"]
-    assert {model["stage"] for model in found["models"] if [one["path"] for one in model["missing"]] == ["data/splits"]} == {
-        model["stage"] for model in found["models"]
-    }
+    assert {
+        model["stage"] for model in found["models"] if [one["path"] for one in model["missing"]] == ["data/splits"]
+    } == {model["stage"] for model in found["models"]}
 
 
 def test_a_model_whose_report_is_lost_is_unknown_to_a_question_by_the_hash_of_a_source(toy: Toy) -> None:
@@ -779,7 +888,11 @@ def test_all_runs_that_made_a_model_tell_what_is_missing(toy: Toy) -> None:
     toy.repro()
     toy.commit()
     second = toy.lock()
-    same = [name for name in ("reward_model", "aligned@dpo") if first[name]["outs"][0]["md5"] == second[name]["outs"][0]["md5"]]
+    same = [
+        name
+        for name in ("reward_model", "aligned@dpo")
+        if first[name]["outs"][0]["md5"] == second[name]["outs"][0]["md5"]
+    ]
     assert same, "the reordered pairs trained other weights"
     lost = [out_of(lock["preferences"])[1] for lock in (first, second)]
     for md5 in lost:
@@ -802,7 +915,9 @@ def test_a_report_that_is_lost_is_named_as_missing_and_no_source_is_said_to_have
     toy.commit()
     toy.object(report["md5"]).unlink()
     found = document(find(Index(toy.root), "merged@lora"))
-    assert not found["sources"] and [(one["path"], one["md5"]) for one in found["missing"]] == [(report["path"], report["md5"])]
+    assert not found["sources"] and [(one["path"], one["md5"]) for one in found["missing"]] == [
+        (report["path"], report["md5"])
+    ]
     difference = diff(toy.root, "merged@lora", "merged@lora", rev=before)
     assert difference["records"] and not difference["sources"]
     assert [(one["path"], one["md5"]) for one in difference["missing"]] == [(report["path"], report["md5"])]
@@ -813,11 +928,15 @@ def test_a_record_of_two_files_with_the_same_bytes_counts_once(toy: Toy) -> None
     row = toy.read_source(faq)[:1]
     for name in ("one", "two"):
         toy.write_source(f"{SOURCES}/{name}.jsonl", row)
-        toy.change_sources(lambda sources, name=name: sources.append({"path": f"{SOURCES}/{name}.jsonl", "license": "MIT"}))  # type: ignore[misc]
+        toy.change_sources(
+            lambda sources, name=name: sources.append({"path": f"{SOURCES}/{name}.jsonl", "license": "MIT"})
+        )  # type: ignore[misc]
     toy.repro()
     digest = hashlib.sha256((toy.root / f"{SOURCES}/one.jsonl").read_bytes()).hexdigest()
     found = impact(toy.root, content=digest)
-    assert found["models"] and {sum(seen["splits"].values()) for model in found["models"] for seen in model["seen"]} == {1}
+    assert found["models"] and {
+        sum(seen["splits"].values()) for model in found["models"] for seen in model["seen"]
+    } == {1}
 
 
 def test_a_release_that_is_older_than_the_comparison_names_the_model_that_it_was_made_from(toy: Toy) -> None:
@@ -828,7 +947,9 @@ def test_a_release_that_is_older_than_the_comparison_names_the_model_that_it_was
     toy.write_source(faq, rest)
     toy.write_source(mail, [last, *toy.read_source(mail)])
     before = toy.lock()
-    toy.repro(ADDRESSES[:-1])  # the adapters are made again, of another data set, with the same bytes; the release is not
+    toy.repro(
+        ADDRESSES[:-1]
+    )  # the adapters are made again, of another data set, with the same bytes; the release is not
     assert toy.lock()["merged@lora"] == before["merged@lora"] and toy.lock()["adapter@lora"] != before["adapter@lora"]
     found = document(find(Index(toy.root), "release"))
     assert found["stages"]["merged@lora"]["md5"] == out_of(toy.lock()["merged@lora"])[1]
@@ -837,11 +958,16 @@ def test_a_release_that_is_older_than_the_comparison_names_the_model_that_it_was
 
 def test_a_reward_model_is_not_said_to_be_made_from_the_examples_that_its_pairs_were_compared_with(toy: Toy) -> None:
     found = document(find(Index(toy.root), "reward_model"))
-    assert set(found["sources"]) == {PAIRS} and {"splits", "instructions", "raw_examples"} <= found["watched"]["stages"].keys()
+    assert (
+        set(found["sources"]) == {PAIRS}
+        and {"splits", "instructions", "raw_examples"} <= found["watched"]["stages"].keys()
+    )
     assert {"reward_model", "preferences", "raw_preferences"} <= found["stages"].keys()
 
 
-def test_sources_of_an_aligned_model_are_those_of_its_own_run_if_its_pairs_were_compared_with_later_examples(toy: Toy) -> None:
+def test_sources_of_an_aligned_model_are_those_of_its_own_run_if_its_pairs_were_compared_with_later_examples(
+    toy: Toy,
+) -> None:
     faq = toy.source_paths()[0]
     before = hashlib.sha256((toy.root / faq).read_bytes()).hexdigest()
     toy.write_source(faq, [*toy.read_source(faq), toy.new_row()])
@@ -851,14 +977,18 @@ def test_sources_of_an_aligned_model_are_those_of_its_own_run_if_its_pairs_were_
 
 
 def test_a_release_names_its_model_although_the_files_of_that_model_are_lost(toy: Toy) -> None:
-    pair = next(name for name, split in toy.log.split_of[out_of(toy.lock()["preferences"])[1]].items() if split == "train")
+    pair = next(
+        name for name, split in toy.log.split_of[out_of(toy.lock()["preferences"])[1]].items() if split == "train"
+    )
     toy.object(out_of(toy.lock()["merged@lora"])[1]).unlink()
     shutil.rmtree(toy.root / "data/merged/lora")
     found = impact(toy.root, record=pair)
     assert [model["stage"] for model in found["models"]] == ["reward_model", "aligned@dpo", "merged_aligned@dpo"]
 
 
-def test_pairs_do_not_make_a_model_learn_from_the_examples_that_they_were_compared_with(toy: Toy, tmp_path: Path) -> None:
+def test_pairs_do_not_make_a_model_learn_from_the_examples_that_they_were_compared_with(
+    toy: Toy, tmp_path: Path
+) -> None:
     clone_shallow(toy, tmp_path / "clone")
     found = impact(tmp_path / "clone", content=out_of(toy.lock()["splits"])[1])
     assert "reward_model" not in {model["stage"] for model in found["models"]}
@@ -870,7 +1000,9 @@ def test_the_models_of_a_release_end_if_nothing_records_the_one_that_it_was_made
     toy.repro()
     mail = toy.source_paths()[1]
     toy.write_source(mail, [*toy.read_source(mail), *(toy.new_row() for _ in range(6))])
-    toy.repro(ADDRESSES[: ADDRESSES.index("merged@lora") + 1])  # DPO and the release are still of the former one, whose run is lost
+    toy.repro(
+        ADDRESSES[: ADDRESSES.index("merged@lora") + 1]
+    )  # DPO and the release are still of the former one, whose run is lost
     toy.op_drop_runs()
     assert document(find(Index(toy.root), "release"))["model"]["md5"] == out_of(toy.lock()["release"])[1]
 
@@ -888,7 +1020,10 @@ def soak(count: int, first: int, keep_going: bool = False) -> int:
                 if not keep_going:
                     break
         if (seed - first + 1) % 25 == 0:
-            print(f"{seed - first + 1} histories, {len(wrong)} with a wrong answer, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{seed - first + 1} histories, {len(wrong)} with a wrong answer, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
     print(f"{seed - first + 1} histories from seed {first}, wrong: {wrong or 'none'}", flush=True)
     return len(wrong)
 

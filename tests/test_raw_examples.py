@@ -1,4 +1,5 @@
-"""Sources -> raw_examples: every row is accounted for, none is read twice or held out, and a mostly unreadable source is refused."""
+"""Sources -> raw_examples: every row is accounted for, none is read twice or
+held out, and a mostly unreadable source is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def root(tmp_path: Path) -> Path:
     sources = tmp_path / "data/sources"
     jsonl(sources / "a.jsonl", PAIR, {**PAIR, "prompt": "Ho"})
     jsonl(sources / "mine/train.jsonl", PAIR)
-    jsonl(sources / "mine/more/test.jsonl", {"question": "Hi?", "answer": "Hello"}, {"question": "Ho?", "answer": "Hey"})
+    jsonl(
+        sources / "mine/more/test.jsonl", {"question": "Hi?", "answer": "Hello"}, {"question": "Ho?", "answer": "Hey"}
+    )
     jsonl(sources / "benchmarks/b.jsonl", {"question": "?", "choices": ["a", "b"], "answer": 0})
     return tmp_path
 
@@ -58,7 +61,9 @@ def test_every_row_is_a_record_and_a_line_of_the_ledger_in_the_same_order(root: 
         ("data/sources/mine/more/test.jsonl", 1),
         ("data/sources/mine/train.jsonl", 0),
     ]
-    assert [(row["source"], row["example_id"]) for row in ledger] == [(record["source"], record["example_id"]) for record in records]
+    assert [(row["source"], row["example_id"]) for row in ledger] == [
+        (record["source"], record["example_id"]) for record in records
+    ]
     assert {row["outcome"] for row in ledger} == {"read"}
 
 
@@ -66,7 +71,14 @@ def test_the_report_describes_each_source(root: Path) -> None:
     report = read(root, {"path": "data/sources/a.jsonl", "license": "MIT", "origin": "a friend"})
     digest = hashlib.sha256((root / "data/sources/a.jsonl").read_bytes()).hexdigest()
     fields = {"used": {"completion": 2, "prompt": 2}}
-    facts = {"format": "prompt_completion", "rows": 2, "sha256": digest, "license": "MIT", "origin": "a friend", "fields": fields}
+    facts = {
+        "format": "prompt_completion",
+        "rows": 2,
+        "sha256": digest,
+        "license": "MIT",
+        "origin": "a friend",
+        "fields": fields,
+    }
     assert report.metrics["sources"] == {"data/sources/a.jsonl": facts}
 
 
@@ -75,7 +87,9 @@ def test_the_digest_of_a_folder_is_that_of_the_list_that_sha256sum_prints(root: 
     report = read(root, "data/sources/mine/")
     found = report.metrics["sources"]["data/sources/mine/"]
     command = "sha256sum more/test.jsonl train.jsonl | sha256sum"
-    printed = subprocess.run(command, shell=True, cwd=root / "data/sources/mine", capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        command, shell=True, cwd=root / "data/sources/mine", capture_output=True, text=True, check=True
+    ).stdout
     assert (found["sha256"], found["rows"]) == (printed.split()[0], 3)
     assert {name: file["rows"] for name, file in found["files"].items()} == {"more/test.jsonl": 2, "train.jsonl": 1}
 
@@ -133,8 +147,18 @@ def test_a_limit_applies_to_each_source(root: Path) -> None:
 
 
 def test_columns_of_a_set_are_those_that_its_rows_within_the_limit_need(root: Path) -> None:
-    traced = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning_content": "Hm."}]}
-    jsonl(root / "data/sources/a.jsonl", {"messages": traced["messages"][:1]}, {**traced, "weight": 2}, {"messages": [], "source_row": 7})
+    traced = {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Ho", "reasoning_content": "Hm."},
+        ]
+    }
+    jsonl(
+        root / "data/sources/a.jsonl",
+        {"messages": traced["messages"][:1]},
+        {**traced, "weight": 2},
+        {"messages": [], "source_row": 7},
+    )
     columns = []
     for limit in (1, 2, 3):
         read(root, "data/sources/a.jsonl", limit=limit, max_malformed=1.0)
@@ -145,8 +169,18 @@ def test_columns_of_a_set_are_those_that_its_rows_within_the_limit_need(root: Pa
 
 
 def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
-    read(root, {"path": "data/sources/a.jsonl", "split": "test"}, {"path": "data/sources/mine", "split": "from_file_names"})
-    assert [json.loads(record["meta"])["split"] for record in read_records(root / "out")] == ["test", "test", "test", "test", "train"]
+    read(
+        root,
+        {"path": "data/sources/a.jsonl", "split": "test"},
+        {"path": "data/sources/mine", "split": "from_file_names"},
+    )
+    assert [json.loads(record["meta"])["split"] for record in read_records(root / "out")] == [
+        "test",
+        "test",
+        "test",
+        "test",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -154,12 +188,18 @@ def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
     [
         (["data/sources"], "data/sources is a folder that contains the held-out benchmarks"),
         (["data/sources/benchmarks"], "data/sources/benchmarks is held out, because it is in data/sources/benchmarks/"),
-        (["data/sources/benchmarks/b.jsonl"], "data/sources/benchmarks/b.jsonl is held out, because it is in data/sources/benchmarks/"),
+        (
+            ["data/sources/benchmarks/b.jsonl"],
+            "data/sources/benchmarks/b.jsonl is held out, because it is in data/sources/benchmarks/",
+        ),
         (
             ["data/sources/mine", "data/sources/mine/train.jsonl"],
             "data/sources/mine/train.jsonl is in data/sources/mine and would be read twice",
         ),
-        (["data/sources/mine/more", "data/sources/mine"], "data/sources/mine/more is in data/sources/mine and would be read twice"),
+        (
+            ["data/sources/mine/more", "data/sources/mine"],
+            "data/sources/mine/more is in data/sources/mine and would be read twice",
+        ),
         (
             ["data/sources/link.jsonl", "data/sources/a.jsonl"],
             "data/sources/a.jsonl is in data/sources/link.jsonl and would be read twice",
@@ -168,7 +208,9 @@ def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
         (["data/sources/none"], "data/sources/none does not exist"),
     ],
 )
-def test_sources_that_overlap_each_other_or_the_benchmarks_are_refused(sources: list[str], message: str, root: Path) -> None:
+def test_sources_that_overlap_each_other_or_the_benchmarks_are_refused(
+    sources: list[str], message: str, root: Path
+) -> None:
     (root / "data/sources/link.jsonl").symlink_to("a.jsonl")
     assert refusal(root, *sources).what == f"params.yaml: raw_examples.sources: {message}"
 
@@ -189,15 +231,27 @@ COMMIT = "0123456789" * 4
         ({"path": "data/sources/a.jsonl", "hub": "org/name"}, "set either path or hub"),
         ({"hub": "org/name", "split": "train"}, "hub requires `revision` (the commit, 40 hex digits) and `split`"),
         ({"hub": "org/name", "revision": COMMIT}, "hub requires `revision` (the commit, 40 hex digits) and `split`"),
-        ({"hub": "org/name", "revision": "main", "split": "train"}, "revision 'main' is not a commit: 40 hex digits are required"),
+        (
+            {"hub": "org/name", "revision": "main", "split": "train"},
+            "revision 'main' is not a commit: 40 hex digits are required",
+        ),
         ({"hub": "org/name", "revision": COMMIT[:12], "split": "train"}, "revision '012345678901' is not a commit"),
         ({"hub": "org/name", "revision": COMMIT + "\n", "split": "train"}, "is not a commit"),
         ({"hub": "name", "revision": COMMIT, "split": "train"}, "'name' is not a data set name: use org/name"),
         ({"hub": "../name", "revision": COMMIT, "split": "train"}, "'../name' is not a data set name"),
         ({"hub": "org/name", "revision": COMMIT, "split": "train[:5]"}, "split 'train[:5]' is not a split name"),
-        ({"hub": "org/name", "revision": COMMIT, "split": "train", "config": "../x"}, "config '../x' is not a configuration name"),
-        ({"path": "data/sources/a.jsonl", "revision": COMMIT}, "revision and config belong to a hub data set, not to a path"),
-        ({"path": "data/sources/a.jsonl", "split": "dev"}, "split 'dev' of a path must be train, validation, test or from_file_names"),
+        (
+            {"hub": "org/name", "revision": COMMIT, "split": "train", "config": "../x"},
+            "config '../x' is not a configuration name",
+        ),
+        (
+            {"path": "data/sources/a.jsonl", "revision": COMMIT},
+            "revision and config belong to a hub data set, not to a path",
+        ),
+        (
+            {"path": "data/sources/a.jsonl", "split": "dev"},
+            "split 'dev' of a path must be train, validation, test or from_file_names",
+        ),
     ],
 )
 def test_a_source_without_exactly_one_fixed_origin_is_refused(source: dict[str, Any], message: str, root: Path) -> None:
@@ -219,17 +273,27 @@ def test_a_source_that_is_mostly_unreadable_is_refused_with_its_first_problems(r
     assert error.what.splitlines() == [
         "data/sources/a.jsonl: 4 of 5 rows cannot be read (prompt_completion); the first:",
         "  data/sources/a.jsonl:1: no key 'completion' (line 3)",
-        "  data/sources/a.jsonl:2: line is not JSON: Expecting property name enclosed in double quotes: column 2 (line 4)",
+        (
+            "  data/sources/a.jsonl:2: line is not JSON: Expecting property name enclosed in double quotes: column 2"
+            " (line 4)"
+        ),
         "  data/sources/a.jsonl:3: expected text, found int (line 5)",
     ]
-    assert error.hint == "fix them, or set the right format; raw_examples.max_malformed (0.5) is the share that may be unreadable"
+    assert (
+        error.hint
+        == "fix them, or set the right format; raw_examples.max_malformed (0.5) is the share that may be unreadable"
+    )
 
 
-@pytest.mark.parametrize(("bad", "most", "refused"), [(2, 0.5, False), (3, 0.5, True), (3, 0.8, False), (1, 0.0, True), (0, 0.0, False)])
+@pytest.mark.parametrize(
+    ("bad", "most", "refused"), [(2, 0.5, False), (3, 0.5, True), (3, 0.8, False), (1, 0.0, True), (0, 0.0, False)]
+)
 def test_the_share_that_may_be_unreadable_is_a_parameter(bad: int, most: float, refused: bool, root: Path) -> None:
     jsonl(root / "data/sources/a.jsonl", *[PAIR] * 2, *["broken"] * bad)
     if refused:
-        assert f"{bad} of {bad + 2} rows cannot be read" in refusal(root, "data/sources/a.jsonl", max_malformed=most).what
+        assert (
+            f"{bad} of {bad + 2} rows cannot be read" in refusal(root, "data/sources/a.jsonl", max_malformed=most).what
+        )
     else:
         assert read(root, "data/sources/a.jsonl", max_malformed=most).rows_out == bad + 2
 
@@ -245,7 +309,11 @@ def test_a_source_without_a_readable_row_is_always_refused(root: Path) -> None:
 
 
 def test_a_refusal_never_quotes_row_contents(root: Path) -> None:
-    jsonl(root / "data/sources/a.jsonl", {"prompt": ["jane@example.org"], "completion": "x"}, '{"prompt": "jane@example.org')
+    jsonl(
+        root / "data/sources/a.jsonl",
+        {"prompt": ["jane@example.org"], "completion": "x"},
+        '{"prompt": "jane@example.org',
+    )
     assert "jane" not in str(refusal(root, "data/sources/a.jsonl"))
 
 
@@ -262,7 +330,14 @@ def fields_of(report: Report, source: str = "data/sources/a.jsonl") -> dict[str,
 
 def count(rows: list[Any]) -> int:
     """Fields of rows and of the messages in them, counted without looking at layouts."""
-    turns = [turn for row in rows for value in row.values() if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    turns = [
+        turn
+        for row in rows
+        for value in row.values()
+        if isinstance(value, list)
+        for turn in value
+        if isinstance(turn, dict)
+    ]
     return sum(map(len, rows)) + sum(map(len, turns))
 
 
@@ -317,17 +392,30 @@ def test_a_field_that_a_layout_loses_stops_the_stage(root: Path, monkeypatch: py
         patch.setattr(formats, "kept_of", lambda *_: {})
         with pytest.raises(AssertionError, match="field stars is neither used nor kept"):
             read(root, "data/sources/a.jsonl")
-    monkeypatch.setattr(row_reading, "read_turns", lambda row, turns: fields.read_turns({"messages": row["messages"][1:]}, turns))
+    monkeypatch.setattr(
+        row_reading, "read_turns", lambda row, turns: fields.read_turns({"messages": row["messages"][1:]}, turns)
+    )
     with pytest.raises(AssertionError, match="a row has 6 fields, of which 4 are accounted for"):
         read(root, "data/sources/a.jsonl")
 
 
 def test_fields_that_are_not_used_are_a_check_a_line_of_the_ledger_and_a_finding(root: Path) -> None:
     asked, said = CHAT["messages"]
-    jsonl(root / "data/sources/a.jsonl", CHAT, {"messages": [asked, {**said, "id": 7, "note": None}]}, {**CHAT, "loss": 0.3, "images": []})
+    jsonl(
+        root / "data/sources/a.jsonl",
+        CHAT,
+        {"messages": [asked, {**said, "id": 7, "note": None}]},
+        {**CHAT, "loss": 0.3, "images": []},
+    )
     report = read(root, "data/sources/a.jsonl")
     check = report.checks[0]
-    assert (check.name, check.passed, check.severity, check.count, check.blocking) == ("ignored_fields", False, "warn", 2, False)
+    assert (check.name, check.passed, check.severity, check.count, check.blocking) == (
+        "ignored_fields",
+        False,
+        "warn",
+        2,
+        False,
+    )
     assert (check.rows, check.note) == (["data/sources/a.jsonl:1", "data/sources/a.jsonl:2"], "messages[].id 1, loss 1")
     assert [row["why"] for row in read_ledger(root / "out")] == ["", "ignored: messages[].id", "ignored: loss"]
     for place in (root / "out", root / "data/sources/a.jsonl"):
@@ -346,7 +434,9 @@ def test_names_of_fields_in_a_report_are_few_and_short(root: Path) -> None:
 
 
 def test_a_set_of_images_is_read_if_some_rows_are_text_and_refused_with_the_reason_if_none_is(root: Path) -> None:
-    picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A cat."}]}
+    picture = {
+        "messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A cat."}]
+    }
     jsonl(root / "data/sources/a.jsonl", CHAT, *[picture] * 9)
     assert read(root, "data/sources/a.jsonl").rows_out == 10
     jsonl(root / "data/sources/a.jsonl", picture)
@@ -357,7 +447,11 @@ def test_a_set_of_images_is_read_if_some_rows_are_text_and_refused_with_the_reas
 def test_a_source_may_keep_traces_in_the_text(root: Path) -> None:
     jsonl(root / "data/sources/a.jsonl", {**PAIR, "completion": "<think>\nHm.\n</think>\n\nHello"})
     read(root, "data/sources/a.jsonl")
-    assert read_records(root / "out")[0]["messages"][-1] == {"role": "assistant", "content": "Hello", "reasoning_content": "Hm."}
+    assert read_records(root / "out")[0]["messages"][-1] == {
+        "role": "assistant",
+        "content": "Hello",
+        "reasoning_content": "Hm.",
+    }
     read(root, {"path": "data/sources/a.jsonl", "think": "keep"})
     assert read_records(root / "out")[0]["messages"][-1]["content"].startswith("<think>")
     assert "raw_examples.sources.0.think" in refusal_of(root, "sometimes")

@@ -1,6 +1,8 @@
-"""Stages on a Ray cluster of two nodes (real processes) with a real S3 server: the same bytes as at home, whatever is killed, lost or damaged.
+"""Stages on a Ray cluster of two nodes (real processes) with a real S3 server:
+the same bytes as at home, whatever is killed, lost or damaged.
 
-Every test starts from a project in which everything has run at home; the output of one stage is then removed, from the workspace and from the cache.
+Every test starts from a project in which everything has run at home; the output
+of one stage is then removed, from the workspace and from the cache.
 """
 
 from __future__ import annotations
@@ -88,10 +90,16 @@ def objects_of(root: Path, address: str) -> list[str]:
 def start(root: Path, address: str, *, script: str = "small_pipeline.py", **environment: str) -> subprocess.Popen[str]:
     """A driver in a process of its own."""
     log = (root.parent / f"{address}.log").open("a")
-    command = [sys.executable, "-c", "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-               f"from dagster_project.orchestration.executors import ray; ray.POLL = {POLL}; "
-               f"sys.argv = ['{script}', 'run', '{address}']; runpy.run_path('{script}', run_name='__main__')"]  # fmt: skip
-    return subprocess.Popen(command, cwd=root, env={**os.environ, **environment}, stdout=log, stderr=log, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-c",
+        "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from dagster_project.orchestration.executors import ray; ray.POLL = {POLL}; "
+        f"sys.argv = ['{script}', 'run', '{address}']; runpy.run_path('{script}', run_name='__main__')",
+    ]
+    return subprocess.Popen(
+        command, cwd=root, env={**os.environ, **environment}, stdout=log, stderr=log, text=True, start_new_session=True
+    )
 
 
 def jobs(root: Path, address: str) -> list[Any]:
@@ -100,7 +108,9 @@ def jobs(root: Path, address: str) -> list[Any]:
 
     project = _project_id(root)
     found = [
-        job for job in JobSubmissionClient(os.environ["RAY_ADDRESS"]).list_jobs() if (job.metadata or {}).get("pedigree/project") == project
+        job
+        for job in JobSubmissionClient(os.environ["RAY_ADDRESS"]).list_jobs()
+        if (job.metadata or {}).get("pedigree/project") == project
     ]
     return [job for job in found if job.metadata["pedigree/stage"] == address]
 
@@ -110,7 +120,9 @@ def commands(cluster: Cluster, text: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if text in " ".join(process.cmdline()) and str(cluster.folder) in process.environ().get("PEDIGREE_NODE_CACHE", ""):
+            if text in " ".join(process.cmdline()) and str(cluster.folder) in process.environ().get(
+                "PEDIGREE_NODE_CACHE", ""
+            ):
                 found.append(process)
         except psutil.Error:
             continue
@@ -130,7 +142,9 @@ def until_running(cluster: Cluster, root: Path, address: str) -> psutil.Process:
     """Wait until the stage's own process runs on a node; its worker."""
     until(lambda: commands(cluster, f"run {address}"))
     return next(
-        one for one in commands(cluster, "executors.worker") if f'"{address}"' in " ".join(one.cmdline()) and "sh" not in one.name()
+        one
+        for one in commands(cluster, "executors.worker")
+        if f'"{address}"' in " ".join(one.cmdline()) and "sh" not in one.name()
     )
 
 
@@ -159,7 +173,9 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     assert (cluster.node_cache("second") / "cache").is_dir()  # the node that was asked for, with a cache of its own
     assert execution["queue_seconds"] > 0 and execution["transfer_bytes"] > 0
     assert execution["cost"] == pytest.approx(0.01 * execution["compute_seconds"], abs=0.3)
-    assert not s3.names(f"{root.parent.name}/pedigree/")  # nothing is left beside DVC's objects: DVC records nothing here
+    assert not s3.names(
+        f"{root.parent.name}/pedigree/"
+    )  # nothing is left beside DVC's objects: DVC records nothing here
     assert_no_secret(cluster, root, caplog.text, s3)
 
 
@@ -183,8 +199,13 @@ def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3Server) -> N
     client = JobSubmissionClient(cluster.url)
     shown = [text]
     for job in client.list_jobs():
-        shown += [job.model_dump_json() if hasattr(job, "model_dump_json") else job.json(), client.get_job_logs(job.submission_id)]
-    shown += [path.read_text(errors="replace") for path in root.rglob("*") if path.is_file() and ".dvc/cache" not in str(path)]
+        shown += [
+            job.model_dump_json() if hasattr(job, "model_dump_json") else job.json(),
+            client.get_job_logs(job.submission_id),
+        ]
+    shown += [
+        path.read_text(errors="replace") for path in root.rglob("*") if path.is_file() and ".dvc/cache" not in str(path)
+    ]
     shown += [path.read_text(errors="replace") for path in cluster.node_cache("second").rglob("*") if path.is_file()]
     bodies = [s3.read(key).decode(errors="replace") for key in s3.names()]
     whole = "\n".join([*shown, *bodies])
@@ -196,8 +217,9 @@ def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3Server) -> N
 def test_a_result_stays_until_dvc_has_recorded_it_and_a_forced_run_computes_again(
     cluster: Cluster, driver: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
-    """Through a folder as remote. DVC is gone when the first driver ends, so nothing records its result; the next run takes it, and gives the same
-    dvc.lock. A forced run computes. So does one of other inputs, and its result replaces the one that waits."""
+    """Through a folder as remote. DVC is gone when the first driver ends, so nothing
+    records its result; the next run takes it, and gives the same dvc.lock. A forced run
+    computes. So does one of other inputs, and its result replaces the one that waits."""
     lock = (root / "dvc.lock").read_bytes()
     add_remote(root, str(tmp_path / "shared"))
     before = forget(root, "tok")
@@ -218,7 +240,9 @@ def test_a_result_stays_until_dvc_has_recorded_it_and_a_forced_run_computes_agai
     assert other != kept and len(jobs(root, "tok")) == 3
 
 
-def test_a_gate_that_fails_on_a_node_fails_here_with_its_report_and_is_not_run_again(driver: dict[str, str], root: Path) -> None:
+def test_a_gate_that_fails_on_a_node_fails_here_with_its_report_and_is_not_run_again(
+    driver: dict[str, str], root: Path
+) -> None:
     before = published(root, "inst")
     (root / "data/sources/g.txt").write_text("BAD\n")
     assert run([sys.executable, "-m", "dvc", "repro", "raw"], root, PEDIGREE_EXECUTION="local").returncode == 0
@@ -229,9 +253,13 @@ def test_a_gate_that_fails_on_a_node_fails_here_with_its_report_and_is_not_run_a
     assert len(jobs(root, "inst")) == 1
 
 
-def test_live_tables_and_log_lines_arrive_while_the_stage_runs(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
+def test_live_tables_and_log_lines_arrive_while_the_stage_runs(
+    cluster: Cluster, driver: dict[str, str], root: Path
+) -> None:
     forget(root, "adapter@dora")
-    text = (root / "small_pipeline.py").read_text().replace('os.environ.get("STEPS", "0")', 'os.environ.get("STEPS", "2")')
+    text = (
+        (root / "small_pipeline.py").read_text().replace('os.environ.get("STEPS", "0")', 'os.environ.get("STEPS", "2")')
+    )
     (root / "small_pipeline.py").write_text(text)
     begin, first_step, second_step = hold(root, "adapter", 3)
     begin.touch()
@@ -254,7 +282,9 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
 ) -> None:
     """Here it is the driver that sees another numpy: what counts is that they differ."""
     (tmp_path / "other" / "numpy-9.9.9.dist-info").mkdir(parents=True)
-    (tmp_path / "other" / "numpy-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9.9\n")
+    (tmp_path / "other" / "numpy-9.9.9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: numpy\nVersion: 9.9.9\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "other"))
     before = published(root, "tok")
     hold(root, "tok")
@@ -270,14 +300,21 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
 
 @pytest.mark.long
 def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_from_its_checkpoint(
-    cluster: Cluster, driver: dict[str, str], tmp_path: Path, tiny_model: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
+    cluster: Cluster,
+    driver: dict[str, str],
+    tmp_path: Path,
+    tiny_model: Path,
+    s3: S3Server,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     home = training_pipeline.make_project(tmp_path / "home" / "project", tiny_model, {**LORA, "num_train_epochs": 1})
     away = Path(shutil.copytree(home, tmp_path / "away" / "project", symlinks=True))
     run_stage(home, "adapter@x", training_pipeline.PIPELINE, LocalExecutor())
     add_remote(away, f"s3://{BUCKET}/{tmp_path.name}", s3.endpoint)
     gate = tmp_path / "gate"
-    (away / "hold.json").write_text(json.dumps({"before": 6, "gate": str(gate)}))  # in the third of four steps; the second has a checkpoint
+    (away / "hold.json").write_text(
+        json.dumps({"before": 6, "gate": str(gate)})
+    )  # in the third of four steps; the second has a checkpoint
     killed: list[str] = []
 
     def kill_after_a_checkpoint() -> None:
@@ -300,7 +337,9 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_fro
 
 
 @pytest.mark.long
-def test_a_lost_node_does_not_end_the_stage(cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_node_does_not_end_the_stage(
+    cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = forget(root, "tok")
     [gate] = hold(root, "tok")
 
@@ -342,7 +381,8 @@ def test_the_job_of_a_killed_driver_records_nothing_and_the_next_driver_takes_it
 def test_a_waiting_result_is_verified(
     cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A driver is killed and its job ends alone. One object of its output is damaged where it lies: the next driver notices and computes again."""
+    """A driver is killed and its job ends alone. One object of its output is
+    damaged where it lies: the next driver notices and computes again."""
     before = forget(root, "tok")
     [gate] = hold(root, "tok")
     process = start(root, "tok")
@@ -351,18 +391,25 @@ def test_a_waiting_result_is_verified(
     process.wait()
     gate.touch()
     until(lambda: s3.names(f"{root.parent.name}/pedigree/", "result.json"))
-    oid = next(oid for oid in objects_in(s3, root) if not oid.endswith(".dir") and b"test 7" in s3.read(object_key(root, oid)))
+    oid = next(
+        oid for oid in objects_in(s3, root) if not oid.endswith(".dir") and b"test 7" in s3.read(object_key(root, oid))
+    )
     s3.write(object_key(root, oid), b"test 8")
     with caplog.at_level(logging.INFO, logger="pedigree"):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 2
-    assert "the result of an earlier job with the same inputs is used" in caplog.text and "it is computed again" in caplog.text
+    assert (
+        "the result of an earlier job with the same inputs is used" in caplog.text
+        and "it is computed again" in caplog.text
+    )
     assert s3.read(object_key(root, oid)) == b"test 7"
     assert not s3.names(f"{root.parent.name}/pedigree/")
 
 
 @pytest.mark.long
-def test_a_live_job_that_computes_from_other_inputs_is_stopped(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
+def test_a_live_job_that_computes_from_other_inputs_is_stopped(
+    cluster: Cluster, driver: dict[str, str], root: Path
+) -> None:
     hold(root, "tok")
     process = start(root, "tok")
     until_running(cluster, root, "tok")
@@ -406,7 +453,9 @@ def test_an_input_damaged_in_the_remote_is_sent_again(
 
 
 @pytest.mark.long
-def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
+def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(
+    cluster: Cluster, driver: dict[str, str], root: Path
+) -> None:
     before = published(root, "tok")
     (root / "code/tok.py").write_text("V = 4\n")
     hold(root, "tok")
@@ -459,7 +508,8 @@ def test_terminating_a_run_of_dagster_ends_the_job_of_its_stage_and_records_noth
     hold(root, "tok")
     events = synced.fetch_materializations(asset_key("tok"), limit=9).records
     process = subprocess.Popen(
-        [sys.executable, "small_pipeline.py", "materialize-at-once", "tok"], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "small_pipeline.py", "materialize-at-once", "tok"], cwd=root, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -482,8 +532,8 @@ def test_terminating_a_run_of_dagster_ends_the_job_of_its_stage_and_records_noth
 def test_a_token_that_changes_and_a_cluster_that_is_gone_are_one_message_each_and_nothing_is_recorded(
     cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The driver reaches the cluster through a relay. While the job runs, the relay puts another token into the requests, then it goes away;
-    afterwards the job's result is found."""
+    """The driver reaches the cluster through a relay. While the job runs, the relay puts another token into the
+    requests, then it goes away; afterwards the job's result is found."""
     before = forget(root, "tok")
     [gate] = hold(root, "tok")
     relay = Relay(cluster.dashboard)
@@ -497,10 +547,16 @@ def test_a_token_that_changes_and_a_cluster_that_is_gone_are_one_message_each_an
         return thread
 
     rotator = after("tok: runs on node", lambda: relay.replace.update({token.encode(): secrets.token_hex(32).encode()}))
-    with pytest.raises(TokenRefused, match=rf"tok: the Ray cluster at {relay.url} no longer accepts the token") as refused:
+    with pytest.raises(
+        TokenRefused, match=rf"tok: the Ray cluster at {relay.url} no longer accepts the token"
+    ) as refused:
         run_stage(root, "tok", PIPELINE)
     rotator.join()
-    assert "nothing was recorded" in str(refused.value) and token not in str(refused.value) and not (root / "data/tok").exists()
+    assert (
+        "nothing was recorded" in str(refused.value)
+        and token not in str(refused.value)
+        and not (root / "data/tok").exists()
+    )
     with pytest.raises(InputError, match=rf"the Ray cluster at {relay.url} requires another token"):
         run_stage(root, "tok", PIPELINE)
     relay.replace.clear()
@@ -558,7 +614,9 @@ class Relay:
         self.server.close()
 
 
-def test_a_remote_that_is_unreachable_is_one_message(cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server) -> None:
+def test_a_remote_that_is_unreachable_is_one_message(
+    cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server
+) -> None:
     """It goes away while the stage runs, first noticed by the worker; then the driver finds none at its start."""
     before = published(root, "tok")
     relay = Relay(int(s3.endpoint.rpartition(":")[2]))

@@ -1,4 +1,5 @@
-"""The whole pipeline on Ray: every stage is a job on a node that shares no folder with the project, and dvc.lock is that of a local run.
+"""The whole pipeline on Ray: every stage is a job on a node that shares no
+folder with the project, and dvc.lock is that of a local run.
 
 It takes about nine minutes of processor time, so `make test-projects` runs it.
 """
@@ -50,12 +51,15 @@ def outcomes(process: subprocess.Popen[str], project: Path) -> dict[str, str]:
 
 def jobs_of(cluster: Cluster, project: Path) -> list[dict[str, Any]]:
     """The jobs of a project, as Ray lists them."""
-    with urllib.request.urlopen(urllib.request.Request(f"{cluster.url}/api/jobs/", headers=cluster.headers), timeout=60) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{cluster.url}/api/jobs/", headers=cluster.headers), timeout=60
+    ) as answer:
         return [job for job in json.load(answer) if (job["metadata"] or {}).get(PROJECT) == _project_id(project)]
 
 
 def recorded(project: Path) -> dict[str, Any]:
-    """dvc.lock: for each stage its command, its parameters, and the hashes of all that it read and wrote, reports included."""
+    """dvc.lock: for each stage its command, its parameters, and the hashes of
+    all that it read and wrote, reports included."""
     from ruamel.yaml import YAML
 
     return dict(YAML(typ="safe").load((project / "dvc.lock").read_text())["stages"])
@@ -67,10 +71,17 @@ def test_every_stage_of_the_pipeline_runs_on_ray_and_is_recorded_as_by_a_local_r
 ) -> None:
     here = Path(shutil.copytree(project, tmp_path / "here", symlinks=True))
     add_remote(project, f"s3://{BUCKET}/{tmp_path.name}", s3.endpoint)
-    nodes = {stage: ("first", "second")[number % 2] for number, stage in enumerate(STAGES)}  # so that files travel from node to node
-    placed = {"address": cluster.url, "stages": {stage: {"on": "ray", "resources": {node: 1}} for stage, node in nodes.items()}}
+    nodes = {
+        stage: ("first", "second")[number % 2] for number, stage in enumerate(STAGES)
+    }  # so that files travel from node to node
+    placed = {
+        "address": cluster.url,
+        "stages": {stage: {"on": "ray", "resources": {node: 1}} for stage, node in nodes.items()},
+    }
     edit_params(project, lambda values: values.update(execution=placed))
-    driver = {key: value for key, value in cluster.variables().items() if key != "RAY_ADDRESS"} | dict(cluster.environment)
+    driver = {key: value for key, value in cluster.variables().items() if key != "RAY_ADDRESS"} | dict(
+        cluster.environment
+    )
     local, away = start(here), start(project, **driver)
     try:
         on_ray = outcomes(away, project)
@@ -83,7 +94,9 @@ def test_every_stage_of_the_pipeline_runs_on_ray_and_is_recorded_as_by_a_local_r
     jobs = {job["metadata"][STAGE]: job for job in jobs_of(cluster, project)}
     assert {address: job["status"] for address, job in jobs.items()} == dict.fromkeys(on_ray, "SUCCEEDED")
     ran = {address: json.loads(measured_path(project, address).read_text())["execution"] for address in jobs}
-    assert {address: one["job"] for address, one in ran.items()} == {address: job["submission_id"] for address, job in jobs.items()}
+    assert {address: one["job"] for address, one in ran.items()} == {
+        address: job["submission_id"] for address, job in jobs.items()
+    }
     places = {(nodes[address.partition("@")[0]], job["driver_node_id"]) for address, job in jobs.items()}
     assert len(places) == len({node_id for _, node_id in places}) == 2, "each on its node"
     assert set(outcomes(start(project, **driver), project).values()) == {"up to date"}

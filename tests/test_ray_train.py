@@ -38,7 +38,11 @@ def on_ray(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     import ray  # not before the variables are set: Ray reads them once
 
-    variables = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
+    variables = {
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    }
     ray.init(f"127.0.0.1:{cluster.port}", runtime_env={"env_vars": variables})
     try:
         yield
@@ -48,7 +52,8 @@ def on_ray(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def by_elastic(tmp_path: Path, tiny_model: Path) -> dict[str, bytes]:
-    """The files of a training in two processes of torch elastic; a child of this process, before it has threads of Ray."""
+    """The files of a training in two processes of torch elastic; a child of
+    this process, before it has threads of Ray."""
     make_data(tmp_path)
 
     def work() -> None:
@@ -64,7 +69,9 @@ def train(folder: Path, model: Path, name: str) -> dict[str, bytes]:
     out.mkdir()
     compute = Compute(threads=1, dtype="float32", processes=2)
     params = adapter.Params(**{**LORA, "num_train_epochs": 1})
-    report = adapter.produce("x", params, compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name)
+    report = adapter.produce(
+        "x", params, compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name
+    )
     (out / "report.json").write_text(json.dumps(report.document()))
     return output_files(folder, name)
 

@@ -35,14 +35,23 @@ OTHERS = [c for c in commands() if c not in {*MAKE, *OWN_PROJECT}]
 
 
 def test_the_tour_has_commands() -> None:
-    assert {c.split()[1] for c in OTHERS if c.startswith("pedigree")} == {"check", "plan", "audit", "impact", "verify", "sync"}
+    assert {c.split()[1] for c in OTHERS if c.startswith("pedigree")} == {
+        "check",
+        "plan",
+        "audit",
+        "impact",
+        "verify",
+        "sync",
+    }
 
 
 @pytest.mark.long
 def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
     for command in OTHERS:
         words = shlex.split(command.split(" | ")[0])
-        program = {"pedigree": [sys.executable, "-m", "dagster_project"], "dvc": [sys.executable, "-m", "dvc"]}.get(words[0], words[:1])
+        program = {"pedigree": [sys.executable, "-m", "dagster_project"], "dvc": [sys.executable, "-m", "dvc"]}.get(
+            words[0], words[:1]
+        )
         done = run([*program, *words[1:]], finished)
         finds_planted_defects = words[:2] == ["pedigree", "check"]
         assert done.returncode == (1 if finds_planted_defects else 0), (command, done.stderr)
@@ -67,7 +76,9 @@ def test_the_figures_and_hashes_of_the_tour_are_those_of_the_recorded_run() -> N
     for variant, address in {"lora": "evaluation/lora", "dpo": "evaluation_aligned/dpo"}.items():
         scores = report(address)
         low, high = scores["macro_f1_interval"]
-        row = f"| **{variant}**, tuned | {scores['macro_f1']:.3f} | {low:.3f} to {high:.3f} | {scores['accuracy']:.3f} |"
+        row = (
+            f"| **{variant}**, tuned | {scores['macro_f1']:.3f} | {low:.3f} to {high:.3f} | {scores['accuracy']:.3f} |"
+        )
         assert row in README
     systems = {f"{one['macro_f1']:.3f} | {one['accuracy']:.3f}" for one in report("comparison")["scores"].values()}
     table = re.findall(r"^\| .* \| (\d\.\d{3}) \| \d\.\d{3} to \d\.\d{3} \| (\d\.\d{3}) \|", README, re.MULTILINE)
@@ -92,9 +103,15 @@ def test_the_commands_for_an_own_project_fit_the_command_line() -> None:
 
 
 def test_the_rows_shown_in_docs_are_those_that_the_command_prints(tmp_path: Path) -> None:
-    example = re.search(r"```console\n\$ (pedigree check .* --show .*)\n\.\.\.\n(.*?)```", (ROOT / "docs/checks.md").read_text(), re.DOTALL)
+    example = re.search(
+        r"```console\n\$ (pedigree check .* --show .*)\n\.\.\.\n(.*?)```",
+        (ROOT / "docs/checks.md").read_text(),
+        re.DOTALL,
+    )
     assert example
-    shutil.copytree(ROOT / "data/sources", tmp_path / "data/sources")  # with a base model, the command also counts tokens
+    shutil.copytree(
+        ROOT / "data/sources", tmp_path / "data/sources"
+    )  # with a base model, the command also counts tokens
     done = run([sys.executable, "-m", "dagster_project", *shlex.split(example[1])[1:]], tmp_path, PYTHONPATH=str(ROOT))
     assert example[2] in done.stdout and done.returncode == 1  # the sample has planted defects
 
@@ -106,7 +123,9 @@ def test_make_has_every_target_the_readme_names() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
+)
 def test_links_have_existing_targets(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
@@ -116,7 +135,9 @@ def test_the_table_lists_every_command() -> None:
     commands = parser()._subparsers._group_actions[0].choices
     listed = re.findall(r"^\| `pedigree (\w+)", README, re.MULTILINE)
     assert set(listed) == set(commands)
-    assert set(re.findall(r"pedigree ballots (\w+)", README)) == set(commands["ballots"]._subparsers._group_actions[0].choices)
+    assert set(re.findall(r"pedigree ballots (\w+)", README)) == set(
+        commands["ballots"]._subparsers._group_actions[0].choices
+    )
 
 
 def test_the_file_tree_lists_what_is_there() -> None:

@@ -1,4 +1,5 @@
-"""Ready-made rewards: what each gives for an answer, which options are refused, and that records without a target are named."""
+"""Ready-made rewards: what each gives for an answer, which options are refused,
+and that records without a target are named."""
 
 from __future__ import annotations
 
@@ -25,11 +26,22 @@ def said(content: str, **fields: Any) -> dict[str, Any]:
 
 
 def record(chosen: dict[str, Any], tools: Any = None) -> dict[str, Any]:
-    return {"example_id": "id7", "prompt": [{"role": "user", "content": "?"}], "chosen": [chosen], "rejected": [said("no")], "tools": tools}
+    return {
+        "example_id": "id7",
+        "prompt": [{"role": "user", "content": "?"}],
+        "chosen": [chosen],
+        "rejected": [said("no")],
+        "tools": tools,
+    }
 
 
 def score(
-    name: str, answer: dict[str, Any], target: dict[str, Any] | None = None, tools: Any = None, root: Path = ROOT, **options: Any
+    name: str,
+    answer: dict[str, Any],
+    target: dict[str, Any] | None = None,
+    tools: Any = None,
+    root: Path = ROOT,
+    **options: Any,
 ) -> float:
     rewards = {name: {"weight": 1.0, **options}}
     check(rewards, WHERE, root)
@@ -40,7 +52,12 @@ def score(
 
 @pytest.mark.parametrize(
     ("answer", "target", "reward"),
-    [("Four\n apples ", "Four apples", 1), ("four apples", "Four apples", 0), ("", "Four", 0), ("Four apples.", "Four apples", 0)],
+    [
+        ("Four\n apples ", "Four apples", 1),
+        ("four apples", "Four apples", 0),
+        ("", "Four", 0),
+        ("Four apples.", "Four apples", 0),
+    ],
 )
 def test_exact_match_ignores_white_space_alone(answer: str, target: str, reward: float) -> None:
     assert score("exact_match", said(answer), said(target)) == reward
@@ -86,20 +103,37 @@ def test_a_number_is_extracted_as_in_gsm8k(text: str, number: str | None) -> Non
 
 def test_numbers_are_compared_as_numbers() -> None:
     assert score("number_match", said("So 1,000.0"), said("thus\n#### 1000")) == 1
-    assert score("number_match", said("So 1,000.01"), said("thus\n#### 1000")) == score("number_match", said("So"), said("#### 1")) == 0
+    assert (
+        score("number_match", said("So 1,000.01"), said("thus\n#### 1000"))
+        == score("number_match", said("So"), said("#### 1"))
+        == 0
+    )
     long = "1" * 5000
-    assert score("number_match", said(long), said(long)) == 1 and score("number_match", said(long + "1"), said(long)) == 0
+    assert (
+        score("number_match", said(long), said(long)) == 1 and score("number_match", said(long + "1"), said(long)) == 0
+    )
 
 
 def test_a_pattern_is_searched_in_content_and_calls_in_linear_time() -> None:
-    assert score("regex", said("Dear Ms. Lee,\nbye"), pattern=r"^Dear \w+") == 1 and score("regex", said("dear"), pattern="^Dear") == 0
+    assert (
+        score("regex", said("Dear Ms. Lee,\nbye"), pattern=r"^Dear \w+") == 1
+        and score("regex", said("dear"), pattern="^Dear") == 0
+    )
     assert score("regex", said("", tool_calls=[call("weather", {"city": "Oslo"})]), pattern='"city":"Oslo"') == 1
     assert score("regex", said("a" * 50_000 + "!"), pattern="^(a+)+$") == 0  # exponential in Python's engine
 
 
 @pytest.mark.parametrize(
     ("content", "reward"),
-    [('{"n": 3}', 1), ('{"n": "3"}', 0), ("{}", 0), ("n: 3", 0), ('{"n": NaN}', 0), ("[" * 100_000, 0), ('{"n": 3} ok', 0)],
+    [
+        ('{"n": 3}', 1),
+        ('{"n": "3"}', 0),
+        ("{}", 0),
+        ("n: 3", 0),
+        ('{"n": NaN}', 0),
+        ("[" * 100_000, 0),
+        ('{"n": 3} ok', 0),
+    ],
 )
 def test_json_fits_a_schema_that_is_inline_or_in_a_file(content: str, reward: float, tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "number"}}, "required": ["n"]}
@@ -143,14 +177,21 @@ def test_a_call_that_equals_the_target_but_does_not_fit_the_tools_gives_nothing(
 def test_the_format_of_reasoning_is_a_closed_trace_and_then_content() -> None:
     assert score("reasoning_format", said("4", reasoning_content="2 + 2")) == 1
     assert score("reasoning_format", said("", reasoning_content="2 + 2", tool_calls=[OSLO])) == 1
-    for answer in (said("4"), said(" ", reasoning_content="2 + 2"), said("<think>2 + 2"), said("4", reasoning_content=" ")):
+    for answer in (
+        said("4"),
+        said(" ", reasoning_content="2 + 2"),
+        said("<think>2 + 2"),
+        said("4", reasoning_content=" "),
+    ):
         assert score("reasoning_format", answer) == 0
 
 
 def test_a_length_window_falls_off_in_proportion() -> None:
     found = [score("length_window", said("word " * count), min_words=4, max_words=10) for count in (0, 1, 4, 10, 20)]
     assert found == [0, 0.25, 1, 1, 0.5]
-    assert score("length_window", said(""), max_words=5) == 1 and score("length_window", said("one"), min_words=2) == 0.5
+    assert (
+        score("length_window", said(""), max_words=5) == 1 and score("length_window", said("one"), min_words=2) == 0.5
+    )
     assert score("length_window", said("请重启路由器" * 2), max_words=6) == 0.5, "characters in scripts without spaces"
 
 
@@ -169,7 +210,9 @@ def refuse(name: str, *records: dict[str, Any]) -> None:
 def test_records_without_a_target_are_counted_and_the_first_is_named(name: str, bad: dict[str, Any]) -> None:
     good = {**record(said("4", tool_calls=[OSLO]), [WEATHER]), "example_id": "good"}
     refuse(name, good, good)
-    with pytest.raises(InputError, match=rf"{WHERE}\.{name} needs .* 2 of 3 training pairs do not have; the first is example id7"):
+    with pytest.raises(
+        InputError, match=rf"{WHERE}\.{name} needs .* 2 of 3 training pairs do not have; the first is example id7"
+    ):
         refuse(name, good, bad, bad)
 
 

@@ -20,7 +20,10 @@ def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Pat
     (project / "data/sources/alpaca_en_demo.json").write_bytes(REAL.read_bytes())
 
     def change(values: dict) -> None:
-        values["raw_examples"] = {"sources": [{"path": "data/sources/alpaca_en_demo.json", "license": "Apache-2.0"}], "limit": 200}
+        values["raw_examples"] = {
+            "sources": [{"path": "data/sources/alpaca_en_demo.json", "license": "Apache-2.0"}],
+            "limit": 200,
+        }
         del values["tokenized"]["field_weights"]  # these answers are plain text
         values["adapter"]["lora"]["max_steps"] = 10
         values["evaluation"] |= {"max_new_tokens": 16, "max_examples": 20}

@@ -52,10 +52,16 @@ def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
 def rows(n: int, *, ends_a_shard: tuple[int, ...] = ()) -> list[dict[str, Any]]:
     """n records; those named have an id after which a shard may end, the others do not."""
     return [
-        {"example_id": f"{0 if i in ends_a_shard else 1:04x}{i:028x}", "source": "rows.jsonl", "messages": said(("user", f"text {i}")),
-         "category": None, "group_id": None, "meta": "{}"}
+        {
+            "example_id": f"{0 if i in ends_a_shard else 1:04x}{i:028x}",
+            "source": "rows.jsonl",
+            "messages": said(("user", f"text {i}")),
+            "category": None,
+            "group_id": None,
+            "meta": "{}",
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -68,25 +74,45 @@ def test_an_id_is_stable() -> None:
 
 def test_an_id_depends_on_no_order_of_keys_and_on_no_other_key() -> None:
     plain = example_id(said(("user", "Hi"), ("assistant", "Hello")))
-    assert example_id([{"content": "Hi", "role": "user", "mood": "good"}, {"content": "Hello", "role": "assistant"}]) == plain
+    assert (
+        example_id([{"content": "Hi", "role": "user", "mood": "good"}, {"content": "Hello", "role": "assistant"}])
+        == plain
+    )
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | text, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=5)  # fmt: skip
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=5)  # fmt: skip
 tool_calls = st.lists(
     st.fixed_dictionaries(
-        {"type": st.just("function"), "function": st.fixed_dictionaries({"name": text, "arguments": st.dictionaries(text, json_values, max_size=3) | text})},
+        {
+            "type": st.just("function"),
+            "function": st.fixed_dictionaries(
+                {"name": text, "arguments": st.dictionaries(text, json_values, max_size=3) | text}
+            ),
+        },
         optional={"id": text},
     ),
-    min_size=1, max_size=2,
-)  # fmt: skip
+    min_size=1,
+    max_size=2,
+)
 rich_message = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text},
-    optional={"reasoning_content": text, "tool_calls": tool_calls, "tool_call_id": text, "name": text, "weight": st.just(0.0)},
+    optional={
+        "reasoning_content": text,
+        "tool_calls": tool_calls,
+        "tool_call_id": text,
+        "name": text,
+        "weight": st.just(0.0),
+    },
 )
 rich_messages = st.lists(rich_message, max_size=4)
 tools = st.none() | st.lists(
-    st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": text, "parameters": json_values})}), min_size=1, max_size=2
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {"type": st.just("function"), "function": st.fixed_dictionaries({"name": text, "parameters": json_values})}
+    ),
+    min_size=1,
+    max_size=2,
+)
 
 
 @calm
@@ -98,14 +124,23 @@ def test_conversations_that_differ_in_any_field_never_share_an_id(
     assert same or example_id(one, tools_one) != example_id(other, tools_other)
     for i, message in enumerate(one):
         for key in message.keys() - {"role"}:
-            without = [*one[:i], {k: v for k, v in message.items() if k != key} | ({"content": message["content"] + "."} if key == "content" else {}), *one[i + 1 :]]  # fmt: skip
+            without = [
+                *one[:i],
+                {k: v for k, v in message.items() if k != key}
+                | ({"content": message["content"] + "."} if key == "content" else {}),
+                *one[i + 1 :],
+            ]
             assert example_id(without, tools_one) != example_id(one, tools_one)
 
 
 @calm
 @given(st.lists(st.tuples(record, rich_messages, tools), max_size=5))
-def test_records_with_calls_reasoning_and_weights_are_read_back_unchanged(given_rows: list[tuple[dict[str, Any], Any, Any]]) -> None:
-    records = [{**row, "messages": turns} | ({"tools": defined} if defined else {}) for row, turns, defined in given_rows]
+def test_records_with_calls_reasoning_and_weights_are_read_back_unchanged(
+    given_rows: list[tuple[dict[str, Any], Any, Any]],
+) -> None:
+    records = [
+        {**row, "messages": turns} | ({"tools": defined} if defined else {}) for row, turns, defined in given_rows
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder), records)
         assert read_records(Path(folder)) == frames.read_records(Path(folder)) == records
@@ -126,7 +161,9 @@ def test_different_content_has_a_different_id(other: list[dict[str, str]]) -> No
 
 
 def test_the_prompt_is_the_user_turns_and_the_response_the_last_answer() -> None:
-    talk = said(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you"))
+    talk = said(
+        ("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you")
+    )
     assert (prompt_text(talk), response_text(talk)) == ("Hi\nBye", "See you")
     assert response_text(talk[:-1]) == response_text([]) == ""
 
@@ -174,7 +211,9 @@ def test_stored_rows_are_written_as_rows_are(given_rows: list[dict[str, Any]], c
     groups = [f"group of {i}" for i in range(len(indices))]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         ids = [row["example_id"] for row in given_rows]
-        write_stored_records(StoredRows(given_rows), ids, record_schema(), [StoredPart(Path(one), indices, rich, {"group_id": groups})])
+        write_stored_records(
+            StoredRows(given_rows), ids, record_schema(), [StoredPart(Path(one), indices, rich, {"group_id": groups})]
+        )
         expected = [{**given_rows[i], "group_id": group} for i, group in zip(indices, groups, strict=True)]
         write_records(Path(two), expected, rich=rich)
         assert shards(Path(one)) == shards(Path(two))
@@ -182,7 +221,9 @@ def test_stored_rows_are_written_as_rows_are(given_rows: list[dict[str, Any]], c
 
 @given(st.lists(record, max_size=12), st.lists(st.integers(0, 12), max_size=4), st.integers(1, 5))
 @calm
-def test_a_table_has_the_same_bytes_however_it_is_divided(given_rows: list[dict[str, Any]], cuts: list[int], group: int) -> None:
+def test_a_table_has_the_same_bytes_however_it_is_divided(
+    given_rows: list[dict[str, Any]], cuts: list[int], group: int
+) -> None:
     bounds = [0, *sorted(min(cut, len(given_rows)) for cut in cuts), len(given_rows)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "ROW_GROUP", group)
@@ -246,7 +287,11 @@ def test_a_report_refuses_unaccounted_rows() -> None:
 
 
 def test_only_failed_blocking_checks_are_failures() -> None:
-    checks = [CheckResult("a", passed=False), CheckResult("b", passed=True, blocking=True), CheckResult("c", passed=False, blocking=True)]
+    checks = [
+        CheckResult("a", passed=False),
+        CheckResult("b", passed=True, blocking=True),
+        CheckResult("c", passed=False, blocking=True),
+    ]
     assert [check.name for check in Report(checks=checks).failures] == ["c"]
 
 

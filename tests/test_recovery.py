@@ -38,7 +38,8 @@ def failure(result: Any) -> str:
 
 
 def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
-    """Put other bytes into every cache object that holds a file of an output, and check it out again. DVC notices nothing."""
+    """Put other bytes into every cache object that holds a file of an output,
+    and check it out again. DVC notices nothing."""
     out = root / read_stages(root)[address].out
     for file in list(out.iterdir()):
         content = file.read_bytes()
@@ -54,7 +55,9 @@ def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
     assert any(file.read_bytes() == b"TAMPERED" for file in out.iterdir()), "DVC noticed, so nothing is shown"
 
 
-def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_again(root: Path, synced: dg.DagsterInstance) -> None:
+def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_again(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst")
     assert small_pipeline.changed_in_dvc(root) == set()
@@ -68,7 +71,9 @@ def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_
     assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_an_output_with_a_tampered_cache_object_is_rebuilt_instead_of_restored(root: Path, synced: dg.DagsterInstance) -> None:
+def test_an_output_with_a_tampered_cache_object_is_rebuilt_instead_of_restored(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst", checkout=False)
     result = small_pipeline.materialize(root, synced)
@@ -81,7 +86,11 @@ def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> No
     tamper_with_cache(root, "inst")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     refused = dvc(root, "repro")
-    assert refused.returncode != 0 and "sha256 differs" in refused.stderr and "hint: run `dvc repro tok` again" in refused.stderr
+    assert (
+        refused.returncode != 0
+        and "sha256 differs" in refused.stderr
+        and "hint: run `dvc repro tok` again" in refused.stderr
+    )
     assert dvc(root, "repro").returncode == 0
     assert "TAMPERED" not in (root / "data/tok/train.txt").read_text()
     assert small_pipeline.changed_in_dvc(root) == set()
@@ -99,7 +108,9 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
 
 
 @pytest.mark.long
-def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, synced: dg.DagsterInstance) -> None:
+def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -178,7 +189,10 @@ def test_a_lock_older_than_the_event_log_is_fresh_after_sync(root: Path, synced:
     assert dvc(root, "checkout").returncode == 0
     assert sync(root, synced, small_pipeline.PIPELINE) != []
     assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
-    assert synced.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"] == old
+    assert (
+        synced.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"]
+        == old
+    )
 
 
 def test_a_run_cache_hit_is_reported_with_its_checks_and_runs_nothing(root: Path, synced: dg.DagsterInstance) -> None:
@@ -189,8 +203,14 @@ def test_a_run_cache_hit_is_reported_with_its_checks_and_runs_nothing(root: Path
     ran = len(small_pipeline.commands_run(root))
     result = small_pipeline.materialize(root, synced)
     assert result.success and len(small_pipeline.commands_run(root)) == ran
-    done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
-    assert done == {"raw": "nothing", **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored")}
+    done = {
+        "@".join(e.asset_key.path): e.materialization.metadata["done"].value
+        for e in result.get_asset_materialization_events()
+    }
+    assert done == {
+        "raw": "nothing",
+        **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored"),
+    }
     assert "did not receive any messages" not in "".join(entry.user_message for entry in synced.all_logs(result.run_id))
     said = Counter((c.check_name, c.passed) for c in result.get_asset_check_evaluations())
     assert said == {("no_bad_rows", True): 1, ("dvc_in_sync", True): 6}
@@ -201,7 +221,9 @@ def test_every_asset_shows_whether_dvc_considers_it_up_to_date(root: Path, synce
         keys = {dg.AssetCheckKey(asset_key(address), "dvc_in_sync"): address for address in read_stages(root)}
         records = synced.event_log_storage.get_latest_asset_check_execution_by_key([*keys])
         assert records.keys() == keys.keys()
-        return {keys[key] for key, record in records.items() if not record.event.dagster_event.event_specific_data.passed}
+        return {
+            keys[key] for key, record in records.items() if not record.event.dagster_event.event_specific_data.passed
+        }
 
     assert unsynced() == set()
     (root / "code/tok.py").write_text("V = 1\n")
@@ -220,13 +242,17 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> 
         with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
             assert len(sync(root, found, small_pipeline.PIPELINE)) > len(read_stages(root))
             assert small_pipeline.not_fresh(root, found) == set()
-            record = found.event_log_storage.get_latest_asset_check_execution_by_key([dg.AssetCheckKey(asset_key("inst"), "no_bad_rows")])
+            record = found.event_log_storage.get_latest_asset_check_execution_by_key(
+                [dg.AssetCheckKey(asset_key("inst"), "no_bad_rows")]
+            )
             assert [r.event.dagster_event.event_specific_data.passed for r in record.values()] == [True]
         shutil.rmtree(root / ".dagster")
 
 
 @pytest.mark.long
-def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_anything_is_deleted(root: Path, synced) -> None:
+def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_anything_is_deleted(
+    root: Path, synced
+) -> None:
     (root / "data/sources/d.txt").unlink()
     (root / "data/sources/d.txt").write_text("new")
     before = (root / "data/raw/rows.txt").read_bytes()
@@ -237,7 +263,9 @@ def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_an
     assert small_pipeline.materialize(root, synced).success
 
 
-@pytest.mark.parametrize("path, stage", [("data/sources/d.txt", "raw"), ("data/raw/rows.txt", "inst")], ids=["a source", "an output"])
+@pytest.mark.parametrize(
+    "path, stage", [("data/sources/d.txt", "raw"), ("data/raw/rows.txt", "inst")], ids=["a source", "an output"]
+)
 def test_the_next_step_for_an_input_that_was_changed_restores_it(root: Path, path: str, stage: str) -> None:
     def conflicts() -> Sequence[tuple[str, str]]:
         return verified_fingerprint(root, stage, lambda _: None).conflicts
@@ -256,7 +284,9 @@ def test_a_missing_output_names_the_command_that_restores_it(root: Path, synced:
     shutil.rmtree(root / "data/raw")
     assert "`dvc checkout data/raw` restores it" in failure(small_pipeline.materialize(root, synced, ["inst"]))
     shutil.rmtree(root / ".dvc/cache")
-    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(small_pipeline.materialize(root, synced, ["inst"]))
+    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(
+        small_pipeline.materialize(root, synced, ["inst"])
+    )
     (root / "data/sources/d.txt").unlink()
     assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, synced, ["raw"]))
 
@@ -265,7 +295,9 @@ def test_a_report_that_only_git_has_survives_a_failed_run(root: Path) -> None:
     """As in a clone: DVC removes the report before it runs the stage, and its cache has no copy."""
     report = root / "data/reports/inst.json"
     before = report.read_bytes()
-    cached = next(path for path in (root / ".dvc/cache/files/md5").rglob("*") if path.is_file() and path.read_bytes() == before)
+    cached = next(
+        path for path in (root / ".dvc/cache/files/md5").rglob("*") if path.is_file() and path.read_bytes() == before
+    )
     cached.unlink()
     (root / "data/raw/rows.txt").unlink()
     (root / "data/raw/rows.txt").write_text("new")
@@ -278,7 +310,10 @@ def test_a_busy_stage_names_the_process_that_runs_it(root: Path) -> None:
     with hold(root, "tok", on_wait=lambda _: None):
         done = run([sys.executable, "small_pipeline.py", "run", "tok"], root)
     assert done.returncode == 1
-    assert f"tok is being run by process {os.getpid()} (" in done.stderr and "wait for it to end, or stop it" in done.stderr
+    assert (
+        f"tok is being run by process {os.getpid()} (" in done.stderr
+        and "wait for it to end, or stop it" in done.stderr
+    )
 
 
 def test_an_unresolved_merge_in_dvc_lock_is_named(root: Path) -> None:
@@ -299,7 +334,9 @@ def test_a_stage_that_the_code_does_not_know_is_named(root: Path) -> None:
     assert "unknown stage 'raw'" in done.stderr and "pipeline.py" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_dagster_home_of_another_project_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dagster_home_of_another_project_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(root, other, symlinks=True)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "elsewhere"))

@@ -1,5 +1,5 @@
-"""ORPO, SimPO and CPO: losses, margins, gradients and weights are those of the formulas in their papers, computed in float64 from the
-log-probability of each answer on its own."""
+"""ORPO, SimPO and CPO: losses, margins, gradients and weights are those of the formulas in their papers, computed in
+float64 from the log-probability of each answer on its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from dagster_project.training.trainers.harness.sharding import ShardedModel
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
 PARAMS = PreferenceParams(
-    learning_rate=1e-3, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, lr_scheduler_type="constant"
+    learning_rate=1e-3,
+    num_train_epochs=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    lr_scheduler_type="constant",
 )
 PAIRS = [
     ([5, 6, 7, 8, 9], [10, 11, 12], [13]),
@@ -33,7 +37,10 @@ PAIRS = [
     ([60, 61, 63], [75], [76, 77, 78, 79, 80, 81, 82]),
     ([9, 8, 7, 6], [5, 4], [5, 3]),
 ]
-ROWS = [{"prompt_ids": p, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i} for i, (p, chosen, rejected) in enumerate(PAIRS)]
+ROWS = [
+    {"prompt_ids": p, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
+    for i, (p, chosen, rejected) in enumerate(PAIRS)
+]
 PAIR_TOKENS = sum(2 * len(p) + len(chosen) + len(rejected) for p, chosen, rejected in PAIRS)
 
 Logs = list[torch.Tensor]
@@ -52,7 +59,8 @@ def per_token(texts: Logs) -> torch.Tensor:
 
 
 def orpo(beta: float) -> Losses:
-    """arXiv 2403.07691, equations 3, 4, 6 and 7: P is the geometric mean of the tokens' probabilities, odds(P) = P / (1 - P)."""
+    """arXiv 2403.07691, equations 3, 4, 6 and 7: P is the geometric mean of the
+    tokens' probabilities, odds(P) = P / (1 - P)."""
 
     def loss(good: Logs, bad: Logs, whole: Logs) -> tuple[torch.Tensor, torch.Tensor]:
         chosen, rejected = (stacked(torch.mean, side).exp() for side in (good, bad))
@@ -63,7 +71,8 @@ def orpo(beta: float) -> Losses:
 
 
 def simpo(beta: float, gamma: float, alpha: float, smoothing: float = 0) -> Losses:
-    """arXiv 2405.14734, equation 6, with the terms that TRL adds: likelihood of the chosen answer, and smoothed labels."""
+    """arXiv 2405.14734, equation 6, with the terms that TRL adds: likelihood of
+    the chosen answer, and smoothed labels."""
 
     def loss(good: Logs, bad: Logs, _: Logs) -> tuple[torch.Tensor, torch.Tensor]:
         margin = beta * (stacked(torch.mean, good) - stacked(torch.mean, bad))
@@ -74,13 +83,17 @@ def simpo(beta: float, gamma: float, alpha: float, smoothing: float = 0) -> Loss
 
 
 def cpo(beta: float, alpha: float, kind: str = "sigmoid") -> Losses:
-    """arXiv 2401.08417, equation 5; the likelihood of the chosen answer is per token, as in the code of its authors. hinge: arXiv 2305.10425;
-    ipo: arXiv 2310.12036, equation 17, of means over tokens."""
+    """arXiv 2401.08417, equation 5; the likelihood of the chosen answer is per token, as in the code of its authors.
+    hinge: arXiv 2305.10425; ipo: arXiv 2310.12036, equation 17, of means over tokens."""
 
     def loss(good: Logs, bad: Logs, _: Logs) -> tuple[torch.Tensor, torch.Tensor]:
         of = torch.mean if kind == "ipo" else torch.sum
         ratio = stacked(of, good) - stacked(of, bad)
-        losses = {"sigmoid": -logsigmoid(beta * ratio), "hinge": (1 - beta * ratio).clamp(min=0), "ipo": (ratio - 1 / (2 * beta)) ** 2}
+        losses = {
+            "sigmoid": -logsigmoid(beta * ratio),
+            "hinge": (1 - beta * ratio).clamp(min=0),
+            "ipo": (ratio - 1 / (2 * beta)) ** 2,
+        }
         return losses[kind].mean() + alpha * per_token(good), beta * ratio
 
     return loss
@@ -90,7 +103,10 @@ CASES: dict[str, tuple[preference.ReferenceFree, Losses]] = {
     "orpo": (preference.Orpo(), orpo(0.1)),
     "orpo, beta": (preference.Orpo(beta=0.7), orpo(0.7)),
     "simpo": (preference.Simpo(), simpo(2.0, 1.0, 0.0)),
-    "simpo, all options": (preference.Simpo(beta=0.5, gamma=0.3, cpo_alpha=0.4, label_smoothing=0.2), simpo(0.5, 0.3, 0.4, 0.2)),
+    "simpo, all options": (
+        preference.Simpo(beta=0.5, gamma=0.3, cpo_alpha=0.4, label_smoothing=0.2),
+        simpo(0.5, 0.3, 0.4, 0.2),
+    ),
     "cpo": (preference.Cpo(), cpo(0.1, 1.0)),
     "cpo, no likelihood": (preference.Cpo(beta=0.5, cpo_alpha=0.0), cpo(0.5, 0.0)),
     "cpo, hinge": (preference.Cpo(loss_type="hinge", cpo_alpha=0.3), cpo(0.1, 0.3, "hinge")),
@@ -110,7 +126,8 @@ def built(tiny_model: Path) -> Any:
 
 
 def plainly(model: Any, losses: Losses, rows: Sequence[int]) -> tuple[torch.Tensor, float, dict[str, float]]:
-    """Loss and mean margin of a pass, from one text at a time, and the negative log-likelihood per token of what each method imitates."""
+    """Loss and mean margin of a pass, from one text at a time, and the negative
+    log-likelihood per token of what each method imitates."""
 
     def tokens(prompt: list[int], answer: list[int]) -> torch.Tensor:
         ids = torch.tensor([prompt + answer])
@@ -122,7 +139,11 @@ def plainly(model: Any, losses: Losses, rows: Sequence[int]) -> tuple[torch.Tens
         good.append(whole[-1][len(prompt) - 1 :])
         bad.append(tokens(prompt, rejected)[len(prompt) - 1 :])
     loss, margin = losses(good, bad, whole)
-    return loss, float(margin.detach().mean()), {"orpo": float(per_token(whole).detach()), "other": float(per_token(good).detach())}
+    return (
+        loss,
+        float(margin.detach().mean()),
+        {"orpo": float(per_token(whole).detach()), "other": float(per_token(good).detach())},
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,7 +156,9 @@ def test_the_training_is_that_of_the_papers_formula_in_float64(
         monkeypatch.setattr(shared_prompts, "reads_prompts_once", lambda *_: False)
     policy, plain = copy.deepcopy(built), copy.deepcopy(built).double()
     spec = method.trainer_spec(None)  # type: ignore[arg-type]
-    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, ROWS[:3], PARAMS, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, ROWS[:3], PARAMS, COMPUTE
+    )
 
     curve = [point for point in history.curve if "loss" in point]
     weights = [weight for weight in plain.parameters() if weight.requires_grad]
@@ -156,7 +179,9 @@ def test_the_training_is_that_of_the_papers_formula_in_float64(
         assert {name: point[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5), point["step"]
         optimizer.step()
         optimizer.zero_grad()
-    own, other = ({name: w.detach().float() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, plain))
+    own, other = (
+        {name: w.detach().float() for name, w in m.named_parameters() if w.requires_grad} for m in (policy, plain)
+    )
     assert_close(own, other, 1e-3)
     *_, last = (point for point in history.curve if "validation_loss" in point)
     two, one = (plainly(plain, losses, rows) for rows in ([0, 1], [2]))
@@ -167,12 +192,16 @@ def test_the_training_is_that_of_the_papers_formula_in_float64(
     assert not any("kl" in name for point in history.curve for name in point)
 
 
-def test_the_accuracy_is_the_share_of_pairs_whose_chosen_answer_has_the_higher_reward(built: Any, tiny_tokenizer: Any) -> None:
+def test_the_accuracy_is_the_share_of_pairs_whose_chosen_answer_has_the_higher_reward(
+    built: Any, tiny_tokenizer: Any
+) -> None:
     policy, plain = copy.deepcopy(built), copy.deepcopy(built).double()
     method, losses = CASES["simpo"]
     spec = method.trainer_spec(None)  # type: ignore[arg-type]
     params = PARAMS.model_copy(update={"max_steps": 1, "num_train_epochs": 1})
-    history = training.train(spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE
+    )
     margins = [plainly(plain, losses, [row])[1] for _, _, row in history.seen]
     assert history.curve[0]["accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
 

@@ -1,4 +1,5 @@
-"""Registered versions of models: tags that GTO writes, in the answers of impact, audit and compare, in Dagster, and fetched by DVC."""
+"""Registered versions of models: tags that GTO writes, in the answers of
+impact, audit and compare, in Dagster, and fetched by DVC."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def run(root: Path, tool: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str, str]:
-    """A project with two versions of a model: v1.0.0, and v2.0.0 in production, which saw "frogs"; and their commits."""
+    """A project with two versions of a model: v1.0.0, and v2.0.0 in production,
+    which saw "frogs"; and their commits."""
     project = Project(tmp_path_factory.mktemp("registered") / "project")
     (project.root / "dvc.yaml").write_text(DVC_YAML)
     first = project.commit(project.lock(ROWS))
@@ -57,7 +59,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, str, str]:
     return project, first, second
 
 
-def test_impact_names_the_registered_versions_of_a_model_and_where_they_are_in_use(made: tuple[Project, str, str]) -> None:
+def test_impact_names_the_registered_versions_of_a_model_and_where_they_are_in_use(
+    made: tuple[Project, str, str],
+) -> None:
     project, first, second = made
     found = impact(project.root, record=identity("cats"))
     versions = {(model["stage"], model["commit"]): model.get("registered") for model in found["models"]}
@@ -65,9 +69,13 @@ def test_impact_names_the_registered_versions_of_a_model_and_where_they_are_in_u
         ("adapter@lora", first): None,
         ("merged@lora", first): [{"artifact": "merged-lora", "version": "v1.0.0", "stages": [], "commit": first}],
         ("adapter@lora", second): None,
-        ("merged@lora", second): [{"artifact": "merged-lora", "version": "v2.0.0", "stages": ["production"], "commit": second}],
+        ("merged@lora", second): [
+            {"artifact": "merged-lora", "version": "v2.0.0", "stages": ["production"], "commit": second}
+        ],
     }
-    assert "  in production: merged-lora v2.0.0" in as_text(found) and "  registered: merged-lora v1.0.0" in as_text(found)
+    assert "  in production: merged-lora v2.0.0" in as_text(found) and "  registered: merged-lora v1.0.0" in as_text(
+        found
+    )
     assert "v1.0.0" not in as_text(impact(project.root, record=identity("frogs")))
 
 
@@ -146,8 +154,13 @@ def test_versions_at_commits_that_cannot_be_read_or_that_have_no_model_stop_noth
     run(project.root, "gto", "register", "merged-lora", bare, "--version", "v8.0.0")
     run(project.root, "gto", "assign", "merged-lora", "--version", "v7.0.0", "--stage", "production")
     rows = {row[1]: row[2] for row in table_rows(registered(project.root))}
-    assert rows["v7.0.0"] == "production" and len(rows) == 4  # and the three of damaged files, whose dvc.lock can be read
-    assert f"a version of merged-lora at commit {bare[:12]} is not shown: its dvc.lock records no data/merged/lora" in caplog.text
+    assert (
+        rows["v7.0.0"] == "production" and len(rows) == 4
+    )  # and the three of damaged files, whose dvc.lock can be read
+    assert (
+        f"a version of merged-lora at commit {bare[:12]} is not shown: its dvc.lock records no data/merged/lora"
+        in caplog.text
+    )
     blob = git(project.root, "rev-parse", "HEAD:dvc.yaml").strip()
     git(project.root, "tag", "-a", "-m", "x", "key@v1.0.0", blob)
     assert registered(project.root) == {} and "GTO cannot read the tags" in caplog.text
@@ -185,7 +198,20 @@ def test_a_registered_version_is_fetched_into_another_repository_where_audit_fin
     git(consumer, "init", "-q")
     (consumer / ".dvc").mkdir()
     (consumer / ".dvc/config").write_text(f"['remote \"here\"']\n    url = {tmp_path / 'remote'}\n")
-    run(consumer, "dvc", "artifacts", "get", str(project.root), "merged-lora", "--rev", "v1.0.0", "-o", "model", "--remote", "here")
+    run(
+        consumer,
+        "dvc",
+        "artifacts",
+        "get",
+        str(project.root),
+        "merged-lora",
+        "--rev",
+        "v1.0.0",
+        "-o",
+        "model",
+        "--remote",
+        "here",
+    )
     found = audit(project.root, str(consumer / "model"))
     assert (found["model"]["stage"], found["code"]["commit"]) == ("merged@lora", first)
     assert [one["version"] for one in found["registered"]] == ["v1.0.0"]
@@ -195,7 +221,12 @@ def test_every_model_of_the_project_is_an_artifact() -> None:
     root = Path(__file__).parents[1]
     artifacts = YAML(typ="safe").load((root / "dvc.yaml").read_text())["artifacts"]
     values = read(root)
-    stages = {"adapter": values["adapter"], "merged": values["adapter"], "aligned": values["aligned"], "merged_aligned": values["aligned"]}
+    stages = {
+        "adapter": values["adapter"],
+        "merged": values["adapter"],
+        "aligned": values["aligned"],
+        "merged_aligned": values["aligned"],
+    }
     models = {f"data/{stage}/{variant}" for stage, variants in stages.items() for variant in variants} | {
         "data/reward_model",
         "data/release",

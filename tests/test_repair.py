@@ -32,7 +32,16 @@ from dagster_project.stages import instructions, preferences, raw_preferences, s
 
 MAIL = "ann.lee@kites.co.uk"
 KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
-MARKS = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", " </s>\n", "<|im_end|>\n<|endoftext|>"]
+MARKS = [
+    "<|endoftext|>",
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    " </s>\n",
+    "<|im_end|>\n<|endoftext|>",
+]
 
 
 def asked(prompt: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -50,7 +59,9 @@ def pairs(*rows: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judged(rows: list[dict[str, Any]], decisions: list[Decision] | None = None, **rules: Any) -> Judgement:
-    return judge(rows, [], Rules(**rules), decisions=decisions or [], kind="preferences" if "rejected" in rows[0] else "examples")
+    return judge(
+        rows, [], Rules(**rules), decisions=decisions or [], kind="preferences" if "rejected" in rows[0] else "examples"
+    )
 
 
 def said(record: dict[str, Any]) -> list[str]:
@@ -62,14 +73,22 @@ def said(record: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_an_end_of_text_marker_is_stripped_and_the_row_kept(mark: str) -> None:
-    found = judged(records(asked("Where is my kite?", f"In the hall.{mark}"), asked("Is it blue?", "It is <b>red</b>.")))
+    found = judged(
+        records(asked("Where is my kite?", f"In the hall.{mark}"), asked("Is it blue?", "It is <b>red</b>."))
+    )
     assert found.reason == [None, None]
     assert said(found.records[0]) == ["Where is my kite?", "In the hall."]
     assert (found.fixed, found.verdicts["special_tokens_in_text"].passed) == ({"special_tokens_in_text": 1}, True)
 
 
 @pytest.mark.parametrize(
-    "text", ["Say <|im_end|> at the end.", "<|im_start|>user\nHi<|im_end|>", "[INST] Hi [/INST] Ho</s>", "### Response: yes</s>"]
+    "text",
+    [
+        "Say <|im_end|> at the end.",
+        "<|im_start|>user\nHi<|im_end|>",
+        "[INST] Hi [/INST] Ho</s>",
+        "### Response: yes</s>",
+    ],
 )
 def test_a_marker_within_a_text_is_not_repaired_but_dropped_as_it_was_read(text: str) -> None:
     rows = records(asked("Where is my kite?", text))
@@ -83,7 +102,8 @@ def test_html_strikethrough_is_not_removed_as_a_marker(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "plain"), [("<s>Hi there</s>", "Hi there"), ("<s> Hi", "Hi"), ("<|begin_of_text|>Hi<|eot_id|>", "Hi"), ("</s>", "")]
+    ("text", "plain"),
+    [("<s>Hi there</s>", "Hi there"), ("<s> Hi", "Hi"), ("<|begin_of_text|>Hi<|eot_id|>", "Hi"), ("</s>", "")],
 )
 def test_the_marks_around_a_sequence_are_stripped(text: str, plain: str) -> None:
     assert without_end_marks(text) == plain
@@ -93,13 +113,17 @@ def test_an_answer_that_is_nothing_but_a_marker_is_dropped_as_empty() -> None:
     assert judged(records(asked("Where is my kite?", "<|endoftext|>"))).reason == ["empty_response"]
 
 
-@pytest.mark.parametrize("text", ["\ufeffWhere is it?", "Where\u200b is it?", "Whe\u2060re is it?", "Where\u200d is\u200c it?"])
+@pytest.mark.parametrize(
+    "text", ["\ufeffWhere is it?", "Where\u200b is it?", "Whe\u2060re is it?", "Where\u200d is\u200c it?"]
+)
 def test_byte_order_marks_and_zero_width_characters_are_removed(text: str) -> None:
     found = judged(records(asked(text, "In the hall.")))
     assert (found.reason, said(found.records[0])[0], found.fixed) == ([None], "Where is it?", {"hidden_characters": 1})
 
 
-@pytest.mark.parametrize("text", ["👩\u200d🚀", "می\u200cخواهم", "क्\u200dष", "សួស្តី\u200bពិភពលោក", "สวัสดี\u200bโลก", "❤\ufe0f\u200d🔥"])
+@pytest.mark.parametrize(
+    "text", ["👩\u200d🚀", "می\u200cخواهم", "क्\u200dष", "សួស្តី\u200bពិភពលោក", "สวัสดี\u200bโลก", "❤\ufe0f\u200d🔥"]
+)
 def test_joiners_that_join_and_spaces_between_words_of_scripts_without_spaces_stay(text: str) -> None:
     assert without_hidden(text) == text and hidden([text]) == [None]
 
@@ -132,7 +156,11 @@ def test_a_field_named_input_that_is_not_in_the_prompt_drops_no_row() -> None:
 @pytest.mark.parametrize("spelling", ["No input", "noinput", "< noinput >", "`<noinput>`", "N/A", "No input."])
 def test_a_placeholder_input_is_emptied(spelling: str) -> None:
     found = judged(records(asked("Name a kite.", "Delta.", input=spelling)))
-    assert (found.reason, said(found.records[0]), json.loads(found.records[0]["meta"])) == ([None], ["Name a kite.", "Delta."], {})
+    assert (found.reason, said(found.records[0]), json.loads(found.records[0]["meta"])) == (
+        [None],
+        ["Name a kite.", "Delta."],
+        {},
+    )
     assert found.fixed == {"placeholder_input": 1}
 
 
@@ -201,7 +229,10 @@ def test_fix_is_refused_for_a_check_without_a_repair_and_the_others_are_listed(n
 
 @pytest.mark.parametrize("action", ["drop", "warn", "review", "fail"])
 def test_only_the_policy_fix_changes_a_text(action: str) -> None:
-    rows = records(asked("\ufeffWhere is the cafe\u0301?", "In the hall.</s>", input="No input"), asked(f"Write to {MAIL}", "I do."))
+    rows = records(
+        asked("\ufeffWhere is the cafe\u0301?", "In the hall.</s>", input="No input"),
+        asked(f"Write to {MAIL}", "I do."),
+    )
     found = judged(rows, policy=dict.fromkeys(REPAIRS, action))
     assert ([*found.records], found.fixed, found.repaired) == (rows, {}, {})
 
@@ -211,7 +242,10 @@ def test_only_the_policy_fix_changes_a_text(action: str) -> None:
 
 def test_copies_that_only_the_repair_makes_equal_are_found() -> None:
     rows = records(
-        asked(f"Write to {MAIL}", "I do."), asked("Write to bob@kites.org", "I do."), asked("Fly.</s>", "Up."), asked("Fly.", "Up.")
+        asked(f"Write to {MAIL}", "I do."),
+        asked("Write to bob@kites.org", "I do."),
+        asked("Fly.</s>", "Up."),
+        asked("Fly.", "Up."),
     )
     found = judged(rows, policy={"pii": "fix"})
     assert found.reason == [None, "exact_duplicates", None, "exact_duplicates"]
@@ -233,14 +267,26 @@ def test_a_row_with_several_faults_is_repaired_for_each() -> None:
     text = f"\ufeffCafe\u0301 of {MAIL}"
     found = judged(records(asked(text, "Yes.<|endoftext|>", input="None")), policy={"pii": "fix"})
     assert said(found.records[0]) == ["Café of [EMAIL]", "Yes."]
-    assert found.records[0]["repaired"] == ["hidden_characters", "unicode_form", "placeholder_input", "special_tokens_in_text", "pii"]
+    assert found.records[0]["repaired"] == [
+        "hidden_characters",
+        "unicode_form",
+        "placeholder_input",
+        "special_tokens_in_text",
+        "pii",
+    ]
     assert (found.reason, set(found.fixed.values())) == ([None], {1})
 
 
 def test_the_document_counts_each_row_once_as_fixed_dropped_or_kept() -> None:
-    rows = records(asked("Fly.", "Up.</s>"), asked("Fly.", "Up.<|im_end|>"), asked("A <|im_end|> b", "c"), asked("Land.", "Down."))
+    rows = records(
+        asked("Fly.", "Up.</s>"), asked("Fly.", "Up.<|im_end|>"), asked("A <|im_end|> b", "c"), asked("Land.", "Down.")
+    )
     shown = document("set", "alpaca", judged(rows), [])
-    assert (shown["rows"], shown["kept"], shown["dropped"]) == (4, 2, {"special_tokens_in_text": 1, "exact_duplicates": 1})
+    assert (shown["rows"], shown["kept"], shown["dropped"]) == (
+        4,
+        2,
+        {"special_tokens_in_text": 1, "exact_duplicates": 1},
+    )
     assert shown["fixed"] == {"special_tokens_in_text": 1}
     (one,) = [f for f in shown["findings"] if f["check"] == "special_tokens_in_text"]
     assert (one["count"], one["fixed"], one["dropped"], one["elsewhere"]) == (3, 1, 1, 1)
@@ -307,7 +353,9 @@ def test_every_side_of_a_pair_is_repaired() -> None:
     ],
 )
 def test_a_pair_that_differs_only_in_form_is_identical(chosen: str, rejected: str) -> None:
-    found = judged(pairs({"prompt": "Where is it?", "chosen": chosen, "rejected": rejected}), policy=dict.fromkeys(REPAIRS, "warn"))
+    found = judged(
+        pairs({"prompt": "Where is it?", "chosen": chosen, "rejected": rejected}), policy=dict.fromkeys(REPAIRS, "warn")
+    )
     assert found.reason == ["identical_pair"]
 
 
@@ -328,7 +376,11 @@ def test_a_pair_that_differs_in_content_or_code_layout_is_not_identical(chosen: 
 
 def test_each_of_many_planted_pairs_that_are_equal_but_for_form_is_found() -> None:
     rows = [
-        {"prompt": f"Where is kite {i}?", "chosen": f"Kite {i} is in the hall.", "rejected": f"No kite has the number {i}."}
+        {
+            "prompt": f"Where is kite {i}?",
+            "chosen": f"Kite {i} is in the hall.",
+            "rejected": f"No kite has the number {i}.",
+        }
         for i in range(40)
     ]
     for i, row in enumerate(rows[:22]):
@@ -356,7 +408,9 @@ def test_a_stage_writes_repaired_rows_and_the_ledger_names_the_originals(tmp_pat
     assert report.document()["fixed"] == {"special_tokens_in_text": 1, "pii": 1} == report.fixed
     kept, ledger = read_records(tmp_path / "out"), read_ledger(tmp_path / "out")
     assert [said(record)[1] for record in kept] == ["Up.", "[EMAIL] did."]
-    assert [line["example_id"] for line in ledger if line["outcome"] == "kept"] == [record["example_id"] for record in kept]
+    assert [line["example_id"] for line in ledger if line["outcome"] == "kept"] == [
+        record["example_id"] for record in kept
+    ]
     assert [line["source_id"] or line["example_id"] for line in ledger] == [row["example_id"] for row in rows]
     assert [line["repaired"] for line in ledger] == [["special_tokens_in_text"], None, ["pii"], None]
     assert ledger[0]["why"] == "repaired: special_tokens_in_text"
@@ -381,7 +435,11 @@ def test_repairs_are_carried_into_the_ledger_of_the_splits(tmp_path: Path, tiny_
     staged(tmp_path, tiny_model, rows)
     splits.produce(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
     (line,) = [line for line in read_ledger(tmp_path / "splits") if line["repaired"]]
-    assert (line["source_row"], line["source_id"], line["repaired"]) == (3, rows[3]["example_id"], ["special_tokens_in_text"])
+    assert (line["source_row"], line["source_id"], line["repaired"]) == (
+        3,
+        rows[3]["example_id"],
+        ["special_tokens_in_text"],
+    )
 
 
 def edits(folder: Path, *lines: tuple[str, str, str]) -> str:
@@ -390,7 +448,10 @@ def edits(folder: Path, *lines: tuple[str, str, str]) -> str:
     path.parent.mkdir(parents=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(
-            [("example_id", "check", "decision", "reason", "new_response"), *((*one[:2], "edit", "wrong", one[2]) for one in lines)]
+            [
+                ("example_id", "check", "decision", "reason", "new_response"),
+                *((*one[:2], "edit", "wrong", one[2]) for one in lines),
+            ]
         )
     return "data/sources/review/r.csv"
 
@@ -399,15 +460,24 @@ def test_rows_that_a_reviewer_edited_are_made_from_the_rows_as_they_were_read(tm
     rows = records(*(asked(f"Where is kite {i}?", f"In hall {i}.") for i in range(8)))
     raw = [row["example_id"] for row in rows]
     review = edits(
-        tmp_path, (raw[3], "reviewed", "In the attic."), (raw[5], "reviewed", "On the roof.</s>"), (raw[6], "reviewed", "In hall 6.")
+        tmp_path,
+        (raw[3], "reviewed", "In the attic."),
+        (raw[5], "reviewed", "On the roof.</s>"),
+        (raw[6], "reviewed", "In hall 6."),
     )
     staged(tmp_path, tiny_model, rows, review=review)
     splits.produce(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
     for folder in ("out", "splits"):
         lines = sorted(read_ledger(tmp_path / folder), key=lambda line: line["source_row"])
         assert [line["source_id"] for line in lines] == [raw[i] if i in (3, 5) else None for i in range(8)]
-        assert [line["repaired"] for line in lines] == [["special_tokens_in_text"] if i == 5 else None for i in range(8)]
-        made = {(parent, child) for parent, child, how in contributions(tmp_path / folder / LEDGER, LEDGER)[1] if how != EDITED}
+        assert [line["repaired"] for line in lines] == [
+            ["special_tokens_in_text"] if i == 5 else None for i in range(8)
+        ]
+        made = {
+            (parent, child)
+            for parent, child, how in contributions(tmp_path / folder / LEDGER, LEDGER)[1]
+            if how != EDITED
+        }
         assert made == {(record_key(raw[i]), record_key(lines[i]["example_id"])) for i in (3, 5)}
 
 
@@ -421,7 +491,10 @@ def test_edited_rows_are_named_in_the_ledger_without_any_repair(tmp_path: Path, 
 
 
 def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tiny_model: Path) -> None:
-    rows = [{"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.<|im_end|>", "rejected": f"Nobody knows {i}."} for i in range(6)]
+    rows = [
+        {"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.<|im_end|>", "rejected": f"Nobody knows {i}."}
+        for i in range(6)
+    ]
     rows[5]["rejected"] = "in hall 5"
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -434,11 +507,15 @@ def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tin
     assert report.fixed == {"special_tokens_in_text": 5}
     kept = [pair for name in ("train", "validation", "test") for pair in read_records(tmp_path / "out" / name)]
     assert sorted(pair["chosen"][0]["content"] for pair in kept) == [f"In hall {i}." for i in range(5)]
-    assert all(line["repaired"] == ["special_tokens_in_text"] and line["source_id"] for line in read_ledger(tmp_path / "out"))
+    assert all(
+        line["repaired"] == ["special_tokens_in_text"] and line["source_id"] for line in read_ledger(tmp_path / "out")
+    )
 
 
 def test_an_edited_pair_is_made_from_the_pair_as_it_was_read(tmp_path: Path, tiny_model: Path) -> None:
-    rows = [{"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.", "rejected": f"Nobody knows {i}."} for i in range(6)]
+    rows = [
+        {"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.", "rejected": f"Nobody knows {i}."} for i in range(6)
+    ]
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = raw_preferences.Params(sources=[{"path": "data/sources/p.jsonl"}])  # type: ignore[list-item]
@@ -446,7 +523,9 @@ def test_an_edited_pair_is_made_from_the_pair_as_it_was_read(tmp_path: Path, tin
     raw = read_records(tmp_path / "raw")[2]["example_id"]
     write_records(tmp_path / "splits/test", [])
     folders = (tmp_path / "raw", tmp_path / "splits", tiny_model, tmp_path / "out", tmp_path / "pages")
-    preferences.produce(tmp_path, preferences.Params(review=edits(tmp_path, (raw, "reviewed", "In the attic."))), 7, *folders, {})
+    preferences.produce(
+        tmp_path, preferences.Params(review=edits(tmp_path, (raw, "reviewed", "In the attic."))), 7, *folders, {}
+    )
     (line,) = [line for line in read_ledger(tmp_path / "out") if line["source_id"]]
     assert (line["source_row"], line["source_id"], line["repaired"]) == (2, raw, None)
 
@@ -481,7 +560,13 @@ MIXED = [
 
 def test_fix_in_a_policy_file_is_refused_for_a_check_without_a_repair(check: Any) -> None:
     Path("policy.yaml").write_text("policy: {empty_response: fix}")
-    refused(check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml"), "policy.yaml", "empty_response has no repair", "pii", "unicode_form")
+    refused(
+        check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml"),
+        "policy.yaml",
+        "empty_response has no repair",
+        "pii",
+        "unicode_form",
+    )
 
 
 def test_check_reports_possible_repairs_in_text_and_json(check: Any) -> None:
@@ -489,7 +574,10 @@ def test_check_reports_possible_repairs_in_text_and_json(check: Any) -> None:
     found = check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml", "--json").document
     assert found["fixed"] == {"placeholder_input": 1, "special_tokens_in_text": 1, "pii": 1}
     text = check("a.jsonl", "--policy", "policy.yaml").out
-    assert "would be repaired: placeholder_input 1, special_tokens_in_text 1, pii 1" in " ".join(text.split()) and " fixed " in text
+    assert (
+        "would be repaired: placeholder_input 1, special_tokens_in_text 1, pii 1" in " ".join(text.split())
+        and " fixed " in text
+    )
     assert check(jsonl("b.jsonl", [asked("Fly.", "Up.")]), "--json").document["fixed"] == {}
 
 
@@ -498,7 +586,10 @@ def test_kept_and_dropped_rows_are_written_and_add_up(check: Any) -> None:
     clean, gone = lines("clean.jsonl"), lines("gone.jsonl")
     assert (len(clean), len(clean) + len(gone), found["rows"]) == (found["kept"], len(MIXED), len(MIXED))
     assert clean[0] == {
-        "messages": [{"role": "user", "content": "Where is the kite?"}, {"role": "assistant", "content": "In the hall."}],
+        "messages": [
+            {"role": "user", "content": "Where is the kite?"},
+            {"role": "assistant", "content": "In the hall."},
+        ],
         "category": "a",
         "customer": 7,
     }
@@ -522,7 +613,12 @@ def test_written_rows_pass_a_second_check(check: Any) -> None:
     rows = [*MIXED, {**asked("Plain", "words"), "prompt": "x", "completion": "y", "messages": "z"}]
     first = check(jsonl("a.jsonl", rows), "--out", "clean.jsonl", "--json").document
     again = check("clean.jsonl", "--json").document
-    assert (again["format"], again["rows"], again["kept"], again["fixed"]) == ("messages", first["kept"], first["kept"], {})
+    assert (again["format"], again["rows"], again["kept"], again["fixed"]) == (
+        "messages",
+        first["kept"],
+        first["kept"],
+        {},
+    )
     assert [said(one) for one in load(["clean.jsonl"]).records][-1] == ["Plain", "words"]
 
 
@@ -547,9 +643,16 @@ def test_halves_of_kto_pairs_are_accounted_for_by_both_their_rows(check: Any) ->
 
 def test_custom_columns_are_mapped_on_the_command_line(check: Any) -> None:
     jsonl("a.jsonl", [{"q": "Where?", "a": "Here.", "b": "There.", "area": "x"}])
-    found = check("a.jsonl", "--mapping", "prompt=q,response=a,category=area", "--out", "clean.jsonl", "--json").document
+    found = check(
+        "a.jsonl", "--mapping", "prompt=q,response=a,category=area", "--out", "clean.jsonl", "--json"
+    ).document
     assert (found["format"], found["kept"], lines("clean.jsonl")[0]["category"]) == ("mapping", 1, "x")
-    assert check("a.jsonl", "--mapping", "prompt=q, chosen=a, rejected=b", "--json").document["profile"]["length_rule_accuracy"] == 0.0
+    assert (
+        check("a.jsonl", "--mapping", "prompt=q, chosen=a, rejected=b", "--json").document["profile"][
+            "length_rule_accuracy"
+        ]
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -568,7 +671,12 @@ def test_an_invalid_mapping_is_refused(mapping: str, part: str, check: Any) -> N
 
 
 def test_a_mapping_and_a_format_are_refused_together(check: Any) -> None:
-    refused(check(jsonl("a.jsonl", [{"q": "Where?", "a": "Here."}]), "--mapping", "prompt=q,response=a", "--format", "alpaca"), "mapping")
+    refused(
+        check(
+            jsonl("a.jsonl", [{"q": "Where?", "a": "Here."}]), "--mapping", "prompt=q,response=a", "--format", "alpaca"
+        ),
+        "mapping",
+    )
 
 
 @pytest.mark.parametrize("option", ["--out", "--dropped"])
@@ -625,6 +733,8 @@ def test_json_lists_every_row_and_text_counts_the_omitted_ones(check: Any) -> No
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data, the real data sets, is missing")
 def test_the_placeholder_inputs_of_a_real_alpaca_file_are_emptied_and_no_row_is_lost(check: Any) -> None:
-    found = check(SHARED_DATA / "alpaca_en_demo.json", "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json").document
+    found = check(
+        SHARED_DATA / "alpaca_en_demo.json", "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json"
+    ).document
     assert found["fixed"]["placeholder_input"] == 8 and "placeholder_input" not in found["dropped"]
     assert len(lines("clean.jsonl")) + len(lines("gone.jsonl")) == 999 == found["rows"]

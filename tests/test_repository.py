@@ -65,7 +65,9 @@ def test_continuous_integration_runs_the_same_script_without_write_permission_or
     suite, packages, long, projects = workflow["jobs"].values()
     assert {"run": "make audit-packages"} in packages["steps"] and {"run": "make sbom"} in packages["steps"]
     assert suite["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
-    assert projects["steps"][-1]["run"] == "make UV= test-projects" and re.search(r"^test-projects:", MAKEFILE, re.MULTILINE)
+    assert projects["steps"][-1]["run"] == "make UV= test-projects" and re.search(
+        r"^test-projects:", MAKEFILE, re.MULTILINE
+    )
     assert long["steps"][-1]["run"] == "make UV= test-long" and re.search(r"^test-long:", MAKEFILE, re.MULTILINE)
     for job in (suite, long, projects):
         python = re.fullmatch(r"python:(3\.\d+)-\w+", job["container"])
@@ -74,10 +76,16 @@ def test_continuous_integration_runs_the_same_script_without_write_permission_or
 
 def test_each_of_the_longest_tests_belongs_to_one_part() -> None:
     def names(part: str) -> list[str]:
-        said = subprocess.run(["make", "-n", "test-long", f"PART={part}"], cwd=ROOT, capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            ["make", "-n", "test-long", f"PART={part}"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return re.findall(r"tests/[\w/]+\.py", said.stdout)
 
-    marked = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.long", path.read_text())}
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"mark\.long", path.read_text())
+    }
     parts = [name for number in (1, 2, 3) for name in names(f"{number}/3")]
     assert sorted(parts) == sorted(names("1/1")) == sorted(marked)
 
@@ -89,7 +97,12 @@ def test_issue_forms_have_the_keys_that_the_platform_reads(form: Path) -> None:
         assert set(values) <= {"blank_issues_enabled", "contact_links"}
         return
     assert set(values) == {"name", "description", "labels", "body"}
-    kinds = {"markdown": {"value"}, "textarea": {"label"}, "dropdown": {"label", "options"}, "checkboxes": {"label", "options"}}
+    kinds = {
+        "markdown": {"value"},
+        "textarea": {"label"},
+        "dropdown": {"label", "options"},
+        "checkboxes": {"label", "options"},
+    }
     for part in values["body"]:
         assert kinds[part["type"]] <= set(part["attributes"]), part
         assert part["type"] == "markdown" or re.fullmatch(r"[\w-]+", part["id"])
@@ -100,9 +113,13 @@ def test_the_dockerfile_has_no_warning_of_hadolint() -> None:
     hadolint = name if Path(name).is_file() else shutil.which("hadolint")
     if not hadolint and not os.environ.get("CI"):
         pytest.skip("hadolint is missing: pip install '.[dev]'")
-    done = subprocess.run([str(hadolint), "--format", "json", "Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(hadolint), "--format", "json", "Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert json.loads(done.stdout) == [] and done.returncode == 0
-    bad = subprocess.run([str(hadolint), "-"], input="FROM python\nRUN cd /x\n", capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [str(hadolint), "-"], input="FROM python\nRUN cd /x\n", capture_output=True, text=True, check=False
+    )
     assert bad.returncode != 0
 
 
@@ -118,7 +135,12 @@ def test_the_image_runs_as_a_user_without_privileges_and_is_for_a_cpu_by_default
 def test_commands_and_links_of_the_repositorys_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
-    assert {name for name in re.findall(r"`make ([a-z]+)`|^(?:\$ )?make ([a-z]+)", text, re.MULTILINE) for name in name if name} <= targets
+    assert {
+        name
+        for name in re.findall(r"`make ([a-z]+)`|^(?:\$ )?make ([a-z]+)", text, re.MULTILINE)
+        for name in name
+        if name
+    } <= targets
     for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
         assert (ROOT / target).exists(), target
     for path in re.findall(r"`((?:docs|tests|dagster_project|data|\.ci)/[\w/.-]+)`", text):
@@ -152,7 +174,9 @@ def test_the_page_of_supported_methods_lists_those_of_the_code() -> None:
 
 def test_the_page_of_combinations_agrees_with_what_the_code_refuses() -> None:
     table = {
-        cells[1].strip(): cells[2] for line in SUPPORT.split("## What does not combine")[1].splitlines() if (cells := line.split("|"))[1:]
+        cells[1].strip(): cells[2]
+        for line in SUPPORT.split("## What does not combine")[1].splitlines()
+        if (cells := line.split("|"))[1:]
     }
     assert set(re.findall(r"`(\w+)`", next(key for key, other in table.items() if other.strip() == "`sharding`"))) == {
         name for name, method in METHODS.items() if not method.can_shard

@@ -1,6 +1,7 @@
 """A killed or stopped training resumes and ends in the same bytes.
 
-Run as a script this file loads the libraries once and forks a process for each training; what is killed is always a process, by SIGKILL.
+Run as a script this file loads the libraries once and forks a process for each
+training; what is killed is always a process, by SIGKILL.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PASSES = PACKED_ROWS * 3
 
 
-# the process that trains ------------------------------------------------------------------------------------------------------------------
+# the process that trains
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def kill_at_pass(number: int) -> None:
@@ -61,7 +63,8 @@ def kill_at_pass(number: int) -> None:
 
 
 def kill_at_write(save: int, boundary: int | None, count: Path | None = None) -> None:
-    """Arrange for SIGKILL before or after one of the system's writes in the n-th save; JSON files are torn in the middle.
+    """Arrange for SIGKILL before or after one of the system's writes in the
+    n-th save; JSON files are torn in the middle.
 
     Args:
         count: where to write how many boundaries the save has, if nothing is to be killed.
@@ -115,7 +118,8 @@ def kill_at_write(save: int, boundary: int | None, count: Path | None = None) ->
 
 
 def main() -> None:
-    """Run the orders that arrive on standard input, each in a child. Its process id and then its exit code are printed."""
+    """Run the orders that arrive on standard input, each in a child. Its
+    process id and then its exit code are printed."""
     import datasets  # noqa: F401  what each run needs, loaded once
     import peft  # noqa: F401
     import torch
@@ -156,8 +160,11 @@ def carry_out(
         sys.exit(error.exit_code)
 
 
-def kill_and_resume(folder: Path, model: Path, result: str, recipe: dict[str, Any], threads: int, order: dict[str, Any]) -> None:
-    """Train `whole`, and for each kill of an order a training that is killed and run again. What happened is written to folder/result."""
+def kill_and_resume(
+    folder: Path, model: Path, result: str, recipe: dict[str, Any], threads: int, order: dict[str, Any]
+) -> None:
+    """Train `whole`, and for each kill of an order a training that is killed
+    and run again. What happened is written to folder/result."""
     found, save = {}, order.get("save")
 
     def uninterrupted() -> None:
@@ -169,7 +176,9 @@ def kill_and_resume(folder: Path, model: Path, result: str, recipe: dict[str, An
     kills: dict[str, Callable[[], None]] = {f"pass {n}": lambda n=n: kill_at_pass(n) for n in order.get("passes", [])}  # type: ignore[misc]
     if save:
         boundaries = range(int((folder / "boundaries").read_text()))
-        chosen = boundaries if order.get("boundaries") is None else random.Random(5).sample(boundaries, order["boundaries"])
+        chosen = (
+            boundaries if order.get("boundaries") is None else random.Random(5).sample(boundaries, order["boundaries"])
+        )
         kills |= {f"write {n}": lambda n=n: kill_at_write(save, n) for n in chosen}  # type: ignore[misc]
     for name, arrange in kills.items():
 
@@ -181,7 +190,9 @@ def kill_and_resume(folder: Path, model: Path, result: str, recipe: dict[str, An
         if order.get("damage"):
             newest = max((folder / "checkpoints" / name).glob("step-????????"))
             (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:-1])
-        ends.append(run_in_child(lambda name=name: train_adapter(folder, model, name, recipe, threads), folder / f"{name}.log"))  # type: ignore[misc]
+        ends.append(
+            run_in_child(lambda name=name: train_adapter(folder, model, name, recipe, threads), folder / f"{name}.log")
+        )  # type: ignore[misc]
         said = (folder / f"{name}.log").read_text()
         found[name] = {
             "ends": ends,
@@ -193,7 +204,8 @@ def kill_and_resume(folder: Path, model: Path, result: str, recipe: dict[str, An
     (folder / result).write_text(json.dumps(found))
 
 
-# the tests --------------------------------------------------------------------------------------------------------------------------------
+# the tests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -207,14 +219,25 @@ class Trainer:
 
     def __init__(self, model: Path, hash_seed: int) -> None:
         self.model = model
-        environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": str(hash_seed),
+            "PYTHONPATH": str(ROOT),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         command = [sys.executable, __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def start(self, folder: Path, name: str, **order: Any) -> int:
         """Returns: the id of the process that trains."""
         assert self.process.stdin
-        print(json.dumps({"folder": str(folder), "model": str(self.model), "name": name, **order}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps({"folder": str(folder), "model": str(self.model), "name": name, **order}),
+            file=self.process.stdin,
+            flush=True,
+        )
         return self._number()
 
     def finish(self) -> int:
@@ -254,21 +277,27 @@ def kills(trainer: Trainer, folder: Path, **order: Any) -> dict[str, dict[str, A
         pytest.param(2, {"save_strategy": "epoch"}, id="two threads", marks=pytest.mark.long),
     ],
 )
-def test_a_killed_training_ends_in_the_same_bytes(trainer: Trainer, folder: Path, threads: int, strategy: dict[str, Any]) -> None:
+def test_a_killed_training_ends_in_the_same_bytes(
+    trainer: Trainer, folder: Path, threads: int, strategy: dict[str, Any]
+) -> None:
     """At some of the passes, chosen at random; PEDIGREE_FUZZ=1: at all of them."""
     make_data(folder, threads=threads)
     every = range(1, PASSES + 1)
     passes = [*every] if os.environ.get("PEDIGREE_FUZZ") else sorted(random.Random(threads).sample(every, 3))
     found = kills(trainer, folder, threads=threads, recipe=strategy, passes=passes)
     first = 4 if "save_steps" in strategy else PACKED_ROWS  # passes before the first checkpoint
-    assert [one["resumed"] for one in found.values()] == [n > first for n in passes] and min(passes) <= first < max(passes)
+    assert [one["resumed"] for one in found.values()] == [n > first for n in passes] and min(passes) <= first < max(
+        passes
+    )
 
 
 @pytest.mark.parametrize(
     ("threads", "boundaries"),
     [pytest.param(1, 6, id="one thread", marks=pytest.mark.long), pytest.param(2, 2, id="two threads")],
 )
-def test_a_kill_at_any_write_loses_at_most_that_checkpoint(trainer: Trainer, folder: Path, threads: int, boundaries: int) -> None:
+def test_a_kill_at_any_write_loses_at_most_that_checkpoint(
+    trainer: Trainer, folder: Path, threads: int, boundaries: int
+) -> None:
     """At some of the writes, chosen at random; PEDIGREE_FUZZ=1: at all of them."""
     make_data(folder, threads=threads)
     every = os.environ.get("PEDIGREE_FUZZ")
@@ -291,13 +320,16 @@ def test_every_optimizer_resumes_exactly(trainer: Trainer, folder: Path, optim: 
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"method": "adalora", "peft": {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "target_modules": ["q_proj", "v_proj"]},
-         "load_best_model_at_end": True},
+        {
+            "method": "adalora",
+            "peft": {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "target_modules": ["q_proj", "v_proj"]},
+            "load_best_model_at_end": True,
+        },
         {"method": "qlora"},
         {"method": "prefix_tuning", "peft": {"num_virtual_tokens": 3}, "neftune_noise_alpha": None},
     ],
     ids=lambda recipe: recipe["method"],
-)  # fmt: skip
+)
 def test_other_methods_than_lora_resume_exactly(trainer: Trainer, folder: Path, recipe: dict[str, Any]) -> None:
     assert kills(trainer, folder, recipe={**recipe, "merge": False, "num_train_epochs": 2}, passes=[PACKED_ROWS + 3])[
         f"pass {PACKED_ROWS + 3}"
@@ -309,19 +341,31 @@ def test_early_stopping_and_grouping_by_length_resume_exactly(trainer: Trainer, 
     from dagster_project.stages.tokenized import row_schema
 
     path = folder / "tokenized" / "train.parquet"
-    rows = [{**row, "example_ids": row["example_ids"][:1], "lengths": [sum(row["lengths"])]} for row in read_table(path)]
+    rows = [
+        {**row, "example_ids": row["example_ids"][:1], "lengths": [sum(row["lengths"])]} for row in read_table(path)
+    ]
     write_table(path, rows, row_schema())
-    recipe = {"num_train_epochs": 9, "learning_rate": 0.3, "early_stopping_patience": 1, "group_by_length": True, "save_strategy": "epoch"}
+    recipe = {
+        "num_train_epochs": 9,
+        "learning_rate": 0.3,
+        "early_stopping_patience": 1,
+        "group_by_length": True,
+        "save_strategy": "epoch",
+    }
     found = kills(trainer, folder, recipe=recipe, passes=[PACKED_ROWS + 2])
     assert found[f"pass {PACKED_ROWS + 2}"]["resumed"]
-    assert len(json.loads((folder / "whole" / "report.json").read_text())["validation_loss"]) < 10, "it did not stop early"
+    assert len(json.loads((folder / "whole" / "report.json").read_text())["validation_loss"]) < 10, (
+        "it did not stop early"
+    )
 
 
 @pytest.mark.long
 def test_a_training_killed_during_or_after_the_sweep_ends_in_the_same_bytes(trainer: Trainer, folder: Path) -> None:
     recipe = {"learning_rate": "auto", "max_steps": 4}
     assert trainer.train(folder, "probe", recipe=recipe) == 0, (folder / "probe.log").read_text()
-    trials = len(json.loads((folder / "probe" / "training.json").read_text())["sweep"]) - 1  # the first point is from before training
+    trials = (
+        len(json.loads((folder / "probe" / "training.json").read_text())["sweep"]) - 1
+    )  # the first point is from before training
     assert trials > 1
     in_sweep, after = PACKED_ROWS + 3, trials * PACKED_ROWS + 6  # each trial takes the epoch that the training takes
     found = kills(trainer, folder, recipe=recipe, passes=[in_sweep, after])
@@ -340,7 +384,9 @@ def other_trainer(tiny_model: Path) -> Iterator[Trainer]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
-def test_two_processes_give_identical_bytes(trainer: Trainer, other_trainer: Trainer, folder: Path, threads: int) -> None:
+def test_two_processes_give_identical_bytes(
+    trainer: Trainer, other_trainer: Trainer, folder: Path, threads: int
+) -> None:
     make_data(folder, threads=threads)
     for process, name in ((trainer, "first"), (other_trainer, "second")):
         assert process.train(folder, name, threads=threads) == 0, (folder / f"{name}.log").read_text()
@@ -362,7 +408,9 @@ def whole(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(trainer: Trainer, whole: Path, number: signal.Signals) -> None:
+def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(
+    trainer: Trainer, whole: Path, number: signal.Signals
+) -> None:
     """The signal comes after the first of eight steps, and before the end of the third."""
     folder, name = whole, f"stopped by {number.name}"
     live, gate = folder / "live" / name, folder / f"{name}.gate"
@@ -380,7 +428,13 @@ def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(trainer: Traine
     assert 1 <= step <= 3
     assert list((folder / name).iterdir()) == []
     assert trainer.train(folder, name, **STOPPED) == 0, log.read_text()
-    assert {path.stem for path in live.iterdir()} == {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert {path.stem for path in live.iterdir()} == {
+        "loss",
+        "validation_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+    }
     resuming = f"resuming from the checkpoint of step {step} of 8"
     assert resuming in log.read_text() and resuming not in (folder / "whole.log").read_text()
     assert output_files(folder, name) == output_files(folder, "whole")

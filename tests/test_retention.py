@@ -22,22 +22,56 @@ WORDS = ["red", "blue", "a green one", "grey", "it is yellow", "no colour at all
 FILES: dict[str, tuple[list[dict[str, Any]], str, str, str]] = {
     # benchmark: (rows, and how lm-eval's task is to read them: doc_to_text, doc_to_choice, doc_to_target)
     "colours": (
-        [{"question": f"Which is number {n}? ", "choices": WORDS[n % 3 : n % 3 + 2 + n % 2], "answer": n % 2, "subject": "ab"[n % 2]} for n in range(9)],
-        "Question: {{question}}\nAnswer:", "{{choices}}", "{{answer}}",
+        [
+            {
+                "question": f"Which is number {n}? ",
+                "choices": WORDS[n % 3 : n % 3 + 2 + n % 2],
+                "answer": n % 2,
+                "subject": "ab"[n % 2],
+            }
+            for n in range(9)
+        ],
+        "Question: {{question}}\nAnswer:",
+        "{{choices}}",
+        "{{answer}}",
     ),
     "hellaswag_like": (
-        [{"ctx": f"She takes {n} and", "endings": WORDS[n % 2 : n % 2 + 4], "label": str(n % 4), "activity_label": "Art"} for n in range(7)],
-        "{{ctx}}", "{{endings}}", "{{label}}",
+        [
+            {
+                "ctx": f"She takes {n} and",
+                "endings": WORDS[n % 2 : n % 2 + 4],
+                "label": str(n % 4),
+                "activity_label": "Art",
+            }
+            for n in range(7)
+        ],
+        "{{ctx}}",
+        "{{endings}}",
+        "{{label}}",
     ),
     "piqa_like": (
-        [{"goal": f"Paint wall {n}", "sol1": WORDS[n % 6], "sol2": WORDS[(n + 2) % 6], "label": n % 2} for n in range(7)],
-        "Question: {{goal}}\nAnswer:", "{{[sol1, sol2]}}", "{{label}}",
+        [
+            {"goal": f"Paint wall {n}", "sol1": WORDS[n % 6], "sol2": WORDS[(n + 2) % 6], "label": n % 2}
+            for n in range(7)
+        ],
+        "Question: {{goal}}\nAnswer:",
+        "{{[sol1, sol2]}}",
+        "{{label}}",
     ),
     "arc_like": (
-        [{"question": f"Sky {n}?", "choices": {"text": WORDS[:3], "label": ["A", "B", "C"]}, "answerKey": "ABC"[n % 3]} for n in range(7)],
-        "Question: {{question}}\nAnswer:", "{{choices.text}}", "{{choices.label.index(answerKey)}}",
+        [
+            {
+                "question": f"Sky {n}?",
+                "choices": {"text": WORDS[:3], "label": ["A", "B", "C"]},
+                "answerKey": "ABC"[n % 3],
+            }
+            for n in range(7)
+        ],
+        "Question: {{question}}\nAnswer:",
+        "{{choices.text}}",
+        "{{choices.label.index(answerKey)}}",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -56,15 +90,19 @@ def test_accuracies_and_likelihoods_are_those_of_lm_evals_command_line(
     (tmp_path / "tasks").mkdir()
     for name, (_, text, choice, target) in FILES.items():
         task = {
-            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}, "test_split": "test",
+            "task": name, "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}, "test_split": "test",
             "output_type": "multiple_choice", "doc_to_text": text, "doc_to_choice": choice, "doc_to_target": target,
         }  # fmt: skip
         (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps(task))
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32,softmax_dtype=float32",
-         "--tasks", ",".join(FILES), "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "3", "--log_samples",
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"
+                                                                           f",dtype=float32,softmax_dtype=float32",
+         "--tasks", ",".join(FILES), "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "3",
+         "--log_samples",
          "--output_path", str(tmp_path / "out")],
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [results] = (tmp_path / "out").rglob("results_*.json")
@@ -74,8 +112,13 @@ def test_accuracies_and_likelihoods_are_those_of_lm_evals_command_line(
     assert len({0.0, 1.0, *theirs.values()}) > 3, "the model is always right or always wrong, so little is shown"
     for name in FILES:
         [samples] = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
-        gold = {s["doc_id"]: float(s["filtered_resps"][int(s["target"])][0]) for s in map(json.loads, samples.read_text().splitlines())}
-        assert {r["question"]: r["gold_logprob"] for r in ours if r["benchmark"] == name} == pytest.approx(gold, abs=1e-4)
+        gold = {
+            s["doc_id"]: float(s["filtered_resps"][int(s["target"])][0])
+            for s in map(json.loads, samples.read_text().splitlines())
+        }
+        assert {r["question"]: r["gold_logprob"] for r in ours if r["benchmark"] == name} == pytest.approx(
+            gold, abs=1e-4
+        )
 
 
 def test_batch_size_changes_no_answer(questions: Any, model: Any, tiny_tokenizer: Any) -> None:
@@ -102,7 +145,13 @@ def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
 def rows(correct: str, nats: float, subjects: str = "aabb") -> list[dict[str, Any]]:
     """A row for each letter: y where the answer is right."""
     return [
-        {"benchmark": "quiz", "question": n, "subject": subjects[n % 4], "gold_logprob": nats - n, "correct": letter == "y"}
+        {
+            "benchmark": "quiz",
+            "question": n,
+            "subject": subjects[n % 4],
+            "gold_logprob": nats - n,
+            "correct": letter == "y",
+        }
         for n, letter in enumerate(correct)
     ]
 
@@ -123,7 +172,9 @@ def test_models_with_different_questions_are_not_compared() -> None:
 
 
 def test_one_question_is_not_written_in_the_plural() -> None:
-    assert forgot("lora", retained(rows("y", -2), rows("n", -9)), 0.05)[0].startswith("lora forgot: on 1 benchmark question accuracy")
+    assert forgot("lora", retained(rows("y", -2), rows("n", -9)), 0.05)[0].startswith(
+        "lora forgot: on 1 benchmark question accuracy"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,14 +183,22 @@ def test_one_question_is_not_written_in_the_plural() -> None:
         (rows("y" * 20, -2), rows("y" * 19 + "n", -2), []),  # 5 points, the threshold itself
         (rows("y" * 20, -2), rows("y" * 18 + "nn", -2), ["accuracy fell from 100.0 % to 90.0 %"]),
         (rows("y" * 20, -2), rows("y" * 20, -2.6), []),  # surely less likely, not half as likely
-        (rows("y" * 20, -2), rows("y" * 20, -2 - math.log(4)), ["the right answers are 0.25 times as likely as before"]),
-        (rows("y" * 20, -2), rows("n" * 20, -9), ["accuracy fell from 100.0 % to 0.0 %", "the right answers are 0.00 times"]),
+        (
+            rows("y" * 20, -2),
+            rows("y" * 20, -2 - math.log(4)),
+            ["the right answers are 0.25 times as likely as before"],
+        ),
+        (
+            rows("y" * 20, -2),
+            rows("n" * 20, -9),
+            ["accuracy fell from 100.0 % to 0.0 %", "the right answers are 0.00 times"],
+        ),
         (rows("n" * 20, -9), rows("y" * 20, -2), []),
         # half as likely by one question alone: not sure
         (rows("y" * 20, -2), [*rows("y" * 19, -2), rows("y" * 20, -40)[19]], []),
     ],
     ids=["at the threshold", "less accurate", "a little less likely", "less likely", "both", "learnt", "one outlier"],
-)  # fmt: skip
+)
 def test_forgetting_is_a_warning_with_remedies(base: Any, tuned: Any, signs: list[str]) -> None:
     words = forgot("lora", retained(base, tuned), 0.05)
     assert len(words) == bool(signs)

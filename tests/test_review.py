@@ -17,7 +17,12 @@ from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.review import COLUMNS, Waiver, queue, read_decisions, refuse_expired
 
-WAIVER: dict[str, Any] = {"check": "pii", "rows": ["a.jsonl:3"], "reason": "our own address", "expires": date(2026, 6, 30)}
+WAIVER: dict[str, Any] = {
+    "check": "pii",
+    "rows": ["a.jsonl:3"],
+    "reason": "our own address",
+    "expires": date(2026, 6, 30),
+}
 
 
 def test_a_waiver_is_valid_through_its_last_day_and_refused_after_it() -> None:
@@ -29,8 +34,14 @@ def test_a_waiver_is_valid_through_its_last_day_and_refused_after_it() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rows": []}, "names neither"), ({"reason": ""}, "at least 1"), ({"expires": None}, "date"), ({"pairs": [["a"]]}, "list of two"), ({"rowz": 1}, "Extra")],
-)  # fmt: skip
+    [
+        ({"rows": []}, "names neither"),
+        ({"reason": ""}, "at least 1"),
+        ({"expires": None}, "date"),
+        ({"pairs": [["a"]]}, "list of two"),
+        ({"rowz": 1}, "Extra"),
+    ],
+)
 def test_a_waiver_without_row_reason_or_date_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Waiver(**{**WAIVER, **change})
@@ -44,7 +55,9 @@ def test_a_waiver_for_an_unknown_check_is_refused() -> None:
 def filled(path: Path, *changes: dict[str, str]) -> Path:
     """The review file of one row a change, filled in by a person."""
     rows = placed([ask(f"Hi {i}", '=1+1, "quoted"\nand so on') for i in range(len(changes))])
-    lines = list(csv.DictReader(io.StringIO(queue(rows, [(i, "conflicting_responses") for i in range(len(rows))]), newline="")))
+    lines = list(
+        csv.DictReader(io.StringIO(queue(rows, [(i, "conflicting_responses") for i in range(len(rows))]), newline=""))
+    )
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -54,7 +67,10 @@ def filled(path: Path, *changes: dict[str, str]) -> Path:
 
 def test_completed_decisions_are_read_and_the_rest_stay_open(tmp_path: Path) -> None:
     path = filled(
-        tmp_path / "r.csv", {"decision": "accept", "reason": "fine"}, {}, {"decision": "Edit", "reason": "clearer", "new_response": "Yes."}
+        tmp_path / "r.csv",
+        {"decision": "accept", "reason": "fine"},
+        {},
+        {"decision": "Edit", "reason": "clearer", "new_response": "Yes."},
     )
     assert [(d.decision, d.check, d.reason, d.new_response) for d in read_decisions(path, CHECKS)] == [
         ("accept", "conflicting_responses", "fine", ""),
@@ -66,7 +82,12 @@ def test_edits_of_a_row_in_the_lines_of_several_checks_are_all_applied(tmp_path:
     rows = placed([ask("Hi 0", "Hello.")])
     edits = [{"check": "pii", "new_prompt": "Hi you"}, {"check": "secrets", "new_response": "Good day."}]
     same = {"example_id": rows[0]["example_id"], "decision": "edit", "reason": "clearer"}
-    judged = judge(rows, [], Rules(), decisions=read_decisions(filled(tmp_path / "r.csv", *({**same, **edit} for edit in edits)), CHECKS))
+    judged = judge(
+        rows,
+        [],
+        Rules(),
+        decisions=read_decisions(filled(tmp_path / "r.csv", *({**same, **edit} for edit in edits)), CHECKS),
+    )
     assert [message["content"] for message in judged.records[0]["messages"]] == ["Hi you", "Good day."]
     edits[1]["new_prompt"] = "Hi all"
     with pytest.raises(InputError, match=r"row 2: .* was already edited otherwise"):
@@ -107,7 +128,9 @@ def test_a_line_with_an_unquoted_comma_is_refused_and_spaces_around_names_do_not
     with pytest.raises(InputError, match="row 1: more fields than columns"):  # else the new question is " see ticket"
         read_decisions(tmp_path / "r.csv", CHECKS)
     (tmp_path / "r.csv").write_text(f"{header}\n 0a ,a:0, pii,q,a, drop ,wrong,,\n")
-    assert [(d.example_id, d.check, d.decision) for d in read_decisions(tmp_path / "r.csv", CHECKS)] == [("0a", "pii", "drop")]
+    assert [(d.example_id, d.check, d.decision) for d in read_decisions(tmp_path / "r.csv", CHECKS)] == [
+        ("0a", "pii", "drop")
+    ]
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) -> None:
@@ -134,7 +157,8 @@ def test_an_invalid_decision_is_refused_by_row(change: dict[str, str], message: 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"a,b\n1,2\n", "no column"), (b"\xff\xfe", "not UTF-8"), (b'example_id,check,decision,reason\n"x', "not CSV")]
+    ("content", "message"),
+    [(b"a,b\n1,2\n", "no column"), (b"\xff\xfe", "not UTF-8"), (b'example_id,check,decision,reason\n"x', "not CSV")],
 )
 def test_an_invalid_review_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_bytes(content)

@@ -1,4 +1,5 @@
-"""Near-duplicates in rounds: the same result as in memory, for any blocks, partitions and workers, from texts that are not in memory."""
+"""Near-duplicates in rounds: the same result as in memory, for any blocks,
+partitions and workers, from texts that are not in memory."""
 
 from __future__ import annotations
 
@@ -25,12 +26,29 @@ from dagster_project.curation.similarity import overlap, rounds
 from dagster_project.curation.similarity.overlap import RARE, Comparison, compare
 from dagster_project.curation.similarity.shuffle import Column
 
-WORDS = ["kite", "pub", "Row", "MAIL", "code", "card", "風", "箏", "ﬁn", "Straße", "e\u0301a", "ＣＡＦÉ", "\ud800", "a_b", "-"]
+WORDS = [
+    "kite",
+    "pub",
+    "Row",
+    "MAIL",
+    "code",
+    "card",
+    "風",
+    "箏",
+    "ﬁn",
+    "Straße",
+    "e\u0301a",
+    "ＣＡＦÉ",
+    "\ud800",
+    "a_b",
+    "-",
+]
 FOOTER = "sent from my phone please excuse the typing errors"
 
 
 class Distant:
-    """Workers on another host: arguments and results are copied, and as in a Ray task the arguments cannot be changed."""
+    """Workers on another host: arguments and results are copied, and as in a
+    Ray task the arguments cannot be changed."""
 
     count = 2
 
@@ -68,7 +86,9 @@ def in_memory(texts: Sequence[str], against: Sequence[str] | None = None, count_
         return compare(texts, against, count_words)
 
 
-def in_rounds(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False, **sizes: int) -> Comparison:
+def in_rounds(
+    texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False, **sizes: int
+) -> Comparison:
     with mock.patch.object(overlap, "SMALL", -1), mock.patch.multiple(rounds, IN_MEMORY=-1, SEVERAL=-1, **sizes):
         return compare(texts, against, count_words)
 
@@ -100,7 +120,12 @@ sizes = st.fixed_dictionaries(
 )
 @settings(deadline=None, max_examples=200)
 def test_sizes_and_workers_do_not_change_the_comparison(
-    texts: list[str], against: list[str] | None, count_words: bool, rare: int, sizes: dict[str, int], kind: workers.Workers
+    texts: list[str],
+    against: list[str] | None,
+    count_words: bool,
+    rare: int,
+    sizes: dict[str, int],
+    kind: workers.Workers,
 ) -> None:
     with mock.patch.object(overlap, "RARE", rare):
         expected = in_memory(texts, against, count_words)
@@ -135,7 +160,12 @@ def test_twenty_thousand_texts_on_two_processes_of_this_host(planted: list[str])
     with workers.using(LocalProcesses(2)):
         found = in_rounds(planted, count_words=True, BLOCK=1_000_000, PARTITION=100_000)
     assert found == expected
-    assert len(found.pairs) > 700 and len(found.boilerplate) == 10 and sum(map(sum, found.scores)) > 700 and found.frequency
+    assert (
+        len(found.pairs) > 700
+        and len(found.boilerplate) == 10
+        and sum(map(sum, found.scores)) > 700
+        and found.frequency
+    )
 
 
 def test_as_many_texts_as_are_compared_in_plain_python(planted: list[str]) -> None:
@@ -204,7 +234,9 @@ def test_texts_are_read_once_and_a_block_of_them_is_in_memory(planted: list[str]
     stored, others = Stored(texts), Stored(against)
     assert in_rounds(stored, others, BLOCK=20_000) == in_memory(texts, against)
     assert Decoded.most < 400, "texts in memory, of 8,000; a block has about 120"
-    assert stored.read + others.read < 8000 + 2 * 1001 + 20, "all once, a sample for their length, and those with a passage"
+    assert stored.read + others.read < 8000 + 2 * 1001 + 20, (
+        "all once, a sample for their length, and those with a passage"
+    )
 
 
 def test_short_texts_are_compared_in_memory_and_several_workers_pay_earlier() -> None:

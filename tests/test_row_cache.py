@@ -1,4 +1,5 @@
-"""Facts about rows that are kept for the next run never change a result, whatever happens to the rows or to the files that hold them."""
+"""Facts about rows that are kept for the next run never change a result,
+whatever happens to the rows or to the files that hold them."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def files(root: Path) -> list[Path]:
 @pytest.fixture
 def managed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".dvc").mkdir()
-    monkeypatch.setattr(row_cache, "_code", lambda changed=False: "code")  # a library that is installed meanwhile would be other code
+    monkeypatch.setattr(
+        row_cache, "_code", lambda changed=False: "code"
+    )  # a library that is installed meanwhile would be other code
     COMPUTED.clear()
     return tmp_path
 
@@ -71,7 +74,9 @@ def facts(root: Path, texts: Sequence[str], factor: int = 2, first: int = 0) -> 
     return made, [row["text"] for row in COMPUTED]
 
 
-EDITS = st.sampled_from(["edit", "insert", "remove", "shuffle", "cut", "damage", "swap", "empty", "delete", "parameter", "nothing"])
+EDITS = st.sampled_from(
+    ["edit", "insert", "remove", "shuffle", "cut", "damage", "swap", "empty", "delete", "parameter", "nothing"]
+)
 
 
 def changed(texts: list[str], edit: str, draw: random.Random) -> list[str]:
@@ -110,7 +115,9 @@ def tamper(root: Path, edit: str, draw: random.Random) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(EDITS, min_size=1, max_size=12), st.integers(0, 2**32))
-def test_facts_are_those_of_a_run_from_nothing_after_any_edits(tmp_path_factory: Any, edits: list[str], seed: int) -> None:
+def test_facts_are_those_of_a_run_from_nothing_after_any_edits(
+    tmp_path_factory: Any, edits: list[str], seed: int
+) -> None:
     root, draw, factor = tmp_path_factory.mktemp("project"), random.Random(seed), 2
     (root / ".dvc").mkdir()
     texts = [draw.choice("abc") * draw.randrange(5) for _ in range(draw.randrange(20))]
@@ -152,8 +159,13 @@ def near_copies(root: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatc
     return [*zip(found.left.tolist(), found.right.tolist(), strict=True)], len(searches)
 
 
-def test_near_copies_are_searched_again_only_if_a_text_or_their_order_changed(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"please send my red kite number {i} back to the harbour today" for i in range(3)] + ["where is my letter", ""]
+def test_near_copies_are_searched_again_only_if_a_text_or_their_order_changed(
+    managed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"please send my red kite number {i} back to the harbour today" for i in range(3)] + [
+        "where is my letter",
+        "",
+    ]
     orders = [texts, texts[::-1], [*texts[:3], "where is my lette", "r"], texts[:1], ["a"], ["", " "]]
     for given_texts in orders:
         different = [*dict.fromkeys(text for text in given_texts if text.strip())]
@@ -167,11 +179,19 @@ def test_near_copies_are_searched_again_only_if_a_text_or_their_order_changed(ma
     assert near_copies(managed, texts, monkeypatch) == (found, 1), "damaged files"
 
 
-def test_comparisons_are_repeated_only_if_a_text_or_its_side_changed(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"please send my red kite number {i} back to the harbour today" for i in range(3)] + ["wh\udce9re is my letter", ""]
-    wide = [f"{text} and {i} tell" for i, text in enumerate(["the frame around all of these texts is one"] * 60)]  # boilerplate
+def test_comparisons_are_repeated_only_if_a_text_or_its_side_changed(
+    managed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"please send my red kite number {i} back to the harbour today" for i in range(3)] + [
+        "wh\udce9re is my letter",
+        "",
+    ]
+    wide = [
+        f"{text} and {i} tell" for i, text in enumerate(["the frame around all of these texts is one"] * 60)
+    ]  # boilerplate
     requests: list[tuple[Sequence[str], Sequence[str] | None]] = [
-        (texts, None), (texts[::-1], None), (texts, texts[:2]), ([*texts, *texts[:2]], []), (texts + texts[:1], texts[1:2]), ([*wide, *texts], None), ([], None),
+        (texts, None), (texts[::-1], None), (texts, texts[:2]), ([*texts, *texts[:2]], []),
+        (texts + texts[:1], texts[1:2]), ([*wide, *texts], None), ([], None),
     ]  # fmt: skip
     searches: list[int] = []
     search = overlaps.compare
@@ -184,7 +204,9 @@ def test_comparisons_are_repeated_only_if_a_text_or_its_side_changed(managed: Pa
                 assert overlaps._kept_comparison("prompts", given_texts, against) == expected
             assert len(searches) == searched
     assert overlaps._kept_comparison("prompts", texts) == search(texts, count_words=True), "without a folder"
-    assert search([*wide, *texts], count_words=True).boilerplate and search(texts, count_words=True).frequency, "what is kept is not empty"
+    assert search([*wide, *texts], count_words=True).boilerplate and search(texts, count_words=True).frequency, (
+        "what is kept is not empty"
+    )
 
 
 def test_the_number_of_a_row_is_not_what_work_can_see(managed: Path) -> None:
@@ -204,7 +226,9 @@ def test_a_number_that_is_not_an_integer_stays_in_its_row(number: str) -> None:
 
 
 def test_an_edit_after_the_modules_were_imported_keeps_nothing(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "dagster_project", tmp_path / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "dagster_project", tmp_path / "dagster_project", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / ".dvc").mkdir()
     code = """if True:
         import sys
@@ -216,7 +240,8 @@ def test_an_edit_after_the_modules_were_imported_keeps_nothing(tmp_path: Path) -
         assert Path(profile.__file__) == file.resolve()
         if sys.argv[1] == "edit":
             file.write_text(file.read_text() + "EDITED = True\\n")
-        row = {"source_row": 1, "example_id": "a", "group_id": None, "source": "a", "category": None, "messages": [{"role": "user", "content": "Hi"}]}
+        row = {"source_row": 1, "example_id": "a", "group_id": None, "source": "a", "category": None}
+        row["messages"] = [{"role": "user", "content": "Hi"}]
         with row_cache.using(Path.cwd(), "instructions"):
             row_cache.facts(profile._measure_block, None, StoredRows([row]), ())"""
     for argument, kept in {"edit": 0, "no edit": 1}.items():
@@ -225,14 +250,18 @@ def test_an_edit_after_the_modules_were_imported_keeps_nothing(tmp_path: Path) -
         assert len(files(tmp_path)) == kept, argument
 
 
-def test_other_code_finds_nothing_and_code_that_changes_during_a_run_keeps_nothing(managed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_finds_nothing_and_code_that_changes_during_a_run_keeps_nothing(
+    managed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     facts(managed, ["a"])
     monkeypatch.setattr(row_cache, "_code", lambda changed=False: "edited while it runs" if changed else "other")
     assert facts(managed, ["a"])[1] == facts(managed, ["a"])[1] == ["a"]
     assert len(files(managed)) == 1
 
 
-def test_code_is_that_of_the_packages_and_of_installed_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_that_of_the_packages_and_of_installed_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "core").mkdir()
     (tmp_path / "core/a.py").write_text("A = 1\n")
     (tmp_path / "libraries/polars-1.0.dist-info").mkdir(parents=True)
@@ -320,7 +349,9 @@ def outputs(root: Path, model: Path) -> dict[str, str]:
     data, names = root / "out", ("a.jsonl", "b.jsonl", "c.jsonl")
     shutil.rmtree(data, ignore_errors=True)
     sources = raw_examples.Params.model_validate({"sources": [{"path": f"data/sources/{name}"} for name in names]})
-    rules = instructions.Params.model_validate({"policy": {"pii": "fix", "conflicting_responses": "warn"}, "max_tokens": 60})
+    rules = instructions.Params.model_validate(
+        {"policy": {"pii": "fix", "conflicting_responses": "warn"}, "max_tokens": 60}
+    )
     raw_examples.produce(root, sources, data / "raw")
     instructions.produce(root, rules, data / "raw", model, data / "instructions", data / "pages", {})
     splits.produce(root, splits.Params(), 7, data / "instructions", data / "splits")

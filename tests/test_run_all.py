@@ -1,4 +1,5 @@
-"""`pedigree run --all --jobs N`: the results and records of `dvc repro`, with independent stages at once. On the small pipeline."""
+"""`pedigree run --all --jobs N`: the results and records of `dvc repro`, with
+independent stages at once. On the small pipeline."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def lock(root: Path) -> Any:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in (root / "data").rglob("*") if p.is_file() and "pages" not in p.parts}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in (root / "data").rglob("*")
+        if p.is_file() and "pages" not in p.parts
+    }
 
 
 @pytest.mark.long
@@ -82,7 +87,8 @@ def test_after_a_failure_nothing_is_started_and_what_runs_is_finished_and_record
     document = run_all(root)
     assert not document["passed"]
     assert outcomes(document) == {
-        "raw": "up to date", "inst": "up to date", "tok": "up to date", "adapter@dora": "failed", "adapter@lora": "run", "cmp": "not started",
+        "raw": "up to date", "inst": "up to date", "tok": "up to date", "adapter@dora": "failed", "adapter@lora": "run",
+        "cmp": "not started",
     }  # fmt: skip
     assert "adapter@dora failed" in document["stages"]["adapter@dora"]["error"]
     assert small_pipeline.changed_in_dvc(root) == {"adapter@dora", "cmp"}
@@ -126,7 +132,9 @@ def test_after_a_kill_no_process_is_left_and_the_next_run_recovers(root: Path, v
     assert small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_while_a_file_is_invalid_nothing_is_started_and_what_runs_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_a_file_is_invalid_nothing_is_started_and_what_runs_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def invalid() -> Any:
         raise InputError("dvc.yaml is invalid")
 
@@ -160,7 +168,12 @@ def test_two_at_once_share_the_work_and_run_nothing_twice(root: Path) -> None:
     ran = len(small_pipeline.commands_run(root))
     (root / "code/adapter.py").write_text("V = 77\n")
     both = [
-        subprocess.Popen([sys.executable, "small_pipeline.py", "run-all", "2"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "small_pipeline.py", "run-all", "2"],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for _ in range(2)
     ]
     errors = [process.communicate(timeout=300)[1].decode() for process in both]
@@ -174,13 +187,16 @@ def test_the_time_left_follows_the_longest_chain_and_the_number_of_jobs() -> Non
     assert remaining(above, {}, ["a", "b", "c", "d"], seconds, jobs=1) == 17
     assert remaining(above, {}, ["a", "b", "c", "d"], seconds, jobs=2) == 13
     assert remaining(above, {"a": 7.0, "b": 1.0}, ["c", "d"], seconds, jobs=2) == 6
-    assert remaining(above, {"a": 99.0}, ["c", "d"], seconds, jobs=2) == 3, "longer than the last time: it may end at any moment"
+    assert remaining(above, {"a": 99.0}, ["c", "d"], seconds, jobs=2) == 3, (
+        "longer than the last time: it may end at any moment"
+    )
     assert remaining(above, {"a": 2.0}, [], {}, jobs=1) == 0
 
 
 def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:
     assert parents(read_stages(root)) == {
-        "raw": set(), "inst": {"raw"}, "tok": {"inst"}, "adapter@lora": {"tok"}, "adapter@dora": {"tok"}, "cmp": {"tok", *BOTH},
+        "raw": set(), "inst": {"raw"}, "tok": {"inst"}, "adapter@lora": {"tok"}, "adapter@dora": {"tok"},
+        "cmp": {"tok", *BOTH},
     }  # fmt: skip
     text = json.loads((root / "dvc.yaml").read_text())
     text["stages"]["tok"]["deps"].append("data/reports/raw.json")
@@ -197,7 +213,9 @@ def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:
         (["run", "--all", "--jobs", "0"], "not a whole number from 1"),
     ],
 )
-def test_wrong_usage_is_refused_with_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_refused_with_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code(*arguments) == 2 and message in capsys.readouterr().err
 
 
@@ -292,7 +310,13 @@ def test_nothing_is_started_after_a_stage_was_interrupted_by_someone_else(tmp_pa
         whole.outcomes = {"a": Outcome(outcome)}
         whole._start_ready()
         assert whole.outcomes == {"a": Outcome(outcome), **after}
-    document = {"stages": {"a": {"outcome": "interrupted"}}, "seconds": 1.0, "jobs": 1, "interrupted": False, "passed": False}
+    document = {
+        "stages": {"a": {"outcome": "interrupted"}},
+        "seconds": 1.0,
+        "jobs": 1,
+        "interrupted": False,
+        "passed": False,
+    }
     assert "stopped: a was interrupted. Finished stages are kept; run the command again." in as_text(document)
 
 

@@ -1,4 +1,5 @@
-"""Sources in S3: the same rows as from files, pinned by the list of objects, read in no other version, and made again by `verify`."""
+"""Sources in S3: the same rows as from files, pinned by the list of objects,
+read in no other version, and made again by `verify`."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ def test_objects_give_the_rows_and_the_hash_of_the_same_files(
     for suffix, write in FILE_WRITERS.items():
         write(folder / f"a{suffix}", [{"text": "A wren."}] if suffix == ".txt" else ROWS)
     (folder / "deep").mkdir()
-    (folder / "deep/test.jsonl.gz").write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)))
+    (folder / "deep/test.jsonl.gz").write_bytes(
+        gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
+    )
     (folder / "README.md").write_text("no examples")
     url = upload(bucket, prefix, folder)
     bucket.write(f"{prefix}2/next.jsonl", b"x")
@@ -94,16 +97,21 @@ def test_objects_give_the_rows_and_the_hash_of_the_same_files(
     remote = read(tmp_path, "remote", {"path": url, "revision": revision, "split": "from_file_names"})
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
     expected, facts = local.metrics["sources"]["data/sources/mine"], remote.metrics["sources"][url]
-    assert expected.pop("not_read") == {"files": 1, "names": ["README.md"]}, (
-        "of objects only a message names them: the revision does not pin them"
-    )
+    assert expected.pop("not_read") == {
+        "files": 1,
+        "names": ["README.md"],
+    }, "of objects only a message names them: the revision does not pin them"
     assert f"{url}: not read, because of their types: README.md" in caplog.messages
     assert {**facts, "files": {}} == {**expected, "files": {}, "revision": revision}
     assert {name: (one["rows"], one["sha256"]) for name, one in facts["files"].items()} == {
         name: (one["rows"], one["sha256"]) for name, one in expected["files"].items()
     }
     assert {line["source"] for line in read_ledger(tmp_path / "remote")} == {f"{url}/{name}" for name in facts["files"]}
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "sources" not in path.parts and path.parent.parent != tmp_path]
+    assert not [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and "sources" not in path.parts and path.parent.parent != tmp_path
+    ]
 
 
 def test_one_object_is_a_source_with_the_hash_of_its_content(tmp_path: Path, bucket: S3Server, prefix: str) -> None:
@@ -112,7 +120,9 @@ def test_one_object_is_a_source_with_the_hash_of_its_content(tmp_path: Path, buc
     bucket.write(f"{prefix}/a.jsonl.bak", b"other")
     url = f"s3://{BUCKET}/{prefix}/a.jsonl"
     hint = refusal(tmp_path, {"path": url}).hint
-    facts = read(tmp_path, "out", {"path": url, "revision": hint.split("`")[1].removeprefix("revision: ")}).metrics["sources"][url]
+    facts = read(tmp_path, "out", {"path": url, "revision": hint.split("`")[1].removeprefix("revision: ")}).metrics[
+        "sources"
+    ][url]
     assert (facts["rows"], facts["sha256"]) == (50, hashlib.sha256(content).hexdigest())
     assert {record["source"] for record in read_records(tmp_path / "out")} == {url}
 
@@ -121,7 +131,9 @@ def test_preferences_are_read_from_objects(tmp_path: Path, bucket: S3Server, pre
     rows = [{**row, "label": good} for row in ROWS for good in (True, False)]
     url = upload(bucket, prefix, jsonl(tmp_path / "set/p.jsonl", *rows).parent)
     values = {"sources": [{"path": url, "revision": digest(bucket, prefix)}]}
-    report = raw_preferences.produce(tmp_path, parse(raw_preferences.Params, values, "raw_preferences"), tmp_path / "out")
+    report = raw_preferences.produce(
+        tmp_path, parse(raw_preferences.Params, values, "raw_preferences"), tmp_path / "out"
+    )
     assert (report.metrics["sources"][url]["rows"], len(read_pairs(tmp_path / "out"))) == (100, 50)
 
 
@@ -137,7 +149,9 @@ def test_objects_without_revision_are_refused_before_any_is_read(
     error = refusal(tmp_path, {"path": "data/sources/b.jsonl"}, {"path": url})
     size = (tmp_path / "set/a.jsonl").stat().st_size
     assert error.what == f"params.yaml: raw_examples.sources: {url} has no revision, and objects can change"
-    assert error.hint == f"to use the 1 object ({size} bytes) that is there now, add `revision: {digest(bucket, prefix)}`"
+    assert (
+        error.hint == f"to use the 1 object ({size} bytes) that is there now, add `revision: {digest(bucket, prefix)}`"
+    )
 
 
 @pytest.fixture
@@ -165,9 +179,10 @@ def test_objects_that_are_not_those_of_the_revision_are_named(
             git(tmp_path, *command)
         (tmp_path / "data/reports/raw_examples.json").unlink()
     error = refusal(tmp_path, source)
-    assert error.what == (
-        f"params.yaml: raw_examples.sources: {source['path']}: the objects are not those of the revision in params.yaml: "
-        "changed: a.jsonl; new: d.jsonl; missing: b.jsonl"
+    assert (
+        error.what
+        == f"params.yaml: raw_examples.sources: {source['path']}: the objects are not those of the revision in"
+        " params.yaml: changed: a.jsonl; new: d.jsonl; missing: b.jsonl"
     )
     assert f"`revision: {digest(bucket, prefix)}`" in error.hint
 
@@ -179,7 +194,9 @@ def test_without_a_report_of_the_revision_the_latest_objects_are_named(
     report["sources"][source["path"]]["revision"] = "0" * 64
     write_json(tmp_path / "data/reports/raw_examples.json", report)
     what = refusal(tmp_path, source).what
-    assert "which no report lists; modified last: " in what and all(name in what for name in ("a.jsonl (20", "d.jsonl (20"))
+    assert "which no report lists; modified last: " in what and all(
+        name in what for name in ("a.jsonl (20", "d.jsonl (20")
+    )
     assert read(tmp_path, "out", {**source, "revision": digest(bucket, prefix)}).rows_out == 52
 
 
@@ -202,7 +219,9 @@ def test_an_object_that_changes_after_it_was_listed_is_refused(
         one.open("rb")
 
 
-def test_memory_holds_a_part_of_an_object(tmp_path: Path, bucket: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_a_part_of_an_object(
+    tmp_path: Path, bucket: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a large object only what was read ahead is requested before its first row is there."""
     monkeypatch.setattr(s3, "READ_AHEAD", 10_000)
     monkeypatch.setattr(s3, "MEGABYTE", 1000)
@@ -227,14 +246,18 @@ def test_memory_holds_a_part_of_an_object(tmp_path: Path, bucket: S3Server, pref
         ({"path": "s3://bucket/a", "config": "x"}, "config belongs to a hub data set"),
     ],
 )
-def test_wrong_addresses_and_revisions_are_refused_without_network(source: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_wrong_addresses_and_revisions_are_refused_without_network(
+    source: dict[str, str], message: str, tmp_path: Path
+) -> None:
     assert message in refusal(tmp_path, source).what
 
 
 def test_prefixes_that_contain_each_other_are_refused_without_network(tmp_path: Path) -> None:
     sources = [{"path": f"s3://bucket/{name}", "revision": "0" * 64} for name in ("a/b.jsonl", "a2", "a/")]
     what = refusal(tmp_path, *sources).what
-    assert what == "params.yaml: raw_examples.sources: s3://bucket/a/b.jsonl is in s3://bucket/a/ and would be read twice"
+    assert (
+        what == "params.yaml: raw_examples.sources: s3://bucket/a/b.jsonl is in s3://bucket/a/ and would be read twice"
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +284,9 @@ def test_a_bad_object_is_named(layout: str, tmp_path: Path, bucket: S3Server, pr
 
 
 @pytest.mark.parametrize("broken", ["endpoint", "credentials"])
-def test_no_message_contains_credentials(broken: str, tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_message_contains_credentials(
+    broken: str, tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if broken == "endpoint":
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -332,10 +357,15 @@ def test_init_pins_the_objects_that_it_read(tmp_path: Path, bucket: S3Server, pr
     assert read(project, "out", *section["sources"]).rows_out == 50
 
 
-def test_init_refuses_benchmarks_in_s3_and_a_prefix_that_is_named_twice(tmp_path: Path, bucket: S3Server, prefix: str) -> None:
+def test_init_refuses_benchmarks_in_s3_and_a_prefix_that_is_named_twice(
+    tmp_path: Path, bucket: S3Server, prefix: str
+) -> None:
     url = upload(bucket, prefix, jsonl(tmp_path / "set/a.jsonl", *ROWS).parent)
     questions = upload(bucket, f"{prefix}-q", jsonl(tmp_path / "q/a.jsonl", *BENCHMARK_ROWS["mmlu"]).parent)
-    for given, message in (([url, questions], "benchmark questions are read from files"), ([url, url], f"{url} is named twice")):
+    for given, message in (
+        ([url, questions], "benchmark questions are read from files"),
+        ([url, url], f"{url} is named twice"),
+    ):
         with pytest.raises(InputError, match=message):
             init(tmp_path / "project", given, None, "auto", "MIT")
     assert not (tmp_path / "project").exists()
@@ -353,7 +383,8 @@ def test_audit_and_impact_name_objects_and_their_prefix(tmp_path: Path) -> None:
     ]
     made.commit(made.lock(rows), "from S3")
     for asked, count in (
-        ("s3://bucket/rows", 1), ("s3://bucket/rows/", 1), ("s3://bucket/rows/a.jsonl", 1), ("s3://bucket/rows2", 1), ("s3://bucket", 2),
+        ("s3://bucket/rows", 1), ("s3://bucket/rows/", 1), ("s3://bucket/rows/a.jsonl", 1), ("s3://bucket/rows2", 1),
+        ("s3://bucket", 2),
     ):  # fmt: skip
         found = impact(made.root, source=asked)
         assert {model["seen"][0]["splits"]["train"] for model in found["models"]} == {count}, asked
@@ -363,7 +394,9 @@ def test_audit_and_impact_name_objects_and_their_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_stage_that_read_objects_is_made_again_from_its_record(project: Path, bucket: S3Server, prefix: str, tmp_path: Path) -> None:
+def test_a_stage_that_read_objects_is_made_again_from_its_record(
+    project: Path, bucket: S3Server, prefix: str, tmp_path: Path
+) -> None:
     url = upload(bucket, prefix, jsonl(tmp_path / "set/a.jsonl", *ROWS).parent)
     source = {"path": url, "revision": digest(bucket, prefix), "license": "MIT"}
     edit_params(project, lambda values: values.update(raw_examples={"sources": [source]}))

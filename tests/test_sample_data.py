@@ -76,7 +76,11 @@ def test_exactly_the_planted_rows_are_dropped(cured: Cured) -> None:
         "benchmark_leakage": 1,
     }
     assert len(kept) == len(ledger) - 7
-    dropped = {f"{row['source'].split('/')[-1]}:{row['source_row']}": row["outcome"] for row in ledger if row["outcome"] != "kept"}
+    dropped = {
+        f"{row['source'].split('/')[-1]}:{row['source_row']}": row["outcome"]
+        for row in ledger
+        if row["outcome"] != "kept"
+    }
     assert dropped == {
         "triage_alpaca.json:240": "dropped:exact_duplicates",
         "triage_messages.jsonl:5": "dropped:exact_duplicates",

@@ -1,4 +1,5 @@
-"""The answers that an online method learns from: their table, when there is nothing to learn, the page and the audit."""
+"""The answers that an online method learns from: their table, when there is
+nothing to learn, the page and the audit."""
 
 from __future__ import annotations
 
@@ -64,7 +65,11 @@ def test_an_answer_has_its_calls_its_trace_and_its_end(tmp_path: Path) -> None:
         and "lo" in first["answer"]
         and (first["reasoning"], first["tokens"], first["unfinished"]) == (None, 2, True)
     )
-    assert second["answer"] == "x" * sampled_answers.LONGEST and second["reasoning"] == "I\\ud800 think" and not second["unfinished"]
+    assert (
+        second["answer"] == "x" * sampled_answers.LONGEST
+        and second["reasoning"] == "I\\ud800 think"
+        and not second["unfinished"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,14 @@ def test_there_is_something_to_learn_if_answers_that_are_compared_have_different
 def test_the_end_of_an_answer_is_something_to_learn_where_it_is_rewarded() -> None:
     for ends_count in (True, False):
         sampled = filled({"aa": [1.0]}, by_record=False, ends_count=ends_count)
-        sampled.add([{"example_id": "bb"}], [{"role": "assistant", "content": ""}], {name: [0.5] for name in NAMES}, [1.0], [[1, 2]], END)
+        sampled.add(
+            [{"example_id": "bb"}],
+            [{"role": "assistant", "content": ""}],
+            {name: [0.5] for name in NAMES},
+            [1.0],
+            [[1, 2]],
+            END,
+        )
         assert sampled.ever_teaches() is ends_count
 
 
@@ -99,10 +111,16 @@ def test_only_steps_in_a_row_count_as_stalled() -> None:
 
 def test_means_of_components_follow_the_answers_that_a_step_learned_from() -> None:
     sampled = filled({"aa": [1.0, 2.0]}, {"aa": [3.0, 3.0]})
-    sampled.rows = [row | {"step": 2 * row["step"] - 1} for row in sampled.rows]  # each batch of answers is used in two steps
-    points = sampled.with_components([{"step": step, "loss": 0.0} for step in (1, 2, 3, 4)] + [{"step": 4, "validation_loss": 0.0}], NAMES)
+    sampled.rows = [
+        row | {"step": 2 * row["step"] - 1} for row in sampled.rows
+    ]  # each batch of answers is used in two steps
+    points = sampled.with_components(
+        [{"step": step, "loss": 0.0} for step in (1, 2, 3, 4)] + [{"step": 4, "validation_loss": 0.0}], NAMES
+    )
     assert [point.get(NAMES[1]) for point in points] == [1.0, 1.0, 2.5, 2.5, None]
-    assert len({(point["reward"], point["response_length"], point["unfinished"]) for point in points[:2]}) == 1, "of the same answers"
+    assert len({(point["reward"], point["response_length"], point["unfinished"]) for point in points[:2]}) == 1, (
+        "of the same answers"
+    )
     [own] = sampled.with_components([{"step": 1, "loss": 0.0, "reward": 9.0}], NAMES)
     assert own["reward"] == 9.0
 
@@ -114,7 +132,9 @@ def test_an_audit_counts_the_answers_and_names_their_rewards(names: list[str], t
     lock = project.lock([("cats", "train", "data/sources/faq.jsonl"), ("dogs", "train", "data/sources/faq.jsonl")])
     sampled = filled({identity("cats"): [1.0, 2.0]}, {identity("dogs"): [0.0, 0.0, 1.0]})
     if not names:
-        sampled.rows = [{key: value for key, value in row.items() if key not in NAMES} | {"reward": None} for row in sampled.rows]
+        sampled.rows = [
+            {key: value for key, value in row.items() if key not in NAMES} | {"reward": None} for row in sampled.rows
+        ]
     files = {"adapter_model.safetensors": b"weights", "examples.parquet": project_evidence(lock, project)}
     for name, part in {"answers-00000": sampled.rows[:3], "answers-00001": sampled.rows[3:]}.items():
         files[f"answers/{name}.parquet"] = table(part, schema(names))

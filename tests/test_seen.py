@@ -35,7 +35,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def point(step: int) -> dict[str, float]:
-    return {"step": step, "loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens": 10 * step, "tokens_per_second": 99.5}
+    return {
+        "step": step,
+        "loss": 1 / step,
+        "learning_rate": 1e-3,
+        "grad_norm": 2.0,
+        "tokens": 10 * step,
+        "tokens_per_second": 99.5,
+    }
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -67,7 +74,9 @@ def test_a_live_table_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "live").iterdir()) == sorted(f"{name}.csv" for name in LIVE)
 
 
-def test_a_live_table_is_throttled_completed_at_the_end_and_never_mixed_with_an_earlier_training(tmp_path: Path) -> None:
+def test_a_live_table_is_throttled_completed_at_the_end_and_never_mixed_with_an_earlier_training(
+    tmp_path: Path,
+) -> None:
     live_writer(tmp_path)([{"step": 1, "validation_loss": 1.0}], now=True)
     show = live_writer(tmp_path, every=60)
     assert not tmp_path.exists()
@@ -86,7 +95,9 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
 
 def observations(instance: dg.DagsterInstance) -> list[dict[str, Any]]:
     records = instance.fetch_observations(LORA, limit=100).records
-    return [{name: value.value for name, value in record.asset_observation.metadata.items()} for record in reversed(records)]
+    return [
+        {name: value.value for name, value in record.asset_observation.metadata.items()} for record in reversed(records)
+    ]
 
 
 def live_of(root: Path) -> Path:
@@ -112,7 +123,9 @@ def test_live_data_is_shown_in_both_front_ends_and_changes_no_status(
     measured = json.loads((root / "data/pages/adapter/lora/measured.json").read_text())
     assert event.metadata["tokens_per_second"].value == measured["tokens_per_second"]
     assert "tokens_per_second" not in (root / state.report).read_text()
-    (root / "data/pages/adapter/lora/measured.json").write_text(json.dumps({**measured, "output_sha256": "of another version"}))
+    (root / "data/pages/adapter/lora/measured.json").write_text(
+        json.dumps({**measured, "output_sha256": "of another version"})
+    )
     assert "tokens_per_second" not in describe(root, state)
     sync(root, instance, small_pipeline.PIPELINE)
     assert sync(root, instance, small_pipeline.PIPELINE) == []
@@ -126,7 +139,9 @@ def test_live_data_is_shown_in_both_front_ends_and_changes_no_status(
     before = small_pipeline.changed_in_dvc(root)
     monkeypatch.setenv("STEPS", "100")
     shutil.rmtree(live_of(root))
-    process = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q", "-s", "adapter@lora"], cwd=root, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "-q", "-s", "adapter@lora"], cwd=root, start_new_session=True
+    )
     while not (live_of(root) / "tokens_per_second.csv").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -139,7 +154,9 @@ def test_live_data_is_shown_in_both_front_ends_and_changes_no_status(
     assert small_pipeline.changed_in_dvc(root) == before
 
 
-def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_text_is_harmless(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_text_is_harmless(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     from dagster_project.core.context import StageContext
     from dagster_project.core.params import Compute
     from dagster_project.core.records import write_table
@@ -148,18 +165,32 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
     from dagster_project.stages import adapter
     from dagster_project.stages.tokenized import row_schema
 
-    row = {"example_ids": ["a"], "input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "weights": [0.0, 1.0, 1.0, 1.0], "lengths": [4]}
+    row = {
+        "example_ids": ["a"],
+        "input_ids": [5, 6, 7, 8],
+        "labels": [-100, 6, 7, 8],
+        "weights": [0.0, 1.0, 1.0, 1.0],
+        "lengths": [4],
+    }
     for split in ("train", "validation"):
         write_table(tmp_path / "data/tokenized" / f"{split}.parquet", [row], row_schema())
     said = "<script>alert(1)</script> ⟦its answer⟧"
-    (tmp_path / "data/tokenized/audit.json").write_text(json.dumps({"examples": [{"source": "faq.jsonl", "text": said}]}))
+    (tmp_path / "data/tokenized/audit.json").write_text(
+        json.dumps({"examples": [{"source": "faq.jsonl", "text": said}]})
+    )
     params = adapter.Params(peft={"r": 4, "target_modules": "all-linear"}, num_train_epochs=3, learning_rate=1e-2)
     compute = Compute(threads=1, dtype="float32")
     shutil.copytree(tiny_model, tmp_path / "data/base_model")
     values = {"adapter": {"mine": params.model_dump(exclude_unset=True)}, "compute": compute.model_dump()}
     ctx = StageContext(tmp_path, "adapter", "mine", tmp_path / "scratch", values, {"adapter": "adapter"})
     report = run_with_pages(ctx, PEDIGREE)
-    names = {"peak_memory_bytes", "predicted_memory_bytes", "prediction_error_percent", "training_seconds", "tokens_per_second"}
+    names = {
+        "peak_memory_bytes",
+        "predicted_memory_bytes",
+        "prediction_error_percent",
+        "training_seconds",
+        "tokens_per_second",
+    }
     assert set(report.measured) == names and not names & set(report.document())
     predicted, peak = report.measured["predicted_memory_bytes"], report.measured["peak_memory_bytes"]
     assert report.measured["prediction_error_percent"] == pytest.approx(100 * (predicted - peak) / peak, abs=0.1)
@@ -188,7 +219,13 @@ def test_a_method_whose_memory_depends_on_weights_has_no_prediction(tiny_model: 
     from dagster_project.training.planning.hints import forecast_training
 
     params = adapter.Params(method="waveft", peft={"n_frequency": 100})
-    row = {"example_ids": ["a"], "input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "weights": [0.0, 1.0, 1.0, 1.0], "lengths": [4]}
+    row = {
+        "example_ids": ["a"],
+        "input_ids": [5, 6, 7, 8],
+        "labels": [-100, 6, 7, 8],
+        "weights": [0.0, 1.0, 1.0, 1.0],
+        "lengths": [4],
+    }
     for split in ("train", "validation"):
         write_table(tmp_path / f"{split}.parquet", [row], row_schema())
     forecast = forecast_training(params, tmp_path, tiny_model, 1, (torch.device("cpu"), torch.float32), "adapter.x")

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-HEAVY = ("torch", "transformers", "datasets", "great_expectations", "trl", "peft", "pandera", "sklearn", "pyarrow", "polars", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "great_expectations",
+    "trl",
+    "peft",
+    "pandera",
+    "sklearn",
+    "pyarrow",
+    "polars",
+    "matplotlib",
+)
 
 
 def test_dagster_selects_assets_by_name_despite_the_older_parser_of_dvc() -> None:
@@ -37,7 +49,9 @@ def test_freshness_of_the_comparison_is_an_example_that_is_off(tmp_path: Path, m
 
 
 def test_loading_the_definitions_imports_no_heavy_library() -> None:
-    code = f"import sys, json, dagster_project.definitions; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    code = (
+        f"import sys, json, dagster_project.definitions; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 
@@ -54,17 +68,26 @@ print(json.dumps([m for m in {(*HEAVY, "dagster", "dvc")!r} if m in sys.modules]
 
 
 def test_the_top_level_is_the_designs() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert {name.split("/")[0] for name in tracked} <= {
-        "pyproject.toml", "README.md", "Makefile", "dagster_project", "data", "dvc.yaml", "dvc.lock", "params.yaml", "tests", "workspace.yaml",
-        "docs", "deploy", "examples", "benchmarks", ".ci", "CHANGELOG.md", ".dvc", ".dvcignore", ".gitattributes", ".gitignore", "LICENSE", "requirements.lock",
-        "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CITATION.cff", "AGENTS.md", "Dockerfile", ".dockerignore", "mkdocs.yml",
+        "pyproject.toml", "README.md", "Makefile", "dagster_project", "data", "dvc.yaml", "dvc.lock", "params.yaml",
+        "tests", "workspace.yaml",
+        "docs", "deploy", "examples", "benchmarks", ".ci", "CHANGELOG.md", ".dvc", ".dvcignore", ".gitattributes",
+        ".gitignore", "LICENSE", "requirements.lock",
+        "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CITATION.cff", "AGENTS.md", "Dockerfile",
+        ".dockerignore", "mkdocs.yml",
         ".github", ".pre-commit-config.yaml",
     }  # fmt: skip
 
 
 def test_the_workspace_file_loads_the_code_location(tmp_path) -> None:
-    done = run([sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"], ROOT, DAGSTER_HOME=str(tmp_path))
+    done = run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],
+        ROOT,
+        DAGSTER_HOME=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
 
 

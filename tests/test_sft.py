@@ -1,4 +1,5 @@
-"""Training: packed examples are strangers to each other, the loss is the one that is documented, and runs repeat byte for byte."""
+"""Training: packed examples are strangers to each other, the loss is the one
+that is documented, and runs repeat byte for byte."""
 
 from __future__ import annotations
 
@@ -61,11 +62,9 @@ def weighted_mean(losses: list[tuple[float, float]]) -> float:
     return sum(loss * weight for loss, weight in losses) / sum(weight for _, weight in losses)
 
 
-SHORT, LONG, OTHER = (
-    example([5, 6, 7, 8, 9], 2, weight=0.5),
-    example([9, 8, 7, 20, 30, 40, 50], 3, weight=2.0),
-    example([50, 60, 70, 80], 1),
-)
+SHORT = example([5, 6, 7, 8, 9], 2, weight=0.5)
+LONG = example([9, 8, 7, 20, 30, 40, 50], 3, weight=2.0)
+OTHER = example([50, 60, 70, 80], 1)
 
 
 def test_positions_restart_for_each_example_and_its_first_token_has_no_label() -> None:
@@ -91,10 +90,12 @@ def test_positions_restart_for_each_example_and_its_first_token_has_no_label() -
 
 
 def varlen_attn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor, max_q: int, max_k: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int,
     *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """What torch's flash attention for rows of several lengths computes, of which a CPU has none: (tokens, heads, size), fewer heads in key and value."""
+    """What torch's flash attention for rows of several lengths computes, of
+    which a CPU has none: (tokens, heads, size), fewer heads in key and value."""
     bounds = cu_seq_q.tolist()
     assert (bounds, max_q) == (cu_seq_k.tolist(), max_k) and max_q == max(b - a for a, b in pairwise(bounds))
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16
@@ -137,7 +138,9 @@ def test_the_hardware_chooses_the_attention(
 
 
 @pytest.mark.parametrize("lacks", ["cuda", "the kernel", "its keys"])
-def test_where_torch_lacks_flash_attention_one_call_with_a_mask_is_chosen(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+def test_where_torch_lacks_flash_attention_one_call_with_a_mask_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
     from torch.nn.attention import varlen
 
     an_ampere_gpu(monkeypatch)
@@ -150,7 +153,9 @@ def test_where_torch_lacks_flash_attention_one_call_with_a_mask_is_chosen(monkey
     assert attention_for(torch.device("cuda"), torch.bfloat16) == "sdpa"
 
 
-def test_flash_attention_gets_the_arguments_of_the_other_implementations(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_gets_the_arguments_of_the_other_implementations(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     an_ampere_gpu(monkeypatch)
     batch, found = collate_packed([packed(SHORT, LONG), OTHER]), {}
     batch.pop("labels")
@@ -171,17 +176,22 @@ def test_flash_attention_gets_the_arguments_of_the_other_implementations(model: 
             )
     size = found["by_example"].abs().max()
     torch.testing.assert_close(found["varlen"] / size, found["by_example"] / size, atol=0.02, rtol=0)
-    assert (found["by_example"][0, 5:7] - found["by_example"][0, 0:2]).abs().max() / size > 0.1, "all tokens are alike, so nothing is shown"
+    assert (found["by_example"][0, 5:7] - found["by_example"][0, 0:2]).abs().max() / size > 0.1, (
+        "all tokens are alike, so nothing is shown"
+    )
 
 
 def test_flash_attention_respects_the_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
     monkeypatch.setattr(
-        "torch.nn.attention.varlen.varlen_attn", lambda q, *_, window_size, **__: asked.update(window=window_size) or torch.zeros_like(q)
+        "torch.nn.attention.varlen.varlen_attn",
+        lambda q, *_, window_size, **__: asked.update(window=window_size) or torch.zeros_like(q),
     )
     states = torch.zeros(1, 2, 3, 8)
     for sliding_window, window in ((None, (-1, 0)), (4, (3, 0))):
-        attention._attend_at_once(None, states, states, states, None, 1.0, torch.tensor([0, 3]), 3, sliding_window=sliding_window)
+        attention._attend_at_once(
+            None, states, states, states, None, 1.0, torch.tensor([0, 3]), 3, sliding_window=sliding_window
+        )
         assert asked == {"window": window}
 
 
@@ -211,11 +221,14 @@ def test_padded_examples_have_the_logits_of_single_examples(model: Any) -> None:
 def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SftParams(use_liger_kernel=True)
     with pytest.raises(
-        InputError, match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install 'pedigree-llm[gpu]'")
+        InputError,
+        match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install 'pedigree-llm[gpu]'"),
     ):
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
     monkeypatch.setattr(sft, "find_spec", lambda _: True)
-    with pytest.raises(InputError, match=re.escape("adapter.x.use_liger_kernel: Liger's kernels run on a GPU, and there is none")):
+    with pytest.raises(
+        InputError, match=re.escape("adapter.x.use_liger_kernel: Liger's kernels run on a GPU, and there is none")
+    ):
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
 
 
@@ -225,11 +238,17 @@ def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatc
         ("inverse_sqrt", {"timescale": 0}, "division by zero"),
         ("polynomial", {"power": "2"}, "unsupported operand"),
         ("cosine_with_min_lr", {"min_lr": 1.0}, "the rate would not stay between 0 and learning_rate"),
-        ("warmup_stable_decay", {"num_decay_steps": 100}, "num_decay_steps: 100, and 18 of 20 steps follow the warm-up"),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 100},
+            "num_decay_steps: 100, and 18 of 20 steps follow the warm-up",
+        ),
         ("constant", {"num_cycles": 2}, "constant has no keys"),
     ],
 )
-def test_keys_of_a_schedule_that_would_fail_or_mislead_in_the_training_are_refused(kind: Any, keys: dict[str, Any], said: str) -> None:
+def test_keys_of_a_schedule_that_would_fail_or_mislead_in_the_training_are_refused(
+    kind: Any, keys: dict[str, Any], said: str
+) -> None:
     recipe = SftParams(lr_scheduler_type=kind, lr_scheduler_kwargs=keys)
     with pytest.raises(InputError, match=re.escape(f"adapter.x.lr_scheduler_kwargs: {said}")):
         refuse_mistakes(recipe, "adapter.x", [[3]] * 10, validates=True)
@@ -244,9 +263,13 @@ def test_a_constant_schedule_has_no_warm_up() -> None:
 
 
 def test_a_warmup_that_does_not_end_is_named() -> None:
-    assert unreached_rate(10, SftParams(warmup_steps=40)).endswith("a training of 10; the rate reaches 22% of learning_rate")
+    assert unreached_rate(10, SftParams(warmup_steps=40)).endswith(
+        "a training of 10; the rate reaches 22% of learning_rate"
+    )
     assert "reaches 90%" in unreached_rate(10, SftParams(warmup_steps=10))
-    assert not any(unreached_rate(10, SftParams(**keys)) for keys in ({"warmup_steps": 9}, {}, {"lr_scheduler_type": "constant"}))  # type: ignore[arg-type]
+    assert not any(
+        unreached_rate(10, SftParams(**keys)) for keys in ({"warmup_steps": 9}, {}, {"lr_scheduler_type": "constant"})
+    )  # type: ignore[arg-type]
 
 
 def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(
@@ -266,7 +289,11 @@ def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(
     package.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": kernels}  # type: ignore[attr-defined]
     whole = ModuleType("liger_kernel.transformers")
     whole._apply_liger_kernel_to_instance = kernels  # type: ignore[attr-defined]
-    for name, module in (("", ModuleType("liger_kernel")), (".transformers", whole), (".transformers.monkey_patch", package)):
+    for name, module in (
+        ("", ModuleType("liger_kernel")),
+        (".transformers", whole),
+        (".transformers.monkey_patch", package),
+    ):
         monkeypatch.setitem(sys.modules, f"liger_kernel{name}", module)
     monkeypatch.setattr(integration, "is_liger_kernel_available", lambda: True)
     wanted = weighted_mean([loss for one in (SHORT, LONG) for loss in losses_alone(model, one)])
@@ -284,7 +311,9 @@ def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(
 def test_the_training_loss_is_the_weighted_mean_cross_entropy_of_the_batch(model: Any, tiny_tokenizer: Any) -> None:
     wanted = weighted_mean([loss for one in (SHORT, LONG, OTHER) for loss in losses_alone(model, one)])
     recipe = SftParams(per_device_train_batch_size=2, num_train_epochs=1)
-    curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([packed(SHORT, LONG), OTHER]), None, recipe, COMPUTE).curve
+    curve = train(
+        tunable(model), tiny_tokenizer, Dataset.from_list([packed(SHORT, LONG), OTHER]), None, recipe, COMPUTE
+    ).curve
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
 
@@ -313,7 +342,13 @@ def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(m
         (5, SftParams(max_steps=3)),
         (2, SftParams(num_train_epochs=1, max_steps=6)),
     ],
-    ids=["plain", "batch and accumulation", "accumulation that does not divide", "max_steps stops early", "max_steps beyond the epochs"],
+    ids=[
+        "plain",
+        "batch and accumulation",
+        "accumulation that does not divide",
+        "max_steps stops early",
+        "max_steps beyond the epochs",
+    ],
 )
 def test_steps_predicts_the_number_of_steps(model: Any, tiny_tokenizer: Any, rows: int, recipe: SftParams) -> None:
     curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([OTHER] * rows), None, recipe, COMPUTE).curve
@@ -331,7 +366,8 @@ def tokenized(tmp_path: Path, tiny_tokenizer: Any) -> Path:
 
 
 def tune(
-    tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2, rate: float = 1e-2,
+    tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2,
+    rate: float = 1e-2,
     live: Path | None = None, planned: bool = False, **recipe: Any,
 ) -> Any:  # fmt: skip
     params = adapter.Params(method=method, peft=peft, num_train_epochs=epochs, learning_rate=rate, **recipe)
@@ -339,7 +375,8 @@ def tune(
     if planned:
         hints = forecast_training(params, tokenized, tiny_model, 1, hardware.prepare(COMPUTE), "adapter.x").hints
     return adapter.produce(
-        "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv", checkpoints=out.parent / "checkpoints",
+        "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv",
+        checkpoints=out.parent / "checkpoints",
         live=live, hints=hints,
     )  # fmt: skip
 
@@ -349,7 +386,13 @@ def test_two_trainings_give_identical_bytes(tokenized: Path, tiny_model: Path, t
     torch.rand(7)
     tune(tokenized, tiny_model, tmp_path / "second")
     first, second = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("first", "second"))
-    assert set(first) == {"adapter_config.json", "adapter_model.safetensors", "method.json", "training.json", "examples.parquet"}
+    assert set(first) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "method.json",
+        "training.json",
+        "examples.parquet",
+    }
     assert first == second
     assert not (tmp_path / "checkpoints").exists()
 
@@ -361,14 +404,25 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
     given_back: list[bool] = []
     monkeypatch.setattr(sft, "memory_trimmer", lambda: lambda *_: given_back.append(True))
     enable = PreTrainedModel.activation_checkpointing_enable
-    monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", lambda self, *a, **k: on.append(True) or enable(self, *a, **k))
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "activation_checkpointing_enable",
+        lambda self, *a, **k: on.append(True) or enable(self, *a, **k),
+    )
     found = []
     with caplog.at_level("INFO", "pedigree"):
         for name, free in (("roomy", 10**12), ("tight", 0)):
             monkeypatch.setattr(planning_hints, "available_memory", lambda device, processes=1, free=free: free)
             on.clear()
             given_back.clear()
-            tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live", planned=True)
+            tune(
+                tokenized,
+                tiny_model,
+                tmp_path / name,
+                peft={**LORA, "lora_dropout": 0.3},
+                live=tmp_path / "live",
+                planned=True,
+            )
             assert bool(on) is (name == "tight")
             assert bool(given_back) is (name == "tight" and not torch.cuda.is_available())
             found.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
@@ -403,7 +457,17 @@ def test_the_best_weights_of_adalora_keep_their_ranks(tokenized: Path, tiny_mode
     [row, _] = read_table(tokenized / "train.parquet")
     contrary = [label if label == IGNORE else 3 for label in row["labels"]]
     write_table(tokenized / "validation.parquet", [{**row, "labels": contrary}], row_schema())
-    tune(tokenized, tiny_model, tmp_path / "x", "adalora", ranks, epochs=6, rate=0.1, load_best_model_at_end=True, merge=False)
+    tune(
+        tokenized,
+        tiny_model,
+        tmp_path / "x",
+        "adalora",
+        ranks,
+        epochs=6,
+        rate=0.1,
+        load_best_model_at_end=True,
+        merge=False,
+    )
     proof = json.loads((tmp_path / "x" / "training.json").read_text())
     assert 0 < proof["best_step"] < proof["steps"] == 12
     left = sum(one["after"] for one in proof["ranks"].values())
@@ -423,7 +487,9 @@ def test_a_tracker_gets_the_curve_and_changes_no_byte(
     [events] = (path for path in (tmp_path / "logs").rglob("*") if path.is_file())
     for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"):
         assert tag.encode() in events.read_bytes()
-    watched, alone = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone"))
+    watched, alone = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone")
+    )
     assert watched == alone
 
 
@@ -438,11 +504,15 @@ def test_mlflow_gets_the_curve_and_changes_no_byte(
         tune(tokenized, tiny_model, tmp_path / name, report_to=tracker)
     [run] = client.search_runs([one.experiment_id for one in client.search_experiments()])
     assert {"loss", "learning_rate", "grad_norm", "eval_loss"} <= run.data.metrics.keys()
-    watched, alone = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone"))
+    watched, alone = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone")
+    )
     assert watched == alone
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (190, "3:10"), (3599.6, "1:00:00"), (36_605, "10:10:05")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (190, "3:10"), (3599.6, "1:00:00"), (36_605, "10:10:05")]
+)
 def test_a_duration_has_minutes_and_seconds_and_from_one_hour_on_hours(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
 
@@ -495,7 +565,9 @@ def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_thread
     def identity(compute: Compute = COMPUTE, **recipe: Any) -> dict[str, str]:
         params = adapter.Params(peft=LORA, **recipe)
         with pytest.raises(Found) as found:
-            adapter.produce("x", params, compute, tokenized, model, tmp_path / "x", tmp_path / "x.csv", tmp_path / "checkpoints")
+            adapter.produce(
+                "x", params, compute, tokenized, model, tmp_path / "x", tmp_path / "x.csv", tmp_path / "checkpoints"
+            )
         return {part: value for part, value in found.value.args[0].items() if part != "weights at the start"}
 
     def edit(file: Path) -> None:
@@ -531,14 +603,21 @@ def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_thread
         assert differs() == changed
 
 
-def test_the_weight_audit_reports_what_changed_and_what_did_not(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_weight_audit_reports_what_changed_and_what_did_not(
+    tokenized: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     report = tune(tokenized, tiny_model, tmp_path / "adapter")
     proof = json.loads((tmp_path / "adapter" / "training.json").read_text())
-    assert {kind: (group["tensors"], group["moved"]) for kind, group in proof["trained"].items()} == {"lora_A": (6, 6), "lora_B": (6, 6)}
+    assert {kind: (group["tensors"], group["moved"]) for kind, group in proof["trained"].items()} == {
+        "lora_A": (6, 6),
+        "lora_B": (6, 6),
+    }
     learnt = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    b_norm = sum(float(tensor.double().square().sum()) for name, tensor in learnt.items() if "lora_B" in name) ** 0.5  # B begins at zero
+    b_norm = (
+        sum(float(tensor.double().square().sum()) for name, tensor in learnt.items() if "lora_B" in name) ** 0.5
+    )  # B begins at zero
     assert proof["trained"]["lora_B"]["norm_of_change"] == pytest.approx(b_norm, rel=1e-5)
     assert proof["frozen"]["sha256_before"] == proof["frozen"]["sha256_after"]
     assert (proof["steps"], proof["loss"]["last"]) == (4, pytest.approx(report.metrics["loss"], abs=1e-4))
@@ -565,7 +644,9 @@ def test_the_examples_are_listed_in_the_order_seen(tmp_path: Path, tiny_model: P
     for epoch in (1, 2):
         assert sorted(row["example_id"] for row in seen if row["epoch"] == epoch) == ["a", "b", "c", "d"]
     for step in (1, 2, 3, 4):
-        assert [row["position"] for row in seen if row["step"] == step] == list(range(sum(row["step"] == step for row in seen)))
+        assert [row["position"] for row in seen if row["step"] == step] == list(
+            range(sum(row["step"] == step for row in seen))
+        )
     ids = [row["example_id"] for row in seen]
     assert ids.index("b") == ids.index("a") + 1, "a row's examples stand side by side"
     sizes = {"a": 5, "b": 7, "c": 4, "d": 5}
@@ -579,7 +660,9 @@ def test_the_examples_are_listed_in_the_order_seen(tmp_path: Path, tiny_model: P
 
 
 def test_a_group_of_weights_without_change_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
-    report = tune(tokenized, tiny_model, tmp_path / "adapter", max_steps=1, warmup_steps=0)  # B is zero, so A's first gradient is
+    report = tune(
+        tokenized, tiny_model, tmp_path / "adapter", max_steps=1, warmup_steps=0
+    )  # B is zero, so A's first gradient is
     failed = report.failures[0]
     assert failed.name == "trained_what_it_should" and failed.note.startswith(
         "did not move: lora_A; 1 of 1 steps had a learning rate above 0"
@@ -587,7 +670,9 @@ def test_a_group_of_weights_without_change_blocks(tokenized: Path, tiny_model: P
     assert (tmp_path / "checkpoints").exists()
 
 
-def test_a_frozen_weight_that_changes_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_weight_that_changes_blocks(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = fit.train
 
     def meddling(tunable: PreparedModel, *rest: Any) -> Any:
@@ -600,7 +685,9 @@ def test_a_frozen_weight_that_changes_blocks(tokenized: Path, tiny_model: Path, 
     assert (failed.name, failed.note) == ("trained_what_it_should", "a frozen weight changed")
 
 
-def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_examples(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_examples(
+    tokenized: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     bad = SHORT | {"example_ids": ["bad"], "weights": [float("nan")] * 5}
     write_table(tmp_path / "tokenized" / "train.parquet", [*([OTHER] * 3), bad], row_schema())
     report = tune(tokenized, tiny_model, tmp_path / "adapter", epochs=1)
@@ -670,7 +757,9 @@ def test_a_full_disk_is_reported_before_training(
     tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**15))
-    with pytest.raises(PedigreeError, match=r"adapter.x: checkpoints and output need about 0 MiB of disk, and 0 MiB are free in"):
+    with pytest.raises(
+        PedigreeError, match=r"adapter.x: checkpoints and output need about 0 MiB of disk, and 0 MiB are free in"
+    ):
         tune(tokenized, tiny_model, tmp_path / "adapter")
 
 
@@ -689,7 +778,13 @@ def test_all_mistakes_are_reported_before_the_model_is_loaded(tokenized: Path, t
     with pytest.raises(InputError) as refusal:
         refuse_mistakes(recipe, "adapter.x", lengths, validates=False)
     places = [line.split(":")[1].strip() for line in refusal.value.what.splitlines()]
-    wanted = ["lr_scheduler_kwargs", "early_stopping_patience", "load_best_model_at_end", "group_by_length", "report_to"]
+    wanted = [
+        "lr_scheduler_kwargs",
+        "early_stopping_patience",
+        "load_best_model_at_end",
+        "group_by_length",
+        "report_to",
+    ]
     assert places == [f"adapter.x.{key}" for key in wanted]
     assert "wandb is not installed" in refusal.value.what
 
@@ -700,7 +795,12 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(
 ) -> None:
     ids = list(range(10, 30))
     write_table(tokenized / "validation.parquet", [example(ids, 2)], row_schema())  # nothing that train teaches
-    recipe: dict[str, Any] = {"epochs": 40, "rate": 0.3, "early_stopping_patience": 2, "load_best_model_at_end": load_best}
+    recipe: dict[str, Any] = {
+        "epochs": 40,
+        "rate": 0.3,
+        "early_stopping_patience": 2,
+        "load_best_model_at_end": load_best,
+    }
     report = tune(tokenized, tiny_model, tmp_path / "adapter", **recipe)
     watched = report.metrics["validation_loss"]
     best = min(range(1, len(watched)), key=lambda i: watched[i])
@@ -720,14 +820,18 @@ def test_the_best_epochs_weights_are_the_ones_kept(model: Any, tiny_tokenizer: A
     assert sum(alone) / len(alone) == pytest.approx(loss, abs=1e-4)
 
 
-def test_label_smoothing_gives_the_documented_loss_and_does_not_affect_validation(model: Any, tiny_tokenizer: Any) -> None:
+def test_label_smoothing_gives_the_documented_loss_and_does_not_affect_validation(
+    model: Any, tiny_tokenizer: Any
+) -> None:
     with torch.no_grad():
         scores = model(torch.tensor([OTHER["input_ids"]])).logits[0].log_softmax(-1)
     targets = [(scores[i - 1], t) for i, t in enumerate(OTHER["labels"]) if t != IGNORE]
     plain = sum(-float(row[t]) for row, t in targets) / 3
     spread = sum(-float(row.mean()) for row, _ in targets) / 3
     rows = Dataset.from_list([OTHER])
-    course = train(tunable(model), tiny_tokenizer, rows, rows, SftParams(label_smoothing_factor=0.2, num_train_epochs=1), COMPUTE)
+    course = train(
+        tunable(model), tiny_tokenizer, rows, rows, SftParams(label_smoothing_factor=0.2, num_train_epochs=1), COMPUTE
+    )
     assert course.losses == pytest.approx([0.8 * plain + 0.2 * spread], abs=1e-4)
     assert course.validation[0][1] == pytest.approx(plain, abs=1e-4)
 
@@ -822,8 +926,11 @@ def test_a_target_that_the_model_lacks_is_refused(tokenized: Path, tiny_model: P
 
 @pytest.mark.parametrize(
     ("method", "peft", "group"),
-    [("lora", LORA | {"target_modules": ["lm_head", "q_proj"]}, "lora_B"), ("trainable_tokens", {"token_indices": [5, 6]}, "trainable_tokens_delta")],
-)  # fmt: skip
+    [
+        ("lora", LORA | {"target_modules": ["lm_head", "q_proj"]}, "lora_B"),
+        ("trainable_tokens", {"token_indices": [5, 6]}, "trainable_tokens_delta"),
+    ],
+)
 def test_an_adapter_of_the_output_layer_is_trained(
     method: str, peft: dict[str, Any], group: str, tokenized: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -837,16 +944,23 @@ def test_an_adapter_of_a_shared_weight_that_cannot_be_merged_is_refused_before_t
     name: str, tokenized: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        InputError, match=r"adapter.x.peft: this adapter cannot be merged: word embeddings and output layer .* share one weight"
+        InputError,
+        match=r"adapter.x.peft: this adapter cannot be merged: word embeddings and output layer .* share one weight",
     ):
         tune(tokenized, tiny_model, tmp_path / "adapter", peft={"target_modules": ["q_proj", name]})
 
 
-def test_a_saved_adapter_has_a_sorted_configuration_without_absolute_paths(tiny_model: Path, tmp_path: Path, model: Any) -> None:
+def test_a_saved_adapter_has_a_sorted_configuration_without_absolute_paths(
+    tiny_model: Path, tmp_path: Path, model: Any
+) -> None:
     from peft import get_peft_model
 
     model.config._name_or_path = str(tiny_model)
-    save_adapter(get_peft_model(model, peft_config("lora", LORA, "adapter.x")), tmp_path / "adapter", base_model="data/base_model")
+    save_adapter(
+        get_peft_model(model, peft_config("lora", LORA, "adapter.x")),
+        tmp_path / "adapter",
+        base_model="data/base_model",
+    )
     text = (tmp_path / "adapter" / "adapter_config.json").read_text()
     config = json.loads(text)
     assert config["base_model_name_or_path"] == "data/base_model"
@@ -856,10 +970,16 @@ def test_a_saved_adapter_has_a_sorted_configuration_without_absolute_paths(tiny_
 
 
 def test_too_few_steps_for_every_weight_to_move_are_the_reason_that_the_check_names() -> None:
-    """Of two steps with a warm-up, the first has a rate of 0, and lora_A moves from the step after the first that moves lora_B."""
-    groups = {name: {"tensors": 1, "moved": moved, "norm_of_change": float(moved)} for name, moved in (("lora_A", 0), ("lora_B", 1))}
+    """Of two steps with a warm-up, the first has a rate of 0, and lora_A moves
+    from the step after the first that moves lora_B."""
+    groups = {
+        name: {"tensors": 1, "moved": moved, "norm_of_change": float(moved)}
+        for name, moved in (("lora_A", 0), ("lora_B", 1))
+    }
     change = WeightChange(groups, {"sha256_before": "a", "sha256_after": "a"})
-    points = [{"step": i, "loss": 0.1, "learning_rate": rate, "grad_norm": 0.5} for i, rate in enumerate((0.0, 1e-3, 1e-3), 1)]
+    points = [
+        {"step": i, "loss": 0.1, "learning_rate": rate, "grad_norm": 0.5} for i, rate in enumerate((0.0, 1e-3, 1e-3), 1)
+    ]
     few, enough = (adapter._moved(change, TrainingHistory(curve=points[:steps])) for steps in (2, 3))
     assert not few.passed and few.note.startswith("did not move: lora_A; 1 of 2 steps had a learning rate above 0")
     assert enough.note == "did not move: lora_A", "then the reason is another one"

@@ -82,7 +82,13 @@ def main() -> None:
         ("killed", 2, 2, {**FULL, **SHARDED}, lambda: at_pass(6, the_launcher_is_killed)),
         ("killed", 4, 2, {**FULL, **SHARDED}, None),
         ("killed", 2, 2, {**FULL, **SHARDED}, None),
-        ("stopped", 2, 2, {**LORA_TWO_EPOCHS, **SHARDED, "save_strategy": "no"}, lambda: at_pass(5, the_launcher_is_asked_to_stop)),
+        (
+            "stopped",
+            2,
+            2,
+            {**LORA_TWO_EPOCHS, **SHARDED, "save_strategy": "no"},
+            lambda: at_pass(5, the_launcher_is_asked_to_stop),
+        ),
         ("stopped", 2, 2, {**LORA_TWO_EPOCHS, **SHARDED, "save_strategy": "no"}, None),
     ):
 
@@ -159,7 +165,8 @@ def test_checkpointed_gradients_and_gathered_weights_change_no_bit(trained: Trai
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained) -> None:
     folder, ends = trained
     assert ends["killed"] == [-signal.SIGKILL, 2, 0], printed(folder, "killed")
-    assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove",
+    assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2,"
+                     r" or remove",
                      (folder / "killed.said").read_text())  # fmt: skip
     assert "resuming from the checkpoint of step 2 of 4" in (folder / "killed.log").read_text()
     assert output_files(folder, "killed") == output_files(folder, "full_sharded")
@@ -215,7 +222,9 @@ def other_process(work: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("recipe", [FULL, LORA, QLORA], ids=["full", "lora", "qlora"])
-def test_each_process_keeps_its_part_of_every_weight(recipe: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_keeps_its_part_of_every_weight(
+    recipe: dict[str, Any], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launching, "START_METHOD", "fork")
     here, together, whole = launch(2, __name__, {"model": str(tiny_model), "params": recipe})
     assert together == whole
@@ -234,7 +243,11 @@ def test_a_host_without_the_folder_of_checkpoints_is_named_when_the_first_is_wri
 @pytest.mark.parametrize(
     ("entry", "processes", "message"),
     [
-        ({"method": "lora"}, 1, "sharding: one process has nothing to share\nhint: set compute.processes, or leave it out"),
+        (
+            {"method": "lora"},
+            1,
+            "sharding: one process has nothing to share\nhint: set compute.processes, or leave it out",
+        ),
         ({"method": "dora"}, 2, "method: dora is not supported with sharding\nhint: use full, lora, rslora, qlora"),
         ({"method": "lora", "optim": "adafactor"}, 2, "optim: adafactor is not supported with sharding"),
         (
@@ -243,7 +256,11 @@ def test_a_host_without_the_folder_of_checkpoints_is_named_when_the_first_is_wri
             "learning_rate: trials run in one process, which the model does not fit\nhint: set a",
         ),
         ({"method": "full", "compile": "layers"}, 2, "compile: is not supported with sharding"),
-        ({"method": "qlora", "sharding": {"cpu_offload": True}}, 2, "sharding.cpu_offload: 4-bit weights are not supported on the CPU"),
+        (
+            {"method": "qlora", "sharding": {"cpu_offload": True}},
+            2,
+            "sharding.cpu_offload: 4-bit weights are not supported on the CPU",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused(entry: dict[str, Any], processes: int, message: str) -> None:
@@ -253,7 +270,8 @@ def test_what_is_not_supported_is_refused(entry: dict[str, Any], processes: int,
 
 
 LAYER, OUTSIDE = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64, 259 * 64 + 64
-"""Parameters of a layer of `tiny_model` (attention, MLP, norms), and of what is outside its layers (tied embeddings, norm)."""
+"""Parameters of a layer of `tiny_model` (attention, MLP, norms), and of what is
+outside its layers (tied embeddings, norm)."""
 PARAMETERS = 2 * LAYER + OUTSIDE
 
 
@@ -265,7 +283,9 @@ PARAMETERS = 2 * LAYER + OUTSIDE
         ({"fsdp": "full_shard", "cpu_offload": True}, 2, OUTSIDE + 2 * LAYER, 0),
     ],
 )
-def test_memory_per_gpu_is_predicted(settings: dict[str, Any], processes: int, weights: int, kept: int, tiny_model: Path) -> None:
+def test_memory_per_gpu_is_predicted(
+    settings: dict[str, Any], processes: int, weights: int, kept: int, tiny_model: Path
+) -> None:
     import torch
 
     # of this little row the peak is at the end of the backward pass

@@ -1,4 +1,5 @@
-"""Reward model, DPO, KTO and PPO with a model that is divided by FSDP2: they train like a whole one, and resume to the same bytes.
+"""Reward model, DPO, KTO and PPO with a model that is divided by FSDP2: they
+train like a whole one, and resume to the same bytes.
 
 Run as a script this file is where they train: it loads the libraries once and forks what else would be started anew.
 """
@@ -47,7 +48,8 @@ KTO: dict[str, Any] = {"method": "kto", **PAIRS, "num_train_epochs": 1, **ALIGNE
 PPO: dict[str, Any] = {
     "method": "ppo",
     "options": {
-        "total_episodes": 15, "batch_size": 8, "rollout_batch_size": 4, "mini_batch_size": 3, "gradient_accumulation_steps": 1,
+        "total_episodes": 15, "batch_size": 8, "rollout_batch_size": 4, "mini_batch_size": 3,
+        "gradient_accumulation_steps": 1,
         "response_length": 4, "learning_rate": 3e-3,
     },
     **ALIGNED,
@@ -56,7 +58,15 @@ PPO: dict[str, Any] = {
 
 QUANTIZED: dict[str, Any] = {"quantization": "nf4"}
 
-BOUNDS = {"judge": 2e-6, "full_judge": 2e-6, "dpo": 2e-6, "kto": 2e-6, "ppo": 2e-6, "four_bit_judge": 1e-3, "four_bit_dpo": 1e-3}
+BOUNDS = {
+    "judge": 2e-6,
+    "full_judge": 2e-6,
+    "dpo": 2e-6,
+    "kto": 2e-6,
+    "ppo": 2e-6,
+    "four_bit_judge": 1e-3,
+    "four_bit_dpo": 1e-3,
+}
 """Largest difference of a weight from the unsharded training; products with 4-bit weights are in bfloat16."""
 
 
@@ -66,13 +76,18 @@ def with_passes(recipe: dict[str, Any], passes: int) -> dict[str, Any]:
 
 
 def work(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any]) -> None:
-    """Run the stage in `count` processes. Its outputs, its report and the message of its error are written to folder/name*."""
-    out, checkpoints, compute = folder / name, folder / "checkpoints" / name, Compute(seed=3, threads=1, dtype="float32", processes=count)
+    """Run the stage in `count` processes. Its outputs, its report and the
+    message of its error are written to folder/name*."""
+    out = folder / name
+    checkpoints = folder / "checkpoints" / name
+    compute = Compute(seed=3, threads=1, dtype="float32", processes=count)
     pairs = folder / "preferences"
     try:
         if "model" in recipe:
             judged = reward_model.Params(**recipe)
-            report = reward_model.produce(judged, compute, pairs, model, out, out / "curve.csv", out / "calibration.csv", checkpoints)
+            report = reward_model.produce(
+                judged, compute, pairs, model, out, out / "curve.csv", out / "calibration.csv", checkpoints
+            )
         else:
             tuned = aligned.Params(**recipe)
             sources = aligned.Sources(pairs, folder / "judge", model)
@@ -214,15 +229,23 @@ def test_the_curves_and_the_evaluation_are_those_of_an_unsharded_training(traine
     rows = [(trained[0] / n / "curve.csv").read_text().splitlines() for n in (name, f"{name}_sharded")]
     assert rows[0][0] == rows[1][0] and len(rows[0]) == len(rows[1])
     for ours, theirs in zip(rows[0][1:], rows[1][1:], strict=True):
-        assert [float(x) for x in theirs.split(",") if x] == pytest.approx([float(x) for x in ours.split(",") if x], rel=1e-4, abs=1e-5)
+        assert [float(x) for x in theirs.split(",") if x] == pytest.approx(
+            [float(x) for x in ours.split(",") if x], rel=1e-4, abs=1e-5
+        )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "step"), [("judge", 2), ("ppo", 1)])
-def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained, name: str, step: int) -> None:
+def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(
+    trained: Trained, name: str, step: int
+) -> None:
     folder, ends = trained
-    assert [ends[f"{name}_killed"][0], ends[f"{name}_killed"][-1]] == [-signal.SIGKILL, 0], printed(folder, f"{name}_killed")
-    assert re.search(rf"resuming from the checkpoint of (step|iteration) {step}\b", (folder / f"{name}_killed.log").read_text())
+    assert [ends[f"{name}_killed"][0], ends[f"{name}_killed"][-1]] == [-signal.SIGKILL, 0], printed(
+        folder, f"{name}_killed"
+    )
+    assert re.search(
+        rf"resuming from the checkpoint of (step|iteration) {step}\b", (folder / f"{name}_killed.log").read_text()
+    )
     resumed, whole = output_files(folder, f"{name}_killed"), output_files(folder, f"{name}_sharded")
     without_settings(resumed, whole)
     assert resumed == whole
@@ -233,14 +256,18 @@ def test_another_number_of_processes_is_refused(trained: Trained) -> None:
     folder, ends = trained
     assert ends["judge_killed"][1] == 2, printed(folder, "judge_killed")
     said = (folder / "judge_killed.said").read_text()
-    assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove", said)
+    assert re.search(
+        r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove", said
+    )
 
 
 @pytest.mark.long
 def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -> None:
     folder, ends = trained
     assert ends["dpo_stopped"] == [130, 0], printed(folder, "dpo_stopped")
-    assert (folder / "dpo_stopped.said").read_text().startswith("interrupted at step 2; the next run resumes from there")
+    assert (
+        (folder / "dpo_stopped.said").read_text().startswith("interrupted at step 2; the next run resumes from there")
+    )
     resumed, whole = output_files(folder, "dpo_stopped"), output_files(folder, "dpo_sharded")
     without_settings(resumed, whole)
     assert resumed == whole
@@ -314,7 +341,9 @@ def test_processes_with_different_numbers_of_passes_compute_with_parts(
     assert sum(one["kept"] for one in found) == found[0]["whole"]
     assert max(one["kept"] for one in found) < 0.4 * found[0]["whole"]
     assert max(one["difference"] for one in found) < 1e-6
-    assert {one["trained"] for one in found} == {2 * 2 * 4 + 2}, "adapters of four matrices in two layers, and the value head"
+    assert {one["trained"] for one in found} == {2 * 2 * 4 + 2}, (
+        "adapters of four matrices in two layers, and the value head"
+    )
 
 
 # what is not supported
@@ -323,21 +352,41 @@ def test_processes_with_different_numbers_of_passes_compute_with_parts(
 @pytest.mark.parametrize(
     ("change", "processes", "message"),
     [
-        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", **SHARDED}}}, 1, "aligned.x.sharding: one process has nothing to share"),
-        ({"reward_model": {"model": "base_model", **SHARDED}}, 1, "reward_model.sharding: one process has nothing to share"),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", **SHARDED}}},
+            1,
+            "aligned.x.sharding: one process has nothing to share",
+        ),
+        (
+            {"reward_model": {"model": "base_model", **SHARDED}},
+            1,
+            "reward_model.sharding: one process has nothing to share",
+        ),
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", **SHARDED}}},
             2,
             "aligned.x.sharding: grpo needs the whole model in each process\nhint: use dpo, kto or ppo",
         ),
-        ({"aligned": {"x": {"method": "kto", "adapter": "lora", "optim": "adafactor", **SHARDED}}}, 2, "aligned.x.optim: adafactor"),
+        (
+            {"aligned": {"x": {"method": "kto", "adapter": "lora", "optim": "adafactor", **SHARDED}}},
+            2,
+            "aligned.x.optim: adafactor",
+        ),
         (
             {"reward_model": {"model": "base_model", **QUANTIZED, "sharding": {"cpu_offload": True}}},
             2,
             "reward_model.sharding.cpu_offload: 4-bit weights are not supported on the CPU",
         ),
-        ({"reward_model": {"model": "base_model", "method": "full", **QUANTIZED}}, 1, "reward_model.quantization: full computes with the"),
-        ({"reward_model": {"model": "base_model", "optim": "adamw_8bit", **SHARDED}}, 2, "reward_model.optim: adamw_8bit is not supported"),
+        (
+            {"reward_model": {"model": "base_model", "method": "full", **QUANTIZED}},
+            1,
+            "reward_model.quantization: full computes with the",
+        ),
+        (
+            {"reward_model": {"model": "base_model", "optim": "adamw_8bit", **SHARDED}},
+            2,
+            "reward_model.optim: adamw_8bit is not supported",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused(change: dict[str, Any], processes: int, message: str) -> None:
@@ -357,13 +406,25 @@ def test_without_sharding_and_quantization_they_are_not_among_the_settings() -> 
 
 
 @pytest.mark.long
-def test_a_reward_model_trained_on_four_bit_weights_is_saved_with_the_unquantized_ones(trained: Trained, tiny_model: Path) -> None:
+def test_a_reward_model_trained_on_four_bit_weights_is_saved_with_the_unquantized_ones(
+    trained: Trained, tiny_model: Path
+) -> None:
     import torch
     from safetensors.torch import load_file
 
     tuned, base = weights(trained, "four_bit_judge"), load_file(tiny_model / "model.safetensors")
-    assert torch.equal(tuned["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"]), "not trained"
-    assert 0 < float((tuned["model.layers.0.self_attn.q_proj.weight"] - base["model.layers.0.self_attn.q_proj.weight"]).abs().max()) < 0.5
+    assert torch.equal(tuned["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"]), (
+        "not trained"
+    )
+    assert (
+        0
+        < float(
+            (tuned["model.layers.0.self_attn.q_proj.weight"] - base["model.layers.0.self_attn.q_proj.weight"])
+            .abs()
+            .max()
+        )
+        < 0.5
+    )
 
 
 if __name__ == "__main__":

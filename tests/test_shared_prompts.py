@@ -1,4 +1,5 @@
-"""DPO and reward models read what two answers have in common once; losses, margins, gradients and weights are those of plain passes."""
+"""DPO and reward models read what two answers have in common once; losses,
+margins, gradients and weights are those of plain passes."""
 
 from __future__ import annotations
 
@@ -43,11 +44,17 @@ BETA = 0.3
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    return [{"prompt_ids": p, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i} for i, (p, chosen, rejected) in enumerate(pairs)]
+    return [
+        {"prompt_ids": p, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
+        for i, (p, chosen, rejected) in enumerate(pairs)
+    ]
 
 
 def judged_rows_of(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    return [{"chosen_ids": p + chosen, "rejected_ids": p + rejected, "margin": 0.1 * i} for i, (p, chosen, rejected) in enumerate(pairs)]
+    return [
+        {"chosen_ids": p + chosen, "rejected_ids": p + rejected, "margin": 0.1 * i}
+        for i, (p, chosen, rejected) in enumerate(pairs)
+    ]
 
 
 def randomized(model: Any, seed: int = 5) -> Any:
@@ -92,13 +99,17 @@ def test_a_common_beginning_is_in_the_row_once_and_positions_go_on_from_it() -> 
     assert [places[0].place(side, i) for side, n in ((0, 3), (1, 4)) for i in range(n)] == [0, 1, 2, 0, 1, 3, 4]
 
 
-def test_log_probabilities_and_gradients_are_those_of_one_pass_for_each_answer(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_and_gradients_are_those_of_one_pass_for_each_answer(
+    policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = randomized(policy), shared_prompts.collate_pairs(rows_of(PAIRS))
     monkeypatch.setattr(shared_prompts, "CHUNK", 5)
     weights = torch.linspace(-1, 2, 2 * len(PAIRS))  # each answer with its own gradient
     width = max(len(p) + len(answer) for p, *answers in PAIRS for answer in answers)
     with attending_by_pair(causal(model)):
-        found = shared_prompts.log_probabilities(model, input_ids=torch.zeros(2 * len(PAIRS), width), **batch).log_probs.sum(1)
+        found = shared_prompts.log_probabilities(
+            model, input_ids=torch.zeros(2 * len(PAIRS), width), **batch
+        ).log_probs.sum(1)
         (found * weights).sum().backward()
     gradients = trained_gradients(model)
     expected = torch.stack([plain_log_probability(model, p, answers[side]) for side in (0, 1) for p, *answers in PAIRS])
@@ -120,8 +131,14 @@ def test_rewards_and_gradients_are_those_of_one_pass_for_each_answer(judge: Any)
     assert_close(gradients, trained_gradients(model), 1e-5)
 
 
-ROUNDED = {"llama": {}, "mistral": {"sliding_window": 3}, "qwen3": {"head_dim": 8}, "phimoe": {"sliding_window": 3, "num_local_experts": 2}}
-PADDED = {"doge": {}, "gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0}, "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+ROUNDED = {
+    "llama": {},
+    "mistral": {"sliding_window": 3},
+    "qwen3": {"head_dim": 8},
+    "phimoe": {"sliding_window": 3, "num_local_experts": 2},
+}
+PADDED = {"doge": {}, "gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
           "nemotron": {"head_dim": 8}}  # fmt: skip
 
 
@@ -149,7 +166,9 @@ def test_models_with_other_attention_compute_the_same(kind: str) -> None:
     width = max(len(p) + len(answer) for p, *answers in PAIRS for answer in answers)
     with attending_by_pair(model):
         batch = shared_prompts.collate_pairs(rows_of(PAIRS))
-        found = shared_prompts.log_probabilities(model, input_ids=torch.zeros(2 * len(PAIRS), width), **batch).log_probs.sum(1)
+        found = shared_prompts.log_probabilities(
+            model, input_ids=torch.zeros(2 * len(PAIRS), width), **batch
+        ).log_probs.sum(1)
     expected = [float(plain_log_probability(model, p, answers[side])) for side in (0, 1) for p, *answers in PAIRS]
     assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-4)
     assert model.config._attn_implementation == "sdpa"
@@ -168,11 +187,14 @@ def test_a_model_whose_output_layer_is_trained_reads_padded_batches(tiny_model: 
     assert not shared_prompts.reads_prompts_once(model.model, "cpu")
 
 
-# ---- planning ---------------------------------------------------------------------------------------------------------------------------------
+# ---- planning
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["dpo", "orpo", "reward model"])
-def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, tiny_model: Path, policy: Any, judge: Any) -> None:
+def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(
+    kind: str, tiny_model: Path, policy: Any, judge: Any
+) -> None:
     pairs = [
         ([7 + n] * shared, [20] * first, [30] * second)
         for n, (shared, first, second) in enumerate([(40, 31, 25), (3, 60, 90), (50, 9, 70)])
@@ -182,12 +204,16 @@ def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, ti
     counted = sum(len(answer) for _, *answers in pairs for answer in answers) if kind != "reward model" else 0
     counted += sum(len(prompt) - 1 for prompt, *_ in pairs) if kind == "orpo" else 0
     lengths = [sum(size) for size in sizes]
-    spec = TrainingSpec("cpu", torch.float32, tiny_model, "lora", LORA, lengths, counted, pair_lengths=sizes, timed=False)
+    spec = TrainingSpec(
+        "cpu", torch.float32, tiny_model, "lora", LORA, lengths, counted, pair_lengths=sizes, timed=False
+    )
     predicted = spec.prediction.memory
     model, rows = (policy, rows_of(pairs)) if counted else (judge, judged_rows_of(pairs))
     batch = shared_prompts.collate_pairs(rows, kind == "orpo")
     assert not counted or len(batch["target"]) == counted
-    batch["input_ids"] = torch.zeros(2 * len(pairs), max(len(p) + len(answer) for p, *answers in pairs for answer in answers))
+    batch["input_ids"] = torch.zeros(
+        2 * len(pairs), max(len(p) + len(answer) for p, *answers in pairs for answer in answers)
+    )
     with attending_by_pair(causal(model)), LiveBytes() as live:
         if counted:
             shared_prompts.log_probabilities(model, **batch).log_probs.sum().backward()
@@ -199,15 +225,22 @@ def test_predicted_memory_is_what_a_real_pass_has_at_the_same_time(kind: str, ti
 def test_the_largest_pass_is_that_of_a_typical_order() -> None:
     sizes = [1] * 90 + [50] * 10
     group = largest_pass(sizes, 4, 25)
-    assert len(set(group)) == 4 and 2 * 50 <= sum(sizes[row] for row in group) < 4 * 50  # neither four mean ones nor the four largest
+    assert (
+        len(set(group)) == 4 and 2 * 50 <= sum(sizes[row] for row in group) < 4 * 50
+    )  # neither four mean ones nor the four largest
     assert sorted(largest_pass(sizes, 100, 1)) == list(range(100))
 
 
-# ---- training -------------------------------------------------------------------------------------------------------------------------------
+# ---- training
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 PARAMS = PreferenceParams(
-    learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, lr_scheduler_type="constant"
+    learning_rate=1e-2,
+    num_train_epochs=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    lr_scheduler_type="constant",
 )
 
 
@@ -245,22 +278,24 @@ def assert_same_training(history: TrainingHistory, expected: list[list[float]], 
 
 
 def test_the_rate_of_a_single_step_is_not_zero(policy: Any, tiny_tokenizer: Any) -> None:
-    params, shared = (
-        PARAMS.model_copy(update={"max_steps": 1, "lr_scheduler_type": "cosine"}),
-        ShardedModel(policy, None, torch.device("cpu")),
-    )
+    params = PARAMS.model_copy(update={"max_steps": 1, "lr_scheduler_type": "cosine"})
+    shared = ShardedModel(policy, None, torch.device("cpu"))
     spec = preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
     history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], params, COMPUTE)
     assert [point["learning_rate"] for point in history.curve] == [params.learning_rate]
 
 
-@pytest.mark.parametrize(("kind", "rates"), [("seed_oss", {"head_dim": 8, "residual_dropout": 0.5}), ("gpt_bigcode", {"attn_pdrop": 0.5})])
+@pytest.mark.parametrize(
+    ("kind", "rates"), [("seed_oss", {"head_dim": 8, "residual_dropout": 0.5}), ("gpt_bigcode", {"attn_pdrop": 0.5})]
+)
 def test_dpo_trains_without_dropout_that_is_not_a_layer(kind: str, rates: dict[str, Any], tiny_tokenizer: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(small(kind, **rates), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     shared, spec = ShardedModel(model, None, torch.device("cpu")), preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
-    history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], PARAMS.model_copy(update={"learning_rate": 1e-9}), COMPUTE)
+    history = training.train(
+        spec, shared, tiny_tokenizer, rows_of(PAIRS), [], PARAMS.model_copy(update={"learning_rate": 1e-9}), COMPUTE
+    )
     assert history.losses == pytest.approx([math.log(2)] * 4, abs=1e-5)
 
 
@@ -270,14 +305,18 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, swapped: float, pol
     assert shared_prompts.reads_prompts_once(policy, "cpu")
     plain, device = copy.deepcopy(policy), torch.device("cpu")
     spec = preference.Dpo(beta=BETA, loss_type=loss_type, label_smoothing=swapped).trainer_spec(None)  # type: ignore[arg-type]
-    history = training.train(spec, ShardedModel(policy, None, device), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE)
+    history = training.train(
+        spec, ShardedModel(policy, None, device), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE
+    )
 
     def loss_of(rows: Sequence[int]) -> tuple[torch.Tensor, float]:
         losses, margins = [], []
         for prompt, chosen, rejected in (PAIRS[row] for row in rows):
             with torch.no_grad(), plain.disable_adapter():
                 reference = [plain_log_probability(plain, prompt, answer) for answer in (chosen, rejected)]
-            good, bad = (plain_log_probability(plain, prompt, a) - r for a, r in zip((chosen, rejected), reference, strict=True))
+            good, bad = (
+                plain_log_probability(plain, prompt, a) - r for a, r in zip((chosen, rejected), reference, strict=True)
+            )
             margins.append(BETA * float(good - bad))
             ipo = (good / len(chosen) - bad / len(rejected) - 1 / (2 * BETA)) ** 2
             smoothed = -(1 - swapped) * logsigmoid(BETA * (good - bad)) - swapped * logsigmoid(BETA * (bad - good))
@@ -287,8 +326,12 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, swapped: float, pol
     expected = train_plainly(plain, history, loss_of)
     assert_same_training(history, expected, policy, plain)
     *_, last = (point for point in history.curve if "validation_loss" in point)
-    for name, values in zip(("loss", "margin"), zip(*map(loss_of, ([0, 1], [2])), strict=True), strict=True):  # a pass counts by its rows
-        assert last[f"validation_{name}"] == pytest.approx((2 * float(values[0]) + float(values[1])) / 3, rel=1e-4, abs=1e-5), name
+    for name, values in zip(
+        ("loss", "margin"), zip(*map(loss_of, ([0, 1], [2])), strict=True), strict=True
+    ):  # a pass counts by its rows
+        assert last[f"validation_{name}"] == pytest.approx(
+            (2 * float(values[0]) + float(values[1])) / 3, rel=1e-4, abs=1e-5
+        ), name
 
 
 def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokenizer: Any) -> None:
@@ -300,7 +343,10 @@ def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokeniz
 
     def loss_of(numbers: Sequence[int]) -> tuple[torch.Tensor, float]:
         values = [[plain_reward(plain, PAIRS[n][0], answer) for answer in PAIRS[n][1:]] for n in numbers]
-        losses = [-logsigmoid(a - b - rows[n]["margin"]) + 0.05 * (a + b) ** 2 for n, (a, b) in zip(numbers, values, strict=True)]
+        losses = [
+            -logsigmoid(a - b - rows[n]["margin"]) + 0.05 * (a + b) ** 2
+            for n, (a, b) in zip(numbers, values, strict=True)
+        ]
         return torch.stack(losses).mean(), float(sum(a - b for a, b in values)) / len(values)
 
     assert_same_training(history, train_plainly(plain, history, loss_of), judge, plain)
@@ -312,7 +358,11 @@ def test_the_reference_is_computed_once(policy: Any, tiny_tokenizer: Any, monkey
     read: list[int] = []
 
     def counted(model: Any, **inputs: Any) -> Any:
-        if not any(module.training for module in model.modules()) and model.base_model.disable_adapter_layers and _is_off(model):
+        if (
+            not any(module.training for module in model.modules())
+            and model.base_model.disable_adapter_layers
+            and _is_off(model)
+        ):
             read.append(len(inputs["last_token"]) // 2)
         return outputs(model, **inputs)
 
@@ -323,6 +373,12 @@ def test_the_reference_is_computed_once(policy: Any, tiny_tokenizer: Any, monkey
     monkeypatch.setattr(shared_prompts, "log_probabilities", counted)
     spec = preference.Dpo().trainer_spec(None)  # type: ignore[arg-type]
     training.train(
-        spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, rows_of(PAIRS), rows_of(PAIRS[:3]), PARAMS, COMPUTE
+        spec,
+        ShardedModel(policy, None, torch.device("cpu")),
+        tiny_tokenizer,
+        rows_of(PAIRS),
+        rows_of(PAIRS[:3]),
+        PARAMS,
+        COMPUTE,
     )
     assert sum(read) == len(PAIRS) + 3  # of two epochs and three validations

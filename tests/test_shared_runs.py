@@ -57,7 +57,9 @@ def clone_without_results(root: Path, target: Path) -> Path:
 def outputs(root: Path) -> dict[str, bytes]:
     """Bytes of all outputs and reports, and dvc.lock."""
     data = root / "data"
-    found = [path for path in data.rglob("*") if path.is_file() and path.relative_to(data).parts[0] not in {"live", "pages"}]
+    found = [
+        path for path in data.rglob("*") if path.is_file() and path.relative_to(data).parts[0] not in {"live", "pages"}
+    ]
     return {str(path.relative_to(root)): path.read_bytes() for path in [*found, root / "dvc.lock"]}
 
 
@@ -65,7 +67,9 @@ def files_with(text: str, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_a_second_clone_computes_nothing_and_no_credential_travels(root: Path, server: S3Server, tmp_path: Path) -> None:
+def test_a_second_clone_computes_nothing_and_no_credential_travels(
+    root: Path, server: S3Server, tmp_path: Path
+) -> None:
     first = pedigree(root, "share", "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout).keys() == {"remote", "runs", "objects"} and json.loads(first.stdout)["runs"] == 6
@@ -75,7 +79,9 @@ def test_a_second_clone_computes_nothing_and_no_credential_travels(root: Path, s
     assert not (second / "runs.log").exists() and done.stdout.count("is cached - skipping run") == 6
     assert outputs(second) == outputs(root)
     git(second, "reset", "-q")
-    assert changed_in_dvc(second) == set() and git(second, "status", "--porcelain") == "", "dvc.lock and reports are those of git"
+    assert changed_in_dvc(second) == set() and git(second, "status", "--porcelain") == "", (
+        "dvc.lock and reports are those of git"
+    )
     assert push(root).objects == 0, "nothing is pushed twice"
     for secret in (server.key, server.secret):
         assert secret not in first.stdout + first.stderr + done.stdout + done.stderr
@@ -107,10 +113,13 @@ def test_an_object_that_was_changed_in_the_remote_is_not_taken(root: Path, serve
     assert outputs(second) == outputs(root)
 
 
-def test_a_damaged_object_of_the_own_cache_is_named_and_nothing_is_pushed(root: Path, server: S3Server, tmp_path: Path) -> None:
+def test_a_damaged_object_of_the_own_cache_is_named_and_nothing_is_pushed(
+    root: Path, server: S3Server, tmp_path: Path
+) -> None:
     """DVC takes the content of a read-only object for the one that its name says."""
     for cached in (
-        sorted((root / ".dvc/cache/files/md5").rglob("*.dir"))[:1] + sorted((root / ".dvc/cache/files/md5").glob("*/" + "?" * 30))[:1]
+        sorted((root / ".dvc/cache/files/md5").rglob("*.dir"))[:1]
+        + sorted((root / ".dvc/cache/files/md5").glob("*/" + "?" * 30))[:1]
     ):
         content = cached.read_bytes()
         cached.unlink()
@@ -140,19 +149,42 @@ def test_an_audit_gives_the_same_document_in_both_clones(tmp_path: Path, server:
 @pytest.mark.parametrize(
     ("arrange", "what", "hint"),
     [
-        (lambda root, patch: dvc(root, "remote", "remove", "team"), "there is no default DVC remote", "dvc remote add --default team s3://"),
-        (lambda root, patch: dvc(root, "remote", "modify", "team", "url", "s3://no-such-bucket/x"), "bucket does not exist", "address"),
-        (lambda root, patch: patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}"), "Could not connect", "address"),
-        (lambda root, patch: without_credentials(patch), "Unable to locate credentials", "the credentials in the environment"),
+        (
+            lambda root, patch: dvc(root, "remote", "remove", "team"),
+            "there is no default DVC remote",
+            "dvc remote add --default team s3://",
+        ),
+        (
+            lambda root, patch: dvc(root, "remote", "modify", "team", "url", "s3://no-such-bucket/x"),
+            "bucket does not exist",
+            "address",
+        ),
+        (
+            lambda root, patch: patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}"),
+            "Could not connect",
+            "address",
+        ),
+        (
+            lambda root, patch: without_credentials(patch),
+            "Unable to locate credentials",
+            "the credentials in the environment",
+        ),
         (
             lambda root, patch: dvc(root, "remote", "modify", "team", "secret_access_key", "a-secret"),
-            "which git tracks, has the credential team.secret_access_key", "--unset team secret_access_key",
+            "which git tracks, has the credential team.secret_access_key",
+            "--unset team secret_access_key",
         ),
-        (lambda root, patch: dvc(root, "remote", "modify", "team", "url", "gs://bucket/x"), "requires 'dvc-gs'", "pip install"),
+        (
+            lambda root, patch: dvc(root, "remote", "modify", "team", "url", "gs://bucket/x"),
+            "requires 'dvc-gs'",
+            "pip install",
+        ),
     ],
     ids=["no remote", "no bucket", "no server", "no credentials", "a credential in git", "no package"],
-)  # fmt: skip
-def test_a_remote_that_cannot_be_used_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch, arrange, what: str, hint: str) -> None:
+)
+def test_a_remote_that_cannot_be_used_is_one_message(
+    root: Path, monkeypatch: pytest.MonkeyPatch, arrange, what: str, hint: str
+) -> None:
     arrange(root, monkeypatch)
     with pytest.raises(InputError) as refusal:
         push(root)

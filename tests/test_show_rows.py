@@ -30,22 +30,23 @@ def text_of(row: dict[str, Any]) -> str:
 def test_the_first_rows_are_printed_with_what_is_trained_on_in_brackets(check: Check) -> None:
     jsonl(Path("a.jsonl"), chat("Hi", "Hello.", "Bye", "So\nlong ⟦x⟧"), {"messages": 7}, chat("Why?", "Because."))
     done = check("a.jsonl", "--show", 2, "--template", "chatml")
-    assert done.rendered == (
-        "as rendered by --template chatml; what is trained on is in ⟦ ⟧\n"
-        "\n"
-        "row 0  a.jsonl:0\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
-        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦So\nlong \\u27e6x\\u27e7<|im_end|>⟧\n"
-        "\n"
-        "row 1  a.jsonl:1  would be dropped: malformed_row\n"
-        'cannot be rendered: it cannot be read: `messages` must be a list with at least one message (line 2) {"messages": 7}\n'
+    assert (
+        done.rendered == "as rendered by --template chatml; what is trained on is in ⟦ ⟧\n\nrow 0 "
+        " a.jsonl:0\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start"
+        "|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦So\nlong"
+        " \\u27e6x\\u27e7<|im_end|>⟧\n\nrow 1  a.jsonl:1  would be dropped: malformed_row\ncannot be rendered: it"
+        ' cannot be read: `messages` must be a list with at least one message (line 2) {"messages": 7}\n'
     )
-    assert done.code == 1 and done.out.startswith("3 rows (messages)"), "the findings come first, and decide on the exit code"
+    assert done.code == 1 and done.out.startswith("3 rows (messages)"), (
+        "the findings come first, and decide on the exit code"
+    )
 
 
 def test_a_terminal_shows_colors_line_by_line_and_no_hidden_character() -> None:
     pieces = [{"text": "user\x1b[2J\n", "trained": False}, {"text": "one\n\ntwo\u202e", "trained": True}]
-    shown = rendered_text([{"row": 3, "place": "a:3", "template": "t", "outcome": "kept", "examples": [{"pieces": pieces}]}], color=True)
+    shown = rendered_text(
+        [{"row": 3, "place": "a:3", "template": "t", "outcome": "kept", "examples": [{"pieces": pieces}]}], color=True
+    )
     assert shown.split("\n") == [
         "as rendered by t; what is trained on is highlighted", "", "\x1b[2mrow 3  a:3\x1b[0m", "user\\x1b[2J",
         "\x1b[30;42mone\x1b[0m", "", "\x1b[30;42mtwo\\u202e\x1b[0m",
@@ -62,10 +63,17 @@ def test_the_document_has_the_rows_as_the_base_models_tokenizer_renders_and_coun
         assert text_of(found) == tiny_tokenizer.apply_chat_template(row["messages"], tokenize=False)
         [example] = found["examples"]
         trained = [piece["text"] for piece in example["pieces"] if piece["trained"]]
-        assert trained == [f"{message['content']}<|im_end|>" for message in row["messages"] if message["role"] == "assistant"]
+        assert trained == [
+            f"{message['content']}<|im_end|>" for message in row["messages"] if message["role"] == "assistant"
+        ]
         assert example["tokens"] == len(tiny_tokenizer(text_of(found), add_special_tokens=False)["input_ids"])
-        assert example["trained_tokens"] == sum(len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in trained)
-    assert [(one["row"], one["place"], one["outcome"]) for one in shown] == [(0, "a.jsonl:0", "kept"), (1, "a.jsonl:1", "kept")]
+        assert example["trained_tokens"] == sum(
+            len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in trained
+        )
+    assert [(one["row"], one["place"], one["outcome"]) for one in shown] == [
+        (0, "a.jsonl:0", "kept"),
+        (1, "a.jsonl:1", "kept"),
+    ]
 
 
 def test_rows_are_named_by_the_numbers_of_the_findings_across_files(check: Check) -> None:
@@ -90,7 +98,8 @@ def test_tools_calls_traces_and_weights_are_shown_as_the_template_writes_them(ch
     [row] = check(folder, "--show", 1, "--template", template, "--json").rows
     trained = [[piece["text"] for piece in example["pieces"] if piece["trained"]] for example in row["examples"]]
     assert trained == [
-        ['<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'],
+        ['<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city":'
+         ' "Oslo"}}\n</tool_call><|im_end|>'],
         ["<think>\n\n</think>\n\nYes, it is three degrees below zero.<|im_end|>"],
     ]  # fmt: skip
     shown = check(folder, "--show", 1, "--template", template).rendered
@@ -99,7 +108,10 @@ def test_tools_calls_traces_and_weights_are_shown_as_the_template_writes_them(ch
     shown = check(folder, "--show", 1, "--template", "chatml").rendered
     assert "cannot be rendered: the chat template does not write the definitions of tools" in shown
     shown = check(folder, "--show", 1, "--template", "hermes").rendered
-    assert '<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n' in shown
+    assert (
+        '<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city":'
+        ' "Oslo"}}\n' in shown
+    )
     assert "⟦Yes, it is three degrees below zero.<|im_end|>⟧" in shown
 
 
@@ -113,19 +125,27 @@ def test_both_answers_of_a_pair_are_shown_and_only_the_last_answer_is_trained_on
     ]  # fmt: skip
 
 
-def test_the_template_and_the_traces_are_those_that_the_project_trains_with(check: Check, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_template_and_the_traces_are_those_that_the_project_trains_with(
+    check: Check, tiny_model: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_model, tmp_path / "data/base_model")
     jsonl(Path("a.jsonl"), chat("Hi", "Hello."))
     assert check("a.jsonl", "--show", 1).rendered.startswith("as rendered by data/base_model;")
     (tmp_path / "data/templates").mkdir()
-    own = "{% for m in messages %}[{{ m.role }}{% if m.reasoning_content %} {{ m.reasoning_content }}{% endif %}] {{ m.content }}<|im_end|>{% endfor %}"
+    own = (
+        "{% for m in messages %}[{{ m.role }}{% if m.reasoning_content %} {{ m.reasoning_content }}{% endif %}] {{"
+        " m.content }}<|im_end|>{% endfor %}"
+    )
     own += "{% if add_generation_prompt %}[assistant{% endif %}"
     (tmp_path / "data/templates/own.jinja").write_text(own)
     for name, opening in (("alpaca", "Below is an instruction"), ("data/templates/own.jinja", "[user] Hi")):
         (tmp_path / "params.yaml").write_text(json.dumps({"tokenized": {"chat_template": name, "reasoning": "strip"}}))
         [row] = check("a.jsonl", "--show", 1, "--json").rows
         assert text_of(row).startswith(opening) and row["template"] == f"tokenized.chat_template {name}"
-    thinking = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.", "reasoning_content": "Greet."}]
+    thinking = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello.", "reasoning_content": "Greet."},
+    ]
     folder = write_data_set(tmp_path / "set", [record(thinking)])
     [row] = check(folder, "--show", 1, "--json").rows
     assert text_of(row) == "[user] Hi<|im_end|>[assistant] Hello.<|im_end|>"
@@ -135,7 +155,13 @@ def test_the_template_and_the_traces_are_those_that_the_project_trains_with(chec
 
 def test_the_end_of_a_turn_is_found_in_templates_that_come_without_a_tokenizer(check: Check, tmp_path: Path) -> None:
     jsonl(Path("a.jsonl"), chat("Hi", "Hello."))
-    ends = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "gptoss": "<|return|>", "qwen2_5": "<|im_end|>", "llava_next": "</s>"}
+    ends = {
+        "llama3": "<|eot_id|>",
+        "gemma": "<end_of_turn>",
+        "gptoss": "<|return|>",
+        "qwen2_5": "<|im_end|>",
+        "llava_next": "</s>",
+    }
     for name, end in ends.items():
         source = files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
         (tmp_path / "template.jinja").write_text(source)
@@ -178,5 +204,7 @@ def test_more_rows_than_there_are_shows_all_and_benchmarks_are_refused(check: Ch
     jsonl(Path("a.jsonl"), chat("Hi", "Hello."))
     assert len(check("a.jsonl", "--show", 10**20, "--template", "chatml", "--json").rows) == 1
     jsonl(Path("b.jsonl"), next(iter(BENCHMARK_ROWS.values()))[0])
-    done = check("b.jsonl", "--show", 1, "--template", "chatml", "--format", next(iter(BENCHMARK_ROWS)).partition(",")[0])
+    done = check(
+        "b.jsonl", "--show", 1, "--template", "chatml", "--format", next(iter(BENCHMARK_ROWS)).partition(",")[0]
+    )
     assert done.code == 2 and "--show renders examples and preference pairs" in done.err

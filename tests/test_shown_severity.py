@@ -38,14 +38,20 @@ def on_the_page(finding: dict[str, Any]) -> str:
 
 def in_dagster(root: Path, check: dict[str, Any]) -> str:
     reported = {name: value for name, value in check.items() if value != []}  # as a report leaves out what is empty
-    (result,) = PedigreeProject(root, pipeline=CHECKED).check_results("instructions", None, {"checks": {"pii": reported}})
+    (result,) = PedigreeProject(root, pipeline=CHECKED).check_results(
+        "instructions", None, {"checks": {"pii": reported}}
+    )
     return "passed" if result.passed else {"ERROR": "error", "WARN": "warn"}[result.severity.value]
 
 
 @pytest.mark.parametrize(("severity", "passed", "count"), product(("error", "warn", "info"), (True, False), (0, 4)))
-def test_every_finding_has_the_same_severity_in_dagster_and_on_the_page(tmp_path: Path, severity: str, passed: bool, count: int) -> None:
-    finding = {"check": "pii", "severity": severity, "passed": passed, "count": count, "dropped": count if passed else 0, "elsewhere": 0, "waived": 0,
-               "rows": [], "places": [], "examples": [], "truth": "", "note": "", "next": "", "matches": []}  # fmt: skip
+def test_every_finding_has_the_same_severity_in_dagster_and_on_the_page(
+    tmp_path: Path, severity: str, passed: bool, count: int
+) -> None:
+    finding = {"check": "pii", "severity": severity, "passed": passed, "count": count,
+        "dropped": count if passed else 0, "elsewhere": 0, "waived": 0,
+               "rows": [], "places": [], "examples": [], "truth": "", "note": "", "next": "",
+               "matches": []}  # fmt: skip
     assert {"info": "passed"}.get(on_the_page(finding), on_the_page(finding)) == in_dagster(tmp_path, finding)
 
 
@@ -60,14 +66,27 @@ def test_the_checks_of_a_set_agree_with_its_page(tmp_path: Path) -> None:
         return {"example_id": example_id(messages), "messages": messages, "category": None, "meta": "{}"}
 
     long = "Tell me at length how one plants an apple tree in a garden of heavy clay, and when"
-    rows = [asked(long, "Dig a deep hole first."), asked(long, "Dig a deep hole first."), asked("Write to me at once", " ")]
-    rows += [asked("Who wrote to bob.smith@corporate-mail.com today, and why?", "Nobody wrote to him."), asked("Say hi", "Hi")]
+    rows = [
+        asked(long, "Dig a deep hole first."),
+        asked(long, "Dig a deep hole first."),
+        asked("Write to me at once", " "),
+    ]
+    rows += [
+        asked("Who wrote to bob.smith@corporate-mail.com today, and why?", "Nobody wrote to him."),
+        asked("Say hi", "Hi"),
+    ]
     placed = [{**row, "source": "rows.jsonl", "source_row": i} for i, row in enumerate(rows)]
     judged = judge(placed, [], Rules(policy={"pii": "warn"}))
     html = data_quality_page(document("rows.jsonl", "messages", judged, []))
-    cards = {name: severity for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html, re.S)}
+    cards = {
+        name: severity
+        for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html, re.S)
+    }
     report = Report(checks=[check_result(verdict, judged, []) for verdict in judged.verdicts.values()]).document()
-    results = {str(result.check_name): result for result in PedigreeProject(tmp_path).check_results("instructions", None, report)}
+    results = {
+        str(result.check_name): result
+        for result in PedigreeProject(tmp_path).check_results("instructions", None, report)
+    }
     words = {dg.AssetCheckSeverity.ERROR: "error", dg.AssetCheckSeverity.WARN: "warn"}
     failed = {name: words[result.severity] for name, result in results.items() if not result.passed}
     assert failed == {name: severity for name, severity in cards.items() if severity != "info"}

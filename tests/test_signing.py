@@ -1,4 +1,5 @@
-"""Signatures and attestations: other tools accept ours, we accept theirs, and a change of any byte, file or key is found and named."""
+"""Signatures and attestations: other tools accept ours, we accept theirs, and a
+change of any byte, file or key is found and named."""
 
 from __future__ import annotations
 
@@ -73,7 +74,12 @@ def test_model_signing_verifies_our_signature_and_refuses_the_same_changes(tmp_p
     sign(tmp_path, str(model), private)
 
     def accepts() -> bool:
-        return oracle(tmp_path, "verify", model, "--signature", str(model / "model.sig"), "--public_key", public).returncode == 0
+        return (
+            oracle(
+                tmp_path, "verify", model, "--signature", str(model / "model.sig"), "--public_key", public
+            ).returncode
+            == 0
+        )
 
     assert accepts() and not findings(tmp_path, str(model), public)
     file = model / "audit-b/ä.json"
@@ -81,7 +87,9 @@ def test_model_signing_verifies_our_signature_and_refuses_the_same_changes(tmp_p
     assert not accepts() and list(findings(tmp_path, str(model), public)) == [str(file)]
     flip(file, 3)
     (model / "extra.bin").write_text("x")
-    assert not accepts() and findings(tmp_path, str(model), public) == {f"{model}/extra.bin": "was added since it was signed"}
+    assert not accepts() and findings(tmp_path, str(model), public) == {
+        f"{model}/extra.bin": "was added since it was signed"
+    }
     (model / "extra.bin").unlink()
     file.unlink()
     assert not accepts() and findings(tmp_path, str(model), public) == {str(file): "is missing, and was signed"}
@@ -132,7 +140,9 @@ def test_both_tools_sign_the_same_statement(tmp_path: Path, model: Path) -> None
     assert said[0] == said[1]
 
 
-def test_any_changed_bit_of_a_signature_or_a_public_key_is_found(tmp_path: Path, model: Path, keys: tuple[str, str]) -> None:
+def test_any_changed_bit_of_a_signature_or_a_public_key_is_found(
+    tmp_path: Path, model: Path, keys: tuple[str, str]
+) -> None:
     private, public = keys
     sign(tmp_path, str(model), private)
     content, key, dice = (model / "model.sig").read_bytes(), public_key_of(public), random.Random(0)
@@ -157,10 +167,16 @@ def test_a_wrong_key_is_refused(tmp_path: Path, model: Path, keys: tuple[str, st
         assert {f"{model}/model.sig", f"{model}/model.pub"} == findings(tmp_path, str(model), other).keys()
 
 
-def test_without_a_key_it_is_said_that_the_signer_is_unknown(tmp_path: Path, model: Path, keys: tuple[str, str]) -> None:
+def test_without_a_key_it_is_said_that_the_signer_is_unknown(
+    tmp_path: Path, model: Path, keys: tuple[str, str]
+) -> None:
     sign(tmp_path, str(model), keys[0])
     document = verify_signatures(tmp_path, str(model), None)
-    assert document["verdict"] == "verified" and not document["key_given"] and any("who signed" in one for one in document["not_checked"])
+    assert (
+        document["verdict"] == "verified"
+        and not document["key_given"]
+        and any("who signed" in one for one in document["not_checked"])
+    )
 
 
 def test_links_and_special_files_are_neither_signed_nor_verified(tmp_path: Path, model: Path) -> None:
@@ -222,8 +238,14 @@ def test_a_key_of_the_environment_signs_and_an_encrypted_one_with_its_password(
         (None, "No such file"),
         (b"", "empty"),
         (b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "not a private key"),
-        (rsa.generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "another kind"),
-        (ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "another kind"),
+        (
+            rsa.generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+            "another kind",
+        ),
+        (
+            ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+            "another kind",
+        ),
     ],
     ids=["missing", "empty", "damaged", "rsa", "p384"],
 )
@@ -251,7 +273,11 @@ def test_no_key_is_created_and_none_is_shown(tmp_path: Path, model: Path, monkey
     assert not [line for line in secrets if line in done.stdout + done.stderr + written]
     for swapped in (("sign", str(model), "--key", public), ("verify", str(model), "--signatures", "--key", private)):
         done = pedigree(tmp_path, *swapped)
-        assert done.returncode == 2 and "private key" in done.stderr and not [line for line in secrets if line in done.stderr]
+        assert (
+            done.returncode == 2
+            and "private key" in done.stderr
+            and not [line for line in secrets if line in done.stderr]
+        )
 
 
 def test_the_text_of_a_key_is_not_repeated_and_endless_files_are_not_read(tmp_path: Path, model: Path) -> None:
@@ -284,7 +310,10 @@ def test_a_private_key_in_the_folder_or_a_second_key_is_refused(tmp_path: Path, 
     with pytest.raises(InputError, match="signatures of another key") as refused:
         sign(tmp_path, str(model), second)
     named = re.findall(r"[^ ,]+/model\.[a-z.]+", refused.value.hint)
-    assert sorted(Path(name).name for name in named) == ["model.pub", "model.sig"], "the hint names the signatures only, not the model"
+    assert sorted(Path(name).name for name in named) == [
+        "model.pub",
+        "model.sig",
+    ], "the hint names the signatures only, not the model"
 
 
 # --- a project
@@ -313,14 +342,26 @@ def signed(_signed: Path, tmp_path: Path) -> tuple[Path, str]:
 SIGNATURES = "data/signatures/adapter/lora"
 
 
-def test_signatures_lie_beside_the_model_and_change_no_stage(signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signatures_lie_beside_the_model_and_change_no_stage(
+    signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, public = signed
     monkeypatch.chdir(root.parent)  # in a clone in which the pipeline has run, the same path is a model of the clone
-    assert sorted(path.name for path in (root / SIGNATURES).iterdir()) == ["model.intoto.jsonl", "model.pub", "model.sig"]
-    assert {line.split()[1] for line in small_pipeline.git(root, "status", "--porcelain").splitlines()} == {"data/signatures/"}
+    assert sorted(path.name for path in (root / SIGNATURES).iterdir()) == [
+        "model.intoto.jsonl",
+        "model.pub",
+        "model.sig",
+    ]
+    assert {line.split()[1] for line in small_pipeline.git(root, "status", "--porcelain").splitlines()} == {
+        "data/signatures/"
+    }
     assert run([sys.executable, "-m", "dvc", "status"], root).stdout.startswith("Data and pipelines are up to date")
     document = verify_signatures(root, "data/adapter/lora", public)
-    assert document["verdict"] == "verified" and document["attestations"]["stages"] == LINEAGE and not document["not_checked"]
+    assert (
+        document["verdict"] == "verified"
+        and document["attestations"]["stages"] == LINEAGE
+        and not document["not_checked"]
+    )
 
 
 def statements(signatures: Path) -> list[dict[str, Any]]:
@@ -336,7 +377,9 @@ def test_statements_are_those_of_in_toto_and_slsa_and_say_what_dvc_recorded(sign
     from ruamel.yaml import YAML
 
     lock = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]
-    assert [one["predicate"]["buildDefinition"]["externalParameters"]["stage"] for one in statements(root / SIGNATURES)] == LINEAGE
+    assert [
+        one["predicate"]["buildDefinition"]["externalParameters"]["stage"] for one in statements(root / SIGNATURES)
+    ] == LINEAGE
     for address, one in zip(LINEAGE, statements(root / SIGNATURES), strict=True):
         parsed = parse(one, statement_type.spb.Statement())  # refuses fields that the type lacks
         statement_type.Statement.copy_from_pb(parsed).validate()
@@ -346,7 +389,8 @@ def test_statements_are_those_of_in_toto_and_slsa_and_say_what_dvc_recorded(sign
         assert external["cmd"] == lock[address]["cmd"] and external["params"] == lock[address].get("params", {})
         assert list(external["deps"]) == sorted(dep["path"] for dep in lock[address]["deps"])
         named = {
-            item["name"]: item["digest"] for item in (*one["subject"], *one["predicate"]["buildDefinition"]["resolvedDependencies"][1:])
+            item["name"]: item["digest"]
+            for item in (*one["subject"], *one["predicate"]["buildDefinition"]["resolvedDependencies"][1:])
         }
         for item in (*lock[address]["deps"], *lock[address]["outs"]):
             if "nfiles" not in item:
@@ -406,7 +450,11 @@ def test_any_changed_bit_of_the_lineage_in_dvc_lock_is_found(signed: tuple[Path,
     root, public = signed
     lock, dice = root / "dvc.lock", random.Random(0)
     content = lock.read_bytes()
-    end = content.index(b"\n  adapter@dora:") if content.index(b"adapter@dora:") > content.index(b"adapter@lora:") else len(content)
+    end = (
+        content.index(b"\n  adapter@dora:")
+        if content.index(b"adapter@dora:") > content.index(b"adapter@lora:")
+        else len(content)
+    )
     for _ in range(25):
         flip(lock, dice.randrange(end * 8))
         try:
@@ -510,7 +558,8 @@ def test_statements_that_are_missing_repeated_added_or_of_another_model_are_refu
     attest(root, "adapter@dora", public.replace(".pub", ".pem"))
     dora = (root / "data/signatures/adapter/dora/model.intoto.jsonl").read_text().splitlines(keepends=True)[-1]
     assert dora != lora
-    wrong = ([inst, tok, lora], [raw, inst, lora], [raw, inst, tok], [raw, raw, inst, tok, lora], [raw, inst, tok, dora], [raw, inst, tok, dora, lora],
+    wrong = ([inst, tok, lora], [raw, inst, lora], [raw, inst, tok], [raw, raw, inst, tok, lora],
+        [raw, inst, tok, dora], [raw, inst, tok, dora, lora],
              [inst, raw, tok, lora], [raw, inst, tok, lora.replace('":"', '": "', 1)], [])  # fmt: skip
     for lines in wrong:
         file.write_text("".join(lines))
@@ -528,7 +577,9 @@ def test_a_stranger_verifies_a_copy_without_the_project(signed: tuple[Path, str]
     flip(copy / "weights.txt", 1)
     assert list(findings(copy.parent, str(copy), public)) == [f"{copy}/weights.txt"]
     (copy / "model.sig").unlink()
-    assert list(findings(copy.parent, str(copy), public)) == [f"{copy}/weights.txt"], "the attestation of its stage names the same files"
+    assert list(findings(copy.parent, str(copy), public)) == [f"{copy}/weights.txt"], (
+        "the attestation of its stage names the same files"
+    )
 
 
 def test_what_is_not_the_recorded_output_is_neither_signed_nor_attested(root: Path, tmp_path: Path) -> None:
@@ -564,7 +615,9 @@ def test_attest_remade_states_the_result_and_signs_nothing_that_differs(
     assert results == [{"verdict": "identical"}] * 2
     assert verify_signatures(root, "inst", public)["attestations"]["remade"] == "identical"
     shutil.rmtree(signatures)
-    pipeline.write_text(pipeline.read_text().replace('write_text("\\n".join([*rows, _code(ctx)]))', 'write_text("other")'))
+    pipeline.write_text(
+        pipeline.read_text().replace('write_text("\\n".join([*rows, _code(ctx)]))', 'write_text("other")')
+    )
     done = pedigree(root, "attest", "inst", "--key", private, "--remade")
     assert done.returncode == 1 and "nothing was signed" in done.stderr and not signatures.exists()
     done = pedigree(root, "attest", "inst", "--key", private)
@@ -579,7 +632,10 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
     for arguments, wrong in (
         (("verify", "adapter@lora", "--signatures"), "adapter@lora has no signatures in data/signatures/adapter/lora"),
         (("verify", str(tmp_path / "empty"), "--signatures"), f"error: {tmp_path / 'empty'} has no signatures\n"),
-        (("verify", str(tmp_path / "my model; ls"), "--signatures"), f"`pedigree sign '{tmp_path / 'my model; ls'}' --key FILE`"),
+        (
+            ("verify", str(tmp_path / "my model; ls"), "--signatures"),
+            f"`pedigree sign '{tmp_path / 'my model; ls'}' --key FILE`",
+        ),
         (("verify", "--signatures"), "requires a model"),
         (("verify", "adapter@lora", "--signatures", "--deep"), "no other option"),
         (("verify", "adapter@lora", "--key", private), "requires --signatures"),
@@ -594,7 +650,9 @@ def test_bad_input_is_one_message(root: Path, tmp_path: Path) -> None:
     assert not (root / "data/signatures").exists()
 
 
-def test_no_way_to_write_a_path_puts_signatures_into_an_output(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_way_to_write_a_path_puts_signatures_into_an_output(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private, public = write_keys(tmp_path / "keys", "ed25519")
     (root / "data/tok/part").mkdir()
     (tmp_path / "link").symlink_to(root)
@@ -608,7 +666,10 @@ def test_no_way_to_write_a_path_puts_signatures_into_an_output(root: Path, tmp_p
         (tmp_path, tmp_path, "link/data/tok/part", "it lies in data/tok"),
     ):
         monkeypatch.chdir(folder)
-        for command in (lambda: sign(project, model, private), lambda: verify_signatures(project, model, public)):  # noqa: B023
+        for command in (
+            lambda: sign(project, model, private),  # noqa: B023
+            lambda: verify_signatures(project, model, public),  # noqa: B023
+        ):
             with pytest.raises(InputError, match=wrong):
                 command()
     for folder, project, model in (
@@ -624,7 +685,9 @@ def test_no_way_to_write_a_path_puts_signatures_into_an_output(root: Path, tmp_p
     assert not [path for path in tmp_path.rglob("model.*") if path.suffix in (".sig", ".pub")]
 
 
-def test_attest_takes_values_and_texts_from_one_reading_of_dvc_lock(signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attest_takes_values_and_texts_from_one_reading_of_dvc_lock(
+    signed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, public = signed
     private = public.replace(".pub", ".pem")
     lock = root / "dvc.lock"
@@ -661,7 +724,9 @@ def test_nothing_is_signed_if_dvc_lock_changed_while_stages_were_made_again(
         attest(root, "adapter@lora", public.replace(".pub", ".pem"), remade=True)
 
 
-def test_a_model_that_changes_while_it_is_hashed_is_not_signed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_changes_while_it_is_hashed_is_not_signed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private, _ = write_keys(tmp_path / "keys", "ed25519")
     file, hashed = root / "data/adapter/lora/weights.txt", model_signature.manifest
 
@@ -678,5 +743,17 @@ def test_a_model_that_changes_while_it_is_hashed_is_not_signed(root: Path, tmp_p
 
 
 def test_the_command_that_checks_a_folder_has_its_name_as_one_word() -> None:
-    document = {"model": "my models/#1", "files": 2, "folder": "my models/#1", "signature": "s", "public_key": "k", "key": "0" * 64}
-    assert shlex.split(sign_text(document).partition("check them: ")[2]) == ["pedigree", "verify", "my models/#1", "--signatures"]
+    document = {
+        "model": "my models/#1",
+        "files": 2,
+        "folder": "my models/#1",
+        "signature": "s",
+        "public_key": "k",
+        "key": "0" * 64,
+    }
+    assert shlex.split(sign_text(document).partition("check them: ")[2]) == [
+        "pedigree",
+        "verify",
+        "my models/#1",
+        "--signatures",
+    ]

@@ -25,7 +25,12 @@ def test_what_is_signed_is_read_strictly() -> None:
 
 
 def test_statements_name_no_ids_of_records() -> None:
-    waiver = {"check": "leakage", "reason": "known", "rows": ["a1b2c3d4e5f6"], "pairs": [["a1b2c3d4e5f6", "f6e5d4c3b2a1"]]}
+    waiver = {
+        "check": "leakage",
+        "reason": "known",
+        "rows": ["a1b2c3d4e5f6"],
+        "pairs": [["a1b2c3d4e5f6", "f6e5d4c3b2a1"]],
+    }
     entry = {"cmd": "run", "params": {"params.yaml": {"instructions": {"waivers": [waiver]}}}}
     said = json.dumps(provenance.statement(provenance.StageRecord("a", entry, "", {}, {}, {})))
     assert "known" in said and "a1b2c3" not in said and "f6e5d4" not in said
@@ -34,12 +39,19 @@ def test_statements_name_no_ids_of_records() -> None:
 DIGESTS = {"md5": "0" * 32, "sha256": "0" * 64}
 
 
-@pytest.mark.parametrize("path", ["../x", "/x", "", "a\0b", "a/../b", "./a", "x" * 5000, "a/" * 3000 + "a", "\ud800"], ids=range(9))
+@pytest.mark.parametrize(
+    "path", ["../x", "/x", "", "a\0b", "a/../b", "./a", "x" * 5000, "a/" * 3000 + "a", "\ud800"], ids=range(9)
+)
 def test_statements_that_name_paths_outside_of_a_project_are_refused(path: str) -> None:
     key = PrivateKey(ed25519.Ed25519PrivateKey.generate())
     for name in ("subject", "deps", "outs", "read"):
         record = provenance.StageRecord(
-            "b", {"cmd": "run", "deps": [{"path": "x"}], "outs": [{"path": "y"}]}, "", {}, {"x": DIGESTS, "y": DIGESTS}, {}
+            "b",
+            {"cmd": "run", "deps": [{"path": "x"}], "outs": [{"path": "y"}]},
+            "",
+            {},
+            {"x": DIGESTS, "y": DIGESTS},
+            {},
         )
         statement = provenance.statement(record)
         provenance.read(provenance.lines([statement], key).encode(), key.public)
@@ -57,7 +69,14 @@ def test_statements_that_name_paths_outside_of_a_project_are_refused(path: str) 
 
 @pytest.mark.parametrize(
     "digest",
-    [{}, {"md5": "0" * 32}, {"sha256": "0" * 64}, DIGESTS | {"md5": "0"}, DIGESTS | {"sha1": "0"}, DIGESTS | {"sha256": "G" * 64}],
+    [
+        {},
+        {"md5": "0" * 32},
+        {"sha256": "0" * 64},
+        DIGESTS | {"md5": "0"},
+        DIGESTS | {"sha1": "0"},
+        DIGESTS | {"sha256": "G" * 64},
+    ],
     ids=range(6),
 )
 def test_statements_about_files_without_their_digests_are_refused(digest: dict[str, str]) -> None:
@@ -72,18 +91,36 @@ def test_a_signed_statement_of_another_shape_is_read_or_refused_and_nothing_else
 
     def said() -> dict[str, Any]:
         record = provenance.StageRecord(
-            "b", {"cmd": "run", "deps": [{"path": "x"}], "outs": [{"path": "y"}]}, "", {}, {"x": DIGESTS, "y": DIGESTS}, {}
+            "b",
+            {"cmd": "run", "deps": [{"path": "x"}], "outs": [{"path": "y"}]},
+            "",
+            {},
+            {"x": DIGESTS, "y": DIGESTS},
+            {},
         )
         return json.loads(json.dumps(provenance.statement(record.with_result({"verdict": "identical"}))))
 
     def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-        for name in document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ():
+        for name in (
+            document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+        ):
             yield (*path, name)
             yield from places(document[name], (*path, name))
 
     read, refused = 0, 0
     for *parents, last in places(said()):
-        for value in (None, 3, "a", [], [3], {}, {"a": 3}, [{"name": 3, "digest": {}}], [{"name": "a", "digest": [1]}], {"a": ["nobody"]}):
+        for value in (
+            None,
+            3,
+            "a",
+            [],
+            [3],
+            {},
+            {"a": 3},
+            [{"name": 3, "digest": {}}],
+            [{"name": "a", "digest": [1]}],
+            {"a": ["nobody"]},
+        ):
             statement = said()
             inner = statement
             for name in parents:

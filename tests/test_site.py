@@ -20,7 +20,15 @@ pytestmark = pytest.mark.skipif(
 
 def build(project: Path, site: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run mkdocs on a copy of docs/ and of the files to which it links."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]  # with --quiet, warnings do not count
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(site),
+    ]  # with --quiet, warnings do not count
     given = {**os.environ, "NO_MKDOCS_2_WARNING": "1", **environment}
     return subprocess.run(command, cwd=project, env=given, capture_output=True, text=True, check=False)
 
@@ -53,13 +61,17 @@ def test_no_page_loads_anything_from_another_host(site: Path) -> None:
 def test_diagrams_are_drawn_and_none_is_left_to_a_script(site: Path) -> None:
     for source in (ROOT / "docs").rglob("*.md"):
         page = (site / source.relative_to(ROOT / "docs")).with_suffix(".html").read_text()
-        assert page.count("<figure class=diagram>") + page.count('<figure class="diagram">') == source.read_text().count("```mermaid\n")
+        assert page.count("<figure class=diagram>") + page.count(
+            '<figure class="diagram">'
+        ) == source.read_text().count("```mermaid\n")
         assert 'class="mermaid"' not in page
 
 
 def test_formulas_are_mathml(site: Path) -> None:
     page = (site / "ppo.html").read_text()
-    assert "$" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL) and "<mo>&#x02211;" in page  # the sum over l
+    assert (
+        "$" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL) and "<mo>&#x02211;" in page
+    )  # the sum over l
     assert page.count("<math") == len(re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", (ROOT / "docs/ppo.md").read_text()))
 
 
@@ -78,13 +90,18 @@ def small_site(folder: Path, pages: dict[str, str]) -> Path:
 def test_links_to_code_lead_to_the_repository_or_are_text(site: Path, tmp_path: Path) -> None:
     assert "href=../dagster_project" not in (page := (site / "architecture.html").read_text())
     assert '"../' not in page and "<code>dagster_project/pipeline.py</code>" in page
-    [link] = set(re.findall(r"\[[^\]]*\]\(\.\./dagster_project/pipeline\.py\)", (ROOT / "docs/architecture.md").read_text()))
+    [link] = set(
+        re.findall(r"\[[^\]]*\]\(\.\./dagster_project/pipeline\.py\)", (ROOT / "docs/architecture.md").read_text())
+    )
     project = small_site(tmp_path / "project", {"page": link})
     (project / "dagster_project").mkdir()
     (project / "dagster_project/pipeline.py").touch()
     done = build(project, tmp_path / "site", REPOSITORY_URL="https://code.example.org/team/pedigree/")
     assert done.returncode == 0, done.stderr
-    assert "https://code.example.org/team/pedigree/blob/main/dagster_project/pipeline.py" in (tmp_path / "site/page.html").read_text()
+    assert (
+        "https://code.example.org/team/pedigree/blob/main/dagster_project/pipeline.py"
+        in (tmp_path / "site/page.html").read_text()
+    )
 
 
 MISTAKES = {
@@ -99,7 +116,12 @@ MISTAKES = {
 def test_each_mistake_is_a_warning_and_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "outside.py").touch()
     done = build(small_site(tmp_path / "project", MISTAKES), tmp_path / "site")
-    warned = {name for name in MISTAKES for line in done.stderr.splitlines() if line.startswith("WARNING") and f"{name}.md" in line}
+    warned = {
+        name
+        for name in MISTAKES
+        for line in done.stderr.splitlines()
+        if line.startswith("WARNING") and f"{name}.md" in line
+    }
     assert done.returncode == 1 and warned == set(MISTAKES) and "Traceback" not in done.stderr
 
 

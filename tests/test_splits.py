@@ -34,14 +34,18 @@ from dagster_project.stages import splits
 SHARES = {"test": 0.25, "validation": 0.1}
 
 rows_of_groups = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from("xy")), min_size=1, max_size=40)
-shares = st.tuples(st.integers(0, 50), st.integers(0, 49)).map(lambda percent: {"test": percent[0] / 100, "validation": percent[1] / 100})
+shares = st.tuples(st.integers(0, 50), st.integers(0, 49)).map(
+    lambda percent: {"test": percent[0] / 100, "validation": percent[1] / 100}
+)
 seeds = st.integers(0, 1000)
 calm = settings(deadline=None, max_examples=80)
 
 
 @given(rows=rows_of_groups, shares=shares, seed=seeds)
 @calm
-def test_groups_are_never_divided_between_splits(rows: list[tuple[str, str]], shares: dict[str, float], seed: int) -> None:
+def test_groups_are_never_divided_between_splits(
+    rows: list[tuple[str, str]], shares: dict[str, float], seed: int
+) -> None:
     groups, strata = zip(*rows, strict=True)
     dealt = assign(groups, strata, shares, seed)
     assert len(set(zip(groups, dealt, strict=True))) == len(set(groups))
@@ -54,8 +58,14 @@ def test_each_stratum_gives_its_exact_share(strata: list[str], shares: dict[str,
     counted = Counter(zip(strata, dealt, strict=True))
     rows = Counter(strata)
     expected = {(stratum, name): round(n * share) for stratum, n in rows.items() for name, share in shares.items()}
-    empty = {name for name, share in shares.items() if round(len(strata) * share) and not any(expected[one, name] for one in rows)}
-    assert {key: counted[key] for key in expected if key[1] not in empty} == {key: n for key, n in expected.items() if key[1] not in empty}
+    empty = {
+        name
+        for name, share in shares.items()
+        if round(len(strata) * share) and not any(expected[one, name] for one in rows)
+    }
+    assert {key: counted[key] for key in expected if key[1] not in empty} == {
+        key: n for key, n in expected.items() if key[1] not in empty
+    }
     assert all(any(counted[one, name] for one in rows) for name in empty)
 
 
@@ -133,7 +143,9 @@ def dealt_out(rows: Sequence[tuple[str, str | None, str | None, str]], seed: int
 
 @given(rows=wholes, seed=seeds)
 @calm
-def test_rows_with_a_common_group_or_key_are_in_one_split(rows: list[tuple[str, str | None, str | None, str]], seed: int) -> None:
+def test_rows_with_a_common_group_or_key_are_in_one_split(
+    rows: list[tuple[str, str | None, str | None, str]], seed: int
+) -> None:
     kept = [(row, split) for row, split in zip(rows, dealt_out(rows, seed), strict=True) if split != DROPPED]
     for at in (0, 1):
         pairs = {(row[at], split) for row, split in kept if row[at] is not None}
@@ -214,12 +226,18 @@ def test_a_split_without_labels_is_assigned_from_train() -> None:
     groups = [f"group {i}" for i in range(200)]
     labels = ["train"] * 150 + ["test"] * 50
     found = assign_splits(groups, [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
-    assert Counter(zip(labels, found.splits, strict=True)) == {("train", "train"): 135, ("train", "validation"): 15, ("test", "test"): 50}
+    assert Counter(zip(labels, found.splits, strict=True)) == {
+        ("train", "train"): 135,
+        ("train", "validation"): 15,
+        ("test", "test"): 50,
+    }
 
 
 def test_rows_without_a_label_are_assigned_by_their_own_shares() -> None:
     labels = [*(["train"] * 50 + ["validation"] * 20 + ["test"] * 30), *[None] * 100]
-    found = assign_splits([f"group {i}" for i in range(200)], [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
+    found = assign_splits(
+        [f"group {i}" for i in range(200)], [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7
+    )
     assert found.splits[:100] == labels[:100]
     assert Counter(found.splits[100:]) == {"train": 70, "validation": 10, "test": 20}
     assert found.labelled == set(range(100))
@@ -240,7 +258,9 @@ def test_large_units_fill_the_shares_as_far_as_they_can() -> None:
 
 def test_a_requested_split_gets_the_unit_nearest_in_size_if_none_is_small_enough() -> None:
     keys = ["big"] * 60 + ["middle"] * 30 + ["small"] * 10
-    found = assign_splits([f"group {i}" for i in range(100)], keys, [None] * 100, [""] * 100, {"test": 0.2, "validation": 0.05}, 7)
+    found = assign_splits(
+        [f"group {i}" for i in range(100)], keys, [None] * 100, [""] * 100, {"test": 0.2, "validation": 0.05}, 7
+    )
     assert dict(zip(keys, found.splits, strict=True)) == {"big": "train", "middle": "validation", "small": "test"}
 
 
@@ -267,11 +287,17 @@ OTHERS = [
 
 
 def record(
-    prompt: str, group: str = "", category: str | None = None, meta: str = "{}", source: str = "rows.jsonl", answer: str = "Yes."
+    prompt: str,
+    group: str = "",
+    category: str | None = None,
+    meta: str = "{}",
+    source: str = "rows.jsonl",
+    answer: str = "Yes.",
 ) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     identity = example_id(messages)
-    return {"example_id": identity, "source": source, "messages": messages, "category": category, "group_id": group or identity, "meta": meta}  # fmt: skip
+    return {"example_id": identity, "source": source, "messages": messages, "category": category,
+        "group_id": group or identity, "meta": meta}  # fmt: skip
 
 
 def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:
@@ -284,7 +310,9 @@ def verified(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **row
     """Verification of finished splits with these rows; `all_rows`: the assigned rows, by default the same."""
     held = all_rows or [row for name in rows.values() for row in name]
     return verify_splits(
-        finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), StringIndex(row["example_id"] for row in held)
+        finished(path, **rows),
+        find_copies([row["messages"][0]["content"] for row in held]),
+        StringIndex(row["example_id"] for row in held),
     )
 
 
@@ -311,18 +339,26 @@ def test_the_same_prompt_with_another_answer_is_found(tmp_path: Path) -> None:
 def test_a_group_or_an_example_in_two_splits_is_found(tmp_path: Path) -> None:
     found = verified(tmp_path / "group", train=[record(OTHERS[0], group="g")], test=[record(OTHERS[1], group="g")])
     assert [leak.why for leak in found.leaks] == ["the same group"]
-    assert {"the same example"} <= {leak.why for leak in verified(tmp_path / "id", train=[record(COPY)], validation=[record(COPY)]).leaks}
+    assert {"the same example"} <= {
+        leak.why for leak in verified(tmp_path / "id", train=[record(COPY)], validation=[record(COPY)]).leaks
+    }
 
 
 def test_unrelated_rows_leak_nothing(tmp_path: Path) -> None:
-    found = verified(tmp_path, train=[record(COPY), record(NEARLY)], validation=[record(OTHERS[0])], test=[record(OTHERS[1])])
+    found = verified(
+        tmp_path, train=[record(COPY), record(NEARLY)], validation=[record(OTHERS[0])], test=[record(OTHERS[1])]
+    )
     assert (found.leaks, found.leaking, found.unexpected) == ([], 0, [])
 
 
 def test_verification_counts_rare_runs_over_all_rows_as_splitting_does(tmp_path: Path) -> None:
-    """A template in 52 texts is boilerplate; among the 42 of train and test alone it would look rare, and all of them like copies."""
+    """A template in 52 texts is boilerplate; among the 42 of train and test
+    alone it would look rare, and all of them like copies."""
     rows = [
-        record(f"Please sort the following message into its one right bin {'abcdefghijklmnopqrstuvwxyz'[i % 26] * 3}{i}") for i in range(52)
+        record(
+            f"Please sort the following message into its one right bin {'abcdefghijklmnopqrstuvwxyz'[i % 26] * 3}{i}"
+        )
+        for i in range(52)
     ]
     train, validation, test = rows[:32], rows[32:42], rows[42:]
 
@@ -342,7 +378,9 @@ def test_held_out_rows_outside_the_set_are_found(tmp_path: Path) -> None:
 def test_a_row_added_to_train_that_nearly_repeats_a_test_row_is_found(tmp_path: Path) -> None:
     rows, added = [record(COPY), record(OTHERS[0])], record(NEARLY)
     found = verified(tmp_path, rows, train=[rows[1], added], test=[rows[0]])
-    assert [(leak.place, leak.other) for leak in found.leaks] == [(f"test/{rows[0]['example_id']}", f"train/{added['example_id']}")]
+    assert [(leak.place, leak.other) for leak in found.leaks] == [
+        (f"test/{rows[0]['example_id']}", f"train/{added['example_id']}")
+    ]
 
 
 # --- the stage
@@ -351,7 +389,9 @@ def test_a_row_added_to_train_that_nearly_repeats_a_test_row_is_found(tmp_path: 
 def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     write_records(path, rows)
     lost = {"source": "rows.jsonl", "source_row": 0, "example_id": "", "outcome": "dropped:empty_prompt", "why": ""}
-    write_ledger(path, [lost, *({**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows, 1))])
+    write_ledger(
+        path, [lost, *({**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows, 1))]
+    )
     return path
 
 
@@ -382,11 +422,22 @@ def test_the_stage_writes_every_row_to_one_of_three_folders(tmp_path: Path) -> N
     source = folder_of(tmp_path / "in", 80)
     report = run(splits.Params(test=0.2, validation=0.1), source, tmp_path / "out")
     dealt = {name: read_records(tmp_path / "out" / name) for name in ("train", "validation", "test")}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ledger.parquet", "test", "train", "validation"]
-    assert {name: len(rows) for name, rows in dealt.items()} == {"train": 56, "validation": 8, "test": 16} == report.metrics
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "ledger.parquet",
+        "test",
+        "train",
+        "validation",
+    ]
+    assert (
+        {name: len(rows) for name, rows in dealt.items()}
+        == {"train": 56, "validation": 8, "test": 16}
+        == report.metrics
+    )
     assert all(row["split"] == name for name, rows in dealt.items() for row in rows)
     assert Counter(row["category"] for row in dealt["test"]) == {"a": 8, "b": 8}
-    assert sorted(row["example_id"] for rows in dealt.values() for row in rows) == sorted(row["example_id"] for row in read_records(source))
+    assert sorted(row["example_id"] for rows in dealt.values() for row in rows) == sorted(
+        row["example_id"] for row in read_records(source)
+    )
     assert (report.rows_in, report.rows_out, report.failures) == (80, 80, [])
 
 
@@ -395,7 +446,8 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run(splits.Params(), source, tmp_path / name)
     one, two = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.parquet")} for name in ("one", "two")
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.parquet")}
+        for name in ("one", "two")
     )
     assert len(one) == 4
     assert one == two
@@ -421,7 +473,9 @@ def test_a_set_that_is_too_small_for_a_share_is_named_as_the_reason(tmp_path: Pa
         for row, kind in zip(read_records(folder_of(tmp_path / "in", 2)), "ab", strict=True)
     ]
     report = run(splits.Params(test=0.2, validation=0), written(tmp_path / "set", rows), tmp_path / "out")
-    assert [check.note for check in report.failures] == ["no rows in: test; there are 2 rows of 2 kinds by `stratify_by: category`"]
+    assert [check.note for check in report.failures] == [
+        "no rows in: test; there are 2 rows of 2 kinds by `stratify_by: category`"
+    ]
 
 
 def test_a_split_with_share_0_may_be_empty(tmp_path: Path) -> None:
@@ -477,11 +531,18 @@ def test_labels_are_kept_and_near_copies_of_test_rows_dropped_from_train(tmp_pat
     assert leakage.note.startswith("the labels of the source leak: 1 dropped from train")
     assert schema.note == "14 of 14 rows have a split in their source"
     line = next(line for line in read_ledger(tmp_path / "out") if line["example_id"] == train["example_id"])
-    assert (line["source_row"], line["outcome"], line["why"]) == (13, "dropped:split_leakage", f"belongs to test/{test['example_id']}")
+    assert (line["source_row"], line["outcome"], line["why"]) == (
+        13,
+        "dropped:split_leakage",
+        f"belongs to test/{test['example_id']}",
+    )
 
 
 def test_labels_of_some_rows_are_kept_and_the_others_assigned(tmp_path: Path) -> None:
-    rows = [labeled_row(("train", "validation", "test")[i % 3] if i < 9 else None, prompt) for i, prompt in enumerate(some(49))]
+    rows = [
+        labeled_row(("train", "validation", "test")[i % 3] if i < 9 else None, prompt)
+        for i, prompt in enumerate(some(49))
+    ]
     report = run(splits.Params(test=0.2, validation=0.1), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 3 + 28, "validation": 3 + 4, "test": 3 + 8}
     assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were assigned by share"
@@ -505,8 +566,9 @@ def test_a_source_is_never_divided_if_splits_are_by_source(tmp_path: Path) -> No
     report = run(splits.Params(by="source"), written(tmp_path / "in", rows), tmp_path / "out")
     where = standing(tmp_path / "out")
     assert len({(row["source"], where[row["example_id"]]) for row in rows}) == 3
-    assert report.checks[1].note == (
-        "validation has 10 of 30 rows (33.3%) instead of 10.0%; test has 10 of 30 rows (33.3%) instead of 20.0%; "
+    assert (
+        report.checks[1].note
+        == "validation has 10 of 30 rows (33.3%) instead of 10.0%; test has 10 of 30 rows (33.3%) instead of 20.0%; "
         "the largest source, with all that belongs to it, has 10 rows and is not divided"
     )
 
@@ -530,7 +592,9 @@ def test_rows_of_one_customer_stay_together_whether_the_number_is_text_or_not(tm
     values = [f'{{"customer_id": {spellings[i % 4].format(i % 9)}}}' for i in range(45)]
     rows = [
         record(prompt, meta=meta)
-        for prompt, meta in zip(some(50), [*values, "{}", '{"customer_id": null}', '{"customer_id": ""}', "{}", "{}"], strict=True)
+        for prompt, meta in zip(
+            some(50), [*values, "{}", '{"customer_id": null}', '{"customer_id": ""}', "{}", "{}"], strict=True
+        )
     ]
     run(splits.Params(by="key", key="customer_id"), written(tmp_path / "in", rows), tmp_path / "out")
     where = standing(tmp_path / "out")
@@ -548,8 +612,10 @@ def test_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "in", [record(prompt, meta='{"client": 4}') for prompt in some(3)])
     with pytest.raises(InputError) as refused:
         run(splits.Params(by="key", key="customer_id"), source, tmp_path / "out")
-    assert str(refused.value) == (
-        "params.yaml: splits.key: no row has a field 'customer_id'\nhint: fields that rows have: client; use one that identifies rows that must stay together"
+    assert (
+        str(refused.value)
+        == "params.yaml: splits.key: no row has a field 'customer_id'\nhint: fields that rows have: client; use one"
+        " that identifies rows that must stay together"
     )
     with pytest.raises(InputError, match=r"splits\.by: no row has a category"):
         run(splits.Params(by="category"), source, tmp_path / "out")
@@ -567,13 +633,20 @@ def test_the_ledger_records_the_split_of_each_row(tmp_path: Path) -> None:
     run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     lines = read_ledger(tmp_path / "out")
     where = standing(tmp_path / "out")
-    assert [(line["source_row"], line["outcome"]) for line in lines] == [(i, where[row["example_id"]]) for i, row in enumerate(rows, 1)]
+    assert [(line["source_row"], line["outcome"]) for line in lines] == [
+        (i, where[row["example_id"]]) for i, row in enumerate(rows, 1)
+    ]
     assert [line["why"] for line in lines] == ["label of the source"] + [""] * 19
 
 
 @given(
     rows=st.lists(
-        st.tuples(st.sampled_from([COPY, NEARLY, *OTHERS]), st.integers(0, 30), st.sampled_from([None, *SPLITS]), st.integers(0, 4)),
+        st.tuples(
+            st.sampled_from([COPY, NEARLY, *OTHERS]),
+            st.integers(0, 30),
+            st.sampled_from([None, *SPLITS]),
+            st.integers(0, 4),
+        ),
         min_size=1,
         max_size=25,
     ),

@@ -1,4 +1,5 @@
-"""Commands and stages import what they need and nothing else; and what a stage computes with is set before torch is loaded."""
+"""Commands and stages import what they need and nothing else; and what a stage
+computes with is set before torch is loaded."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ NEEDED: dict[str, set[str]] = {
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
-    *TRAINS, *CHECKS, "great_expectations", "sklearn", "scipy", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2", "grpc", "dagster", "matplotlib",
+    *TRAINS, *CHECKS, "great_expectations", "sklearn", "scipy", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2",
+    "grpc", "dagster", "matplotlib",
     "ray", "rfc3987_syntax", "altair",
 }  # fmt: skip
 
@@ -57,7 +59,9 @@ def test_no_stage_loads_a_large_library_that_it_does_not_need(_finished: Path) -
         if process["arguments"][:3] == ["-m", "dagster_project", "run"]:
             loaded[process["arguments"][3].partition("@")[0]] = {name.partition(".")[0] for name in process["modules"]}
     assert loaded.keys() == STAGES.keys() == NEEDED.keys()
-    assert {stage: sorted(names & LARGE - NEEDED[stage]) for stage, names in loaded.items()} == {stage: [] for stage in STAGES}
+    assert {stage: sorted(names & LARGE - NEEDED[stage]) for stage, names in loaded.items()} == {
+        stage: [] for stage in STAGES
+    }
 
 
 def test_modules_of_stages_load_no_large_library() -> None:
@@ -73,7 +77,10 @@ def test_a_question_about_records_loads_no_definitions_of_parameters() -> None:
     code = """import sys
 from dagster_project.lineage.impact.question import impact
 print(sorted({"pydantic", "jsonschema", "polars"} & sys.modules.keys()))"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_a_model_is_given_adapters_without_bitsandbytes_which_remains_available(tiny_model: Path) -> None:
@@ -85,9 +92,12 @@ from dagster_project.training.methods.hardware import prepare
 device, dtype = prepare(Compute(threads=1, dtype="float32"))
 build("lora", {{"r": 2, "target_modules": "all-linear"}}, Path({str(tiny_model)!r}), device, dtype, "adapter.lora")
 assert "torch" in sys.modules and "bitsandbytes" not in sys.modules
-built = build("lora", {{"r": 2, "target_modules": "all-linear"}}, Path({str(tiny_model)!r}), device, dtype, "adapter.lora", quantization="nf4")
+options = {{"r": 2, "target_modules": "all-linear"}}
+built = build("lora", options, Path({str(tiny_model)!r}), device, dtype, "adapter.lora", quantization="nf4")
 print(sorted({{type(module).__name__ for module in built.model.modules()}} & {{"Linear4bit", "Params4bit"}}))"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1:] == ["['Linear4bit']"], done.stderr
 
 
@@ -132,7 +142,12 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ((0, 0, 7), True, {"OMP_WAIT_POLICY": "passive"}),
         ((), True, {"OMP_WAIT_POLICY": "passive"}),
     ],
-    ids=["a command that computes", "a command that computes nothing", "a sandbox that does not count", "no CPU is named"],
+    ids=[
+        "a command that computes",
+        "a command that computes nothing",
+        "a sandbox that does not count",
+        "no CPU is named",
+    ],
 )
 def test_threads_spin_briefly_where_the_kernel_says_what_runs(
     tmp_path: Path, ticks: tuple[int, ...], computes: bool, expected: dict[str, str]
@@ -184,7 +199,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def test_cpus_are_contended_if_other_processes_use_more_than_the_threads_leave(
     tmp_path: Path, clock: dict[str, float], two_cpus: None, threads: int, others: list[float], contended: list[int]
 ) -> None:
-    """Each look: the CPUs that others used in two seconds, in which this process used all others, and a CPU that is not ours was busy."""
+    """Each look: the CPUs that others used in two seconds, in which this
+    process used all others, and a CPU that is not ours was busy."""
     ticks, stat = [100, 100, 100], kernel(tmp_path / "stat", 100, 100, 100)
     watched, seen = waiting.Contention(threads, stat), []
     for used in others:
@@ -218,21 +234,30 @@ for _ in range(2):
 print([thread.name for thread in threading.enumerate()].count("waiting"))"""
 
 
-@pytest.mark.parametrize("variables, expected", [({"PEDIGREE_WAITING": "GOMP_SPINCOUNT"}, 1), ({}, 0)], ids=["ours", "the user's"])
+@pytest.mark.parametrize(
+    "variables, expected", [({"PEDIGREE_WAITING": "GOMP_SPINCOUNT"}, 1), ({}, 0)], ids=["ours", "the user's"]
+)
 def test_a_process_that_computes_watches_what_else_runs_once(variables: dict[str, str], expected: int) -> None:
     environment = {**os.environ, "GOMP_SPINCOUNT": "3000", **variables}
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
     assert done.stdout.strip() == str(expected), done.stderr
 
 
-@pytest.mark.parametrize("used, expected", [(0.0, "GOMP_SPINCOUNT"), (1.0, "OMP_WAIT_POLICY")], ids=["quiet", "beside another process"])
+@pytest.mark.parametrize(
+    "used, expected", [(0.0, "GOMP_SPINCOUNT"), (1.0, "OMP_WAIT_POLICY")], ids=["quiet", "beside another process"]
+)
 def test_threads_of_a_command_of_the_user_wait_as_suits_what_runs_when_it_starts(
     monkeypatch: pytest.MonkeyPatch, used: float, expected: str
 ) -> None:
     environment = {"GOMP_SPINCOUNT": "3000", "PEDIGREE_WAITING": "GOMP_SPINCOUNT"}
     monkeypatch.setattr(waiting.Contention, "look", lambda self: used > waiting.CONTENDED)
     waiting.settle(environment, 2)
-    assert environment == {expected: "3000" if expected == "GOMP_SPINCOUNT" else "passive", "PEDIGREE_WAITING": expected}
+    assert environment == {
+        expected: "3000" if expected == "GOMP_SPINCOUNT" else "passive",
+        "PEDIGREE_WAITING": expected,
+    }
 
 
 def test_a_wait_setting_of_the_user_is_kept_for_a_command() -> None:
@@ -271,7 +296,9 @@ def test_a_team_that_sleeps_lets_other_threads_sleep_instead_of_spin() -> None:
     if len(cpus) < 2:
         pytest.skip("one CPU")
     code = f"import os\nos.sched_setaffinity(0, {cpus})\n{IDLE}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
     assert done.stdout.strip() == "[True, False, False, True, False] 1", done.stderr
 
 
@@ -282,12 +309,18 @@ def test_a_wait_policy_of_the_user_is_kept(tmp_path: Path, setting: dict[str, st
     assert environment == setting
 
 
-def test_the_guard_of_a_stage_parses_the_pipeline_as_often_as_one_stage_needs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_of_a_stage_parses_the_pipeline_as_often_as_one_stage_needs(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dvc.utils import strictyaml
 
     states, parsed, producers = dvc.read_stages(root), list[str](), list[dvc.StageState]()
     load = strictyaml.load
-    monkeypatch.setattr(strictyaml, "load", lambda path, *args, **kwargs: [parsed.append(Path(path).name), load(path, *args, **kwargs)][1])
+    monkeypatch.setattr(
+        strictyaml,
+        "load",
+        lambda path, *args, **kwargs: [parsed.append(Path(path).name), load(path, *args, **kwargs)][1],
+    )
     found = dvc.verified_fingerprint(root, "tok", producers.extend)
     assert parsed.count("dvc.yaml") == 2  # the index of all stages, and the files with variables
     assert producers == [states[i.producer] for i in states["tok"].inputs if i.producer] and producers

@@ -20,7 +20,17 @@ from hypothesis import strategies as st
 
 from dagster_project.core import workers
 from dagster_project.core.errors import PedigreeError
-from dagster_project.core.stored_rows import BLOCK, Chained, Selected, StoredRows, Texts, decode, encode, encode_finite, encoded
+from dagster_project.core.stored_rows import (
+    BLOCK,
+    Chained,
+    Selected,
+    StoredRows,
+    Texts,
+    decode,
+    encode,
+    encode_finite,
+    encoded,
+)
 from dagster_project.core.workers import AHEAD, LocalProcesses, ThisProcess
 
 texts = st.text(st.characters(), max_size=20)  # unpaired surrogates included
@@ -57,18 +67,36 @@ def test_rows_are_decoded_as_json_does(plain: list[dict[str, object]]) -> None:
 paired = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**40), paired, paired | st.none(), st.lists(st.tuples(paired, paired), max_size=3)), max_size=5))
-def test_rows_of_a_table_are_encoded_as_their_values(given_rows: list[tuple[int, str, str | None, list[tuple[str, str]]]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**40), paired, paired | st.none(), st.lists(st.tuples(paired, paired), max_size=3)),
+        max_size=5,
+    )
+)
+def test_rows_of_a_table_are_encoded_as_their_values(
+    given_rows: list[tuple[int, str, str | None, list[tuple[str, str]]]],
+) -> None:
     named = [
-        {"source_row": number, "meta": meta, "category": category, "messages": [{"role": role, "content": text} for role, text in turns]}
+        {
+            "source_row": number,
+            "meta": meta,
+            "category": category,
+            "messages": [{"role": role, "content": text} for role, text in turns],
+        }
         for number, meta, category, turns in given_rows
     ]
     message = pl.Struct({"role": pl.String, "content": pl.String})
     schema = {"source_row": pl.Int64, "meta": pl.String, "category": pl.String, "messages": pl.List(message)}
     lines = encoded(pl.DataFrame(named, schema))
     assert [*map(decode, lines)] == named and [list(decode(line)) for line in lines] == [list(row) for row in named]
-    plain = [i for i, row in enumerate(named) if encode(row).decode() == json.dumps(row, ensure_ascii=False, separators=(",", ":"))]
-    assert [lines[i] for i in plain if b"\\" not in lines[i]] == [encode(named[i]) for i in plain if b"\\" not in lines[i]]
+    plain = [
+        i
+        for i, row in enumerate(named)
+        if encode(row).decode() == json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+    ]
+    assert [lines[i] for i in plain if b"\\" not in lines[i]] == [
+        encode(named[i]) for i in plain if b"\\" not in lines[i]
+    ]
 
 
 def test_rows_can_be_added_between_reads(tmp_path: Path) -> None:
@@ -84,7 +112,9 @@ def test_rows_can_be_added_between_reads(tmp_path: Path) -> None:
 @given(rows, st.data())
 def test_changed_rows_are_those_of_a_changed_list(plain: list[dict[str, object]], data: st.DataObject) -> None:
     changes = data.draw(
-        st.dictionaries(st.integers(0, len(plain) - 1), st.dictionaries(texts, values, max_size=2)) if plain else st.just({})
+        st.dictionaries(st.integers(0, len(plain) - 1), st.dictionaries(texts, values, max_size=2))
+        if plain
+        else st.just({})
     )
     before = StoredRows(plain)
     after = before.with_changes((i, encode(row)) for i, row in changes.items())
@@ -195,7 +225,9 @@ def test_workers_end_when_their_stage_is_killed(tmp_path: Path) -> None:
         "        time.sleep(600)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
     assert process.stdout
     worker = psutil.Process(int(process.stdout.readline()))
     process.kill()

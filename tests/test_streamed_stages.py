@@ -1,4 +1,5 @@
-"""splits and tokenized: neither the size of the shards that they read nor the number of processes changes a byte of their output."""
+"""splits and tokenized: neither the size of the shards that they read nor the
+number of processes changes a byte of their output."""
 
 from __future__ import annotations
 
@@ -24,7 +25,16 @@ from hypothesis import strategies as st
 from dagster_project.core import records as record_files
 from dagster_project.core import workers
 from dagster_project.core.params import parse
-from dagster_project.core.records import Report, example_id, read_records, read_table, record_schema, rich_schema, write_ledger, write_table
+from dagster_project.core.records import (
+    Report,
+    example_id,
+    read_records,
+    read_table,
+    record_schema,
+    rich_schema,
+    write_ledger,
+    write_table,
+)
 from dagster_project.core.rendering import end_tokens
 from dagster_project.core.workers import LocalProcesses
 from dagster_project.curation.splitting.split import DROPPED, SPLITS, assign, keep_labels
@@ -60,23 +70,31 @@ calm = settings(deadline=None, max_examples=10, suppress_health_check=[HealthChe
 
 
 def some_rows(seed: int, n: int) -> list[dict[str, Any]]:
-    """Rows of several sources and categories: conversations of one or two turns, plain texts, tools, traces, labels, near-copies, misfits."""
+    """Rows of several sources and categories: conversations of one or two
+    turns, plain texts, tools, traces, labels, near-copies, misfits."""
     draw = random.Random(seed)
     found = []
     for i in range(n):
         words = " ".join(draw.choices(WORDS, k=draw.randint(1, 14)))
-        messages: list[dict[str, Any]] = [{"role": "user", "content": words}, {"role": "assistant", "content": f"{draw.choice(WORDS)} {i}"}]
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": words},
+            {"role": "assistant", "content": f"{draw.choice(WORDS)} {i}"},
+        ]
         meta: dict[str, Any] = {"customer": draw.choice([None, 1, 2, "2"])}
         tools = None
         kind = draw.randrange(9)
         if kind == 0:
-            messages += [{"role": "user", "content": "Again?"}, {"role": "assistant", "content": "Yes. " * draw.randint(1, 9)}]
+            messages += [
+                {"role": "user", "content": "Again?"},
+                {"role": "assistant", "content": "Yes. " * draw.randint(1, 9)},
+            ]
         elif kind == 1:
             messages, meta["kind"] = [{"role": "assistant", "content": words * draw.randint(1, 6)}], "text"
         elif kind == 2:
             call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "add", "arguments": {"a": i}}}
             messages[1:] = [{"role": "assistant", "content": "", "tool_calls": [call]},
-                            {"role": "tool", "content": "3", "tool_call_id": "a1b2c3d4e", "name": "add"}, {"role": "assistant", "content": "3"}]  # fmt: skip
+                            {"role": "tool", "content": "3", "tool_call_id": "a1b2c3d4e", "name": "add"},
+                            {"role": "assistant", "content": "3"}]  # fmt: skip
             tools = [TOOL]
         elif kind == 3:
             messages[-1]["reasoning_content"] = "Think."
@@ -86,7 +104,8 @@ def some_rows(seed: int, n: int) -> list[dict[str, Any]]:
             meta["split"] = draw.choice([*SPLITS, "dev"])
         identity = example_id(messages, tools, meta.get("kind") == "text")
         row = {"example_id": identity, "source": f"data/sources/{draw.choice('ab')}.jsonl", "messages": messages,
-               "category": draw.choice([None, "bug", "login"]), "group_id": identity, "meta": json.dumps(meta)}  # fmt: skip
+               "category": draw.choice([None, "bug", "login"]), "group_id": identity,
+               "meta": json.dumps(meta)}  # fmt: skip
         found.append({**row, **({"tools": tools} if tools else {})})
     return list({row["example_id"]: row for row in found}.values())
 
@@ -108,13 +127,18 @@ class Runs:
 
     def _run(self, processes: int) -> tuple[Path, Any]:
         self.count += 1
-        return self.folder / f"{self.count}", workers.using(LocalProcesses(processes)) if processes > 1 else nullcontext()
+        return self.folder / f"{self.count}", (
+            workers.using(LocalProcesses(processes)) if processes > 1 else nullcontext()
+        )
 
-    def splits(self, rows: Sequence[dict[str, Any]], cuts: Sequence[int], params: splits.Params, processes: int = 1) -> tuple[Report, Any]:
+    def splits(
+        self, rows: Sequence[dict[str, Any]], cuts: Sequence[int], params: splits.Params, processes: int = 1
+    ) -> tuple[Report, Any]:
         folder, processing = self._run(processes)
         write_shards(folder / "in", rows, cuts)
         lines = [
-            {**row, "source_row": i, "outcome": "kept", "why": "", "repaired": ["x"] if i == 3 else None} for i, row in enumerate(rows)
+            {**row, "source_row": i, "outcome": "kept", "why": "", "repaired": ["x"] if i == 3 else None}
+            for i, row in enumerate(rows)
         ]
         write_ledger(folder / "in", lines)
         with processing:
@@ -128,9 +152,14 @@ class Runs:
         train, validation = rows[: len(rows) * 3 // 4], rows[len(rows) * 3 // 4 :]
         write_shards(folder / "in/train", train, cuts)
         write_shards(folder / "in/validation", validation, cuts[:1])
-        write_ledger(folder / "in", [{"source": r["source"], "example_id": r["example_id"], "source_row": i} for i, r in enumerate(rows)])
+        write_ledger(
+            folder / "in",
+            [{"source": r["source"], "example_id": r["example_id"], "source_row": i} for i, r in enumerate(rows)],
+        )
         with processing:
-            report = tokenized.produce(folder, parse(tokenized.Params, params, "tokenized"), 7, folder / "in", self.model, folder / "out")
+            report = tokenized.produce(
+                folder, parse(tokenized.Params, params, "tokenized"), 7, folder / "in", self.model, folder / "out"
+            )
         return report, contents(folder / "out")
 
 
@@ -157,7 +186,9 @@ cuts = st.lists(st.integers(0, 1000), max_size=6)
 
 @calm
 @given(st.integers(0, 1000), st.integers(1, 60), cuts, st.sampled_from(SPLITTING))
-def test_the_shards_that_splits_reads_change_nothing(runs: Runs, seed: int, n: int, cuts: list[int], params: splits.Params) -> None:
+def test_the_shards_that_splits_reads_change_nothing(
+    runs: Runs, seed: int, n: int, cuts: list[int], params: splits.Params
+) -> None:
     rows = some_rows(seed, n)
     if params.by == "key" and all(json.loads(row["meta"])["customer"] is None for row in rows):
         return
@@ -166,7 +197,9 @@ def test_the_shards_that_splits_reads_change_nothing(runs: Runs, seed: int, n: i
 
 @calm
 @given(st.integers(0, 1000), st.integers(12, 60), cuts, st.sampled_from(RENDERING))
-def test_the_shards_that_tokenized_reads_change_nothing(runs: Runs, seed: int, n: int, cuts: list[int], params: dict[str, Any]) -> None:
+def test_the_shards_that_tokenized_reads_change_nothing(
+    runs: Runs, seed: int, n: int, cuts: list[int], params: dict[str, Any]
+) -> None:
     rows = [{**row, "source": f"data/sources/{'ab'[i % 2]}.jsonl"} for i, row in enumerate(some_rows(seed, n))]
     settings = {"on_mismatch": "drop", **params}
     assert runs.tokenized(rows, cuts, settings) == runs.tokenized(rows, [], settings)
@@ -198,7 +231,9 @@ def test_a_tokenizer_in_another_process_has_the_files_of_this_one(tiny_model: Pa
     shutil.rmtree(folder)
     there, again = pickle.loads(data).tokenizer, pickle.loads(data).tokenizer
     assert there is again, "loaded once"
-    assert there.chat_template == here.tokenizer.chat_template and there("Hällo <|im_end|>") == here.tokenizer("Hällo <|im_end|>")
+    assert there.chat_template == here.tokenizer.chat_template and there("Hällo <|im_end|>") == here.tokenizer(
+        "Hällo <|im_end|>"
+    )
     assert end_tokens(there) == ["<|im_end|>", "<|endoftext|>"]
     assert len(data) < 1_000_000, "without the weights"
 
@@ -206,7 +241,9 @@ def test_a_tokenizer_in_another_process_has_the_files_of_this_one(tiny_model: Pa
 # --- the assignment, as it is defined
 
 
-def plain_assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[str, float], seed: int, top_up: bool) -> list[str]:
+def plain_assign(
+    units: Sequence[str], strata: Sequence[str], shares: Mapping[str, float], seed: int, top_up: bool
+) -> list[str]:
     size = Counter(units)
     most: dict[str, tuple[int, str]] = {}
     for (unit, stratum), rows in Counter(zip(units, strata, strict=True)).items():
@@ -224,7 +261,9 @@ def plain_assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[st
     exact = {stratum: sum(size[unit] for unit in ids) for stratum, ids in members.items()}
     for name, share in shares.items():
         wanted, rounded = round(len(units) * share), {stratum: round(rows * share) for stratum, rows in exact.items()}
-        misses = abs(sum(rounded.values()) - wanted) > max(2, len(units) // 100) or (wanted > 0 and not any(rounded.values()))
+        misses = abs(sum(rounded.values()) - wanted) > max(2, len(units) // 100) or (
+            wanted > 0 and not any(rounded.values())
+        )
         for stratum, ids in members.items():
             fill(name, ids, math.floor(exact[stratum] * share) if misses else rounded[stratum])
         if misses:  # the rest of whole rows: one unit of some strata
@@ -245,13 +284,17 @@ assigned = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from("xyz"
 
 @given(assigned, st.integers(0, 45), st.integers(0, 45), st.integers(0, 100), st.booleans())
 @settings(deadline=None, max_examples=150)
-def test_rows_are_assigned_as_defined(rows: list[tuple[str, str]], test: int, validation: int, seed: int, top_up: bool) -> None:
+def test_rows_are_assigned_as_defined(
+    rows: list[tuple[str, str]], test: int, validation: int, seed: int, top_up: bool
+) -> None:
     units, strata = [unit for unit, _ in rows], [stratum for _, stratum in rows]
     shares = {"test": test / 100, "validation": validation / 100}
     assert assign(units, strata, shares, seed, top_up) == plain_assign(units, strata, shares, seed, top_up)
 
 
-def plain_labels(groups: Sequence[str], keys: Sequence[str | None], labels: Sequence[str | None]) -> tuple[list[str], dict[int, int]]:
+def plain_labels(
+    groups: Sequence[str], keys: Sequence[str | None], labels: Sequence[str | None]
+) -> tuple[list[str], dict[int, int]]:
     by_label, because = [""] * len(labels), {}
     rows_of: tuple[dict[str | None, list[int]], ...] = (defaultdict(list), defaultdict(list))
     for index, column in zip(rows_of, (groups, keys), strict=True):
@@ -273,7 +316,10 @@ def plain_labels(groups: Sequence[str], keys: Sequence[str | None], labels: Sequ
     return by_label, because
 
 
-labeled = st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from(["1", "2", None]), st.sampled_from([None, *SPLITS])), max_size=30)
+labeled = st.lists(
+    st.tuples(st.sampled_from("abcde"), st.sampled_from(["1", "2", None]), st.sampled_from([None, *SPLITS])),
+    max_size=30,
+)
 
 
 @given(labeled)
@@ -313,14 +359,21 @@ def test_any_row_group_and_array_gives_the_rows_and_the_bytes_of_a_table(
         examples, owners = in_order(found, copies)
         rows = packed_file.layout(found, examples, 12)
         schema = tokenized.row_schema()
-        packed_file.write_packed(tmp_path / "a.parquet", schema, found, examples[rows.order], owners[rows.order], rows.sizes, tmp_path)
+        packed_file.write_packed(
+            tmp_path / "a.parquet", schema, found, examples[rows.order], owners[rows.order], rows.sizes, tmp_path
+        )
         plain = []
         order, start = rows.order.tolist(), 0
         for size in rows.sizes.tolist():
             own = [(found.ids[owners[i]], next(iter(found.read([examples[i]])))) for i in order[start : start + size]]
             start += size
-            columns = {name: [float(x) if name == "weights" else int(x) for _, one in own for x in getattr(one, name)] for name in packed_file.TOKEN_COLUMNS}  # fmt: skip
-            plain.append({"example_ids": [name for name, _ in own], "lengths": [len(one.input_ids) for _, one in own], **columns})
+            columns = {
+                name: [float(x) if name == "weights" else int(x) for _, one in own for x in getattr(one, name)]
+                for name in packed_file.TOKEN_COLUMNS
+            }
+            plain.append(
+                {"example_ids": [name for name, _ in own], "lengths": [len(one.input_ids) for _, one in own], **columns}
+            )
         write_table(tmp_path / "b.parquet", plain, schema)
     assert read_table(tmp_path / "a.parquet") == plain
     assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == max(1, -(-len(plain) // group))
@@ -347,4 +400,6 @@ def test_read_records_reads_what_splits_wrote(runs: Runs) -> None:
     rows = some_rows(2, 50)
     runs.splits(rows, [9], splits.Params(keep_labels=False))
     found = {row["example_id"]: row for name in SPLITS for row in read_records(runs.folder / "1/out" / name)}
-    assert {name: {k: v for k, v in row.items() if k != "split"} for name, row in found.items()} == {row["example_id"]: row for row in rows}
+    assert {name: {k: v for k, v in row.items() if k != "split"} for name, row in found.items()} == {
+        row["example_id"]: row for row in rows
+    }

@@ -1,4 +1,5 @@
-"""Sources are read in parts: any number of parts and processes gives the records that all rows in memory give, in little memory."""
+"""Sources are read in parts: any number of parts and processes gives the
+records that all rows in memory give, in little memory."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ def without_fields(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("part")
 @pytest.mark.parametrize("layout", LAYOUT_ROWS)
 def test_examples_that_are_read_in_parts_are_those_of_all_rows_in_memory(layout: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", *([LAYOUT_ROWS[layout][0]] * 9), *([] if layout == "text" else LINES), LAYOUT_ROWS[layout][0])
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        *([LAYOUT_ROWS[layout][0]] * 9),
+        *([] if layout == "text" else LINES),
+        LAYOUT_ROWS[layout][0],
+    )
     found, records = to_records(path, "a.jsonl")
     expected, in_memory = records_of(read_rows(path), "a.jsonl", "a.jsonl")
     assert found == expected == layout
@@ -62,15 +68,25 @@ def kto(seed: int) -> list[dict[str, Any]]:
     chance = random.Random(seed)
     rows = []
     for number in range(60):
-        message = {"role": "assistant", "content": f"answer {number}", **({"id": number} if chance.random() < 0.3 else {})}
-        row = {"prompt": f"prompt {chance.randrange(4)}", "completion": [message], "label": chance.random() < 0.5, "note": number}
+        message = {
+            "role": "assistant",
+            "content": f"answer {number}",
+            **({"id": number} if chance.random() < 0.3 else {}),
+        }
+        row = {
+            "prompt": f"prompt {chance.randrange(4)}",
+            "completion": [message],
+            "label": chance.random() < 0.5,
+            "note": number,
+        }
         extra = {"category": f"c{chance.randrange(2)}", "split": chance.choice(["train", "test"])}
         rows.append({**row, **{key: value for key, value in extra.items() if chance.random() < 0.5}})
     return rows
 
 
 def greedy(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """Source rows of each pair: a row joins the earliest row without partner that has its prompt and split and the opposite label."""
+    """Source rows of each pair: a row joins the earliest row without partner
+    that has its prompt and split and the opposite label."""
     pairs: list[list[int]] = []
     for number, row in enumerate(rows):
 
@@ -88,7 +104,9 @@ def greedy(rows: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def read_preferences(root: Path, **section: Any) -> Any:
-    params = parse(raw_preferences.Params, {"sources": [{"path": "data/sources/p.jsonl"}], **section}, "raw_preferences")
+    params = parse(
+        raw_preferences.Params, {"sources": [{"path": "data/sources/p.jsonl"}], **section}, "raw_preferences"
+    )
     report = raw_preferences.produce(root, params, root / "out")
     return report, read_pairs(root / "out")
 
@@ -130,13 +148,18 @@ def test_a_limit_of_examples_may_end_within_a_row(limit: int, tmp_path: Path) ->
     rows = {1: (1, 0), 2: (1, 0), 3: (1, 0), 4: (2, 0), 7: (2, 1), 100: (2, 1)}[limit]
     assert report.rows_out == min(limit, 7)
     assert tuple(file["rows"] for file in facts["files"].values()) == rows
-    assert facts["format"] == "instances, prompt_completion", "the layout of each file is detected, also beyond the limit"
+    assert facts["format"] == "instances, prompt_completion", (
+        "the layout of each file is detected, also beyond the limit"
+    )
 
 
 def outputs(root: Path, out: str) -> dict[str, bytes]:
     params = parse(raw_examples.Params, {"sources": [{"path": "data/sources/mine"}]}, "raw_examples")
     report = raw_examples.produce(root, params, root / out)
-    return {"report": json.dumps(report.document()).encode(), **{file.name: file.read_bytes() for file in (root / out).iterdir()}}
+    return {
+        "report": json.dumps(report.document()).encode(),
+        **{file.name: file.read_bytes() for file in (root / out).iterdir()},
+    }
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +193,10 @@ def test_the_error_of_the_first_bad_file_is_reported_with_any_number_of_processe
     (folder / "c.parquet").write_bytes(b"not Parquet")
     monkeypatch.setattr(streaming, "SMALL", 0)
     monkeypatch.setattr(files, "BLOCK_ROWS", 4)
-    with workers.using(workers.LocalProcesses(2) if count == 2 else workers.THIS_PROCESS), pytest.raises(InputError) as caught:
+    with (
+        workers.using(workers.LocalProcesses(2) if count == 2 else workers.THIS_PROCESS),
+        pytest.raises(InputError) as caught,
+    ):
         outputs(tmp_path, "out")
     assert caught.value.what == "mine/b.jsonl: unknown format (keys of the first row: unknown)"
     assert caught.value.hint
@@ -192,9 +218,14 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 
     def peak(rows: int) -> int:
         """Of a process that reads this many rows of 2 kB, in MB."""
-        lines = ({"messages": [{"role": "user", "content": f"{n} {text}"}, {"role": "assistant", "content": text}]} for n in range(rows))
+        lines = (
+            {"messages": [{"role": "user", "content": f"{n} {text}"}, {"role": "assistant", "content": text}]}
+            for n in range(rows)
+        )
         jsonl(tmp_path / "data/sources/a.jsonl", *lines)
-        done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=True
+        )
         return int(done.stdout)
 
     assert peak(54_000) - peak(14_000) < 60, "80 MB of text more"

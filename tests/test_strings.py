@@ -1,4 +1,5 @@
-"""Columns of texts in one buffer or in a scratch file behave as lists; an index numbers different strings as a dictionary does."""
+"""Columns of texts in one buffer or in a scratch file behave as lists; an index
+numbers different strings as a dictionary does."""
 
 from __future__ import annotations
 
@@ -47,14 +48,18 @@ def test_an_index_numbers_different_strings_in_order(strings: list[str | None], 
     index = StringIndex(iter(strings))
     assert index.numbers.tolist() == expected and len(index) == len(number)
     assert [strings[i] for i in index.first] == list(number)
-    assert all(strings.index(one) == i for one, i in zip(number, index.first.tolist(), strict=True)), "the first of equal strings"
+    assert all(strings.index(one) == i for one, i in zip(number, index.first.tolist(), strict=True)), (
+        "the first of equal strings"
+    )
     named = [one for one in wanted if one is not None]
     assert index.find(named).tolist() == [number.get(one, -1) for one in named]
     assert [one in index for one in named] == [one in number for one in named]
 
 
 @pytest.mark.parametrize("window", [1, 64, 1 << 20])
-def test_items_are_read_in_any_order_and_between_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+def test_items_are_read_in_any_order_and_between_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
     monkeypatch.setattr(stored_rows, "WINDOW", window)
     draw, stored, plain = random.Random(3), Scratch(tmp_path / "new"), []
     for n in range(300):

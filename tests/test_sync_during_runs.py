@@ -1,4 +1,5 @@
-"""Sync during runs of the same assets: each materialization is in the event log once, with its checks. On the small pipeline."""
+"""Sync during runs of the same assets: each materialization is in the event log
+once, with its checks. On the small pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Instruction records as tasks of online methods: the response is the target of rewards that can be verified, and lineage names the records."""
+"""Instruction records as tasks of online methods: the response is the target of
+rewards that can be verified, and lineage names the records."""
 
 from __future__ import annotations
 
@@ -43,7 +44,14 @@ WHERE = "aligned.mine.rewards"
 
 def row(question: str, answer: str, **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **fields}]
-    return {"example_id": example_id(messages), "source": "a.jsonl", "messages": messages, "category": None, "group_id": None, "meta": "{}"}
+    return {
+        "example_id": example_id(messages),
+        "source": "a.jsonl",
+        "messages": messages,
+        "category": None,
+        "group_id": None,
+        "meta": "{}",
+    }
 
 
 def split(folder: Path, **rows: list[dict[str, Any]]) -> Path:
@@ -62,7 +70,9 @@ def test_a_task_is_the_prompt_of_a_record_with_its_response_as_target(tmp_path: 
     ]
     long = {**row("", ""), "messages": turns, "example_id": "long"}
     rows = [row("1+1?", "It is 2."), row("Name?", "Wren"), long]
-    found, counts = tasks_of(split(tmp_path / "splits", train=rows, validation=rows[:2]), ready({"number_match": 1.0}, WHERE, tmp_path))
+    found, counts = tasks_of(
+        split(tmp_path / "splits", train=rows, validation=rows[:2]), ready({"number_match": 1.0}, WHERE, tmp_path)
+    )
     assert [(one["example_id"], one["prompt"], one["chosen"]) for one in found["train"]] == [
         (rows[0]["example_id"], rows[0]["messages"][:1], rows[0]["messages"][1:]), ("long", turns[:4], turns[4:]),
     ]  # fmt: skip
@@ -74,7 +84,10 @@ def test_a_task_is_the_prompt_of_a_record_with_its_response_as_target(tmp_path: 
 
 
 def test_records_without_unit_tests_are_left_out_and_those_of_the_others_run(tmp_path: Path) -> None:
-    rows = [row("Add.", "def add(a, b): return a + b") | {"meta": '{"tests": "assert add(1, 2) == 3"}'}, row("Name?", "Wren")]
+    rows = [
+        row("Add.", "def add(a, b): return a + b") | {"meta": '{"tests": "assert add(1, 2) == 3"}'},
+        row("Name?", "Wren"),
+    ]
     rewards: dict[str, Any] = {"unit_tests": {"run": "unprotected"}}
     found, counts = tasks_of(split(tmp_path / "splits", train=rows), ready(rewards, WHERE, tmp_path))
     assert counts["train"]["left_out"] == {"no target of unit_tests": 1}
@@ -104,7 +117,15 @@ def test_each_reward_compares_with_the_response(tmp_path: Path) -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     "grpo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
     "rloo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
-    "ppo": {"options": {"total_episodes": 12, "batch_size": 6, "response_length": 6, "learning_rate": 1e-2, "missing_eos_penalty": 0.0}},
+    "ppo": {
+        "options": {
+            "total_episodes": 12,
+            "batch_size": 6,
+            "response_length": 6,
+            "learning_rate": 1e-2,
+            "missing_eos_penalty": 0.0,
+        }
+    },
 }
 
 
@@ -112,7 +133,11 @@ def align(folder: Path, splits: Path, sft: Path, **settings: Any) -> Any:
     common = {"adapter": "lora", "learning_rate": 1e-2, "samples": 4, "max_new_tokens": 6, "reward_target": "response"}
     common |= {} if settings["method"] == "ppo" else {"per_device_train_batch_size": 4}
     params = aligned.Params(
-        **{key: value for key, value in (common | settings).items() if settings["method"] != "ppo" or key != "learning_rate"}
+        **{
+            key: value
+            for key, value in (common | settings).items()
+            if settings["method"] != "ppo" or key != "learning_rate"
+        }
     )
     report = aligned.produce(
         "mine", params, COMPUTE, aligned.Sources(folder / "no preferences", None, sft, splits=splits),
@@ -129,7 +154,11 @@ def test_training_learns_from_the_training_split_and_is_measured_on_the_validati
     train, held_out = [row(f"q{i}", f"a{i}") for i in range(8)], [row(f"v{i}", f"b{i}") for i in range(5)]
     splits = split(tmp_path / "splits", train=train, validation=held_out)
     pattern = "[a-mA-M]"
-    rewards = {"exact_match": 1.0, "regex": {"weight": 0.5, "pattern": pattern}, "length_window": {"weight": 0.1, "max_words": 1}}
+    rewards = {
+        "exact_match": 1.0,
+        "regex": {"weight": 0.5, "pattern": pattern},
+        "length_window": {"weight": 0.1, "max_words": 1},
+    }
     report = align(tmp_path, splits, tiny_model, method=method, rewards=rewards, **SETTINGS[method])
     assert not report.failures, [check.note for check in report.failures]
     seen = {one["example_id"] for one in read_table(tmp_path / "out" / "examples.parquet")}
@@ -141,7 +170,9 @@ def test_training_learns_from_the_training_split_and_is_measured_on_the_validati
         hits = [bool(re.search(pattern, one[f"{who}_answer"])) for one in samples]
         assert report.metrics["held_out"]["regex"][who] == pytest.approx(sum(hits) / 4)
         assert report.metrics["held_out"]["exact_match"][who] == 0.0
-        assert report.metrics["held_out"]["reward"][who] == pytest.approx(sum(one[f"{who}_reward"] for one in samples) / 4, abs=1e-3)
+        assert report.metrics["held_out"]["reward"][who] == pytest.approx(
+            sum(one[f"{who}_reward"] for one in samples) / 4, abs=1e-3
+        )
     assert report.metrics["tasks"] == {"train": {"records": 8, "used": 8}, "validation": {"records": 5, "used": 5}}
     assert report.metrics["reward_target"] == "response" and "preference" not in report.metrics
     names = {check.name for check in report.checks}
@@ -152,7 +183,8 @@ def test_training_learns_from_the_training_split_and_is_measured_on_the_validati
 
 
 def test_too_few_steps_for_every_weight_to_move_are_named(tmp_path: Path, tiny_model: Path) -> None:
-    """Of two steps with a warm-up, the first has a rate of 0. One step that acts moves lora_B alone, which begins at zero; two move both."""
+    """Of two steps with a warm-up, the first has a rate of 0. One step that
+    acts moves lora_B alone, which begins at zero; two move both."""
     rows = [row(f"q{i}", f"a{i}") for i in range(8)]
     splits = split(tmp_path / "splits", train=rows, validation=[row("v", "b")])
     settings = {
@@ -162,21 +194,31 @@ def test_too_few_steps_for_every_weight_to_move_are_named(tmp_path: Path, tiny_m
     }
     warm = align(tmp_path / "warm", splits, tiny_model, method="rloo", **settings)
     [failed] = warm.failures
-    assert failed.name == "trained_what_it_should" and failed.note.startswith("did not move: lora_A; 1 of 2 steps could change a weight: ")
+    assert failed.name == "trained_what_it_should" and failed.note.startswith(
+        "did not move: lora_A; 1 of 2 steps could change a weight: "
+    )
     report = align(tmp_path / "cold", splits, tiny_model, method="rloo", **settings, warmup_ratio=0.0)
     assert not report.failures, [check.note for check in report.failures]
 
 
 def test_an_iteration_of_several_updates_is_not_called_one_step_that_could_change_a_weight() -> None:
-    """What did not move after an iteration of PPO had a chance in each of its updates: too few steps are not the reason."""
-    change = WeightChange({"lora_A": {"tensors": 1, "moved": 0, "norm_of_change": 0.0}}, {"sha256_before": "a", "sha256_after": "a"})
+    """What did not move after an iteration of PPO had a chance in each of its
+    updates: too few steps are not the reason."""
+    change = WeightChange(
+        {"lora_A": {"tensors": 1, "moved": 0, "norm_of_change": 0.0}}, {"sha256_before": "a", "sha256_after": "a"}
+    )
     point = {"step": 1, "loss": 0.1, "learning_rate": 1e-3, "grad_norm": 0.5}
-    notes = [aligned._moved(change, TrainingHistory(curve=[point | updates])).note for updates in ({}, {"updates": 1}, {"updates": 8})]
+    notes = [
+        aligned._moved(change, TrainingHistory(curve=[point | updates])).note
+        for updates in ({}, {"updates": 1}, {"updates": 8})
+    ]
     assert all(note.startswith("did not move: lora_A; 1 of 1 steps could change a weight") for note in notes[:2])
     assert notes[2] == "did not move: lora_A"
 
 
-def test_the_curve_of_online_dpo_has_a_row_for_each_step_also_where_no_rewards_differ(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_curve_of_online_dpo_has_a_row_for_each_step_also_where_no_rewards_differ(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     splits = split(tmp_path / "splits", train=[row(f"q{i}", f"a{i}") for i in range(8)], validation=[row("v", "b")])
     settings = {
         "options": {"max_completion_length": 6},
@@ -185,10 +227,14 @@ def test_the_curve_of_online_dpo_has_a_row_for_each_step_also_where_no_rewards_d
         "rewards": {"regex": {"pattern": "[a-m]"}},
     }
     align(tmp_path, splits, tiny_model, method="online_dpo", **settings)
-    points = [point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point]
+    points = [
+        point for point in json.loads((tmp_path / "pages" / "history.json").read_text())["curve"] if "loss" in point
+    ]
     assert 0 < sum("margin" in point for point in points) < 8, "no step without a pair, so that case is not shown"
     head, *lines = (tmp_path / "curve.csv").read_text().splitlines()
-    assert {"loss", "kl", "reward"} <= {*head.split(",")} and [line.split(",")[0] for line in lines] == [str(step) for step in range(1, 9)]
+    assert {"loss", "kl", "reward"} <= {*head.split(",")} and [line.split(",")[0] for line in lines] == [
+        str(step) for step in range(1, 9)
+    ]
 
 
 class Policies:
@@ -208,7 +254,9 @@ def test_held_out_rewards_are_those_before_and_after(tmp_path: Path) -> None:
     found, _ = tasks_of(split(tmp_path / "splits", validation=records), {})
     scorer = HeldOut(Rewards({"exact_match": 2.0, "length_window": {"weight": 1.0, "max_words": 1}}, None))
     params = aligned.Params(method="rloo", adapter="lora")
-    measured = aligned._evaluate(Policies(), found["test"], scorer, params, params.parsed_method("aligned.x"), tmp_path / "out")  # type: ignore[arg-type]
+    measured = aligned._evaluate(
+        Policies(), found["test"], scorer, params, params.parsed_method("aligned.x"), tmp_path / "out"
+    )  # type: ignore[arg-type]
     means = {name: (one["sft"], one["aligned"], one["difference"]) for name, one in measured["held_out"].items()}
     assert means == {"reward": (1.5, 2.5, 1.0), "exact_match": (0.25, 0.75, 0.5), "length_window": (1.0, 1.0, 0.0)}
     assert measured["watch"]["win_rate"]["value"] == 0.75  # two are better, two are as good
@@ -218,14 +266,22 @@ def test_held_out_rewards_are_those_before_and_after(tmp_path: Path) -> None:
     assert check.note.startswith("reward 1.500 -> 2.500 on 4 held-out tasks") and "fewer than 30" in check.note
 
 
-@pytest.mark.parametrize(("prompts", "low", "passed"), [(30, 0.1, True), (30, -0.1, False), (29, 0.1, False), (1, 1.0, False)])
+@pytest.mark.parametrize(
+    ("prompts", "low", "passed"), [(30, 0.1, True), (30, -0.1, False), (29, 0.1, False), (1, 1.0, False)]
+)
 def test_few_held_out_tasks_show_no_gain(prompts: int, low: float, passed: bool) -> None:
-    measured = {"watch": {"prompts": prompts}, "held_out": {"reward": {"sft": 0.0, "aligned": 1.0, "interval": [low, 1.0]}}}
+    measured = {
+        "watch": {"prompts": prompts},
+        "held_out": {"reward": {"sft": 0.0, "aligned": 1.0, "interval": [low, 1.0]}},
+    }
     assert aligned._improved(measured, prompts).passed == passed
 
 
 def test_near_copies_among_held_out_tasks_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held_out = [{"example_id": str(i), "group_id": str(i % 3), "prompt": [{"role": "user", "content": f"{i}"}]} for i in range(40)]
+    held_out = [
+        {"example_id": str(i), "group_id": str(i % 3), "prompt": [{"role": "user", "content": f"{i}"}]}
+        for i in range(40)
+    ]
     judge = HeldOut(Rewards({"brief": 1.0}, None))
     judge.components = [{"reward": [value] * 40} for value in (0.0, 1.0)]
     monkeypatch.setattr(aligned.alignment, "samples", lambda _, pairs, *__: ([], {"prompts": len(pairs)}))
@@ -238,7 +294,9 @@ def test_near_copies_among_held_out_tasks_count_once(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("rows", "rewards", "message"),
     [
-        ({"train": [row("a", "b"), row("c", "d")]}, {"exact_match": 1.0}, r"aligned\.mine\.reward_target: of 0 records of the validation split none is a task"),
+        ({"train": [row("a", "b"), row("c", "d")]}, {"exact_match": 1.0}, r"aligned\.mine\.reward_target: of 0"
+                                                                          r" records of the validation split none is"
+                                                                          r" a task"),
         ({"train": [row("a", "b")], "validation": [row("c", "4")]}, {"number_match": 1.0},
          r"of 1 records of the train split none is a task; left out: no target of number_match 1"),
     ],
@@ -247,7 +305,9 @@ def test_a_split_without_tasks_is_refused_before_a_model_is_loaded(
     rows: dict[str, Any], rewards: dict[str, Any], message: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        align(tmp_path, split(tmp_path / "splits", **rows), tiny_model, method="rloo", rewards=rewards, **SETTINGS["rloo"])
+        align(
+            tmp_path, split(tmp_path / "splits", **rows), tiny_model, method="rloo", rewards=rewards, **SETTINGS["rloo"]
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -270,15 +330,27 @@ def new(tmp_path: Path) -> Path:
 
 def test_only_online_methods_take_it(new: Path) -> None:
     validate(new)
-    edit_params(new, lambda values: values["aligned"].update(x={"method": "dpo", "adapter": "lora", "reward_target": "response"}))
+    edit_params(
+        new,
+        lambda values: values["aligned"].update(x={"method": "dpo", "adapter": "lora", "reward_target": "response"}),
+    )
     with pytest.raises(InputError, match=r"aligned\.x\.reward_target: dpo learns from pairs alone"):
         validate(new)
-    edit_params(new, lambda values: values["aligned"].update(x={"method": "rloo", "adapter": "lora", "reward_target": "answer"}))
+    edit_params(
+        new, lambda values: values["aligned"].update(x={"method": "rloo", "adapter": "lora", "reward_target": "answer"})
+    )
     with pytest.raises(InputError, match=r"aligned\.x\.reward_target"):
         validate(new)
-    tested = {"method": "rloo", "adapter": "lora", "rewards": {"unit_tests": {"run": "sandbox"}}, "per_device_train_batch_size": 8}
+    tested = {
+        "method": "rloo",
+        "adapter": "lora",
+        "rewards": {"unit_tests": {"run": "sandbox"}},
+        "per_device_train_batch_size": 8,
+    }
     edit_params(new, lambda values: values["aligned"].update(x=tested))
-    with pytest.raises(InputError, match=r"aligned\.x\.rewards\.unit_tests: pairs have no tests\nhint: set reward_target: response"):
+    with pytest.raises(
+        InputError, match=r"aligned\.x\.rewards\.unit_tests: pairs have no tests\nhint: set reward_target: response"
+    ):
         validate(new)
     edit_params(new, lambda values: values["aligned"].update(x={**tested, "reward_target": "response"}))
     validate(new)
@@ -309,7 +381,9 @@ def test_another_test_split_makes_no_alignment_stale(new: Path) -> None:
     assert {"aligned@math", "aligned@dpo"} & stale() == set() and "evaluation@lora" in stale()
     (new / "data/splits/train/records-00000.parquet").write_text("other")
     assert {"aligned@math", "aligned@dpo"} <= stale()
-    assert [what for what in conflicts()[0] if "data/splits" in what], "an input that its producer did not make is refused"
+    assert [what for what in conflicts()[0] if "data/splits" in what], (
+        "an input that its producer did not make is refused"
+    )
 
 
 FAQ, PAIRS = "data/sources/faq.jsonl", "data/sources/pairs.jsonl"
@@ -320,7 +394,11 @@ def reads(made: Project, lock: dict[str, Any]) -> dict[str, str]:
     listing = json.loads(made.object(out(lock, "splits")).read_bytes())
     parts = {}
     for name in ("train", "validation"):
-        files = {one["relpath"].removeprefix(f"{name}/"): one["md5"] for one in listing if one["relpath"].startswith(f"{name}/")}
+        files = {
+            one["relpath"].removeprefix(f"{name}/"): one["md5"]
+            for one in listing
+            if one["relpath"].startswith(f"{name}/")
+        }
         parts[f"data/splits/{name}"] = made.put({path: made.object(md5).read_bytes() for path, md5 in files.items()})
     return {"data/preferences": out(lock, "preferences"), **parts, "data/merged/lora": out(lock, "merged@lora")}
 
@@ -329,7 +407,8 @@ def reads(made: Project, lock: dict[str, Any]) -> dict[str, str]:
 def made(tmp_path: Path) -> Project:
     project = Project(tmp_path / "project")
     lock = project.lock(
-        [("cats", "train", FAQ), ("dogs", "train", FAQ), ("fish", "validation", FAQ), ("newts", "validation", FAQ)], trained=["dogs"]
+        [("cats", "train", FAQ), ("dogs", "train", FAQ), ("fish", "validation", FAQ), ("newts", "validation", FAQ)],
+        trained=["dogs"],
     )
     lock |= project.splits([("mice", "train", PAIRS)], "preferences")
     for name, settings in (
@@ -339,7 +418,9 @@ def made(tmp_path: Path) -> Project:
         text = "cats" if name == "math" else "mice"
         seen = [{"step": 5, "epoch": 1, "position": 0, "example_id": identity(text)}]
         files = {"adapter_model.safetensors": name.encode(), "examples.parquet": table(seen, seen_schema())}
-        files["samples.parquet"] = table([{"example_id": identity("fish" if name == "math" else "mice"), "prompt": "?"}], sample_schema())
+        files["samples.parquet"] = table(
+            [{"example_id": identity("fish" if name == "math" else "mice"), "prompt": "?"}], sample_schema()
+        )
         lock[f"aligned@{name}"] = entry(f"aligned@{name}", reads(project, lock), project.put(files))
         lock[f"aligned@{name}"]["params"] = {"params.yaml": {f"aligned.{name}": settings}}
     project.commit(lock)
@@ -349,25 +430,39 @@ def made(tmp_path: Path) -> Project:
 def learned(made: Project, text: str) -> dict[str, list[str]]:
     """Model -> who in its lineage was trained on a record, with the steps."""
     found = impact(made.root, record=identity(text))
-    return {one["stage"]: [f"{seen['by']} {seen['steps']}" for seen in one["seen"] if seen["steps"]] for one in found["models"]}
+    return {
+        one["stage"]: [f"{seen['by']} {seen['steps']}" for seen in one["seen"] if seen["steps"]]
+        for one in found["models"]
+    }
 
 
 def test_lineage_names_the_records_of_tasks_and_no_pairs(made: Project) -> None:
-    assert learned(made, "cats") == {"adapter@lora": [], "merged@lora": [], "aligned@math": ["aligned@math [5]"], "aligned@dpo": []}
+    assert learned(made, "cats") == {
+        "adapter@lora": [],
+        "merged@lora": [],
+        "aligned@math": ["aligned@math [5]"],
+        "aligned@dpo": [],
+    }
     assert learned(made, "mice") == {"aligned@dpo": ["aligned@dpo [5]"]}
-    by = {one["stage"]: [seen["by"] for seen in one["seen"]] for one in impact(made.root, record=identity("cats"))["models"]}
+    by = {
+        one["stage"]: [seen["by"] for seen in one["seen"]]
+        for one in impact(made.root, record=identity("cats"))["models"]
+    }
     assert by["aligned@dpo"] == ["adapter@lora"] and set(by["aligned@math"]) == {"aligned@math", "adapter@lora"}
     found = impact(made.root, record=identity("fish"))
     assert [line.strip() for line in as_text(found).splitlines() if "measured before" in line] == [
-        "validation 1; not trained on, but among the tasks whose answers are measured before and after training (the first `samples` of the split)",
+        "validation 1; not trained on, but among the tasks whose answers are measured before and after training (the"
+        " first `samples` of the split)",
     ]  # fmt: skip
     assert {seen["by"]: seen.get("measured") for one in found["models"] for seen in one["seen"]} == {
         "adapter@lora": None, "aligned@math": ["validation"],
     }  # fmt: skip
     measured = [one for one in found["models"] if one["stage"] == "aligned@math"]
-    assert [(seen["by"], seen["splits"], seen["steps"]) for seen in measured[0]["seen"] if seen["by"] == "aligned@math"] == [
+    assert [
+        (seen["by"], seen["splits"], seen["steps"]) for seen in measured[0]["seen"] if seen["by"] == "aligned@math"
+    ] == [
         ("aligned@math", {"validation": 1}, []),
-    ]  # fmt: skip
+    ]
     math, dpo = (audit(made.root, f"aligned@{name}") for name in ("math", "dpo"))
     assert set(math["sources"]) == {FAQ} and set(dpo["sources"]) == {FAQ, PAIRS}
     assert math["records"]["learnt_by"]["aligned@math"]["records"] == 1
@@ -377,7 +472,9 @@ def test_lineage_names_the_records_of_tasks_and_no_pairs(made: Project) -> None:
 def test_only_records_whose_answers_were_sampled_are_measured(made: Project) -> None:
     def seen(text: str) -> tuple[dict[str, Any], str]:
         found = impact(made.root, record=identity(text))
-        [math] = [one for model in found["models"] for one in model["seen"] if one["by"] == model["stage"] == "aligned@math"]
+        [math] = [
+            one for model in found["models"] for one in model["seen"] if one["by"] == model["stage"] == "aligned@math"
+        ]
         return math, as_text(found)
 
     assert seen("fish")[0]["measured"] == ["validation"]
@@ -386,7 +483,9 @@ def test_only_records_whose_answers_were_sampled_are_measured(made: Project) -> 
     listing = json.loads(made.object(math["md5"]).read_bytes())
     made.object(next(one["md5"] for one in listing if one["relpath"] == "samples.parquet")).unlink()
     math, words = seen("newts")
-    assert math["measured"] is None and "whether answers to it were measured before and after training is unknown" in words
+    assert (
+        math["measured"] is None and "whether answers to it were measured before and after training is unknown" in words
+    )
 
 
 def test_the_splits_that_were_read_are_those_of_the_run_and_not_later_ones(made: Project, tmp_path: Path) -> None:
@@ -401,8 +500,16 @@ def test_the_splits_that_were_read_are_those_of_the_run_and_not_later_ones(made:
     )
     other.commit(first)
     seen = [{"step": 5, "epoch": 1, "position": 0, "example_id": identity("cats")}]
-    stage = entry("aligned@math", reads(other, first), other.put({"a.safetensors": b"x", "examples.parquet": table(seen, seen_schema())}))
-    stage["params"] = {"params.yaml": {"aligned.math": {"method": "grpo", "reward_target": "response", "rewards": {"exact_match": 1.0}}}}
+    stage = entry(
+        "aligned@math",
+        reads(other, first),
+        other.put({"a.safetensors": b"x", "examples.parquet": table(seen, seen_schema())}),
+    )
+    stage["params"] = {
+        "params.yaml": {
+            "aligned.math": {"method": "grpo", "reward_target": "response", "rewards": {"exact_match": 1.0}}
+        }
+    }
     other.cache_run(stage)
     assert learned(other, "cats")["aligned@math"] == ["aligned@math [5]"]
 
@@ -417,9 +524,13 @@ def test_statements_and_cards_follow(made: Project) -> None:
         ({"method": "dpo"}, {"data/splits/train/x", "data/splits/validation/x", "data/reward_model/x"}),
     ):
         read = {"cmd": "run", "deps": deps, "outs": [], "params": {"params.yaml": {"aligned.a": given}}}
-        found = statement(StageRecord("aligned@a", read, "", {}, files, {}))["predicate"]["buildDefinition"]["resolvedDependencies"]
+        found = statement(StageRecord("aligned@a", read, "", {}, files, {}))["predicate"]["buildDefinition"][
+            "resolvedDependencies"
+        ]
         assert {one["name"] for one in found if one.get("annotations") == {"learned_from": False}} == unread
-    reports = {name: {} for name in ("splits", "adapter@lora", "merged@lora", "raw_preferences", "preferences", "reward_model")}
+    reports = {
+        name: {} for name in ("splits", "adapter@lora", "merged@lora", "raw_preferences", "preferences", "reward_model")
+    }
     tasks, pairs = ({**reports, "aligned@a": {"adapter": "lora", **given}} for given in (settings, {"method": "dpo"}))
     assert chain("a", tasks) == ["splits", "adapter@lora", "merged@lora", "aligned@a"]
     assert chain("a", pairs) == ["splits", "adapter@lora", "merged@lora", "raw_preferences", "preferences", "aligned@a"]

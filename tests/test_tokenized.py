@@ -1,4 +1,5 @@
-"""Every record has an outcome and every label a reason: templates, over-long records, mixtures, packing and the label audit."""
+"""Every record has an outcome and every label a reason: templates, over-long
+records, mixtures, packing and the label audit."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_example
 from dagster_project.core.named_templates import NAMED
 from dagster_project.core.params import parse
-from dagster_project.core.records import CheckResult, Report, example_id, read_ledger, read_table, write_ledger, write_records, write_table
+from dagster_project.core.records import (
+    CheckResult,
+    Report,
+    example_id,
+    read_ledger,
+    read_table,
+    write_ledger,
+    write_records,
+    write_table,
+)
 from dagster_project.curation.sources import formats
 from dagster_project.stages import tokenized
 from dagster_project.training.tokens import blocks, chat_templates, label_audit
@@ -71,14 +81,22 @@ class Stage:
     def __init__(self, root: Path, model: Path) -> None:
         self.root, self.model, self.out = root, model, root / "out"
 
-    def __call__(self, *train: dict[str, Any], validation: tuple[dict[str, Any], ...] = (), seed: int = 7, **params: Any) -> Report:
+    def __call__(
+        self, *train: dict[str, Any], validation: tuple[dict[str, Any], ...] = (), seed: int = 7, **params: Any
+    ) -> Report:
         splits = self.root / "splits"
         write_records(splits / "train", train)
         write_records(splits / "validation", validation)
         write_ledger(
-            splits, [{**{k: r[k] for k in ("source", "example_id")}, "source_row": 10 + i} for i, r in enumerate([*train, *validation])]
+            splits,
+            [
+                {**{k: r[k] for k in ("source", "example_id")}, "source_row": 10 + i}
+                for i, r in enumerate([*train, *validation])
+            ],
         )
-        return tokenized.produce(self.root, parse(tokenized.Params, params, "tokenized"), seed, splits, self.model, out=self.out)
+        return tokenized.produce(
+            self.root, parse(tokenized.Params, params, "tokenized"), seed, splits, self.model, out=self.out
+        )
 
     def template(self, source: str) -> str:
         path = self.root / chat_templates.FOLDER / "mine.jinja"
@@ -113,7 +131,11 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
     answer = '{"tags":   ["a"], "n": 512, "who":  "Bob", "more": {"x": 1}}'
     encoded = tokenizer(answer + tokenizer.eos_token, return_offsets_mapping=True)
     weights = loss_weights(
-        tokenizer, encoded["input_ids"], (answer + tokenizer.eos_token, answer), {"tags": 16, "more": 8, "n": 4, "who": 2}, False
+        tokenizer,
+        encoded["input_ids"],
+        (answer + tokenizer.eos_token, answer),
+        {"tags": 16, "more": 8, "n": 4, "who": 2},
+        False,
     )
     covered = dict.fromkeys(weights, "")
     for weight, (start, stop) in zip(weights, encoded["offset_mapping"], strict=True):
@@ -132,21 +154,26 @@ def test_fields_have_their_weight_where_a_turn_ends_with_another_token_than_a_te
     (stage.model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     report = stage(ask("Which?", '{"category": "bug", "n": 5}'), field_weights={"category": 16})
     [example] = stage.examples()
-    assert [token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16] == tokenizer(
-        "bug"
-    ).input_ids
+    assert [
+        token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16
+    ] == tokenizer("bug").input_ids
     assert report.metrics["train"]["end_of_turn_in_loss"] == 1.0
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + ' <|im_end|>' }}{% endfor %}",
+        (
+            "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' +"
+            " m['content'] + ' <|im_end|>' }}{% endfor %}"
+        ),
         NAMED["hermes"],
     ],
     ids=["spaces around an answer", "a trace"],
 )
-@pytest.mark.parametrize("after", [[], [say("user", "Thanks")], [say("user", "Why?"), {**say("assistant", "So."), "weight": 0.0}]])
+@pytest.mark.parametrize(
+    "after", [[], [say("user", "Thanks")], [say("user", "Why?"), {**say("assistant", "So."), "weight": 0.0}]]
+)
 def test_fields_have_their_weight_in_the_last_answer_that_is_trained_on(
     stage: Stage, template: str, after: list[dict[str, str]], tmp_path: Path
 ) -> None:
@@ -155,22 +182,35 @@ def test_fields_have_their_weight_in_the_last_answer_that_is_trained_on(
 
     stage.model = tmp_path / "model"
     tokenizer = byte_fallback_model.tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.save_pretrained(stage.model)
     answer = {**say("assistant", '{"category": "bug"}'), "reasoning_content": 'Not "category": "cat".'}
-    report = stage(record(say("user", "Which?"), answer, *after), chat_template=stage.template(template), field_weights={"category": 16})
+    report = stage(
+        record(say("user", "Which?"), answer, *after),
+        chat_template=stage.template(template),
+        field_weights={"category": 16},
+    )
     assert check(report, "labels").passed
     [example] = stage.examples()
     assert (
-        tokenizer.decode([token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16]) == "bug"
+        tokenizer.decode(
+            [token for token, weight in zip(example["input_ids"], example["weights"], strict=True) if weight == 16]
+        )
+        == "bug"
     )
 
 
 @pytest.mark.parametrize("cut", ["lstrip('\\n')", "rstrip('\\n')", "strip('\\n')", "lstrip()", "rstrip()", "strip()"])
 @pytest.mark.parametrize("on_too_long", ["drop", "truncate"])
-def test_a_template_may_trim_an_answer_at_one_end(stage: Stage, tiny_tokenizer: Any, cut: str, on_too_long: str) -> None:
+def test_a_template_may_trim_an_answer_at_one_end(
+    stage: Stage, tiny_tokenizer: Any, cut: str, on_too_long: str
+) -> None:
     """Qwen3 removes line breaks before an answer, and keeps the indentation of its first line."""
-    name = stage.template(CHAT_TEMPLATE.replace("m['content']", f"(m['content'].{cut} if m['role'] == 'assistant' else m['content'])"))
+    name = stage.template(
+        CHAT_TEMPLATE.replace("m['content']", f"(m['content'].{cut} if m['role'] == 'assistant' else m['content'])")
+    )
     answer = '\n  {"category": "bug"}  \n'
     report = stage(
         ask("Which?", answer),
@@ -214,8 +254,10 @@ def test_the_base_models_template_is_used_and_saved(stage: Stage, tiny_model: Pa
         ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes?<|im_end|>⟧\n"),
         (
             "alpaca",
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\nHi\n\n### Response:\n⟦Yes?<|im_end|>⟧",
+            (
+                "Below is an instruction that describes a task. Write a response that appropriately completes the"
+                " request.\n\n### Instruction:\nHi\n\n### Response:\n⟦Yes?<|im_end|>⟧"
+            ),
         ),
     ],
 )
@@ -228,14 +270,24 @@ def test_a_named_template_writes_its_format(stage: Stage, tiny_tokenizer: Any, n
 def test_alpaca_writes_the_system_turn_first_and_tool_turns_as_input(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     chat_templates.use(tokenizer, tmp_path, "alpaca")
-    messages = [say("system", SYSTEM), say("user", "Sum?"), say("assistant", "add"), say("tool", "3"), say("assistant", "It is 3.")]
-    assert "".join(f"[{said}]" if trained else said for said, trained in pieces(tokenizer, messages)) == (
-        "Be kind.\n\n### Instruction:\nSum?\n\n### Response:\n[add<|im_end|>]\n\n### Input:\n3\n\n### Response:\n[It is 3.<|im_end|>]"
+    messages = [
+        say("system", SYSTEM),
+        say("user", "Sum?"),
+        say("assistant", "add"),
+        say("tool", "3"),
+        say("assistant", "It is 3."),
+    ]
+    assert (
+        "".join(f"[{said}]" if trained else said for said, trained in pieces(tokenizer, messages))
+        == "Be kind.\n\n### Instruction:\nSum?\n\n### Response:\n[add<|im_end|>]\n\n### Input:\n3\n\n### Response:\n[It"
+        " is 3.<|im_end|>]"
     )
 
 
 @pytest.mark.parametrize("name", [None, *NAMED])
-def test_a_prompt_has_the_same_ids_as_in_training_with_every_template(tiny_tokenizer: Any, tmp_path: Path, name: str | None) -> None:
+def test_a_prompt_has_the_same_ids_as_in_training_with_every_template(
+    tiny_tokenizer: Any, tmp_path: Path, name: str | None
+) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     chat_templates.use(tokenizer, tmp_path, name)
     messages = talk("Hi", "Yes?", "Well", "No.", system=SYSTEM)
@@ -258,7 +310,9 @@ def test_a_byte_order_mark_is_no_part_of_a_template(stage: Stage, tiny_tokenizer
     assert marked(tiny_tokenizer, stage.examples()[0]).startswith("<|im_start|>user")
 
 
-def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(stage: Stage, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(
+    stage: Stage, tiny_model: Path, tmp_path: Path
+) -> None:
     import shutil
 
     from transformers import AutoTokenizer
@@ -275,7 +329,9 @@ def test_chatml_adds_the_models_end_of_text_token_if_it_is_another_one(tiny_toke
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.name_or_path = str(tmp_path)  # a model whose generation_config.json names no other end
     chat_templates.use(tokenizer, tmp_path, "chatml")
-    assert [said for said, trained in pieces(tokenizer, talk("Hi", "Yes?")) if trained] == ["Yes?<|im_end|><|endoftext|>"]
+    assert [said for said, trained in pieces(tokenizer, talk("Hi", "Yes?")) if trained] == [
+        "Yes?<|im_end|><|endoftext|>"
+    ]
 
 
 def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -285,7 +341,8 @@ def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any
     raw = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1}, unk_token="<unk>"))
     bare = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>")
     with pytest.raises(
-        InputError, match=r"tokenized\.chat_template: chatml: the base model's tokenizer has no special token <\|im_start\|>"
+        InputError,
+        match=r"tokenized\.chat_template: chatml: the base model's tokenizer has no special token <\|im_start\|>",
     ):
         chat_templates.use(bare, tmp_path, "chatml")
 
@@ -294,7 +351,9 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
     from tokenizers.processors import TemplateProcessing
 
     beginning = copy.deepcopy(tiny_tokenizer)
-    beginning.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        "<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     chat_templates.use(beginning, tmp_path, "alpaca")
     assert pieces(beginning, talk("Hi", "Yes?"))[0][0].startswith("<|im_start|>Below is an instruction")
 
@@ -306,7 +365,8 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("{{ ''.__class__ }}" + CHAT_TEMPLATE, "line 1: accesses the private attribute `__class__`"),
         ("{{ ''['__class__'] }}" + CHAT_TEMPLATE, "line 1: accesses the private attribute `__class__`"),
         ("{{ ''|attr('__class__') }}" + CHAT_TEMPLATE, "line 1: `attr` accesses attributes by name"),
-        ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of"
+                                                                                 " 'str' object is unsafe"),
         ("{{ messages.append(1) }}" + CHAT_TEMPLATE, "access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}" + CHAT_TEMPLATE, "no loader for this environment"),
         ("{% set form = '%d %b' %}{{ strftime_now(form) }}" + CHAT_TEMPLATE, "`strftime_now` is not deterministic"),
@@ -319,7 +379,9 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("", "leaves out what the user says in turn 1"),
     ],
 )  # fmt: skip
-def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(stage: Stage, source: str, complaint: str) -> None:
+def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(
+    stage: Stage, source: str, complaint: str
+) -> None:
     name = stage.template(source)
     with pytest.raises(InputError) as refusal:
         stage(ask("Hi"), chat_template=name)
@@ -330,7 +392,10 @@ def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(stage
 
 @pytest.mark.parametrize(
     "endless",
-    ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{% set n = 10 ** (10 ** (messages|length + 9)) %}"],
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = 10 ** (10 ** (messages|length + 9)) %}",
+    ],
     ids=["loops", "one endless operation"],
 )
 def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
@@ -395,14 +460,17 @@ def test_conversations_without_an_answer_are_counted_and_dropped(stage: Stage) -
 
 
 STRICT = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{%"
+    " endfor %}" + CHAT_TEMPLATE
 )
 
 
 @pytest.mark.parametrize("policy", ["fail", "drop"])
 def test_a_conversation_that_the_template_refuses_blocks_or_is_dropped_by_policy(stage: Stage, policy: str) -> None:
     bad = record(*talk("Hi", "Yes?", system=SYSTEM))
-    report = stage(ask("Hi"), bad, record(say("assistant", "Hello!")), chat_template=stage.template(STRICT), on_mismatch=policy)
+    report = stage(
+        ask("Hi"), bad, record(say("assistant", "Hello!")), chat_template=stage.template(STRICT), on_mismatch=policy
+    )
     assert stage.outcomes() == ["kept", "dropped:template_mismatch", "dropped:template_mismatch"]
     assert (report.rows_in, report.rows_out, report.dropped) == (3, 1, {"template_mismatch": 2})
     found = check(report, "template_mismatch")
@@ -412,7 +480,9 @@ def test_a_conversation_that_the_template_refuses_blocks_or_is_dropped_by_policy
 
 
 def test_equal_records_of_a_source_keep_their_rows(stage: Stage) -> None:
-    first, second, again, other, held_out, copy = (ask(text, source="a.jsonl") for text in ("Hi", "Ho", "Hi", "Hi", "He", "He"))
+    first, second, again, other, held_out, copy = (
+        ask(text, source="a.jsonl") for text in ("Hi", "Ho", "Hi", "Hi", "He", "He")
+    )
     stage(first, second, again, {**other, "source": "b.jsonl"}, validation=(held_out, copy))
     assert [(line["source"], line["source_row"]) for line in read_ledger(stage.out)] == [
         ("a.jsonl", 10), ("a.jsonl", 11), ("a.jsonl", 12), ("b.jsonl", 13), ("a.jsonl", 14), ("a.jsonl", 15)
@@ -446,7 +516,8 @@ def tokens(words: str) -> int:
 
 
 HEADER, END, TAIL = 21, 1, 1
-"""Tokens of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`, of the end of turn, of the newline after it."""
+"""Tokens of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`, of
+the end of turn, of the newline after it."""
 
 
 def test_an_over_long_record_is_dropped_by_default(stage: Stage) -> None:
@@ -459,10 +530,15 @@ def test_an_over_long_record_is_dropped_by_default(stage: Stage) -> None:
     assert (found.passed, found.count, found.dropped, found.rows) == (True, 1, 1, ["data/sources/a.jsonl:10"])
 
 
-def test_truncation_cuts_the_end_of_the_last_answer_and_keeps_its_end_of_turn(stage: Stage, tiny_tokenizer: Any) -> None:
+def test_truncation_cuts_the_end_of_the_last_answer_and_keeps_its_end_of_turn(
+    stage: Stage, tiny_tokenizer: Any
+) -> None:
     report = stage(ask("Hi", "0123456789" * 5), max_length=40, on_too_long="truncate")
     kept = ("0123456789" * 5)[: 40 - HEADER - END]
-    assert marked(tiny_tokenizer, stage.examples()[0]) == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦{kept}<|im_end|>⟧"
+    assert (
+        marked(tiny_tokenizer, stage.examples()[0])
+        == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦{kept}<|im_end|>⟧"
+    )
     assert stage.outcomes() == ["truncated"]
     assert report.metrics["lost"] == {"truncated": {"rows": 1, "trained_tokens": 50 - len(kept)}}
     assert (report.rows_out, report.dropped, check(report, "labels").passed) == (1, {}, True)
@@ -471,17 +547,20 @@ def test_truncation_cuts_the_end_of_the_last_answer_and_keeps_its_end_of_turn(st
 @pytest.mark.parametrize("room", range(30, 40))
 def test_truncation_never_cuts_a_character_in_two(stage: Stage, tiny_tokenizer: Any, room: int) -> None:
     report = stage(ask("Hi", "ä€𐍈" * 9), max_length=room, on_too_long="truncate")
-    said = tiny_tokenizer.decode([label for label in stage.examples()[0]["labels"] if label != IGNORE]).removesuffix("<|im_end|>")
+    said = tiny_tokenizer.decode([label for label in stage.examples()[0]["labels"] if label != IGNORE]).removesuffix(
+        "<|im_end|>"
+    )
     assert ("ä€𐍈" * 9).startswith(said) and len(said) > 1
     assert check(report, "labels").passed
 
 
 REWRITING = (
-    "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% elif not loop.last %}({{ m.content }})"
-    "{% else %}{{ m.reasoning_content or '' }}|{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% elif not loop.last %}({{ m.content"
+    " }}){% else %}{{ m.reasoning_content or '' }}|{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if"
+    " add_generation_prompt %}assistant: {% endif %}"
 )
-"""A template that writes earlier answers in another way, and their traces not at all, so that each answer is an example."""
+"""A template that writes earlier answers in another way, and their traces not
+at all, so that each answer is an example."""
 
 
 @pytest.mark.parametrize(
@@ -496,7 +575,9 @@ REWRITING = (
 def test_truncation_of_a_record_with_an_example_for_each_answer_passes_the_label_audit(
     stage: Stage, tiny_tokenizer: Any, turns: tuple[str, ...], trace: str, kept: list[str]
 ) -> None:
-    report = stage(_traced(talk(*turns), trace), max_length=60, on_too_long="truncate", chat_template=stage.template(REWRITING))
+    report = stage(
+        _traced(talk(*turns), trace), max_length=60, on_too_long="truncate", chat_template=stage.template(REWRITING)
+    )
     labels = [[label for label in example["labels"] if label != IGNORE] for example in stage.examples()]
     assert sorted(label_audit.decode(tiny_tokenizer, labels)) == sorted(f"{answer}<|im_end|>" for answer in kept)
     assert (stage.outcomes(), report.failures) == (["truncated"], [])
@@ -504,7 +585,12 @@ def test_truncation_of_a_record_with_an_example_for_each_answer_passes_the_label
 
 def _traced(messages: list[dict[str, str]], trace: str) -> dict[str, Any]:
     """A record whose first answer has a trace."""
-    return record(*({**message, "reasoning_content": trace} if trace and i == 1 else message for i, message in enumerate(messages)))
+    return record(
+        *(
+            {**message, "reasoning_content": trace} if trace and i == 1 else message
+            for i, message in enumerate(messages)
+        )
+    )
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split"])
@@ -514,7 +600,9 @@ def test_a_record_whose_prompt_alone_is_too_long_is_dropped(stage: Stage, policy
     assert report.metrics["lost"] == {"too_long": {"rows": 1, "trained_tokens": 5}}
 
 
-def test_splitting_cuts_at_turns_with_the_system_turn_and_earlier_context_in_each_part(stage: Stage, tiny_tokenizer: Any) -> None:
+def test_splitting_cuts_at_turns_with_the_system_turn_and_earlier_context_in_each_part(
+    stage: Stage, tiny_tokenizer: Any
+) -> None:
     messages = talk("q1", "a1", "q2", "a2", "q3", "a3", "q4", "a4", system="S")
     parts = [[messages[0], *messages[1:7]], [messages[0], *messages[3:9]]]
     room = len(encode(tiny_tokenizer, parts[0])[0])
@@ -537,7 +625,9 @@ def test_splitting_leaves_out_the_exchange_that_does_not_fit_by_itself(stage: St
 
 def test_splitting_keeps_the_trace_of_the_last_answer_of_the_record_only(stage: Stage, tiny_tokenizer: Any) -> None:
     messages = talk("q1", "a1", "q2", "a2", "q3", "a3")
-    traced = record(*({**m, "reasoning_content": f"trace of {m['content']}"} if m["role"] == "assistant" else m for m in messages))
+    traced = record(
+        *({**m, "reasoning_content": f"trace of {m['content']}"} if m["role"] == "assistant" else m for m in messages)
+    )
     report = stage(traced, chat_template="hermes", reasoning="last", max_length=90, on_too_long="split")
     said = [marked(tiny_tokenizer, example) for example in stage.examples()]
     assert stage.outcomes() == ["split:2"] and sum("trace of" in text for text in said) == 1
@@ -550,7 +640,9 @@ def test_splitting_keeps_calls_results_and_answers_together(tiny_tokenizer: Any)
     whole = record(*talk("q1", "a1"), *call)
     room = len(encode(tiny_tokenizer, call)[0])
     [fate] = make(tiny_tokenizer, [whole], Rules(room, "split"))
-    assert [example.input_ids.tolist() for example in fate.examples] == [encode(tiny_tokenizer, m)[0] for m in (talk("q1", "a1"), call)]
+    assert [example.input_ids.tolist() for example in fate.examples] == [
+        encode(tiny_tokenizer, m)[0] for m in (talk("q1", "a1"), call)
+    ]
 
 
 def test_plain_text_is_split_into_windows_that_join_to_the_whole(stage: Stage, tiny_tokenizer: Any) -> None:
@@ -567,7 +659,9 @@ words = st.text(alphabet="ab ä\n", min_size=1, max_size=30)
 conversations = st.lists(st.tuples(words, words), min_size=1, max_size=4).map(
     lambda found: record(*talk(*(w for pair in found for w in pair)))
 )
-rows = st.one_of(conversations, words.map(text), st.just(record(say("user", "?"))), st.just(record(say("assistant", "!"))))
+rows = st.one_of(
+    conversations, words.map(text), st.just(record(say("user", "?"))), st.just(record(say("assistant", "!")))
+)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -584,7 +678,9 @@ def test_for_any_input_every_record_has_an_outcome_and_every_label_a_reason(
     assert all(any(label != IGNORE for label in example["labels"]) for example in examples)
     learnt = Counter(example["example_id"] for example in examples)
     for one, outcome in zip(found, stage.outcomes(), strict=True):
-        wanted = int(outcome.partition(":")[2]) if outcome.startswith("split") else int(not outcome.startswith("dropped"))
+        wanted = (
+            int(outcome.partition(":")[2]) if outcome.startswith("split") else int(not outcome.startswith("dropped"))
+        )
         assert learnt[one["example_id"]] == wanted
 
 
@@ -598,7 +694,9 @@ def fate_of(tokenizer: Any, found: dict[str, Any]) -> RecordOutcome:
 TWO = record(*talk("Hi", "Yes?", "Well", "Grüße!", system=SYSTEM))
 
 
-@pytest.mark.parametrize("found", [TWO, ask("Hi"), text("Once upon"), ask("Hi", " padded \n"), ask("Hi", "It is <|im_end|>, I think.")])
+@pytest.mark.parametrize(
+    "found", [TWO, ask("Hi"), text("Once upon"), ask("Hi", " padded \n"), ask("Hi", "It is <|im_end|>, I think.")]
+)
 def test_generated_labels_pass_the_label_audit(tiny_tokenizer: Any, found: dict[str, Any]) -> None:
     assert label_audit.find_wrong_labels(tiny_tokenizer, [found], [fate_of(tiny_tokenizer, found)]) == {}
 
@@ -645,7 +743,9 @@ def test_misplaced_labels_are_found(tiny_tokenizer: Any, found: dict[str, Any], 
 
 
 @pytest.mark.parametrize("damage", [damage_header, damage_shift, damage_all])
-def test_misplaced_labels_are_found_in_a_truncated_record_with_an_example_for_each_answer(tiny_tokenizer: Any, damage: Any) -> None:
+def test_misplaced_labels_are_found_in_a_truncated_record_with_an_example_for_each_answer(
+    tiny_tokenizer: Any, damage: Any
+) -> None:
     rewriting = copy.deepcopy(tiny_tokenizer)
     rewriting.chat_template = REWRITING
     found = _traced(talk("Hi", "Yes?", "Hm", "No."), "t" * 80)
@@ -664,12 +764,18 @@ def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(blocks, "make", mask_all)
     [failure, nothing_left] = stage(ask("Hi")).failures
-    assert (failure.name, failure.rows, failure.note) == ("labels", ["data/sources/a.jsonl:10"], "1 an example has no labels")
+    assert (failure.name, failure.rows, failure.note) == (
+        "labels",
+        ["data/sources/a.jsonl:10"],
+        "1 an example has no labels",
+    )
     assert nothing_left.name == "trained_tokens"
 
 
 def test_template_text_in_the_assistant_turn_is_labeled_and_expected(stage: Stage, tiny_tokenizer: Any) -> None:
-    thinking = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}")
+    thinking = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    )
     report = stage(ask("Hi"), chat_template=stage.template(thinking))
     assert check(report, "labels").passed
     assert marked(tiny_tokenizer, stage.examples()[0]).endswith("⟦<think></think>Yes?<|im_end|>⟧\n")
@@ -695,7 +801,9 @@ def test_answers_with_nothing_between_them_pass_the_label_audit(tiny_tokenizer: 
     )
     found = record(say("user", "Hi"), say("assistant", "One"), say("assistant", "Two and more"))
     [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
-    assert outcome.outcome == ("kept" if room == 512 else "truncated") and len([*spans(outcome.examples[0].labels)]) == 1
+    assert (
+        outcome.outcome == ("kept" if room == 512 else "truncated") and len([*spans(outcome.examples[0].labels)]) == 1
+    )
     assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
     outcome.examples[0].labels[-1] = IGNORE
     assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]
@@ -721,7 +829,10 @@ def test_by_category_all_categories_become_as_frequent_as_the_largest_by_sqrt_ha
     def sizes(how: Any) -> dict[str | None, int]:
         copies = balance(categories, ids, how, seed=7)
         assert all(copies)
-        return {name: sum(n for c, n in zip(categories, copies, strict=True) if c == name) for name in ("bug", "login", None)}
+        return {
+            name: sum(n for c, n in zip(categories, copies, strict=True) if c == name)
+            for name in ("bug", "login", None)
+        }
 
     assert sizes("none") == {"bug": 9, "login": 4, None: 1}
     assert sizes("category") == {"bug": 9, "login": 9, None: 9}
@@ -730,7 +841,9 @@ def test_by_category_all_categories_become_as_frequent_as_the_largest_by_sqrt_ha
     assert sorted(logins) == [2, 2, 2, 3]
 
 
-@pytest.mark.parametrize(("target", "wanted"), [(0, 0), (14, 0), (16, 1), (30, 1), (100, 3), (130, 4), (250, 8)], ids=lambda n: str(n))
+@pytest.mark.parametrize(
+    ("target", "wanted"), [(0, 0), (14, 0), (16, 1), (30, 1), (100, 3), (130, 4), (250, 8)], ids=lambda n: str(n)
+)
 def test_resampling_comes_as_near_to_the_target_as_whole_rows_can(target: int, wanted: int) -> None:
     copies = resample([30, 30, 30, 30], list("abcd"), target, seed=7)
     assert sum(copies) == wanted and max(copies) - min(copies) <= 1
@@ -753,7 +866,9 @@ def test_replay_makes_up_its_share_of_the_training_tokens(stage: Stage, general:
     own = [ask(f"own {i:02}") for i in range(20)]
     replayed = [ask(f"gen {i:02}", source=GENERAL) for i in range(general)]
     wanted = round(20 * share / (1 - share))  # all examples have the same length
-    report = stage(*own, *replayed, validation=(ask("Ho", source=GENERAL),), replay={"sources": [GENERAL], "share": share})
+    report = stage(
+        *own, *replayed, validation=(ask("Ho", source=GENERAL),), replay={"sources": [GENERAL], "share": share}
+    )
     counts = Counter(example["example_id"] for example in stage.examples())
     assert sum(counts[one["example_id"]] for one in replayed) == wanted
     assert all(counts[one["example_id"]] == 1 for one in own)
@@ -764,7 +879,9 @@ def test_replay_makes_up_its_share_of_the_training_tokens(stage: Stage, general:
 
 
 def test_a_folder_names_all_sources_in_it(stage: Stage) -> None:
-    report = stage(ask("own"), ask("a", source="data/sources/g/a.jsonl"), replay={"sources": ["data/sources/g"], "share": 0.5})
+    report = stage(
+        ask("own"), ask("a", source="data/sources/g/a.jsonl"), replay={"sources": ["data/sources/g"], "share": 0.5}
+    )
     assert report.metrics["train"]["replay_share"] == pytest.approx(0.5, abs=0.05)
 
 
@@ -835,8 +952,15 @@ def test_rows_equal_those_written_from_python_objects(stage: Stage, tmp_path: Pa
 
 
 def test_two_runs_give_the_same_bytes_for_any_order_of_the_records(stage: Stage) -> None:
-    mixed = {"balance": "category", "replay": {"sources": [GENERAL], "share": 0.3}, "on_too_long": "split", "max_length": 60}
-    found = [ask(f"{i}", category="ab"[i > 3]) for i in range(6)] + [record(*talk("1", "2", "3", "4", "5", "6"), source=GENERAL)]
+    mixed = {
+        "balance": "category",
+        "replay": {"sources": [GENERAL], "share": 0.3},
+        "on_too_long": "split",
+        "max_length": 60,
+    }
+    found = [ask(f"{i}", category="ab"[i > 3]) for i in range(6)] + [
+        record(*talk("1", "2", "3", "4", "5", "6"), source=GENERAL)
+    ]
     stage(*found, **mixed)
     first = {path.name: path.read_bytes() for path in stage.out.iterdir()}
     stage(*found, **mixed)
@@ -857,7 +981,14 @@ def test_the_audit_names_the_first_examples_and_a_sample_of_each_source(stage: S
     assert ("train", GENERAL, "sample") in shown and ("validation", "data/sources/a.jsonl", "first") in shown
     tokens = {sha256_of_example(example["input_ids"], example["labels"]) for example in stage.examples()}
     assert {example["sha256"] for example in audit["examples"] if example["split"] == "train"} <= tokens
-    assert {key for example in audit["examples"] for key in example} == {"split", "source", "example_id", "part", "why", "sha256"}
+    assert {key for example in audit["examples"] for key in example} == {
+        "split",
+        "source",
+        "example_id",
+        "part",
+        "why",
+        "sha256",
+    }
 
 
 def test_label_audit_statistics_equal_manual_counts(stage: Stage) -> None:
@@ -865,19 +996,36 @@ def test_label_audit_statistics_equal_manual_counts(stage: Stage) -> None:
     audit = json.loads((stage.out / "audit.json").read_text())["splits"]["train"]
     total, trained = 27 + 27 + 5, 5 + 5 + 5
     assert audit == {
-        "examples": 3, "tokens": total, "trained_tokens": trained, "trained_share": round(trained / total, 4), "end_of_turn_in_loss": 1.0,
-        "double_bos": 0, "prefix_stable": 1.0, "padding_without_packing": round((81 - total) / 81, 4), "lengths": {"5-8": 1, "17-32": 2},
+        "examples": 3,
+        "tokens": total,
+        "trained_tokens": trained,
+        "trained_share": round(trained / total, 4),
+        "end_of_turn_in_loss": 1.0,
+        "double_bos": 0,
+        "prefix_stable": 1.0,
+        "padding_without_packing": round((81 - total) / 81, 4),
+        "lengths": {"5-8": 1, "17-32": 2},
         "category": {
             "(none)": {"examples": 2, "tokens": 32, "trained_tokens": 10, "lengths": {"5-8": 1, "17-32": 1}},
             "bug": {"examples": 1, "tokens": 27, "trained_tokens": 5, "lengths": {"17-32": 1}},
         },
-        "source": {"data/sources/a.jsonl": {"examples": 3, "tokens": total, "trained_tokens": trained, "lengths": {"5-8": 1, "17-32": 2}}},
+        "source": {
+            "data/sources/a.jsonl": {
+                "examples": 3,
+                "tokens": total,
+                "trained_tokens": trained,
+                "lengths": {"5-8": 1, "17-32": 2},
+            }
+        },
         "fill_rate": round(total / 64, 4),
-    }  # fmt: skip
+    }
 
 
 def test_texts_with_other_ids_when_tokenized_in_pieces_are_counted(newline_merging_tokenizer: Any) -> None:
-    assert [fate.stable for fate in make(newline_merging_tokenizer, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]
+    assert [fate.stable for fate in make(newline_merging_tokenizer, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [
+        True,
+        False,
+    ]
 
 
 def test_hermes_writes_tools_calls_results_and_traces(tiny_tokenizer: Any) -> None:
@@ -900,7 +1048,10 @@ def test_hermes_writes_tools_calls_results_and_traces(tiny_tokenizer: Any) -> No
         f"<think>\nEasy.\n</think>\n\n{written}\n{written}<|im_end|>",
         "It is 3.<|im_end|>",
     ]
-    assert parts[0][0].startswith("<|im_start|>system\nBe kind.\n\nYou may call functions") and '"name": "add"' in parts[0][0]
+    assert (
+        parts[0][0].startswith("<|im_start|>system\nBe kind.\n\nYou may call functions")
+        and '"name": "add"' in parts[0][0]
+    )
     assert [text for text, _ in examples_of(tokenizer, {"messages": messages[1:2] + messages[4:]})[0]] == [
         "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n", "It is 3.<|im_end|>", "\n",
     ]  # fmt: skip
@@ -923,7 +1074,8 @@ def test_misplaced_labels_of_calls_and_traces_are_found(tiny_tokenizer: Any, dam
 @pytest.mark.parametrize("changes", ["space before each text", "case"])
 @pytest.mark.parametrize("damage", [damage_header, damage_end, damage_first, damage_all])
 def test_calls_and_traces_are_audited_against_the_tokenizers_own_decoding(changes: str, damage: Any) -> None:
-    """Tokenizers of Llama 2, Mistral and Phi-3 put a space after each special token, so that the header of an answer decodes to another text."""
+    """Tokenizers of Llama 2, Mistral and Phi-3 put a space after each special
+    token, so that the header of an answer decodes to another text."""
     from tokenizers import normalizers
 
     tokenizer = byte_fallback_model.tokenizer(NAMED["hermes"])

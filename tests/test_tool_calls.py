@@ -15,7 +15,14 @@ from dagster_project.core.tool_schemas import call_problem
 from dagster_project.evaluation import ballots, judge
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import with_shots
-from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, write_results
+from dagster_project.evaluation.evaluator import (
+    EvaluatedModel,
+    Settings,
+    result_rows,
+    result_schema,
+    select_questions,
+    write_results,
+)
 from dagster_project.evaluation.paired.pairwise import match
 from dagster_project.evaluation.retention import retention_schema
 from dagster_project.evaluation.scoring import Scoring
@@ -30,7 +37,10 @@ SCHEMA = {
     "required": ["city"],
     "additionalProperties": False,
 }
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}, {"type": "function", "function": {"name": "ping"}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "ping"}},
+]
 
 
 def call(name: str, **arguments: Any) -> Call:
@@ -67,7 +77,12 @@ def test_a_call_fits_the_tools_or_the_problem_is_named(one: Call, why: str | Non
 
 
 def test_types_may_have_the_names_of_python() -> None:
-    tools = [{"name": "weather", "parameters": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}]
+    tools = [
+        {
+            "name": "weather",
+            "parameters": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]},
+        }
+    ]
     assert call_problem(OSLO, tools) is None
     assert call_problem(call("weather", city=3), tools) == "$.city: 3 is not of type 'string'"
 
@@ -77,7 +92,9 @@ def test_an_answer_without_calls_is_not_valid_and_one_bad_call_is_enough() -> No
     assert is_valid(made(OSLO, PING), TOOLS) and not is_valid(made(OSLO, call("pong")), TOOLS)
 
 
-@pytest.mark.parametrize("parameters", [{"type": "thing"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}])
+@pytest.mark.parametrize(
+    "parameters", [{"type": "thing"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}]
+)
 def test_a_tool_with_an_invalid_schema_accepts_any_object(parameters: dict[str, Any]) -> None:
     assert call_problem(OSLO, [{"name": "weather", "parameters": parameters}]) is None
 
@@ -100,18 +117,23 @@ def test_a_tool_with_an_invalid_schema_accepts_any_object(parameters: dict[str, 
         ([OSLO._replace(identity="call_1")], [OSLO], True, True),
     ],
 )
-def test_calls_are_compared_as_json_in_any_order(reference: list[Call], answer: list[Call], names: bool, exact: bool) -> None:
+def test_calls_are_compared_as_json_in_any_order(
+    reference: list[Call], answer: list[Call], names: bool, exact: bool
+) -> None:
     assert (same_names(made(*reference), made(*answer)), same_calls(made(*reference), made(*answer))) == (names, exact)
 
 
 def dialogue(i: int, *, asks: bool = True) -> dict[str, Any]:
-    """A question, a call, its result and a reply; or, if it does not ask, a question that is answered at once although tools are offered."""
+    """A question, a call, its result and a reply; or, if it does not ask, a
+    question that is answered at once although tools are offered."""
     city = f"City {i}"
-    question, reply = (
-        {"role": "user", "content": f"How cold is {city}?"},
-        {"role": "assistant", "content": f"It is {i} degrees cold in {city}."},
+    question = {"role": "user", "content": f"How cold is {city}?"}
+    reply = {"role": "assistant", "content": f"It is {i} degrees cold in {city}."}
+    middle = (
+        [made(call("weather", city=city)).message, {"role": "tool", "content": str(i), "name": "weather"}]
+        if asks
+        else []
     )
-    middle = [made(call("weather", city=city)).message, {"role": "tool", "content": str(i), "name": "weather"}] if asks else []
     messages = [question, *middle, reply]
     identity = example_id(messages, TOOLS)
     return {
@@ -177,17 +199,24 @@ def test_text_before_a_call_is_not_scored_by_final_answers() -> None:
     assert scoring.score(scoring.references)["no_final_answer"] == 0.0 and scoring.examples_of("accuracy") == 3
     task, questions = select_questions([records[0], records[1] | {"messages": records[1]["messages"][:2]}], settings)
     calls_alone = Scoring(questions[:1] + questions[2:], task, {})
-    assert {"accuracy", "no_final_answer"}.isdisjoint(calls_alone.names()) and "rouge_l" in calls_alone.score(calls_alone.references)
+    assert {"accuracy", "no_final_answer"}.isdisjoint(calls_alone.names()) and "rouge_l" in calls_alone.score(
+        calls_alone.references
+    )
 
 
 def test_examples_that_a_measure_does_not_cover_change_neither_its_interval_nor_its_alarm() -> None:
-    records = [dialogue(0, asks=False), *(dialogue(i) | {"messages": dialogue(i)["messages"][:2]} for i in range(1, 30))]
+    records = [
+        dialogue(0, asks=False),
+        *(dialogue(i) | {"messages": dialogue(i)["messages"][:2]} for i in range(1, 30)),
+    ]
     scoring = Scoring(select_questions(records, Settings())[1], None, {})
     right = scoring.references
     found = scoring.score(right)
     assert (found["n_text"], found["n_calls"]) == (1, 29)
     assert found["rouge_l_interval"] == found["tool_name_accuracy_interval"] == [1, 1]
-    assert scoring.statistics("rouge_l", right).tolist() == [[1, 1]] and scoring.statistics("false_call", right).tolist() == [[0, 1]]
+    assert scoring.statistics("rouge_l", right).tolist() == [[1, 1]] and scoring.statistics(
+        "false_call", right
+    ).tolist() == [[0, 1]]
     differ = scores_differ({"tool_name_accuracy": [scoring.statistics("tool_name_accuracy", right)] * 2})
     assert differ.note.startswith("tool_name_accuracy is the same for all 58 answers; ")
 
@@ -219,19 +248,37 @@ def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(
 
     def compare() -> dict[str, Any]:
         comparison.produce(
-            tmp_path, Settings(), variants, tmp_path / "splits", tmp_path / "baselines", tmp_path / "one", tmp_path / "out",
+            tmp_path, Settings(), variants, tmp_path / "splits", tmp_path / "baselines", tmp_path / "one",
+            tmp_path / "out",
             tmp_path / "scores.csv", tmp_path / "pages",
         )  # fmt: skip
         found: dict[str, Any] = json.loads((tmp_path / "out" / "comparison.json").read_text())
         return found
 
     found = compare()
-    assert found["test"] == {"examples": 40, "answered": 40, "decided": 20, "questions": 20, "seen": 0} and found["shown"][0] == NAMES[0]
-    assert found["advice"][0].startswith("Nothing can be concluded from 20 test examples: ") and not found["recommended"]["sure"]
-    write_records(tmp_path / "splits" / "test", [record | {"group_id": str(i // 2)} for i, record in enumerate(records)])
+    assert (
+        found["test"] == {"examples": 40, "answered": 40, "decided": 20, "questions": 20, "seen": 0}
+        and found["shown"][0] == NAMES[0]
+    )
+    assert (
+        found["advice"][0].startswith("Nothing can be concluded from 20 test examples: ")
+        and not found["recommended"]["sure"]
+    )
+    write_records(
+        tmp_path / "splits" / "test", [record | {"group_id": str(i // 2)} for i, record in enumerate(records)]
+    )
     found = compare()
-    assert found["test"] == {"examples": 40, "answered": 40, "decided": 10, "questions": 20, "independent": 20, "seen": 0}
-    assert found["advice"][0].startswith("Nothing can be concluded from 10 test examples, near-copies counted once: at least 30")
+    assert found["test"] == {
+        "examples": 40,
+        "answered": 40,
+        "decided": 10,
+        "questions": 20,
+        "independent": 20,
+        "seen": 0,
+    }
+    assert found["advice"][0].startswith(
+        "Nothing can be concluded from 10 test examples, near-copies counted once: at least 30"
+    )
 
 
 def test_results_of_plain_answers_have_no_further_columns(tmp_path: Path) -> None:
@@ -247,7 +294,12 @@ def test_a_worked_example_with_calls_is_the_whole_conversation_without_traces() 
     shot["messages"] = [{"role": "system", "content": "Be brief."}, *shot["messages"]]
     shot["messages"][2] = {**shot["messages"][2], "reasoning_content": "Which city?", "weight": 0.0}
     asked = with_shots("Help.", [shot, plain], dialogue(3))
-    assert asked == [{"role": "system", "content": "Help."}, *dialogue(1)["messages"], *plain["messages"], *dialogue(3)["messages"][:-1]]
+    assert asked == [
+        {"role": "system", "content": "Help."},
+        *dialogue(1)["messages"],
+        *plain["messages"],
+        *dialogue(3)["messages"][:-1],
+    ]
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -260,8 +312,7 @@ def tool_model(tiny_model: Path, tmp_path: Path) -> Path:
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    (folder / "chat_template.jinja").write_text(
-        """{% if tools %}<|im_start|>system
+    (folder / "chat_template.jinja").write_text("""{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
 {% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}{% for call in message.tool_calls or [] %}
@@ -269,19 +320,21 @@ def tool_model(tiny_model: Path, tmp_path: Path) -> Path:
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-    )
+{% endif %}""")
     return folder
 
 
-def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_with_tools_is_evaluated_and_compared(
+    tool_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model's answers are planted: variants call as the reference does, baselines never call."""
     asked: dict[str, list[Any]] = {}
 
     def planted(self: Any, prompts: Any, what: str, thinking_tokens: int = 0, offers: Any = None) -> list[Answer]:
         asked[what] = list(zip(prompts, offers, strict=True))
         right = [
-            made(call("weather", city=p[-1]["content"][12:-1])) if p[-1]["role"] == "user" else Answer(HOSTILE, HOSTILE) for p in prompts
+            made(call("weather", city=p[-1]["content"][12:-1])) if p[-1]["role"] == "user" else Answer(HOSTILE, HOSTILE)
+            for p in prompts
         ]
         return right if what in {"one", "two"} else [Answer("I do not know.") for _ in prompts]
 
@@ -292,7 +345,11 @@ def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: 
     assert [offer.tools for _, offer in asked["one"]] == [TOOLS] * 64
     assert list(found["baselines"]) == ["base", "zero_shot", "few_shot", "retrieved"]
     assert [found["one"][name] for name in NAMES] == [1.0, 1.0, 1.0] and found["one"]["false_call"] == 0.0
-    assert found["baselines"]["zero_shot"]["tool_arguments_exact"] == found["baselines"]["zero_shot"]["tool_call_valid"] == 0.0
+    assert (
+        found["baselines"]["zero_shot"]["tool_arguments_exact"]
+        == found["baselines"]["zero_shot"]["tool_call_valid"]
+        == 0.0
+    )
     document = json.loads((root / "comparison/comparison.json").read_text())
     assert document["shown"] == ["tool_arguments_exact", "tool_name_accuracy"] and document["test"]["answered"] == 32
     assert document["compared"]["one"]["to"]["zero_shot"]["tool_arguments_exact"]["difference"] == 1.0
@@ -307,7 +364,9 @@ def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: 
     ):
         assert f'<summary><bdi dir="auto">{summary}</bdi></summary>' in page
     assert (
-        HOSTILE not in page and "&lt;img src=x onerror=alert(1)&gt;" in page and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
+        HOSTILE not in page
+        and "&lt;img src=x onerror=alert(1)&gt;" in page
+        and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
     )
 
     rows = {(row["example_id"], row["turn"]): row for row in read_table(root / "evaluation/one/results.parquet")}
@@ -322,9 +381,13 @@ def test_prompts_offer_the_tools_and_earlier_calls_as_in_training(tool_model: Pa
     evaluate(tmp_path / "data", tool_model, Settings(max_new_tokens=4), test, train)
     rows = read_table(tmp_path / "data/evaluation/one/results.parquet")
     for record in test:
-        text = f"<|im_start|>system\n{''.join(json.dumps(tool) for tool in TOOLS)}<|im_end|>\n<|im_start|>user\n{record['messages'][0]['content']}<|im_end|>\n"
+        offered = "".join(json.dumps(tool) for tool in TOOLS)
+        asked = record["messages"][0]["content"]
+        text = f"<|im_start|>system\n{offered}<|im_end|>\n<|im_start|>user\n{asked}<|im_end|>\n"
         city = json.dumps(record["messages"][1]["tool_calls"][0]["function"]["arguments"])
-        called = f'<|im_start|>assistant\n<tool_call>\n{{"name": "weather", "arguments": {city}}}\n</tool_call><|im_end|>\n'
+        called = (
+            f'<|im_start|>assistant\n<tool_call>\n{{"name": "weather", "arguments": {city}}}\n</tool_call><|im_end|>\n'
+        )
         result = f"<|im_start|>tool\n{record['messages'][2]['content']}<|im_end|>\n"
         header = "<|im_start|>assistant\n"
         lengths = {row["turn"]: row["prompt_tokens"] for row in rows if row["example_id"] == record["example_id"]}
@@ -342,7 +405,10 @@ def answered(folder: Path) -> None:
     (folder / "params.yaml").write_text("adapter: {lora: {}}\n")
     write_records(folder / "data/splits/test", [dialogue(i) for i in range(4)])
     questions = select_questions([dialogue(i) for i in range(4)], Settings())[1]
-    systems = {"few_shot": ("baselines", made(PING)), "lora": ("evaluation/lora", Answer(HOSTILE, f"Think {HOSTILE}", (OSLO,)))}
+    systems = {
+        "few_shot": ("baselines", made(PING)),
+        "lora": ("evaluation/lora", Answer(HOSTILE, f"Think {HOSTILE}", (OSLO,))),
+    }
     for name, (place, said) in systems.items():
         answers = [said if "turn" in question else Answer("Same.") for question in questions]
         write_results(folder / f"data/{place}/results.parquet", result_rows(name, questions, None, answers))
@@ -358,7 +424,10 @@ def test_ballots_and_judges_get_the_calls(tmp_path: Path) -> None:
 
     asked = json.loads(judge._question(pair, pair.turns)[1]["content"])
     assert asked["answer_a"] == {"content": HOSTILE, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]}
-    assert asked["answer_b"] == {"content": "", "tool_calls": [{"name": "ping", "arguments": {}}]} and asked["tools"] == TOOLS
+    assert (
+        asked["answer_b"] == {"content": "", "tool_calls": [{"name": "ping", "arguments": {}}]}
+        and asked["tools"] == TOOLS
+    )
     assert "Think" not in json.dumps(asked), "traces are not judged"
 
     document = ballots.document(found, 4)

@@ -1,4 +1,5 @@
-"""Tool calls, tool definitions, traces, weights and content parts of every layout -> canonical messages; nothing of them is dropped silently."""
+"""Tool calls, tool definitions, traces, weights and content parts of every
+layout -> canonical messages; nothing of them is dropped silently."""
 
 from __future__ import annotations
 
@@ -26,14 +27,21 @@ from dagster_project.curation.sources.python_values import json_type, python_cal
 ASKED = {"role": "user", "content": "Is it cold in Oslo?"}
 WEATHER = {
     "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
 }
 
 
 def call(name: str = "weather", arguments: Any = None, identity: str | None = None) -> dict[str, Any]:
     """A canonical call."""
     given = {"city": "Oslo"} if arguments is None else arguments
-    return {"type": "function", **({"id": identity} if identity else {}), "function": {"name": name, "arguments": given}}
+    return {
+        "type": "function",
+        **({"id": identity} if identity else {}),
+        "function": {"name": name, "arguments": given},
+    }
 
 
 def answer(content: str = "", **more: Any) -> dict[str, Any]:
@@ -66,7 +74,11 @@ def problem(record: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     "source",
     [
-        {"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+        {
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+            ]
+        },
         {"tool_calls": [{"id": "c1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}], "content": ""},
         {"tool_calls": [{"id": "c1", "name": "weather", "arguments": {"city": "Oslo"}}], "function_call": None},
         {"tool_calls": '[{"id": "c1", "name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}]'},
@@ -87,7 +99,11 @@ def test_text_next_to_a_call_and_parallel_calls_are_kept_in_order(one: Callable[
 
 
 def test_the_older_function_call_and_the_role_function_are_a_call_and_a_tool_result(one: Callable[..., Any]) -> None:
-    source = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    source = {
+        "role": "assistant",
+        "content": None,
+        "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+    }
     assert one(source, {"role": "function", "name": "weather", "content": "-3"}) == [
         answer(tool_calls=[call()]),
         {"role": "tool", "content": "-3", "name": "weather"},
@@ -101,9 +117,20 @@ def test_a_tool_result_keeps_its_id_its_name_and_an_object_as_json(one: Callable
 
 @pytest.mark.parametrize(
     ("arguments", "kept"),
-    [(None, {}), ("", {}), ("{}", {}), ("not JSON", "not JSON"), ("[1]", "[1]"), ([1], "[1]"), (3, "3"), ('{"a": NaN}', '{"a": NaN}'),
-     ('{"a": 1, "a": 2}', '{"a": 1, "a": 2}'), ('{"a": "\\ud83d"}', '{"a": "\\ud83d"}'), ("[" * 5000, "[" * 5000)],
-)  # fmt: skip
+    [
+        (None, {}),
+        ("", {}),
+        ("{}", {}),
+        ("not JSON", "not JSON"),
+        ("[1]", "[1]"),
+        ([1], "[1]"),
+        (3, "3"),
+        ('{"a": NaN}', '{"a": NaN}'),
+        ('{"a": 1, "a": 2}', '{"a": 1, "a": 2}'),
+        ('{"a": "\\ud83d"}', '{"a": "\\ud83d"}'),
+        ("[" * 5000, "[" * 5000),
+    ],
+)
 def test_arguments_that_are_no_object_are_kept_as_text(arguments: Any, kept: Any, one: Callable[..., Any]) -> None:
     (said,) = one(answer(tool_calls=[{"name": "weather", "arguments": arguments}]))
     assert said["tool_calls"] == [call(arguments=kept)]
@@ -130,7 +157,9 @@ def test_a_result_without_a_call_and_a_call_without_an_id_are_kept(read: Callabl
         ({**ASKED, "tool_calls": [call()]}, "tool calls in a message that is not the assistant's"),
     ],
 )
-def test_a_call_that_cannot_be_read_makes_its_row_malformed(message: dict[str, Any], reason: str, read: Callable[..., Any]) -> None:
+def test_a_call_that_cannot_be_read_makes_its_row_malformed(
+    message: dict[str, Any], reason: str, read: Callable[..., Any]
+) -> None:
     assert problem(read({"messages": [ASKED, message]})[0]) == reason
 
 
@@ -175,17 +204,24 @@ def test_no_tools_are_no_tools_in_any_spelling(tools: Any, read: Callable[..., A
         ([{"description": "nameless"}], "tools holds a function without a name"),
     ],
 )
-def test_tools_that_cannot_be_read_make_a_conversation_malformed(tools: Any, reason: str, read: Callable[..., Any]) -> None:
+def test_tools_that_cannot_be_read_make_a_conversation_malformed(
+    tools: Any, reason: str, read: Callable[..., Any]
+) -> None:
     assert problem(read({"messages": [ASKED, answer("Yes.")], "tools": tools})[0]) == reason
 
 
-def test_a_column_named_tools_that_defines_none_stays_in_meta_where_rows_are_no_conversations(read: Callable[..., Any]) -> None:
+def test_a_column_named_tools_that_defines_none_stays_in_meta_where_rows_are_no_conversations(
+    read: Callable[..., Any],
+) -> None:
     (record,) = read({"question": "How?", "answer": "Gently.", "tools": "a hammer"})
     assert (problem(record), json.loads(record["meta"]), record["ignored"]) == ("", {"tools": "a hammer"}, ["tools"])
 
 
 def test_records_that_differ_in_their_tools_have_different_ids(read: Callable[..., Any]) -> None:
-    rows = [{"messages": [ASKED, answer("Yes.")], **more} for more in ({}, {"tools": [WEATHER]}, {"tools": [{"name": "clock"}]})]
+    rows = [
+        {"messages": [ASKED, answer("Yes.")], **more}
+        for more in ({}, {"tools": [WEATHER]}, {"tools": [{"name": "clock"}]})
+    ]
     assert len({record["example_id"] for record in read(*rows)}) == 3
 
 
@@ -200,7 +236,12 @@ def test_sharegpt_calls_and_observations(read: Callable[..., Any]) -> None:
         ("observation", "-3"),
         ("gpt", "Yes."),
     ]
-    (record,) = read({"conversations": [{"from": who, "value": text} for who, text in said], "tools": json.dumps([WEATHER["function"]])})
+    (record,) = read(
+        {
+            "conversations": [{"from": who, "value": text} for who, text in said],
+            "tools": json.dumps([WEATHER["function"]]),
+        }
+    )
     assert record["tools"] == [WEATHER]
     assert record["messages"] == [
         {"role": "user", "content": "Is it cold?"},
@@ -210,7 +251,8 @@ def test_sharegpt_calls_and_observations(read: Callable[..., Any]) -> None:
     ]
 
 
-HERMES = """You are a function calling AI model. You are provided with function signatures within <tools> </tools> XML tags. \
+HERMES = """You are a function calling AI model. \
+You are provided with function signatures within <tools> </tools> XML tags. \
 You may call one or more functions.
 <tools>
 %s
@@ -221,13 +263,16 @@ For each function call return a JSON object:
 </tool_call>"""
 
 
-@pytest.mark.parametrize("written", [json.dumps([WEATHER]), json.dumps(WEATHER), f"{json.dumps(WEATHER)}\n", repr([WEATHER])])
+@pytest.mark.parametrize(
+    "written", [json.dumps([WEATHER]), json.dumps(WEATHER), f"{json.dumps(WEATHER)}\n", repr([WEATHER])]
+)
 @pytest.mark.parametrize("layout", ["sharegpt", "messages"])
 def test_hermes(written: str, layout: str, read: Callable[..., Any]) -> None:
     said = [
         ("system", f"Be brief.\n\n{HERMES % written}"),
         ("user", "Is it cold?"),
-        ("assistant", "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name': 'weather'}\n</tool_call>\n<tool_call>\n"
+        ("assistant", "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name':"
+                      " 'weather'}\n</tool_call>\n<tool_call>\n"
                       '{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'),
         ("tool", "<tool_response>\n-3\n</tool_response>\n<tool_response>\n20\n</tool_response>"),
         ("assistant", "Yes."),
@@ -258,12 +303,19 @@ def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
     assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
 
 
-@pytest.mark.parametrize("quoted", ["the <tool_call> tag", f"or <tool_call>{json.dumps({'name': 'weather'})}</tool_call>"])
+@pytest.mark.parametrize(
+    "quoted", ["the <tool_call> tag", f"or <tool_call>{json.dumps({'name': 'weather'})}</tool_call>"]
+)
 def test_a_call_that_a_trace_quotes_is_part_of_the_trace(quoted: str, tmp_path: Path, read: Callable[..., Any]) -> None:
     called, said = (answer(f"<think>\n{quoted}\n</think>\n\n{rest}") for rest in (f"I look.\n{CALLING}", "Yes."))
-    expected = [answer("I look.", reasoning_content=quoted, tool_calls=[call()]), answer("Yes.", reasoning_content=quoted)]
+    expected = [
+        answer("I look.", reasoning_content=quoted, tool_calls=[call()]),
+        answer("Yes.", reasoning_content=quoted),
+    ]
     records = read(*({"messages": [ASKED, one], "tools": [WEATHER]} for one in (called, said)))
-    assert [record["messages"][1] for record in records] == expected and not any("ignored" in record for record in records)
+    assert [record["messages"][1] for record in records] == expected and not any(
+        "ignored" in record for record in records
+    )
     pair = pair_of(tmp_path, {"prompt": [ASKED], "chosen": [called], "rejected": [said], "tools": [WEATHER]})
     assert [*pair["chosen"], *pair["rejected"]] == expected
 
@@ -272,7 +324,9 @@ def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: C
     result = {"role": "tool", "content": "Note: <tool_response>-3</tool_response>"}
     broken = answer('<tool_call>{"name": "weather"}</tool_call> <tool_call>{"name": "weather"')
     kept, malformed, text = read(
-        {"messages": [ASKED, result], "tools": [WEATHER]}, {"messages": [ASKED, broken], "tools": [WEATHER]}, {"messages": [ASKED, broken]}
+        {"messages": [ASKED, result], "tools": [WEATHER]},
+        {"messages": [ASKED, broken], "tools": [WEATHER]},
+        {"messages": [ASKED, broken]},
     )
     assert kept["messages"] == [ASKED, result] and text["messages"] == [ASKED, broken]
     assert problem(malformed) == "a tool call that is not closed"
@@ -280,7 +334,8 @@ def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: C
 
 TOOLACE = """You are an expert in composing functions. You are given a question.
 Here is a list of functions in JSON format that you can invoke:
-[{"name": "Market Trends API", "parameters": {"type": "dict", "properties": {"n": {"type": "float"}, "xs": {"type": "list"}}, "required": null}}].
+[{"name": "Market Trends API", "parameters": {"type": "dict", \
+"properties": {"n": {"type": "float"}, "xs": {"type": "list"}}, "required": null}}].
 Should you decide to return the function call(s).
 NO other text MUST be included. """
 
@@ -294,15 +349,22 @@ def test_toolace(read: Callable[..., Any]) -> None:
     ]
     (record,) = read({"system": TOOLACE, "conversations": [{"from": who, "value": text} for who, text in said]})
     parameters = {"type": "object", "properties": {"n": {"type": "number"}, "xs": {"type": "array"}}}
-    assert record["tools"] == [{"type": "function", "function": {"name": "Market Trends API", "parameters": parameters}}]
-    assert [[(one.name, one.arguments) for one in calls(m)] for m in record["messages"] if m["role"] == "assistant"] == [
+    assert record["tools"] == [
+        {"type": "function", "function": {"name": "Market Trends API", "parameters": parameters}}
+    ]
+    assert [
+        [(one.name, one.arguments) for one in calls(m)] for m in record["messages"] if m["role"] == "assistant"
+    ] == [
         [("Market Trends API", {"n": -2.5, "xs": ["a, (b", True, None]}), ("Market Trends API", {})],
         [],
     ]
     assert [m["role"] for m in record["messages"]] == ["user", "assistant", "tool", "assistant"]
     broken = {
         "system": TOOLACE,
-        "conversations": [{"from": "user", "value": "x"}, {"from": "assistant", "value": "[Market Trends API(n=__import__('os'))]"}],
+        "conversations": [
+            {"from": "user", "value": "x"},
+            {"from": "assistant", "value": "[Market Trends API(n=__import__('os'))]"},
+        ],
     }
     assert problem(read(broken)[0]) == "a tool call cannot be parsed: not a literal that JSON can hold"
 
@@ -350,7 +412,10 @@ def test_a_mapping_reads_tools_calls_and_reasoning_of_a_table(tmp_path: Path) ->
     FILE_WRITERS[".csv"](tmp_path / "a.csv", rows)
     mapping = {"prompt": "q", "response": "a", "tools": "t", "tool_calls": "calls", "reasoning": "why"}
     first, second = to_records(tmp_path / "a.csv", "a.csv", mapping=mapping)[1]
-    assert (first["messages"][-1], first["tools"]) == (answer(reasoning_content="Look.", tool_calls=[call()]), [WEATHER])
+    assert (first["messages"][-1], first["tools"]) == (
+        answer(reasoning_content="Look.", tool_calls=[call()]),
+        [WEATHER],
+    )
     assert (second["messages"][-1], "tools" in second) == (answer("Hello"), False)
     only_calls = to_records(tmp_path / "a.csv", "a.csv", mapping={"prompt": "q", "tool_calls": "calls"})[1]
     assert [record["messages"][-1] for record in only_calls] == [answer(tool_calls=[call()]), answer("")]
@@ -377,7 +442,9 @@ def test_keys_that_a_table_adds_to_objects_are_not_there(suffix: str, tmp_path: 
 def test_keys_that_a_table_adds_to_objects_of_mapped_columns_are_not_there(tmp_path: Path) -> None:
     clock = {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}}
     made = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "clock", "arguments": {"zone": "UTC"}}]
-    FILE_WRITERS[".parquet"](tmp_path / "a.parquet", [{"q": "Cold?", "known": [WEATHER["function"], clock], "made": made}])
+    FILE_WRITERS[".parquet"](
+        tmp_path / "a.parquet", [{"q": "Cold?", "known": [WEATHER["function"], clock], "made": made}]
+    )
     mapping = {"prompt": "q", "tools": "known", "tool_calls": "made"}
     ((record,),) = to_records(tmp_path / "a.parquet", "a", mapping=mapping)[1:]
     assert record["tools"] == [WEATHER, {"type": "function", "function": clock}]
@@ -387,10 +454,17 @@ def test_keys_that_a_table_adds_to_objects_of_mapped_columns_are_not_there(tmp_p
 # Python's notation
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -404,13 +478,30 @@ JSON_VALUES = st.recursive(
     )
 )
 def test_calls_written_in_pythons_notation_are_read_back_equal(said: list[tuple[str, dict[str, Any]]]) -> None:
-    written = ", ".join(f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in said)
+    written = ", ".join(
+        f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in said
+    )
     assert python_calls(f"[{written}]") == said
 
 
 @pytest.mark.parametrize(
     "text",
-    ["f(1)", "__import__('os')", "1e999", "b'x'", "...", "1j", "{1: 2}", "'\\ud83d'", "[", "x", "(" * 500, "1" * 5000, "\0", "f'{x}'"],
+    [
+        "f(1)",
+        "__import__('os')",
+        "1e999",
+        "b'x'",
+        "...",
+        "1j",
+        "{1: 2}",
+        "'\\ud83d'",
+        "[",
+        "x",
+        "(" * 500,
+        "1" * 5000,
+        "\0",
+        "f'{x}'",
+    ],
 )
 def test_nothing_but_a_literal_that_json_can_hold_is_a_value(text: str) -> None:
     with pytest.raises(ValueError):
@@ -419,7 +510,16 @@ def test_nothing_but_a_literal_that_json_can_hold_is_a_value(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["weather()", "[weather]", "[weather(1)]", "[weather(a=1, a=2)]", "[weather(a='x)]", "[weather(a=1]", "[(a=1)]", "[weather(a=)]"],
+    [
+        "weather()",
+        "[weather]",
+        "[weather(1)]",
+        "[weather(a=1, a=2)]",
+        "[weather(a='x)]",
+        "[weather(a=1]",
+        "[(a=1)]",
+        "[weather(a=)]",
+    ],
 )
 def test_anything_but_a_list_of_calls_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
@@ -432,7 +532,11 @@ def test_anything_but_a_list_of_calls_is_refused(text: str) -> None:
         ("str", {"type": "string"}, False),
         ("int, optional", {"type": "integer"}, True),
         ("Optional[float]", {"type": "number"}, True),
-        ("typing.List[Union[int, None]]", {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}, False),
+        (
+            "typing.List[Union[int, None]]",
+            {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]}},
+            False,
+        ),
         ("Any", {}, False),
         ("List[Any], optional", {"type": "array"}, True),
     ],
@@ -467,7 +571,10 @@ def test_type_annotations_beyond_json_schema_are_kept_unchanged(text: str, schem
 
 @pytest.mark.parametrize("style", ["xlam", "toolace"])
 def test_a_type_that_json_schema_does_not_have_is_not_lost(style: str, read: Callable[..., Any]) -> None:
-    parameters = {"who": {"type": "Customer", "description": "Who."}, "x": {"type": "np.ndarray", "required": "if known"}}
+    parameters = {
+        "who": {"type": "Customer", "description": "Who."},
+        "x": {"type": "np.ndarray", "required": "if known"},
+    }
     if style == "xlam":
         row = {
             "query": "Hi",
@@ -477,8 +584,14 @@ def test_a_type_that_json_schema_does_not_have_is_not_lost(style: str, read: Cal
     else:
         del parameters["x"]["required"]
         definition = json.dumps([{"name": "f", "parameters": {"type": "dict", "properties": parameters}}])
-        system = f"Here is a list of functions in JSON format that you can invoke:\n{definition}. NO other text MUST be included."
-        row = {"system": system, "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "[f(who=1, x=[])]"}]}
+        system = (
+            f"Here is a list of functions in JSON format that you can invoke:\n{definition}. NO other text MUST be"
+            " included."
+        )
+        row = {
+            "system": system,
+            "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "[f(who=1, x=[])]"}],
+        }
     (record,) = read(row)
     properties = record["tools"][0]["function"]["parameters"]["properties"]
     odd = {"x-required": "if known"} if style == "xlam" else {}
@@ -500,7 +613,10 @@ def test_reasoning_is_kept_under_one_key(key: str, one: Callable[..., Any]) -> N
     [
         "<think>\nTwo and two.\n</think>\n\nFour",
         "\n<think>Two and two.</think>Four",
-        "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nFour\n\n<|end_of_solution|>",
+        (
+            "<|begin_of_thought|>\n\nTwo and"
+            " two.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nFour\n\n<|end_of_solution|>"
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -512,22 +628,31 @@ def test_reasoning_is_kept_under_one_key(key: str, one: Callable[..., Any]) -> N
         lambda said: {"prompt": "How much?", "completion": said},
     ],
 )
-def test_a_trace_at_the_beginning_of_an_answer_is_reasoning(row: Callable[[str], Any], said: str, read: Callable[..., Any]) -> None:
+def test_a_trace_at_the_beginning_of_an_answer_is_reasoning(
+    row: Callable[[str], Any], said: str, read: Callable[..., Any]
+) -> None:
     assert read(row(said))[0]["messages"][-1] == answer("Four", reasoning_content="Two and two.")
     assert read(row(said), think="keep")[0]["messages"][-1] == answer(said)
 
 
-@pytest.mark.parametrize("said", ["Say <think>x</think>.", "<think>never closed", "x</think>y", "<thinking>x</thinking>y"])
+@pytest.mark.parametrize(
+    "said", ["Say <think>x</think>.", "<think>never closed", "x</think>y", "<thinking>x</thinking>y"]
+)
 def test_other_tags_are_text(said: str, one: Callable[..., Any]) -> None:
     assert one(answer(said)) == [answer(said)]
 
 
 def test_a_trace_without_its_opening_tag_is_split_on_request(read: Callable[..., Any]) -> None:
     row = {"messages": [{**ASKED, "content": "x</think>y"}, answer("Two and two.\n</think>\n\nFour")]}
-    assert read(row, think="split")[0]["messages"] == [row["messages"][0], answer("Four", reasoning_content="Two and two.")]
+    assert read(row, think="split")[0]["messages"] == [
+        row["messages"][0],
+        answer("Four", reasoning_content="Two and two."),
+    ]
 
 
-def test_two_traces_that_differ_are_malformed_and_equal_ones_are_one(read: Callable[..., Any], one: Callable[..., Any]) -> None:
+def test_two_traces_that_differ_are_malformed_and_equal_ones_are_one(
+    read: Callable[..., Any], one: Callable[..., Any]
+) -> None:
     assert one(answer("Four", reasoning="a", reasoning_content="a")) == [answer("Four", reasoning_content="a")]
     assert (
         problem(read({"messages": [ASKED, answer("Four", reasoning="a", thinking="b")]})[0])
@@ -553,7 +678,9 @@ def test_plain_text_keeps_its_tags(read: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("value", "trained"), [(0, False), (0.0, False), (False, False), (1, True), (1.0, True), (True, True), (None, True)]
 )
-def test_a_message_that_is_not_trained_on_has_weight_zero(key: str, value: Any, trained: bool, one: Callable[..., Any]) -> None:
+def test_a_message_that_is_not_trained_on_has_weight_zero(
+    key: str, value: Any, trained: bool, one: Callable[..., Any]
+) -> None:
     assert one(answer("Yes.", **{key: value})) == [answer("Yes.") if trained else answer("Yes.", weight=0.0)]
 
 
@@ -564,7 +691,10 @@ def test_a_sharegpt_turn_has_a_weight_as_well(read: Callable[..., Any]) -> None:
         {"from": "gpt", "value": "Hello", "train": True},
     ]
     (record,) = read({"conversations": turns})
-    assert record["messages"] == [{"role": "user", "content": "Hi"}, answer("Yo", weight=0.0), answer("Hello")] and "ignored" not in record
+    assert (
+        record["messages"] == [{"role": "user", "content": "Hi"}, answer("Yo", weight=0.0), answer("Hello")]
+        and "ignored" not in record
+    )
 
 
 @pytest.mark.parametrize(
@@ -622,7 +752,9 @@ def test_content_that_is_not_text_is_refused_by_row_with_a_reason(kind: str, rea
 
 
 @pytest.mark.parametrize("more", [{"audio": {"id": "a"}}, {"images": ["x"]}])
-def test_a_message_with_sound_or_images_beside_its_text_is_refused_as_well(more: dict[str, Any], read: Callable[..., Any]) -> None:
+def test_a_message_with_sound_or_images_beside_its_text_is_refused_as_well(
+    more: dict[str, Any], read: Callable[..., Any]
+) -> None:
     assert judge(read({"messages": [ASKED, answer("Yes.", **more)]}), [], Rules()).reason == ["unsupported_content"]
 
 
@@ -636,10 +768,19 @@ def test_of_several_kinds_of_content_the_first_is_the_reason_in_every_process() 
 
 @pytest.mark.parametrize(
     "parts",
-    [[3], [{"type": "tool_use"}], [{"type": "text", "text": [{"type": "text", "text": "x"}]}], [{"type": "text"}], [[]], {"type": "text"}],
+    [
+        [3],
+        [{"type": "tool_use"}],
+        [{"type": "text", "text": [{"type": "text", "text": "x"}]}],
+        [{"type": "text"}],
+        [[]],
+        {"type": "text"},
+    ],
 )
 def test_other_parts_make_a_row_malformed(parts: Any, read: Callable[..., Any]) -> None:
-    assert judge(read({"messages": [{"role": "user", "content": parts}, answer("Yes.")]}), [], Rules()).reason == ["malformed_row"]
+    assert judge(read({"messages": [{"role": "user", "content": parts}, answer("Yes.")]}), [], Rules()).reason == [
+        "malformed_row"
+    ]
 
 
 def test_a_refusal_is_content_if_there_is_no_other(one: Callable[..., Any]) -> None:
@@ -694,7 +835,9 @@ def test_answers_under_tools_whose_keys_are_in_another_order_are_paired(tmp_path
     good, bad = PAIRS["kto"]
     reordered = {**WEATHER, "function": dict(reversed(WEATHER["function"].items()))}
     assert reordered == WEATHER and json.dumps(reordered) != json.dumps(WEATHER)
-    pairs = to_pairs(jsonl(tmp_path / "a.jsonl", {**good, "tools": [WEATHER]}, {**bad, "tools": [reordered]}), "a.jsonl")[1]
+    pairs = to_pairs(
+        jsonl(tmp_path / "a.jsonl", {**good, "tools": [WEATHER]}, {**bad, "tools": [reordered]}), "a.jsonl"
+    )[1]
     assert [pair["source_rows"] for pair in pairs] == [[0, 1]]
 
 
@@ -710,12 +853,16 @@ def test_a_common_beginning_may_end_with_a_tool_result(tmp_path: Path) -> None:
 
 def test_a_mapping_of_pairs_reads_tools(tmp_path: Path) -> None:
     row = {"q": "Hi", "good": "Hello", "bad": "What?", "t": [WEATHER]}
-    assert pair_of(tmp_path, row, mapping={"prompt": "q", "chosen": "good", "rejected": "bad", "tools": "t"})["tools"] == [WEATHER]
+    assert pair_of(tmp_path, row, mapping={"prompt": "q", "chosen": "good", "rejected": "bad", "tools": "t"})[
+        "tools"
+    ] == [WEATHER]
 
 
 def test_a_response_may_be_left_out_of_a_mapping_only_for_calls(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no column for response"):
-        to_records(jsonl(tmp_path / "a.jsonl", {"q": "Hi", "t": "[]"}), "a.jsonl", mapping={"prompt": "q", "tools": "t"})
+        to_records(
+            jsonl(tmp_path / "a.jsonl", {"q": "Hi", "t": "[]"}), "a.jsonl", mapping={"prompt": "q", "tools": "t"}
+        )
 
 
 # Identity
@@ -724,12 +871,16 @@ FIELDS = st.fixed_dictionaries(
     {"content": st.sampled_from(["", "Yes."])},
     optional={
         "reasoning_content": st.sampled_from(["Hm.", "Ah."]),
-        "tool_calls": st.sampled_from([[call()], [call(identity="a")], [call(arguments={})], [call(), call()], [call("clock", {})]]),
+        "tool_calls": st.sampled_from(
+            [[call()], [call(identity="a")], [call(arguments={})], [call(), call()], [call("clock", {})]]
+        ),
         "name": st.sampled_from(["a", "b"]),
         "weight": st.just(0.0),
     },
 )
-ROWS = st.tuples(FIELDS, st.sampled_from([None, [WEATHER]]), st.sampled_from([{}, {"tool_call_id": "a"}, {"name": "weather"}]))
+ROWS = st.tuples(
+    FIELDS, st.sampled_from([None, [WEATHER]]), st.sampled_from([{}, {"tool_call_id": "a"}, {"name": "weather"}])
+)
 
 
 def test_two_rows_that_differ_in_any_field_never_share_an_id(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -754,16 +905,35 @@ def test_two_rows_that_differ_in_any_field_never_share_an_id(tmp_path_factory: p
 
 def test_rows_that_check_writes_are_read_back_equal(tmp_path: Path) -> None:
     rows = [
-        {"messages": [ASKED, answer("I look.", reasoning="Hm.", tool_calls=[call(identity="a")]), {"role": "tool", "content": "-3", "tool_call_id": "a"}, answer("Yes.", weight=0)], "tools": [WEATHER]},
-        {"messages": [{**ASKED, "content": "And in Rome, is it as cold there?"}, answer("It is warm in Rome today.", name="ann")]},
-    ]  # fmt: skip
+        {
+            "messages": [
+                ASKED,
+                answer("I look.", reasoning="Hm.", tool_calls=[call(identity="a")]),
+                {"role": "tool", "content": "-3", "tool_call_id": "a"},
+                answer("Yes.", weight=0),
+            ],
+            "tools": [WEATHER],
+        },
+        {
+            "messages": [
+                {**ASKED, "content": "And in Rome, is it as cold there?"},
+                answer("It is warm in Rome today.", name="ann"),
+            ]
+        },
+    ]
     out = tmp_path / "out.jsonl"
-    check_paths([str(jsonl(tmp_path / "a.jsonl", *rows))], rules=Rules(policy={"unanswered_tool_call": "warn"}), out=out)
+    check_paths(
+        [str(jsonl(tmp_path / "a.jsonl", *rows))], rules=Rules(policy={"unanswered_tool_call": "warn"}), out=out
+    )
     records, again = (to_records(path, "a")[1] for path in (tmp_path / "a.jsonl", out))
-    assert [record["example_id"] for record in again] == [record["example_id"] for record in records] and len(records) == 2
+    assert [record["example_id"] for record in again] == [record["example_id"] for record in records] and len(
+        records
+    ) == 2
     pairs = jsonl(tmp_path / "p.jsonl", {**PAIRS["preference"][0], "tools": [WEATHER]})
     check_paths([str(pairs)], out=out)
-    assert [pair["example_id"] for pair in to_pairs(out, "a")[1]] == [pair["example_id"] for pair in to_pairs(pairs, "a")[1]]
+    assert [pair["example_id"] for pair in to_pairs(out, "a")[1]] == [
+        pair["example_id"] for pair in to_pairs(pairs, "a")[1]
+    ]
 
 
 # Data that nobody here wrote
@@ -796,14 +966,26 @@ def hermes(*calls: str) -> dict[str, Any]:
     ("row", "ignored"),
     [
         (hermes('{"name": "weather", "arguments": {}, "thought": "x"}'), "messages[].tool_calls[].thought"),
-        ({"messages": [ASKED, answer(tool_calls=[{"type": "custom", "name": "weather"}])]}, "messages[].tool_calls[].type"),
-        ({"messages": [ASKED, answer(tool_calls=[{"function": "other", "name": "weather"}])]}, "messages[].tool_calls[].function"),
-        ({"messages": [ASKED, answer([{"type": "text", "text": "x", "thinking": "y"}])]}, "messages[].content[].thinking"),
-        ({"messages": [ASKED, answer([{"type": "thinking", "thinking": "y", "text": "x"}])]}, "messages[].content[].text"),
+        (
+            {"messages": [ASKED, answer(tool_calls=[{"type": "custom", "name": "weather"}])]},
+            "messages[].tool_calls[].type",
+        ),
+        (
+            {"messages": [ASKED, answer(tool_calls=[{"function": "other", "name": "weather"}])]},
+            "messages[].tool_calls[].function",
+        ),
+        (
+            {"messages": [ASKED, answer([{"type": "text", "text": "x", "thinking": "y"}])]},
+            "messages[].content[].thinking",
+        ),
+        (
+            {"messages": [ASKED, answer([{"type": "thinking", "thinking": "y", "text": "x"}])]},
+            "messages[].content[].text",
+        ),
         ({"messages": [ASKED, answer("x")], "system": "Be kind."}, "system"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "history"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: Callable[..., Any]) -> None:
     assert read(row)[0]["ignored"] == [ignored]
 
@@ -811,13 +993,26 @@ def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: C
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([{"role": "user", "content": [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "y"}]}, answer("z")],
-         "a part with reasoning in a message that is not the assistant's"),
-        ([ASKED, answer([{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}])], "a part with reasoning after text"),
-        ([ASKED, answer(tool_calls="[{'name': 'weather', 'arguments': {'a': 1, 'a': 2}}]")], "a tool call is text that is not JSON"),
+        (
+            [
+                {"role": "user", "content": [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "y"}]},
+                answer("z"),
+            ],
+            "a part with reasoning in a message that is not the assistant's",
+        ),
+        (
+            [ASKED, answer([{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}])],
+            "a part with reasoning after text",
+        ),
+        (
+            [ASKED, answer(tool_calls="[{'name': 'weather', 'arguments': {'a': 1, 'a': 2}}]")],
+            "a tool call is text that is not JSON",
+        ),
     ],
-)  # fmt: skip
-def test_what_a_canonical_message_cannot_hold_makes_its_row_malformed(messages: list[Any], reason: str, read: Callable[..., Any]) -> None:
+)
+def test_what_a_canonical_message_cannot_hold_makes_its_row_malformed(
+    messages: list[Any], reason: str, read: Callable[..., Any]
+) -> None:
     assert problem(read({"messages": messages})[0]) == reason
 
 
@@ -832,7 +1027,9 @@ def test_a_call_in_toolaces_notation_does_not_replace_other_calls(read: Callable
     assert read({"messages": [system, ASKED, said]})[0]["messages"][-1] == said
 
 
-def test_calls_of_a_column_that_have_unused_keys_are_kept_as_they_were(read: Callable[..., Any], tmp_path: Path) -> None:
+def test_calls_of_a_column_that_have_unused_keys_are_kept_as_they_were(
+    read: Callable[..., Any], tmp_path: Path
+) -> None:
     made = [{"name": "f", "arguments": {}, "result": "42"}]
     assert json.loads(read({"query": "x", "tools": "[]", "answers": made})[0]["meta"]) == {"answers": made}
     FILE_WRITERS[".csv"](tmp_path / "a.csv", [{"q": "x", "calls": json.dumps(made)}])
@@ -843,7 +1040,9 @@ def test_calls_of_a_column_that_have_unused_keys_are_kept_as_they_were(read: Cal
 def test_calls_beside_those_of_a_sharegpt_turn_are_reported_as_ignored(read: Callable[..., Any]) -> None:
     calling = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "tool_calls": [call()]}
     (record,) = read({"conversations": [{"from": "human", "value": "x"}, calling]})
-    assert record["messages"][1] == answer(tool_calls=[call("f", {})]) and record["ignored"] == ["conversations[].tool_calls"]
+    assert record["messages"][1] == answer(tool_calls=[call("f", {})]) and record["ignored"] == [
+        "conversations[].tool_calls"
+    ]
 
 
 def test_turns_that_only_call_and_differ_in_their_name_are_not_joined(read: Callable[..., Any]) -> None:
@@ -871,7 +1070,9 @@ def test_zero_is_a_name_of_a_label(read: Callable[..., Any]) -> None:
 def test_a_column_named_row_is_kept_beside_values_that_others_replace(read: Callable[..., Any]) -> None:
     meta = json.loads(read({"messages": [ASKED, answer("x")], "split": "other", "row": 7}, split="train")[0]["meta"])
     assert meta == {"split": "train", "row": {"split": "other", "row": 7}}
-    meta = json.loads(read({"instruction": "x", "instances": [{"input": "", "output": "y", "z": 1}], "z": 2, "row": 7})[0]["meta"])
+    meta = json.loads(
+        read({"instruction": "x", "instances": [{"input": "", "output": "y", "z": 1}], "z": 2, "row": 7})[0]["meta"]
+    )
     assert meta == {"instance": 0, "z": 1, "row": {"z": 2, "row": 7}}
 
 
@@ -879,7 +1080,10 @@ def test_values_of_a_pair_that_others_replace_are_kept(tmp_path: Path) -> None:
     system = {"role": "system", "content": f"<tools>[{json.dumps(WEATHER)}]</tools>"}
     row = {"prompt": [system, ASKED], "chosen": "x", "rejected": "y", "system_prompt": "own", "split": "dev"}
     meta = json.loads(to_pairs(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", split="test")[1][0]["meta"])
-    assert meta["row"] == {"split": "validation", "row": {"system_prompt": "own"}} and meta["system_prompt"] == system["content"]
+    assert (
+        meta["row"] == {"split": "validation", "row": {"system_prompt": "own"}}
+        and meta["system_prompt"] == system["content"]
+    )
 
 
 def test_the_category_of_the_second_row_of_a_pair_is_kept(tmp_path: Path) -> None:
@@ -902,7 +1106,9 @@ def openai_preference(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_openais_preferences_keep_tools_calls_weights_and_further_fields(suffix: str, tmp_path: Path) -> None:
     FILE_WRITERS[suffix](tmp_path / f"a{suffix}", [openai_preference(note=7)])
-    (layout, (pair,)), (_, (same,)) = (to_pairs(tmp_path / f"a{suffix}", "a", layout) for layout in ("auto", "openai_dpo"))
+    (layout, (pair,)), (_, (same,)) = (
+        to_pairs(tmp_path / f"a{suffix}", "a", layout) for layout in ("auto", "openai_dpo")
+    )
     assert (layout, pair["tools"], same["example_id"]) == ("openai_dpo", [WEATHER], pair["example_id"])
     assert pair["prompt"] == [ASKED, answer("Hm.", weight=0), {"role": "user", "content": "Well?"}]
     assert (pair["chosen"], pair["rejected"]) == ([answer(tool_calls=[call(identity="c1")])], [answer("No.")])
@@ -917,7 +1123,10 @@ def test_every_field_of_openais_preferences_is_counted_once(tmp_path: Path) -> N
     keys = dict.fromkeys(("input.messages", "input.tools", "preferred_output", "non_preferred_output"), 1)
     others = {"input.messages[].weight": 1, "preferred_output[].tool_calls": 1}
     assert counted.used == keys | roles | contents | others
-    assert (counted.kept, counted.ignored) == ({"input.parallel_tool_calls": 1, "note": 1}, {"non_preferred_output[].refusal": 1})
+    assert (counted.kept, counted.ignored) == (
+        {"input.parallel_tool_calls": 1, "note": 1},
+        {"non_preferred_output[].refusal": 1},
+    )
     assert "ignored" not in pair, "the refusal is null"
 
 
@@ -929,7 +1138,7 @@ def test_a_field_beside_openais_input_does_not_replace_one_in_it(tmp_path: Path)
 @pytest.mark.parametrize("given", [3, [], "Hi", {}, {"messages": 3}, {"messages": []}])
 def test_openais_preferences_without_a_prompt_are_malformed_and_kept_as_they_were(given: Any, tmp_path: Path) -> None:
     row = openai_preference(input=given)
-    (pair, _) = to_pairs(jsonl(tmp_path / "a.jsonl", row, openai_preference()), "a")[1]
+    pair, _ = to_pairs(jsonl(tmp_path / "a.jsonl", row, openai_preference()), "a")[1]
     assert problem(pair) and not pair["prompt"] and json.loads(pair["meta"])["row"] == row
 
 
@@ -958,18 +1167,25 @@ def test_glaives_transcripts(between: str, read: Callable[..., Any]) -> None:
         {"role": "tool", "content": '{"degrees": -3}'},
         answer("Yes, -3."),
     ]
-    assert json.loads(record["meta"]) == {"system_prompt": row["system"].removeprefix("SYSTEM: ").strip()}, "the prompt is kept as it was"
+    assert json.loads(record["meta"]) == {"system_prompt": row["system"].removeprefix("SYSTEM: ").strip()}, (
+        "the prompt is kept as it was"
+    )
     assert record.get("ignored") is None
     assert dict(records_of([Row(0, row)], "a.jsonl", "a")[1][0]["fields"][0].used) == {"system": 1, "chat": 1}
     assert read(row, layout="glaive")[0]["example_id"] == record["example_id"]
 
 
 def test_glaives_conversations_are_read_identically_in_other_layouts(read: Callable[..., Any]) -> None:
-    system, called = f"Be brief. {GLAIVE_SYSTEM.removeprefix('SYSTEM: ')}{GLAIVE_WEATHER}", GLAIVE_CHAT[1].removeprefix("ASSISTANT: ")
+    system = f"Be brief. {GLAIVE_SYSTEM.removeprefix('SYSTEM: ')}{GLAIVE_WEATHER}"
+    called = GLAIVE_CHAT[1].removeprefix("ASSISTANT: ")
     turns = [("system", system), ("user", ASKED["content"]), ("assistant", called)]
     (record,) = read({"messages": [{"role": role, "content": text} for role, text in turns]})
     assert record["tools"] == [WEATHER]
-    assert record["messages"] == [{"role": "system", "content": "Be brief."}, ASKED, answer("I look.", tool_calls=[call()])]
+    assert record["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        ASKED,
+        answer("I look.", tool_calls=[call()]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -991,7 +1207,12 @@ def test_arguments_of_glaive_are_json_in_single_quotes(arguments: str, read_as: 
 
 def test_glaives_rows_without_functions_and_lines_that_quote_a_role(read: Callable[..., Any]) -> None:
     system = "You are a helpful assistant, with no access to external functions."
-    (record,) = read({"system": f"SYSTEM: {system}\n", "chat": "USER: What is ASSISTANT: here?\n\n\nASSISTANT: A role, like USER: too."})
+    (record,) = read(
+        {
+            "system": f"SYSTEM: {system}\n",
+            "chat": "USER: What is ASSISTANT: here?\n\n\nASSISTANT: A role, like USER: too.",
+        }
+    )
     said = ["What is ASSISTANT: here?", "A role, like USER: too."]
     assert [m["content"] for m in record["messages"]] == [system, *said] and "tools" not in record
 
@@ -1009,7 +1230,9 @@ def test_glaives_rows_without_functions_and_lines_that_quote_a_role(read: Callab
         ),
     ],
 )
-def test_a_transcript_that_cannot_be_read_is_malformed(row: dict[str, Any], reason: str, read: Callable[..., Any]) -> None:
+def test_a_transcript_that_cannot_be_read_is_malformed(
+    row: dict[str, Any], reason: str, read: Callable[..., Any]
+) -> None:
     assert problem(read(row, layout="glaive")[0]) == reason
 
 
@@ -1021,11 +1244,16 @@ def test_the_name_of_a_system_prompt_that_held_only_tools_is_kept(read: Callable
     (record,) = read({"messages": [system, ASKED, answer("Yes.")]})
     assert record["messages"] == [ASKED, answer("Yes.")]
     assert json.loads(record["meta"]) == {"system_prompt": system["content"], "system_name": "desk"}
-    (pair,) = to_pairs(jsonl(tmp_path / "p.jsonl", {"prompt": [system, ASKED], "chosen": "Yes.", "rejected": "No."}), "p")[1]
+    (pair,) = to_pairs(
+        jsonl(tmp_path / "p.jsonl", {"prompt": [system, ASKED], "chosen": "Yes.", "rejected": "No."}), "p"
+    )[1]
     assert json.loads(pair["meta"])["system_name"] == "desk"
     rest = {**system, "content": f"Be brief. {system['content']}"}
     (record,) = read({"messages": [rest, ASKED, answer("Yes.")]})
-    assert record["messages"][0] == {"role": "system", "content": "Be brief.", "name": "desk"} and "system_name" not in record["meta"]
+    assert (
+        record["messages"][0] == {"role": "system", "content": "Be brief.", "name": "desk"}
+        and "system_name" not in record["meta"]
+    )
 
 
 CALLING = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
@@ -1066,14 +1294,21 @@ def test_text_after_a_call_in_text_is_reported_because_it_is_rendered_before(
     ],
 )
 def test_an_empty_trace_is_none(message: dict[str, Any], read: Callable[..., Any]) -> None:
-    plain, empty, thought = read(*({"messages": [ASKED, one]} for one in (answer("Yes."), message, answer("Yes.", reasoning="Hm."))))
+    plain, empty, thought = read(
+        *({"messages": [ASKED, one]} for one in (answer("Yes."), message, answer("Yes.", reasoning="Hm.")))
+    )
     assert (empty["messages"], empty["example_id"]) == (plain["messages"], plain["example_id"])
-    judged = judge([plain, {**empty, "messages": [ASKED, answer("No.")], "source_row": 1}, {**thought, "source_row": 2}], [], Rules())
+    judged = judge(
+        [plain, {**empty, "messages": [ASKED, answer("No.")], "source_row": 1}, {**thought, "source_row": 2}],
+        [],
+        Rules(),
+    )
     assert judged.facts["missing_reasoning"] == {2: "reasoning"}
 
 
 def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(tmp_path: Path) -> None:
-    """The 300 rows of LLaMA-Factory come from that set; here they get its form again, with arguments in single quotes."""
+    """The 300 rows of LLaMA-Factory come from that set; here they get its form
+    again, with arguments in single quotes."""
     source = SHARED_DATA / "glaive_toolcall_en_demo.json"
     if not source.is_file():
         pytest.skip("no ../shared/data")
@@ -1084,12 +1319,18 @@ def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(t
         text = turn["value"]
         if turn["from"] == "function_call":
             made = json.loads(text)
-            text = f'<functioncall> {{"name": "{made["name"]}", "arguments": \'{json.dumps(made["arguments"])}\'}} <|endoftext|>'
+            text = (
+                f'<functioncall> {{"name": "{made["name"]}", "arguments": \'{json.dumps(made["arguments"])}\'}}'
+                " <|endoftext|>"
+            )
         return f"{names[turn['from']]}: {text}"
 
     def transcript(row: dict[str, Any]) -> dict[str, str]:
         tools = "\n\n".join(json.dumps(tool, indent=4) for tool in json.loads(row["tools"] or "[]"))
-        return {"system": GLAIVE_SYSTEM + tools if tools else "", "chat": "\n\n\n".join(map(written, row["conversations"]))}
+        return {
+            "system": GLAIVE_SYSTEM + tools if tools else "",
+            "chat": "\n\n\n".join(map(written, row["conversations"])),
+        }
 
     read, expected = to_records(jsonl(tmp_path / "a.jsonl", *map(transcript, rows)), "a")[1], to_records(source, "b")[1]
     assert [record.get("tools") for record in read] == [record.get("tools") for record in expected]

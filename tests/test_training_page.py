@@ -27,7 +27,11 @@ FALLING = [2.0 - i / 20 for i in range(30)]
 
 
 def heights(html: str) -> list[float]:
-    return [float(place.split(",")[1]) for line in re.findall('polyline class="[^"]*" points="([^"]*)"', html) for place in line.split()]
+    return [
+        float(place.split(",")[1])
+        for line in re.findall('polyline class="[^"]*" points="([^"]*)"', html)
+        for place in line.split()
+    ]
 
 
 def test_a_single_validation_loss_is_not_called_missing() -> None:
@@ -36,7 +40,9 @@ def test_a_single_validation_loss_is_not_called_missing() -> None:
     assert diagnosis(course({}, [2.0] * 4)).startswith("There is no validation loss")
 
 
-@pytest.mark.parametrize("values", [[-3.0, 1.0], [-9.0, -1.0], [-5.0, -4.5], [0.0, -2.0], [-1e-3, 5e3], [2.0], [-2.0], [0.0, 0.0]])
+@pytest.mark.parametrize(
+    "values", [[-3.0, 1.0], [-9.0, -1.0], [-5.0, -4.5], [0.0, -2.0], [-1e-3, 5e3], [2.0], [-2.0], [0.0, 0.0]]
+)
 def test_negative_values_are_inside_the_plot(values: list[float]) -> None:
     found = heights(plot("Reward", "", [{"step": i, "reward": value} for i, value in enumerate(values)], ["reward"]))
     assert len(found) == len(values) and all(0 <= y <= 186 for y in found)
@@ -53,7 +59,11 @@ def test_an_axis_that_crosses_0_shows_where_0_is() -> None:
 
 def test_limits_that_differ_little_have_different_labels() -> None:
     curve = [{"step": 0, "loss": 0.693147}, {"step": 6, "loss": 0.692899}]
-    assert re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', plot("Loss", "", curve, ["loss"]))[:3] == ["0.6929", "0.693", "0.6931"]
+    assert re.findall(r'text-anchor="end"[^>]*>([^<]+)</text>', plot("Loss", "", curve, ["loss"]))[:3] == [
+        "0.6929",
+        "0.693",
+        "0.6931",
+    ]
 
 
 def test_large_negative_numbers_are_short_on_an_axis() -> None:
@@ -97,7 +107,8 @@ def test_a_single_point_is_visible() -> None:
 def test_several_lines_have_a_legend_and_one_has_none() -> None:
     curve = course({0: 2.0, 30: 1.0}, FALLING)
     legend = re.findall(
-        '<li class="[^"]*">([^<]*)</li>', plot("Loss", "", [*curve, *smoothed(curve)], ["loss", "smoothed_loss", "validation_loss"])
+        '<li class="[^"]*">([^<]*)</li>',
+        plot("Loss", "", [*curve, *smoothed(curve)], ["loss", "smoothed_loss", "validation_loss"]),
     )
     assert legend == ["training loss of a step", "training loss, smoothed", "validation loss"]
     assert "legend" not in plot("Loss", "", curve, ["loss"])
@@ -144,19 +155,29 @@ def test_overfitting_is_a_validation_loss_that_rose_while_the_training_loss_fell
 
 def test_overfitting_needs_no_change_if_the_best_weights_were_kept() -> None:
     curve = course({0: 3.0, 10: 1.0, 30: 1.5}, FALLING)
-    assert "load_best_model_at_end" in diagnosis(curve) and diagnosis(curve, 10).endswith("The weights of step 10 were kept.")
+    assert "load_best_model_at_end" in diagnosis(curve) and diagnosis(curve, 10).endswith(
+        "The weights of step 10 were kept."
+    )
 
 
 @pytest.mark.parametrize(
     ("validation", "losses", "words"),
     [
         ({}, FALLING, "set splits.validation above 0"),
-        ({0: 3.0, 10: 2.0, 30: 1.0}, FALLING, "No overfitting: the validation loss fell from 3.000 to 1.000, and it was still falling"),
+        (
+            {0: 3.0, 10: 2.0, 30: 1.0},
+            FALLING,
+            "No overfitting: the validation loss fell from 3.000 to 1.000, and it was still falling",
+        ),
         ({0: 3.0, 10: 1.001, 30: 1.0}, FALLING, "and it has converged"),
         ({0: 3.0, 10: 1.0, 30: 1.5}, FALLING[::-1], "Unstable: the validation loss was lowest at step 10"),
         ({0: 1.0, 30: 2.0}, FALLING[::-1], "Not learning: the validation loss rose from 1.000 to 2.000"),
         ({0: 1.0, 30: 1.0}, FALLING, "No change: the validation loss is 1.000 at the beginning and at the end."),
-        ({0: 1.0, 15: 0.9999, 30: 1.0001}, FALLING, "No change: the validation loss is 1.000 at the beginning and at the end."),
+        (
+            {0: 1.0, 15: 0.9999, 30: 1.0001},
+            FALLING,
+            "No change: the validation loss is 1.000 at the beginning and at the end.",
+        ),
     ],
 )
 def test_the_page_interprets_the_curves_in_words(validation: dict[int, float], losses: list[float], words: str) -> None:

@@ -1,4 +1,5 @@
-"""Arguments that an entry passes on to TRL: each acts on our passes as on TRL's own, and all others are refused with the reason."""
+"""Arguments that an entry passes on to TRL: each acts on our passes as on TRL's
+own, and all others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
-PARAMS = PreferenceParams(learning_rate=5e-4, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=4, max_steps=3)
+PARAMS = PreferenceParams(
+    learning_rate=5e-4, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=4, max_steps=3
+)
 GROUPS = {"num_generations": 2, "max_completion_length": 5, "beta": 0.3, "num_iterations": 2}
 PAIRED = {"beta": 0.3}
 OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo"), PAIRED) | {
@@ -77,12 +80,17 @@ def curves(policy: Any, tiny_tokenizer: Any) -> Any:
         if key not in known:
             pairs = [
                 {"example_id": str(i), "prompt": [{"role": "user", "content": text}], "tools": None}
-                | {side: [{"role": "assistant", "content": text * times}] for side, times in (("chosen", 2), ("rejected", 3))}
+                | {
+                    side: [{"role": "assistant", "content": text * times}]
+                    for side, times in (("chosen", 2), ("rejected", 3))
+                }
                 for i, text in enumerate(TEXTS)
             ]
             method = preference.METHODS[name](**OPTIONS[name])
             shared = ShardedModel(copy.deepcopy(policy), None, torch.device("cpu"))
-            run = Rewarded(shared, tiny_tokenizer, {"train": pairs, "validation": []}, None, PARAMS, COMPUTE, None, trl=given)  # type: ignore[arg-type]
+            run = Rewarded(
+                shared, tiny_tokenizer, {"train": pairs, "validation": []}, None, PARAMS, COMPUTE, None, trl=given
+            )  # type: ignore[arg-type]
             with pytest.MonkeyPatch.context() as patched:
                 if as_trl:
                     patched.setattr(shared_prompts, "reads_prompts_once", lambda *_: False)
@@ -98,7 +106,8 @@ def test_an_argument_acts_on_our_passes_as_on_those_of_trl(name: str, given: dic
     options = preference.METHODS[name](**OPTIONS[name]).model_dump()
     trl_options.refuse(name, given, options, PARAMS.optim, "aligned.x.trl")
     ours, theirs, without = (
-        torch.tensor(curves(name, *one)) for one in ((given, False), (given, True), (dict([*given.items()][:-1]), False))
+        torch.tensor(curves(name, *one))
+        for one in ((given, False), (given, True), (dict([*given.items()][:-1]), False))
     )
     assert ours.shape == (3, 2)
     scale = ours.abs().amax(0).clamp(min=1e-3)  # the first loss of RLOO is 0
@@ -109,14 +118,23 @@ def test_an_argument_acts_on_our_passes_as_on_those_of_trl(name: str, given: dic
 def test_every_accepted_argument_has_a_case() -> None:
     shared = set(trl_options.Optimizer.model_fields)
     for name, kind in trl_options.OPTIONS.items():
-        assert set(kind.model_fields) - shared == {key for method, given in CASES if method == name for key in given} - shared
+        assert (
+            set(kind.model_fields) - shared
+            == {key for method, given in CASES if method == name for key in given} - shared
+        )
     assert shared <= {key for _, given in CASES for key in given}
 
 
 def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
     import trl
 
-    configs = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig, "online_dpo": trl.GRPOConfig}
+    configs = {
+        "dpo": trl.DPOConfig,
+        "kto": trl.KTOConfig,
+        "rloo": trl.RLOOConfig,
+        "grpo": trl.GRPOConfig,
+        "online_dpo": trl.GRPOConfig,
+    }
     configs |= {name: preference.METHODS[name]().trl_classes()[1] for name in ("orpo", "simpo", "cpo")}
     configs["gkd"] = experimental("gkd").GKDConfig  # type: ignore[attr-defined]
     for name, kind in trl_options.OPTIONS.items():
@@ -127,8 +145,18 @@ def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
 @pytest.mark.parametrize(
     ("method", "given", "changed", "message"),
     [
-        ("dpo", {"f_divergance_type": "js_divergence"}, {}, r"f_divergance_type: unknown.*did you mean f_divergence_type\?.*adam_beta1"),
-        ("dpo", {"output_dir": "/tmp"}, {}, "output_dir: Pedigree decides it\nhint: Pedigree decides where files are written"),
+        (
+            "dpo",
+            {"f_divergance_type": "js_divergence"},
+            {},
+            r"f_divergance_type: unknown.*did you mean f_divergence_type\?.*adam_beta1",
+        ),
+        (
+            "dpo",
+            {"output_dir": "/tmp"},
+            {},
+            "output_dir: Pedigree decides it\nhint: Pedigree decides where files are written",
+        ),
         ("grpo", {"seed": 1}, {}, "hint: set compute.seed"),
         ("grpo", {"use_vllm": True}, {}, "sampled by Pedigree's own loop, not by vLLM"),
         ("grpo", {"top_k": 5}, {}, "options.top_p"),
@@ -141,7 +169,12 @@ def test_what_is_accepted_or_controlled_is_an_argument_of_trl() -> None:
         ("dpo", {"adam_beta1": 2.0}, {}, "adam_beta1: Input should be less than 1"),
         ("dpo", {"adam_beta1": "0.5"}, {}, "adam_beta1: Input should be a valid number"),
         ("dpo", {"f_alpha_divergence_coef": 0.3}, {}, "only with f_divergence_type: alpha_divergence"),
-        ("dpo", {"f_divergence_type": "js_divergence"}, {"loss_type": "nca_pair"}, "not implemented for the loss nca_pair"),
+        (
+            "dpo",
+            {"f_divergence_type": "js_divergence"},
+            {"loss_type": "nca_pair"},
+            "not implemented for the loss nca_pair",
+        ),
         ("grpo", {"delta": 2.0}, {"loss_type": "cispo"}, "no effect on the loss cispo"),
         ("grpo", {"delta": 2.0}, {}, "delta: has no effect with options.num_iterations: 1: the weights do not change"),
         ("rloo", {"epsilon_high": 0.3}, {}, "epsilon_high: has no effect with options.num_iterations: 1"),

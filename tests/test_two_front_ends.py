@@ -1,7 +1,8 @@
 """The main property: after any sequence of operations and one sync, Dagster and DVC agree, and both are correct.
 
-Hypothesis plays random sequences of edits, runs with either front end, two operations at once that each run two stages at once, tampering, checkouts and kills on a small real pipeline (tests/builders/small_pipeline.py) with real DVC
-and a real Dagster instance. `make soak` plays thousands of steps.
+Hypothesis plays random sequences of edits, runs with either front end, two operations at once that each run two stages
+at once, tampering, checkouts and kills on a small real pipeline (tests/builders/small_pipeline.py) with real DVC and a
+real Dagster instance. `make soak` plays thousands of steps.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ OPERATIONS = {
 """What brings everything up to date. The last two run two stages at once."""
 
 HANGS = 3600
-"""Seconds after which whatever has not ended counts as hanging, far above what two operations at once take on a busy machine."""
+"""Seconds after which whatever has not ended counts as hanging, far above what
+two operations at once take on a busy machine."""
 
 _template: list[Path] = []
 
@@ -158,7 +160,9 @@ class TwoFrontEnds(RuleBasedStateMachine):
         sound = "BAD" not in (self.root / "data/sources/g.txt").read_text() and self.sources_clean()
         self.step(
             "materialize all" + (" with old definitions" if old else ""),
-            lambda: results.append(small_pipeline.materialize(self.root, self.instance, None, self.old if old else None)),
+            lambda: results.append(
+                small_pipeline.materialize(self.root, self.instance, None, self.old if old else None)
+            ),
         )
         if not old and not self.committed:
             assert results[0].success == sound, [event.message for event in results[0].all_events if event.is_failure]
@@ -171,7 +175,11 @@ class TwoFrontEnds(RuleBasedStateMachine):
     @rule(flag=st.sampled_from(["", "", "--keep-going", "--ignore-errors", "-f"]))
     def repro(self, flag: str) -> None:
         codes: list[int] = []
-        self.step(f"dvc repro {flag}".strip(), lambda: codes.append(dvc(self.root, "repro", *filter(None, [flag]))), forced=flag == "-f")
+        self.step(
+            f"dvc repro {flag}".strip(),
+            lambda: codes.append(dvc(self.root, "repro", *filter(None, [flag]))),
+            forced=flag == "-f",
+        )
         assert codes[0] or self.committed or flag == "--ignore-errors" or not small_pipeline.changed_in_dvc(self.root)
 
     @rule(which=st.integers(0, 6))
@@ -218,7 +226,11 @@ class TwoFrontEnds(RuleBasedStateMachine):
             revisions = small_pipeline.git(self.root, "rev-list", "--all").split()
             small_pipeline.git(self.root, "checkout", "-qf", revisions[which % len(revisions)])
             text = (self.root / "dvc.yaml").read_text()
-            self.yaml = {"note": " --note" if "--note" in text else "", "with_extra": '"extra"' in text, "raw_reads_d": "d.txt" in text}
+            self.yaml = {
+                "note": " --note" if "--note" in text else "",
+                "with_extra": '"extra"' in text,
+                "raw_reads_d": "d.txt" in text,
+            }
             if outputs_too:
                 dvc(self.root, "checkout", "-f")
 
@@ -247,7 +259,8 @@ class TwoFrontEnds(RuleBasedStateMachine):
         ran = len(self.runs())
         # in a session of its own, so that only the killed process gets the signal
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=self.root, env={**os.environ, "SLOW": stage, "SLOW_SECONDS": str(2 * HANGS)},
+            [sys.executable, *command], cwd=self.root,
+            env={**os.environ, "SLOW": stage, "SLOW_SECONDS": str(2 * HANGS)},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         slow = None
@@ -282,12 +295,14 @@ class TwoFrontEnds(RuleBasedStateMachine):
             assert not small_pipeline.changed_in_dvc(self.root)
 
     def run_both(self, operations: list[str], stage: str, victim: str, delay: float) -> list[int]:
-        """Start both front ends, kill a process of one of them while a stage runs, and wait until all are gone. Returns the exit codes."""
+        """Start both front ends, kill a process of one of them while a stage
+        runs, and wait until all are gone. Returns the exit codes."""
         (self.root / f"code/{stage}.py").write_text(f"V = {COUNTS['steps'] + 3}\n")  # so that both have something to do
         ran = len(self.runs())
         processes = [
             subprocess.Popen(
-                [sys.executable, *OPERATIONS[name]], cwd=self.root, env={**os.environ, "SLOW": "adapter", "SLOW_SECONDS": "1"},
+                [sys.executable, *OPERATIONS[name]], cwd=self.root,
+                env={**os.environ, "SLOW": "adapter", "SLOW_SECONDS": "1"},
                 stdout=subprocess.DEVNULL, stderr=(self.root / f"errors-{i}.txt").open("w"), start_new_session=True,
             )
             for i, name in enumerate(operations)
@@ -300,7 +315,9 @@ class TwoFrontEnds(RuleBasedStateMachine):
                 break
             time.sleep(0.05)
         until = time.monotonic() + HANGS
-        while None in [process.poll() for process in processes]:  # both: to DVC, a killed process that nobody has waited for is alive
+        while None in [
+            process.poll() for process in processes
+        ]:  # both: to DVC, a killed process that nobody has waited for is alive
             assert time.monotonic() < until, f"{operations} do not end"
             time.sleep(0.1)
         codes = [process.returncode for process in processes]
@@ -314,15 +331,20 @@ class TwoFrontEnds(RuleBasedStateMachine):
         return codes
 
     def kill_one(self, victim: str, pid: int) -> int:
-        """Kill the stage's command with this id, the process that runs it by DVC (or its front end), or the front end. Returns whether it existed."""
+        """Kill the stage's command with this id, the process that runs it by
+        DVC (or its front end), or the front end. Returns whether it existed."""
         try:
             chain = [psutil.Process(pid), *psutil.Process(pid).parents()]
             chain = [
                 process
                 for process in chain
-                if any("small_pipeline" in part or part == "dvc" or "multiprocessing" in part for part in process.cmdline())
+                if any(
+                    "small_pipeline" in part or part == "dvc" or "multiprocessing" in part for part in process.cmdline()
+                )
             ]
-            target = chain[0] if victim == "stage" else chain[min(1, len(chain) - 1)] if victim == "worker" else chain[-1]
+            target = (
+                chain[0] if victim == "stage" else chain[min(1, len(chain) - 1)] if victim == "worker" else chain[-1]
+            )
             target.kill()
             return 1
         except psutil.Error:
@@ -343,7 +365,9 @@ class TwoFrontEnds(RuleBasedStateMachine):
         runs = self.runs()[ran:]
         COUNTS["stage commands run"] += len(runs)
         for entry in runs:
-            assert forced or entry["inputs_changed"] or entry["stage"] in doubted, f"{what}: {entry['stage']} ran for nothing"
+            assert forced or entry["inputs_changed"] or entry["stage"] in doubted, (
+                f"{what}: {entry['stage']} ran for nothing"
+            )
         reap(self.instance)
         assert not self.instance.get_runs(dg.RunsFilter(statuses=ALIVE)), f"{what}: a dead run counts as alive"
         sync(self.root, self.instance, small_pipeline.PIPELINE)
@@ -422,7 +446,8 @@ def test_every_operation_once_with_both_front_ends() -> None:
 
 TestTwoFrontEnds = TwoFrontEnds.TestCase
 TestTwoFrontEnds.settings = settings(
-    max_examples=2, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=2, stateful_step_count=8, deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )  # fmt: skip
 
@@ -461,7 +486,8 @@ def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds, hour
     random.seed(seed)
     began = time.monotonic()
     rounds = settings(
-        max_examples=10, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+        max_examples=10, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
         print_blob=True,
     )  # fmt: skip
     growth = Growth(Path("soak.csv")) if hours else None
@@ -492,7 +518,9 @@ if __name__ == "__main__":
     parser.add_argument("steps", type=int, nargs="?", default=2000)
     parser.add_argument("seed", type=int, nargs="?", default=random.randrange(2**32))
     parser.add_argument("--at-once", action="store_true", help="mostly two operations at once")
-    parser.add_argument("--hours", type=float, default=0.0, help="play for so long, and write soak.csv: memory, open files, sizes")
+    parser.add_argument(
+        "--hours", type=float, default=0.0, help="play for so long, and write soak.csv: memory, open files, sizes"
+    )
     chosen = parser.parse_args()
     print(f"seed {chosen.seed}")
     soak(chosen.steps, chosen.seed, MostlyAtOnce if chosen.at_once else TwoFrontEnds, chosen.hours)

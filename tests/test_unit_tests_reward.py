@@ -1,4 +1,5 @@
-"""Unit tests as a reward: code of an answer runs in a process of its own, within limits, and only if params.yaml says how."""
+"""Unit tests as a reward: code of an answer runs in a process of its own,
+within limits, and only if params.yaml says how."""
 
 from __future__ import annotations
 
@@ -74,13 +75,23 @@ def test_tests_can_be_a_list_under_another_key_and_all_must_pass() -> None:
     entry = {"unit_tests": {"run": "unprotected", "tests": "test_list"}}
     tasks = [
         task(tests, "test_list")
-        for tests in (["assert add(1, 1) == 2", "assert add(1, 2) == 3"], ["assert add(1, 1) == 2", "assert add(1, 2) == 4"])
+        for tests in (
+            ["assert add(1, 1) == 2", "assert add(1, 2) == 3"],
+            ["assert add(1, 1) == 2", "assert add(1, 2) == 4"],
+        )
     ]
     assert Rewards(entry, None)(tasks, [said(ADD)] * 2)[0] == [1.0, 0.0]
     reward = parse_ready("unit_tests", entry["unit_tests"], WHERE, Path())
-    assert [reward.has_target(one) for one in (tasks[0], task("x"), task([], "test_list"), task("  ", "test_list"), {**tasks[0], "meta": None})] == [
-        True, False, False, False, False,
-    ]  # fmt: skip
+    assert [
+        reward.has_target(one)
+        for one in (tasks[0], task("x"), task([], "test_list"), task("  ", "test_list"), {**tasks[0], "meta": None})
+    ] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,10 @@ def test_tests_can_be_a_list_under_another_key_and_all_must_pass() -> None:
     [
         "def check(candidate):\n    assert candidate(1, 2) == 3\n",  # HumanEval's
         "METADATA = {'author': 'x'}\n\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
-        "import unittest\n\nclass Sums(unittest.TestCase):\n    def test_add(self):\n        assert add(1, 2) == 3\n\nif __name__ == '__main__':\n    unittest.main()\n",
+        (
+            "import unittest\n\nclass Sums(unittest.TestCase):\n    def test_add(self):\n        assert add(1, 2) =="
+            " 3\n\nif __name__ == '__main__':\n    unittest.main()\n"
+        ),
         "'Tests.'\ndef test_add():\n    assert add(1, 2) == 3",
         "assert add(1, 2 ==",
         ["assert add(1, 2) == 3", {"input": "1 2", "output": "3"}],
@@ -102,7 +116,10 @@ def test_tests_that_would_pass_whatever_the_answer_is_are_no_target(tests: Any) 
     if isinstance(tests, str) and "check" in tests:
         called = f"{tests}\ncheck(add)"
         assert reward.has_target(task(called))
-        assert Rewards(UNPROTECTED, None)([task(called)] * 2, [said(ADD), said("def add(a, b): return 0")])[0] == [1.0, 0.0]
+        assert Rewards(UNPROTECTED, None)([task(called)] * 2, [said(ADD), said("def add(a, b): return 0")])[0] == [
+            1.0,
+            0.0,
+        ]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +137,16 @@ def test_nothing_runs_unless_params_say_how(entry: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("isolated", [True, False])
-def test_limits_end_what_takes_too_long_or_too_much(isolated: bool, sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_end_what_takes_too_long_or_too_much(
+    isolated: bool, sandbox: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code_runner, "WAITS", 3)
-    for code in ("while True: pass", "x = bytearray(1 << 32)", "import time; time.sleep(60)", "def f(): return f()\nf()"):
+    for code in (
+        "while True: pass",
+        "x = bytearray(1 << 32)",
+        "import time; time.sleep(60)",
+        "def f(): return f()\nf()",
+    ):
         began = time.monotonic()
         assert not passes(code, "", isolated, 1, MEMORY)
         assert time.monotonic() - began < 45
@@ -131,7 +155,14 @@ def test_limits_end_what_takes_too_long_or_too_much(isolated: bool, sandbox: Non
 def test_files_are_limited_in_size_and_number() -> None:
     for size, fits in ((1 << 19, True), (1 << 21, False)):
         assert (
-            passes(f"open('x', 'wb').write(bytes({size}))", f"import os; assert os.path.getsize('x') == {size}", False, 2, MEMORY) == fits
+            passes(
+                f"open('x', 'wb').write(bytes({size}))",
+                f"import os; assert os.path.getsize('x') == {size}",
+                False,
+                2,
+                MEMORY,
+            )
+            == fits
         )
     for number, fits in ((20, True), (40, False)):
         assert passes(f"found = [open('/dev/null') for _ in range({number})]", "", False, 2, MEMORY) == fits
@@ -149,7 +180,10 @@ def test_in_the_sandbox_nothing_can_be_written_and_nobody_reached(sandbox: None,
     writes = f"open({str(file)!r}, 'w').write('x')"
     connects = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
     kills = f"import os; os.kill({os.getpid()}, 0)"
-    undoes = "import ctypes; assert ctypes.CDLL(None).syscall(442, -1, b'/', 0x8000, (ctypes.c_uint64 * 4)(0, 1, 0, 0), 32) == 0"
+    undoes = (
+        "import ctypes; assert ctypes.CDLL(None).syscall(442, -1, b'/', 0x8000, (ctypes.c_uint64 * 4)(0, 1, 0, 0), 32)"
+        " == 0"
+    )
     spies = f"open('/proc/{os.getpid()}/environ', 'rb').read()"
     path = socket.socket(socket.AF_UNIX)
     path.bind(str(tmp_path / "s"))
@@ -176,7 +210,11 @@ def test_code_in_the_sandbox_starts_no_process_and_no_thread(sandbox: None) -> N
     for code in starts:
         assert not passes(code, "", True, 2, MEMORY)
         assert passes(
-            f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept (OSError, RuntimeError):\n    pass", "", True, 2, MEMORY
+            f"try:\n    {code.replace(chr(10), chr(10) + '    ')}\nexcept (OSError, RuntimeError):\n    pass",
+            "",
+            True,
+            2,
+            MEMORY,
         )
 
 
@@ -187,7 +225,8 @@ RESULT = "import os, sys\nresult = sys._getframe(1).f_locals['result']\n"
 @pytest.mark.parametrize(
     "call",
     [
-        "libc.unshare(0x10000000 | 0x20000)",  # with a user namespace it could mount memory, and would not end with the training
+        # with a user namespace it could mount memory, and would not end with the training
+        "libc.unshare(0x10000000 | 0x20000)",
         "libc.prctl(1, 0, 0, 0, 0)",
         "libc.shmget(0, 1 << 20, 0o1600)",
         "libc.msgget(0, 0o1600)",
@@ -208,7 +247,9 @@ def test_code_that_leaves_its_session_and_its_parent_ends_at_the_limit(
 ) -> None:
     monkeypatch.setattr(code_runner, "WAITS", 2)
     began = time.monotonic()
-    assert not passes(f"{LIBC}import time\nos.setsid()\nlibc.prctl(1, 0, 0, 0, 0)\ntime.sleep(600)", "", isolated, 1, MEMORY)
+    assert not passes(
+        f"{LIBC}import time\nos.setsid()\nlibc.prctl(1, 0, 0, 0, 0)\ntime.sleep(600)", "", isolated, 1, MEMORY
+    )
     assert time.monotonic() - began < 60
 
 
@@ -228,7 +269,9 @@ OUTER = (
 
 
 @pytest.mark.parametrize("opens", [RESULT, OUTER])
-def test_what_code_writes_takes_no_memory_of_the_training(opens: str, sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_code_writes_takes_no_memory_of_the_training(
+    opens: str, sandbox: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code_runner, "WAITS", 2)
     read: list[int] = []
     communicate = subprocess.Popen.communicate
@@ -246,12 +289,19 @@ def test_what_code_writes_takes_no_memory_of_the_training(opens: str, sandbox: N
 @pytest.mark.parametrize("isolated", [True, False])
 def test_code_ends_with_a_training_that_is_killed(isolated: bool, sandbox: None) -> None:
     mark = f"# {os.urandom(8).hex()}"
-    call = f"from dagster_project.training.trainers.alignment.code_runner import passes\npasses('import time; time.sleep(300) {mark}', '', {isolated}, 60, {MEMORY})"
+    call = (
+        "from dagster_project.training.trainers.alignment.code_runner import passes\npasses('import time;"
+        f" time.sleep(300) {mark}', '', {isolated}, 60, {MEMORY})"
+    )
     training = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT)
 
     def running() -> set[int]:
         """Ids of the processes that run code, of this training."""
-        found = {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if code_process.__file__.encode() in _read(path)}
+        found = {
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if code_process.__file__.encode() in _read(path)
+        }
         return {one for one in found if _ancestors(one) & {training.pid}}
 
     while len(started := running()) < 2:
@@ -279,20 +329,28 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def test_without_a_sandbox_on_this_system_the_training_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_sandbox_on_this_system_the_training_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     process = tmp_path / "code_process.py"
     process.write_text(
-        Path(code_process.__file__).read_text().replace('_called("unshare", NEW_NAMESPACES)', 'raise OSError(1, "Operation not permitted")')
+        Path(code_process.__file__)
+        .read_text()
+        .replace('_called("unshare", NEW_NAMESPACES)', 'raise OSError(1, "Operation not permitted")')
     )
     monkeypatch.setattr(code_runner.code_process, "__file__", str(process))
     reward = parse_ready("unit_tests", {"run": "sandbox"}, WHERE, Path())
-    with pytest.raises(InputError, match=r"there is no sandbox here: Operation not permitted\nhint: .*docs/security\.md"):
+    with pytest.raises(
+        InputError, match=r"there is no sandbox here: Operation not permitted\nhint: .*docs/security\.md"
+    ):
         reward.probe()
     parse_ready("unit_tests", {"run": "unprotected"}, WHERE, Path()).probe()
 
 
 def test_the_last_block_of_an_answer_is_its_code() -> None:
     assert (
-        code_in("```py\na\n```\ntext\n```\nb\n```") == "b\n" and code_in("no block") == "no block" and code_in("```\nopen") == "```\nopen"
+        code_in("```py\na\n```\ntext\n```\nb\n```") == "b\n"
+        and code_in("no block") == "no block"
+        and code_in("```\nopen") == "```\nopen"
     )
     assert "unit_tests" in READY

@@ -1,4 +1,5 @@
-"""The use policy: each rule allows and refuses, names sources and rows, warns where sources are read, and blocks a release unless it is waived."""
+"""The use policy: each rule allows and refuses, names sources and rows, warns
+where sources are read, and blocks a release unless it is waived."""
 
 from __future__ import annotations
 
@@ -44,12 +45,21 @@ def policy(**rules: Any) -> Policy:
 
 
 def source(rows: int = 10, license: str = "MIT", **declared: Any) -> dict[str, Any]:
-    return {"rows": rows, "format": "messages", "license": license, "sha256": "0" * 64, **({"declared": declared} if declared else {})}
+    return {
+        "rows": rows,
+        "format": "messages",
+        "license": license,
+        "sha256": "0" * 64,
+        **({"declared": declared} if declared else {}),
+    }
 
 
 def refused(rules: dict[str, Any], *sources: dict[str, Any], base: str = "Apache-2.0") -> list[tuple[str, int, str]]:
     """Name, rows and rule of each violation; the sources are named by their index."""
-    reports = [{"origin": "org/base", "license": base, "sha256": {}}, {"sources": {str(i): one for i, one in enumerate(sources)}}]
+    reports = [
+        {"origin": "org/base", "license": base, "sha256": {}},
+        {"sources": {str(i): one for i, one in enumerate(sources)}},
+    ]
     return [(one["source"], one["rows"], one["rule"]) for one in judge(policy(**rules), reports)["violations"]]
 
 
@@ -92,7 +102,9 @@ def test_a_license_is_allowed_if_its_expression_is_satisfied(license: str, allow
 
 
 NAMES = ["MIT", "Apache-2.0", "CC-BY-4.0", "GPL-3.0-only"]
-trees = st.recursive(st.sampled_from(NAMES), lambda inner: st.tuples(st.sampled_from(["AND", "OR"]), inner, inner), max_leaves=6)
+trees = st.recursive(
+    st.sampled_from(NAMES), lambda inner: st.tuples(st.sampled_from(["AND", "OR"]), inner, inner), max_leaves=6
+)
 
 
 @given(trees, st.sets(st.sampled_from(NAMES)))
@@ -142,13 +154,19 @@ def test_rows_and_shares_are_those_of_an_independent_count(seed: int) -> None:
     dice = random.Random(seed)
     kinds = [("synthetic", True), ("public", False), (None, True), ("user", False)]
     chosen = [(dice.randint(0, 50), *dice.choice(kinds), dice.choice(["MIT", "GPL-3.0-only"])) for _ in range(12)]
-    sources = [source(rows, license, **({"category": category} if category else {})) for rows, category, _, license in chosen]
+    sources = [
+        source(rows, license, **({"category": category} if category else {})) for rows, category, _, license in chosen
+    ]
     total, artificial = sum(rows for rows, *_ in chosen), sum(rows for rows, _, counts, _ in chosen if counts)
     reports = [{"sources": {str(i): one}} for i, one in enumerate(sources)]
     for percent in (0, 29, 50, 100, round(100 * artificial / total)):
         verdict = judge(policy(licenses=["MIT"], max_synthetic=percent / 100), reports)
         too_many = Fraction(artificial) > Fraction(percent, 100) * total
-        violating = [i for i, (rows, _, counts, license) in enumerate(chosen) if license != "MIT" or (too_many and counts and rows)]
+        violating = [
+            i
+            for i, (rows, _, counts, license) in enumerate(chosen)
+            if license != "MIT" or (too_many and counts and rows)
+        ]
         assert {int(one["source"]) for one in verdict["violations"]} == set(violating)
         assert (verdict["rows"], verdict["refused_rows"]) == (total, sum(chosen[i][0] for i in violating))
         assert verdict["synthetic"]["rows"] + verdict["synthetic"]["unknown"] == artificial
@@ -167,10 +185,15 @@ def test_a_verdict_names_only_what_is_violated_and_counts_synthetic_rows() -> No
         ("MIT", "GPL-3.0-only", "sources with 10 of 10 rows are not allowed"),
         ("GPL-3.0-only", "GPL-3.0-only", "sources with 10 of 10 rows and the base model are not allowed"),
     ):
-        verdict = judge(rules, [{"origin": "org/base", "sha256": {}, "license": base}, {"sources": {A: source(10, license)}}])
+        verdict = judge(
+            rules, [{"origin": "org/base", "sha256": {}, "license": base}, {"sources": {A: source(10, license)}}]
+        )
         assert use_policy.lines(verdict)[0] == f"not passed: {words}"
     [violation] = judge(policy(max_synthetic=0.1), [{"sources": {A: source(10)}}])["violations"]
-    assert violation["why"] == "of unknown category, which counts as synthetic: 10 of 10 rows count as synthetic, at most 10 % are allowed"
+    assert (
+        violation["why"]
+        == "of unknown category, which counts as synthetic: 10 of 10 rows count as synthetic, at most 10 % are allowed"
+    )
 
 
 def test_a_source_that_two_stages_read_is_judged_by_what_each_declares_and_its_rows_count_twice() -> None:
@@ -185,12 +208,14 @@ def test_a_source_that_two_stages_read_is_judged_by_what_each_declares_and_its_r
     ("rules", "message"),
     [
         ({"license": ["MIT"]}, "raw_examples.use_policy.license: unknown key"),
-        ({"licenses": ["Apache 2"]}, "raw_examples.use_policy.licenses.0: not an SPDX license or expression; for terms of your own write LicenseRef-NAME"),
+        ({"licenses": ["Apache 2"]}, "raw_examples.use_policy.licenses.0: not an SPDX license or expression; for"
+                                     " terms of your own write LicenseRef-NAME"),
         ({"base_licenses": ["MIT AND"]}, "raw_examples.use_policy.base_licenses.0: not an SPDX license or expression"),
         ({"licenses": "MIT"}, "raw_examples.use_policy.licenses: Input should be a valid list"),
         ({"max_synthetic": 1.5}, "raw_examples.use_policy.max_synthetic: Input should be less than or equal to 1"),
         ({"as_of": "today"}, "raw_examples.use_policy.as_of: not a date: write YYYY-MM-DD, in quotes"),
-        ({"as_of": date(2027, 1, 1)}, 'raw_examples.use_policy.as_of: DVC cannot parse YAML dates: quote the value: "2027-01-01"'),
+        ({"as_of": date(2027, 1, 1)}, 'raw_examples.use_policy.as_of: DVC cannot parse YAML dates: quote the value:'
+                                      ' "2027-01-01"'),
         ({"require_permission": "yes"}, "raw_examples.use_policy.require_permission: Input should be a valid boolean"),
     ],
 )  # fmt: skip
@@ -204,7 +229,9 @@ def test_a_mistake_in_the_policy_names_the_key_and_what_is_allowed(rules: dict[s
 
 def read(root: Path, **section: Any) -> Report:
     sources = [{"path": A, "license": "MIT"}, {"path": B, "license": "GPL-3.0-only"}]
-    return raw_examples.produce(root, parse(raw_examples.Params, {"sources": sources, **section}, "raw_examples"), root / "out")
+    return raw_examples.produce(
+        root, parse(raw_examples.Params, {"sources": sources, **section}, "raw_examples"), root / "out"
+    )
 
 
 def test_reading_warns_names_sources_and_rows_and_changes_no_row(tmp_path: Path) -> None:
@@ -213,12 +240,21 @@ def test_reading_warns_names_sources_and_rows_and_changes_no_row(tmp_path: Path)
     plain = read(tmp_path)
     made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     check = plain.checks[-1]
-    assert (check.name, check.passed, check.note) == ("use_policy", True, "no use policy is given (raw_examples.use_policy)")
+    assert (check.name, check.passed, check.note) == (
+        "use_policy",
+        True,
+        "no use policy is given (raw_examples.use_policy)",
+    )
     assert set(plain.metrics) == {"sources"}
     report = read(tmp_path, use_policy={"licenses": ["MIT"], "base_licenses": ["MIT"], "as_of": "2027-01-01"})
     assert made == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     check = report.checks[-1]
-    assert (check.passed, check.severity, check.blocking, check.count) == (False, "warn", False, 5) and not report.failures
+    assert (check.passed, check.severity, check.blocking, check.count) == (
+        False,
+        "warn",
+        False,
+        5,
+    ) and not report.failures
     assert check.note == f"{B} (5 rows): license GPL-3.0-only is not allowed"
     rules = {"licenses": ["MIT"], "base_licenses": ["MIT"], "as_of": "2027-01-01"}
     assert report.metrics == {**plain.metrics, "use_policy": rules}
@@ -232,7 +268,8 @@ def board(variant: str) -> dict[str, Any]:
     against = {"few_shot": {"macro_f1": {"difference": 0.2, "interval": [0.1, 0.3]}}}
     compared = {"to": against, "retention": {"overall": {"questions": 60, "accuracy": {"difference": 0.0}}}}
     return {
-        "test": {"examples": 90, "answered": 90, "seen": 0}, "shown": ["macro_f1"], "scores": {variant: {"n": 90, "macro_f1": 0.8}},
+        "test": {"examples": 90, "answered": 90, "seen": 0}, "shown": ["macro_f1"],
+        "scores": {variant: {"n": 90, "macro_f1": 0.8}},
         "costs": {variant: {"bytes": 7}}, "compared": {variant: compared},
         "recommended": {"variant": variant, "sure": True, "instead": "few_shot", "why": "It is better."},
     }  # fmt: skip
@@ -243,7 +280,10 @@ def reports(rules: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     stated = {} if rules is None else {"use_policy": policy(**rules).given}
     return {
         "base_model": {"origin": "org/base", "license": "Apache-2.0", "sha256": {}},
-        "raw_examples": {"sources": {A: source(12, "MIT"), B: source(30, "Apache-2.0", category="synthetic")}, **stated},
+        "raw_examples": {
+            "sources": {A: source(12, "MIT"), B: source(30, "Apache-2.0", category="synthetic")},
+            **stated,
+        },
         "splits": {"sources": {"data/sources/paraphrases/p.jsonl": source(5, "Apache-2.0")}},
         "adapter@lora": {"environment": {}},
         "raw_preferences": {"sources": {PAIRS: source(7, "CC-BY-NC-4.0")}},
@@ -254,28 +294,49 @@ def reports(rules: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
 def promote(out: Path, model: Path, rules: dict[str, Any] | None, variant: str = "lora", **section: Any) -> Report:
     write_json(out.parent / "comparison" / "comparison.json", board(variant))
     return release.produce(
-        release.Params(**section), Compute(threads=1), out.parent / "comparison", {variant: model}, {}, reports(rules), KEY, out
+        release.Params(**section),
+        Compute(threads=1),
+        out.parent / "comparison",
+        {variant: model},
+        {},
+        reports(rules),
+        KEY,
+        out,
     )
 
 
 LICENSES = ["MIT", "Apache-2.0"]
 
 
-def test_a_violation_blocks_the_release_unless_it_is_waived_with_reason_and_expiry(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_violation_blocks_the_release_unless_it_is_waived_with_reason_and_expiry(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     rules = {"licenses": ["MIT"], "as_of": "2027-01-31"}
     report = promote(tmp_path / "a" / "out", tiny_model, rules)
     [failed] = report.failures
     assert (failed.name, failed.count) == ("use_policy", 35) and failed.note.startswith(
-        f"{B} (30 rows): license Apache-2.0 is not allowed; data/sources/paraphrases/p.jsonl (5 rows): license Apache-2.0 is not allowed; use other"
+        f"{B} (30 rows): license Apache-2.0 is not allowed; data/sources/paraphrases/p.jsonl (5 rows): license"
+        " Apache-2.0 is not allowed; use other"
     )
-    assert "- data/sources/b.jsonl (30 rows): license Apache-2.0 is not allowed" in (tmp_path / "a/out/README.md").read_text()
+    assert (
+        "- data/sources/b.jsonl (30 rows): license Apache-2.0 is not allowed"
+        in (tmp_path / "a/out/README.md").read_text()
+    )
     waiver = Waiver(check="use_policy", reason="asked the owners", expires="2027-01-31")  # type: ignore[arg-type]
     report = promote(tmp_path / "b" / "out", tiny_model, rules, waivers=[waiver])
     [waived] = [check for check in report.checks if not check.passed and check.name == "use_policy"]
-    assert not report.failures and (waived.severity, waived.waived) == ("warn", 35) and "use_policy" in report.metrics["waived"]
+    assert (
+        not report.failures
+        and (waived.severity, waived.waived) == ("warn", 35)
+        and "use_policy" in report.metrics["waived"]
+    )
     assert "- waived until 2027-01-31: asked the owners" in (tmp_path / "b/out/README.md").read_text()
     provenance = json.loads((tmp_path / "b/out/audit/audit.json").read_text())["use_policy"]
-    assert provenance["policy"] == rules and provenance["waiver"]["reason"] == "asked the owners" and provenance["refused_rows"] == 35
+    assert (
+        provenance["policy"] == rules
+        and provenance["waiver"]["reason"] == "asked the owners"
+        and provenance["refused_rows"] == 35
+    )
     record = json.loads((tmp_path / "b/out/release.json").read_text())
     assert record["checks"]["use_policy"]["passed"] is False and record["waivers"][0]["check"] == "use_policy"
 
@@ -285,7 +346,11 @@ def test_only_what_the_released_model_learned_from_counts(tiny_model: Path, tmp_
     [failed] = promote(tmp_path / "b" / "out", tiny_model, {"licenses": LICENSES}, "dpo").failures
     assert failed.note.startswith(f"{PAIRS} (7 rows): license CC-BY-NC-4.0 is not allowed; use other")
     check = next(one for one in promote(tmp_path / "c" / "out", tiny_model, None).checks if one.name == "use_policy")
-    assert check.passed and check.note == use_policy.NO_POLICY and "use policy" not in (tmp_path / "c/out/README.md").read_text()
+    assert (
+        check.passed
+        and check.note == use_policy.NO_POLICY
+        and "use policy" not in (tmp_path / "c/out/README.md").read_text()
+    )
 
 
 @pytest.fixture
@@ -301,9 +366,14 @@ def gate(root: Path, tiny_model: Path) -> Callable[[dict[str, Any]], None]:
     return run
 
 
-def test_the_gate_publishes_no_release_that_the_policy_refuses(root: Path, gate: Callable[[dict[str, Any]], None]) -> None:
+def test_the_gate_publishes_no_release_that_the_policy_refuses(
+    root: Path, gate: Callable[[dict[str, Any]], None]
+) -> None:
     before = published(root, "cmp")
-    with pytest.raises(CheckFailed, match=rf"1 blocking check\(s\) failed. use_policy: {B} \(30 rows\): license Apache-2.0 is not allowed"):
+    with pytest.raises(
+        CheckFailed,
+        match=rf"1 blocking check\(s\) failed. use_policy: {B} \(30 rows\): license Apache-2.0 is not allowed",
+    ):
         gate({"licenses": ["MIT"]})
     after = published(root, "cmp")
     report = json.loads(after.pop("data/reports/cmp.json"))
@@ -317,7 +387,10 @@ def test_the_gate_publishes_no_release_that_the_policy_refuses(root: Path, gate:
 @pytest.mark.long
 def test_with_a_policy_the_release_waits_for_all_stages_before_it(root: Path) -> None:
     """Else it would judge reports on other data than the model was made from."""
-    assert PEDIGREE.rests_on_all == {"release": "raw_examples.use_policy"} and "use_policy" in raw_examples.Params.model_fields
+    assert (
+        PEDIGREE.rests_on_all == {"release": "raw_examples.use_policy"}
+        and "use_policy" in raw_examples.Params.model_fields
+    )
     script = root / "small_pipeline.py"
     loose = script.read_text()
     script.write_text(loose.replace("    _values,\n)", '    _values,\n    rests_on_all={"cmp": "testseed"},\n)'))
@@ -329,7 +402,11 @@ def test_with_a_policy_the_release_waits_for_all_stages_before_it(root: Path) ->
     (root / "code/cmp.py").write_text("V = 2\n")
     assert dvc(root, "repro", "--single-item", "raw").returncode == 0
     refused = dvc(root, "repro", "--single-item", "cmp")
-    assert refused.returncode and "not up to date:\ninst: data/raw changed" in refused.stderr and "run `dvc repro cmp`" in refused.stderr
+    assert (
+        refused.returncode
+        and "not up to date:\ninst: data/raw changed" in refused.stderr
+        and "run `dvc repro cmp`" in refused.stderr
+    )
     assert published(root, "cmp") == before
     assert dvc(root, "repro", "cmp").returncode == 0 and published(root, "cmp") != before
     (root / "data/sources/g.txt").write_text("r2")
@@ -339,7 +416,8 @@ def test_with_a_policy_the_release_waits_for_all_stages_before_it(root: Path) ->
 
 
 def judged_history(tmp_path: Path) -> Project:
-    """A model whose `instructions` read two sources, one until the end of January 2027, with a policy as of the first."""
+    """A model whose `instructions` read two sources, one until the end of
+    January 2027, with a policy as of the first."""
     made = Project(tmp_path / "project")
     lock = made.curated([("cats", "train", A), ("dogs", "train", B)])
     path = made.root / "data/reports/instructions.json"
@@ -356,7 +434,9 @@ def test_an_audit_judges_the_models_own_runs_and_for_another_day_if_asked(tmp_pa
     made = judged_history(tmp_path)
     (made.root / "data/reports/instructions.json").write_text("{}")
     document = audit(made.root, "merged@lora")
-    assert document["use_policy"]["violations"] == [] and "use policy passed: 2 sources with 2 rows, as of 2027-01-01" in as_text(document)
+    assert document["use_policy"][
+        "violations"
+    ] == [] and "use policy passed: 2 sources with 2 rows, as of 2027-01-01" in as_text(document)
     assert "passed, as of 2027-01-01" in lineage_page(document, [])
     for day, code in (("2027-01-31", 0), ("2027-02-01", 1)):
         done = pedigree(made.root, "audit", "merged@lora", "--as-of", day, "--json")
@@ -370,7 +450,11 @@ def test_a_day_without_a_policy_is_refused(tmp_path: Path) -> None:
     made = Project(tmp_path / "project")
     made.commit(made.trained(made.curated([("cats", "train", A)]), ["cats"]))
     done = pedigree(made.root, "audit", "merged@lora", "--as-of", "2027-02-01")
-    assert done.returncode == 2 and "its data was read without a use policy" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "its data was read without a use policy" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_waiver_counts_until_its_last_day() -> None:
@@ -379,7 +463,9 @@ def test_a_waiver_counts_until_its_last_day() -> None:
         {"check": "use_policy", "reason": "asked", "expires": "2027-01-31"},
         {"check": "pii", "reason": "x", "expires": "2999-01-01"},
     ]
-    stated[0]["use_policy"]["as_of"] = "2027-06-01"  # the gate takes a waiver until its own last day, whatever the policy is judged for
+    stated[0]["use_policy"]["as_of"] = (
+        "2027-06-01"  # the gate takes a waiver until its own last day, whatever the policy is judged for
+    )
     days = {None: True, date(2027, 1, 31): True, date(2027, 2, 1): False}
     assert {day: "waiver" in use_policy.judged(stated, waivers, day)["use_policy"] for day in days} == days
     assert use_policy.judged([{"sources": {}}], waivers) == {}

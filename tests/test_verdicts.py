@@ -1,6 +1,8 @@
-"""Random reproductions: the verdict of `pedigree verify` is the one that docs/verify.md defines, with the bounds of its table.
+"""Random reproductions: the verdict of `pedigree verify` is the one that
+docs/verify.md defines, with the bounds of its table.
 
-A stage's recorded machine is edited in its report, its weights and numbers are scaled, and objects of the cache are lost. Nothing runs.
+A stage's recorded machine is edited in its report, its weights and numbers are
+scaled, and objects of the cache are lost. Nothing runs.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ DVC_YAML = """\
 stages:
   base_model: {cmd: x, outs: [data/base_model]}
   splits: {cmd: x, outs: [data/splits], metrics: [{data/reports/splits.json: {cache: false}}]}
-  adapter: {foreach: {lora: 1}, do: {cmd: x, outs: ["data/adapter/${key}"], metrics: [{"data/reports/adapter/${key}.json": {cache: false}}]}}
-  merged: {foreach: {lora: 1}, do: {cmd: x, outs: ["data/merged/${key}"], metrics: [{"data/reports/merged/${key}.json": {cache: false}}]}}
+  adapter: {foreach: {lora: 1}, do: {cmd: x, outs: ["data/adapter/${key}"], \
+metrics: [{"data/reports/adapter/${key}.json": {cache: false}}]}}
+  merged: {foreach: {lora: 1}, do: {cmd: x, outs: ["data/merged/${key}"], \
+metrics: [{"data/reports/merged/${key}.json": {cache: false}}]}}
 """
 MACHINE = {
     "cpu": "Xeon",
@@ -36,7 +40,8 @@ MACHINE = {
     "instruction_set": {"torch": "AVX2"},
 }
 EDITS: tuple[dict[str, Any], ...] = (
-    {}, {"cpu": "EPYC"}, {"packages": "34cd"}, {"flags": ["avx"]}, {"threads": 4}, {"instruction_set": {"torch": "AVX512"}}, {"cuda": {"driver": "1"}},
+    {}, {"cpu": "EPYC"}, {"packages": "34cd"}, {"flags": ["avx"]}, {"threads": 4},
+    {"instruction_set": {"torch": "AVX512"}}, {"cuda": {"driver": "1"}},
 )  # fmt: skip
 
 
@@ -47,7 +52,11 @@ def documented_bounds() -> dict[tuple[str, str], dict[str, float]]:
     for line in lines:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 8 and cells[1] in {"float32", "bfloat16"}:
-            bounds = {name: float(cell.split()[0]) for name, cell in zip(("update", "weight", "number"), cells[2:5], strict=True) if cell}
+            bounds = {
+                name: float(cell.split()[0])
+                for name, cell in zip(("update", "weight", "number"), cells[2:5], strict=True)
+                if cell
+            }
             found |= {(stage, cells[1]): bounds for stage in re.findall(r"`(\w+)`", cells[0])}
     return found
 
@@ -60,7 +69,10 @@ def weights(stage: str, scale: float) -> dict[str, bytes]:
     if stage == "splits":
         return {"rows.txt": f"{float(scale)}".encode()}
     if stage == "adapter":
-        pair = {"x.lora_A.weight": some.reshape(2, 6), "x.lora_B.weight": (some[:6] * np.float32(1 + scale)).reshape(3, 2)}
+        pair = {
+            "x.lora_A.weight": some.reshape(2, 6),
+            "x.lora_B.weight": (some[:6] * np.float32(1 + scale)).reshape(3, 2),
+        }
         return {"adapter_model.safetensors": save(pair)}
     return {"model.safetensors": save({"w": 1 + some * np.float32(1 + scale)})}
 
@@ -77,7 +89,11 @@ def expected(case: dict[str, Any], bounds: dict[tuple[str, str], dict[str, float
     if not (case["scale"] or case["number"] or case["text"]):
         return "identical"
     recorded, stage = case["recorded"], case["stage"]
-    if stage == "splits" or recorded is None or {**recorded, "cpu": "", "packages": ""} == {**MACHINE, "cpu": "", "packages": ""}:
+    if (
+        stage == "splits"
+        or recorded is None
+        or {**recorded, "cpu": "", "packages": ""} == {**MACHINE, "cpu": "", "packages": ""}
+    ):
         return "different"
     if case["text"] or (case["lost"] and case["scale"]):
         return "different"
@@ -91,7 +107,11 @@ def reproduced(case: dict[str, Any], folder: Path) -> Outputs:
     made, stage = Project(folder / "project"), case["stage"]
     name, clone = stage if stage == "splits" else f"{stage}@lora", folder / "clone"
     path = name.replace("@", "/")
-    report = {"loss": 2.0, "note": "as it was", **({"machine": case["recorded"]} if case["recorded"] is not None else {})}
+    report = {
+        "loss": 2.0,
+        "note": "as it was",
+        **({"machine": case["recorded"]} if case["recorded"] is not None else {}),
+    }
     base = {"base.safetensors": weights("merged", -1)["model.safetensors"]}
     for root, document in (
         (made.root, report),

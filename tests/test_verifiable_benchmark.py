@@ -1,4 +1,5 @@
-"""The benchmark of verifiable rewards: its data have one right answer each and no note twice, and its trainings and intervals are what the table says."""
+"""The benchmark of verifiable rewards: its data have one right answer each and
+no note twice, and its trainings and intervals are what the table says."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from seeds import gain, spread
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
 CITY = "|".join(parcel_notes.CITIES)
 DESTINATIONS = (  # how a reader finds where a parcel goes
-    rf"\bto ({CITY})", rf"({CITY}) receives", rf"for ({CITY})", rf"ships it to ({CITY})", rf"ordered by ({CITY})", rf"({CITY}) waits",
+    rf"\bto ({CITY})", rf"({CITY}) receives", rf"for ({CITY})", rf"ships it to ({CITY})", rf"ordered by ({CITY})",
+    rf"({CITY}) waits",
     rf"dropped off in ({CITY})", rf"({CITY}) gets",
 )  # fmt: skip
 
@@ -41,7 +43,14 @@ def read(note: str) -> dict[str, str]:
     found = {match for pattern in DESTINATIONS for match in re.findall(pattern, note)}
     [destination] = found
     [origin] = {*re.findall(CITY, note)} - found
-    return {"origin": origin, "destination": destination, "sent": days[0], "due": days[1], "boxes": boxes, "kilograms": kilograms}
+    return {
+        "origin": origin,
+        "destination": destination,
+        "sent": days[0],
+        "due": days[1],
+        "boxes": boxes,
+        "kilograms": kilograms,
+    }
 
 
 def test_every_answer_is_the_value_that_the_note_has() -> None:
@@ -75,12 +84,16 @@ def test_a_gain_is_of_the_mean_over_seeds_with_an_interval_over_records() -> Non
     dice = np.random.default_rng(3)
     names = [f"r{i}" for i in range(120)]
     before = {seed: dict(zip(names, dice.integers(0, 2, 120).tolist(), strict=True)) for seed in (1, 2, 3)}
-    after = {seed: {name: max(value, int(dice.random() < 0.3)) for name, value in before[seed].items()} for seed in (1, 2, 3)}
+    after = {
+        seed: {name: max(value, int(dice.random() < 0.3)) for name, value in before[seed].items()} for seed in (1, 2, 3)
+    }
     found = gain(after, before)
     of_records = np.array([[after[seed][name] - before[seed][name] for seed in (1, 2, 3)] for name in names]).mean(1)
     assert found["difference"] == pytest.approx(of_records.mean(), abs=1e-4)
     error = of_records.std(ddof=1) / 120**0.5
-    assert found["interval"] == pytest.approx([of_records.mean() - 1.96 * error, of_records.mean() + 1.96 * error], abs=0.006)
+    assert found["interval"] == pytest.approx(
+        [of_records.mean() - 1.96 * error, of_records.mean() + 1.96 * error], abs=0.006
+    )
     assert gain({2: before[2]}, before)["interval"] == [0.0, 0.0]
 
 
@@ -101,16 +114,24 @@ def test_a_table_has_the_gain_over_the_model_of_the_same_seed() -> None:
     assert spread([2.0, 2.0], 1) == "2.0"
 
 
-def test_the_trainings_are_those_of_the_pipeline(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny model and easier rewards: the online method begins with the supervised model of its seed, and its rewards before are that model's."""
+def test_the_trainings_are_those_of_the_pipeline(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny model and easier rewards: the online method begins with the
+    supervised model of its seed, and its rewards before are that model's."""
     monkeypatch.setattr(parcel_notes, "SIZES", {"few": 6, "train": 8, "validation": 5})
     monkeypatch.setattr(verifiable, "TOKENIZED", {"max_length": 512, "packed_length": 512})
     monkeypatch.setattr(verifiable, "STEPS", {"sft": 3, "sft_more": 4})
     rewards = {"regex": {"pattern": "[a-mA-M]"}, "length_window": {"weight": 0.1, "max_words": 1}}
-    monkeypatch.setattr(verifiable, "REWARDED", {**verifiable.REWARDED, "rewards": rewards, "per_device_train_batch_size": 8})
+    monkeypatch.setattr(
+        verifiable, "REWARDED", {**verifiable.REWARDED, "rewards": rewards, "per_device_train_batch_size": 8}
+    )
     project, work = tmp_path / "project", tmp_path / "work"
     shutil.copytree(tiny_model, project / "data/base_model")
-    sft, more, rloo = (verifiable.child(training, 3, 7, project, work / training, work / "sft") for training in ("sft", "sft_more", "rloo"))
+    sft, more, rloo = (
+        verifiable.child(training, 3, 7, project, work / training, work / "sft")
+        for training in ("sft", "sft_more", "rloo")
+    )
     held_out = {row["example_id"] for row in verifiable.read_held_out(tmp_path / "held_out", 7)}
     assert {*sft["solved"]} == {*more["solved"]} == {*rloo["solved"]} == held_out and len(held_out) == 5
     assert rloo["before"] == pytest.approx(sft["solved"], abs=1e-4)
@@ -119,14 +140,23 @@ def test_the_trainings_are_those_of_the_pipeline(tmp_path: Path, tiny_model: Pat
 
 
 def test_the_model_that_online_methods_start_from_is_always_trained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verifiable.with_starts(["grpo"]) == ["sft", "grpo"] and verifiable.with_starts(["sft_more", "sft"]) == ["sft", "sft_more"]
+    assert verifiable.with_starts(["grpo"]) == ["sft", "grpo"] and verifiable.with_starts(["sft_more", "sft"]) == [
+        "sft",
+        "sft_more",
+    ]
     with pytest.raises(SystemExit) as refused:
         verifiable.with_starts(["grpo", "dpo"])
-    assert refused.value.code == 2 and capsys.readouterr().err == "dpo: unknown training; name some of sft, grpo, rloo, sft_more\n"
+    assert (
+        refused.value.code == 2
+        and capsys.readouterr().err == "dpo: unknown training; name some of sft, grpo, rloo, sft_more\n"
+    )
 
 
-def test_an_interrupted_benchmark_goes_on_and_other_settings_are_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training starts from the supervised model of its own settings, also when settings are changed and changed back."""
+def test_an_interrupted_benchmark_goes_on_and_other_settings_are_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training starts from the supervised model of its own settings, also
+    when settings are changed and changed back."""
     made: list[tuple[str, str, str]] = []
     stops_at = [1]
 
@@ -139,7 +169,10 @@ def test_an_interrupted_benchmark_goes_on_and_other_settings_are_trained_again(t
         return {"training": given["training"], "seed": given["seed"], "number": len(made)}
 
     def numbers() -> list[int]:
-        return [verifiable.run_of(training, 1, 0, tmp_path / "project", tmp_path / "work")["number"] for training in ("sft", "grpo")]
+        return [
+            verifiable.run_of(training, 1, 0, tmp_path / "project", tmp_path / "work")["number"]
+            for training in ("sft", "grpo")
+        ]
 
     monkeypatch.setattr(verifiable, "measure", measure)
     with pytest.raises(KeyboardInterrupt):

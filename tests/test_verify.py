@@ -32,12 +32,17 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and ".git" not in path.parts and "tmp" not in path.relative_to(root).parts and "__pycache__" not in path.parts
+        if path.is_file()
+        and ".git" not in path.parts
+        and "tmp" not in path.relative_to(root).parts
+        and "__pycache__" not in path.parts
     }
 
 
 @pytest.mark.parametrize("folder", ["", "a folder/ml"])
-def test_files_of_a_commit_that_archives_leave_out_or_change_are_unpacked_as_they_are(tmp_path: Path, folder: str) -> None:
+def test_files_of_a_commit_that_archives_leave_out_or_change_are_unpacked_as_they_are(
+    tmp_path: Path, folder: str
+) -> None:
     root = tmp_path / "repository" / folder
     (root / "data/sources").mkdir(parents=True)
     git(tmp_path / "repository", "init", "-q")
@@ -48,17 +53,27 @@ def test_files_of_a_commit_that_archives_leave_out_or_change_are_unpacked_as_the
     (root / ".gitattributes").write_text("data/sources/** export-ignore\nversion.txt export-subst\n")
     (root / "version.txt").write_text("$Format:%H$")
     commit(root, "x")
-    expected = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file() and ".git" not in path.parts}
+    expected = {
+        path.relative_to(root): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and ".git" not in path.parts
+    }
     shutil.rmtree(root / "data")
     for path in (".", "data/sources"):
         _unpack(Revision(root, "HEAD"), tmp_path / "copy" / path, path)
-        found = {one.relative_to(tmp_path / "copy" / path): one for one in (tmp_path / "copy" / path).rglob("*") if one.is_file()}
+        found = {
+            one.relative_to(tmp_path / "copy" / path): one
+            for one in (tmp_path / "copy" / path).rglob("*")
+            if one.is_file()
+        }
         assert {name: one.read_bytes() for name, one in found.items()} == {
             name: content for name, content in expected.items() if path == "." or name.is_relative_to(path)
         }
         shutil.rmtree(tmp_path / "copy")
     _unpack(Revision(root, "HEAD"), tmp_path / "copy")
-    assert (tmp_path / "copy/data/sources/link").is_symlink() and os.access(tmp_path / "copy/data/sources/\u00e9 b.sh", os.X_OK)
+    assert (tmp_path / "copy/data/sources/link").is_symlink() and os.access(
+        tmp_path / "copy/data/sources/\u00e9 b.sh", os.X_OK
+    )
 
 
 def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path) -> None:
@@ -74,10 +89,13 @@ def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path
 
 @pytest.mark.long
 def test_an_online_training_on_tasks_is_reproduced_byte_for_byte(finished: Path) -> None:
-    """Its prompts are records of the training split; `preferences` and the reward model are dependencies that it does not read."""
+    """Its prompts are records of the training split; `preferences` and the
+    reward model are dependencies that it does not read."""
     entry = {
-        "method": "rloo", "adapter": "lora", "reward_target": "response", "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_steps": 3,
-        "per_device_train_batch_size": 4, "options": {"num_generations": 2, "max_completion_length": 6}, "samples": 2, "max_new_tokens": 4,
+        "method": "rloo", "adapter": "lora", "reward_target": "response", "learning_rate": 1e-2, "warmup_ratio": 0.0,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4, "options": {"num_generations": 2, "max_completion_length": 6}, "samples": 2,
+        "max_new_tokens": 4,
         "rewards": {"regex": {"pattern": "[a-mA-M]"}, "length_window": {"weight": 0.1, "max_words": 1}},
     }  # fmt: skip
     edit_params(finished, lambda values: values["aligned"].update(math=entry))
@@ -107,22 +125,36 @@ def test_the_output_of_other_code_is_different_and_the_code_is_named(root: Path)
     (root / "code/tok.py").write_text("V = 1\n")
     found = verify(root, "tok")
     assert found["verdict"] == "different"
-    assert found["differences"][0] == {"artifact": "data/tok/train.txt", "line": 4, "recorded": "V = 0V = 0", "made": "V = 0V = 1"}
+    assert found["differences"][0] == {
+        "artifact": "data/tok/train.txt",
+        "line": 4,
+        "recorded": "V = 0V = 0",
+        "made": "V = 0V = 1",
+    }
     assert found["causes"][0] == "code/tok.py changed since it was recorded"
     assert "tok: different" in as_text(found)
     assert verify(root, "tok", rev="HEAD")["verdict"] == "identical"
 
 
 @pytest.mark.long
-def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_several_stages_are_verified_by_one_run_of_each_stage_above_them(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "pedigree")
-    assert verdicts(root, ["tok", "inst"]) == {stage: verify(root, stage, deep=True)["verdict"] for stage in ("tok", "inst")}
+    assert verdicts(root, ["tok", "inst"]) == {
+        stage: verify(root, stage, deep=True)["verdict"] for stage in ("tok", "inst")
+    }
     together = caplog.messages[: caplog.messages.index("reproducing tok") + 1]
-    assert [*map(caplog.messages.count, ("reproducing tok", "reproducing inst"))] == [2, 3] and together.count("reproducing inst") == 1
-    (root / "code/inst.py").write_text((root / "code/inst.py").read_text() + "\nopen('data/inst/rows.txt', 'a').write('more')\n")
-    assert verdicts(root, ["tok", "inst"]) == {"tok": "different", "inst": "different"}, (
-        "what follows a stage that differs is not identical"
+    assert [*map(caplog.messages.count, ("reproducing tok", "reproducing inst"))] == [2, 3] and together.count(
+        "reproducing inst"
+    ) == 1
+    (root / "code/inst.py").write_text(
+        (root / "code/inst.py").read_text() + "\nopen('data/inst/rows.txt', 'a').write('more')\n"
     )
+    assert verdicts(root, ["tok", "inst"]) == {
+        "tok": "different",
+        "inst": "different",
+    }, "what follows a stage that differs is not identical"
     assert verify(root, "tok")["verdict"] == "identical", "although it is, from the recorded input"
 
 
@@ -162,7 +194,9 @@ def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
     store = Store(root / "objects", root / "runs")
     same = {"threads": 2, "dtype": "float32"}
     here = {"numpy": version("numpy")}
-    assert causes(here | {"peft": "0.0"}, same, same) == [f"peft 0.0 when adapter@lora was produced, {version('peft')} now"]
+    assert causes(here | {"peft": "0.0"}, same, same) == [
+        f"peft 0.0 when adapter@lora was produced, {version('peft')} now"
+    ]
     assert causes(here, same, same | {"threads": 1}) == ["threads: 2 then, 1 now"]
     assert causes(here, same, same)[0].startswith("unknown: the same versions as when adapter@lora was produced")
     assert causes({}, {}, {})[0].startswith("unknown: the earlier versions are not recorded")
@@ -178,7 +212,9 @@ def test_an_unknown_stage_or_revision_is_one_message(root: Path) -> None:
 
 
 def _tensors(path: Path, second: float) -> None:
-    save_file({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.tensor([1.0, second]), "c": torch.tensor(second)}, path)
+    save_file(
+        {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.tensor([1.0, second]), "c": torch.tensor(second)}, path
+    )
 
 
 def _table(path: Path, second: str) -> None:
@@ -188,14 +224,30 @@ def _table(path: Path, second: str) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "expected"),
     [
-        ("model.safetensors", lambda path, new: _tensors(path, 2.5 if new else 2.0), {"tensor": "b", "max_abs_difference": 0.5, "tensors_differing": 2, "tensors": 3}),
-        ("rows.parquet", lambda path, new: _table(path, "ho" if new else "hi"), {"row": 1, "field": "turns[0].content", "recorded": "hi", "made": "ho"}),
-        ("a.json", lambda path, new: path.write_text(json.dumps({"a": 1, "b": [1, {"c": new}]})), {"field": "b[1].c", "recorded": "false", "made": "true"}),
-        ("a.csv", lambda path, new: path.write_text(f"step,loss\n1,{2 if new else 3}\n"), {"line": 1, "recorded": "1,3", "made": "1,2"}),
+        (
+            "model.safetensors",
+            lambda path, new: _tensors(path, 2.5 if new else 2.0),
+            {"tensor": "b", "max_abs_difference": 0.5, "tensors_differing": 2, "tensors": 3},
+        ),
+        (
+            "rows.parquet",
+            lambda path, new: _table(path, "ho" if new else "hi"),
+            {"row": 1, "field": "turns[0].content", "recorded": "hi", "made": "ho"},
+        ),
+        (
+            "a.json",
+            lambda path, new: path.write_text(json.dumps({"a": 1, "b": [1, {"c": new}]})),
+            {"field": "b[1].c", "recorded": "false", "made": "true"},
+        ),
+        (
+            "a.csv",
+            lambda path, new: path.write_text(f"step,loss\n1,{2 if new else 3}\n"),
+            {"line": 1, "recorded": "1,3", "made": "1,2"},
+        ),
         ("a.bin", lambda path, new: path.write_bytes(b"\xff\x00" + bytes([new])), {"byte": 2}),
         ("broken.safetensors", lambda path, new: path.write_bytes(b"12" + bytes([new])), {"byte": 2}),
     ],
-)  # fmt: skip
+)
 def test_the_first_difference_is_named_by_tensor_row_field_line_or_byte(
     tmp_path: Path, name: str, write: Any, expected: dict[str, Any]
 ) -> None:

@@ -1,4 +1,5 @@
-"""`pedigree verify --install`: the recorded version is installed from wheels, compared with the record before it runs, and gives the answer."""
+"""`pedigree verify --install`: the recorded version is installed from wheels,
+compared with the record before it runs, and gives the answer."""
 
 from __future__ import annotations
 
@@ -42,7 +43,18 @@ def build(source: Path, out: Path, version: str, *requirements: str) -> Path:
     (source / "pyproject.toml").write_text(text.replace("dependencies = [\n", f"dependencies = [\n{more}", 1))
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(out),
+        str(source),
+    ]
     done = run(pip, source)
     assert done.returncode == 0, done.stderr
     return next(out.glob(f"pedigree_llm-{version}-*.whl"))
@@ -55,7 +67,9 @@ def tiny_wheel(folder: Path, name: str, version: str, module: str) -> Path:
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{name}.py", module)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
     return path
 
@@ -85,13 +99,27 @@ class Made:
             "PIP_CACHE_DIR": str(self.wheels / "cache"),
             **environment,
         }
-        return installed(self.site, self.project, "-m", "dagster_project", "verify", "raw_examples", "--rev", self.rev, *options, **index)
+        return installed(
+            self.site,
+            self.project,
+            "-m",
+            "dagster_project",
+            "verify",
+            "raw_examples",
+            "--rev",
+            self.rev,
+            *options,
+            **index,
+        )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     base = tmp_path_factory.mktemp("versions")
-    old, new, wheels, project = install(base / "old", "1.0"), install(base / "new", "2.0"), base / "wheels", base / "project"
+    old = install(base / "old", "1.0")
+    new = install(base / "new", "2.0")
+    wheels = base / "wheels"
+    project = base / "project"
     change(old, STAGE, '{"sources": sources}', '{"sources": sources, "by": __import__("only_in_one").NAME}')
     change(old, "commands/verify.py", 'f"reproducing {name}"', 'f"version 1.0 is reproducing {name}"')
     for version in ("1.4", "1.5"):
@@ -112,7 +140,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.mark.long
-def test_the_recorded_version_and_what_it_requires_are_installed_and_give_the_answer(made: Made, tmp_path: Path) -> None:
+def test_the_recorded_version_and_what_it_requires_are_installed_and_give_the_answer(
+    made: Made, tmp_path: Path
+) -> None:
     refused = made.verify()
     assert refused.returncode == 2 and "pip install pedigree-llm==1.0`; --install does both" in refused.stderr
     before = run(["git", "status", "--porcelain"], made.project).stdout
@@ -120,12 +150,16 @@ def test_the_recorded_version_and_what_it_requires_are_installed_and_give_the_an
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["stage"], document["rev"], document["verdict"]) == ("raw_examples", made.rev, "identical")
-    assert json.loads((made.project / "data/reports/raw_examples.json").read_text())["by"] == "one", "2.0 would write another report"
+    assert json.loads((made.project / "data/reports/raw_examples.json").read_text())["by"] == "one", (
+        "2.0 would write another report"
+    )
     assert "version 1.0 is reproducing raw_examples" in done.stderr, "1.0 compares, too"
     assert "installing only-in-one<2" in done.stderr and "torch" not in done.stderr
     assert not list(tmp_path.iterdir()), "the environment was removed"
     assert run(["git", "status", "--porcelain"], made.project).stdout == before
-    assert run([sys.executable, "-m", "pip", "show", "only-in-one"], made.project).returncode, "this environment has nothing new"
+    assert run([sys.executable, "-m", "pip", "show", "only-in-one"], made.project).returncode, (
+        "this environment has nothing new"
+    )
 
 
 @pytest.mark.long
@@ -150,16 +184,24 @@ def refusal(made: Made, monkeypatch: pytest.MonkeyPatch, **environment: str) -> 
 
 
 @pytest.mark.long
-def test_another_build_of_the_version_is_refused_before_it_runs(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_build_of_the_version_is_refused_before_it_runs(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever Python would begin to run it."""
     mark, [right] = tmp_path / "ran", made.wheels.glob("pedigree_llm-1.0-*")
     (tmp_path / "other").mkdir()
     with zipfile.ZipFile(right) as source, zipfile.ZipFile(tmp_path / "other" / right.name, "w") as target:
         for name in source.namelist():
-            touch = f"\nopen({str(mark)!r}, 'a').close()\n" if name in {f"dagster_project/{STAGE}", "dagster_project/__init__.py"} else ""
+            touch = (
+                f"\nopen({str(mark)!r}, 'a').close()\n"
+                if name in {f"dagster_project/{STAGE}", "dagster_project/__init__.py"}
+                else ""
+            )
             target.writestr(name, source.read(name) + touch.encode())
     error = refusal(made, monkeypatch, PIP_FIND_LINKS=str(tmp_path / "other"))
-    assert error.what.startswith("pedigree-llm 1.0 from the package index has other code for raw_examples than the records of this project")
+    assert error.what.startswith(
+        "pedigree-llm 1.0 from the package index has other code for raw_examples than the records of this project"
+    )
     assert "it was not run" in error.what and not mark.exists()
 
 
@@ -172,7 +214,13 @@ def test_a_version_that_no_index_has_and_an_index_that_does_not_answer_are_told_
     assert error.what == "pedigree-llm==1.0: the package index has no such wheel for this Python and platform"
     assert "PIP_INDEX_URL or PIP_FIND_LINKS" in error.hint
     address = f"http://user:secret@127.0.0.1:{free_port()}/simple"
-    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": address, "PIP_RETRIES": "1"}
+    nowhere = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "0",
+        "PIP_FIND_LINKS": "",
+        "PIP_INDEX_URL": address,
+        "PIP_RETRIES": "1",
+    }
     error = refusal(made, monkeypatch, **nowhere)
     assert error.what == "pedigree-llm==1.0: the package index does not answer" and "secret" not in str(error)
 
@@ -180,12 +228,21 @@ def test_a_version_that_no_index_has_and_an_index_that_does_not_answer_are_told_
 def test_libraries_that_a_training_records_have_its_versions_and_others_are_those_of_this_environment(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_CACHE_DIR": str(made.wheels / "cache"), "PIP_FIND_LINKS": str(made.wheels)}.items():
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_CACHE_DIR": str(made.wheels / "cache"),
+        "PIP_FIND_LINKS": str(made.wheels),
+    }.items():
         monkeypatch.setenv(name, value)
     code = code_lock.recorded_in(history.Revision(made.project, made.rev).lock()["raw_examples"])
     here = {"torch": metadata.version("torch"), "dvc": metadata.version("dvc")}
-    python = _environment(tmp_path, Build("1.0", code, {"python": "3.0.1", "only-in-one": "1.4", "torch": here["torch"]}))
-    script = "import json, sys; from importlib.metadata import version; print(json.dumps([version(name) for name in sys.argv[1:]]))"
+    python = _environment(
+        tmp_path, Build("1.0", code, {"python": "3.0.1", "only-in-one": "1.4", "torch": here["torch"]})
+    )
+    script = (
+        "import json, sys; from importlib.metadata import version; print(json.dumps([version(name) for name in"
+        " sys.argv[1:]]))"
+    )
     found = run([python, "-P", "-c", script, "only-in-one", "pedigree-llm", "torch", "dvc"], tmp_path, PYTHONPATH="")
     assert json.loads(found.stdout) == ["1.4", "1.0", here["torch"], here["dvc"]], found.stderr
     assert not list(tmp_path.glob("lib/*/site-packages/torch*")), "no copy of what is here"
@@ -194,16 +251,28 @@ def test_libraries_that_a_training_records_have_its_versions_and_others_are_thos
 
 def test_failures_of_uv_are_explained_as_those_of_pip() -> None:
     """As uv 0.9 writes them."""
-    absent = "Because there is no version of pedigree-llm==1.0 and you require pedigree-llm==1.0, we can conclude that ..."
-    assert "has no such wheel" in explained("x", True, absent)[0] and "UV_DEFAULT_INDEX" in explained("x", True, absent)[1]
-    assert "has no such wheel" in explained("x", True, "Because pedigree-llm was not found in the package registry and you require")[0]
-    assert "does not answer" in explained("x", True, "Failed to fetch: ...\n cause: error sending request for url (http://127.0.0.1:9/)")[0]
+    absent = (
+        "Because there is no version of pedigree-llm==1.0 and you require pedigree-llm==1.0, we can conclude that ..."
+    )
+    assert (
+        "has no such wheel" in explained("x", True, absent)[0] and "UV_DEFAULT_INDEX" in explained("x", True, absent)[1]
+    )
+    assert (
+        "has no such wheel"
+        in explained("x", True, "Because pedigree-llm was not found in the package registry and you require")[0]
+    )
+    assert (
+        "does not answer"
+        in explained("x", True, "Failed to fetch: ...\n cause: error sending request for url (http://127.0.0.1:9/)")[0]
+    )
     assert "secret" not in explained("x", True, "error: https://user:se@secret@index.example/simple")[0]
     other = explained("x", True, "error: invalid peer certificate: https://user:secret@index.example/simple")[0]
     assert other == "x cannot be installed: error: invalid peer certificate: https://index.example/simple"
 
 
-def test_uv_is_used_where_it_is_present_unless_only_pip_has_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv_is_used_where_it_is_present_unless_only_pip_has_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command_of("python", {})[:6] == [sys.executable, "-P", "-m", "pip", "--python", "python"]
     (tmp_path / "uv").touch(mode=0o755)
@@ -218,13 +287,18 @@ def test_uv_is_used_where_it_is_present_unless_only_pip_has_an_index(tmp_path: P
 
 def test_only_what_the_environment_does_not_meet_is_installed() -> None:
     lines = [
-        "polars>=1", 'torch>=2.9; extra == "train"', 'trl<1.16; extra == "train"', 'dvc>=3; extra == "pipeline"', 'ray==2; extra == "ray"',
+        "polars>=1", 'torch>=2.9; extra == "train"', 'trl<1.16; extra == "train"', 'dvc>=3; extra == "pipeline"',
+        'ray==2; extra == "ray"',
         'pedigree-llm[train]; extra == "all"', 'tomli>=9; python_version < "3"', 'moto>=9; extra == "dev"',
     ]  # fmt: skip
     wheel = Wheel("pedigree-llm", [Requirement(line) for line in lines])
     present = {"polars": "1.5", "torch": "2.13.0+cpu", "trl": "1.16.1", "moto": "5", "numpy": "2.4"}
     assert wheel.needed(present, {}) == ["trl<1.16", "dvc>=3"], "of [ray] nothing is here, and [dev] is not for a stage"
-    assert wheel.needed(present, {"torch": "2.12.0", "trl": "1.15.2", "numpy": "2.4"}) == ["torch==2.12.0", "trl==1.15.2", "dvc>=3"]
+    assert wheel.needed(present, {"torch": "2.12.0", "trl": "1.15.2", "numpy": "2.4"}) == [
+        "torch==2.12.0",
+        "trl==1.15.2",
+        "dvc>=3",
+    ]
     assert wheel.needed({**present, "trl": "1.15", "dvc": "3.1"}, {"torch": "2.13.0+cpu"}) == []
     assert wheel.constraints(present, ["trl<1.16"]) == ["polars==1.5", "torch==2.13.0+cpu", "moto==5", "numpy==2.4"]
 
@@ -252,7 +326,10 @@ def test_an_interrupt_ends_all_processes_of_the_recorded_version_and_removes_the
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nsleep 300 &\necho $! $(mktemp -d) > {tmp_path}/writing\nmv {tmp_path}/writing {tmp_path}/found\nwait\n")
+    python.write_text(
+        f"#!/bin/sh\nsleep 300 &\necho $! $(mktemp -d) > {tmp_path}/writing\nmv {tmp_path}/writing"
+        f" {tmp_path}/found\nwait\n"
+    )
     python.chmod(0o755)
     monkeypatch.setattr(module, "_recorded", lambda *_: Build("1.0", {}, {}))
     monkeypatch.setattr(module, "_environment", lambda *_: str(python))
@@ -276,7 +353,9 @@ def test_an_interrupt_ends_all_processes_of_the_recorded_version_and_removes_the
 def test_a_build_is_what_all_stages_to_be_reproduced_were_made_with(tmp_path: Path) -> None:
     root = recorded(tmp_path, splits=("1" * 64, None), adapter=("2" * 64, "2.12"), merged=("3" * 64, None))
     build = _recorded(history.Revision(root, None), "merged", True)
-    assert build == Build("1.0", {"splits": "1" * 64, "adapter": "2" * 64, "merged": "3" * 64}, {"python": "3.11.0", "torch": "2.12"})
+    assert build == Build(
+        "1.0", {"splits": "1" * 64, "adapter": "2" * 64, "merged": "3" * 64}, {"python": "3.11.0", "torch": "2.12"}
+    )
     assert _recorded(history.Revision(root, None), "merged", False) == Build("1.0", {"merged": "3" * 64}, {})
 
 

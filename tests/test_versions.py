@@ -16,13 +16,21 @@ def test_an_installed_version_within_the_range_is_accepted() -> None:
 
 
 def test_a_version_outside_the_range_is_refused_by_name() -> None:
-    with pytest.raises(AssertionError, match=r"_structures is not a documented part of packaging: .* written for >=999, found .*\nhint: "):
+    with pytest.raises(
+        AssertionError,
+        match=r"_structures is not a documented part of packaging: .* written for >=999, found .*\nhint: ",
+    ):
         require_version("packaging", ">=999", "packaging._structures")
 
 
 def test_private_modules_are_used_only_in_versions_that_the_project_installs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for library, supported in SUPPORTED.items():
-        required = next(one for one in map(Requirement, project["optional-dependencies"]["pipeline"]) if one.name == library)
+        required = next(
+            one for one in map(Requirement, project["optional-dependencies"]["pipeline"]) if one.name == library
+        )
         assert supported.partition(",")[2] in str(required.specifier)
-        assert all(version in SpecifierSet(supported) for version in (one.version for one in required.specifier if one.operator == ">="))
+        assert all(
+            version in SpecifierSet(supported)
+            for version in (one.version for one in required.specifier if one.operator == ">=")
+        )

@@ -1,4 +1,5 @@
-"""Pages are drawn from documents: an edit of a view or the planner makes nothing stale, and pages render without a run."""
+"""Pages are drawn from documents: an edit of a view or the planner makes
+nothing stale, and pages render without a run."""
 
 from __future__ import annotations
 
@@ -72,10 +73,13 @@ def test_an_edit_of_any_view_or_planner_changes_neither_dvc_status_nor_checkpoin
 def test_pages_are_rendered_without_running_a_stage(finished: Path) -> None:
     pages = sorted((finished / "data/pages").rglob("*.html"))
     names = {
-        str(page.relative_to(finished / "data/pages")) for page in pages if page.name != "audit.html" and "data_docs" not in page.parts
+        str(page.relative_to(finished / "data/pages"))
+        for page in pages
+        if page.name != "audit.html" and "data_docs" not in page.parts
     }
     expected = {
-        "instructions/report.html", "preferences/report.html", "adapter/lora/training.html", "aligned/dpo/alignment.html",
+        "instructions/report.html", "preferences/report.html", "adapter/lora/training.html",
+        "aligned/dpo/alignment.html",
         "comparison/comparison.html",
     }  # fmt: skip
     assert names == expected
@@ -109,15 +113,23 @@ def test_pages_are_not_drawn_from_documents_of_two_versions(tmp_path: Path) -> N
     write_json(tmp_path / "data/reports/comparison.json", report)
     write_json(page.with_name("measured.json"), {"output_sha256": "0" * 64})
     reason, drawn = _render(tmp_path, "comparison", out)
-    assert "its latest run on this machine made another output" in reason and not drawn, "samples.json there is of that run"
+    assert "its latest run on this machine made another output" in reason and not drawn, (
+        "samples.json there is of that run"
+    )
     write_json(tmp_path / "data/reports/comparison.json", {**report, "output_sha256": "1" * 64})
     reason, drawn = _render(tmp_path, "comparison", out)
-    assert "its report is of another output than data/comparison" in reason and not drawn, "after `git checkout` without `dvc checkout`"
+    assert "its report is of another output than data/comparison" in reason and not drawn, (
+        "after `git checkout` without `dvc checkout`"
+    )
 
 
 @pytest.mark.parametrize(
     ("report", "expected"),
-    [(None, "it has not run yet"), (True, "data/comparison is missing: `dvc repro comparison`"), (False, "failed a blocking check")],
+    [
+        (None, "it has not run yet"),
+        (True, "data/comparison is missing: `dvc repro comparison`"),
+        (False, "failed a blocking check"),
+    ],
 )
 def test_a_page_whose_output_is_missing_is_not_drawn(report: bool | None, expected: str, tmp_path: Path) -> None:
     """A clone has reports, which git tracks, and no outputs."""
@@ -147,21 +159,37 @@ def test_documents_of_another_version_are_one_message(tmp_path: Path) -> None:
         (tmp_path / "data" / name).write_text(json.dumps(document))
     refused = pedigree(tmp_path, "render", "comparison")
     said = "the documents of comparison are not as this version of pedigree-llm writes them (KeyError: 'scores')"
-    assert refused.returncode == 2 and refused.stderr.splitlines() == [f"error: {said}", "hint: run it again: `dvc repro comparison`"]
+    assert refused.returncode == 2 and refused.stderr.splitlines() == [
+        f"error: {said}",
+        "hint: run it again: `dvc repro comparison`",
+    ]
     assert json.loads(pedigree(tmp_path, "render", "--json").stdout)["skipped"] == {"comparison": said}
 
 
-HOSTILE = "</script></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}{% raw %}\x1b[31m\u202e\ud800\x00"
+HOSTILE = (
+    "</script></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}{% raw"
+    " %}\x1b[31m\u202e\ud800\x00"
+)
 Text = Callable[[str], str]
 
 
 def rich(text: Text) -> dict[str, Any]:
     """A record with text in every optional field."""
-    called = {"type": "function", "id": text("call_1"), "function": {"name": text("weather"), "arguments": {text("city"): text("Oslo")}}}
+    called = {
+        "type": "function",
+        "id": text("call_1"),
+        "function": {"name": text("weather"), "arguments": {text("city"): text("Oslo")}},
+    }
     unparsed = {"type": "function", "function": {"name": text("time"), "arguments": text("{")}}
     messages = [
         {"role": text("user"), "content": text("hi"), "name": text("Ann")},
-        {"role": "assistant", "content": text("a"), "reasoning_content": text("why"), "tool_calls": [called, unparsed], "weight": 0.0},
+        {
+            "role": "assistant",
+            "content": text("a"),
+            "reasoning_content": text("why"),
+            "tool_calls": [called, unparsed],
+            "weight": 0.0,
+        },
         {"role": "tool", "content": text("b") * 99, "tool_call_id": text("call_1"), "name": text("weather")},
     ]
     tools = [
@@ -172,29 +200,49 @@ def rich(text: Text) -> dict[str, Any]:
 
 
 def quality(text: Text, tmp_path: Path) -> str:
-    match = {"row": 1, "place": text("a"), "other": text("b"), "part": text("prompt"), "rule": text("equal"), "score": 1.0,
+    match = {"row": 1, "place": text("a"), "other": text("b"), "part": text("prompt"), "rule": text("equal"),
+        "score": 1.0,
              "text": text("one"), "span": [0, 3], "other_text": text("two"), "other_span": [0, 3]}  # fmt: skip
-    finding = {"check": text("pii"), "severity": "error", "count": 40, "dropped": 1, "waived": 1, "elsewhere": 0, "fixed": 1, "rows": [1, 2],
-               "places": [text("a"), text("b")], "examples": [text("c")], "truth": text("d"), "note": text("e"), "next": text("f"),
+    finding = {"check": text("pii"), "severity": "error", "count": 40, "dropped": 1, "waived": 1, "elsewhere": 0,
+        "fixed": 1, "rows": [1, 2],
+               "places": [text("a"), text("b")], "examples": [text("c")], "truth": text("d"), "note": text("e"),
+               "next": text("f"),
                "matches": [match], "conversations": [rich(text), None]}  # fmt: skip
     bins = [{"from": 0.0, "to": 1.0, "rows": 1, "pairs": 2, "near": 1}]
     counts = {text("name"): 3}
     found = {
-        "name": text("a"), "format": text("b"), "rows": 9, "kept": 7, "dropped": counts, "fixed": counts, "findings": [finding],
+        "name": text("a"),
+        "format": text("b"),
+        "rows": 9,
+        "kept": 7,
+        "dropped": counts,
+        "fixed": counts,
+        "findings": [finding],
         "conversations": [{"place": text("a"), **rich(text)}],
         "notes": {text("quiet"): text("note")},
-        "similarity": {"gate": {text("gate"): 0.5}, "histogram": bins, "boilerplate": [{"text": text("phrase"), "rows": 2}]},
+        "similarity": {
+            "gate": {text("gate"): 0.5},
+            "histogram": bins,
+            "boilerplate": [{"text": text("phrase"), "rows": 2}],
+        },
         "profile": {
-            "categories": counts, "sources": counts, "scripts": counts, "roles": counts,
+            "categories": counts,
+            "sources": counts,
+            "scripts": counts,
+            "roles": counts,
             "lengths": {text("prompt"): {"unit": text("words"), "max": 3, "median": 1, "histogram": bins}},
             "diversity": {text("distinct"): 0.5, "top_openings": counts, "top_responses": counts},
         },
-    }  # fmt: skip
+    }
     entry = {"place": text("p"), "text": text("t"), "before": f"a {text('x')} b", "after": f"a {text('y')} b"}
     changes = {
-        "previous": text("HEAD"), "rows": {}, "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
-        "findings": {kind: [{"check": text("pii"), "count": 1, "before": 1, "after": 2}] for kind in ("new", "gone", "changed")},
-    }  # fmt: skip
+        "previous": text("HEAD"),
+        "rows": {},
+        "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
+        "findings": {
+            kind: [{"check": text("pii"), "count": 1, "before": 1, "after": 2}] for kind in ("new", "gone", "changed")
+        },
+    }
     reading = {
         "sources": {text("a"): {"rows": 1, "license": text("MIT"), "declared": declared(text)}}, "use_policy": {},
         "checks": {"use_policy": {"passed": False, "note": text("no"), "violations": [violation(text)]}},
@@ -204,15 +252,25 @@ def quality(text: Text, tmp_path: Path) -> str:
 
 def training(text: Text, tmp_path: Path) -> str:
     document = {
-        "loss": {"first": 2.0, "last": 1.0}, "validation": [], "steps": 1, "planned_steps": 1, "tokens": 1, "trained_tokens": 1,
-        "settings": {"method": text("lora"), text("name"): [text("value")]}, "dtype": text("float32"), "device": text("cpu"), "seed": 7,
-        "threads": 2, "versions": {text("torch"): text("2")}, "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
+        "loss": {"first": 2.0, "last": 1.0}, "validation": [], "steps": 1, "planned_steps": 1, "tokens": 1,
+        "trained_tokens": 1,
+        "settings": {"method": text("lora"), text("name"): [text("value")]}, "dtype": text("float32"),
+        "device": text("cpu"), "seed": 7,
+        "threads": 2, "versions": {text("torch"): text("2")},
+        "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
         "trained": {text("lora_A"): {"tensors": 1, "moved": 1, "norm_of_change": 0.1}},
     }  # fmt: skip
-    pieces = [Piece(text("user"), None), Piece(text("answer"), 1.0), Piece(text("category"), 16.0), Piece(text("rest"), 0.0)]
+    pieces = [
+        Piece(text("user"), None),
+        Piece(text("answer"), 1.0),
+        Piece(text("category"), 16.0),
+        Piece(text("rest"), 0.0),
+    ]
     examples = [TrainedExample(text("a:1"), pieces, "9 tokens", conversation(rich(text)))]
     measured = {"peak_memory_bytes": 2e9}
-    return training_page(text("lora"), document, [{"step": 1, "loss": 2.0}], measured, {text("weights"): 10**9}, examples)
+    return training_page(
+        text("lora"), document, [{"step": 1, "loss": 2.0}], measured, {text("weights"): 10**9}, examples
+    )
 
 
 def stored_text(text: str) -> str:
@@ -252,21 +310,41 @@ def alignment(text: Text, tmp_path: Path) -> str:
 
 def comparison(text: Text, tmp_path: Path) -> str:
     systems, label = [text("lora"), text("few_shot")], {"n": 2, "f1": 0.5}
-    score = {"n": 8, "macro_f1": 0.5, "macro_f1_interval": [0.4, 0.6], "accuracy": 0.5, "by_label": {text("login"): label}}
+    score = {
+        "n": 8,
+        "macro_f1": 0.5,
+        "macro_f1_interval": [0.4, 0.6],
+        "accuracy": 0.5,
+        "by_label": {text("login"): label},
+    }
     change = {"base": 0.5, "tuned": 0.6, "difference": 0.1, "interval": [0.0, 0.2]}
     retention = {"accuracy": change, "gold_log_likelihood": change, "questions": 9}
     document = {
-        "headline": text("Use it."), "advice": [text("advice")], "test": {"examples": 9, "answered": 8, "seen": 1}, "shown": ["macro_f1", "accuracy"],
-        "recommended": {"variant": systems[0], "sure": True, "why": text("why")}, "scores": dict.fromkeys(systems, score),
-        "compared": {systems[0]: {"retention": {"overall": retention, text("subject"): retention}, "failed_checks": [text("check")]}},
+        "headline": text("Use it."),
+        "advice": [text("advice")],
+        "test": {"examples": 9, "answered": 8, "seen": 1},
+        "shown": ["macro_f1", "accuracy"],
+        "recommended": {"variant": systems[0], "sure": True, "why": text("why")},
+        "scores": dict.fromkeys(systems, score),
+        "compared": {
+            systems[0]: {
+                "retention": {"overall": retention, text("subject"): retention},
+                "failed_checks": [text("check")],
+            }
+        },
         "costs": {systems[0]: {"prompt_tokens": 40.0, "bytes": 1, "tokens": 9}, systems[1]: {}},
-    }  # fmt: skip
+    }
     answers = {name: (text("answer"), 0.0) for name in systems}
     return comparison_page(document, [Sample(text("prompt"), text("reference"), text("category"), answers)], {})
 
 
 def declared(text: Text) -> dict[str, Any]:
-    return {"category": "public", "collected": {"from": text("2024")}, "generator": text("model"), "purposes": [text("one"), text("two")]}
+    return {
+        "category": "public",
+        "collected": {"from": text("2024")},
+        "generator": text("model"),
+        "purposes": [text("one"), text("two")],
+    }
 
 
 def violation(text: Text) -> dict[str, Any]:
@@ -283,35 +361,57 @@ def lineage(text: Text, tmp_path: Path) -> str:
         "outcomes": {text("kept"): {text("kept"): 1}},
     }
     check = {"passed": False, "severity": text("error"), "count": 1, "note": text("note")}
-    stage = {"md5": text("abc"), "parents": [], "output": text("data"), "rows_in": 1, "rows_out": 0, "dropped": {text("pii"): 1},
+    stage = {"md5": text("abc"), "parents": [], "output": text("data"), "rows_in": 1, "rows_out": 0,
+        "dropped": {text("pii"): 1},
              "checks": {text("pii"): check}}  # fmt: skip
     part = {"records": 1, "views": 1, "steps": 1, "epochs": 1}
     found = {
-        "model": {"stage": text("adapter"), "path": text("data/a"), "md5": text("abc")}, "parents": [], "sources": {text("a.json"): source},
-        "read_by": {text("a.json"): [text("adapter")]}, "stages": {text("adapter"): stage}, "records": {"records": 1, "learnt_by": {text("adapter"): part}}, "missing": [
-        {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
+        "model": {"stage": text("adapter"), "path": text("data/a"), "md5": text("abc")},
+        "parents": [],
+        "sources": {text("a.json"): source},
+        "read_by": {text("a.json"): [text("adapter")]},
+        "stages": {text("adapter"): stage},
+        "records": {"records": 1, "learnt_by": {text("adapter"): part}},
+        "missing": [{"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}],
+        "shallow": True,
+        "waivers": [{"reason": text("because")}],
         "parameters": {text("adapter.lora"): {text("r"): text("4")}},
-        "other_values": {text("seed"): [{"value": text("1"), "stages": [text("splits")]}]}, "metrics": {text("adapter"): {text("loss"): text("1")}},
+        "other_values": {text("seed"): [{"value": text("1"), "stages": [text("splits")]}]},
+        "metrics": {text("adapter"): {text("loss"): text("1")}},
         "other_files": {text("b.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("splits")]}},
         "watched": {
-            "stages": {text("release"): stage}, "sources": {text("c.jsonl"): source},
-            "other_files": {text("d.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("evaluation")]}},
+            "stages": {text("release"): stage},
+            "sources": {text("c.jsonl"): source},
+            "other_files": {
+                text("d.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("evaluation")]}
+            },
         },
-        "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}}, "environment": {text("torch"): text("2")},
+        "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}},
+        "environment": {text("torch"): text("2")},
         "other_versions": {text("torch"): [{"value": text("1"), "stages": [text("adapter")]}]},
         "base_model": {"origin": text("hub"), "license": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
         "chat_template": {"name": text("chatml"), "sha256": text("abc")},
-    }  # fmt: skip
+    }
     found["use_policy"] = {
-        "policy": {"as_of": text("2026-01-01")}, "violations": [violation(text)], "waiver": {"expires": text("2027"), "reason": text("why")}
+        "policy": {"as_of": text("2026-01-01")}, "violations": [violation(text)],
+        "waiver": {"expires": text("2027"), "reason": text("why")}
     }  # fmt: skip
-    record = {"example_id": text("abc"), "source": text("a.json"), "source_row": 1, "model": text("adapter"), "steps": [1], "epochs": [1]}
+    record = {
+        "example_id": text("abc"),
+        "source": text("a.json"),
+        "source_row": 1,
+        "model": text("adapter"),
+        "steps": [1],
+        "epochs": [1],
+    }
     return lineage_page(found, [record])
 
 
 def ballot(text: Text, tmp_path: Path) -> str:
     prompt = [{"role": text("user"), "content": text("hi")}]
-    return ballot_page({"ballot": text("abc"), "pairs": [{"id": text("1"), "prompt": prompt, "answers": [text("a"), text("b")]}]})
+    return ballot_page(
+        {"ballot": text("abc"), "pairs": [{"id": text("1"), "prompt": prompt, "answers": [text("a"), text("b")]}]}
+    )
 
 
 def papers(text: Text, tmp_path: Path) -> str:
@@ -321,7 +421,10 @@ def papers(text: Text, tmp_path: Path) -> str:
         "attestations": {"file": text("a"), "sha256": text("e"), "stages": [text("raw")], "remade": text("identical")},
         "signature": {"file": text("b"), "public_key": text("c"), "key": text("d")},
     }
-    release = [{"file": name, "compared": text("rows")} for name in ("README.md", f"audit/{text('lora')}/training.json", text("other"))]
+    release = [
+        {"file": name, "compared": text("rows")}
+        for name in ("README.md", f"audit/{text('lora')}/training.json", text("other"))
+    ]
     missing = [{name: text(name) for name in ("paper", "why", "next")}]
     document = {
         "model": model,
@@ -360,7 +463,8 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot, papers])
 def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, Path], str], tmp_path: Path) -> None:
-    hostile, harmless = page(lambda text: text + HOSTILE, tmp_path / "a"), page(lambda text: text + "w" * len(HOSTILE), tmp_path / "b")
+    hostile = page(lambda text: text + HOSTILE, tmp_path / "a")
+    harmless = page(lambda text: text + "w" * len(HOSTILE), tmp_path / "b")
     assert Elements(hostile).found == Elements(harmless).found, "text made an element or an attribute"
     assert "<img" not in hostile and not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800]", hostile)
     body = hostile[hostile.index("<body>") :]
@@ -369,7 +473,8 @@ def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, 
 
 @pytest.mark.parametrize(("sources", "width"), [(3, "100%"), (20, "3200")])
 def test_boxes_of_the_lineage_have_room_for_their_text(sources: int, width: str) -> None:
-    """Names of many sources lay over each other. On a narrow screen the style sheet keeps the diagram wide, and it scrolls."""
+    """Names of many sources lay over each other. On a narrow screen the style
+    sheet keeps the diagram wide, and it scrolls."""
     paths = [f"data/sources/{i}.jsonl" for i in range(sources)]
     document = {
         "model": {"stage": "raw_examples"},

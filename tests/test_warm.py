@@ -1,4 +1,5 @@
-"""The fixture `warm`: a command that is forked has the folder, output, exit code and environment of one that is started, and leaves nothing for the next."""
+"""The fixture `warm`: a command that is forked has the folder, output, exit code and environment of one that is
+started, and leaves nothing for the next."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ def test_a_forked_command_gives_what_a_started_one_gives(server: WarmServer, tmp
         for _ in range(2):
             with running_commands(server):
                 forked = run(command, tmp_path)
-            assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr), words
+            assert (forked.returncode, forked.stdout, forked.stderr) == (
+                started.returncode,
+                started.stdout,
+                started.stderr,
+            ), words
 
 
 def test_a_stage_that_dvc_in_the_process_of_a_test_forks_does_what_a_started_one_does(
@@ -86,10 +91,15 @@ def test_libraries_are_loaded_again_for_a_command_with_other_variables_that_they
         first = server.process
         assert run(VERSION, tmp_path, TMPDIR=str(tmp_path)).returncode == 0 and server.process is first
         assert run(VERSION, tmp_path, HF_HOME=str(tmp_path)).returncode == 0 and server.process is not first
-        assert psutil.Process(server.process.pid).environ()["HF_HOME"] == str(tmp_path) and first.returncode == -signal.SIGKILL
+        assert (
+            psutil.Process(server.process.pid).environ()["HF_HOME"] == str(tmp_path)
+            and first.returncode == -signal.SIGKILL
+        )
 
 
-def test_a_killed_command_has_the_signal_as_its_exit_code_and_the_next_one_runs(server: WarmServer, tmp_path: Path) -> None:
+def test_a_killed_command_has_the_signal_as_its_exit_code_and_the_next_one_runs(
+    server: WarmServer, tmp_path: Path
+) -> None:
     ended = threading.Event()
 
     def kill() -> None:

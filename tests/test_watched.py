@@ -1,4 +1,5 @@
-"""A reward model that only measures a training: what it was trained on is not what the measured model learned from, and is named as watched."""
+"""A reward model that only measures a training: what it was trained on is not
+what the measured model learned from, and is named as watched."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ WATCHED, LEARNED = {"dpo", "kto", "rules"}, {"ppo"}
 
 @pytest.fixture
 def made(tmp_path: Path) -> Project:
-    """Pairs of OLD trained the reward model, then NEW replaced them: aligned models read NEW, and the reward model of OLD."""
+    """Pairs of OLD trained the reward model, then NEW replaced them: aligned
+    models read NEW, and the reward model of OLD."""
     project = Project(tmp_path / "project")
     lock = project.lock([("cats", "train", FAQ)])
     before = lock | project.splits([("mice", "train", OLD), ("rats", "test", OLD)], "preferences")
@@ -49,10 +51,14 @@ def made(tmp_path: Path) -> Project:
         "data/merged/lora": out(lock, "merged@lora"),
     }
     for name, settings in SETTINGS.items():
-        lock[f"aligned@{name}"] = entry(f"aligned@{name}", reads, project.put({"adapter_model.safetensors": name.encode()}))
+        lock[f"aligned@{name}"] = entry(
+            f"aligned@{name}", reads, project.put({"adapter_model.safetensors": name.encode()})
+        )
         lock[f"aligned@{name}"]["params"] = {"params.yaml": {f"aligned.{name}": settings}}
         inputs = {"data/merged/lora": out(lock, "merged@lora"), f"data/aligned/{name}": out(lock, f"aligned@{name}")}
-        lock[f"merged_aligned@{name}"] = entry(f"merged_aligned@{name}", inputs, project.put({"model.safetensors": f"all {name}".encode()}))
+        lock[f"merged_aligned@{name}"] = entry(
+            f"merged_aligned@{name}", inputs, project.put({"model.safetensors": f"all {name}".encode()})
+        )
     project.commit(lock, "after")
     return project
 
@@ -65,20 +71,34 @@ def both(names: set[str]) -> set[str]:
     return {f"{stage}@{name}" for stage in ("aligned", "merged_aligned") for name in names}
 
 
-QUESTIONS: list[dict[str, str]] = [{"record": identity("mice")}, {"text": "All about mice."}, {"source": OLD}, {"containing": "mice"}]
+QUESTIONS: list[dict[str, str]] = [
+    {"record": identity("mice")},
+    {"text": "All about mice."},
+    {"source": OLD},
+    {"containing": "mice"},
+]
 
 
 @pytest.mark.parametrize("asked", QUESTIONS, ids=lambda asked: next(iter(asked)))
-def test_a_pair_that_only_the_reward_model_saw_is_learned_by_ppo_and_watched_by_dpo(made: Project, asked: dict[str, str]) -> None:
+def test_a_pair_that_only_the_reward_model_saw_is_learned_by_ppo_and_watched_by_dpo(
+    made: Project, asked: dict[str, str]
+) -> None:
     found = impact(made.root, **asked)  # type: ignore[arg-type]
     assert {one["stage"] for one in found["models"]} == {"reward_model", *both(LEARNED)}
     assert {one["stage"] for one in found["watched"]} == both(WATCHED)
     for one in found["watched"]:
         name = one["stage"].partition("@")[2]
-        assert [(watcher["by"], watcher["training"]) for watcher in one["watched_by"]] == [("reward_model", f"aligned@{name}")]
+        assert [(watcher["by"], watcher["training"]) for watcher in one["watched_by"]] == [
+            ("reward_model", f"aligned@{name}")
+        ]
     text = as_text(found)
     learned, watched = text.split("watched by a model that saw it, and not trained on it:")
-    assert "aligned@ppo" in learned and "aligned@dpo" not in learned and "aligned@dpo" in watched and "aligned@ppo" not in watched
+    assert (
+        "aligned@ppo" in learned
+        and "aligned@dpo" not in learned
+        and "aligned@dpo" in watched
+        and "aligned@ppo" not in watched
+    )
     assert json.loads(json.dumps(found)) == found
 
 
@@ -99,12 +119,21 @@ def test_an_audit_says_watched_or_learned(made: Project, name: str) -> None:
     found = audit(made.root, f"merged_aligned@{name}")
     sources = set(found["sources"])
     if name in LEARNED:
-        assert OLD in sources and "watched_by" not in found and "reward_model" in {one["stage"] for one in found["parents"]}
+        assert (
+            OLD in sources
+            and "watched_by" not in found
+            and "reward_model" in {one["stage"] for one in found["parents"]}
+        )
         assert found["records"]["learnt_by"].keys() >= {"reward_model"} and "watched by" not in audit_text(found)
     else:
-        assert OLD not in sources and "reward_model" not in {*found["records"]["learnt_by"], *(one["stage"] for one in found["parents"])}
+        assert OLD not in sources and "reward_model" not in {
+            *found["records"]["learnt_by"],
+            *(one["stage"] for one in found["parents"]),
+        }
         md5 = md5_of(made, "reward_model")
-        assert found["watched_by"] == [{"stage": "reward_model", "path": "data/reward_model", "md5": md5, "training": f"aligned@{name}"}]
+        assert found["watched_by"] == [
+            {"stage": "reward_model", "path": "data/reward_model", "md5": md5, "training": f"aligned@{name}"}
+        ]
         assert f"watched by reward_model  md5 {md5}, while aligned@{name} was trained" in audit_text(found)
 
 
@@ -120,7 +149,10 @@ def test_papers_name_the_reward_model_as_watching_or_as_a_part(made: Project, na
     }
     named = {
         "cyclonedx": '"pedigree:watched_by"',
-        "eu_summary": f"**Watched by, not trained on:** reward_model (content md5 {md5_of(made, 'reward_model')}) during aligned@{name}",
+        "eu_summary": (
+            f"**Watched by, not trained on:** reward_model (content md5 {md5_of(made, 'reward_model')}) during"
+            f" aligned@{name}"
+        ),
         "model_card": f"The training of aligned@{name} was watched by reward_model",
     }
     assert {paper: words in papers[paper] for paper, words in named.items()} == dict.fromkeys(named, name in WATCHED)
@@ -133,5 +165,7 @@ def test_a_statement_marks_the_files_that_only_watched(name: str) -> None:
     files = {f"{dep['path']}/x": {"md5": "0" * 32, "sha256": "0" * 64} for dep in deps}
     read = {"cmd": "run", "deps": deps, "outs": [], "params": {"params.yaml": {f"aligned.{name}": SETTINGS[name]}}}
     said = statement(StageRecord(f"aligned@{name}", read, "", {}, files, {}))
-    marked = [one["name"] for one in said["predicate"]["buildDefinition"]["resolvedDependencies"] if "annotations" in one]
+    marked = [
+        one["name"] for one in said["predicate"]["buildDefinition"]["resolvedDependencies"] if "annotations" in one
+    ]
     assert marked == (["data/reward_model/x"] if name in WATCHED else [])

@@ -12,7 +12,9 @@ from dagster_project.orchestration.dagster.webserver import Guard
 QUERY = b"query=mutation%20%7Bx%7D"
 
 
-def answer(headers: list[tuple[str, str]], kind: str = "http", method: str = "POST", path: str = "/graphql", query: bytes = b"") -> Any:
+def answer(
+    headers: list[tuple[str, str]], kind: str = "http", method: str = "POST", path: str = "/graphql", query: bytes = b""
+) -> Any:
     """What the guard lets through ("served"), or the messages by which it refuses; and the headers of an answer."""
     sent: list[dict[str, Any]] = []
 
@@ -32,7 +34,9 @@ def answer(headers: list[tuple[str, str]], kind: str = "http", method: str = "PO
     return sent
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:3000", "localhost:3000", "[::1]:3000", "LOCALHOST", "ui.example.org", "192.168.1.4:80"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:3000", "localhost:3000", "[::1]:3000", "LOCALHOST", "ui.example.org", "192.168.1.4:80"]
+)
 def test_requests_of_its_own_pages_are_served(host: str) -> None:
     start, body = answer([("Host", host), ("Origin", f"http://{host.lower()}")])
     assert body["body"] == b"served" and start["status"] == 200
@@ -59,7 +63,9 @@ def test_requests_of_its_own_pages_are_served(host: str) -> None:
         ),
     ],
 )
-def test_requests_of_other_websites_and_under_other_names_are_refused(headers: list[tuple[str, str]], reason: str) -> None:
+def test_requests_of_other_websites_and_under_other_names_are_refused(
+    headers: list[tuple[str, str]], reason: str
+) -> None:
     start, body = answer(headers)
     assert start["status"] == 403 and reason in body["body"].decode()
     [closed] = answer(headers, kind="websocket")

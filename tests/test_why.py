@@ -1,4 +1,5 @@
-"""`pedigree why`: gradients equal those of plain autograd, a store is of one model only, and a check by training again changes nothing but the records."""
+"""`pedigree why`: gradients equal those of plain autograd, a store is of one
+model only, and a check by training again changes nothing but the records."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ def expected(work: Path, tiny_model: Path, records: list[TrainedRecord]) -> np.n
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True).eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True
+    ).eval()
     return np.stack([flat(plain_gradients(model, record.examples[0])) for record in records[:12]])
 
 
@@ -105,7 +108,9 @@ def test_the_records_are_those_of_the_training_with_its_tokens(work: Path, recor
     assert one.examples == (Example(*(tuple(first[name][start:stop]) for name in ("input_ids", "labels", "weights"))),)
 
 
-def test_records_that_were_never_in_a_step_are_left_out(work: Path, tmp_path: Path, records: list[TrainedRecord]) -> None:
+def test_records_that_were_never_in_a_step_are_left_out(
+    work: Path, tmp_path: Path, records: list[TrainedRecord]
+) -> None:
     from dagster_project.core.records import write_table
     from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
@@ -123,7 +128,9 @@ def test_data_of_another_training_are_refused(work: Path, tmp_path: Path) -> Non
 # ---- gradients
 
 
-def test_a_gradient_equals_that_of_plain_autograd(trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray) -> None:
+def test_a_gradient_equals_that_of_plain_autograd(
+    trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray
+) -> None:
     assert_close(np.stack([flat(trained.of_record(record.examples)) for record in records[:12]]), expected)
 
 
@@ -141,22 +148,30 @@ def test_packed_records_have_the_gradients_of_each_alone(
     assert_close(projected_gradients(trained, Projection(25), examples).numpy(), alone)
 
 
-def test_examples_of_one_record_share_a_loss(trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray) -> None:
+def test_examples_of_one_record_share_a_loss(
+    trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray
+) -> None:
     one, two = records[0].examples[0], records[1].examples[0]
-    weights = [sum(w for w, label in zip(e.weights[1:], e.labels[1:], strict=True) if label != IGNORE) for e in (one, two)]
+    weights = [
+        sum(w for w, label in zip(e.weights[1:], e.labels[1:], strict=True) if label != IGNORE) for e in (one, two)
+    ]
     mean = (weights[0] * expected[0] + weights[1] * expected[1]) / sum(weights)
     assert_close(projected_gradients(trained, WHOLE, [(one, two)]).numpy()[0], mean)
     assert_close(flat(trained.of_record((one, two))), mean)
 
 
-def test_a_record_without_a_trained_token_has_the_gradient_zero(trained: TrainedModel, records: list[TrainedRecord]) -> None:
+def test_a_record_without_a_trained_token_has_the_gradient_zero(
+    trained: TrainedModel, records: list[TrainedRecord]
+) -> None:
     one = records[0].examples[0]
     silent = Example(one.input_ids, (IGNORE,) * len(one.labels), (0.0,) * len(one.weights))
     found = projected_gradients(trained, WHOLE, [(silent,), records[1].examples]).numpy()
     assert not found[0].any() and found[1].any()
 
 
-def test_a_step_along_the_gradient_of_a_span_makes_it_more_likely(trained: TrainedModel, records: list[TrainedRecord]) -> None:
+def test_a_step_along_the_gradient_of_a_span_makes_it_more_likely(
+    trained: TrainedModel, records: list[TrainedRecord]
+) -> None:
     import torch
 
     example = records[0].examples[0]
@@ -176,17 +191,22 @@ def test_a_step_along_the_gradient_of_a_span_makes_it_more_likely(trained: Train
     assert gained == pytest.approx(step * size, rel=0.05)
 
 
-def test_a_weakened_model_has_half_of_the_adapter_and_answers_as_before(work: Path, tiny_model: Path, records: list[TrainedRecord]) -> None:
+def test_a_weakened_model_has_half_of_the_adapter_and_answers_as_before(
+    work: Path, tiny_model: Path, records: list[TrainedRecord]
+) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     full = TrainedModel.load(work / "adapter", tiny_model, COMPUTE, "adapter@x")
     asked = records[0].examples[0]
-    likely, before = full.log_probability(asked), {name: weight.detach().clone() for name, weight in full.weights.items()}
+    likely = full.log_probability(asked)
+    before = {name: weight.detach().clone() for name, weight in full.weights.items()}
     weak = full.weakened()
     assert weak.is_weakened and weak.weakened() is weak
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True).eval()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), work / "adapter", is_trainable=True
+    ).eval()
     with torch.no_grad():
         for name, weight in plain.named_parameters():
             if "lora_B" in name:
@@ -216,7 +236,9 @@ def test_an_error_while_the_model_answers_leaves_it_weakened(
 
 
 @pytest.mark.parametrize(("method", "changes"), [("dora", True), ("adalora", True), ("ia3", False)])
-def test_b_is_halved_where_a_method_has_one(tiny_model: Path, work: Path, tmp_path: Path, method: str, changes: bool) -> None:
+def test_b_is_halved_where_a_method_has_one(
+    tiny_model: Path, work: Path, tmp_path: Path, method: str, changes: bool
+) -> None:
     import torch
 
     shutil.copytree(work / "tokenized", tmp_path / "tokenized")
@@ -254,7 +276,11 @@ def test_other_methods_take_one_record_at_a_time(tiny_model: Path, work: Path, t
     found = trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:2]
     assert lora_layers(model) is None
     gradients = projected_gradients(model, Projection(16), [record.examples for record in found]).numpy()
-    assert gradients.shape == (2, Projection(16).width(model.shapes)) and np.isfinite(gradients).all() and gradients.any(1).all()
+    assert (
+        gradients.shape == (2, Projection(16).width(model.shapes))
+        and np.isfinite(gradients).all()
+        and gradients.any(1).all()
+    )
 
 
 # ---- projections
@@ -265,7 +291,8 @@ def test_inner_products_are_exact_where_nothing_is_projected_and_unbiased_where_
 
     dice = np.random.default_rng(1)
     one, two = (
-        {"w": torch.tensor(dice.normal(size=(40, 30)) + 0.5).float(), "v": torch.tensor(dice.normal(size=7)).float()} for _ in range(2)
+        {"w": torch.tensor(dice.normal(size=(40, 30)) + 0.5).float(), "v": torch.tensor(dice.normal(size=7)).float()}
+        for _ in range(2)
     )
     exact = sum(float((one[name] * two[name]).sum()) for name in one)
     assert float(WHOLE.project(one) @ WHOLE.project(two)) == pytest.approx(exact, rel=1e-5)
@@ -284,7 +311,9 @@ def test_a_projection_has_at_most_the_wanted_numbers_and_no_more_than_the_weight
         if min(rows, columns) <= min(16, numbers):
             assert (height if rows <= columns else width) == min(rows, columns)
         assert projection.shape((columns, rows)) == (width, height) or rows == columns
-    assert projection.shape((576,)) == (1, min(numbers, 576)) and projection.shape((8, 2, 2)) == projection.shape((8, 4))
+    assert projection.shape((576,)) == (1, min(numbers, 576)) and projection.shape((8, 2, 2)) == projection.shape(
+        (8, 4)
+    )
 
 
 def test_signs_depend_on_the_name_alone() -> None:
@@ -342,7 +371,9 @@ def test_what_is_read_are_the_gradients_at_length_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")])
+@pytest.mark.parametrize(
+    "change", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")]
+)
 def test_a_second_moment_that_is_missing_or_damaged_is_computed_from_the_gradients(tmp_path: Path, change: Any) -> None:
     one = GradientStore.at(tmp_path, {}, 10)
     one.build(gradient_of, "x")
@@ -383,12 +414,20 @@ def test_a_damaged_file_is_refused_and_computed_again(tmp_path: Path) -> None:
     assert contents(one) == before
 
 
-def test_a_store_of_another_model_is_never_used(work: Path, tiny_model: Path, records: list[TrainedRecord], tmp_path: Path) -> None:
+def test_a_store_of_another_model_is_never_used(
+    work: Path, tiny_model: Path, records: list[TrainedRecord], tmp_path: Path
+) -> None:
     def at(
-        adapter: Path, of: list[TrainedRecord] = records, projection: Projection = WHOLE, dtype: str = "float32", strength: float = 0.5
+        adapter: Path,
+        of: list[TrainedRecord] = records,
+        projection: Projection = WHOLE,
+        dtype: str = "float32",
+        strength: float = 0.5,
     ) -> GradientStore:
         hashes = [md5_of_folder(listing_of(folder)) for folder in (adapter, tiny_model)]
-        return GradientStore.at(tmp_path, identity_of(*hashes, of, projection, {"dtype": dtype}, 0.0, strength), len(of))
+        return GradientStore.at(
+            tmp_path, identity_of(*hashes, of, projection, {"dtype": dtype}, 0.0, strength), len(of)
+        )
 
     first = at(work / "adapter")
     assert at(work / "adapter").folder == first.folder
@@ -446,14 +485,18 @@ def dense_scores(rows: np.ndarray, questions: np.ndarray, damping: float) -> np.
 
 
 @pytest.mark.parametrize(("count", "damping"), [(60, 1.0), (400, 0.01 * 400)])
-def test_scores_are_those_of_the_damped_inverse_of_the_second_moment(count: int, damping: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_the_damped_inverse_of_the_second_moment(
+    count: int, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ranking, "BLOCK", 7 * 40 * 4)  # seven records at a time
     dice = np.random.default_rng(3)
     rows = of_length_one(dice.normal(size=(count, 40)) + 0.7).astype(np.float16)
     questions = (dice.normal(size=(4, 40)) + 0.7).astype(np.float32)
     found = second_moment.scores(SecondMoment.of(rows), rows, questions)
     assert np.allclose(found, dense_scores(rows.astype(np.float64), questions, damping), atol=1e-5)
-    assert np.abs(found).max() < np.abs(ranking.cosines(rows, questions)).max(), "what they have in common counts little"
+    assert np.abs(found).max() < np.abs(ranking.cosines(rows, questions)).max(), (
+        "what they have in common counts little"
+    )
     assert not second_moment.scores(SecondMoment.of(rows), rows, np.zeros((1, 40), np.float32)).any()
     assert np.allclose(second_moment.scores(SecondMoment.of(rows), rows, questions[1:2])[0], found[1], atol=1e-6), (
         "questions do not depend on each other"
@@ -472,7 +515,10 @@ def test_a_sample_stands_for_all_records(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(set(chosen.tolist())) == 300 and (chosen == second_moment.sample(600)).all()
     near = SecondMoment.of(rows)
     assert near.inner.shape == (300, 300)
-    assert all(np.corrcoef(one, other)[0, 1] > 0.95 for one, other in zip(second_moment.scores(near, rows, questions), exact, strict=True))
+    assert all(
+        np.corrcoef(one, other)[0, 1] > 0.95
+        for one, other in zip(second_moment.scores(near, rows, questions), exact, strict=True)
+    )
     twice = np.empty((600, 300), np.float16)
     twice[chosen], twice[np.setdiff1d(np.arange(600), chosen)] = rows[:300], rows[:300]
     damping = 0.01 * 600
@@ -483,7 +529,9 @@ def test_a_sample_stands_for_all_records(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-def test_a_record_that_is_like_the_question_in_what_is_rare_comes_before_those_that_are_like_it_in_what_all_share() -> None:
+def test_a_record_that_is_like_the_question_in_what_is_rare_comes_before_those_that_are_like_it_in_what_all_share() -> (
+    None
+):
     dice = np.random.default_rng(5)
     rows = dice.normal(size=(200, 300)) * 0.04
     rows[:, 0] += 1.0  # all share this
@@ -511,7 +559,8 @@ def test_words_are_those_of_prompt_and_asked_part_together() -> None:
 
 
 def test_a_score_in_which_nothing_is_far_from_the_others_changes_little() -> None:
-    """A record comes first that is far from the others by its gradient, by the words of the prompt, or by those of the asked part alone."""
+    """A record comes first that is far from the others by its gradient, by the
+    words of the prompt, or by those of the asked part alone."""
     dice = np.random.default_rng(4)
     noise = np.stack([0.01 * dice.normal(size=200), dice.gamma(2.0, size=200), dice.gamma(2.0, size=200)])
     for i, far in enumerate((0.3, 60.0, 60.0)):
@@ -529,7 +578,8 @@ def test_records_without_a_word_in_common_share_the_last_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "tenth", "expected"), [(12.0, 3.0, True), (12.0, 7.0, False), (5.9, 1.0, False), (6.0, 3.0, True), (12.0, -1.0, True)]
+    ("first", "tenth", "expected"),
+    [(12.0, 3.0, True), (12.0, 7.0, False), (5.9, 1.0, False), (6.0, 3.0, True), (12.0, -1.0, True)],
 )
 def test_few_records_stand_out_and_a_crowd_does_not(first: float, tenth: float, expected: bool) -> None:
     z = np.array([*([-2.0] * 50), *([tenth] * 9), first])
@@ -548,10 +598,14 @@ def test_equal_scores_have_no_distance() -> None:
 def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat, a red one."}]
     asked = tokenize(tiny_tokenizer, messages, "red")
-    kept = [token for token, label in zip(asked.example.input_ids, asked.example.labels, strict=True) if label != IGNORE]
+    kept = [
+        token for token, label in zip(asked.example.input_ids, asked.example.labels, strict=True) if label != IGNORE
+    ]
     assert tiny_tokenizer.decode(kept) == "redred" and [asked.turn[a:b] for a, b in asked.spans] == ["red", "red"]
     whole = tokenize(tiny_tokenizer, messages, None)
-    kept = [token for token, label in zip(whole.example.input_ids, whole.example.labels, strict=True) if label != IGNORE]
+    kept = [
+        token for token, label in zip(whole.example.input_ids, whole.example.labels, strict=True) if label != IGNORE
+    ]
     assert tiny_tokenizer.decode(kept) == "A red hat, a red one.<|im_end|>"
     assert list(whole.example.input_ids) == encode(tiny_tokenizer, messages)[0]
 
@@ -590,7 +644,10 @@ def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: 
 
 
 def test_a_step_with_several_examples_of_a_record_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"model": "adapter@x", "example_id": "a", "step": step, "source": "s.jsonl", "source_row": 0} for step in (1, 1, 2, 5, 5, 5)]
+    rows = [
+        {"model": "adapter@x", "example_id": "a", "step": step, "source": "s.jsonl", "source_row": 0}
+        for step in (1, 1, 2, 5, 5, 5)
+    ]
     monkeypatch.setattr(why, "trained_on", lambda _: (pl.DataFrame(rows), []))
     found: Any = SimpleNamespace(subject=None, run=SimpleNamespace(address="adapter@x"))
     assert why.places_of(found) == {"a": {"source": "s.jsonl", "source_row": 0, "steps": [1, 2, 5]}}
@@ -617,7 +674,9 @@ def test_only_the_weights_of_the_records_change(work: Path, tmp_path: Path, reco
             part = slice(start, start + length)
             assert list(other["weights"][part]) == ([0.0] * length if name in out else list(one["weights"][part]))
             start += length
-    assert (tmp_path / "tokenized/validation.parquet").read_bytes() == (work / "tokenized/validation.parquet").read_bytes()
+    assert (tmp_path / "tokenized/validation.parquet").read_bytes() == (
+        work / "tokenized/validation.parquet"
+    ).read_bytes()
 
 
 def test_a_record_of_weight_zero_has_no_share_in_the_gradient_of_its_row(
@@ -635,7 +694,9 @@ def test_a_row_that_would_be_empty_is_refused(work: Path, tmp_path: Path) -> Non
         proof.zero_weights(work / "tokenized", tmp_path / "tokenized", row)
 
 
-def test_random_sets_are_as_large_without_the_first_records_and_shared_between_questions(work: Path, records: list[TrainedRecord]) -> None:
+def test_random_sets_are_as_large_without_the_first_records_and_shared_between_questions(
+    work: Path, records: list[TrainedRecord]
+) -> None:
     names = [record.example_id for record in records]
     found = list(islice(proof.draws(names, names[:3], "model", work / "tokenized"), 20))
     assert all(len({*one}) == 3 and {*one}.isdisjoint(names[:3]) and {*one} <= {*names} for one in found)
@@ -668,9 +729,16 @@ def test_no_random_set_comes_twice(tmp_path: Path) -> None:
 def test_a_change_for_the_better_is_not_called_chance() -> None:
     verdict = proof.Verdict(-40.0, (0.1, -0.2, 0.0))
     shown = lines_of_proof(
-        {"left_out": 1, "identical": True, "change": verdict.change, "draws": [*verdict.of_draws], "difference": verdict.change - verdict.mean,
-         "interval": [*verdict.interval], "supported": verdict.supported}
-    )  # fmt: skip
+        {
+            "left_out": 1,
+            "identical": True,
+            "change": verdict.change,
+            "draws": [*verdict.of_draws],
+            "difference": verdict.change - verdict.mean,
+            "interval": [*verdict.interval],
+            "supported": verdict.supported,
+        }
+    )
     assert "NOT supported" in shown[-1] and "explain" not in shown[-1]
 
 
@@ -693,7 +761,10 @@ def test_a_random_set_is_called_supported_in_one_of_forty() -> None:
 
 def test_the_system_prompt_is_that_of_the_records_of_the_training_only(tiny_model: Path, tmp_path: Path) -> None:
     def record(system: str, prompt: str) -> dict[str, Any]:
-        messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", prompt), ("assistant", "Yes."))]
+        messages = [
+            {"role": role, "content": text}
+            for role, text in (("system", system), ("user", prompt), ("assistant", "Yes."))
+        ]
         return {"example_id": example_id(messages), "messages": messages}
 
     def prompts(used: list[dict[str, Any]], split: list[dict[str, Any]]) -> Any:
@@ -706,14 +777,18 @@ def test_the_system_prompt_is_that_of_the_records_of_the_training_only(tiny_mode
     one, two, other = record("You help.", "Hat?"), record("You help.", "Box?"), record("You sing.", "Bag?")
     assert prompts([one, two], [one, two, other]) == {"You help."}
     assert prompts([one, other], [one, two, other]) == {"You help.", "You sing."}
-    assert prompts([one, two], [one, other]) is None, "the split of another run does not say what this model was trained with"
+    assert prompts([one, two], [one, other]) is None, (
+        "the split of another run does not say what this model was trained with"
+    )
 
 
 def test_a_model_whose_files_were_changed_does_not_answer(tmp_path: Path) -> None:
     folder = tmp_path / "data/merged/x"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    run = SimpleNamespace(address="merged@x", path="data/merged/x", md5=md5_of_folder(listing_of(folder)), in_workspace=True)
+    run = SimpleNamespace(
+        address="merged@x", path="data/merged/x", md5=md5_of_folder(listing_of(folder)), in_workspace=True
+    )
     found: Any = SimpleNamespace(root=tmp_path, folder=tmp_path / "data/adapter/x", subject=SimpleNamespace(run=run))
     assert answering(found) == folder
     (folder / "config.json").write_text('{"a": 1}')
@@ -727,8 +802,10 @@ def test_a_model_whose_files_were_changed_does_not_answer(tmp_path: Path) -> Non
 
 
 def a_document(**more: Any) -> dict[str, Any]:
-    hit = {"rank": 1, "example_id": "0123456789", "source": "a.jsonl", "source_row": 3, "steps": [1, 5], "split": "train", "prompt": "<b>Hat?</b>",
-           "answer": "A red one.", "gradient": {"rank": 1, "score": 0.5, "z": 7.0}, "bm25": {"rank": 2, "score": 1.5}}  # fmt: skip
+    hit = {"rank": 1, "example_id": "0123456789", "source": "a.jsonl", "source_row": 3, "steps": [1, 5],
+        "split": "train", "prompt": "<b>Hat?</b>",
+           "answer": "A red one.", "gradient": {"rank": 1, "score": 0.5, "z": 7.0},
+           "bm25": {"rank": 2, "score": 1.5}}  # fmt: skip
     return {
         "model": {"asked": "lora", "stage": "adapter@lora", "path": "data/adapter/lora", "md5": "0" * 32},
         "question": {
@@ -770,7 +847,8 @@ def test_the_page_marks_what_was_asked_and_escapes_texts() -> None:
 def test_the_page_says_whether_the_check_supports_the_list(supported: bool) -> None:
     from dagster_project.views.why import why_page
 
-    checked = {"left_out": 5, "log_probability": -1.0, "identical": True, "change": 2.0, "draws": [0.1, -0.2], "mean_of_draws": -0.05,
+    checked = {"left_out": 5, "log_probability": -1.0, "identical": True, "change": 2.0, "draws": [0.1, -0.2],
+        "mean_of_draws": -0.05,
                "difference": 2.05, "interval": [0.5 if supported else -0.5, 4.0], "supported": supported}  # fmt: skip
     page = why_page(a_document(proof=checked))
     assert 'id="check"' in page and ("Not supported." in page) == (not supported) and page.count("<circle") == 3

@@ -1,4 +1,5 @@
-"""Whether records stand out for a question, judged by questions of the validation split: parts of answers, excess and p-value."""
+"""Whether records stand out for a question, judged by questions of the
+validation split: parts of answers, excess and p-value."""
 
 from __future__ import annotations
 
@@ -93,7 +94,9 @@ def test_of_questions_that_are_drawn_alike_a_share_of_alpha_stands_out() -> None
 
 def test_a_p_value_that_is_just_above_the_limit_is_not_shown_as_the_limit() -> None:
     distribution = {"stands_out": False, "first": 0.5, "median": 0.0, "z_of_first": 7.0, "z_of_tenth": 3.0}
-    [verdict, _] = _verdict_lines(distribution | {"compared": {"questions": 96, "excess": 0.1, "p": round(10 / 97, 4)}}, 427)
+    [verdict, _] = _verdict_lines(
+        distribution | {"compared": {"questions": 96, "excess": 0.1, "p": round(10 / 97, 4)}}, 427
+    )
     assert verdict.startswith("nothing stands out") and "p 0.103 (records stand out up to 0.1)" in verdict
 
 
@@ -105,10 +108,19 @@ def test_parts_of_the_same_answer_do_not_hide_each_other() -> None:
     assert found.tolist() == pytest.approx([0.9, 0.9, 0, 0, 0, 0])
 
 
-def test_near_copies_in_the_validation_split_do_not_hide_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_copies_in_the_validation_split_do_not_hide_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def record(i: int, group: str) -> dict[str, object]:
         messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]
-        return {"example_id": f"{i}", "source": "a", "messages": messages, "category": None, "group_id": group, "meta": json.dumps({})}
+        return {
+            "example_id": f"{i}",
+            "source": "a",
+            "messages": messages,
+            "category": None,
+            "group_id": group,
+            "meta": json.dumps({}),
+        }
 
     write_records(tmp_path / why_calibration.VALIDATION, [record(i, f"{i // 2}") for i in range(2 * LEAST)])
     monkeypatch.setattr(why_calibration, "_is_of_another_training", lambda found: False)

@@ -1,4 +1,5 @@
-"""`pedigree why` as a command, on a project in which a small adapter was trained: the index, a question, the check by training again, refusals."""
+"""`pedigree why` as a command, on a project in which a small adapter was
+trained: the index, a question, the check by training again, refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def files(root: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in stores(root)[0].iterdir()}
 
 
-def test_a_question_ranks_records_of_the_training_only(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_question_ranks_records_of_the_training_only(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     page = tmp_path / "why.html"
     assert why(root, *QUESTION, "--top", "5", "--json", "--html", str(page)) == 0
     found = document(capsys)
@@ -60,9 +63,15 @@ def test_a_question_ranks_records_of_the_training_only(root: Path, capsys: pytes
     assert [hit["rank"] for hit in found["hits"]] == [1, 2, 3, 4, 5]
     for hit in found["hits"]:
         assert hit["steps"] == [row["step"] for row in used if row["example_id"] == hit["example_id"]] and hit["steps"]
-    assert found["question"]["span"] == "blue" and found["question"]["tokens"] == 4 and found["question"]["log_probability"] < 0
+    assert (
+        found["question"]["span"] == "blue"
+        and found["question"]["tokens"] == 4
+        and found["question"]["log_probability"] < 0
+    )
     assert sum(found["distribution"]["counts"]) == 28
-    assert "has not all records of this training" in found["notes"][0], "this project has no split, so no system prompt is known"
+    assert "has not all records of this training" in found["notes"][0], (
+        "this project has no split, so no system prompt is known"
+    )
     html = page.read_text()
     assert (
         "<mark>blue</mark>" in html
@@ -96,15 +105,22 @@ def validation(root: Path, count: int, text: str = "red") -> list[tuple[str, str
     colors, asked, records = ("red", "blue", "green", "gold"), [], []
     for i in range(count):
         parts = [f"In the {colors[i % 4] if i else text} box.", f"It has {i} doors."]
-        messages = [{"role": "user", "content": f"Where is hat {i}?"}, {"role": "assistant", "content": " ".join(parts)}]
-        records.append({"example_id": example_id(messages), "source": "a.jsonl", "messages": messages, "category": None})
+        messages = [
+            {"role": "user", "content": f"Where is hat {i}?"},
+            {"role": "assistant", "content": " ".join(parts)},
+        ]
+        records.append(
+            {"example_id": example_id(messages), "source": "a.jsonl", "messages": messages, "category": None}
+        )
         asked += [(messages[0]["content"], part) for part in parts]
     shutil.rmtree(root / "data/splits/validation", ignore_errors=True)
     write_records(root / "data/splits/validation", records)
     return asked
 
 
-def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_question_is_compared_with_those_of_the_validation_split(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert why(root, *QUESTION, "--json") == 0
     found = document(capsys)
     assert found["distribution"]["compared"] is None and any("which is often wrong" in note for note in found["notes"])
@@ -113,13 +129,18 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
     index = document(capsys)["index"]
     assert index["computed"] == 0 and index["questions"] == len(asked) == 24
     before = files(root)
-    assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 24 and files(root) == before
+    assert (
+        why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 24 and files(root) == before
+    )
     page = tmp_path / "why.html"
     assert why(root, *QUESTION, "--json", "--html", str(page)) == 0
     found = document(capsys)
     compared = found["distribution"]["compared"]
     assert compared["questions"] == 24 and found["distribution"]["stands_out"] == (compared["p"] <= 0.1)
-    assert not any("which is often wrong" in note for note in found["notes"]) and "24 questions of the validation split" in page.read_text()
+    assert (
+        not any("which is often wrong" in note for note in found["notes"])
+        and "24 questions of the validation split" in page.read_text()
+    )
     assert why(root, *QUESTION) == 0
     assert f"p {compared['p']:.3f} (" in capsys.readouterr().out
 
@@ -143,7 +164,9 @@ def test_a_question_is_compared_with_those_of_the_validation_split(root: Path, c
     alike = why_calibration.cosines_of(target)
     far = np.abs(alike[:, None] - (np.stack(expected) @ stored.units.astype(np.float32).T)[None]).max(2)
     assert np.allclose(known.scores, stored.scores(np.stack(expected)[far.argmin(1)]), atol=2e-3)
-    assert far.min(1).max() < 2e-3 and sorted(far.argmin(1).tolist()) == list(range(24)), "each stored question is another one of these"
+    assert far.min(1).max() < 2e-3 and sorted(far.argmin(1).tolist()) == list(range(24)), (
+        "each stored question is another one of these"
+    )
     assert sorted(known.owners.tolist()) == [i // 2 for i in range(24)]
 
 
@@ -169,11 +192,15 @@ def test_many_records_are_answered_from_few_gradients_and_a_note_says_so(
     assert [hit["gradient"]["score"] for hit in found["hits"]] == [
         round(float(scores[numbers[hit["example_id"]]]), 4) for hit in found["hits"]
     ]
-    assert found["distribution"]["compared"]["questions"] == 24 and found["distribution"]["first"] <= round(float(scores.max()), 4)
+    assert found["distribution"]["compared"]["questions"] == 24 and found["distribution"]["first"] <= round(
+        float(scores.max()), 4
+    )
     assert why(root, *QUESTION) == 0 and "estimates from sketches" in capsys.readouterr().out
 
 
-def test_questions_of_another_split_and_damaged_ones_are_not_used(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_of_another_split_and_damaged_ones_are_not_used(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def questions() -> Any:
         assert why(root, *QUESTION, "--json") == 0
         return (document(capsys)["distribution"]["compared"] or {}).get("questions")
@@ -208,7 +235,9 @@ def test_the_validation_split_of_another_training_is_not_asked_about(
     recorded[1] = ("out", "validation", "0" * 32)
     assert why(root, *QUESTION, "--json") == 0
     found = document(capsys)
-    assert found["distribution"]["compared"] is None and any("is not the split of the training" in note for note in found["notes"])
+    assert found["distribution"]["compared"] is None and any(
+        "is not the split of the training" in note for note in found["notes"]
+    )
     assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
     recorded.clear()  # as in a clone that never had the files of that data set
     read = SimpleNamespace(inputs=(("data/splits", "data/splits", md5_of_folder(listing_of(root / "data/splits"))),))
@@ -218,7 +247,9 @@ def test_the_validation_split_of_another_training_is_not_asked_about(
     assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
 
 
-def test_the_answer_of_the_model_is_explained_where_none_is_given(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_of_the_model_is_explained_where_none_is_given(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = why(root, "--prompt", "Where is my hat?", "--json")
     if code == 2 and "empty" in capsys.readouterr().err:
         pytest.skip("this random model says nothing")
@@ -254,7 +285,9 @@ def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_su
     assert damaged.read_bytes() == intact and "other" not in note.read_text()
 
 
-def test_the_check_waits_for_nobody_and_trains_nothing_while_the_stage_is_in_use(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_waits_for_nobody_and_trains_nothing_while_the_stage_is_in_use(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(holder: str) -> None:
         raise AssertionError(holder)
 
@@ -317,7 +350,9 @@ def test_without_an_index_the_next_step_is_named(root: Path, capsys: pytest.Capt
     assert main(["why", "nothing@here", "--index", "--project", str(root)]) == 2
 
 
-def test_a_question_reads_the_history_once(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_reads_the_history_once(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     resolved, connect = list[Resolver](), Resolver.connect
     monkeypatch.setattr(Resolver, "connect", lambda resolver: (resolved.append(resolver), connect(resolver)))
     assert why(trained, *QUESTION) == 0
@@ -331,7 +366,9 @@ def test_an_audit_lists_the_gradients_of_the_very_model(root: Path, capsys: pyte
 
     [store] = stores(root)
     size = sum(path.stat().st_size for path in store.glob("*.safetensors"))
-    assert listed() == [{"stage": MODEL, "folder": store.relative_to(root).as_posix(), "records": 28, "of": 28, "bytes": size}]
+    assert listed() == [
+        {"stage": MODEL, "folder": store.relative_to(root).as_posix(), "records": 28, "of": 28, "bytes": size}
+    ]
     assert main(["audit", MODEL, "--project", str(root)]) == 0
     assert f"{MODEL}: {store.relative_to(root).as_posix()}, 28 of 28 records" in capsys.readouterr().out
     manifest = json.loads((store / "store.json").read_text())
@@ -339,7 +376,9 @@ def test_an_audit_lists_the_gradients_of_the_very_model(root: Path, capsys: pyte
         (store / "store.json").write_text(json.dumps(damaged))
         assert listed() is None, "a damaged store is listed by nobody, and an audit needs none"
     (store / "store.json").write_text(json.dumps(manifest | {"records": 32 + 28}))
-    assert [(one["records"], one["of"], one["bytes"]) for one in listed()] == [(32, 60, size)], "it was interrupted after one file"
+    assert [(one["records"], one["of"], one["bytes"]) for one in listed()] == [(32, 60, size)], (
+        "it was interrupted after one file"
+    )
     assert main(["audit", MODEL, "--project", str(root)]) == 0
     assert "32 of 60 records" in capsys.readouterr().out
     manifest["identity"]["adapter"] = "0" * 64

@@ -1,5 +1,5 @@
-"""`pedigree why` about models that were trained on pairs: gradients equal those of the loss as its paper writes it, by plain autograd, and what cannot be
-attributed is refused."""
+"""`pedigree why` about models that were trained on pairs: gradients equal those of the loss as its paper writes it, by
+plain autograd, and what cannot be attributed is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from dagster_project.__main__ import main
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_records
 from dagster_project.lineage.attribution.owners import stores_of
-from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records, trained_names
+from dagster_project.lineage.attribution.pairs import (
+    AlignedModel,
+    DpoLoss,
+    RewardedModel,
+    gradients_of_pairs,
+    pair_records,
+    trained_names,
+)
 from dagster_project.lineage.attribution.per_record import lora_layers
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.store import GRADIENTS
@@ -37,7 +44,10 @@ ENTRY = {
     "max_new_tokens": 4,
     "per_device_train_batch_size": 4,
 }
-VARIANTS = {"x": {**ENTRY, "method": "dpo", "options": {"beta": 0.3, "label_smoothing": 0.1}}, "k": {**ENTRY, "method": "kto"}}
+VARIANTS = {
+    "x": {**ENTRY, "method": "dpo", "options": {"beta": 0.3, "label_smoothing": 0.1}},
+    "k": {**ENTRY, "method": "kto"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray, bound: float = 2e-5) -
 
 
 def turns(tokenizer: Any, pair: dict[str, Any], side: str) -> tuple[list[int], int]:
-    """Ids of a prompt with an answer, as the chat template writes it at once, and the number of tokens of the prompt."""
+    """Ids of a prompt with an answer, as the chat template writes it at once,
+    and the number of tokens of the prompt."""
     prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template([*pair["prompt"], *pair[side]], return_dict=False)
     assert whole[: len(prompt)] == prompt
@@ -73,7 +84,8 @@ def turns(tokenizer: Any, pair: dict[str, Any], side: str) -> tuple[list[int], i
 
 
 def plain_dpo(root: Path, pairs: list[dict[str, Any]]) -> np.ndarray:
-    """Full gradient of the loss of each pair: equation 7 of the paper with PEFT's layers, transformers' attention and autograd alone."""
+    """Full gradient of the loss of each pair: equation 7 of the paper with
+    PEFT's layers, transformers' attention and autograd alone."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -94,7 +106,11 @@ def plain_dpo(root: Path, pairs: list[dict[str, Any]]) -> np.ndarray:
         ratio = 0.3 * ((likely(pair, "chosen") - reference[0]) - (likely(pair, "rejected") - reference[1]))
         loss = -0.9 * torch.log(torch.sigmoid(ratio)) - 0.1 * torch.log(torch.sigmoid(-ratio))
         loss.backward()
-        found.append(flat({name: weight.grad.numpy().copy() for name, weight in model.named_parameters() if weight.requires_grad}))
+        found.append(
+            flat(
+                {name: weight.grad.numpy().copy() for name, weight in model.named_parameters() if weight.requires_grad}
+            )
+        )
     return np.stack(found)
 
 
@@ -108,7 +124,9 @@ def test_gradients_of_dpo_are_those_of_its_loss(root: Path, monkeypatch: pytest.
     records, _ = pair_records(root / "data/aligned/x", root / "data/preferences", tokenizer(root))
     assert [record.example_id for record in records] == [pair["example_id"] for pair in by_id(root)]
     expected = plain_dpo(root, by_id(root)[:6])
-    model = AlignedModel.aligned(root / "data/aligned/x", root / "data/merged/lora", COMPUTE, "aligned@x", DpoLoss(0.3, 0.1))
+    model = AlignedModel.aligned(
+        root / "data/aligned/x", root / "data/merged/lora", COMPUTE, "aligned@x", DpoLoss(0.3, 0.1)
+    )
     examples = [record.examples for record in records[:6]]
     assert lora_layers(model) is not None, "otherwise they would not be packed"
     assert_close(gradients_of_pairs(model, WHOLE, examples).numpy(), expected)
@@ -118,7 +136,9 @@ def test_gradients_of_dpo_are_those_of_its_loss(root: Path, monkeypatch: pytest.
     projected = [gradients_of_pairs(model, Projection(64, seed), examples).numpy() for seed in range(40)]
     products, exact = np.stack([one @ one.T for one in projected]), expected @ expected.T
     error = products.std(0) / len(products) ** 0.5
-    assert (np.abs(products.mean(0) - exact) <= 5 * error).all(), "inner products of projected gradients estimate those of the gradients"
+    assert (np.abs(products.mean(0) - exact) <= 5 * error).all(), (
+        "inner products of projected gradients estimate those of the gradients"
+    )
     assert error.max() < 0.2 * np.abs(exact).max()
 
 
@@ -134,29 +154,47 @@ def test_gradients_of_a_reward_model_are_those_of_its_loss_at_the_weights_that_w
     moved = {name for name, weight in plain.named_parameters() if not torch.equal(weight, before[name])}
     words, margin, center = tokenizer(root), 0.5, 0.01
     given = settings | {"center_rewards_coefficient": center}
-    model = RewardedModel.load(folder, given, COMPUTE, {record.example_id: margin for record in records}, "reward_model")
-    assert model.weights.keys() == moved and "score.weight" in moved, "LoRA and the output layer changed these weights, and no others"
+    model = RewardedModel.load(
+        folder, given, COMPUTE, {record.example_id: margin for record in records}, "reward_model"
+    )
+    assert model.weights.keys() == moved and "score.weight" in moved, (
+        "LoRA and the output layer changed these weights, and no others"
+    )
     for record, pair in list(zip(records, by_id(root), strict=True))[:4]:
         plain.zero_grad()
         good, bad = (plain(torch.tensor([turns(words, pair, side)[0]])).logits[0, 0] for side in ("chosen", "rejected"))
         (-torch.log(torch.sigmoid(good - bad - margin)) + center * (good + bad) ** 2).backward()
-        assert_close(flat(model.of_record(record)), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}))
+        assert_close(
+            flat(model.of_record(record)),
+            flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}),
+        )
         plain.zero_grad()
         (-plain(torch.tensor([turns(words, pair, "chosen")[0]])).logits[0, 0]).backward()
         reward, gradient = model.of_answer(record.examples[0])
         assert reward == pytest.approx(float(good), rel=1e-4)
-        assert_close(flat(gradient), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved}))
+        assert_close(
+            flat(gradient), flat({name: w.grad.numpy() for name, w in plain.named_parameters() if name in moved})
+        )
 
 
 @pytest.mark.parametrize(
-    ("bias", "expected"), [("none", set()), ("lora_only", {"q_proj"}), ("all", {"q_proj", "k_proj", "v_proj", "o_proj"})]
+    ("bias", "expected"),
+    [("none", set()), ("lora_only", {"q_proj"}), ("all", {"q_proj", "k_proj", "v_proj", "o_proj"})],
 )
 def test_biases_that_lora_trained_are_among_the_weights_of_a_reward_model(bias: str, expected: set[str]) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 16,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(**sizes, num_labels=1, attention_bias=True)
-    found = trained_names(LlamaForSequenceClassification(config), {"target_modules": ["q_proj"], "bias": bias}, "reward_model")
+    found = trained_names(
+        LlamaForSequenceClassification(config), {"target_modules": ["q_proj"], "bias": bias}, "reward_model"
+    )
     layer = "model.layers.0.self_attn"
     assert found == {"score.weight", f"{layer}.q_proj.weight", *(f"{layer}.{name}.bias" for name in expected)}
 
@@ -165,7 +203,9 @@ def why(root: Path, *arguments: str) -> int:
     return main(["why", *arguments, "--project", str(root)])
 
 
-def test_the_reward_of_a_question_is_that_by_which_the_model_scores_answers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reward_of_a_question_is_that_by_which_the_model_scores_answers(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     from dagster_project.training.trainers.alignment.reward_model import RewardModel
@@ -186,7 +226,11 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
     assert why(root, *asked, "--index", "--json", "--html", str(page)) == 0
     document = json.loads(capsys.readouterr().out)
     used = {row["example_id"] for row in read_table(root / "data" / model.replace("@", "/") / "examples.parquet")}
-    assert document["records"] == len(used) == 12 and document["index"]["computed"] == 12 and measure in document["question"]
+    assert (
+        document["records"] == len(used) == 12
+        and document["index"]["computed"] == 12
+        and measure in document["question"]
+    )
     pairs = {pair["example_id"]: pair for pair in by_id(root)}
     for hit in document["hits"]:
         pair = pairs[hit["example_id"]]
@@ -196,7 +240,11 @@ def test_a_question_about_a_model_of_pairs_ranks_pairs(
             pair["rejected"][0]["content"],
         )
     assert "rejected answer" in page.read_text()
-    note = "preference pairs; what data/merged/lora was trained on before is not ranked: ask it" if "@" in model else "preference pairs"
+    note = (
+        "preference pairs; what data/merged/lora was trained on before is not ranked: ask it"
+        if "@" in model
+        else "preference pairs"
+    )
     assert document["notes"][-2] == f"the records are {note}", "nothing before the base model can be asked"
     assert "--prove" not in document["notes"][-1], "it is refused for pairs"
     [judged] = [one for one in document["notes"] if "which is often wrong" in one]
@@ -222,14 +270,19 @@ def test_answers_without_text_such_as_calls_are_shown_each_by_its_tokens(root: P
 
 
 @pytest.mark.parametrize("model", ["aligned@x", "reward_model"])
-def test_edited_pairs_and_another_model_to_start_from_are_refused(root: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+def test_edited_pairs_and_another_model_to_start_from_are_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
     start = "data/merged/lora" if "@" in model else "data/base_model"
     for path in ("data/preferences/train/extra.parquet", f"{start}/extra.safetensors"):
         (root / path).write_bytes(b"x")
         assert why(root, model, "--prompt", "q3", "--answer", "aaaa", "--index") == 2
         (root / path).unlink()
         shown = capsys.readouterr()
-        assert f"{path.rpartition('/')[0].removesuffix('/train')} in the workspace is not the one of this training" in shown.err
+        assert (
+            f"{path.rpartition('/')[0].removesuffix('/train')} in the workspace is not the one of this training"
+            in shown.err
+        )
         assert "Traceback" not in shown.err and not shown.out
 
 
@@ -243,7 +296,9 @@ def test_edited_pairs_and_another_model_to_start_from_are_refused(root: Path, ca
         (("aligned@x", "--suspects"), "preference pairs"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(root: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_asked_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
     assert why(root, *arguments) == 2
     shown = capsys.readouterr()
     assert said in shown.err and "Traceback" not in shown.err and not shown.out

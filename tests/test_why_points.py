@@ -1,4 +1,5 @@
-"""`pedigree why --checkpoints` and `--second-moments`: gradients at earlier points of a training, which is run again."""
+"""`pedigree why --checkpoints` and `--second-moments`: gradients at earlier
+points of a training, which is run again."""
 
 from __future__ import annotations
 
@@ -83,23 +84,34 @@ def retraining(found: Target) -> Retraining:
 def untrained(found: Target) -> Any:
     data = TrainingData.read(found.variant, found.entry.method, found.compute, found.tokenized, found.base_model)
     prepared = data.model(found.entry, STEPS)
-    causal(prepared.model).set_attn_implementation("eager")  # written for whole rows: here each example is read by itself
+    causal(prepared.model).set_attn_implementation(
+        "eager"
+    )  # written for whole rows: here each example is read by itself
     return prepared
 
 
 def loss_of_row(model: Any, row: dict[str, Any]) -> torch.Tensor:
-    """Mean loss over the labeled tokens of a packed row, each example read by itself: written without the project's own loss."""
+    """Mean loss over the labeled tokens of a packed row, each example read by
+    itself: written without the project's own loss."""
     losses, at = [], 0
     for length in row["lengths"]:
         ids, labels = (torch.tensor([row[name][at : at + length]]) for name in ("input_ids", "labels"))
         logits = model(input_ids=ids).logits[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="none")[labels[0, 1:] != -100])
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="none")[
+                labels[0, 1:] != -100
+            ]
+        )
         at += length
     return torch.cat(losses).mean()
 
 
 def test_steps_are_equally_spaced_up_to_the_last() -> None:
-    assert steps_of(8, 4) == [2, 4, 6, 8] and steps_of(19, 10) == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19] and steps_of(5, 1) == [5]
+    assert (
+        steps_of(8, 4) == [2, 4, 6, 8]
+        and steps_of(19, 10) == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
+        and steps_of(5, 1) == [5]
+    )
     with pytest.raises(InputError, match="has 2 steps"):
         steps_of(2, 3)
 
@@ -113,7 +125,16 @@ def test_weights_of_a_point_are_those_of_a_training_that_ended_there(indexed: Pa
     shorter = found.entry.model_copy(update={"max_steps": first.point.step})
     out = tmp_path / "adapter"
     out.mkdir()
-    adapter.produce("x", shorter, found.compute, found.tokenized, found.base_model, out, tmp_path / "loss.csv", tmp_path / "checkpoints")
+    adapter.produce(
+        "x",
+        shorter,
+        found.compute,
+        found.tokenized,
+        found.base_model,
+        out,
+        tmp_path / "loss.csv",
+        tmp_path / "checkpoints",
+    )
     kept, trained = first.point.weights(), load_file(out / "adapter_model.safetensors")
     assert kept and len(kept) == len(trained)
     for name, weight in kept.items():
@@ -136,7 +157,9 @@ def test_second_moments_of_the_first_step_are_the_squares_of_its_gradient(root: 
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_stored_gradients_are_those_of_autograd_with_half_of_the_adapter_of_each_point(indexed: Path, scaled: bool) -> None:
+def test_stored_gradients_are_those_of_autograd_with_half_of_the_adapter_of_each_point(
+    indexed: Path, scaled: bool
+) -> None:
     found = target(indexed, MODEL)
     for point in at_points(found, PointSelection(3, scaled)):
         read = point.store.read()
@@ -152,12 +175,20 @@ def test_stored_gradients_are_those_of_autograd_with_half_of_the_adapter_of_each
             named[name].data.copy_(weight / 2 if "lora_B" in name else weight)
         for number in (0, 13, 27):
             [example] = point.records[number].examples
-            row = {"lengths": [len(example.input_ids)], "input_ids": list(example.input_ids), "labels": list(example.labels)}
-            gradients = dict(zip(named, torch.autograd.grad(loss_of_row(model, row), list(named.values())), strict=True))
+            row = {
+                "lengths": [len(example.input_ids)],
+                "input_ids": list(example.input_ids),
+                "labels": list(example.labels),
+            }
+            gradients = dict(
+                zip(named, torch.autograd.grad(loss_of_row(model, row), list(named.values())), strict=True)
+            )
             if scaled:
                 assert isinstance(point, EarlierTarget)
                 moments = load_file(point.point.folder / "moments.safetensors")
-                gradients = {name: gradient / (moments[name].sqrt() + 1e-8).sqrt() for name, gradient in gradients.items()}
+                gradients = {
+                    name: gradient / (moments[name].sqrt() + 1e-8).sqrt() for name, gradient in gradients.items()
+                }
             expected = point.projection.project(gradients).numpy()
             assert np.allclose(lengths[number], np.linalg.norm(expected), rtol=1e-3)
             assert np.allclose(stored[number], expected / np.linalg.norm(expected), atol=2e-3)
@@ -185,18 +216,23 @@ def test_a_score_is_the_mean_of_the_scores_at_the_points(indexed: Path, capsys: 
         assert abs(mean[record.example_id] - score) < 1e-4
 
 
-def test_the_points_are_named_in_every_form_of_the_answer(indexed: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_points_are_named_in_every_form_of_the_answer(
+    indexed: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     options = ("--checkpoints", "3", "--second-moments")
     assert why(indexed, *QUESTION, *options, "--html", str(tmp_path / "why.html")) == 0
     said = (
-        "gradient scores are means over the steps 4, 9 and 14 of the training, of gradients scaled by the second moments of its optimizer"
+        "gradient scores are means over the steps 4, 9 and 14 of the training, of gradients scaled by the second"
+        " moments of its optimizer"
     )
     assert said in capsys.readouterr().out and said in (tmp_path / "why.html").read_text()
     assert why(indexed, *QUESTION, *options, "--json") == 0
     assert document(capsys)["points"] == {"steps": [4, 9, 14], "second_moments": True}
 
 
-def test_an_index_of_points_is_computed_once_and_what_is_damaged_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_of_points_is_computed_once_and_what_is_damaged_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = files(root)
     assert why(root, "--index", "--checkpoints", "3", "--json") == 0
     found = document(capsys)["index"]
@@ -238,7 +274,9 @@ def test_bad_input_is_refused_with_one_message(
     assert code == 2 and said in shown.err and "Traceback" not in shown.err and files(indexed) == before
 
 
-def test_an_interrupted_training_goes_on_and_one_for_other_points_starts_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_goes_on_and_one_for_other_points_starts_anew(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = target(root, MODEL)
     shutil.rmtree(found.store.folder / "points")
     whole = SftSession.step_begins
@@ -334,7 +372,8 @@ def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path
     assert isinstance(end, EarlierTarget) and end.point.at_end
     checkpoint = load_file(end.point.folder / "weights.safetensors")
     saved = {
-        name.replace(".weight", ".default.weight"): weight for name, weight in load_file(found.folder / "adapter_model.safetensors").items()
+        name.replace(".weight", ".default.weight"): weight
+        for name, weight in load_file(found.folder / "adapter_model.safetensors").items()
     }
     assert checkpoint.keys() == saved.keys()
     for name, weight in checkpoint.items():
@@ -343,7 +382,12 @@ def test_points_end_where_the_best_weights_were(tiny_model: Path, tmp_path: Path
 
 @pytest.mark.long
 def test_the_weights_of_full_are_those_that_it_trained(tiny_model: Path, tmp_path: Path) -> None:
-    values = {"method": "full", "peft": {"trainable": [r"layers\.1\..*v_proj"]}, "learning_rate": 1e-3, "num_train_epochs": 1}
+    values = {
+        "method": "full",
+        "peft": {"trainable": [r"layers\.1\..*v_proj"]},
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+    }
     root = training_pipeline.make_project(tmp_path / "project", tiny_model, values)
     assert dvc(root, "repro", "-q").returncode == 0
     found = target(root, MODEL)
@@ -351,13 +395,19 @@ def test_the_weights_of_full_are_those_that_it_trained(tiny_model: Path, tmp_pat
     assert why_checkpoints.index(found, PointSelection(2, True))["computed"] == 56
     first, end = at_points(found, PointSelection(2, True))
     assert first.model.shapes == end.model.shapes == found.model.shapes
-    assert not torch.equal(first.model.weights["model.layers.1.self_attn.v_proj.weight"], next(iter(found.model.weights.values())))
+    assert not torch.equal(
+        first.model.weights["model.layers.1.self_attn.v_proj.weight"], next(iter(found.model.weights.values()))
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "optimizer", "message"),
     [
-        ({}, "adafactor", "adafactor, the optimizer of adapter@x, is not supported: adamw_torch and adamw_torch_fused are"),
+        (
+            {},
+            "adafactor",
+            "adafactor, the optimizer of adapter@x, is not supported: adamw_torch and adamw_torch_fused are",
+        ),
         ({}, "paged_adamw_8bit", "paged_adamw_8bit, the optimizer"),
         ({"method": "adalora"}, "adamw_torch", "checkpoints of adalora do not contain the weights"),
     ],
@@ -373,11 +423,15 @@ def test_trainings_without_such_points_are_refused_before_they_are_repeated(
         asked.refuse_unsupported(scaled=True)
 
 
-def test_the_entry_of_a_training_has_the_number_that_was_chosen_for_a_rank(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_entry_of_a_training_has_the_number_that_was_chosen_for_a_rank(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = target(root, MODEL)
     recorded = found.subject.index.lock_entry(found.run)
     asked = {"variants.x": {**PLAIN, "peft": {**PLAIN["peft"], "r": "auto"}}}
-    monkeypatch.setattr(type(found.subject.index), "lock_entry", lambda index, run: {**recorded, "params": {"params.yaml": asked}})
+    monkeypatch.setattr(
+        type(found.subject.index), "lock_entry", lambda index, run: {**recorded, "params": {"params.yaml": asked}}
+    )
     monkeypatch.setitem(found.training, "chosen", {"peft.r": {"value": 6, "why": "few examples"}})
     assert found.entry.peft == {**PLAIN["peft"], "r": 6}
 
@@ -388,9 +442,18 @@ def test_names_follow_the_groups_of_the_optimizer() -> None:
     model.first = torch.nn.Linear(2, 2)
     model.norm = torch.nn.LayerNorm(2)
     model.last = torch.nn.Linear(2, 3)
-    assert optimizer_order(model) == ["first.weight", "last.weight", "first.bias", "norm.weight", "norm.bias", "last.bias"]
+    assert optimizer_order(model) == [
+        "first.weight",
+        "last.weight",
+        "first.bias",
+        "norm.weight",
+        "norm.bias",
+        "last.bias",
+    ]
     groups = (
-        Trainer(model=model, args=TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)).create_optimizer().param_groups
+        Trainer(model=model, args=TrainingArguments(output_dir="unused", report_to="none", use_cpu=True))
+        .create_optimizer()
+        .param_groups
     )
     shapes = [tuple(weight.shape) for group in groups for weight in group["params"]]
     assert shapes == [tuple(model.get_parameter(name).shape) for name in optimizer_order(model)]
@@ -401,13 +464,18 @@ def test_moments_of_elements_without_a_gradient_give_no_weight(tmp_path: Path) -
     point.write({"a": torch.zeros(3)}, {"a": torch.tensor([0.0, 1e-16, 4.0])})
     scales = point.scales()
     assert scales and torch.allclose(scales["a"], torch.tensor([0.0, 2e-8**-0.5, 2.0**-0.5]))
-    state = {"groups": [{"betas": (0.9, 0.99)}], "state": [{"exp_avg_sq": torch.tensor([0.02]), "step": torch.tensor(2.0)}]}
+    state = {
+        "groups": [{"betas": (0.9, 0.99)}],
+        "state": [{"exp_avg_sq": torch.tensor([0.02]), "step": torch.tensor(2.0)}],
+    }
     assert torch.allclose(second_moments(state, {}, ["a"])["a"], torch.tensor([0.02 / (1 - 0.99**2)]))
     never = {"groups": state["groups"], "state": [{}]}
     assert second_moments(never, {"a": torch.ones(2)}, ["a"])["a"].tolist() == [0.0, 0.0]
 
 
-def test_files_of_other_code_and_questions_of_other_gradients_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_code_and_questions_of_other_gradients_are_not_used(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = target(root, MODEL)
     [first, *_] = at_points(found, PointSelection(3))
     assert isinstance(first, EarlierTarget) and first.point.is_complete()
@@ -425,4 +493,10 @@ def test_an_audit_lists_the_gradients_of_all_points(indexed: Path, capsys: pytes
     listed = document(capsys)["gradients"]
     assert [(one["stage"], one["records"], one["of"]) for one in listed] == [(MODEL, 28, 28)] * 6
     names = [Path(one["folder"]).name for one in listed[1:]]
-    assert names == ["step-00000004", "step-00000004-scaled", "step-00000009", "step-00000009-scaled", "step-00000014-scaled"]
+    assert names == [
+        "step-00000004",
+        "step-00000004-scaled",
+        "step-00000009",
+        "step-00000009-scaled",
+        "step-00000014-scaled",
+    ]

@@ -1,4 +1,5 @@
-"""Among many records, those that are most like a question are found without reading all gradients, and each listed score is that of its gradient."""
+"""Among many records, those that are most like a question are found without
+reading all gradients, and each listed score is that of its gradient."""
 
 from __future__ import annotations
 
@@ -60,12 +61,18 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def question(*numbers: int, noise: float = 1.0) -> np.ndarray:
     """One that is like some records."""
-    asked: np.ndarray = rows(numbers).sum(0) + noise * np.random.default_rng([*numbers, 2]).normal(size=WIDTH).astype(np.float32)
+    asked: np.ndarray = rows(numbers).sum(0) + noise * np.random.default_rng([*numbers, 2]).normal(size=WIDTH).astype(
+        np.float32
+    )
     return asked
 
 
 def found_of(
-    one: GradientStore, asked: np.ndarray, bound: np.ndarray | None = None, prompt: np.ndarray = NO_WORDS, shown: int = 5
+    one: GradientStore,
+    asked: np.ndarray,
+    bound: np.ndarray | None = None,
+    prompt: np.ndarray = NO_WORDS,
+    shown: int = 5,
 ) -> Found:
     return search([Search(one.read(), asked)], prompt, np.zeros(len(prompt)), bound, shown)
 
@@ -153,7 +160,9 @@ def test_records_without_a_gradient_do_not_hide_the_others(tmp_path: Path) -> No
     one.build(lambda numbers: gradient_of(numbers) * (torch.tensor(numbers) % 4 == 1)[:, None], "x")
     asked = question(17)
     found, whole = found_of(one, asked, prompt=NO_WORDS[:640]), exact(one, asked)
-    assert found.scores.argmax() == whole.argmax() == 17 and np.allclose(found.scores[found.read], whole[found.read], atol=2e-3)
+    assert found.scores.argmax() == whole.argmax() == 17 and np.allclose(
+        found.scores[found.read], whole[found.read], atol=2e-3
+    )
     for shown in (1, 50, 400, 640):
         found = found_of(one, asked, prompt=NO_WORDS[:640], shown=shown)
         listed = Ranking.of(found.scores, NO_WORDS[:640], NO_WORDS[:640]).order()[:shown]
@@ -178,7 +187,9 @@ def test_the_scores_of_points_of_a_training_are_averaged(large: GradientStore) -
     asked = [question(17), question(21)]
     found = search([Search(stored, one) for one in asked], NO_WORDS, NO_WORDS, None, 5)
     mean = np.mean([exact(large, one) for one in asked], axis=0)
-    assert set(np.argsort(-found.scores)[:2]) == {17, 21} and np.allclose(found.scores[found.read], mean[found.read], atol=2e-3)
+    assert set(np.argsort(-found.scores)[:2]) == {17, 21} and np.allclose(
+        found.scores[found.read], mean[found.read], atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("kept", [200, 60, 8])
@@ -210,8 +221,12 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("change", [Path.unlink, damage, lambda path: path.write_bytes(b"")], ids=["missing", "damaged", "empty"])
-def test_a_gradient_that_is_missing_or_damaged_is_refused_when_it_is_read(tmp_path: Path, change: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [Path.unlink, damage, lambda path: path.write_bytes(b"")], ids=["missing", "damaged", "empty"]
+)
+def test_a_gradient_that_is_missing_or_damaged_is_refused_when_it_is_read(
+    tmp_path: Path, change: Callable[[Path], Any]
+) -> None:
     one = GradientStore.at(tmp_path, {}, 320)
     one.build(gradient_of, "x")
     change(one.folder / "gradients-00003.safetensors")
@@ -222,7 +237,9 @@ def test_a_gradient_that_is_missing_or_damaged_is_refused_when_it_is_read(tmp_pa
 
 
 @pytest.mark.parametrize("change", [Path.unlink, damage], ids=["missing", "damaged"])
-def test_sketches_that_are_missing_or_damaged_are_refused_and_computed_again(tmp_path: Path, change: Callable[[Path], Any]) -> None:
+def test_sketches_that_are_missing_or_damaged_are_refused_and_computed_again(
+    tmp_path: Path, change: Callable[[Path], Any]
+) -> None:
     one = GradientStore.at(tmp_path, {}, 320)
     one.build(gradient_of, "x")
     before = (one.folder / "sketches.safetensors").read_bytes()

@@ -1,4 +1,5 @@
-"""`pedigree why --suspects`: records that do not fit their group come first, and people decide: nothing is dropped by itself."""
+"""`pedigree why --suspects`: records that do not fit their group come first,
+and people decide: nothing is dropped by itself."""
 
 from __future__ import annotations
 
@@ -82,7 +83,11 @@ def test_keys_of_an_answer_in_the_name_of_its_group_are_cut_and_masked() -> None
     }
     names = [SimpleNamespace(example_id=name) for name in (*known, "unknown")]
     own = _own_groups(SimpleNamespace(records=names), SimpleNamespace(known=known))  # type: ignore[arg-type]
-    assert own[0].form == "JSON with [e-mail], [e-mail]" and own[1].form.startswith("JSON with key0, key1, ") and len(own[1].form) < 140
+    assert (
+        own[0].form == "JSON with [e-mail], [e-mail]"
+        and own[1].form.startswith("JSON with key0, key1, ")
+        and len(own[1].form) < 140
+    )
     assert own[2] == Group()
 
 
@@ -114,7 +119,8 @@ def test_a_record_without_others_or_without_a_gradient_has_no_agreement() -> Non
 
 
 def test_records_that_oppose_their_group_come_first_in_any_order() -> None:
-    """Two groups with directions of their own; four records of each point the other way, and are no longer than the others."""
+    """Two groups with directions of their own; four records of each point the
+    other way, and are no longer than the others."""
     dice = np.random.default_rng(1)
     directions = dice.normal(size=(2, 50))
     rows = np.stack([directions[i % 2] * (-1 if i < 8 else 1) + 0.4 * dice.normal(size=50) for i in range(100)])
@@ -146,14 +152,18 @@ def test_of_many_records_a_sample_stands_for_all(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_label_that_others_contradict_comes_first() -> None:
-    """Inputs of three kinds, each with its label; four records of the first kind have the label of the second. A gradient is the outer product of
-    what was read and of how far the label's probability is from 1, as in a linear model."""
+    """Inputs of three kinds, each with its label; four records of the first kind
+    have the label of the second. A gradient is the outer product of what was read
+    and of how far the label's probability is from 1, as in a linear model."""
     dice = np.random.default_rng(3)
     kinds = np.arange(120) % 3
     labels = np.where(np.arange(120) < 12, np.where(kinds == 0, 1, kinds), kinds)
     inputs = np.eye(3)[kinds] + 0.2 * dice.normal(size=(120, 3))
     missing = np.where(labels == kinds, 0.3, 0.9)
-    outputs = -np.eye(3)[labels] * missing[:, None] + (np.eye(3)[kinds] - np.eye(3)[labels]) * missing[:, None] * (labels != kinds)[:, None]
+    outputs = (
+        -np.eye(3)[labels] * missing[:, None]
+        + (np.eye(3)[kinds] - np.eye(3)[labels]) * missing[:, None] * (labels != kinds)[:, None]
+    )
     rows = (inputs[:, :, None] * outputs[:, None, :]).reshape(120, 9)
     lengths = np.linalg.norm(rows, axis=1).astype(np.float32)
     found = Suspicion.of(opposition((rows / lengths[:, None]).astype(np.float16), lengths), lengths)
@@ -166,15 +176,22 @@ def test_both_ranks_count_for_the_score() -> None:
     assert found.order()[0] == 1 and found.order()[-1] == 0
     assert found.score.tolist() == pytest.approx([2 / 64, 1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62 + 1 / 63])
     assert found.harm is None and found.harm_rank is None
-    found = Suspicion.of(np.array([0.1, 5.0, 2.0, 3.0]), np.array([1.0, 5.0, 9.0, 2.0]), np.array([-1.0, -2.0, 3.0, 0.5]))
-    assert found.harm_rank is not None and found.harm_rank.tolist() == [3, 4, 1, 2] and found.length_rank.tolist() == [4, 2, 1, 3]
-    assert found.score.tolist() == pytest.approx([1 / 64 + 1 / 63, 1 / 61 + 1 / 64, 1 / 63 + 1 / 61, 1 / 62 + 1 / 62]), (
-        "length does not count"
+    found = Suspicion.of(
+        np.array([0.1, 5.0, 2.0, 3.0]), np.array([1.0, 5.0, 9.0, 2.0]), np.array([-1.0, -2.0, 3.0, 0.5])
     )
+    assert (
+        found.harm_rank is not None
+        and found.harm_rank.tolist() == [3, 4, 1, 2]
+        and found.length_rank.tolist() == [4, 2, 1, 3]
+    )
+    assert found.score.tolist() == pytest.approx(
+        [1 / 64 + 1 / 63, 1 / 61 + 1 / 64, 1 / 63 + 1 / 61, 1 / 62 + 1 / 62]
+    ), "length does not count"
 
 
 def test_harm_is_the_first_order_change_of_the_log_probability_of_validation_answers() -> None:
-    """A step on a record of a logistic regression changes the losses of the validation examples by its inner products with their gradients."""
+    """A step on a record of a logistic regression changes the losses of the
+    validation examples by its inner products with their gradients."""
     dice = np.random.default_rng(5)
     weights, inputs, labels = dice.normal(size=4), dice.normal(size=(30, 4)), dice.integers(0, 2, size=30)
 
@@ -188,7 +205,10 @@ def test_harm_is_the_first_order_change_of_the_log_probability_of_validation_ans
     lengths = np.linalg.norm(rows, axis=1)
     found = harm((rows[20:] @ rows[:20].T) / lengths[20:, None] / lengths[:20], lengths[:20])
     step = 1e-5
-    change = [sum((loss(weights - step * rows[i], j) - loss(weights, j)) / lengths[j] for j in range(20, 30)) / step for i in range(20)]
+    change = [
+        sum((loss(weights - step * rows[i], j) - loss(weights, j)) / lengths[j] for j in range(20, 30)) / step
+        for i in range(20)
+    ]
     assert found == pytest.approx(change, abs=1e-3)
 
 
@@ -200,7 +220,13 @@ def record(i: int, label: str) -> dict[str, Any]:
         {"role": "user", "content": f"Ticket {i}: <b>where</b> is it? Ring anna@example.org."},
         {"role": "assistant", "content": json.dumps({"category": label})},
     ]
-    return {"example_id": f"train{i // 4}.{i % 4}", "source": f"{i % 2}.jsonl", "messages": messages, "category": label, "meta": "{}"}
+    return {
+        "example_id": f"train{i // 4}.{i % 4}",
+        "source": f"{i % 2}.jsonl",
+        "messages": messages,
+        "category": label,
+        "meta": "{}",
+    }
 
 
 RECORDS = [record(i, "bug" if i % 4 < 2 else "idea") for i in range(28)]
@@ -221,12 +247,17 @@ def suspects(root: Path, *arguments: str) -> int:
 
 def add_instructions(root: Path, names: list[str]) -> None:
     """The set that people review, with some of the records."""
-    kept = [{"source": "a.jsonl", "source_row": 7 + i, "example_id": name, "outcome": "kept", "why": ""} for i, name in enumerate(names)]
+    kept = [
+        {"source": "a.jsonl", "source_row": 7 + i, "example_id": name, "outcome": "kept", "why": ""}
+        for i, name in enumerate(names)
+    ]
     write_ledger(root / "data/instructions", kept)
     write_json(root / "data/instructions/findings.json", {"findings": []})
 
 
-def test_the_list_has_ranks_groups_and_texts_and_claims_nothing(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_list_has_ranks_groups_and_texts_and_claims_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     page = tmp_path / "suspects.html"
     assert suspects(root, "--top", "6", "--json", "--html", str(page)) == 0
     found = document(capsys)
@@ -238,7 +269,8 @@ def test_the_list_has_ranks_groups_and_texts_and_claims_nothing(root: Path, caps
     for one in found["suspects"]:
         source, label = (by_id[one["example_id"]][name] for name in ("source", "category"))
         cosine = one["group"].pop("cosine")
-        assert -1 <= cosine <= 1 and one["group"] == {"name": f"{source}, {label}, JSON with category", "source": source, "category": label,
+        assert -1 <= cosine <= 1 and one["group"] == {"name": f"{source}, {label}, JSON with category",
+            "source": source, "category": label,
                                 "form": "JSON with category", "records": 7}  # fmt: skip
         assert "anna@example.org" not in one["prompt"] and label in one["answer"]
     html = page.read_text()
@@ -272,14 +304,22 @@ def test_the_cosines_and_lengths_are_those_of_the_store(root: Path, capsys: pyte
     assert listed[names[0]]["group"]["cosine"] == pytest.approx(whole[0] @ mean / np.linalg.norm(mean), abs=1e-3)
 
 
-def test_people_decide_on_the_queue_and_nothing_is_dropped_before(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_decide_on_the_queue_and_nothing_is_dropped_before(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     add_instructions(root, [one["example_id"] for one in RECORDS[:20]])
     before = {path: path.read_bytes() for path in sorted((root / "data").rglob("*")) if path.is_file()}
     assert suspects(root, "--top", "28", "--json") == 0
     found = document(capsys)
-    assert found["queue"] == {"file": "data/pages/instructions/suspects.csv", "records": 20}, "this project has no stage `instructions`"
+    assert found["queue"] == {
+        "file": "data/pages/instructions/suspects.csv",
+        "records": 20,
+    }, "this project has no stage `instructions`"
     assert "8 of these records are not rows of data/instructions" in found["notes"][-1]
-    assert before.items() <= {path: path.read_bytes() for path in sorted((root / "data").rglob("*")) if path.is_file()}.items()
+    assert (
+        before.items()
+        <= {path: path.read_bytes() for path in sorted((root / "data").rglob("*")) if path.is_file()}.items()
+    )
     file = root / found["queue"]["file"]
     assert read_decisions(file, CHECKS) == []
     rows = list(csv.DictReader(io.StringIO(file.read_text(), newline="")))
@@ -288,9 +328,14 @@ def test_people_decide_on_the_queue_and_nothing_is_dropped_before(root: Path, ca
     assert {row["place"] for row in rows} == {f"a.jsonl:{7 + i}" for i in range(20)}
 
 
-def test_a_row_that_a_person_drops_is_counted_in_the_report(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_row_that_a_person_drops_is_counted_in_the_report(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """The queue names a check that the report knows; otherwise rows in and out would not add up."""
-    rows = [one | {"example_id": example_id(one["messages"]), "source_row": i, "group_id": None} for i, one in enumerate(RECORDS)]
+    rows = [
+        one | {"example_id": example_id(one["messages"]), "source_row": i, "group_id": None}
+        for i, one in enumerate(RECORDS)
+    ]
     add_instructions(root, [one["example_id"] for one in RECORDS])
     assert suspects(root, "--top", "1", "--json") == 0
     [suspect] = document(capsys)["suspects"]
@@ -307,11 +352,15 @@ def test_a_row_that_a_person_drops_is_counted_in_the_report(root: Path, capsys: 
     assert not any(judge(rows, [], Rules(policy={"pii": "warn"})).reason)
 
 
-def test_the_page_of_data_quality_shows_the_queue_of_its_own_rows_only(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_data_quality_shows_the_queue_of_its_own_rows_only(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [one | {"source_row": i, "group_id": None} for i, one in enumerate(RECORDS)]
     add_instructions(root, [one["example_id"] for one in RECORDS])
     out, pages = root / "data/instructions", root / "data/pages/instructions"
-    write_json(out / "findings.json", findings.document("instructions", "canonical records", judge(rows, [], Rules()), []))
+    write_json(
+        out / "findings.json", findings.document("instructions", "canonical records", judge(rows, [], Rules()), [])
+    )
     assert suspects(root, "--top", "2", "--json") == 0
     listed = document(capsys)["suspects"]
     assert json.loads((pages / "suspects.json").read_text())["of"] == sha256_of_file(out / "findings.json")
@@ -332,7 +381,9 @@ def test_a_question_is_not_combined_with_the_list(root: Path, capsys: pytest.Cap
     assert f"not with {other}" in capsys.readouterr().err
 
 
-def test_without_gradients_the_next_step_is_named_and_no_file_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_gradients_the_next_step_is_named_and_no_file_is_written(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(root / ".dvc/tmp/pedigree/gradients")
     add_instructions(root, [])
     assert suspects(root) == 2
@@ -358,14 +409,19 @@ def test_records_are_compared_with_the_answers_of_the_validation_split(
     values = [one["harm"]["value"] for one in sorted(listed, key=lambda one: int(one["harm"]["rank"]))]
     assert values == sorted(values, reverse=True)
     scores = [1 / (60 + one["opposition"]["rank"]) + 1 / (60 + one["harm"]["rank"]) for one in listed]
-    assert [one["score"] for one in listed] == pytest.approx(scores, abs=1e-5) and scores == sorted(scores, reverse=True)
+    assert [one["score"] for one in listed] == pytest.approx(scores, abs=1e-5) and scores == sorted(
+        scores, reverse=True
+    )
     assert "harm to validation answers" in page.read_text()
     assert suspects(root) == 0 and "harm to validation answers" in capsys.readouterr().out
 
 
 def test_the_page_escapes_texts_of_other_groups() -> None:
-    one = {"rank": 1, "score": 0.03, "example_id": "0" * 32, "source": "<i>a", "source_row": None, "steps": [], "prompt": "<u>", "answer": "&",
+    one = {"rank": 1, "score": 0.03, "example_id": "0" * 32, "source": "<i>a", "source_row": None, "steps": [],
+        "prompt": "<u>", "answer": "&",
            "group": {"name": "<s>", "source": None, "category": None, "form": None, "records": 9, "cosine": -0.5},
            "opposition": {"rank": 1, "value": 2.0}, "length": {"rank": 2, "value": 3.0}}  # fmt: skip
-    page = suspects_page({"model": {"stage": MODEL, "md5": "0" * 32}, "records": 9, "suspects": [one], "queue": None, "notes": []})
+    page = suspects_page(
+        {"model": {"stage": MODEL, "md5": "0" * 32}, "records": 9, "suspects": [one], "queue": None, "notes": []}
+    )
     assert "<u>" not in page and "<i>a" not in page and "8 others: &lt;s&gt;" in page

@@ -1,4 +1,5 @@
-"""A project without preferences, as documented: no sources of pairs, no aligned variants. The whole pipeline runs in either front end."""
+"""A project without preferences, as documented: no sources of pairs, no aligned
+variants. The whole pipeline runs in either front end."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ HEADERS = {
 
 @pytest.fixture
 def without_preferences(project: Path, _finished: Path) -> Path:
-    """Nothing has run here. DVC's cache has the runs of the finished project, so that stages with the same inputs there are restored."""
+    """Nothing has run here. DVC's cache has the runs of the finished project,
+    so that stages with the same inputs there are restored."""
     shutil.copytree(_finished / ".dvc/cache", project / ".dvc/cache")
     edit_params(project, lambda values: values.update(raw_preferences={"sources": []}, aligned={}))
     return project
@@ -47,7 +49,8 @@ def materialize(root: Path, instance: Any, addresses: Iterable[str], **tags: str
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("warm")
 def test_a_project_without_preferences_runs_through_to_a_release(without_preferences: Path, instance: Any) -> None:
-    """With DVC; then with Dagster, which runs again what reads preferences, and restores all else from DVC's run cache."""
+    """With DVC; then with Dagster, which runs again what reads preferences, and
+    restores all else from DVC's run cache."""
     root = without_preferences
     done = dvc(root, "repro")
     assert done.returncode == 0, done.stderr + done.stdout
@@ -57,7 +60,9 @@ def test_a_project_without_preferences_runs_through_to_a_release(without_prefere
     (root / "dvc.lock").unlink()
     shutil.rmtree(root / "data/reward_model")
     assert materialize(root, instance, read_stages(root)) == {"restored"}
-    assert materialize(root, instance, ["raw_preferences", "preferences", "reward_model"], **{"pedigree/force": "true"}) == {"run"}
+    assert materialize(
+        root, instance, ["raw_preferences", "preferences", "reward_model"], **{"pedigree/force": "true"}
+    ) == {"run"}
     assert recorded(root) == lock
     check(root, instance)
 
@@ -68,7 +73,9 @@ def recorded(root: Path) -> Any:
 
 def check(root: Path, instance: Any) -> None:
     assert json.loads((root / "data/release/release.json").read_text())["variant"] == "lora"
-    assert {path: (root / path).read_text() for path in HEADERS} == {path: f"{line}\n" for path, line in HEADERS.items()}
+    assert {path: (root / path).read_text() for path in HEADERS} == {
+        path: f"{line}\n" for path, line in HEADERS.items()
+    }
     assert json.loads((root / "data/reports/reward_model.json").read_text())["pairs"] == 0
     assert "aligned" not in "".join(read_stages(root))
 

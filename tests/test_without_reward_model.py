@@ -1,4 +1,5 @@
-"""A project without a reward model: no stage, no section. Methods that learn from pairs run, and only their answers are watched."""
+"""A project without a reward model: no stage, no section. Methods that learn
+from pairs run, and only their answers are watched."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_an_upgrade_writes_a_pipeline_without_the_stage_that_params_leave_out(ne
     whole = (new / "dvc.yaml").read_text()
     edit_params(new, without_section)
     with pytest.raises(
-        InputError, match=r"params\.yaml has no section reward_model, but dvc\.yaml has the stage\nhint: .*pedigree upgrade"
+        InputError,
+        match=r"params\.yaml has no section reward_model, but dvc\.yaml has the stage\nhint: .*pedigree upgrade",
     ):
         validate(new)
     assert upgrade(new)["edited"] == []
@@ -82,7 +84,11 @@ def test_an_upgrade_names_the_files_that_it_changed_and_no_others(new: Path) -> 
         change()
         before = contents()
         document = upgrade(new)
-        assert document["written"] == expected == sorted(name for name, content in contents().items() if content != before[name])
+        assert (
+            document["written"]
+            == expected
+            == sorted(name for name, content in contents().items() if content != before[name])
+        )
         assert as_text(document).endswith(f"\ncommit with the results of the next run: {', '.join(expected)}")
 
 
@@ -129,9 +135,11 @@ def test_only_methods_that_learn_from_its_scores_need_it(new: Path, entry: dict[
     def change(values: dict[str, Any]) -> None:
         without_section(values)
         values["aligned"] = {
-            "x": {"adapter": "lora", "per_device_train_batch_size": 8, **entry}
-            if entry["method"] != "ppo"
-            else {"adapter": "lora", **entry}
+            "x": (
+                {"adapter": "lora", "per_device_train_batch_size": 8, **entry}
+                if entry["method"] != "ppo"
+                else {"adapter": "lora", **entry}
+            )
         }
 
     edit_params(new, change)
@@ -176,8 +184,13 @@ def test_the_pipeline_runs_to_a_release_and_nobody_is_said_to_have_watched(proje
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-@pytest.mark.parametrize("section, said", [("reward_model", "params.yaml has no section reward_model, but dvc.yaml has the stage"),
-                                           ("aligned", "params.yaml: aligned: must be a mapping of variants")])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, said",
+    [
+        ("reward_model", "params.yaml has no section reward_model, but dvc.yaml has the stage"),
+        ("aligned", "params.yaml: aligned: must be a mapping of variants"),
+    ],
+)
 def test_a_stage_that_is_run_by_itself_says_which_section_params_lack(new: Path, section: str, said: str) -> None:
     edit_params(new, lambda values: values.pop(section))
     done = run(["python", "-m", "dagster_project", "run", "raw_examples"], new)
@@ -189,12 +202,22 @@ def test_a_stage_that_is_run_by_itself_says_which_section_params_lack(new: Path,
 @pytest.mark.parametrize(
     ("section", "key", "message"),
     [
-        ("baselines", None, r"params\.yaml has no baselines, which dvc\.yaml names under baselines\nhint: add `baselines: \{\}`"),
+        (
+            "baselines",
+            None,
+            r"params\.yaml has no baselines, which dvc\.yaml names under baselines\nhint: add `baselines: \{\}`",
+        ),
         ("release", None, r"params\.yaml has no release, which dvc\.yaml names under release"),
-        ("compute", "seed", r"params\.yaml has no compute\.seed, which dvc\.yaml names under splits\nhint: add it with its default"),
+        (
+            "compute",
+            "seed",
+            r"params\.yaml has no compute\.seed, which dvc\.yaml names under splits\nhint: add it with its default",
+        ),
     ],
 )
-def test_a_section_or_key_that_dvc_requires_is_missed_before_anything_runs(new: Path, section: str, key: str | None, message: str) -> None:
+def test_a_section_or_key_that_dvc_requires_is_missed_before_anything_runs(
+    new: Path, section: str, key: str | None, message: str
+) -> None:
     edit_params(new, lambda values: values.pop(section) if key is None else values[section].pop(key))
     with pytest.raises(InputError, match=message):
         validate(new)

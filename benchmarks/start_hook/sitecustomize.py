@@ -1,4 +1,5 @@
-"""With this folder on PYTHONPATH a stage command appends its CPU times to the file START_LOG: until its `run`, and of the imports in `run`."""
+"""With this folder on PYTHONPATH a stage command appends its CPU times to the
+file START_LOG: until its `run`, and of the imports in `run`."""
 
 import os
 import sys
@@ -10,7 +11,10 @@ if os.environ.get("START_LOG") and sys.orig_argv[1:4] == ["-m", "dagster_project
     from importlib import _bootstrap
     from time import process_time
 
-    _found, _depth, _main, _inner = {"stage": sys.orig_argv[4], "imports": 0.0}, [0], threading.get_ident(), _bootstrap._find_and_load
+    _found = {"stage": sys.orig_argv[4], "imports": 0.0}
+    _depth = [0]
+    _main = threading.get_ident()
+    _inner = _bootstrap._find_and_load
 
     def _find_and_load(name, import_):
         if threading.get_ident() != _main:

@@ -15,7 +15,13 @@ def add_command(commands: Any, function: Any, name: str = "") -> argparse.Argume
     command = commands.add_parser(name or function.__name__, help=function.__doc__, description=function.__doc__)
     command.set_defaults(function=function)
     command.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
-    command.add_argument("--project", type=named, default=".", metavar="FOLDER", help="folder of the project (default: the current folder)")
+    command.add_argument(
+        "--project",
+        type=named,
+        default=".",
+        metavar="FOLDER",
+        help="folder of the project (default: the current folder)",
+    )
     return command
 
 
@@ -25,7 +31,9 @@ def project(options: argparse.Namespace) -> Path:
     root = Path(options.project).resolve()
     refuse_special_files(root)
     if not (root / "dvc.yaml").is_file():
-        raise InputError(f"no dvc.yaml in {root}", "run the command from the project's folder, or give --project FOLDER")
+        raise InputError(
+            f"no dvc.yaml in {root}", "run the command from the project's folder, or give --project FOLDER"
+        )
     return root
 
 
@@ -36,14 +44,16 @@ def count(text: str) -> int:
 
 
 def named(text: str) -> str:
-    """A name that is not empty. An empty one, e.g. from a shell variable that is not set, would act as if the option were absent."""
+    """A name that is not empty. An empty one, e.g. from a shell variable that
+    is not set, would act as if the option were absent."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
 def utf8(text: str) -> str:
-    """A text in UTF-8. Tokenizers cannot read any other, and a search for it finds nothing, although the text may be there."""
+    """A text in UTF-8. Tokenizers cannot read any other, and a search for it
+    finds nothing, although the text may be there."""
     try:
         text.encode()
     except UnicodeEncodeError:

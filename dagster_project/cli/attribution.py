@@ -24,7 +24,8 @@ DRAWS = 3
 
 
 def why(options: argparse.Namespace) -> int:
-    """Rank the training records of a model by their likeness to a question and its answer, or list those that fit the others the least."""
+    """Rank the training records of a model by their likeness to a question and
+    its answer, or list those that fit the others the least."""
     if options.draws is not None and not options.prove:
         raise InputError("why: --draws is only used with --prove", "add --prove, or leave it out")
     if options.diff:
@@ -42,7 +43,9 @@ def why(options: argparse.Namespace) -> int:
     if options.html:
         require_suffix("--html", options.html, HTML)
     asked = Options(options.prompt, options.answer, options.span, options.system, options.top, _points(options))
-    document = module.answer_why(project(options), options.model, asked, options.index, (options.draws or DRAWS) if options.prove else None)
+    document = module.answer_why(
+        project(options), options.model, asked, options.index, (options.draws or DRAWS) if options.prove else None
+    )
     if options.html:
         from dagster_project.views.why import why_page
 
@@ -69,7 +72,9 @@ def _index_gradients(options: argparse.Namespace) -> int:
 
     given = [name for name in (*QUESTION, "html") if getattr(options, name) is not None]
     if not options.index or given or options.prove:
-        raise InputError("why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`")
+        raise InputError(
+            "why: --prompt is required" + (f" with --{given[0]}" if given else ""), "see `pedigree why --help`"
+        )
     print_result(options, module.index(project(options), options.model, _points(options)), module.as_text)
     return 0
 
@@ -120,13 +125,34 @@ def _add_why(commands: Any) -> None:
         "--diff",
         nargs=2,
         metavar=("A", "B"),
-        help="instead: for answers in which two versions differ, each as MODEL or REV:MODEL, the records of their difference",
+        help=(
+            "instead: for answers in which two versions differ, each as MODEL or REV:MODEL, the records of their"
+            " difference"
+        ),
     )
-    add("--index", action="store_true", help="compute the gradients of all its training records, which questions need, once per training")
-    add("--suspects", action="store_true", help="list records whose gradients fit those of the others the least, as a review queue")
+    add(
+        "--index",
+        action="store_true",
+        help="compute the gradients of all its training records, which questions need, once per training",
+    )
+    add(
+        "--suspects",
+        action="store_true",
+        help="list records whose gradients fit those of the others the least, as a review queue",
+    )
     add("--prompt", type=utf8, metavar="TEXT", help="the question")
-    add("--answer", type=utf8, metavar="TEXT", help="the answer to explain (default: the model's own most likely answer)")
-    add("--span", type=utf8, metavar="TEXT", help="only this part of the answer, wherever it occurs in it (default: the whole answer)")
+    add(
+        "--answer",
+        type=utf8,
+        metavar="TEXT",
+        help="the answer to explain (default: the model's own most likely answer)",
+    )
+    add(
+        "--span",
+        type=utf8,
+        metavar="TEXT",
+        help="only this part of the answer, wherever it occurs in it (default: the whole answer)",
+    )
     add(
         "--system",
         type=utf8,
@@ -144,26 +170,36 @@ def _add_why(commands: Any) -> None:
         "--checkpoints",
         type=count,
         metavar="N",
-        help="compare gradients at N steps of the training; --index repeats it to store checkpoints (default: at its end only)",
+        help=(
+            "compare gradients at N steps of the training; --index repeats it to store checkpoints (default: at its end"
+            " only)"
+        ),
     )
     add(
         "--second-moments",
         action="store_true",
         help="scale gradients by Adam's second moments; --index repeats the training",
     )
-    add("--prove", action="store_true", help="train again without these records, and without as many random ones, and compare")
+    add(
+        "--prove",
+        action="store_true",
+        help="train again without these records, and without as many random ones, and compare",
+    )
     add("--draws", type=count, metavar="N", help=f"with --prove: sets of random records (default: {DRAWS})")
     add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
 
 
 def bisect(options: argparse.Namespace) -> int:
-    """Find the first commit whose model no longer gives an expected answer, by binary search, and the rows of that commit that are most like it."""
+    """Find the first commit whose model no longer gives an expected answer, by
+    binary search, and the rows of that commit that are most like it."""
     from dagster_project.commands import bisect as module
 
     if options.html:
         require_suffix("--html", options.html, HTML)
     asked = module.Asked(options.prompt, options.expect, options.system)
-    document = module.bisect(project(options), options.model, asked, options.good, options.bad, options.train, options.top)
+    document = module.bisect(
+        project(options), options.model, asked, options.good, options.bad, options.train, options.top
+    )
     if options.html:
         from dagster_project.views.bisect import bisect_page
 
@@ -179,9 +215,17 @@ def _add_bisect(commands: Any) -> None:
     add("--prompt", type=utf8, required=True, metavar="TEXT", help="the question")
     add("--expect", type=utf8, required=True, metavar="TEXT", help="a text that the right answer contains")
     add("--system", type=utf8, metavar="TEXT", help="system prompt (default: none)")
-    add("--good", metavar="REV", help="a commit that is known to give the right answer (default: the oldest with the model)")
+    add(
+        "--good",
+        metavar="REV",
+        help="a commit that is known to give the right answer (default: the oldest with the model)",
+    )
     add("--bad", metavar="REV", help="a commit that is known not to (default: HEAD)")
-    add("--train", action="store_true", help="make models that are not in the cache again, in a scratch clone, as `verify` does")
+    add(
+        "--train",
+        action="store_true",
+        help="make models that are not in the cache again, in a scratch clone, as `verify` does",
+    )
     add("--top", type=count, default=10, metavar="N", help="rows to show (default: %(default)s)")
     add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
 

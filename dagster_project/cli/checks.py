@@ -54,20 +54,30 @@ def check(options: argparse.Namespace) -> int:
     tokens = tokens_of(base_model) if (base_model / "tokenizer.json").is_file() else ESTIMATED
     show = _show(options)
     with tempfile.TemporaryDirectory() as folder:
-        earlier = [] if options.since is None else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
+        earlier = (
+            []
+            if options.since is None
+            else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
+        )
         document = check_paths(
-            options.paths, options.format, options.against, rules, tokens, [*map(str, earlier)], options.since or "", options.thirteen_grams,
+            options.paths, options.format, options.against, rules, tokens, [*map(str, earlier)], options.since or "",
+            options.thirteen_grams,
             mapping, outputs.get("--out"), outputs.get("--dropped"), show,
         )  # fmt: skip
     if options.report:
         write("--report", Path(options.report), data_quality_page(document, document.get("changes")))
         log.info(f"report: {options.report}")
     for option, path in outputs.items():
-        log.info(f"{option.lstrip('-')}: {path}, {document['kept'] if option == '--out' else document['rows'] - document['kept']} rows")
+        log.info(
+            f"{option.lstrip('-')}: {path},"
+            f" {document['kept'] if option == '--out' else document['rows'] - document['kept']} rows"
+        )
     columns = shutil.get_terminal_size((120, 24)).columns
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     shown = ["", rendered_text(document["shown"], color)] if show else []
-    print_result(options, document, lambda document: "\n".join([check_text(document, color, columns), *shown]), safe=True)
+    print_result(
+        options, document, lambda document: "\n".join([check_text(document, color, columns), *shown]), safe=True
+    )
     return 1 if any(finding["severity"] == "error" and finding["count"] for finding in document["findings"]) else 0
 
 
@@ -79,7 +89,9 @@ def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, A
         return None
     from dagster_project.commands import show as module
 
-    by = module.renderer(Path(options.project), Path(options.base_model) if options.base_model else None, options.template)
+    by = module.renderer(
+        Path(options.project), Path(options.base_model) if options.base_model else None, options.template
+    )
     return lambda judged: module.show(judged, module.select(judged, options.show, options.show_rows or ()), by)
 
 
@@ -90,28 +102,70 @@ def add_commands(commands: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="examples, preference pairs or benchmark questions: files, folders, hub:ORG/NAME@REVISION:SPLIT, s3://BUCKET/PREFIX",
+        help=(
+            "examples, preference pairs or benchmark questions: files, folders, hub:ORG/NAME@REVISION:SPLIT,"
+            " s3://BUCKET/PREFIX"
+        ),
     )
-    add("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: detected from the keys")
-    add("--mapping", metavar="FIELD=COLUMN,...", help="for other columns: prompt=q,response=a or prompt=q,chosen=a,rejected=b")
-    add("--out", type=named, metavar="CLEAN.jsonl", help="write the rows that would be kept, repaired where the policy is `fix`")
-    add("--dropped", type=named, metavar="DROPPED.jsonl", help="write the other rows, each with its source row and all reasons")
+    add(
+        "--format",
+        default="auto",
+        help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: detected from the keys",
+    )
+    add(
+        "--mapping",
+        metavar="FIELD=COLUMN,...",
+        help="for other columns: prompt=q,response=a or prompt=q,chosen=a,rejected=b",
+    )
+    add(
+        "--out",
+        type=named,
+        metavar="CLEAN.jsonl",
+        help="write the rows that would be kept, repaired where the policy is `fix`",
+    )
+    add(
+        "--dropped",
+        type=named,
+        metavar="DROPPED.jsonl",
+        help="write the other rows, each with its source row and all reasons",
+    )
     add("--against", nargs="+", default=[], metavar="PATH", help="held-out files that must not overlap with PATH")
-    add("--policy", type=named, metavar="FILE", help="YAML with policy, limits and waivers: the keys of `instructions` in params.yaml")
+    add(
+        "--policy",
+        type=named,
+        metavar="FILE",
+        help="YAML with policy, limits and waivers: the keys of `instructions` in params.yaml",
+    )
     add("--report", type=named, metavar="FILE.html", help="also write one self-contained page")
-    add("--since", metavar="PATH|REV", help="list the changes since another version: a path, or a git revision of the same paths")
+    add(
+        "--since",
+        metavar="PATH|REV",
+        help="list the changes since another version: a path, or a git revision of the same paths",
+    )
     add(
         "--base-model",
         type=named,
         metavar="FOLDER",
         help="model whose tokenizer and chat template are used (default: data/base_model, if it exists)",
     )
-    add("--thirteen-grams", action="store_true", help="also list what the common rule, any 13 shared words, would report as leakage")
+    add(
+        "--thirteen-grams",
+        action="store_true",
+        help="also list what the common rule, any 13 shared words, would report as leakage",
+    )
     rows = command.add_mutually_exclusive_group()
     rows.add_argument(
-        "--show", type=count, metavar="N", help="also print the first N rows as rendered, with what is trained on highlighted"
+        "--show",
+        type=count,
+        metavar="N",
+        help="also print the first N rows as rendered, with what is trained on highlighted",
     )
-    rows.add_argument("--show-rows", type=_rows, metavar="ROW,...", help="the same for some rows, by the numbers of the findings: 3,17")
+    rows.add_argument(
+        "--show-rows",
+        type=_rows,
+        metavar="ROW,...",
+        help="the same for some rows, by the numbers of the findings: 3,17",
+    )
     add(
         "--template",
         metavar="NAME|FILE",

@@ -20,7 +20,8 @@ log = logging.getLogger("pedigree")
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Show the comparison table: every variant, the baselines, which system to use, and the registered versions of models."""
+    """Show the comparison table: every variant, the baselines, which system to
+    use, and the registered versions of models."""
     from dagster_project.core.documents import read_document
     from dagster_project.lineage import registered
     from dagster_project.lineage.export.tables import table
@@ -29,7 +30,8 @@ def compare(options: argparse.Namespace) -> int:
     folder = root / "data" / "comparison"
     if not (folder / "comparison.json").is_file():
         raise InputError(
-            "data/comparison: there is no comparison here", "`dvc repro comparison` makes it, `dvc pull comparison` fetches it"
+            "data/comparison: there is no comparison here",
+            "`dvc repro comparison` makes it, `dvc pull comparison` fetches it",
         )
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
     document = read_document(folder / "comparison.json", "data/comparison/comparison.json", hint)
@@ -37,7 +39,9 @@ def compare(options: argparse.Namespace) -> int:
     document |= {"registered": [dict(zip(registered.HEAD, row, strict=True)) for row in versions]} if versions else {}
     board = (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n")
     print_result(
-        options, document, lambda _: board + (f"\n\n## Registered versions\n\n{table(registered.HEAD, versions)}" if versions else "")
+        options,
+        document,
+        lambda _: board + (f"\n\n## Registered versions\n\n{table(registered.HEAD, versions)}" if versions else ""),
     )
     return 0
 
@@ -52,7 +56,11 @@ def export_ballot(options: argparse.Namespace) -> int:
     require_suffix("--out", str(out), HTML)
     write("--out", out, ballot_page(document(ballot, options.n)))
     pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
-    print_result(options, {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)}, export_text)
+    print_result(
+        options,
+        {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)},
+        export_text,
+    )
     return 0
 
 
@@ -61,11 +69,19 @@ def import_votes(options: argparse.Namespace) -> int:
     from dagster_project.evaluation.ballots import preferences, read_votes, result, votes_text
 
     if options.preferences and Path(options.preferences).resolve() in (Path(file).resolve() for file in options.votes):
-        raise InputError(f"--preferences {options.preferences}: a file of votes, which it would replace", "name a new file")
-    ballot, votes = read_votes(project(options), [Path(file) for file in options.votes], _seed(options), options.partial)
+        raise InputError(
+            f"--preferences {options.preferences}: a file of votes, which it would replace", "name a new file"
+        )
+    ballot, votes = read_votes(
+        project(options), [Path(file) for file in options.votes], _seed(options), options.partial
+    )
     if options.preferences:
         rows = preferences(ballot, votes)
-        write("--preferences", Path(options.preferences), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write(
+            "--preferences",
+            Path(options.preferences),
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        )
         log.info(f"preferences: {options.preferences}, {many(len(rows), 'pair')}")
     print_result(options, result(ballot, votes), votes_text)
     return 0
@@ -77,10 +93,14 @@ def judge(options: argparse.Namespace) -> int:
     from dagster_project.evaluation import judge as module
 
     of_endpoint = [
-        f"--{name.replace('_', '-')}" for name in ("endpoint", "model", "key_env", "price") if getattr(options, name) is not None
+        f"--{name.replace('_', '-')}"
+        for name in ("endpoint", "model", "key_env", "price")
+        if getattr(options, name) is not None
     ]
     if options.reward_model and of_endpoint:
-        raise InputError(f"judge: --reward-model and {of_endpoint[0]}: requires exactly one judge", "leave one of the two out")
+        raise InputError(
+            f"judge: --reward-model and {of_endpoint[0]}: requires exactly one judge", "leave one of the two out"
+        )
     if not options.reward_model and not (options.endpoint and options.model):
         raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
     if options.reward_model:
@@ -91,7 +111,8 @@ def judge(options: argparse.Namespace) -> int:
         return 1 if document["alarm"] else 0
     if options.price and not all(0 <= price < float("inf") for price in options.price):
         raise InputError(
-            f"--price {options.price[0]:g} {options.price[1]:g}: a price cannot be negative or infinite", "give two numbers from 0"
+            f"--price {options.price[0]:g} {options.price[1]:g}: a price cannot be negative or infinite",
+            "give two numbers from 0",
         )
     endpoint = module.Endpoint(options.endpoint, options.model, options.key_env)
     document = module.judge(_match(options), options.n, endpoint, options.price)
@@ -110,12 +131,14 @@ def _match(options: argparse.Namespace) -> Match:
     root = project(options)
     if len(options.systems) not in {0, 2}:
         raise InputError(
-            f"{many(len(options.systems), 'system')} given", "give two, or none for the best variant and the best prompted baseline"
+            f"{many(len(options.systems), 'system')} given",
+            "give two, or none for the best variant and the best prompted baseline",
         )
     matched = match(root, tuple(options.systems) or contenders(root), _seed(options))
     if not matched.pairs:
         raise InputError(
-            f"{' and '.join(matched.systems)}: no test prompt that both answered differently ({matched.identical} with the same answer)",
+            f"{' and '.join(matched.systems)}: no test prompt that both answered differently ({matched.identical} with"
+            " the same answer)",
             "give two other systems",
         )
     return matched
@@ -135,7 +158,9 @@ def add_commands(commands: Any) -> None:
     parts = ballots.add_subparsers(dest="part", required=True, metavar="COMMAND")
     command = add_command(parts, export_ballot, "export")
     _add_systems(command)
-    command.add_argument("--out", type=named, metavar="FILE.html", help="the page (default: data/pages/ballots/<ballot>.html)")
+    command.add_argument(
+        "--out", type=named, metavar="FILE.html", help="the page (default: data/pages/ballots/<ballot>.html)"
+    )
     add = add_command(parts, import_votes, "import").add_argument
     add("votes", nargs="+", metavar="VOTES.json", help="files saved from one ballot, one for each rater")
     add("--preferences", type=named, metavar="OUT.jsonl", help="also write the majority votes as preference pairs")
@@ -148,11 +173,22 @@ def add_commands(commands: Any) -> None:
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
     add("--model", metavar="NAME", help="name of the model at the endpoint")
     add("--key-env", metavar="NAME", help="environment variable with the key (default: the endpoint requires no key)")
-    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million prompt and completion tokens, to report the cost")
+    add(
+        "--price",
+        nargs=2,
+        type=float,
+        metavar=("IN", "OUT"),
+        help="price of a million prompt and completion tokens, to report the cost",
+    )
 
 
 def _add_systems(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("systems", nargs="*", metavar="SYSTEM", help="variants or baselines (default: the best variant and the best prompted baseline)")
+    add(
+        "systems",
+        nargs="*",
+        metavar="SYSTEM",
+        help="variants or baselines (default: the best variant and the best prompted baseline)",
+    )
     add("--n", type=count, default=40, help="maximum number of pairs (default: %(default)s)")
     add("--seed", type=int, help="for the choice and the order of the pairs and the answers (default: compute.seed)")

@@ -39,8 +39,17 @@ def attest(options: argparse.Namespace) -> int:
 def _add_signing_commands(commands: Any) -> None:
     for function in (sign, attest):
         add = add_command(commands, function).add_argument
-        add("model", metavar="MODEL", help="name of a stage, path, or content hash" + ("; or any folder" if function is sign else ""))
-        add("--key", type=named, metavar="FILE", help="private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)")
+        add(
+            "model",
+            metavar="MODEL",
+            help="name of a stage, path, or content hash" + ("; or any folder" if function is sign else ""),
+        )
+        add(
+            "--key",
+            type=named,
+            metavar="FILE",
+            help="private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)",
+        )
         if function is attest:
             add(
                 "--remade",
@@ -50,7 +59,8 @@ def _add_signing_commands(commands: Any) -> None:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a model's lineage for other tools and readers, or the model itself for servers: GGUF, safetensors, an adapter."""
+    """Write a model's lineage for other tools and readers, or the model itself
+    for servers: GGUF, safetensors, an adapter."""
     from dagster_project.lineage.export.export import export as export_model
     from dagster_project.lineage.signing.target import refuse_in_output
 
@@ -81,7 +91,8 @@ def _export_adapter(options: argparse.Namespace) -> int:
 
     if options.rev or options.issued:
         raise InputError(
-            "--format adapter: not with --rev or --issued: the adapter is that of the workspace", "check out the revision first"
+            "--format adapter: not with --rev or --issued: the adapter is that of the workspace",
+            "check out the revision first",
         )
     document = module.write_adapter(project(options), options.model, Path(options.out) if options.out else None)
     print_result(options, document, module.as_text)
@@ -94,7 +105,8 @@ def _export_model(options: argparse.Namespace) -> int:
 
     if options.rev or options.issued:
         raise InputError(
-            f"--format {options.format}: not with --rev or --issued: the model is that of the workspace", "check out the revision first"
+            f"--format {options.format}: not with --rev or --issued: the model is that of the workspace",
+            "check out the revision first",
         )
     document = module.export(project(options), options.model, options.format, options.quantization, options.out)
     print_result(options, document, module.as_text)
@@ -111,18 +123,25 @@ def _export_all(options: argparse.Namespace) -> int:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
     if options.all == "":
         raise InputError(
-            "--all: the name of the folder is empty", "name a folder, or leave the name out to write into the folder of the release"
+            "--all: the name of the folder is empty",
+            "name a folder, or leave the name out to write into the folder of the release",
         )
     in_place = options.all is True or papers.is_release(project(options), options.model, options.all)
     if options.key and not options.with_model and not in_place:
-        raise InputError("--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone")
+        raise InputError(
+            "--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone"
+        )
     if in_place and options.with_model:
         raise InputError(
-            "--with-model: without another folder, papers are written into the folder of the release", "leave it out, or name a new folder"
+            "--with-model: without another folder, papers are written into the folder of the release",
+            "leave it out, or name a new folder",
         )
     if (options.with_model or in_place) and options.rev:
         option = "--with-model" if options.with_model else "--all without a folder"
-        raise InputError(f"--rev cannot be combined with {option}: the model is that of the workspace", "check out the revision first")
+        raise InputError(
+            f"--rev cannot be combined with {option}: the model is that of the workspace",
+            "check out the revision first",
+        )
     given = (project(options), options.model)
     if in_place:
         document = papers.write_in_place(*given, options.issued, options.key)
@@ -142,14 +161,20 @@ def _add_export(commands: Any) -> None:
     form.add_argument(
         "--format",
         choices=[*formats(), *MODEL_FORMATS, "adapter"],
-        help="gguf and safetensors write the model itself, adapter a folder for PEFT and vLLM, the others describe the model",
+        help=(
+            "gguf and safetensors write the model itself, adapter a folder for PEFT and vLLM, the others describe the"
+            " model"
+        ),
     )
     form.add_argument(
         "--all",
         nargs="?",
         const=True,
         metavar="FOLDER",
-        help="write all formats to a folder, with papers.html, which lists them (default for a release: its own folder; signed if there is a key)",
+        help=(
+            "write all formats to a folder, with papers.html, which lists them (default for a release: its own folder;"
+            " signed if there is a key)"
+        ),
     )
     add("--quantization", choices=QUANTIZATIONS, help="with --format gguf: its number format (default: f16)")
     add(
@@ -157,14 +182,24 @@ def _add_export(commands: Any) -> None:
         "--output",
         type=named,
         metavar="FILE",
-        help="with --format (default: standard output); of gguf and safetensors a new folder (default: in build/), of an adapter too (default: here)",
+        help=(
+            "with --format (default: standard output); of gguf and safetensors a new folder (default: in build/), of an"
+            " adapter too (default: here)"
+        ),
     )
-    add("--with-model", action="store_true", help="with --all: also copy the files of the release, and sign the folder if there is a key")
+    add(
+        "--with-model",
+        action="store_true",
+        help="with --all: also copy the files of the release, and sign the folder if there is a key",
+    )
     add(
         "--key",
         type=named,
         metavar="FILE",
-        help="with --with-model, or --all without FOLDER: private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)",
+        help=(
+            "with --with-model, or --all without FOLDER: private key in PEM, Ed25519 or P-256 (default: the text in"
+            " PEDIGREE_SIGNING_KEY)"
+        ),
     )
     add("--rev", type=named, help="git revision (default: the workspace)")
     add("--issued", type=day, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")

@@ -31,20 +31,30 @@ def audit(options: argparse.Namespace) -> int:
     if options.diff:
         if options.model or options.html or options.records or options.where or options.as_of:
             raise InputError(
-                "--diff cannot be combined with MODEL, --html, --records, --where or --as-of", "leave these out: --diff names both models"
+                "--diff cannot be combined with MODEL, --html, --records, --where or --as-of",
+                "leave these out: --diff names both models",
             )
         before, after = options.diff
         print_result(options, diff(root, before, after, options.rev, options.against_rev), as_text)
         return 0
     if not options.model or options.against_rev:
-        raise InputError("no MODEL given" if not options.model else "--against-rev requires --diff", "see `pedigree audit --help`")
-    for option, name, suffixes in (("--html", options.html, HTML), ("--records", options.records, (".csv", ".parquet"))):
+        raise InputError(
+            "no MODEL given" if not options.model else "--against-rev requires --diff", "see `pedigree audit --help`"
+        )
+    for option, name, suffixes in (
+        ("--html", options.html, HTML),
+        ("--records", options.records, (".csv", ".parquet")),
+    ):
         if name:
             require_suffix(option, name, suffixes)
             refuse_in_output(root, option, Path(name), "file")
     subject = lineage.find(Index(root), options.model, options.rev)
     document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
-    if subject.run.address == "release" and subject.run.in_workspace and (note := papers.of_another_version(root, subject.run.md5)):
+    if (
+        subject.run.address == "release"
+        and subject.run.in_workspace
+        and (note := papers.of_another_version(root, subject.run.md5))
+    ):
         log.warning(note)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)
@@ -66,7 +76,8 @@ def audit(options: argparse.Namespace) -> int:
 
 
 def _audit_exported(options: argparse.Namespace) -> int | None:
-    """Audit a GGUF file or a folder that `export` wrote, in the project or without one; None if MODEL is anything else."""
+    """Audit a GGUF file or a folder that `export` wrote, in the project or
+    without one; None if MODEL is anything else."""
     from dagster_project.commands.model_files import claim, claimed
     from dagster_project.lineage.history import path_exists
 
@@ -79,7 +90,9 @@ def _audit_exported(options: argparse.Namespace) -> int | None:
     file = claim.read(path)
     if file is None:
         if not has_project and claim.is_model_file(path):
-            raise InputError(f"{path}: its metadata does not say where it is from", "run the command in a project that may have it")
+            raise InputError(
+                f"{path}: its metadata does not say where it is from", "run the command in a project that may have it"
+            )
         return None
     if options.html or options.records or options.where or options.as_of or options.rev or options.against_rev:
         raise InputError(
@@ -92,7 +105,8 @@ def _audit_exported(options: argparse.Namespace) -> int | None:
 
 
 def _is_recorded_here(root: Path, model: str) -> bool:
-    """Whether it is a stage, whatever folder has its name, or the path of an output: a base model may itself be a file that `export` wrote."""
+    """Whether it is a stage, whatever folder has its name, or the path of an
+    output: a base model may itself be a file that `export` wrote."""
     from dagster_project.lineage.history import workspace_lock
 
     lock = workspace_lock(root)
@@ -106,7 +120,9 @@ def _add_audit(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="name of a stage, path (also of a copied folder, or of an exported file), content hash, or REV:one of these",
+        help=(
+            "name of a stage, path (also of a copied folder, or of an exported file), content hash, or REV:one of these"
+        ),
     )
     add("--rev", type=named, help="git revision (default: the workspace)")
     add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
@@ -120,10 +136,22 @@ def _add_audit(commands: Any) -> None:
         "--as-of",
         type=day,
         metavar="YYYY-MM-DD",
-        help="judge the use policy for this day instead of its own, and end with exit code 1 if it is violated and not waived",
+        help=(
+            "judge the use policy for this day instead of its own, and end with exit code 1 if it is violated and not"
+            " waived"
+        ),
     )
-    add("--where", action="store_true", help="also show where each stage ran on a cluster: node, resources, times and cost")
-    add("--diff", nargs=2, metavar=("A", "B"), help="instead: differences between two models, each as MODEL or REV:MODEL")
+    add(
+        "--where",
+        action="store_true",
+        help="also show where each stage ran on a cluster: node, resources, times and cost",
+    )
+    add(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="instead: differences between two models, each as MODEL or REV:MODEL",
+    )
     add("--against-rev", type=named, metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
 
 
@@ -147,13 +175,21 @@ def impact(options: argparse.Namespace) -> int:
 def _add_impact(commands: Any) -> None:
     command = add_command(commands, impact)
     query = command.add_mutually_exclusive_group(required=True)
-    query.add_argument("--record", type=utf8, metavar="ID", help="a record, by its example_id or the id that a release gives it")
     query.add_argument(
-        "--text", type=utf8, help="the text of one of its messages; case, white space and composition of letters are ignored"
+        "--record", type=utf8, metavar="ID", help="a record, by its example_id or the id that a release gives it"
     )
-    query.add_argument("--source", type=utf8, metavar="PATH", help="every record of a source: a file, or a folder with all its files")
+    query.add_argument(
+        "--text",
+        type=utf8,
+        help="the text of one of its messages; case, white space and composition of letters are ignored",
+    )
+    query.add_argument(
+        "--source", type=utf8, metavar="PATH", help="every record of a source: a file, or a folder with all its files"
+    )
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
-    query.add_argument("--containing", type=utf8, metavar="TEXT", help="part of a message, such as a name, between word boundaries")
+    query.add_argument(
+        "--containing", type=utf8, metavar="TEXT", help="part of a message, such as a name, between word boundaries"
+    )
     command.add_argument("--near", action="store_true", help="with --record or --text: its near-copies too")
     command.add_argument(
         "--regex",
@@ -163,7 +199,8 @@ def _add_impact(commands: Any) -> None:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Reproduce a stage in a scratch clone and compare the bytes, hash everything that dvc.lock refers to, or verify signatures."""
+    """Reproduce a stage in a scratch clone and compare the bytes, hash
+    everything that dvc.lock refers to, or verify signatures."""
     if options.signatures:
         return _verify_signatures(options)
     from dagster_project.commands import verify as module
@@ -174,7 +211,10 @@ def verify(options: argparse.Namespace) -> int:
     if options.integrity == bool(options.stage):
         raise InputError("verify: give either a stage or --integrity", "see `pedigree verify --help`")
     if ((options.deep or options.install) and options.integrity) or (options.all_revs and not options.integrity):
-        raise InputError("verify: --deep and --install require a stage, --all-revs requires --integrity", "see `pedigree verify --help`")
+        raise InputError(
+            "verify: --deep and --install require a stage, --all-revs requires --integrity",
+            "see `pedigree verify --help`",
+        )
     if options.integrity:
         document = integrity.examine(project(options), options.rev, options.all_revs)
         print_result(options, document, integrity.as_text)
@@ -195,7 +235,9 @@ def _verify_signatures(options: argparse.Namespace) -> int:
 
     others = ("rev", "deep", "install", "integrity", "all_revs")
     if not options.stage or any(getattr(options, name) for name in others):
-        raise InputError("verify: --signatures requires a model, and no other option than --key", "see `pedigree verify --help`")
+        raise InputError(
+            "verify: --signatures requires a model, and no other option than --key", "see `pedigree verify --help`"
+        )
     document = verify_signatures(Path(options.project).resolve(), options.stage, options.key)
     print_result(options, document, as_text)
     return 0 if document["verdict"] == "verified" else 1
@@ -211,8 +253,16 @@ def _add_verify(commands: Any) -> None:
     )
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
     add("--deep", action="store_true", help="start from the sources: reproduce all upstream stages first")
-    add("--install", action="store_true", help="if another version made it: install that one in a scratch environment, and verify there")
-    add("--integrity", action="store_true", help="instead hash everything that dvc.lock refers to, in the cache and the workspace")
+    add(
+        "--install",
+        action="store_true",
+        help="if another version made it: install that one in a scratch environment, and verify there",
+    )
+    add(
+        "--integrity",
+        action="store_true",
+        help="instead hash everything that dvc.lock refers to, in the cache and the workspace",
+    )
     add("--all-revs", action="store_true", help="with --integrity: also at every commit that changed dvc.lock")
     add(
         "--signatures",

@@ -23,7 +23,9 @@ def chat(options: argparse.Namespace) -> int:
     if options.json and options.once is None:
         raise InputError("--json: only for one question", "add --once TEXT")
     if not 0 <= options.temperature < float("inf"):
-        raise InputError(f"--temperature {options.temperature:g}: cannot be negative or infinite", "0 gives the most likely answer")
+        raise InputError(
+            f"--temperature {options.temperature:g}: cannot be negative or infinite", "0 gives the most likely answer"
+        )
     asked = module.Options(
         [options.model, *([options.compare] if options.compare else [])],
         options.system,
@@ -47,7 +49,10 @@ def _add_chat(commands: Any) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="release, merged@VARIANT, ... or a folder (default: the release, else the recommended variant, else the base model)",
+        help=(
+            "release, merged@VARIANT, ... or a folder (default: the release, else the recommended variant, else the"
+            " base model)"
+        ),
     )
     add("--compare", type=named, metavar="OTHER", help="another model that answers the same questions")
     add(
@@ -56,10 +61,27 @@ def _add_chat(commands: Any) -> None:
         metavar="TEXT",
         help="system prompt; '' for none (default: that of the training records, if all have the same)",
     )
-    add("--tools", type=named, metavar="FILE.json", help="functions to offer, as OpenAI writes them; calls are shown, not executed")
+    add(
+        "--tools",
+        type=named,
+        metavar="FILE.json",
+        help="functions to offer, as OpenAI writes them; calls are shown, not executed",
+    )
     add("--once", type=utf8, metavar="TEXT", help="ask this, print the answer and end")
-    add("--max-new-tokens", type=count, default=256, metavar="N", help="longest answer, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, the most likely answer, as in evaluation)")
+    add(
+        "--max-new-tokens",
+        type=count,
+        default=256,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of sampling (default: 0, the most likely answer, as in evaluation)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
 
 
@@ -88,7 +110,10 @@ def _add_serve(commands: Any) -> None:
     add(
         "--engine",
         choices=("vllm", "transformers", "llama.cpp"),
-        help="the server (default: llama.cpp for a GGUF file, vllm where it is installed and there is a GPU, else transformers)",
+        help=(
+            "the server (default: llama.cpp for a GGUF file, vllm where it is installed and there is a GPU, else"
+            " transformers)"
+        ),
     )
 
 
@@ -107,17 +132,35 @@ def _add_push(commands: Any) -> None:
     add = add_command(commands, push).add_argument
     add("model", metavar="MODEL", help="release, its path or content hash")
     add("repo", metavar="REPO_ID", help="repository on the Hub, OWNER/NAME; it is created if it does not exist")
-    add("--private", action="store_true", help="create the repository as a private one; refused if it exists and is public")
-    add("--dry-run", action="store_true", help="check, and list what would be uploaded; needs neither network nor token")
-    add("--key", type=named, metavar="FILE", help="sign the files with this private key in PEM (default: the text in PEDIGREE_SIGNING_KEY)")
-    add("--issued", type=day, metavar="YYYY-MM-DD", help="of the papers (default: the date of the commit that recorded the model)")
+    add(
+        "--private",
+        action="store_true",
+        help="create the repository as a private one; refused if it exists and is public",
+    )
+    add(
+        "--dry-run", action="store_true", help="check, and list what would be uploaded; needs neither network nor token"
+    )
+    add(
+        "--key",
+        type=named,
+        metavar="FILE",
+        help="sign the files with this private key in PEM (default: the text in PEDIGREE_SIGNING_KEY)",
+    )
+    add(
+        "--issued",
+        type=day,
+        metavar="YYYY-MM-DD",
+        help="of the papers (default: the date of the commit that recorded the model)",
+    )
 
 
 def mlflow(options: argparse.Namespace) -> int:
     """Register a model in MLflow, with its lineage as tags and its data as inputs of a run."""
     from dagster_project.commands.mlflow_registry import as_text, register
 
-    document = register(project(options), options.model, options.name, options.experiment, options.tracking_uri, options.upload)
+    document = register(
+        project(options), options.model, options.name, options.experiment, options.tracking_uri, options.upload
+    )
     print_result(options, document, as_text)
     return 0
 

@@ -17,7 +17,8 @@ HTML = (".html", ".htm")
 
 
 def print_result(options: argparse.Namespace, document: Any, as_text: Any, safe: bool = False) -> None:
-    """Print a document as JSON or as text. Names and values in it come from data, and may contain control characters: they are written out.
+    """Print a document as JSON or as text. Names and values in it come from
+    data, and may contain control characters: they are written out.
 
     Args:
         safe: whether the text needs no escapes, as they were made earlier, or it is not for a terminal.
@@ -40,11 +41,14 @@ def print_result(options: argparse.Namespace, document: Any, as_text: Any, safe:
         ending.discard(sys.stdout)
     except OSError as error:
         ending.discard(sys.stdout)
-        raise PedigreeError(f"standard output: {error.strerror}", "free some space on its disk, or write elsewhere") from None
+        raise PedigreeError(
+            f"standard output: {error.strerror}", "free some space on its disk, or write elsewhere"
+        ) from None
 
 
 def print_error(options: argparse.Namespace, error: PedigreeError) -> None:
-    """Print an error as the document of `--json`, unless the command has printed one. stdout may be full: stderr has the error, too."""
+    """Print an error as the document of `--json`, unless the command has
+    printed one. stdout may be full: stderr has the error, too."""
     if options.json and not getattr(options, "printed", False):
         with suppress(PedigreeError):
             print_result(options, {"error": error.what, "hint": error.hint}, str)
@@ -74,7 +78,10 @@ def require_writable(option: str, path: Path) -> None:
 
 def require_suffix(option: str, name: str, suffixes: tuple[str, ...]) -> None:
     if Path(name).suffix.lower() not in suffixes:
-        raise InputError(f"{option} {name}: its name must end in {' or '.join(suffixes)}", "name a new file: an existing one is replaced")
+        raise InputError(
+            f"{option} {name}: its name must end in {' or '.join(suffixes)}",
+            "name a new file: an existing one is replaced",
+        )
 
 
 def visible_lines(text: str) -> str:

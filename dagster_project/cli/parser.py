@@ -16,7 +16,10 @@ def parser() -> argparse.ArgumentParser:
     whole = _Parser(
         prog="pedigree",
         description="LLM fine-tuning with record-level lineage.",
-        epilog="Exit codes: 0 success, 1 a check failed or the result is negative, 2 bad input or usage, or cannot tell, 130 interrupted.",
+        epilog=(
+            "Exit codes: 0 success, 1 a check failed or the result is negative, 2 bad input or usage, or cannot tell,"
+            " 130 interrupted."
+        ),
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in GROUPS:

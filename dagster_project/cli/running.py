@@ -1,4 +1,5 @@
-"""Making a project, running its stages, and what follows from an edit of it: init, run, sweep, render, upgrade, pipeline, sync, share, plan."""
+"""Making a project, running its stages, and what follows from an edit of it:
+init, run, sweep, render, upgrade, pipeline, sync, share, plan."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def init(options: argparse.Namespace) -> int:
     from dagster_project.commands.init import as_text
     from dagster_project.commands.init import init as make
 
-    document = make(Path(options.folder or options.project), options.data, options.base_model, options.task, options.license)
+    document = make(
+        Path(options.folder or options.project), options.data, options.base_model, options.task, options.license
+    )
     print_result(options, document, as_text)
     return 0
 
@@ -40,7 +43,12 @@ def _add_init(commands: Any) -> None:
         metavar="MODEL",
         help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)",
     )
-    add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
+    add(
+        "--task",
+        choices=("auto", "labels", "json", "text"),
+        default="auto",
+        help="what answers are (default: detected)",
+    )
     add(
         "--license",
         type=lambda text: named(utf8(text)),
@@ -60,7 +68,10 @@ def run(options: argparse.Namespace) -> int:
     if not options.stage:
         raise InputError("STAGE or --all is required", "name a stage, or bring all stages up to date with --all")
     if options.force or options.jobs is not None:
-        raise InputError("--jobs and --force require --all", f"`dvc repro --single-item --force {options.stage}` runs one stage again")
+        raise InputError(
+            "--jobs and --force require --all",
+            f"`dvc repro --single-item --force {options.stage}` runs one stage again",
+        )
     # with --json, what a function of the user prints must not be on stdout
     with streaming_to_dagster(), redirect_stdout(sys.stderr if options.json else sys.stdout):
         report = run_stage(project(options), options.stage)
@@ -76,7 +87,8 @@ def _run_all(options: argparse.Namespace) -> int:
 
     if options.stage:
         raise InputError(
-            f"--all cannot be combined with {options.stage}", f"`dvc repro {options.stage}` runs a stage and all stages that it depends on"
+            f"--all cannot be combined with {options.stage}",
+            f"`dvc repro {options.stage}` runs a stage and all stages that it depends on",
         )
     document = run_all(project(options), options.jobs or 1, options.force, validate)
     print_result(options, document, as_text)
@@ -107,10 +119,20 @@ def _add_sweep(commands: Any) -> None:
     add = add_command(commands, sweep).add_argument
     add("section", metavar="SECTION", help="section of params.yaml, e.g. adapter.lora or splits")
     add(
-        "-S", dest="set", action="append", default=[], metavar="KEY=VALUE,...", help="a parameter of the section and its values; repeatable"
+        "-S",
+        dest="set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="a parameter of the section and its values; repeatable",
     )
     add("--jobs", type=count, default=1, metavar="N", help="trials at once (default: %(default)s)")
-    add("--to", type=named, metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
+    add(
+        "--to",
+        type=named,
+        metavar="STAGE[@VARIANT]",
+        help="stage at which each trial ends (default: the stage of the section)",
+    )
 
 
 def render(options: argparse.Namespace) -> int:
@@ -124,7 +146,8 @@ def render(options: argparse.Namespace) -> int:
 
 
 def upgrade(options: argparse.Namespace) -> int:
-    """Record the code of the installed version in code.lock.yaml, write its dvc.yaml unless that was edited, and list the stages that become stale."""
+    """Record the code of the installed version in code.lock.yaml, write its
+    dvc.yaml unless that was edited, and list the stages that become stale."""
     from dagster_project.commands.upgrade import as_text
     from dagster_project.commands.upgrade import upgrade as record
 
@@ -152,18 +175,24 @@ def sync(options: argparse.Namespace) -> int:
             from dagster_project.orchestration.dagster.sync import sync_after
         with open_instance(last.root, shared=bool(last.key_prefix)) as instance:
             lines = sync_after(last, instance)
-    print_result(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report.")
+    print_result(
+        options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report."
+    )
     return 0
 
 
 def share(options: argparse.Namespace) -> int:
-    """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
+    """Copy sources, outputs and past runs to a DVC remote, so that another
+    clone restores stages instead of running them."""
     from dataclasses import asdict
 
     from dagster_project.orchestration.dvc_remote import push
 
     pushed = push(project(options), options.remote)
-    text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
+    text = (
+        f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull`"
+        " restores them."
+    )
     print_result(options, asdict(pushed), lambda _: text)
     return 0
 
@@ -186,10 +215,13 @@ def plan(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     if options.model is not None and options.variants:
-        raise InputError(f"plan: {options.variants[0]} and --model are both given", "name variants of params.yaml, or any model")
+        raise InputError(
+            f"plan: {options.variants[0]} and --model are both given", "name variants of params.yaml, or any model"
+        )
     if options.model is None and given:
         raise InputError(
-            f"plan: --{next(iter(given)).replace('_', '-')} requires --model", "edit params.yaml, or plan for a model with --model"
+            f"plan: --{next(iter(given)).replace('_', '-')} requires --model",
+            "edit params.yaml, or plan for a model with --model",
         )
     with lean_imports():
         if options.model is not None:
@@ -212,28 +244,46 @@ def plan(options: argparse.Namespace) -> int:
 def _add_plan(commands: Any) -> None:
     add = add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
-    add("--model", type=named, metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
+    add(
+        "--model",
+        type=named,
+        metavar="CONFIG",
+        help="plan for any model instead, from its folder or its config.json only",
+    )
     add("--method", action="append", help="with --model; can be repeated (default: full, lora and qlora)")
     add("--tokens-per-row", type=int, metavar="N", help=f"with --model (default: {MODEL_OPTIONS['tokens_per_row']})")
-    add("--batch", type=int, metavar="N", help=f"with --model: rows in a forward pass (default: {MODEL_OPTIONS['batch']})")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help=f"with --model: rows in a forward pass (default: {MODEL_OPTIONS['batch']})",
+    )
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="with --model (default: on)")
     add(
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         help="with --model: bfloat16 or float32 (default: bfloat16 if the device supports it)",
     )
-    add("--device", help=f"with --model: cuda or cpu; it need not be on this machine (default: {MODEL_OPTIONS['device']})")
+    add(
+        "--device",
+        help=f"with --model: cuda or cpu; it need not be on this machine (default: {MODEL_OPTIONS['device']})",
+    )
 
 
 def add_commands(commands: Any) -> None:
     _add_init(commands)
     _add_run(commands)
     _add_sweep(commands)
-    add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
+    add_command(commands, render).add_argument(
+        "stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages"
+    )
     add_command(commands, upgrade)
     add_command(commands, pipeline)
     add_command(commands, sync).add_argument(
-        "--key-prefix", default="", metavar="PREFIX", help="of the project's asset keys in an instance with other assets, e.g. ml/support"
+        "--key-prefix",
+        default="",
+        metavar="PREFIX",
+        help="of the project's asset keys in an instance with other assets, e.g. ml/support",
     )
     add_command(commands, share).add_argument(
         "--remote", type=named, metavar="NAME", help="a remote of .dvc/config (default: the default remote)"

@@ -20,13 +20,25 @@ def ui(options: argparse.Namespace) -> int:
     addresses = {"url": f"http://{host}:{options.port}", "pages": f"http://{pages.HOST}:{port}/"}
 
     def announce() -> None:
-        print_result(options, addresses, lambda found: f"Dagster UI: {found['url']}  (stop with Ctrl-C)\nPages: {found['pages']}")
+        print_result(
+            options, addresses, lambda found: f"Dagster UI: {found['url']}  (stop with Ctrl-C)\nPages: {found['pages']}"
+        )
 
     serve(root, options.host, options.port, port, announce)
 
 
 def add_commands(commands: Any) -> None:
     add = add_command(commands, ui).add_argument
-    add("--host", type=named, default="127.0.0.1", help="address to listen on; Dagster's UI has no authentication (default: %(default)s)")
+    add(
+        "--host",
+        type=named,
+        default="127.0.0.1",
+        help="address to listen on; Dagster's UI has no authentication (default: %(default)s)",
+    )
     add("--port", type=int, default=3000, help="default: %(default)s")
-    add("--pages-port", type=int, metavar="PORT", help="port of the pages on 127.0.0.1 (default: the latest one, initially 3100)")
+    add(
+        "--pages-port",
+        type=int,
+        metavar="PORT",
+        help="port of the pages on 127.0.0.1 (default: the latest one, initially 3100)",
+    )

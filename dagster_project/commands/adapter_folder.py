@@ -1,4 +1,5 @@
-"""`pedigree export MODEL --format adapter`: a PEFT folder that PEFT, transformers and vLLM load onto the base model that it names by hash."""
+"""`pedigree export MODEL --format adapter`: a PEFT folder that PEFT,
+transformers and vLLM load onto the base model that it names by hash."""
 
 from __future__ import annotations
 
@@ -38,11 +39,13 @@ NOT_IN_VLLM = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Keys of the configuration of a LoRA that vLLM refuses or does not read (vllm/lora/peft_helper.py, v0.11 and main in November 2026)."""
+"""Keys of the configuration of a LoRA that vLLM refuses or does not read
+(vllm/lora/peft_helper.py, v0.11 and main in November 2026)."""
 
 
 CHANGES_THE_BASE = re.compile(r"(pissa|olora|corda|loftq|lora_ga).*", re.IGNORECASE)
-"""Values of init_lora_weights with which PEFT takes the start of the adapter out of the base model's weights, each time it loads it. vLLM does not."""
+"""Values of init_lora_weights with which PEFT takes the start of the adapter
+out of the base model's weights, each time it loads it. vLLM does not."""
 
 
 def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]:
@@ -52,7 +55,8 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
         model: stage, path or hash of an adapter.
         folder: new or empty; None: named after the adapter and its hash, in the current folder.
     Returns:
-        {"format", "folder", "model": {"stage", "md5"}, "base": {"name", "path", "md5"}, "files", "method", "quantization", "vllm": what it does not support}.
+        {"format", "folder", "model": {"stage", "md5"}, "base": {"name", "path", "md5"}, "files", "method",
+        "quantization", "vllm": what it does not support}.
     Raises:
         InputError: the model is not an adapter, not as dvc.lock recorded it, or the folder cannot be written.
     """
@@ -76,8 +80,14 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
         "vllm": not_in_vllm(config),
     }
     texts = {
-        CONFIG: json.dumps(config | {"base_model_name_or_path": base["name"], "revision": None}, indent=2, sort_keys=True) + "\n",
-        "README.md": f"{model_card(summarize(subject)).rstrip()}\n\n{_how_to_load(facts, config, (target.folder / TEMPLATE).is_file())}",
+        CONFIG: (
+            json.dumps(config | {"base_model_name_or_path": base["name"], "revision": None}, indent=2, sort_keys=True)
+            + "\n"
+        ),
+        "README.md": (
+            f"{model_card(summarize(subject)).rstrip()}\n\n"
+            f"{_how_to_load(facts, config, (target.folder / TEMPLATE).is_file())}"
+        ),
     }
     return facts | {"files": _write(target, place, texts)}
 
@@ -95,7 +105,11 @@ def _config(target: Target) -> dict[str, Any]:
     if not (target.folder / CONFIG).is_file():
         raise InputError(
             f"{target.label} trained other weights than those of an adapter ({target.path}/{CONFIG} does not exist)",
-            f"the complete model is merged@{variant}" if stage == "adapter" else f"the complete model is merged_aligned@{variant}",
+            (
+                f"the complete model is merged@{variant}"
+                if stage == "adapter"
+                else f"the complete model is merged_aligned@{variant}"
+            ),
         )
     return dict(json.loads((target.folder / CONFIG).read_text(encoding="utf-8")))
 
@@ -109,7 +123,8 @@ def _base(target: Target, path: str) -> dict[str, str]:
     digest = next((dep["md5"] for dep in target.lock[target.address]["deps"] if dep["path"] == path), None)
     if digest is None:
         raise InputError(
-            f"{target.label}: dvc.lock does not record {path}, the model that it was trained on", f"`dvc repro {target.address}`"
+            f"{target.label}: dvc.lock does not record {path}, the model that it was trained on",
+            f"`dvc repro {target.address}`",
         )
     name = Path(path).relative_to("data").as_posix().replace("/", "@")
     return {"name": model_id(name, digest), "path": path, "md5": digest}
@@ -127,24 +142,36 @@ def not_in_vllm(config: Mapping[str, Any]) -> list[str]:
 
 def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any], has_template: bool) -> str:
     """Args:
-    has_template: whether the folder has the chat template of the training, which may be another one than the base model's.
+    has_template: whether the folder has the chat template of the training,
+        which may be another one than the base model's.
     """
     base, name = facts["base"], facts["model"]["stage"].partition("@")[2]
     digits = f"trained on it in {facts['quantization']}" if facts["quantization"] != "none" else "unquantized"
-    code = ["base = AutoModelForCausalLM.from_pretrained(BASE)", f'model = PeftModel.from_pretrained(base, FOLDER, adapter_name="{name}")']
+    code = [
+        "base = AutoModelForCausalLM.from_pretrained(BASE)",
+        f'model = PeftModel.from_pretrained(base, FOLDER, adapter_name="{name}")',
+    ]
     if has_template:
         code.append("tokenizer = AutoTokenizer.from_pretrained(BASE)")
         code.append(f'tokenizer.chat_template = Path(FOLDER, "{TEMPLATE}").read_text(encoding="utf-8")')
     lines = [
         "## Load it",
-        f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}. Nothing looks it up by this name: give its folder.",
+        (
+            f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}. Nothing looks it"
+            " up by this name: give its folder."
+        ),
         "\n".join(["```python", *code, "```"]),
     ]
     if facts["vllm"]:
-        lines.append(f"vLLM does not load it as one of its `--lora-modules`: it does not support {', '.join(facts['vllm'])}.")
+        lines.append(
+            f"vLLM does not load it as one of its `--lora-modules`: it does not support {', '.join(facts['vllm'])}."
+        )
     else:
         template = f" --chat-template FOLDER/{TEMPLATE}" if has_template else ""
-        command = f"vllm serve BASE --served-model-name {base['name']} --enable-lora --max-lora-rank {_rank(int(config['r']))} --lora-modules {name}=FOLDER{template}"
+        command = (
+            f"vllm serve BASE --served-model-name {base['name']} --enable-lora --max-lora-rank"
+            f" {_rank(int(config['r']))} --lora-modules {name}=FOLDER{template}"
+        )
         lines.append(f"```console\n$ {command}\n```")
     return "\n\n".join(lines) + "\n"
 
@@ -168,14 +195,19 @@ def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
                 write_text(made / name, text)
             files = sorted(path.name for path in made.iterdir())
     except OSError as error:
-        raise InputError(f"--out {place}: {error.strerror}", "name a folder with enough space that can be written") from None
+        raise InputError(
+            f"--out {place}: {error.strerror}", "name a folder with enough space that can be written"
+        ) from None
     return files
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """What was written, for the terminal."""
     base, refused = document["base"], document["vllm"]
-    lines = [f"{document['folder']}: {document['model']['stage']} {document['model']['md5'][:12]}, {', '.join(document['files'])}"]
+    lines = [
+        f"{document['folder']}: {document['model']['stage']} {document['model']['md5'][:12]},"
+        f" {', '.join(document['files'])}"
+    ]
     lines.append(f"base model {base['name']}: {base['path']}, md5 {base['md5']}")
     lines.append(
         f"vLLM does not load it: no support of {', '.join(refused)}"

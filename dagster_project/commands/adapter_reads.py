@@ -1,7 +1,7 @@
 """`pedigree pipeline`: writes into dvc.yaml what each adapter reads, where params.yaml merges some of others.
 
-DVC's loop gives all variants of a stage the same number of dependencies. So the loop lists the paths of each variant, `reads`, and a shorter list repeats
-its last path, which changes nothing (docs/decisions/049).
+DVC's loop gives all variants of a stage the same number of dependencies. So the loop lists the paths of each variant,
+`reads`, and a shorter list repeats its last path, which changes nothing (docs/decisions/049).
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from dagster_project.training.trainers.merging.reads import ADAPTER, READS, pare
 
 LOOP = "foreach: ${adapter}"
 COMMENT = "# what each variant reads, written by `pedigree pipeline`: some are merged of others"
-NOT_A_LOOP = "dvc.yaml: the stage `adapter` is not a loop as Pedigree writes it", "compare with the dvc.yaml that `pedigree init` writes"
+NOT_A_LOOP = (
+    "dvc.yaml: the stage `adapter` is not a loop as Pedigree writes it",
+    "compare with the dvc.yaml that `pedigree init` writes",
+)
 NOT_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 """Words that YAML does not read as text."""
 WIDTH = 118
@@ -39,7 +42,8 @@ def write_reads(root: Path) -> dict[str, Any]:
     Returns:
         {"changed", "adapters": {name: what it reads}}; empty if none is merged of others.
     Raises:
-        InputError: an entry that merges is wrong, or the stage `adapter` of dvc.yaml has not the form that Pedigree writes.
+        InputError: an entry that merges is wrong, or the stage `adapter` of
+            dvc.yaml has not the form that Pedigree writes.
     """
     adapters, path = _checked(params.read(root)), root / "dvc.yaml"
     try:
@@ -50,7 +54,10 @@ def write_reads(root: Path) -> dict[str, Any]:
     if text != before:
         write_with_its_line_ends(path, text)
         _record_as_written(root, before, text)
-    return {"changed": text != before, "adapters": _reads(_trained_reads(_stage(text)), adapters) if _has_merges(adapters) else {}}
+    return {
+        "changed": text != before,
+        "adapters": _reads(_trained_reads(_stage(text)), adapters) if _has_merges(adapters) else {},
+    }
 
 
 def write_with_its_line_ends(path: Path, text: str) -> None:
@@ -64,7 +71,8 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """The section `adapter` of params.yaml.
 
     Raises:
-        InputError: a name, or an entry that merges, is wrong. What it names would be written into dvc.yaml, which DVC then could not read.
+        InputError: a name, or an entry that merges, is wrong. What it names
+            would be written into dvc.yaml, which DVC then could not read.
     """
     from dagster_project.training.trainers.harness.params import AdapterParams
     from dagster_project.training.trainers.merging.entry import check_merge
@@ -78,7 +86,8 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _record_as_written(root: Path, before: str, text: str) -> None:
-    """In a project with an installed package, dvc.yaml is still the one that Pedigree wrote, so that `pedigree upgrade` replaces it."""
+    """In a project with an installed package, dvc.yaml is still the one that
+    Pedigree wrote, so that `pedigree upgrade` replaces it."""
     if not code_lock.is_used(root) or not (root / code_lock.FILE).is_file():
         return
     lock = code_lock.read(root)
@@ -107,7 +116,9 @@ def listed(text: str, adapters: Mapping[str, Any]) -> str:
     else:
         head, items, paths = f"    {LOOP}", LOOP.removeprefix("foreach: "), trained
     new = _HEAD.sub(lambda _: f"{head}\n", stage, count=1)
-    new = _DEPS.sub(lambda _: _wrapped([*(f'"{path}"' if "$" in path else path for path in paths), *code]), new, count=1)
+    new = _DEPS.sub(
+        lambda _: _wrapped([*(f'"{path}"' if "$" in path else path for path in paths), *code]), new, count=1
+    )
     if _parsed(new) != {**before, "foreach": items, "do": {**before["do"], "deps": [*paths, *code]}}:
         raise InputError(*NOT_A_LOOP)
     return text.replace(stage, new, 1)
@@ -118,7 +129,9 @@ def _has_merges(adapters: Mapping[str, Any]) -> bool:
 
 
 def _reads(trained: Sequence[str], adapters: Mapping[str, Any]) -> dict[str, list[str]]:
-    return {name: reads_of_merge(parents) if (parents := parents_of(adapters, name)) else list(trained) for name in adapters}
+    return {
+        name: reads_of_merge(parents) if (parents := parents_of(adapters, name)) else list(trained) for name in adapters
+    }
 
 
 def _padded(paths: Sequence[str], length: int) -> list[str]:
@@ -147,11 +160,14 @@ def _parsed(stage: str) -> dict[str, Any]:
         parsed = dict(YAML(typ="safe").load(stage)["adapter"])
     except (YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"dvc.yaml: the stage `adapter` cannot be read: {' '.join(str(error).split())[:200]}", "see `git diff dvc.yaml`"
+            f"dvc.yaml: the stage `adapter` cannot be read: {' '.join(str(error).split())[:200]}",
+            "see `git diff dvc.yaml`",
         ) from None
     items, body = parsed.get("foreach"), parsed.get("do")
     lists: list[Any] = (
-        [item.get(READS) if isinstance(item, dict) else None for item in items.values()] if isinstance(items, dict) else [[items]]
+        [item.get(READS) if isinstance(item, dict) else None for item in items.values()]
+        if isinstance(items, dict)
+        else [[items]]
     )
     lists.append(body.get("deps") if isinstance(body, dict) else None)
     if not all(isinstance(one, list) and one and all(isinstance(path, str) for path in one) for one in lists):
@@ -171,13 +187,19 @@ def _trained_reads(stage: str) -> list[str]:
 
 
 def _wrapped(deps: Sequence[str]) -> str:
-    lines = wrap(f"deps: [{', '.join(deps)}]", WIDTH - 6, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    lines = wrap(
+        f"deps: [{', '.join(deps)}]", WIDTH - 6, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
     return "".join(f"      {line}\n" for line in lines)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
     if not document["adapters"]:
-        return "dvc.yaml: no adapter is merged of others" + (", and the list of what each reads was removed" if document["changed"] else "")
+        return "dvc.yaml: no adapter is merged of others" + (
+            ", and the list of what each reads was removed" if document["changed"] else ""
+        )
     lines = ["dvc.yaml written" if document["changed"] else "dvc.yaml is as it should be"]
-    return "\n".join([*lines, *(f"  adapter@{name} reads {', '.join(reads)}" for name, reads in document["adapters"].items())])
+    return "\n".join(
+        [*lines, *(f"  adapter@{name} reads {', '.join(reads)}" for name, reads in document["adapters"].items())]
+    )

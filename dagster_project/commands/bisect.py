@@ -1,4 +1,5 @@
-"""`pedigree bisect`: the first commit whose model no longer gives an expected answer, by binary search, and the rows of that commit that are most like it."""
+"""`pedigree bisect`: the first commit whose model no longer gives an expected
+answer, by binary search, and the rows of that commit that are most like it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from dagster_project.orchestration import dvc
 
 log = logging.getLogger("pedigree")
 
-SHALLOW = "this clone is shallow: versions before its first commit were not searched (`git fetch --unshallow` brings them)"
+SHALLOW = (
+    "this clone is shallow: versions before its first commit were not searched (`git fetch --unshallow` brings them)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class Asked:
 
     @property
     def messages(self) -> Messages:
-        return [*([{"role": "system", "content": self.system}] if self.system else []), {"role": "user", "content": self.prompt}]
+        return [
+            *([{"role": "system", "content": self.system}] if self.system else []),
+            {"role": "user", "content": self.prompt},
+        ]
 
     def accepts(self, message: Message) -> bool:
         """Whether an answer has the expected text."""
@@ -105,7 +111,8 @@ class Search:
         return run.md5 in self.trained or is_available(index, needed(run).items())
 
     def first_bad(self) -> int:
-        """Position of the first version without the expected answer, provided that the oldest has it and the newest has not.
+        """Position of the first version without the expected answer, provided
+        that the oldest has it and the newest has not.
 
         Where versions are missing, the one in the cache that divides the rest best is asked.
         """
@@ -123,7 +130,8 @@ class Search:
         names = _to_run(step, lock)
         if not self.may_train:
             raise InputError(
-                f"{self.model} of commit {step.commit[:12]} is not in the cache, so {', '.join(names)} must run again{_cost(step)}",
+                f"{self.model} of commit {step.commit[:12]} is not in the cache, so {', '.join(names)} must run"
+                f" again{_cost(step)}",
                 "fetch it with `dvc pull --all-commits`, or add --train",
             )
         log.info(f"bisect: {step.commit[:12]} is not in the cache: {', '.join(names)} run again{_cost(step)}")
@@ -132,7 +140,9 @@ class Search:
             for one in stages:
                 if one.judged.verdict == "different":
                     why = f"see `pedigree verify {one.name} --rev {step.commit[:12]}`"
-                    raise CheckFailed(f"{one.name} of commit {step.commit[:12]} was made again and differs from its record", why)
+                    raise CheckFailed(
+                        f"{one.name} of commit {step.commit[:12]} was made again and differs from its record", why
+                    )
                 for path in needed(step.run) if one.name == step.run.address else ():
                     shutil.copytree(one.outputs.root / path, place / path, dirs_exist_ok=True)
         self.trained.add(step.run.md5)
@@ -152,13 +162,18 @@ def _to_run(step: Step, lock: Mapping[str, Any]) -> list[str]:
         read = {dep["path"]: dep.get("md5") for one in lost for dep in lock[one].get("deps", [])}
         out = output(lock[name])
         outs = [(out["path"], read.get(out["path"]) or out["md5"])] if out else []
-        if any(dvc.overlap(made, path) for made, _ in outs for path in read) and not is_available(step.subject.index, outs):
+        if any(dvc.overlap(made, path) for made, _ in outs for path in read) and not is_available(
+            step.subject.index, outs
+        ):
             lost.add(name)
     return [*(name for name in before if name in lost), step.run.address]
 
 
-def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | None, may_train: bool, top: int) -> dict[str, Any]:
-    """Find the first commit, on the first-parent history, whose model does not give the expected answer, and rank its records.
+def bisect(
+    root: Path, model: str, asked: Asked, good: str | None, bad: str | None, may_train: bool, top: int
+) -> dict[str, Any]:
+    """Find the first commit, on the first-parent history, whose model does not
+    give the expected answer, and rank its records.
 
     Args:
         good: a commit that is known to give it; None: the oldest, which is asked if the result depends on it.
@@ -166,24 +181,29 @@ def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | No
         may_train: whether versions that are missing are made again.
         top: records to list.
     Returns:
-        {"model", "asked", "verdict": "found", "always" (every version gives the answer) or "never", "versions", "evaluations", "first", "last_good",
-        "answers", "records", "also_differ", "notes"}.
+        {"model", "asked", "verdict": "found", "always" (every version gives the answer) or "never", "versions",
+        "evaluations", "first", "last_good", "answers", "records", "also_differ", "notes"}.
     Raises:
         InputError: there is no such history, or a version is missing.
     """
     if not asked.prompt.strip() or not asked.expect:
         raise InputError(
-            "--prompt and --expect: must not be empty", "give the text of a question, and a text that the right answer contains"
+            "--prompt and --expect: must not be empty",
+            "give the text of a question, and a text that the right answer contains",
         )
     steps = _steps(Index(root), model, good, bad)
-    document: dict[str, Any] = {"model": model, "asked": {"prompt": asked.prompt, "system": asked.system, "expect": asked.expect}}
+    document: dict[str, Any] = {
+        "model": model,
+        "asked": {"prompt": asked.prompt, "system": asked.system, "expect": asked.expect},
+    }
     with tempfile.TemporaryDirectory(prefix="pedigree-") as scratch:
         search = Search(root, model, asked, steps, Path(scratch), may_train)
         missing = sum(not search.is_cached(i) for i in range(len(steps)))
         log.info(
             f"bisect: {len(steps)} versions, "
             + (
-                f"{missing} of them are not in the cache; these are trained again only if no cached version narrows the search further"
+                f"{missing} of them are not in the cache; these are trained again only if no cached version narrows the"
+                " search further"
                 if missing
                 else f"at most {(len(steps) - 1).bit_length() + 1} of them are asked"
             )
@@ -201,7 +221,11 @@ def bisect(root: Path, model: str, asked: Asked, good: str | None, bad: str | No
         if verdict == "found":
             document |= _found(search, first, top)
         document["answers"] = [
-            {"commit": steps[i].commit, "answer": excerpt(said.get("content") or ""), "as_expected": asked.accepts(said)}
+            {
+                "commit": steps[i].commit,
+                "answer": excerpt(said.get("content") or ""),
+                "as_expected": asked.accepts(said),
+            }
             for i, said in sorted(search.answers.items())
         ]
     return document | {"notes": [*notes, *document.get("notes", ())]}
@@ -221,7 +245,9 @@ def _steps(index: Index, model: str, good: str | None, bad: str | None) -> list[
         latest = _versions(index, model, good)[-1]
         start = next((i for i, one in enumerate(steps) if one.commit == latest.commit), None)
         if start is None:
-            raise InputError(f"--good {good}: not before {bad or 'HEAD'} on its first-parent history", "see `git log --first-parent`")
+            raise InputError(
+                f"--good {good}: not before {bad or 'HEAD'} on its first-parent history", "see `git log --first-parent`"
+            )
         steps = steps[start:]
     if len(steps) < 2:
         shallow = "this clone is shallow: `git fetch --unshallow` brings earlier ones" if index.history.shallow else ""
@@ -237,7 +263,16 @@ def _versions(index: Index, model: str, rev: str) -> list[Step]:
         InputError: no commit has this model, or its answers cannot be attributed: why not for the revision itself.
     """
     listed = git(
-        index.root, "log", "--first-parent", "--reverse", "--no-show-signature", "--format=%H%x09%s", "--end-of-options", rev, "--", LOCK
+        index.root,
+        "log",
+        "--first-parent",
+        "--reverse",
+        "--no-show-signature",
+        "--format=%H%x09%s",
+        "--end-of-options",
+        rev,
+        "--",
+        LOCK,
     )
     steps: list[Step] = []
     for line in (listed or "").splitlines():
@@ -251,7 +286,10 @@ def _versions(index: Index, model: str, rev: str) -> list[Step]:
             steps.append(Step(commit, title, subject, run))
     if not steps:
         adapter_of(find(index, model, rev), model)
-        raise InputError(f"{model}: no commit of the first-parent history of {rev} has it", "see `git log --first-parent -- dvc.lock`")
+        raise InputError(
+            f"{model}: no commit of the first-parent history of {rev} has it",
+            "see `git log --first-parent -- dvc.lock`",
+        )
     return steps
 
 
@@ -263,10 +301,18 @@ def _found(search: Search, first: int, top: int) -> dict[str, Any]:
     """The commit, and the records of its difference to the version before, ranked for the answer that it gives."""
     before, after = search.steps[first - 1], search.steps[first]
     difference = diff(search.root, f"{before.commit}:{search.model}", f"{after.commit}:{search.model}")
-    found: dict[str, Any] = {"first": _shown(after), "last_good": _shown(before), "also_differ": also_differ(difference), "notes": [CAVEAT]}
+    found: dict[str, Any] = {
+        "first": _shown(after),
+        "last_good": _shown(before),
+        "also_differ": also_differ(difference),
+        "notes": [CAVEAT],
+    }
     if difference["records"] is None:
         lost = difference["missing"][0]
-        return found | {"records": None, "notes": [f"its records are not known, without {lost['path']}: {lost['fetch']}"]}
+        return found | {
+            "records": None,
+            "notes": [f"its records are not known, without {lost['path']}: {lost['fetch']}"],
+        }
     if not (first - 1 in search.answers or search.may_train or search.is_cached(first - 1)):  # given with --good
         lost = f"its records were not ranked: {search.model} of commit {before.commit[:12]} is not in the cache"
         return found | {"records": None, "notes": [f"{lost} (fetch it with `dvc pull --all-commits`, or add --train)"]}
@@ -282,7 +328,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
     versions, count = document["versions"], document["evaluations"]
     lines = [
-        f"{document['model']}: {len(versions)} versions from {versions[0]['commit'][:12]} to {versions[-1]['commit'][:12]}, {count} asked"
+        f"{document['model']}: {len(versions)} versions from {versions[0]['commit'][:12]} to"
+        f" {versions[-1]['commit'][:12]}, {count} asked"
     ]
     lines += [
         f"  {one['commit'][:12]}  {'as expected' if one['as_expected'] else 'NOT as expected'}: {one['answer']}"
@@ -295,10 +342,14 @@ def as_text(document: Mapping[str, Any]) -> str:
     else:
         first = document["first"]
         lines += ["", f"first commit without the expected answer: {first['commit'][:12]}  {first['title']}"]
-        lines += [f"  {kind.replace('_', ' ')} differ too: {listed(names, 6)}" for kind, names in document["also_differ"].items()]
+        lines += [
+            f"  {kind.replace('_', ' ')} differ too: {listed(names, 6)}"
+            for kind, names in document["also_differ"].items()
+        ]
         if document["records"]:
             lines += [
-                f"its records that are most like the answer, of {document['among']} that only one of the two versions was trained on:"
+                f"its records that are most like the answer, of {document['among']} that only one of the two versions"
+                " was trained on:"
             ]
             lines += record_lines(document["records"])
         elif document["records"] is not None:

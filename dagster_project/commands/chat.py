@@ -1,4 +1,5 @@
-"""`pedigree chat`: a conversation with a model in the terminal, as it was trained and measured: its own template, tokens and decoding."""
+"""`pedigree chat`: a conversation with a model in the terminal, as it was
+trained and measured: its own template, tokens and decoding."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ class Speaker:
             tools: functions that are offered.
             write: gets the parts of the answer's text while it is generated.
         Raises:
-            InputError: the conversation is not UTF-8 or does not fit into the model's context, or its template refuses it.
+            InputError: the conversation is not UTF-8 or does not fit into the
+                model's context, or its template refuses it.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         try:
@@ -103,7 +105,8 @@ class Speaker:
         room = tokenizer.model_max_length - len(prompt)
         if room < 1:
             raise InputError(
-                f"{self.name}: the conversation has {len(prompt):,} tokens and leaves no room for an answer", "/reset begins anew"
+                f"{self.name}: the conversation has {len(prompt):,} tokens and leaves no room for an answer",
+                "/reset begins anew",
             )
         text = _Text(tokenizer, write)
         choose = decoding.choose(len(self.messages))
@@ -161,7 +164,8 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
         name = next((one for one in _usual(root) if _has_model(_folder(root, one))), None)
         if name is None:
             raise InputError(
-                "no model was made here yet", "`pedigree run --all` makes one, `dvc repro base_model` at least fetches the base model"
+                "no model was made here yet",
+                "`pedigree run --all` makes one, `dvc repro base_model` at least fetches the base model",
             )
     folder = _folder(root, name)
     if _has_model(folder):
@@ -170,13 +174,21 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
     stage, _, variant = name.partition("@")
     if stage not in _MODELS:
         known = ", ".join(
-            [*(one for one in _MODELS if one not in VARIANTS_OF), *(f"{one}@VARIANT" for one in _MODELS if one in VARIANTS_OF)]
+            [
+                *(one for one in _MODELS if one not in VARIANTS_OF),
+                *(f"{one}@VARIANT" for one in _MODELS if one in VARIANTS_OF),
+            ]
         )
         raise InputError(f"{name}: there is no such folder with a model", f"give a folder, or one of {known}")
     if stage in VARIANTS_OF and not variant:
-        names = ", ".join(f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False))
+        names = ", ".join(
+            f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False)
+        )
         raise InputError(f"{name}: which variant?", f"give one of {names}")
-    raise InputError(f"{name}: there is no model in {shown(root, folder)}", f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it")
+    raise InputError(
+        f"{name}: there is no model in {shown(root, folder)}",
+        f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it",
+    )
 
 
 def _refuse_other_kinds(name: str, folder: Path) -> None:
@@ -238,21 +250,37 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
         if is_adapter and not _has_model(base := root / _base_of(name, folder)):
             raise InputError(
                 f"{name} is an adapter, and its base model is not in {shown(root, base)}",
-                f"`dvc repro {base.name if base.parent.name == 'data' else f'{base.parent.name}@{base.name}'}` makes it, `dvc pull` fetches it",
+                f"`dvc repro {base.name if base.parent.name == 'data' else f'{base.parent.name}@{base.name}'}` makes"
+                " it, `dvc pull` fetches it",
             )
         model = EvaluatedModel(folder, compute, settings, base)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         # transformers fails where it first uses a wrong value
-        if isinstance(error, ModuleNotFoundError) or (isinstance(error, OSError) and error.errno is not None) or "memory" in str(error):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            or (isinstance(error, OSError) and error.errno is not None)
+            or "memory" in str(error)
+        ):
             raise
         read = shlex.join(shown(root, one) for one in (folder, *([base] if is_adapter else [])))
         raise InputError(
             f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
-            f"if it is an output of the project, `dvc checkout --force {read}` restores it; otherwise copy all of its files again",
+            f"if it is an output of the project, `dvc checkout --force {read}` restores it; otherwise copy all of its"
+            " files again",
         ) from None
     if not model.writes:
         raise InputError(
-            f"{name} is a classifier: it answers with one of its labels and cannot talk", "`pedigree compare` shows its scores"
+            f"{name} is a classifier: it answers with one of its labels and cannot talk",
+            "`pedigree compare` shows its scores",
         )
     return Speaker(name, folder, model)
 
@@ -266,7 +294,9 @@ def _base_of(name: str, folder: Path) -> str:
     config = json.loads((folder / "adapter_config.json").read_bytes())
     named = str(config.get("base_model_name_or_path")) if isinstance(config, dict) else ""
     if OF_ALIGNED.fullmatch(named):
-        raise InputError(f"{name} is an adapter of {named}, not of the base model", "name merged_aligned@VARIANT, its complete model")
+        raise InputError(
+            f"{name} is an adapter of {named}, not of the base model", "name merged_aligned@VARIANT, its complete model"
+        )
     return named if named.startswith("data/") and ".." not in Path(named).parts else "data/base_model"
 
 
@@ -284,7 +314,8 @@ def read_tools(path: Path | None) -> Tools:
         raise InputError(f"--tools {path}: {error}", "give a JSON file with a list of tools") from None
     if not (isinstance(tools, list) and tools and all(map(_is_tool, tools))):
         raise InputError(
-            f"--tools {path}: not a list of tools", 'give [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
+            f"--tools {path}: not a list of tools",
+            'give [{"type": "function", "function": {"name": ..., "parameters": ...}}]',
         )
     return tools
 
@@ -292,7 +323,11 @@ def read_tools(path: Path | None) -> Tools:
 def _is_tool(tool: Any) -> bool:
     """Whether a value is a function with a name, alone or in OpenAI's form."""
     function = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("parameters", {}), dict | None)
+    return (
+        isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("parameters", {}), dict | None)
+    )
 
 
 @dataclass(frozen=True)
@@ -326,7 +361,8 @@ def once(root: Path, options: Options, question: str) -> dict[str, Any]:
     """The answers to one question.
 
     Returns:
-        {"question", "system", "answers": for each model {"model", "folder", "answer": the message, "tokens", "finished"}}.
+        {"question", "system", "answers": for each model {"model", "folder",
+        "answer": the message, "tokens", "finished"}}.
     """
     speakers, _, system = begin(root, options)
     answers = []
@@ -359,7 +395,10 @@ def call_text(call: Mapping[str, Any]) -> str:
     """A line for a call of a tool."""
     function = call["function"]
     arguments = function["arguments"]
-    return f"call: {function['name']}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
+    return (
+        "call:"
+        f" {function['name']}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
+    )
 
 
 def talk(root: Path, options: Options) -> None:
@@ -470,7 +509,9 @@ class Chat:
     def _save(self, rest: str) -> None:
         if not rest:
             raise InputError("/save: no file", "e.g. /save conversations.jsonl")
-        lines = [self._row(speaker) for speaker in self.speakers if any(m["role"] == "assistant" for m in speaker.messages)]
+        lines = [
+            self._row(speaker) for speaker in self.speakers if any(m["role"] == "assistant" for m in speaker.messages)
+        ]
         if not lines:
             raise InputError("/save: there is no conversation yet", "ask something first")
         try:

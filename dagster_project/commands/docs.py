@@ -1,5 +1,5 @@
-"""`make docs`: writes dagster_project/params.schema.json, docs/parameters.md and the tables of docs/checks.md from the code, and the files
-of the package that repeat others: dvc.yaml, and the changes in results.
+"""`make docs`: writes dagster_project/params.schema.json, docs/parameters.md and the tables of docs/checks.md from the
+code, and the files of the package that repeat others: dvc.yaml, and the changes in results.
 
 The JSON Schema comes from the classes that validate params.yaml, the tables of parameters come from the schema.
 """
@@ -35,8 +35,12 @@ from dagster_project.training.trainers.harness.params import AUTO, OrAuto
 
 Schema = dict[str, Any]
 
-METHOD_KEYS: dict[str, tuple[str, Mapping[str, type[Section]]]] = {"adapter": ("peft", OWN), "aligned": ("options", METHODS)}
-"""Section -> the key whose content depends on `method`, and its class by method. Other methods of `adapter` accept PEFT's keys."""
+METHOD_KEYS: dict[str, tuple[str, Mapping[str, type[Section]]]] = {
+    "adapter": ("peft", OWN),
+    "aligned": ("options", METHODS),
+}
+"""Section -> the key whose content depends on `method`, and its class by
+method. Other methods of `adapter` accept PEFT's keys."""
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -64,7 +68,9 @@ def results_of(changelog: str) -> str:
     """The headings of versions and the entries under "Results" of a changelog."""
     parts = re.split(r"^(?=##+ )", changelog, flags=re.MULTILINE)
     kept = [
-        part if part.startswith("### Results") else part.splitlines()[0] + "\n" for part in parts if part.startswith(("## ", "### Results"))
+        part if part.startswith("### Results") else part.splitlines()[0] + "\n"
+        for part in parts
+        if part.startswith(("## ", "### Results"))
     ]
     return "".join(part.removeprefix("### Results\n").rstrip("\n") + "\n\n" for part in kept).rstrip("\n") + "\n"
 
@@ -94,7 +100,9 @@ def params_schema() -> Schema:
         fields[name] = (dict[str, model] if name in VARIANTS_OF.values() else one, None if name in UNREAD else ...)  # type: ignore[valid-type]
     whole = create_model("params", __base__=Section, **fields)
     models: list[type[BaseModel]] = [whole, *OWN.values(), *METHODS.values()]
-    _, document = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], schema_generator=_Generator)
+    _, document = models_json_schema(
+        [(model, "validation") for model in dict.fromkeys(models)], schema_generator=_Generator
+    )
     definitions = json.loads(_short_names(json.dumps(document["$defs"])))
     for definition in definitions.values():
         definition.pop("title")  # the name of the class
@@ -107,7 +115,9 @@ def params_schema() -> Schema:
         _inherited_last(model, definitions[_name_of(model, definitions)])
     for name in {_name_of(model, definitions) for model in _subclasses(Declared)} & definitions.keys():
         keys = definitions[name]["properties"]
-        definitions[name]["properties"] = {key: keys[key] for key in sorted(keys, key=lambda key: key in Declared.model_fields)}
+        definitions[name]["properties"] = {
+            key: keys[key] for key in sorted(keys, key=lambda key: key in Declared.model_fields)
+        }
     for name, (key, by_method) in METHOD_KEYS.items():
         _definition(root["properties"][name]["additionalProperties"], definitions)["allOf"] = [
             {
@@ -129,10 +139,16 @@ def params_schema() -> Schema:
 
 @cache
 def _describe_fields() -> None:
-    """Give the fields of all sections the docstrings beneath them as descriptions, also where a section contains another one."""
+    """Give the fields of all sections the docstrings beneath them as
+    descriptions, also where a section contains another one."""
     models = [model for model in _subclasses(Section) if model.__module__.startswith("dagster_project.")]
     for model in models:
-        written = {name: text for base in reversed(model.__mro__) if issubclass(base, Section) for name, text in _docstrings(base).items()}
+        written = {
+            name: text
+            for base in reversed(model.__mro__)
+            if issubclass(base, Section)
+            for name, text in _docstrings(base).items()
+        }
         for name, field in model.model_fields.items():
             field.description = field.description or written.get(name)
     for _ in range(3):  # a schema contains copies of those of inner sections, which are at most two levels deep
@@ -159,7 +175,8 @@ def _docstrings(model: type[Section]) -> dict[str, str]:
 
 
 def _short_names(text: str) -> str:
-    """Shorten the names that pydantic makes unique by their module: dagster_project__stages__splits__Params -> splits.Params"""
+    """Shorten the names that pydantic makes unique by their module:
+    dagster_project__stages__splits__Params -> splits.Params"""
     return re.sub(r'dagster_project__[^"/]+', lambda match: ".".join(match[0].split("__")[-2:]), text)
 
 
@@ -171,7 +188,12 @@ def _name_of(model: type[Section], definitions: Schema) -> str:
 
 def _inherited_last(model: type[Section], definition: Schema) -> None:
     """Move the inherited fields of a class to the end."""
-    inherited = {field.alias or name for base in model.__bases__ if issubclass(base, Section) for name, field in base.model_fields.items()}
+    inherited = {
+        field.alias or name
+        for base in model.__bases__
+        if issubclass(base, Section)
+        for name, field in base.model_fields.items()
+    }
     keys = definition["properties"]
     definition["properties"] = {key: keys[key] for key in sorted(keys, key=lambda key: key in inherited)}
 
@@ -182,7 +204,10 @@ def _join_lines(value: Any) -> Any:
         return [_join_lines(one) for one in value]
     if not isinstance(value, dict):
         return value
-    return {key: " ".join(one.split()) if key == "description" and isinstance(one, str) else _join_lines(one) for key, one in value.items()}
+    return {
+        key: " ".join(one.split()) if key == "description" and isinstance(one, str) else _join_lines(one)
+        for key, one in value.items()
+    }
 
 
 def _definition(schema: Schema, definitions: Schema) -> Schema:
@@ -198,9 +223,12 @@ def parameters_page(schema: Schema) -> str:
     definitions = schema["$defs"]
     parts = [
         "# Parameters",
-        "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs. Each section belongs to one stage, except "
-        "`compute` and `evaluation`, which several stages read, and `execution` and `provider`, which no stage reads. This page is generated from the code by `make docs`; "
-        "`dagster_project/params.schema.json` has the same content, for editors.",
+        (
+            "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs. Each section"
+            " belongs to one stage, except `compute` and `evaluation`, which several stages read, and `execution` and"
+            " `provider`, which no stage reads. This page is generated from the code by `make docs`;"
+            " `dagster_project/params.schema.json` has the same content, for editors."
+        ),
     ]
     for name, section in schema["properties"].items():
         model = next(_models(section, definitions))
@@ -221,7 +249,9 @@ def _by_model(by_method: Mapping[str, type[Section]]) -> dict[str, type[Section]
 
 
 def _table(model: Schema, definitions: Schema) -> str:
-    rows = [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in _rows(model, definitions, "")]
+    rows = [
+        f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in _rows(model, definitions, "")
+    ]
     return "\n".join(["| key | type | default | description |", "| --- | --- | --- | --- |", *rows])
 
 
@@ -278,7 +308,10 @@ def check_tables() -> dict[str, str]:
 def _checks(names: list[str]) -> str:
     rules = Rules()
     only = {None: "", "examples": "", "preferences": " (pairs)", "benchmark": " (benchmarks)"}
-    rows = [f"| `{n}`{only[CHECKS[n].kind]} | {CHECKS[n].description} | {rules.severity_of(n)} | {rules.action(n)} |" for n in names]
+    rows = [
+        f"| `{n}`{only[CHECKS[n].kind]} | {CHECKS[n].description} | {rules.severity_of(n)} | {rules.action(n)} |"
+        for n in names
+    ]
     return "\n".join(["| check | passes if | severity | default policy |", "| --- | --- | --- | --- |", *rows])
 
 

@@ -1,4 +1,5 @@
-"""The third verdict of `pedigree verify`: outputs that differ because another kind of machine made them, by no more than such machines differ."""
+"""The third verdict of `pedigree verify`: outputs that differ because another
+kind of machine made them, by no more than such machines differ."""
 
 from __future__ import annotations
 
@@ -8,19 +9,33 @@ from typing import Any
 from dagster_project.lineage.tolerance import Deviation
 
 NAMES = {"cpu", "packages"}
-"""Keys of a recorded machine that do not make another kind: the processor's marketing name, and the hash of all installed distributions, of which
-only a few change a result (`causes` of commands/outputs.py names these)."""
+"""Keys of a recorded machine that do not make another kind: the processor's marketing name, and the hash of all
+installed distributions, of which only a few change a result (`causes` of commands/outputs.py names these)."""
 
 BOUNDS: dict[tuple[str, str], dict[str, float]] = {
-    ("training", "float32"): {"update": 0.02, "weight": 0.001, "number": 0.01, "column": 0.05, "interval": 1.0, "answers": 0.05},
-    ("training", "bfloat16"): {"update": 0.75, "weight": 0.25, "number": 0.1, "column": 0.5, "interval": 1.0, "answers": 0.75},
+    ("training", "float32"): {
+        "update": 0.02,
+        "weight": 0.001,
+        "number": 0.01,
+        "column": 0.05,
+        "interval": 1.0,
+        "answers": 0.05,
+    },
+    ("training", "bfloat16"): {
+        "update": 0.75,
+        "weight": 0.25,
+        "number": 0.1,
+        "column": 0.5,
+        "interval": 1.0,
+        "answers": 0.75,
+    },
     ("merging", "float32"): {"update": 1e-4, "weight": 1e-5, "number": 0.001},
     ("merging", "bfloat16"): {"update": 0.25, "weight": 0.0078125, "number": 0.05},
     ("evaluation", "float32"): {"number": 0.02, "column": 0.001, "interval": 1.0, "answers": 0.05},
     ("evaluation", "bfloat16"): {"number": 0.25, "column": 0.1, "interval": 1.0, "answers": 0.5},
 }
-"""What a stage does and number format -> measure of `lineage/tolerance.py` -> largest difference that still counts as that of another machine.
-How they were found: docs/verify.md, "Elsewhere"."""
+"""What a stage does and number format -> measure of `lineage/tolerance.py` -> largest difference that still counts as
+that of another machine. How they were found: docs/verify.md, "Elsewhere"."""
 
 KIND_OF_STAGE = {
     "adapter": "training",
@@ -41,7 +56,11 @@ def compared(recorded: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
         {"recorded", "now", "same_kind"}; "same_kind" is None if either is not recorded.
     """
     known = recorded is not None and now is not None
-    return {"recorded": recorded, "now": now, "same_kind": not list(differences(recorded or {}, now or {})) if known else None}
+    return {
+        "recorded": recorded,
+        "now": now,
+        "same_kind": not list(differences(recorded or {}, now or {})) if known else None,
+    }
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -62,7 +81,9 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
             yield f"machine.{key}: {_shown(one)} then, {_shown(other)} now"
 
 
-def judge(stage: str, parameters: Mapping[str, Any], found: Iterable[Deviation]) -> tuple[list[dict[str, Any]], list[str]]:
+def judge(
+    stage: str, parameters: Mapping[str, Any], found: Iterable[Deviation]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Compare differences with the bounds of a stage.
 
     Args:
@@ -76,9 +97,14 @@ def judge(stage: str, parameters: Mapping[str, Any], found: Iterable[Deviation])
     bounds = BOUNDS[KIND_OF_STAGE[stage], dtype]
     listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found if one.value]
     reasons = [
-        f"{one['artifact']}: {one['where']} differs, which no machine may change"
-        if one["measure"] == "equal"
-        else f"{one['artifact']}: {one['measure']} {one['where']} differs by {one['value']:.3g}, more than the {one['bound']:g} of other machines"
+        (
+            f"{one['artifact']}: {one['where']} differs, which no machine may change"
+            if one["measure"] == "equal"
+            else (
+                f"{one['artifact']}: {one['measure']} {one['where']} differs by {one['value']:.3g}, more than the"
+                f" {one['bound']:g} of other machines"
+            )
+        )
         for one in listed
         if not one["value"] <= one["bound"]
     ]
@@ -96,4 +122,10 @@ def largest(listed: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    return (
+        "none"
+        if value is None
+        else ", ".join(f"{k} {v}" for k, v in value.items())
+        if isinstance(value, dict)
+        else str(value)
+    )

@@ -29,7 +29,8 @@ ELSEWHERE = {"mlflow", "push", "share", "sync"}
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 REPEATED = 2.0
-"""Seconds after an interrupt in which another one is ignored: pressed twice, Ctrl-C would end the removal of scratch copies of data."""
+"""Seconds after an interrupt in which another one is ignored: pressed twice,
+Ctrl-C would end the removal of scratch copies of data."""
 
 ENDED_OTHERWISE = {"run", "serve", "ui"}
 """Commands in which stages and servers decide what SIGTERM does."""
@@ -48,13 +49,16 @@ def _end_at_once(*_: Any) -> None:
 
 
 def _interrupt_later() -> None:
-    later = threading.Timer(0.02, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])  # also wakes a thread that waits
+    later = threading.Timer(
+        0.02, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
+    )  # also wakes a thread that waits
     later.daemon = True
     later.start()
 
 
 def _starts_compiled_module(frame: FrameType | None) -> bool:
-    """Whether the frame runs inside the initialization of a module in C or Rust. Some crash if the Python code that they call raises."""
+    """Whether the frame runs inside the initialization of a module in C or
+    Rust. Some crash if the Python code that they call raises."""
     while frame is not None:
         if frame.f_code in _STARTS_OF_COMPILED_MODULES:
             return True
@@ -63,7 +67,8 @@ def _starts_compiled_module(frame: FrameType | None) -> bool:
 
 
 class Interrupts:
-    """Whether SIGINT came. Libraries that are interrupted while they are imported may raise any other exception instead."""
+    """Whether SIGINT came. Libraries that are interrupted while they are
+    imported may raise any other exception instead."""
 
     came = False
     counted = False
@@ -75,14 +80,18 @@ class Interrupts:
         self.came = True
         if not self.counted and time.monotonic() - self.raised < REPEATED:  # temporary folders are being removed
             return
-        logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # it logs the traceback of an interrupt that it raises again
+        logging.getLogger("sqlalchemy.pool").setLevel(
+            logging.CRITICAL
+        )  # it logs the traceback of an interrupt that it raises again
         if not _starts_compiled_module(frame):
             self.raised = time.monotonic()
             raise KeyboardInterrupt
         _interrupt_later()
 
     def _note_unraisable(self, unraisable: Any) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):  # it came in a callback of the garbage collector, which cannot end anything
+        if issubclass(
+            unraisable.exc_type, KeyboardInterrupt
+        ):  # it came in a callback of the garbage collector, which cannot end anything
             self.raised = -REPEATED
             _interrupt_later()
         else:
@@ -91,7 +100,8 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """While open, SIGINT raises KeyboardInterrupt and is noted. Afterwards, if one came, another ends the process without a message.
+    """While open, SIGINT raises KeyboardInterrupt and is noted. Afterwards, if
+    one came, another ends the process without a message.
 
     A process that was started with SIGINT ignored, as by `&` of a script, goes on ignoring it.
     """
@@ -110,8 +120,9 @@ def interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def terminating(found: Interrupts, command: str) -> Iterator[None]:
-    """While open, SIGTERM and the end of the terminal end the command as Ctrl-C does, so that its temporary folders are removed: a scratch copy has
-    data, and the key of record ids. Not if the process was started with the signal ignored, as by `nohup`."""
+    """While open, SIGTERM and the end of the terminal end the command as Ctrl-C does, so
+    that its temporary folders are removed: a scratch copy has data, and the key of
+    record ids. Not if the process was started with the signal ignored, as by `nohup`."""
     found.counted = command == "chat"
     if command in ENDED_OTHERWISE or threading.current_thread() is not threading.main_thread():
         yield
@@ -197,7 +208,9 @@ def _memory_ended(error: BaseException) -> PedigreeError | None:
     names_it = isinstance(error, RuntimeError) or _is_panic(error)
     no_mapping = isinstance(error, OSError) and error.errno == errno.ENOMEM  # a file cannot be mapped into memory
     if isinstance(error, MemoryError) or no_mapping or (names_it and _NO_MEMORY.search(str(error))):
-        return PedigreeError("out of memory", "end other programs, or raise the limit (`ulimit -v`), then run the same command again")
+        return PedigreeError(
+            "out of memory", "end other programs, or raise the limit (`ulimit -v`), then run the same command again"
+        )
     return None
 
 
@@ -207,7 +220,8 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _pattern_gave_up(error: BaseException) -> InputError | None:
-    """A regular expression of tokenizer.json needs too many steps for a text, which its library does not raise as an Exception."""
+    """A regular expression of tokenizer.json needs too many steps for a text,
+    which its library does not raise as an Exception."""
     if not (_is_panic(error) and "Regex search error" in str(error)):
         return None
     return InputError(
@@ -221,7 +235,8 @@ def _mlflow_failed(error: BaseException) -> PedigreeError | None:
     if not _is_of_sqlalchemy(error) or not any(name.startswith("mlflow.") for name in _modules(error)):
         return None
     return PedigreeError(
-        f"MLflow: {' '.join(str(error).split())[:300]}", "see that MLFLOW_TRACKING_URI names a server or database that can be used"
+        f"MLflow: {' '.join(str(error).split())[:300]}",
+        "see that MLFLOW_TRACKING_URI names a server or database that can be used",
     )
 
 
@@ -244,14 +259,18 @@ def _home_damaged(error: BaseException, project: Path) -> InputError | None:
         return None
     home = os.environ.get("DAGSTER_HOME") or project / ".dagster"
     return InputError(
-        f"Dagster's home {home}: a database is damaged", "delete that folder: `pedigree sync` makes it again, without the logs of runs"
+        f"Dagster's home {home}: a database is damaged",
+        "delete that folder: `pedigree sync` makes it again, without the logs of runs",
     )
 
 
 def _table_damaged(error: BaseException, project: Path) -> InputError | None:
-    """A table of an output cannot be read. Stages compare the hashes of what they read; other commands, such as `ballots` and `chat`, do not."""
+    """A table of an output cannot be read. Stages compare the hashes of what
+    they read; other commands, such as `ballots` and `chat`, do not."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_globals.get("__name__") in TABLES]
-    paths = [path for frame in frames if isinstance(path := frame.f_locals.get("path"), Path) and path.suffix == ".parquet"]
+    paths = [
+        path for frame in frames if isinstance(path := frame.f_locals.get("path"), Path) and path.suffix == ".parquet"
+    ]
     if not paths or not isinstance(error, ValueError | OSError):  # pyarrow raises both
         return None
     shown = paths[-1].relative_to(project) if paths[-1].is_relative_to(project) else paths[-1]

@@ -1,4 +1,5 @@
-"""`pedigree erase`: take records out of the sources, make everything again that was made from them, and remove what is left of them (docs/erase.md)."""
+"""`pedigree erase`: take records out of the sources, make everything again that
+was made from them, and remove what is left of them (docs/erase.md)."""
 
 from __future__ import annotations
 
@@ -49,15 +50,22 @@ def _shown(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: value for name, value in plan.items() if name not in PRIVATE},
         "outputs to retire": len(plan["retired"]),
-        "searched by": {"texts": len(needles["texts"]), "ids": len(needles["ids"]), "texts too short or shared": needles["unsearchable"]},
+        "searched by": {
+            "texts": len(needles["texts"]),
+            "ids": len(needles["ids"]),
+            "texts too short or shared": needles["unsearchable"],
+        },
         "tombstones": len(plan["tombstones"]),
     }
 
 
 def _cost(root: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds that each stage took the last time, and the predictions of `pedigree plan` for the trainings; null where unknown."""
+    """Seconds that each stage took the last time, and the predictions of
+    `pedigree plan` for the trainings; null where unknown."""
     seconds = {address: last_seconds(root, address) for address in plan["stages"]}
-    trained = [address.partition("@")[2] for address in plan["stages"] if address.partition("@")[0] in {"adapter", "aligned"}]
+    trained = [
+        address.partition("@")[2] for address in plan["stages"] if address.partition("@")[0] in {"adapter", "aligned"}
+    ]
     predictions: Any = None
     if trained:
         from dagster_project.commands.plan import plan_variants
@@ -112,7 +120,8 @@ def _erase(
     if request is not None:
         if plan is not None and plan["request"] != plans.fingerprint(request, chosen, plans.usable_key(root)):
             raise InputError(
-                f"another erasure, of {plan['date']}, is unfinished", "go on with it: `pedigree erase --resume`, or the same command again"
+                f"another erasure, of {plan['date']}, is unfinished",
+                "go on with it: `pedigree erase --resume`, or the same command again",
             )
         if plan is None:
             with no_stage_runs(root, dvc.read_stages(root), waits=False):
@@ -134,8 +143,8 @@ def _erase(
 
 
 def exit_code(document: Mapping[str, Any]) -> int:
-    """0: nothing is left but what git history holds; 1: something is left, a model of the workspace saw the record, or `verify` found a difference;
-    2: of a model of the workspace nobody can tell."""
+    """0: nothing is left but what git history holds; 1: something is left, a model of the workspace saw the record, or
+    `verify` found a difference; 2: of a model of the workspace nobody can tell."""
     remains = {place for place in document["left"] if place != GIT}
     if remains or document["impact"].startswith("yes") or "different" in (document["verify"] or {}).values():
         return 1
@@ -152,27 +161,47 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     ]
     lines += ["", "relatives:"]
     for kind, names in document["relatives"].items():
-        state = "erased too" if kind in document["chosen"] or kind == "same row" else f"declined; --also {kind} erases them"
+        state = (
+            "erased too" if kind in document["chosen"] or kind == "same row" else f"declined; --also {kind} erases them"
+        )
         about = KINDS.get(kind, "other records of the same source row")
-        lines.append(f"  {kind:<12} {len(names):>4}  {about}" + (f" ({state}): {listed(names, SHOWN)}" if names else ""))
+        lines.append(
+            f"  {kind:<12} {len(names):>4}  {about}" + (f" ({state}): {listed(names, SHOWN)}" if names else "")
+        )
     lines += ["", "places that hold their text or ids:"]
     for place, found in document["places"].items():
-        size = f"{found['files']} files, {found['bytes']:,} bytes" if "files" in found else f"{len(found['blobs'])} blobs"
+        size = (
+            f"{found['files']} files, {found['bytes']:,} bytes" if "files" in found else f"{len(found['blobs'])} blobs"
+        )
         lines.append(f"  {place:<14} {size}")
     by = document["searched by"]
     lines.append(
-        f"  (searched for {by['texts']} parts of texts and {by['ids']} ids; {by['texts too short or shared']} texts are too short, or other"
+        f"  (searched for {by['texts']} parts of texts and {by['ids']} ids; {by['texts too short or shared']} texts are"
+        " too short, or other"
     )
     lines.append("  records have them too: these are found by the id of their record only)")
     lines += ["", "models that saw them:"]
-    lines += [f"  {model['outcome']:<7} {model['stage']} {model['md5'][:12]}  {', '.join(model['splits'])}" for model in document["models"]]
+    lines += [
+        f"  {model['outcome']:<7} {model['stage']} {model['md5'][:12]}  {', '.join(model['splits'])}"
+        for model in document["models"]
+    ]
     lines += [f"  unknown {model['stage']} {model['md5'][:12]}  {model['fetch']}" for model in document["unknown"]]
     lines += [] if document["models"] or document["unknown"] else ["  none"]
     known = {address: value for address, value in document["cost"]["seconds"].items() if value}
-    lines += ["", f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s the last time"]
+    lines += [
+        "",
+        (
+            f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s"
+            " the last time"
+        ),
+    ]
     lines += [f"deleted: {', '.join(document['papers'])} in data/release"] if document["papers"] else []
     lines += [f"deleted: the signatures in {', '.join(document['signatures'])}"] if document["signatures"] else []
-    lines += [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"] if document["remotes elsewhere"] else []
+    lines += (
+        [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"]
+        if document["remotes elsewhere"]
+        else []
+    )
     lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
     return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])
 
@@ -181,6 +210,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = [certificate_text(document), *(f"{name}: {path}" for name, path in document["files"].items())]
     if BLOBS in document["files"]:
         lines.append(
-            f"{document['files'][BLOBS]} names old versions of files by their content: do not commit it, a guess could be tested by it"
+            f"{document['files'][BLOBS]} names old versions of files by their content: do not commit it, a guess could"
+            " be tested by it"
         )
     return "\n".join(lines)

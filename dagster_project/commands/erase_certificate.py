@@ -1,5 +1,5 @@
-"""The certificate of an erasure: what was asked, found, removed, and what was not reached. It names the source files and how many rows were taken
-out of each, and the reason as given; otherwise it has keyed hashes, no text and no id."""
+"""The certificate of an erasure: what was asked, found, removed, and what was not reached. It names the source files
+and how many rows were taken out of each, and the reason as given; otherwise it has keyed hashes, no text and no id."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ PREDICATE_TYPE = "urn:pedigree:erasure:1"
 NEVER_REACHED = (
     "other clones of the repository, and what was pushed from this one",
     "copies of models that were deployed, released or downloaded",
-    "caches outside the project: of the Hugging Face Hub, of nodes of a cluster, of other projects, of backups and file systems",
+    (
+        "caches outside the project: of the Hugging Face Hub, of nodes of a cluster, of other projects, of backups and"
+        " file systems"
+    ),
     "logs and exports that were copied elsewhere",
 )
 
 
 def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The certificate of a plan that was carried out. The same erasure gives the same one, interrupted or not."""
-    models = {outcome: [_model(model) for model in plan["models"] if model["outcome"] == outcome] for outcome in (REMAKE, RETIRE, KEEP)}
+    models = {
+        outcome: [_model(model) for model in plan["models"] if model["outcome"] == outcome]
+        for outcome in (REMAKE, RETIRE, KEEP)
+    }
     searched = plan["searched"]
     removed = plan["removed"]
     remote = plan.get("remote", {})
@@ -50,7 +56,9 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     not_reached += [*(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
     not_reached += [EVENT_LOG_ELSEWHERE] if plan["event log elsewhere"] else []
     not_reached += (
-        ["DVC's cache, which is outside the project and may be shared: nothing was removed from it"] if plan["shared cache"] else []
+        ["DVC's cache, which is outside the project and may be shared: nothing was removed from it"]
+        if plan["shared cache"]
+        else []
     )
     not_reached += [f"git history, until it is rewritten: {len(plan['blobs'])} blobs"] if plan["blobs"] else []
     return {
@@ -68,7 +76,8 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             **({LEFT_OUT: {path: len(one["rows"]) for path, one in remote.items()}} if remote else {}),
         },
         "relatives": {
-            kind: {"rows": len(names), "erased": kind in plan["chosen"] or kind == "same row"} for kind, names in plan["relatives"].items()
+            kind: {"rows": len(names), "erased": kind in plan["chosen"] or kind == "same row"}
+            for kind, names in plan["relatives"].items()
         },
         "tombstones": [stone["record"] for stone in plan["tombstones"]],
         "found": _places(plan["places"]),
@@ -110,9 +119,16 @@ def _impact(found: Mapping[str, Sequence[str]]) -> str:
 
 
 def _membership(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Losses of the records among those of records that no model saw, by each model before the erasure and made again."""
+    """Losses of the records among those of records that no model saw, by each
+    model before the erasure and made again."""
     return [
-        {"model": address, "of": kind, "before": measured, "after": after[address][kind], "sensitivity": sensitivity(measured)}
+        {
+            "model": address,
+            "of": kind,
+            "before": measured,
+            "after": after[address][kind],
+            "sensitivity": sensitivity(measured),
+        }
         for address, kinds in sorted(before.items())
         for kind, measured in kinds.items()
     ]
@@ -131,7 +147,8 @@ def _places(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> dict[str, str]:
-    """Write the certificate, as JSON and text, the recipe for git's history, and the signature if there is a key. Returns the paths."""
+    """Write the certificate, as JSON and text, the recipe for git's history,
+    and the signature if there is a key. Returns the paths."""
     public = {name: value for name, value in document.items() if name != "blobs"}
     name = hashlib.sha256(canonical([public["date"], public["tombstones"], public["requests"]])).hexdigest()[:12]
     base = f"{CERTIFICATES}/{name}"
@@ -150,7 +167,10 @@ def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> di
             "predicate": public,
         }
         paths["signature"] = f"{base}.dsse.json"
-        write_text(root / paths["signature"], json.dumps(seal(statement, key, key.public.fingerprint), separators=(",", ":")) + "\n")
+        write_text(
+            root / paths["signature"],
+            json.dumps(seal(statement, key, key.public.fingerprint), separators=(",", ":")) + "\n",
+        )
     return paths
 
 
@@ -176,7 +196,10 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     hashes = f"{number(len(document['tombstones']))} keyed {'hash' if len(document['tombstones']) == 1 else 'hashes'}"
     lines += [
         "",
-        f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'} the same text in a later import.",
+        (
+            f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'} the same text in a"
+            " later import."
+        ),
     ]
     lines += ["", "Found before:", *_place_lines(document["found"]), "Removed:"]
     for what, count in document["removed"].items():
@@ -184,9 +207,16 @@ def certificate_text(document: Mapping[str, Any]) -> str:
         lines.append(f"  {what}: {shown or 'none'}")
     lines += ["Left:", *_place_lines(document["left"])]
     lines += ["", "Models:"]
-    lines += [f"  made again: {one['stage']} {one['before'][:12]} -> {(one['after'] or 'not made')[:12]}" for one in models["made again"]]
+    lines += [
+        f"  made again: {one['stage']} {one['before'][:12]} -> {(one['after'] or 'not made')[:12]}"
+        for one in models["made again"]
+    ]
     for kind, listed in models.items():
-        lines += [f"  {kind}: {one['stage']} {(one.get('before') or one.get('md5'))[:12]}" for one in listed if kind != "made again"]
+        lines += [
+            f"  {kind}: {one['stage']} {(one.get('before') or one.get('md5'))[:12]}"
+            for one in listed
+            if kind != "made again"
+        ]
     lines += ["  none"] if not any(models.values()) else []
     lines += [f"Did a model of the workspace see them? {document['impact']}"]
     verdicts = document["verify"]
@@ -209,17 +239,29 @@ def certificate_text(document: Mapping[str, Any]) -> str:
 def _membership_lines(one: Mapping[str, Any]) -> Iterator[str]:
     for when, name in (("before", "before"), ("after", "made again")):
         measured = one[when]
-        yield f"  {one['model']}, {one['of']}, {name}: " + (measured.get("verdict") or f"not measured: {measured['not measured']}")
+        yield f"  {one['model']}, {one['of']}, {name}: " + (
+            measured.get("verdict") or f"not measured: {measured['not measured']}"
+        )
         if "records" in measured:
             low, high = measured["range of controls"]
-            yield f"    {measured['controls']} records of the test split, never trained on: {low} to {high} nats per token (5 to 95 %)"
+            yield (
+                f"    {measured['controls']} records of the test split, never trained on: {low} to {high} nats per"
+                " token (5 to 95 %)"
+            )
         for mark, record in measured.get("records", {}).items():
-            controls = f"{many(record['controls'], 'control')}{' of its ' + record['matched by'] if record['matched by'] else ''}"
+            alike = f" of its {record['matched by']}" if record["matched by"] else ""
+            controls = f"{many(record['controls'], 'control')}{alike}"
             low, high = record["range"]
-            yield f"    {mark[:12]}: {record['loss']} nats per token, rank {record['rank']} among it and {controls}: {record['place']} {low} to {high}"
+            yield (
+                f"    {mark[:12]}: {record['loss']} nats per token, rank {record['rank']} among it and {controls}:"
+                f" {record['place']} {low} to {high}"
+            )
     yield f"  {one['sensitivity']}"
 
 
 def _place_lines(places: Mapping[str, Any]) -> list[str]:
-    lines = [f"  {place}: " + ", ".join(f"{count:,} {what}" for what, count in facts.items()) for place, facts in places.items()]
+    lines = [
+        f"  {place}: " + ", ".join(f"{count:,} {what}" for what, count in facts.items())
+        for place, facts in places.items()
+    ]
     return lines or ["  nothing"]

@@ -1,4 +1,5 @@
-"""`pedigree init`: makes a project in a folder, with parameters that fit the user's files. Needs neither DVC nor Dagster nor torch."""
+"""`pedigree init`: makes a project in a folder, with parameters that fit the
+user's files. Needs neither DVC nor Dagster nor torch."""
 
 from __future__ import annotations
 
@@ -45,8 +46,11 @@ load_from:
 DVC_FILES = {
     ".dvc/config": "[core]\n    analytics = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
-    ".dvcignore": "# Files of editors, Python and operating systems, which must not make a stage stale.\n"
-    "__pycache__\n*.pyc\n*.swp\n*~\n.#*\n.DS_Store\n.dagster\n.venv\ndata/live/.gitkeep\n" + "\n".join([COMMENT, *IGNORE_LINES, ""]),
+    ".dvcignore": (
+        "# Files of editors, Python and operating systems, which must not make a stage stale.\n"
+        "__pycache__\n*.pyc\n*.swp\n*~\n.#*\n.DS_Store\n.dagster\n.venv\ndata/live/.gitkeep\n"
+        + "\n".join([COMMENT, *IGNORE_LINES, ""])
+    ),
 }
 """What `dvc init` sets up, and what DVC ignores."""
 
@@ -55,21 +59,26 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     """Make a project. Everything is read and checked before the first file is written.
 
     Args:
-        data: files and folders, which are copied to data/sources/; data sets `hub:org/name@REVISION:split` and objects `s3://BUCKET/PREFIX`, which
-            are not copied.
-        base_model: `org/name@REVISION` on the Hub, or a folder, which is copied to models/; None: the model of the sample project.
+        data: files and folders, which are copied to data/sources/; data sets `hub:org/name@REVISION:split` and objects
+            `s3://BUCKET/PREFIX`, which are not copied.
+        base_model: `org/name@REVISION` on the Hub, or a folder, which is copied
+            to models/; None: the model of the sample project.
         task: auto, labels, json or text.
         license: of the data.
     Returns:
-        {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept", "task", "git": whether git has the files, "dvc": large files
-        that DVC tracks instead, "missing": programs that are not installed, "next": commands}.
+        {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept",
+        "task", "git": whether git has the files, "dvc": large files that DVC tracks
+        instead, "missing": programs that are not installed, "next": commands}.
     Raises:
-        InputError: the folder has files of a project, git would ignore some, or a file of data or the base model cannot be used. Nothing was written.
+        InputError: the folder has files of a project, git would ignore some, or
+            a file of data or the base model cannot be used. Nothing was written.
     """
     try:
         str(folder.resolve()).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{str(folder)!r}: its path is not UTF-8, which DVC requires; nothing was written", "use another name") from None
+        raise InputError(
+            f"{str(folder)!r}: its path is not UTF-8, which DVC requires; nothing was written", "use another name"
+        ) from None
     model, weights = _base_model(base_model)
     given = read(data)
     found, template = examine_for(weights, given, task) if weights else (examine(given, task), None)
@@ -77,11 +86,15 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
         model["chat_template"] = template
     context = min(CONTEXT, _context_of(weights)) if weights else CONTEXT
     files = _files(found, params_text(found, model, license, context), folder.resolve().name)
-    copies = {one.place: Path(one.path) for one in found.given if one.is_copied} | ({str(model["folder"]): weights} if weights else {})
+    copies = {one.place: Path(one.path) for one in found.given if one.is_copied} | (
+        {str(model["folder"]): weights} if weights else {}
+    )
     _refuse_existing(folder, [*files, *copies, LOCK])
     for name, source in copies.items():
         if source.is_dir() and (folder / name).resolve().is_relative_to(source.resolve()):
-            raise InputError(f"{source} contains the project {folder}; nothing was written", "name a folder outside of it")
+            raise InputError(
+                f"{source} contains the project {folder}; nothing was written", "name a folder outside of it"
+            )
     copied = [path for name, source in copies.items() for path in _paths_in_git(name, source)]
     _refuse_ignored(folder, [*(name for name in files if name != RECORD_KEY), *copied, LOCK, report_of("splits")])
     by_dvc_add = {path for name in copies for path in (folder / f"{name}.dvc", (folder / name).parent / ".gitignore")}
@@ -96,12 +109,17 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     return {
         "project": str(folder),
         "files": sorted([*files, *copies]),
-        "sources": [{"path": one.name, "kind": one.kind, "layout": one.layout, "rows": len(one.records)} for one in found.given],
+        "sources": [
+            {"path": one.name, "kind": one.kind, "layout": one.layout, "rows": len(one.records)} for one in found.given
+        ],
         "kept": found.kept,
         "task": found.task,
         "git": has_git,
         "dvc": by_dvc,
-        "missing": [*([] if has_git else ["git"]), *(name for name in ("dvc", "dagster", "torch") if find_spec(name) is None)],
+        "missing": [
+            *([] if has_git else ["git"]),
+            *(name for name in ("dvc", "dagster", "torch") if find_spec(name) is None),
+        ],
         "next": _next(folder, bool(found.given), [name for name in large if name not in by_dvc]),
     }
 
@@ -126,7 +144,14 @@ def _write(folder: Path, files: Mapping[str, str], copies: Mapping[str, Path]) -
     by_dvc = large if has_git and _add_to_dvc(folder, large) else []
     if has_git:
         small = [name for name in [*files, *copies] if name != RECORD_KEY and name not in large]
-        git(folder, "add", "--", *small, *(f"{name}.dvc" for name in by_dvc), *{f"{Path(name).parent}/.gitignore" for name in by_dvc})
+        git(
+            folder,
+            "add",
+            "--",
+            *small,
+            *(f"{name}.dvc" for name in by_dvc),
+            *{f"{Path(name).parent}/.gitignore" for name in by_dvc},
+        )
     return has_git, large, by_dvc
 
 
@@ -152,13 +177,17 @@ def _base_model(spec: str | None) -> tuple[dict[str, Any], Path | None]:
     place = Path(spec)
     if place.is_dir():
         if not (place / "config.json").is_file() or not (place / "tokenizer.json").is_file():
-            raise InputError(f"--base-model {spec}: no config.json or tokenizer.json in this folder", "name the folder of a complete model")
+            raise InputError(
+                f"--base-model {spec}: no config.json or tokenizer.json in this folder",
+                "name the folder of a complete model",
+            )
         return {"folder": f"models/{place.resolve().name}", "license": "unknown"}, place
     name, at, revision = spec.partition("@")
     if not at or (problem := HubSplit(name, revision, "train").problem):
         raise InputError(
             f"--base-model {spec}: neither a folder nor a model at a commit" + (f": {problem}" if at else ""),
-            "use org/name@REVISION with the 40 hex digits of the commit, or a folder with config.json, tokenizer.json and safetensors files",
+            "use org/name@REVISION with the 40 hex digits of the commit, or a folder with config.json, tokenizer.json"
+            " and safetensors files",
         )
     return {"hub": name, "revision": revision, "license": "unknown"}, None
 
@@ -168,14 +197,18 @@ def _context_of(folder: Path) -> int:
     try:
         length = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
-        raise InputError(f"--base-model {folder}: config.json is not a JSON object", "name the folder of a complete model") from None
+        raise InputError(
+            f"--base-model {folder}: config.json is not a JSON object", "name the folder of a complete model"
+        ) from None
     return length if isinstance(length, int) and length >= 16 else CONTEXT
 
 
 def _files(found: Found, params: str, name: str) -> dict[str, str]:
     """Path in the project -> content."""
     outputs, inputs = folders()
-    optional = [stage for stage, section in VARIANTS_OF.items() if section == "aligned"]  # read as whole folders, even without variants
+    optional = [
+        stage for stage, section in VARIANTS_OF.items() if section == "aligned"
+    ]  # read as whole folders, even without variants
     kept = [f"data/{stage}" for stage in optional] + [f"data/reports/{stage}" for stage in optional] + ["data/live"]
     return {
         "params.yaml": params,
@@ -196,7 +229,11 @@ GITATTRIBUTES = "# DVC hashes bytes: git must not change line ends in a checkout
 
 def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:
     kept = {f"data/{stage}" for stage in optional}
-    folders = [line for path in dict.fromkeys(outputs) for line in ([f"/{path}/*", f"!/{path}/{KEEP}"] if path in kept else [f"/{path}"])]
+    folders = [
+        line
+        for path in dict.fromkeys(outputs)
+        for line in ([f"/{path}/*", f"!/{path}/{KEEP}"] if path in kept else [f"/{path}"])
+    ]
     return "\n".join(
         [
             "# environment and caches",
@@ -215,7 +252,10 @@ def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:
             "/data/live/*",
             f"!/data/live/{KEEP}",
             "/data/pages",
-            "# the secret that keys the ids of records in data/release: keep a copy. A private repository may track it: remove this line.",
+            (
+                "# the secret that keys the ids of records in data/release: keep a copy. A private repository may track"
+                " it: remove this line."
+            ),
             f"/{RECORD_KEY}",
             "",
         ]
@@ -236,7 +276,10 @@ def _readme(name: str, found: Found) -> str:
             "| `params.yaml` | what to train on, how, and how to score it |",
             "| `data/sources/` | the data, tracked by git; large files by `dvc add` |",
             f"| `{RECORD_KEY}` | a secret, which git ignores: keep a copy |",
-            f"| `dvc.yaml`, `{code_lock.FILE}` | the pipeline and the code that it runs with, written by `pedigree init` and `pedigree upgrade` |",
+            (
+                f"| `dvc.yaml`, `{code_lock.FILE}` | the pipeline and the code that it runs with, written by `pedigree"
+                " init` and `pedigree upgrade` |"
+            ),
             "| `dvc.lock`, `data/reports/` | what the latest run made of it; commit them with `params.yaml` |",
             "",
             "```bash",
@@ -248,7 +291,10 @@ def _readme(name: str, found: Found) -> str:
             "pedigree audit data/release   # or of data/merged/lora",
             "```",
             "",
-            "If the last stage, `release`, fails, tuning did not beat its alternatives, or was not measured to: all models and results are kept, and",
+            (
+                "If the last stage, `release`, fails, tuning did not beat its alternatives, or was not measured to: all"
+                " models and results are kept, and"
+            ),
             "`data/pages/comparison/comparison.html` shows why. `release.waivers` in `params.yaml` waives a check.",
             "",
         ]
@@ -260,7 +306,8 @@ def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
         raise InputError(f"{folder} is a file", "name a folder")
     if present := [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]:
         raise InputError(
-            f"{folder} has {', '.join(present[:5])}{' and more' if len(present) > 5 else ''} already; nothing was written",
+            f"{folder} has {', '.join(present[:5])}{' and more' if len(present) > 5 else ''} already; nothing was"
+            " written",
             "name an empty folder, or move these files away",
         )
 
@@ -269,21 +316,27 @@ def _paths_in_git(name: str, source: Path) -> list[str]:
     """What git is to have of a file or folder that is copied: it, or its .dvc file."""
     if _size(source) > LARGE:
         return [f"{name}.dvc"]
-    return [f"{name}/{path.relative_to(source).as_posix()}" for path in _contents(source)] if source.is_dir() else [name]
+    return (
+        [f"{name}/{path.relative_to(source).as_posix()}" for path in _contents(source)] if source.is_dir() else [name]
+    )
 
 
 def _refuse_ignored(folder: Path, names: Sequence[str]) -> None:
     """Raises:
-    InputError: the folder is in a repository of which a rule, such as `data/`, makes git ignore files of the project. No commit would have them.
+    InputError: the folder is in a repository of which a rule, such as `data/`,
+        makes git ignore files of the project. No commit would have them.
     """
     whole = folder.resolve()
     there = next(place for place in (whole, *whole.parents) if place.is_dir())
     given = "\0".join(str(whole / name) for name in names)
-    found = os.fsdecode(git_bytes(there, "check-ignore", "--verbose", "-z", "--stdin", given=os.fsencode(given)) or b"").split("\0")
+    found = os.fsdecode(
+        git_bytes(there, "check-ignore", "--verbose", "-z", "--stdin", given=os.fsencode(given)) or b""
+    ).split("\0")
     for file, line, rule, path in zip(*(found[start::4] for start in range(4)), strict=False):
         if not rule.startswith("!"):
             raise InputError(
-                f"git ignores {Path(path).relative_to(whole).as_posix()} in {folder}, by the rule `{rule}` ({file}, line {line}); nothing was written",
+                f"git ignores {Path(path).relative_to(whole).as_posix()} in {folder}, by the rule `{rule}` ({file},"
+                f" line {line}); nothing was written",
                 "change the rule, or name a folder in which git does not ignore files of a project",
             )
 
@@ -298,13 +351,16 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _stays(name: str) -> bool:
-    """Whether a file or folder in a folder is not copied: hidden ones (of a repository in a repository git has no files), and those of DVC."""
+    """Whether a file or folder in a folder is not copied: hidden ones (of a
+    repository in a repository git has no files), and those of DVC."""
     return name.startswith(".") or name.endswith(".dvc")
 
 
 def _contents(folder: Path) -> list[Path]:
     """The files that are copied of a folder."""
-    return [path for path in folder.rglob("*") if path.is_file() and not any(map(_stays, path.relative_to(folder).parts))]
+    return [
+        path for path in folder.rglob("*") if path.is_file() and not any(map(_stays, path.relative_to(folder).parts))
+    ]
 
 
 def _size(path: Path) -> int:
@@ -316,7 +372,9 @@ def _add_to_dvc(folder: Path, names: Sequence[str]) -> bool:
     """Let DVC track files; whether it does. DVC is a program here, because a project can be made without it."""
     if not names or find_spec("dvc") is None:
         return False
-    done = subprocess.run([sys.executable, "-m", "dvc", "add", "-q", *names], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "add", "-q", *names], cwd=folder, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         log.warning(f"dvc add {' '.join(names)}: {done.stderr.strip()}")
     return done.returncode == 0
@@ -326,7 +384,10 @@ def _next(folder: Path, has_data: bool, untracked: Sequence[str]) -> list[str]:
     lines = [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
     lines += [] if has_data else [f"put your data into {PLACEHOLDER}", f"git add {PLACEHOLDER}"]
     for name in untracked:
-        lines += [f"dvc add {shlex.quote(name)}", shlex.join(["git", "add", f"{name}.dvc", f"{Path(name).parent}/.gitignore"])]
+        lines += [
+            f"dvc add {shlex.quote(name)}",
+            shlex.join(["git", "add", f"{name}.dvc", f"{Path(name).parent}/.gitignore"]),
+        ]
     return [*lines, "git commit -m 'New project'", "pedigree run --all"]
 
 

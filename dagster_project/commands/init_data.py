@@ -1,4 +1,5 @@
-"""What `pedigree init` finds in the files of a user: kind and layout of each, and of the rows that the checks keep sizes, categories and task."""
+"""What `pedigree init` finds in the files of a user: kind and layout of each,
+and of the rows that the checks keep sizes, categories and task."""
 
 from __future__ import annotations
 
@@ -71,7 +72,11 @@ class Given:
         if not self.is_copied:
             return {None}
         place = Path(self.path)
-        return {split_of_file(name) for name, _ in files_of(place)} if place.is_dir() else {split_of_file(place.resolve().name)}
+        return (
+            {split_of_file(name) for name, _ in files_of(place)}
+            if place.is_dir()
+            else {split_of_file(place.resolve().name)}
+        )
 
 
 def are_split(given: Sequence[Given]) -> bool:
@@ -122,7 +127,9 @@ def read(paths: Sequence[str]) -> list[Given]:
     """
     given = [_given(path, load([path])) for path in paths]
     if elsewhere := next((one for one in given if one.kind == "benchmark" and not one.is_copied), None):
-        raise InputError(f"--data: {elsewhere.path}: benchmark questions are read from files", "save them as a file, and name that")
+        raise InputError(
+            f"--data: {elsewhere.path}: benchmark questions are read from files", "save them as a file, and name that"
+        )
     names = Counter(one.name for one in given)
     if twice := next((one for one in given if names[one.name] > 1), None):
         what = f"two files would become {twice.name}" if twice.is_copied else f"{twice.name} is named twice"
@@ -142,7 +149,10 @@ def examine(given: Sequence[Given], task: str, tokens: Tokens = ESTIMATED) -> Fo
     examples = [record for one in given if one.kind == "examples" for record in one.records]
     if given and not examples:
         kinds = ", ".join(sorted({one.kind for one in given}))
-        raise InputError(f"--data: no examples to train on, only {kinds}", "name a file with prompts and answers, too; see docs/sources.md")
+        raise InputError(
+            f"--data: no examples to train on, only {kinds}",
+            "name a file with prompts and answers, too; see docs/sources.md",
+        )
     pairs = [record for one in given if one.kind == "preferences" for record in one.records]
     longest_pair = max((_tokens(pair, tokens) for pair in pairs), default=0)
     if not examples:
@@ -161,7 +171,9 @@ def examine(given: Sequence[Given], task: str, tokens: Tokens = ESTIMATED) -> Fo
         estimated=tokens.estimated,
         answer=lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0,
         task=_task(task, rows, answers),
-        has_tools=any(record.get("tools") or any(message.get("tool_calls") for message in record["messages"]) for record in rows),
+        has_tools=any(
+            record.get("tools") or any(message.get("tool_calls") for message in record["messages"]) for record in rows
+        ),
         has_traces=any(_has_trace(record) for record in rows),
         writes_traces=_writes_traces(rows, tokens),
     )
@@ -171,7 +183,11 @@ def _generated(record: Mapping[str, Any]) -> str:
     """What the model has to write for the last answer: its trace, text and calls."""
     message: Mapping[str, Any] = next((one for one in reversed(record["messages"]) if one["role"] == "assistant"), {})
     calls = message.get("tool_calls")
-    parts = (message.get("reasoning_content"), message.get("content"), json.dumps(calls, ensure_ascii=False) if calls else None)
+    parts = (
+        message.get("reasoning_content"),
+        message.get("content"),
+        json.dumps(calls, ensure_ascii=False) if calls else None,
+    )
     return "\n".join(filter(None, parts))
 
 
@@ -184,7 +200,9 @@ def _writes_traces(rows: Sequence[Mapping[str, Any]], tokens: Tokens) -> bool:
     first = next((record for record in rows if _has_trace(record)), None)
     if first is None or tokens.rendered is None:
         return True
-    plain = [{key: value for key, value in message.items() if key != "reasoning_content"} for message in first["messages"]]
+    plain = [
+        {key: value for key, value in message.items() if key != "reasoning_content"} for message in first["messages"]
+    ]
     return tokens.rendered(first["messages"], first.get("tools")) != tokens.rendered(plain, first.get("tools"))
 
 
@@ -237,7 +255,8 @@ def _are_labels(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> bo
 
 
 def _json_task(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any] | None:
-    """Fields of JSON answers with their values, and the field to score: the rows' category, or else the one with the most values."""
+    """Fields of JSON answers with their values, and the field to score: the
+    rows' category, or else the one with the most values."""
     parsed = [value for answer in answers if (value := parse(answer)) is not None]
     shapes = Counter(tuple(value) for value in parsed)
     if not shapes or not (names := shapes.most_common(1)[0][0]) or shapes[names] < JSON_SHARE * len(answers):
@@ -252,7 +271,9 @@ def _json_task(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dic
     if not listed:
         return None
     categories = {record.get("category") for record in rows}
-    score = next((name for name in listed if set(fields[name]) == categories), max(listed, key=lambda name: len(fields[name])))
+    score = next(
+        (name for name in listed if set(fields[name]) == categories), max(listed, key=lambda name: len(fields[name]))
+    )
     return {"fields": fields, "score": score}
 
 

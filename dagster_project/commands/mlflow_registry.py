@@ -1,6 +1,8 @@
-"""`pedigree mlflow`: a model of the project as a version in MLflow's model registry, with its lineage as tags and its data as inputs of a run.
+"""`pedigree mlflow`: a model of the project as a version in MLflow's model
+registry, with its lineage as tags and its data as inputs of a run.
 
-MLflow gets hashes and figures, and the files of the model with --upload. Nothing that a stage reads or writes knows of it.
+MLflow gets hashes and figures, and the files of the model with --upload.
+Nothing that a stage reads or writes knows of it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ NOT_IN_NAMES = re.compile(r"[^\w./:\- ]")
 LONGEST_PARAMETER, PER_BATCH = 6000, 100
 
 
-def register(root: Path, model: str, name: str | None, experiment: str, uri: str | None, upload: bool) -> dict[str, Any]:
+def register(
+    root: Path, model: str, name: str | None, experiment: str, uri: str | None, upload: bool
+) -> dict[str, Any]:
     """Register a model of the workspace, unless a version with the same content and record is there already.
 
     Args:
@@ -55,18 +59,25 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
     Returns:
         {"name", "version", "created", "run", "tags", "inputs": names, "source"}.
     Raises:
-        InputError: an empty name, a deleted experiment, not a model of the workspace, an incomplete lineage, or MLflow refuses something or cannot be reached.
+        InputError: an empty name, a deleted experiment, not a model of the workspace,
+            an incomplete lineage, or MLflow refuses something or cannot be reached.
     """
     if find_spec("mlflow") is None:
         raise ModuleNotFoundError("mlflow is not installed", name="mlflow")
     if name is not None and not name.strip():
-        raise InputError("--name: the name is empty", "name the registered model, or leave out --name for that of the stage")
+        raise InputError(
+            "--name: the name is empty", "name the registered model, or leave out --name for that of the stage"
+        )
     if not experiment.strip():
-        raise InputError("--experiment: the name is empty", "name the experiment, or leave out --experiment for `pedigree`")
+        raise InputError(
+            "--experiment: the name is empty", "name the experiment, or leave out --experiment for `pedigree`"
+        )
     where = _address(uri or os.environ.get(VARIABLE, ""))
     subject = lineage.find(Index(root), model)
     if not subject.run.is_model:
-        raise InputError(f"{model}: {subject.run.address} is not a model", "name a model, such as release or merged@VARIANT")
+        raise InputError(
+            f"{model}: {subject.run.address} is not a model", "name a model, such as release or merged@VARIANT"
+        )
     document = lineage.document(subject)
     if document["missing"]:
         one = document["missing"][0]
@@ -77,9 +88,18 @@ def register(root: Path, model: str, name: str | None, experiment: str, uri: str
     tags = claim.make(root, subject.run.address).as_fields()
     if tags["pedigree.model"] != subject.run.md5:
         raise InputError(
-            f"{model}: is not a model of the workspace", f"check out the commit that has it: {subject.run.commit or 'unknown'}"
+            f"{model}: is not a model of the workspace",
+            f"check out the commit that has it: {subject.run.commit or 'unknown'}",
         )
-    return _write(where, name or subject.run.address.replace("@", "-"), experiment, subject, document, tags, folder if upload else None)
+    return _write(
+        where,
+        name or subject.run.address.replace("@", "-"),
+        experiment,
+        subject,
+        document,
+        tags,
+        folder if upload else None,
+    )
 
 
 def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:
@@ -87,7 +107,9 @@ def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:
     InputError: the files are not those of the model.
     """
     if md5_on_disk(folder) != subject.run.md5:
-        raise InputError(f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout --force {subject.run.path}` restores it")
+        raise InputError(
+            f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout --force {subject.run.path}` restores it"
+        )
 
 
 def _address(uri: str) -> str:
@@ -127,26 +149,42 @@ def _write(
         inputs = [*_inputs(document)]
         result = {"name": name, "tags": dict(tags), "inputs": [one.dataset.name for one in inputs]}
         # the commit is left out: it is added once the same lock is committed
-        same = [one for one in versions if all(one.tags.get(key) == tags[key] for key in ("pedigree.model", "pedigree.audit_sha256"))]
+        same = [
+            one
+            for one in versions
+            if all(one.tags.get(key) == tags[key] for key in ("pedigree.model", "pedigree.audit_sha256"))
+        ]
         same = [one for one in same if not folder or not one.source.startswith(NOT_FETCHED)]
         if same:
-            return {**result, "version": same[0].version, "created": False, "run": same[0].run_id, "source": same[0].source}
+            return {
+                **result,
+                "version": same[0].version,
+                "created": False,
+                "run": same[0].run_id,
+                "source": same[0].source,
+            }
         known = client.get_experiment_by_name(experiment)
         if known and known.lifecycle_stage != "active":
             raise InputError(
-                f"--experiment {experiment}: deleted in MLflow", "restore it with `mlflow experiments restore`, or name another"
+                f"--experiment {experiment}: deleted in MLflow",
+                "restore it with `mlflow experiments restore`, or name another",
             )
         run = client.create_run(
             known.experiment_id if known else client.create_experiment(experiment),
             run_name=f"{subject.run.address} {subject.run.md5[:8]}",
-            tags={**tags, **({"mlflow.source.git.commit": tags["pedigree.commit"]} if "pedigree.commit" in tags else {})},
+            tags={
+                **tags,
+                **({"mlflow.source.git.commit": tags["pedigree.commit"]} if "pedigree.commit" in tags else {}),
+            },
         )
         try:
             _log(client, run.info.run_id, document, inputs)
             source = f"{NOT_FETCHED}{subject.run.path}@{subject.run.md5}"
             if folder:
                 for file in (file for file in sorted(without_papers(folder, folder.rglob("*"))) if file.is_file()):
-                    client.log_artifact(run.info.run_id, str(file), Path("model", file.parent.relative_to(folder)).as_posix())
+                    client.log_artifact(
+                        run.info.run_id, str(file), Path("model", file.parent.relative_to(folder)).as_posix()
+                    )
                 source = f"{run.info.artifact_uri}/model"
                 _refuse_unrecorded(folder, subject)  # so it did not change while it was uploaded
             if not found:
@@ -180,7 +218,9 @@ def _mlflow(uri: str) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         if error.name in PACKAGES["mlflow"]:
             raise
-        raise InputError(f"--tracking-uri: its driver is not installed: {error.name}", f"`pip install {error.name}`") from None
+        raise InputError(
+            f"--tracking-uri: its driver is not installed: {error.name}", f"`pip install {error.name}`"
+        ) from None
 
 
 def _quoted(name: str) -> str:
@@ -190,16 +230,24 @@ def _quoted(name: str) -> str:
 
 
 def _inputs(document: Mapping[str, Any]) -> Iterator[Any]:
-    """MLflow's inputs of the run: every source of the model's records with its sha256, and every data set of its lineage with its hash in dvc.lock."""
+    """MLflow's inputs of the run: every source of the model's records with its
+    sha256, and every data set of its lineage with its hash in dvc.lock."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     def one(name: str, digest: str, facts: Mapping[str, Any], context: str) -> Any:
         source = CodeDatasetSource({key: str(value) for key, value in facts.items()}).to_json()
-        return DatasetInput(Dataset(name, digest[:SHORT_DIGEST], "code", source), [InputTag("mlflow.data.context", context)])
+        return DatasetInput(
+            Dataset(name, digest[:SHORT_DIGEST], "code", source), [InputTag("mlflow.data.context", context)]
+        )
 
     for path, facts in document["sources"].items():
-        yield one(path, facts["sha256"], {key: facts[key] for key in ("sha256", "rows", "license", "format") if key in facts}, "source")
+        yield one(
+            path,
+            facts["sha256"],
+            {key: facts[key] for key in ("sha256", "rows", "license", "format") if key in facts},
+            "source",
+        )
     models = {parent["stage"] for parent in document["parents"]} | {document["model"]["stage"]}
     for name, stage in document["stages"].items():
         if name not in models:
@@ -230,6 +278,10 @@ def _log(client: Any, run: str, document: Mapping[str, Any], inputs: list[Any]) 
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
     what = "registered" if document["created"] else "was registered already, nothing was written"
-    lines = [f"{document['name']} version {document['version']}: {what}", f"  run     {document['run']}", f"  source  {document['source']}"]
+    lines = [
+        f"{document['name']} version {document['version']}: {what}",
+        f"  run     {document['run']}",
+        f"  source  {document['source']}",
+    ]
     lines += [f"  {key.removeprefix('pedigree.'):<7} {value}" for key, value in document["tags"].items()]
     return "\n".join([*lines, f"  inputs  {', '.join(document['inputs'])}"])

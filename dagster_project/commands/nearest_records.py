@@ -46,7 +46,10 @@ class TrainingRecords:
 
     def system_prompt(self) -> str | None:
         """The system prompt that all records begin with, if it is one and the same."""
-        found = {next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None) for record in self._records}
+        found = {
+            next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None)
+            for record in self._records
+        }
         return found.pop() if len(found) == 1 else None
 
     def have_traces(self) -> bool:
@@ -62,16 +65,23 @@ class TrainingRecords:
             InputError: the lineage of the model is not recorded.
         """
         seen, missing = trained_on(find(self._index, model))
-        notes = [f"what it was trained on is only partly known, without {one['path']}: {one['fetch']}" for one in missing]
+        notes = [
+            f"what it was trained on is only partly known, without {one['path']}: {one['fetch']}" for one in missing
+        ]
         if seen is None:
             return Nearest([], notes or [f"{model} was not trained on records of this project"])
         places: dict[str, dict[str, Any]] = {}
         for row in seen.iter_rows(named=True):
-            known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], "steps": []})
+            known = places.setdefault(
+                row["example_id"], {"source": row["source"], "source_row": row["source_row"], "steps": []}
+            )
             known["steps"].append(row["step"])
         here = [record for record in self._records if record["example_id"] in places]
         if lost := len(places) - len(here):
-            notes.append(f"{lost} of the {len(places)} records that it was trained on are not in {TRAIN} (pairs, or records of other runs)")
+            notes.append(
+                f"{lost} of the {len(places)} records that it was trained on are not in {TRAIN} (pairs, or records of"
+                " other runs)"
+            )
         if not here:
             return Nearest([], notes)
         prompts = [prompt_text(record["messages"]) for record in here]
@@ -96,7 +106,11 @@ def nearest_text(found: Nearest) -> str:
     for record in found.records:
         place = place_text(record["source"], record["source_row"])
         steps = ", ".join(map(str, record["steps"][:5])) + (", ..." if len(record["steps"]) > 5 else "")
-        lines += [f"{record['score']:.2f}  {place}  step {steps}", f"  {cut(record['prompt'])}", f"  -> {cut(record['response'])}"]
+        lines += [
+            f"{record['score']:.2f}  {place}  step {steps}",
+            f"  {cut(record['prompt'])}",
+            f"  -> {cut(record['response'])}",
+        ]
     return "\n".join([*lines, *found.notes])
 
 

@@ -1,4 +1,5 @@
-"""What `pedigree verify` compares: recorded outputs of a stage, its reproduced outputs in a clone, and the machines that made both."""
+"""What `pedigree verify` compares: recorded outputs of a stage, its reproduced
+outputs in a clone, and the machines that made both."""
 
 from __future__ import annotations
 
@@ -49,17 +50,24 @@ class Outputs:
     """Of the clone."""
 
     def compare(self, name: str) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
-        """Recorded and reproduced hash of each output; and the first difference of each file that differs, the report last."""
+        """Recorded and reproduced hash of each output; and the first difference
+        of each file that differs, the report last."""
         reproduced = dvc.outputs(self.root, name)
         outs = sorted(self.lock[name]["outs"], key=lambda out: out["path"].startswith(REPORTS))
         differences = []
         for out in outs:
-            published = integrity.published(self.at, self.lock, name, out["path"]) if not out["path"].startswith(REPORTS) else None
+            published = (
+                integrity.published(self.at, self.lock, name, out["path"])
+                if not out["path"].startswith(REPORTS)
+                else None
+            )
             if reproduced.get(out["path"]) != out["md5"]:
                 differences += self._differences(out["path"], out["md5"])
             elif published is not None and integrity.sha256_of(self.root / out["path"]) != published:
                 differences.append({"artifact": out["path"], "sha256": "not the one in its report"})
-        return {out["path"]: {"recorded": out["md5"], "made": reproduced.get(out["path"], dvc.MISSING)} for out in outs}, differences
+        return {
+            out["path"]: {"recorded": out["md5"], "made": reproduced.get(out["path"], dvc.MISSING)} for out in outs
+        }, differences
 
     def _differences(self, path: str, oid: str) -> list[dict[str, Any]]:
         recorded, reproduced = self._recorded(path, oid), self._reproduced(path)
@@ -80,19 +88,26 @@ class Outputs:
         return differences
 
     def _recorded(self, path: str, oid: str) -> dict[str, tuple[str, Path]] | None:
-        """(hash, file) of each recorded file by its path in the output. A report comes from git or the workspace, without the machine."""
+        """(hash, file) of each recorded file by its path in the output. A
+        report comes from git or the workspace, without the machine."""
         if not path.startswith(REPORTS):
             files = self.store.files(oid)
             return None if files is None else {name: (one, self.store.at(one)) for name, one in files.items()}
         report = self._report(path, oid)
-        return {"": (oid, self.store.at(oid)) if report is None else _without_machine(report, self.root.parent / "recorded.json")}
+        return {
+            "": (oid, self.store.at(oid))
+            if report is None
+            else _without_machine(report, self.root.parent / "recorded.json")
+        }
 
     def _reproduced(self, path: str) -> dict[str, Path]:
         """Each reproduced file by its path in the output; a report without the machine."""
         target = self.root / path
         if path.startswith(REPORTS) and target.is_file():
             return {"": _without_machine(json.loads(target.read_bytes()), self.root.parent / "reproduced.json")[1]}
-        present = {str(file.relative_to(target)): file for file in target.rglob("*")} if target.is_dir() else {"": target}
+        present = (
+            {str(file.relative_to(target)): file for file in target.rglob("*")} if target.is_dir() else {"": target}
+        )
         return {name: file for name, file in present.items() if file.is_file()}
 
     def _report(self, path: str, oid: str) -> dict[str, Any] | None:
@@ -104,7 +119,8 @@ class Outputs:
         return None
 
     def judge(self, name: str, differences: Sequence[Mapping[str, Any]]) -> Judged:
-        """The verdict on a stage: outputs that differ are a fault, unless another kind of machine made them and they are within its bounds."""
+        """The verdict on a stage: outputs that differ are a fault, unless
+        another kind of machine made them and they are within its bounds."""
         recorded, report = self._machine(name), self.root / report_of(name)
         made = json.loads(report.read_bytes()).get("machine") if report.is_file() else None
         machine = elsewhere.compared(recorded, made)
@@ -112,7 +128,11 @@ class Outputs:
             return Judged("identical", machine)
         if machine["same_kind"] is not False or name.partition("@")[0] not in FLOATING_POINT:
             return Judged("different", machine)
-        incomparable = [one["artifact"] for one in differences if not {"unknown", "only", "sha256"}.isdisjoint(one) and "tensor" not in one]
+        incomparable = [
+            one["artifact"]
+            for one in differences
+            if not {"unknown", "only", "sha256"}.isdisjoint(one) and "tensor" not in one
+        ]
         parameters = self.lock[name].get("params", {}).get("params.yaml", {})
         listed, beyond = elsewhere.judge(name.partition("@")[0], parameters, self._deviations(name))
         reasons = [f"{artifact}: cannot be compared" for artifact in incomparable] + beyond
@@ -137,7 +157,9 @@ class Outputs:
                 if path.is_file() and md5_of_file(path) == md5:
                     yield from deviations(artifact, path, reproduced[file], starts)
                 else:
-                    yield Deviation(artifact, "equal", math.inf, "the recorded version, missing or altered in the cache,")
+                    yield Deviation(
+                        artifact, "equal", math.inf, "the recorded version, missing or altered in the cache,"
+                    )
 
     def causes(self, name: str, machine: Mapping[str, Any]) -> list[str]:
         """Differences between the recorded environment and this one, according to reports and training.json."""
@@ -156,14 +178,22 @@ class Outputs:
             if recorded[library] != now[library]
         ]
         before, after = self._training(name)
-        causes += [f"{key}: {before.get(key)} then, {after.get(key)} now" for key in IDENTITY if before.get(key) != after.get(key)]
+        causes += [
+            f"{key}: {before.get(key)} then, {after.get(key)} now"
+            for key in IDENTITY
+            if before.get(key) != after.get(key)
+        ]
         causes += elsewhere.differences(machine["recorded"], machine["now"]) if machine["same_kind"] is False else []
         then, here = ((machine[when] or {}).get("packages") for when in ("recorded", "now"))
         if then and here and then != here:
             causes.append(f"other installed packages: sha256 {then[:16]} then, {here[:16]} now")
         if causes:
             return causes
-        same = [f"the same versions as when {producer} was produced" if recorded else "the earlier versions are not recorded"]
+        same = [
+            f"the same versions as when {producer} was produced"
+            if recorded
+            else "the earlier versions are not recorded"
+        ]
         same += [f"the same {', '.join(IDENTITY)}"] if before else []
         kind = "unknown kind of machine: the report does not record it"
         if machine["same_kind"]:
@@ -193,7 +223,12 @@ def ancestors(lock: Mapping[str, Any], address: str) -> list[str]:
     producers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
 
     def parents(name: str) -> list[str]:
-        return [made for dep in lock[name].get("deps", []) for path, made in producers.items() if dvc.overlap(path, dep["path"])]
+        return [
+            made
+            for dep in lock[name].get("deps", [])
+            for path, made in producers.items()
+            if dvc.overlap(path, dep["path"])
+        ]
 
     return flow_order([address], parents)[:-1]
 

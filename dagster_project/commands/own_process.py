@@ -1,4 +1,5 @@
-"""Settings of a process that runs one command. They count only if they are made before the first import of torch or transformers."""
+"""Settings of a process that runs one command. They count only if they are made
+before the first import of torch or transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from dagster_project.core import waiting
 from dagster_project.core.imports import lean_imports
 
 COMPUTING = frozenset({"run", "chat", "serve", "why", "bisect", "plan"})
-"""Commands that compute with torch. `plan` times operations, so its threads must wait in the same way as those of a training."""
+"""Commands that compute with torch. `plan` times operations, so its threads
+must wait in the same way as those of a training."""
 ONLY_TOKENIZERS = frozenset({"tokenized"})
 """Stages that use tokenizers of transformers, which imports torch wherever it is installed."""
 

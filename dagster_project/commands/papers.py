@@ -1,5 +1,5 @@
-"""`pedigree export MODEL --all [FOLDER]`: all exports and a page that lists them; with the files of a release, its attestations and a signature, the folder that is handed over,
-which can be data/release itself."""
+"""`pedigree export MODEL --all [FOLDER]`: all exports and a page that lists them; with the files of a release, its
+attestations and a signature, the folder that is handed over, which can be data/release itself."""
 
 from __future__ import annotations
 
@@ -64,29 +64,37 @@ def write_exports(root: Path, model: str, folder: Path, rev: str | None, issued:
 
 
 def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_file: str | None) -> dict[str, Any]:
-    """Make the folder that is handed over: the files of a release, all exports, the page; with a key, the attestations and a signature of all files.
+    """Make the folder that is handed over: the files of a release, all exports,
+    the page; with a key, the attestations and a signature of all files.
 
     Args:
         folder: that does not exist, or is empty. It appears when it is complete.
         key_file: of the private key; None: the one in the environment, or none.
     Returns:
-        As `write_exports`, with "model_files": number, "attestations": {"file", "sha256", "stages", "remade"} or None, "signature": {"file", "files", "key"} or None.
+        As `write_exports`, with "model_files": number, "attestations": {"file", "sha256", "stages", "remade"} or None,
+        "signature": {"file", "files", "key"} or None.
     Raises:
-        InputError: the model is not a release, or not the recorded one; no usable key; or the folder has files or cannot be written.
+        InputError: the model is not a release, or not the recorded one; no
+            usable key; or the folder has files or cannot be written.
     """
     key = _key(key_file)
-    target = _release(root, model, f"--with-model copies a {RELEASE} only", f"name {RELEASE}, or leave out --with-model", folder)
+    target = _release(
+        root, model, f"--with-model copies a {RELEASE} only", f"name {RELEASE}, or leave out --with-model", folder
+    )
     papers_of = _Papers.of(target, model, issued, key)
     try:
         with new_folder(folder, "--all") as made:
             document = papers_of.write(made, _copy(target, made), folder.resolve().name)
     except OSError as error:
-        raise InputError(f"--all {folder}: {error.strerror}", "name a folder with enough space that can be written") from None
+        raise InputError(
+            f"--all {folder}: {error.strerror}", "name a folder with enough space that can be written"
+        ) from None
     return {**document, "folder": str(folder), "page": PAGE}
 
 
 def write_in_place(root: Path, model: str, issued: date | None, key_file: str | None) -> dict[str, Any]:
-    """Write the papers of a release beside its files, over those of an earlier export. The files of the release stay as they are, and DVC ignores the papers.
+    """Write the papers of a release beside its files, over those of an earlier
+    export. The files of the release stay as they are, and DVC ignores the papers.
 
     Args:
         key_file: as for `hand_over`.
@@ -110,13 +118,20 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
     try:
         scratch_of_project.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="papers.", dir=scratch_of_project) as scratch:
-            document = papers_of.write(Path(scratch), contents(target.folder, (*IGNORED, *NAMES)), target.folder.name, target.folder)
+            document = papers_of.write(
+                Path(scratch), contents(target.folder, (*IGNORED, *NAMES)), target.folder.name, target.folder
+            )
             delete(root)
-            for name in (*(name for name in NAMES if name != SIGNATURE), SIGNATURE):  # last: without it, nothing passes for signed
+            for name in (
+                *(name for name in NAMES if name != SIGNATURE),
+                SIGNATURE,
+            ):  # last: without it, nothing passes for signed
                 if (Path(scratch) / name).exists():
                     shutil.move(Path(scratch) / name, target.folder / name)  # data/ can be on another file system
     except OSError as error:
-        raise InputError(f"{target.path}: {error.strerror}", "make space, or see who may write there; then run the command again") from None
+        raise InputError(
+            f"{target.path}: {error.strerror}", "make space, or see who may write there; then run the command again"
+        ) from None
     try:
         target.refuse_unrecorded()
     except InputError:  # the release changed meanwhile
@@ -131,7 +146,8 @@ def is_release(root: Path, model: str, folder: str) -> bool:
 
 
 def of_another_version(root: Path, md5: str) -> str:
-    """A line about papers beside the files of the release that are those of another one, as `dvc checkout` leaves them; empty if there are none.
+    """A line about papers beside the files of the release that are those of
+    another one, as `dvc checkout` leaves them; empty if there are none.
 
     Args:
         md5: content hash of the release.
@@ -141,7 +157,10 @@ def of_another_version(root: Path, md5: str) -> str:
     stated = [value for subject, key, value in claims or () if (subject, key) == (papers.THE_MODEL, "md5")]
     if not stated or stated[0] == md5.removesuffix(".dir"):
         return ""
-    return f"{RELEASE_FOLDER}/{PAGE} and the papers it lists are of another release (md5 {stated[0][:12]}): `pedigree export {RELEASE} --all` replaces them"
+    return (
+        f"{RELEASE_FOLDER}/{PAGE} and the papers it lists are of another release (md5 {stated[0][:12]}): `pedigree"
+        f" export {RELEASE} --all` replaces them"
+    )
 
 
 def _refuse_unignored(root: Path) -> None:
@@ -156,8 +175,10 @@ def _refuse_unignored(root: Path) -> None:
         missing = [f"/{path}" for path in dvc.not_ignored(root, [line.removeprefix("/") for line in IGNORE_LINES])]
     if missing:
         raise InputError(
-            f"{IGNORE_FILE} does not list {', '.join(missing)}, so DVC would report papers there as a change of the release",
-            f"add a line for each at the end of {IGNORE_FILE}, as `pedigree upgrade` does in a project with an installed package",
+            f"{IGNORE_FILE} does not list {', '.join(missing)}, so DVC would report papers there as a change of the"
+            " release",
+            f"add a line for each at the end of {IGNORE_FILE}, as `pedigree upgrade` does in a project with an"
+            " installed package",
         )
 
 
@@ -213,17 +234,22 @@ def _release(root: Path, model: str, only: str, then: str, folder: Path | None =
     """
     target = find(root, model)
     if target.address != RELEASE or target.path != RELEASE_FOLDER:
-        raise InputError(f"{model}: {only}; other outputs have tables with texts, or with ids that can be computed from texts", then)
+        raise InputError(
+            f"{model}: {only}; other outputs have tables with texts, or with ids that can be computed from texts", then
+        )
     if folder is not None:
         _refuse_place(root, folder)
     target.refuse_unrecorded()
     found = contents(target.folder, (*IGNORED, *NAMES))
     if links := [name for name in found.other if (target.folder / name).is_symlink()]:
         raise InputError(
-            f"{target.path}/{links[0]}: is a link, and only files are copied", "`dvc config cache.type copy`, then `dvc checkout --relink`"
+            f"{target.path}/{links[0]}: is a link, and only files are copied",
+            "`dvc config cache.type copy`, then `dvc checkout --relink`",
         )
     if wrong := [*found.other, *(name for name in found.ignored if name not in NAMES)]:
-        raise InputError(f"{target.path}/{wrong[0]}: a release does not contain this", f"make it again: `dvc repro {RELEASE}`")
+        raise InputError(
+            f"{target.path}/{wrong[0]}: a release does not contain this", f"make it again: `dvc repro {RELEASE}`"
+        )
     return target
 
 
@@ -233,7 +259,10 @@ def _refuse_place(root: Path, folder: Path) -> None:
     """
     refuse_in_output(root, "--all", folder)
     if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
-        raise InputError(f"--all {folder}: it exists, and is not an empty folder", "name a new folder, so that nothing else is signed")
+        raise InputError(
+            f"--all {folder}: it exists, and is not an empty folder",
+            "name a new folder, so that nothing else is signed",
+        )
     if folder.resolve() == Path.cwd().resolve():
         raise InputError(f"--all {folder}: it is the current folder, which cannot be replaced", "name a new folder")
 
@@ -288,7 +317,8 @@ def _signed_facts(key: PrivateKey | None, attested: Mapping[str, Any] | None) ->
 
 
 def _complete(document: Mapping[str, Any], found: Contents | None = None) -> dict[str, Any]:
-    """Add what `verify --signatures` compares in each export, the papers in the files of a release, and what is missing.
+    """Add what `verify --signatures` compares in each export, the papers in the
+    files of a release, and what is missing.
 
     Args:
         found: the files of the release; None for a folder of exports alone.
@@ -298,7 +328,9 @@ def _complete(document: Mapping[str, Any], found: Contents | None = None) -> dic
     if found is None:
         return {**document, "exports": exports, "missing": missing}
     if not document["signature"]:
-        missing.append({"paper": "signature, attestations", "why": NO_KEY, "next": "run the command again with --key FILE"})
+        missing.append(
+            {"paper": "signature, attestations", "why": NO_KEY, "next": "run the command again with --key FILE"}
+        )
     inside = [{"file": name, "compared": papers.compared_in(name)} for name in found.files]
     return {**document, "exports": exports, "release": inside, "missing": missing}
 
@@ -334,4 +366,6 @@ def as_text(document: Mapping[str, Any]) -> str:
     if signed := document.get("signature"):
         lines.append(f"{folder}/{signed['file']}: {signed['files']} files, key sha256 {signed['key'][:16]}")
         lines.append(f"check it: pedigree verify {shlex.quote(str(folder))} --signatures --key PUB")
-    return "\n".join([*lines, *(f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"])])
+    return "\n".join(
+        [*lines, *(f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"])]
+    )

@@ -1,4 +1,5 @@
-"""dvc.yaml of a project with an installed package, written from that of the clone: stages depend on their entries of code.lock.yaml instead of on files."""
+"""dvc.yaml of a project with an installed package, written from that of the
+clone: stages depend on their entries of code.lock.yaml instead of on files."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from dagster_project.optional_stages import OPTIONAL
 KEEP = ".gitkeep"
 """File by which git keeps an empty folder."""
 HEADER = """\
-# The pipeline, written by `pedigree init`. `dvc repro` runs what has changed; Dagster's assets are derived from this file.
-# Stages depend on their entries of code.lock.yaml, i.e. on the code of the installed package that they use. `pedigree upgrade` updates both files.
+# The pipeline, written by `pedigree init`. `dvc repro` runs what has changed; Dagster's assets are derived from it.
+# Stages depend on their entries of code.lock.yaml, i.e. on the code of the installed package that they use.
+# `pedigree upgrade` updates both files.
 
 """
 
@@ -112,8 +114,8 @@ class Update:
 
 
 def update_pipeline(root: Path, recorded: CodeLock) -> Update:
-    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since: without stages that params.yaml leaves out, and with
-    what each adapter reads."""
+    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since: without stages that
+    params.yaml leaves out, and with what each adapter reads."""
     adapters, path = params.read(root).get("adapter"), root / "dvc.yaml"
     text = listed(pipeline_text(left_out(root)), adapters if isinstance(adapters, dict) else {})
     lock = current_lock(text)
@@ -140,7 +142,8 @@ def _stages(text: str) -> dict[str, Any]:
 def _without_notes(stages: dict[str, Any]) -> dict[str, Any]:
     """The stages without what makes no stage stale."""
     return {
-        name: {key: value for key, value in body.get("do", body).items() if key not in {"desc", "meta"}} for name, body in stages.items()
+        name: {key: value for key, value in body.get("do", body).items() if key not in {"desc", "meta"}}
+        for name, body in stages.items()
     }
 
 

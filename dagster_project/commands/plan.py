@@ -38,8 +38,8 @@ from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
 
 MARGIN = (0.9, 1.4)
-"""Factors from the fastest time of a step's operations, and from their time in new memory, to the least and most time of a step: caches, and
-Python in between (docs/memory.md)."""
+"""Factors from the fastest time of a step's operations, and from their time in new memory, to the least and most time
+of a step: caches, and Python in between (docs/memory.md)."""
 
 USUAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("lora", "dora", "rslora", "qlora", "qdora"), memory.LORA),
@@ -49,16 +49,17 @@ USUAL: dict[str, dict[str, Any]] = {
 """Keys of a method when it is planned without a params.yaml. Other methods use PEFT's defaults."""
 
 FORWARD_PASSES = {"kto": 3}
-"""Additional forward passes per forward and backward pass: one, of the reference model, for dpo in the first epoch. kto has two more, of both
-models on unmatched answers. Methods without a reference have none."""
+"""Additional forward passes per forward and backward pass: one, of the reference model, for dpo in the first epoch. kto
+has two more, of both models on unmatched answers. Methods without a reference have none."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
-"""GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048 tokens in a pass with gradient
-checkpointing. For full training the guides assume 16-bit weights and gradients; here trained weights are float32: 16 bytes per parameter with AdamW."""
+"""GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048
+tokens in a pass with gradient checkpointing. For full training the guides assume 16-bit weights and gradients; here
+trained weights are float32: 16 bytes per parameter with AdamW."""
 
 GPU_SIZES = (24, 40, 80)
-"""Sizes of the GPUs in `plan --model`, in GB of 10^9 bytes. A card sold as 24 GB has 24 x 2^30: the difference of 7 % is the margin for what a
-prediction excludes, scratch memory of kernels and fragmentation."""
+"""Sizes of the GPUs in `plan --model`, in GB of 10^9 bytes. A card sold as 24 GB has 24 x 2^30: the difference of 7 %
+is the margin for what a prediction excludes, scratch memory of kernels and fragmentation."""
 MAX_ROWS, MAX_TOKENS = 1_000_000, 1_000_000_000
 """Of a forward pass in `plan --model`: with more, a prediction takes minutes, and PyTorch's 32-bit sizes overflow."""
 
@@ -107,14 +108,17 @@ class Machine:
         if machine not in notes:
             code = "from dagster_project.training.planning.memory import resident; print(resident())"
             env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True
+            )
             notes[machine] = {"runtime": int(done.stdout.split()[-1])}
             if self._notes:
                 write_json(self._notes, notes)
         return int(notes[machine]["runtime"])
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:
-        """Least and most seconds of a step; None for a GPU that is not on this machine. Timing a new operation takes a second or two."""
+        """Least and most seconds of a step; None for a GPU that is not on this
+        machine. Timing a new operation takes a second or two."""
         import torch
 
         if not self.is_here:
@@ -165,7 +169,11 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             predictions[name] = _aligned(root, values, name, base_model, machine)
         else:
             not_planned[name] = f"run `dvc repro {_read_by(values['aligned'][name])}` first"
-    return {"variants": predictions, **({"not_planned": not_planned} if not_planned else {}), "machine": machine.summary()}
+    return {
+        "variants": predictions,
+        **({"not_planned": not_planned} if not_planned else {}),
+        "machine": machine.summary(),
+    }
 
 
 def _adapter(
@@ -191,9 +199,13 @@ def _adapter(
     row_of = [1, 1] if train["examples"] > train["rows"] else [1]  # packed, or not: no length matters
     refuse_mistakes(resolved, f"adapter.{name}", [row_of] * train["rows"], validates)
     n = steps(train["rows"], resolved, machine.processes)
-    per_epoch = steps(train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
+    per_epoch = steps(
+        train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes
+    )
     row = _largest_row(root, values, train, resolved.method)
-    spec = training_spec(resolved, base_model, row, train["rows"], machine.device, machine.dtype, f"adapter.{name}", machine.processes)
+    spec = training_spec(
+        resolved, base_model, row, train["rows"], machine.device, machine.dtype, f"adapter.{name}", machine.processes
+    )
     spec = replace(spec, runtime=machine.runtime)
     if resolved.gradient_checkpointing == AUTO and machine.available is not None:
         spec = spec.checkpointed_beyond(machine.available)
@@ -215,7 +227,8 @@ def _adapter(
 
 
 def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
-    """Prediction for a variant of `aligned`. For methods that sample, answers have the maximum length, and the time is not predicted.
+    """Prediction for a variant of `aligned`. For methods that sample, answers
+    have the maximum length, and the time is not predicted.
 
     Args:
         values: of params.yaml.
@@ -229,9 +242,13 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     entry = params.parse(aligned.Params, values["aligned"][name], f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
     pairs: Sequence[tuple[list[int], ...]] = (
-        _tasks(root, entry, name, base_model) if _has_tasks(values["aligned"][name]) else _training_pairs(root, base_model)
+        _tasks(root, entry, name, base_model)
+        if _has_tasks(values["aligned"][name])
+        else _training_pairs(root, base_model)
     )
-    sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs]
+    sequences = [
+        method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs
+    ]
     method.refuse_few_prompts(len(pairs), entry, f"aligned.{name}")
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
@@ -245,28 +262,38 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     all_texts = texts * _passes_over(n, per_epoch, per_step / texts)
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
-        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,
+        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization,
+        entry.gradient_checkpointing, passes,
         entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
     )  # fmt: skip
     if isinstance(method, Gkd):
-        spec = replace(spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta)
+        spec = replace(
+            spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta
+        )
     predicted = all_texts * sum(lengths) / len(lengths)
     tokens, in_groups = predicted, isinstance(method, AnswerGroups)
-    reads_once = (in_groups or method.reads_pairs) and reads_pairs_once(base_model, machine.device, entry.peft, method.has_reference)
+    reads_once = (in_groups or method.reads_pairs) and reads_pairs_once(
+        base_model, machine.device, entry.peft, method.has_reference
+    )
     if isinstance(method, AnswerGroups) and reads_once:
         largest = answer_pass(method, entry, [len(prompt) for prompt, *_ in pairs], n * passes)
         spec = replace(spec, lengths=[largest.tokens], counted=largest.answer_tokens, answers=largest)
     if method.learns_from_rewards and _has_judge(values, name, entry.rewards):
         spec = replace(spec, other_weights=judge_bytes(base_model, machine.dtype))
     if method.reads_pairs and reads_once:
-        spec, share = _reading_pairs_once(spec, cast("Sequence[Pair]", pairs), per_pass, n * passes, sum(lengths), method.trains_prompts)
+        spec, share = _reading_pairs_once(
+            spec, cast("Sequence[Pair]", pairs), per_pass, n * passes, sum(lengths), method.trains_prompts
+        )
         tokens *= share
-    # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo of all pairs once, however many steps there are
+    # a forward and backward pass is 3 units; a forward pass of the reference is one, for dpo of all pairs once, however
+    # many steps there are
     reference = tokens / 3 / (all_texts / len(lengths) if method.reads_pairs else 1)
     work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
-    updates = getattr(method, "num_iterations", getattr(method, "num_ppo_epochs", 1))  # from each answer; reports count its tokens once
+    updates = getattr(
+        method, "num_iterations", getattr(method, "num_ppo_epochs", 1)
+    )  # from each answer; reports count its tokens once
     return {
         "pairs": len(pairs),
         "epochs": round(n / per_epoch, 3),
@@ -302,7 +329,8 @@ def _has_tasks(values: dict[str, Any]) -> bool:
 
 
 def _has_judge(values: dict[str, Any], name: str, rewards: dict[str, Any]) -> bool:
-    """Whether a variant that learns from rewards has a reward model: answers to tasks are measured by the rewards alone."""
+    """Whether a variant that learns from rewards has a reward model: answers to
+    tasks are measured by the rewards alone."""
     return "reward_model" in values and bool(rewards.get("reward_model") or not _has_tasks(values["aligned"][name]))
 
 
@@ -311,12 +339,16 @@ def _tasks(root: Path, entry: Any, name: str, base_model: Path) -> list[tuple[li
     from dagster_project.training.tokens.preference_pairs import answered
     from dagster_project.training.trainers.alignment import rewards, tasks
 
-    found, counts = tasks.tasks_of(root / "data" / "splits", rewards.ready(entry.rewards, f"aligned.{name}.rewards", root))
+    found, counts = tasks.tasks_of(
+        root / "data" / "splits", rewards.ready(entry.rewards, f"aligned.{name}.rewards", root)
+    )
     tasks.refuse_without_tasks(counts, f"aligned.{name}")
     conversations = [[*task["prompt"], *task["chosen"]] for task in found["train"]]
     return [
         (prompt, answer)
-        for prompt, answer in answered(_tokenizer(root, base_model), conversations, [task["tools"] for task in found["train"]])
+        for prompt, answer in answered(
+            _tokenizer(root, base_model), conversations, [task["tools"] for task in found["train"]]
+        )
     ]
 
 
@@ -338,14 +370,20 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     n = entry.max_steps or per_epoch * entry.num_train_epochs
     tokens = round(sum(lengths) * _passes_over(n, per_epoch, per_step / pairs))
     spec = memory.TrainingSpec(
-        machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1, machine.runtime, entry.quantization,
-        entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model", sharding=entry.sharding,
+        machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1,
+        machine.runtime, entry.quantization,
+        entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model",
+        sharding=entry.sharding,
         processes=processes,
     )  # fmt: skip
     work: float = tokens
     if reads_pairs_once(base_model, machine.device, entry.peft):
         spec, share = _reading_pairs_once(
-            replace(spec, counted=0), training_pairs, entry.per_device_train_batch_size, n * entry.gradient_accumulation_steps, sum(lengths)
+            replace(spec, counted=0),
+            training_pairs,
+            entry.per_device_train_batch_size,
+            n * entry.gradient_accumulation_steps,
+            sum(lengths),
         )
         work *= share
     requirements = _requirements(spec, machine, round(work), processes)
@@ -353,9 +391,15 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
 
 
 def _reading_pairs_once(
-    spec: memory.TrainingSpec, pairs: Sequence[Pair], per_pass: int, passes: int, tokens: int, trains_prompts: bool = False
+    spec: memory.TrainingSpec,
+    pairs: Sequence[Pair],
+    per_pass: int,
+    passes: int,
+    tokens: int,
+    trains_prompts: bool = False,
 ) -> tuple[memory.TrainingSpec, float]:
-    """The training with the largest pass of one that reads what two texts have in common once, and the share of tokens that it reads.
+    """The training with the largest pass of one that reads what two texts have
+    in common once, and the share of tokens that it reads.
 
     Args:
         per_pass, passes: pairs in a pass, and passes of the training.
@@ -400,7 +444,8 @@ def plan_model(
     compute: Compute,
     device: str,
 ) -> dict[str, Any]:
-    """Parameters, peak memory and time per 1,000 passes of each method, from a model's configuration only: without weights or data.
+    """Parameters, peak memory and time per 1,000 passes of each method, from a
+    model's configuration only: without weights or data.
 
     Args:
         model: folder with a config.json, or the file itself.
@@ -412,7 +457,9 @@ def plan_model(
         InputError: there is no valid configuration, or a method is unknown or unsuitable for the model.
     """
     if tokens < 2 or rows < 1:
-        raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
+        raise InputError(
+            f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row"
+        )
     if rows > MAX_ROWS or rows * tokens > MAX_TOKENS:
         raise InputError(
             f"--tokens-per-row {tokens} --batch {rows}: too much for one forward pass",
@@ -427,7 +474,8 @@ def plan_model(
         copies = layerwise.SmallCopies(model)
         for method in methods:
             spec = memory.TrainingSpec(
-                machine.device, machine.dtype, model, method, USUAL.get(method, {}), [tokens], tokens, rows, machine.runtime,
+                machine.device, machine.dtype, model, method, USUAL.get(method, {}), [tokens], tokens, rows,
+                machine.runtime,
                 where=f"--method {method}", timed=machine.is_here, trace=copies.trace,
             )  # fmt: skip
             spec = replace(spec, gradient_checkpointing=checkpointing and spec.can_checkpoint)
@@ -445,7 +493,9 @@ def plan_model(
     ) as error:  # raised while the configuration is validated or the model is built
         if "memory" in str(error):  # of this machine
             raise
-        raise InputError(f"{model}: cannot build this model: {' '.join(str(error).split())}", "correct the configuration") from None
+        raise InputError(
+            f"{model}: cannot build this model: {' '.join(str(error).split())}", "correct the configuration"
+        ) from None
     assumptions = {
         "sequence_length": tokens,
         "batch_size": rows,
@@ -453,7 +503,10 @@ def plan_model(
         "gradient_checkpointing": checkpointing,
         "dtype": machine.summary()["dtype"],
         "examples": 1000 * rows,
-        "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": predictions[name].pop("optimizer_name")} for name in methods},
+        "methods": {
+            name: {"peft": USUAL.get(name, {}), "optimizer": predictions[name].pop("optimizer_name")}
+            for name in methods
+        },
     }
     return {
         "model": _model(model, copies),
@@ -465,8 +518,8 @@ def plan_model(
 
 
 def _import_libraries(device: str) -> None:
-    """Import transformers without scipy, which only losses of object detection use. For a GPU, import bitsandbytes without torch.compile, which
-    is only used for CPU kernels. Together they take a sixth of the time."""
+    """Import transformers without scipy, which only losses of object detection use. For a GPU, import bitsandbytes
+    without torch.compile, which is only used for CPU kernels. Together they take a sixth of the time."""
     import torch
 
     if device == "cuda" and find_spec("bitsandbytes"):
@@ -500,7 +553,14 @@ def _on_gpus(spec: memory.TrainingSpec) -> list[dict[str, Any]]:
         peak = variant.needed
         fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
         needed = {str(size): variant.gpus_needed(size * 10**9) for size in GPU_SIZES if peak > size * 10**9}
-        rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits, **({"sharded": needed} if needed else {})})
+        rows.append(
+            {
+                "gradient_checkpointing": checkpointing,
+                "peak": peak,
+                "fits": fits,
+                **({"sharded": needed} if needed else {}),
+            }
+        )
     return rows
 
 
@@ -509,7 +569,8 @@ def _notes(root: Path) -> Path | None:
 
 
 def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], method: str) -> tuple[list[int], int]:
-    """`memory.largest_row` of the training split. If its rows are missing: a full row with the average share of trained tokens."""
+    """`memory.largest_row` of the training split. If its rows are missing: a
+    full row with the average share of trained tokens."""
     path = root / "data" / "tokenized" / "train.parquet"
     if path.is_file():
         return memory.largest_row(read_table(path, ["lengths", "labels"]), method)
@@ -534,9 +595,13 @@ def _requirements(
         place = "of the GPU are" if spec.device == "cuda" else "are"
         advice = [f"needs {size_text(spec.needed)}, but {size_text(available)} {place} free", spec.remedy(available)]
         if can_shard and (gpus := spec.gpus_needed(available)):
-            advice.append(f"with sharding: {{fsdp: full_shard}} and compute.processes: {gpus} it would fit on {gpus} such GPUs")
+            advice.append(
+                f"with sharding: {{fsdp: full_shard}} and compute.processes: {gpus} it would fit on {gpus} such GPUs"
+            )
     step = machine.seconds(prediction.operations)
-    steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * (processes or machine.processes))
+    steps_of_all = tokens / (
+        sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * (processes or machine.processes)
+    )
     return {
         "optimizer_name": prediction.optim,
         "trainable_parameters": prediction.trainable,
@@ -545,7 +610,11 @@ def _requirements(
         "fits": fits,
         **({"sharding": {**spec.sharding.model_dump(), "processes": spec.processes}} if spec.sharding else {}),
         "advice": advice,
-        "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},
+        "time": (
+            None
+            if step is None
+            else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)}
+        ),
     }
 
 
@@ -558,7 +627,8 @@ def as_text(document: dict[str, Any]) -> str:
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
     if any("published_gb" in variant for variant in document["variants"].values()):
         lines.append(
-            "published figures assume 2,048 tokens in a pass with gradient checkpointing; for full training, 16-bit trained weights, here 32-bit"
+            "published figures assume 2,048 tokens in a pass with gradient checkpointing; for full training, 16-bit"
+            " trained weights, here 32-bit"
         )
     table = _gpu_table(document["gpus"]) if document.get("gpus") else []
     return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}", *table])
@@ -570,7 +640,10 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
         return [f"{name}: merged by {v['method']}: {of}; nothing is trained"]
     if "command" in v:
         return [
-            f"{name}: {many(v['examples'], 'example')}, {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`",
+            (
+                f"{name}: {many(v['examples'], 'example')}, {v['tokens_per_epoch']:,} tokens per epoch, trained by"
+                f" `{visible(v['command'])}`"
+            ),
             "  memory and time of a training command are unknown",
         ]
     lines = []
@@ -578,7 +651,10 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
         lines.append(f"{name}: {many(v['pairs'], 'pair')}, {v['tokens']:,} tokens in {many(v['steps'], 'step')}")
     elif "steps" in v:
         tokens = f"{v['tokens']:,} tokens ({v['trained_tokens']:,} in the loss)"
-        lines.append(f"{name}: {many(v['examples'], 'example')} x {v['epochs']:g} epochs = {tokens} in {many(v['steps'], 'step')}")
+        lines.append(
+            f"{name}: {many(v['examples'], 'example')} x {v['epochs']:g} epochs = {tokens} in"
+            f" {many(v['steps'], 'step')}"
+        )
     else:
         lines.append(f"{name}:")
     lines += [f"  {key} {choice['value']}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
@@ -586,14 +662,23 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
         lines.append("  with gradient checkpointing")
     if "sweep" in v:
         trials, more_steps = v["sweep"]["trials_at_most"], v["sweep"]["steps_at_most"]
-        lines.append(f"  a sweep on the validation loss will adjust learning_rate: at most {trials} trials, {more_steps} additional steps")
+        lines.append(
+            f"  a sweep on the validation loss will adjust learning_rate: at most {trials} trials, {more_steps}"
+            " additional steps"
+        )
     share = 100 * v["trainable_parameters"] / v["total_parameters"]
-    lines.append(f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters are trainable ({share:.3g} %)")
-    parts = ", ".join(f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
+    lines.append(
+        f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters are trainable ({share:.3g} %)"
+    )
+    parts = ", ".join(
+        f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5
+    )
     published = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
     free = "" if machine["available_bytes"] is None else f" of {size_text(machine['available_bytes'])} free"
     if "sharding" in v:
-        lines.append(f"  divided among {v['sharding']['processes']} processes ({v['sharding']['fsdp']}); memory is per process")
+        lines.append(
+            f"  divided among {v['sharding']['processes']} processes ({v['sharding']['fsdp']}); memory is per process"
+        )
     lines.append(f"  memory {size_text(v['memory']['total'])}{free} ({parts}){published}")
     if v["time"]:
         per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
@@ -609,9 +694,15 @@ def _assumptions(document: dict[str, Any]) -> list[str]:
     rows = "1 row" if given["batch_size"] == 1 else f"{given['batch_size']} rows"
     on = "on" if given["gradient_checkpointing"] else "off"
     lines = [
-        f"model: {model['name']} ({model['architecture']}), {model['parameters']:,} parameters in {model['layers']} layers",
-        f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token in the loss; no gradient accumulation;"
-        f" {given['dtype']}; gradient checkpointing {on}; time, if shown, for {given['examples']:,} such rows (no data is read)",
+        (
+            f"model: {model['name']} ({model['architecture']}), {model['parameters']:,} parameters in {model['layers']}"
+            " layers"
+        ),
+        (
+            f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token in the loss; no"
+            f" gradient accumulation; {given['dtype']}; gradient checkpointing {on}; time, if shown, for"
+            f" {given['examples']:,} such rows (no data is read)"
+        ),
     ]
     for name, one in given["methods"].items():
         keys = "".join(f", {key} {value}" for key, value in one["peft"].items())
@@ -639,4 +730,6 @@ def _gpu_table(gpus: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _time(seconds: int) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds} s"
+    return (
+        f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds} s"
+    )

@@ -1,4 +1,5 @@
-"""`pedigree push`: a release to a repository of the Hugging Face Hub, in one commit: the folder that `export release --all --with-model` makes."""
+"""`pedigree push`: a release to a repository of the Hugging Face Hub, in one
+commit: the folder that `export release --all --with-model` makes."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Destination:
 
 def destination(repo: str, private: bool, dry_run: bool) -> Destination:
     """Raises:
-    InputError: the name, the address or the token is invalid, there is no token, or it would be sent in the clear to another machine.
+    InputError: the name, the address or the token is invalid, there is no
+        token, or it would be sent in the clear to another machine.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -75,7 +77,9 @@ def destination(repo: str, private: bool, dry_run: bool) -> Destination:
     if not token and not dry_run:
         raise InputError(f"{TOKEN} is not set", f"put a token with write permission into {TOKEN}; --dry-run needs none")
     if not re.fullmatch("[!-~]*", token):  # the client's error would quote it
-        raise InputError(f"{TOKEN} has spaces, line breaks or other characters that are in no token", "copy the token again")
+        raise InputError(
+            f"{TOKEN} has spaces, line breaks or other characters that are in no token", "copy the token again"
+        )
     return Destination(repo, private, endpoint, token)
 
 
@@ -89,29 +93,37 @@ def _endpoint() -> str:
         if address is None or address.port == 0:
             raise ValueError
     except ValueError:  # also of urlsplit, and of its port
-        raise InputError("HF_ENDPOINT is not an address of a Hub without user and password", f"set it to e.g. {PUBLIC}") from None
+        raise InputError(
+            "HF_ENDPOINT is not an address of a Hub without user and password", f"set it to e.g. {PUBLIC}"
+        ) from None
     if address.scheme == "http" and address.hostname not in LOOPBACK:
         raise InputError(f"HF_ENDPOINT={endpoint}: the token would be sent unencrypted", "use https")
     return endpoint
 
 
-def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None, issued: date | None) -> dict[str, Any]:
+def push(
+    root: Path, model: str, to: Destination, dry_run: bool, key: str | None, issued: date | None
+) -> dict[str, Any]:
     """Check a release and upload it.
 
     Args:
         key: file of a private key to sign with, as for `export --with-model`.
         issued: as for `export`.
     Returns:
-        {"repo", "url", "dry_run", "private", "model": {"stage", "md5"}, "files": [{"path", "bytes", "sha256"}], "bytes", "missing": papers, "not_examined": files,
-        "commit", "before": commit or None, "deleted": files}; the last three only after an upload.
+        {"repo", "url", "dry_run", "private", "model": {"stage", "md5"}, "files": [{"path",
+        "bytes", "sha256"}], "bytes", "missing": papers, "not_examined": files, "commit",
+        "before": commit or None, "deleted": files}; the last three only after an upload.
     Raises:
-        InputError: the model is not a release, not as dvc.lock recorded it, or its lineage is incomplete; or the Hub refuses the repository or the token.
+        InputError: the model is not a release, not as dvc.lock recorded it, or its
+            lineage is incomplete; or the Hub refuses the repository or the token.
         CheckFailed: the gate did not pass, the use policy forbids it, or secrets or personal data are in a text.
         PedigreeError: the connection broke.
     """
     target = find(root, model)
     if target.address != RELEASE:
-        raise InputError(f"{model}: only a release is published, because only a release passed the gate", "push release")
+        raise InputError(
+            f"{model}: only a release is published, because only a release passed the gate", "push release"
+        )
     target.refuse_unrecorded()
     refuse_failed_gate(root, target, date.today())
     refuse_older(root, target)
@@ -123,7 +135,9 @@ def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None
             raise InputError("dvc.lock changed meanwhile", "run the same command again")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         log.info(f"looking for secrets and personal data in {many(len(paths), 'file')}")
-        skipped = refuse_private(folder, paths, [text for text in provider(root, None).values() if isinstance(text, str)])
+        skipped = refuse_private(
+            folder, paths, [text for text in provider(root, None).values() if isinstance(text, str)]
+        )
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         sizes = {name: path.stat().st_size for name, path in files.items()}
         sha256 = {name: sha256_of_file(path) for name, path in files.items()}
@@ -143,26 +157,36 @@ def push(root: Path, model: str, to: Destination, dry_run: bool, key: str | None
 
 def refuse_failed_gate(root: Path, target: Target, today: date) -> None:
     """Raises:
-    CheckFailed: the last run of the gate failed, the release is older than what it was made from, or a waiver that it needed has expired.
+    CheckFailed: the last run of the gate failed, the release is older than what
+        it was made from, or a waiver that it needed has expired.
     InputError: its report is missing or changed.
     """
     entry, report = target.lock[RELEASE], root / report_of(RELEASE)
     last = read_report(root, RELEASE)
-    failed = [name for name, check in dict[str, Any](last.get("checks", {})).items() if check["blocking"] and not check["passed"]]
+    failed = [
+        name
+        for name, check in dict[str, Any](last.get("checks", {})).items()
+        if check["blocking"] and not check["passed"]
+    ]
     if not last.get("passed") or failed:
         raise CheckFailed(
             f"the last run of {RELEASE} did not pass its gate: {', '.join(failed) or 'see its report'}",
             "`dvc repro release`, and fix what it names",
         )
     if md5_of_file(report) != next(out["md5"] for out in entry["outs"] if out["path"] == report_of(RELEASE)):
-        raise InputError(f"{report_of(RELEASE)}: not what dvc.lock recorded", f"`dvc checkout --force {RELEASE}` restores it")
+        raise InputError(
+            f"{report_of(RELEASE)}: not what dvc.lock recorded", f"`dvc checkout --force {RELEASE}` restores it"
+        )
     made: dict[str, tuple[str, str]] = {
         out["path"]: (name, out["md5"]) for name, stage in target.lock.items() for out in stage.get("outs", [])
     }
     for dep in entry["deps"]:
         name, now = made.get(dep["path"], ("", dep.get("md5")))
         if now != dep.get("md5"):
-            raise CheckFailed(f"{target.path} was made from an earlier {dep['path']} ({name} ran again since)", f"`dvc repro {RELEASE}`")
+            raise CheckFailed(
+                f"{target.path} was made from an earlier {dep['path']} ({name} ran again since)",
+                f"`dvc repro {RELEASE}`",
+            )
     gate = json.loads((target.folder / "release.json").read_text(encoding="utf-8"))
     until = {one["check"]: str(one["expires"]) for one in gate.get("waivers", [])}
     for name, check in gate["checks"].items():
@@ -175,14 +199,16 @@ def refuse_failed_gate(root: Path, target: Target, today: date) -> None:
 
 def refuse_older(root: Path, target: Target) -> None:
     """Raises:
-    CheckFailed: a stage above the release ran again since, also one whose output is in a folder of outputs that the release read.
+    CheckFailed: a stage above the release ran again since, also one whose
+        output is in a folder of outputs that the release read.
     """
     for run in lineage.find(Index(root), RELEASE).upstream:
         outs = target.lock.get(run.address, {}).get("outs", [])
         now = next((out["md5"] for out in outs if out["path"] == run.path), run.md5)
         if now != run.md5:
             raise CheckFailed(
-                f"{target.path} was made from an earlier {run.path} ({run.address} ran again since)", f"`dvc repro {RELEASE}`"
+                f"{target.path} was made from an earlier {run.path} ({run.address} ran again since)",
+                f"`dvc repro {RELEASE}`",
             )
 
 
@@ -195,11 +221,14 @@ def _refuse_by_policy(root: Path, today: date) -> None:
         return
     verdict = lineage.document(subject, today)[use_policy.NAME]
     if verdict["violations"] and "waiver" not in verdict:
-        raise CheckFailed("\n".join(["the use policy forbids it", *use_policy.lines(verdict)]), "see docs/checks.md#use-policy")
+        raise CheckFailed(
+            "\n".join(["the use policy forbids it", *use_policy.lines(verdict)]), "see docs/checks.md#use-policy"
+        )
 
 
 def refuse_private(folder: Path, paths: list[Path], published: list[str]) -> list[str]:
-    """Look for secrets and personal data in every text that would be uploaded, by the rules of the checks `secrets` and `pii`.
+    """Look for secrets and personal data in every text that would be uploaded,
+    by the rules of the checks `secrets` and `pii`.
 
     Args:
         published: texts that are meant to be public, such as the contact of the provider.
@@ -214,7 +243,9 @@ def refuse_private(folder: Path, paths: list[Path], published: list[str]) -> lis
         if texts is None:
             skipped.append(name)
             continue
-        hits = [hit for hit in scan(texts) if not any(texts[hit.row][hit.start : hit.end] in text for text in published)]
+        hits = [
+            hit for hit in scan(texts) if not any(texts[hit.row][hit.start : hit.end] in text for text in published)
+        ]
         has_lines = path.suffix not in {".safetensors", ".parquet"}
         found += [f"{name}{f':{hit.row + 1}' if has_lines else ''}: {hit.kind}: {hit.excerpt}" for hit in hits]
     if found:
@@ -237,23 +268,33 @@ def _texts(path: Path) -> list[str] | None:
         import pyarrow.types as types
 
         table = pq.read_table(path)
-        values = (value for column in table.itercolumns() if not types.is_primitive(column.type) for value in column.to_pylist())
-        texts = {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values if value}
+        values = (
+            value
+            for column in table.itercolumns()
+            if not types.is_primitive(column.type)
+            for value in column.to_pylist()
+        )
+        texts = {
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            for value in values
+            if value
+        }
         return [*sorted(texts), *(value.decode(errors="replace") for value in (table.schema.metadata or {}).values())]
     content = path.read_bytes()
     return None if b"\0" in content else content.decode("utf-8", errors="replace").split("\n")
 
 
 def upload(to: Destination, files: Mapping[str, Path], sha256: Mapping[str, str], digest: str) -> dict[str, Any]:
-    """Make the repository equal to the files, in one commit. Large files are sent first, each on its own, so that an interrupted upload goes on where it was;
-    the commit appears as a whole or not at all.
+    """Make the repository equal to the files, in one commit. Large files are sent first, each on its own, so that an
+    interrupted upload goes on where it was; the commit appears as a whole or not at all.
 
     Args:
         files: path in the repository -> file.
         sha256: path in the repository -> hash of the file.
         digest: content hash of the release.
     Returns:
-        {"commit", "before": head of the repository before, None if it is new, "private", "deleted": files that were there before}.
+        {"commit", "before": head of the repository before, None if it is new,
+        "private", "deleted": files that were there before}.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -288,7 +329,8 @@ def _head(api: Any, to: Destination) -> tuple[str, list[str], bool]:
         info = api.model_info(to.repo)
     if to.private and not info.private:
         raise InputError(
-            f"{to.repo} exists and is public, which --private does not change", "make it private on the Hub, or name another one"
+            f"{to.repo} exists and is public, which --private does not change",
+            "make it private on the Hub, or name another one",
         )
     others = [one.rfilename for one in info.siblings or () if one.rfilename not in OF_THE_HUB]
     return info.sha, others, bool(info.private)
@@ -302,10 +344,14 @@ def _compare(api: Any, to: Destination, commit: str, sha256: Mapping[str, str], 
     """
     from huggingface_hub.utils.sha import git_hash
 
-    there = {one.path: one for one in api.list_repo_tree(to.repo, recursive=True, revision=commit) if hasattr(one, "blob_id")}
+    there = {
+        one.path: one for one in api.list_repo_tree(to.repo, recursive=True, revision=commit) if hasattr(one, "blob_id")
+    }
     for name, expected in sha256.items():
         one = there.get(name)
-        same = one is not None and (one.lfs.sha256 == expected if one.lfs else one.blob_id == git_hash(files[name].read_bytes()))
+        same = one is not None and (
+            one.lfs.sha256 == expected if one.lfs else one.blob_id == git_hash(files[name].read_bytes())
+        )
         if not same:
             raise PedigreeError(
                 f"{to.repo}: {name} at commit {commit[:12]} is not the file that was sent",
@@ -323,7 +369,10 @@ def _explained(to: Destination) -> Iterator[None]:
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    again = "run the same command again: files that were stored completely are not sent again; the repository has the whole commit or none of it"
+    again = (
+        "run the same command again: files that were stored completely are not sent again; the repository has the whole"
+        " commit or none of it"
+    )
     try:
         yield
     except OfflineModeIsEnabled:
@@ -334,14 +383,18 @@ def _explained(to: Destination) -> Iterator[None]:
         said = " ".join(str(error.__cause__ or error).split()).replace(to.token, "***")[:500]
         if status == 401:
             raise InputError(
-                f"{to.endpoint} does not accept the token in {TOKEN} for {to.repo}", "make a token with write permission"
+                f"{to.endpoint} does not accept the token in {TOKEN} for {to.repo}",
+                "make a token with write permission",
             ) from None
         if status == 403:
             raise InputError(
-                f"the token in {TOKEN} may not write to {to.repo}", f"use a token of {to.repo.partition('/')[0]} with write permission"
+                f"the token in {TOKEN} may not write to {to.repo}",
+                f"use a token of {to.repo.partition('/')[0]} with write permission",
             ) from None
         if status in {409, 412}:
-            raise PedigreeError(f"{to.repo} changed meanwhile; no commit was made", "look at it, then run the same command again") from None
+            raise PedigreeError(
+                f"{to.repo} changed meanwhile; no commit was made", "look at it, then run the same command again"
+            ) from None
         if status is not None and status < 500:
             raise InputError(f"{to.endpoint} refuses {to.repo}: {said}", "see the message of the Hub") from None
         raise PedigreeError(f"the upload to {to.repo} was interrupted: {said}", again) from None
@@ -368,13 +421,16 @@ def as_text(document: Mapping[str, Any]) -> str:
     """What was uploaded, or would be, for the terminal."""
     lines = [f"{human(one['bytes']):>10}  {one['path']}" for one in document["files"]]
     lines.append(
-        f"{human(document['bytes']):>10}  {many(len(document['files']), 'file')} of {document['model']['stage']} {document['model']['md5'][:12]}"
+        f"{human(document['bytes']):>10}  {many(len(document['files']), 'file')} of {document['model']['stage']}"
+        f" {document['model']['md5'][:12]}"
     )
     lines += [f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"]]
     lines += [f"not examined for secrets: {name}" for name in document["not_examined"]]
     visibility = "private" if document["private"] else "public"
     if document["dry_run"]:
-        return "\n".join([*lines, f"would be pushed to {document['url']} ({visibility} if it is new); nothing was uploaded"])
+        return "\n".join(
+            [*lines, f"would be pushed to {document['url']} ({visibility} if it is new); nothing was uploaded"]
+        )
     lines += [f"deleted in this commit: {name}" for name in document["deleted"]]
     after = f", after {document['before'][:12]}" if document["before"] else ""
     return "\n".join([*lines, f"pushed to {document['url']} ({visibility}), commit {document['commit'][:12]}{after}"])

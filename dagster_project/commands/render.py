@@ -67,13 +67,27 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     if not report.get("passed", True):
         return "its latest run failed a blocking check, and its page shows that run", []
     if not out.exists():
-        return f"{out.relative_to(root)} is missing: `dvc repro {address}` makes it, `dvc pull {address}` fetches it", []
+        return (
+            f"{out.relative_to(root)} is missing: `dvc repro {address}` makes it, `dvc pull {address}` fetches it",
+            [],
+        )
     published, run = report.get("output_sha256"), measured_path(root, address)
     if published and published != sha256_of(out):
         path = out.relative_to(root)
         return f"its report is of another output than {path}; `dvc checkout --force {path}` restores that", []
-    if published and run.is_file() and not damage(run.read_bytes()) and json.loads(run.read_bytes()).get("output_sha256") != published:
-        return "its latest run on this machine made another output, and the documents of that run are not of this one: run it again", []
+    if (
+        published
+        and run.is_file()
+        and not damage(run.read_bytes())
+        and json.loads(run.read_bytes()).get("output_sha256") != published
+    ):
+        return (
+            (
+                "its latest run on this machine made another output, and the documents of that run are not of this one:"
+                " run it again"
+            ),
+            [],
+        )
     before = _times(pages)
     try:
         PEDIGREE.draw(Documents(root, address, out, pages, report))

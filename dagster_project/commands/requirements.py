@@ -36,14 +36,19 @@ class Wheel:
         return cls(name, [Requirement(text) for text in one.requires or ()])
 
     def needed(self, present: Mapping[str, str], exact: Mapping[str, str]) -> list[str]:
-        """Requirements that an environment does not meet: of the core, of `pipeline`, and of the extras whose libraries it has in any version.
+        """Requirements that an environment does not meet: of the core, of
+        `pipeline`, and of the extras whose libraries it has in any version.
 
         Args:
             present: version by normalized name.
             exact: library -> the version to have instead of what is required.
         """
         extras = ["pipeline", *(extra for extra in PACKAGES if self._has(extra, present))]
-        needed = {name: f"{name}=={version}" for name, version in exact.items() if present.get(canonicalize_name(name)) != version}
+        needed = {
+            name: f"{name}=={version}"
+            for name, version in exact.items()
+            if present.get(canonicalize_name(name)) != version
+        }
         for one in self.requires:
             name = canonicalize_name(one.name)
             if name == self.name or name in exact or not _applies(one, ["", *extras]):

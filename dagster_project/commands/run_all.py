@@ -23,11 +23,15 @@ def as_text(document: Mapping[str, Any]) -> str:
         lines.append(f"{address:{width}}  {stage['outcome']:11} {seconds}  {'; '.join(stage.get('why', []))}".rstrip())
     counts = Counter(stage["outcome"] for stage in stages.values())
     lines.append(
-        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + f"; {document['seconds']:.1f} s, jobs: {document['jobs']}"
+        ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        + f"; {document['seconds']:.1f} s, jobs: {document['jobs']}"
     )
     failed = [address for address, stage in stages.items() if stage["outcome"] == "failed"]
     if failed:
-        lines.append(f"stopped: {', '.join(failed)} failed. Finished stages are kept; fix the error above and run the command again.")
+        lines.append(
+            f"stopped: {', '.join(failed)} failed. Finished stages are kept; fix the error above and run the command"
+            " again."
+        )
     ended = [address for address, stage in stages.items() if stage["outcome"] == "interrupted"]
     if ended and not document["interrupted"]:
         lines.append(f"stopped: {', '.join(ended)} was interrupted. Finished stages are kept; run the command again.")

@@ -1,4 +1,5 @@
-"""`pedigree serve`: a model behind an OpenAI-compatible endpoint on loopback, by a server that is installed: vLLM, `transformers serve` or llama.cpp's."""
+"""`pedigree serve`: a model behind an OpenAI-compatible endpoint on loopback,
+by a server that is installed: vLLM, `transformers serve` or llama.cpp's."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ log = logging.getLogger("pedigree")
 HOST = "127.0.0.1"
 QUESTION = "Where is my parcel?"
 SECRET = re.compile(r"(^|_)(TOKENS?|KEYS?|PASSWORD|PASSWD|SECRETS?|CREDENTIALS?)(_|$)", re.IGNORECASE)
-"""In the names of variables that the server does not get: HF_TOKEN, PEDIGREE_SIGNING_KEY_PASSWORD, VLLM_API_KEY, with which vLLM would ask for a key."""
+"""In the names of variables that the server does not get: HF_TOKEN,
+PEDIGREE_SIGNING_KEY_PASSWORD, VLLM_API_KEY, with which vLLM would ask for a key."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """One of these, or a server may unpickle weights in another format."""
 SECONDS_TO_END = 10.0
@@ -92,9 +94,14 @@ def find_served(root: Path, model: str | None) -> Served:
     target = find(root, str(folder.resolve()))
     if target.root is None:
         if folder != Path(name):  # a stage, not a folder
-            raise InputError(f"{shown(root, folder)}: dvc.lock does not record {name}", f"make it again: `dvc repro {name}`")
+            raise InputError(
+                f"{shown(root, folder)}: dvc.lock does not record {name}", f"make it again: `dvc repro {name}`"
+            )
         if not any((folder / file).is_file() for file in WEIGHTS):
-            raise InputError(f"{model}: no model.safetensors, and weights in other formats are not served", "save the model as safetensors")
+            raise InputError(
+                f"{model}: no model.safetensors, and weights in other formats are not served",
+                "save the model as safetensors",
+            )
         refuse_pickled_weights(folder)
         return Served(folder.resolve().name, folder.resolve(), md5_on_disk(folder), recorded=False)
     target.refuse_unrecorded()
@@ -111,11 +118,14 @@ def _refuse_not_complete(name: str, folder: Path) -> None:
         stage, _, variant = name.partition("@")
         merged = {"adapter": "merged", "aligned": "merged_aligned"}.get(stage)
         hint = f"serve {merged}@{variant}" if merged and variant else "serve a variant that is merged"
-        raise InputError(f"{name} is an adapter, and only complete models are served", f"{hint}; `pedigree chat` talks to it")
+        raise InputError(
+            f"{name} is an adapter, and only complete models are served", f"{hint}; `pedigree chat` talks to it"
+        )
 
 
 def choose_engine(served: Served, engine: str | None) -> str:
-    """The server for a model: the one that was asked for, else llama.cpp's for a GGUF file, vLLM where it and a GPU are, else transformers'.
+    """The server for a model: the one that was asked for, else llama.cpp's for
+    a GGUF file, vLLM where it and a GPU are, else transformers'.
 
     Raises:
         InputError: it is not installed, or does not read such a model.
@@ -126,7 +136,8 @@ def choose_engine(served: Served, engine: str | None) -> str:
     if is_gguf != (chosen == "llama.cpp"):
         other = "a folder with safetensors" if is_gguf else "a GGUF file"
         raise InputError(
-            f"--engine {chosen} does not serve {served.folder.name}: it needs {other}", "leave out --engine, or name another model"
+            f"--engine {chosen} does not serve {served.folder.name}: it needs {other}",
+            "leave out --engine, or name another model",
         )
     if chosen == "transformers":
         for package in ("torch", "transformers", *PACKAGES["serve"]):
@@ -135,9 +146,11 @@ def choose_engine(served: Served, engine: str | None) -> str:
     program = {"vllm": "vllm", "llama.cpp": "llama-server"}.get(chosen)
     if program and not _program(program):
         raise InputError(
-            f"--engine {chosen}: {program} is not on PATH"
-            if engine
-            else f"{served.folder.name}: llama-server, which serves GGUF files, is not on PATH",
+            (
+                f"--engine {chosen}: {program} is not on PATH"
+                if engine
+                else f"{served.folder.name}: llama-server, which serves GGUF files, is not on PATH"
+            ),
             "install it (docs/serve.md), or serve the folder of the model by transformers",
         )
     return chosen
@@ -169,21 +182,34 @@ def command_of(engine: str, served: Served, root: Path, links: Path, port: int) 
 
 
 def environment_of(scratch: Path) -> dict[str, str]:
-    """Environment of a server: no access to the Hub, an empty cache of it, no secrets, and this package, not one in the current folder."""
+    """Environment of a server: no access to the Hub, an empty cache of it, no
+    secrets, and this package, not one in the current folder."""
     kept = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HOME": str(scratch / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     caches = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_ENDPOINT")
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    others = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "LLAMA_ARG_CORS_ORIGINS": "localhost", "PYTHONPATH": path}
+    others = {
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "LLAMA_ARG_CORS_ORIGINS": "localhost",
+        "PYTHONPATH": path,
+    }
     return {name: value for name, value in kept.items() if name not in caches} | offline | others
 
 
-def serve(root: Path, model: str | None, port: int, engine: str | None, announce: Callable[[dict[str, Any]], None]) -> None:
+def serve(
+    root: Path, model: str | None, port: int, engine: str | None, announce: Callable[[dict[str, Any]], None]
+) -> None:
     """Serve a model until Ctrl-C or SIGTERM.
 
     Args:
-        announce: called once the server answers, with {"url", "model": id, "name", "folder", "md5" or "sha256", "recorded", "engine", "system",
-            "request": as `fields_of_requests`, "pid", "example"}.
+        announce: called once the server answers, with {"url", "model": id, "name", "folder", "md5" or "sha256",
+            "recorded", "engine", "system", "request": as `fields_of_requests`, "pid", "example"}.
     Raises:
         InputError: as `find_served` and `choose_engine`, or the port is in use.
         PedigreeError: the server ended, or the model changed while it was loaded.
@@ -199,7 +225,8 @@ def serve(root: Path, model: str | None, port: int, engine: str | None, announce
         log.info(f"starting {chosen}, which loads {served.id}")
         signal.signal(signal.SIGTERM, _interrupt)
         server = subprocess.Popen(
-            command, env=environment_of(scratch), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), start_new_session=True,
+            command, env=environment_of(scratch), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(),
+            start_new_session=True,
             preexec_fn=None if chosen == "transformers" else _end_with_parent(),
         )  # fmt: skip
         try:
@@ -207,7 +234,9 @@ def serve(root: Path, model: str | None, port: int, engine: str | None, announce
             served.refuse_changed(root)
             announce(_document(root, served, chosen, port, server.pid))
             server.wait()
-            raise PedigreeError(f"{chosen}: the server ended with exit code {server.returncode}", "see its messages above")
+            raise PedigreeError(
+                f"{chosen}: the server ended with exit code {server.returncode}", "see its messages above"
+            )
         except KeyboardInterrupt:
             log.info("stopped")
         finally:
@@ -226,7 +255,8 @@ def _end_with_parent() -> Callable[[], None]:
 
 
 def _wait(server: subprocess.Popen[bytes], engine: str, served: Served, port: int) -> None:
-    """Wait until the server lists the model, not only until something answers: another process may have taken the port meanwhile.
+    """Wait until the server lists the model, not only until something answers:
+    another process may have taken the port meanwhile.
 
     Raises:
         PedigreeError: it ended.
@@ -240,7 +270,9 @@ def _wait(server: subprocess.Popen[bytes], engine: str, served: Served, port: in
             if served.id in {one["id"] for one in json.load(answer)["data"]}:
                 return
         time.sleep(0.2)
-    raise PedigreeError(f"{engine}: the server ended with exit code {server.returncode} before it answered", "see its messages above")
+    raise PedigreeError(
+        f"{engine}: the server ended with exit code {server.returncode} before it answered", "see its messages above"
+    )
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -261,14 +293,28 @@ def _document(root: Path, served: Served, engine: str, port: int, pid: int) -> d
     url, records = f"http://{HOST}:{port}/v1", TrainingRecords(root)
     system, request = records.system_prompt(), fields_of_requests(served, engine, records.have_traces())
     digest = {"sha256" if served.folder.is_file() else "md5": served.digest}
-    facts = {"name": served.name, "folder": shown(root, served.folder), **digest, "recorded": served.recorded, "engine": engine}
+    facts = {
+        "name": served.name,
+        "folder": shown(root, served.folder),
+        **digest,
+        "recorded": served.recorded,
+        "engine": engine,
+    }
     example = _example(url, served.id, system, request)
-    return {"url": url, "model": served.id, **facts, "system": system, "request": request, "pid": pid, "example": example}
+    return {
+        "url": url,
+        "model": served.id,
+        **facts,
+        "system": system,
+        "request": request,
+        "pid": pid,
+        "example": example,
+    }
 
 
 def fields_of_requests(served: Served, engine: str, reasoning: bool) -> dict[str, Any]:
-    """What a request needs, besides a temperature of 0, for the answers of evaluation: it switches off a penalty on repetitions in the model's
-    generation_config.json, and lets the chat template begin an answer as in training.
+    """What a request needs, besides a temperature of 0, for the answers of evaluation: it switches off a penalty on
+    repetitions in the model's generation_config.json, and lets the chat template begin an answer as in training.
 
     Args:
         reasoning: whether the model was trained on answers with a trace.
@@ -302,7 +348,13 @@ def _template_variables(folder: Path, reasoning: bool) -> dict[str, bool]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         trained, by_itself = generation_prompt(tokenizer, asked, None, reasoning), render(tokenizer, asked, True)
         switched = [(one, render(tokenizer, asked, True, None, switch)) for switch, one in THINKING.items()]
-    except (ImportError, OSError, ValueError, InputError, TemplateLimit):  # vLLM may be installed elsewhere, and read what is not read here
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        InputError,
+        TemplateLimit,
+    ):  # vLLM may be installed elsewhere, and read what is not read here
         return {}
     return {} if trained == by_itself else next((one for one, text in switched if text == trained), {})
 
@@ -315,8 +367,16 @@ def _example(url: str, model: str, system: str | None, request: Mapping[str, Any
     """
     for given in filter(lambda one: one is not None, (system, "")):
         messages = [{"role": "system", "content": given}] if given else []
-        body = {"model": model, "temperature": 0, **request, "messages": [*messages, {"role": "user", "content": QUESTION}]}
-        line = f"curl {url}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+        body = {
+            "model": model,
+            "temperature": 0,
+            **request,
+            "messages": [*messages, {"role": "user", "content": QUESTION}],
+        }
+        line = (
+            f"curl {url}/chat/completions -H 'Content-Type: application/json' -d"
+            f" {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+        )
         if len(line) <= LONGEST_EXAMPLE:
             break
     return line
@@ -326,9 +386,14 @@ def as_text(document: Mapping[str, Any]) -> str:
     """The text for the terminal once the server answers."""
     bytes_of = "as dvc.lock recorded" if document["recorded"] else "not an output that dvc.lock records"
     lines = [
-        f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}. Ctrl-C ends.",
+        (
+            f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}."
+            " Ctrl-C ends."
+        ),
         document["example"],
     ]
     if document["request"]:
-        lines.insert(1, f"answers as in evaluation need temperature 0 and {json.dumps(document['request'])} in a request")
+        lines.insert(
+            1, f"answers as in evaluation need temperature 0 and {json.dumps(document['request'])} in a request"
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The process that `pedigree serve` starts for `transformers serve`: the same device, number format, threads and seed as `pedigree chat`."""
+"""The process that `pedigree serve` starts for `transformers serve`: the same
+device, number format, threads and seed as `pedigree chat`."""
 
 from __future__ import annotations
 
@@ -26,10 +27,18 @@ def main(arguments: list[str]) -> None:
     compute = params.parse(Compute, values.get("compute"), "compute")
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     device, dtype = prepare(compute.model_copy(update={"dtype": settings.dtype or compute.dtype}))
-    os.chdir(options.links)  # where the model's id is a link to its folder: transformers lists a model under the path that it was given
+    os.chdir(
+        options.links
+    )  # where the model's id is a link to its folder: transformers lists a model under the path that it was given
     from transformers.cli.serve import Serve
 
-    Serve(force_model=options.model, host=options.host, port=options.port, device=device.type, dtype=str(dtype).removeprefix("torch."))
+    Serve(
+        force_model=options.model,
+        host=options.host,
+        port=options.port,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+    )
 
 
 if __name__ == "__main__":

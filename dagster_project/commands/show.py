@@ -37,7 +37,8 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
     """The chat template that rows are rendered with.
 
     Args:
-        base_model: folder of a model; None: data/base_model of the project, with `tokenized.chat_template`, if it exists.
+        base_model: folder of a model; None: data/base_model of the project,
+            with `tokenized.chat_template`, if it exists.
         template: chatml, hermes, alpaca or a Jinja file, instead of the model's own.
     Raises:
         InputError: there is no template, or it is refused.
@@ -56,12 +57,15 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
         source = _source(name if template or name in named_templates.NAMED else str(project / name), where)
         source = with_constant_date(source)
         chat_templates.refuse_unsafe(source, where)
-        tokenizer = with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
+        tokenizer = (
+            with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
+        )
         chat_templates.try_template(tokenizer, where)
     elif tokenizer is None or not tokenizer.chat_template:
         problem = f"{where} has no chat template" if present else "there is no data/base_model"
         raise InputError(
-            f"--show: {problem}, so rows cannot be rendered", "add --template chatml, hermes, alpaca or FILE, or --base-model FOLDER"
+            f"--show: {problem}, so rows cannot be rendered",
+            "add --template chatml, hermes, alpaca or FILE, or --base-model FOLDER",
         )
     return Renderer(where, tokenizer, present, reasoning)
 
@@ -86,7 +90,9 @@ def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
     name = values.get("chat_template")
     if isinstance(name, str):
         chat_templates.locate(project, name)
-    reasoning: chat.Reasoning = next((one for one in get_args(chat.Reasoning) if one == values.get("reasoning")), "template")
+    reasoning: chat.Reasoning = next(
+        (one for one in get_args(chat.Reasoning) if one == values.get("reasoning")), "template"
+    )
     return name if isinstance(name, str) else None, reasoning
 
 
@@ -96,9 +102,14 @@ def with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
     Raises:
         InputError: it lacks a special token of a named template.
     """
-    special = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
+    special = {
+        token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special
+    }
     if name in named_templates.MARKUP and not {"<|im_start|>", "<|im_end|>"} <= special:
-        raise InputError(f"{where}: the base model's tokenizer has no special tokens <|im_start|> and <|im_end|>", "use alpaca, or a file")
+        raise InputError(
+            f"{where}: the base model's tokenizer has no special tokens <|im_start|> and <|im_end|>",
+            "use alpaca, or a file",
+        )
     if name in named_templates.NAMED and chat.adds_bos(tokenizer):
         source = "{{ bos_token }}" + source
     if isinstance(tokenizer, LightTokenizer):
@@ -108,8 +119,11 @@ def with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
 
 
 def _template_only(name: str, source: str) -> LightTokenizer:
-    """A template without a tokenizer. The end of a turn is `eos_token` if the template writes it, else the token that follows an answer."""
-    tokenizer = LightTokenizer(None, {"bos_token": "<s>", "eos_token": "</s>"}, list(dict.fromkeys(SPECIAL.findall(source))), source)
+    """A template without a tokenizer. The end of a turn is `eos_token` if the
+    template writes it, else the token that follows an answer."""
+    tokenizer = LightTokenizer(
+        None, {"bos_token": "<s>", "eos_token": "</s>"}, list(dict.fromkeys(SPECIAL.findall(source))), source
+    )
     answer = {"role": "assistant", "content": "pedigree7word"}
     try:
         after = render(tokenizer, [{"role": "user", "content": "Hi"}, answer]).partition(answer["content"])[2]

@@ -1,4 +1,5 @@
-"""`pedigree sign` and `pedigree attest`: sign a model, and how each stage of its lineage was run. Nothing is written into an output of the pipeline."""
+"""`pedigree sign` and `pedigree attest`: sign a model, and how each stage of
+its lineage was run. Nothing is written into an output of the pipeline."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
         model: name of a stage, path of its output, content hash, or any folder.
         key_file: of the private key; None: from the environment.
     Returns:
-        {"model", "folder", "files": number of files, "signature", "public_key": paths, "key": sha256 of the public key}.
+        {"model", "folder", "files": number of files, "signature", "public_key":
+        paths, "key": sha256 of the public key}.
     Raises:
         InputError: no such folder, no usable key, the output is not the recorded one, or the folder cannot be signed.
     """
@@ -43,7 +45,8 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
     target.refuse_other_key(key.public)
     if key_file and Path(key_file).resolve().is_relative_to(target.folder.resolve()):
         raise InputError(
-            f"--key {key_file}: the private key is in the folder to be signed", "keep it elsewhere: the folder may be published"
+            f"--key {key_file}: the private key is in the folder to be signed",
+            "keep it elsewhere: the folder may be published",
         )
     found = files_to_sign(target)
     text = model_signature.bundle(model_signature.manifest(target.folder.name, found), key)
@@ -62,7 +65,8 @@ def _with_papers(target: Target) -> Target:
     if found := contradictions_in(target.as_folder()):
         file, wrong = next(iter(found.items()))
         raise InputError(
-            f"{file} {wrong}: nothing was signed", f"`pedigree export {target.address} --all` writes the papers of this {target.address}"
+            f"{file} {wrong}: nothing was signed",
+            f"`pedigree export {target.address} --all` writes the papers of this {target.address}",
         )
     return target.as_folder()
 
@@ -73,7 +77,9 @@ def files_to_sign(target: Target) -> model_signature.Contents:
     """
     found = model_signature.contents(target.folder, (*IGNORED, *target.papers))
     if found.other:
-        raise InputError(f"{target.path}/{found.other[0]}: neither a file nor a folder", "sign a copy without links: `cp -rL`")
+        raise InputError(
+            f"{target.path}/{found.other[0]}: neither a file nor a folder", "sign a copy without links: `cp -rL`"
+        )
     if not found.files:
         raise InputError(f"{target.path}: it contains no files", "name the folder of a model")
     return found
@@ -93,12 +99,18 @@ def _written(target: Target, name: str, text: str, key: PrivateKey) -> dict[str,
 
 
 def sign_text(document: Mapping[str, Any]) -> str:
-    return f"{document['model']}: {document['files']} files of {document['folder']} signed\n{_files_text(document, 'signature')}"
+    return (
+        f"{document['model']}: {document['files']} files of {document['folder']}"
+        f" signed\n{_files_text(document, 'signature')}"
+    )
 
 
 def _files_text(document: Mapping[str, Any], kind: str) -> str:
     key = f"{document['public_key']}  (sha256 {document['key'][:16]})"
-    return f"  {kind.replace('_', ' '):<12} {document[kind]}\n  public key   {key}\ncheck them: pedigree verify {shlex.quote(document['model'])} --signatures"
+    return (
+        f"  {kind.replace('_', ' '):<12} {document[kind]}\n  public key   {key}\ncheck them: pedigree verify"
+        f" {shlex.quote(document['model'])} --signatures"
+    )
 
 
 def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -> dict[str, Any]:
@@ -108,14 +120,18 @@ def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -
         model: name of a stage, path of its output, or content hash.
         remade: make all these stages again first, from the sources, and state the result.
     Returns:
-        {"model", "folder", "stages": addresses in flow order, "remade": verdict or None, "attestations", "public_key": paths, "key"}.
+        {"model", "folder", "stages": addresses in flow order, "remade": verdict
+        or None, "attestations", "public_key": paths, "key"}.
     Raises:
         InputError: no such model, no usable key, or a file is not what dvc.lock recorded.
         CheckFailed: made again, an output differs.
     """
     key, target = private_key(key_file), find(root, model)
     if target.root is None:
-        raise InputError(f"{model}: not an output in dvc.lock, so nothing is recorded about how it was made", "name a stage, or its output")
+        raise InputError(
+            f"{model}: not an output in dvc.lock, so nothing is recorded about how it was made",
+            "name a stage, or its output",
+        )
     target.refuse_other_key(key.public)
     records = stage_records(target)
     verdict, results = None, dict[str, Any]()
@@ -137,7 +153,8 @@ def stage_records(target: Target) -> list[provenance.StageRecord]:
 
 
 def _made_again(root: Path, address: str, records: Sequence[provenance.StageRecord]) -> tuple[str, dict[str, Any]]:
-    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it. The stages do not get the key.
+    """Verdict of `pedigree verify --deep`, and address -> what its statement
+    says about it. The stages do not get the key.
 
     Raises:
         CheckFailed: made again, an output differs, or dvc.lock changed meanwhile.
@@ -149,17 +166,26 @@ def _made_again(root: Path, address: str, records: Sequence[provenance.StageReco
     document = verify(root, address, deep=True)
     if document["verdict"] == "different":
         raise CheckFailed(
-            f"{as_text(document)}\n{address} could not be made again with the same bytes: nothing was signed", "see the causes"
+            f"{as_text(document)}\n{address} could not be made again with the same bytes: nothing was signed",
+            "see the causes",
         )
-    recorded = {name: {path: out["recorded"] for path, out in stage["outputs"].items()} for name, stage in document["stages"].items()}
-    if recorded != {record.address: {out["path"]: out["md5"] for out in record.entry.get("outs", [])} for record in records}:
+    recorded = {
+        name: {path: out["recorded"] for path, out in stage["outputs"].items()}
+        for name, stage in document["stages"].items()
+    }
+    if recorded != {
+        record.address: {out["path"]: out["md5"] for out in record.entry.get("outs", [])} for record in records
+    }:
         raise CheckFailed(f"{LOCK} changed while {address} was made again: nothing was signed", "run the command again")
     return document["verdict"], {name: {"verdict": stage["verdict"]} for name, stage in document["stages"].items()}
 
 
 def attest_text(document: Mapping[str, Any]) -> str:
     remade = f", made again from the sources: {document['remade']}" if document["remade"] else ", not made again"
-    return f"{document['model']}: {len(document['stages'])} stages attested{remade}\n{_files_text(document, 'attestations')}"
+    return (
+        f"{document['model']}: {len(document['stages'])} stages"
+        f" attested{remade}\n{_files_text(document, 'attestations')}"
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +222,8 @@ class Lineage:
         return provenance.lock_texts(self.lock_text)
 
     def present(self, deps: Iterable[str], outs: Iterable[str]) -> Present:
-        """Everything but folders at or in dependencies and outputs, whether DVC lists it or not, but no papers of a release. Links are not followed."""
+        """Everything but folders at or in dependencies and outputs, whether DVC
+        lists it or not, but no papers of a release. Links are not followed."""
         from dagster_project.orchestration import dvc
 
         paths, outs = {*deps, *outs}, set(outs)
@@ -207,7 +234,9 @@ class Lineage:
                 regular |= {path: top.is_file() and not top.is_symlink()} if os.path.lexists(top) else {}
                 continue
             found = model_signature.contents(top, names_in(top))
-            regular |= {f"{path}/{name}": True for name in found.files} | {f"{path}/{name}": False for name in found.other}
+            regular |= {f"{path}/{name}": True for name in found.files} | {
+                f"{path}/{name}": False for name in found.other
+            }
         made = {name for name in regular if any(is_within(name, out) for out in outs)}
         return Present(regular, frozenset(made), frozenset(dvc.files_within(self.root, paths)))
 
@@ -225,7 +254,10 @@ class Lineage:
         """
         addresses, texts = self.addresses(), self.texts()
         if unread := [name for name in addresses if name not in texts]:
-            raise InputError(f"{LOCK}: the entry of {unread[0]} is not written as DVC writes it", f"restore it: `git checkout HEAD {LOCK}`")
+            raise InputError(
+                f"{LOCK}: the entry of {unread[0]} is not written as DVC writes it",
+                f"restore it: `git checkout HEAD {LOCK}`",
+            )
         items = {name: [*self.lock[name].get("deps", []), *self.lock[name].get("outs", [])] for name in addresses}
         names = self._recordable(addresses, items)
         for address in addresses:
@@ -238,10 +270,16 @@ class Lineage:
                 self.lock[address],
                 texts[address],
                 {
-                    dep["path"]: sorted({one for out, one in made.items() if is_within(out, dep["path"]) or is_within(dep["path"], out)})
+                    dep["path"]: sorted(
+                        {one for out, one in made.items() if is_within(out, dep["path"]) or is_within(dep["path"], out)}
+                    )
                     for dep in self.lock[address].get("deps", [])
                 },
-                {name: self.digests(name) for name in names if any(is_within(name, item["path"]) for item in items[address])},
+                {
+                    name: self.digests(name)
+                    for name in names
+                    if any(is_within(name, item["path"]) for item in items[address])
+                },
                 self._report(address),
             )
             for address in addresses
@@ -251,21 +289,27 @@ class Lineage:
         """All files of dependencies and outputs that DVC records.
 
         Raises:
-            InputError: there is a link among them, or a file in an output that DVC ignores; or a path leads out of the project.
+            InputError: there is a link among them, or a file in an output that
+                DVC ignores; or a path leads out of the project.
         """
         for address in addresses:
             for item in items[address]:
                 if not provenance.is_inside(item["path"]):
                     raise InputError(
-                        f"{address}: {item['path']} is not a path in the project", "copy it into the project to attest the stage"
+                        f"{address}: {item['path']} is not a path in the project",
+                        "copy it into the project to attest the stage",
                     )
         outs = [out["path"] for name in addresses for out in self.lock[name].get("outs", [])]
         present = self.present([item["path"] for name in addresses for item in items[name]], outs)
         for name in sorted(present.made | present.listed):
             if not present.regular.get(name, True):
-                raise InputError(f"{name}: neither a file nor a folder", "replace a link by a copy of what it points to")
+                raise InputError(
+                    f"{name}: neither a file nor a folder", "replace a link by a copy of what it points to"
+                )
             if name not in present.listed:
-                raise InputError(f"{name}: DVC ignores it, so dvc.lock does not record it", "delete it, or move it out of the output")
+                raise InputError(
+                    f"{name}: DVC ignores it, so dvc.lock does not record it", "delete it, or move it out of the output"
+                )
         return sorted(present.listed)
 
     def _refuse_changed(self, address: str, item: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -275,7 +319,8 @@ class Lineage:
         if now != item.get("md5"):
             what = "is missing" if now is None else f"is not what dvc.lock recorded for {address}"
             raise InputError(
-                f"{path} {what}", f"`dvc repro {self.address}` brings all up to date; `pedigree verify --integrity` names files"
+                f"{path} {what}",
+                f"`dvc repro {self.address}` brings all up to date; `pedigree verify --integrity` names files",
             )
 
     def _report(self, address: str) -> dict[str, Any]:

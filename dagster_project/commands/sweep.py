@@ -1,4 +1,5 @@
-"""`pedigree sweep`: every combination of some parameter values as a DVC experiment, several at once, and a table of parameters and metrics."""
+"""`pedigree sweep`: every combination of some parameter values as a DVC
+experiment, several at once, and a table of parameters and metrics."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ log = logging.getLogger("pedigree")
 POLL = 2.0
 """Polling interval of DVC's queue, in seconds."""
 LOST = 60.0
-"""Seconds after which a trial without a process counts as failed, and workers without one as ended. Until then, DVC's worker may still collect the
-result of a trial, or be starting."""
+"""Seconds after which a trial without a process counts as failed, and workers without one as ended. Until then, DVC's
+worker may still collect the result of a trial, or be starting."""
 HIDDEN = ("output_sha256", "passed", "environment", "machine")
 """Entries of a report that are not results."""
 MAX_COLUMNS = 6
@@ -71,7 +72,9 @@ def sweep(
     target = _target(states, section, to, variants_of)
     baseline = git(root, "rev-parse", "--verify", "HEAD")
     if not baseline:
-        raise InputError("the project has no commit: DVC's experiments start from one", "run `git add -A && git commit`")
+        raise InputError(
+            "the project has no commit: DVC's experiments start from one", "run `git add -A && git commit`"
+        )
     _refuse_untracked(root, [states[name] for name in (*dvc.ancestors(states, target), target)])
     if unfinished := [name for name, trial in experiments.trials(root).items() if trial.status in {QUEUED, RUNNING}]:
         raise InputError(
@@ -80,8 +83,14 @@ def sweep(
         )
     name = f"sweep-{secrets.token_hex(3)}"
     # a key that params.yaml does not have is added
-    arguments = [f"{'' if has_key(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
-    trials = Trials(root, {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)}, jobs)
+    arguments = [
+        f"{'' if has_key(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides
+    ]
+    trials = Trials(
+        root,
+        {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)},
+        jobs,
+    )
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trials as Ctrl-C does
     try:
         experiments.queue(root, name, arguments, target)
@@ -109,12 +118,21 @@ def _section(values: Mapping[str, Any], section: str, with_variants: Collection[
     found: Any = values
     for part in section.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            names = [f"{name}.{key}" for name, one in values.items() if name in with_variants and isinstance(one, Mapping) for key in one]
+            names = [
+                f"{name}.{key}"
+                for name, one in values.items()
+                if name in with_variants and isinstance(one, Mapping)
+                for key in one
+            ]
             others = [name for name in values if name not in with_variants]
-            raise InputError(f"params.yaml has no {section}", f"variants: {', '.join(names)}; other sections: {', '.join(others)}")
+            raise InputError(
+                f"params.yaml has no {section}", f"variants: {', '.join(names)}; other sections: {', '.join(others)}"
+            )
         found = found[part]
     if not isinstance(found, Mapping):
-        raise InputError(f"params.yaml: {section} is one value", f"sweep its section: {section.rpartition('.')[0] or section}")
+        raise InputError(
+            f"params.yaml: {section} is one value", f"sweep its section: {section.rpartition('.')[0] or section}"
+        )
     return found
 
 
@@ -147,7 +165,10 @@ def _refuse_untracked(root: Path, states: Iterable[dvc.StageState]) -> None:
     InputError: these stages read files that DVC's copies of the workspace do not have, because git does not track them.
     """
     read = {
-        path for state in states for path in (*state.code, *(i.path for i in state.inputs if i.producer is None)) if not is_report(path)
+        path
+        for state in states
+        for path in (*state.code, *(i.path for i in state.inputs if i.producer is None))
+        if not is_report(path)
     }
     read = {path for path in read if "://" not in path}
     untracked = _others(root, [name for path in sorted(read) for name in (path, f"{path}.dvc")])
@@ -160,13 +181,17 @@ def _refuse_untracked(root: Path, states: Iterable[dvc.StageState]) -> None:
     if ignored:
         seen = {*dvc.files_within(root, read)}
         _refuse_missing(
-            [name for name in ignored if name in seen], "git ignores", "`dvc add` them, or run `git add --force`; a commit is not needed"
+            [name for name in ignored if name in seen],
+            "git ignores",
+            "`dvc add` them, or run `git add --force`; a commit is not needed",
         )
 
 
 def _others(root: Path, paths: Sequence[str], *options: str) -> list[str]:
     """Files at these paths that git does not track."""
-    listed = git(root, "--literal-pathspecs", "ls-files", "--others", *options, "--exclude-standard", "-z", "--", *paths)
+    listed = git(
+        root, "--literal-pathspecs", "ls-files", "--others", *options, "--exclude-standard", "-z", "--", *paths
+    )
     return [name for name in (listed or "").split("\0") if name and "/__pycache__/" not in name]
 
 
@@ -200,7 +225,10 @@ class Trials:
             log.info("interrupted: removing queued trials, ending running ones; finished ones are kept")
             experiments.cancel(self.root, self.points, processes.CLEAN_UP)
             finished = {name for name, trial in experiments.trials(self.root).items() if trial.status == SUCCESS}
-            self.status = {name: SUCCESS if name in finished else one if one == FAILED else "Canceled" for name, one in self.status.items()}
+            self.status = {
+                name: SUCCESS if name in finished else one if one == FAILED else "Canceled"
+                for name, one in self.status.items()
+            }
         passed = all(status == SUCCESS for status in self.status.values())
         return {"passed": passed, "interrupted": interrupted, "seconds": round(time.monotonic() - began, 1)}
 
@@ -223,9 +251,15 @@ class Trials:
                 log.info(f"{name} ({_point(self.points[name])}): {status.lower()}. {self._progress(began)}")
                 if status == FAILED:
                     self._log_failure(name)
-        if QUEUED not in self.status.values() or RUNNING in self.status.values() or experiments.workers_alive(self.root):
+        if (
+            QUEUED not in self.status.values()
+            or RUNNING in self.status.values()
+            or experiments.workers_alive(self.root)
+        ):
             self.worker_seen = time.monotonic()
-        elif time.monotonic() - self.worker_seen > LOST:  # the workers were killed, or ended before the first trial was queued
+        elif (
+            time.monotonic() - self.worker_seen > LOST
+        ):  # the workers were killed, or ended before the first trial was queued
             experiments.start_workers(self.root, self.jobs)
             self.worker_seen = time.monotonic()
 
@@ -251,7 +285,12 @@ class Trials:
         shown = experiments.shown(self.root, self.points, baseline)
         rows = []
         for name, point in self.points.items():
-            row: dict[str, Any] = {"name": name, "status": self.status[name].lower(), "params": dict(point), "metrics": {}}
+            row: dict[str, Any] = {
+                "name": name,
+                "status": self.status[name].lower(),
+                "params": dict(point),
+                "metrics": {},
+            }
             if data := shown.get(name):
                 found = data["params"]["params.yaml"]["data"]
                 row["params"] = {key: value_at(found, f"{section}.{key}") for key in point}
@@ -271,12 +310,15 @@ def _leaves(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             if path not in HIDDEN:
                 yield from _leaves(value, f"{path}.")
-        elif path not in HIDDEN and ((isinstance(value, int | float) and not isinstance(value, bool)) or name == "note"):
+        elif path not in HIDDEN and (
+            (isinstance(value, int | float) and not isinstance(value, bool)) or name == "note"
+        ):
             yield path, value
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """A table: parameters, and the metrics in which the trials differ. Of a single trial, its metrics without those of checks and groups."""
+    """A table: parameters, and the metrics in which the trials differ. Of a
+    single trial, its metrics without those of checks and groups."""
     trials = document["trials"]
     names = list(dict.fromkeys(name for trial in trials for name in trial["metrics"]))
     measured = [trial for trial in trials if trial["metrics"]]
@@ -284,17 +326,32 @@ def as_text(document: Mapping[str, Any]) -> str:
     differ = [name for name in differ if not name.endswith(".count")] or differ
     header = ["trial", *trials[0]["params"], *differ[:MAX_COLUMNS], "status"]
     rows = [
-        [trial["name"], *map(_cell, trial["params"].values()), *(_cell(trial["metrics"].get(name, "")) for name in differ[:MAX_COLUMNS]), trial["status"]]
+        [
+            trial["name"],
+            *map(_cell, trial["params"].values()),
+            *(_cell(trial["metrics"].get(name, "")) for name in differ[:MAX_COLUMNS]),
+            trial["status"],
+        ]
         for trial in trials
-    ]  # fmt: skip
+    ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    lines = [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
     if len(differ) > MAX_COLUMNS:
         lines.append(f"{len(differ) - MAX_COLUMNS} more metrics differ: --json has all")
     if len(measured) == 1:
-        lines += [f"{measured[0]['name']}: {name} {_cell(value)}" for name, value in measured[0]["metrics"].items() if "." not in name]
+        lines += [
+            f"{measured[0]['name']}: {name} {_cell(value)}"
+            for name, value in measured[0]["metrics"].items()
+            if "." not in name
+        ]
     done = sum(trial["status"] == "success" for trial in trials)
-    lines.append(f"{done} of {len(trials)} trials up to {document['target']} in {document['seconds']:.0f} s, jobs: {document['jobs']}")
+    lines.append(
+        f"{done} of {len(trials)} trials up to {document['target']} in {document['seconds']:.0f} s, jobs:"
+        f" {document['jobs']}"
+    )
     if done:
         lines.append("to use one: dvc exp apply TRIAL; to delete: dvc exp remove TRIAL")
     return "\n".join(lines)

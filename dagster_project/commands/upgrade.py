@@ -1,4 +1,5 @@
-"""`pedigree upgrade`: records the code of the installed package in code.lock.yaml, and lists the stages that become stale and why."""
+"""`pedigree upgrade`: records the code of the installed package in
+code.lock.yaml, and lists the stages that become stale and why."""
 
 from __future__ import annotations
 
@@ -18,14 +19,17 @@ HEADING = re.compile(r"^## \[?(?P<name>[^\]\n]+?)\]?(?: - .*)?$")
 
 
 def upgrade(root: Path) -> dict[str, Any]:
-    """Record the installed code of every stage, write dvc.yaml of this version unless it was edited, and add to .dvcignore what it lacks. No stage is run.
+    """Record the installed code of every stage, write dvc.yaml of this version unless it was edited, and add to
+    .dvcignore what it lacks. No stage is run.
 
     Returns:
-        {"from", "to": versions, "changed": stages whose code differs from the recorded one, "stale": {address: why}, "current": addresses that
-        stay as they are, "results": {version: entries of the changelog}, "edited": stages whose definition in an edited dvc.yaml is not that of
-        this version, "ignored": lines that were added to .dvcignore, "written": files that are new or changed}.
+        {"from", "to": versions, "changed": stages whose code differs from the recorded one, "stale": {address: why},
+        "current": addresses that stay as they are, "results": {version: entries of the changelog}, "edited": stages
+        whose definition in an edited dvc.yaml is not that of this version, "ignored": lines that were added to
+        .dvcignore, "written": files that are new or changed}.
     Raises:
-        InputError: the project is a clone, in which stages depend on files; or its dvc.yaml does not name code.lock.yaml.
+        InputError: the project is a clone, in which stages depend on files; or
+            its dvc.yaml does not name code.lock.yaml.
     """
     from dagster_project.orchestration import dvc
     from dagster_project.orchestration.run_all import parents
@@ -75,7 +79,8 @@ def upgrade(root: Path) -> dict[str, Any]:
 
 
 def results_since(version: str, changelog: str) -> dict[str, list[str]]:
-    """Version -> entries under "Results" of the versions after the given one. Changes without a version number are always included.
+    """Version -> entries under "Results" of the versions after the given one.
+    Changes without a version number are always included.
 
     Args:
         changelog: "## VERSION" and below it its entries, "- ...".
@@ -105,7 +110,13 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = [f"{code_lock.DISTRIBUTION} {document['from']} -> {document['to']}"]
     if document["stale"]:
         width = max(map(len, document["stale"]))
-        lines += ["", "stale: `pedigree run --all` runs these again, those that only read others only if what they read has changed"]
+        lines += [
+            "",
+            (
+                "stale: `pedigree run --all` runs these again, those that only read others only if what they read has"
+                " changed"
+            ),
+        ]
         lines += [f"  {address:{width}}  {why}" for address, why in document["stale"].items()]
     lines += ["", f"unchanged: {', '.join(document['current']) or 'none'}"]
     if document["results"]:
@@ -114,11 +125,19 @@ def as_text(document: Mapping[str, Any]) -> str:
     if document["edited"]:
         lines += [
             "",
-            f"dvc.yaml was edited and is kept; this version defines {', '.join(document['edited'])} differently: compare with the dvc.yaml that"
-            " `pedigree init` writes in an empty folder",
+            (
+                f"dvc.yaml was edited and is kept; this version defines {', '.join(document['edited'])} differently:"
+                " compare with the dvc.yaml that `pedigree init` writes in an empty folder"
+            ),
         ]
     if document["ignored"]:
-        lines += ["", f"{papers_in_place.IGNORE_FILE} has {len(document['ignored'])} more lines: the papers of a release"]
+        lines += [
+            "",
+            f"{papers_in_place.IGNORE_FILE} has {len(document['ignored'])} more lines: the papers of a release",
+        ]
     written = document["written"]
-    lines += ["", f"commit with the results of the next run: {', '.join(written)}" if written else "no file was changed"]
+    lines += [
+        "",
+        f"commit with the results of the next run: {', '.join(written)}" if written else "no file was changed",
+    ]
     return "\n".join(lines)

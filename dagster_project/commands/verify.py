@@ -1,4 +1,5 @@
-"""`pedigree verify STAGE`: reproduces a stage in a scratch clone from the records in dvc.lock, and compares the bytes. The project is not changed."""
+"""`pedigree verify STAGE`: reproduces a stage in a scratch clone from the
+records in dvc.lock, and compares the bytes. The project is not changed."""
 
 from __future__ import annotations
 
@@ -34,18 +35,21 @@ log = logging.getLogger("pedigree")
 
 
 def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -> dict[str, Any]:
-    """Reproduce a stage with the code of a revision, from the recorded inputs and parameters, and compare its outputs with the record.
+    """Reproduce a stage with the code of a revision, from the recorded inputs
+    and parameters, and compare its outputs with the record.
 
     Args:
         stage: name of a stage, path of an output, or content hash.
         rev: a git revision; None for the workspace, including uncommitted code.
         deep: reproduce all upstream stages first. The result ends with the first stage that differs.
     Returns:
-        {"stage", "rev", "verdict": "identical", "elsewhere" or "different", "stages": {address: recorded and reproduced hashes of its outputs},
-        "changed": code that differs from its record, "differences", "causes": likely causes, "machine": {"recorded", "now", "same_kind"} of the
-        stage that decides the verdict}. Stages made on another kind of machine also have "deviations", each with its bound.
+        {"stage", "rev", "verdict": "identical", "elsewhere" or "different", "stages": {address: recorded and reproduced
+        hashes of its outputs}, "changed": code that differs from its record, "differences", "causes": likely causes,
+        "machine": {"recorded", "now", "same_kind"} of the stage that decides the verdict}. Stages made on another kind
+        of machine also have "deviations", each with its bound.
     Raises:
-        InputError: an input is missing, or other code than the recorded one is installed (then nothing was done), or the stage cannot run.
+        InputError: an input is missing, or other code than the recorded one is
+            installed (then nothing was done), or the stage cannot run.
         CheckFailed: an input was tampered with, or a blocking check of the stage failed.
     """
     at = Revision(root, rev)
@@ -80,7 +84,8 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
 
 
 def verdicts(root: Path, stages: Sequence[str]) -> dict[str, str]:
-    """Verdict of `verify` with `deep` for each of several stages of the workspace. Each stage above them is reproduced once.
+    """Verdict of `verify` with `deep` for each of several stages of the
+    workspace. Each stage above them is reproduced once.
 
     Raises:
         InputError, CheckFailed: as `verify`.
@@ -151,7 +156,9 @@ class _Clone:
             CheckFailed: an input was tampered with.
         """
         _unpack(self.at, self.root)
-        if (secret := self.at.root / RECORD_KEY).is_file() and not (self.root / RECORD_KEY).exists():  # where git ignores it
+        if (secret := self.at.root / RECORD_KEY).is_file() and not (
+            self.root / RECORD_KEY
+        ).exists():  # where git ignores it
             (self.root / RECORD_KEY).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(secret, self.root / RECORD_KEY)
         dvc_cache.isolate_project(self.root)
@@ -159,7 +166,9 @@ class _Clone:
         inputs, outdated = self._recorded_inputs(addresses, dependencies)
         self._refuse_other_parts(addresses, inputs)
         sources = dvc.tracked_sources(self.root)
-        inputs |= {path: (oid, None) for path, oid in sources.items() if any(dvc.overlap(path, dep) for dep in dependencies)}
+        inputs |= {
+            path: (oid, None) for path, oid in sources.items() if any(dvc.overlap(path, dep) for dep in dependencies)
+        }
         self._refuse_missing({path: oid for path, (oid, _) in inputs.items()})
         for name in outdated:
             (self.root / report_of(name)).unlink(missing_ok=True)
@@ -190,7 +199,10 @@ class _Clone:
                     continue
                 oid = dependencies.get(out["path"], out["md5"])
                 is_latest = oid == out["md5"]
-                inputs[out["path"]] = oid, integrity.published(self.at, self.lock, name, out["path"]) if is_latest else None
+                inputs[out["path"]] = (
+                    oid,
+                    integrity.published(self.at, self.lock, name, out["path"]) if is_latest else None,
+                )
                 if not is_latest:
                     outdated.append(name)
                     out["md5"] = oid
@@ -207,7 +219,8 @@ class _Clone:
                     part = dep["path"].removeprefix(f"{path}/")
                     if part != dep["path"] and (files := self.store.files(oid)) and part_of(files, part) != dep["md5"]:
                         raise InputError(
-                            f"{name} read another {dep['path']} than there is now", f"`dvc repro {name}`, or give --rev of its commit"
+                            f"{name} read another {dep['path']} than there is now",
+                            f"`dvc repro {name}`, or give --rev of its commit",
                         )
 
     def _missing(self, oid: str) -> list[str]:
@@ -218,7 +231,8 @@ class _Clone:
         missing = {path: objects for path, oid in inputs.items() if (objects := self._missing(oid))}
         if missing:
             lines = [
-                f"{path}: {len(objects)} object(s) of it are not in the cache (first: {objects[0]})" for path, objects in missing.items()
+                f"{path}: {len(objects)} object(s) of it are not in the cache (first: {objects[0]})"
+                for path, objects in missing.items()
             ]
             fetch = f"dvc pull {' '.join(missing)}" if self.at.rev is None else "dvc pull --all-commits"
             raise InputError("\n".join(lines), f"fetch them with `{fetch}`, or produce them again; nothing was done")
@@ -234,7 +248,8 @@ class _Clone:
             shutil.copyfile(self.store.at(one), file)
             if md5_of_file(file) != one:
                 raise CheckFailed(
-                    f"{path}: cache object {one} does not match its name: it was tampered with", "see `pedigree verify --integrity`"
+                    f"{path}: cache object {one} does not match its name: it was tampered with",
+                    "see `pedigree verify --integrity`",
                 )
         if published is not None and integrity.sha256_of(target) != published:
             raise CheckFailed(f"{path} is not what was published (sha256 differs)", "see `pedigree verify --integrity`")
@@ -282,7 +297,8 @@ class _Clone:
                 return
         where = f"at {self.at.rev}" if self.at.rev else "here or in the latest commit"
         raise InputError(
-            f"{name}: {path} {where} is not what dvc.lock recorded", f"run `dvc repro {name}`, or name a commit that has it with --rev"
+            f"{name}: {path} {where} is not what dvc.lock recorded",
+            f"run `dvc repro {name}`, or name a commit that has it with --rev",
         )
 
     def run(self, name: str) -> None:
@@ -299,10 +315,14 @@ class _Clone:
             code = process.wait()
         if code:
             kind = InputError if code == 2 else CheckFailed
-            raise kind(f"{name} could not be reproduced: its command failed", "see its own message above; the project was not changed")
+            raise kind(
+                f"{name} could not be reproduced: its command failed",
+                "see its own message above; the project was not changed",
+            )
 
     def settle(self, name: str, outs: Mapping[str, Mapping[str, str]]) -> None:
-        """Put the recorded version of each output in place of one that differs, so that the next stages start from what they started from."""
+        """Put the recorded version of each output in place of one that differs,
+        so that the next stages start from what they started from."""
         for path, out in outs.items():
             if out["made"] == out["recorded"]:
                 continue
@@ -315,7 +335,8 @@ class _Clone:
 
 
 def _unpack_unexported(at: Revision, target: Path, path: str) -> None:
-    """Copy the files at a revision that .gitattributes leaves out of archives (`export-ignore`), or that archives change (`export-subst`)."""
+    """Copy the files at a revision that .gitattributes leaves out of archives
+    (`export-ignore`), or that archives change (`export-subst`)."""
     changes = git_bytes(at.root, "grep", "-l", "export-subst", f"{at.rev}", "--", ":(top,glob)**/.gitattributes")
     found = git_bytes(at.root, "grep", "-alzF", "$Format:", f"{at.rev}", "--", path) if changes else None
     changed = {name.partition(b":")[2] for name in (found or b"").split(b"\0")}
@@ -328,7 +349,8 @@ def _unpack_unexported(at: Revision, target: Path, path: str) -> None:
         content = git_bytes(at.root, "cat-file", "--filters", f"{at.rev}:./{os.fsdecode(name)}")
         if content is None:
             raise InputError(
-                f"git cannot read {os.fsdecode(name)} at {at.rev}", "fetch the objects of that commit (`git fetch`, `git lfs fetch`)"
+                f"git cannot read {os.fsdecode(name)} at {at.rev}",
+                "fetch the objects of that commit (`git fetch`, `git lfs fetch`)",
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         if mode == b"120000":
@@ -372,13 +394,21 @@ def as_text(document: Mapping[str, Any]) -> str:
     for name, stage in document["stages"].items():
         for path, out in stage["outputs"].items():
             same = out["recorded"] == out["made"]
-            lines.append(f"  {name:<16} {path}  {out['recorded'][:12]}" + ("" if same else f" recorded, {out['made'][:12]} reproduced"))
+            lines.append(
+                f"  {name:<16} {path}  {out['recorded'][:12]}"
+                + ("" if same else f" recorded, {out['made'][:12]} reproduced")
+            )
     measured = [one for stage in document["stages"].values() for one in elsewhere.largest(stage.get("deviations", []))]
     if document["machine"]["same_kind"] is False:
-        lines += ["", "made on another kind of machine" + (" and within its bounds" if document["verdict"] == "elsewhere" else "")]
+        lines += [
+            "",
+            "made on another kind of machine"
+            + (" and within its bounds" if document["verdict"] == "elsewhere" else ""),
+        ]
     if measured:
         lines += [
-            f"  {one['measure']:<9} {one['value']:.3g}, bound {one['bound']:g}  {one['artifact']}: {one['where']}" for one in measured
+            f"  {one['measure']:<9} {one['value']:.3g}, bound {one['bound']:g}  {one['artifact']}: {one['where']}"
+            for one in measured
         ]
     if document["changed"] and document["verdict"] == "identical":
         lines += ["", f"identical, although these changed since they were recorded: {', '.join(document['changed'])}"]

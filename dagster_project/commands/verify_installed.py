@@ -1,7 +1,9 @@
-"""`pedigree verify --install`: the recorded version of the package verifies a stage, in a scratch environment that is removed afterwards.
+"""`pedigree verify --install`: the recorded version of the package verifies a
+stage, in a scratch environment that is removed afterwards.
 
-The environment is a venv with this version and no copy of its libraries: behind its own packages are those of the current environment, as far as
-the version and the records of trainings accept them. Everything else is installed (docs/verify.md, "Another version").
+The environment is a venv with this version and no copy of its libraries: behind its own
+packages are those of the current environment, as far as the version and the records of
+trainings accept them. Everything else is installed (docs/verify.md, "Another version").
 """
 
 from __future__ import annotations
@@ -55,9 +57,11 @@ def verify_installed(root: Path, stage: str, rev: str | None, deep: bool, as_jso
         stage, rev, deep: as for `verify.verify`.
         as_json: print JSON.
     Returns:
-        The exit code of that version; None if the installed code is the recorded one, or the project is a clone: then nothing was done.
+        The exit code of that version; None if the installed code is the
+        recorded one, or the project is a clone: then nothing was done.
     Raises:
-        InputError: the recorded version is unknown, cannot be installed, or has other code than recorded. Nothing of it was run.
+        InputError: the recorded version is unknown, cannot be installed, or has
+            other code than recorded. Nothing of it was run.
     """
     build = _recorded(Revision(root, rev), stage, deep)
     if build is None:
@@ -96,7 +100,11 @@ def _recorded(at: Revision, stage: str, deep: bool) -> Build | None:
     if version is None or not _is_version(version):
         raise InputError(
             f"{several} of {code_lock.DISTRIBUTION}: no {code_lock.FILE} in the git history has this code",
-            "verify each stage without --deep" if deep else "install the build that made it, in a separate environment, and verify there",
+            (
+                "verify each stage without --deep"
+                if deep
+                else "install the build that made it, in a separate environment, and verify there"
+            ),
         )
     return Build(version, code, _libraries(at, names))
 
@@ -120,10 +128,14 @@ def _libraries(at: Revision, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         for library, version in report_at(at, name).get("environment", {}).items():
             if not LIBRARY.fullmatch(library) or not _is_version(str(version)):
-                raise InputError(f"{report_of(name)}: environment: {library} {version} is not a version of a library", restoring(name))
+                raise InputError(
+                    f"{report_of(name)}: environment: {library} {version} is not a version of a library",
+                    restoring(name),
+                )
             if found.setdefault(library, version) != version:
                 raise InputError(
-                    f"{', '.join(names)}: made with {library} {found[library]} and {version}", "verify each stage without --deep"
+                    f"{', '.join(names)}: made with {library} {found[library]} and {version}",
+                    "verify each stage without --deep",
                 )
     return found
 
@@ -141,7 +153,9 @@ def _environment(folder: Path, build: Build) -> str:
     packages = paths_of_packages(folder)
     here = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
     # a .pth file is code: `addsitedir` appends a folder, with the .pth files of packages that are installed as editable
-    (packages / "pedigree_base.pth").write_text("import site; " + "; ".join(f"site.addsitedir({path!r})" for path in here) + "\n")
+    (packages / "pedigree_base.pth").write_text(
+        "import site; " + "; ".join(f"site.addsitedir({path!r})" for path in here) + "\n"
+    )
     log.info(f"installing {code_lock.DISTRIBUTION} {build.version} in a scratch environment")
     install(python, ["--no-deps", f"{code_lock.DISTRIBUTION}=={build.version}"])
     _refuse_other_code(packages / "dagster_project", build)
@@ -170,16 +184,19 @@ def _refuse_other_code(package: Path, build: Build) -> None:
         found = {}
     if differing := [name for name, value in build.code.items() if found.get(name) != value]:
         raise InputError(
-            f"{code_lock.DISTRIBUTION} {build.version} from the package index has other code for {', '.join(differing)} than the records of this"
-            " project; it was not run",
+            f"{code_lock.DISTRIBUTION} {build.version} from the package index has other code for {', '.join(differing)}"
+            " than the records of this project; it was not run",
             "name an index that has the build that made it (docs/verify.md)",
         )
 
 
 def _refuse_other_place(python: str, folder: Path) -> None:
-    """Check that the environment imports its own copy, which was compared, and not one that a .pth file of the current environment puts first."""
+    """Check that the environment imports its own copy, which was compared, and
+    not one that a .pth file of the current environment puts first."""
     code = "import importlib.util; print(importlib.util.find_spec('dagster_project').origin)"
-    done = subprocess.run([python, "-P", "-c", code], env=_variables(folder), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-P", "-c", code], env=_variables(folder), capture_output=True, text=True, check=False
+    )
     if not Path(done.stdout.strip()).is_relative_to(folder):
         raise InputError(
             f"the scratch environment imports dagster_project from {done.stdout.strip() or 'nowhere'}",
@@ -188,7 +205,8 @@ def _refuse_other_place(python: str, folder: Path) -> None:
 
 
 def _variables(folder: Path) -> dict[str, str]:
-    """Environment variables of a process in the scratch environment; programs of the current one are found after its own."""
+    """Environment variables of a process in the scratch environment; programs
+    of the current one are found after its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return inherited | {"PATH": path, INNER: "1"}

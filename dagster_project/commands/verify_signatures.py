@@ -1,4 +1,5 @@
-"""`pedigree verify MODEL --signatures`: compare a model, and all files of its lineage, with what was signed. Works offline, and changes nothing."""
+"""`pedigree verify MODEL --signatures`: compare a model, and all files of its
+lineage, with what was signed. Works offline, and changes nothing."""
 
 from __future__ import annotations
 
@@ -31,11 +32,16 @@ NO_PROJECT = "the stages before it and their files, which only its project has"
 NO_KEY = "who signed: the public key came with the signatures; give the one that you trust with --key"
 
 NOT_IN_FILES = (
-    "that the data is what its hashes name, and that declarations about sources are true: it takes the data, and people",
+    (
+        "that the data is what its hashes name, and that declarations about sources are true: it takes the data, and"
+        " people"
+    ),
     "numbers that one document alone states, such as results: its project computes them again",
     "licenses of the base model, and those in the datasheet and in the metadata of cards",
 )
-NOT_REMADE = "that the recorded commands give these bytes: `pedigree verify MODEL --deep` in the project makes the model again"
+NOT_REMADE = (
+    "that the recorded commands give these bytes: `pedigree verify MODEL --deep` in the project makes the model again"
+)
 
 LARGEST = 100_000_000
 """Bytes of a file of signatures that is read."""
@@ -49,12 +55,13 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         model: name of a stage, path of its output, content hash, or a folder that contains its signatures.
         key_file: of the public key to trust; None: the one beside the signatures.
     Returns:
-        {"model", "folder", "verdict": "verified", "altered", "contradictory" or "incomplete", "key": sha256 of the public key, "key_given", "signature": {"file", "files"} or None,
-        "project": {"signature", "attestations"} of a release that has signatures in its folder and in the project,
-        "attestations": {"file", "stages", "files", "remade": verdict or None} or None,
-        "papers": {"documents": that were compared, "values": that two of them state} or None, "findings": [{"file", "wrong"}],
-        "not_checked": what could not be verified}. The verdict is "contradictory" if all is as it was signed, but documents in a folder
-        contradict its files or each other; "incomplete" if the folder has papers, but only its model is covered.
+        {"model", "folder", "verdict": "verified", "altered", "contradictory" or "incomplete", "key": sha256 of the
+        public key, "key_given", "signature": {"file", "files"} or None, "project": {"signature", "attestations"} of a
+        release that has signatures in its folder and in the project, "attestations": {"file", "stages", "files",
+        "remade": verdict or None} or None, "papers": {"documents": that were compared, "values": that two of them
+        state} or None, "findings": [{"file", "wrong"}], "not_checked": what could not be verified}. The verdict is
+        "contradictory" if all is as it was signed, but documents in a folder contradict its files or each other;
+        "incomplete" if the folder has papers, but only its model is covered.
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
     """
@@ -77,11 +84,16 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
     claimed = _key_on_page(target)
     if not any(map(os.path.lexists, (signature, attestations))) and claimed is None:
         where = f" in {target.shown(target.signatures)}" if target.root else ""
-        raise InputError(f"{target.label} has no signatures{where}", f"`pedigree sign {quote(target.label)} --key FILE` signs it")
+        raise InputError(
+            f"{target.label} has no signatures{where}", f"`pedigree sign {quote(target.label)} --key FILE` signs it"
+        )
     verification = _Verification(target)
     verification.refuse_other_kinds(signature, attestations, pem)
     if claimed is not None and not os.path.lexists(signature):
-        verification.find(target.shown(signature), f"is missing, and {PAGE} states the key that signed the folder (sha256 {claimed[:16]})")
+        verification.find(
+            target.shown(signature),
+            f"is missing, and {PAGE} states the key that signed the folder (sha256 {claimed[:16]})",
+        )
     key = verification.key(pem, given)
     if key is not None:
         verification.check_signature(signature, key)
@@ -100,7 +112,15 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
     return {
         "model": target.label,
         "folder": target.path,
-        "verdict": "altered" if altered else "contradictory" if verification.findings else "incomplete" if incomplete else "verified",
+        "verdict": (
+            "altered"
+            if altered
+            else "contradictory"
+            if verification.findings
+            else "incomplete"
+            if incomplete
+            else "verified"
+        ),
         "key": key.fingerprint if key else None,
         "key_given": given is not None,
         "signature": verification.signature,
@@ -112,8 +132,8 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
 
 
 def _has_own_signatures(target: Target, recorded: bool) -> bool:
-    """Whether an output contains its signatures: a release with its papers, or, if the project has none of it, a folder that was handed over, put in its place in a
-    clone. Also if a page says so, and they are missing.
+    """Whether an output contains its signatures: a release with its papers, or, if the project has none of it, a folder
+    that was handed over, put in its place in a clone. Also if a page says so, and they are missing.
 
     Args:
         recorded: whether the project has signatures of it.
@@ -125,13 +145,23 @@ def _has_own_signatures(target: Target, recorded: bool) -> bool:
 
 
 def _with_unsigned_papers(document: dict[str, Any], target: Target) -> dict[str, Any]:
-    """The document of a release, if papers without a signature are beside its files: it covers the release alone, and compares what they state."""
+    """The document of a release, if papers without a signature are beside its
+    files: it covers the release alone, and compares what they state."""
     found = [name for name in target.papers if os.path.lexists(target.folder / name)]
     if not found:
         return document
     contradictions = contradictions_in(target.as_folder()) if document["verdict"] == "verified" else {}
-    findings = [*document["findings"], *({"file": file, "wrong": wrong} for file, wrong in sorted(contradictions.items()))]
-    verdict = "contradictory" if contradictions else "incomplete" if document["verdict"] == "verified" else document["verdict"]
+    findings = [
+        *document["findings"],
+        *({"file": file, "wrong": wrong} for file, wrong in sorted(contradictions.items())),
+    ]
+    verdict = (
+        "contradictory"
+        if contradictions
+        else "incomplete"
+        if document["verdict"] == "verified"
+        else document["verdict"]
+    )
     note = f"{', '.join(sorted(found))} in {target.path}: no signature covers them"
     return {**document, "verdict": verdict, "findings": findings, "not_checked": [*document["not_checked"], note]}
 
@@ -145,11 +175,15 @@ def _combined(own: dict[str, Any], project: dict[str, Any]) -> dict[str, Any]:
         findings.append({"file": f"{SIGNATURES}/{project['model']}/{PUBLIC_KEY}", "wrong": wrong})
         verdicts.add("contradictory")
     done = {NO_PROJECT} if project["attestations"] else set()
-    done |= {text for key, text in (("signature", NOT_SIGNED), ("attestations", NOT_ATTESTED)) if own[key] or project[key]}
+    done |= {
+        text for key, text in (("signature", NOT_SIGNED), ("attestations", NOT_ATTESTED)) if own[key] or project[key]
+    }
     unknown = dict.fromkeys([*own["not_checked"], *project["not_checked"]])
     return {
         **own,
-        "verdict": next(verdict for verdict in ("altered", "contradictory", "incomplete", "verified") if verdict in verdicts),
+        "verdict": next(
+            verdict for verdict in ("altered", "contradictory", "incomplete", "verified") if verdict in verdicts
+        ),
         "project": {"signature": project["signature"], "attestations": project["attestations"]},
         "findings": findings,
         "not_checked": [what for what in unknown if what not in done],
@@ -157,7 +191,8 @@ def _combined(own: dict[str, Any], project: dict[str, Any]) -> dict[str, Any]:
 
 
 def contradictions_in(target: Target) -> dict[str, str]:
-    """File in a folder -> where the documents in the folder contradict its files or each other, whether they are signed or not."""
+    """File in a folder -> where the documents in the folder contradict its
+    files or each other, whether they are signed or not."""
     present = {"file": ATTESTATIONS} if _is_regular(target.folder / ATTESTATIONS) else None
     verification = _Verification(target, attestations=present)
     verification.check_papers()
@@ -200,13 +235,17 @@ class _Verification:
         self.findings.setdefault(file, wrong)
 
     def refuse_other_kinds(self, *files: Path) -> None:
-        """Files of signatures that are links, folders or something else are findings, and not files that are missing."""
+        """Files of signatures that are links, folders or something else are
+        findings, and not files that are missing."""
         for file in files:
             if os.path.lexists(file) and not _is_regular(file):
-                self.find(self.target.shown(file), "exists, but is not a file: it is a link, a folder or something else")
+                self.find(
+                    self.target.shown(file), "exists, but is not a file: it is a link, a folder or something else"
+                )
 
     def key(self, pem: Path, given: PublicKey | None) -> PublicKey | None:
-        """The key to verify with; None, and a finding, if the one beside the signatures is missing or damaged. If a key is given, that one must equal it."""
+        """The key to verify with; None, and a finding, if the one beside the
+        signatures is missing or damaged. If a key is given, that one must equal it."""
         name = self.target.shown(pem)
         if not pem.is_file():
             if given is None:
@@ -242,7 +281,8 @@ class _Verification:
         self._compare_files(signed.files, signed.ignored, "signed")
 
     def check_attestations(self, file: Path, key: PublicKey) -> None:
-        """Compare dvc.lock and the files of the lineage with the attestations; of a folder outside a project, the folder only."""
+        """Compare dvc.lock and the files of the lineage with the attestations;
+        of a folder outside a project, the folder only."""
         name = self.target.shown(file)
         if not file.is_file():
             self.not_checked.append(NOT_ATTESTED)
@@ -256,7 +296,12 @@ class _Verification:
         results = {stage.remade for stage in stages}
         remade = None if None in results else "identical" if results == {"identical"} else "elsewhere"
         files = len({path for stage in stages for path in (*stage.read, *stage.made)})
-        self.attestations = {"file": name, "stages": [stage.address for stage in stages], "files": files, "remade": remade}
+        self.attestations = {
+            "file": name,
+            "stages": [stage.address for stage in stages],
+            "files": files,
+            "remade": remade,
+        }
         if self.target.root is None:
             self._compare_folder(stages[-1])
             self.not_checked.append(NO_PROJECT)
@@ -267,7 +312,9 @@ class _Verification:
         """Compare a copy of an output with the statement about its stage."""
         made = {name: digests["sha256"] for name, digests in papers.output_of(last).items()}
         beside = (*IGNORED, PAGE, FOLDER)
-        self._compare_files(made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested")
+        self._compare_files(
+            made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested"
+        )
         for name in model_signature.contents(self.target.folder, IGNORED).other:
             self.find(f"{self.target.path}/{name}", "is neither a file nor a folder")
 
@@ -298,9 +345,14 @@ class _Verification:
         if self.stages:
             stated[ATTESTATIONS] = papers.of_attestations(self.stages)
         documents = {name: papers.read(name, _document(found[name])) for name in papers.READERS if name in found}
-        wrong, compared = papers.contradictions({**stated, **{name: claims for name, claims in documents.items() if claims}})
+        wrong, compared = papers.contradictions(
+            {**stated, **{name: claims for name, claims in documents.items() if claims}}
+        )
         for name, what in wrong.items():
-            self.find(f"{self.target.path}/{name}" if name in found else self.target.shown(self.target.signatures / name), what)
+            self.find(
+                f"{self.target.path}/{name}" if name in found else self.target.shown(self.target.signatures / name),
+                what,
+            )
         if documents.get(PAGE):
             self._compare_links(found)
         read = [name for name, claims in documents.items() if claims and not papers.lacks(name, claims)]
@@ -317,9 +369,12 @@ class _Verification:
             self.not_checked.append(NOT_REMADE)
 
     def _model(self, found: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
-        """The files of the model, which the attestations or else release.json list, and the names of those that are neither part of it nor papers."""
+        """The files of the model, which the attestations or else release.json
+        list, and the names of those that are neither part of it nor papers."""
         names = [name for name in papers.files_of_model(found) if name != ATTESTATIONS]
-        listed: Callable[[str], bool] | None = set(papers.output_of(self.stages[-1])).__contains__ if self.stages else None
+        listed: Callable[[str], bool] | None = (
+            set(papers.output_of(self.stages[-1])).__contains__ if self.stages else None
+        )
         if listed is None and papers.RELEASE in found:
             listed = papers.listed_in_release(_document(found[papers.RELEASE]))
         model = {name: found[name] for name in names if listed is not None and listed(name)}
@@ -336,7 +391,8 @@ class _Verification:
                 self.find(f"{self.target.path}/{name}", f"is not listed in {PAGE}")
 
     def check_record(self, recorded: Target) -> None:
-        """Compare a folder in the place of an output with what dvc.lock records of that output and, by the attestations, of all stages."""
+        """Compare a folder in the place of an output with what dvc.lock records
+        of that output and, by the attestations, of all stages."""
         assert recorded.root is not None
         found = model_signature.contents(self.target.folder, IGNORED).files
         model = {name: md5_of_file(found[name]) for name in papers.files_of_model(found)}
@@ -358,7 +414,9 @@ class _Verification:
             if not stage.describes(texts.get(stage.address)):
                 self.find(f"{LOCK}: {stage.address}", "is not what was attested")
         attested = {path: digests for stage in stages for path, digests in (*stage.read.items(), *stage.made.items())}
-        now = lineage.present([path for stage in stages for path in stage.deps], [path for stage in stages for path in stage.outs])
+        now = lineage.present(
+            [path for stage in stages for path in stage.deps], [path for stage in stages for path in stage.outs]
+        )
         for path, digests in attested.items():
             if path not in now.regular:
                 self.find(path, "is missing, and was attested")
@@ -392,17 +450,29 @@ def _lines(file: Path) -> list[str]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `verify_signatures` as text for the terminal."""
-    key = f"key sha256 {document['key'][:16]}{'' if document['key_given'] else ', which came with them'}" if document["key"] else "no key"
+    key = (
+        f"key sha256 {document['key'][:16]}{'' if document['key_given'] else ', which came with them'}"
+        if document["key"]
+        else "no key"
+    )
     lines = [f"{document['model']}: {document['verdict']}  ({document['folder']}, {key})"]
     for place in (document, document.get("project", {})):
         if signed := place.get("signature"):
             lines.append(f"  signature     {signed['file']}: {signed['files']} files")
         if attested := place.get("attestations"):
-            remade = f"made again from the sources before it was signed: {attested['remade']}" if attested["remade"] else "not made again"
-            lines.append(f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files; {remade}")
+            remade = (
+                f"made again from the sources before it was signed: {attested['remade']}"
+                if attested["remade"]
+                else "not made again"
+            )
+            lines.append(
+                f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files;"
+                f" {remade}"
+            )
     if compared := document["papers"]:
         lines.append(
-            f"  papers        {compared['documents']} documents; {compared['values']} values compared with files and other documents"
+            f"  papers        {compared['documents']} documents; {compared['values']} values compared with files and"
+            " other documents"
         )
     lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
     lines += [f"  not verified: {what}" for what in document["not_checked"]]

@@ -1,4 +1,5 @@
-"""`pedigree audit --where`: where each stage ran, the times of queue, transfer and computation, and the cost. Recorded on the driver's machine only."""
+"""`pedigree audit --where`: where each stage ran, the times of queue, transfer
+and computation, and the cost. Recorded on the driver's machine only."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     """Execution of each stage that ran on a cluster, by address.
 
     Args:
-        stages: of the audit document. Those whose output is not the current one are omitted, because only the latest run is recorded: on a branch without
-            dvc.lock all of them.
+        stages: of the audit document. Those whose output is not the current one are omitted, because only the latest
+            run is recorded: on a branch without dvc.lock all of them.
     """
-    current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in workspace_lock(root).items()}
+    current = {
+        address: {out["md5"] for out in stage.get("outs", [])} for address, stage in workspace_lock(root).items()
+    }
     executions: dict[str, Any] = {
         address: dict(measured(root, address)).get("execution")
         for address, stage in stages.items()
@@ -36,6 +39,6 @@ def as_text(executions: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         lost = f", lost jobs {one['lost_seconds']:.0f} s" if "lost_seconds" in one else ""
         cost = f", cost {one['cost']:.4f}" if "cost" in one else ""
         yield (
-            f"  {address:<16} node {one['node']} ({one['node_id'][:8]}): {queue}transfer {one['transfer_seconds']:.0f} s "
-            f"({one['transfer_bytes'] / 1e6:,.1f} MB), compute {one['compute_seconds']:.0f} s{lost}{cost}"
+            f"  {address:<16} node {one['node']} ({one['node_id'][:8]}): {queue}transfer {one['transfer_seconds']:.0f}"
+            f" s ({one['transfer_bytes'] / 1e6:,.1f} MB), compute {one['compute_seconds']:.0f} s{lost}{cost}"
         )

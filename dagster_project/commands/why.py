@@ -1,4 +1,5 @@
-"""`pedigree why`: the training records whose gradients and words are most like a question and its answer, or a part of the answer (docs/why.md)."""
+"""`pedigree why`: the training records whose gradients and words are most like
+a question and its answer, or a part of the answer (docs/why.md)."""
 
 from __future__ import annotations
 
@@ -38,12 +39,13 @@ EXCERPT = 300
 BINS = 40
 """Of the distribution of scores."""
 UNCALIBRATED = (
-    f"whether a record stands out is judged by its distance from the others alone, which is often wrong: {why_calibration.VALIDATION} has too few"
-    " questions, is not the split of the training, or was not compared by --index"
+    "whether a record stands out is judged by its distance from the others alone, which is often wrong:"
+    f" {why_calibration.VALIDATION} has too few questions, is not the split of the training, or was not compared by"
+    " --index"
 )
 UNCALIBRATED_PAIRS = (
-    "whether a record stands out is judged by its distance from the others alone, which is often wrong: models of preference pairs are not compared with"
-    " questions of the validation split"
+    "whether a record stands out is judged by its distance from the others alone, which is often wrong: models of"
+    " preference pairs are not compared with questions of the validation split"
 )
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
@@ -71,7 +73,9 @@ def answer_why(root: Path, model: str, options: Options, with_index: bool, draws
     return document
 
 
-def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool = False) -> tuple[dict[str, Any], Target, Question]:
+def ask(
+    root: Path, model: str, options: Options, with_index: bool, proves: bool = False
+) -> tuple[dict[str, Any], Target, Question]:
     """As `answer_why` without the check. Returns: the document, and what the check goes on with."""
     if not options.prompt.strip():
         raise InputError("--prompt: empty", "give the text of a question")
@@ -88,7 +92,11 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
     for target, gradients in zip(at_points(found, options.points), stored, strict=True):
         value, gradient = _asked_gradient(target, asked)
         searches.append(Search(gradients, target.projection.project(gradient).numpy()))
-    points = {} if options.points == END_ONLY else {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
+    points = (
+        {}
+        if options.points == END_ONLY
+        else {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
+    )
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
     prompt, part = bm25(documents, [options.prompt, _part(asked, options)])
     scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
@@ -113,7 +121,11 @@ def ask(root: Path, model: str, options: Options, with_index: bool, proves: bool
         "notes": [
             *notes,
             *([_about_points(points)] if points else []),
-            *([] if scores.error is None else [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]),
+            *(
+                []
+                if scores.error is None
+                else [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]
+            ),
             *([] if known else [UNCALIBRATED_PAIRS if isinstance(found, PairTarget) else UNCALIBRATED]),
             *_about(found),
         ],
@@ -137,8 +149,9 @@ def _about_points(points: Mapping[str, Any]) -> str:
 def _about_estimates(error: float, read: int, records: int) -> str:
     """Which gradient scores are estimates, and how good these are."""
     return (
-        f"gradients of {read:,} of {records:,} records were compared, those listed among them; scores of the others are estimates from sketches, with a standard"
-        f" error of {error:.3f}, and count neither as the highest nor for whether a record stands out"
+        f"gradients of {read:,} of {records:,} records were compared, those listed among them; scores of the others are"
+        f" estimates from sketches, with a standard error of {error:.3f}, and count neither as the highest nor for"
+        " whether a record stands out"
     )
 
 
@@ -169,9 +182,16 @@ def _refuse_unanswerable(found: Target, options: Options, proves: bool) -> None:
     if not isinstance(found, PairTarget):
         return
     if proves:
-        raise InputError(f"--prove: {found.run.address} was trained on pairs, and only supervised trainings are run again", "leave it out")
+        raise InputError(
+            f"--prove: {found.run.address} was trained on pairs, and only supervised trainings are run again",
+            "leave it out",
+        )
     if found.scores and (options.answer is None or options.span is not None):
-        what = "--answer is required: a reward model gives none" if options.answer is None else "--span: a reward is that of a whole answer"
+        what = (
+            "--answer is required: a reward model gives none"
+            if options.answer is None
+            else "--span: a reward is that of a whole answer"
+        )
         raise InputError(f"{found.run.address}: {what}", "give the answer with --answer, and no --span")
 
 
@@ -187,7 +207,10 @@ def _system(texts: Texts, options: Options) -> tuple[str | None, list[str]]:
     if found is not None and len(found) == 1:
         return next(iter(found)), []
     why = f"{TRAIN} has not all records of this training" if found is None else "the records have different ones"
-    return None, [f"asked without a system prompt, as {why}; --system gives one: answers of records with another one are less alike"]
+    return None, [
+        f"asked without a system prompt, as {why}; --system gives one: answers of records with another one are less"
+        " alike"
+    ]
 
 
 def _part(asked: Question, options: Options) -> str:
@@ -202,7 +225,9 @@ class Texts:
         self.found = found
         folder = found.root / TRAIN
         if isinstance(found, PairTarget):
-            self.known = {name: {**pair, "messages": [*pair["prompt"], *pair["chosen"]]} for name, pair in found.pairs.items()}
+            self.known = {
+                name: {**pair, "messages": [*pair["prompt"], *pair["chosen"]]} for name, pair in found.pairs.items()
+            }
         else:
             self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
         self.tokenizer = tokenizer_of(found)
@@ -211,22 +236,32 @@ class Texts:
         """Prompt and answer; from the tokens of the training, where the split has no text of it."""
         known = self.known.get(record.example_id, {})
         messages = known.get("messages", [])
-        examples = record.examples[:1] if "rejected" in known else record.examples  # the first of a pair has the chosen answer
-        return prompt_text(messages) or self._decoded(examples, False), response_text(messages) or self._decoded(examples, True)
+        examples = (
+            record.examples[:1] if "rejected" in known else record.examples
+        )  # the first of a pair has the chosen answer
+        return prompt_text(messages) or self._decoded(examples, False), response_text(messages) or self._decoded(
+            examples, True
+        )
 
     def rejected(self, record: TrainedRecord) -> str | None:
         """The rejected answer of a pair; None for other records."""
         known = self.known.get(record.example_id, {})
-        return response_text(known["rejected"]) or self._decoded(record.examples[1:], True) if "rejected" in known else None
+        return (
+            response_text(known["rejected"]) or self._decoded(record.examples[1:], True)
+            if "rejected" in known
+            else None
+        )
 
     def system_prompts(self) -> set[str | None] | None:
-        """Those that the records of the training begin with; None if the split has not all of these records, so that they are not known."""
+        """Those that the records of the training begin with; None if the split
+        has not all of these records, so that they are not known."""
         known = [self.known.get(record.example_id) for record in self.found.records]
         return {_system_of(one["messages"]) for one in known if one} if all(known) else None
 
     def _decoded(self, examples: Sequence[Example], trained: bool) -> str:
         parts = (
-            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained] for one in examples
+            [token for token, label in zip(one.input_ids, one.labels, strict=True) if (label != IGNORE) is trained]
+            for one in examples
         )
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
 
@@ -236,8 +271,9 @@ def _system_of(messages: Messages) -> str | None:
 
 
 def _distribution(ranking: Ranking, known: Calibration | None, scores: Found) -> dict[str, Any]:
-    """Scores of all records: median, z of the first, counts by interval; and whether records stand out: by the questions of the validation split, if there
-    are any, else by the distance of the first. An estimate counts for the median and the counts alone."""
+    """Scores of all records: median, z of the first, counts by interval; and whether
+    records stand out: by the questions of the validation split, if there are any, else by
+    the distance of the first. An estimate counts for the median and the counts alone."""
     import numpy as np
 
     counts, edges = np.histogram(ranking.gradient, bins=BINS)
@@ -245,7 +281,11 @@ def _distribution(ranking: Ranking, known: Calibration | None, scores: Found) ->
     compared = None
     if known:
         p_value = known.p_value(scores.certain)
-        compared = {"questions": len(known.owners), "excess": round(known.excess(scores.certain), 4), "p": round(p_value, 4)}
+        compared = {
+            "questions": len(known.owners),
+            "excess": round(known.excess(scores.certain), 4),
+            "p": round(p_value, 4),
+        }
     return {
         "median": round(float(np.median(ranking.gradient)), 4),
         "first": round(float(scores.certain.max()), 4),
@@ -265,7 +305,9 @@ def places_of(found: Target) -> dict[str, dict[str, Any]]:
     for row in seen.iter_rows(named=True) if seen is not None else ():
         if row["model"] == found.run.address:
             also = {"also_in": row["also_in"]} if row.get("also_in") else {}
-            known = places.setdefault(row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []})
+            known = places.setdefault(
+                row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []}
+            )
             if row["step"] not in known["steps"][-1:]:  # a step can have several examples of a record
                 known["steps"].append(row["step"])
     return places
@@ -343,7 +385,9 @@ def _at_steps(index: Mapping[str, Any]) -> str:
 def _question_lines(document: Mapping[str, Any]) -> list[str]:
     asked, spread = document["question"], document["distribution"]
     span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
-    measured = f"reward {asked['reward']:.2f}" if "reward" in asked else f"log-probability {asked['log_probability']:.2f} nats"
+    measured = (
+        f"reward {asked['reward']:.2f}" if "reward" in asked else f"log-probability {asked['log_probability']:.2f} nats"
+    )
     return [
         f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
         f"prompt  {cut(asked['prompt'])}",
@@ -358,14 +402,16 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
     verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     tenth = "tenth" if records >= CROWD else "last"
     scores = (
-        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard deviations above the median,"
-        f" and the {tenth} {spread['z_of_tenth']:.1f}"
+        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
+        f" deviations above the median, and the {tenth} {spread['z_of_tenth']:.1f}"
     )
     if (compared := spread["compared"]) is None:
         return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})"]
     return [
-        f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the validation split by {compared['excess']:.2f},"
-        f" p {compared['p']:.3f} (records stand out up to {ALPHA:g})",
+        (
+            f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the"
+            f" validation split by {compared['excess']:.2f}, p {compared['p']:.3f} (records stand out up to {ALPHA:g})"
+        ),
         scores,
     ]
 
@@ -375,8 +421,10 @@ def _hit_lines(document: Mapping[str, Any]) -> list[str]:
     for hit in document["hits"]:
         by, words = hit["gradient"], hit["bm25"]
         lines += [
-            f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f} ({words['rank']:>4})"
-            f"  {use_text(hit)}",
+            (
+                f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f}"
+                f" ({words['rank']:>4})  {use_text(hit)}"
+            ),
             f"      {hit['prompt']}",
             f"      -> {hit['answer']}",
             *([f"      not {hit['rejected']}"] if "rejected" in hit else []),

@@ -1,4 +1,5 @@
-"""The questions of the validation split that `pedigree why` compares a question with: kept beside the gradients of a model (docs/why.md)."""
+"""The questions of the validation split that `pedigree why` compares a question
+with: kept beside the gradients of a model (docs/why.md)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ BLOCK = 16
 
 
 def index(found: Target) -> dict[str, Any]:
-    """Compute what is missing of the gradients of a model, and of the questions of the validation split; the caller holds the lock.
+    """Compute what is missing of the gradients of a model, and of the questions
+    of the validation split; the caller holds the lock.
 
     Returns:
         {"folder", "records", "computed", "bytes", "questions"}.
@@ -49,14 +51,15 @@ def index(found: Target) -> dict[str, Any]:
 
 
 def read(found: Target) -> Calibration | None:
-    """The questions of the validation split of the workspace, if they were computed for these very gradients and are intact, and the split is that of the
-    training."""
+    """The questions of the validation split of the workspace, if they were computed for these very gradients and are
+    intact, and the split is that of the training."""
     known = _read(found)
     return None if known is None else Calibration(known["scores"], known["owners"])
 
 
 def cosines_of(found: Target) -> np.ndarray | None:
-    """Cosines of the gradients of the same questions with those of all records, (questions, records) float32; None as for `read`."""
+    """Cosines of the gradients of the same questions with those of all records,
+    (questions, records) float32; None as for `read`."""
     known = _read(found)
     return None if known is None else known["cosines"]
 
@@ -70,7 +73,11 @@ def _read(found: Target) -> dict[str, np.ndarray] | None:
         note = json.loads((found.store.folder / NOTE).read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(note, dict) or not file.is_file() or note != {"of": _identity(found), "sha256": sha256_of_file(file)}:
+    if (
+        not isinstance(note, dict)
+        or not file.is_file()
+        or note != {"of": _identity(found), "sha256": sha256_of_file(file)}
+    ):
         return None
     if _is_of_another_training(found):
         return None
@@ -101,7 +108,8 @@ def _shards(found: Target) -> list[Path]:
 
 
 def _is_of_another_training(found: Target) -> bool:
-    """Whether the workspace's validation split may differ from that of the training. Its records, or near-copies of them, may have been trained on."""
+    """Whether the workspace's validation split may differ from that of the
+    training. Its records, or near-copies of them, may have been trained on."""
     index = found.subject.index
     if shards := {md5 for _, split, md5 in index.shards(found.run) if split == "validation"}:
         return shards != {md5_of_file(shard) for shard in _shards(found)}
@@ -111,22 +119,30 @@ def _is_of_another_training(found: Target) -> bool:
 
 
 def _asked(found: Target) -> list[tuple[int, Example]]:
-    """Number of a validation record, or of the first of its near-copies, and the question; none for models of pairs, where there are too few, and of the
-    split of another training."""
+    """Number of a validation record, or of the first of its near-copies, and the question; none for models of pairs,
+    where there are too few, and of the split of another training."""
     folder = found.place / VALIDATION
     if isinstance(found, PairTarget) or not folder.is_dir() or _is_of_another_training(found):
         return []
-    records = [one for one in read_records(folder) if one["messages"][-1]["role"] == "assistant" and one["messages"][-1].get("content")]
+    records = [
+        one
+        for one in read_records(folder)
+        if one["messages"][-1]["role"] == "assistant" and one["messages"][-1].get("content")
+    ]
     tokenizer = tokenizer_of(found)
     first: dict[str, int] = {}
-    owners = [first.setdefault(unit(one), number) for number, one in enumerate(records)]  # else near-copies would hide each other's excess
+    owners = [
+        first.setdefault(unit(one), number) for number, one in enumerate(records)
+    ]  # else near-copies would hide each other's excess
     asked = []
     for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
         try:
             example = tokenize(tokenizer, records[number]["messages"], part, records[number].get("tools")).example
         except InputError:  # longer than the model's context, or written in another way by the template
             continue
-        asked.append((owners[number], replace(example, weights=tuple(float(label != IGNORE) for label in example.labels))))
+        asked.append(
+            (owners[number], replace(example, weights=tuple(float(label != IGNORE) for label in example.labels)))
+        )
     return asked if len(asked) >= LEAST and len({number for number, _ in asked}) >= ANSWERS else []
 
 
@@ -143,7 +159,9 @@ def _computed(found: Target, asked: list[tuple[int, Example]]) -> dict[str, np.n
         parts["cosines"].append(cosines(stored.units, gradients))
         parts["scores"].append(stored.scores(gradients))
         progress.advance(len(block))
-    return {name: np.concatenate(rows) for name, rows in parts.items()} | {"owners": np.array([number for number, _ in asked])}
+    return {name: np.concatenate(rows) for name, rows in parts.items()} | {
+        "owners": np.array([number for number, _ in asked])
+    }
 
 
 def _write(found: Target, known: dict[str, np.ndarray]) -> None:

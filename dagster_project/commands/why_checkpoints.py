@@ -25,7 +25,9 @@ class EarlierTarget(DerivedTarget):
 
     @cached_property
     def store(self) -> GradientStore:
-        return GradientStore(self.point.store, {**self.original.store.identity, **self.point.identity()}, len(self.records))
+        return GradientStore(
+            self.point.store, {**self.original.store.identity, **self.point.identity()}, len(self.records)
+        )
 
     @cached_property
     def model(self) -> TrainedModel:
@@ -37,16 +39,24 @@ def index(found: Target, selection: PointSelection) -> dict[str, Any]:
     """Compute what is missing at each point.
 
     Returns:
-        {"folder", "records", "computed", "bytes", "questions"} as `why_calibration.index`; "folder" is that of the model, "computed" and "bytes" are totals
-        over all points. "steps" is absent for the end alone.
+        {"folder", "records", "computed", "bytes", "questions"} as `why_calibration.index`; "folder" is that of the
+        model, "computed" and "bytes" are totals over all points. "steps" is absent for the end alone.
     Raises:
         InputError, CheckFailed: as `Retraining.write_points`.
     """
     points = _points(found, selection)
-    with found.alone("pedigree why --index"):  # for all points: an erasure in between would remove those that are stored
+    with found.alone(
+        "pedigree why --index"
+    ):  # for all points: an erasure in between would remove those that are stored
         if not all(point.is_complete() for point in points if point.needed):
             retraining = Retraining(
-                found.variant, found.entry, found.compute, found.training, found.folder, found.tokenized, found.base_model
+                found.variant,
+                found.entry,
+                found.compute,
+                found.training,
+                found.folder,
+                found.tokenized,
+                found.base_model,
             )
             retraining.refuse_unsupported(selection.scaled)  # before stores of earlier versions are deleted
             found.claim_store()
@@ -61,15 +71,18 @@ def index(found: Target, selection: PointSelection) -> dict[str, Any]:
 
 
 def at_points(found: Target, selection: PointSelection) -> Iterator[Target]:
-    """The model at each point, in the order of the training; by default only the saved adapter. Models are loaded on first use: drop each before
-    taking the next.
+    """The model at each point, in the order of the training; by default only the saved adapter. Models are loaded on
+    first use: drop each before taking the next.
 
     Raises:
         InputError: a checkpoint is missing.
     """
     points = _points(found, selection)
     if not all(point.is_complete() for point in points):
-        raise InputError(f"the checkpoints of {found.run.address} are missing or damaged", "add --index to train again and store them")
+        raise InputError(
+            f"the checkpoints of {found.run.address} are missing or damaged",
+            "add --index to train again and store them",
+        )
     yield from _targets(found, points)
 
 

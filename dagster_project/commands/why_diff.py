@@ -1,4 +1,5 @@
-"""`pedigree why --diff A B`: the records of the difference between two versions of a model that are most like the answers that changed (docs/why.md)."""
+"""`pedigree why --diff A B`: the records of the difference between two versions
+of a model that are most like the answers that changed (docs/why.md)."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Answers:
 
 
 def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]:
-    """Compare the recorded answers of two versions of a model, and rank the records of their difference for each answer that changed.
+    """Compare the recorded answers of two versions of a model, and rank the
+    records of their difference for each answer that changed.
 
     Args:
         before, after: MODEL or REV:MODEL.
@@ -65,7 +67,8 @@ def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]
     if difference["records"] is None:
         lost = difference["missing"][0]
         raise InputError(
-            f"the records of both versions are not known: {lost['path']} (md5 {lost['md5'][:12]}) is missing", f"fetch it: {lost['fetch']}"
+            f"the records of both versions are not known: {lost['path']} (md5 {lost['md5'][:12]}) is missing",
+            f"fetch it: {lost['fetch']}",
         )
     tests = [records_of(subject, "test") for subject in subjects]
     both = sorted(answers[0].rows.keys() & answers[1].rows.keys())
@@ -80,20 +83,29 @@ def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]
         "notes": [CAVEAT],
     }
     if len(changed) > MOST:
-        document["notes"].append(f"the first {MOST} of {len(changed)} changed answers are explained, those that became wrong first")
+        document["notes"].append(
+            f"the first {MOST} of {len(changed)} changed answers are explained, those that became wrong first"
+        )
     with tempfile.TemporaryDirectory(prefix="pedigree-") as scratch:
-        targets = [version(root, subject, name, Path(scratch)) for subject, name in zip(subjects, (before, after), strict=True)]
+        targets = [
+            version(root, subject, name, Path(scratch)) for subject, name in zip(subjects, (before, after), strict=True)
+        ]
         document["answers"] = explained(targets, changed[:MOST], difference["records"], top)
     return document
 
 
 def also_differ(difference: Mapping[str, Any]) -> dict[str, list[str]]:
     """What differs between two models besides records, by name."""
-    return {kind: sorted(difference[kind]) for kind in ("parameters", "code", "environment", "base_model") if difference[kind]}
+    return {
+        kind: sorted(difference[kind])
+        for kind in ("parameters", "code", "environment", "base_model")
+        if difference[kind]
+    }
 
 
 def recorded_answers(subject: Subject) -> Answers:
-    """The answers to the test split that the evaluation of a model, or of one merged from it and its base model, recorded in the same dvc.lock.
+    """The answers to the test split that the evaluation of a model, or of one
+    merged from it and its base model, recorded in the same dvc.lock.
 
     Raises:
         InputError: there is none, or it is not available.
@@ -108,11 +120,14 @@ def recorded_answers(subject: Subject) -> Answers:
         if path is None:
             raise InputError(f"{run.path} (md5 {run.md5[:12]}) is not in the cache", f"fetch it: {fetch_hint([run])}")
         variant = run.address.partition("@")[2]
-        rows = {turn_key(row): row for row in read_table(path) if row["system"] == variant and row["answer"] is not None}
+        rows = {
+            turn_key(row): row for row in read_table(path) if row["system"] == variant and row["answer"] is not None
+        }
         recorded = index.lock_entry(run).get("params", {}).get("params.yaml", {}).get("evaluation")
         return Answers(run.address, rows, params.parse(Settings, recorded, "evaluation"))
     raise InputError(
-        f"{subject.run.address} (md5 {subject.run.md5[:12]}) has no recorded answers", "evaluate it: `dvc repro evaluation@VARIANT`"
+        f"{subject.run.address} (md5 {subject.run.md5[:12]}) has no recorded answers",
+        "evaluate it: `dvc repro evaluation@VARIANT`",
     )
 
 
@@ -147,7 +162,9 @@ def _changed(
     trains: Sequence[Mapping[str, dict[str, Any]]],
 ) -> list[Change]:
     """Those of some test questions, by id, whose last answers differ."""
-    tasks = [_task(one, [*test.values()], [*train.values()]) for one, test, train in zip(answers, tests, trains, strict=True)]
+    tasks = [
+        _task(one, [*test.values()], [*train.values()]) for one, test, train in zip(answers, tests, trains, strict=True)
+    ]
     found = []
     for name in asked:
         said = [of_row(one.rows[name, LAST]) for one in answers]
@@ -156,7 +173,8 @@ def _changed(
         record = tests[1][name]
         reference = response_text(record["messages"])
         right = [
-            None if task is None else label(task, reference) == label(task, one.content) for task, one in zip(tasks, said, strict=True)
+            None if task is None else label(task, reference) == label(task, one.content)
+            for task, one in zip(tasks, said, strict=True)
         ]
         found.append(Change(record, (said[0].message, said[1].message), (right[0], right[1])))
     return sorted(found, key=lambda one: one.order)
@@ -166,7 +184,9 @@ def _task(answers: Answers, test: list[dict[str, Any]], train: list[dict[str, An
     return select_questions(test, answers.settings, train)[0] if test else None
 
 
-def explained(targets: Sequence[Target], changes: Sequence[Change], records: dict[str, Any], top: int) -> list[dict[str, Any]]:
+def explained(
+    targets: Sequence[Target], changes: Sequence[Change], records: dict[str, Any], top: int
+) -> list[dict[str, Any]]:
     """Each change with the records of the difference that only one of the models was trained on, ranked by score."""
     seen = [{record.example_id for record in target.records} for target in targets]
     ranked: list[list[dict[str, Any]]] = [[] for _ in changes]
@@ -179,7 +199,13 @@ def explained(targets: Sequence[Target], changes: Sequence[Change], records: dic
         texts = records_of(target.subject, "train")
         for i, scores in enumerate(scores_among(target, names, asked)):
             ranked[i] += [
-                {"score": round(float(score), 4), "trained": SIDES[side], "example_id": name, **facts[name], **_texts(texts.get(name))}
+                {
+                    "score": round(float(score), 4),
+                    "trained": SIDES[side],
+                    "example_id": name,
+                    **facts[name],
+                    **_texts(texts.get(name)),
+                }
                 for name, score in zip(names, scores, strict=True)
             ]
         del target.__dict__["model"]  # so that one model is in memory at a time
@@ -203,14 +229,16 @@ def _row(change: Change, found: list[dict[str, Any]], top: int) -> dict[str, Any
 
 
 def _question(tokenizer: Any, change: Change, side: int) -> Question:
-    """A question with one of its two answers; the asked tokens are those of the words in which it differs from the other."""
+    """A question with one of its two answers; the asked tokens are those of the
+    words in which it differs from the other."""
     mine, other = change.answers[side], change.answers[1 - side]
     messages = [*change.record["messages"][:-1], mine]
     return tokenize_parts(tokenizer, messages, partial(_parts, mine, other), change.record.get("tools"))
 
 
 def _parts(mine: Message, other: Message, turn: str) -> list[tuple[int, int]]:
-    """Bounds in an answer, as the chat template writes it, of the words that differ from another answer; the whole of it if there are none."""
+    """Bounds in an answer, as the chat template writes it, of the words that
+    differ from another answer; the whole of it if there are none."""
     content = mine.get("content") or ""
     start = turn.find(content) if content else -1
     found = differing(other.get("content") or "", content) if start >= 0 else []
@@ -226,7 +254,9 @@ def differing(other: str, text: str) -> list[tuple[int, int]]:
     old, new = ([*re.finditer(r"\w+|[^\w\s]", one)] for one in (other, text))
     matcher = SequenceMatcher(None, [match.group() for match in old], [match.group() for match in new], autojunk=False)
     return [
-        (new[start].start(), new[stop - 1].end()) for tag, _, _, start, stop in matcher.get_opcodes() if tag != "equal" and stop > start
+        (new[start].start(), new[stop - 1].end())
+        for tag, _, _, start, stop in matcher.get_opcodes()
+        if tag != "equal" and stop > start
     ]
 
 
@@ -237,15 +267,25 @@ def _shown(message: Message) -> str:
 
 def _texts(record: Mapping[str, Any] | None) -> dict[str, str]:
     """Prompt and answer of a record; masked."""
-    return {"prompt": excerpt(prompt_text(record["messages"])), "answer": excerpt(response_text(record["messages"]))} if record else {}
+    return (
+        {"prompt": excerpt(prompt_text(record["messages"])), "answer": excerpt(response_text(record["messages"]))}
+        if record
+        else {}
+    )
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    lines = [f"{sign} {one['stage']}  {one['path']}  md5 {one['md5']}" for sign, one in zip("-+", document["models"], strict=True)]
+    lines = [
+        f"{sign} {one['stage']}  {one['path']}  md5 {one['md5']}"
+        for sign, one in zip("-+", document["models"], strict=True)
+    ]
     counts = ", ".join(f"{n} {kind}" for kind, n in document["records"].items() if n) or "the same"
     lines += [f"{document['changed']} of {document['compared']} recorded answers differ; records: {counts}"]
-    lines += [f"{kind.replace('_', ' ')} that differ too: {listed(names, 6)}" for kind, names in document["also_differ"].items()]
+    lines += [
+        f"{kind.replace('_', ' ')} that differ too: {listed(names, 6)}"
+        for kind, names in document["also_differ"].items()
+    ]
     for one in document["answers"]:
         marks = [{True: "right", False: "wrong", None: ""}[right] for right in one["right"]]
         lines += ["", f"{one['example_id'][:8]}  {one['category'] or ''}", f"  question  {one['prompt']}"]
@@ -261,7 +301,10 @@ def record_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for one in records:
         lines += [
-            f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']}  {listed(one['rows'], 3)}  {one['example_id'][:8]}",
+            (
+                f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']} "
+                f" {listed(one['rows'], 3)}  {one['example_id'][:8]}"
+            ),
             f"        {one.get('prompt', '')} -> {one.get('answer', '')}",
         ]
     return lines

@@ -1,4 +1,5 @@
-"""The adapter behind a model that `pedigree why` asks about: its training, the files that it was made from, and the store of its gradients."""
+"""The adapter behind a model that `pedigree why` asks about: its training, the
+files that it was made from, and the store of its gradients."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Target:
     run: StageRun
     """The training of the adapter."""
     place: Path
-    """Folder in which data/ has the files of the training: the project, or one to which an earlier version was restored."""
+    """Folder in which data/ has the files of the training: the project, or one
+    to which an earlier version was restored."""
 
     @property
     def variant(self) -> str:
@@ -77,7 +79,9 @@ class Target:
     def training(self) -> dict[str, Any]:
         """training.json of the adapter."""
         return read_document(
-            self.folder / "training.json", f"{self.run.path}/training.json", f"make it again with `dvc repro {self.run.address}`"
+            self.folder / "training.json",
+            f"{self.run.path}/training.json",
+            f"make it again with `dvc repro {self.run.address}`",
         )
 
     @cached_property
@@ -117,7 +121,9 @@ class Target:
     def store(self) -> GradientStore:
         compute = {name: self.training.get(name) for name in ("dtype", "device", "threads")}
         smoothing = self.entry.label_smoothing_factor
-        identity = identity_of(self.run.md5, self.base_model_md5, self.records, self.projection, compute, smoothing, STRENGTH)
+        identity = identity_of(
+            self.run.md5, self.base_model_md5, self.records, self.projection, compute, smoothing, STRENGTH
+        )
         return GradientStore.at(self.root, identity, len(self.records))
 
     @cached_property
@@ -129,7 +135,12 @@ class Target:
         """The model at the end of its training, loaded anew."""
         with lean_imports():  # of the model's own module
             return TrainedModel.load(
-                self.folder, self.base_model, self._one_process, self.run.address, self.entry.label_smoothing_factor, self.entry.peft
+                self.folder,
+                self.base_model,
+                self._one_process,
+                self.run.address,
+                self.entry.label_smoothing_factor,
+                self.entry.peft,
             )
 
     @property
@@ -170,7 +181,9 @@ class Target:
         """
 
         def refuse(holder: str) -> None:
-            raise Busy(f"{self.run.address} is being used by {holder}", "wait for it to end, then run the same command again")
+            raise Busy(
+                f"{self.run.address} is being used by {holder}", "wait for it to end, then run the same command again"
+            )
 
         with locks.hold(self.root, self.run.address, refuse, command):
             refuse_other_files(self.place, self.run)  # they may have changed before the lock was held
@@ -244,7 +257,8 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
     models = subject.models
     if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
         raise InputError(
-            f"{model}: {aligned.address} was trained on preference pairs or rewards: only a single question can be asked about it",
+            f"{model}: {aligned.address} was trained on preference pairs or rewards: only a single question can be"
+            " asked about it",
             "name the supervised model that it started from, e.g. merged@lora",
         )
     adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]
@@ -252,10 +266,14 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
     if any(part.md5 == md5 for part in parts for _, _, md5 in last.inputs):
         names = ", ".join(part.address for part in parts)
         raise InputError(
-            f"{model}: {last.address} is merged of other adapters and has no training of its own", f"ask one of these: {names}"
+            f"{model}: {last.address} is merged of other adapters and has no training of its own",
+            f"ask one of these: {names}",
         )
     if len(adapters) != 1:
-        raise InputError(f"{model} was not made from one supervised adapter of this project", "name adapter@VARIANT or merged@VARIANT")
+        raise InputError(
+            f"{model} was not made from one supervised adapter of this project",
+            "name adapter@VARIANT or merged@VARIANT",
+        )
     return adapters[0]
 
 
@@ -265,7 +283,9 @@ def refuse_method(found: Target) -> None:
     """
     method = AdapterInfo.read(found.folder).method
     if method in REFUSED:
-        raise InputError(f"{found.run.address}: answers of {method} cannot be attributed: {REFUSED[method]}", "ask another variant")
+        raise InputError(
+            f"{found.run.address}: answers of {method} cannot be attributed: {REFUSED[method]}", "ask another variant"
+        )
 
 
 def start_of(run: StageRun) -> str:
@@ -274,9 +294,12 @@ def start_of(run: StageRun) -> str:
 
 
 def needed(run: StageRun) -> dict[str, str]:
-    """Path of the trained weights, of the data and of the model that a training began with -> hash of each as recorded."""
+    """Path of the trained weights, of the data and of the model that a training
+    began with -> hash of each as recorded."""
     inputs = {path: md5 for path, _, md5 in run.inputs}
-    data, start = (PREFERENCES, start_of(run)) if run.address.partition("@")[0] in FROM_PAIRS else (TOKENIZED, BASE_MODEL)
+    data, start = (
+        (PREFERENCES, start_of(run)) if run.address.partition("@")[0] in FROM_PAIRS else (TOKENIZED, BASE_MODEL)
+    )
     return {run.path: run.md5, data: inputs.get(data, ""), start: inputs.get(start, "")}
 
 
@@ -287,7 +310,9 @@ def refuse_other_files(place: Path, run: StageRun) -> None:
     for path, md5 in needed(run).items():
         listing = listing_of(place / path)
         if not listing:
-            raise InputError(f"{path}, which {run.address} needs, is not in the workspace", f"restore it with `dvc checkout {path}`")
+            raise InputError(
+                f"{path}, which {run.address} needs, is not in the workspace", f"restore it with `dvc checkout {path}`"
+            )
         if md5 != md5_of_folder(listing):
             raise InputError(
                 f"{path} in the workspace is not the one of this training ({run.address}, md5 {run.md5[:12]})",

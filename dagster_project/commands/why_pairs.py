@@ -1,4 +1,5 @@
-"""Models that were trained on preference pairs, as `pedigree why` asks about them: policies of DPO, and reward models (docs/why.md)."""
+"""Models that were trained on preference pairs, as `pedigree why` asks about
+them: policies of DPO, and reward models (docs/why.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.imports import lean_imports
 from dagster_project.lineage.attribution import pairs
-from dagster_project.lineage.attribution.pairs import AlignedModel, DpoLoss, RewardedModel, gradients_of_pairs, pair_records
+from dagster_project.lineage.attribution.pairs import (
+    AlignedModel,
+    DpoLoss,
+    RewardedModel,
+    gradients_of_pairs,
+    pair_records,
+)
 from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.attribution.store import GradientStore, identity_of
 from dagster_project.lineage.index import Index
@@ -74,7 +81,11 @@ class PairTarget(Target):
 
     @property
     def _margins(self) -> dict[str, float]:
-        return {record.example_id: self.pairs[record.example_id]["margin"] for record in self.records} if self.settings["margins"] else {}
+        return (
+            {record.example_id: self.pairs[record.example_id]["margin"] for record in self.records}
+            if self.settings["margins"]
+            else {}
+        )
 
     @cached_property
     def model(self) -> AlignedModel:
@@ -113,7 +124,8 @@ def asked(root: Path, model: str) -> Target:
     found = PairTarget(root, model, subject, trained[-1], root)
     if not any(path == PREFERENCES for path, _, _ in found.run.inputs):
         raise InputError(
-            f"{found.run.address} was trained on no preference pairs", "ask the supervised model that it started from, e.g. merged@lora"
+            f"{found.run.address} was trained on no preference pairs",
+            "ask the supervised model that it started from, e.g. merged@lora",
         )
     refuse_other_files(root, found.run)
     refuse_pair_method(found)
@@ -127,7 +139,8 @@ def refuse_pair_method(found: PairTarget) -> None:
     if found.scores:
         if "settings" not in found.training:
             raise InputError(
-                f"{found.run.address} has no weights: there were no preference pairs", "add pairs, then `dvc repro reward_model`"
+                f"{found.run.address} has no weights: there were no preference pairs",
+                "add pairs, then `dvc repro reward_model`",
             )
         return
     method = found.settings["method"]

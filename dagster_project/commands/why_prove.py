@@ -1,4 +1,5 @@
-"""`pedigree why --prove`: trains again with the loss weights of the first records set to zero, and with those of random ones, and compares the answers."""
+"""`pedigree why --prove`: trains again with the loss weights of the first
+records set to zero, and with those of random ones, and compares the answers."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.records import remove, write_json
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.owners import OWNER, remove_others
-from dagster_project.lineage.attribution.proof import LEAST_DRAWS, MOST_DRAWS, PROOFS, Verdict, draws, fits, name_of, zero_weights
+from dagster_project.lineage.attribution.proof import (
+    LEAST_DRAWS,
+    MOST_DRAWS,
+    PROOFS,
+    Verdict,
+    draws,
+    fits,
+    name_of,
+    zero_weights,
+)
 from dagster_project.lineage.attribution.retraining import same_weights
 from dagster_project.stages import adapter
 from dagster_project.training.methods.hardware import prepare
@@ -34,8 +44,9 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
     Args:
         count: sets of random records.
     Returns:
-        {"left_out", "log_probability": of the adapter as trained again with all records, "identical": whether that has the adapter's bytes, "change",
-        "draws": changes without random records, "mean_of_draws", "difference", "interval", "supported"}; changes in nats, above 0: less likely.
+        {"left_out", "log_probability": of the adapter as trained again with all records, "identical": whether that has
+        the adapter's bytes, "change", "draws": changes without random records, "mean_of_draws", "difference",
+        "interval", "supported"}; changes in nats, above 0: less likely.
     Raises:
         InputError: the number of sets is out of range, or a packed row would be empty.
         Busy: the stage is being run, another check or index of it is, or an erasure.
@@ -46,9 +57,12 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
         alone = not fits(found.tokenized, [hits[0]["example_id"]])
         raise InputError(
             "--prove: a packed row consists only of the first records, so its loss would be undefined",
-            "the first record has a row to itself (all records do without tokenized.packing), so it cannot be checked"
-            if alone
-            else "leave out fewer with --top",
+            (
+                "the first record has a row to itself (all records do without tokenized.packing), so it cannot be"
+                " checked"
+                if alone
+                else "leave out fewer with --top"
+            ),
         )
     with found.alone("pedigree why --prove"):
         return _prove(found, question, top, count)
@@ -59,18 +73,30 @@ def refuse_draws(count: int) -> None:
     InputError: there are too few or too many sets of random records.
     """
     if not LEAST_DRAWS <= count <= MOST_DRAWS:
-        raise InputError(f"--draws {count}: must be from {LEAST_DRAWS} to {MOST_DRAWS}", "3 gives a wide interval, 8 a narrower one")
+        raise InputError(
+            f"--draws {count}: must be from {LEAST_DRAWS} to {MOST_DRAWS}", "3 gives a wide interval, 8 a narrower one"
+        )
 
 
 def _prove(found: Target, question: Question, top: list[str], count: int) -> dict[str, Any]:
-    chosen = list(islice(draws([record.example_id for record in found.records], top, found.store.folder.name, found.tokenized), count))
+    chosen = list(
+        islice(
+            draws([record.example_id for record in found.records], top, found.store.folder.name, found.tokenized), count
+        )
+    )
     remove_others(found.root / PROOFS, found.store.folder.name, found.run.address)
     sets = {"all records": [], f"the first {len(top)} left out": top}
     sets |= {f"random set {i + 1} of {count} left out": names for i, names in enumerate(chosen)}
     identity = training_identity(found)
     kept = {what for what, names in sets.items() if is_kept(_folder(found, names), identity)}
-    log.info(f"why: {len(sets) - len(kept)} of {len(sets)} trainings of {found.run.address} to run; those of earlier questions are kept")
-    folders = {what: _folder(found, names) if what in kept else train_without(found, names, what, identity) for what, names in sets.items()}
+    log.info(
+        f"why: {len(sets) - len(kept)} of {len(sets)} trainings of {found.run.address} to run; those of earlier"
+        " questions are kept"
+    )
+    folders = {
+        what: _folder(found, names) if what in kept else train_without(found, names, what, identity)
+        for what, names in sets.items()
+    }
     values = {what: _log_probability(found, question, folder) for what, folder in folders.items()}
     whole, without, *of_draws = values.values()
     verdict = Verdict(whole - without, tuple(whole - value for value in of_draws))
@@ -107,7 +133,14 @@ def train_without(found: Target, names: Collection[str], what: str, identity: Ma
     out.mkdir()
     entry = found.entry.model_copy(update={"report_to": "none"})
     report = adapter.produce(
-        found.variant, entry, found.compute, scratch / "tokenized", found.base_model, out, scratch / "loss.csv", scratch / "checkpoints"
+        found.variant,
+        entry,
+        found.compute,
+        scratch / "tokenized",
+        found.base_model,
+        out,
+        scratch / "loss.csv",
+        scratch / "checkpoints",
     )
     if failed := [check.name for check in report.failures]:
         raise CheckFailed(f"the training with {what} failed: {', '.join(failed)}", "see the log above")
@@ -119,7 +152,8 @@ def train_without(found: Target, names: Collection[str], what: str, identity: Ma
 
 
 def training_identity(found: Target) -> dict[str, str]:
-    """Code, libraries, device and dtype of a training that is run now: with others, adapters differ in more than their records."""
+    """Code, libraries, device and dtype of a training that is run now: with
+    others, adapters differ in more than their records."""
     device, dtype = prepare(found.compute)
     return run_identity(Path(adapter.__file__), found.compute, device, dtype, LIBRARIES)
 
@@ -150,7 +184,9 @@ def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
     """The proof for the terminal."""
     low, high = proof["interval"]
     same = (
-        "gives the adapter's very bytes" if proof["identical"] else "gives other bytes than the adapter's (another machine or other code)"
+        "gives the adapter's very bytes"
+        if proof["identical"]
+        else "gives other bytes than the adapter's (another machine or other code)"
     )
     verdict = (
         "supported: without these records the asked tokens are less likely than without random ones"
@@ -159,7 +195,10 @@ def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
     )
     return [
         "",
-        f"check by training again, weights of {proof['left_out']} records set to zero in place (with all records it {same}):",
+        (
+            f"check by training again, weights of {proof['left_out']} records set to zero in place (with all records it"
+            f" {same}):"
+        ),
         f"  without the first {proof['left_out']}: {-proof['change']:+.2f} nats of log-probability",
         f"  without {proof['left_out']} at random: {', '.join(f'{-change:+.2f}' for change in proof['draws'])} nats",
         f"  less likely by {proof['difference']:.2f} nats than at random, 95 % interval {low:.2f} to {high:.2f}",

@@ -1,4 +1,5 @@
-"""The question of `pedigree why`: a prompt with an answer, tokenized as in training, with the tokens that are asked about as labels."""
+"""The question of `pedigree why`: a prompt with an answer, tokenized as in
+training, with the tokens that are asked about as labels."""
 
 from __future__ import annotations
 
@@ -61,10 +62,16 @@ def question(found: Target, options: Options, system: str | None, tokenizer: Any
     Raises:
         InputError: the answer is empty, too long, or does not contain the part that is asked about.
     """
-    prompt: Messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": options.prompt}]
+    prompt: Messages = [
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": options.prompt},
+    ]
     reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
     if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
-        raise InputError("the answer is empty" if options.answer is not None else "the model's answer is empty", "give one with --answer")
+        raise InputError(
+            "the answer is empty" if options.answer is not None else "the model's answer is empty",
+            "give one with --answer",
+        )
     return tokenize(tokenizer, [*prompt, reply], options.span)
 
 
@@ -74,10 +81,14 @@ def tokenize(tokenizer: Any, messages: Messages, span: str | None, tools: Tools 
     Raises:
         InputError: as `question`.
     """
-    return tokenize_parts(tokenizer, messages, lambda turn: [(0, len(turn))] if span is None else _find(tokenizer, turn, span), tools)
+    return tokenize_parts(
+        tokenizer, messages, lambda turn: [(0, len(turn))] if span is None else _find(tokenizer, turn, span), tools
+    )
 
 
-def tokenize_parts(tokenizer: Any, messages: Messages, parts: Callable[[str], Sequence[tuple[int, int]]], tools: Tools = None) -> Question:
+def tokenize_parts(
+    tokenizer: Any, messages: Messages, parts: Callable[[str], Sequence[tuple[int, int]]], tools: Tools = None
+) -> Question:
     """As `tokenize`, for parts of the answer given by their bounds.
 
     Args:
@@ -98,9 +109,14 @@ def tokenize_parts(tokenizer: Any, messages: Messages, parts: Callable[[str], Se
 
 
 def _find(tokenizer: Any, turn: str, span: str) -> list[tuple[int, int]]:
-    """Every occurrence of a text in an answer, but those that are only a part of a token of the chat template, such as `end` of `<|im_end|>`."""
-    tokens = [one for one in tokenizer.added_tokens_decoder.values() if one.special or one.content.startswith(("<", "["))]
-    marks = "|".join(re.escape(one.content) for one in sorted(tokens, key=lambda one: -len(one.content)) if one.content in turn)
+    """Every occurrence of a text in an answer, but those that are only a part
+    of a token of the chat template, such as `end` of `<|im_end|>`."""
+    tokens = [
+        one for one in tokenizer.added_tokens_decoder.values() if one.special or one.content.startswith(("<", "["))
+    ]
+    marks = "|".join(
+        re.escape(one.content) for one in sorted(tokens, key=lambda one: -len(one.content)) if one.content in turn
+    )
     within = [match.span() for match in re.finditer(marks, turn)] if marks else []
     found = [match.span() for match in re.finditer(re.escape(span), turn)] if span else []
     found = [
@@ -109,7 +125,10 @@ def _find(tokenizer: Any, turn: str, span: str) -> list[tuple[int, int]]:
         if not any(begin <= start and stop <= end and stop - start < end - begin for begin, end in within)
     ]
     if not found:
-        raise InputError(f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}", "copy a part of the answer, letter by letter")
+        raise InputError(
+            f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}",
+            "copy a part of the answer, letter by letter",
+        )
     return found
 
 
@@ -143,7 +162,8 @@ def answering(found: Target) -> Path:
         return found.folder
     if md5_on_disk(folder) != run.md5:
         raise InputError(
-            f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another model",
+            f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another"
+            " model",
             f"restore it with `dvc checkout --force {run.path}`, or give the answer with --answer",
         )
     return folder

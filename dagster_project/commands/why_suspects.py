@@ -1,4 +1,5 @@
-"""`pedigree why --suspects`: records whose gradients do not fit those of the others, as a queue for people to look at (docs/why.md)."""
+"""`pedigree why --suspects`: records whose gradients do not fit those of the
+others, as a queue for people to look at (docs/why.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import iter_ledger, write_json, write_text
 from dagster_project.curation.checks.review import REVIEWED, queue
-from dagster_project.lineage.attribution.suspects import Group, Suspicion, agreement, chosen_groups, form_of, harm, members, opposition
+from dagster_project.lineage.attribution.suspects import (
+    Group,
+    Suspicion,
+    agreement,
+    chosen_groups,
+    form_of,
+    harm,
+    members,
+    opposition,
+)
 from dagster_project.orchestration import dvc
 
 INSTRUCTIONS = "instructions"
@@ -22,16 +32,20 @@ FORM = 120
 """Characters of the form of an answer that are compared and shown."""
 NAME = "suspects"
 """Files about the queue in the folder of pages of `instructions`."""
-CAVEAT = "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first: look at each."
+CAVEAT = (
+    "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first:"
+    " look at each."
+)
 
 WITHOUT = (
-    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has too few answers, is not the split of the"
-    " training, or was not compared by --index"
+    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has too few"
+    " answers, is not the split of the training, or was not compared by --index"
 )
 
 
 def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, Any]:
-    """Rank the records that a model was trained on by how little their gradients fit, and write the first as a review queue.
+    """Rank the records that a model was trained on by how little their
+    gradients fit, and write the first as a review queue.
 
     Args:
         top: records in the queue.
@@ -77,13 +91,19 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
 
 
 def _own_groups(found: Target, texts: Texts) -> list[Group]:
-    """Source, category and form of the answer of each record, where the split has it. Keys of JSON are text of the data: cut, and masked."""
+    """Source, category and form of the answer of each record, where the split
+    has it. Keys of JSON are text of the data: cut, and masked."""
     records = [texts.known.get(one.example_id) for one in found.records]
     forms = [excerpt(form_of(one["messages"][-1]), FORM) if one else None for one in records]
-    return [Group(one["source"], one["category"], form) if one else Group() for one, form in zip(records, forms, strict=True)]
+    return [
+        Group(one["source"], one["category"], form) if one else Group()
+        for one, form in zip(records, forms, strict=True)
+    ]
 
 
-def _listed(found: Target, ranking: Suspicion, texts: Texts, groups: Sequence[dict[str, Any]], top: int) -> list[dict[str, Any]]:
+def _listed(
+    found: Target, ranking: Suspicion, texts: Texts, groups: Sequence[dict[str, Any]], top: int
+) -> list[dict[str, Any]]:
     places = places_of(found)
     return [
         {
@@ -93,7 +113,10 @@ def _listed(found: Target, ranking: Suspicion, texts: Texts, groups: Sequence[di
             **places[found.records[i].example_id],
             "split": "train",
             **shown_texts(texts, found.records[i]),
-            "opposition": {"rank": int(ranking.opposition_rank[i]), "value": float(f"{float(ranking.opposition[i]):.4g}")},
+            "opposition": {
+                "rank": int(ranking.opposition_rank[i]),
+                "value": float(f"{float(ranking.opposition[i]):.4g}"),
+            },
             "length": {"rank": int(ranking.length_rank[i]), "value": float(f"{float(ranking.length[i]):.4g}")},
             **_harm(ranking, i),
             "group": groups[i],
@@ -118,7 +141,11 @@ def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple
     if not (data / "findings.json").is_file():
         return None, [f"no review queue was written: data/{INSTRUCTIONS} is not in the workspace"]
     names = {one["example_id"] for one in document["suspects"]} & texts.known.keys()
-    kept = {line["example_id"]: line for line in iter_ledger(data) if line["outcome"] == "kept" and line["example_id"] in names}
+    kept = {
+        line["example_id"]: line
+        for line in iter_ledger(data)
+        if line["outcome"] == "kept" and line["example_id"] in names
+    }
     waiting = [one["example_id"] for one in document["suspects"] if one["example_id"] in kept]
     records = [texts.known[name] | {key: kept[name][key] for key in ("source", "source_row")} for name in waiting]
     file, page = pages / f"{NAME}.csv", pages / "report.html"
@@ -126,7 +153,11 @@ def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple
     write_json(pages / f"{NAME}.json", {"of": sha256_of_file(data / "findings.json"), **document})
     drawn = render(root, INSTRUCTIONS)["pages"] if INSTRUCTIONS in dvc.read_stages(root) else []
     left = len(document["suspects"]) - len(waiting)
-    notes = [f"{left} of these records are not rows of data/{INSTRUCTIONS}, such as paraphrases: they are not in the queue"] if left else []
+    notes = (
+        [f"{left} of these records are not rows of data/{INSTRUCTIONS}, such as paraphrases: they are not in the queue"]
+        if left
+        else []
+    )
     shown = {"page": page.relative_to(root).as_posix()} if page.relative_to(root).as_posix() in drawn else {}
     return {"file": file.relative_to(root).as_posix(), **shown, "records": len(waiting)}, notes
 
@@ -142,17 +173,24 @@ def as_text(document: Mapping[str, Any]) -> str:
     for one in document["suspects"]:
         opposed, length, group = one["opposition"], one["length"], one["group"]
         lines += [
-            f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4})  {length['value']:>7.4g} ({length['rank']:>4})"
-            f"    {use_text(one)}",
+            (
+                f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4}) "
+                f" {length['value']:>7.4g} ({length['rank']:>4})    {use_text(one)}"
+            ),
             f"      {one['prompt']}",
             f"      -> {one['answer']}",
-            *([f"      harm to validation answers {one['harm']['value']:.4g} ({one['harm']['rank']:>4})"] if "harm" in one else []),
+            *(
+                [f"      harm to validation answers {one['harm']['value']:.4g} ({one['harm']['rank']:>4})"]
+                if "harm" in one
+                else []
+            ),
             f"      cosine {group['cosine']:+.3f} with {group['records'] - 1} others: {group['name']}",
         ]
     if written := document["queue"]:
         lines += [
             "",
-            f"review queue: {written['file']}, {written['records']} rows" + (f"; page: {written['page']}" if "page" in written else ""),
+            f"review queue: {written['file']}, {written['records']} rows"
+            + (f"; page: {written['page']}" if "page" in written else ""),
         ]
         lines += ["decide in a copy in data/sources/review/ (docs/checks.md#review); nothing is dropped before that"]
     return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])

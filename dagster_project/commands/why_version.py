@@ -1,4 +1,5 @@
-"""A model of any revision, ready for questions: the files of its training from the workspace or from DVC's cache, and its records by split."""
+"""A model of any revision, ready for questions: the files of its training from
+the workspace or from DVC's cache, and its records by split."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 
 def version(root: Path, subject: Subject, model: str, scratch: Path) -> EndTarget:
-    """A model with the files of its training: those of the workspace if they are the recorded ones, else linked from DVC's cache.
+    """A model with the files of its training: those of the workspace if they
+    are the recorded ones, else linked from DVC's cache.
 
     Args:
         model: as it was named.
@@ -74,7 +76,8 @@ def restore(index: Index, path: str, md5: str, target: Path, run: StageRun) -> N
             break
         if md5_of_file(source) != one:
             raise CheckFailed(
-                f"{path}: cache object {one} does not match its name: it was tampered with", "see `pedigree verify --integrity`"
+                f"{path}: cache object {one} does not match its name: it was tampered with",
+                "see `pedigree verify --integrity`",
             )
         file = target / name if name else target
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,9 @@ def records_of(subject: Subject, split: str) -> dict[str, dict[str, Any]]:
             path = index.objects.path(md5, index.workspace_outputs.get(out, ""))
             if path is None:
                 lost = [one for one in index.data(run).values() if one.md5 == out]
-                raise InputError(f"the {split} split of {run.address} is not in the cache", f"fetch it: {fetch_hint(lost or [run])}")
+                raise InputError(
+                    f"the {split} split of {run.address} is not in the cache", f"fetch it: {fetch_hint(lost or [run])}"
+                )
             found |= {record["example_id"]: record for record in read_table(path)}
     return found
 
@@ -109,7 +114,8 @@ def records_of(subject: Subject, split: str) -> dict[str, dict[str, Any]]:
 def scores_among(found: Target, names: Sequence[str], questions: Sequence[Question]) -> np.ndarray:
     """Cosines of the gradients of some records of a training with those of questions, (questions, records) float32.
 
-    The gradients of the records are those of the store, if it is complete, else they are computed for these records alone.
+    The gradients of the records are those of the store, if it is complete, else
+    they are computed for these records alone.
     """
     import numpy as np
 
@@ -126,8 +132,11 @@ def gradients_of(found: Target, names: Sequence[str]) -> np.ndarray:
     return units(projected_gradients(found.model, found.projection, examples).numpy()).astype("float16")
 
 
-def one_sided(records: dict[str, Any], mine: Collection[str], others: Collection[str], side: str) -> dict[str, dict[str, Any]]:
-    """Id -> place and kind of change, of the records of a difference that one model was trained on and the other one was not.
+def one_sided(
+    records: dict[str, Any], mine: Collection[str], others: Collection[str], side: str
+) -> dict[str, dict[str, Any]]:
+    """Id -> place and kind of change, of the records of a difference that one
+    model was trained on and the other one was not.
 
     Args:
         records: of `lineage/diff.py`.
@@ -140,5 +149,9 @@ def one_sided(records: dict[str, Any], mine: Collection[str], others: Collection
     for kind in ("changed", "moved"):
         for pair in records[kind]:
             one = pair[side]
-            found[one["example_id"]] = {"kind": kind, "rows": one["rows"], "splits": {name: pair[name]["splits"] for name in pair}}
+            found[one["example_id"]] = {
+                "kind": kind,
+                "rows": one["rows"],
+                "splits": {name: pair[name]["splits"] for name in pair},
+            }
     return {name: facts for name, facts in found.items() if name in mine and name not in others}

@@ -10,27 +10,41 @@ from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, field_texts, is_trained
-from dagster_project.core.rendering import ANOTHER_TEMPLATE, end_of_answer, end_tokens, form_of, refuse_unwritten, render
+from dagster_project.core.rendering import (
+    ANOTHER_TEMPLATE,
+    end_of_answer,
+    end_tokens,
+    form_of,
+    refuse_unwritten,
+    render,
+)
 from dagster_project.core.text import common_prefix
 
 IGNORE = -100
 """Label of a token that is ignored by the loss."""
 
 Reasoning = Literal["template", "keep", "strip", "last"]
-"""Which traces are rendered: what the template does by itself, all (or the record is refused), none, that of the last answer."""
+"""Which traces are rendered: what the template does by itself, all (or the
+record is refused), none, that of the last answer."""
 
 Pieces = list[tuple[str, bool]]
 """A text split into (text, whether it is trained on)."""
 
 
 def is_text(record: Mapping[str, Any]) -> bool:
-    """Whether a record is plain text instead of a conversation: a single assistant message, with `{"kind": "text"}` in its meta."""
+    """Whether a record is plain text instead of a conversation: a single
+    assistant message, with `{"kind": "text"}` in its meta."""
     meta = record.get("meta") or ""
-    return '"text"' in meta and [m["role"] for m in record["messages"]] == ["assistant"] and json.loads(meta).get("kind") == "text"
+    return (
+        '"text"' in meta
+        and [m["role"] for m in record["messages"]] == ["assistant"]
+        and json.loads(meta).get("kind") == "text"
+    )
 
 
 class RewritesEarlierTurnsError(InputError):
-    """The template renders a conversation in another way once a further turn follows, so one rendering has no room for all labels."""
+    """The template renders a conversation in another way once a further turn
+    follows, so one rendering has no room for all labels."""
 
 
 class Turn(NamedTuple):
@@ -55,12 +69,14 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
         checked: number of first messages that are known to be in the text.
         written: the text with these messages.
     Raises:
-        InputError: the template rejects the conversation, drops content, opens the answer in a way in which the rendered answer does not
-            begin, or does not end the turn with an end-of-turn token; or there is no prompt.
+        InputError: the template rejects the conversation, drops content, opens the answer in a way in which the
+            rendered answer does not begin, or does not end the turn with an end-of-turn token; or there is no prompt.
     """
     *prompt, message = messages
     if not prompt:
-        raise InputError("the assistant speaks first, so there is no prompt to render", "begin with a system or user turn")
+        raise InputError(
+            "the assistant speaks first, so there is no prompt to render", "begin with a system or user turn"
+        )
     header, text = _answer(tokenizer, messages, tools)
     refuse_unwritten(tokenizer, messages, tools, range(checked, len(prompt)), header.removeprefix(written))
     position = end_of_answer(tokenizer, message, len(messages), text)
@@ -75,12 +91,14 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
     if end := _following_end(tokenizer, messages, tools, ends):
         return Turn(header, text + end, "")
     raise InputError(
-        f"the chat template does not end the assistant's turn with {' or '.join(map(repr, ends))}", f"{ANOTHER_TEMPLATE} or tokenizer"
+        f"the chat template does not end the assistant's turn with {' or '.join(map(repr, ends))}",
+        f"{ANOTHER_TEMPLATE} or tokenizer",
     )
 
 
 def _without_ends(tokenizer: Any, messages: Messages, tools: Tools, text: str, ends: Sequence[str]) -> tuple[str, int]:
-    """The text of an answer that quotes end-of-turn tokens, with letters instead of these, and the end of what the assistant says in it.
+    """The text of an answer that quotes end-of-turn tokens, with letters
+    instead of these, and the end of what the assistant says in it.
 
     Raises:
         InputError: the template writes them in another spelling, so the end of the turn cannot be told from them.
@@ -89,7 +107,9 @@ def _without_ends(tokenizer: Any, messages: Messages, tools: Tools, text: str, e
     other = _replaced(messages[-1], quoted)
     text_without = _answer(tokenizer, [*messages[:-1], other], tools)[1]
     if _letters(quoted, text_without) != _letters(quoted, text):
-        raise InputError("the answer quotes an end-of-turn token, which the chat template writes in another way", ANOTHER_TEMPLATE)
+        raise InputError(
+            "the answer quotes an end-of-turn token, which the chat template writes in another way", ANOTHER_TEMPLATE
+        )
     return text_without, end_of_answer(tokenizer, other, len(messages), text_without)
 
 
@@ -103,7 +123,11 @@ def _replaced(value: Any, quoted: re.Pattern[str]) -> Any:
         return _letters(quoted, value)
     if isinstance(value, list):
         return [_replaced(one, quoted) for one in value]
-    return {_letters(quoted, key): _replaced(one, quoted) for key, one in value.items()} if isinstance(value, dict) else value
+    return (
+        {_letters(quoted, key): _replaced(one, quoted) for key, one in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]:
@@ -120,18 +144,24 @@ def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]
             text = rendered[len(header) :]
             opening = form_of(tokenizer).opening
             if opening and text.startswith(opening) and header == render(tokenizer, prompt, False, tools, thinking):
-                # DiffusionGemma opens an answer to a tool result, but not in the prompt: the model does not get to read it.
+                # DiffusionGemma opens an answer to a tool result, but not in the prompt: the model does not get to read
+                # it.
                 said = (messages[-1].get("reasoning_content") or "", messages[-1]["content"])
                 text = text if any(part.lstrip().startswith(opening) for part in said) else text.removeprefix(opening)
             return header, text
     before = render(tokenizer, prompt, False, tools)
     opening = header.removeprefix(before) if header.startswith(before) else ""
     start = (
-        -1 if rendered.startswith(before) or not opening else rendered.rfind(opening, 0, _same_until(tokenizer, messages, tools, rendered))
+        -1
+        if rendered.startswith(before) or not opening
+        else rendered.rfind(opening, 0, _same_until(tokenizer, messages, tools, rendered))
     )
     if start < 0:
-        raise InputError("the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE)
-    # An answer makes the template rewrite turns before it (gpt-oss drops the trace of a call): the model gets to read them as they were.
+        raise InputError(
+            "the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE
+        )
+    # An answer makes the template rewrite turns before it (gpt-oss drops the trace of a call): the model gets to read
+    # them as they were.
     return header, rendered[start + len(opening) :]
 
 
@@ -156,7 +186,8 @@ def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Seque
         call = message["tool_calls"][0]
         reply |= {"name": call["function"]["name"]} | ({"tool_call_id": call["id"]} if "id" in call else {})
     try:
-        rendered, further = render(tokenizer, messages, False, tools), render(tokenizer, [*messages, reply], False, tools)
+        rendered = render(tokenizer, messages, False, tools)
+        further = render(tokenizer, [*messages, reply], False, tools)
     except InputError:
         return ""
     following = further.removeprefix(rendered) if further.startswith(rendered) else ""
@@ -166,7 +197,8 @@ def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Seque
 def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
     """Split the rendered conversation into (text, whether it is trained on).
 
-    Assistant content and the end-of-turn token are trained on; template headers, all other turns and answers of weight 0 are not:
+    Assistant content and the end-of-turn token are trained on; template
+    headers, all other turns and answers of weight 0 are not:
 
         [{"user": "Hi"}, {"assistant": "Yes?"}]  ->  ("...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", False),
                                                      ("Yes?<|im_end|>", True), ("\\n", False)
@@ -183,14 +215,17 @@ def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
         turn = turn_of(tokenizer, messages[: i + 1], tools, checked, written)
         checked = i + 1
         if not turn.header.startswith(written):
-            raise RewritesEarlierTurnsError("the chat template rewrites earlier turns, so labels cannot be placed", ANOTHER_TEMPLATE)
+            raise RewritesEarlierTurnsError(
+                "the chat template rewrites earlier turns, so labels cannot be placed", ANOTHER_TEMPLATE
+            )
         parts += [(turn.header[len(written) :], False), (turn.answer, is_trained(message)), (turn.after, False)]
         written = turn.rendered
     return [(text, trained) for text, trained in parts if text]
 
 
 def last_turn_pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
-    """As `pieces`, up to the last answer; if the template rewrites earlier turns, with everything before that answer in one piece."""
+    """As `pieces`, up to the last answer; if the template rewrites earlier
+    turns, with everything before that answer in one piece."""
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     try:
@@ -217,8 +252,8 @@ def with_reasoning(messages: Messages, policy: Reasoning) -> Messages:
 def examples_of(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning = "template") -> list[Pieces]:
     """The training examples of a record: one, or one per trained answer if the template rewrites earlier turns.
 
-    Each is rendered as the model gets to read it when it is served. Plain text uses no template: the text and the end-of-text token are
-    trained on.
+    Each is rendered as the model gets to read it when it is served. Plain text
+    uses no template: the text and the end-of-text token are trained on.
 
     Raises:
         InputError: as `turn_of`; or a trace is to be kept and the template does not write it.
@@ -246,17 +281,20 @@ def _refuse_lost_traces(messages: Messages, examples: Sequence[Pieces]) -> None:
         found = text.find(trace)
         if found < 0 or (trace and content not in text[found + len(trace) :]):
             raise InputError(
-                "the chat template leaves out a trace that tokenized.reasoning keeps", "use reasoning: template, or another chat template"
+                "the chat template leaves out a trace that tokenized.reasoning keeps",
+                "use reasoning: template, or another chat template",
             )
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer prepends its beginning-of-text token by default, as its model expects. Templates must write it explicitly."""
+    """Whether the tokenizer prepends its beginning-of-text token by default, as
+    its model expects. Templates must write it explicitly."""
     return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
 
 
 def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int]]]:
-    """Token ids of each piece of each text. Pieces are tokenized separately, so that a prompt has the same ids in training and generation."""
+    """Token ids of each piece of each text. Pieces are tokenized separately, so
+    that a prompt has the same ids in training and generation."""
     texts = list(texts)
     number = {text: i for i, text in enumerate(dict.fromkeys(text for parts in texts for text, _ in parts))}
     ids = tokenizer(list(number), add_special_tokens=False, return_attention_mask=False)["input_ids"] if number else []
@@ -264,7 +302,8 @@ def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int
 
 
 def encode(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of a conversation, both (tokens,). A label equals the id if the token is trained on, else -100."""
+    """(input_ids, labels) of a conversation, both (tokens,). A label equals the
+    id if the token is trained on, else -100."""
     return _with_labels(tokenizer, pieces(tokenizer, messages, tools))
 
 
@@ -289,9 +328,9 @@ def loss_weights(
 
     Args:
         labels: from `encode`, (tokens,).
-        said: the last piece that is trained on, and the content of its message. If the content is a JSON object, the tokens of a named field's
-            value have that field's weight instead of 1. In `{"summary": "...", "category": "login"}` a single token out of about thirty decides
-            whether the answer is correct.
+        said: the last piece that is trained on, and the content of its message. If the content is a JSON object, the
+            tokens of a named field's value have that field's weight instead of 1. In `{"summary": "...", "category":
+            "login"}` a single token out of about thirty decides whether the answer is correct.
         fields: JSON field -> weight.
         per_example: scale to a sum of 1, so that every example has the same weight; otherwise every token has.
     """
@@ -320,7 +359,8 @@ def last_trained(messages: Messages) -> str:
 
 
 def trimmed(answer: str) -> list[str]:
-    """An answer as it is, and as templates trim it: white space (Llama) or line breaks (Qwen3), at both ends or at one."""
+    """An answer as it is, and as templates trim it: white space (Llama) or line
+    breaks (Qwen3), at both ends or at one."""
     if not (answer[:1].isspace() or answer[-1:].isspace()):
         return [answer]
     from_left = (answer, answer.lstrip("\n"), answer.lstrip())
@@ -335,7 +375,8 @@ def has_field(answer: str, name: str) -> bool:
 def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> list[int]:
     """Token ids of the prompt, including the assistant header.
 
-    They equal the ids before the last answer in training: earlier turns are split into the same pieces, and the header is the same.
+    They equal the ids before the last answer in training: earlier turns are
+    split into the same pieces, and the header is the same.
 
     Args:
         reasoning: whether an answer with a trace is expected, so that the template may open one.
@@ -379,16 +420,20 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def packed_rows(lengths: Sequence[int], room: int) -> array[int]:
-    """Pack examples into rows of at most `room` tokens by first fit, in the given order. A longer example gets a separate row.
+    """Pack examples into rows of at most `room` tokens by first fit, in the
+    given order. A longer example gets a separate row.
 
-    A tree over the rows, whose nodes hold the maximum free space below them, finds the first row that fits: O(n log n) for n examples.
+    A tree over the rows, whose nodes hold the maximum free space below them,
+    finds the first row that fits: O(n log n) for n examples.
 
     Returns:
         The row of each example.
     """
     row_of, rows = array("q"), 0
     leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    most_room = array("q", [room]) * (2 * leaves)  # node k has children 2k and 2k + 1; leaves are rows, including empty ones
+    most_room = array("q", [room]) * (
+        2 * leaves
+    )  # node k has children 2k and 2k + 1; leaves are rows, including empty ones
     for length in lengths:
         node = 1
         if length > room:

@@ -47,7 +47,8 @@ class StageContext:
     """Stages before this one, in flow order."""
     hints: ExecutionHints = ExecutionHints()
     recorded: Callable[[], Mapping[str, Path]] = dict
-    """Files of the stage's output as recorded before this run, by path within the output. Only for pages that show changes, never for an output."""
+    """Files of the stage's output as recorded before this run, by path within
+    the output. Only for pages that show changes, never for an output."""
 
     @property
     def address(self) -> str:
@@ -60,12 +61,14 @@ class StageContext:
 
     @property
     def pages(self) -> Path:
-        """Folder for pages and files to be edited by hand, data/pages/<stage>[/<variant>]. Kept even if a blocking check fails; not tracked."""
+        """Folder for pages and files to be edited by hand, data/pages/<stage>[/<variant>].
+        Kept even if a blocking check fails; not tracked."""
         return self.scratch / "data" / "pages" / self.stage / (self.variant or "")
 
     @property
     def live(self) -> Path:
-        """Folder for tables that are appended to during the run, data/live/<stage>[/<variant>], one per metric, for `dvc plots` and Dagster.
+        """Folder for tables that are appended to during the run,
+        data/live/<stage>[/<variant>], one per metric, for `dvc plots` and Dagster.
 
         The only folder written directly, outside `scratch`. Not tracked; nothing depends on it.
         """
@@ -150,7 +153,9 @@ class Documents:
             return json.loads(path.read_bytes())
         except ValueError as error:
             name = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-            raise InputError(f"{name} cannot be read: {error}", f"`dvc repro --force {self.address}` makes it again") from None
+            raise InputError(
+                f"{name} cannot be read: {error}", f"`dvc repro --force {self.address}` makes it again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,8 @@ class ValidationContext:
 
 
 def measured(root: Path, address: str) -> dict[str, float]:
-    """Time (seconds) and memory (bytes) of the run that produced a stage's current output; empty if unknown on this machine."""
+    """Time (seconds) and memory (bytes) of the run that produced a stage's
+    current output; empty if unknown on this machine."""
     measured_file, report = measured_path(root, address), root / report_of(address)
     if not measured_file.is_file() or not report.is_file():
         return {}
@@ -192,7 +198,9 @@ def measured(root: Path, address: str) -> dict[str, float]:
     if damage(report.read_bytes()):
         return {}
     measurements, report_document = (json.loads(path.read_text(encoding="utf-8")) for path in (measured_file, report))
-    is_current = measurements.pop("output_sha256", "") == report_document.get("output_sha256")  # else of another version
+    is_current = measurements.pop("output_sha256", "") == report_document.get(
+        "output_sha256"
+    )  # else of another version
     return measurements if is_current else {}
 
 
@@ -213,8 +221,8 @@ class Pipeline:
     floating_point: frozenset[str] = frozenset()
     """Stages that compute with floating-point numbers. Their reports record the machine (orchestration/machine.py)."""
     rests_on_all: Mapping[str, str] = field(default_factory=dict)
-    """Stage -> key of params.yaml. If the key is given, the stage runs only if every stage upstream is up to date, because it judges the
-    reports of all of them."""
+    """Stage -> key of params.yaml. If the key is given, the stage runs only if every stage upstream is up to date,
+    because it judges the reports of all of them."""
 
     def split_address(self, address: str) -> tuple[str, str | None]:
         """ "adapter@lora" -> ("adapter", "lora").
@@ -234,5 +242,7 @@ class Pipeline:
                 f"write {stage}@VARIANT" if not variant else f"write {stage}",
             )
         if variant and not params.is_variant_name(variant):
-            raise InputError(f"{address}: a variant's name may contain letters, digits, - and _", f"write {stage}@VARIANT")
+            raise InputError(
+                f"{address}: a variant's name may contain letters, digits, - and _", f"write {stage}@VARIANT"
+            )
         return stage, variant or None

@@ -1,4 +1,5 @@
-"""JSON documents of the project, which git tracks or a user may edit: a merge, an editor or a full disk can damage them."""
+"""JSON documents of the project, which git tracks or a user may edit: a merge,
+an editor or a full disk can damage them."""
 
 from __future__ import annotations
 

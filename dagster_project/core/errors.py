@@ -1,12 +1,13 @@
-"""Exceptions and exit codes: bad input (2), a failed check or a busy resource (1), an interrupt (130). Each states what is wrong, where, and the next step."""
+"""Exceptions and exit codes: bad input (2), a failed check or a busy resource
+(1), an interrupt (130). Each states what is wrong, where, and the next step."""
 
 from __future__ import annotations
 
 LONGEST = 20_000
 """Characters of a message that are shown, whatever it quotes."""
 INNER = "PEDIGREE_INNER_COMMAND"
-"""Environment variable of a command that another one has started, e.g. of a stage in the scratch copy of `verify`: that one prints the
-last line of an interruption."""
+"""Environment variable of a command that another one has started, e.g. of a stage in the scratch copy of `verify`: that
+one prints the last line of an interruption."""
 
 
 class PedigreeError(Exception):

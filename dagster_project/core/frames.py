@@ -1,4 +1,5 @@
-"""Parquet files -> polars, for commands that work without Arrow, such as `audit` and `impact`. Stages read with core/records.py."""
+"""Parquet files -> polars, for commands that work without Arrow, such as
+`audit` and `impact`. Stages read with core/records.py."""
 
 from __future__ import annotations
 
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open, because polars would take `*` and `[` in a path as a pattern. Errors of polars are raised as ValueError."""
+    """The file, open, because polars would take `*` and `[` in a path as a
+    pattern. Errors of polars are raised as ValueError."""
     import polars as pl
 
     with path.open("rb") as file:
         try:
             yield file
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a panic is no Exception; some damage leads to one
+        except (
+            pl.exceptions.PolarsError,
+            pl.exceptions.PanicException,
+        ) as error:  # a panic is no Exception; some damage leads to one
             raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
@@ -65,7 +70,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def placed_records(folder: Path) -> Iterator[bytes]:
-    """The output of `raw_examples`: each record with its `source_row` and the `ignored` fields that its ledger lists, as `stored_rows` encodes it.
+    """The output of `raw_examples`: each record with its `source_row` and the
+    `ignored` fields that its ledger lists, as `stored_rows` encodes it.
 
     Raises:
         OSError: a file cannot be read.
@@ -80,7 +86,10 @@ def placed_records(folder: Path) -> Iterator[bytes]:
         start += len(records)
         if "tools" in records.columns or lines["why"].str.starts_with(IGNORED).any():
             placed = zip(records.iter_rows(named=True), lines.iter_rows(named=True), strict=True)
-            yield from (encode({"source_row": line["source_row"], **loaded(record), **ignored_in(line)}) for record, line in placed)
+            yield from (
+                encode({"source_row": line["source_row"], **loaded(record), **ignored_in(line)})
+                for record, line in placed
+            )
         else:
             yield from encoded(pl.concat([lines.select("source_row"), records], how="horizontal", strict=True))
     if start != len(ledger):

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 Message = dict[str, Any]
 Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, Any]] | None
-"""Definitions of the functions that the assistant may call, in OpenAI's form: [{"type": "function", "function": {"name": ..., ...}}]."""
+"""Definitions of the functions that the assistant may call, in OpenAI's form:
+[{"type": "function", "function": {"name": ..., ...}}]."""
 
 FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight")
 """Optional keys of a message, in their order."""
@@ -50,7 +51,10 @@ def is_trained(message: Mapping[str, Any]) -> bool:
 
 def calls(message: Mapping[str, Any]) -> list[Call]:
     """The tool calls of a message, in order."""
-    return [Call(call["function"]["name"], call["function"]["arguments"], call.get("id")) for call in message.get("tool_calls") or ()]
+    return [
+        Call(call["function"]["name"], call["function"]["arguments"], call.get("id"))
+        for call in message.get("tool_calls") or ()
+    ]
 
 
 def readable(value: Any) -> str:
@@ -72,7 +76,8 @@ def tool_names(tools: Tools) -> list[str]:
 def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
     """Everything in a conversation that affects training, for its content hash.
 
-    A plain message gives [role, content], one with further fields [role, content, {field: value}]; tools follow as an object.
+    A plain message gives [role, content], one with further fields [role,
+    content, {field: value}]; tools follow as an object.
     """
     parts: list[Any] = []
     for message in messages:
@@ -83,7 +88,10 @@ def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
 
 def stored(messages: Messages) -> list[Message]:
     """Messages as Parquet stores them: tool calls as JSON, because arguments have no fixed schema."""
-    return [{**message, "tool_calls": JSON.encode(message["tool_calls"])} if "tool_calls" in message else message for message in messages]
+    return [
+        {**message, "tool_calls": JSON.encode(message["tool_calls"])} if "tool_calls" in message else message
+        for message in messages
+    ]
 
 
 def loaded(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
@@ -114,7 +122,8 @@ def full_text(messages: Messages) -> str:
 
 
 def argument_texts(arguments: Any) -> Iterator[tuple[str, str | int | float]]:
-    """(key, value) of each text and number in the arguments of a call, in order; arguments that are not JSON are one text.
+    """(key, value) of each text and number in the arguments of a call, in
+    order; arguments that are not JSON are one text.
 
     {"city": "Oslo", "days": [1, 2]}  ->  ("city", "Oslo"), ("days", 1), ("days", 2)
     """

@@ -18,8 +18,9 @@ log = logging.getLogger("pedigree")
 
 
 class Section(BaseModel):
-    """Base of every section of params.yaml: frozen, no unknown keys, no silent type conversion. The docstring beneath a field is its description in
-    docs/parameters.md; `make docs` reads it, because reading the source of every class would take a third of a second in each process."""
+    """Base of every section of params.yaml: frozen, no unknown keys, no silent type conversion. The docstring beneath a
+    field is its description in docs/parameters.md; `make docs` reads it, because reading the source of every class
+    would take a third of a second in each process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)  # JSON has neither
 
@@ -51,9 +52,9 @@ class Compute(Section):
     """CPU threads that torch uses. Part of a model's identity, because another number of threads gives different
     bits."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is bfloat16 where the hardware multiplies
-    it natively (AMX, AVX512-BF16, GPUs from Ampere on), otherwise float32; GPUs before Ampere (Turing, Volta) have no
-    native bfloat16."""
+    """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is
+    bfloat16 where the hardware multiplies it natively (AMX, AVX512-BF16, GPUs from Ampere
+    on), otherwise float32; GPUs before Ampere (Turing, Volta) have no native bfloat16."""
     processes: int = Field(default=1, ge=1)
     """Processes that train one adapter together, one GPU each; on a CPU each process uses its own `threads`. An
     optimizer step then covers this many times more rows. See docs/methods.md."""
@@ -67,7 +68,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxdict = _SHORT.maxlist = 20
 _SHORT.maxlevel = 3
 TAG = "form:"
-"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the location of an error, and `parse` removes it."""
+"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the
+location of an error, and `parse` removes it."""
 
 
 def read(root: Path) -> dict[str, Any]:
@@ -85,12 +87,22 @@ def read(root: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         count = _values_in(values, "", {})
-    except (YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:  # also not UTF-8, an invalid date, too many brackets
-        raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line named in the message") from None
+    except (
+        YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:  # also not UTF-8, an invalid date, too many brackets
+        raise InputError(
+            f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line named in the message"
+        ) from None
     if not isinstance(values, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
     if count > MOST_VALUES:
-        raise InputError(f"params.yaml has {count:,} values with its aliases written out", f"the most is {MOST_VALUES:,}")
+        raise InputError(
+            f"params.yaml has {count:,} values with its aliases written out", f"the most is {MOST_VALUES:,}"
+        )
     return values
 
 
@@ -100,12 +112,13 @@ def _values_in(value: Any, where: str, known: dict[int, int | None]) -> int:
     Args:
         known: number by identity of the parts counted so far; None while it is counted.
     Raises:
-        InputError: an alias contains itself; a key is a number, date, truth value or nothing: YAML reads `16:` and `null:` so; or an
-            integer is outside of ±(2^63 - 1), the range of stored numbers.
+        InputError: an alias contains itself; a key is a number, date, truth value or nothing: YAML reads `16:` and
+            `null:` so; or an integer is outside of ±(2^63 - 1), the range of stored numbers.
     """
     if isinstance(value, int) and value.bit_length() > 63:
         raise InputError(
-            f"params.yaml: {where}: an integer of {value.bit_length()} bits", f"use at most {2**63 - 1}, or quote it, if it is a text"
+            f"params.yaml: {where}: an integer of {value.bit_length()} bits",
+            f"use at most {2**63 - 1}, or quote it, if it is a text",
         )
     if not isinstance(value, dict | list):
         return 1
@@ -151,12 +164,17 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
             if problem["type"] == "extra_forbidden":
                 lines.append(f"{file}: {key_path}: unknown key")
                 parent = _dotted(where, problem["loc"][:-1])
-                keys = (field.alias or name for name, field in _model_at(model, problem["loc"][:-1]).model_fields.items())
+                keys = (
+                    field.alias or name for name, field in _model_at(model, problem["loc"][:-1]).model_fields.items()
+                )
                 hints.append(f"keys of {parent}: {', '.join(keys)}")
             elif problem["type"] == "missing":
                 lines.append(f"{file}: {key_path}: missing")
             else:
-                lines.append(f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(problem['input'])})")
+                lines.append(
+                    f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got"
+                    f" {_SHORT.repr(problem['input'])})"
+                )
         raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"fix {file} and run again") from None
 
 
@@ -165,7 +183,9 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
     annotation: Any = None
     for name in location:
         if str(name).startswith(TAG):  # the alternative with this tag
-            annotation = next((a for a in _inside(annotation) if Tag(str(name)) in getattr(a, "__metadata__", ())), annotation)
+            annotation = next(
+                (a for a in _inside(annotation) if Tag(str(name)) in getattr(a, "__metadata__", ())), annotation
+            )
         elif name in model.model_fields:
             annotation = model.model_fields[str(name)].annotation
         else:
@@ -194,9 +214,13 @@ def inside(root: Path, path: str, where: str) -> Path:
         exists = full.exists()
     except (ValueError, OSError, RuntimeError) as error:  # it has a null character, is too long, or is a link to itself
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"params.yaml: {where}: {path[:100]!r} is not a path: {reason}", "use the path of a file") from None
+        raise InputError(
+            f"params.yaml: {where}: {path[:100]!r} is not a path: {reason}", "use the path of a file"
+        ) from None
     if not full.is_relative_to(root.resolve()):
-        raise InputError(f"params.yaml: {where}: {path} is outside the project", "copy it into data/sources/ and use that path")
+        raise InputError(
+            f"params.yaml: {where}: {path} is outside the project", "copy it into data/sources/ and use that path"
+        )
     if not exists:
         raise InputError(f"params.yaml: {where}: {path} does not exist", "add the file, or correct the path")
     return full
@@ -225,8 +249,8 @@ def variant_names(values: Mapping[str, Any], section: str, required: bool) -> li
     """Names of the variants in a section of params.yaml.
 
     Raises:
-        InputError: the section is not a mapping, or empty although `required`; a name has other characters than letters, digits, - and _; or two
-            names would be one file on some file systems.
+        InputError: the section is not a mapping, or empty although `required`; a name has other characters than
+            letters, digits, - and _; or two names would be one file on some file systems.
     """
     found = values.get(section)
     if not isinstance(found, dict) or (required and not found):
@@ -236,6 +260,8 @@ def variant_names(values: Mapping[str, Any], section: str, required: bool) -> li
         )
     for name in found:
         if not is_variant_name(str(name)):
-            raise InputError(f"params.yaml: {section}.{name}: a variant's name may contain letters, digits, - and _", "rename it")
+            raise InputError(
+                f"params.yaml: {section}.{name}: a variant's name may contain letters, digits, - and _", "rename it"
+            )
     refuse_names_of_one_file(map(str, found), section)
     return list(map(str, found))

@@ -1,4 +1,5 @@
-"""Ids of records as they leave the project: HMACs of the content hashes, so that hashing a guessed text confirms nothing (docs/decisions/022)."""
+"""Ids of records as they leave the project: HMACs of the content hashes, so
+that hashing a guessed text confirms nothing (docs/decisions/022)."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def read_key(root: Path) -> bytes:
     if not path.is_file():
         raise InputError(
             f"{RECORD_KEY} does not exist: it keys the ids of records in data/release",
-            f"copy it from the clone in which the project was made; or create another, with which records get other ids there: `{CREATE}`",
+            "copy it from the clone in which the project was made; or create another, with which records get other ids"
+            f" there: `{CREATE}`",
         )
     key = parse_key(path.read_bytes())
     if key is None:
@@ -78,5 +80,8 @@ def published_table(key: bytes, table: pa.Table) -> pa.Table:
 
 
 def is_own(key: bytes, sources: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a key may protect these sources: the sample project's key is public and protects nothing but its own files, which are public too."""
-    return hashlib.sha256(key).hexdigest() != SAMPLE_KEY or all(source.get("sha256") in SAMPLE_SOURCES for source in sources)
+    """Whether a key may protect these sources: the sample project's key is
+    public and protects nothing but its own files, which are public too."""
+    return hashlib.sha256(key).hexdigest() != SAMPLE_KEY or all(
+        source.get("sha256") in SAMPLE_SOURCES for source in sources
+    )

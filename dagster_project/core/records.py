@@ -24,14 +24,16 @@ from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.stored_rows import StoredRows, decode
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
+    # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
+    import pyarrow as pa
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def uncollected(function: Callable[P, T]) -> Callable[P, T]:
-    """Disable Python's cyclic garbage collector during a call: it would repeatedly traverse millions of rows that have no cycles."""
+    """Disable Python's cyclic garbage collector during a call: it would
+    repeatedly traverse millions of rows that have no cycles."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -113,8 +115,8 @@ def example_id(messages: Messages, tools: Tools = None, plain_text: bool = False
     Records without tools, reasoning, calls or weights have the hash of [[role, content], ...].
 
     Args:
-        plain_text: whether it is a text to continue (`chat.is_text`), which is trained on without a chat template. A conversation that has the
-            same single message differs from it in its hash.
+        plain_text: whether it is a text to continue (`chat.is_text`), which is trained on without a chat template. A
+            conversation that has the same single message differs from it in its hash.
     """
     parts = message_fields.identity_parts(messages, tools)
     if not plain_text and [message["role"] for message in messages] == ["assistant"]:
@@ -139,12 +141,18 @@ def _canonical(parts: list[Any], is_plain: bool) -> bytes:
 def pair_id(prompt: Messages, chosen: Messages, rejected: Messages, tools: Tools = None) -> str:
     """Content hash of a preference pair."""
     sides = {"chosen": chosen, "rejected": rejected}
-    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(_ordered(turns))} for side, turns in sides.items())], tools)
+    return example_id(
+        [*prompt, *({"role": side, "content": CANONICAL.encode(_ordered(turns))} for side, turns in sides.items())],
+        tools,
+    )
 
 
 def _ordered(messages: Messages) -> list[dict[str, Any]]:
     """Messages with their keys in canonical order, so that equal messages have equal JSON."""
-    return [{key: message[key] for key in ("role", "content", *message_fields.FIELDS) if key in message} for message in messages]
+    return [
+        {key: message[key] for key in ("role", "content", *message_fields.FIELDS) if key in message}
+        for message in messages
+    ]
 
 
 def content_id(record: Mapping[str, Any]) -> str:
@@ -204,7 +212,8 @@ def write_table(path: Path | io.BytesIO, rows: Iterable[dict[str, Any]], schema:
 
 
 def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """As `write_table`, of rows in tables of this schema. However they are divided into tables, the bytes are the same."""
+    """As `write_table`, of rows in tables of this schema. However they are
+    divided into tables, the bytes are the same."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -225,7 +234,8 @@ def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa
 
 
 def read_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
-    """Fields of rows that `stored_rows` encoded, by column, without Python objects for them. Those that a row lacks are null.
+    """Fields of rows that `stored_rows` encoded, by column, without Python
+    objects for them. Those that a row lacks are null.
 
     Args:
         schema: of texts, integers, and lists and objects of them; without the columns of `rich_schema`.
@@ -255,8 +265,11 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 @uncollected
-def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None, rich: bool | None = None) -> None:
-    """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record.
+def write_records(
+    folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None, rich: bool | None = None
+) -> None:
+    """Write a data set to a folder of shards, records-00000.parquet and so on,
+    in the given order. Default schema: the canonical record.
 
     Args:
         rows: only one shard of them is kept in memory.
@@ -316,7 +329,10 @@ def _encoded_shard(schema: pa.Schema, shard: _Shard) -> bytes:
 
     file = io.BytesIO()
     if shard.rich:
-        rows = [decode(line) | {name: values[i] for name, values in shard.more.items()} for i, line in enumerate(shard.lines)]
+        rows = [
+            decode(line) | {name: values[i] for name, values in shard.more.items()}
+            for i, line in enumerate(shard.lines)
+        ]
         write_table(file, map(_stored, rows), rich_schema(schema))
         return file.getvalue()
     table = read_lines(shard.lines, schema)
@@ -342,7 +358,12 @@ def rich_schema(schema: pa.Schema) -> pa.Schema:
     """
     import pyarrow as pa
 
-    types = {"reasoning_content": pa.string(), "tool_calls": pa.string(), "tool_call_id": pa.string(), "name": pa.string()}
+    types = {
+        "reasoning_content": pa.string(),
+        "tool_calls": pa.string(),
+        "tool_call_id": pa.string(),
+        "name": pa.string(),
+    }
     message = pa.struct([("role", pa.string()), ("content", pa.string()), *types.items(), ("weight", pa.float64())])
     columns: list[tuple[str, pa.DataType]] = []
     for column in schema:
@@ -354,7 +375,9 @@ def rich_schema(schema: pa.Schema) -> pa.Schema:
 
 def is_rich(row: Mapping[str, Any]) -> bool:
     """Whether a row needs the columns of `rich_schema`."""
-    return bool(row.get("tools")) or not all(message_fields.is_plain(row[name] or ()) for name in CONVERSATIONS if name in row)
+    return bool(row.get("tools")) or not all(
+        message_fields.is_plain(row[name] or ()) for name in CONVERSATIONS if name in row
+    )
 
 
 def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,7 +416,11 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     """
     import pyarrow.parquet as pq
 
-    names = None if columns is None else [name for name in columns if name != "tools" or "tools" in pq.read_schema(path).names]
+    names = (
+        None
+        if columns is None
+        else [name for name in columns if name != "tools" or "tools" in pq.read_schema(path).names]
+    )
     table = read_arrow(path, names)
     rows = table.to_pylist()
     return [loaded(row) for row in rows] if "tools" in table.column_names else rows
@@ -429,7 +456,8 @@ PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "tools", "margin", "
 def read_preferences(folder: Path) -> list[dict[str, Any]]:
     """The pairs of a split of `preferences`, in TRL's conversational form:
 
-    {"example_id": "5d41...", "prompt": [user "Hi"], "chosen": [assistant "Hello"], "rejected": [assistant "What?"], "margin": None,
+    {"example_id": "5d41...", "prompt": [user "Hi"], "chosen": [assistant
+    "Hello"], "rejected": [assistant "What?"], "margin": None,
      "category": None, "group_id": "5d41..."}
     """
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard, PREFERENCE)]
@@ -450,7 +478,8 @@ READ, JOINED = "read", "joined"
 
 
 def iter_pairs(folder: Path) -> Iterator[dict[str, Any]]:
-    """The output of `raw_preferences`: the pairs in order, each with its `source_rows` from the ledger and the first of them as `source_row`."""
+    """The output of `raw_preferences`: the pairs in order, each with its
+    `source_rows` from the ledger and the first of them as `source_row`."""
     return with_source_rows(iter_records(folder), iter_ledger(folder))
 
 
@@ -494,7 +523,13 @@ def ledger_table(columns: Mapping[str, Any], repaired: bool = False) -> pa.Table
 
 def ledger_line(record: Mapping[str, Any], source_row: int, outcome: str, why: str) -> dict[str, Any]:
     """Outcome of a source row that became a record, or part of one."""
-    return {"source": record["source"], "source_row": source_row, "example_id": record["example_id"], "outcome": outcome, "why": why}
+    return {
+        "source": record["source"],
+        "source_row": source_row,
+        "example_id": record["example_id"],
+        "outcome": outcome,
+        "why": why,
+    }
 
 
 @uncollected
@@ -511,7 +546,8 @@ LEDGER = "ledger.parquet"
 
 
 REWARD_METHODS = frozenset({"rloo", "grpo", "online_dpo", "ppo"})
-"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
+"""Alignment methods that learn from the rewards of their own answers. The
+others only measure themselves by a reward model."""
 
 
 def learns_from_reward_model(aligned: Mapping[str, Any]) -> bool:
@@ -571,10 +607,15 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: list[CheckResult] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
-    """Resources used by this run: bytes, seconds, tokens per second. Never in a tracked file, because it differs between runs."""
+    """Resources used by this run: bytes, seconds, tokens per second. Never in a
+    tracked file, because it differs between runs."""
 
     def __post_init__(self) -> None:
-        if self.rows_in is not None and self.rows_out is not None and self.rows_in != self.rows_out + sum(self.dropped.values()):
+        if (
+            self.rows_in is not None
+            and self.rows_out is not None
+            and self.rows_in != self.rows_out + sum(self.dropped.values())
+        ):
             raise AssertionError(f"rows lost: {self.rows_in} in, {self.rows_out} out, dropped {self.dropped}")
 
     @property
@@ -583,7 +624,11 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """The JSON document, without empty parts; checks keyed by name."""
-        rows = {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped} if self.rows_in is not None else {}
+        rows = (
+            {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped}
+            if self.rows_in is not None
+            else {}
+        )
         rows |= {"fixed": self.fixed} if self.fixed else {}
         checks = {
             c.name: {

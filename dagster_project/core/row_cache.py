@@ -1,7 +1,8 @@
-"""Facts about single rows, and about whole sets, that an earlier run computed. A cache beside the outputs: without it, results are the same and take longer.
+"""Facts about single rows, and about whole sets, that an earlier run computed.
+A cache beside the outputs: without it, results are the same and take longer.
 
-A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted, edited or reordered.
-Facts of other parameters, other code or other libraries are in other folders.
+A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted,
+edited or reordered. Facts of other parameters, other code or other libraries are in other folders.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ NUMBER = re.compile(rb'\{"source_row":\d+,')
 KEYS = ("key_0", "key_1")
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(Path(path) for path in sys.path)
-"""Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of libraries when it is imported."""
+"""Folders of installed libraries. Later entries of `sys.path` do not count:
+setuptools appends its own copies of libraries when it is imported."""
 
 _folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
 _known: WeakKeyDictionary[StoredRows | Selected, np.ndarray] = WeakKeyDictionary()
-"""Hashes of rows that are in use: several kinds of facts are about the same rows, which can be appended to, and not changed."""
+"""Hashes of rows that are in use: several kinds of facts are about the same
+rows, which can be appended to, and not changed."""
 
 
 @contextmanager
@@ -58,13 +61,16 @@ def using(root: Path, stage: str) -> Iterator[None]:
 
 
 def facts(
-    work: Callable[[S, Sequence[bytes]], pl.DataFrame], shared: S, rows: StoredRows | Selected, identity: Sequence[object] | None
+    work: Callable[[S, Sequence[bytes]], pl.DataFrame],
+    shared: S,
+    rows: StoredRows | Selected,
+    identity: Sequence[object] | None,
 ) -> pl.DataFrame:
     """One row of facts per row, in order: `work(shared, rows)`, where it is not known from an earlier run.
 
     Args:
-        work: a function of a module that gets encoded rows without `source_row`, if that was their first field. Its result about a row depends on
-            `shared` and that row only, and it always has the same columns.
+        work: a function of a module that gets encoded rows without `source_row`, if that was their first field. Its
+            result about a row depends on `shared` and that row only, and it always has the same columns.
         identity: what determines `shared`; None if that is unknown, so that nothing is kept.
     """
     import polars as pl
@@ -80,7 +86,8 @@ def facts(
 
 
 def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-    """`compute()`, a table with one row about a whole set of texts, unless an earlier run had exactly these texts, in this order.
+    """`compute()`, a table with one row about a whole set of texts, unless an
+    earlier run had exactly these texts, in this order.
 
     Args:
         name: of the fact.
@@ -95,10 +102,14 @@ def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFr
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     halves = np.frombuffer(digest.digest(), "<u8")
-    return _looked_up(name, (), pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)}), lambda _: compute())
+    return _looked_up(
+        name, (), pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)}), lambda _: compute()
+    )
 
 
-def _looked_up(name: str, identity: Sequence[object], keys: pl.DataFrame, compute: Callable[[np.ndarray], pl.DataFrame]) -> pl.DataFrame:
+def _looked_up(
+    name: str, identity: Sequence[object], keys: pl.DataFrame, compute: Callable[[np.ndarray], pl.DataFrame]
+) -> pl.DataFrame:
     """One row of facts per key, in order.
 
     Args:
@@ -111,7 +122,9 @@ def _looked_up(name: str, identity: Sequence[object], keys: pl.DataFrame, comput
     assert folder
     store, requested = _Store(folder / _digest(name, code, *identity)), keys.with_row_index("row")
     stored = store.read()
-    cached = requested.select("row").clear() if stored is None else requested.join(stored, on=KEYS, how="inner").drop(KEYS)
+    cached = (
+        requested.select("row").clear() if stored is None else requested.join(stored, on=KEYS, how="inner").drop(KEYS)
+    )
     is_missing = np.ones(len(keys), np.bool_)
     is_missing[cached["row"].to_numpy()] = False
     missing = np.flatnonzero(is_missing)
@@ -137,7 +150,9 @@ def numbered(line: bytes, original: bytes) -> bytes:
     return number.group() + line[1:] if number else line
 
 
-def _computed(work: Callable[[S, Sequence[bytes]], pl.DataFrame], shared: S, blocks: Iterable[Sequence[bytes]]) -> Iterator[pl.DataFrame]:
+def _computed(
+    work: Callable[[S, Sequence[bytes]], pl.DataFrame], shared: S, blocks: Iterable[Sequence[bytes]]
+) -> Iterator[pl.DataFrame]:
     return workers.current().map(work, shared, ([*map(unnumbered, block)] for block in blocks))
 
 
@@ -175,7 +190,8 @@ class _Store:
         self._files: list[Path] = []
 
     def read(self) -> pl.DataFrame | None:
-        """All facts, one row per key; None without any. Files that are damaged, or of another kind, are removed and count as missing."""
+        """All facts, one row per key; None without any. Files that are damaged,
+        or of another kind, are removed and count as missing."""
         import polars as pl
 
         frames: list[pl.DataFrame] = []
@@ -254,9 +270,16 @@ def _code(changed: bool = False) -> str:
     """
     if not changed:
         return _CODE_AT_IMPORT
-    files = (file for part in ("core", "curation") for file in sorted((PACKAGE / part).rglob("*")) if "__pycache__" not in file.parts)
+    files = (
+        file
+        for part in ("core", "curation")
+        for file in sorted((PACKAGE / part).rglob("*"))
+        if "__pycache__" not in file.parts
+    )
     try:
-        own = [value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())]
+        own = [
+            value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())
+        ]
     except OSError:  # someone removes a file, or it cannot be read: like no other code
         return os.urandom(32).hex()
     libraries = sorted({entry.name for path in LIBRARIES if path.is_dir() for entry in path.glob("*.dist-info")})

@@ -111,7 +111,8 @@ class StoredRows(LazySequence[dict[str, Any]]):
             self.append(row)
 
     def with_changes(self, changed: Iterable[tuple[int, bytes]]) -> StoredRows:
-        """The same rows with some of them replaced, given as index and encoded row. Nothing may be appended to either later."""
+        """The same rows with some of them replaced, given as index and encoded
+        row. Nothing may be appended to either later."""
         new = copy(self)
         new._lines = self._lines.with_changes(changed)
         return new
@@ -169,8 +170,8 @@ ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(row: dict[str, Any]) -> bytes:
-    """JSON in ASCII, which can represent unpaired surrogates. It ends with a space if orjson cannot represent the row: the largest integers, which it
-    would read as floats."""
+    """JSON in ASCII, which can represent unpaired surrogates. It ends with a space if orjson cannot represent the row:
+    the largest integers, which it would read as floats."""
     line = ENCODER.encode(row).encode()
     try:
         orjson.dumps(row)
@@ -201,8 +202,8 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def encoded(table: pl.DataFrame) -> list[bytes]:
-    """As `encode` of each row of a table of texts, integers and lists and objects of them, without Python objects for the values. Text is not
-    escaped."""
+    """As `encode` of each row of a table of texts, integers and lists and objects
+    of them, without Python objects for the values. Text is not escaped."""
     import polars as pl
 
     lines: list[bytes] = table.select(pl.struct(pl.all()).struct.json_encode()).to_series().cast(pl.Binary).to_list()
@@ -257,7 +258,9 @@ class Selected(LazySequence[dict[str, Any]]):
 class Texts(LazySequence[str]):
     """A text of each of some rows, computed when it is read."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], indices: Sequence[int] | np.ndarray, text: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], indices: Sequence[int] | np.ndarray, text: Callable[[dict[str, Any]], str]
+    ) -> None:
         self._rows, self._text = Selected(rows, indices), text
 
     def __len__(self) -> int:
@@ -283,7 +286,11 @@ class SelectedTexts(LazySequence[str]):
         return self._texts[self._indices[index]]
 
     def __iter__(self) -> Iterator[str]:
-        return self._texts.chosen(self._indices) if isinstance(self._texts, StoredTexts) else map(self._texts.__getitem__, self._indices)
+        return (
+            self._texts.chosen(self._indices)
+            if isinstance(self._texts, StoredTexts)
+            else map(self._texts.__getitem__, self._indices)
+        )
 
 
 class Chained(LazySequence[str]):

@@ -1,7 +1,7 @@
 """The process that renders chat templates, which are code of strangers. It is run as a file and imports jinja2 alone.
 
-Jinja's sandbox limits what a template may read, not how long it runs or how much memory it takes: the operating system does. Requests
-and replies are frames of stdin and stdout: their length in 8 bytes, then their content.
+Jinja's sandbox limits what a template may read, not how long it runs or how much memory it takes: the operating system
+does. Requests and replies are frames of stdin and stdout: their length in 8 bytes, then their content.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import IO, Any
 TEXT, ERROR, LIMIT = b"t", b"e", b"l"
 """Kind of a reply: the rendered text, why the template refuses the conversation, or why it is never rendered again."""
 SECONDS_PER_REQUEST, SECONDS_PER_BYTE = 0.05, 1e-6
-"""Processor seconds by which the remaining time grows with each request, up to the limit. Templates of models take about a hundredth."""
+"""Processor seconds by which the remaining time grows with each request, up to
+the limit. Templates of models take about a hundredth."""
 MAX_TEMPLATE = 1 << 20
 """Maximum characters of a template. Those of models have up to 30,000."""
 MAX_GROWTH, FREE_TEXT = 16, 1 << 20
@@ -43,7 +44,8 @@ def read(stream: IO[bytes]) -> bytes | None:
 
 
 def compiled(chat_template: str) -> Any:
-    """A chat template in the environment that transformers gives it: sandboxed, with the same options, filters, functions and tags.
+    """A chat template in the environment that transformers gives it: sandboxed,
+    with the same options, filters, functions and tags.
 
     Raises:
         jinja2.TemplateError: it is not a template.
@@ -84,7 +86,8 @@ def compiled(chat_template: str) -> Any:
         def check(name: Any) -> None:
             if isinstance(name, str) and name.startswith("_"):
                 raise SecurityError(
-                    f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}. Please rename the attribute."
+                    f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}."
+                    " Please rename the attribute."
                 )
 
     class SafeDict:
@@ -99,10 +102,14 @@ def compiled(chat_template: str) -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": refuse,
@@ -147,7 +154,15 @@ def _reply(request: bytes, templates: dict[int, Any], memory: int) -> bytes:
         return TEXT + text.encode("utf-8", "surrogatepass")
     except MemoryError:
         return LIMIT + f"needs more than {memory / 2**30:g} GiB of memory".encode()
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = " ".join(str(error)[:MAX_TEMPLATE].split()) or type(error).__name__
         return ERROR + reason.encode("utf-8", "backslashreplace")
 
@@ -156,7 +171,8 @@ def main(seconds: float, memory: int) -> None:
     """Reply to requests until stdin ends.
 
     Args:
-        seconds: processor time that templates may take. A longer one ends this process by SIGPROF, also in the middle of an operation.
+        seconds: processor time that templates may take. A longer one ends this
+            process by SIGPROF, also in the middle of an operation.
         memory: in bytes.
     """
     import jinja2.sandbox  # noqa: F401  before the limits apply

@@ -14,11 +14,13 @@ from dagster_project.core.messages import JSON, Call, Tools
 
 TYPES: dict[str, str | None] = {
     **{name: name for name in ("object", "array", "string", "integer", "number", "boolean", "null")},
-    "dict": "object", "map": "object", "mapping": "object", "list": "array", "tuple": "array", "set": "array", "str": "string",
+    "dict": "object", "map": "object", "mapping": "object", "list": "array", "tuple": "array", "set": "array",
+    "str": "string",
     "int": "integer", "long": "integer", "float": "number", "double": "number", "bool": "boolean", "none": "null",
     "any": None, "optional": None, "union": None, "callable": None,
 }  # fmt: skip
-"""Type in a tool's definition, in lower case -> JSON Schema's name for it, or None for any type. ToolACE and xLAM use Python's names."""
+"""Type in a tool's definition, in lower case -> JSON Schema's name for it, or
+None for any type. ToolACE and xLAM use Python's names."""
 
 BROKEN = "broken schema"
 """Kind of fault of a schema that cannot be used."""
@@ -48,7 +50,8 @@ class ArgumentsSchema:
 
 
 def call_problem(call: Call, tools: Tools) -> str | None:
-    """Why a call does not fit the tools; None if it does. A tool without a schema, or with a broken one, accepts any object."""
+    """Why a call does not fit the tools; None if it does. A tool without a
+    schema, or with a broken one, accepts any object."""
     functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
     if call.name not in functions:
         return f"unknown tool {call.name!r}"
@@ -65,7 +68,8 @@ def _cached_schema(parameters: str) -> ArgumentsSchema:
 
 
 def counted(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
-    """How often each call is made, by name and arguments. Two answers make the same calls, in any order, if these are equal."""
+    """How often each call is made, by name and arguments. Two answers make the
+    same calls, in any order, if these are equal."""
     return Counter((call.name, json.dumps(_canonical_value(call.arguments), sort_keys=True)) for call in calls)
 
 
@@ -101,11 +105,13 @@ def arguments_schema(parameters: Any) -> ArgumentsSchema:
 
 
 MAX_STEPS = 10**7
-"""Maximum steps of matching a pattern, estimated. A pattern may need exponentially many, so those that could are not checked."""
+"""Maximum steps of matching a pattern, estimated. A pattern may need
+exponentially many, so those that could are not checked."""
 
 
 def is_cheap(pattern: str, length: int) -> bool:
-    """Whether a text of this length is matched in a limited number of steps: no repeated group, and few repetitions without a limit.
+    """Whether a text of this length is matched in a limited number of steps: no
+    repeated group, and few repetitions without a limit.
 
     >>> is_cheap("^[^@]+@[^@]+$", 100), is_cheap("^(a+)+$", 100)
     (True, False)
@@ -133,7 +139,9 @@ def _with_cheap_patterns(kind: Any) -> Any:
         return checked
 
     names = ("patternProperties", "additionalProperties", "unevaluatedProperties")
-    return extend(kind, {"pattern": pattern} | {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS})
+    return extend(
+        kind, {"pattern": pattern} | {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS}
+    )
 
 
 def _standard(schema: Any) -> Any:

@@ -38,7 +38,8 @@ class Workers(Protocol):
 
         Args:
             work: a function of a module. Its result depends on its arguments only.
-            shared: what all items have in common. It is sent with each of them, so large values should be cheap to load again.
+            shared: what all items have in common. It is sent with each of them,
+                so large values should be cheap to load again.
             items: read only as far as there are free processes.
         """
         ...
@@ -90,7 +91,8 @@ class _Started:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise PedigreeError(
-                "a process of the stage ended, for example because it used too much memory", "use fewer `workers` in `execution`"
+                "a process of the stage ended, for example because it used too much memory",
+                "use fewer `workers` in `execution`",
             ) from None
         finally:
             for future in waiting:
@@ -106,7 +108,8 @@ class _Started:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone: killed, it cannot end its workers, and they would wait for items forever."""
+    """End this process when the one that started it is gone: killed, it cannot
+    end its workers, and they would wait for items forever."""
     parent = multiprocessing.parent_process()
     assert parent
 

@@ -20,8 +20,24 @@ from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
 from dagster_project.curation.sources import fields, formats
-from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, has_only_prompts, items_of, read_item
-from dagster_project.curation.sources.files import Found, Row, files_of, others_of, read_blocks, read_rows, require_rows, rows_of
+from dagster_project.curation.sources.benchmarks import (
+    BENCHMARKS,
+    Item,
+    benchmark_of,
+    has_only_prompts,
+    items_of,
+    read_item,
+)
+from dagster_project.curation.sources.files import (
+    Found,
+    Row,
+    files_of,
+    others_of,
+    read_blocks,
+    read_rows,
+    require_rows,
+    rows_of,
+)
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
 from dagster_project.curation.sources.s3 import SCHEME, digest_of, problem_of
 from dagster_project.curation.sources.s3 import Reader as S3Reader
@@ -77,9 +93,13 @@ def check_paths(
     rules = rules or Rules()
     loaded = load(paths, layout, mapping)
     if loaded.kind == "benchmark" and (out or dropped):
-        raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--out and --dropped write examples and preference pairs")
+        raise InputError(
+            f"{', '.join(paths)}: holds benchmark questions", "--out and --dropped write examples and preference pairs"
+        )
     if loaded.kind == "benchmark" and show:
-        raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--show renders examples and preference pairs")
+        raise InputError(
+            f"{', '.join(paths)}: holds benchmark questions", "--show renders examples and preference pairs"
+        )
     held_out = [item for path in against for item in _items(path)]
     counted = fields.taken(loaded.records)
     judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
@@ -92,7 +112,9 @@ def check_paths(
     if since:
         before = load(since, layout, mapping)
         if before.kind != loaded.kind:
-            raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "use an earlier version of the same data")
+            raise InputError(
+                f"{previous} holds {before.kind}, {name} {loaded.kind}", "use an earlier version of the same data"
+            )
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
         old = findings.references(previous, before.layout, was, held_out, matches=0)
         document["changes"] = {
@@ -105,7 +127,9 @@ def check_paths(
     return document
 
 
-def _rename_sources(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+def _rename_sources(
+    records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
     """The records with sources renamed from `places` to `names`, which are the same files elsewhere."""
     renamed = []
     for record in records:
@@ -136,17 +160,23 @@ def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] 
     kinds = {part.kind: part.records[0]["source"] for part in parts if part.records}
     if len(kinds) > 1:
         raise InputError(
-            f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}", "check them one by one"
+            f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}",
+            "check them one by one",
         )
     layouts = ", ".join(dict.fromkeys(part.layout for part in parts))
-    return LoadedRecords(parts[0].kind, layouts, [record for part in parts for record in part.records], parts[0].revision)
+    return LoadedRecords(
+        parts[0].kind, layouts, [record for part in parts for record in part.records], parts[0].revision
+    )
 
 
 def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[LoadedRecords]:
     if hub := parse_spec(path):
         return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
     if path.startswith(SCHEME):
-        return [replace(_rows(rows, name, layout, mapping=mapping), revision=revision) for name, rows, revision in _objects(path)]
+        return [
+            replace(_rows(rows, name, layout, mapping=mapping), revision=revision)
+            for name, rows, revision in _objects(path)
+        ]
     place = _existing_path(path)
     if layout == "auto" and not mapping and _is_canonical(place):
         return [_load_output(place)]
@@ -170,7 +200,9 @@ def _objects(url: str) -> Iterator[tuple[str, list[Row], str]]:
         revision = digest_of(objects)
         for one in objects:
             rows = rows_of(read_blocks(one))
-            require_rows(one.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else ""))
+            require_rows(
+                one.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else "")
+            )
             yield one.name, rows, revision
 
 
@@ -185,10 +217,15 @@ def _existing_path(path: str) -> Path:
             return Path(path)
     except OSError:  # the name is too long
         pass
-    raise InputError(f"{path or 'an empty path'} does not exist", "use a file, a folder, hub:org/name@REVISION:split or s3://BUCKET/PREFIX")
+    raise InputError(
+        f"{path or 'an empty path'} does not exist",
+        "use a file, a folder, hub:org/name@REVISION:split or s3://BUCKET/PREFIX",
+    )
 
 
-def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> LoadedRecords:
+def _rows(
+    rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None
+) -> LoadedRecords:
     name = source.rpartition("/")[2]
     if mapping:
         kind: Kind = "preferences" if PAIR_ONLY & mapping.keys() else "examples"
@@ -238,7 +275,11 @@ def _kind(rows: Sequence[Row], name: str, layout: str) -> tuple[Kind, str]:
     if layout != "auto":
         owners: list[Kind] = [
             kind  # type: ignore[misc]
-            for kind, table in (("examples", formats.LAYOUTS), ("preferences", formats.PAIR_LAYOUTS), ("benchmark", BENCHMARKS))
+            for kind, table in (
+                ("examples", formats.LAYOUTS),
+                ("preferences", formats.PAIR_LAYOUTS),
+                ("benchmark", BENCHMARKS),
+            )
             if layout in table
         ]
         return (formats.kind(rows) if len(owners) > 1 else owners[0]), layout
@@ -262,11 +303,14 @@ def _load_output(folder: Path) -> LoadedRecords:
     try:
         records = read_records(folder)
         if records and "chosen" in records[0]:
-            loaded = LoadedRecords("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
+            loaded = LoadedRecords(
+                "preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)]
+            )
         else:
             kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
             numbered = [
-                {**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in zip(records, kept, strict=True)
+                {**record, "source_row": entry["source_row"], **ignored_in(entry)}
+                for record, entry in zip(records, kept, strict=True)
             ]
             loaded = LoadedRecords("examples", "canonical records", numbered)
         if invalid := [references.place(record) for record in loaded.records if not _is_valid(record)]:
@@ -282,7 +326,11 @@ def _is_valid(record: Mapping[str, Any]) -> bool:
     texts = [
         record["example_id"],
         record["source"],
-        *(text for message in [*record["messages"], *record.get("rejected", ())] for text in (message["role"], message["content"])),
+        *(
+            text
+            for message in [*record["messages"], *record.get("rejected", ())]
+            for text in (message["role"], message["content"])
+        ),
     ]
     made = [call for message in [*record["messages"], *record.get("rejected", ())] for call in calls(message)]
     texts += [call.name for call in made]
@@ -304,14 +352,17 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
         messages = [{"role": "user", "content": item.question + choices}, {"role": "assistant", "content": answer}]
         labelled, meta, category = item.labelled, {}, item.subject or None
     return {
-        "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(row.value, sort_keys=True)}]), "source": source,
-        "source_row": row.source_row, "messages": messages, "category": category, "group_id": None, "meta": json.dumps(meta),
+        "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(row.value, sort_keys=True)}]),
+        "source": source,
+        "source_row": row.source_row, "messages": messages, "category": category, "group_id": None,
+        "meta": json.dumps(meta),
         "labelled": labelled,
     }  # fmt: skip
 
 
 def _items(path: str) -> list[Item]:
-    """Questions and answers of a held-out file or folder of benchmark questions, prompts or examples, also on the Hub or in S3.
+    """Questions and answers of a held-out file or folder of benchmark
+    questions, prompts or examples, also on the Hub or in S3.
 
     Raises:
         InputError: a row cannot be read, and so cannot be checked for leakage.
@@ -337,7 +388,10 @@ def _items_of(rows: list[Row], source: str) -> list[Item]:
 def _held_out(found: LoadedRecords) -> list[Item]:
     for record in found.records:
         if not record["messages"]:
-            raise InputError(f"{references.place(record)}: {quotes.excerpt(record)}", "fix the row, or remove it from the held-out data")
+            raise InputError(
+                f"{references.place(record)}: {quotes.excerpt(record)}",
+                "fix the row, or remove it from the held-out data",
+            )
     return [
         Item(
             references.place(record),
@@ -356,7 +410,9 @@ def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> di
     for i, j in pairs[: findings.ROWS]:
         text = mask(texts[i][: 10 * quotes.WIDTH])
         span, _ = shared_span(text, mask(questions[j][: 10 * quotes.WIDTH]))
-        matches.append({"place": references.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]})
+        matches.append(
+            {"place": references.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]}
+        )
     return {"rows": len({i for i, _ in pairs}), "pairs": len(pairs), "matches": matches}
 
 

@@ -1,4 +1,5 @@
-"""Erased records in sources that cannot be edited from here: on the Hub and in S3. Their rows are left out at reading; a row of a file is refused (docs/erase.md)."""
+"""Erased records in sources that cannot be edited from here: on the Hub and in S3. Their rows are left out at reading;
+a row of a file is refused (docs/erase.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dagster_project.core.records import CheckResult, ledger_schema, write_table
 from dagster_project.curation.sources.erased import SHOWN, TOMBSTONES, Erased
 
 LEFT_OUT = "left_out.parquet"
-"""File of an output, if any rows were left out: their lines of a ledger, without ids. The lines of `ledger.parquet` are those of the records, in their order."""
+"""File of an output, if any rows were left out: their lines of a ledger, without ids. The lines of `ledger.parquet` are
+those of the records, in their order."""
 ERASED = "erased"
 """Why rows were left out, in the report and in that file."""
 REMOTE = ("hub:", "s3://")
@@ -39,7 +41,11 @@ class LeftOut:
 
     def kept(self, count: int) -> Sequence[int]:
         """Numbers of the records that stay, of so many."""
-        return array("q", (number for number in range(count) if number not in self.places)) if self.places else range(count)
+        return (
+            array("q", (number for number in range(count) if number not in self.places))
+            if self.places
+            else range(count)
+        )
 
     def write(self, out: Path, rows_of: Callable[[int], Iterable[int]] | None = None) -> None:
         """Write which rows were left out, if any were.
@@ -48,7 +54,13 @@ class LeftOut:
             rows_of: number of a pair -> all its rows; None: one.
         """
         lines = [
-            {"source": source, "source_row": row, "example_id": "", "outcome": ERASED, "why": f"a tombstone in {TOMBSTONES}"}
+            {
+                "source": source,
+                "source_row": row,
+                "example_id": "",
+                "outcome": ERASED,
+                "why": f"a tombstone in {TOMBSTONES}",
+            }
             for number, (source, first) in self.places.items()
             for row in (rows_of(number) if rows_of else [first])
         ]

@@ -1,4 +1,5 @@
-"""Alarms of evaluations that measured nothing: no questions, empty answers, the same answer to everything, a measure with one value."""
+"""Alarms of evaluations that measured nothing: no questions, empty answers, the
+same answer to everything, a measure with one value."""
 
 from __future__ import annotations
 
@@ -24,20 +25,24 @@ def scored_something(answers: Sequence[Answer], likelihoods: Sequence[tuple[floa
     """
     tokens = sum(n for _, n in likelihoods)
     note = (
-        "" if answers or tokens else "no question was asked and no likelihood measured; set evaluation.task, or add examples with answers"
+        ""
+        if answers or tokens
+        else "no question was asked and no likelihood measured; set evaluation.task, or add examples with answers"
     )
     return CheckResult("scored_something", passed=bool(answers or tokens), blocking=True, note=note)
 
 
 def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], severity: Literal["error", "warn"]) -> CheckResult:
-    """It does not block, so that the other variants are compared. `comparison` calls no variant with a failed check a gain.
+    """It does not block, so that the other variants are compared. `comparison`
+    calls no variant with a failed check a gain.
 
     Args:
         systems: system -> its answers. One that has answers, all of them empty, fails the check.
     """
     silent = [name for name, answers in systems.items() if answers and not any(map(_is_not_empty, answers))]
     note = (
-        f"all answers of {', '.join(silent)} are empty; raise evaluation.max_new_tokens, or look for the fault in the model's chat template"
+        f"all answers of {', '.join(silent)} are empty; raise evaluation.max_new_tokens, or look for the fault in the"
+        " model's chat template"
     )
     return CheckResult(
         "answers_are_not_empty",
@@ -53,7 +58,10 @@ def answers_differ(references: Sequence[Answer], answers: Sequence[Answer]) -> C
     given, expected = ({_content(answer) for answer in some} for some in (answers, references))
     same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1 and _is_not_empty(answers[0])
     note = (
-        f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are right" if same else ""
+        f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are"
+        " right"
+        if same
+        else ""
     )
     return CheckResult("answers_differ", passed=not same, severity="warn", count=len(answers) if same else 0, note=note)
 
@@ -84,5 +92,9 @@ def scores_differ(values: Mapping[str, Sequence[np.ndarray]]) -> CheckResult:
         passed=not constant,
         severity="warn",
         count=len(constant),
-        note="; ".join([*constant, "it does not distinguish the systems: look at the samples, or use another measure"]) if constant else "",
+        note=(
+            "; ".join([*constant, "it does not distinguish the systems: look at the samples, or use another measure"])
+            if constant
+            else ""
+        ),
     )

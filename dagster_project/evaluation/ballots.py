@@ -14,7 +14,18 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
-from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, agreement, answers_of, as_text, majority, match, tally
+from dagster_project.evaluation.paired.pairwise import (
+    Choice,
+    Match,
+    Outcome,
+    Pair,
+    agreement,
+    answers_of,
+    as_text,
+    majority,
+    match,
+    tally,
+)
 
 
 class Vote(Section):
@@ -38,14 +49,18 @@ class Votes(Section):
 def export_text(exported: Mapping[str, Any]) -> str:
     """Summary of an exported ballot as text for the terminal."""
     return (
-        f"{exported['file']}: {exported['pairs']} of {many(exported['of'], 'pair')} of {' and '.join(exported['systems'])}, seed {exported['seed']}; "
-        f"{exported['identical']} with the same answer left out\n"
-        "send the page to the raters, then count what they saved with `pedigree ballots import votes-*.json`"
+        f"{exported['file']}: {exported['pairs']} of {many(exported['of'], 'pair')} of"
+        f" {' and '.join(exported['systems'])}, seed {exported['seed']}; {exported['identical']} with the same answer"
+        " left out\nsend the page to the raters, then count what they saved with `pedigree ballots import"
+        " votes-*.json`"
     )
 
 
-def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -> tuple[Match, dict[str, dict[str, Choice]]]:
-    """The match that the files vote on, and rater -> pair -> choice. The match is recomputed, because the files do not identify the systems.
+def read_votes(
+    project: Path, files: Sequence[Path], seed: int, partial: bool
+) -> tuple[Match, dict[str, dict[str, Choice]]]:
+    """The match that the files vote on, and rater -> pair -> choice. The match
+    is recomputed, because the files do not identify the systems.
 
     Args:
         seed: seed of the export.
@@ -57,13 +72,16 @@ def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -
     ids = list(dict.fromkeys(sheet.ballot for sheet in sheets.values()))
     if len(ids) > 1:
         others = [str(file) for file, sheet in sheets.items() if sheet.ballot != ids[0]]
-        raise InputError(f"the votes are on {len(ids)} ballots: {', '.join(others)} not on {ids[0]}", "import one ballot at a time")
+        raise InputError(
+            f"the votes are on {len(ids)} ballots: {', '.join(others)} not on {ids[0]}", "import one ballot at a time"
+        )
     matches = (match(project, systems, seed) for systems in permutations(answers_of(project), 2))
     ballot = next((candidate for candidate in matches if candidate.id == ids[0]), None)
     if ballot is None:
         raise InputError(
             f"{files[0]}: ballot {ids[0]} does not match the current answers of any two systems with seed {seed}",
-            "give the --seed of the export; if the models have changed since, go back with `git checkout` and `dvc checkout`",
+            "give the --seed of the export; if the models have changed since, go back with `git checkout` and `dvc"
+            " checkout`",
         )
     known = {pair.id for pair in ballot.pairs}
     problems, hints = [], []
@@ -80,7 +98,10 @@ def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -
             hints.append("finish the ballot, or count incomplete ballots with --partial")
     for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
         if count > 1:
-            problems.append(f"{', '.join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)}: all by rater {rater!r}")
+            problems.append(
+                f"{', '.join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)}: all by rater"
+                f" {rater!r}"
+            )
             hints.append("give one file for each rater")
     if problems:
         raise InputError("\n".join(problems), "; ".join(dict.fromkeys(hints)))
@@ -103,8 +124,12 @@ def _read(file: Path) -> Votes:
 
 
 def outcomes(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, list[Outcome]]:
-    """Pair -> outcome of each rater's choice for the first system, in ballot order; pairs without a vote are left out."""
-    by_pair = {pair.id: [pair.outcome(choices[pair.id]) for choices in votes.values() if pair.id in choices] for pair in ballot.pairs}
+    """Pair -> outcome of each rater's choice for the first system, in ballot
+    order; pairs without a vote are left out."""
+    by_pair = {
+        pair.id: [pair.outcome(choices[pair.id]) for choices in votes.values() if pair.id in choices]
+        for pair in ballot.pairs
+    }
     return {pair: choices for pair, choices in by_pair.items() if choices}
 
 
@@ -129,7 +154,9 @@ def preferences(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> lis
     for pair in ballot.pairs:
         if won.get(pair.id, "tie") != "tie":
             chosen, rejected = pair.turns if won[pair.id] == "win" else reversed(pair.turns)
-            row = {"prompt": pair.prompt, "chosen": [chosen], "rejected": [rejected]} | ({"tools": pair.tools} if pair.tools else {})
+            row = {"prompt": pair.prompt, "chosen": [chosen], "rejected": [rejected]} | (
+                {"tools": pair.tools} if pair.tools else {}
+            )
             rows.append(row | ({"category": pair.category} if pair.category is not None else {}))
     return rows
 
@@ -139,15 +166,23 @@ def votes_text(found: Mapping[str, Any]) -> str:
     raters, agreed, places = found["raters"], found["agreement"], found["places"]
     lines = [f"ballot {found['ballot']}: {many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
     if agreed["pairs"]:
-        alpha = "undefined, because all of these votes have the same outcome" if agreed["alpha"] is None else f"{agreed['alpha']:.2f}"
+        alpha = (
+            "undefined, because all of these votes have the same outcome"
+            if agreed["alpha"] is None
+            else f"{agreed['alpha']:.2f}"
+        )
         shared = many(agreed["pairs"], "pair")
-        lines.append(f"{shared} with several votes: two raters agree in {agreed['percent']} % of cases; Krippendorff's alpha {alpha}")
+        lines.append(
+            f"{shared} with several votes: two raters agree in {agreed['percent']} % of cases; Krippendorff's alpha"
+            f" {alpha}"
+        )
     lines.append(f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}")
     return visible("\n".join(lines))
 
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
-    """Content of the ballot page: the first n pairs, without system names. `tools` and `messages`, the answers, only where there is more than text."""
+    """Content of the ballot page: the first n pairs, without system names.
+    `tools` and `messages`, the answers, only where there is more than text."""
     return {"ballot": ballot.id, "pairs": [_rich_content(pair) for pair in ballot.pairs[:n]]}
 
 
@@ -155,4 +190,10 @@ def _rich_content(pair: Pair) -> dict[str, Any]:
     tools = {"tools": pair.tools} if pair.tools else {}
     first, second = pair.turns
     messages = {"messages": [second, first] if pair.swapped else [first, second]} if pair.messages else {}
-    return {"id": pair.id, "prompt": [dict(message) for message in pair.prompt], "answers": list(pair.shown), **tools, **messages}
+    return {
+        "id": pair.id,
+        "prompt": [dict(message) for message in pair.prompt],
+        "answers": list(pair.shown),
+        **tools,
+        **messages,
+    }

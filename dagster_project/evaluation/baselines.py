@@ -1,4 +1,5 @@
-"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and retrieved examples, and a classical classifier."""
+"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and
+retrieved examples, and a classical classifier."""
 
 from __future__ import annotations
 
@@ -37,12 +38,15 @@ NUMBER_ALONE = {
 
 
 def instruction(task: AnyTask, how: str = ANSWER) -> str:
-    """A system prompt that states the whole task, with every allowed value. Empty if a regular expression defines the final answer."""
+    """A system prompt that states the whole task, with every allowed value.
+    Empty if a regular expression defines the final answer."""
     if isinstance(task, FinalAnswer):
         return f"Answer the user's question. {NUMBER_ALONE[how]}" if task.final_answer == NUMBER else ""
     if isinstance(task, LabelSet):
         return f"Classify the user's message. {LABEL_ALONE[how]} {'; '.join(task.known)}."
-    fields = "; ".join(f'"{name}": {" or ".join(allowed) if allowed else "a few words"}' for name, allowed in task.fields.items())
+    fields = "; ".join(
+        f'"{name}": {" or ".join(allowed) if allowed else "a few words"}' for name, allowed in task.fields.items()
+    )
     return f"Classify the user's message. {how} exactly these fields: {fields}."
 
 
@@ -56,7 +60,8 @@ def prompted(
     """Baseline -> the prompt for each question.
 
     Args:
-        system_prompt: replaces the instruction of the task, and the system prompts of the questions before worked examples.
+        system_prompt: replaces the instruction of the task, and the system
+            prompts of the questions before worked examples.
         shots: worked examples for every question.
         similar: worked examples for each question.
     """
@@ -71,15 +76,19 @@ def prompted(
     if task and (thinking := instruction(task, THINK)):
         prompts["chain_of_thought"] = [with_shots(thinking, [], record) for record in questions]
     if shots:
-        prompts["few_shot"] = [with_shots(system, shots, record) for system, record in zip(before_shots, questions, strict=True)]
+        prompts["few_shot"] = [
+            with_shots(system, shots, record) for system, record in zip(before_shots, questions, strict=True)
+        ]
         prompts["retrieved"] = [
-            with_shots(system, some, record) for system, some, record in zip(before_shots, similar, questions, strict=True)
+            with_shots(system, some, record)
+            for system, some, record in zip(before_shots, similar, questions, strict=True)
         ]
     return prompts
 
 
 def _have_system_prompts(questions: Sequence[Record], stated: str) -> bool:
-    """Whether questions have system prompts in whose place no other one stands: they differ, and so may say what a question needs, or nothing states the task."""
+    """Whether questions have system prompts in whose place no other one stands: they differ, and so may say what a
+    question needs, or nothing states the task."""
     own = {_own(record) for record in questions}
     return any(own) and (len(own) > 1 or not stated)
 
@@ -90,7 +99,8 @@ def _own(record: Record) -> str:
 
 
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:
-    """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up to the answer."""
+    """The prompt for a record: system prompt (unless empty), worked examples as
+    earlier turns, then the conversation up to the answer."""
     turns: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
         turns += _worked_example(shot)
@@ -98,7 +108,8 @@ def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> M
 
 
 def _worked_example(shot: Record) -> Messages:
-    """A worked example: its prompt and response; or the whole conversation if it has tool calls, which only make sense with their results.
+    """A worked example: its prompt and response; or the whole conversation if
+    it has tool calls, which only make sense with their results.
 
     Traces are left out, as chat templates leave them out of earlier turns.
     """
@@ -106,11 +117,16 @@ def _worked_example(shot: Record) -> Messages:
         texts = {"user": prompt_text(shot["messages"]), "assistant": response_text(shot["messages"])}
         return [{"role": role, "content": text} for role, text in texts.items()]
     left_out = {"reasoning_content", "weight"}
-    return [{key: value for key, value in m.items() if key not in left_out} for m in shot["messages"] if m["role"] != "system"]
+    return [
+        {key: value for key, value in m.items() if key not in left_out}
+        for m in shot["messages"]
+        if m["role"] != "system"
+    ]
 
 
 def conclusion(answer: str, task: AnyTask) -> str:
-    """The answer after step-by-step reasoning: the last line; for JSON fields the last line that starts with "{", with the further ones of its object."""
+    """The answer after step-by-step reasoning: the last line; for JSON fields
+    the last line that starts with "{", with the further ones of its object."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     opening = [i for i, line in enumerate(lines) if line.startswith("{")] if isinstance(task, Task) else []
     if not opening:
@@ -122,7 +138,9 @@ def conclusion(answer: str, task: AnyTask) -> str:
 
 def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) -> list[Record]:
     """`n` examples that cover the labels as evenly as can be, sampled by seed."""
-    order = sorted(range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{records[i]['example_id']}".encode()).digest())
+    order = sorted(
+        range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{records[i]['example_id']}".encode()).digest()
+    )
     queues = {name: [i for i in order if labels[i] == name] for name in sorted(set(labels))}
     chosen: list[int] = []
     while len(chosen) < min(n, len(records)):
@@ -142,7 +160,8 @@ def nearest(train: Sequence[Record], records: Sequence[Record], n: int) -> list[
 def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Iterator[np.ndarray]:
     """For each query the Okapi BM25 score of every document, (documents,).
 
-    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word lowers a score.
+    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm
+    (as Lucene does), so that no word lowers a score.
     """
     import numpy as np
 
@@ -158,14 +177,17 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: f
     for query in asked:
         scores = np.zeros(len(documents))
         for word, times in query.items():
-            matching, frequency = (np.array(list(part), dtype=of) for part, of in ((counts[word], int), (counts[word].values(), float)))
+            matching, frequency = (
+                np.array(list(part), dtype=of) for part, of in ((counts[word], int), (counts[word].values(), float))
+            )
             idf = np.log(1 + (len(documents) - len(matching) + 0.5) / (len(matching) + 0.5))
             scores[matching] += times * idf * frequency * (k1 + 1) / (frequency + length_norm[matching])
         yield scores
 
 
 def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[Record], seed: int) -> list[str]:
-    """Predict labels by TF-IDF (unigrams and bigrams) and logistic regression; the most frequent one if no prompt has a word of two letters."""
+    """Predict labels by TF-IDF (unigrams and bigrams) and logistic regression;
+    the most frequent one if no prompt has a word of two letters."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -28,7 +28,8 @@ def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any], que
             f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
             "| --- | ---: | :---: | ---: | ---: |",
         ] + [
-            f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
+            f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to"
+            f" {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
             for name, s in sorted(scores.items(), key=lambda item: -item[1][first])
         ]
     order = sorted(
@@ -47,12 +48,14 @@ def _tokens(score: Mapping[str, Any]) -> str:
 
 
 def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapping[str, int]) -> list[str]:
-    """Verdict on each variant with its figures, comparisons between variants, and the next step if the result is inconclusive.
+    """Verdict on each variant with its figures, comparisons between variants,
+    and the next step if the result is inconclusive.
 
     Args:
         compared: variant -> differences to other systems, `perplexity_to_base` and `failed_checks`, each if available.
-        test: numbers of test `examples` and of `answered` ones; of those `decided` by the deciding measure, near-copies counted once, if there
-            are fewer; and of `independent` examples, near-copies counted once, if any are near-copies.
+        test: numbers of test `examples` and of `answered` ones; of those `decided` by
+            the deciding measure, near-copies counted once, if there are fewer; and of
+            `independent` examples, near-copies counted once, if any are near-copies.
     """
     found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
@@ -64,8 +67,8 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
 
 
 def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
-    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding measure covers not all;
-    and near-copies count once.
+    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding
+    measure covers not all; and near-copies count once.
 
     Args:
         scores: empty if the conclusion rests on perplexity.
@@ -76,14 +79,17 @@ def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
 OPEN = "rouge_l"
 """The deciding measure for open text (`metrics.measures`)."""
 OPEN_TEXT = (
-    "Open text has many right answers, and ROUGE-L compares with one of them. Next step: let people vote blindly between two systems "
-    "(`pedigree ballots export`), or a judge model (`pedigree judge --endpoint URL --model NAME`)."
+    "Open text has many right answers, and ROUGE-L compares with one of them. Next step: let people vote blindly"
+    " between two systems (`pedigree ballots export`), or a judge model (`pedigree judge --endpoint URL --model NAME`)."
 )
 MORE = "Add examples, or raise splits.test or evaluation.max_examples in params.yaml."
 
 
 def _too_few_examples(answers: int, test: Mapping[str, int]) -> str:
-    return f"Nothing can be concluded from {many(answers, 'test example')}{counted_once(test)}: at least {FEWEST} are needed."
+    return (
+        f"Nothing can be concluded from {many(answers, 'test example')}{counted_once(test)}: at least {FEWEST} are"
+        " needed."
+    )
 
 
 def counted_once(test: Mapping[str, int]) -> str:
@@ -127,7 +133,11 @@ def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gai
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
         words = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
         return Gain(rival, gap, low, high, words, measured(against, test))
-    return Gain("", *_perplexity_gain(found["perplexity_to_base"]), measured({}, test)) if "perplexity_to_base" in found else None
+    return (
+        Gain("", *_perplexity_gain(found["perplexity_to_base"]), measured({}, test))
+        if "perplexity_to_base" in found
+        else None
+    )
 
 
 def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], test: Mapping[str, int]) -> str:
@@ -139,12 +149,20 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
     more = beside = ""
     if gained.rival:
         more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
-        if decides == OPEN and (ratio := found.get("perplexity_to_base")):  # free text has many correct answers; likelihood covers them all
+        if decides == OPEN and (
+            ratio := found.get("perplexity_to_base")
+        ):  # free text has many correct answers; likelihood covers them all
             beside = f" By likelihood: {_perplexity_gain(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
-        return f"Nothing can be concluded on tuning {name}: {gained.words}, which so few examples cannot tell from chance.{checks}"
+        return (
+            f"Nothing can be concluded on tuning {name}: {gained.words}, which so few examples cannot tell from"
+            f" chance.{checks}"
+        )
     if gained.sure and failed:
-        return f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} Look into them before you use it."
+        return (
+            f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} Look into them before you"
+            " use it."
+        )
     if gained.sure:
         return f"Tuning {name} is worth it: {gained.words}.{beside}"
     if gained.high < 0:
@@ -153,21 +171,30 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
 
 
 def recommended(
-    decides: str, scores: Scores, compared: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]], test: Mapping[str, int]
+    decides: str,
+    scores: Scores,
+    compared: Mapping[str, Any],
+    cost: Mapping[str, Mapping[str, float]],
+    test: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The variant to use, if any, and the reason: the best one that is significantly better than the best alternative and passed its checks;
-    of variants whose difference may be chance, the cheapest.
+    """The variant to use, if any, and the reason: the best one that is significantly better than the best alternative
+    and passed its checks; of variants whose difference may be chance, the cheapest.
 
     Args:
         cost: system -> costs, compared in the order of COSTS.
         test: as in `advice`.
     Returns:
-        {"variant": name or None, "sure": significantly better than the best alternative, with no failed check, "instead": the
-        best alternative, "why"}
+        {"variant": name or None, "sure": significantly better than the best
+        alternative, with no failed check, "instead": the best alternative, "why"}
     """
     gains = {name: found for name in compared if (found := gain(decides, compared[name], test))}
     if not gains:
-        return {"variant": None, "sure": False, "instead": None, "why": "No variant has answers or a perplexity to compare."}
+        return {
+            "variant": None,
+            "sure": False,
+            "instead": None,
+            "why": "No variant has answers or a perplexity to compare.",
+        }
     better = {name: found for name, found in gains.items() if found.sure}
     sure = {name: found for name, found in better.items() if not compared[name].get("failed_checks")}
     best = max(sure or better or gains, key=lambda name: gains[name].gap)
@@ -178,9 +205,18 @@ def recommended(
     if not better:
         if gains[best].gap <= 0:
             return {**common, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
-        return {**common, "why": f"It has the best score, but is not surely better than {rival}, which costs no training."}
+        return {
+            **common,
+            "why": f"It has the best score, but is not surely better than {rival}, which costs no training.",
+        }
     if not sure:
-        return {**common, "why": f"It is surely better than {rival}, but its checks failed: {'; '.join(compared[best]['failed_checks'])}."}
+        return {
+            **common,
+            "why": (
+                f"It is surely better than {rival}, but its checks failed:"
+                f" {'; '.join(compared[best]['failed_checks'])}."
+            ),
+        }
     dearer = {name: tuple(cost.get(name, {}).get(what, 0) for what in COSTS) for name in sure}
     alike = [name for name in sure if name == best or _may_be_chance(compared[best], name, decides)]
     cheapest = min(alike, key=lambda name: (dearer[name], name != best))
@@ -189,7 +225,11 @@ def recommended(
         gap = compared[best]["to"][cheapest][decides]
         low, high = gap["interval"]
         figures = _points(gap["difference"], low, high, decides, cheapest)
-        return {**common, "variant": cheapest, "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more."}
+        return {
+            **common,
+            "variant": cheapest,
+            "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more.",
+        }
     others = ", ".join(name for name in alike if name != best)
     if others:
         return {**common, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
@@ -213,7 +253,9 @@ def headline(document: Mapping[str, Any]) -> str:
     if name is None:
         few = measured(document["scores"], document["test"]) < FEWEST
         return "No conclusion." if few else "Use no variant."
-    return f"Failed checks: look into {name} first." if compared[name].get("failed_checks") else f"No sure gain: {name}."
+    return (
+        f"Failed checks: look into {name} first." if compared[name].get("failed_checks") else f"No sure gain: {name}."
+    )
 
 
 COSTS = ("prompt_tokens", "bytes", "tokens")
@@ -234,7 +276,10 @@ def _perplexity_gain(ratio: Mapping[str, Any]) -> tuple[float, float, float, str
 
 
 def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
-    return f"{100 * gap:+.1f} points of {TITLES[decides]} over {rival} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    return (
+        f"{100 * gap:+.1f} points of {TITLES[decides]} over {rival} (95 % interval {100 * low:+.1f} to"
+        f" {100 * high:+.1f})"
+    )
 
 
 def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""User-defined measures: functions (reference, answer) -> number in Python files under data/metrics/, named in params.yaml."""
+"""User-defined measures: functions (reference, answer) -> number in Python
+files under data/metrics/, named in params.yaml."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def _load(root: Path, name: str) -> Callable[[str, str], Any]:
     *parts, function = name.split(".")
     if not parts or not all(part.isidentifier() for part in (*parts, function)):
         raise InputError(
-            f"params.yaml: evaluation.metrics: {name!r} is not of the form file.function", f"name a function of a Python file in {FOLDER}/"
+            f"params.yaml: evaluation.metrics: {name!r} is not of the form file.function",
+            f"name a function of a Python file in {FOLDER}/",
         )
     relative = f"{FOLDER}/{'/'.join(parts)}.py"
     path = inside(root, relative, "evaluation.metrics")
@@ -45,7 +47,8 @@ def _load(root: Path, name: str) -> Callable[[str, str], Any]:
         ) from None
     if not callable(loaded):
         raise InputError(
-            f"params.yaml: evaluation.metrics: {relative} has no function {function!r}", "define it there, or use another function"
+            f"params.yaml: evaluation.metrics: {relative} has no function {function!r}",
+            "define it there, or use another function",
         )
     return loaded
 
@@ -58,7 +61,9 @@ def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequen
         for reference, answer in zip(references, answers, strict=True):
             try:
                 value = function(reference, answer)
-                is_number = isinstance(value, Real) and math.isfinite(value)  # OverflowError: an integer above the largest float
+                is_number = isinstance(value, Real) and math.isfinite(
+                    value
+                )  # OverflowError: an integer above the largest float
             except (Exception, SystemExit) as error:  # noqa: BLE001  as above
                 problem = f"fails: {type(error).__name__}: {error}"
             else:
@@ -66,7 +71,9 @@ def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequen
                     values.append((float(value), 1))
                     continue
                 problem = f"returns {value!r}, which is not a finite number"
-            raise InputError(f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/")
+            raise InputError(
+                f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/"
+            )
         return np.array(values, dtype=float).reshape(-1, 2)
 
     return statistics

@@ -58,7 +58,10 @@ def result_schema(rich: bool = False) -> pa.Schema:
             ("answer", pa.string()),  # generated answer without trace and calls; null if none was generated
             ("label", pa.string()),  # label or final answer of the answer; null for free text
             ("prompt_tokens", pa.int64()),  # tokens of the prompt; null for systems other than language models
-            ("nll", pa.float64()),  # nats, summed over the reference response; null for systems other than language models
+            (
+                "nll",
+                pa.float64(),
+            ),  # nats, summed over the reference response; null for systems other than language models
             ("tokens", pa.int64()),  # of the reference response
         ]
     )
@@ -78,7 +81,11 @@ def _task_kind(value: Any) -> str:
     """Tag of the kind of `task` that a value specifies."""
     if isinstance(value, FinalAnswer) or (isinstance(value, dict) and "final_answer" in value):
         return f"{TAG}final_answer"
-    return f"{TAG}labels" if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value) else f"{TAG}fields"
+    return (
+        f"{TAG}labels"
+        if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value)
+        else f"{TAG}fields"
+    )
 
 
 class Settings(Section):
@@ -93,8 +100,8 @@ class Settings(Section):
         ]
         | None
     ) = None
-    """What a correct answer looks like: a label (`labels`), one JSON object (`fields` and `score`), or text that ends in
-    an answer (`final_answer`). null, or no test example with such an answer: answers are free text."""
+    """What a correct answer looks like: a label (`labels`), one JSON object (`fields` and `score`), or text that ends
+    in an answer (`final_answer`). null, or no test example with such an answer: answers are free text."""
     metrics: list[str] = []
     """Measures of your own: `file.function` of a Python file in data/metrics/."""
     max_examples: int = Field(default=200, ge=1)
@@ -124,23 +131,29 @@ class EvaluatedModel:
         incomplete = feature_extraction.is_head(folder) or (folder / "adapter_config.json").is_file()
         self.tokenizer = load_tokenizer(base_model if base_model and incomplete else folder, folder)
         self.head = (
-            feature_extraction.load(folder, base_model, device, dtype) if base_model and feature_extraction.is_head(folder) else None
+            feature_extraction.load(folder, base_model, device, dtype)
+            if base_model and feature_extraction.is_head(folder)
+            else None
         )
         self.model = None if self.head else load(folder, base_model, device, dtype)
         self.settings = settings
 
     @property
     def writes(self) -> bool:
-        """Whether the model generates text. A classifier only predicts labels: it has no perplexity and no benchmark scores."""
+        """Whether the model generates text. A classifier only predicts labels:
+        it has no perplexity and no benchmark scores."""
         return self.head is None
 
     def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
-        """(negative log-likelihood in nats, tokens) of each record's responses. Records longer than the context are truncated at the end."""
+        """(negative log-likelihood in nats, tokens) of each record's responses.
+        Records longer than the context are truncated at the end."""
         room = self.tokenizer.model_max_length
         encoded = [encode_record(self.tokenizer, record) for record in records]
         examples = [(ids[:room], labels[:room]) for parts in encoded for ids, labels in parts]
         scores = iter(
-            negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
+            negative_log_likelihood(
+                self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity"
+            )
         )
         of_records = [list(islice(scores, len(parts))) for parts in encoded]
         return [(sum(nats for nats, _ in parts), sum(tokens for _, tokens in parts)) for parts in of_records]
@@ -148,7 +161,8 @@ class EvaluatedModel:
     def answer(
         self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, offers: Sequence[Offer] | None = None
     ) -> list[Answer]:
-        """The answer to each prompt; for a classifier the predicted label. Prompts longer than the context are truncated at the beginning.
+        """The answer to each prompt; for a classifier the predicted label.
+        Prompts longer than the context are truncated at the beginning.
 
         Args:
             thinking_tokens: additional tokens for reasoning before the answer.
@@ -163,14 +177,18 @@ class EvaluatedModel:
         ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]
         generated = generate_ids(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
         tools = [offer.tools for offer in offers or [Offer()] * len(prompts)]
-        return [read_answer(self.tokenizer, prompt, new, some) for prompt, new, some in zip(ids, generated, tools, strict=True)]
+        return [
+            read_answer(self.tokenizer, prompt, new, some)
+            for prompt, new, some in zip(ids, generated, tools, strict=True)
+        ]
 
     def prompt_tokens(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None = None) -> list[int] | None:
         """Tokens of each prompt; None for a classifier, which is not prompted."""
         return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
 
     def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
-        """Whether the chat template refuses a prompt, e.g. a system prompt, or worked examples in which a call has no result."""
+        """Whether the chat template refuses a prompt, e.g. a system prompt, or
+        worked examples in which a call has no result."""
         try:
             self._encode(prompts, offers)
         except InputError as error:
@@ -186,7 +204,8 @@ class EvaluatedModel:
 def select_questions(
     records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
 ) -> tuple[AnyTask | None, list[dict[str, Any]]]:
-    """Select the turns to answer. Returns the task (None for free text) and the questions: test examples that end with the turn.
+    """Select the turns to answer. Returns the task (None for free text) and the
+    questions: test examples that end with the turn.
 
     Args:
         records: the test split.
@@ -196,7 +215,10 @@ def select_questions(
     if isinstance(settings.task, LabelTask):
         task = label_set(
             settings.task,
-            *(list(filter(None, (response_text(r["messages"]) for r in with_prompt_and_response(s)))) for s in (train, records)),
+            *(
+                list(filter(None, (response_text(r["messages"]) for r in with_prompt_and_response(s))))
+                for s in (train, records)
+            ),
         )
     else:
         task = settings.task
@@ -208,8 +230,8 @@ def select_questions(
             else f"a text with a final answer ({task.final_answer})"
         )
         log.warning(
-            f"params.yaml: evaluation.task: none of {len(records)} test answers is {form}; answers are scored as free text. "
-            "Remove evaluation.task, or describe your own answers"
+            f"params.yaml: evaluation.task: none of {len(records)} test answers is {form}; answers are scored as free"
+            " text. Remove evaluation.task, or describe your own answers"
         )
     task = task if answerable else None
     last = {record["example_id"] for record in answerable or with_prompt_and_response(records)}
@@ -219,16 +241,20 @@ def select_questions(
 
 
 def turns(record: dict[str, Any], task: AnyTask | None, last: bool) -> list[dict[str, Any]]:
-    """The questions of a test example: itself if its last turn is answered, and its beginning up to each earlier turn with tool calls.
+    """The questions of a test example: itself if its last turn is answered, and
+    its beginning up to each earlier turn with tool calls.
 
-    The calls are in earlier turns, because a conversation goes on with their results. Under a task with labels only last turns are answered.
+    The calls are in earlier turns, because a conversation goes on with their
+    results. Under a task with labels only last turns are answered.
 
     Returns:
         Records that end with the answered turn. Those of earlier turns have the index of its message as `turn`.
     """
     messages = record["messages"]
     earlier = (
-        [] if isinstance(task, Task | LabelSet) else [i for i, message in enumerate(messages[:-1]) if i and _calls_in_training(message)]
+        []
+        if isinstance(task, Task | LabelSet)
+        else [i for i, message in enumerate(messages[:-1]) if i and _calls_in_training(message)]
     )
     return [*({**record, "messages": messages[: i + 1], "turn": i} for i in earlier), *([record] if last else [])]
 
@@ -279,7 +305,11 @@ def result_rows(
             "tokens": n,
         }
         for record, answer, length, (nll, n) in zip(
-            records, answers or nothing, prompt_tokens or nothing, likelihoods or [(None, None)] * len(records), strict=True
+            records,
+            answers or nothing,
+            prompt_tokens or nothing,
+            likelihoods or [(None, None)] * len(records),
+            strict=True,
         )
     ]
 
@@ -293,7 +323,10 @@ NO_CATEGORY = "(none)"
 
 
 def slices(
-    records: Sequence[dict[str, Any]], likelihoods: Sequence[tuple[float, int]], scored: str, values: Mapping[str, float]
+    records: Sequence[dict[str, Any]],
+    likelihoods: Sequence[tuple[float, int]],
+    scored: str,
+    values: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
     """Test examples, perplexity and mean score of answered examples, by category and by prompt length.
 
@@ -340,6 +373,12 @@ def thirds(lengths: Sequence[int]) -> list[str]:
     ordered = sorted(lengths)
     low, high = (ordered[max(0, len(ordered) * k // 3 - 1)] for k in (1, 2))
     return [
-        f"short, up to {low}" if n <= low else f"medium, {low + 1} to {high}" if n <= high else f"long, {high + 1} and more"
+        (
+            f"short, up to {low}"
+            if n <= low
+            else f"medium, {low + 1} to {high}"
+            if n <= high
+            else f"long, {high + 1} and more"
+        )
         for n in lengths
     ]

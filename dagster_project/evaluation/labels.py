@@ -35,7 +35,9 @@ class LabelTask(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _auto_or_texts(cls, value: Any) -> Any:
-        if value != "auto" and not (isinstance(value, list) and value and all(isinstance(name, str) and name.strip() for name in value)):
+        if value != "auto" and not (
+            isinstance(value, list) and value and all(isinstance(name, str) and name.strip() for name in value)
+        ):
             raise ValueError('must be `auto`, or a list of labels as text; quote numbers, true and false: ["0", "1"]')
         return value
 
@@ -44,7 +46,9 @@ class LabelTask(Section):
     def _distinct(cls, value: Literal["auto"] | list[str]) -> Literal["auto"] | list[str]:
         spellings = _spellings(value) if isinstance(value, list) else {}
         if same := next((found for found in spellings.values() if found.total() > 1), None):
-            raise ValueError(f"{', '.join(map(repr, same.elements()))} are one label: case and punctuation at the end do not count")
+            raise ValueError(
+                f"{', '.join(map(repr, same.elements()))} are one label: case and punctuation at the end do not count"
+            )
         if NO_LABEL in spellings:
             raise ValueError(f"{NO_LABEL!r} is reserved for answers without a label; choose another name")
         return value
@@ -57,7 +61,8 @@ class LabelSet:
     known: tuple[str, ...]
     """Labels of the training split, or those listed in params.yaml."""
     unseen: tuple[str, ...] = ()
-    """With `auto`: labels that occur only in the test split. No instruction lists them, but answers with them are scored normally."""
+    """With `auto`: labels that occur only in the test split. No instruction
+    lists them, but answers with them are scored normally."""
 
     @cached_property
     def labels(self) -> list[str]:
@@ -107,19 +112,23 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
     spellings = _spellings(train)
     if not train or len(spellings) > MAX_LABELS or len(spellings) > MAX_DISTINCT_SHARE * len(train):
         raise InputError(
-            f"params.yaml: evaluation.task.labels: auto: {len(spellings):,} different responses in the {len(train):,} examples of the "
-            f"training split are not labels (at most {MAX_LABELS}, and half as many as examples)"
+            f"params.yaml: evaluation.task.labels: auto: {len(spellings):,} different responses in the {len(train):,}"
+            f" examples of the training split are not labels (at most {MAX_LABELS}, and half as many as examples)"
             + (f"; the most frequent are {_frequent(train)}" if train else ""),
-            "list the labels that count (`labels: [a, b]`), or leave evaluation.task out: answers are then scored as free text",
+            "list the labels that count (`labels: [a, b]`), or leave evaluation.task out: answers are then scored as"
+            " free text",
         )
     others = {key: found for key, found in _spellings(test).items() if key not in spellings}
     for split, names in (("training", spellings), ("test", others)):
         if normalized(NO_LABEL) in names:
             raise InputError(
-                f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the {split} split is reserved for answers without a label",
+                f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the {split} split is reserved"
+                " for answers without a label",
                 "rename it in the source",
             )
-    return LabelSet(*(tuple(sorted(_most_frequent_spelling(found) for found in names.values())) for names in (spellings, others)))
+    return LabelSet(
+        *(tuple(sorted(_most_frequent_spelling(found) for found in names.values())) for names in (spellings, others))
+    )
 
 
 def per_label(labels: LabelSet, sums: Sequence[float]) -> dict[str, dict[str, float]]:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _UNSPACED = f"{WITHOUT_SPACES}\uac00-\ud7af"
 """Scripts without spaces between words, and Hangul, where particles follow a word without one."""
-_MARKS = "".join(c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"})
+_MARKS = "".join(
+    c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"}
+)
 r"""Vowel signs and tone marks of these scripts, which Python's \w lacks."""
 _WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
 
@@ -67,7 +69,10 @@ def follows(task: Task, value: dict[str, Any] | None) -> bool:
     return (
         value is not None
         and value.keys() == task.fields.keys()
-        and all(isinstance(value[name], str) and (not allowed or value[name] in allowed) for name, allowed in task.fields.items())
+        and all(
+            isinstance(value[name], str) and (not allowed or value[name] in allowed)
+            for name, allowed in task.fields.items()
+        )
     )
 
 
@@ -83,8 +88,9 @@ def is_answer(task: AnyTask, response: str) -> bool:
 
 
 def label(task: AnyTask, answer: str) -> str:
-    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks: the label field, whose case does not count if only one label
-    fits, or else the first label mentioned anywhere, the longest one of several at the same place.
+    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks:
+    the label field, whose case does not count if only one label fits, or else the
+    first label mentioned anywhere, the longest one of several at the same place.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
@@ -96,7 +102,10 @@ def label(task: AnyTask, answer: str) -> str:
     given = (parse(answer) or {}).get(task.score)
     if given in task.labels:
         return str(given)
-    if isinstance(given, str) and len(same := [name for name in task.labels if name and normalized(name) == normalized(given)]) == 1:
+    if (
+        isinstance(given, str)
+        and len(same := [name for name in task.labels if name and normalized(name) == normalized(given)]) == 1
+    ):
         return same[0]
     positions = {name: match.start() for name in task.labels if name and (match := _mention(name).search(answer))}
     return min(positions, key=lambda name: (positions[name], -len(name)), default=NO_LABEL)  # "bug report", not "bug"
@@ -139,13 +148,17 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
     if isinstance(task, FinalAnswer):
         final = {
-            "accuracy": Measure(_mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
+            "accuracy": Measure(
+                _mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True
+            ),
             "no_final_answer": Measure(_mean_statistics(lambda _, actual: task.extract(actual) is None), paired=True),
         }
         return {**final, "exact_match": exact, "rouge_l": rouge, **text} if writes else {}
     named = {
         "macro_f1": Measure(lambda expected, actual: _label_counts(task, expected, actual), macro_f1, paired=True),
-        "accuracy": Measure(_mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
+        "accuracy": Measure(
+            _mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True
+        ),
     }
     if not writes:
         return named
@@ -190,7 +203,8 @@ def by_label(task: AnyTask | None, references: Sequence[str], answers: Sequence[
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """exp of the mean negative log-likelihood per token, with equal weight per token; from sums of (nats, tokens), (..., 2) -> (...)."""
+    """exp of the mean negative log-likelihood per token, with equal weight per
+    token; from sums of (nats, tokens), (..., 2) -> (...)."""
     import numpy as np
 
     return np.exp(rate(sums))
@@ -199,7 +213,8 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
 def perplexity_interval(scores: Sequence[tuple[float, int]], units: Sequence[str]) -> dict[str, Any]:
     """Perplexity with its 95 % interval, from the (nats, tokens) of each answer; empty if none has a token.
 
-    Answers without tokens, whose prompts alone fill the context, do not count: a sample of them would have perplexity exp(0) = 1.
+    Answers without tokens, whose prompts alone fill the context, do not count:
+    a sample of them would have perplexity exp(0) = 1.
 
     Args:
         units: unit of each answer, as `summed` takes them.
@@ -209,7 +224,9 @@ def perplexity_interval(scores: Sequence[tuple[float, int]], units: Sequence[str
     counted = [(score, of) for score, of in zip(scores, units, strict=True) if score[1]]
     if not counted:
         return {}
-    value, interval = estimate(perplexity, summed(np.array([score for score, _ in counted], dtype=float), [of for _, of in counted]))
+    value, interval = estimate(
+        perplexity, summed(np.array([score for score, _ in counted], dtype=float), [of for _, of in counted])
+    )
     return {"perplexity": value, "perplexity_interval": interval}
 
 
@@ -233,22 +250,27 @@ def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Seq
     import numpy as np
 
     true, predicted = (
-        np.array([[predicted_label == name for name in task.labels] for predicted_label in (label(task, text) for text in texts)]).reshape(
-            -1, len(task.labels)
-        )
+        np.array(
+            [
+                [predicted_label == name for name in task.labels]
+                for predicted_label in (label(task, text) for text in texts)
+            ]
+        ).reshape(-1, len(task.labels))
         for texts in (references, answers)
     )
     return np.concatenate([true, predicted, true & predicted], axis=1).astype(float)
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation; of characters in scripts without spaces.
-    Of texts without words, such as emoji: whether they are equal."""
+    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation; of
+    characters in scripts without spaces. Of texts without words, such as emoji: whether they are equal."""
     reference_words, answer_words = words(reference), words(answer)
     bits: dict[str, int] = {}
     for i, word in enumerate(reference_words):
         bits[word] = bits.get(word, 0) | 1 << i
-    row = full = (1 << len(reference_words)) - 1  # one bit per reference word; bits that end a longer subsequence become 0 (Hyyrö 2004)
+    row = full = (
+        1 << len(reference_words)
+    ) - 1  # one bit per reference word; bits that end a longer subsequence become 0 (Hyyrö 2004)
     for word in answer_words:
         row = ((row + (row & bits.get(word, 0))) | (row & ~bits.get(word, 0))) & full
     shared = len(reference_words) - row.bit_count()
@@ -273,7 +295,8 @@ def _token_f1_counts(expected: Any, actual: Any) -> tuple[float, int]:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case, each letter with its accents one character where Unicode has it; in scripts without spaces between words, each character."""
+    """Words in lower case, each letter with its accents one character where
+    Unicode has it; in scripts without spaces between words, each character."""
     return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
@@ -294,7 +317,9 @@ def _mean_statistics(value: Callable[[str, str], float]) -> Callable[[Sequence[s
     return statistics
 
 
-def _field(name: str, value: Callable[[Any, Any], tuple[float, float]]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+def _field(
+    name: str, value: Callable[[Any, Any], tuple[float, float]]
+) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """Statistics for a rate over the values of a JSON field in reference and answer (None if missing)."""
 
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
@@ -307,8 +332,8 @@ def _field(name: str, value: Callable[[Any, Any], tuple[float, float]]) -> Calla
 
 
 def _sacrebleu(name: str, paired: bool = False) -> Measure:
-    """A corpus score of sacrebleu with its default settings, 0 to 100, but for the tokenizer of scripts without spaces. Summing sentence statistics is
-    also how sacrebleu bootstraps."""
+    """A corpus score of sacrebleu with its default settings, 0 to 100, but for the tokenizer of scripts without spaces.
+    Summing sentence statistics is also how sacrebleu bootstraps."""
 
     def metric(**settings: str) -> Any:
         from sacrebleu import metrics
@@ -331,11 +356,13 @@ def _sacrebleu(name: str, paired: bool = False) -> Measure:
 
 
 def _tokenizer(texts: Sequence[str]) -> str:
-    """sacrebleu's tokenizer for BLEU: its default, 13a; or, if most words are of scripts without spaces, in which a whole sentence would be one token,
-    zh for Chinese and char for the others."""
+    """sacrebleu's tokenizer for BLEU: its default, 13a; or, if most words are of scripts without spaces, in which a
+    whole sentence would be one token, zh for Chinese and char for the others."""
     found = [word for text in texts for word in words(text)]
     unspaced = [word for word in found if re.match(f"[{WITHOUT_SPACES}]", word)]
     if 2 * len(unspaced) <= len(found):
         return "13a"
     chinese = sum("\u3400" <= word <= "\u9fff" for word in unspaced)
-    return "zh" if 10 * chinese >= 9 * len(unspaced) else "char"  # Japanese has syllables between its Chinese characters
+    return (
+        "zh" if 10 * chinese >= 9 * len(unspaced) else "char"
+    )  # Japanese has syllables between its Chinese characters

@@ -55,17 +55,20 @@ def read_benchmarks(root: Path, paths: Sequence[str]) -> dict[str, list[Item]]:
         name = Path(path).stem
         if name in benchmarks:
             raise InputError(
-                f"params.yaml: evaluation.benchmarks: two files are named {name}", "rename one: scores are reported by this name"
+                f"params.yaml: evaluation.benchmarks: two files are named {name}",
+                "rename one: scores are reported by this name",
             )
         benchmarks[name] = read_multiple_choice(inside(root, path, "evaluation.benchmarks"))
     return benchmarks
 
 
-def ask(model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], batch_size: int, what: str) -> list[dict[str, Any]]:
+def ask(
+    model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], batch_size: int, what: str
+) -> list[dict[str, Any]]:
     """Score the model on each question; rows of `retention_schema`.
 
-    Equal to lm-eval's command line with `softmax_dtype=float32` on the same file, with `Item.prompt` as the task's `doc_to_text`. Prompts longer than
-    the context are truncated at the beginning, with a warning from lm-eval.
+    Equal to lm-eval's command line with `softmax_dtype=float32` on the same file, with `Item.prompt` as the task's
+    `doc_to_text`. Prompts longer than the context are truncated at the beginning, with a warning from lm-eval.
     """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -73,7 +76,12 @@ def ask(model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], ba
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns about a model object instead of a name
-    scorer = HFLM(pretrained=_LmEvalModel(model), tokenizer=tokenizer, batch_size=min(batch_size, MAX_BATCH), softmax_dtype="float32")
+    scorer = HFLM(
+        pretrained=_LmEvalModel(model),
+        tokenizer=tokenizer,
+        batch_size=min(batch_size, MAX_BATCH),
+        softmax_dtype="float32",
+    )
     log.setLevel(level)
     rows = []
     for benchmark, items in benchmarks.items():
@@ -81,7 +89,9 @@ def ask(model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], ba
         for start in range(0, len(items), 64):
             batch = items[start : start + 64]
             requests = [
-                Instance("loglikelihood", {}, (item.prompt, f" {choice}"), n) for item in batch for n, choice in enumerate(item.choices)
+                Instance("loglikelihood", {}, (item.prompt, f" {choice}"), n)
+                for item in batch
+                for n, choice in enumerate(item.choices)
             ]
             scores = iter(scorer.loglikelihood(requests, disable_tqdm=True))
             for item in batch:
@@ -100,7 +110,8 @@ def ask(model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], ba
 
 
 class _LmEvalModel:
-    """Adapter from a loaded model to the interface of lm-eval. Not a torch module, so that lm-eval does not re-tie weights that tuning untied."""
+    """Adapter from a loaded model to the interface of lm-eval. Not a torch
+    module, so that lm-eval does not re-tie weights that tuning untied."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.device = model, model.config, model.device
@@ -118,9 +129,11 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Change of accuracy and log-likelihood by tuning, over all questions (`overall`) and by subject; empty without questions.
+    """Change of accuracy and log-likelihood by tuning, over all questions
+    (`overall`) and by subject; empty without questions.
 
-    The log-likelihood is that of the correct choices, in nats per question, so that a change is visible before an answer flips.
+    The log-likelihood is that of the correct choices, in nats per question, so
+    that a change is visible before an answer flips.
 
     Args:
         base, tuned: rows of `retention_schema`.
@@ -141,7 +154,9 @@ def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
 
     changes: dict[str, Any] = {}
     for name, members in groups.items():
-        correct, nats = ([statistics(members, side, column) for side in (0, 1)] for column in ("correct", "gold_logprob"))
+        correct, nats = (
+            [statistics(members, side, column) for side in (0, 1)] for column in ("correct", "gold_logprob")
+        )
         changes[name] = {
             "accuracy": {
                 **{system: rounded(rate(sums.sum(0))) for system, sums in zip(("base", "tuned"), correct, strict=True)},
@@ -154,7 +169,8 @@ def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
 
 
 def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str]:
-    """A warning with remedies, if accuracy fell by more than `forgetting`, or correct answers are significantly and at least two times less likely.
+    """A warning with remedies, if accuracy fell by more than `forgetting`, or
+    correct answers are significantly and at least two times less likely.
 
     Args:
         changes: result of `retained`.
@@ -179,6 +195,7 @@ def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str
     if not signs:
         return []
     return [
-        f"{name} forgot: on {many(changes['overall']['questions'], 'benchmark question')} {' and '.join(signs)}. "
-        "What helps: a lower learning_rate, fewer num_train_epochs, general data mixed in by tokenized.replay (a larger share), a smaller peft.r."
+        f"{name} forgot: on {many(changes['overall']['questions'], 'benchmark question')} {' and '.join(signs)}. What"
+        " helps: a lower learning_rate, fewer num_train_epochs, general data mixed in by tokenized.replay (a larger"
+        " share), a smaller peft.r."
     ]

@@ -1,5 +1,5 @@
-"""Scores of a system's answers to the questions: text measures on references with text, call measures on references with tool calls,
-and those of final answers on references with one."""
+"""Scores of a system's answers to the questions: text measures on references with text, call measures on references
+with tool calls, and those of final answers on references with one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ CALLS: dict[str, Same] = {
     "tool_name_accuracy": lambda reference, answer, _: same_names(reference, answer),
     "tool_call_valid": lambda _, answer, tools: is_valid(answer, tools),
 }
-"""Measures over the questions whose reference has calls. The first one decides if at least half of the questions are such."""
+"""Measures over the questions whose reference has calls. The first one decides
+if at least half of the questions are such."""
 FALSE_CALL = "false_call"
 """Share of answers with a call, over the questions that offer tools and whose reference has no call."""
 
@@ -42,11 +43,14 @@ class Offer(NamedTuple):
 class Scoring:
     """The questions and the measures that apply to each."""
 
-    def __init__(self, questions: Sequence[Mapping[str, Any]], task: AnyTask | None, custom: Mapping[str, Measure]) -> None:
+    def __init__(
+        self, questions: Sequence[Mapping[str, Any]], task: AnyTask | None, custom: Mapping[str, Measure]
+    ) -> None:
         self.task, self.custom = task, custom
         self.references = [of_message(question["messages"][-1]) for question in questions]
         self.offers = [
-            Offer(question.get("tools"), bool(reference.reasoning)) for question, reference in zip(questions, self.references, strict=True)
+            Offer(question.get("tools"), bool(reference.reasoning))
+            for question, reference in zip(questions, self.references, strict=True)
         ]
         self.examples = [question["example_id"] for question in questions]
         self.units = [unit(question) for question in questions]
@@ -56,7 +60,9 @@ class Scoring:
             text and (not isinstance(task, FinalAnswer) or is_answer(task, reference.content))
             for text, reference in zip(self.with_text, self.references, strict=True)
         ]
-        self.could_call = [bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)]
+        self.could_call = [
+            bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)
+        ]
 
     def names(self, writes: bool = True) -> dict[str, bool]:
         """Measure -> whether it is paired. The first one is deciding, the second one is shown next to it.
@@ -64,7 +70,11 @@ class Scoring:
         Args:
             writes: False for a classifier, which generates no text.
         """
-        text = {name: measure.paired for name, measure in self._text(writes).items() if any(self._covered(name)) or not self.references}
+        text = {
+            name: measure.paired
+            for name, measure in self._text(writes).items()
+            if any(self._covered(name)) or not self.references
+        }
         called = dict.fromkeys(CALLS, True) if any(self.with_calls) and writes else {}
         false = {FALSE_CALL: True} if any(self.could_call) and writes else {}
         return {**called, **text, **false} if self.calls_decide else {**text, **called, **false}
@@ -74,10 +84,12 @@ class Scoring:
         return bool(self.references) and 2 * sum(self.with_calls) >= len(self.references)
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
-        """Contribution of each example that a measure covers to its sums, (examples, k). The turns of one example, and near-copies, are added up,
-        because they are not independent. A bootstrap sample of other examples alone would have the score 0."""
+        """Contribution of each example that a measure covers to its sums, (examples, k).
+        The turns of one example, and near-copies, are added up, because they are not
+        independent. A bootstrap sample of other examples alone would have the score 0."""
         return summed(
-            self.values(name, answers, writes), [one for one, counted in zip(self.units, self._covered(name), strict=True) if counted]
+            self.values(name, answers, writes),
+            [one for one, counted in zip(self.units, self._covered(name), strict=True) if counted],
         )
 
     def values(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
@@ -105,7 +117,9 @@ class Scoring:
             same: Same = CALLS.get(name, lambda _, answer, __: bool(answer.calls))
             counted = self._covered(name)
             triples = zip(self.references, answers, (offer.tools for offer in self.offers), strict=True)
-            return np.array([(n and same(*one), n) for n, one in zip(counted, triples, strict=True)], dtype=float).reshape(-1, 2)
+            return np.array(
+                [(n and same(*one), n) for n, one in zip(counted, triples, strict=True)], dtype=float
+            ).reshape(-1, 2)
         kept = np.flatnonzero(self.with_text)
         found = self._text(writes)[name].statistics(self.texts(self.references), self.texts(answers))
         values = np.zeros((len(answers), found.shape[1]))
@@ -122,7 +136,9 @@ class Scoring:
         if any(self.with_calls):
             scores |= {"n_text": sum(self.with_text), "n_calls": sum(self.with_calls)}
         for name in self.names(writes):
-            scores[name], scores[f"{name}_interval"] = estimate(self.combine(name, writes), self.statistics(name, answers, writes))
+            scores[name], scores[f"{name}_interval"] = estimate(
+                self.combine(name, writes), self.statistics(name, answers, writes)
+            )
         return scores | by_label(self.task, self.texts(self.references), self.texts(answers))
 
     @property
@@ -132,7 +148,8 @@ class Scoring:
         return text if not any(self.with_calls) else ALL_MARKS if any(self.with_text) else next(iter(CALLS))
 
     def marks(self, answers: Sequence[Answer], writes: bool = True) -> list[float]:
-        """A score from 0 to 1 for each answer: whether the calls are those of the reference or, for text, accuracy or ROUGE-L."""
+        """A score from 0 to 1 for each answer: whether the calls are those of
+        the reference or, for text, accuracy or ROUGE-L."""
         text = (
             self._by_question("accuracy" if self.task else "rouge_l", answers, writes)[:, 0]
             if any(self.with_text)

@@ -15,19 +15,22 @@ from dagster_project.lineage.history import blobs, listing_of
 PARAMS = "params.yaml"
 
 
-def code_in(root: Path, commit: str | None, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[dict[str, str], list[str]]]:
+def code_in(
+    root: Path, commit: str | None, stages: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[dict[str, str], list[str]]]:
     """The recorded code of some stages, and the part of it that differs from a commit.
 
     Args:
         commit: None for uncommitted work.
         stages: address -> entry of dvc.lock.
     Returns:
-        Per stage: {path: md5} of every file, or of a whole folder (md5 ends in ".dir") if its recorded content is neither in the commit nor in the
-        workspace; and the paths with other content in the commit, including params.yaml. Of a stage whose code is installed, the file is
-        "code.lock.yaml:STAGE" with the recorded sha256.
+        Per stage: {path: md5} of every file, or of a whole folder (md5 ends in ".dir") if its recorded content is
+        neither in the commit nor in the workspace; and the paths with other content in the commit, including
+        params.yaml. Of a stage whose code is installed, the file is "code.lock.yaml:STAGE" with the recorded sha256.
     """
     recorded = {
-        name: {dep["path"]: dep.get("md5", "") for dep in stage.get("deps", []) if is_code(dep["path"])} for name, stage in stages.items()
+        name: {dep["path"]: dep.get("md5", "") for dep in stage.get("deps", []) if is_code(dep["path"])}
+        for name, stage in stages.items()
     }
     paths = dict.fromkeys(path for code in recorded.values() for path in code)
     committed, params, lock = _committed(root, commit, paths) if commit else ({}, b"", b"")
@@ -85,7 +88,11 @@ def _files_below(files: Mapping[str, str], folder: str) -> dict[str, str]:
 def _in_workspace(root: Path, folder: str) -> dict[str, str]:
     """{path: md5} of the files in a folder, without the caches of Python and numba, which .dvcignore excludes."""
     listing = listing_of(root / folder).items()
-    return {f"{folder}/{name}": md5 for name, md5 in listing if "__pycache__" not in name.split("/") and not name.endswith(".pyc")}
+    return {
+        f"{folder}/{name}": md5
+        for name, md5 in listing
+        if "__pycache__" not in name.split("/") and not name.endswith(".pyc")
+    }
 
 
 def _folder_md5(files: Mapping[str, str], folder: str) -> str:

@@ -1,7 +1,9 @@
-"""code.lock.yaml: the code that the stages of a project run with, where the package is installed and not part of the project.
+"""code.lock.yaml: the code that the stages of a project run with, where the
+package is installed and not part of the project.
 
-One hash for each stage, over the files of the package that the stage imports. dvc.yaml reads the entry of each stage as a parameter, so that a new
-version makes exactly the stages stale whose code it changes (docs/decisions/029). A clone has no such file: its stages depend on its own files.
+One hash for each stage, over the files of the package that the stage imports. dvc.yaml reads the entry of each stage as
+a parameter, so that a new version makes exactly the stages stale whose code it changes (docs/decisions/029). A clone
+has no such file: its stages depend on its own files.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ TEMPLATE_NAME = "pipeline_template.yaml"
 """dvc.yaml of the clone, which `make docs` copies into the package."""
 TEMPLATE = PACKAGE / TEMPLATE_NAME
 HEADER = f"""\
-# The code that the stages run with: one hash for each stage, over the files of {DISTRIBUTION} that it uses. Keep this file in git.
-# Written by `pedigree upgrade`, and not by hand: a stage runs only with the code recorded here. The version is for information only.
+# The code that the stages run with: one hash for each stage, over the files of {DISTRIBUTION} that it uses. Keep this \
+file in git.
+# Written by `pedigree upgrade`, and not by hand: a stage runs only with the code recorded here. The version is for \
+information only.
 """
 UPGRADE = "`pedigree upgrade` records the installed code and lists the stages that become stale"
 
@@ -67,7 +71,8 @@ def code_of_stages(package: Path = PACKAGE) -> dict[str, list[str]]:
 
 
 def installed(stages: Iterable[str] | None = None, package: Path = PACKAGE) -> dict[str, str]:
-    """sha256 of the installed code of each stage: over lines "<sha256 of file> <path>", in the order of the paths, without Python's caches.
+    """sha256 of the installed code of each stage: over lines "<sha256 of file>
+    <path>", in the order of the paths, without Python's caches.
 
     Args:
         stages: names without variants; None: all stages.
@@ -83,7 +88,10 @@ def installed(stages: Iterable[str] | None = None, package: Path = PACKAGE) -> d
     entries = code_of_stages(package)
     return {
         name: sha256_of_text(
-            "".join(line(path) for path in sorted({file for entry in entries[name] for file in _files(package.parent / entry)}))
+            "".join(
+                line(path)
+                for path in sorted({file for entry in entries[name] for file in _files(package.parent / entry)})
+            )
         )
         for name in (entries if stages is None else stages)
     }
@@ -92,7 +100,11 @@ def installed(stages: Iterable[str] | None = None, package: Path = PACKAGE) -> d
 def _files(place: Path) -> list[Path]:
     if not place.is_dir():
         return [place]
-    return [path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"]
+    return [
+        path
+        for path in place.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    ]
 
 
 def is_used(root: Path) -> bool:
@@ -128,7 +140,9 @@ def read(root: Path) -> CodeLock:
     try:
         found = parse(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        raise InputError(f"{FILE} is missing: the code of the stages is not recorded", f"`git checkout {FILE}`, or {UPGRADE}") from None
+        raise InputError(
+            f"{FILE} is missing: the code of the stages is not recorded", f"`git checkout {FILE}`, or {UPGRADE}"
+        ) from None
     if found is None:
         raise InputError(f"{FILE} is invalid: it must map stages to hashes", f"`git checkout {FILE}`, or {UPGRADE}")
     return found
@@ -157,7 +171,9 @@ def refuse_other_code(root: Path, stages: Iterable[str] | None = None) -> None:
         return
     here = __version__
     versions = (
-        f"{DISTRIBUTION} {here} is installed, {recorded.version} is recorded" if here != recorded.version else f"both are version {here}"
+        f"{DISTRIBUTION} {here} is installed, {recorded.version} is recorded"
+        if here != recorded.version
+        else f"both are version {here}"
     )
     raise InputError(
         f"the installed code of {', '.join(differing)} is not that of {FILE} ({versions})",
@@ -176,8 +192,8 @@ def compare(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> dict[str, 
     Args:
         recorded: name -> `recorded_in` its entry of dvc.lock.
     Returns:
-        {"installed": version, "stages": {name: {"sha256", "version"}}, "differs": names}; a version is None if no code.lock.yaml in the workspace or
-        the git history has the hash.
+        {"installed": version, "stages": {name: {"sha256", "version"}}, "differs": names}; a version is None if no
+        code.lock.yaml in the workspace or the git history has the hash.
     """
     now = installed()
     entries = {name: (stage, value) for name, entry in recorded.items() for stage, value in entry.items()}
@@ -245,8 +261,10 @@ def refuse_to_verify(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> N
     what = ", ".join(f"{name} ({DISTRIBUTION} {version or 'of unknown version'})" for name, version in stages.items())
     raise InputError(
         f"made by other code than the installed {DISTRIBUTION} {facts['installed']}: {what}",
-        f"install the version that made it, in a separate environment, and verify there: `pip install {DISTRIBUTION}=={wanted[0]}`;"
-        " --install does both"
-        if wanted
-        else "install the build that made it; a stage can be verified only with the code recorded for it",
+        (
+            "install the version that made it, in a separate environment, and verify there: `pip install"
+            f" {DISTRIBUTION}=={wanted[0]}`; --install does both"
+            if wanted
+            else "install the build that made it; a stage can be verified only with the code recorded for it"
+        ),
     )

@@ -25,7 +25,8 @@ SILENT_WAIT = 2000
 INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
 TABLES = """
 CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
-CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT UNIQUE, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, report TEXT, report_md5 TEXT, text TEXT);
+CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT UNIQUE, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, \
+report TEXT, report_md5 TEXT, text TEXT);
 CREATE INDEX run_md5 ON run (md5);
 CREATE TABLE lock_run (lock INTEGER, run INTEGER, PRIMARY KEY (lock, run)) WITHOUT ROWID;
 CREATE TABLE cached_run (name TEXT PRIMARY KEY, run INTEGER) WITHOUT ROWID;
@@ -52,7 +53,8 @@ CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, 
 CREATE INDEX training_shard ON training (shard, evidence);
 CREATE TABLE training_source (evidence TEXT, data TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
 CREATE TABLE matched (evidence TEXT, data TEXT, PRIMARY KEY (evidence, data)) WITHOUT ROWID;
-CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
+CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, \
+PRIMARY KEY (segment, first));
 CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
 """
 SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
@@ -60,7 +62,8 @@ SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
 
 
 def cached_per_instance(method: Callable[..., T]) -> Callable[..., T]:
-    """Cache the results of a method in its object. functools.cache would keep every object alive, here with its connection."""
+    """Cache the results of a method in its object. functools.cache would keep
+    every object alive, here with its connection."""
     name = f"_results_of_{method.__name__}"
 
     @wraps(method)
@@ -73,7 +76,9 @@ def cached_per_instance(method: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
-def _watched(method: Callable[..., Any], connection: Callable[[Any], _Connection] = lambda own: own) -> Callable[..., Any]:
+def _watched(
+    method: Callable[..., Any], connection: Callable[[Any], _Connection] = lambda own: own
+) -> Callable[..., Any]:
     """A method of sqlite3 that sets the file aside when it finds it damaged."""
 
     @wraps(method)
@@ -90,7 +95,12 @@ def _watched(method: Callable[..., Any], connection: Callable[[Any], _Connection
 class _Cursor(sqlite3.Cursor):
     __next__, fetchone, fetchmany, fetchall = (
         _watched(method, lambda cursor: cursor.connection)
-        for method in (sqlite3.Cursor.__next__, sqlite3.Cursor.fetchone, sqlite3.Cursor.fetchmany, sqlite3.Cursor.fetchall)
+        for method in (
+            sqlite3.Cursor.__next__,
+            sqlite3.Cursor.fetchone,
+            sqlite3.Cursor.fetchmany,
+            sqlite3.Cursor.fetchall,
+        )
     )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -109,11 +119,17 @@ class _Connection(sqlite3.Connection):
         """Raises:
         DamagedIndex: the error says that the file is damaged.
         """
-        damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+        damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in {
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+            sqlite3.SQLITE_FORMAT,
+        }
         if not damaged or self.path is None:
             return
         kept = _set_aside(self.path)
-        raise DamagedIndex(f"the index of audits was damaged ({error}); it is set aside as {kept.name}", "run the command again") from None
+        raise DamagedIndex(
+            f"the index of audits was damaged ({error}); it is set aside as {kept.name}", "run the command again"
+        ) from None
 
 
 def _set_aside(path: Path) -> Path:
@@ -164,7 +180,8 @@ class Database:
 
 
 def _connect(root: Path) -> sqlite3.Connection:
-    """Open the database: rebuilt if its schema differs, set aside if it is damaged, in memory if the project is read-only."""
+    """Open the database: rebuilt if its schema differs, set aside if it is
+    damaged, in memory if the project is read-only."""
     path = root / INDEX_FILE
     for _ in range(2):
         try:
@@ -176,14 +193,20 @@ def _connect(root: Path) -> sqlite3.Connection:
             if version == SCHEMA_VERSION:
                 return _ready(db, path)
             if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+                db.executescript(
+                    f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION};"
+                    " COMMIT;"
+                )
                 return _ready(db, path)
             db.close()
             path.unlink()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 break
-            log.warning(f"the index of audits was damaged ({error}); it is set aside as {_set_aside(path).name} and created again")
+            log.warning(
+                f"the index of audits was damaged ({error}); it is set aside as {_set_aside(path).name} and created"
+                " again"
+            )
         except OSError:
             break
     memory = sqlite3.connect(":memory:", isolation_level=None)

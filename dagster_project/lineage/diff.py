@@ -41,10 +41,11 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     Args:
         rev, against_rev: revisions of `before` and `after`; "REV:MODEL" is equivalent.
     Returns:
-        {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics", "missing"}. "records" has "added",
-        "removed", "changed" (another record from the same source row) and "moved" (to another split), each record with its source rows; it is null
-        if a data set is unavailable or unrecorded. The others are {name: [before, after]}, for differing values only. If a report is unavailable, values
-        that it would state and that only one of the models has are left out.
+        {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics",
+        "missing"}. "records" has "added", "removed", "changed" (another record from the same source row) and "moved"
+        (to another split), each record with its source rows; it is null if a data set is unavailable or unrecorded. The
+        others are {name: [before, after]}, for differing values only. If a report is unavailable, values that it would
+        state and that only one of the models has are left out.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]
@@ -53,7 +54,12 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     reports = [one for subject in subjects for one in unavailable_reports(index, subject.upstream)]
     lost = [{key: one[key] for key in ("path", "md5", "fetch")} for one in reports]
     stated = partial(_differing, of_both=bool(lost))
-    naming = [run for subject in subjects for run in subject.upstream if index.reads_sources(run) and index.unavailable_report(run)]
+    naming = [
+        run
+        for subject in subjects
+        for run in subject.upstream
+        if index.reads_sources(run) and index.unavailable_report(run)
+    ]
     return {
         "models": [old["model"], new["model"]],
         "same": old["model"]["md5"] == new["model"]["md5"],
@@ -64,7 +70,9 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
-        "missing": list({(one["path"], one["md5"]): one for one in missing + lost}.values()),  # both models may need the same
+        "missing": list(
+            {(one["path"], one["md5"]): one for one in missing + lost}.values()
+        ),  # both models may need the same
     }
 
 
@@ -99,23 +107,36 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _scores(subject: Subject, audited: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics by stage, without the variant's name, so that two variants can be compared."""
     variant = subject.run.address.partition("@")[2]
-    by_stage = {name.removesuffix(f"@{variant}") if variant else name: metrics for name, metrics in audited["metrics"].items()}
-    return _flat({name: {key: value for key, value in metrics.items() if key not in NON_METRICS} for name, metrics in by_stage.items()})
+    by_stage = {
+        name.removesuffix(f"@{variant}") if variant else name: metrics for name, metrics in audited["metrics"].items()
+    }
+    return _flat(
+        {
+            name: {key: value for key, value in metrics.items() if key not in NON_METRICS}
+            for name, metrics in by_stage.items()
+        }
+    )
 
 
 def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, Any]]] | None, list[dict[str, str]]]:
-    """Differences in records, over the data sets of each model and of the models it was derived from; and the missing outputs."""
+    """Differences in records, over the data sets of each model and of the
+    models it was derived from; and the missing outputs."""
     rows_of, missing = [], []
     for subject in (before, after):
         rows, unavailable = _split_rows(subject)
         rows_of.append(rows)
         missing += [{"path": run.path, "md5": run.md5, "fetch": fetch_hint([run])} for run in unavailable]
-        missing += [{key: one[key] for key in ("path", "md5", "fetch")} for one in unrecorded(subject.index, _up_to_splits(subject))]
+        missing += [
+            {key: one[key] for key in ("path", "md5", "fetch")}
+            for one in unrecorded(subject.index, _up_to_splits(subject))
+        ]
     if missing:
         return None, missing
     old, new = rows_of
     removed, added = old.keys() - new.keys(), new.keys() - old.keys()
-    changed = _changed({one: record for one, record in old.items() if one in removed}, {one: new[one] for one in new if one in added})
+    changed = _changed(
+        {one: record for one, record in old.items() if one in removed}, {one: new[one] for one in new if one in added}
+    )
 
     def describe(identity: str, records: Mapping[str, _Record]) -> dict[str, Any]:
         record = records[identity]
@@ -128,7 +149,10 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
     return {
         "added": [describe(identity, new) for identity in sorted(added - changed.keys())],
         "removed": [describe(identity, old) for identity in sorted(removed - set(changed.values()))],
-        "changed": [{"before": describe(former, old), "after": describe(identity, new)} for identity, former in sorted(changed.items())],
+        "changed": [
+            {"before": describe(former, old), "after": describe(identity, new)}
+            for identity, former in sorted(changed.items())
+        ],
         "moved": [
             {"before": describe(identity, old), "after": describe(identity, new)}
             for identity in sorted(old.keys() & new.keys())
@@ -138,7 +162,8 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
 
 
 def _changed(removed: Mapping[str, _Record], added: Mapping[str, _Record]) -> dict[str, str]:
-    """Added record -> the removed one of the same source row. A row can have several records, such as augmented copies: each is paired with one of its kind."""
+    """Added record -> the removed one of the same source row. A row can have several
+    records, such as augmented copies: each is paired with one of its kind."""
     of_row: dict[tuple[SourceRow, str], list[str]] = defaultdict(list)
     for identity, record in removed.items():
         for row in record.rows:
@@ -146,7 +171,13 @@ def _changed(removed: Mapping[str, _Record], added: Mapping[str, _Record]) -> di
     changed: dict[str, str] = {}
     taken = set[str]()
     for identity, record in added.items():
-        former = (one for row in record.rows if row[1] is not None for one in of_row.get((row, record.kind), ()) if one not in taken)
+        former = (
+            one
+            for row in record.rows
+            if row[1] is not None
+            for one in of_row.get((row, record.kind), ())
+            if one not in taken
+        )
         if (one := next(former, None)) is not None:
             changed[identity] = one
             taken.add(one)
@@ -157,7 +188,11 @@ def _up_to_splits(subject: Subject) -> list[StageRun]:
     """The runs that a model's data sets with splits are found through."""
     index = subject.index
     upstream = [
-        run for model in subject.models if not index.is_copy(model) for run in index.data(model).values() if not index.is_split(run)
+        run
+        for model in subject.models
+        if not index.is_copy(model)
+        for run in index.data(model).values()
+        if not index.is_split(run)
     ]
     return [*subject.models, *upstream]
 
@@ -167,7 +202,10 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
     index = subject.index
     records: dict[str, _Record] = {}
     unavailable = [
-        original for model in subject.models if index.has_unknown_original(model) for original in index.unavailable_originals(model)
+        original
+        for model in subject.models
+        if index.has_unknown_original(model)
+        for original in index.unavailable_originals(model)
     ]
     data = {md5: run for model in subject.models if not index.is_copy(model) for md5, run in index.data(model).items()}
     for md5, run in data.items():
@@ -183,7 +221,9 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
         ledger = index.file_path(md5, "ledger.parquet")
         rows_by_id: dict[str, list[SourceRow]] = {}
         kinds: dict[str, str] = {}
-        for row in tables.read(ledger, ["source", "source_row", "example_id", "outcome"]).rows(named=True) if ledger else []:
+        for row in (
+            tables.read(ledger, ["source", "source_row", "example_id", "outcome"]).rows(named=True) if ledger else []
+        ):
             rows_by_id.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
             if (row["outcome"] or "").startswith(AUGMENTED):
                 kinds[row["example_id"]] = row["outcome"]
@@ -199,7 +239,8 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
 def as_text(difference: Mapping[str, Any]) -> str:
     """The differences as text for the terminal."""
     lines = [
-        f"{sign} {entry['stage']}  {entry['path']}  md5 {entry['md5']}" for sign, entry in zip("-+", difference["models"], strict=True)
+        f"{sign} {entry['stage']}  {entry['path']}  md5 {entry['md5']}"
+        for sign, entry in zip("-+", difference["models"], strict=True)
     ]
     if difference["same"]:
         lines.append("identical bytes")
@@ -208,26 +249,39 @@ def as_text(difference: Mapping[str, Any]) -> str:
     if records is None:
         lines += ["records: unknown, because a data set is not in the cache or nothing records it"]
     else:
-        lines.append("records: " + (", ".join(f"{len(entries)} {name}" for name, entries in records.items() if entries) or "the same"))
+        lines.append(
+            "records: "
+            + (", ".join(f"{len(entries)} {name}" for name, entries in records.items() if entries) or "the same")
+        )
         lines += [f"  + {_record(entry)}" for entry in records["added"][:SHOWN]]
         lines += [f"  - {_record(entry)}" for entry in records["removed"][:SHOWN]]
         for entry in [*records["changed"][:SHOWN], *records["moved"][:SHOWN]]:
             lines += [f"  - {_record(entry['before'])}", f"  + {_record(entry['after'])}"]
-        if more := ", ".join(f"{len(entries) - SHOWN} {name}" for name, entries in records.items() if len(entries) > SHOWN):
+        if more := ", ".join(
+            f"{len(entries) - SHOWN} {name}" for name, entries in records.items() if len(entries) > SHOWN
+        ):
             lines.append(f"  more, which --json lists: {more}")
     if difference["missing"]:
         lines += ["", "not available: what they state is left out"]
-        lines += [f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]]
+        lines += [
+            f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]
+        ]
     for name in ("sources", "base_model", "parameters", "code", "environment", "metrics"):
         if difference[name]:
             lines += ["", name.replace("_", " ")]
-            lines += [f"  {key}: {_value(name, before)} -> {_value(name, after)}" for key, (before, after) in difference[name].items()]
+            lines += [
+                f"  {key}: {_value(name, before)} -> {_value(name, after)}"
+                for key, (before, after) in difference[name].items()
+            ]
     return "\n".join(lines)
 
 
 def _record(record: Mapping[str, Any]) -> str:
     rows: Sequence[str] = record["rows"]
-    return f"{record['example_id']}  {', '.join(record['splits'])}  {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
+    return (
+        f"{record['example_id']}  {', '.join(record['splits'])} "
+        f" {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
+    )
 
 
 def _value(name: str, value: Any) -> str:

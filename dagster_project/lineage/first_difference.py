@@ -1,4 +1,5 @@
-"""Locates the first difference between two versions of a file: tensor (safetensors), row and field (Parquet), key (JSON), or line."""
+"""Locates the first difference between two versions of a file: tensor
+(safetensors), row and field (Parquet), key (JSON), or line."""
 
 from __future__ import annotations
 
@@ -18,15 +19,21 @@ def first_difference(recorded: Path, made: Path) -> dict[str, Any]:
     """The first difference between two files whose bytes differ.
 
     Returns:
-        {"tensor", "max_abs_difference", "tensors_differing", "tensors"}, {"row", "field", "recorded", "made"}, {"field", "recorded", "made"},
-        {"line", "recorded", "made"} or {"byte"}. Rows and lines count from 0; personal data is masked and long values are truncated.
+        {"tensor", "max_abs_difference", "tensors_differing", "tensors"}, {"row", "field", "recorded", "made"},
+        {"field", "recorded", "made"}, {"line", "recorded", "made"} or {"byte"}. Rows and lines count from 0; personal
+        data is masked and long values are truncated.
     """
     from safetensors import SafetensorError
 
     compare = {".safetensors": _tensor, ".parquet": _row, ".json": _field}.get(made.suffix, _line)
     try:
         difference = compare(recorded, made)
-    except (OSError, ValueError, NotImplementedError, SafetensorError):  # a file is invalid, but its bytes can still be compared
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+        SafetensorError,
+    ):  # a file is invalid, but its bytes can still be compared
         difference = {}
     return difference or {"byte": _byte(recorded, made)}
 
@@ -43,10 +50,17 @@ def _tensor(recorded: Path, made: Path) -> dict[str, Any]:
         for name in sorted(names):
             tensor_a, tensor_b = a.get_tensor(name), b.get_tensor(name)
             if tensor_a.shape != tensor_b.shape or tensor_a.dtype != tensor_b.dtype:
-                shapes = {"recorded": f"{tensor_a.dtype} {tuple(tensor_a.shape)}", "made": f"{tensor_b.dtype} {tuple(tensor_b.shape)}"}
+                shapes = {
+                    "recorded": f"{tensor_a.dtype} {tuple(tensor_a.shape)}",
+                    "made": f"{tensor_b.dtype} {tuple(tensor_b.shape)}",
+                }
                 differences.append({"tensor": name, **shapes})
-            elif not torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (tensor_a, tensor_b))):
-                differences.append({"tensor": name, "max_abs_difference": float((tensor_a.double() - tensor_b.double()).abs().max())})
+            elif not torch.equal(
+                *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (tensor_a, tensor_b))
+            ):
+                differences.append(
+                    {"tensor": name, "max_abs_difference": float((tensor_a.double() - tensor_b.double()).abs().max())}
+                )
     return {**differences[0], "tensors_differing": len(differences), "tensors": len(names)} if differences else {}
 
 
@@ -105,7 +119,9 @@ def _byte(recorded: Path, made: Path) -> int:
         while True:
             a, b = file_a.read(1 << 20), file_b.read(1 << 20)
             if a != b:
-                return position + next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                return position + next(
+                    (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+                )
             if not a:
                 return position
             position += len(a)

@@ -29,9 +29,14 @@ EACH_PARENT = ("-c", "log.diffMerges=separate")
 
 
 def blobs(root: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Read the content of git objects by name ("<hash>" or "<commit>:./<path>") in one process. Missing objects are left out."""
+    """Read the content of git objects by name ("<hash>" or "<commit>:./<path>")
+    in one process. Missing objects are left out."""
     requested = list(dict.fromkeys(names))
-    output = git_bytes(root, "cat-file", "--batch", given="".join(f"{name}\n" for name in requested).encode()) if requested else None
+    output = (
+        git_bytes(root, "cat-file", "--batch", given="".join(f"{name}\n" for name in requested).encode())
+        if requested
+        else None
+    )
     contents, position = {}, 0
     for name in requested if output else ():
         assert output is not None
@@ -50,7 +55,9 @@ def is_in_repository(root: Path) -> bool:
 
 
 def commit_of(root: Path, rev: str) -> str | None:
-    return (git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}") or "").strip() or None
+    return (
+        git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}") or ""
+    ).strip() or None
 
 
 def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
@@ -65,10 +72,17 @@ def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
     try:
         document = YAML(typ="safe").load(text)
         why = _wrong_shape(document) or (_wrong_entry(document.get("stages", {})) if where == LOCK else "")
-    except (YAMLError, ValueError, TypeError, RecursionError) as error:  # also an invalid date, an unhashable key, too many brackets
+    except (
+        YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ) as error:  # also an invalid date, an unhashable key, too many brackets
         why = "it has an unresolved merge conflict" if "\n<<<<<<< " in f"\n{text}" else " ".join(str(error).split())
     if why:
-        raise InputError(f"{where} cannot be read: {why}", f"restore it with `git checkout HEAD {where}`, then run `dvc repro`")
+        raise InputError(
+            f"{where} cannot be read: {why}", f"restore it with `git checkout HEAD {where}`, then run `dvc repro`"
+        )
     return dict(document.get("stages", {}))
 
 
@@ -104,9 +118,11 @@ def _is_item(item: Any) -> bool:
 
 
 def lost_entries(root: Path) -> list[str]:
-    """Stages of the committed dvc.lock that the one in the workspace lacks, or has only the beginning of, although dvc.yaml still declares them.
+    """Stages of the committed dvc.lock that the one in the workspace lacks, or
+    has only the beginning of, although dvc.yaml still declares them.
 
-    DVC removes no entry of a declared stage. So the file was cut short, by a kill or a full disk, or it was taken from another commit.
+    DVC removes no entry of a declared stage. So the file was cut short, by a
+    kill or a full disk, or it was taken from another commit.
     """
     committed = git_bytes(root, "show", f"HEAD:./{LOCK}")
     file = root / LOCK
@@ -114,7 +130,11 @@ def lost_entries(root: Path) -> list[str]:
     if not committed or committed == now:
         return []
     before, after = (_entries(content.decode("utf-8", "replace").replace("\r\n", "\n")) for content in (committed, now))
-    lost = [name for name, text in before.items() if name not in after or (after[name] != text and text.startswith(after[name]))]
+    lost = [
+        name
+        for name, text in before.items()
+        if name not in after or (after[name] != text and text.startswith(after[name]))
+    ]
     return [name for name in lost if _is_declared(root, name)] if lost else []
 
 
@@ -131,7 +151,9 @@ def _is_declared(root: Path, address: str) -> bool:
 
     stage, _, variant = address.partition("@")
     try:
-        documents = [YAML(typ="safe").load((root / name).read_text(encoding="utf-8")) for name in ("dvc.yaml", "params.yaml")]
+        documents = [
+            YAML(typ="safe").load((root / name).read_text(encoding="utf-8")) for name in ("dvc.yaml", "params.yaml")
+        ]
         body = documents[0]["stages"][stage]
         if not variant:
             return True
@@ -161,13 +183,14 @@ def refuse_lost_entries(root: Path) -> None:
 
 def lost_text(lost: Sequence[str]) -> str:
     return (
-        f"dvc.lock has no complete entry of {listed(lost, 3)}, which the committed one has: it was cut short, or it is from another commit"
+        f"dvc.lock has no complete entry of {listed(lost, 3)}, which the committed one has: it was cut short, or it is"
+        " from another commit"
     )
 
 
 LOST_HINT = (
-    "`git checkout HEAD dvc.lock` restores the committed one, and `dvc repro` then restores what ran since, from DVC's run cache; "
-    "to ask about another commit, use --rev"
+    "`git checkout HEAD dvc.lock` restores the committed one, and `dvc repro` then restores what ran since, from DVC's"
+    " run cache; to ask about another commit, use --rev"
 )
 
 
@@ -206,12 +229,16 @@ class Revision:
         try:
             text = self.text(LOCK)
         except UnicodeDecodeError:
-            raise InputError(f"{LOCK} cannot be read: it is not UTF-8", f"restore it with `git checkout HEAD {LOCK}`") from None
+            raise InputError(
+                f"{LOCK} cannot be read: it is not UTF-8", f"restore it with `git checkout HEAD {LOCK}`"
+            ) from None
         stages = stages_of(text) if text else {}
         if self.rev is None and not partial:
             refuse_lost_entries(self.root)
         if not text:
-            raise InputError(f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first")
+            raise InputError(
+                f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first"
+            )
         return stages
 
 
@@ -245,7 +272,9 @@ def resolve(lock: dict[str, Any], model: str) -> str:
     if len(set(matches)) == 1:
         return matches[0]
     if matches:
-        raise InputError(f"{model} could be {', '.join(sorted(set(matches)))}", "give more of the hash, or the stage's name")
+        raise InputError(
+            f"{model} could be {', '.join(sorted(set(matches)))}", "give more of the hash, or the stage's name"
+        )
     raise InputError(f"{model}: no such stage, output path or content hash in dvc.lock", f"known: {', '.join(lock)}")
 
 
@@ -254,9 +283,11 @@ class History:
     """Every dvc.lock that git reaches."""
 
     first: Mapping[str, str]
-    """Blob of a dvc.lock -> the first commit that contains it, with parents before children, over all branches, tags, stashes and experiments."""
+    """Blob of a dvc.lock -> the first commit that contains it, with parents
+    before children, over all branches, tags, stashes and experiments."""
     unreachable: Mapping[str, str]
-    """The same for commits that only the reflog reaches, e.g. after an amendment or a rebase; without those in `first`."""
+    """The same for commits that only the reflog reaches, e.g. after an
+    amendment or a rebase; without those in `first`."""
     workspace: str | None
     """Blob of the dvc.lock of the workspace, committed or not; None if there is none."""
     workspace_content: bytes
@@ -266,7 +297,8 @@ class History:
     moved: Mapping[str, str] = field(default_factory=dict)
     """Commits that moved the project here -> the dvc.lock that it had before. Commits before are not examined."""
     unreadable: bool = False
-    """Whether the project is in a repository whose commits git cannot list: it is not installed, refuses the folder of another user, or lost objects."""
+    """Whether the project is in a repository whose commits git cannot list: it
+    is not installed, refuses the folder of another user, or lost objects."""
 
     @property
     def lost(self) -> list[str]:
@@ -294,10 +326,14 @@ def history(root: Path) -> History:
             ("--path", LOCK) if driver in {"unspecified", "unset"} else ("--no-filters",)
         )  # a driver is a program that the repository names
         filtered = git_bytes(root, "hash-object", "--stdin", *form, given=content)
-        workspace = filtered.decode().strip() if filtered else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        workspace = (
+            filtered.decode().strip() if filtered else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        )
     grafts = git(root, "rev-parse", "--git-path", "shallow")
     shallow_file = root / grafts.strip() if grafts else None
-    boundary = frozenset(shallow_file.read_text().split()) if shallow_file and shallow_file.is_file() else frozenset[str]()
+    boundary = (
+        frozenset(shallow_file.read_text().split()) if shallow_file and shallow_file.is_file() else frozenset[str]()
+    )
     return History(
         first,
         {blob: commit for blob, commit in unreachable.items() if blob not in first},
@@ -319,10 +355,23 @@ class FirstCommits(dict[str, str]):
 
 
 def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
-    """Blob of a dvc.lock -> the first commit among some revisions that contains it; None if git fails. `git replace` is ignored: it hides commits."""
+    """Blob of a dvc.lock -> the first commit among some revisions that contains
+    it; None if git fails. `git replace` is ignored: it hides commits."""
     order = ("--full-history", "-m", "--date-order", "--reverse")
     format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
-    log = git(root, "--no-replace-objects", "-c", "log.showRoot=true", *EACH_PARENT, "log", *order, *format_options, *revisions, "--", LOCK)
+    log = git(
+        root,
+        "--no-replace-objects",
+        "-c",
+        "log.showRoot=true",
+        *EACH_PARENT,
+        "log",
+        *order,
+        *format_options,
+        *revisions,
+        "--",
+        LOCK,
+    )
     if log is None:
         return None
     first = FirstCommits()
@@ -339,8 +388,21 @@ def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
 def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
     """Commit -> the dvc.lock of another folder that it renamed to the project's, of those that did."""
     given = list(dict.fromkeys(commits))
-    options = ("--no-walk", "-m", "-M20%", "--diff-filter=R", "--name-status", "-z", "--no-show-signature", "--format=commit %H")
-    log = git(root, "--no-replace-objects", *EACH_PARENT, "log", *options, *given, "--", f":(top,glob)**/{LOCK}") if given else None
+    options = (
+        "--no-walk",
+        "-m",
+        "-M20%",
+        "--diff-filter=R",
+        "--name-status",
+        "-z",
+        "--no-show-signature",
+        "--format=commit %H",
+    )
+    log = (
+        git(root, "--no-replace-objects", *EACH_PARENT, "log", *options, *given, "--", f":(top,glob)**/{LOCK}")
+        if given
+        else None
+    )
     here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
     moves: dict[str, str] = {}
     commit = ""
@@ -368,7 +430,8 @@ def _unquoted(value: str) -> str:
 
 
 def config_files(root: Path) -> list[Path]:
-    """The files with DVC's settings, the later ones over the earlier ones: of the machine, the user, the project and this clone."""
+    """The files with DVC's settings, the later ones over the earlier ones: of
+    the machine, the user, the project and this clone."""
     from platformdirs import site_config_dir, user_config_dir
 
     machine = os.environ.get("DVC_SYSTEM_CONFIG_DIR") or site_config_dir("dvc", "iterative")
@@ -399,9 +462,15 @@ class Objects:
                 config.read(file, encoding="utf-8")
             except (configparser.Error, UnicodeDecodeError) as error:
                 why = " ".join(str(error).split())
-                raise InputError(f"DVC's configuration {file} cannot be read: {why}", "fix it; `dvc config --list --show-origin`") from None
+                raise InputError(
+                    f"DVC's configuration {file} cannot be read: {why}", "fix it; `dvc config --list --show-origin`"
+                ) from None
             local = _unquoted(config.get("cache", "local", fallback="")) or local
-            remotes = [(match.group(1), section, "url") for section in config.sections() if (match := REMOTE.fullmatch(section))]
+            remotes = [
+                (match.group(1), section, "url")
+                for section in config.sections()
+                if (match := REMOTE.fullmatch(section))
+            ]
             for name, section, key in [("", "cache", "dir"), *remotes]:
                 if configured := _unquoted(config.get(section, key, fallback="")):
                     folders[name] = file.parent / Path(configured).expanduser()
@@ -412,8 +481,8 @@ class Objects:
         return finished_runs(self.cache.parent.parent)
 
     def folders(self) -> dict[Path, int]:
-        """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects share: none, because most of
-        its objects are not this project's."""
+        """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects
+        share: none, because most of its objects are not this project's."""
         if not self.cache.is_dir() or not self.cache.resolve().is_relative_to(self.root.resolve()):
             return {}
         with os.scandir(self.cache) as entries:
@@ -437,7 +506,8 @@ class Objects:
         return self.root / out / in_workspace[md5] if md5 in in_workspace else None
 
     def listing(self, md5: str, out: str = "") -> dict[str, str] | None:
-        """Path in the output -> hash of every file ("" for an output that is one file); None if the output is unavailable.
+        """Path in the output -> hash of every file ("" for an output that is
+        one file); None if the output is unavailable.
 
         Args:
             out: path of the output, if the workspace may be used.
@@ -468,10 +538,15 @@ def finished_runs(storage: Path) -> list[Path]:
 
 
 def listing_of(path: Path) -> dict[str, str]:
-    """As `Objects.listing`, of a file or folder on disk, without the papers of a release; empty if it does not exist."""
+    """As `Objects.listing`, of a file or folder on disk, without the papers of
+    a release; empty if it does not exist."""
     if path.is_file():
         return {"": md5_of_file(path)}
-    return {file.relative_to(path).as_posix(): md5_of_file(file) for file in without_papers(path, path.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(path).as_posix(): md5_of_file(file)
+        for file in without_papers(path, path.rglob("*"))
+        if file.is_file()
+    }
 
 
 def md5_on_disk(folder: Path) -> str:
@@ -480,7 +555,8 @@ def md5_on_disk(folder: Path) -> str:
 
 
 def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Another version of `paths`: the path `version`, or the files at the git revision `version`, written into `folder`.
+    """Another version of `paths`: the path `version`, or the files at the git
+    revision `version`, written into `folder`.
 
     Raises:
         InputError: no such path or revision exists, or one of the paths is missing at that revision.
@@ -488,13 +564,16 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
     if version and path_exists(Path(version)):
         return [Path(version)]
     if missing := [path for path in paths if not path_exists(path)]:
-        raise InputError(f"--since {version}: {missing[0]} does not exist here", "name a file or folder with the earlier version")
+        raise InputError(
+            f"--since {version}: {missing[0]} does not exist here", "name a file or folder with the earlier version"
+        )
     copies = []
     commit = commit_of(Path.cwd(), version) if version else None
     if not commit:
         refuse_without_git()
         raise InputError(
-            f"--since {version}: no such path, and no such revision in git", "name a file, a folder, or a revision (see `git log`)"
+            f"--since {version}: no such path, and no such revision in git",
+            "name a file, a folder, or a revision (see `git log`)",
         )
     for number, path in enumerate(paths):
         resolved = path.resolve()
@@ -502,12 +581,22 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
         listed = git_bytes(folder_of_path, "ls-tree", "-r", "-z", commit, "--", str(resolved))
         entries = [entry.split("\t", 1) for entry in os.fsdecode(listed or b"").split("\0") if entry]
         if not entries:
-            raise InputError(f"--since {version}: {path} is not in git at that revision", "name a file or folder with the earlier version")
+            raise InputError(
+                f"--since {version}: {path} is not in git at that revision",
+                "name a file or folder with the earlier version",
+            )
         copy = folder / str(number) / (resolved.name or "root")
-        for header, name in sorted(entries, key=lambda entry: entry[0].startswith(LINK)):  # links last: nothing is written through one
+        for header, name in sorted(
+            entries, key=lambda entry: entry[0].startswith(LINK)
+        ):  # links last: nothing is written through one
             mode, _, digest = header.split()
             target = copy / name if resolved.is_dir() else copy.parent / name
-            if mode == SUBMODULE or not target.parent.resolve().is_relative_to(folder.resolve()) or target.is_symlink() or target.exists():
+            if (
+                mode == SUBMODULE
+                or not target.parent.resolve().is_relative_to(folder.resolve())
+                or target.is_symlink()
+                or target.exists()
+            ):
                 continue
             content = git_bytes(folder_of_path, "cat-file", "blob", digest) or b""
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,10 @@
-"""SQLite index of history: the inputs and outputs of every stage run, and the files and training steps that contain each record.
+"""SQLite index of history: the inputs and outputs of every stage run, and the
+files and training steps that contain each record.
 
-The database in .dvc/tmp/pedigree is a cache: if deleted, it is rebuilt from git and DVC's cache. Each dvc.lock and each file is read once, by hash.
-A record is stored as the 16 bytes of its `example_id`, in sorted chunks over all files that were read together, so that a lookup reads one chunk
-per several million rows. The tables are in database.py, the runs in run_index.py.
+The database in .dvc/tmp/pedigree is a cache: if deleted, it is rebuilt from git and DVC's cache.
+Each dvc.lock and each file is read once, by hash. A record is stored as the 16 bytes of its
+`example_id`, in sorted chunks over all files that were read together, so that a lookup reads one
+chunk per several million rows. The tables are in database.py, the runs in run_index.py.
 """
 
 from __future__ import annotations
@@ -84,14 +86,20 @@ class Index(RunIndex):
                     self._read_contributions(md5, path, name)
                     continue
                 by_source = rows.add_evidence(path, content) if name == EVIDENCE else rows.add_shard(path, content)
-                self._db.executemany("INSERT INTO source_rows VALUES (?, ?, ?)", [(content, *item) for item in by_source.items()])
+                self._db.executemany(
+                    "INSERT INTO source_rows VALUES (?, ?, ?)", [(content, *item) for item in by_source.items()]
+                )
                 if rows.size >= SEGMENT:
                     break
             if not rows.size:
                 return False
             (segment,) = self._db.execute("SELECT coalesce(max(segment), -1) + 1 FROM record").fetchone()
-            self._db.executemany("INSERT INTO record VALUES (?, ?, ?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.record_chunks()))
-            self._db.executemany("INSERT INTO text_record VALUES (?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.text_chunks()))
+            self._db.executemany(
+                "INSERT INTO record VALUES (?, ?, ?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.record_chunks())
+            )
+            self._db.executemany(
+                "INSERT INTO text_record VALUES (?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.text_chunks())
+            )
             return True
 
     def _read_contributions(self, md5: str, path: Path, name: str) -> None:
@@ -109,22 +117,29 @@ class Index(RunIndex):
         pending: dict[str, tuple[Path, dict[str, Path]]] = {}
         matching: dict[tuple[str, str], list[str]] = {}
         models = {
-            key: run for run in self.runs.values() if run.md5 in evidence_of and (key := self._training_key(run)) and key not in matched
+            key: run
+            for run in self.runs.values()
+            if run.md5 in evidence_of and (key := self._training_key(run)) and key not in matched
         }
         done = set(self._db.execute("SELECT DISTINCT evidence, shard FROM training").fetchall()) if models else set()
         for key, run in models.items():
             evidence, evidence_path = evidence_of[run.md5], self.file_path(run.md5, EVIDENCE)
-            train = [(md5, self.workspace_outputs.get(out, "")) for out, split, md5 in self.shards(run) if split == "train"]
+            train = [
+                (md5, self.workspace_outputs.get(out, "")) for out, split, md5 in self.shards(run) if split == "train"
+            ]
             shard_paths = {md5: self.objects.path(md5, out) for md5, out in train if (evidence, md5) not in done}
             if evidence_path and train and all(shard_paths.values()):
-                pending.setdefault(evidence, (evidence_path, {}))[1].update({md5: path for md5, path in shard_paths.items() if path})
+                pending.setdefault(evidence, (evidence_path, {}))[1].update(
+                    {md5: path for md5, path in shard_paths.items() if path}
+                )
                 self._db.execute("INSERT INTO matched VALUES (?, ?)", key)
                 matching[key] = [md5 for md5, _ in train]
         for evidence, (evidence_path, shards) in pending.items():
             rows = [(evidence, *row) for row in summarize_training(evidence_path, shards)] if shards else []
             self._db.executemany("INSERT INTO training VALUES (?, ?, ?, ?, ?, ?)", rows)
         query = """INSERT INTO training_source SELECT ?1, ?2, source, sum(records), min(first), max(last)
-            FROM json_each(?3) CROSS JOIN training ON training.shard = value AND training.evidence = ?1 GROUP BY source"""
+            FROM json_each(?3) CROSS JOIN training ON training.shard = value AND training.evidence = ?1
+            GROUP BY source"""
         self._db.executemany(query, [(*key, json.dumps(shards)) for key, shards in matching.items()])
         if models:
             del self._matched
@@ -149,12 +164,15 @@ class Index(RunIndex):
         return [
             producer
             for producer in [*self.data(run).values(), run]
-            if producer.md5 in self._unindexed or (producer.md5 not in self._listed and (producer is run or self.is_split(producer)))
+            if producer.md5 in self._unindexed
+            or (producer.md5 not in self._listed and (producer is run or self.is_split(producer)))
         ]
 
     @cached_property
     def _unindexed(self) -> frozenset[str]:
-        query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name NOT IN (?, ?)"
+        query = (
+            "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name NOT IN (?, ?)"
+        )
         return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
 
     @cached_property
@@ -224,8 +242,9 @@ class Index(RunIndex):
         return frozenset(out for out, md5 in self.evidence.items() if md5 in read)
 
     def records_with_text(self, text: str) -> list[bytes]:
-        """Keys of the records with a message of this text, ignoring case and whitespace, and whether all letters are composed or none: its content,
-        its reasoning, the arguments of a call as JSON in any spelling, or one text in them."""
+        """Keys of the records with a message of this text, ignoring case and whitespace,
+        and whether all letters are composed or none: its content, its reasoning, the
+        arguments of a call as JSON in any spelling, or one text in them."""
         records: set[bytes] = set()
         forms = {text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)}
         for key in {text_key(spelling) for form in forms for spelling in (form, canonical_json(form))}:
@@ -237,8 +256,8 @@ class Index(RunIndex):
     def rows_from_source(self, source: str) -> dict[str, dict[str, int]]:
         """Hash of an output -> split -> rows from a source: a file, or a folder and its contents."""
         # CROSS JOIN: from the few shards with the source to the outputs, not the other way round.
-        query = f"""SELECT file.out, file.split, sum(rows) FROM source_rows CROSS JOIN content ON content.id = source_rows.content
-            CROSS JOIN file ON file.md5 = content.md5
+        query = f"""SELECT file.out, file.split, sum(rows) FROM source_rows
+            CROSS JOIN content ON content.id = source_rows.content CROSS JOIN file ON file.md5 = content.md5
             WHERE file.split IS NOT NULL AND {WITHIN} GROUP BY 1, 2"""
         by_output: dict[str, dict[str, int]] = defaultdict(dict)
         for out, split, rows in self._db.execute(query, _within(source)):
@@ -247,26 +266,34 @@ class Index(RunIndex):
 
     def knows_source(self, source: str) -> bool:
         """Whether any report, row or contribution in history names a source: a file, or a folder and its contents."""
-        query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {WITHIN}" for table in ("origin", "source_rows", "credit"))
+        query = " UNION ALL ".join(
+            f"SELECT 1 FROM {table} WHERE {WITHIN}" for table in ("origin", "source_rows", "credit")
+        )
         return self._db.execute(f"SELECT EXISTS ({query})", _within(source)).fetchone() == (1,)
 
     def contributed(self, source: str) -> tuple[dict[str, set[bytes]], dict[int, set[bytes]]]:
         """Keys of the records to which rows of a source contributed although the record names another row.
 
         Returns:
-            Hash of an output -> records, in it or in what was made from it, in whose place a copy from the source was dropped, or which were edited by
-            it, if it is a review file; and id of an entry -> records of its output that are paraphrases from the source.
+            Hash of an output -> records, in it or in what was made from it, in whose place a
+            copy from the source was dropped, or which were edited by it, if it is a review file;
+            and id of an entry -> records of its output that are paraphrases from the source.
         """
         copies: dict[str, set[bytes]] = defaultdict(set)
-        query = f"SELECT file.out, derived.child FROM derived JOIN file ON file.md5 = derived.file WHERE derived.how = '{EDITED}' AND file.out IN"
+        query = (
+            "SELECT file.out, derived.child FROM derived JOIN file ON file.md5 = derived.file WHERE derived.how ="
+            f" '{EDITED}' AND file.out IN"
+        )
         for out, key in self._rows(query, sorted(self.reviewed_by(source))):
             copies[out].add(key)
         query = f"SELECT file.out, credit.key FROM credit JOIN file ON file.md5 = credit.file WHERE {WITHIN}"
         for out, key in self._db.execute(query, _within(source)):
             copies[out].add(key)
         paraphrases: dict[int, set[bytes]] = defaultdict(set)
-        query = f"""SELECT run.id, derived.child FROM origin JOIN run ON run.id = origin.run JOIN file ON file.out = run.md5 AND file.name = '{LEDGER}'
-            JOIN derived ON derived.file = file.md5 AND derived.how = '{PARAPHRASED}' WHERE origin.format = '{PARAPHRASES}' AND {WITHIN}"""
+        query = f"""SELECT run.id, derived.child FROM origin JOIN run ON run.id = origin.run
+            JOIN file ON file.out = run.md5 AND file.name = '{LEDGER}'
+            JOIN derived ON derived.file = file.md5 AND derived.how = '{PARAPHRASED}'
+            WHERE origin.format = '{PARAPHRASES}' AND {WITHIN}"""
         for entry, key in self._db.execute(query, _within(source)):
             paraphrases[entry].add(key)
         return dict(copies), dict(paraphrases)
@@ -274,7 +301,10 @@ class Index(RunIndex):
     def reviewed_by(self, source: str) -> set[str]:
         """Hashes of the outputs that a review file, or one in a folder, was applied to."""
         found = set()
-        query = "SELECT address, md5, text FROM run WHERE address IN ('instructions', 'preferences') AND instr(text, '\"review\"')"
+        query = (
+            "SELECT address, md5, text FROM run WHERE address IN ('instructions', 'preferences') AND instr(text,"
+            " '\"review\"')"
+        )
         for address, md5, text in self._db.execute(query):
             entry = json.loads(text.partition(": ")[2])  # as `as_section` of runs.py writes it
             section = ((entry.get("params") or {}).get("params.yaml") or {}).get(address)
@@ -288,7 +318,8 @@ class Index(RunIndex):
         return self.file_path(out, LEDGER) is not None
 
     def keys_of_source(self, outs: Iterable[str], source: str, keys: set[bytes]) -> set[bytes]:
-        """Those of some records whose own rows, by the ledgers of some data sets, are of a source: a file, or a folder and its contents."""
+        """Those of some records whose own rows, by the ledgers of some data
+        sets, are of a source: a file, or a folder and its contents."""
         found: set[bytes] = set()
         for path in (self.file_path(out, LEDGER) for out in outs):
             for row in tables.read(path, ["source", "example_id"]).rows(named=True) if path else ():
@@ -297,7 +328,8 @@ class Index(RunIndex):
         return found
 
     def copies_of_records(self, outs: Iterable[str]) -> dict[bytes, list[tuple[str, int]]]:
-        """Key of a record -> (source, row) of each of its copies, dropped or kept, by the tables of some outputs that are available."""
+        """Key of a record -> (source, row) of each of its copies, dropped or
+        kept, by the tables of some outputs that are available."""
         rows: dict[bytes, set[tuple[str, int]]] = defaultdict(set)
         for path in filter(None, (self.file_path(out, OVERLAPS) for out in outs)):
             for source, row, key in contributions(path, OVERLAPS)[0]:
@@ -305,8 +337,8 @@ class Index(RunIndex):
         return {key: sorted(found) for key, found in rows.items()}
 
     def derivations(self, keys: Iterable[bytes]) -> dict[bytes, list[tuple[bytes, frozenset[str]]]]:
-        """Key of a row -> (key of a record made from it, hashes of the outputs that say so), for these rows and everything made from them: repaired,
-        copied, paraphrased, or kept in place of a copy."""
+        """Key of a row -> (key of a record made from it, hashes of the outputs that say so), for these rows and
+        everything made from them: repaired, copied, paraphrased, or kept in place of a copy."""
         found: dict[bytes, list[tuple[bytes, frozenset[str]]]] = {}
         pending = [*keys]
         while pending:
@@ -314,7 +346,10 @@ class Index(RunIndex):
             if parent in found:
                 continue
             outs: dict[bytes, set[str]] = defaultdict(set)
-            query = "SELECT derived.child, file.out FROM derived JOIN file ON file.md5 = derived.file WHERE derived.parent = ?"
+            query = (
+                "SELECT derived.child, file.out FROM derived JOIN file ON file.md5 = derived.file WHERE"
+                " derived.parent = ?"
+            )
             for child, out in self._db.execute(query, (parent,)):
                 outs[child].add(out)
             found[parent] = [(child, frozenset(where)) for child, where in sorted(outs.items())]
@@ -322,16 +357,22 @@ class Index(RunIndex):
         return {parent: children for parent, children in found.items() if children}
 
     def forget(self, ids: Iterable[str]) -> int:
-        """Delete everything about some records, and rewrite the file, so that no free page has it. Returns the number of rows."""
+        """Delete everything about some records, and rewrite the file, so that
+        no free page has it. Returns the number of rows."""
         keys = [record_key(one) for one in ids]
         self._db.execute("PRAGMA secure_delete = ON")
         with self._transaction():
             rows = sum(
                 self._forget_chunks(table, by, others, keys)
-                for table, by, others in (("record", "keys", ("contents", "steps", "epochs")), ("text_record", "ids", ("keys",)))
+                for table, by, others in (
+                    ("record", "keys", ("contents", "steps", "epochs")),
+                    ("text_record", "ids", ("keys",)),
+                )
             )
             for table, column in (("credit", "key"), ("derived", "parent"), ("derived", "child")):
-                rows += self._db.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(key,) for key in keys]).rowcount
+                rows += self._db.executemany(
+                    f"DELETE FROM {table} WHERE {column} = ?", [(key,) for key in keys]
+                ).rowcount
         self._db.execute("VACUUM")
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return rows
@@ -357,7 +398,8 @@ class Index(RunIndex):
                 continue
             changes = {"first": kept["keys"][:8], **kept}
             self._db.execute(
-                f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in changes)} WHERE rowid = ?", (*changes.values(), number)
+                f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in changes)} WHERE rowid = ?",
+                (*changes.values(), number),
             )
         return rows
 
@@ -379,7 +421,10 @@ class Index(RunIndex):
     def shard_sizes(self) -> dict[str, int]:
         """Hash of a shard -> number of rows."""
         return dict(
-            self._db.execute("SELECT content.md5, sum(rows) FROM source_rows JOIN content ON content.id = source_rows.content GROUP BY 1")
+            self._db.execute(
+                "SELECT content.md5, sum(rows) FROM source_rows JOIN content ON content.id = source_rows.content GROUP"
+                " BY 1"
+            )
         )
 
     def training_summary(self, run: StageRun, source: str | None) -> tuple[int, int, int] | None:
@@ -394,7 +439,8 @@ class Index(RunIndex):
 
     @cached_per_instance
     def _trainings(self, source: str | None) -> dict[tuple[str, str], tuple[int, int, int]]:
-        """For one source or for all: training key of a model -> (records, first step, last step), of those that were trained on any."""
+        """For one source or for all: training key of a model -> (records, first
+        step, last step), of those that were trained on any."""
         where, values = ("", {}) if source is None else (f"WHERE {WITHIN}", _within(source))
         query = f"SELECT evidence, data, sum(records), min(first), max(last) FROM training_source {where} GROUP BY 1, 2"
         return {(evidence, data): tuple(summary) for evidence, data, *summary in self._db.execute(query, values)}
@@ -402,11 +448,17 @@ class Index(RunIndex):
     def shard_paths(self) -> dict[str, Path]:
         """Hash -> path of every available shard."""
         outs: dict[str, list[str]] = defaultdict(list)
-        query = "SELECT DISTINCT file.md5, file.out FROM file JOIN content ON content.md5 = file.md5 WHERE file.split IS NOT NULL"
+        query = (
+            "SELECT DISTINCT file.md5, file.out FROM file JOIN content ON content.md5 = file.md5 WHERE file.split IS"
+            " NOT NULL"
+        )
         for md5, out in self._db.execute(query):
             outs[md5].append(self.workspace_outputs.get(out, ""))
         found = {
-            md5: self.objects.path(md5) or next(filter(None, (self.objects.path(md5, one) for one in dict.fromkeys(paths) if one)), None)
+            md5: (
+                self.objects.path(md5)
+                or next(filter(None, (self.objects.path(md5, one) for one in dict.fromkeys(paths) if one)), None)
+            )
             for md5, paths in outs.items()
         }
         return {md5: path for md5, path in found.items() if path}

@@ -1,4 +1,5 @@
-"""Audits a model at any revision: the data, parameters, code and checks behind it, from dvc.lock, the reports and git."""
+"""Audits a model at any revision: the data, parameters, code and checks behind
+it, from dvc.lock, the reports and git."""
 
 from __future__ import annotations
 
@@ -23,7 +24,15 @@ from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declar
 from dagster_project.lineage import code_lock, registered, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.graph import closure, flow_order
-from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
+from dagster_project.lineage.history import (
+    LOCK,
+    Revision,
+    commit_of,
+    is_within,
+    listing_of,
+    path_exists,
+    refuse_lost_entries,
+)
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
 from dagster_project.lineage.run_index import WEIGHTS
@@ -52,10 +61,13 @@ class Subject:
 
     @cached_property
     def upstream(self) -> list[StageRun]:
-        """All upstream runs in flow order, and the run itself last; the hash of each output is the one that its reader recorded. Two runs of a stage
-        with the same bytes count as one: the one that the output was made from, or else the first."""
+        """All upstream runs in flow order, and the run itself last; the hash of each
+        output is the one that its reader recorded. Two runs of a stage with the same
+        bytes count as one: the one that the output was made from, or else the first."""
         order: dict[tuple[str, str], StageRun] = {}
-        for run in flow_order([self.run], lambda one: [one.producers[md5] for _, _, md5 in one.inputs if md5 in one.producers]):
+        for run in flow_order(
+            [self.run], lambda one: [one.producers[md5] for _, _, md5 in one.inputs if md5 in one.producers]
+        ):
             known = order.setdefault((run.address, run.md5), run)
             if known not in self._contributing and run in self._contributing:
                 order[run.address, run.md5] = run
@@ -63,14 +75,17 @@ class Subject:
 
     @cached_property
     def contributing(self) -> list[StageRun]:
-        """Those of `upstream` that the output was made from. The others were compared with it or only watched: a release is chosen by a comparison
-        of all variants but made from one model, and DPO measures itself by a reward model but learns from pairs."""
+        """Those of `upstream` that the output was made from. The others were compared with
+        it or only watched: a release is chosen by a comparison of all variants but made
+        from one model, and DPO measures itself by a reward model but learns from pairs."""
         return [run for run in self.upstream if run in self._contributing]
 
     @cached_property
     def _contributing(self) -> dict[StageRun, None]:
         """The runs that the output was made from."""
-        return closure([self.run], lambda run: self.index.parents(run) if self.index.is_copy(run) else run.made_from().values())
+        return closure(
+            [self.run], lambda run: self.index.parents(run) if self.index.is_copy(run) else run.made_from().values()
+        )
 
     @cached_property
     def models(self) -> list[StageRun]:
@@ -85,7 +100,8 @@ class Subject:
 
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
-    """The run that a name, a path, a content hash or a copied folder or file refers to. "REV:MODEL" refers to a revision, as in git.
+    """The run that a name, a path, a content hash or a copied folder or file
+    refers to. "REV:MODEL" refers to a revision, as in git.
 
     Raises:
         InputError: nothing matches, or more than one run does.
@@ -105,16 +121,25 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     if len(matches) == 1:
         return Subject(index, matches[0], lock)
     if matches:
-        raise InputError(f"{model} could be {', '.join(sorted(m.address for m in matches))}", "give more of the hash, or the stage's name")
+        raise InputError(
+            f"{model} could be {', '.join(sorted(m.address for m in matches))}",
+            "give more of the hash, or the stage's name",
+        )
     hashes = (
-        _outputs_copied_to(index, Path(model)) if path_exists(Path(model)) else index.outputs_with_prefix(digest) if len(model) >= 6 else []
+        _outputs_copied_to(index, Path(model))
+        if path_exists(Path(model))
+        else index.outputs_with_prefix(digest)
+        if len(model) >= 6
+        else []
     )
     if len(hashes) > 1 and path_exists(Path(model)):
         hashes = _originals(index, hashes, lock)
     if len(hashes) > 1:
         raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
     if hashes:
-        run = next((run for run in index.runs_by_output[hashes[0]] if run in lock.values()), index.runs_by_output[hashes[0]][0])
+        run = next(
+            (run for run in index.runs_by_output[hashes[0]] if run in lock.values()), index.runs_by_output[hashes[0]][0]
+        )
         return Subject(index, run, lock if run in lock.values() else _lock(index, run.commit))
     former = [run for run in index.runs.values() if model in {run.address, run.path}]
     if former:
@@ -123,13 +148,21 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
             f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {last.md5}",
             f"give --rev {last.commit[:12]}, or that hash" if last.commit else "give that hash",
         )
-    shallow = "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history" if index.history.shallow else ""
+    shallow = (
+        "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history"
+        if index.history.shallow
+        else ""
+    )
     what = (
         "no output in history contains these files"
         if path_exists(Path(model))
         else "no such stage, output path or content hash in dvc.lock"
     )
-    known = f"known: {', '.join(lock)}" if lock else "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
+    known = (
+        f"known: {', '.join(lock)}"
+        if lock
+        else "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
+    )
     names_revision = colon and name and not name.startswith("//")  # not an address such as s3://bucket
     if names_revision and rev is None and not path_exists(Path(model)):
         what = f"there is no revision {visible(revision)} here, and {what}"
@@ -137,9 +170,13 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
 
 
 def _has_history_only(index: Index, rev: str | None) -> bool:
-    """Whether the workspace has no dvc.lock, and the committed state none either, e.g. on a new branch, while models of other commits are known."""
+    """Whether the workspace has no dvc.lock, and the committed state none
+    either, e.g. on a new branch, while models of other commits are known."""
     return (
-        rev is None and index.history.workspace is None and bool(index.runs) and git(index.root, "cat-file", "-e", f"HEAD:./{LOCK}") is None
+        rev is None
+        and index.history.workspace is None
+        and bool(index.runs)
+        and git(index.root, "cat-file", "-e", f"HEAD:./{LOCK}") is None
     )
 
 
@@ -149,14 +186,19 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     Raises:
         InputError: the revision does not exist, nothing was run there, or its dvc.lock cannot be read.
     """
-    named = "" if not rev else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
+    named = (
+        "" if not rev else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
+    )
     blob = index.history.workspace if rev is None else (named or "").strip()
     runs = index.runs_in_lock(blob)
     if not runs:
         if not Revision(index.root, rev).lock():
-            raise InputError(f"dvc.lock{f' at {rev}' if rev else ''} has no stages: nothing has been run", "run `dvc repro` first")
+            raise InputError(
+                f"dvc.lock{f' at {rev}' if rev else ''} has no stages: nothing has been run", "run `dvc repro` first"
+            )
         raise InputError(
-            f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown", f"create a branch: `git branch NAME {rev}`"
+            f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown",
+            f"create a branch: `git branch NAME {rev}`",
         )
     if rev is None:
         refuse_lost_entries(index.root)
@@ -164,7 +206,8 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
 
 
 def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
-    """Hashes of the outputs that a file or folder is a copy of, compared as a whole or, if files were added or removed, by weights and then by all files."""
+    """Hashes of the outputs that a file or folder is a copy of, compared as a
+    whole or, if files were added or removed, by weights and then by all files."""
     listing = listing_of(path_on_disk)
     if path_on_disk.is_file():
         return index.outputs_with_file(listing[""])
@@ -177,7 +220,8 @@ def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
 
 
 def _most_like(index: Index, hashes: Iterable[str], listing: Mapping[str, str]) -> list[str]:
-    """Those of the outputs of which all files are in a folder, or else any of them, that have the most files in common with it."""
+    """Those of the outputs of which all files are in a folder, or else any of
+    them, that have the most files in common with it."""
     files = {md5: index.files(md5) or {} for md5 in hashes}
     common = {md5: sum(listing.get(name) == one for name, one in found.items()) for md5, found in files.items()}
     ranks = {md5: (0 < len(found) == common[md5], common[md5]) for md5, found in files.items()}
@@ -185,7 +229,8 @@ def _most_like(index: Index, hashes: Iterable[str], listing: Mapping[str, str]) 
 
 
 def _originals(index: Index, hashes: Sequence[str], lock: Mapping[str, StageRun]) -> list[str]:
-    """Those of the outputs with the same weights that are not copies of another one of them, as a release is; if there are several, those of the given lock."""
+    """Those of the outputs with the same weights that are not copies of another one of them, as a release is; if there
+    are several, those of the given lock."""
     runs = {md5: index.runs_by_output[md5] for md5 in hashes if md5 in index.runs_by_output}
     made = [md5 for md5, found in runs.items() if not any(index.is_copy(run) for run in found)] or [*runs]
     here = [md5 for md5 in made if any(run in lock.values() for run in runs[md5])]
@@ -212,23 +257,41 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     names = _stage_names(upstream)
     entries = {stage: index.lock_entry(stage) for stage in upstream}
     own_name = names[run.path, run.md5]
-    parameters, others = _with_others(_parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}), own_name)
+    parameters, others = _with_others(
+        _parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}), own_name
+    )
     records, missing = trained_on(subject)
     missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
-    unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
+    unordered = [
+        model.address
+        for model in subject.models
+        if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)
+    ]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
-    bases = {json.dumps(_origin(one), sort_keys=True): _origin(one) for one in made_from.values() if {"origin", "sha256"} <= one.keys()}
+    bases = {
+        json.dumps(_origin(one), sort_keys=True): _origin(one)
+        for one in made_from.values()
+        if {"origin", "sha256"} <= one.keys()
+    }
     base, *other_bases = bases.values() or ({},)
-    latest_first = [(names[stage.path, stage.md5], made_from[stage].get("environment", {})) for stage in reversed(made_from)]
-    versions, other_versions = _with_others(((name, *one) for name, installed in latest_first for one in installed.items()), own_name)
+    latest_first = [
+        (names[stage.path, stage.md5], made_from[stage].get("environment", {})) for stage in reversed(made_from)
+    ]
+    versions, other_versions = _with_others(
+        ((name, *one) for name, installed in latest_first for one in installed.items()), own_name
+    )
     sources, read_by = _sources(index, made_from, names)
     watched_sources, _ = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
     waivers = _waivers(parameters.values())
-    waivers += [one for one in _waivers(other["value"] for values in others.values() for other in values) if one not in waivers]
+    waivers += [
+        one for one in _waivers(other["value"] for values in others.values() for other in values) if one not in waivers
+    ]
     judged = use_policy.judged([*made_from.values()], waivers, as_of)
     if as_of and not judged:
-        raise InputError(f"{run.address}: its data was read without a use policy", "set raw_examples.use_policy and run `dvc repro`")
+        raise InputError(
+            f"{run.address}: its data was read without a use policy", "set raw_examples.use_policy and run `dvc repro`"
+        )
     own_names = {(stage.path, stage.md5): names[stage.path, stage.md5] for stage in contributing}
     return {
         "model": {"stage": run.address, "path": run.path, "md5": run.md5},
@@ -237,19 +300,28 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
         "base_model": base,
         **({"other_base_models": other_bases} if other_bases else {}),
-        **({"teachers": teachers} if (teachers := _teachers({stage.address: entries[stage] for stage in contributing})) else {}),
-        "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing},
+        **(
+            {"teachers": teachers}
+            if (teachers := _teachers({stage.address: entries[stage] for stage in contributing}))
+            else {}
+        ),
+        "stages": {
+            names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing
+        },
         "watched": {
             "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
             "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
-            "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
+            "other_files": other_files(
+                index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources
+            ),
         },
         **({"watched_by": watchers} if (watchers := _watchers(subject)) else {}),
         "records": _training_counts(records),
         **({"answers": answers} if (answers := _rewarded(subject)) else {}),
         **({"order_unknown": unordered} if unordered else {}),
         "parents": [
-            {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
+            {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)}
+            for stage in subject.models[:-1]
         ],
         "parameters": parameters,
         **({"other_values": others} if others else {}),
@@ -259,7 +331,9 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "code": _code(subject),
         "environment": versions,
         **({"other_versions": other_versions} if other_versions else {}),
-        "machine": {names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report},
+        "machine": {
+            names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report
+        },
         "metrics": _metrics(subject, reports[run]),
         "missing": missing,
         "shallow": index.history.shallow,
@@ -290,13 +364,17 @@ def _parameters(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str,
                 yield from ((stage, key, value) for key, value in (values or {}).items())
 
 
-def _with_others(values: Iterable[tuple[str, str, Any]], model: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def _with_others(
+    values: Iterable[tuple[str, str, Any]], model: str
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The value of each name, and where stages differ, the other values with the stages that have them.
 
     Args:
         values: (stage, name, value). The value is that of the model's own stage, or else the first in this order.
     """
-    found: dict[str, dict[str, tuple[Any, list[str]]]] = {}  # name -> value as JSON -> value, and the stages that have it
+    found: dict[
+        str, dict[str, tuple[Any, list[str]]]
+    ] = {}  # name -> value as JSON -> value, and the stages that have it
     for stage, name, value in values:
         found.setdefault(name, {}).setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(stage)
     chosen, others = {}, {}
@@ -314,8 +392,9 @@ def _sources(
     names: Mapping[tuple[str, str], str],
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-    """The sources that reports name, with the outcomes of their rows in every stage. Where several versions of a source were read, the hash is appended to the
-    name of all but the first, and the outcomes of each are those of the stages after it.
+    """The sources that reports name, with the outcomes of their rows in every stage.
+    Where several versions of a source were read, the hash is appended to the name of
+    all but the first, and the outcomes of each are those of the stages after it.
 
     Args:
         known: sources that have their names already.
@@ -364,33 +443,43 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
-    """The first commit that records this run, and what is unknown of the history before it; without one, the first that has the same bytes.
+    """The first commit that records this run, and what is unknown of the
+    history before it; without one, the first that has the same bytes.
 
     Returns:
-        {"commit"}. Where applicable also "same_bytes_at" (an earlier commit, in which another run gave the same output), "or_earlier", and "unknown".
+        {"commit"}. Where applicable also "same_bytes_at" (an earlier commit, in
+        which another run gave the same output), "or_earlier", and "unknown".
     """
     first = index.first_commit_with(run)
     commit = index.first_commit(run) or first
     same = {"same_bytes_at": first} if first != commit else {}
     earlier = {"or_earlier": True} if commit in index.history.boundary else {}
     is_lost = index.history.unreadable if commit is None else commit in index.history.moved
-    lost = [*(index.history.lost if is_lost else ()), *([SHALLOW] if commit is None and _may_be_before(index, run) else ())]
+    lost = [
+        *(index.history.lost if is_lost else ()),
+        *([SHALLOW] if commit is None and _may_be_before(index, run) else ()),
+    ]
     return {"commit": commit, **same, **earlier, **({"unknown": lost} if lost else {})}
 
 
 def _may_be_before(index: Index, run: StageRun) -> bool:
-    """Whether a run that no commit here contains may be in one that a shallow clone lacks: it is not one that only the workspace has."""
+    """Whether a run that no commit here contains may be in one that a shallow
+    clone lacks: it is not one that only the workspace has."""
     return index.history.shallow and not run.in_workspace
 
 
 def _code(subject: Subject) -> dict[str, Any]:
-    """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
+    """The code behind a run, stage by stage, and whether the commit that first
+    recorded the run of each stage contains its code.
 
     Returns:
-        {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages before it, if it contains the code and parameters of all, else None, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
-        applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
-        contains), "shallow" (commits that a shallow clone lacks may contain them), "same_bytes_at" (an earlier commit, in which another run gave the same bytes), "after" (the commit that uncommitted work is based
-        on), and "package" (`code_lock.compare`), if the package is installed and not part of the project.
+        {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages
+        before it, if it contains the code and parameters of all, else None, "clean", "files": {path: md5} as in
+        `code_in`, "stages": {address: {"commit", "clean"}}}. Where applicable also "differs" (paths with other content
+        in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit contains), "shallow"
+        (commits that a shallow clone lacks may contain them), "same_bytes_at" (an earlier commit, in which another run
+        gave the same bytes), "after" (the commit that uncommitted work is based on), and "package"
+        (`code_lock.compare`), if the package is installed and not part of the project.
     """
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
     index, run, order = subject.index, subject.run, subject.upstream
@@ -398,19 +487,31 @@ def _code(subject: Subject) -> dict[str, Any]:
     for stage in order:
         by_commit.setdefault(index.first_commit(stage), {})[names[stage.path, stage.md5]] = index.lock_entry(stage)
     recorded = {name: code_lock.recorded_in(entry) for entries in by_commit.values() for name, entry in entries.items()}
-    code = {name: (commit, *found) for commit, entries in by_commit.items() for name, found in code_in(index.root, commit, entries).items()}
+    code = {
+        name: (commit, *found)
+        for commit, entries in by_commit.items()
+        for name, found in code_in(index.root, commit, entries).items()
+    }
     files: dict[str, str] = {}
     stages = {}
     for name in names.values():
         commit, own, differing = code[name]
         files |= own
-        stages[name] = {"commit": commit, "clean": commit is not None and not differing, **({"differs": differing} if differing else {})}
+        stages[name] = {
+            "commit": commit,
+            "clean": commit is not None and not differing,
+            **({"differs": differing} if differing else {}),
+        }
     differs = sorted({path for _, _, differing in code.values() for path in differing})
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
-    may_be_before = any(_may_be_before(index, stage) for stage in order if stages[names[stage.path, stage.md5]]["commit"] is None)
+    may_be_before = any(
+        _may_be_before(index, stage) for stage in order if stages[names[stage.path, stage.md5]]["commit"] is None
+    )
     return {
         **_commit_facts(index, run),
-        "lineage_at": _commit_with_all(index, {name: entry for entries in by_commit.values() for name, entry in entries.items()}, order),
+        "lineage_at": _commit_with_all(
+            index, {name: entry for entries in by_commit.values() for name, entry in entries.items()}, order
+        ),
         "clean": all(stage["clean"] for stage in stages.values()),
         **({"differs": differs} if differs else {}),
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
@@ -429,15 +530,21 @@ def _commit_with_all(index: Index, entries: Mapping[str, Mapping[str, Any]], run
     return commit
 
 
-def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+def _stage(
+    index: Index, run: StageRun, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]
+) -> dict[str, Any]:
     keys = ("passed", "severity", "blocking", "count", "dropped", "fixed", "waived", "note")
-    checks = {name: {key: check[key] for key in keys if key in check} for name, check in report.get("checks", {}).items()}
+    checks = {
+        name: {key: check[key] for key in keys if key in check} for name, check in report.get("checks", {}).items()
+    }
     parents = {names[path, md5] for _, path, md5 in run.inputs if (path, md5) in names}
     splits = {name: report[name] for name in ("train", "validation", "test") if isinstance(report.get(name), int)}
     return {
         "output": run.path,
         "md5": run.md5,
-        "inputs": {dep["path"]: dep.get("md5", "") for dep in index.lock_entry(run).get("deps", []) if is_input(dep["path"])},
+        "inputs": {
+            dep["path"]: dep.get("md5", "") for dep in index.lock_entry(run).get("deps", []) if is_input(dep["path"])
+        },
         "parents": [name for name in names.values() if name in parents],
         **{key: report[key] for key in ("rows_in", "rows_out", "dropped", "fixed") if key in report},
         **({"examples": splits} if splits else {}),
@@ -448,7 +555,11 @@ def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mappin
 
 def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
     """(source, outcome) -> rows; empty if the ledger is unavailable."""
-    paths = [index.file_path(run.md5, name) for name in (LEDGER, LEFT_OUT) if name == LEDGER or name in (index.files(run.md5) or {})]
+    paths = [
+        index.file_path(run.md5, name)
+        for name in (LEDGER, LEFT_OUT)
+        if name == LEDGER or name in (index.files(run.md5) or {})
+    ]
     found: dict[tuple[str, str], int] = {}
     for path in paths:
         if path is None:
@@ -470,9 +581,9 @@ def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, st
     """Every example in a training step of the model or of a model it was derived from, in training order.
 
     Returns:
-        A table of model, example_id, step, epoch, source and source_row (null if unknown), or None without evidence; and the missing outputs,
-        each with path, md5 and the commands that fetch it. Where other rows have the same record, dropped as copies or kept, `also_in` lists them:
-        "faq.jsonl:3, b.csv:0".
+        A table of model, example_id, step, epoch, source and source_row (null if unknown), or None without evidence;
+        and the missing outputs, each with path, md5 and the commands that fetch it. Where other rows have the same
+        record, dropped as copies or kept, `also_in` lists them: "faq.jsonl:3, b.csv:0".
     """
     import polars as pl
 
@@ -528,9 +639,11 @@ def _with_source_rows(
     return table.with_columns(pl.Series("also_in", also, pl.String))
 
 
-def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, list[tuple[str, int | None]]], list[dict[str, str]]]:
-    """example_id -> (source, source_row) of each row with this record, those that were dropped last, from the ledger of the first data set with splits that
-    has it; and the missing outputs."""
+def _source_rows(
+    index: Index, data: Iterable[StageRun]
+) -> tuple[dict[str, list[tuple[str, int | None]]], list[dict[str, str]]]:
+    """example_id -> (source, source_row) of each row with this record, those that were dropped last, from the ledger of
+    the first data set with splits that has it; and the missing outputs."""
     source_rows: dict[str, list[tuple[str, int | None]]] = {}
     missing = []
     for run in data:
@@ -554,28 +667,39 @@ def _missing(run: StageRun) -> dict[str, str]:
 
 
 def unrecorded(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
-    """What nothing records of the lineage of runs: the model that a copy was made from, and the runs that produced their inputs."""
+    """What nothing records of the lineage of runs: the model that a copy was
+    made from, and the runs that produced their inputs."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for run in runs:
         recorded = dict(run.entry.inputs) | {path: md5 for _, path, md5 in run.inputs}
         lost = {path: recorded.get(path, "") for path in ([] if index.is_copy(run) else index.unexplained(run))}
         if index.has_unknown_original(run) and not index.unavailable_originals(run):
             lost = {f"the model that {run.path} is a copy of": min(index.weights(run.md5))}
-        found |= {(path, md5): {"stage": run.address, "path": path, "md5": md5, "fetch": NOTHING_RECORDS_IT} for path, md5 in lost.items()}
+        found |= {
+            (path, md5): {"stage": run.address, "path": path, "md5": md5, "fetch": NOTHING_RECORDS_IT}
+            for path, md5 in lost.items()
+        }
     return list(found.values())
 
 
 def unavailable_reports(index: Index, runs: Iterable[StageRun]) -> list[dict[str, str]]:
     """Reports of runs that are unavailable: they name sources, checks and figures, which are unknown without them."""
-    fetch = f"{NOWHERE}; this clone is shallow: `git fetch --unshallow` may bring it" if index.history.shallow else NOWHERE
+    fetch = (
+        f"{NOWHERE}; this clone is shallow: `git fetch --unshallow` may bring it" if index.history.shallow else NOWHERE
+    )
     return [{**lost, "fetch": fetch} for run in runs if (lost := index.unavailable_report(run))]
 
 
 def _rewarded(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Model -> the answers of its own that it learned from, if its output has them: the model itself, and those it was derived from."""
+    """Model -> the answers of its own that it learned from, if its output has
+    them: the model itself, and those it was derived from."""
     index, found = subject.index, {}
     for run in subject.models:
-        names = [] if index.is_copy(run) else sorted(name for name in index.files(run.md5) or {} if name.startswith(ANSWERS))
+        names = (
+            []
+            if index.is_copy(run)
+            else sorted(name for name in index.files(run.md5) or {} if name.startswith(ANSWERS))
+        )
         shards = [path for name in names if (path := index.file_path(run.md5, name))]
         if names and len(shards) == len(names):
             found[run.address] = rewarded_answers(shards)
@@ -623,7 +747,10 @@ def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
         InputError: there are no records, or the file cannot be written.
     """
     if records is None:
-        raise InputError(f"--records {path}: no training records found for this model", "`pedigree audit MODEL` lists missing outputs")
+        raise InputError(
+            f"--records {path}: no training records found for this model",
+            "`pedigree audit MODEL` lists missing outputs",
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
@@ -636,12 +763,18 @@ def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
 
 
 def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output, the model that it is a copy of, or a model derived from it."""
+    """Metrics of the stage itself, and of the stages in the same dvc.lock that evaluate its output, the model that it
+    is a copy of, or a model derived from it."""
     index = subject.index
     originals = {one.md5 for one in index.parents(subject.run)} if index.is_copy(subject.run) else set()
-    measuring = [one for one in subject.lock.values() if not one.is_model and any(md5 in originals for _, _, md5 in one.inputs)]
+    measuring = [
+        one for one in subject.lock.values() if not one.is_model and any(md5 in originals for _, _, md5 in one.inputs)
+    ]
     reports = {subject.run.address: report} | {one.address: index.report(one) for one in measuring}
-    pending, followed = [subject.run], set[str]()  # a model whose files equal those of the model that it reads is its own reader, by hash
+    pending, followed = (
+        [subject.run],
+        set[str](),
+    )  # a model whose files equal those of the model that it reads is its own reader, by hash
     while pending:
         run = pending.pop()
         followed.add(run.address)
@@ -651,11 +784,15 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
                     pending.append(reader)
                 else:
                     reports[reader.address] = index.report(reader)
-    return {name: {key: value for key, value in figures.items() if key not in NON_METRICS} for name, figures in reports.items()}
+    return {
+        name: {key: value for key, value in figures.items() if key not in NON_METRICS}
+        for name, figures in reports.items()
+    }
 
 
 def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each machine: its stages, processor, instruction sets of torch and oneDNN, threads, GPU and installed packages."""
+    """One line for each machine: its stages, processor, instruction sets of
+    torch and oneDNN, threads, GPU and installed packages."""
     stages: dict[str, list[str]] = {}
     for stage, one in machines.items():
         used, gpu = one["instruction_set"], one.get("cuda")
@@ -671,18 +808,26 @@ def as_text(audited: dict[str, Any]) -> str:
     from dagster_project.views.lineage import code_text, teacher_text, versions_text
 
     model, code = audited["model"], audited["code"]
-    lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
+    lines = [
+        f"{model['stage']}  {model['path']}  md5 {model['md5']}",
+        "",
+        f"code       {code_text(code)}; {len(code['files'])} files",
+    ]
     if "package" in code:
         lines += [f"package    {code_lock.as_text(code['package'])}"]
     for base in filter(None, (audited["base_model"], *audited.get("other_base_models", ()))):
         lines += [
-            f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
+            f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256"
+            f" {base['sha256'].get('model.safetensors', '')[:16]}"
         ]
     lines += [f"teacher    {teacher_text(one)}" for one in audited.get("teachers", ())]
     lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
     lines += [f"parent     {output['stage']}  md5 {output['md5']}" for output in audited["parents"]]
     lines += [f"trained on {line}" for line in training_lines(audited)]
-    lines += [f"watched by {one['stage']}  md5 {one['md5']}, while {one['training']} was trained" for one in audited.get("watched_by", ())]
+    lines += [
+        f"watched by {one['stage']}  md5 {one['md5']}, while {one['training']} was trained"
+        for one in audited.get("watched_by", ())
+    ]
     if template := audited["chat_template"]:
         lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
     if audited["environment"]:
@@ -695,7 +840,11 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
     watched = audited["watched"]
     if watched["stages"]:
-        lines += ["", "compared with it or only watched: nothing was learned from these", *_sources_text(watched["sources"])]
+        lines += [
+            "",
+            "compared with it or only watched: nothing was learned from these",
+            *_sources_text(watched["sources"]),
+        ]
         lines += _other_files_text(watched["other_files"])
         lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
     lines += [f"use policy {line}" for line in use_policy.lines(audited.get(use_policy.NAME))]
@@ -703,12 +852,20 @@ def as_text(audited: dict[str, Any]) -> str:
     lines += ["", "parameters"]
     lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in audited["parameters"].items()]
     for key, values in audited.get("other_values", {}).items():
-        lines += [f"  {key} of {', '.join(one['stages'])}: {json.dumps(one['value'], ensure_ascii=False)}" for one in values]
+        lines += [
+            f"  {key} of {', '.join(one['stages'])}: {json.dumps(one['value'], ensure_ascii=False)}" for one in values
+        ]
     lines += ["", "metrics"]
-    lines += [f"  {name}  {key}: {json.dumps(value)}" for name, metrics in audited["metrics"].items() for key, value in metrics.items()]
+    lines += [
+        f"  {name}  {key}: {json.dumps(value)}"
+        for name, metrics in audited["metrics"].items()
+        for key, value in metrics.items()
+    ]
     if audited["missing"]:
         lines += ["", "unknown, because outputs or reports are not available or nothing records them"]
-        lines += [f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]]
+        lines += [
+            f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]
+        ]
     return "\n".join(lines)
 
 
@@ -716,7 +873,10 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for path, source in sources.items():
         origin = f", {source['origin']}" if source.get("origin") else ""
-        lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256 {source['sha256'][:16]}")
+        lines.append(
+            f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256"
+            f" {source['sha256'][:16]}"
+        )
         lines.append(f"    {_declared_text(declared_of(source, path).shown)}")
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
@@ -732,8 +892,8 @@ def _declared_text(shown: Mapping[str, str]) -> str:
 
 def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
-        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
-        f"{file.get('sha256', file['md5'])[:16]}"
+        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']},"
+        f" {'sha256' if 'sha256' in file else 'md5'} {file.get('sha256', file['md5'])[:16]}"
         for path, file in files.items()
     ]
 
@@ -755,7 +915,8 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
     if audited["records"] is None:
         return ["unknown: see below"] if audited["missing"] else unordered
     trained = [
-        f"{model}: {part['records']} records, {part['views']} times in {part['steps']} steps and {part['epochs']} epochs"
+        f"{model}: {part['records']} records, {part['views']} times in {part['steps']} steps and {part['epochs']}"
+        " epochs"
         for model, part in audited["records"]["learnt_by"].items()
     ]
     rewarded = [

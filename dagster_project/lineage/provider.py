@@ -1,4 +1,5 @@
-"""Section `provider` of params.yaml: what only a person can know of who publishes a model. Exports print it; no stage reads it, and a change makes nothing stale."""
+"""Section `provider` of params.yaml: what only a person can know of who publishes a model. Exports print it; no stage
+reads it, and a change makes nothing stale."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from dagster_project.lineage.history import Revision
 
 
 class Provider(Section):
-    """Who publishes a model, and facts that no record of the project contains. `pedigree export` prints these values as they are, and missing ones as missing.
+    """Who publishes a model, and facts that no record of the project contains.
+    `pedigree export` prints these values as they are, and missing ones as missing.
     No stage reads them, and a change makes no stage stale. See docs/exports.md."""
 
     legal_name: str | None = Field(default=None, min_length=1)
@@ -47,12 +49,15 @@ class Provider(Section):
 
 
 def provider(root: Path, rev: str | None) -> dict[str, Any]:
-    """The values given in the section: in the workspace, or at a revision. They are statements about the publication, not part of the lineage.
+    """The values given in the section: in the workspace, or at a revision. They
+    are statements about the publication, not part of the lineage.
 
     Raises:
         InputError: params.yaml cannot be read, or the section is invalid.
     """
-    return params.parse(Provider, _values(root, rev).get("provider"), "provider").model_dump(mode="json", exclude_none=True)
+    return params.parse(Provider, _values(root, rev).get("provider"), "provider").model_dump(
+        mode="json", exclude_none=True
+    )
 
 
 def _values(root: Path, rev: str | None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ RESTORE = f"restore {RECORD_KEY} from your copy of it: the id may have been publ
 
 
 def record_of(index: Index, published: str) -> str | None:
-    """The `example_id` of the record that was published under an id; None if no known record gives it with any key of the project.
+    """The `example_id` of the record that was published under an id; None if no
+    known record gives it with any key of the project.
 
     Computes the HMAC of every record in history: about two seconds per million.
 
@@ -36,15 +37,20 @@ def record_of(index: Index, published: str) -> str | None:
 
 
 def erasure_of(index: Index, identity: str) -> str | None:
-    """The day on which `pedigree erase` removed a record; None if it did not. Published ids are not recognized: the record that would map them is gone."""
+    """The day on which `pedigree erase` removed a record; None if it did not.
+    Published ids are not recognized: the record that would map them is gone."""
     return erased_on(index.root, filter(None, map(parse_key, key_files(index.root))), identity)
 
 
 def missing_keys(index: Index) -> list[dict[str, Any]]:
-    """The runs that published ids with a key that neither the workspace nor a commit has, as entries of `unknown` in lineage/impact/question.py."""
+    """The runs that published ids with a key that neither the workspace nor a
+    commit has, as entries of `unknown` in lineage/impact/question.py."""
     name = Path(RECORD_KEY).name
     known = {
-        digest for content in key_files(index.root) for file in [md5_of_bytes(content)] for digest in (file, md5_of_folder({name: file}))
+        digest
+        for content in key_files(index.root)
+        for file in [md5_of_bytes(content)]
+        for digest in (file, md5_of_folder({name: file}))
     }
     found: dict[str, dict[str, Any]] = {}
     for run in index.runs.values():
@@ -56,7 +62,8 @@ def missing_keys(index: Index) -> list[dict[str, Any]]:
 
 
 def key_files(root: Path) -> list[bytes]:
-    """The key file in the workspace, then every other version of it in git: earlier releases were published with these."""
+    """The key file in the workspace, then every other version of it in git:
+    earlier releases were published with these."""
     file = root / RECORD_KEY
     commits = (git(root, "log", "--all", "--reflog", "--full-history", "--format=%H", "--", RECORD_KEY) or "").split()
     contents = [file.read_bytes()] if file.is_file() else []

@@ -1,4 +1,5 @@
-"""References to rows in a stage's findings -> the rows, from the shards and benchmark files of the project, for its pages."""
+"""References to rows in a stage's findings -> the rows, from the shards and
+benchmark files of the project, for its pages."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ TEST, BENCHMARKS = "data/splits/test", "data/sources/benchmarks"
 
 
 def quoted(documents: Documents, findings: Mapping[str, Any]) -> dict[str, Any]:
-    """The findings of a stage with the texts of their rows. A row that is missing, or is there in another version, is shown as `quotes.MISSING`."""
+    """The findings of a stage with the texts of their rows. A row that is
+    missing, or is there in another version, is shown as `quotes.MISSING`."""
     base_model = documents.root / "data" / "base_model"
     return quotes.quoted(
         findings,
@@ -33,18 +35,26 @@ def quoted(documents: Documents, findings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find(documents: Documents, wanted: set[Reference]) -> quotes.Found:
-    """Rows as they were read; of the others those that the stage kept, edited or repaired, and those that are held out."""
+    """Rows as they were read; of the others those that the stage kept, edited
+    or repaired, and those that are held out."""
     found: dict[Reference, Mapping[str, Any] | Item] = {}
     if wanted:
         found |= _as_read(documents.root / "data" / READ_BY[documents.stage], wanted)
-    kept = _by_id(sorted(documents.out.rglob("records-*.parquet")), {reference.example_id for reference in wanted - found.keys()})
+    kept = _by_id(
+        sorted(documents.out.rglob("records-*.parquet")), {reference.example_id for reference in wanted - found.keys()}
+    )
     changed = {record["example_id"]: as_record(record) if "chosen" in record else record for record in kept}
-    found |= {reference: changed[reference.example_id] for reference in wanted - found.keys() if reference.example_id in changed}
+    found |= {
+        reference: changed[reference.example_id]
+        for reference in wanted - found.keys()
+        if reference.example_id in changed
+    }
     return found | {Reference.of_item(item): item for item in _held_out(documents.root, wanted - found.keys())}
 
 
 def _as_read(folder: Path, wanted: set[Reference]) -> dict[Reference, Mapping[str, Any]]:
-    """Records of `raw_examples` or `raw_preferences`, with their place and the fields that the ledger lists as ignored."""
+    """Records of `raw_examples` or `raw_preferences`, with their place and the
+    fields that the ledger lists as ignored."""
     import polars as pl
 
     found: dict[Reference, Mapping[str, Any]] = {}
@@ -52,7 +62,9 @@ def _as_read(folder: Path, wanted: set[Reference]) -> dict[Reference, Mapping[st
         ledger = read_frame(folder / LEDGER, ["source", "source_row", "example_id", "outcome", "why"]).filter(
             pl.col("outcome").ne_missing(JOINED)
         )
-        lines = ledger.with_row_index("number").filter(pl.col("example_id").is_in([reference.example_id for reference in wanted]))
+        lines = ledger.with_row_index("number").filter(
+            pl.col("example_id").is_in([reference.example_id for reference in wanted])
+        )
         named = {line["number"]: line for line in lines.iter_rows(named=True)}
         start = 0
         for shard in sorted(folder.glob("records-*.parquet")):

@@ -1,7 +1,9 @@
-"""Registered versions of models: tags of GTO in git, which `gto register` and `gto assign` write, and what `dvc.lock` says at their commits.
+"""Registered versions of models: tags of GTO in git, which `gto register` and
+`gto assign` write, and what `dvc.lock` says at their commits.
 
-An artifact is declared in dvc.yaml (`artifacts:`) with the path of a model. A version of it is a tag such as release@v1.0.0, and a stage of its life a
-tag such as release#production#1. The tags are read by GTO itself: which version is in which stage is its answer.
+An artifact is declared in dvc.yaml (`artifacts:`) with the path of a model. A version of it is a tag such as
+release@v1.0.0, and a stage of its life a tag such as release#production#1. The tags are read by GTO itself: which
+version is in which stage is its answer.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Version:
 
 
 def registered(root: Path) -> dict[str, list[Version]]:
-    """Hash of a model -> its versions that are registered or in use, the latest first. Those that were taken back are left out.
+    """Hash of a model -> its versions that are registered or in use, the latest
+    first. Those that were taken back are left out.
 
     Empty, with a warning, if there are such tags and GTO is not installed or cannot read them.
     """
@@ -71,8 +74,11 @@ def of_model(root: Path, md5: str) -> dict[str, Any]:
     return {"registered": [one.as_dict() for one in versions]} if versions else {}
 
 
-def table_rows(versions: Mapping[str, Iterable[Version]], address: str | None = None) -> list[tuple[str, str, str, str, str, str]]:
-    """(artifact, version, stages, stage that made it, md5, commit) of every version, or of those that one stage of the pipeline made."""
+def table_rows(
+    versions: Mapping[str, Iterable[Version]], address: str | None = None
+) -> list[tuple[str, str, str, str, str, str]]:
+    """(artifact, version, stages, stage that made it, md5, commit) of every
+    version, or of those that one stage of the pipeline made."""
     return [
         (one.artifact, one.version, ", ".join(one.stages) or "-", one.address, one.md5[:12], one.commit[:12])
         for of_model in versions.values()
@@ -82,14 +88,17 @@ def table_rows(versions: Mapping[str, Iterable[Version]], address: str | None = 
 
 
 def _versions(repository: Path, folder: str) -> list[tuple[str, str, tuple[str, ...], str]]:
-    """(artifact, version, stages, commit) of every active version of the artifacts in one folder of a repository, as GTO reads the tags.
+    """(artifact, version, stages, commit) of every active version of the
+    artifacts in one folder of a repository, as GTO reads the tags.
 
     A commit that was assigned without a version is called by its first digits.
     """
     try:
         from gto.registry import GitRegistry
     except ImportError:
-        log.warning("registered versions of models are not shown: GTO is not installed; pip install 'pedigree-llm[pipeline]'")
+        log.warning(
+            "registered versions of models are not shown: GTO is not installed; pip install 'pedigree-llm[pipeline]'"
+        )
         return []
     found = []
     try:
@@ -106,7 +115,8 @@ def _versions(repository: Path, folder: str) -> list[tuple[str, str, tuple[str, 
                         found.append((own_name, version, stages, one.commit_hexsha))
     except Exception as error:  # noqa: BLE001  GTO fails in its own ways on tags that it did not write; an audit needs none of them
         log.warning(
-            f"registered versions of models are not shown: GTO cannot read the tags of this repository: {error!r}; see `gto doctor`"
+            f"registered versions of models are not shown: GTO cannot read the tags of this repository: {error!r}; see"
+            " `gto doctor`"
         )
         return []
     return list(dict.fromkeys(found))
@@ -117,17 +127,22 @@ class _Models:
 
     def __init__(self, root: Path, commits: Iterable[str]) -> None:
         self.root = root
-        self._files = blobs(root, [f"{commit}:./{name}" for commit in dict.fromkeys(commits) for name in ("dvc.yaml", LOCK)])
+        self._files = blobs(
+            root, [f"{commit}:./{name}" for commit in dict.fromkeys(commits) for name in ("dvc.yaml", LOCK)]
+        )
         here = root / "dvc.yaml"
         self._here = _paths(here.read_bytes() if here.is_file() else b"")
         self._paths = {content: _paths(content) for name, content in self._files.items() if not name.endswith(LOCK)}
 
     def of(self, artifact: str, commit: str) -> tuple[str, str] | None:
-        """(address, md5) of the model of an artifact in the dvc.lock of a commit; None, with a warning if it is declared, if there is none.
+        """(address, md5) of the model of an artifact in the dvc.lock of a
+        commit; None, with a warning if it is declared, if there is none.
 
         A commit before the artifact was declared has it at the path that the workspace declares.
         """
-        path = self._paths.get(self._files.get(f"{commit}:./dvc.yaml", b""), {}).get(artifact) or self._here.get(artifact)
+        path = self._paths.get(self._files.get(f"{commit}:./dvc.yaml", b""), {}).get(artifact) or self._here.get(
+            artifact
+        )
         if path is None:
             return None
         lock = self._files.get(f"{commit}:./{LOCK}", b"").decode("utf-8", "replace")

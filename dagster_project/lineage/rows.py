@@ -27,9 +27,11 @@ ORDER_UNKNOWN = "order_unknown.json"
 LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
 """Tables in a data set's folder: the outcome of every row, and the pairs of rows that repeat each other."""
 AUGMENTED, COPY_OF = "augmented:", "copy of "
-"""How the ledger of `splits` describes a copy: its outcome, with the kind of copy, and its reason, with the id of the original."""
+"""How the ledger of `splits` describes a copy: its outcome, with the kind of
+copy, and its reason, with the id of the original."""
 EDITED = "edited"
-"""How an index names a record that a review file edited, and the beginning of its reason in the ledger of `instructions` or `preferences`."""
+"""How an index names a record that a review file edited, and the beginning of
+its reason in the ledger of `instructions` or `preferences`."""
 CHUNK = 256
 """Rows per chunk: the amount that one lookup reads."""
 
@@ -64,7 +66,8 @@ def canonical_json(text: str) -> str:
 
 
 def call_texts(tool_calls: str) -> Iterator[str]:
-    """The arguments of each call, and each text in them: '[{"function": {"arguments": {"city": "Oslo"}}}]'  ->  '{"city": "Oslo"}', "Oslo"."""
+    """The arguments of each call, and each text in them: '[{"function":
+    {"arguments": {"city": "Oslo"}}}]'  ->  '{"city": "Oslo"}', "Oslo"."""
     for call in calls({"tool_calls": json.loads(tool_calls)}):
         if isinstance(call.arguments, str):
             yield call.arguments
@@ -134,7 +137,9 @@ class RowCollector:
                 self._add_owned(owners, fields[name].to_list())
         if "tool_calls" in fields:
             given = [[*call_texts(text)] if text else [] for text in fields["tool_calls"].to_list()]
-            self._add_owned(np.repeat(owners, [len(texts) for texts in given]), [text for texts in given for text in texts])
+            self._add_owned(
+                np.repeat(owners, [len(texts) for texts in given]), [text for texts in given for text in texts]
+            )
 
     def _add_owned(self, owners: np.ndarray, texts: Sequence[str | None]) -> None:
         """Add texts, each with the key of the record that it is in."""
@@ -152,17 +157,24 @@ class RowCollector:
     def record_chunks(self) -> Iterator[tuple[bytes, ...]]:
         import numpy as np
 
-        columns = [np.concatenate(column) for column in zip(*(row[1:] for row in self._records), strict=True)] if self._records else []
+        columns = (
+            [np.concatenate(column) for column in zip(*(row[1:] for row in self._records), strict=True)]
+            if self._records
+            else []
+        )
         yield from _chunks(b"".join(row[0] for row in self._records), columns)
 
     def text_chunks(self) -> Iterator[tuple[bytes, ...]]:
         import numpy as np
 
-        yield from _chunks(b"".join(row[0] for row in self._texts), [np.frombuffer(b"".join(row[1] for row in self._texts), "V16")])
+        yield from _chunks(
+            b"".join(row[0] for row in self._texts), [np.frombuffer(b"".join(row[1] for row in self._texts), "V16")]
+        )
 
 
 def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes, ...]]:
-    """(first 8 bytes, keys, column, ...) per chunk, with rows sorted by key. Rows with the same key are in the same chunk."""
+    """(first 8 bytes, keys, column, ...) per chunk, with rows sorted by key.
+    Rows with the same key are in the same chunk."""
     import numpy as np
 
     if not keys:
@@ -185,14 +197,21 @@ def rewarded_answers(shards: Sequence[Path]) -> dict[str, Any]:
 
     table = pl.concat([tables.read(path, ["example_id", "step"]) for path in shards])
     rewards = [name for name in tables.column_names(shards[0]) if name not in ANSWER_COLUMNS]
-    return {"answers": table.height, "records": table["example_id"].n_unique(), "steps": table["step"].n_unique(), "rewards": rewards}
+    return {
+        "answers": table.height,
+        "records": table["example_id"].n_unique(),
+        "steps": table["step"].n_unique(),
+        "rewards": rewards,
+    }
 
 
 def summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:
     """(shard hash, source, records, first step, last step) of a model's training on each shard and source."""
     import polars as pl
 
-    parts = [tables.read(path, ["example_id", "source"]).with_columns(shard=pl.lit(md5)) for md5, path in shards.items()]
+    parts = [
+        tables.read(path, ["example_id", "source"]).with_columns(shard=pl.lit(md5)) for md5, path in shards.items()
+    ]
     first, last = pl.col("step").min().alias("first"), pl.col("step").max().alias("last")
     steps = tables.read(evidence, ["example_id", "step"]).group_by("example_id").agg(first, last)
     joined = pl.concat(parts).join(steps, on="example_id").group_by("shard", "source")
@@ -204,8 +223,9 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
     """What a ledger or a table of overlaps says about rows that contributed to a record of another row.
 
     Returns:
-        (source, source_row, key of the record) of every copy that was dropped; and (key of the row, key of the record, how) of every record that was
-        made from another one: repaired, copied, paraphrased, or kept in place of a copy; and of every edited record itself.
+        (source, source_row, key of the record) of every copy that was dropped; and (key of the
+        row, key of the record, how) of every record that was made from another one: repaired,
+        copied, paraphrased, or kept in place of a copy; and of every edited record itself.
     """
     import polars as pl
 
@@ -219,7 +239,11 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
     table = tables.read(path, ["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
     added = table.filter(pl.col("outcome").str.starts_with(AUGMENTED)).rows(named=True)
     derived = [
-        (record_key(row["why"].removeprefix(COPY_OF)), record_key(row["example_id"]), row["outcome"].removeprefix(AUGMENTED))
+        (
+            record_key(row["why"].removeprefix(COPY_OF)),
+            record_key(row["example_id"]),
+            row["outcome"].removeprefix(AUGMENTED),
+        )
         for row in added
         if row["why"].startswith(COPY_OF)
     ]

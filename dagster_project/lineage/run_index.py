@@ -1,4 +1,5 @@
-"""The stage runs in the index: every entry of dvc.lock and of DVC's run cache, what each run was made from, and the files of its output."""
+"""The stage runs in the index: every entry of dvc.lock and of DVC's run cache,
+what each run was made from, and the files of its output."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ class RunIndex(Database):
             texts[self.history.workspace] = self.history.workspace_content, ":"
         if not texts:
             return
-        declared = {":": self._pipeline} | {name.partition(":")[0]: text for name, text in contents.items() if ":" in name}
+        declared = {":": self._pipeline} | {
+            name.partition(":")[0]: text for name, text in contents.items() if ":" in name
+        }
         models: dict[bytes, frozenset[str]] = {}
         for blob, (content, commit) in texts.items():
             pipeline = declared.get(commit, b"")
@@ -98,7 +101,9 @@ class RunIndex(Database):
         known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
         for address, key in parts.items():
             if key not in known:
-                run = self._add_entry(key, address, stages_of("stages:\n" + parts.text[address])[address], parts.text[address], models)
+                run = self._add_entry(
+                    key, address, stages_of("stages:\n" + parts.text[address])[address], parts.text[address], models
+                )
                 if run is not None:
                     known[key] = run
         lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
@@ -110,15 +115,20 @@ class RunIndex(Database):
         ]
         self._db.executemany("UPDATE run SET is_model = 1 WHERE id = ?", newly)
 
-    def _add_entry(self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]) -> int | None:
+    def _add_entry(
+        self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]
+    ) -> int | None:
         """Add an entry of dvc.lock or of the run cache. Returns its id; None if it has no output with a hash."""
         out = output(stage)
         if out is None:
             return None
         report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
-        has_weights = self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone() is not None
+        has_weights = (
+            self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone() is not None
+        )
         run = self._db.execute(
-            "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?,"
+            " ?, ?)",
             (
                 key,
                 address,
@@ -138,17 +148,24 @@ class RunIndex(Database):
 
     def _read_run_cache(self) -> None:
         """Add the runs of DVC's run cache: also of models that no commit ever contained."""
-        self._db.execute("DELETE FROM cached_run WHERE run IS NULL")  # unreadable ones may have been replaced or removed
+        self._db.execute(
+            "DELETE FROM cached_run WHERE run IS NULL"
+        )  # unreadable ones may have been replaced or removed
         known = {name for (name,) in self._db.execute("SELECT name FROM cached_run")}
         new = [path for path in self.objects.run_cache() if path.name not in known]
         models = declared_models(self._pipeline) if new else frozenset()
         for path in new:
             run = None
             with suppress(InputError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-                stage = stages_of("stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE))["one"]
+                stage = stages_of(
+                    "stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                )["one"]
                 out = output(stage)
                 address = address_in(str(stage.get("cmd", "")), out["path"]) if out else ""
-                run = self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models) or WITHOUT_OUTPUT
+                run = (
+                    self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models)
+                    or WITHOUT_OUTPUT
+                )
             self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
 
     def _scan_cache(self) -> None:
@@ -158,12 +175,16 @@ class RunIndex(Database):
         for folder in changed:
             for path in folder.glob("*.dir"):
                 md5 = folder.name + path.name
-                if self._db.execute("SELECT 1 FROM listed WHERE md5 = ?1 UNION SELECT 1 FROM run WHERE md5 = ?1", (md5,)).fetchone():
+                if self._db.execute(
+                    "SELECT 1 FROM listed WHERE md5 = ?1 UNION SELECT 1 FROM run WHERE md5 = ?1", (md5,)
+                ).fetchone():
                     continue
                 listing = self.objects.listing(md5) or {}
                 if any(name.endswith(WEIGHTS) for name in listing):
                     self._list_output(md5, listing)
-        self._db.executemany("INSERT OR REPLACE INTO scanned VALUES (?, ?)", [(folder.name, time) for folder, time in changed.items()])
+        self._db.executemany(
+            "INSERT OR REPLACE INTO scanned VALUES (?, ?)", [(folder.name, time) for folder, time in changed.items()]
+        )
 
     def _list_outputs(self) -> None:
         """List the files of every output that has become available."""
@@ -179,15 +200,22 @@ class RunIndex(Database):
         self._db.execute("INSERT INTO listed VALUES (?, ?, ?)", (md5, bool(splits), has_weights))
         files = [(md5, name, value, splits.get(name)) for name, value in listing.items()]
         self._db.executemany("INSERT INTO file VALUES (?, ?, ?, ?)", files)
-        indexable = [(value, md5, name) for name, value in listing.items() if name in splits or name in {EVIDENCE, LEDGER, OVERLAPS}]
-        self._db.executemany("INSERT OR IGNORE INTO unread SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", indexable)
+        indexable = [
+            (value, md5, name)
+            for name, value in listing.items()
+            if name in splits or name in {EVIDENCE, LEDGER, OVERLAPS}
+        ]
+        self._db.executemany(
+            "INSERT OR IGNORE INTO unread SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", indexable
+        )
         if has_weights:
             self._db.execute("UPDATE run SET is_model = 1 WHERE md5 = ?", (md5,))
 
     def _read_origins(self) -> None:
         """Record the sources, from the reports of the runs that read files which no stage produces."""
         query = """SELECT DISTINCT run.id, run.report, run.report_md5 FROM run JOIN input ON input.run = run.id
-            WHERE run.report IS NOT NULL AND run.id NOT IN (SELECT run FROM origin) AND input.md5 NOT IN (SELECT md5 FROM run)"""
+            WHERE run.report IS NOT NULL AND run.id NOT IN (SELECT run FROM origin)
+            AND input.md5 NOT IN (SELECT md5 FROM run)"""
         pending = [row for row in self._db.execute(query).fetchall() if row[0] in self._first_commits]
         for run, content in self._contents_of_reports(pending).items():
             facts = json.loads(content).get("sources") or {"": {}}
@@ -195,7 +223,8 @@ class RunIndex(Database):
             self._db.executemany("INSERT INTO origin VALUES (?, ?, ?, ?, ?)", rows)
 
     def _contents_of_reports(self, requested: Sequence[tuple[int, str, str]]) -> dict[int, bytes]:
-        """Id of an entry -> the report with the recorded hash, from DVC's cache, a commit that contains it, or the workspace.
+        """Id of an entry -> the report with the recorded hash, from DVC's
+        cache, a commit that contains it, or the workspace.
 
         Args:
             requested: (id of the entry, path of the report, its hash).
@@ -203,42 +232,63 @@ class RunIndex(Database):
         contents: dict[int, bytes] = {}
         for run, report, md5 in requested:
             for path in (self.objects.path(md5) if md5 else None, self.root / report):
-                if run not in contents and path and path.is_file() and md5_of_bytes(content := path.read_bytes()) == md5:
+                if (
+                    run not in contents
+                    and path
+                    and path.is_file()
+                    and md5_of_bytes(content := path.read_bytes()) == md5
+                ):
                     contents[run] = content
         hashes = {run: md5 for run, _, md5 in requested if run not in contents}
-        names = {run: f"{commit}:./{report}" for run, report, _ in requested if run in hashes and (commit := self._first_commits.get(run))}
+        names = {
+            run: f"{commit}:./{report}"
+            for run, report, _ in requested
+            if run in hashes and (commit := self._first_commits.get(run))
+        }
         committed = blobs(self.root, names.values())
         contents |= {
-            run: committed[name] for run, name in names.items() if name in committed and md5_of_bytes(committed[name]) == hashes[run]
+            run: committed[name]
+            for run, name in names.items()
+            if name in committed and md5_of_bytes(committed[name]) == hashes[run]
         }
         return contents
 
     @cached_per_instance
     def report(self, run: StageRun) -> dict[str, Any]:
         """The report that dvc.lock records for this run; empty if its bytes are unavailable."""
-        row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
+        row = self._db.execute(
+            "SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)
+        ).fetchone()
         content = self._contents_of_reports([row]).get(run.entry.id) if row else None
         return dict(json.loads(content)) if content else {}
 
     def unavailable_report(self, run: StageRun) -> dict[str, str] | None:
         """Stage, path and md5 of the report that dvc.lock records for this run, if its bytes are unavailable."""
-        row = self._db.execute("SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
+        row = self._db.execute(
+            "SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)
+        ).fetchone()
         return {"stage": run.address, "path": row[0], "md5": row[1]} if row and not self.report(run) else None
 
     @cached_property
     def workspace_outputs(self) -> dict[str, str]:
         """Hash -> path of the outputs in the workspace's dvc.lock. Their files may exist in the workspace."""
-        query = "SELECT run.md5, run.path FROM run JOIN lock_run ON run.id = lock_run.run JOIN lock ON lock.id = lock_run.lock WHERE lock.blob = ?"
+        query = (
+            "SELECT run.md5, run.path FROM run JOIN lock_run ON run.id = lock_run.run JOIN lock ON lock.id ="
+            " lock_run.lock WHERE lock.blob = ?"
+        )
         return dict(self._db.execute(query, (self.history.workspace,)))
 
     @cached_property
     def _locks(self) -> list[tuple[int, str | None, Place]]:
-        """(id, first commit, place) of every readable dvc.lock: in the order of history, then the workspace, then what only the reflog reaches."""
+        """(id, first commit, place) of every readable dvc.lock: in the order of
+        history, then the workspace, then what only the reflog reaches."""
         ids: dict[str, list[int]] = defaultdict(list)
         for identity, blob in self._db.execute("SELECT id, blob FROM lock WHERE readable ORDER BY id"):
             ids[blob.partition(":")[0]].append(identity)
         found: dict[int, tuple[int, str | None, Place]] = {}
-        places: list[tuple[str, str | None, Place]] = [(blob, commit, "commit") for blob, commit in self.history.first.items()]
+        places: list[tuple[str, str | None, Place]] = [
+            (blob, commit, "commit") for blob, commit in self.history.first.items()
+        ]
         if (workspace := self.history.workspace) and workspace not in self.history.unreachable:
             places.append((workspace, None, "workspace"))
         places += [(blob, commit, "reflog") for blob, commit in self.history.unreachable.items()]
@@ -256,9 +306,15 @@ class RunIndex(Database):
     def _first_commits(self) -> dict[int, str | None]:
         """Id of an entry -> the first commit whose dvc.lock contains it, whatever its lineage."""
         entries = self._entries_of_locks
-        commits: dict[int, str | None] = {entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0")}
+        commits: dict[int, str | None] = {
+            entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0")
+        }
         for lock, commit, _ in reversed(self._locks):
-            commits |= dict.fromkeys(entries[lock], commit) if commit else {entry: commits.get(entry) for entry in entries[lock]}
+            commits |= (
+                dict.fromkeys(entries[lock], commit)
+                if commit
+                else {entry: commits.get(entry) for entry in entries[lock]}
+            )
         return commits
 
     @cached_property
@@ -277,8 +333,12 @@ class RunIndex(Database):
             if is_watched:
                 watched[run].add(dep)
         return {
-            identity: Entry(identity, address, path, md5, bool(is_model), tuple(inputs[identity]), frozenset(watched[identity]))
-            for identity, address, path, md5, is_model in self._db.execute("SELECT id, address, path, md5, is_model FROM run")
+            identity: Entry(
+                identity, address, path, md5, bool(is_model), tuple(inputs[identity]), frozenset(watched[identity])
+            )
+            for identity, address, path, md5, is_model in self._db.execute(
+                "SELECT id, address, path, md5, is_model FROM run"
+            )
         }
 
     @cached_property
@@ -291,12 +351,22 @@ class RunIndex(Database):
             for run in by_lock[lock].values() if lock in self._workspace_locks else ():
                 run.in_workspace = True
         recorded = {run.entry.signature for run in resolver.runs}
-        cached = [self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0 ORDER BY run")]
-        resolver.add_unrecorded([entry for entry in cached if entry.signature not in recorded], len(self._locks), "run cache")
+        cached = [
+            self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0 ORDER BY run")
+        ]
+        resolver.add_unrecorded(
+            [entry for entry in cached if entry.signature not in recorded], len(self._locks), "run cache"
+        )
         known = resolver.by_output.keys()
-        unrecorded = [md5 for (md5,) in self._db.execute("SELECT md5 FROM listed WHERE has_weights ORDER BY md5") if md5 not in known]
+        unrecorded = [
+            md5
+            for (md5,) in self._db.execute("SELECT md5 FROM listed WHERE has_weights ORDER BY md5")
+            if md5 not in known
+        ]
         orphans = [
-            Entry(-1 - i, "unrecorded", "", md5, True, (), frozenset()) for i, md5 in enumerate(unrecorded) if self.objects.path(md5)
+            Entry(-1 - i, "unrecorded", "", md5, True, (), frozenset())
+            for i, md5 in enumerate(unrecorded)
+            if self.objects.path(md5)
         ]
         resolver.add_unrecorded(orphans, len(self._locks), "cache")
         resolver.connect()
@@ -305,7 +375,8 @@ class RunIndex(Database):
 
     @property
     def runs(self) -> dict[int, StageRun]:
-        """Id -> every run that git (with its reflog), the workspace or DVC's caches contain, in the order of history."""
+        """Id -> every run that git (with its reflog), the workspace or DVC's
+        caches contain, in the order of history."""
         return self._resolved[0]
 
     @cached_property
@@ -323,7 +394,9 @@ class RunIndex(Database):
 
     def commits_of(self, run: StageRun) -> list[str | None]:
         """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""
-        return [self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in run.locks)]
+        return [
+            self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in run.locks)
+        ]
 
     @cached_property
     def _position_of_lock(self) -> dict[int, int]:
@@ -334,7 +407,8 @@ class RunIndex(Database):
         return [commit for _, commit, _ in self._locks]
 
     def first_commit_with(self, run: StageRun) -> str | None:
-        """The first commit whose dvc.lock contains a run's output; one that only the reflog reaches, if the workspace has the output, too."""
+        """The first commit whose dvc.lock contains a run's output; one that
+        only the reflog reaches, if the workspace has the output, too."""
         commits = (same.commit for same in self.runs_by_output[run.md5])
         return next((commit for commit in commits if commit is not None), None) or self.first_commit(run)
 
@@ -345,7 +419,9 @@ class RunIndex(Database):
     def first_commit_with_all(self, runs: Iterable[StageRun]) -> str | None:
         """The first commit whose dvc.lock contains the entries of all these runs; None if no commit does."""
         common = set.intersection(*(run.locks for run in runs))
-        commits = (self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in common))
+        commits = (
+            self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in common)
+        )
         return next((commit for commit in commits if commit), None)
 
     @cached_per_instance
@@ -358,8 +434,9 @@ class RunIndex(Database):
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
-        For a folder of models: those whose weights it contains unchanged. A release is a copy of exactly one model: if files are unavailable, it is the
-        variant that its report names, unless that ran again since; empty if nothing records it.
+        For a folder of models: those whose weights it contains unchanged. A release is
+        a copy of exactly one model: if files are unavailable, it is the variant that
+        its report names, unless that ran again since; empty if nothing records it.
         """
         direct = self._models_read(run, in_folders=False)
         if direct:
@@ -372,20 +449,30 @@ class RunIndex(Database):
         if same or _section(run.address) != RELEASE:
             return list(dict.fromkeys(same or self._models_read(run, in_folders=True)))
         variant = self.report(run).get("variant")
-        named = [one for one in self._candidates(run) if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
+        named = [
+            one
+            for one in self._candidates(run)
+            if variant and one.address in {f"merged@{variant}", f"merged_aligned@{variant}"}
+        ]
         return [one for one in named if self._read_report_of(run, one)]
 
     def watchers(self, run: StageRun) -> list[StageRun]:
-        """The models that only measured a model while it was trained: the reward model of a method that learns from pairs."""
+        """The models that only measured a model while it was trained: the
+        reward model of a method that learns from pairs."""
         read = (run.producers.get(md5) for dep, _, md5 in run.inputs if dep in run.entry.watched)
-        return list(dict.fromkeys(producer for producer in read if producer and producer.is_model and producer.md5 != run.md5))
+        return list(
+            dict.fromkeys(producer for producer in read if producer and producer.is_model and producer.md5 != run.md5)
+        )
 
     def _models_read(self, run: StageRun, in_folders: bool) -> list[StageRun]:
         """The models that a run read and did not only watch, one by one or in folders of outputs."""
         return [
             producer
             for dep, path, md5 in run.inputs
-            if (producer := run.producers.get(md5)) and producer.is_model and producer.md5 != run.md5 and dep not in run.entry.watched
+            if (producer := run.producers.get(md5))
+            and producer.is_model
+            and producer.md5 != run.md5
+            and dep not in run.entry.watched
             if (dep != path) == in_folders
         ]
 
@@ -394,17 +481,21 @@ class RunIndex(Database):
         return [one for one in self._models_read(run, in_folders=True) if mine & self.weights(one.md5)]
 
     def _read_report_of(self, run: StageRun, model: StageRun) -> bool:
-        """Whether a release read the report of this run of a model and not of an earlier one, by the hash of the folder of reports: that tells without
-        the files of either. True if the release did not depend on the folder."""
+        """Whether a release read the report of this run of a model and not of an earlier one, by the hash of the folder
+        of reports: that tells without the files of either. True if the release did not depend on the folder."""
         (report,) = self._db.execute("SELECT report FROM run WHERE id = ?", (model.entry.id,)).fetchone()
         folder = str(report or "").rpartition("/")[0]
         read = {dep["path"]: dep.get("md5") for dep in self.lock_entry(run).get("deps", [])}
         if folder not in read:
             return True
-        query = "SELECT run.report, run.report_md5 FROM run JOIN lock_run ON run.id = lock_run.run WHERE lock_run.lock = ?"
+        query = (
+            "SELECT run.report, run.report_md5 FROM run JOIN lock_run ON run.id = lock_run.run WHERE lock_run.lock = ?"
+        )
         for lock in run.locks & model.locks:
             files = {
-                path.removeprefix(f"{folder}/"): md5 for path, md5 in self._db.execute(query, (lock,)) if path and is_within(path, folder)
+                path.removeprefix(f"{folder}/"): md5
+                for path, md5 in self._db.execute(query, (lock,))
+                if path and is_within(path, folder)
             }
             if read[folder] in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}:
                 return True
@@ -412,23 +503,30 @@ class RunIndex(Database):
 
     def _candidates(self, run: StageRun) -> list[StageRun]:
         """The models that a release may be a copy of, as far as their weights and its own are known."""
-        return [one for one in self._models_read(run, in_folders=True) if not (self.weights(run.md5) and self.weights(one.md5))]
+        return [
+            one
+            for one in self._models_read(run, in_folders=True)
+            if not (self.weights(run.md5) and self.weights(one.md5))
+        ]
 
     def has_unknown_original(self, run: StageRun) -> bool:
         """Whether a model is a copy of another one, and nothing records of which."""
         return self.is_copy(run) and not self.parents(run)
 
     def unavailable_originals(self, run: StageRun) -> list[StageRun]:
-        """Of a copy of an unknown model: the runs whose files would tell which one it is. Empty if all are available, so that nothing records it."""
+        """Of a copy of an unknown model: the runs whose files would tell which
+        one it is. Empty if all are available, so that nothing records it."""
         return [run] if not self.weights(run.md5) else self._candidates(run)
 
     @cached_per_instance
     def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte, or was chosen from folders of models: the parent then accounts for everything
-        that it was trained on."""
+        """Whether a model has the weights of a parent, byte for byte, or was chosen from folders of models: the parent
+        then accounts for everything that it was trained on."""
         mine = self.weights(run.md5)
         known = [weights for parent in self.parents(run) if (weights := self.weights(parent.md5))]
-        direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
+        direct = any(
+            dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model
+        )
         if run.is_model and _section(run.address) == RELEASE and not direct:
             return True
         if mine and known:
@@ -437,7 +535,8 @@ class RunIndex(Database):
 
     @cached_per_instance
     def data(self, run: StageRun) -> dict[str, StageRun]:
-        """Hash -> run of every data set that a run was made from, up to the nearest models and data sets with splits."""
+        """Hash -> run of every data set that a run was made from, up to the
+        nearest models and data sets with splits."""
         upstream: dict[str, StageRun] = {}
         pending = [run]
         while pending:
@@ -457,7 +556,11 @@ class RunIndex(Database):
         while pending:
             reader = pending.pop()
             for md5, producer in reader.made_from().items():
-                if not producer.is_model and md5 not in upstream and not (md5 in self.split_outputs or producer.path in self._split_paths):
+                if (
+                    not producer.is_model
+                    and md5 not in upstream
+                    and not (md5 in self.split_outputs or producer.path in self._split_paths)
+                ):
                     upstream[md5] = producer
                     pending.append(producer)
         return upstream
@@ -474,7 +577,8 @@ class RunIndex(Database):
         return self.objects.path(md5, self.workspace_outputs.get(out, "")) if md5 else None
 
     def is_split(self, run: StageRun) -> bool:
-        """Whether the output has splits, judged by other outputs at the same path if it is unavailable; True if that is unknown."""
+        """Whether the output has splits, judged by other outputs at the same
+        path if it is unavailable; True if that is unknown."""
         return run.md5 in self.split_outputs or run.path in self._split_paths or run.path not in self._listed_paths
 
     def weights(self, out: str) -> frozenset[str]:
@@ -497,7 +601,8 @@ class RunIndex(Database):
         return [md5 for md5 in self.runs_by_output if md5.startswith(prefix)]
 
     def outputs_by_source_hash(self, sha256: str) -> dict[str, frozenset[str]]:
-        """Source, or file in a folder that is one -> hashes of the outputs made from the version of it whose sha256 has this prefix."""
+        """Source, or file in a folder that is one -> hashes of the outputs made
+        from the version of it whose sha256 has this prefix."""
         outputs: dict[str, set[str]] = defaultdict(set)
         query = "SELECT run, source FROM origin WHERE sha256 >= ? AND sha256 < ?"
         for entry, source in self._db.execute(query, (sha256, sha256 + "g")):
@@ -512,7 +617,9 @@ class RunIndex(Database):
 
     def matching_hashes(self, prefix: str) -> tuple[frozenset[str], frozenset[str]]:
         """(file hashes with this prefix, hashes of outputs that have the prefix or contain such a file)."""
-        rows = self._db.execute("SELECT md5, out FROM file WHERE md5 >= ? AND md5 < ?", (prefix, prefix + "g")).fetchall()
+        rows = self._db.execute(
+            "SELECT md5, out FROM file WHERE md5 >= ? AND md5 < ?", (prefix, prefix + "g")
+        ).fetchall()
         outs = {out for md5, out in rows if out in self.runs_by_output} | set(self.outputs_with_prefix(prefix))
         return frozenset(md5 for md5, _ in rows), frozenset(outs)
 
@@ -523,7 +630,11 @@ class RunIndex(Database):
 
     def unexplained(self, run: StageRun) -> list[str]:
         """Inputs of a run that were outputs of stages, although nothing records the runs that produced them."""
-        outputs = (path for _, path, md5 in run.inputs if path in self._output_paths and md5 not in run.producers and md5 != run.md5)
+        outputs = (
+            path
+            for _, path, md5 in run.inputs
+            if path in self._output_paths and md5 not in run.producers and md5 != run.md5
+        )
         return [*run.unresolved, *outputs]
 
     @cached_property
@@ -546,11 +657,18 @@ class RunIndex(Database):
         """The models that learned from a larger one with a file whose sha256 has this prefix."""
         query = "SELECT id FROM run WHERE address LIKE 'aligned@%' AND instr(text, ?)"
         named = {number for (number,) in self._db.execute(query, (prefix,))}
-        teachers = {run: teacher_of(run.address, self.lock_entry(run)) for run in self.runs.values() if run.entry.id in named}
-        return [run for run, one in teachers.items() if one and any(digest.startswith(prefix) for digest in one["sha256"].values())]
+        teachers = {
+            run: teacher_of(run.address, self.lock_entry(run)) for run in self.runs.values() if run.entry.id in named
+        }
+        return [
+            run
+            for run, one in teachers.items()
+            if one and any(digest.startswith(prefix) for digest in one["sha256"].values())
+        ]
 
     def entries_reading(self, path: str) -> list[tuple[str, str, str]]:
-        """(address, dependency, section of dvc.lock) of the entries that read a file or folder, the folder that it is in, or files in it.
+        """(address, dependency, section of dvc.lock) of the entries that read a
+        file or folder, the folder that it is in, or files in it.
 
         Outputs of stages are left out.
         """
@@ -558,13 +676,18 @@ class RunIndex(Database):
         deps = [
             dep
             for (dep,) in self._db.execute("SELECT DISTINCT dep FROM input")
-            if (is_within(dep, path) or is_within(path, dep)) and not any(is_within(dep, out) or is_within(out, dep) for out in outs)
+            if (is_within(dep, path) or is_within(path, dep))
+            and not any(is_within(dep, out) or is_within(out, dep) for out in outs)
         ]
-        query = "SELECT DISTINCT run.address, input.dep, run.text FROM run JOIN input ON input.run = run.id WHERE input.dep IN"
+        query = (
+            "SELECT DISTINCT run.address, input.dep, run.text FROM run JOIN input ON input.run = run.id WHERE"
+            " input.dep IN"
+        )
         return list(self._rows(query, deps))
 
     def sources_of(self, run: StageRun) -> set[str] | None:
-        """The sources that reports name of everything upstream of a model's data; None if such a report is unavailable."""
+        """The sources that reports name of everything upstream of a model's
+        data; None if such a report is unavailable."""
         upstream = [producer for producer in self.ancestors(run).values() if self.reads_sources(producer)]
         named: set[str] = set()
         for producer in upstream:
@@ -594,8 +717,8 @@ class RunIndex(Database):
 
     @property
     def unreadable(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is damaged; entries of the run
-        cache that cannot be read; and parts of the history."""
+        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is
+        damaged; entries of the run cache that cannot be read; and parts of the history."""
         commits = {**self.history.unreachable, **self.history.first}
         rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
         unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}

@@ -1,8 +1,8 @@
 """Entries of dvc.lock -> stage runs: each entry together with the runs that produced its inputs.
 
-One entry may be in many versions of dvc.lock. If two of them record other producers of the same bytes (a source was renamed, so the stages before it
-ran again and gave what they had given), the entry counts as two runs, each with its own lineage. A question about a revision is therefore answered
-from the dvc.lock of that revision alone.
+One entry may be in many versions of dvc.lock. If two of them record other producers of the same bytes (a source was
+renamed, so the stages before it ran again and gave what they had given), the entry counts as two runs, each with its
+own lineage. A question about a revision is therefore answered from the dvc.lock of that revision alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dagster_project.core.records import learns_from_reward_model
 from dagster_project.lineage.history import LOCK, stages_of
 
 Place = Literal["commit", "workspace", "reflog", "run cache", "cache"]
-"""Where a run is recorded: in a reachable commit, in the workspace alone, in a commit that only the reflog reaches, in DVC's run cache, or nowhere:
-then only its output is in DVC's cache."""
+"""Where a run is recorded: in a reachable commit, in the workspace alone, in a commit that only the reflog reaches, in
+DVC's run cache, or nowhere: then only its output is in DVC's cache."""
 MEASURED_TASKS = "data/splits/validation"
-"""Dependency of an alignment that learns from tasks: held-out ones, whose answers it measures before and after training."""
+"""Dependency of an alignment that learns from tasks: held-out ones, whose
+answers it measures before and after training."""
 
 PLACEHOLDER = {".gitkeep": md5_of_bytes(b"")}
 """What a folder of outputs may contain beside them, so that git keeps it."""
@@ -99,7 +100,11 @@ class StageRun:
 
     def made_from(self) -> dict[str, StageRun]:
         """`producers` without those of inputs that the run only compared with."""
-        return {md5: self.producers[md5] for dep, _, md5 in self.inputs if md5 in self.producers and dep not in self.entry.watched}
+        return {
+            md5: self.producers[md5]
+            for dep, _, md5 in self.inputs
+            if md5 in self.producers and dep not in self.entry.watched
+        }
 
     def __repr__(self) -> str:
         return f"<{self.address} {self.md5[:8]} #{self.id}>"
@@ -142,7 +147,9 @@ class Resolver:
         for entry in entries.values():
             self._versions[entry.path][entry.md5] = None
 
-    def add_lock(self, lock: int, entries: Iterable[int], order: int, commit: str | None, place: Place) -> dict[str, StageRun]:
+    def add_lock(
+        self, lock: int, entries: Iterable[int], order: int, commit: str | None, place: Place
+    ) -> dict[str, StageRun]:
         """Address -> run, for one dvc.lock."""
         here = [self.entries[entry] for entry in entries]
         by_md5: dict[str, list[Entry]] = defaultdict(list)
@@ -187,26 +194,31 @@ class Resolver:
                     run.producers[md5] = self._beside(producer, run) if run.locks and not producer.locks else producer
 
     def _beside(self, producer: StageRun, reader: StageRun) -> StageRun:
-        """A run that no dvc.lock contains, as it was made for a reader: of the inputs that the reader's dvc.lock has, it read those."""
+        """A run that no dvc.lock contains, as it was made for a reader: of the
+        inputs that the reader's dvc.lock has, it read those."""
         here = self._in_lock[min(reader.locks)]
         known = {md5: here[md5] for _, _, md5 in producer.inputs if md5 in here and md5 != producer.md5}
-        run = self._run(producer.entry, producer.inputs, known, producer.unresolved, producer.order, None, producer.place)
+        run = self._run(
+            producer.entry, producer.inputs, known, producer.unresolved, producer.order, None, producer.place
+        )
         if known:
             self._beside_readers.add(run.id)
         return run
 
     def add_alternatives(self, order: int) -> None:
-        """Add the lineages that runs may have through DVC's run cache, which does not record the run that made an input: if a run that no dvc.lock
-        contains made the same bytes as another one, every reader of these bytes may have read those of either.
+        """Add the lineages that runs may have through DVC's run cache, which does not
+        record the run that made an input: if a run that no dvc.lock contains made the same
+        bytes as another one, every reader of these bytes may have read those of either.
 
-        Not every combination is added, because their number is exponential in the number of stages. For each entry that may be above another one,
-        there is a run in which it is."""
+        Not every combination is added, because their number is exponential in the number of stages. For each entry that
+        may be above another one, there is a run in which it is."""
         bits = {entry: 1 << i for i, entry in enumerate({run.entry.id: None for run in self.runs})}
         above: dict[int, int] = {}
         added: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0])
         """Entry and inputs of a reader -> bits of the entries above the runs that were added for it."""
         readers: dict[str, list[tuple[StageRun, int, list[int]]]] = defaultdict(list)
-        """Hash of an input -> each run with it, the bits of the entries above its other inputs, and its item of `added`."""
+        """Hash of an input -> each run with it, the bits of the entries above
+        its other inputs, and its item of `added`."""
         for run in self.runs:
             for _, _, md5 in run.inputs:
                 others = 0
@@ -214,7 +226,9 @@ class Resolver:
                     others |= _entries_above(producer, bits, above) if made_of != md5 else 0
                 readers[md5].append((run, others, added[run.entry.id, run.inputs]))
         made = {md5: {run.entry.id for run in runs} for md5, runs in self.by_output.items()}
-        pending = deque(run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1)
+        pending = deque(
+            run for run in self.runs if run.place == "run cache" and not run.locks and len(made[run.md5]) > 1
+        )
         while pending:
             producer = pending.popleft()
             of_producer = _entries_above(producer, bits, above)
@@ -249,33 +263,48 @@ class Resolver:
         return run
 
     def _any(self, md5: str, path: str, but: StageRun | None = None) -> StageRun | None:
-        """The run that produced these bytes last, preferably at this path, and preferably one that a dvc.lock contains."""
-        candidates = [run for run in self.by_output.get(md5, ()) if run is not but and (but is None or but not in run.producers.values())]
+        """The run that produced these bytes last, preferably at this path, and
+        preferably one that a dvc.lock contains."""
+        candidates = [
+            run
+            for run in self.by_output.get(md5, ())
+            if run is not but and (but is None or but not in run.producers.values())
+        ]
         return max(
             candidates,
             key=lambda run: (bool(run.locks), run.id not in self._beside_readers, run.path == path, run.order, run.id),
             default=None,
         )
 
-    def _expanded(self, entry: Entry, outs: Mapping[str, str]) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
-        """The inputs of an entry, with folders of outputs expanded, as the dvc.lock with these outputs (path -> hash) has them."""
+    def _expanded(
+        self, entry: Entry, outs: Mapping[str, str]
+    ) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+        """The inputs of an entry, with folders of outputs expanded, as the
+        dvc.lock with these outputs (path -> hash) has them."""
         inputs: list[tuple[str, str, str]] = []
         unresolved = []
         for dep, md5 in entry.inputs:
-            inside = {path: value for path, value in outs.items() if path.startswith(dep + "/")} if dep not in outs else {}
+            inside = (
+                {path: value for path, value in outs.items() if path.startswith(dep + "/")} if dep not in outs else {}
+            )
             containing = [path for path in outs if dep.startswith(path + "/")] if not inside and dep not in outs else []
             if inside:
                 parts = self._folder(dep, md5, inside)
                 inputs += [(dep, path, value) for path, value in parts or ()]
                 unresolved += [] if parts is not None else [dep]
             elif containing:
-                inputs += [(dep, path, self._version_read(path, entry, outs[path]) or outs[path]) for path in containing]
+                inputs += [
+                    (dep, path, self._version_read(path, entry, outs[path]) or outs[path]) for path in containing
+                ]
             else:
                 inputs.append((dep, dep, md5))
         return tuple(inputs), tuple(unresolved)
 
-    def _expanded_alone(self, entry: Entry) -> tuple[tuple[tuple[str, str, str], ...], dict[str, StageRun], tuple[str, ...]]:
-        """As `_expanded`, of an entry that no dvc.lock contains: folders of outputs that no dvc.lock has expanded stay unresolved."""
+    def _expanded_alone(
+        self, entry: Entry
+    ) -> tuple[tuple[tuple[str, str, str], ...], dict[str, StageRun], tuple[str, ...]]:
+        """As `_expanded`, of an entry that no dvc.lock contains: folders of
+        outputs that no dvc.lock has expanded stay unresolved."""
         inputs: list[tuple[str, str, str]] = []
         unresolved = []
         for dep, md5 in entry.inputs:
@@ -292,9 +321,11 @@ class Resolver:
         return tuple(inputs), {}, tuple(unresolved)
 
     def _folder(self, dep: str, md5: str, inside: Mapping[str, str]) -> tuple[tuple[str, str], ...] | None:
-        """(path, hash) of the outputs that a folder of outputs contained: those of this dvc.lock, or, if its stages ran again since, earlier ones.
+        """(path, hash) of the outputs that a folder of outputs contained: those
+        of this dvc.lock, or, if its stages ran again since, earlier ones.
 
-        None if the recorded hash of the folder fits none of them. If outputs are unavailable, so that this cannot be told, those of this dvc.lock.
+        None if the recorded hash of the folder fits none of them. If outputs
+        are unavailable, so that this cannot be told, those of this dvc.lock.
         """
         if md5 not in self._folders:
             if self._has_hash(dep, inside, md5) is None:
@@ -319,8 +350,8 @@ class Resolver:
         return md5 in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}
 
     def _version_read(self, path: str, entry: Entry, now: str | None = None) -> str | None:
-        """Hash of the version of an output of which an entry read files or folders, i.e. that has all of them with their hashes: that of its dvc.lock
-        (`now`), or else another one; None if none that is available has."""
+        """Hash of the version of an output of which an entry read files or folders, i.e. that has all of them with
+        their hashes: that of its dvc.lock (`now`), or else another one; None if none that is available has."""
         parts = {dep.removeprefix(path + "/"): md5 for dep, md5 in entry.inputs if dep.startswith(path + "/")}
         for version in dict.fromkeys([*([now] if now else []), *self._versions[path]]):
             listing = self.listing(version) or {}
@@ -345,7 +376,8 @@ class LockParts(dict[str, str]):
 
 
 def lock_parts(text: str) -> LockParts:
-    """Split a dvc.lock into stages, and parse each of them once: parsing YAML is slow, and most stages are unchanged between commits.
+    """Split a dvc.lock into stages, and parse each of them once: parsing YAML
+    is slow, and most stages are unchanged between commits.
 
     Raises:
         InputError: the text is not a dvc.lock.
@@ -359,11 +391,15 @@ def lock_parts(text: str) -> LockParts:
     before, *pieces = re.split(r"^(?=  \S)", written.group(1), flags=re.MULTILINE) if written else [""]
     heads = [head for piece in pieces if (head := re.match(r"  ([\w@.-]+):\n", piece))]
     if not before.strip() and pieces and len({head.group(1) for head in heads}) == len(pieces):
-        with suppress(InputError):  # an entry can be invalid without what is before it; the whole text says what is wrong
+        with suppress(
+            InputError
+        ):  # an entry can be invalid without what is before it; the whole text says what is wrong
             parts.text = _sections({head.group(1): piece for head, piece in zip(heads, pieces, strict=True)})
     if not parts.text:  # not formatted by DVC
         parts.text = {name: as_section(name, stage) for name, stage in stages_of(text).items()}
-    parts.update({name: hashlib.sha1(piece.encode(), usedforsecurity=False).hexdigest() for name, piece in parts.text.items()})
+    parts.update(
+        {name: hashlib.sha1(piece.encode(), usedforsecurity=False).hexdigest() for name, piece in parts.text.items()}
+    )
     return parts
 
 
@@ -372,11 +408,13 @@ _BY_DVC = re.compile(r"schema: '2\.0'\nstages:\n((?:(?: .*)?\n)*)")
 _ALIAS = re.compile(r"[:-] [&*]\w")
 """In YAML: an anchor, or a reference to one. The entry that has it cannot be parsed alone."""
 _SECTIONS: dict[tuple[str, str], str] = {}
-"""Address and text of an entry as DVC writes it -> the entry as `as_section` writes it. Entries of dvc.lock that were parsed."""
+"""Address and text of an entry as DVC writes it -> the entry as `as_section`
+writes it. Entries of dvc.lock that were parsed."""
 
 
 def _sections(pieces: Mapping[str, str]) -> dict[str, str]:
-    """Address -> its entry as `as_section` writes it, of entries as DVC writes them. Those that are new are parsed, at once.
+    """Address -> its entry as `as_section` writes it, of entries as DVC writes
+    them. Those that are new are parsed, at once.
 
     Raises:
         InputError: they are not entries of a dvc.lock.
@@ -395,7 +433,8 @@ def as_section(address: str, stage: Mapping[str, Any]) -> str:
 
 
 def conflict_sides(text: str) -> list[str]:
-    """The texts that a merge conflict was about, in a file that was committed with its markers; the text alone without one."""
+    """The texts that a merge conflict was about, in a file that was committed
+    with its markers; the text alone without one."""
     if not re.search(r"^<<<<<<<", text, re.MULTILINE):
         return [text]
     sides: list[list[str]] = [[], []]
@@ -428,8 +467,8 @@ def is_input(path: str) -> bool:
 
 
 def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
-    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, the validation records of one that
-    learns from tasks, and the splits whose test examples `preferences` leaves out."""
+    """Dependencies that a stage only compares with: the reward model of an alignment method that learns from pairs, the
+    validation records of one that learns from tasks, and the splits whose test examples `preferences` leaves out."""
     if address == "preferences":
         return {"data/splits"}
     settings = _alignment(address, stage)
@@ -440,7 +479,8 @@ def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
 
 
 def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
-    """Dependencies that a stage does not open with its parameters: DVC has one list of them for all variants of `aligned`."""
+    """Dependencies that a stage does not open with its parameters: DVC has one
+    list of them for all variants of `aligned`."""
     settings = _alignment(address, stage)
     if settings is None:
         return set()
@@ -450,8 +490,8 @@ def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
 
 
 def teacher_of(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The larger model that an alignment learned from (`gkd`): "folder", "license", and "sha256" of each of its files, which the stage compared before it read
-    them. No dependency names it."""
+    """The larger model that an alignment learned from (`gkd`): "folder", "license", and "sha256" of each of its files,
+    which the stage compared before it read them. No dependency names it."""
     options = (_alignment(address, stage) or {}).get("options")
     teacher = options.get("teacher") if isinstance(options, dict) else None
     if not isinstance(teacher, dict) or not isinstance(teacher.get("sha256"), dict):
@@ -468,7 +508,8 @@ def _alignment(address: str, stage: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def declared_models(pipeline: bytes) -> frozenset[str]:
-    """Stages that dvc.yaml marks as producing safetensors, so that a model is recognized even if its files are unavailable."""
+    """Stages that dvc.yaml marks as producing safetensors, so that a model is
+    recognized even if its files are unavailable."""
     try:
         stages = stages_of(pipeline.decode(), "dvc.yaml") if pipeline else {}
     except (InputError, UnicodeDecodeError):
@@ -484,7 +525,8 @@ def _kinds(body: Any) -> list[Any]:
 
 
 def address_in(command: str, path: str) -> str:
-    """The stage that a command of DVC's run cache runs, which does not record its name: `... run adapter@lora` -> adapter@lora."""
+    """The stage that a command of DVC's run cache runs, which does not record
+    its name: `... run adapter@lora` -> adapter@lora."""
     match = re.search(r"\brun ([\w@.-]+)\s*$", command)
     return match.group(1) if match else path
 

@@ -1,6 +1,7 @@
 """Searches the messages of every available data set for a text: a name, an address, part of a sentence.
 
-Texts of ASCII characters are searched by polars, a million in about a second; the others one by one, because their normal forms differ.
+Texts of ASCII characters are searched by polars, a million in about a second;
+the others one by one, because their normal forms differ.
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ FIELDS = ("content", "reasoning_content", "tool_calls", "name")
 PARTS = ("messages", "prompt", "chosen", "rejected", "tools")
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]|\\[xuUpP]")
 """In a regular expression: a character beyond ASCII, or an escape of one."""
-INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")
-"""Invisible characters such as soft hyphens and zero-width spaces: most of Unicode's Default_Ignorable_Code_Point, without fillers of Hangul."""
-UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-"""Characters of scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), and Hangul, where particles follow a name
-without one: no word boundary is required next to them."""
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
+)
+"""Invisible characters such as soft hyphens and zero-width spaces: most of
+Unicode's Default_Ignorable_Code_Point, without fillers of Hangul."""
+UNSPACED = (
+    "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Characters of scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), and
+Hangul, where particles follow a name without one: no word boundary is required next to them."""
 ESCAPED = r'"[^"]*\\'
 """In a text that may contain a JSON string with escapes."""
 JSON_STRING = re.compile(r'(?<![\w\\])"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -42,17 +48,20 @@ CONTEXT = 40
 
 
 def normalized(text: str) -> str:
-    """A text without invisible characters and without differences of case, compatibility forms (NFKC) and whitespace."""
+    """A text without invisible characters and without differences of case,
+    compatibility forms (NFKC) and whitespace."""
     return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold().split())
 
 
 def _forms(text: str) -> tuple[str, ...]:
-    """The texts to search: a zero-width space is invisible within a word, and separates words in Thai, Khmer or Chinese."""
+    """The texts to search: a zero-width space is invisible within a word, and
+    separates words in Thai, Khmer or Chinese."""
     return (normalized(text), normalized(text.replace("\u200b", " "))) if "\u200b" in text else (normalized(text),)
 
 
 def _json_strings(text: str) -> Iterator[str]:
-    r"""The JSON strings in a text that have escapes, without these: '{"name": "Zo\u00eb\n", "n": "x"}'  ->  "Zoë" and a line break."""
+    r"""The JSON strings in a text that have escapes, without these: '{"name":
+    "Zo\u00eb\n", "n": "x"}'  ->  "Zoë" and a line break."""
     for literal in JSON_STRING.findall(text):
         if "\\" in literal:
             with suppress(ValueError):  # a string of another language
@@ -72,11 +81,11 @@ def _has_boundary(char: str) -> bool:
 
 
 class Pattern:
-    """What is searched for: a text between word boundaries, which scripts without spaces do not have, or a regular expression (without look-around and
-    back-references, case-insensitive).
+    """What is searched for: a text between word boundaries, which scripts without spaces do not have, or a regular
+    expression (without look-around and back-references, case-insensitive).
 
-    An expression that names characters beyond ASCII is matched with the NFKC and the NFC form of each text, because NFKC replaces characters such as an
-    ellipsis. It has to match one of them as a whole.
+    An expression that names characters beyond ASCII is matched with the NFKC and the NFC form of each text, because
+    NFKC replaces characters such as an ellipsis. It has to match one of them as a whole.
     """
 
     def __init__(self, text: str, regex: bool) -> None:
@@ -90,7 +99,9 @@ class Pattern:
             raise InputError("--containing: the text is empty", "give a word, a name or part of a sentence")
         self.regex = regex
         text = unicodedata.normalize("NFC", text) if regex else text  # as texts are
-        self.forms: tuple[Literal["NFKC", "NFC"], ...] = ("NFKC", "NFC") if regex and BEYOND_ASCII.search(text) else ("NFKC",)
+        self.forms: tuple[Literal["NFKC", "NFC"], ...] = (
+            ("NFKC", "NFC") if regex and BEYOND_ASCII.search(text) else ("NFKC",)
+        )
         begin, end = (r"(^|\W)" if words[0][0].isalnum() else ""), (r"($|\W)" if words[-1][-1].isalnum() else "")
         self.ascii = text if regex else begin + r"\s+".join(map(re.escape, words)) + end
         before = rf"(?<![^\W{UNSPACED}])" if _has_boundary(words[0][0]) else ""
@@ -106,12 +117,15 @@ class Pattern:
             ) from None
 
     def matches_of(self, texts: pl.Series) -> list[int]:
-        """Indices of the texts that match, or a JSON string in them; null does not. Raises ComputeError if Rust's `regex` does not know the expression."""
+        """Indices of the texts that match, or a JSON string in them; null does not. Raises ComputeError if Rust's
+        `regex` does not know the expression."""
         import polars as pl
 
         escaped = texts.str.contains(ESCAPED).fill_null(False).arg_true()
         inside = [
-            (i, one) for i, text in zip(escaped.to_list(), texts.gather(escaped).to_list(), strict=True) for one in _json_strings(text)
+            (i, one)
+            for i, text in zip(escaped.to_list(), texts.gather(escaped).to_list(), strict=True)
+            for one in _json_strings(text)
         ]
         matching = self.matches_of(pl.Series([one for _, one in inside], dtype=pl.String)) if inside else []
         return sorted({*self._matches_of(texts), *(inside[number][0] for number in matching)})
@@ -119,8 +133,14 @@ class Pattern:
     def _matches_of(self, texts: pl.Series) -> list[int]:
         """As `matches_of`, of the texts themselves."""
         if self.regex:
-            normalized_texts = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
-            return reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in normalized_texts]).arg_true().to_list()
+            normalized_texts = [
+                texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms
+            ]
+            return (
+                reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in normalized_texts])
+                .arg_true()
+                .to_list()
+            )
         plain = (texts.str.len_bytes() == texts.str.len_chars()).fill_null(True)
         found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
         others = (~plain).arg_true()
@@ -136,7 +156,11 @@ class Pattern:
         flats = [
             flat
             for one in _with_strings(text)
-            for flat in ([" ".join(unicodedata.normalize(form, one).split()) for form in self.forms] if self.regex else _forms(one))
+            for flat in (
+                [" ".join(unicodedata.normalize(form, one).split()) for form in self.forms]
+                if self.regex
+                else _forms(one)
+            )
         ]
         matches = [match for match in map(self.python.search, flats) if match]
         flat, (start, end) = (matches[0].string, matches[0].span()) if matches else (flats[0], (0, 0))
@@ -145,8 +169,8 @@ class Pattern:
 
 
 def search(index: Index, text: str, regex: bool = False) -> list[dict[str, Any]]:
-    """Every record with a message that contains a text, also in a JSON string with escapes: ignoring case, compatibility forms (NFKC), whitespace and
-    invisible characters; between word boundaries.
+    """Every record with a message that contains a text, also in a JSON string with escapes: ignoring case,
+    compatibility forms (NFKC), whitespace and invisible characters; between word boundaries.
 
     Args:
         regex: the text is a regular expression instead, which also matches invisible characters.
@@ -163,7 +187,13 @@ def search(index: Index, text: str, regex: bool = False) -> list[dict[str, Any]]
         for part, identity, role, name, matched in _matches(path, pattern):
             key = (identity, part, role, name)
             if key not in found:
-                found[key] = {"example_id": identity, "part": part, "role": role, "field": name, "excerpt": pattern.excerpt(matched)}
+                found[key] = {
+                    "example_id": identity,
+                    "part": part,
+                    "role": role,
+                    "field": name,
+                    "excerpt": pattern.excerpt(matched),
+                }
         bar.advance()
     return list(found.values())
 

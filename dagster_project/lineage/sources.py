@@ -1,5 +1,5 @@
-"""Files that contribute to a model without being one of its sources of rows: benchmarks that rows are compared with, decisions of reviewers,
-expectations, chat templates, code of metrics."""
+"""Files that contribute to a model without being one of its sources of rows: benchmarks that rows are compared with,
+decisions of reviewers, expectations, chat templates, code of metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from dagster_project.lineage.runs import StageRun
 
 
 def other_files(
-    index: Index, entries: Mapping[StageRun, Mapping[str, Any]], names: Mapping[tuple[str, str], str], sources: Mapping[str, Any]
+    index: Index,
+    entries: Mapping[StageRun, Mapping[str, Any]],
+    names: Mapping[tuple[str, str], str],
+    sources: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Files that the parameters of stages name, besides the sources of rows.
 
@@ -25,31 +28,47 @@ def other_files(
         names: (path of the output, its hash) -> name of the stage.
         sources: the sources of rows, which are left out.
     Returns:
-        path -> {"md5", "sha256" if the content is available, "license", "stages"}. Where stages read two versions of a file, the hash is appended to the
-        path of the second.
+        path -> {"md5", "sha256" if the content is available, "license", "stages"}. Where stages read two versions of a
+        file, the hash is appended to the path of the second.
     """
     found: dict[str, dict[str, Any]] = {}
     for run, entry in entries.items():
         named = set(_texts((entry.get("params") or {}).get(PARAMS) or {}))
         for dep, path, md5 in run.inputs:
-            if dep != path or md5 in run.producers or is_within(RECORD_KEY, dep) or any(is_within(source, dep) for source in sources):
+            if (
+                dep != path
+                or md5 in run.producers
+                or is_within(RECORD_KEY, dep)
+                or any(is_within(source, dep) for source in sources)
+            ):
                 continue
             files = _recorded(index, run, dep, md5)
             used: Mapping[str, bytes | None] = (
-                {dep: None} if files is None else {name: one for name, one in files.items() if name == dep or _is_named(name, dep, named)}
+                {dep: None}
+                if files is None
+                else {name: one for name, one in files.items() if name == dep or _is_named(name, dep, named)}
             )
             for name, content in used.items():
-                facts = {"md5": md5} if content is None else {"md5": md5_of_bytes(content), "sha256": sha256_of_bytes(content)}
+                facts = (
+                    {"md5": md5}
+                    if content is None
+                    else {"md5": md5_of_bytes(content), "sha256": sha256_of_bytes(content)}
+                )
                 shown = name if found.get(name, facts)["md5"] == facts["md5"] else f"{name} {facts['md5'][:8]}"
-                found.setdefault(shown, {**facts, "license": "unknown", "stages": []})["stages"].append(names[run.path, run.md5])
+                found.setdefault(shown, {**facts, "license": "unknown", "stages": []})["stages"].append(
+                    names[run.path, run.md5]
+                )
     return found
 
 
 def stages_reading(index: Index, path: str) -> list[str]:
-    """Addresses of the stages that read a file or folder: it is their dependency or contains one, or their parameters name it in one."""
+    """Addresses of the stages that read a file or folder: it is their
+    dependency or contains one, or their parameters name it in one."""
     found: dict[str, None] = {}
     for address, dep, text in index.entries_reading(path):
-        if address not in found and (is_within(dep, path) or (PurePosixPath(path).stem in text and _names(text, address, path, dep))):
+        if address not in found and (
+            is_within(dep, path) or (PurePosixPath(path).stem in text and _names(text, address, path, dep))
+        ):
             found[address] = None
     return list(found)
 
@@ -61,7 +80,8 @@ def _names(text: str, address: str, path: str, dep: str) -> bool:
 
 
 def _recorded(index: Index, run: StageRun, dep: str, md5: str) -> dict[str, bytes] | None:
-    """Path -> content of a file, or of the files of a folder, with the recorded hash; None if neither the commit nor the workspace has it."""
+    """Path -> content of a file, or of the files of a folder, with the recorded
+    hash; None if neither the commit nor the workspace has it."""
     commit = index.first_commit(run)
     if commit and _hash(files := contents_at(index.root, commit, [dep]), dep) == md5:
         return files
@@ -73,7 +93,11 @@ def _recorded(index: Index, run: StageRun, dep: str, md5: str) -> dict[str, byte
 def _hash(files: Mapping[str, bytes], dep: str) -> str:
     """Hash of a file or folder, as DVC identifies it."""
     hashes = {path: md5_of_bytes(content) for path, content in files.items()}
-    return hashes[dep] if dep in hashes else md5_of_folder({path.removeprefix(dep + "/"): md5 for path, md5 in hashes.items()})
+    return (
+        hashes[dep]
+        if dep in hashes
+        else md5_of_folder({path.removeprefix(dep + "/"): md5 for path, md5 in hashes.items()})
+    )
 
 
 def _is_named(path: str, folder: str, named: set[str]) -> bool:

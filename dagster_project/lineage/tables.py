@@ -68,7 +68,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def flattened(column: pl.Series) -> tuple[np.ndarray, dict[str, pl.Series]]:
-    """Number of objects in each list of a column of lists, (rows,); and field -> its values in all of them, in order. No fields: not of objects."""
+    """Number of objects in each list of a column of lists, (rows,); and field
+    -> its values in all of them, in order. No fields: not of objects."""
     import polars as pl
 
     sizes = column.list.len().fill_null(0)
@@ -93,7 +94,8 @@ def schema(path: Path) -> dict[str, pl.DataType]:
 
 def _refuse_altered(path: Path) -> None:
     """Raises:
-    InputError: an object of DVC's cache does not match its name. Some damage ends the process inside of polars, which no exception reports.
+    InputError: an object of DVC's cache does not match its name. Some damage
+        ends the process inside of polars, which no exception reports.
     """
     prefix, store = path.parent.name, path.parent.parent.name
     if store != "md5" or len(prefix) != 2 or not path.is_file():
@@ -110,7 +112,8 @@ def _md5(path: Path, changed: int, size: int) -> str:
 
 
 def _damaged(path: Path, reason: Exception | str) -> PedigreeError:
-    """An error that names the file; that of the operating system, such as a missing permission, does not call it damaged."""
+    """An error that names the file; that of the operating system, such as a
+    missing permission, does not call it damaged."""
     if isinstance(reason, Exception) and (known := faults.explained(reason, path.parent)):
         return known
     return InputError(

@@ -1,4 +1,5 @@
-"""How far two versions of an output may differ if other kinds of machines made them: tensor by tensor, number by number, answer by answer.
+"""How far two versions of an output may differ if other kinds of machines made
+them: tensor by tensor, number by number, answer by answer.
 
 What is measured, and the bounds with how they were found: docs/verify.md, "Elsewhere".
 """
@@ -17,8 +18,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-OF_MACHINE = {"machine", "environment", "versions", "device", "dtype", "attention", "output_sha256", "sha256_before", "sha256_after"}
-"""Keys of reports and of training.json that are the machine's, or hashes of weights. Reported as causes, not compared."""
+OF_MACHINE = {
+    "machine",
+    "environment",
+    "versions",
+    "device",
+    "dtype",
+    "attention",
+    "output_sha256",
+    "sha256_before",
+    "sha256_after",
+}
+"""Keys of reports and of training.json that are the machine's, or hashes of
+weights. Reported as causes, not compared."""
 GENERATED = {
     "answer",
     "label",
@@ -90,12 +102,20 @@ def _tensors(recorded: Path, made: Path, starts: Sequence[Path]) -> Found:
             left, right = name.replace("lora_A", "lora_B"), name.replace("lora_B", "lora_A")
             if left != right and {left, right} <= alike and len(shape[left]) == len(shape[right]) == 2:
                 if name == left:  # a pair counts once, by its product
-                    yield "update", _low_rank(*(weights.get_tensor(part).double() for weights in (a, b) for part in (left, right))), name
+                    yield (
+                        "update",
+                        _low_rank(*(weights.get_tensor(part).double() for weights in (a, b) for part in (left, right))),
+                        name,
+                    )
                 continue
             rounding = torch.finfo(one.dtype).eps
             one, other, start = one.double(), other.double(), _start(starts, name, shape[name])
             if start is not None:  # an update below the rounding of the stored numbers counts as that rounding
-                yield "update", _ratio(float((one - other).norm()), max(float((one - start).norm()), rounding * float(one.norm()))), name
+                yield (
+                    "update",
+                    _ratio(float((one - other).norm()), max(float((one - start).norm()), rounding * float(one.norm()))),
+                    name,
+                )
             yield "weight", _ratio(_largest(one - other), _largest(one)), name
 
 
@@ -110,7 +130,8 @@ def _start(starts: Sequence[Path], name: str, shape: tuple[int, ...]) -> torch.T
 
     for file in starts:
         with safe_open(file, framework="pt") as weights:
-            if name in weights.keys() and tuple(weights.get_slice(name).get_shape()) == shape:  # noqa: SIM118  no mapping
+            # no mapping
+            if name in weights.keys() and tuple(weights.get_slice(name).get_shape()) == shape:  # noqa: SIM118
                 return weights.get_tensor(name).double()
     return None
 
@@ -153,7 +174,8 @@ def _cells(recorded: Path, made: Path, starts: Sequence[Path]) -> Found:
 
 
 def _columns(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> Found:
-    """Tables of the same shape: share of rows with another answer; and in the others, numbers relative to their column's scale."""
+    """Tables of the same shape: share of rows with another answer; and in the
+    others, numbers relative to their column's scale."""
     count = max(map(len, a.values()), default=0)
     written = [name for name in a if name in GENERATED]
     changed = [any(a[name][i] != b[name][i] for name in written) for i in range(count)]
@@ -162,7 +184,9 @@ def _columns(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> Found:
     for name in a:
         if name in GENERATED:
             continue
-        pairs = [(one, other) for one, other, other_answer in zip(a[name], b[name], changed, strict=True) if not other_answer]
+        pairs = [
+            (one, other) for one, other, other_answer in zip(a[name], b[name], changed, strict=True) if not other_answer
+        ]
         if any(isinstance(one, float) for one, _ in pairs):
             scale = max((abs(one) for one, _ in pairs if _finite(one)), default=0.0)
             yield "column", max((_ratio(_gap(one, other), scale) for one, other in pairs), default=0.0), name
@@ -195,7 +219,8 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
 
 
 def _from_interval(recorded: float, made: float, interval: Sequence[float], place: str) -> tuple[str, float, str]:
-    """Difference of a figure, as a multiple of the distance from it to that end of its recorded interval; a plain number if it is that end."""
+    """Difference of a figure, as a multiple of the distance from it to that end
+    of its recorded interval; a plain number if it is that end."""
     distance = abs(recorded - (interval[0] if made < recorded else interval[1]))
     if distance == 0:
         return "number", _ratio(abs(recorded - made), max(abs(recorded), 1.0)), place

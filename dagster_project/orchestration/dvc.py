@@ -1,5 +1,5 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage. DVC is used only here, in the other files named dvc_*.py, in rwlock.py, remote_store.py and
-experiments.py, and in erasure/remotes.py.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage. DVC is used only here, in the other files named
+dvc_*.py, in rwlock.py, remote_store.py and experiments.py, and in erasure/remotes.py.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -50,9 +50,11 @@ class Input:
     recorded: str | None
     """Content hash in dvc.lock, when the stage last ran."""
     problem: str = ""
-    """For a source that DVC tracks: how it differs from its .dvc file, and the next step; empty if it does not differ."""
+    """For a source that DVC tracks: how it differs from its .dvc file, and the
+    next step; empty if it does not differ."""
     of_other_path: bool = False
-    """Whether `recorded` is the hash of a folder with this output, or of a part of it, which changed: dvc.lock has no hash of the output itself."""
+    """Whether `recorded` is the hash of a folder with this output, or of a part
+    of it, which changed: dvc.lock has no hash of the output itself."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class StageState:
     code: tuple[str, ...]
     """Files of code, and reports of other stages, that it depends on."""
     files: tuple[str, ...]
-    """Every file and folder that it reads or writes, also those with parameters, and those that `vars:` of dvc.yaml names."""
+    """Every file and folder that it reads or writes, also those with
+    parameters, and those that `vars:` of dvc.yaml names."""
     frozen: bool = False
     """Whether dvc.yaml freezes it: DVC does not run its command, and does not compare its inputs."""
 
@@ -98,8 +101,14 @@ class StageState:
             return ["never run"]
         return (
             ([self.output_problem] if self.output_problem else [])
-            + list(dict.fromkeys(f"{i.path} changed" for i in self.inputs if i.now != i.recorded))  # several parts of one output
-            + ([] if self.definition_now == self.definition_recorded else ["command, parameters, code or a report it reads changed"])
+            + list(
+                dict.fromkeys(f"{i.path} changed" for i in self.inputs if i.now != i.recorded)
+            )  # several parts of one output
+            + (
+                []
+                if self.definition_now == self.definition_recorded
+                else ["command, parameters, code or a report it reads changed"]
+            )
         )
 
     @property
@@ -123,7 +132,13 @@ class StageState:
         text = f"{self.address} is frozen, so it is not run, but {self.changed[0]}; "
         if self.recorded and self.output_problem:
             path = self.output_problem.partition(" differs from ")[0]
-            restore = "git checkout HEAD" if path in self.metrics else "dvc checkout --force" if self.in_cache else "dvc pull --force"
+            restore = (
+                "git checkout HEAD"
+                if path in self.metrics
+                else "dvc checkout --force"
+                if self.in_cache
+                else "dvc pull --force"
+            )
             text += f"`{restore} {path}` restores it, or "
         return f"{text}remove `frozen: true` from dvc.yaml to let it run"
 
@@ -133,7 +148,8 @@ def open_repo(root: Path) -> Iterator[Any]:
     """DVC's `Repo` of the project.
 
     Raises:
-        InputError: no DVC project, or dvc.yaml, dvc.lock, params.yaml, a file's name or DVC's cache of hashes is invalid.
+        InputError: no DVC project, or dvc.yaml, dvc.lock, params.yaml, a file's
+            name or DVC's cache of hashes is invalid.
     """
     refuse_special_files(root)
     repository = private_module("dvc.repo")
@@ -190,7 +206,8 @@ def _reading(repo: Any) -> Iterator[None]:
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
-                f"DVC cannot read dvc.yaml, dvc.lock or params.yaml: {reason}", "undo the last change of these files: see `git diff`"
+                f"DVC cannot read dvc.yaml, dvc.lock or params.yaml: {reason}",
+                "undo the last change of these files: see `git diff`",
             ) from None
 
 
@@ -205,7 +222,8 @@ def lost_records(root: Path) -> list[str]:
 
 @contextmanager
 def records_locked(root: Path) -> Iterator[None]:
-    """While open, DVC's lock of the project is held, so that DVC does not write dvc.lock. It does not write the file atomically."""
+    """While open, DVC's lock of the project is held, so that DVC does not write
+    dvc.lock. It does not write the file atomically."""
     with open_repo(root) as repo, repo.lock:
         yield
 
@@ -215,7 +233,8 @@ def _is_definition(path: str) -> bool:
 
 
 def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definition) -> dict[str, StageState]:
-    """The state of every stage of the project's dvc.yaml, in flow order. Compares each output separately, so it never waits for a running stage.
+    """The state of every stage of the project's dvc.yaml, in flow order.
+    Compares each output separately, so it never waits for a running stage.
 
     Args:
         is_definition: whether a dependency, by path, is part of a stage's definition. All others are its inputs.
@@ -285,7 +304,8 @@ def _version(root: Path, outs: Sequence[Any]) -> str:
 
 
 def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
-    """Path, modification time, inode and size of every file that `read_stages` read: if they are the same, its result is too."""
+    """Path, modification time, inode and size of every file that `read_stages`
+    read: if they are the same, its result is too."""
     return stamps(root / name for name in stamped_paths(states))
 
 
@@ -296,7 +316,9 @@ def stamped_paths(states: Mapping[str, StageState]) -> set[str]:
         inputs = [i.path for i in state.inputs]
         paths |= {*state.files, *inputs, *(f"{path}.dvc" for path in inputs)}
     folders = {parent for path in paths for parent in PurePosixPath(path).parents if "://" not in path and parent.name}
-    return paths | {name for folder in folders for name in (f"{folder}.dvc", f"{folder}/.dvcignore", f"{folder}/.gitignore")}
+    return paths | {
+        name for folder in folders for name in (f"{folder}.dvc", f"{folder}/.dvcignore", f"{folder}/.gitignore")
+    }
 
 
 def overlap(a: str, b: str) -> bool:
@@ -325,7 +347,8 @@ def status_of(output: Any) -> dict[str, str]:
 
 
 def _removed_listing(output: Any) -> bool:
-    """Remove an output's listing from the cache if it does not match its name, as DVC itself does if it is not JSON. Returns whether it was so."""
+    """Remove an output's listing from the cache if it does not match its name,
+    as DVC itself does if it is not JSON. Returns whether it was so."""
     if not output.hash_info:
         return False
     listing = Path(output.cache.oid_to_path(output.hash_info.value))
@@ -345,22 +368,30 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
         return f"{path} is missing; fetch it with `{fetch} {quote(file)}`"
     if not status:
         return ""
-    return f"{path} differs from {file}; keep the change with `dvc add {quote(path)}`, or drop it with `dvc checkout --force {quote(path)}`"
+    return (
+        f"{path} differs from {file}; keep the change with `dvc add {quote(path)}`, or drop it with `dvc checkout"
+        f" --force {quote(path)}`"
+    )
 
 
 def changed_sources(root: Path) -> dict[str, str]:
-    """.dvc file of each source that differs from it -> how, with the next step. Only of those that a stage reads, as `dvc repro` does: what else is
-    under DVC need not be there. DVC does not look at what a frozen stage reads."""
+    """.dvc file of each source that differs from it -> how, with the next step. Only of those that a stage reads, as
+    `dvc repro` does: what else is under DVC need not be there. DVC does not look at what a frozen stage reads."""
     with open_repo(root) as repo:
         stages = declared_stages(repo)
-        running = [one for one in stages if not one.is_data_source and not one.frozen and Path(one.path) == Path(repo.root_dir, "dvc.yaml")]
+        running = [
+            one
+            for one in stages
+            if not one.is_data_source and not one.frozen and Path(one.path) == Path(repo.root_dir, "dvc.yaml")
+        ]
         read = {path_of(root, dep) for stage in running for dep in stage.deps}
         return {
             os.path.relpath(stage.path, root): problem
             for stage in stages
             if stage.is_data_source
             for out in stage.outs
-            if any(overlap(path_of(root, out), path) for path in read) and (problem := _source_problem(root, stage, out))
+            if any(overlap(path_of(root, out), path) for path in read)
+            and (problem := _source_problem(root, stage, out))
         }
 
 
@@ -399,13 +430,17 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         output_problem=problem,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
         code=tuple(code),
-        files=(*(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"), *_variables(root, stage, others)),
+        files=(
+            *(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"),
+            *_variables(root, stage, others),
+        ),
         frozen=bool(stage.frozen),
     )
 
 
 def _variables(root: Path, stage: Any, others: Surroundings) -> list[str]:
-    """Files with variables of all stages, and with those that this stage uses. DVC gives their paths relative to the current folder."""
+    """Files with variables of all stages, and with those that this stage uses.
+    DVC gives their paths relative to the current folder."""
     return sorted({os.path.relpath(path, root) for path in [*others.variables, *stage.tracked_vars]})
 
 
@@ -420,18 +455,22 @@ def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str
 
 
 def _parameters(stage: Any, files: ParameterFiles) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values of the parameters that a stage reads: on disk, and in dvc.lock. Keys of code.lock.yaml, which are names of stages, get its name as a prefix."""
+    """Values of the parameters that a stage reads: on disk, and in dvc.lock. Keys
+    of code.lock.yaml, which are names of stages, get its name as a prefix."""
     values: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     for dep in stage.params:
         prefix = f"{code_lock.FILE}:" if Path(dep.fs_path).name == code_lock.FILE else ""
         values |= {prefix + key: value for key, value in files.values(dep).items()}
-        recorded |= {prefix + key: value for key, value in ((dep.hash_info.value or {}) if dep.hash_info else {}).items()}
+        recorded |= {
+            prefix + key: value for key, value in ((dep.hash_info.value or {}) if dep.hash_info else {}).items()
+        }
     return values, recorded
 
 
 def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None], others: Surroundings) -> list[Input]:
-    """The inputs at a path that a stage reads: one source, one output or something in it, or all outputs in a folder."""
+    """The inputs at a path that a stage reads: one source, one output or
+    something in it, or all outputs in a folder."""
     producers = dict.fromkeys(address for out, address in others.producers.items() if overlap(out, path))
     if not producers:
         problem = next((how for source, how in others.problems.items() if how and overlap(source, path)), "")
@@ -523,8 +562,8 @@ def _inputs_now(root: Path, stage: Any) -> dict[str, str]:
 
 
 def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) -> tuple[str, ...]:
-    """Outputs of removed or renamed variants, which stay where they were. Git and DVC do not bring them to another clone, so there the hash of the
-    folder is another one.
+    """Outputs of removed or renamed variants, which stay where they were. Git and DVC do not bring them to another
+    clone, so there the hash of the folder is another one.
 
     Args:
         addresses: of the stages that dvc.yaml has.
@@ -532,9 +571,15 @@ def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) ->
     recorded: dict[str, Any] = {}
     with suppress(InputError):  # no dvc.lock, or an empty or damaged one, of which DVC says what is wrong
         recorded = Revision(root, None).lock(partial=True)
-    outs = [out["path"] for address, entry in recorded.items() if address not in addresses for out in entry.get("outs", [])]
+    outs = [
+        out["path"] for address, entry in recorded.items() if address not in addresses for out in entry.get("outs", [])
+    ]
     folders = [path for path in inputs if not is_report(path)]
-    return tuple(out for out in outs if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists())
+    return tuple(
+        out
+        for out in outs
+        if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists()
+    )
 
 
 def _conflicts(root: Path, address: str, all_stages: Iterable[Any], inputs: Iterable[str]) -> list[tuple[str, str]]:
@@ -562,7 +607,8 @@ def outputs(root: Path, address: str) -> dict[str, str]:
 
 
 def files_within(root: Path, paths: Iterable[str]) -> list[str]:
-    """Everything but folders at or in paths of the project, without what DVC ignores (.dvcignore, and what it leaves out by itself).
+    """Everything but folders at or in paths of the project, without what DVC
+    ignores (.dvcignore, and what it leaves out by itself).
 
     Links are not followed; those to folders are listed, too.
     """
@@ -586,7 +632,11 @@ def not_ignored(root: Path, paths: Iterable[str]) -> list[str]:
     """
     with open_repo(root) as repo:
         rules = repo.dvcignore
-        return [path for path in paths if not (rules.is_ignored_dir if path.endswith("/") else rules.is_ignored_file)(str(root / path))]
+        return [
+            path
+            for path in paths
+            if not (rules.is_ignored_dir if path.endswith("/") else rules.is_ignored_file)(str(root / path))
+        ]
 
 
 def tracked_sources(root: Path) -> dict[str, str]:

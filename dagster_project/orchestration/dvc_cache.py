@@ -1,4 +1,5 @@
-"""DVC's cache: its objects as files, outputs that are restored from it or added to it, and outputs that were tampered with."""
+"""DVC's cache: its objects as files, outputs that are restored from it or added
+to it, and outputs that were tampered with."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Store:
         return self.objects / oid[:2] / oid[2:]
 
     def files(self, oid: str) -> dict[str, str] | None:
-        """Objects of a recorded output by path in it ("" for a single file); None if its listing is missing or invalid."""
+        """Objects of a recorded output by path in it ("" for a single file);
+        None if its listing is missing or invalid."""
         if not oid.endswith(".dir"):
             return {"": oid}
         try:
@@ -44,7 +46,9 @@ class Store:
 
         try:
             record = YAML(typ="safe").load(path.read_bytes())
-            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
+            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(
+                record, exclude=["size", "nfiles"]
+            )
         except (YAMLError, ValueError, TypeError, RecursionError):
             return None
         return record if intact else None
@@ -60,7 +64,8 @@ def _store(repo: Any) -> Store:
 
 
 def restore_outputs(root: Path, address: str) -> None:
-    """Restore from the cache, and reports also from the latest commit, what DVC removed before it ran a stage that then failed."""
+    """Restore from the cache, and reports also from the latest commit, what DVC
+    removed before it ran a stage that then failed."""
     with open_repo(root) as repo:
         stage = next((stage for stage in declared_stages(repo) if stage.name == address), None)
         for out in stage.outs if stage is not None else []:
@@ -73,19 +78,28 @@ def restore_outputs(root: Path, address: str) -> None:
             cached = Path(repo.cache.local.oid_to_path(out.hash_info.value))
             path = Path(out.fs_path)
             content = (
-                cached.read_bytes() if cached.is_file() else git_bytes(root, "show", f"HEAD:./{path.relative_to(repo.root_dir).as_posix()}")
+                cached.read_bytes()
+                if cached.is_file()
+                else git_bytes(root, "show", f"HEAD:./{path.relative_to(repo.root_dir).as_posix()}")
             )
-            if content is not None and md5_of_bytes(content) == out.hash_info.value:  # in a clone, only git may have a report
+            if (
+                content is not None and md5_of_bytes(content) == out.hash_info.value
+            ):  # in a clone, only git may have a report
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
 
 
 def recorded_files(root: Path, address: str) -> dict[str, Path]:
-    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached, or its listing is damaged."""
+    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it
+    is not cached, or its listing is damaged."""
     with open_repo(root) as repo:
         out = main_output(stage_named(repo, address))
         whole, cache = out.hash_info.value if out.hash_info else "", _store(repo)
-        if not whole.endswith(".dir") or not cache.at(whole).is_file() or md5_of_file(cache.at(whole)) != whole.removesuffix(".dir"):
+        if (
+            not whole.endswith(".dir")
+            or not cache.at(whole).is_file()
+            or md5_of_file(cache.at(whole)) != whole.removesuffix(".dir")
+        ):
             return {}
         return {name: cache.at(oid) for name, oid in (cache.files(whole) or {}).items()}
 
@@ -144,14 +158,18 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
             return None
         whole, cache = out.hash_info.value, _store(repo)
         tampered = []
-        for oid in dict.fromkeys([whole, *(cache.files(whole) or {}).values()]):  # the listing may be tampered with, too
+        for oid in dict.fromkeys(
+            [whole, *(cache.files(whole) or {}).values()]
+        ):  # the listing may be tampered with, too
             path = cache.at(oid)
             if not path.is_file():
                 continue
             intact = md5_of_file(path) == oid.removesuffix(".dir")
             if not intact:
                 tampered.append(oid)
-            if not intact or oid == whole:  # without the whole, the run cache cannot restore an output that no stage published
+            if (
+                not intact or oid == whole
+            ):  # without the whole, the run cache cannot restore an output that no stage published
                 _move(path, aside / oid)
         target = aside / address
         remove(target)

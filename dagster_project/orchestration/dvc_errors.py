@@ -38,15 +38,22 @@ def explained(error: Exception, root: Path) -> InputError | None:
     """What is wrong with the project; None if bad input does not cause this error."""
     exceptions = private_module("dvc.exceptions")
     if isinstance(error, sqlite3.DatabaseError) and (folder := _folder_of_cache(error)):
-        return InputError(f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it again")
+        return InputError(
+            f"{folder}: DVC's cache of hashes is damaged: {error}", "remove this folder: DVC makes it again"
+        )
     if isinstance(error, FileNotFoundError) and (path := _broken_link(error, root)):
-        return InputError(f"{path} is a link to a file that is not there", "replace the link by the file, for example from git")
+        return InputError(
+            f"{path} is a link to a file that is not there", "replace the link by the file, for example from git"
+        )
     if isinstance(error, KeyError) and "getpwuid" in str(error):
         return InputError(
-            f"your user, {os.getuid()}, has no name, and DVC needs one", "set the environment variable USER, for example to `user`"
+            f"your user, {os.getuid()}, has no name, and DVC needs one",
+            "set the environment variable USER, for example to `user`",
         )
     if isinstance(error, ValueError) and (file := _file_of_git(error)):
-        return InputError(f"{file}: git's configuration cannot be read: {error}", "correct it: `git config --list` names the line")
+        return InputError(
+            f"{file}: git's configuration cannot be read: {error}", "correct it: `git config --list` names the line"
+        )
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
     if isinstance(error, private_module("dvc.config").ConfigError):
@@ -54,7 +61,9 @@ def explained(error: Exception, root: Path) -> InputError | None:
     if isinstance(error, exceptions.NotDvcRepoError):
         return InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder")
     if isinstance(error, private_module("dvc.scm").SCMError) and "not a git repository" in str(error):
-        return InputError(str(error), "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`")
+        return InputError(
+            str(error), "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`"
+        )
     if isinstance(error, exceptions.DvcException) and type(error).__name__ in INVALID_FILE_ERRORS:
         return _of_a_file(error, root)
     return None
@@ -89,7 +98,8 @@ def _of_a_file(error: Exception, root: Path) -> InputError:
         return wrong
     if (missing := re.search(r"Could not find '([^']+)'", str(error))) and (root / "params.yaml").is_file():
         return MissingParameter(
-            f"dvc.yaml reads {missing[1]}, which params.yaml does not have", "add it to params.yaml, see docs/parameters.md"
+            f"dvc.yaml reads {missing[1]}, which params.yaml does not have",
+            "add it to params.yaml, see docs/parameters.md",
         )
     if "params.yaml'" in str(error):
         try:
@@ -131,15 +141,25 @@ def _folder_of_cache(error: sqlite3.DatabaseError) -> str:
         return ""
     owners: list[Any] = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return next(
-        (str(owner.directory) for owner in owners if type(owner).__module__.partition(".")[0] in LIBRARIES and hasattr(owner, "directory")),
+        (
+            str(owner.directory)
+            for owner in owners
+            if type(owner).__module__.partition(".")[0] in LIBRARIES and hasattr(owner, "directory")
+        ),
         "",
     )
 
 
 def _file_of_git(error: ValueError) -> str:
     """The file of git's configuration in which DVC's reader found a mistake; empty if the error has another cause."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_globals.get("__name__") == "dulwich.config"]
-    return next((os.fsdecode(path) for frame in reversed(frames) if (path := frame.f_locals.get("path")) is not None), "")
+    frames = [
+        frame
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == "dulwich.config"
+    ]
+    return next(
+        (os.fsdecode(path) for frame in reversed(frames) if (path := frame.f_locals.get("path")) is not None), ""
+    )
 
 
 def _name_that_is_not_utf8(folder: Path) -> str:

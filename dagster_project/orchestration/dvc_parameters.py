@@ -1,4 +1,5 @@
-"""Values of the parameters that stages read. DVC parses the whole file for each stage and each question, which is quadratic in the number of variants."""
+"""Values of the parameters that stages read. DVC parses the whole file for each
+stage and each question, which is quadratic in the number of variants."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class ParameterFiles:
         self._parsed: dict[str, Any] = {}
 
     def values(self, dep: Any) -> dict[str, Any]:
-        """What `read_params` of one of DVC's dependencies on parameters returns: value by key; a key that the file does not have is left out.
+        """What `read_params` of one of DVC's dependencies on parameters
+        returns: value by key; a key that the file does not have is left out.
 
         Raises:
             dvc.exceptions.DvcException: the file cannot be read, or is a folder.
@@ -35,7 +37,8 @@ class ParameterFiles:
         return {key: value for key, value in found.items() if value is not _ABSENT}
 
     def changed(self, dep: Any) -> bool:
-        """Whether `status` of such a dependency is not empty: a key has another value than dvc.lock, or is in one of the two only."""
+        """Whether `status` of such a dependency is not empty: a key has another
+        value than dvc.lock, or is in one of the two only."""
         recorded = dep.hash_info.value
         if not dep.exists or recorded is None:
             return True

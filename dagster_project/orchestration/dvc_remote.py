@@ -19,7 +19,8 @@ from dagster_project.orchestration.private_api import private_module
 
 SECRET_OPTIONS = {
     "access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string",
-    "passphrase", "token", "client_secret", "oss_key_secret", "gdrive_client_secret", "custom_auth_header", "sse_customer_key",
+    "passphrase", "token", "client_secret", "oss_key_secret", "gdrive_client_secret", "custom_auth_header",
+    "sse_customer_key",
 }  # fmt: skip
 """Options of a DVC remote that hold a credential."""
 
@@ -37,8 +38,12 @@ class PushResult:
 
 def is_refusal(error: Exception) -> bool:
     """True if a remote refused or was unreachable, False for a programming error. Each kind of remote has its own
-    exceptions (botocore, gcsfs, adlfs, paramiko, ...); all libraries also raise those of the operating system, and botocore a ValueError for an address."""
-    return isinstance(error, OSError | ValueError) or type(error).__module__.partition(".")[0] not in {"builtins", "dagster_project"}
+    exceptions (botocore, gcsfs, adlfs, paramiko, ...); all libraries also raise those of the operating system, and
+    botocore a ValueError for an address."""
+    return isinstance(error, OSError | ValueError) or type(error).__module__.partition(".")[0] not in {
+        "builtins",
+        "dagster_project",
+    }
 
 
 def push(root: Path, remote: str | None = None) -> PushResult:
@@ -50,7 +55,8 @@ def push(root: Path, remote: str | None = None) -> PushResult:
     Args:
         remote: its name in .dvc/config (default: the default remote).
     Raises:
-        InputError: no such remote, a credential is in .dvc/config, an object of the cache is damaged, or the remote refuses or does not answer.
+        InputError: no such remote, a credential is in .dvc/config, an object of
+            the cache is damaged, or the remote refuses or does not answer.
     """
     with chdir(root), open_repo(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
         name = remote or repo.config["core"].get("remote")
@@ -58,15 +64,19 @@ def push(root: Path, remote: str | None = None) -> PushResult:
             problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
             raise InputError(problem, f"`dvc remote add --default {name or 'team'} s3://BUCKET/PREFIX` adds one")
         tracked = repo.config.load_one("repo").get("remote", {})
-        if secret := next((f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None):
+        if secret := next(
+            (f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None
+        ):
             raise InputError(
                 f".dvc/config, which git tracks, has the credential {secret}",
-                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment (docs/cluster.md)",
+                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment"
+                " (docs/cluster.md)",
             )
         if shown := next((of for of, options in tracked.items() if _has_password(options)), None):
             raise InputError(
                 f".dvc/config, which git tracks, has a password in the address of the remote {shown}",
-                f"`dvc remote modify {shown} url ADDRESS` without it, and give credentials by the environment (docs/cluster.md)",
+                f"`dvc remote modify {shown} url ADDRESS` without it, and give credentials by the environment"
+                " (docs/cluster.md)",
             )
         try:
             runs = _complete_runs(repo)
@@ -74,11 +84,15 @@ def push(root: Path, remote: str | None = None) -> PushResult:
             _refuse_damaged(repo, name, used)
             result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
             if result.failed:
-                raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
+                raise InputError(
+                    f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again"
+                )
             _push_runs(repo, name, runs)
             return PushResult(name, len(runs), len(result.transferred) + repo.push(remote=name))
         except ImportError as error:
-            raise InputError(f"cannot push to the DVC remote {name}: {error}", "`pip install 'pedigree-llm[s3]'` installs dvc-s3") from None
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {error}", "`pip install 'pedigree-llm[s3]'` installs dvc-s3"
+            ) from None
         except Exception as error:
             if faults.is_full(error) or not is_refusal(error):
                 raise
@@ -89,7 +103,8 @@ def push(root: Path, remote: str | None = None) -> PushResult:
 
 
 def _refuse_damaged(repo: Any, remote: str, used: Iterable[Any]) -> None:
-    """DVC does not hash read-only objects before it copies them, and other clones would find a damaged one in the place of the real one.
+    """DVC does not hash read-only objects before it copies them, and other
+    clones would find a damaged one in the place of the real one.
 
     Raises:
         InputError: an object that the remote lacks does not match its name.
@@ -107,16 +122,22 @@ def _refuse_damaged(repo: Any, remote: str, used: Iterable[Any]) -> None:
 def _complete_runs(repo: Any) -> dict[Path, Any]:
     """File of an entry of the run cache -> temporary stage, for entries whose outputs are all in the cache."""
     cache = repo.stage_cache
-    entries = {path: cache._load_cache(path.parent.name, path.name) for path in finished_runs(Path(cache.cache_dir).parent)}
+    entries = {
+        path: cache._load_cache(path.parent.name, path.name) for path in finished_runs(Path(cache.cache_dir).parent)
+    }
     stages = {path: cache._create_stage(entry) for path, entry in entries.items() if entry}
     return {path: stage for path, stage in stages.items() if stage.outs_cached()}
 
 
 def _push_runs(repo: Any, name: str, entries: Iterable[Path]) -> None:
-    """Copy entries of the run cache to a remote. DVC's own `push` of the run cache copies incomplete ones, too, and only logs failures."""
+    """Copy entries of the run cache to a remote. DVC's own `push` of the run
+    cache copies incomplete ones, too, and only logs failures."""
     target = repo.cloud.get_remote_odb(name, "push --run-cache", hash_name="md5-dos2unix")  # that of the folder `runs`
     if isinstance(target.fs, private_module("dvc.fs").HTTPFileSystem):
-        raise InputError(f"the DVC remote {name} is on a web server, to which past runs cannot be pushed", "use a remote of another kind")
+        raise InputError(
+            f"the DVC remote {name} is on a web server, to which past runs cannot be pushed",
+            "use a remote of another kind",
+        )
     cache = repo.cache.legacy
     paths = {str(path): target.fs.join(target.path, *path.relative_to(cache.path).parts) for path in entries}
     if paths:
@@ -126,7 +147,11 @@ def _push_runs(repo: Any, name: str, entries: Iterable[Path]) -> None:
 def inputs_by_hash(root: Path, address: str) -> dict[str, str]:
     """Recorded content hash of each cached output and each source with a .dvc file that a stage reads, by path."""
     with open_repo(root) as repo:
-        return {os.path.relpath(out.fs_path, root): out.hash_info.value for out in _read_outputs(repo, root, address) if out.hash_info}
+        return {
+            os.path.relpath(out.fs_path, root): out.hash_info.value
+            for out in _read_outputs(repo, root, address)
+            if out.hash_info
+        }
 
 
 def _read_outputs(repo: Any, root: Path, address: str) -> list[Any]:
@@ -212,7 +237,8 @@ def open_remote(root: Path) -> Iterator[Remote]:
             )  # with those of a remote that it names
             if _has_password(configured):
                 raise InputError(
-                    "the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node"
+                    "the URL of DVC's remote contains a password, which jobs would show",
+                    "leave it out, and set it on every node",
                 )
             remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
         except config_error as error:
@@ -221,7 +247,11 @@ def open_remote(root: Path) -> Iterator[Remote]:
                 "`dvc remote add -d storage s3://BUCKET/FOLDER`, or a folder that driver and nodes share",
             ) from None
         except (ImportError, private_module("dvc.exceptions").DvcException) as error:
-            raise InputError(f"DVC's remote cannot be used: {error}", "install its package, e.g. `pip install dvc-s3`") from None
+            raise InputError(
+                f"DVC's remote cannot be used: {error}", "install its package, e.g. `pip install dvc-s3`"
+            ) from None
         options = {key: str(value) for key, value in configured.items() if key in PUBLIC_OPTIONS}
         url = remote.fs.unstrip_protocol(remote.path) if remote.fs.protocol != "local" else remote.path
-        yield Remote(url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path)
+        yield Remote(
+            url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path
+        )

@@ -1,4 +1,5 @@
-"""Runs one stage by DVC, in this process. The environment of stage commands, and whether DVC was asked to run a stage even if nothing changed."""
+"""Runs one stage by DVC, in this process. The environment of stage commands,
+and whether DVC was asked to run a stage even if nothing changed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FORCED = "PEDIGREE_FORCED"
 """Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
-PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc_render.html",
+PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr",
+    "dvc.lock", "dvc_render.html",
            "scmrepo.git", "ruamel.yaml"]  # fmt: skip
 """Modules that a fork server imports once for all processes that reproduce a stage. None starts a thread."""
 
@@ -55,7 +57,8 @@ def reproduce(
     while True:
         try:
             with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets relative to the current directory
-                # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's "terminate"
+                # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's
+                # "terminate"
                 done = thread.submit(once)
                 try:
                     began = time.monotonic()
@@ -70,7 +73,9 @@ def reproduce(
         except (reproduction_error, lock_error) as error:
             cause = error if isinstance(error, lock_error) else error.__cause__
             if not isinstance(cause, lock_error):
-                raise CheckFailed(f"{address} failed: {cause or error}", "see its own message above; nothing was recorded") from None
+                raise CheckFailed(
+                    f"{address} failed: {cause or error}", "see its own message above; nothing was recorded"
+                ) from None
             if not notified:
                 on_wait(str(cause).partition("\n\nIf there are no")[0])
                 notified = True
@@ -79,8 +84,8 @@ def reproduce(
 
 @contextmanager
 def commands_started() -> Iterator[list[str]]:
-    """While open, collects a line for each stage whose command DVC starts. `Repo.reproduce` returns both the stages that ran and
-    those that it restored."""
+    """While open, collects a line for each stage whose command DVC starts.
+    `Repo.reproduce` returns both the stages that ran and those that it restored."""
     lines: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -102,8 +107,8 @@ def commands_started() -> Iterator[list[str]]:
 def is_forced() -> bool:
     """Whether DVC was asked to run the stage of this command even if nothing changed, or a past run could be restored.
 
-    DVC exports only the name of the stage. So the command line of its process is parsed, by DVC's own parser; `reproduce`, which uses its Python API,
-    exports a variable.
+    DVC exports only the name of the stage. So the command line of its process is parsed, by DVC's own parser;
+    `reproduce`, which uses its Python API, exports a variable.
     """
     if FORCED in os.environ:
         return bool(os.environ[FORCED])
@@ -125,7 +130,9 @@ def environment_in_copy(root: Path, without: Iterable[str], extra: Mapping[str, 
     Args:
         without: variables of this process that it does not get.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", *without}}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", *without}
+    }
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     return inherited | command_environment({"PYTHONPATH": path, "PEDIGREE_PROJECT": str(root), **extra})
 

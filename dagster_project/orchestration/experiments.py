@@ -1,4 +1,5 @@
-"""DVC's queue of experiments: trials of a sweep, each run by DVC's workers in a temporary copy of the workspace, with the usual stage commands."""
+"""DVC's queue of experiments: trials of a sweep, each run by DVC's workers in a
+temporary copy of the workspace, with the usual stage commands."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ QUEUE_ERRORS = {
     "kombu.exceptions": "KombuError",
     "amqp.exceptions": "AMQPError",
 }
-"""Module -> what DVC's queue raises, besides errors of files and of half-written JSON, when a worker changes the queue at the same moment."""
+"""Module -> what DVC's queue raises, besides errors of files and of
+half-written JSON, when a worker changes the queue at the same moment."""
 UNREADABLE = 10.0
 """Seconds for which the queue is read again after such an error."""
 
@@ -79,7 +81,10 @@ def _dvc(root: Path, *arguments: str) -> str:
     """
     environment = {**os.environ, **dvc_run.command_environment({})}
     # files, not pipes: workers that DVC starts keep them open until the queue is empty
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "dvc", *arguments],
             cwd=root,
@@ -104,11 +109,15 @@ def queue(root: Path, name: str, overrides: Collection[str], target: str) -> Non
 
 
 def _copied(root: Path) -> list[str]:
-    """The option by which DVC copies the key of record ids to a trial, if git ignores it: stages refuse to run without it."""
+    """The option by which DVC copies the key of record ids to a trial, if git
+    ignores it: stages refuse to run without it."""
     if not (root / RECORD_KEY).is_file() or git(root, "check-ignore", "--quiet", RECORD_KEY) is None:
         return []
     folder = Path(RECORD_KEY).parent.as_posix()
-    return ["--copy-paths", RECORD_KEY if git(root, "ls-files", "--", folder) else folder]  # DVC does not make the folder of a file
+    return [
+        "--copy-paths",
+        RECORD_KEY if git(root, "ls-files", "--", folder) else folder,
+    ]  # DVC does not make the folder of a file
 
 
 def start_workers(root: Path, jobs: int) -> None:
@@ -153,18 +162,24 @@ def _trials(root: Path) -> dict[str, Trial]:
         for entry in repo.experiments.celery_queue.status():
             process = repo.experiments.celery_queue.proc.get(entry["rev"])
             alive = process is not None and is_running(process.pid)
-            found[entry["name"] or entry["rev"][:7]] = Trial(entry["status"], entry["rev"], alive, process.pid if alive else 0)
+            found[entry["name"] or entry["rev"][:7]] = Trial(
+                entry["status"], entry["rev"], alive, process.pid if alive else 0
+            )
         return found
 
 
 def _raced() -> tuple[type[BaseException], ...]:
     """Exceptions of DVC's queue when a worker changes it at the same moment."""
-    return (OSError, json.JSONDecodeError, *(getattr(import_module(module), name) for module, name in QUEUE_ERRORS.items()))
+    return (
+        OSError,
+        json.JSONDecodeError,
+        *(getattr(import_module(module), name) for module, name in QUEUE_ERRORS.items()),
+    )
 
 
 def cancel(root: Path, names: Collection[str], seconds: float) -> None:
-    """Remove queued experiments, interrupt the stage commands of running ones, which may have to stop a job on a cluster, and kill what still runs; stage
-    commands end with them."""
+    """Remove queued experiments, interrupt the stage commands of running ones, which may have to stop a job on a
+    cluster, and kill what still runs; stage commands end with them."""
     until, interrupted = time.monotonic() + seconds, set[int]()
     while time.monotonic() < until:
         found = {name: trial for name, trial in trials(root).items() if name in names}
@@ -187,7 +202,8 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
 
 
 def shown(root: Path, names: Collection[str], baseline: str) -> dict[str, Mapping[str, Any]]:
-    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file. Failed and queued ones are omitted.
+    """Parameters and metrics of finished experiments from `dvc exp show`: by
+    name, then by file. Failed and queued ones are omitted.
 
     Args:
         baseline: the commit from which they were queued; DVC shows those of HEAD otherwise.

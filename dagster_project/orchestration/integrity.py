@@ -1,8 +1,9 @@
 """sha256 of every output, in addition to DVC's md5: DVC trusts read-only cache objects without hashing them.
 
-A stage's report contains the sha256 of the output it published, and an output is compared with it before it is used. One that differs although DVC
-reports no change came from a tampered cache object: it is set aside, and produced again like any missing output. `pedigree verify --integrity`
-hashes everything at once, including the cache and dvc.lock, and changes nothing.
+A stage's report contains the sha256 of the output it published, and an output is compared with
+it before it is used. One that differs although DVC reports no change came from a tampered
+cache object: it is set aside, and produced again like any missing output. `pedigree verify
+--integrity` hashes everything at once, including the cache and dvc.lock, and changes nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SHOWN = 20
 
 
 def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> str:
-    """sha256 over the lines "<sha256 of file> <path>" of all files in a folder, in the order of their paths, without the papers of a release.
+    """sha256 over the lines "<sha256 of file> <path>" of all files in a folder,
+    in the order of their paths, without the papers of a release.
 
     Args:
         folder: or one file.
@@ -44,7 +46,9 @@ def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> 
     """
     known = {} if known is None else known
     lines = []
-    for path in sorted(p for p in without_papers(folder, folder.rglob("*")) if p.is_file()) if folder.is_dir() else [folder]:
+    for path in (
+        sorted(p for p in without_papers(folder, folder.rglob("*")) if p.is_file()) if folder.is_dir() else [folder]
+    ):
         stat = path.stat()
         current = [stat.st_mtime_ns, stat.st_ino, stat.st_size]
         entry = known.get(str(path))
@@ -86,7 +90,10 @@ def set_tampered_aside(root: Path, states: Iterable[StageState], locked: bool = 
         if objects is None:
             continue
         what = f"{len(objects)} of its cache objects were tampered with" if objects else "it was changed without DVC"
-        lines.append(f"{state.address}: {state.out} is not what was published (sha256 differs): {what}; set aside, will be produced again")
+        lines.append(
+            f"{state.address}: {state.out} is not what was published (sha256 differs): {what}; set aside, will be"
+            " produced again"
+        )
     if (after := json.dumps(known)) != before:
         with suppress(OSError):  # the disk is full or read-only: the next command hashes again
             write_text(root / KNOWN_HASHES, after)
@@ -124,7 +131,8 @@ def report_at(at: Revision, address: str) -> dict[str, Any]:
 
 
 def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) -> str | None:
-    """sha256 of a stage's main output according to its report; None for other outputs, or if the report is not the recorded one."""
+    """sha256 of a stage's main output according to its report; None for other
+    outputs, or if the report is not the recorded one."""
     report, recorded = bytes_of(at, report_of(address)), {out["path"]: out["md5"] for out in lock[address]["outs"]}
     if report is None or path.startswith((REPORTS, PLOTS)) or md5_of_bytes(report) != recorded.get(report_of(address)):
         return None
@@ -138,17 +146,25 @@ def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[
         rev: a git revision instead of the workspace.
         all_revs: the workspace and every commit that changed dvc.lock.
     Returns:
-        {"verdict": "intact", "altered" or "incomplete" (nothing altered, but something is missing), "findings": [{"where", "path", "wrong", "next"}],
-        "missing": [{"path", "object", "next"}], "revisions", "objects", "files", "bytes", "shallow"}.
+        {"verdict": "intact", "altered" or "incomplete" (nothing altered, but something is
+        missing), "findings": [{"where", "path", "wrong", "next"}], "missing": [{"path",
+        "object", "next"}], "revisions", "objects", "files", "bytes", "shallow"}.
     Raises:
         InputError: nothing was hashed.
     """
-    commits = (git_bytes(root, "rev-list", "--all", "--full-history", "--", "dvc.lock") or b"").decode().split() if all_revs else []
+    commits = (
+        (git_bytes(root, "rev-list", "--all", "--full-history", "--", "dvc.lock") or b"").decode().split()
+        if all_revs
+        else []
+    )
     examination = _Examination(root)
     for revision in [rev, *commits]:
         examination.examine(Revision(root, revision))
     if not (examination.files or examination.findings or examination.missing):
-        raise InputError("dvc.lock records no output: there is nothing to hash", "run `dvc repro` first, or name a revision with --rev")
+        raise InputError(
+            "dvc.lock records no output: there is nothing to hash",
+            "run `dvc repro` first, or name a revision with --rev",
+        )
     return {
         "verdict": "altered" if examination.findings else "incomplete" if examination.missing else "intact",
         "findings": list(examination.findings.values()),
@@ -182,8 +198,12 @@ class _Examination:
                 if out["path"].startswith(REPORTS):
                     self._examine_report(at, address, out)
                 else:
-                    self._examine_output(at, address, out["path"], out["md5"], published(at, lock, address, out["path"]))
-        if at.rev is None and not any(where == "dvc.lock" for where, _ in self.findings):  # DVC may be unable to read an altered one
+                    self._examine_output(
+                        at, address, out["path"], out["md5"], published(at, lock, address, out["path"])
+                    )
+        if at.rev is None and not any(
+            where == "dvc.lock" for where, _ in self.findings
+        ):  # DVC may be unable to read an altered one
             for path, oid in dvc.tracked_sources(self.root).items():
                 self._examine_output(at, "", path, oid, None)
 
@@ -191,10 +211,16 @@ class _Examination:
         """The entries of dvc.lock; if it is damaged, none and a finding."""
         content = bytes_of(at, "dvc.lock")
         lost = lost_entries(self.root) if at.rev is None else []
-        wrong, then = (lost_text(lost).removeprefix("dvc.lock "), LOST_HINT) if lost else ("cannot be read", "git checkout dvc.lock")
+        wrong, then = (
+            (lost_text(lost).removeprefix("dvc.lock "), LOST_HINT)
+            if lost
+            else ("cannot be read", "git checkout dvc.lock")
+        )
         try:
             lock = at.lock(partial=True)
-            if all(isinstance(out[key], str) for stage in lock.values() for out in stage["outs"] for key in ("path", "md5")):
+            if all(
+                isinstance(out[key], str) for stage in lock.values() for out in stage["outs"] for key in ("path", "md5")
+            ):
                 if lost:
                     self._add_finding("dvc.lock", "dvc.lock", wrong, then)
                 return lock
@@ -244,7 +270,11 @@ class _Examination:
                     then or f"rm -r {quote(str(file))}, then {fetch}",
                 )
             elif not file.is_file():
-                self.missing[path, oid] = {"path": path, "object": oid, "next": commit if commit and self._has(path, oid) else fetch}
+                self.missing[path, oid] = {
+                    "path": path,
+                    "object": oid,
+                    "next": commit if commit and self._has(path, oid) else fetch,
+                }
             else:
                 md5, sha256 = self._hashes(file)
                 if md5 == oid.removesuffix(".dir"):
@@ -256,7 +286,8 @@ class _Examination:
         return self.objects[oid]
 
     def _has(self, path: str, oid: str) -> bool:
-        """Whether the workspace has this file; of a folder, any content: DVC asks before it commits another one than recorded."""
+        """Whether the workspace has this file; of a folder, any content: DVC
+        asks before it commits another one than recorded."""
         file = self.root / path
         return file.is_dir() if oid.endswith(".dir") else file.is_file() and md5_of_file(file) == oid
 
@@ -264,14 +295,28 @@ class _Examination:
         content = bytes_of(at, out["path"])
         where = f"report at {at.rev}" if at.rev else "report"
         if content is None:
-            self.missing[out["path"], at.rev or ""] = {"path": out["path"], "object": out["md5"], "next": f"git checkout {out['path']}"}
+            self.missing[out["path"], at.rev or ""] = {
+                "path": out["path"],
+                "object": out["md5"],
+                "next": f"git checkout {out['path']}",
+            }
         elif md5_of_bytes(content.replace(b"\r\n", b"\n")) == out["md5"] != md5_of_bytes(content):
-            then = "write `* -text` into .gitattributes, and restore it with `git checkout HEAD`: git changed its line ends"
+            then = (
+                "write `* -text` into .gitattributes, and restore it with `git checkout HEAD`: git changed its line"
+                " ends"
+            )
             self._add_finding(where, out["path"], "has line ends of Windows, unlike what dvc.lock recorded", then)
         elif md5_of_bytes(content) != out["md5"]:
-            self._add_finding(where, out["path"], "is not what dvc.lock recorded", f"git checkout {out['path']}, or dvc repro {address}")
+            self._add_finding(
+                where,
+                out["path"],
+                "is not what dvc.lock recorded",
+                f"git checkout {out['path']}, or dvc repro {address}",
+            )
         elif at.rev is None and os.path.lexists(copy := self.store.at(out["md5"])):  # a clone has none
-            self._object(out["md5"], out["path"], "", f"rm -r {quote(str(copy))}: it is only a copy for DVC's run cache", "")
+            self._object(
+                out["md5"], out["path"], "", f"rm -r {quote(str(copy))}: it is only a copy for DVC's run cache", ""
+            )
         self.files, self.bytes = self.files + 1, self.bytes + len(content or b"")
 
     def _examine_output(self, at: Revision, address: str, path: str, oid: str, sha256: str | None) -> None:
@@ -282,7 +327,11 @@ class _Examination:
             oid: DVC's hash in dvc.lock.
             sha256: published in the stage's report; None if unknown.
         """
-        reproduce = f"dvc repro {address}: it sets altered files aside and produces them again" if address else f"dvc pull {quote(path)}"
+        reproduce = (
+            f"dvc repro {address}: it sets altered files aside and produces them again"
+            if address
+            else f"dvc pull {quote(path)}"
+        )
         again = "" if at.rev else reproduce  # a stage runs on the files of the workspace
         fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {quote(path)}, or dvc repro {address or quote(path)}"
         if at.rev and any((self.root / CERTIFICATES).glob("*.json")):
@@ -290,14 +339,24 @@ class _Examination:
         commit = f"dvc commit {address}" if address and at.rev is None else ""
         listing = self._object(oid, path, fetch, again, commit)
         files = self.store.files(oid) if listing else None
-        sums = {name: self._object(one, f"{path}/{name}" if name else path, fetch, again, commit) for name, one in (files or {}).items()}
+        sums = {
+            name: self._object(one, f"{path}/{name}" if name else path, fetch, again, commit)
+            for name, one in (files or {}).items()
+        }
         if files is not None and sha256 and None not in sums.values() and _sha256_of_listing(sums) != sha256:
             where = f"dvc.lock at {at.rev}" if at.rev else "dvc.lock"
-            self._add_finding(where, path, f"is recorded as {oid}, whose sha256 is not that of the report", again or "use another revision")
+            self._add_finding(
+                where,
+                path,
+                f"is recorded as {oid}, whose sha256 is not that of the report",
+                again or "use another revision",
+            )
         if at.rev is None and (self.root / path).exists():
             self._examine_workspace(path, files, sha256, reproduce)
 
-    def _examine_workspace(self, path: str, files: Mapping[str, str] | None, sha256: str | None, reproduce: str) -> None:
+    def _examine_workspace(
+        self, path: str, files: Mapping[str, str] | None, sha256: str | None, reproduce: str
+    ) -> None:
         """Compare an output in the workspace with its record.
 
         Args:
@@ -315,7 +374,9 @@ class _Examination:
             elif name not in recorded:
                 self._add_finding("workspace", file, "is not recorded", f"dvc checkout --force {quote(path)}")
             elif hashes[name][0] != recorded[name]:
-                self._add_finding("workspace", file, "is not what dvc.lock recorded", f"dvc checkout --force {quote(path)}")
+                self._add_finding(
+                    "workspace", file, "is not what dvc.lock recorded", f"dvc checkout --force {quote(path)}"
+                )
         actual = _sha256_of_listing({name: digest for name, (_, digest) in hashes.items()})
         if sha256 and actual != sha256 and not any(dvc.overlap(found, path) for _, found in self.findings):
             self._add_finding("workspace", path, "is not what was published (sha256 differs)", reproduce)
@@ -325,7 +386,9 @@ class _Examination:
         for path in sorted(self.store.runs.glob("*/*/*")):
             if what := _misplaced(path) or self.store.run(path) is None:
                 wrong = (
-                    f"is {what}, not a record of a run" if isinstance(what, str) else "is a record of a run that does not match its name"
+                    f"is {what}, not a record of a run"
+                    if isinstance(what, str)
+                    else "is a record of a run that does not match its name"
                 )
                 self._add_finding("cache", str(path), wrong, f"rm -r {quote(str(path))}: only DVC's run cache uses it")
 
@@ -342,13 +405,18 @@ class _Examination:
         whole = YAML(typ="safe").load(bytes_of(at, "dvc.lock"))
         if set(whole) != {"schema", "stages"} or whole["schema"] != "2.0":
             self._add_finding("dvc.lock", "dvc.lock", "has other keys than DVC writes", "git checkout dvc.lock")
-        runs = [record for path in self.store.runs.glob("*/*/*") if path.is_file() and (record := self.store.run(path)) is not None]
+        runs = [
+            record
+            for path in self.store.runs.glob("*/*/*")
+            if path.is_file() and (record := self.store.run(path)) is not None
+        ]
         for address, stage in lock.items():
             if stage == committed.get(address):
                 continue
             if not runs:
                 self.missing["dvc.lock", address] = {
-                    "path": f"dvc.lock: {address}", "object": "DVC's record of its run", "next": "commit dvc.lock, or dvc repro"
+                    "path": f"dvc.lock: {address}", "object": "DVC's record of its run",
+                    "next": "commit dvc.lock, or dvc repro"
                 }  # fmt: skip
             elif stage not in runs:
                 wrong = "its entry is neither the committed one nor that of a run that DVC recorded"
@@ -369,11 +437,15 @@ def _sha256_of_listing(sums: Mapping[str, str | None]) -> str:
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `examine` as text for the terminal."""
     lines = [
-        f"{document['verdict']}: {document['objects']} objects and {document['files']} files, {document['bytes'] / 1e6:,.1f} MB, hashed with md5"
-        f" and sha256, {document['revisions']} revision(s)"
+        f"{document['verdict']}: {document['objects']} objects and {document['files']} files,"
+        f" {document['bytes'] / 1e6:,.1f} MB, hashed with md5 and sha256, {document['revisions']} revision(s)"
         + (" of a shallow clone: earlier ones are unknown" if document["shallow"] else "")
     ]
-    lines += [f"  {one['where']}: {one['path']} {one['wrong']}\n    next: {one['next']}" for one in document["findings"]]
-    lines += [f"  missing: {one['path']} ({one['object']})\n    next: {one['next']}" for one in document["missing"][:SHOWN]]
+    lines += [
+        f"  {one['where']}: {one['path']} {one['wrong']}\n    next: {one['next']}" for one in document["findings"]
+    ]
+    lines += [
+        f"  missing: {one['path']} ({one['object']})\n    next: {one['next']}" for one in document["missing"][:SHOWN]
+    ]
     more = len(document["missing"]) - SHOWN
     return "\n".join([*lines, *([f"  and {more} more that are missing"] if more > 0 else [])])

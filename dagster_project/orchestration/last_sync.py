@@ -1,6 +1,8 @@
-"""The state of all files after a sync that had nothing to report: while it is the same, the next one has nothing to report either.
+"""The state of all files after a sync that had nothing to report: while it is
+the same, the next one has nothing to report either.
 
-So that one needs neither Dagster nor DVC. Like DVC and `integrity`, it trusts that a file with the same time, inode and size has the same content.
+So that one needs neither Dagster nor DVC. Like DVC and `integrity`, it trusts
+that a file with the same time, inode and size has the same content.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dagster_project.lineage.history import config_files
 FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
 """It can be deleted."""
 PACKAGE = Path(__file__).parents[1]
-ALWAYS = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".dvc/config", ".dvc/config.local", ".dvcignore", ".git/HEAD", ".git/index",
+ALWAYS = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".dvc/config", ".dvc/config.local", ".dvcignore",
+    ".git/HEAD", ".git/index",
           ".git/packed-refs", ".git/refs", ".git/info/exclude")  # fmt: skip
 OBJECTS = Path(".dvc", "cache", "files", "md5")
 """The objects of DVC's cache, in folders by the beginning of their names."""
@@ -34,8 +37,8 @@ OTHER_CACHE = re.compile(r"^\s*(dir|local)\s*=", re.MULTILINE)
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
-    """Path, modification time, inode and size of each of these files, and of everything in these folders. Of DVC's cache: of its folders only, which
-    change if an object is added or removed."""
+    """Path, modification time, inode and size of each of these files, and of everything in these folders. Of DVC's
+    cache: of its folders only, which change if an object is added or removed."""
     found = []
     for path in sorted(paths):
         within = path.glob("*") if path.parts[-len(OBJECTS.parts) :] == OBJECTS.parts else path.rglob("*")
@@ -48,7 +51,8 @@ def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
 
 @dataclass(frozen=True)
 class LastSync:
-    """The files as they are now, which is before a sync, and as they were before the last one that had nothing to report."""
+    """The files as they are now, which is before a sync, and as they were
+    before the last one that had nothing to report."""
 
     root: Path
     key_prefix: tuple[str, ...]
@@ -67,7 +71,9 @@ class LastSync:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return cls(root, key_prefix, (), None, None)
         now = None
-        with suppress(OSError, ValueError, sqlite3.Error):  # a path that no file can have, or a folder or database that cannot be read
+        with suppress(
+            OSError, ValueError, sqlite3.Error
+        ):  # a path that no file can have, or a folder or database that cannot be read
             now = _state(root, key_prefix, paths)
         return cls(root, key_prefix, tuple(paths), known.get("state"), now)
 
@@ -76,7 +82,8 @@ class LastSync:
         return self.now is not None and self.now == self.before
 
     def remember(self, paths: Iterable[str]) -> None:
-        """Call it after a sync that had nothing to report. The state counts from the second one on that read the same files."""
+        """Call it after a sync that had nothing to report. The state counts
+        from the second one on that read the same files."""
         names = sorted(paths)
         text = json.dumps({"paths": names, "state": self.now if names == [*self.paths] else None})
         with suppress(OSError):  # the disk is full or read-only: the next sync reads everything again
@@ -97,14 +104,20 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
         OTHER_CACHE.search(file.read_text(encoding="utf-8")) for file in configurations if file.is_file()
     ):
         return None
-    packages = [Path(spec.origin) for spec in map(find_spec, ("dagster", "dvc")) if spec and spec.origin]  # an upgrade replaces these files
-    files = [*stamps(root / path for path in {*paths, *ALWAYS}), *stamps([*configurations, *packages]), *stamps(PACKAGE.rglob("*.py"))]
+    packages = [
+        Path(spec.origin) for spec in map(find_spec, ("dagster", "dvc")) if spec and spec.origin
+    ]  # an upgrade replaces these files
+    files = [
+        *stamps(root / path for path in {*paths, *ALWAYS}),
+        *stamps([*configurations, *packages]),
+        *stamps(PACKAGE.rglob("*.py")),
+    ]
     return md5_of_bytes(json.dumps([str(home), settings, list(key_prefix), files, [*_databases(home)]]).encode())
 
 
 def _databases(home: Path) -> Iterator[tuple[Any, ...]]:
-    """Stamps of SQLite's files, without those that reading alone makes and removes. Of the file in which Dagster's daemon also writes that it is alive:
-    identity, status and time of each run."""
+    """Stamps of SQLite's files, without those that reading alone makes and removes. Of the file in which Dagster's
+    daemon also writes that it is alive: identity, status and time of each run."""
     runs = home / "history" / RUNS
     for stamp in stamps([home / "history", home / "pedigree_project"]):
         if stamp[0] in {str(runs), f"{runs}-wal"} or stamp[0].endswith(("-shm", "-journal")) or Path(stamp[0]).is_dir():

@@ -1,4 +1,5 @@
-"""Removes temporary files of killed processes: DVC's in the cache and in data/reports, and our own in the cache, reports, pages and .dvc/tmp/pedigree."""
+"""Removes temporary files of killed processes: DVC's in the cache and in data/reports, and our own in the cache,
+reports, pages and .dvc/tmp/pedigree."""
 
 from __future__ import annotations
 
@@ -21,16 +22,20 @@ TEMPORARY = re.compile(r".*\.[A-Za-z0-9_-]{22}\.tmp")
 CACHE = Path(".dvc") / "cache" / "files" / "md5"
 RUNS = Path(".dvc") / "cache" / "runs"
 OWN = re.compile(r"\..+\.(\d+)")
-"""Names by core.records.write_text, and of objects that are being fetched (remote_store.py): a dot, the name of the file, and the id of the process that
-writes it."""
+"""Names by core.records.write_text, and of objects that are being fetched (remote_store.py): a dot, the name of the
+file, and the id of the process that writes it."""
 WRITTEN = (REPORTS, "data/pages", ".dvc/tmp/pedigree")
 SWEPT = Path(".dvc") / "tmp" / "pedigree" / "swept"
-"""Its modification time is that of the latest search: a folder of the cache that has not changed since is not searched again."""
+"""Its modification time is that of the latest search: a folder of the cache
+that has not changed since is not searched again."""
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove temporary files whose process has ended. DVC's are removed only if no process holds DVC's lock of the project."""
-    for path in (Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names):
+    """Remove temporary files whose process has ended. DVC's are removed only if
+    no process holds DVC's lock of the project."""
+    for path in (
+        Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names
+    ):
         if _is_abandoned(path.name):
             with suppress(OSError):  # the command itself says what it cannot write
                 path.unlink()
@@ -47,7 +52,9 @@ def remove_leftovers(root: Path) -> None:
             for path in abandoned:
                 path.unlink(missing_ok=True)
                 log.info(f"removed {path.relative_to(root)}, which a killed process left behind")
-            if len(abandoned) == len(found):  # otherwise files in use are looked for again, even if their folders do not change
+            if len(abandoned) == len(
+                found
+            ):  # otherwise files in use are looked for again, even if their folders do not change
                 (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)
                 (root / SWEPT).touch()
     except OSError as error:  # busy, or not writable
@@ -57,7 +64,10 @@ def remove_leftovers(root: Path) -> None:
 def _leftovers(root: Path) -> Iterator[Path]:
     """Temporary files, also those of our own that are in use."""
     swept = (root / SWEPT).stat().st_mtime if (root / SWEPT).is_file() else 0.0
-    cache = [root / CACHE, *(Path(entry.path) for entry in _entries(root / CACHE) if entry.is_dir(follow_symlinks=False))]
+    cache = [
+        root / CACHE,
+        *(Path(entry.path) for entry in _entries(root / CACHE) if entry.is_dir(follow_symlinks=False)),
+    ]
     folders = [folder for folder in cache if folder.is_dir() and folder.stat().st_mtime >= swept - 2]
     folders += [Path(folder) for start in (RUNS, REPORTS) for folder, _, _ in os.walk(root / start)]
     for folder in folders:

@@ -1,6 +1,8 @@
-"""The machine that computed a stage, as its report records it under `machine`: what can change the last bits of floating-point results.
+"""The machine that computed a stage, as its report records it under `machine`:
+what can change the last bits of floating-point results.
 
-Never a host name, a path or a time. It is in no output and in no identity of a run; `pedigree verify` compares it (docs/decisions/021).
+Never a host name, a path or a time. It is in no output and in no identity of a
+run; `pedigree verify` compares it (docs/decisions/021).
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ FLAGS = {
 """Instruction sets for arithmetic, as Linux names them in /proc/cpuinfo (x86 and Arm)."""
 
 LIMITS = (
-    "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
-    "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "GLIBC_TUNABLES", "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "GLIBC_TUNABLES",
+    "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )  # fmt: skip
 """Environment variables that choose other kernels than the processor's own."""
@@ -46,21 +50,27 @@ ONEDNN = {
     "AVX512_CORE_VNNI": AVX512 | {"avx512_vnni"},
     "AVX512_CORE_BF16": AVX512 | {"avx512_vnni", "avx512_bf16"},
     "AVX512_CORE_FP16": AVX512 | {"avx512_vnni", "avx512_bf16", "avx_vnni", "avx512_fp16"},
-    "AVX512_CORE_AMX": AVX512 | {"avx512_vnni", "avx512_bf16", "avx_vnni", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"},
-    "AVX512_CORE_AMX_FP16": AVX512
-    | {"avx512_vnni", "avx512_bf16", "avx_vnni", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16"},
+    "AVX512_CORE_AMX": (
+        AVX512 | {"avx512_vnni", "avx512_bf16", "avx_vnni", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}
+    ),
+    "AVX512_CORE_AMX_FP16": (
+        AVX512
+        | {"avx512_vnni", "avx512_bf16", "avx_vnni", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16"}
+    ),
 }
-"""oneDNN's instruction sets, weakest first (dnnl_cpu_isa_t, oneDNN 3.12) -> the flags they need. torch does not export oneDNN's own answer,
-dnnl_get_effective_cpu_isa; tests/test_machine.py compares with what ONEDNN_VERBOSE=1 prints."""
+"""oneDNN's instruction sets, weakest first (dnnl_cpu_isa_t, oneDNN 3.12) -> the flags they need. torch does not export
+oneDNN's own answer, dnnl_get_effective_cpu_isa; tests/test_machine.py compares with what ONEDNN_VERBOSE=1 prints."""
 
 
 def machine() -> dict[str, Any]:
-    """The machine as this process uses it. To be called after the computation: threads and GPU are then those that it used.
+    """The machine as this process uses it. To be called after the computation:
+    threads and GPU are then those that it used.
 
     Returns:
-        {"cpu": the processor's name, "architecture", "vendor", "flags", "caches", "instruction_set": {"torch", "onednn"}, "threads",
-        "torch": {"version", "git", "cuda"}, "libraries": {name: version}, "packages": see `packages`}; "limits": environment variables that choose kernels, if any is set;
-        "cuda": {"device", "capability", "driver", "cudnn"}, if this process used a GPU.
+        {"cpu": the processor's name, "architecture", "vendor", "flags", "caches", "instruction_set": {"torch",
+        "onednn"}, "threads", "torch": {"version", "git", "cuda"}, "libraries": {name: version}, "packages": see
+        `packages`}; "limits": environment variables that choose kernels, if any is set; "cuda": {"device",
+        "capability", "driver", "cudnn"}, if this process used a GPU.
     """
     import torch
 
@@ -72,7 +82,10 @@ def machine() -> dict[str, Any]:
         "vendor": cpu.get("vendor_id") or " ".join(filter(None, (cpu.get("CPU implementer"), cpu.get("CPU part")))),
         "flags": flags_of(cpu),
         "caches": _caches(),
-        "instruction_set": {"torch": torch.backends.cpu.get_cpu_capability(), "onednn": onednn(set(flags_of(cpu)), limits)},
+        "instruction_set": {
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "onednn": onednn(set(flags_of(cpu)), limits),
+        },
         "threads": torch.get_num_threads(),
         "torch": {"version": torch.__version__, "git": torch.version.git_version, "cuda": torch.version.cuda},
         "libraries": _libraries(torch.__config__.show()),
@@ -83,27 +96,34 @@ def machine() -> dict[str, Any]:
 
 
 METADATA = ("METADATA", "PKG-INFO")
-"""Files with the name of a distribution. Without one, importlib.metadata gives no name, and its backport, which other libraries load, raises."""
+"""Files with the name of a distribution. Without one, importlib.metadata gives
+no name, and its backport, which other libraries load, raises."""
 
 
 def packages() -> str:
-    """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines sorted. The libraries that setuptools
-    contains, and adds to `sys.path` when it is imported, are not installed."""
+    """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines
+    sorted. The libraries that setuptools contains, and adds to `sys.path` when it is imported, are not installed."""
     folders = [folder for folder in sys.path if Path(folder).parts[-2:] != ("setuptools", "_vendor")]
-    lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in named(distributions(path=folders))}
+    lines = {
+        f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in named(distributions(path=folders))
+    }
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def named(found: Iterable[Distribution]) -> Iterator[Distribution]:
-    """Those with a name: an interrupted installation can leave a `dist-info` folder without metadata, which pip does not count either."""
+    """Those with a name: an interrupted installation can leave a `dist-info`
+    folder without metadata, which pip does not count either."""
     return (one for one in found if any(map(one.read_text, METADATA)) and one.name)
 
 
 def onednn(flags: set[str], limits: dict[str, str]) -> str:
-    """The strongest instruction set that oneDNN uses: of those the processor has, up to the limit of ONEDNN_MAX_CPU_ISA."""
+    """The strongest instruction set that oneDNN uses: of those the processor
+    has, up to the limit of ONEDNN_MAX_CPU_ISA."""
     limit = (limits.get("ONEDNN_MAX_CPU_ISA") or limits.get("DNNL_MAX_CPU_ISA") or "").upper()
     names = list(ONEDNN)
-    allowed = names[: names.index(limit) + 1] if limit in ONEDNN else names  # oneDNN ignores a name that it does not know
+    allowed = (
+        names[: names.index(limit) + 1] if limit in ONEDNN else names
+    )  # oneDNN ignores a name that it does not know
     return next((name for name in reversed(allowed) if ONEDNN[name] <= flags), "")
 
 
@@ -120,8 +140,8 @@ def _cpu() -> dict[str, str]:
 
 
 def _caches() -> dict[str, str]:
-    """Level -> size of the first processor's caches: MKL and oneDNN cut products into blocks by them, which orders the sums. Linux leaves out files
-    whose value the firmware does not state, on many Arm machines the size."""
+    """Level -> size of the first processor's caches: MKL and oneDNN cut products into blocks by them, which orders the
+    sums. Linux leaves out files whose value the firmware does not state, on many Arm machines the size."""
     found = {}
     for folder in sorted(CACHES.glob("index*")):
         files = [folder / name for name in ("level", "type", "size")]
@@ -132,8 +152,8 @@ def _caches() -> dict[str, str]:
 
 
 def _libraries(built_with: str) -> dict[str, str]:
-    """Versions of the libraries that compute: those built into torch, the BLAS of numpy, and of scipy where it is loaded, with the kernels in use,
-    and the C library.
+    """Versions of the libraries that compute: those built into torch, the BLAS of numpy, and of scipy where it is
+    loaded, with the kernels in use, and the C library.
 
     Args:
         built_with: torch.__config__.show().

@@ -32,6 +32,7 @@ def bound(host: str, port: int, option: str, usual: int, task: str = "listen") -
             errno.EACCES: f"only root may use this port; give another {option}, e.g. {usual}",
         }
         raise InputError(
-            f"cannot {task} on {host}:{port}: {error.strerror}", hints.get(error.errno or 0, f"{host} must be an address of this host")
+            f"cannot {task} on {host}:{port}: {error.strerror}",
+            hints.get(error.errno or 0, f"{host} must be an address of this host"),
         ) from None
     return found

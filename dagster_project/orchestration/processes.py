@@ -1,4 +1,5 @@
-"""Processes on this host: the stage command that DVC starts (the driver), and its parents. Where a stage computes is decided in executors/."""
+"""Processes on this host: the stage command that DVC starts (the driver), and
+its parents. Where a stage computes is decided in executors/."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def is_running(pid: int, since: float | None = None) -> bool:
 def runs_one_of(pid: int, programs: Iterable[str]) -> bool:
     """Whether a process exists and one of these words is in its command, or this user may not read that."""
     try:
-        return is_running(pid) and any(program in word for word in psutil.Process(pid).cmdline() for program in programs)
+        return is_running(pid) and any(
+            program in word for word in psutil.Process(pid).cmdline() for program in programs
+        )
     except (psutil.NoSuchProcess, ValueError):  # ValueError: a negative number
         return False
     except psutil.AccessDenied:
@@ -51,7 +54,8 @@ def descends_from(pid: int) -> bool:
 
 
 def end_with_starter() -> None:
-    """If DVC or `pedigree verify` started this process, end with it, so that no orphan goes on, or writes outputs, after that was killed."""
+    """If DVC or `pedigree verify` started this process, end with it, so that no
+    orphan goes on, or writes outputs, after that was killed."""
     if "DVC_STAGE" not in os.environ and INNER not in os.environ:
         return
     found = _dvc()
@@ -59,8 +63,8 @@ def end_with_starter() -> None:
 
 
 def _can_be_starter(pid: int) -> bool:
-    """Whether the parent of this process may have started it: commands are started in the session of their starter. If that was killed while this process
-    was starting, the parent is one that adopted it, such as init."""
+    """Whether the parent of this process may have started it: commands are started in the session of their starter. If
+    that was killed while this process was starting, the parent is one that adopted it, such as init."""
     session = os.getsid(0)
     try:
         return session in (os.getpid(), os.getsid(pid))
@@ -117,8 +121,8 @@ def _exit_with(ancestor: psutil.Process) -> None:
 
 @contextlib.contextmanager
 def ended_with_its_children(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """After an exception, such as an interrupt, which a shell may not pass on, a process and all that it started are killed: the files that they use are
-    going to be removed."""
+    """After an exception, such as an interrupt, which a shell may not pass on, a process and all that it started are
+    killed: the files that they use are going to be removed."""
     try:
         yield process
     except BaseException:
@@ -132,9 +136,11 @@ def ended_with_its_children(process: subprocess.Popen[bytes]) -> Iterator[subpro
 
 
 def interrupt_command(address: str) -> None:
-    """Interrupt the stage command that DVC started in this process; kill it if it is still running after `CLEAN_UP` seconds.
+    """Interrupt the stage command that DVC started in this process; kill it if
+    it is still running after `CLEAN_UP` seconds.
 
-    Its exit status is left for DVC. psutil's `wait` would take it: DVC would then see exit code 0 and record a run that was interrupted.
+    Its exit status is left for DVC. psutil's `wait` would take it: DVC would
+    then see exit code 0 and record a run that was interrupted.
     """
     _interrupt([os.getpid()], lambda stage: stage == address)
 

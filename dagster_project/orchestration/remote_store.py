@@ -1,7 +1,8 @@
-"""DVC's remote as the carrier between driver and workers: objects by content hash, and a folder `pedigree/` for results and checkpoints.
+"""DVC's remote as the carrier between driver and workers: objects by content
+hash, and a folder `pedigree/` for results and checkpoints.
 
-Objects are transferred one by one and hashed on arrival. DVC's own push and pull are not used: they trust read-only cache objects, and an index of
-what the remote had earlier, so a damaged or removed object would not be noticed.
+Objects are transferred one by one and hashed on arrival. DVC's own push and pull are not used: they trust read-only
+cache objects, and an index of what the remote had earlier, so a damaged or removed object would not be noticed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ AREA = "pedigree"
 TRANSFERS = 8
 """Objects transferred at once."""
 OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
-"""Names of objects. Any other, which a document or listing in the remote may contain, could be a path outside of the cache."""
+"""Names of objects. Any other, which a document or listing in the remote may
+contain, could be a path outside of the cache."""
 
 
 class Damaged(PedigreeError):
@@ -64,7 +66,8 @@ class RemoteStore:
             absent = self._absent(group)
             if missing := [oid for oid in absent if not Path(self.remote.cached_at(oid)).is_file()]:
                 raise InputError(
-                    f"{len(missing)} object(s) of the inputs are neither in DVC's cache nor in its remote (first: {missing[0]})",
+                    f"{len(missing)} object(s) of the inputs are neither in DVC's cache nor in its remote (first:"
+                    f" {missing[0]})",
                     "`dvc pull` them, or `dvc commit` what is in the workspace",
                 )
             sent += self._each(self._send, absent)
@@ -72,7 +75,8 @@ class RemoteStore:
 
     def _send(self, oid: str) -> int:
         """Raises:
-        InputError: the object of the cache is damaged. In the remote, it would be in the place of the real one for all clones.
+        InputError: the object of the cache is damaged. In the remote, it would
+            be in the place of the real one for all clones.
         """
         cached = Path(self.remote.cached_at(oid))
         _refuse_damaged(oid, md5_of_file(cached))
@@ -209,7 +213,8 @@ class RemoteStore:
             self.remote.fs.get_file(path, str(target))
 
     def list(self, path: str) -> list[str]:
-        """All files below a path, relative to it. Keys of S3 may contain "..": files outside of the path are left out."""
+        """All files below a path, relative to it. Keys of S3 may contain "..":
+        files outside of the path are left out."""
         try:
             with self._explained("read"):
                 self.remote.fs.fs.invalidate_cache()
@@ -239,8 +244,10 @@ class RemoteStore:
 
     def _refusal(self, action: str, error: Exception) -> PedigreeError:
         return PedigreeError(
-            f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
-            "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",
+            f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}:"
+            f" {type(error).__name__}: {error}",
+            "nothing was recorded; check its address, free space, and the credentials in the environment of this"
+            " machine and of the nodes",
         )
 
 
@@ -253,7 +260,8 @@ def _objects(names: Iterable[str]) -> list[str]:
     found = list(names)
     if wrong := next((name for name in found if not OBJECT.fullmatch(str(name))), None):
         raise PedigreeError(
-            f"DVC's remote: {wrong!r} is not the name of an object", "someone else wrote into DVC's remote; nothing was recorded"
+            f"DVC's remote: {wrong!r} is not the name of an object",
+            "someone else wrote into DVC's remote; nothing was recorded",
         )
     return found
 

@@ -1,6 +1,8 @@
-"""Brings all stages up to date, several at once: one process for each, which reproduces that stage by DVC. Starts stages as soon as all that they read is done.
+"""Brings all stages up to date, several at once: one process for each, which reproduces that stage by DVC. Starts
+stages as soon as all that they read is done.
 
-A process for each, because DVC's table of locked paths takes two threads of one process for the same owner (docs/decisions/025).
+A process for each, because DVC's table of locked paths takes two threads of one
+process for the same owner (docs/decisions/025).
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ from dagster_project.orchestration.leftovers import remove_leftovers
 
 log = logging.getLogger("pedigree")
 
-RUN, RESTORED, UP_TO_DATE, FAILED, INTERRUPTED, NOT_STARTED = "run", "restored", "up to date", "failed", "interrupted", "not started"
+RUN = "run"
+RESTORED = "restored"
+UP_TO_DATE = "up to date"
+FAILED = "failed"
+INTERRUPTED = "interrupted"
+NOT_STARTED = "not started"
 """Outcomes of a stage."""
 PROGRESS_INTERVAL = 60.0
 """Seconds between two log lines about running stages."""
@@ -74,14 +81,23 @@ def parents(states: Mapping[str, StageState]) -> dict[str, set[str]]:
     found = {address: {i.producer for i in state.inputs if i.producer} for address, state in states.items()}
     for address, state in states.items():
         reports = [path for path in state.code if is_report(path)]
-        found[address] |= {a for a, other in states.items() if other.report and any(dvc.overlap(path, other.report) for path in reports)}
+        found[address] |= {
+            a
+            for a, other in states.items()
+            if other.report and any(dvc.overlap(path, other.report) for path in reports)
+        }
     return found
 
 
 def remaining(
-    above: Mapping[str, Collection[str]], running: Mapping[str, float], queued: Iterable[str], seconds: Mapping[str, float], jobs: int
+    above: Mapping[str, Collection[str]],
+    running: Mapping[str, float],
+    queued: Iterable[str],
+    seconds: Mapping[str, float],
+    jobs: int,
 ) -> float:
-    """Seconds until all of these stages are done, if each takes as long as the last time; a stage without a known duration counts as 0.
+    """Seconds until all of these stages are done, if each takes as long as the
+    last time; a stage without a known duration counts as 0.
 
     Args:
         above: stages that each stage reads.
@@ -128,7 +144,9 @@ class RunAll:
             raise InputError("dvc.yaml has no stages", "restore it with `git checkout HEAD dvc.yaml`")
         self.states = {address: state for address, state in states.items() if self.only is None or address in self.only}
         self.above = {address: above & self.states.keys() for address, above in parents(self.states).items()}
-        self.seconds = {address: value for address in self.states if (value := last_seconds(self.root, address)) is not None}
+        self.seconds = {
+            address: value for address in self.states if (value := last_seconds(self.root, address)) is not None
+        }
         try:
             while True:
                 self._start_ready()
@@ -186,7 +204,9 @@ class RunAll:
             elif state.frozen_problem:
                 log.error(state.frozen_problem)
                 self.outcomes[address] = Outcome(FAILED, state.changed, error=state.frozen_problem)
-            elif writer := rwlock.writer_of(self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]):
+            elif writer := rwlock.writer_of(
+                self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]
+            ):
                 if address not in self.waiting:
                     log.info(f"{address} is waiting: {writer} is writing its inputs")
                     self.waiting.add(address)
@@ -197,7 +217,8 @@ class RunAll:
         receive_log, send_log = self.context.Pipe(duplex=False)
         receive, send = self.context.Pipe(duplex=False)
         process = self.context.Process(
-            target=reproduce_one, args=(self.root, address, self.force, os.getpid(), time.time(), {**os.environ}, send_log, send)
+            target=reproduce_one,
+            args=(self.root, address, self.force, os.getpid(), time.time(), {**os.environ}, send_log, send),
         )
         began = locks.last_held(self.root, address)
         process.start()
@@ -231,12 +252,17 @@ class RunAll:
             if not self.running:  # every ready stage is waiting for another process
                 time.sleep(0.5)
                 break
-            wait_for_any([one.process.sentinel for one in self.running.values()], timeout=0.5 if self.waiting else PROGRESS_INTERVAL)
+            wait_for_any(
+                [one.process.sentinel for one in self.running.values()],
+                timeout=0.5 if self.waiting else PROGRESS_INTERVAL,
+            )
             ended = [address for address, one in self.running.items() if not one.process.is_alive()]
             if not ended and self.waiting:
                 break
             if not ended and time.monotonic() - since >= PROGRESS_INTERVAL:
-                times = ", ".join(f"{address} {clock(time.monotonic() - one.began)}" for address, one in self.running.items())
+                times = ", ".join(
+                    f"{address} {clock(time.monotonic() - one.began)}" for address, one in self.running.items()
+                )
                 log.info(f"running: {times}. {self._progress()}")
                 since = time.monotonic()
         for address in ended:
@@ -285,7 +311,8 @@ class RunAll:
         log.info(text)
 
     def _interrupt(self) -> None:
-        """End the running stages: interrupt each, and kill it if it has not ended after the time that its command has for that."""
+        """End the running stages: interrupt each, and kill it if it has not
+        ended after the time that its command has for that."""
         self.interrupted = True
         log.info(f"interrupted: ending {', '.join(self.running) or 'nothing'}; finished stages are kept")
         with suppress(KeyboardInterrupt):  # a second one kills
@@ -302,7 +329,14 @@ class RunAll:
 
 
 def reproduce_one(
-    root: Path, address: str, force: bool, parent: int, since: float, environment: Mapping[str, str], output: Connection, result: Connection
+    root: Path,
+    address: str,
+    force: bool,
+    parent: int,
+    since: float,
+    environment: Mapping[str, str],
+    output: Connection,
+    result: Connection,
 ) -> None:
     """Main function of the process of one stage: reproduce it by DVC, and send the outcome.
 
@@ -334,7 +368,11 @@ def _reproduce(root: Path, address: str, force: bool) -> str:
     done = False
     for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
         done |= dvc_run.reproduce(
-            root, address, force, {"PYTHONUNBUFFERED": "1"}, on_wait=lambda holder: print(f"{address} is waiting: {holder}", flush=True)
+            root,
+            address,
+            force,
+            {"PYTHONUNBUFFERED": "1"},
+            on_wait=lambda holder: print(f"{address} is waiting: {holder}", flush=True),
         )
         state = dvc.read_stages(root)[address]
         if not integrity.set_tampered_aside(root, [state]):
@@ -358,8 +396,11 @@ def last_seconds(root: Path, address: str) -> float | None:
     return float(value) if value else None
 
 
-def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any], only: Collection[str] | None = None) -> dict[str, Any]:
-    """Bring all stages up to date by DVC, up to `jobs` independent ones at once. After a failure no other stage is started; running ones finish.
+def run_all(
+    root: Path, jobs: int, force: bool, validate: Callable[[Path], Any], only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Bring all stages up to date by DVC, up to `jobs` independent ones at
+    once. After a failure no other stage is started; running ones finish.
 
     Args:
         validate: refuses bad parameters before anything runs.

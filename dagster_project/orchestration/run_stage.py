@@ -1,4 +1,5 @@
-"""`pedigree run STAGE`, the driver: the only way to run a stage. Verifies inputs, runs the stage by an executor, applies the gate, publishes outputs."""
+"""`pedigree run STAGE`, the driver: the only way to run a stage. Verifies
+inputs, runs the stage by an executor, applies the gate, publishes outputs."""
 
 from __future__ import annotations
 
@@ -36,11 +37,13 @@ from dagster_project.pipeline import PEDIGREE, Pipeline
 log = logging.getLogger("pedigree")
 
 
-def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor | None = None) -> Mapping[str, Any]:
+def run_stage(
+    root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor | None = None
+) -> Mapping[str, Any]:
     """Run one stage on the files in the workspace.
 
-    The stage writes into a scratch folder. Its outputs are published after every blocking check passed and its inputs were verified as unchanged.
-    Otherwise the earlier outputs are kept; those that DVC removed are restored.
+    The stage writes into a scratch folder. Its outputs are published after every blocking check passed and its inputs
+    were verified as unchanged. Otherwise the earlier outputs are kept; those that DVC removed are restored.
 
     Args:
         executor: where the stage computes; None: according to the section `execution` of params.yaml.
@@ -50,7 +53,8 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
     Raises:
         InputError: bad parameters or input, or the stage's code is not the one recorded in code.lock.yaml.
         CheckFailed: a blocking check failed, an input is not what its producer recorded, or an input changed meanwhile.
-        Busy: another process runs the stage. If DVC started this process, it waits instead, because DVC has already removed the outputs.
+        Busy: another process runs the stage. If DVC started this process, it
+            waits instead, because DVC has already removed the outputs.
     """
     stage, variant = pipeline.split_address(address)
     processes.end_with_starter()
@@ -89,7 +93,9 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             sha256 = integrity.sha256_of(ctx.out)
             changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
             if changed:
-                raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
+                raise CheckFailed(
+                    f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded"
+                )
             code_lock.refuse_other_code(root, [stage])  # an upgrade while it ran
             _publish(root, ctx, report, sha256, result)
         except BaseException as error:
@@ -101,13 +107,16 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             raise
         finally:
             remove(scratch)
-    for line in _summary(address, report) if os.environ.get(VARIABLE) != WORKER else ():  # the driver of a worker logs it
+    for line in (
+        _summary(address, report) if os.environ.get(VARIABLE) != WORKER else ()
+    ):  # the driver of a worker logs it
         log.info(line)
     return report
 
 
 def _restore(root: Path, address: str, reason: BaseException) -> None:
-    """Restore the outputs that DVC removed. If even this fails, the error that ended the stage is still the one to report."""
+    """Restore the outputs that DVC removed. If even this fails, the error that
+    ended the stage is still the one to report."""
     try:
         dvc_cache.restore_outputs(root, address)
     except Exception as error:
@@ -118,12 +127,17 @@ def _restore(root: Path, address: str, reason: BaseException) -> None:
         log.warning(f"{address}: earlier outputs were not restored: {known.what}; `dvc checkout` restores them")
 
 
-def _executor(root: Path, values: Mapping[str, Any], address: str, pipeline: Pipeline, inputs: Iterable[str]) -> Executor:
+def _executor(
+    root: Path, values: Mapping[str, Any], address: str, pipeline: Pipeline, inputs: Iterable[str]
+) -> Executor:
     settings, place = placement(values, address, pipeline.stages, pipeline.variants_of)
     if place.on == "local" or INNER in os.environ:  # the scratch copy of `verify` has neither git nor past runs
         return LocalExecutor(_workers(place.workers))
     if _reads_private_key(root, inputs):
-        log.info(f"{address}: runs on this machine, because it reads {RECORD_KEY}, which git ignores and a job therefore does not get")
+        log.info(
+            f"{address}: runs on this machine, because it reads {RECORD_KEY}, which git ignores and a job therefore"
+            " does not get"
+        )
         return LocalExecutor(_workers(place.workers))
     from dagster_project.orchestration.executors.ray import RayExecutor
 
@@ -131,8 +145,11 @@ def _executor(root: Path, values: Mapping[str, Any], address: str, pipeline: Pip
 
 
 def _reads_private_key(root: Path, inputs: Iterable[str]) -> bool:
-    """Whether a stage reads the key of record ids, and git ignores its file. Stages that read sources need it to recognize erased records."""
-    if not any(is_within(RECORD_KEY, path) or (is_within(TOMBSTONES, path) and (root / TOMBSTONES).exists()) for path in inputs):
+    """Whether a stage reads the key of record ids, and git ignores its file.
+    Stages that read sources need it to recognize erased records."""
+    if not any(
+        is_within(RECORD_KEY, path) or (is_within(TOMBSTONES, path) and (root / TOMBSTONES).exists()) for path in inputs
+    ):
         return False
     return git(root, "check-ignore", "--quiet", RECORD_KEY) is not None
 
@@ -165,33 +182,46 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     if before.leftovers:
         log.warning(
-            f"{address} reads a folder with outputs of stages that dvc.yaml no longer has; another clone does not have them, and there DVC would "
-            f"call {address} changed. To remove them: rm -r {shlex.join(before.leftovers)}"
+            f"{address} reads a folder with outputs of stages that dvc.yaml no longer has; another clone does not have"
+            f" them, and there DVC would call {address} changed. To remove them: rm -r {shlex.join(before.leftovers)}"
         )
     return before.now
 
 
 def _is_given(root: Path, values: Mapping[str, Any], key: str) -> bool:
-    """Whether params.yaml has a value at "SECTION.NAME", or the report of that stage states one, as it does after a value was removed."""
+    """Whether params.yaml has a value at "SECTION.NAME", or the report of that
+    stage states one, as it does after a value was removed."""
     stage, _, name = key.partition(".")
-    return value_at(values, key) is not None or ((root / report_of(stage)).is_file() and name in read_report(root, stage))
+    return value_at(values, key) is not None or (
+        (root / report_of(stage)).is_file() and name in read_report(root, stage)
+    )
 
 
 def _is_inner() -> bool:
-    """Whether this is a worker, whose driver has compared all stages, or the scratch copy of `verify`, which has only the inputs of its stage."""
+    """Whether this is a worker, whose driver has compared all stages, or the
+    scratch copy of `verify`, which has only the inputs of its stage."""
     return os.environ.get(VARIABLE) == WORKER or INNER in os.environ
 
 
 def _refuse_outdated(root: Path, address: str) -> None:
     """Raises:
-    CheckFailed: a stage upstream is not up to date: what the stage reads may have been made from other data than reports state.
+    CheckFailed: a stage upstream is not up to date: what the stage reads may
+        have been made from other data than reports state.
     """
     states = dvc.read_stages(root)
-    outdated = [f"{name}: {'; '.join(states[name].changed)}" for name in dvc.ancestors(states, address) if states[name].changed]
+    outdated = [
+        f"{name}: {'; '.join(states[name].changed)}" for name in dvc.ancestors(states, address) if states[name].changed
+    ]
     if outdated:
         raise CheckFailed(
             "\n".join(
-                [f"{address} judges the use policy by the reports of all stages before it, and these are not up to date:", *outdated]
+                [
+                    (
+                        f"{address} judges the use policy by the reports of all stages before it, and these are not up"
+                        " to date:"
+                    ),
+                    *outdated,
+                ]
             ),
             f"run `dvc repro {address}`, without --single-item",
         )
@@ -207,7 +237,9 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
     if ctx.pages.exists():
         _move_to_place(root, ctx, ctx.pages)
     report = result.report or {}
-    failed = {name: check for name, check in report.get("checks", {}).items() if check["blocking"] and not check["passed"]}
+    failed = {
+        name: check for name, check in report.get("checks", {}).items() if check["blocking"] and not check["passed"]
+    }
     if not failed and result.report is not None and result.exit_code == 0:
         return report
     if not failed:
@@ -228,7 +260,8 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
 
 
 def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, result: StageResult) -> None:
-    """Move outputs from the scratch folder to the project, each by one rename; write the report with the sha256 of the main output."""
+    """Move outputs from the scratch folder to the project, each by one rename;
+    write the report with the sha256 of the main output."""
     plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
     _share_as_their_folders(ctx.out)
     for path in [ctx.out, *plots]:
@@ -236,14 +269,17 @@ def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: s
     write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
     facts = {**result.measured, **({"execution": result.execution} if result.execution else {})}
     path = measured_path(root, ctx.address)
-    if facts or any(file != path for file in path.parent.glob("*")):  # with pages: `render` reads of which output they are
+    if facts or any(
+        file != path for file in path.parent.glob("*")
+    ):  # with pages: `render` reads of which output they are
         write_json(path, {"output_sha256": sha256, **facts})
     else:
         remove(path)  # of an earlier run, perhaps on another machine
 
 
 def _share_as_their_folders(output: Path) -> None:
-    """Let those read files who may read their folder: safetensors writes its files for their owner only, whatever the umask is."""
+    """Let those read files who may read their folder: safetensors writes its
+    files for their owner only, whatever the umask is."""
     for file in output.rglob("*"):
         if not file.is_symlink() and file.is_file() and not (mode := file.stat().st_mode) & 0o077:
             file.chmod(mode & 0o777 | file.parent.stat().st_mode & 0o066)
@@ -261,9 +297,14 @@ def _summary(address: str, report: Mapping[str, Any]) -> list[str]:
     lines = []
     if "rows_in" in report:
         dropped = ", ".join(f"{name} {n}" for name, n in report["dropped"].items())
-        lines.append(f"{address}: {report['rows_in']} rows in, {report['rows_out']} out" + (f", dropped: {dropped}" if dropped else ""))
+        lines.append(
+            f"{address}: {report['rows_in']} rows in, {report['rows_out']} out"
+            + (f", dropped: {dropped}" if dropped else "")
+        )
     checks = report.get("checks", {}).items()
-    return lines + [f"{address}: {check['severity']}: {name}: {_count_note(check)}" for name, check in checks if not check["passed"]]
+    return lines + [
+        f"{address}: {check['severity']}: {name}: {_count_note(check)}" for name, check in checks if not check["passed"]
+    ]
 
 
 def _count_note(check: Mapping[str, Any]) -> str:

@@ -35,9 +35,10 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 
 def repair(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command. Remove the entries of ended
-    processes: DVC counts a killed process as running as long as its parent does not collect it, which the first process of a container may never do,
-    and after a restart of the machine if another program has its number.
+    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then
+    refuses every command. Remove the entries of ended processes: DVC counts a killed process as
+    running as long as its parent does not collect it, which the first process of a container
+    may never do, and after a restart of the machine if another program has its number.
 
     Raises:
         InputError: something else is in the place of one of DVC's locks.
@@ -45,12 +46,16 @@ def repair(root: Path) -> None:
     path = root / TABLE
     for lock in (path.with_name("rwlock.lock"), path.with_name("lock")):
         if lock.is_symlink() or lock.is_dir():
-            raise InputError(f"{lock} is a {'link' if lock.is_symlink() else 'folder'}, not the file that DVC locks", "remove it")
+            raise InputError(
+                f"{lock} is a {'link' if lock.is_symlink() else 'folder'}, not the file that DVC locks", "remove it"
+            )
     table = _table(root)
     if table is not None and _of_running(table) == table:
         return
     make_lock = private_module("dvc.lock").make_lock
-    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), hardlink_lock=locks_by_hard_links(root), wait=True):
+    with make_lock(
+        str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), hardlink_lock=locks_by_hard_links(root), wait=True
+    ):
         table = _table(root)
         if table is None:  # no other process was writing it
             path.unlink()
@@ -72,9 +77,12 @@ def locks_by_hard_links(root: Path) -> bool:
 def _of_running(table: dict[str, Any]) -> dict[str, Any]:
     """The table without the entries of ended processes."""
     runs = cache(_runs)
-    write = {path: owner for path, owner in table.get("write", {}).items() if runs(owner["pid"], str(owner.get("cmd", "")))}
+    write = {
+        path: owner for path, owner in table.get("write", {}).items() if runs(owner["pid"], str(owner.get("cmd", "")))
+    }
     read = {
-        path: [owner for owner in owners if runs(owner["pid"], str(owner.get("cmd", "")))] for path, owners in table.get("read", {}).items()
+        path: [owner for owner in owners if runs(owner["pid"], str(owner.get("cmd", "")))]
+        for path, owners in table.get("read", {}).items()
     }
     return {
         **table,
@@ -84,8 +92,8 @@ def _of_running(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runs(pid: int, cmd: str) -> bool:
-    """Whether the process of an entry runs. If another program has its number now, its command line has neither a word of `OWNERS` nor the first
-    word of the entry."""
+    """Whether the process of an entry runs. If another program has its number now, its command line has neither a word
+    of `OWNERS` nor the first word of the entry."""
     return runs_one_of(pid, (*OWNERS, cmd.partition(" ")[0]))
 
 

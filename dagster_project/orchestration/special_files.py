@@ -26,5 +26,6 @@ def refuse_special_files(root: Path) -> None:
         if kind:
             name = path.relative_to(root).as_posix()
             raise InputError(
-                f"{path} is {kind}, not a file", f"remove it and restore the committed file: `rm {name}`, then `git checkout HEAD {name}`"
+                f"{path} is {kind}, not a file",
+                f"remove it and restore the committed file: `rm {name}`, then `git checkout HEAD {name}`",
             )

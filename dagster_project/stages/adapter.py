@@ -1,5 +1,5 @@
-"""tokenized + base_model -> adapter@X. One variant trained by its entry in params.yaml, with a record of which weights changed and which examples were used;
-or merged of other variants."""
+"""tokenized + base_model -> adapter@X. One variant trained by its entry in params.yaml, with a record of which weights
+changed and which examples were used; or merged of other variants."""
 
 from __future__ import annotations
 
@@ -62,11 +62,15 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     refuse_warmup(params, ctx.section)
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.refuse_untrained(entry.peft, ctx.section)
-    methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
+    methods.check(
+        entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True
+    )
     sharding.check(entry, ctx.compute, ctx.section, entry.method)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":
         raise InputError(
-            f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to share", "set it to 1"
+            f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to"
+            " share",
+            "set it to 1",
         )
 
 
@@ -77,11 +81,19 @@ def run(ctx: StageContext) -> Report:
         for earlier in (ctx.live, pages / "training.html", pages / "history.json"):  # of a training under this name
             remove(earlier)
         return merging.merge_adapters(
-            str(ctx.variant), params, ctx.compute, ctx.outputs_of("adapter"), inputs[1], out=ctx.out, curve_file=ctx.plot("loss")
+            str(ctx.variant),
+            params,
+            ctx.compute,
+            ctx.outputs_of("adapter"),
+            inputs[1],
+            out=ctx.out,
+            curve_file=ctx.plot("loss"),
         )
     if params.command is not None:
         remove(ctx.live)  # the curves of an earlier training
-        folders = Folders(ctx.root, *inputs, ctx.scratch / "command", ctx.checkpoints, ctx.out, ctx.plot("loss"), ctx.pages)
+        folders = Folders(
+            ctx.root, *inputs, ctx.scratch / "command", ctx.checkpoints, ctx.out, ctx.plot("loss"), ctx.pages
+        )
         return train_by_command(str(ctx.variant), params, ctx.compute, folders)
     return produce(
         str(ctx.variant),
@@ -116,7 +128,8 @@ def produce(
     pages: folder for the documents that its page is drawn from.
     """
     if compute.processes > 1 and place().size == 1:
-        folders = {"tokenized": tokenized, "base_model": base_model, "out": out, "curve_file": curve_file, "checkpoints": checkpoints,
+        folders = {"tokenized": tokenized, "base_model": base_model, "out": out, "curve_file": curve_file,
+            "checkpoints": checkpoints,
                    "live": live, "pages": pages}  # fmt: skip
         return _produce_in_processes(variant, params, compute, folders, hints)
     claim_gpu()
@@ -129,7 +142,9 @@ def produce(
     if warning := unreached_rate(steps(len(rows), settled.params, compute.processes), settled.params):
         log.warning(f"params.yaml: {data.where}.{warning}")
     if settled.params.gradient_checkpointing == AUTO:
-        settled = replace(settled, params=settled.params.model_copy(update={"gradient_checkpointing": hints.gradient_checkpointing}))
+        settled = replace(
+            settled, params=settled.params.model_copy(update={"gradient_checkpointing": hints.gradient_checkpointing})
+        )
     libraries = (*LIBRARIES, *(["liger-kernel"] if settled.params.use_liger_kernel else []))
     identity = data.identity() | run_identity(Path(__file__), compute, device, dtype, libraries)
     advised = partial(advice_on_memory, hints.advice)
@@ -174,15 +189,26 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
     return report_document(
-        produce(work["variant"], params, compute, **folders, hints=ExecutionHints(gradient_checkpointing=work["gradient_checkpointing"]))
+        produce(
+            work["variant"],
+            params,
+            compute,
+            **folders,
+            hints=ExecutionHints(gradient_checkpointing=work["gradient_checkpointing"]),
+        )
     )
 
 
-def _document(fitted: FitResult, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
+def _document(
+    fitted: FitResult, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]
+) -> dict[str, Any]:
     """training.json: the trained parameters, the settings, and the first and last losses."""
     params, history, prepared = fitted.params, fitted.history, fitted.prepared
     ranks = weight_audit.ranks(prepared.model)
-    points = [{"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None} for rate, loss in fitted.trials.items()]
+    points = [
+        {"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None}
+        for rate, loss in fitted.trials.items()
+    ]
     return {
         "trained": fitted.change.groups,
         "frozen": fitted.change.frozen,
@@ -194,7 +220,9 @@ def _document(fitted: FitResult, compute: Compute, dtype: Any, device: str, libr
         "trained_tokens": history.trained_tokens,
         "loss": {"first": history.losses[0], "last": history.losses[-1]},
         "validation": [{"step": step, "validation_loss": loss} for step, loss in history.validation],
-        "settings": params.settings() | {"warmup_steps": warmup(fitted.total, params), "optim": prepared.optim or params.optim},
+        "settings": (
+            params.settings() | {"warmup_steps": warmup(fitted.total, params), "optim": prepared.optim or params.optim}
+        ),
         **({"chosen": {name: vars(choice) for name, choice in fitted.chosen.items()}} if fitted.chosen else {}),
         **({"sweep": points} if points else {}),
         "seed": compute.seed,
@@ -207,7 +235,9 @@ def _document(fitted: FitResult, compute: Compute, dtype: Any, device: str, libr
     }
 
 
-def _report(fitted: FitResult, tokens_per_epoch: int, document: Mapping[str, Any], measured: dict[str, float]) -> Report:
+def _report(
+    fitted: FitResult, tokens_per_epoch: int, document: Mapping[str, Any], measured: dict[str, float]
+) -> Report:
     history, prepared = fitted.history, fitted.prepared
     finite = all(bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     return Report(
@@ -222,7 +252,10 @@ def _report(fitted: FitResult, tokens_per_epoch: int, document: Mapping[str, Any
             "dtype": document["dtype"],
             "device": document["device"],
             "loss": round(history.losses[-1], 4),
-            "environment": {**weight_audit.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
+            "environment": {
+                **weight_audit.versions(()),
+                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+            },
             "validation_loss": [round(loss, 4) for _, loss in history.validation],
             **({"best_step": history.best_step} if fitted.params.load_best_model_at_end else {}),
             **({"chosen": {name: choice.value for name, choice in fitted.chosen.items()}} if fitted.chosen else {}),
@@ -236,7 +269,10 @@ def _measured(history: TrainingHistory, device: str) -> dict[str, float]:
     """Memory and time of this run."""
     measured: dict[str, float] = {"peak_memory_bytes": peak_memory(device)}
     if history.seconds:
-        measured |= {"training_seconds": round(history.seconds, 1), "tokens_per_second": round(history.tokens / history.seconds, 1)}
+        measured |= {
+            "training_seconds": round(history.seconds, 1),
+            "tokens_per_second": round(history.tokens / history.seconds, 1),
+        }
     return measured
 
 
@@ -258,8 +294,9 @@ def _moved(change: weight_audit.WeightChange, history: TrainingHistory) -> Check
     if not weight_audit.unmoved(change.groups) or acting > 1:
         return check
     reason = (
-        f"{acting} of {history.step} steps had a learning rate above 0, which the first step of a warm-up has not, and weights that begin at zero, "
-        "such as lora_B, keep others from moving in the first such step; train for more steps"
+        f"{acting} of {history.step} steps had a learning rate above 0, which the first step of a warm-up has not, and"
+        " weights that begin at zero, such as lora_B, keep others from moving in the first such step; train for more"
+        " steps"
     )
     return replace(check, note=f"{check.note}; {reason}")
 
@@ -271,6 +308,8 @@ def _diverged(diverged: Diverged, example_ids: list[list[str]]) -> Report:
     return Report(
         checks=[
             CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note),
-            CheckResult("trained_what_it_should", passed=False, blocking=True, note="not checked: the training did not end"),
+            CheckResult(
+                "trained_what_it_should", passed=False, blocking=True, note="not checked: the training did not end"
+            ),
         ]
     )

@@ -1,5 +1,5 @@
-"""preferences or splits + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also its
-reference; compares the answers before and after."""
+"""preferences or splits + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also
+its reference; compares the answers before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from pydantic import Field
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, refuse_names_of_one_file
-from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
+from dagster_project.core.records import (
+    CheckResult,
+    Report,
+    read_preferences,
+    remove,
+    write_json,
+    write_table,
+    write_text,
+)
 from dagster_project.evaluation.paired import alignment
 from dagster_project.evaluation.paired.bootstrap import FEWEST, unit
 from dagster_project.training.methods import build as methods
@@ -31,7 +39,13 @@ from dagster_project.training.trainers.alignment.preference import (
     StoppedHistory,
 )
 from dagster_project.training.trainers.alignment.ready_rewards import refuse_missing_targets
-from dagster_project.training.trainers.alignment.reward_functions import FOLDER, TIME_KEY, RewardFunction, sha256_of_functions, started
+from dagster_project.training.trainers.alignment.reward_functions import (
+    FOLDER,
+    TIME_KEY,
+    RewardFunction,
+    sha256_of_functions,
+    started,
+)
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, failed_checks, tokenizer_of
 from dagster_project.training.trainers.alignment.rewards import Rewards, check, reads_files, ready
 from dagster_project.training.trainers.alignment.sampled_answers import FOLDER as FOLDER_OF_ANSWERS
@@ -63,15 +77,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {
-    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo without a router, loss ln 2. Not for "
-    "orpo, simpo, cpo and gkd, which have no reference.",
+    "starts_as_the_reference": (
+        "Before the first step policy and SFT model are equal: KL 0 and, for dpo without a router, loss ln 2. Not for "
+        "orpo, simpo, cpo and gkd, which have no reference."
+    ),
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
-    "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
-    "solves_more_held_out_tasks": "With `reward_target: response`: rewards of at least 30 held-out answers, near-copies counted once, are significantly "
-    "higher than before.",
-    "reward_is_not_gamed": "The rewards of held-out answers did not rise through length, repetition or unfinished answers.",
-    "rewards_differ": "Online: answers that are compared with each other had different rewards, so that there was something to learn.",
+    "prefers_as_people_do": (
+        "On held-out pairs the chosen answer is more likely per token in significantly more than half of them."
+    ),
+    "solves_more_held_out_tasks": (
+        "With `reward_target: response`: rewards of at least 30 held-out answers, near-copies counted once, are"
+        " significantly higher than before."
+    ),
+    "reward_is_not_gamed": (
+        "The rewards of held-out answers did not rise through length, repetition or unfinished answers."
+    ),
+    "rewards_differ": (
+        "Online: answers that are compared with each other had different rewards, so that there was something to learn."
+    ),
     "reward_model_is_reliable": "The reward model used for training or monitoring passed its checks.",
 }
 
@@ -88,34 +112,39 @@ class Params(PreferenceParams):
     method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """Name of the SFT variant that training starts from and, but for orpo, simpo, cpo and gkd, uses as its reference. It must be merged."""
+    """Name of the SFT variant that training starts from and, but for orpo,
+    simpo, cpo and gkd, uses as its reference. It must be merged."""
     options: dict[str, Any] = {}
-    """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are then
-    refused in the entry itself."""
+    """The method's own keys, listed below. For ppo they include learning rate,
+    batch size and checkpoints, which are then refused in the entry itself."""
     peft: dict[str, Any] = {}
     """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float | dict[str, Any]] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones that can be verified, with a weight or a mapping of
-    `weight` and their options: exact_match, number_match, regex, json_schema, tool_call, reasoning_format, length_window and unit_tests, see docs/alignment.md.
-    Your own function: data/rewards/FILE.py:FUNCTION."""
+    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones
+    that can be verified, with a weight or a mapping of `weight` and their options:
+    exact_match, number_match, regex, json_schema, tool_call, reasoning_format, length_window
+    and unit_tests, see docs/alignment.md. Your own function: data/rewards/FILE.py:FUNCTION."""
     reward_target: Literal["chosen", "response"] = "chosen"
-    """Online: where prompts come from, and what exact_match, number_match and tool_call compare answers with. chosen: preference pairs, and their chosen
-    answers. response: records of the training split of `splits`, and their responses; answers to records of its validation split are measured before
-    and after. No pair is read then, see docs/alignment.md."""
+    """Online: where prompts come from, and what exact_match, number_match and tool_call compare
+    answers with. chosen: preference pairs, and their chosen answers. response: records of the
+    training split of `splits`, and their responses; answers to records of its validation split
+    are measured before and after. No pair is read then, see docs/alignment.md."""
     reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""
     constant_reward_steps: int | None = Field(default=10, ge=1)
-    """Online: steps (ppo: iterations) in a row after which training stops because there was nothing to learn: all answers to each prompt, for ppo all
-    answers of the iteration, had the same reward. Raise it for rewards that are rare at first. null: never stop."""
+    """Online: steps (ppo: iterations) in a row after which training stops because there
+    was nothing to learn: all answers to each prompt, for ppo all answers of the iteration,
+    had the same reward. Raise it for rewards that are rare at first. null: never stop."""
     trl: dict[str, Any] = {}
-    """Further arguments of TRL's configuration of the method, under TRL's names, see docs/alignment.md. Only those that are verified to act on Pedigree's
-    passes are accepted; not for ppo."""
+    """Further arguments of TRL's configuration of the method, under TRL's names, see docs/alignment.md. Only those that
+    are verified to act on Pedigree's passes are accepted; not for ppo."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
-    """Longest of these answers, in tokens. Prompts that leave no room for it in the context are truncated at the beginning."""
+    """Longest of these answers, in tokens. Prompts that leave no room for it in
+    the context are truncated at the beginning."""
 
     def parsed_method(self, where: str, given: Collection[str] = ()) -> AlignmentMethod:
         """The method with its options; `given`: keys that the entry itself names."""
@@ -148,7 +177,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     methods.refuse_untrained(params.peft, where)
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
-    trl_options.refuse(params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl", params.gradient_accumulation_steps)
+    trl_options.refuse(
+        params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl", params.gradient_accumulation_steps
+    )
     if params.sharding and not method.can_shard:
         reason = "needs the whole model in each process" if method.learns_from_rewards else "does not support it"
         raise InputError(
@@ -161,7 +192,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
         if "unit_tests" in params.rewards and params.reward_target != tasks.RESPONSE:
-            raise InputError(f"params.yaml: {where}.rewards.unit_tests: pairs have no tests", "set reward_target: response")
+            raise InputError(
+                f"params.yaml: {where}.rewards.unit_tests: pairs have no tests", "set reward_target: response"
+            )
         if params.rewards.get(MODEL) and MODEL not in ctx.values:
             raise InputError(
                 f"params.yaml: {where}.rewards: {params.method} learns from {MODEL}, and there is no such section",
@@ -196,7 +229,8 @@ def run(ctx: StageContext) -> Report:
 
 
 def _is_used(params: Params) -> bool:
-    """Whether the reward model scores answers: those that are learned from, or held-out ones. Tasks are measured by the rewards alone."""
+    """Whether the reward model scores answers: those that are learned from, or
+    held-out ones. Tasks are measured by the rewards alone."""
     return params.reward_target != tasks.RESPONSE or bool(params.rewards.get(MODEL))
 
 
@@ -217,8 +251,8 @@ def produce(
     where = f"aligned.{variant}"
     takes_part = params.sharding or params.parsed_method(where).shares_processes
     if compute.processes > 1 and takes_part and place().size == 1:
-        folders = {**vars(sources), "out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
-        return report_of_group(__name__, params, compute, folders, variant=variant)
+        places = {"out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
+        return report_of_group(__name__, params, compute, {**vars(sources), **places}, variant=variant)
     import_libraries()
     method = params.parsed_method(where)
     pairs, counts = _examples(params, method, sources, where)
@@ -248,9 +282,10 @@ def produce(
     judge = load_judge() if method.learns_from_rewards else None
     rewards = _rewards(sources, params, judge, called, f"{where}.rewards") if method.learns_from_rewards else None
     sampled, names = method.sampled_answers(params.constant_reward_steps), [*rewards.weights] if rewards else []
+    larger = partial(teacher.load, sources.larger, device, dtype) if sources.larger else None
     run = AlignmentRun(
-        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing, sampled,
-        partial(teacher.load, sources.larger, device, dtype) if sources.larger else None, params.trl,
+        shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing,
+        sampled, larger, params.trl,
     )  # fmt: skip
     try:
         history = method.train(run)
@@ -269,7 +304,9 @@ def produce(
     prepared.save(out)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
     document = document_of(history, change, _settings(params, method), compute, device, dtype) | _begun(start, method)
-    _write_training(document, history, [*method.figures, *names], _ids(pairs["train"], method), sources.sft, out, curve_file)
+    _write_training(
+        document, history, [*method.figures, *names], _ids(pairs["train"], method), sources.sft, out, curve_file
+    )
     if pages:
         components = {"components": names} if rewards else {}
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **components})
@@ -303,14 +340,23 @@ def _begun(start: Mapping[str, float], method: AlignmentMethod) -> dict[str, Any
     return processes | ({"step_0": start} if method.has_reference else {"reference": None})
 
 
-def _start_others(params: Params, compute: Compute, sources: Sources, checkpoints: Path, usable: bool, identity: Mapping[str, str]) -> None:
+def _start_others(
+    params: Params, compute: Compute, sources: Sources, checkpoints: Path, usable: bool, identity: Mapping[str, str]
+) -> None:
     """Start this stage in the other processes of a group, if there is one."""
     inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items() if path}
-    start_others({**settings_document(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
+    start_others(
+        {**settings_document(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__
+    )
 
 
 def _identity(
-    params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
+    params: Params,
+    compute: Compute,
+    method: AlignmentMethod,
+    sources: Sources,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, str]:
     judges = {"reward model": sources.reward_model} if method.learns_from_rewards and sources.reward_model else {}
     models = {"SFT model": sources.sft, **judges}
@@ -333,8 +379,8 @@ def _sources_in(folders: dict[str, Path]) -> Sources:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, and with `sharding` the passes of the evaluation, without writing anything but parts of
-    checkpoints.
+    """Work of the other processes: the same training, and with `sharding` the
+    passes of the evaluation, without writing anything but parts of checkpoints.
 
     Raises:
         InputError: inputs, code or versions on this host differ from those of the first one.
@@ -346,7 +392,9 @@ def other_process(work: Mapping[str, Any]) -> None:
     if not is_first_host():
         if missing := next((path for path in vars(sources).values() if path and not path.is_dir()), None):
             raise InputError(f"this host has no {missing}", "fetch it with `dvc pull`")
-        refuse_differences(_identity(params, compute, params.parsed_method("aligned"), sources, device, dtype), work["identity"])
+        refuse_differences(
+            _identity(params, compute, params.parsed_method("aligned"), sources, device, dtype), work["identity"]
+        )
     reuse_large_blocks()
     method = params.parsed_method("aligned")
     _, shared = _policy(sources.sft, params, device, dtype, "aligned")
@@ -380,7 +428,9 @@ def other_process(work: Mapping[str, Any]) -> None:
         shared.join()
 
 
-def _rewards(sources: Sources, params: Params, judge: RewardModel | None, called: Sequence[RewardFunction], where: str) -> Rewards:
+def _rewards(
+    sources: Sources, params: Params, judge: RewardModel | None, called: Sequence[RewardFunction], where: str
+) -> Rewards:
     return Rewards(params.rewards, judge, called, _root_of(sources.functions), where)
 
 
@@ -393,13 +443,17 @@ def _nothing() -> None:
     return None
 
 
-def _judge(folder: Path | None, params: Params, device: torch.device, dtype: torch.dtype, usable: bool) -> RewardModel | None:
+def _judge(
+    folder: Path | None, params: Params, device: torch.device, dtype: torch.dtype, usable: bool
+) -> RewardModel | None:
     """The reward model; None if it is not used, or cannot be."""
     with advice_on_memory():
         return RewardModel(folder, device, dtype, params.sharding) if folder and usable else None
 
 
-def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype, where: str) -> tuple[PreparedModel, ShardedModel]:
+def _policy(
+    sft: Path, params: Params, device: torch.device, dtype: torch.dtype, where: str
+) -> tuple[PreparedModel, ShardedModel]:
     """The untrained policy; one to be divided among the processes is on the CPU, unless it is quantized."""
     import torch
 
@@ -436,13 +490,18 @@ def _metrics(
     }
 
 
-def _refuse_full_disk(prepared: PreparedModel, params: Params, method: AlignmentMethod, checkpoints: Path, out: Path, where: str) -> None:
+def _refuse_full_disk(
+    prepared: PreparedModel, params: Params, method: AlignmentMethod, checkpoints: Path, out: Path, where: str
+) -> None:
     size = sum(weight.nbytes for weight in weight_audit.trainable(prepared.model).values())
-    refuse_full_disk({checkpoints: size * (1 + method.checkpoint_size * (params.save_total_limit + 1)), out: 2 * size}, where)
+    refuse_full_disk(
+        {checkpoints: size * (1 + method.checkpoint_size * (params.save_total_limit + 1)), out: 2 * size}, where
+    )
 
 
 def _write_training(
-    document: Mapping[str, Any], history: TrainingHistory, figures: Sequence[str], ids: Sequence[Sequence[str]], sft: Path, out: Path,
+    document: Mapping[str, Any], history: TrainingHistory, figures: Sequence[str], ids: Sequence[Sequence[str]],
+    sft: Path, out: Path,
     curve_file: Path,
 ) -> None:  # fmt: skip
     """Write training.json, the pairs of each step, the chat template and the curve.
@@ -509,7 +568,9 @@ def _learned(history: TrainingHistory, prepared: PreparedModel) -> CheckResult:
     finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     note = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
-    if isinstance(history, StoppedHistory):  # the weights are the last finite ones; the reader of the report decides whether to use them
+    if isinstance(
+        history, StoppedHistory
+    ):  # the weights are the last finite ones; the reader of the report decides whether to use them
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
 
@@ -518,33 +579,41 @@ def _moved(change: WeightChange, history: TrainingHistory) -> CheckResult:
     """`trained_what_it_should`. If a group did not move because too few steps could move it, the note says so."""
     check = change.check()
     acting = sum(
-        point.get("updates", 1) for point in history.curve if "loss" in point and point["learning_rate"] > 0 and point["grad_norm"] > 0
+        point.get("updates", 1)
+        for point in history.curve
+        if "loss" in point and point["learning_rate"] > 0 and point["grad_norm"] > 0
     )
     if not unmoved(change.groups) or acting > 1:
         return check
     reason = (
-        f"{acting} of {history.step} steps could change a weight: the first step of a warm-up has a learning rate of 0, and one whose "
-        "rewards are equal has no gradient at first. lora_B begins at zero, so that lora_A moves from the second such step on; train for more steps"
+        f"{acting} of {history.step} steps could change a weight: the first step of a warm-up has a learning rate of 0,"
+        " and one whose rewards are equal has no gradient at first. lora_B begins at zero, so that lora_A moves from"
+        " the second such step on; train for more steps"
     )
     return replace(check, note=f"{check.note}; {reason}")
 
 
 def _rewards_differ(sampled: SampledAnswers, names: Sequence[str], method: AlignmentMethod, where: str) -> CheckResult:
-    """Blocks if nothing could be learned in any step. A training that stopped because its rewards no longer differ keeps its weights."""
+    """Blocks if nothing could be learned in any step. A training that stopped
+    because its rewards no longer differ keeps its weights."""
     counts = "{answers} answers to {records} records".format(**sampled.summary())
     if sampled.ever_teaches():
         stalled = sampled.is_stalled() and not method.accepts_constant_rewards
-        return CheckResult("rewards_differ", passed=not stalled, severity="warn", note=sampled.stalled_text() if stalled else counts)
+        return CheckResult(
+            "rewards_differ", passed=not stalled, severity="warn", note=sampled.stalled_text() if stalled else counts
+        )
     constant = sampled.constant(names)
     always = [f"{name} was always {value:g}" for name, value in constant.items()]
     always += [f"{name} did not distinguish the answers to a prompt" for name in names if name not in constant]
     note = (
-        f"{counts}, and in no step was there anything to learn: {'; '.join(always)}. Fix {where}.rewards, or sample more different answers "
-        "(temperature, num_generations)"
+        f"{counts}, and in no step was there anything to learn: {'; '.join(always)}. Fix {where}.rewards, or sample"
+        " more different answers (temperature, num_generations)"
     )
     accepted = method.accepts_constant_rewards
     severity = "warn" if accepted else "error"
-    return CheckResult("rewards_differ", passed=False, severity=severity, blocking=not accepted, count=len(sampled.rows), note=note)
+    return CheckResult(
+        "rewards_differ", passed=False, severity=severity, blocking=not accepted, count=len(sampled.rows), note=note
+    )
 
 
 def _starts_as_the_reference(
@@ -556,7 +625,10 @@ def _starts_as_the_reference(
         "starts_as_the_reference",
         passed=expected and not any(start.values()),
         blocking=True,
-        note=f"KL {start['kl_per_token']:g} nats a token, log-probabilities differ by {start['largest_log_probability_difference']:g}{note}",
+        note=(
+            f"KL {start['kl_per_token']:g} nats a token, log-probabilities differ by"
+            f" {start['largest_log_probability_difference']:g}{note}"
+        ),
     )
 
 
@@ -566,23 +638,32 @@ def _improved(measured: Mapping[str, Any], examples: int) -> CheckResult:
         return _prefers(measured["preference"]["accuracy"], examples)
     reward, prompts = measured["held_out"]["reward"], measured["watch"]["prompts"]
     low, high = reward["interval"]
-    note = f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f} on {prompts} held-out tasks (difference {low:+.3f} to {high:+.3f})"
+    note = (
+        f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f} on {prompts} held-out tasks (difference {low:+.3f} to"
+        f" {high:+.3f})"
+    )
     independent = measured["watch"].get("independent", prompts)
     if independent < FEWEST:
         once = f" ({independent} if near-copies count once)" if independent < prompts else ""
         note += f"{once}; nothing can be concluded from fewer than {FEWEST}: raise splits.validation, or add records"
-    return CheckResult("solves_more_held_out_tasks", passed=low > 0 and independent >= FEWEST, severity="warn", note=note)
+    return CheckResult(
+        "solves_more_held_out_tasks", passed=low > 0 and independent >= FEWEST, severity="warn", note=note
+    )
 
 
 def _prefers(accuracy: Mapping[str, Any], pairs: int) -> CheckResult:
     low, high = accuracy["aligned_interval"]
-    note = f"{accuracy['aligned']:.3f} of {pairs} held-out pairs ({low:.3f} to {high:.3f}), {accuracy['sft']:.3f} before"
+    note = (
+        f"{accuracy['aligned']:.3f} of {pairs} held-out pairs ({low:.3f} to {high:.3f}), {accuracy['sft']:.3f} before"
+    )
     return CheckResult("prefers_as_people_do", passed=low > 0.5, severity="warn", note=note)
 
 
 def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], reward_model: Path | None) -> CheckResult:
     unmeasured = (
-        "rewards were not measured" if reward_model else "no reward model watches: length, repetition and unfinished answers were compared"
+        "rewards were not measured"
+        if reward_model
+        else "no reward model watches: length, repetition and unfinished answers were compared"
     )
     reward_note = "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if "reward" in watch else unmeasured
     return CheckResult("reward_is_not_gamed", passed=not signs, severity="warn", note="; ".join(signs) or reward_note)
@@ -609,25 +690,38 @@ def _examine(sources: Sources, params: Params, method: AlignmentMethod, where: s
             raise InputError(f"params.yaml: {where}: {problem}", "make it from the same base model: reward_model.model")
         usable, problems = False, [*problems, problem]
     if not problems:
-        return usable, CheckResult("reward_model_is_reliable", passed=True, severity="error" if learns else "warn", blocking=learns)
+        return usable, CheckResult(
+            "reward_model_is_reliable", passed=True, severity="error" if learns else "warn", blocking=learns
+        )
     failure = f"the reward model failed its checks ({'; '.join(problems)})"
     if learns:
-        lower = "lower reward_model.min_accuracy if that accuracy is enough, " if "prefers_as_people_do" in failed else ""
-        note = (
-            f"{params.method} learns from its rewards, and {failure}. In params.yaml: {lower}train a better one (reward_model.model, more pairs "
-            f"in raw_preferences.sources), or reward by rules alone, {where}.rewards: {{distinct: 1.0}}"
+        lower = (
+            "lower reward_model.min_accuracy if that accuracy is enough, " if "prefers_as_people_do" in failed else ""
         )
-        return usable, CheckResult("reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note)
-    scored = "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
+        note = (
+            f"{params.method} learns from its rewards, and {failure}. In params.yaml: {lower}train a better one"
+            f" (reward_model.model, more pairs in raw_preferences.sources), or reward by rules alone, {where}.rewards:"
+            " {distinct: 1.0}"
+        )
+        return usable, CheckResult(
+            "reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note
+        )
+    scored = (
+        "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
+    )
     note = f"{params.method} does not learn from the reward model and continued; {scored}; {failure}"
-    return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
+    return usable, CheckResult(
+        "reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note
+    )
 
 
 def _read(params: Params, sources: Sources, where: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """Pairs by split, or tasks in their place with what the report says of them."""
     if sources.splits is None:
         return {split: read_preferences(sources.preferences / split) for split in ("train", "validation", "test")}, {}
-    found, counts = tasks.tasks_of(sources.splits, ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)))
+    found, counts = tasks.tasks_of(
+        sources.splits, ready(params.rewards, f"{where}.rewards", _root_of(sources.functions))
+    )
     return found, {"tasks": counts}
 
 
@@ -643,7 +737,9 @@ def _examples(
     if pairs["train"]:
         method.refuse_few_prompts(len(pairs["train"]), params, where)
     if not (sources.sft / "config.json").is_file():
-        raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")
+        raise InputError(
+            f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged"
+        )
     if counts:
         for reward in ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)).values():
             reward.probe()
@@ -652,10 +748,14 @@ def _examples(
         return pairs, counts
     for split in ("train", "test"):
         if not pairs[split]:
-            raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
+            raise InputError(
+                f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources"
+            )
     if method.given_teacher and sources.larger:
         teacher.verify(method.given_teacher, sources.larger, sources.sft, f"{where}.options.teacher")
     if method.learns_from_rewards:
-        refuse_missing_targets(ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards")
+        refuse_missing_targets(
+            ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards"
+        )
     refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")
     return pairs, counts

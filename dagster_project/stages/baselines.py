@@ -64,7 +64,9 @@ def run(ctx: StageContext) -> Report:
     )  # fmt: skip
 
 
-def produce(root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path) -> Report:
+def produce(
+    root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path
+) -> Report:
     benchmarks = read_benchmarks(root, settings.benchmarks)
     train, test = read_records(splits / "train"), read_records(splits / "test")
     task, questions = select_questions(test, settings, train)
@@ -78,13 +80,17 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     metrics: dict[str, Any] = {BASE: {**_perplexity(likelihoods, test), **accuracies(retention)}}
     prompted_answers: dict[str, list[Answer]] = {}
     if questions:
-        labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]
+        labels = [
+            label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples
+        ]
         shots = spread(examples, labels, params.few_shot, compute.seed)
         similar = nearest(examples, questions, params.retrieved) if examples else []
         for name, messages in prompted(params.system_prompt, task, questions, shots, similar).items():
             if model.refuses(messages, scoring.offers, name):
                 continue
-            answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers)
+            answers = model.answer(
+                messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers
+            )
             if name == "chain_of_thought" and task and labelled:
                 answers = [replace(answer, content=conclusion(answer.content, task)) for answer in answers]
             prompted_answers[name] = answers
@@ -100,7 +106,8 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
 
 
 def _likelihoods(model: EvaluatedModel, test: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Those of the base model; empty if its own chat template refuses a test example, where variants are trained with another one."""
+    """Those of the base model; empty if its own chat template refuses a test
+    example, where variants are trained with another one."""
     try:
         return model.likelihood(test, BASE)
     except InputError as error:

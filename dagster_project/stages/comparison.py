@@ -1,4 +1,5 @@
-"""baselines + evaluation@* -> comparison. The comparison table of all variants, and advice: whether tuning was worth it, and which variant to use."""
+"""baselines + evaluation@* -> comparison. The comparison table of all variants,
+and advice: whether tuning was worth it, and which variant to use."""
 
 from __future__ import annotations
 
@@ -68,7 +69,10 @@ def run(ctx: StageContext) -> Report:
             ctx.outputs_of(trained) / name / "training.json",
             ctx.outputs_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None,
             trained,
-            _failed_checks(ctx, [*_trainings(trained, name, entry, ctx.values["adapter"]), f"{merged}@{name}", f"{evaluation}@{name}"]),
+            _failed_checks(
+                ctx,
+                [*_trainings(trained, name, entry, ctx.values["adapter"]), f"{merged}@{name}", f"{evaluation}@{name}"],
+            ),
         )
         for trained, (evaluation, merged) in FOLDERS.items()
         for name, entry in ctx.values[trained].items()
@@ -90,7 +94,12 @@ def _trainings(trained: str, name: str, entry: Mapping[str, Any], adapters: Mapp
     """Stages that trained a variant; for an aligned one, including those of the SFT variant it started from."""
     if trained == "adapter":
         return [*_merged_of(adapters, name), f"adapter@{name}"]
-    return [*_merged_of(adapters, entry["adapter"]), f"adapter@{entry['adapter']}", f"merged@{entry['adapter']}", f"aligned@{name}"]
+    return [
+        *_merged_of(adapters, entry["adapter"]),
+        f"adapter@{entry['adapter']}",
+        f"merged@{entry['adapter']}",
+        f"aligned@{name}",
+    ]
 
 
 def _merged_of(adapters: Mapping[str, Any], name: str) -> list[str]:
@@ -146,16 +155,27 @@ def produce(
 
     compared: dict[str, Any] = {}
     for name in variants:
-        compared[name] = _to_base(results_of[name], results_of[BASE], {record["example_id"]: unit(record) for record in test})
+        compared[name] = _to_base(
+            results_of[name], results_of[BASE], {record["example_id"]: unit(record) for record in test}
+        )
         if name in scores:
-            compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in scores if other != name}
-        if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
+            compared[name]["to"] = {
+                other: _differences(scoring, answers, writes, name, other) for other in scores if other != name
+            }
+        if kept := retained(
+            *(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))
+        ):
             compared[name]["retention"] = kept
         if variants[name].failed_checks:
             compared[name]["failed_checks"] = list(variants[name].failed_checks)
     first, second, *_ = scoring.names()
-    costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
-    test_counts = _test_counts(test, scoring, len(questions), first, {record["group_id"] for record in train + validation})
+    costs = {
+        name: _cost(name, scores, base_model, variants)
+        for name in (*scores, *(name for name in variants if name not in scores))
+    }
+    test_counts = _test_counts(
+        test, scoring, len(questions), first, {record["group_id"] for record in train + validation}
+    )
     dearest = {
         name: ({"tokens": math.inf} if name in variants else {}) | cost for name, cost in costs.items()
     }  # an unknown cost is no low cost
@@ -178,7 +198,8 @@ def produce(
     )
     paragraphs = [*document["advice"], f"{last} {recommendation['why']}"]
     write_text(
-        out / "board.md", "\n".join([*board([first, second], scores, compared, test_counts.get("questions")), "", *paragraphs]) + "\n"
+        out / "board.md",
+        "\n".join([*board([first, second], scores, compared, test_counts.get("questions")), "", *paragraphs]) + "\n",
     )
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
@@ -204,12 +225,16 @@ def _test_counts(
         deciding: the measure that decides.
         trained: groups with examples that were trained on.
     """
-    answered, decided, covered = len(set(scoring.examples)), scoring.examples_of(deciding), scoring.questions_of(deciding)
+    answered = len(set(scoring.examples))
+    decided = scoring.examples_of(deciding)
+    covered = scoring.questions_of(deciding)
     independent = len({unit(record) for record in test})
     return {
         "examples": len(test),
         "answered": answered,
-        **({"decided": decided} if decided < answered else {}),  # those that the deciding measure covers, near-copies counted once
+        **(
+            {"decided": decided} if decided < answered else {}
+        ),  # those that the deciding measure covers, near-copies counted once
         **({"questions": covered} if covered < questions else {}),  # those that the deciding measure covers
         **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
         "seen": sum(record["group_id"] in trained for record in test),
@@ -217,12 +242,14 @@ def _test_counts(
 
 
 def _to_base(
-    rows: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[tuple[str, int], Mapping[str, Any]], units: Mapping[str, str]
+    rows: Mapping[tuple[str, int], Mapping[str, Any]],
+    base: Mapping[tuple[str, int], Mapping[str, Any]],
+    units: Mapping[str, str],
 ) -> dict[str, Any]:
     """The perplexity of a variant as a share of the base model's; empty if they cannot be compared.
 
-    A classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or calls. Examples without
-    tokens, whose prompts alone fill the context, do not count.
+    A classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or calls.
+    Examples without tokens, whose prompts alone fill the context, do not count.
 
     Args:
         rows: the variant's rows of the results table, by `turn_key`.
@@ -231,7 +258,9 @@ def _to_base(
     """
     import numpy as np
 
-    ours, theirs = (np.array([(system[key]["nll"], system[key]["tokens"]) for key in base], dtype=float) for system in (rows, base))
+    ours, theirs = (
+        np.array([(system[key]["nll"], system[key]["tokens"]) for key in base], dtype=float) for system in (rows, base)
+    )
     counted = theirs[:, 1] > 0
     if np.isnan(ours).any() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
         return {}
@@ -239,8 +268,11 @@ def _to_base(
     return {"perplexity_to_base": ratio(perplexity, *(summed(system[counted], drawn) for system in (ours, theirs)))}
 
 
-def _values(scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]) -> dict[str, list[np.ndarray]]:
-    """Measure -> for each system that has it, the contribution of each of its answers. Only measures whose score is a mean over answers."""
+def _values(
+    scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]
+) -> dict[str, list[np.ndarray]]:
+    """Measure -> for each system that has it, the contribution of each of its
+    answers. Only measures whose score is a mean over answers."""
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
         for name, paired in scoring.names(writes[system]).items():
@@ -256,7 +288,8 @@ def _differences(
     theirs = scoring.names(writes[other])
     return {
         key: difference(
-            scoring.combine(key, writes[name]), *(scoring.statistics(key, answers[system], writes[name]) for system in (name, other))
+            scoring.combine(key, writes[name]),
+            *(scoring.statistics(key, answers[system], writes[name]) for system in (name, other)),
         )
         for key, paired in scoring.names(writes[name]).items()
         if paired and key in theirs
@@ -264,10 +297,13 @@ def _differences(
 
 
 TAKEN = ("tokens", "trained_tokens", "steps")
-"""What a training takes; of an adapter that is merged of others, their trainings. A training command may not record it."""
+"""What a training takes; of an adapter that is merged of others, their
+trainings. A training command may not record it."""
 
 
-def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:
+def _cost(
+    name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]
+) -> dict[str, float]:
     """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier."""
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
     if name not in variants:
@@ -289,7 +325,9 @@ def _plot(decides: str, scores: Mapping[str, Mapping[str, Any]], compared: Mappi
         (name, decides, found[decides], found[f"{decides}_interval"]) for name, found in scores.items()
     )
     if not scores:
-        ratios = {name: found["perplexity_to_base"] for name, found in compared.items() if "perplexity_to_base" in found}
+        ratios = {
+            name: found["perplexity_to_base"] for name, found in compared.items() if "perplexity_to_base" in found
+        }
         rows = ((name, "perplexity_to_base", found["ratio"], found["interval"]) for name, found in ratios.items())
     ordered = sorted(rows, key=lambda row: -row[2] if scores else row[2])
     return "".join(

@@ -46,7 +46,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     for section in ("adapter", "aligned"):
         for name in ctx.values.get(section) or {}:
             if name in {BASE, *NAMES}:  # results are read by the name of their system
-                raise InputError(f"params.yaml: {section}.{name}: the base model's scores have this name", "rename the variant")
+                raise InputError(
+                    f"params.yaml: {section}.{name}: the base model's scores have this name", "rename the variant"
+                )
     for path in params.benchmarks:
         locate(ctx.root, path, "evaluation.benchmarks", "data/sources/benchmarks")
 

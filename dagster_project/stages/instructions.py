@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-CHECK_DESCRIPTIONS = {**{name: check.description for name, check in checks_of("examples").items()}, "expectations": expectations.TRUTH}
+CHECK_DESCRIPTIONS = {
+    **{name: check.description for name, check in checks_of("examples").items()},
+    "expectations": expectations.TRUTH,
+}
 """The checks of this stage -> their descriptions."""
 
 
@@ -56,7 +59,8 @@ class Params(Rules):
     expectations: str | None = None
     """Great Expectations suite inside data/expectations/: the data owner's expectations of the whole set."""
     data_docs: bool = False
-    """Also build Great Expectations' own Data Docs, in data/pages/instructions/data_docs. They load styles and scripts from the web."""
+    """Also build Great Expectations' own Data Docs, in
+    data/pages/instructions/data_docs. They load styles and scripts from the web."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -75,15 +79,27 @@ def run(ctx: StageContext) -> Report:
 
 @uncollected
 def produce(
-    root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]
+    root: Path,
+    params: Params,
+    raw_examples: Path,
+    base_model: Path,
+    out: Path,
+    pages: Path,
+    previous: Mapping[str, Path],
 ) -> Report:
     """Args:
     pages: folder for documents about this run (changes.json, expectations.json), review.csv, and, if requested, Data
     Docs.
     previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
-    held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
-    decisions = read_decisions(inside(root, params.review, "instructions.review"), checks_of("examples")) if params.review else []
+    held_out = [
+        item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)
+    ]
+    decisions = (
+        read_decisions(inside(root, params.review, "instructions.review"), checks_of("examples"))
+        if params.review
+        else []
+    )
     records = StoredRows(folder=out.parent)
     for line in placed_records(raw_examples):
         records.append_encoded(line)
@@ -93,7 +109,11 @@ def produce(
     kept = Selected(judged.records, left)
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not len(kept):
-        checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if len(kept) else "no rows to evaluate"))
+        checks.append(
+            CheckResult(
+                expectations.NAME, passed=True, note="no suite is named" if len(kept) else "no rows to evaluate"
+            )
+        )
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(
@@ -133,7 +153,9 @@ def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
 
     assert judged.identities is not None
     identities = judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]]
-    return identities.with_row_index("row").select(pl.col("row").first().over(identities.columns)).to_series().to_numpy()
+    return (
+        identities.with_row_index("row").select(pl.col("row").first().over(identities.columns)).to_series().to_numpy()
+    )
 
 
 def _ledger(judged: Judgement, ids: Strings, repaired: bool) -> Iterator[pa.Table]:
@@ -165,4 +187,6 @@ def _ledger(judged: Judgement, ids: Strings, repaired: bool) -> Iterator[pa.Tabl
 def _read_kept(scratch: Path, previous: Mapping[str, Path]) -> StoredRows:
     shards = (row for name in sorted(previous) if name.startswith("records-") for row in iter_table(previous[name]))
     placed = (row for row in iter_table(previous["ledger.parquet"]) if row["outcome"] == "kept")
-    return StoredRows(({**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)), scratch)
+    return StoredRows(
+        ({**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)), scratch
+    )

@@ -1,4 +1,5 @@
-"""base_model + adapter@X -> merged@X. A complete model with the same logits as base plus adapter; unmergeable variants are copied unchanged."""
+"""base_model + adapter@X -> merged@X. A complete model with the same logits as
+base plus adapter; unmergeable variants are copied unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
     prepare(compute)
     tuned = AdapterInfo.read(adapter)
     if feature_extraction.is_head(adapter) or not tuned.merge:
-        return _copy_unmerged(base_model, adapter, out, {"merged": False, "why_not": tuned.why_not}, f"not merged: {tuned.why_not}")
+        return _copy_unmerged(
+            base_model, adapter, out, {"merged": False, "why_not": tuned.why_not}, f"not merged: {tuned.why_not}"
+        )
     if not (adapter / "adapter_config.json").is_file():
         return _copy_unmerged(base_model, adapter, out, {"merged": True}, "the tuned weights are a complete model")
     return _merge(base_model, adapter, tuned, out)
@@ -53,7 +56,8 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
 def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Report:
     """Merge the adapter into the base model's weights, and store them in the base model's number formats.
 
-    The unquantized base model is used even if the adapter was trained on quantized weights; the report then states the difference.
+    The unquantized base model is used even if the adapter was trained on
+    quantized weights; the report then states the difference.
     """
     import torch
     from peft import PeftModel
@@ -90,7 +94,9 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
             shutil.copy(file, out)
     for template in adapter.glob("chat_template.jinja"):  # the template it was tuned with
         shutil.copy(template, out)
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
+    saved = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     rounded, reloaded = dict(model.named_parameters()), dict(saved.named_parameters())
     mismatched = sorted(
         name
@@ -118,7 +124,9 @@ def _copy_unmerged(base_model: Path, adapter: Path, out: Path, metrics: dict[str
     if metrics["merged"]:
         (out / RECORD).unlink(missing_ok=True)
     if feature_extraction.is_head(out):
-        effect = float(feature_extraction.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max())
+        effect = float(
+            feature_extraction.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max()
+        )
         note += f"; the layer's largest weight is {effect:.2g}"
     else:
         probes = _probes(base_model, adapter)
@@ -126,7 +134,9 @@ def _copy_unmerged(base_model: Path, adapter: Path, out: Path, metrics: dict[str
         effect = _max_difference(_logits(load(out, base_model, cpu, torch.float32), probes), untuned)
         metrics["largest_adapter_effect"] = round(effect, 3)
         note += f"; it changes logits by up to {effect:.2g}"
-    return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=effect > TOLERANCE, blocking=True, note=note)])
+    return Report(
+        metrics=metrics, checks=[CheckResult("merge_is_equal", passed=effect > TOLERANCE, blocking=True, note=note)]
+    )
 
 
 def _probes(base_model: Path, adapter: Path) -> list[Any]:
@@ -136,7 +146,10 @@ def _probes(base_model: Path, adapter: Path) -> list[Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     rows = _trained_rows(adapter)[:MOST_ROWS]
-    return [*(tokenizer(text, return_tensors="pt").input_ids for text in PROBES), *([torch.tensor([rows])] if rows else [])]
+    return [
+        *(tokenizer(text, return_tensors="pt").input_ids for text in PROBES),
+        *([torch.tensor([rows])] if rows else []),
+    ]
 
 
 def _trained_rows(adapter: Path) -> list[int]:

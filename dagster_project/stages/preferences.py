@@ -53,8 +53,13 @@ from dagster_project.curation.splitting.split import (
 
 CHECK_DESCRIPTIONS = {
     **{name: check.description for name, check in checks_of("preferences").items()},
-    "too_long": "Every pair fits into `max_length` tokens: prompt and longer response, as the chat template writes them.",
-    "split_leakage": "No prompt, nor a near-copy of it, is in two splits, or is trained on and in the test split of the instructions.",
+    "too_long": (
+        "Every pair fits into `max_length` tokens: prompt and longer response, as the chat template writes them."
+    ),
+    "split_leakage": (
+        "No prompt, nor a near-copy of it, is in two splits, or is trained on and in the test split of the"
+        " instructions."
+    ),
     "schema": "Every split has pairs.",
 }
 
@@ -63,9 +68,9 @@ class Params(Rules):
     """How strictly preference pairs are checked, and how they are split. See docs/checks.md and docs/splits.md."""
 
     max_tokens: int = Field(default=1024, ge=16, alias="max_length")
-    """Tokens that the prompt and the longer response may have together, in the base model's chat template; never more than
-    `base_model.max_length`. Longer pairs are dropped and counted as `too_long`, because trainers would truncate them
-    without a message. `policy: {too_long: warn}` keeps them."""
+    """Tokens that the prompt and the longer response may have together, in the base model's chat template; never more
+    than `base_model.max_length`. Longer pairs are dropped and counted as `too_long`, because trainers would truncate
+    them without a message. `policy: {too_long: warn}` keeps them."""
     test: float = Field(default=0.2, ge=0, lt=1)
     """Share of each category's pairs that is held out and never trained on, unless the source labels its splits."""
     validation: float = Field(default=0.1, ge=0, lt=1)
@@ -94,7 +99,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 def run(ctx: StageContext) -> Report:
     with row_cache.using(ctx.root, "preferences"):
         return produce(
-            ctx.root, ctx.params("preferences", Params), ctx.compute.seed, ctx.output_of("raw_preferences"), ctx.output_of("splits"),
+            ctx.root, ctx.params("preferences", Params), ctx.compute.seed, ctx.output_of("raw_preferences"),
+            ctx.output_of("splits"),
             ctx.output_of("base_model"), out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
         )  # fmt: skip
 
@@ -116,9 +122,18 @@ def produce(
     pages: folder for report.html and review.csv.
     previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
-    benchmarks = [item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)]
-    decisions = read_decisions(inside(root, params.review, "preferences.review"), checks_of("preferences")) if params.review else []
-    test = [{**record, "source": "data/splits/test", "source_row": record["example_id"]} for record in read_records(splits / TEST)]
+    benchmarks = [
+        item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)
+    ]
+    decisions = (
+        read_decisions(inside(root, params.review, "preferences.review"), checks_of("preferences"))
+        if params.review
+        else []
+    )
+    test = [
+        {**record, "source": "data/splits/test", "source_row": record["example_id"]}
+        for record in read_records(splits / TEST)
+    ]
     records = StoredRows(map(as_record, iter_pairs(raw_preferences)), out.parent)
     params = params.model_copy(update={"max_tokens": min(params.max_tokens, _context(base_model))})
     division = Division()
@@ -136,9 +151,14 @@ def produce(
     write_ledger(out, _ledger(judged, division))
     _check_splits(judged, out, division, rows, test, splits / TEST, params)
 
-    held_out = [*benchmarks, *(Item(references.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
+    held_out = [
+        *benchmarks,
+        *(Item(references.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test),
+    ]
     account.write_account("preferences", judged, held_out, out, pages, previous, _read_kept)
-    length: dict[str, Any] = {key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile}
+    length: dict[str, Any] = {
+        key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile
+    }
     return Report(
         rows_in=len(records),
         rows_out=sum(map(len, rows.values())),
@@ -179,7 +199,12 @@ class Division:
 
 
 def _divide(
-    records: Sequence[dict[str, Any]], overlaps: Overlaps, kept: list[int], test: Sequence[dict[str, Any]], params: Params, seed: int
+    records: Sequence[dict[str, Any]],
+    overlaps: Overlaps,
+    kept: list[int],
+    test: Sequence[dict[str, Any]],
+    params: Params,
+    seed: int,
 ) -> Division:
     """Assign the kept pairs to splits as `splits` does: labels of the source are kept, and pairs with nearly the same
     prompt stay together.
@@ -193,7 +218,9 @@ def _divide(
     clusters = [*(records[overlaps.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
     link = joined(copies.links(clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
-    labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
+    labels = [
+        label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]
+    ]
     split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
     places = [references.place(record) for record in [*(records[i] for i in kept), *test]]
     left = [k for k in range(len(kept)) if split_of[k] != DROPPED]
@@ -211,7 +238,10 @@ def _divide(
         {kept[k]: groups[k] for k in left},
         {kept[left[n]] for n in dealt.labelled if labels[left[n]]},
         {
-            kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {split_of[because[k]]}"
+            kept[k]: (
+                f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is"
+                f" {split_of[because[k]]}"
+            )
             for k in out
         },
         [
@@ -243,10 +273,14 @@ def _check_splits(
         return
     if division.copies is None:
         return
-    known = StringIndex([*(judged.records[i]["example_id"] for i in division.splits), *(record["example_id"] for record in test)])
+    known = StringIndex(
+        [*(judged.records[i]["example_id"] for i in division.splits), *(record["example_id"] for record in test)]
+    )
     verification = verify_splits(out, division.copies, known, held_out)
     if verification.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
-        raise AssertionError(f"pairs lost: {rows} assigned, {verification.rows} in the shards, {len(test)} of them of the instructions")
+        raise AssertionError(
+            f"pairs lost: {rows} assigned, {verification.rows} in the shards, {len(test)} of them of the instructions"
+        )
     if verification.leaking:
         found = "; ".join(f"{leak.place} and {leak.other}: {leak.why}" for leak in verification.leaks)
         verdicts["split_leakage"] = replace(verdicts["split_leakage"], passed=False, action="fail", note=found)
@@ -275,7 +309,12 @@ def _ledger(judged: Judgement, division: Division) -> Iterator[dict[str, Any]]:
 
 
 def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
-    pairs = {pair["example_id"]: pair for name in sorted(previous) if "/records-" in name for pair in read_table(previous[name])}
+    pairs = {
+        pair["example_id"]: pair
+        for name in sorted(previous)
+        if "/records-" in name
+        for pair in read_table(previous[name])
+    }
     rows: dict[str, int] = {}
     for line in read_table(previous["ledger.parquet"]):
         if line["outcome"] in SPLITS:

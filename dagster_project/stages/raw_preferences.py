@@ -1,4 +1,5 @@
-"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is dropped, but what was erased and cannot be taken out of its source."""
+"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is
+dropped, but what was erased and cannot be taken out of its source."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
-from dagster_project.core.records import JOINED, READ, Report, is_rich, ledger_line, pair_schema, uncollected, write_ledger, write_records
+from dagster_project.core.records import (
+    JOINED,
+    READ,
+    Report,
+    is_rich,
+    ledger_line,
+    pair_schema,
+    uncollected,
+    write_ledger,
+    write_records,
+)
 from dagster_project.core.stored_rows import StoredRows
 from dagster_project.curation import left_out
 from dagster_project.curation.sources import erased, fields
@@ -20,7 +31,8 @@ class Params(Reading):
     """Pairs of a better and a worse answer. See docs/sources.md."""
 
     sources: list[PairSource] = []
-    """Files, folders, objects in S3 and data sets on the Hub, in order. An empty list means a project without preferences."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order. An
+    empty list means a project without preferences."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -48,7 +60,9 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     write_ledger(out, _ledger(kept, ignored))
     gone.write(out, lambda number: pairs[number]["source_rows"])
     checks = [ignored.check(), gone.check]
-    return Report(rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics={"sources": sources}, checks=checks)
+    return Report(
+        rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics={"sources": sources}, checks=checks
+    )
 
 
 def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""comparison + merged@X -> release. The selected model, if it passes the promotion gate: better than baselines, knowledge kept, unseen test split, loadable."""
+"""comparison + merged@X -> release. The selected model, if it passes the promotion gate: better than baselines,
+knowledge kept, unseen test split, loadable."""
 
 from __future__ import annotations
 
@@ -30,16 +31,22 @@ CHECK_DESCRIPTIONS = {
     "better_than_baselines": "The variant is significantly better than the best alternative to tuning.",
     "kept_its_knowledge": "Benchmark accuracy is at most `max_forgetting` below the base model's.",
     "test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on.",
-    "loads_in_transformers": "Plain transformers loads the folder from safetensors only, and its output equals the merged model's.",
+    "loads_in_transformers": (
+        "Plain transformers loads the folder from safetensors only, and its output equals the merged model's."
+    ),
     use_policy.NAME: use_policy.DESCRIPTION,
-    "own_key": "The key of published record ids is the project's own: the sample project's is public, and protects only the sample's own data.",
+    "own_key": (
+        "The key of published record ids is the project's own: the sample project's is public, and protects only the"
+        " sample's own data."
+    ),
 }
 
 AUTO = "auto"
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 """File extensions of weights in other formats."""
 TRAINING, EXAMPLES = "training.json", "examples.parquet"
-"""Training evidence next to the weights: resolved settings and trained weights; every record with its training steps."""
+"""Training evidence next to the weights: resolved settings and trained weights;
+every record with its training steps."""
 TABLES = "*.parquet"
 """Tables of records and texts next to the weights of a model that stands alone. They are not released as they are."""
 NEW_TOKENS = 24
@@ -49,7 +56,9 @@ PROBES = ("What is the capital of France?", "My parcel arrived damaged. What can
 class Waiver(Exemption):
     """An exemption of a check, with a reason."""
 
-    check: Literal["better_than_baselines", "kept_its_knowledge", "test_is_unseen", "loads_in_transformers", "use_policy"]
+    check: Literal[
+        "better_than_baselines", "kept_its_knowledge", "test_is_unseen", "loads_in_transformers", "use_policy"
+    ]
     """Name of the check."""
 
 
@@ -69,7 +78,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     read_key(ctx.root)
     known = [*ctx.values["adapter"], *ctx.values["aligned"]]
     if params.variant not in {AUTO, *known}:
-        raise InputError(f"params.yaml: release.variant: no variant {params.variant!r}", f"{AUTO}, or one of {', '.join(known)}")
+        raise InputError(
+            f"params.yaml: release.variant: no variant {params.variant!r}", f"{AUTO}, or one of {', '.join(known)}"
+        )
 
 
 def run(ctx: StageContext) -> Report:
@@ -78,13 +89,24 @@ def run(ctx: StageContext) -> Report:
         for section, folder in (("adapter", "merged"), ("aligned", "merged_aligned"))
         for name in ctx.values[section]
     }
-    trained = {f"{name}@{variant}": ctx.outputs_of(name) / variant for name in ("adapter", "aligned") for variant in ctx.values[name]}
+    trained = {
+        f"{name}@{variant}": ctx.outputs_of(name) / variant
+        for name in ("adapter", "aligned")
+        for variant in ctx.values[name]
+    }
     trained["reward_model"] = ctx.output_of("reward_model")
     if "reward_model" not in ctx.values:
         ctx = replace(ctx, earlier=tuple(stage for stage in ctx.earlier if stage != "reward_model"))
     key = read_key(ctx.root)
     return produce(
-        ctx.params("release", Params), ctx.compute, ctx.output_of("comparison"), merged, trained, ctx.reports(), key, out=ctx.out
+        ctx.params("release", Params),
+        ctx.compute,
+        ctx.output_of("comparison"),
+        merged,
+        trained,
+        ctx.reports(),
+        key,
+        out=ctx.out,
     )
 
 
@@ -110,7 +132,9 @@ def produce(
     recommended = board["recommended"]
     variant = recommended["variant"] if params.variant == AUTO else params.variant
     if variant is None:
-        note = f"comparison recommends no variant: {recommended['why']} To release one anyway, name it in release.variant"
+        note = (
+            f"comparison recommends no variant: {recommended['why']} To release one anyway, name it in release.variant"
+        )
         return Report(checks=[CheckResult("better_than_baselines", passed=False, blocking=True, count=1, note=note)])
     shutil.copytree(merged[variant], out, ignore=shutil.ignore_patterns(TABLES), dirs_exist_ok=True)
     waivers = [waiver.model_dump(mode="json") for waiver in params.waivers]
@@ -135,7 +159,9 @@ def produce(
         "waivers": waivers,
         "scores": board["scores"].get(variant, {}),
         "costs": board["costs"][variant],
-        "files": {str(path.relative_to(out)): sha256_of_file(path) for path in sorted(out.rglob("*")) if path.is_file()},
+        "files": {
+            str(path.relative_to(out)): sha256_of_file(path) for path in sorted(out.rglob("*")) if path.is_file()
+        },
     }
     write_json(out / "release.json", document)
     _write_provenance(provenance, trained, key, out)
@@ -145,7 +171,8 @@ def produce(
 
 
 def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path], key: bytes, out: Path) -> None:
-    """Write the model card and, under audit/, the lineage of the model and the evidence of each training, with published ids of records."""
+    """Write the model card and, under audit/, the lineage of the model and the
+    evidence of each training, with published ids of records."""
     import pyarrow.parquet as pq
 
     write_text(out / "README.md", model_card(provenance))
@@ -156,13 +183,18 @@ def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path]
         if (source := trained[name] / TRAINING).is_file():
             shutil.copyfile(source, target / TRAINING)
         if (source := trained[name] / EXAMPLES).is_file():
-            pq.write_table(published_table(key, read_arrow(source)), target / EXAMPLES, compression="zstd", store_schema=True)
+            pq.write_table(
+                published_table(key, read_arrow(source)), target / EXAMPLES, compression="zstd", store_schema=True
+            )
 
 
 def _own_key(key: bytes, sources: Mapping[str, Mapping[str, Any]]) -> CheckResult:
     if is_own(key, sources.values()):
         return CheckResult("own_key", passed=True, severity="warn")
-    note = f"the key is the sample project's, which is public: a guessed text can be confirmed from the published ids; `{CREATE}`"
+    note = (
+        "the key is the sample project's, which is public: a guessed text can be confirmed from the published ids;"
+        f" `{CREATE}`"
+    )
     return CheckResult("own_key", passed=False, severity="warn", count=1, note=note)
 
 
@@ -186,7 +218,13 @@ def _as_check_result(name: str, outcome: _CheckOutcome, params: Params) -> Check
     if waiver:
         note = f"{outcome.note}; waived until {waiver.expires}: {waiver.reason}"
         return CheckResult(
-            name, passed=False, severity="warn", count=outcome.count, waived=outcome.count, note=note, violations=outcome.violations
+            name,
+            passed=False,
+            severity="warn",
+            count=outcome.count,
+            waived=outcome.count,
+            note=note,
+            violations=outcome.violations,
         )
     note = f"{outcome.note}; {outcome.remedy}, or waive the check in release.waivers"
     return CheckResult(name, passed=False, blocking=True, count=outcome.count, note=note, violations=outcome.violations)
@@ -196,13 +234,20 @@ def _better(decides: str, compared: Mapping[str, Any], test: Mapping[str, int]) 
     result = gain(decides, compared, test)
     if result is None:
         return _CheckOutcome(
-            False, "nothing was compared: it has neither answers nor a perplexity", "name test examples that can be answered"
+            False,
+            "nothing was compared: it has neither answers nor a perplexity",
+            "name test examples that can be answered",
         )
     if not result.enough:
-        note = f"nothing can be concluded from {result.examples} test examples{counted_once(test)}, {FEWEST} are needed: {result.words}"
+        note = (
+            f"nothing can be concluded from {result.examples} test examples{counted_once(test)}, {FEWEST} are needed:"
+            f" {result.words}"
+        )
         return _CheckOutcome(False, note, "add examples, or raise splits.test or evaluation.max_examples")
     if failed := compared.get("failed_checks"):
-        return _CheckOutcome(False, f"its checks failed: {'; '.join(failed)}; {result.words}", "see what the checks say")
+        return _CheckOutcome(
+            False, f"its checks failed: {'; '.join(failed)}; {result.words}", "see what the checks say"
+        )
     if result.sure:
         return _CheckOutcome(True, result.words)
     rival = NAMES.get(result.rival, "the base model")
@@ -214,9 +259,14 @@ def _kept_knowledge(retention: Mapping[str, Any], max_forgetting: float) -> _Che
     if not retention:
         return _CheckOutcome(False, "not measured", "name a benchmark in evaluation.benchmarks")
     questions, change = retention["overall"]["questions"], retention["overall"]["accuracy"]["difference"]
-    note = f"{100 * change:+.1f} points on {questions} benchmark questions, and at most {100 * max_forgetting:.1f} may be lost"
+    note = (
+        f"{100 * change:+.1f} points on {questions} benchmark questions, and at most {100 * max_forgetting:.1f} may be"
+        " lost"
+    )
     return _CheckOutcome(
-        change >= -max_forgetting, note, "lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)"
+        change >= -max_forgetting,
+        note,
+        "lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)",
     )
 
 
@@ -231,11 +281,14 @@ def _keeps_to_policy(verdict: Mapping[str, Any]) -> _CheckOutcome:
     """
     violations = verdict["violations"]
     remedy = "use other sources or another base model, or declare what is missing if it is true (docs/sources.md)"
-    return _CheckOutcome(not violations, use_policy.in_words(verdict), remedy, max(1, verdict["refused_rows"]), violations)
+    return _CheckOutcome(
+        not violations, use_policy.in_words(verdict), remedy, max(1, verdict["refused_rows"]), violations
+    )
 
 
 def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
-    """Compare greedy tokens of the released folder, loaded with plain transformers, with those of the merged model, loaded as in `evaluation`."""
+    """Compare greedy tokens of the released folder, loaded with plain
+    transformers, with those of the merged model, loaded as in `evaluation`."""
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load
 
@@ -248,10 +301,14 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
     if pickled:
         return _CheckOutcome(False, f"weights that are no safetensors: {', '.join(pickled)}", another)
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return _CheckOutcome(False, "it does not stand alone: it is an adapter that was not merged, or a classifier's head", another)
+        return _CheckOutcome(
+            False, "it does not stand alone: it is an adapter that was not merged, or a classifier's head", another
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
     except (OSError, ValueError) as error:
         return _CheckOutcome(False, f"transformers does not load it: {' '.join(str(error).split())[:300]}", another)
 
@@ -259,7 +316,9 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
         texts = [render(tokenizer, [{"role": "user", "content": text}], True) for text in PROBES]
         ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
         with torch.inference_mode():
-            return [generator.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for prompt in ids]
+            return [
+                generator.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for prompt in ids
+            ]
 
     tokens = generated(model)
     del model

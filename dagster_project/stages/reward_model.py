@@ -17,7 +17,15 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import full_text
 from dagster_project.core.params import Compute
-from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
+from dagster_project.core.records import (
+    CheckResult,
+    Report,
+    read_preferences,
+    remove,
+    write_json,
+    write_table,
+    write_text,
+)
 from dagster_project.evaluation.paired.bootstrap import difference, independent, rounded, summed, unit, wilson
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
@@ -29,7 +37,13 @@ from dagster_project.training.trainers.harness.checkpoint import Checkpoints, re
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, document_from_first, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import portable, report_document, report_of_group, settings_document, start_others
+from dagster_project.training.trainers.harness.launch import (
+    portable,
+    report_document,
+    report_of_group,
+    settings_document,
+    start_others,
+)
 from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged, refuse_warmup
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.sharding import ShardedModel
@@ -80,11 +94,14 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     methods.refuse_untrained(params.peft, "reward_model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
     if params.peft.get("lora_dropout"):
-        raise InputError("params.yaml: reward_model.peft.lora_dropout: has no effect, it is trained without dropout", "leave it out")
+        raise InputError(
+            "params.yaml: reward_model.peft.lora_dropout: has no effect, it is trained without dropout", "leave it out"
+        )
     if params.method == "full":
         if params.peft:
             raise InputError(
-                "params.yaml: reward_model.peft: full trains every weight, without an adapter", "leave it out, or use method: lora"
+                "params.yaml: reward_model.peft: full trains every weight, without an adapter",
+                "leave it out, or use method: lora",
             )
         methods.check("full", {}, params.quantization, True, "reward_model")
     sharding.check(params, ctx.compute, "reward_model", params.method)
@@ -123,7 +140,8 @@ def produce(
     No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
     """
     if params.sharding and compute.processes > 1 and place().size == 1:
-        folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
+        folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file,
+            "calibration_file": calibration_file,
                    "checkpoints": checkpoints, "live": live}  # fmt: skip
         return report_of_group(__name__, params, compute, folders)
     import_libraries()
@@ -135,7 +153,9 @@ def produce(
         return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
     advice = "use base_model.chat_template: hermes, or reward_model.model: merged/NAME with tokenized.chat_template"
-    refuse_misfits(reward_model.tokenizer_of(folder), pairs, params.model, advice if params.model == "base_model" else "")
+    refuse_misfits(
+        reward_model.tokenizer_of(folder), pairs, params.model, advice if params.model == "base_model" else ""
+    )
     with advice_on_memory():
         shared = _build(params, folder, device, dtype)
     model = shared.model
@@ -147,7 +167,10 @@ def produce(
     identity = preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__))
     resumable = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
     inputs = {"preferences": preferences, "folder": folder, "checkpoints": checkpoints}
-    start_others(settings_document(params, compute) | {"folders": {name: portable(path) for name, path in inputs.items()}}, __name__)
+    start_others(
+        settings_document(params, compute) | {"folders": {name: portable(path) for name, path in inputs.items()}},
+        __name__,
+    )
     history = _train(shared, reward_model.tokenizer_of(folder), pairs, params, compute, resumable, live)
     document_from_first({"evaluates": not isinstance(history, CheckResult)})
     if isinstance(history, CheckResult):
@@ -193,9 +216,12 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, then the passes of the evaluation, without writing anything but parts of checkpoints."""
+    """Work of the other processes: the same training, then the passes of the
+    evaluation, without writing anything but parts of checkpoints."""
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
-    preferences, folder, checkpoints = (Path(work["folders"][name]) for name in ("preferences", "folder", "checkpoints"))
+    preferences, folder, checkpoints = (
+        Path(work["folders"][name]) for name in ("preferences", "folder", "checkpoints")
+    )
     device, dtype = prepare(compute)
     reuse_large_blocks()
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation")}
@@ -227,8 +253,8 @@ def _train(
     checkpoints: Checkpoints,
     live: Path | None,
 ) -> TrainingHistory | CheckResult:
-    """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a loss or a trained
-    weight is not finite."""
+    """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a
+    loss or a trained weight is not finite."""
     spec = reward_model.trainer_spec(params.center_rewards_coefficient)
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
     try:
@@ -257,8 +283,10 @@ def _checks(
         CheckResult(
             "prefers_as_people_do",
             passed=accuracy >= params.min_accuracy,
-            note=f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {test_pairs} pairs, "
-            f"reward_model.min_accuracy is {params.min_accuracy}",
+            note=(
+                f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {test_pairs} pairs, "
+                f"reward_model.min_accuracy is {params.min_accuracy}"
+            ),
         ),
         CheckResult(
             "rewards_differ",
@@ -280,7 +308,8 @@ def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Repor
     write_curve(curve_file, [], CURVE)
     _write_calibration(calibration_file, [])
     return Report(
-        metrics={"pairs": 0}, checks=[CheckResult(name, passed=True, note="there are no preferences") for name in CHECK_DESCRIPTIONS]
+        metrics={"pairs": 0},
+        checks=[CheckResult(name, passed=True, note="there are no preferences") for name in CHECK_DESCRIPTIONS],
     )
 
 
@@ -307,10 +336,13 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) ->
     """
     for split in ("train", "test"):
         if not pairs[split]:
-            raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
+            raise InputError(
+                f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources"
+            )
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"params.yaml: reward_model.model: {params.model} is not a standalone model", "name a variant that is merged, or base_model"
+            f"params.yaml: reward_model.model: {params.model} is not a standalone model",
+            "name a variant that is merged, or base_model",
         )
     if params.margins and (without := sum(pair["margin"] is None for split in pairs.values() for pair in split)):
         raise InputError(f"params.yaml: reward_model.margins: {without} pairs have no margin", "set margins: false")
@@ -319,12 +351,18 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) ->
 def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> list[dict[str, Any]]:
     ids = both(tokenizer, pairs)
     return [
-        {"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected], **({"margin": pair["margin"]} if margins else {})}
+        {
+            "chosen_ids": [*prompt, *chosen],
+            "rejected_ids": [*prompt, *rejected],
+            **({"margin": pair["margin"]} if margins else {}),
+        }
         for pair, (prompt, chosen, rejected) in zip(pairs, ids, strict=True)
     ]
 
 
-def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
+def _evaluate(
+    model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path
+) -> dict[str, Any]:
     """Held-out accuracy, the accuracy of choosing by length, and the calibration of the model."""
     import numpy as np
 
@@ -356,7 +394,9 @@ def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapp
     sure = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
     bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
     filled = [
-        (float(sure[bins == b].mean()), float(right[bins == b].mean()), int((bins == b).sum())) for b in range(BINS) if (bins == b).any()
+        (float(sure[bins == b].mean()), float(right[bins == b].mean()), int((bins == b).sum()))
+        for b in range(BINS)
+        if (bins == b).any()
     ]
     _write_calibration(calibration_file, filled)
     categories = sorted({pair["category"] for pair in test if pair["category"]})
@@ -367,7 +407,11 @@ def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapp
         "length_rule_says": "shorter" if shorter else "longer",
         "over_length_rule": difference(mean, counted(right), counted(rule)),
         "calibration_error": rounded(sum(n * abs(c - a) for c, a, n in filled) / len(test)),
-        "reward": {"chosen": rounded(chosen.mean()), "rejected": rounded(rejected.mean()), "spread": rounded(np.std(rewards))},
+        "reward": {
+            "chosen": rounded(chosen.mean()),
+            "rejected": rounded(rejected.mean()),
+            "spread": rounded(np.std(rewards)),
+        },
         **(
             {
                 "by_category": {

@@ -1,4 +1,5 @@
-"""instructions -> splits. Related rows stay in one split, upstream split labels are kept, and the shards are verified to have no leakage."""
+"""instructions -> splits. Related rows stay in one split, upstream split labels
+are kept, and the shards are verified to have no leakage."""
 
 from __future__ import annotations
 
@@ -59,7 +60,10 @@ if TYPE_CHECKING:
 CHECK_DESCRIPTIONS = {
     "split_leakage": "No row, nor a near-copy of one, is in two splits.",
     "schema": "Every split has rows.",
-    "augmented_rows": "Validation and test contain only rows of the instruction set, none created by `augment`, and train contains some if it is set.",
+    "augmented_rows": (
+        "Validation and test contain only rows of the instruction set, none created by `augment`, and train contains"
+        " some if it is set."
+    ),
 }
 WHOLE = re.compile(r"-?[0-9]+\.0+")
 """A whole number as tables write it in a column of floats."""
@@ -81,8 +85,8 @@ class Params(Section):
     """Rows that stay in one split. `group`: near-copies. `source`, `category`: also all rows of one source or category,
     to test on sources or kinds that were never trained on. `key`: also rows with the same value of the field `key`."""
     key: str | None = None
-    """With `by: key`: a field of the source rows, e.g. customer_id. 17, 17.0 and "17" are the same value. A row without the
-    field is grouped by near-copies only."""
+    """With `by: key`: a field of the source rows, e.g. customer_id. 17, 17.0 and "17" are the same value. A row without
+    the field is grouped by near-copies only."""
     keep_labels: bool = True
     """Keep the split that a row has in an upstream data set (`split` in its `meta`)."""
     augment: Augment | None = None
@@ -93,7 +97,9 @@ class Params(Section):
         if self.test + self.validation >= 1:
             raise ValueError(f"test {self.test} and validation {self.validation} leave nothing to train on")
         if (self.by == "key") != (self.key is not None):
-            raise ValueError("`by: key` requires `key`, the field to group by" if self.key is None else "`key` requires `by: key`")
+            raise ValueError(
+                "`by: key` requires `key`, the field to group by" if self.key is None else "`key` requires `by: key`"
+            )
         return self
 
 
@@ -104,7 +110,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     with row_cache.using(ctx.root, "splits"):
-        return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
+        return produce(
+            ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out
+        )
 
 
 @dataclass
@@ -160,13 +168,16 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         _append(read, record)
     schema = record_schema().append(pa.field("split", pa.string()))
     parts = [
-        StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": [name] * len(rows[name])}) for name in SPLITS
+        StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": [name] * len(rows[name])})
+        for name in SPLITS
     ]
     write_stored_records(read.records, read.ids, schema, parts)
 
     verification = verify_splits(out, copies, known)
     if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
-        raise AssertionError(f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards")
+        raise AssertionError(
+            f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards"
+        )
     dropped = dealt.splits.count(DROPPED)
     augmented = Counter(kind for _, kind, _ in added.rows)
     return Report(
@@ -188,13 +199,15 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
 
 
 def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase], dict[str, dict[str, Any]]]:
-    """The paraphrases that `augment` names, and the facts about their file for the report, as `raw_examples` has them of its sources."""
+    """The paraphrases that `augment` names, and the facts about their file for
+    the report, as `raw_examples` has them of its sources."""
     if settings is None or settings.paraphrases is None:
         return [], {}
     path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
     paraphrases = read_paraphrases(path)
     facts = {
-        "format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license, **settings.given
+        "format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license,
+        **settings.given
     }  # fmt: skip
     return paraphrases, {settings.paraphrases: facts}
 
@@ -259,7 +272,9 @@ def _facts(params: Params, shard: bytes) -> Facts:
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         lines, rich = encoded(frame), [False] * len(table)
-    columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in ("example_id", "source", "category", "group_id", "meta")}
+    columns: dict[str, list[Any]] = {
+        name: table[name].to_pylist() for name in ("example_id", "source", "category", "group_id", "meta")
+    }
     return Facts(
         lines,
         subject_texts(table["messages"]),
@@ -290,18 +305,24 @@ def _keys(params: Params, columns: dict[str, list[Any]]) -> list[str | None]:
 
 def _refuse_missing_key(params: Params, read: Rows) -> None:
     if params.key is None:
-        raise InputError("params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows")
+        raise InputError(
+            "params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows"
+        )
     fields = Counter(name for record in read.records[:10_000] for name in json.loads(record["meta"]))
     available = (
-        f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
+        f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}"
+        if fields
+        else "the rows have no such fields"
     )
     raise InputError(
-        f"params.yaml: splits.key: no row has a field {params.key!r}", f"{available}; use one that identifies rows that must stay together"
+        f"params.yaml: splits.key: no row has a field {params.key!r}",
+        f"{available}; use one that identifies rows that must stay together",
     )
 
 
 def _text(value: Any) -> str | None:
-    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column of whole numbers with gaps. None if the key is empty."""
+    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column
+    of whole numbers with gaps. None if the key is empty."""
     if value in (None, "", [], {}):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -317,12 +338,16 @@ def _label(meta: str) -> str | None:
 
 
 def _kept_lines(instructions: Path) -> pa.Table:
-    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `source_id` and `repaired`
-    if any of them was repaired or edited."""
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `source_id` and
+    `repaired` if any of them was repaired or edited."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    names = [name for name in pq.read_schema(instructions / LEDGER).names if name in {"source_row", "outcome", "source_id", "repaired"}]
+    names = [
+        name
+        for name in pq.read_schema(instructions / LEDGER).names
+        if name in {"source_row", "outcome", "source_id", "repaired"}
+    ]
     ledger = read_arrow(instructions / LEDGER, names)
     kept = ledger.filter(pc.invert(pc.starts_with(ledger["outcome"], "dropped")))
     if "source_id" in kept.column_names and kept["source_id"].null_count == len(kept):
@@ -330,7 +355,9 @@ def _kept_lines(instructions: Path) -> pa.Table:
     return kept
 
 
-def _ledger(read: Rows, before: pa.Table, dealt: Assignment, train: Sequence[int], added: AddedRows) -> Iterator[pa.Table]:
+def _ledger(
+    read: Rows, before: pa.Table, dealt: Assignment, train: Sequence[int], added: AddedRows
+) -> Iterator[pa.Table]:
     repaired = [name for name in ("source_id", "repaired") if name in before.column_names]
     if len(before) != len(read.groups):
         raise AssertionError(f"{len(read.groups)} rows, and {len(before)} lines in the ledger")
@@ -382,7 +409,10 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
         notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
     if because:
         by_label = Counter(str(read.labels[i]) for i, _ in because)
-        notes.append(f"the labels of the source leak: {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}")
+        notes.append(
+            "the labels of the source leak:"
+            f" {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}"
+        )
     if regrouped:
         notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")
     return CheckResult(
@@ -395,7 +425,9 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
     )
 
 
-def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment, strata: int) -> CheckResult:
+def _schema(
+    params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment, strata: int
+) -> CheckResult:
     shares = {"train": 1.0, "validation": params.validation, "test": params.test}
     empty = [name for name in SPLITS if shares[name] and not counts[name]]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
@@ -403,7 +435,8 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     untested = not empty and not counts["test"]
     if untested:
         notes.append(
-            "no row is held out (`test: 0`): models can be trained, but `evaluation`, and so `comparison` and `release`, need a test split"
+            "no row is held out (`test: 0`): models can be trained, but `evaluation`, and so `comparison` and"
+            " `release`, need a test split"
         )
     if labelled:
         rest = f"; the other {len(labels) - labelled} were assigned by share" if labelled < len(labels) else ""
@@ -411,14 +444,27 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
         unnamed = [name for name in SPLITS if shares[name] and name not in labels]
         if unnamed and not empty:
             notes.append(f"the source names no {' or '.join(unnamed)}: taken from train")
-    missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)]
+    missed = [
+        name
+        for name in SPLITS[1:]
+        if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)
+    ]
     for name in missed:
-        notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
+        notes.append(
+            f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}"
+        )
     if (missed or empty) and dealt.largest > 1:
-        unit = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
+        unit = (
+            "group of near-copies"
+            if params.by == "group"
+            else f"{params.key or params.by}, with all that belongs to it,"
+        )
         notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
     elif missed or empty:
-        notes.append(f"there are {total} rows" + (f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else ""))
+        notes.append(
+            f"there are {total} rows"
+            + (f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else "")
+        )
     return CheckResult(
         "schema",
         passed=not empty and not untested,

@@ -1,4 +1,5 @@
-"""splits -> tokenized. Token ids and labels by a chat template, packed into rows, with a ledger of records and an audit of labels."""
+"""splits -> tokenized. Token ids and labels by a chat template, packed into
+rows, with a ledger of records and an audit of labels."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ CHECK_DESCRIPTIONS = {
     "too_long": "Every example fits into `max_length` tokens.",
     "labels": "Exactly the assistant content and its end-of-turn token are labeled.",
     "double_bos": "No example begins with two beginning-of-text tokens.",
-    "trained_tokens": "The training split has tokens that the loss counts, and no other split lost all of its rows here.",
+    "trained_tokens": (
+        "The training split has tokens that the loss counts, and no other split lost all of its rows here."
+    ),
 }
 
 ROW_CHECKS = tuple(name for name in CHECK_DESCRIPTIONS if name != "trained_tokens")
@@ -123,7 +126,12 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     return produce(
-        ctx.root, ctx.params("tokenized", Params), ctx.compute.seed, ctx.output_of("splits"), ctx.output_of("base_model"), out=ctx.out
+        ctx.root,
+        ctx.params("tokenized", Params),
+        ctx.compute.seed,
+        ctx.output_of("splits"),
+        ctx.output_of("base_model"),
+        out=ctx.out,
     )
 
 
@@ -139,12 +147,15 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     if params.max_length > tokenizer.model_max_length:
         raise InputError(
-            f"params.yaml: tokenized.max_length: {params.max_length} is more than the model's context of {tokenizer.model_max_length}",
+            f"params.yaml: tokenized.max_length: {params.max_length} is more than the model's context of"
+            f" {tokenizer.model_max_length}",
             "lower it",
         )
     template = chat_templates.use(tokenizer, root, params.chat_template)
     if template is None and not all(is_text(record) for split in TOKENIZED for record in iter_records(splits / split)):
-        raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
+        raise InputError(
+            "data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml"
+        )
     _check_field_weights(params, splits / "train")
 
     found = _tokenize(params, PortableTokenizer(base_model, tokenizer), splits, scratch=out.parent)
@@ -167,7 +178,13 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         examples, owners = in_order(tokens, copies[split])
         rows = layout(tokens, examples, room if params.packing else None)
         write_packed(
-            out / f"{split}.parquet", row_schema(), tokens, examples[rows.order], owners[rows.order], rows.sizes, scratch=out.parent
+            out / f"{split}.parquet",
+            row_schema(),
+            tokens,
+            examples[rows.order],
+            owners[rows.order],
+            rows.sizes,
+            scratch=out.parent,
         )
         figures = label_audit.statistics(tokens)
         figures["fill_rate"] = rows.fill_rate(room)
@@ -215,7 +232,9 @@ def _tokenize(params: Params, tokenizer: PortableTokenizer, splits: Path, scratc
     """
     import pyarrow.parquet as pq
 
-    rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning)
+    rules = Rules(
+        params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning
+    )
     paths = {split: sorted((splits / split).glob("records-*.parquet")) for split in TOKENIZED}
 
     def shards() -> Iterator[Shard]:
@@ -231,7 +250,8 @@ def _tokenize(params: Params, tokenizer: PortableTokenizer, splits: Path, scratc
 
 
 def _copies(params: Params, found: Splits, seed: int) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Copies of each record of each split, and facts for the report. Records that replay does not need are left out of train."""
+    """Copies of each record of each split, and facts for the report. Records
+    that replay does not need are left out of train."""
     train = found["train"]
     columns = zip(train.ids, train.sources, train.categories, map(train.size, range(len(train))), strict=True)
     copies = {split: [int(count > 0) for count in tokens.counts] for split, tokens in found.items()}
@@ -259,7 +279,9 @@ def _source_rows(found: Splits, splits: Path) -> dict[str, list[int | None]]:
 
     index = StringIndex(keys())
     row_of: list[int | None] = [*np.array(rows)[np.argsort(index.numbers, kind="stable")].tolist(), None]
-    starts = np.searchsorted(np.sort(index.numbers), np.arange(len(index) + 1))  # place in `row_of` of the first record of each key
+    starts = np.searchsorted(
+        np.sort(index.numbers), np.arange(len(index) + 1)
+    )  # place in `row_of` of the first record of each key
     following = starts.copy()
     result: dict[str, list[int | None]] = {split: [] for split in found}
     for split, tokens in found.items():
@@ -284,7 +306,12 @@ def _ledger(
 def _categories(found: Splits) -> Iterator[dict[str, Any]]:
     """The category of each example that has one, by id: that of the last record with the id."""
     values = [category for tokens in found.values() for category in tokens.categories if category]
-    ids = Strings(name for tokens in found.values() for name, category in zip(tokens.ids, tokens.categories, strict=True) if category)
+    ids = Strings(
+        name
+        for tokens in found.values()
+        for name, category in zip(tokens.ids, tokens.categories, strict=True)
+        if category
+    )
     index = StringIndex(ids)
     last = dict(zip(index.numbers.tolist(), values, strict=True))
     for number, first in enumerate(index.first.tolist()):
@@ -306,23 +333,33 @@ def _check_field_weights(params: Params, train: Path) -> None:
             return
     if missing and records:
         raise InputError(
-            f"params.yaml: tokenized.field_weights: no answer of the training split is a JSON object with the field {', '.join(missing)}",
+            "params.yaml: tokenized.field_weights: no answer of the training split is a JSON object with the field"
+            f" {', '.join(missing)}",
             "remove tokenized.field_weights, or use fields that occur in your answers",
         )
 
 
 def _rendering(params: Params, found: Splits) -> dict[str, Any]:
-    """How records with several answers and with traces were rendered; nothing where one rendering had all labels and there are no traces."""
+    """How records with several answers and with traces were rendered; nothing
+    where one rendering had all labels and there are no traces."""
     facts: dict[str, Any] = {}
     per_answer = [
-        count for tokens in found.values() for why, count in zip(tokens.whys, tokens.counts, strict=True) if ONE_PER_ANSWER in why
+        count
+        for tokens in found.values()
+        for why, count in zip(tokens.whys, tokens.counts, strict=True)
+        if ONE_PER_ANSWER in why
     ]
     if per_answer:
         facts["one_example_per_answer"] = {"records": len(per_answer), "examples": sum(per_answer)}
     traces = [counts for tokens in found.values() for i, counts in tokens.traces.items() if tokens.kept(i)]
     if traces:
         total, written = (sum(column) for column in zip(*traces, strict=True))
-        facts["reasoning"] = {"policy": params.reasoning, "records": len(traces), "traces": total, "in_the_loss": written}
+        facts["reasoning"] = {
+            "policy": params.reasoning,
+            "records": len(traces),
+            "traces": total,
+            "in_the_loss": written,
+        }
     return {"rendering": facts} if facts else {}
 
 
@@ -332,7 +369,9 @@ def _lost_tokens(found: Splits) -> dict[str, Any]:
     for tokens in found.values():
         for i, outcome in enumerate(tokens.outcomes):
             if lost := tokens.lost(i):
-                reason = by_reason.setdefault(outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
+                reason = by_reason.setdefault(
+                    outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0}
+                )
                 reason["rows"] += 1
                 reason["trained_tokens"] += lost
     return {"lost": dict(sorted(by_reason.items()))} if by_reason else {}
@@ -382,14 +421,20 @@ def _checks(params: Params, found: Splits, source_rows: Mapping[str, Sequence[in
 
 def _trained_tokens(found: Splits) -> CheckResult:
     """Blocks if nothing would be trained on. An emptied validation split is a warning: its loss would be unknown."""
-    labeled = {split: sum(tokens.labeled[k] for i in range(len(tokens)) for k in tokens.of(i)) for split, tokens in found.items()}
+    labeled = {
+        split: sum(tokens.labeled[k] for i in range(len(tokens)) for k in tokens.of(i))
+        for split, tokens in found.items()
+    }
     lost = [split for split, tokens in found.items() if len(tokens) and not labeled[split]]
     warns = labeled["train"] > 0 and bool(lost)
     notes = [f"none of {len(found[split])} records of {split} has a token that the loss counts" for split in lost]
     if not len(found["train"]):
         notes.append("train has no records")
     if notes:
-        notes.append("see the reasons in the ledger; raise tokenized.max_length, or look at the template and the weights of messages")
+        notes.append(
+            "see the reasons in the ledger; raise tokenized.max_length, or look at the template and the weights of"
+            " messages"
+        )
     return CheckResult(
         "trained_tokens",
         passed=not notes,

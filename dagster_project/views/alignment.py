@@ -13,7 +13,11 @@ from dagster_project.views.html import Table, render
 from dagster_project.views.training import curve_figure, overfitting_since
 
 PLOTS = (
-    ("Reward", "mean of the batch; for pairs, the implicit reward of the policy", ("reward", "reward_chosen", "reward_rejected")),
+    (
+        "Reward",
+        "mean of the batch; for pairs, the implicit reward of the policy",
+        ("reward", "reward_chosen", "reward_rejected"),
+    ),
     ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("accuracy", "validation_accuracy")),
     ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
     ("KL", "divergence from the reference", ("kl",)),
@@ -27,7 +31,9 @@ KL_BY_METHOD = {
     "ppo": "in nats per answer",
 }
 """What the KL curve of a method is; that of the others is in nats per token."""
-WITHOUT_REFERENCE = "mean of the batch: beta times the log-probability of an answer, as the loss compares it, without a reference"
+WITHOUT_REFERENCE = (
+    "mean of the batch: beta times the log-probability of an answer, as the loss compares it, without a reference"
+)
 SHOWN = 8
 """Answers shown from each end of the list."""
 SAMPLED = 2
@@ -35,7 +41,8 @@ SAMPLED = 2
 
 
 def draw_alignment(documents: Documents) -> None:
-    """Write data/pages/aligned/<variant>/alignment.html: metrics, signs of reward hacking, curves, and answers before and after."""
+    """Write data/pages/aligned/<variant>/alignment.html: metrics, signs of
+    reward hacking, curves, and answers before and after."""
     history, metrics = documents.read(documents.pages / "history.json"), documents.report
     if history is None or "watch" not in metrics:
         return
@@ -50,7 +57,11 @@ def draw_alignment(documents: Documents) -> None:
         "Watch": _watch(metrics["watch"], history["signs"], "reward_model" in metrics, metrics.get("held_out", {})),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},
         "Answers": _answers(read_table(documents.out / "samples.parquet")),
-        **({"Sampled": _sampled(shards, components)} if (shards := sorted((documents.out / "answers").glob("*.parquet"))) else {}),
+        **(
+            {"Sampled": _sampled(shards, components)}
+            if (shards := sorted((documents.out / "answers").glob("*.parquet")))
+            else {}
+        ),
     }
     reliable = metrics["checks"].get("reward_model_is_reliable", {"passed": True})
     text = render(
@@ -75,7 +86,11 @@ def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         *figures,
         ("length", f"{watch['tokens']['aligned']:.0f}", f"tokens, from {watch['tokens']['sft']:.0f}"),
         ("distinct word runs", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
-        ("KL", f"{watch['kl_per_token']:.3f}", "nats per token, from the SFT model" if "reference" in metrics else "nats per token"),
+        (
+            "KL",
+            f"{watch['kl_per_token']:.3f}",
+            "nats per token, from the SFT model" if "reference" in metrics else "nats per token",
+        ),
     ]
 
 
@@ -91,13 +106,21 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str], alone: bool, held_out
         "unfinished": "share of unfinished answers",
     }
     rows = [
-        (words, found["sft"], found["aligned"], f"{found['difference']:+.3f}", "{:+.3f} to {:+.3f}".format(*found["interval"]))
+        (
+            words,
+            found["sft"],
+            found["aligned"],
+            f"{found['difference']:+.3f}",
+            "{:+.3f} to {:+.3f}".format(*found["interval"]),
+        )
         for words, found in (
             *((words, watch[name]) for name, words in named.items() if name in watch),
             *((f"reward {name}", found) for name, found in held_out.items() if name != "reward"),
         )
     ]
-    unmeasured = "There is no reward model: only the answers themselves are watched. " if alone else "No reward was measured. "
+    unmeasured = (
+        "There is no reward model: only the answers themselves are watched. " if alone else "No reward was measured. "
+    )
     unmeasured = "" if "reward" in watch else unmeasured
     metrics = "Length" if unmeasured else "Reward, length"
     verdict = (
@@ -111,8 +134,8 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str], alone: bool, held_out
 
 
 def _sampled(shards: Sequence[Path], components: Sequence[str]) -> dict[str, Any]:
-    """Answers that the policy learned from in the first, the middle and the last step with any: those with the lowest and the highest rewards or,
-    where answers are not rewarded, the shortest and the longest."""
+    """Answers that the policy learned from in the first, the middle and the last step with any: those with the lowest
+    and the highest rewards or, where answers are not rewarded, the shortest and the longest."""
     counts = Counter(row["step"] for shard in shards for row in read_table(shard, ["step"]))
     steps = sorted(counts)
     shown = {steps[i]: list[dict[str, Any]]() for i in (0, len(steps) // 2, -1)}

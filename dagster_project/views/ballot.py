@@ -11,7 +11,8 @@ from dagster_project.views.html import render
 
 
 def ballot_page(ballot: Mapping[str, Any]) -> str:
-    """One HTML file that takes votes by keyboard or mouse and saves them to a file. It does not contain the names of the systems.
+    """One HTML file that takes votes by keyboard or mouse and saves them to a
+    file. It does not contain the names of the systems.
 
     Args:
         ballot: `evaluation.ballots.document`.
@@ -30,14 +31,18 @@ def ballot_page(ballot: Mapping[str, Any]) -> str:
 
 
 def _folded(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """Tools, traces and calls as [summary, text, whether it is open]: of each message of the prompt, and of both answers."""
+    """Tools, traces and calls as [summary, text, whether it is open]: of each
+    message of the prompt, and of both answers."""
     asked = conversation({"messages": pair["prompt"], "tools": pair.get("tools")})
     prompt = [[asked.tools] if asked.tools else [], *(parts(message) for message in pair["prompt"])]
     answers = [parts(message) for message in pair.get("messages", ())]
     if not any([*prompt, *answers]):
         return {}
     return {
-        "folds": {name: [[_texts(part) for part in some] for some in each] for name, each in (("prompt", prompt), ("answers", answers))}
+        "folds": {
+            name: [[_texts(part) for part in some] for some in each]
+            for name, each in (("prompt", prompt), ("answers", answers))
+        }
     }
 
 

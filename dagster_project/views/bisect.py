@@ -1,4 +1,5 @@
-"""The document of `pedigree bisect` -> one page: the versions that were searched, with their answers, and the records of the commit that was found."""
+"""The document of `pedigree bisect` -> one page: the versions that were
+searched, with their answers, and the records of the commit that was found."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ from dagster_project.views.why_diff import record_view
 VERDICTS = {
     "found": ("error", "✕", "The answer changed with this commit."),
     "always": ("good", "✓", "Every version that was asked gives the expected answer, the newest too."),
-    "never": ("warn", "–", "The oldest version does not give the expected answer either: no commit of this search changed it."),
+    "never": (
+        "warn",
+        "–",
+        "The oldest version does not give the expected answer either: no commit of this search changed it.",
+    ),
 }
 """Verdict -> class, sign, sentence."""
 
@@ -27,17 +32,29 @@ def bisect_page(document: Mapping[str, Any]) -> str:
     first, records = document.get("first"), document.get("records")
     figures = [
         ("versions", number(len(document["versions"])), f"{number(document['evaluations'])} asked"),
-        ("first commit without it", first["commit"][:12] if first else "none", first["title"] if first else "in this search"),
+        (
+            "first commit without it",
+            first["commit"][:12] if first else "none",
+            first["title"] if first else "in this search",
+        ),
         ("records", "unknown" if first and records is None else number(len(records or ())), _among(document)),
     ]
-    others = [f"{name.replace('_', ' ')}: {listed(names, 12)}" for name, names in document.get("also_differ", {}).items()]
+    others = [
+        f"{name.replace('_', ' ')}: {listed(names, 12)}" for name, names in document.get("also_differ", {}).items()
+    ]
     sections = {
         "Versions": _versions(document),
         "Records": {"found": [record_view(one) for one in records or ()], "among": _among(document)} if first else None,
         "Notes": [*(f"Also different, and not explained by records: {line}" for line in others), *document["notes"]],
     }
     verdict = {"kind": kind, "sign": sign, "text": sentence}
-    view = {"asked": document["asked"], "model": document["model"], "first": first, "verdict": verdict, "figures": figures}
+    view = {
+        "asked": document["asked"],
+        "model": document["model"],
+        "first": first,
+        "verdict": verdict,
+        "figures": figures,
+    }
     return render("bisect.jinja", "The commit that changed an answer", sections, **view)
 
 
@@ -52,7 +69,10 @@ def _versions(document: Mapping[str, Any]) -> Table:
     """All versions of the search from the oldest to the newest, each with its answer if it was asked."""
     answers = {one["commit"]: one for one in document["answers"]}
     first, last = (document.get(name, {}).get("commit") for name in ("first", "last_good"))
-    marks = {first: ", the first such version", last: ", the last such version" if last in answers else ": taken as right (--good)"}
+    marks = {
+        first: ", the first such version",
+        last: ", the last such version" if last in answers else ": taken as right (--good)",
+    }
     rows = [
         [
             one["commit"][:12],

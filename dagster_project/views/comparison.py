@@ -28,7 +28,9 @@ MAX_COMMAND = 4_000
 """Characters of the texts in a command that asks why."""
 WHY = "data/pages/why"
 """Folder of the pages that `pedigree why` writes for the commands on this page."""
-NOT_ASKED = frozenset({"prefix_tuning", "prompt_tuning", "p_tuning", "cartridge", "adaption_prompt", "feature_extraction"})
+NOT_ASKED = frozenset(
+    {"prefix_tuning", "prompt_tuning", "p_tuning", "cartridge", "adaption_prompt", "feature_extraction"}
+)
 """Methods whose answers `pedigree why` refuses to attribute, `REFUSED` in lineage/attribution/gradients.py."""
 
 Measured = Mapping[str, Mapping[str, float]]
@@ -58,7 +60,9 @@ def draw_comparison(documents: Documents) -> None:
     if document is None or view is None:
         return
     samples = [Sample(**sample) for sample in view["samples"]]
-    measurements = {variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
+    measurements = {
+        variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()
+    }
     write_text(
         documents.pages / "comparison.html",
         comparison_page({**document, "headline": view["headline"]}, samples, measurements, _why(documents, view)),
@@ -76,14 +80,20 @@ class Why:
     pages: frozenset[str] = frozenset()
 
     def of(self, sample: Sample, name: str) -> dict[str, str] | None:
-        """The command that asks why a system gave its answer, and its page if there is one; None for what a command line cannot ask."""
+        """The command that asks why a system gave its answer, and its page if
+        there is one; None for what a command line cannot ask."""
         answer, system = sample.answers[name][0], self.systems.get((sample.prompt, sample.reference))
         if name not in self.models or name in sample.messages or system is None or not answer.strip():
             return None
         text = f"{system}{sample.prompt}{answer}"
         if len(text) > MAX_COMMAND or visible(text) != text:
             return None
-        asked = [f"merged@{name}", *_option("system", system), *_option("prompt", sample.prompt), *_option("answer", answer)]
+        asked = [
+            f"merged@{name}",
+            *_option("system", system),
+            *_option("prompt", sample.prompt),
+            *_option("answer", answer),
+        ]
         page = f"{sha256_of_text(json.dumps([self.models[name], *asked]))[:12]}.html"
         command = shlex.join(["pedigree", "why", *asked, "--index", "--html", f"{WHY}/{page}"])
         return {"command": command, "page": f"../why/{page}" if page in self.pages else ""}
@@ -95,7 +105,8 @@ def _option(name: str, value: str) -> list[str]:
 
 
 def _why(documents: Documents, view: Mapping[str, Any]) -> Why:
-    """What can be asked: supervised variants that were trained here, and questions of the test split with one turn and without tools."""
+    """What can be asked: supervised variants that were trained here, and
+    questions of the test split with one turn and without tools."""
     models = {}
     for variant in (name for name, stage in view["trained"].items() if stage == "adapter"):
         training = documents.read(documents.root / "data" / "adapter" / variant / "training.json")
@@ -106,14 +117,20 @@ def _why(documents: Documents, view: Mapping[str, Any]) -> Why:
     systems: dict[tuple[str, str], set[str]] = {}
     for record in iter_records(documents.root / "data" / "splits" / "test") if models else ():
         *prompt, response = record["messages"]
-        if [one["role"] for one in prompt] in (["user"], ["system", "user"]) and is_plain(prompt) and not record.get("tools"):
+        if (
+            [one["role"] for one in prompt] in (["user"], ["system", "user"])
+            and is_plain(prompt)
+            and not record.get("tools")
+        ):
             system = prompt[0]["content"] if len(prompt) == 2 else ""
             systems.setdefault((prompt[-1]["content"], response["content"]), set()).add(system)
     only = {asked: found.pop() for asked, found in systems.items() if len(found) == 1}
     return Why(models, only, frozenset(path.name for path in (documents.root / WHY).glob("*.html")))
 
 
-def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], measurements: Measured, why: Why | None = None) -> str:
+def comparison_page(
+    document: Mapping[str, Any], samples: Sequence[Sample], measurements: Measured, why: Why | None = None
+) -> str:
     """The page of a comparison.
 
     Args:
@@ -126,7 +143,9 @@ def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], meas
     sections = {
         "Comparison": _comparison_table(document, order, measurements) if order else None,
         "Cost": _cost(document, order),
-        "Retention": [_change(name, found) for name in order if (found := document["compared"].get(name, {}).get("retention"))],
+        "Retention": [
+            _change(name, found) for name in order if (found := document["compared"].get(name, {}).get("retention"))
+        ],
         "Measures": _measures(document["scores"], order) if document["scores"] else None,
         "Labels": _labels(document["scores"], order),
         "Answers": _answers(document, order, samples, why or Why()) if samples else None,
@@ -135,20 +154,27 @@ def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], meas
     seen = "none of them seen in training" if not test["seen"] else f"{number(test['seen'])} of them seen in training"
     return render(
         "comparison.jinja", "Was tuning worth it?", sections, "comparison.js", document=document, limit=MAX_CHARACTERS,
-        tested=f"{many(test['examples'], 'test example')}, {seen}{_scored(document)}", advice=[line for line in document["advice"] if line != found["why"]],
+        tested=f"{many(test['examples'], 'test example')}, {seen}{_scored(document)}",
+        advice=[line for line in document["advice"] if line != found["why"]],
     )  # fmt: skip
 
 
 def _scored(document: Mapping[str, Any]) -> str:
     """How many test examples have scores, if not all do: those whose reference does not fit the task have none."""
     test = document["test"]
-    return f"; {number(test['answered'])} of them scored" if document["scores"] and test["answered"] < test["examples"] else ""
+    return (
+        f"; {number(test['answered'])} of them scored"
+        if document["scores"] and test["answered"] < test["examples"]
+        else ""
+    )
 
 
 def _order(document: Mapping[str, Any]) -> list[str]:
     """The systems, best first. Their position is their number on the page."""
     scores, compared, first = document["scores"], document["compared"], document["shown"][0]
-    likely = {name: found["perplexity_to_base"]["ratio"] for name, found in compared.items() if "perplexity_to_base" in found}
+    likely = {
+        name: found["perplexity_to_base"]["ratio"] for name, found in compared.items() if "perplexity_to_base" in found
+    }
     return sorted(scores, key=lambda name: -scores[name][first]) if scores else sorted(likely, key=likely.__getitem__)
 
 
@@ -159,13 +185,18 @@ def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measure
     if document["scores"]:
         questions = document["test"].get("questions", document["scores"][order[0]]["n"])
         title = f"{TITLES[document['shown'][0]]} on {many(questions, 'question')}"
-        note = "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in gray"
+        note = (
+            "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in"
+            " gray"
+        )
     else:
         title, note = "Perplexity relative to the base model", "point and 95 % interval; lower is better"
     body = []
     for i, name in enumerate(order):
         y, kind, (value, low, high) = 38 * i, _kind(document, name), points[name]
-        chosen = " · recommended" if document["recommended"]["sure"] and name == document["recommended"]["variant"] else ""
+        chosen = (
+            " · recommended" if document["recommended"]["sure"] and name == document["recommended"]["variant"] else ""
+        )
         chosen += " · failed checks" if document["compared"].get(name, {}).get("failed_checks") else ""
         words = f"{cut(_title(name))}: {value:.3f}, {low:.3f} to {high:.3f}"
         numbered = f"{i + 1} {label(_short(name), 36)}"
@@ -182,26 +213,45 @@ def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measure
 
 def _interval(y: int, kind: str, value: float, low: float, high: float, *title: Shape) -> list[Shape]:
     """The bar of an interval and a mark at its point, on a track from 0 to 1."""
-    place = {"x": f"{100 * value:.3f}%", "y": y + 20, "width": "4", "height": "13", "rx": "2", "transform": "translate(-2)"}
+    place = {
+        "x": f"{100 * value:.3f}%",
+        "y": y + 20,
+        "width": "4",
+        "height": "13",
+        "rx": "2",
+        "transform": "translate(-2)",
+    }
     return [
         shape("rect", class_="track", x="0", y=y + 23, width="100%", height="7", rx="2"),
-        shape("rect", class_=f"{kind} faint", x=f"{100 * low:.3f}%", y=y + 23, width=f"{100 * (high - low):.3f}%", height="7"),
+        shape(
+            "rect",
+            class_=f"{kind} faint",
+            x=f"{100 * low:.3f}%",
+            y=y + 23,
+            width=f"{100 * (high - low):.3f}%",
+            height="7",
+        ),
         shape("rect", *title, class_=kind, **place),
     ]
 
 
-def _rows(document: Mapping[str, Any], order: Sequence[str], measurements: Measured) -> tuple[list[str], list[list[str]]]:
+def _rows(
+    document: Mapping[str, Any], order: Sequence[str], measurements: Measured
+) -> tuple[list[str], list[list[str]]]:
     """The columns of the comparison table that are not empty, and a row for each system."""
     first, second = document["shown"]
 
     def cells(name: str) -> dict[str, str]:
         scores, costs = document["scores"].get(name, {}), document["costs"].get(name, {})
-        measured, retained = measurements.get(name, {}), document["compared"].get(name, {}).get("retention", {}).get("overall", {})
+        measured = measurements.get(name, {})
+        retained = document["compared"].get(name, {}).get("retention", {}).get("overall", {})
         value, low, high = _point(document, name)
         return {
             TITLES[first] if scores else "perplexity": f"{value:.3f}",
             "95 % interval": f"{low:.3f} to {high:.3f}",
-            "failed checks": _text_if_present(document["compared"].get(name, {}), "failed_checks", lambda failed: str(len(failed))),
+            "failed checks": _text_if_present(
+                document["compared"].get(name, {}), "failed_checks", lambda failed: str(len(failed))
+            ),
             **({TITLES[second]: f"{scores[second]:.3f}"} if scores else {}),
             "prompt tokens": _text_if_present(costs, "prompt_tokens", lambda n: f"{n:,.0f}"),
             "on disk": _text_if_present(costs, "bytes", lambda n: f"{n / 1e6:,.0f} MB"),
@@ -215,7 +265,9 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measurements: Measu
 
     table = {name: cells(name) for name in order}
     columns = [column for column in table[order[0]] if any(row[column] for row in table.values())]
-    return ["", *columns], [[f"{i} {_title(name)}", *(table[name][c] for c in columns)] for i, name in enumerate(order, 1)]
+    return ["", *columns], [
+        [f"{i} {_title(name)}", *(table[name][c] for c in columns)] for i, name in enumerate(order, 1)
+    ]
 
 
 def _text_if_present(values: Mapping[str, Any], key: str, text: Any) -> str:
@@ -232,8 +284,11 @@ def _cost(document: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, A
     return [plot for plot in plots if plot]
 
 
-def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str) -> dict[str, Any] | None:
-    """Points and intervals over a logarithmic axis, numbered as in the comparison table. Systems without costs are horizontal lines."""
+def _scatter(
+    document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str
+) -> dict[str, Any] | None:
+    """Points and intervals over a logarithmic axis, numbered as in the
+    comparison table. Systems without costs are horizontal lines."""
     costs = document["costs"]
     placed = [name for name in order if costs.get(name, {}).get(what)]
     if not document["scores"] or not placed:
@@ -267,7 +322,11 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
     for name in (name for name in order if not costs.get(name)):
         at_y, words = y(points[name][0]), f"{order.index(name) + 1} {label(_short(name), 36)}"
         near = [across for other, across in placed_at.items() if abs(at_y - 9 - y(points[other][0])) < 18]
-        at, anchor = ("10.5%", "start") if sum(across > 55 for across in near) > sum(across < 55 for across in near) else ("100%", "end")
+        at, anchor = (
+            ("10.5%", "start")
+            if sum(across > 55 for across in near) > sum(across < 55 for across in near)
+            else ("100%", "end")
+        )
         body.append(shape("line", class_="mark", x1="10%", x2="100%", y1=f"{at_y:.1f}", y2=f"{at_y:.1f}"))
         body.append(shape("text", words, class_="marked", x=at, y=f"{at_y - 5:.1f}", text_anchor=anchor))
     for name, across in placed_at.items():
@@ -275,7 +334,16 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
         at, words = f"{across:.2f}%", f"{cut(_title(name))}: {value:.3f}"
         body.append(shape("line", class_=f"{kind} whisker", x1=at, x2=at, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}"))
         body.append(shape("circle", shape("title", words), class_=f"{kind} spot", cx=at, cy=f"{y(value):.1f}", r="9"))
-        body.append(shape("text", str(order.index(name) + 1), class_="tick name", x=at, y=f"{y(value) + 4:.1f}", text_anchor="middle"))
+        body.append(
+            shape(
+                "text",
+                str(order.index(name) + 1),
+                class_="tick name",
+                x=at,
+                y=f"{y(value) + 4:.1f}",
+                text_anchor="middle",
+            )
+        )
     rows = [(_title(name), f"{costs[name][what]:,}", f"{points[name][0]:.3f}") for name in placed]
     words = f"{title}: " + "; ".join(f"{cut(name)} {value} at {cost}" for name, cost, value in rows)
     figure = Figure(title, note, Plot(words, y(0) + 42, body), Table(title, ["", unit, "score"], rows))
@@ -292,14 +360,31 @@ def _change(variant: str, retention: Mapping[str, Any]) -> Figure:
         questions = shape("tspan", f" · {found['questions']}", class_="soft")
         body += [
             shape("text", label(subject), questions, x="0", y=y + 15, class_="name"),
-            shape("text", f"{100 * accuracy['difference']:+.1f} points", x="100%", y=y + 15, class_="soft", text_anchor="end"),
+            shape(
+                "text",
+                f"{100 * accuracy['difference']:+.1f} points",
+                x="100%",
+                y=y + 15,
+                class_="soft",
+                text_anchor="end",
+            ),
             *_interval(y, "bar", change, low, high),
         ]
         intervals = ["{:+.3f} to {:+.3f}".format(*interval) for interval in (accuracy["interval"], nats["interval"])]
         before, after = f"{accuracy['base']:.3f}", f"{accuracy['tuned']:.3f}"
-        rows.append((subject, found["questions"], before, after, intervals[0], f"{nats['difference']:+.3f}", intervals[1]))
+        rows.append(
+            (subject, found["questions"], before, after, intervals[0], f"{nats['difference']:+.3f}", intervals[1])
+        )
     body.append(shape("line", class_="mark", x1="50%", x2="50%", y1="19", y2=38 * len(retention) - 3))
-    columns = ["", "questions", "base", "tuned", "95 % interval of the change", "nats for the right answer", "95 % interval"]
+    columns = [
+        "",
+        "questions",
+        "base",
+        "tuned",
+        "95 % interval of the change",
+        "nats for the right answer",
+        "95 % interval",
+    ]
     title = f"Change of accuracy of {cut(variant)}"
     return Figure(
         title,
@@ -329,14 +414,20 @@ def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> Ta
     tables = [scores[name]["by_label"] for name in order if "by_label" in scores.get(name, {})]
     if not tables:
         return None
-    rows = [[label, figures["n"], *(f"{table[label]['f1']:.3f}" for table in tables)] for label, figures in tables[0].items()]
+    rows = [
+        [label, figures["n"], *(f"{table[label]['f1']:.3f}" for table in tables)]
+        for label, figures in tables[0].items()
+    ]
     return Table("F1 of each label", ["", "test examples", *map(_title, order)], rows, folded=False, region="Labels")
 
 
 def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample], why: Why) -> dict[str, Any]:
-    """Answers to each question, worst errors of the recommended variant first: those that most other systems answered correctly."""
+    """Answers to each question, worst errors of the recommended variant first:
+    those that most other systems answered correctly."""
     variants = [name for name in order if name in document["compared"]]
-    subject = document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
+    subject = (
+        document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
+    )
 
     def badness(sample: Sample) -> tuple[float, float]:
         others = [value for name, (_, value) in sample.answers.items() if name != subject]
@@ -346,7 +437,9 @@ def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequenc
     categories = sorted({sample.category for sample in worst if sample.category})
     return {
         "subject": _title(subject),
-        "more": f" The worst {MAX_QUESTIONS} of {number(len(samples))} are shown." if len(samples) > MAX_QUESTIONS else "",
+        "more": (
+            f" The worst {MAX_QUESTIONS} of {number(len(samples))} are shown." if len(samples) > MAX_QUESTIONS else ""
+        ),
         "systems": [_title(name) for name in order],
         "categories": categories,
         "samples": [_sample(sample, order, categories, why) for sample in worst],
@@ -361,7 +454,16 @@ def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str], why
         answer, value = sample.answers[name]
         mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
         rich = parts(sample.messages[name]) if name in sample.messages else []
-        answers.append((_short(name), "bad" if i in wrong else "fine", mark, answer, rich, why.of(sample, name) if i in wrong else None))
+        answers.append(
+            (
+                _short(name),
+                "bad" if i in wrong else "fine",
+                mark,
+                answer,
+                rich,
+                why.of(sample, name) if i in wrong else None,
+            )
+        )
     return {
         "prompt": sample.prompt,
         "reference": sample.reference,

@@ -53,13 +53,16 @@ def conversation(record: Mapping[str, Any]) -> Conversation:
     """A record for the macro `conversation`.
 
     Args:
-        record: `messages` in canonical form; optionally `tools` (canonical, or each {"name": ..., "definition": text}), `chosen` and
-            `rejected` with the turns after the messages, and `left_out`, the number of messages that are missing.
+        record: `messages` in canonical form; optionally `tools` (canonical, or each
+            {"name": ..., "definition": text}), `chosen` and `rejected` with the turns
+            after the messages, and `left_out`, the number of messages that are missing.
     """
     tools, left_out = record.get("tools") or (), record.get("left_out", 0)
     turns = [_turn(message) for message in record["messages"]]
     turns += [_turn(message, side) for side in ("chosen", "rejected") for message in record.get(side) or ()]
-    return Conversation(_summary(turns, tools), _tools(tools), turns, f"{many(left_out, 'more message')} not shown" if left_out else "")
+    return Conversation(
+        _summary(turns, tools), _tools(tools), turns, f"{many(left_out, 'more message')} not shown" if left_out else ""
+    )
 
 
 def _turn(message: Message, side: str = "") -> Turn:
@@ -90,8 +93,13 @@ def _call(name: str, arguments: Any, identity: str | None) -> Part:
 def _tools(tools: Sequence[Mapping[str, Any]]) -> Part | None:
     if not tools:
         return None
-    named = [(str(tool.get("name") or tool.get("function", {}).get("name")), tool.get("definition", tool)) for tool in tools]
-    return Part(f"{many(len(tools), 'tool')}: {', '.join(name for name, _ in named)}", "\n".join(readable(tool) for _, tool in named))
+    named = [
+        (str(tool.get("name") or tool.get("function", {}).get("name")), tool.get("definition", tool)) for tool in tools
+    ]
+    return Part(
+        f"{many(len(tools), 'tool')}: {', '.join(name for name, _ in named)}",
+        "\n".join(readable(tool) for _, tool in named),
+    )
 
 
 def _summary(turns: Iterable[Turn], tools: Sequence[Mapping[str, Any]]) -> str:

@@ -20,7 +20,8 @@ from dagster_project.views.suspects import suspect_row
 PAGE = 20
 """Pairs shown at once; without JavaScript, pairs shown of each finding. data_quality.js has the same number."""
 WHOLE, AROUND, INSIDE = 2_400, 400, 1_200
-"""Characters: texts up to WHOLE are shown in full, longer ones with AROUND before and after the shared words, and INSIDE of them."""
+"""Characters: texts up to WHOLE are shown in full, longer ones with AROUND
+before and after the shared words, and INSIDE of them."""
 READ_BY = {"instructions": "raw_examples", "preferences": "raw_preferences"}
 """Stage that checks rows -> the one that reads their sources."""
 BARS = 10
@@ -54,11 +55,15 @@ def draw_data_quality(documents: Documents) -> None:
     """Write data/pages/<stage>/report.html: the findings of the checks."""
     document = documents.read(documents.out / "findings.json")
     if document is not None:
-        changes, expectations = (documents.read(documents.pages / f"{name}.json") for name in ("changes", "expectations"))
+        changes, expectations = (
+            documents.read(documents.pages / f"{name}.json") for name in ("changes", "expectations")
+        )
         reading = documents.read(documents.root / report_of(READ_BY[documents.stage]))
         suspects = _suspects_of(documents)
         document = documents.quoted(documents, document)
-        write_text(documents.pages / "report.html", data_quality_page(document, changes, expectations, reading, suspects))
+        write_text(
+            documents.pages / "report.html", data_quality_page(document, changes, expectations, reading, suspects)
+        )
 
 
 def data_quality_page(
@@ -73,12 +78,15 @@ def data_quality_page(
     Args:
         document: the check document.
         changes: differences from the previous version; None if there is none.
-        expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
+        expectations: results of the owner's Great Expectations suite
+            (curation/checks/expectations.py); None if there is no suite.
         reading: report of the stage that read the rows, with what is declared for their sources; None if there is none.
         suspects: queue of `pedigree why --suspects` for these rows; None if there is none.
     """
     findings = sorted(document["findings"], key=lambda finding: (RANK[_shown_severity(finding)], -finding["count"]))
-    judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown_severity(finding)])
+    judged = sorted(
+        [*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown_severity(finding)]
+    )
     sections = {
         "Changes": _changes(changes) if changes else None,
         "Rows": _flow(document) if document["rows"] else None,
@@ -86,7 +94,11 @@ def data_quality_page(
         "Conversations": [(one["place"], conversation(one)) for one in document.get("conversations", [])],
         "Expectations": _expectations(expectations) if expectations else None,
         "Similarity": _similarity(document.get("similarity") or {}),
-        "Suspects": {"model": suspects["model"]["stage"], "rows": [suspect_row(one) for one in suspects["suspects"]]} if suspects else None,
+        "Suspects": (
+            {"model": suspects["model"]["stage"], "rows": [suspect_row(one) for one in suspects["suspects"]]}
+            if suspects
+            else None
+        ),
         "Pairs": _pairs(findings),
         "Sources": _sources(reading) if reading and reading.get("sources") else None,
         "Profile": _profile(document.get("profile") or {}, document["kept"]),
@@ -109,12 +121,24 @@ def _expectation_findings(expectations: Mapping[str, Any] | None) -> list[dict[s
     if not failed:
         return []
     worst = min(failed, key=lambda severity: RANK[severity])
-    return [{"check": "expectations", "severity": worst, "passed": False, "count": len(failed), "dropped": 0, "elsewhere": 0, "waived": 0}]
+    return [
+        {
+            "check": "expectations",
+            "severity": worst,
+            "passed": False,
+            "count": len(failed),
+            "dropped": 0,
+            "elsewhere": 0,
+            "waived": 0,
+        }
+    ]
 
 
 def _unresolved(finding: Mapping[str, Any]) -> int:
     """Rows that violate a check and are kept unchanged."""
-    return max(0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]) - int(finding.get("fixed", 0)))
+    return max(
+        0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]) - int(finding.get("fixed", 0))
+    )
 
 
 def _passed(finding: Mapping[str, Any]) -> bool:
@@ -132,26 +156,35 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
     open_ = {s: [f for f in findings if f["severity"] == s and not _passed(f)] for s in RANK}
     errors = sum(f["severity"] == "error" for f in findings)
     fixed = any(f["severity"] == "error" and f.get("fixed") for f in findings)
-    resolved = f" The rows of {many(errors, 'error')} are {'repaired or dropped' if fixed else 'dropped'}." if errors else ""
+    resolved = (
+        f" The rows of {many(errors, 'error')} are {'repaired or dropped' if fixed else 'dropped'}." if errors else ""
+    )
     if not document["kept"]:
         severity, words, why, resolved = "error", "Nothing to train on", "No row is left.", ""
     elif open_["error"]:
-        severity, words, why, resolved = "error", "Not ready to train on", f"{many(len(open_['error']), 'error')} not resolved", ""
+        severity = "error"
+        words = "Not ready to train on"
+        why = f"{many(len(open_['error']), 'error')} not resolved"
+        resolved = ""
     elif open_["warn"]:
-        severity, words, why = "warn", "Usable, but review the warnings", f"{many(len(open_['warn']), 'warning')} to review"
+        severity = "warn"
+        words = "Usable, but review the warnings"
+        why = f"{many(len(open_['warn']), 'warning')} to review"
     elif findings:
         severity, words = "good", "Ready to train on"
         why = "Every row that violates a check is repaired, dropped or waived, or the finding is only a remark."
     else:
         severity, words, why = "good", "Ready to train on", "No check found anything."
-    named = [f["check"] for f in (open_["error"] or open_["warn"])] if document["kept"] else []
+    named = [f["check"] for f in open_["error"] or open_["warn"]] if document["kept"] else []
     return {
         "severity": severity, "sign": SIGNS.get(severity, "✓"), "words": words, "why": why, "checks": named[:NAMED],
         "more": max(0, len(named) - NAMED), "resolved": resolved,
     }  # fmt: skip
 
 
-def _key_figures(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, Mapping[str, int]]]:
+def _key_figures(
+    document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, int, str, Mapping[str, int]]]:
     """Name, number, unit, and the repaired rows by check."""
     rows, kept = document["rows"], document["kept"]
     words = {"error": "error", "warn": "warning", "info": "remark"}
@@ -172,7 +205,10 @@ def _flow(document: Mapping[str, Any]) -> dict[str, Any]:
         thick = max(2.5, 150 * n / rows) if n else 0.0
         roomy = thick > 30
         top = right if roomy else right + 24  # the label is inside a thick ribbon, above a thin one
-        curve = f"M0,{left:g}C60,{left:g} 40,{top:g} 100,{top:g}V{top + thick:g}C40,{top + thick:g} 60,{left + thick:g} 0,{left + thick:g}Z"
+        curve = (
+            f"M0,{left:g}C60,{left:g} 40,{top:g} 100,{top:g}V{top + thick:g}C40,{top + thick:g} 60,{left + thick:g}"
+            f" 0,{left + thick:g}Z"
+        )
         ribbons.append(shape("path", class_=kind, d=curve))
         node = shape("rect", class_=f"{kind} node", x="-5", width="5", height=f"{thick:g}")
         words = (
@@ -186,7 +222,14 @@ def _flow(document: Mapping[str, Any]) -> dict[str, Any]:
         left, right = left + thick, top + thick + 4
     height = max(left, right)
     picture = [
-        shape("svg", *ribbons, width="100%", height=f"{height:g}", viewBox=f"0 0 100 {height:g}", preserveAspectRatio="none"),
+        shape(
+            "svg",
+            *ribbons,
+            width="100%",
+            height=f"{height:g}",
+            viewBox=f"0 0 100 {height:g}",
+            preserveAspectRatio="none",
+        ),
         shape("rect", class_="node", x="0", y="30", width="5", height=f"{left - 30:g}"),
         shape("text", shape("tspan", "read", class_="name"), shape("tspan", number(rows), dx="8"), x="0", y="18"),
         *labels,
@@ -211,10 +254,19 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
 
 
 def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
-    severity, count, left, examples = _shown_severity(finding), finding["count"], _unresolved(finding), finding.get("examples", [])
+    severity = _shown_severity(finding)
+    count = finding["count"]
+    left = _unresolved(finding)
+    examples = finding.get("examples", [])
     of_set = count and not finding.get("rows") and not finding.get("places")
-    facts = [("dropped", "dropped by this check", finding["dropped"]), ("elsewhere", "dropped by another check", finding["elsewhere"])]
-    facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept unchanged" if finding.get("fixed") else "kept", left)]
+    facts = [
+        ("dropped", "dropped by this check", finding["dropped"]),
+        ("elsewhere", "dropped by another check", finding["elsewhere"]),
+    ]
+    facts += [
+        ("fixed", "repaired", finding.get("fixed", 0)),
+        ("left", "kept unchanged" if finding.get("fixed") else "kept", left),
+    ]
     facts = [] if of_set else facts
     start, bar = 0.0, []
     for kind, _, n in facts:
@@ -230,8 +282,10 @@ def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
     rest = places[len(examples) :]
     more = f" (the first {len(places)} of {number(count)} are listed)" if count > len(places) else ""
     return {
-        "number": number_, "severity": severity, "sign": SIGNS[severity], "finding": finding, "count": "the set" if of_set else number(count),
-        "bar": bar, "facts": facts, "quotes": quotes, "rest": rest, "rest_words": many(len(rest), "more place" if quotes else "place") + more,
+        "number": number_, "severity": severity, "sign": SIGNS[severity], "finding": finding,
+        "count": "the set" if of_set else number(count),
+        "bar": bar, "facts": facts, "quotes": quotes, "rest": rest,
+        "rest_words": many(len(rest), "more place" if quotes else "place") + more,
         "pairs": len(finding.get("matches") or []),
     }  # fmt: skip
 
@@ -240,15 +294,27 @@ def _expectations(found: Mapping[str, Any]) -> dict[str, Any]:
     """Results of the owner's expectations of the whole set, in the order of the suite."""
     results = found["expectations"]
     rows = [
-        (one["words"], "passed" if one["passed"] else f"failed ({one['severity']})", one["seen"], ", ".join(one["places"]))
+        (
+            one["words"],
+            "passed" if one["passed"] else f"failed ({one['severity']})",
+            one["seen"],
+            ", ".join(one["places"]),
+        )
         for one in results
     ]
     passed = sum(one["passed"] for one in results)
     return {
         "suite": found["suite"],
-        "words": f"{passed} of {many(len(results), 'expectation')} passed on {many(found['rows'], 'kept row')}, evaluated by Great Expectations",
+        "words": (
+            f"{passed} of {many(len(results), 'expectation')} passed on {many(found['rows'], 'kept row')}, evaluated by"
+            " Great Expectations"
+        ),
         "table": Table(
-            "Expectations", ["expectation", "result", "found", "rows that violate it"], rows, folded=False, region="Expectations"
+            "Expectations",
+            ["expectation", "result", "found", "rows that violate it"],
+            rows,
+            folded=False,
+            region="Expectations",
         ),
     }
 
@@ -258,15 +324,18 @@ def _similarity(similarity: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     gates = {f"{name} ≥ {number(value)}": value for name, value in similarity.get("gate", {}).items()}
     note = (
-        "all compared pairs of prompts, by the share of the shorter prompt's 3-word shingles that the other contains; equal prompts are left out"
-        + ("; near-copies in blue" if "near" in similarity["histogram"][0] else "")
+        "all compared pairs of prompts, by the share of the shorter prompt's 3-word shingles that the other contains;"
+        " equal prompts are left out" + ("; near-copies in blue" if "near" in similarity["histogram"][0] else "")
     )
     figure = _histogram("Similarity of prompts", note, similarity["histogram"], "pairs", gates, 190)
     return {"figure": figure, "common": similarity.get("boilerplate") or []}
 
 
-def _histogram(title: str, note: str, bins: Sequence[Mapping[str, Any]], key: str, marks: Mapping[str, float], size: float = 120) -> Figure:
-    """Bars of equal width, one per bin, with labeled lines at `marks`; on a log scale if counts differ by more than a factor of 100.
+def _histogram(
+    title: str, note: str, bins: Sequence[Mapping[str, Any]], key: str, marks: Mapping[str, float], size: float = 120
+) -> Figure:
+    """Bars of equal width, one per bin, with labeled lines at `marks`; on a log
+    scale if counts differ by more than a factor of 100.
 
     The part "near" of a bin's count is drawn in front.
     """
@@ -295,11 +364,23 @@ def _histogram(title: str, note: str, bins: Sequence[Mapping[str, Any]], key: st
             body.append(shape("rect", *([shape("title", words)] if of else []), **bar))
     for i in range(0, len(bins) + 1, math.ceil(len(bins) / 6)):
         edge = bins[i]["from"] if i < len(bins) else bins[-1]["to"]
-        body.append(shape("text", brief(edge), class_="tick", x=f"{first + across * i:.3f}%", y=f"{floor + 17:g}", text_anchor="middle"))
+        body.append(
+            shape(
+                "text",
+                brief(edge),
+                class_="tick",
+                x=f"{first + across * i:.3f}%",
+                y=f"{floor + 17:g}",
+                text_anchor="middle",
+            )
+        )
     names = [label(name, 40) for name in marks]
     for i, (name, value) in enumerate(zip(names, marks.values(), strict=True)):
         at = _position(value, bins)
-        x, y, anchor, aside = f"{first + wide * at:.3f}%", 11 + 15 * i, "end" if at > 0.6 else "start", -5 if at > 0.6 else 5
+        x = f"{first + wide * at:.3f}%"
+        y = 11 + 15 * i
+        anchor = "end" if at > 0.6 else "start"
+        aside = -5 if at > 0.6 else 5
         body.append(shape("line", class_="mark", x1=x, x2=x, y1=f"{y - 9:g}", y2=f"{floor:g}"))
         body.append(shape("text", name, class_="marked", x=x, dx=aside, y=f"{y:g}", text_anchor=anchor))
     scale = "; counts on a log scale" if log else ""
@@ -328,15 +409,31 @@ def _position(value: float, bins: Sequence[Mapping[str, Any]]) -> float:
 def _pairs(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The pairs of each finding: all as JSON for the filter, the first ones for readers without JavaScript."""
     groups = [
-        {"number": i, "check": finding["check"], "pairs": [_pair_view(i, finding["check"], match) for match in finding["matches"]]}
+        {
+            "number": i,
+            "check": finding["check"],
+            "pairs": [_pair_view(i, finding["check"], match) for match in finding["matches"]],
+        }
         for i, finding in enumerate(findings)
         if finding.get("matches")
     ]
     if not groups:
         return None
     data = [pair for group in groups for pair in group["pairs"]]
-    empty = {"check": "", "rule": "", "part": "", "score": 0, "sides": [{"place": "", "text": ["", "", ""], "cut": 0}] * 2}
-    return {"groups": groups, "most": PAGE, "rules": list(dict.fromkeys(pair["rule"] for pair in data)), "data": data, "empty": empty}
+    empty = {
+        "check": "",
+        "rule": "",
+        "part": "",
+        "score": 0,
+        "sides": [{"place": "", "text": ["", "", ""], "cut": 0}] * 2,
+    }
+    return {
+        "groups": groups,
+        "most": PAGE,
+        "rules": list(dict.fromkeys(pair["rule"] for pair in data)),
+        "data": data,
+        "empty": empty,
+    }
 
 
 def _pair_view(number_: int, check: str, match: Mapping[str, Any]) -> dict[str, Any]:
@@ -381,7 +478,8 @@ def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
     """Statistics of the kept rows."""
     diversity = profile.get("diversity") or {}
     spread = (
-        f"entropy {number(profile['entropy'])} bits, equivalent to {number(profile['effective_categories'])} categories of equal size; "
+        f"entropy {number(profile['entropy'])} bits, equivalent to {number(profile['effective_categories'])}"
+        f" categories of equal size; "
         f"{number(profile['singletons'])} with one row"
         if "entropy" in profile else ""
     )  # fmt: skip
@@ -400,7 +498,9 @@ def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
         *_readability(profile.get("readability") or {}),
         *(_bars(title, note, diversity[key], kept) for key, title, note in repeated if diversity.get(key)),
     ]
-    figures = {name.replace("_", " "): number(value) for name, value in diversity.items() if isinstance(value, int | float)}
+    figures = {
+        name.replace("_", " "): number(value) for name, value in diversity.items() if isinstance(value, int | float)
+    }
     return {"plots": plots, "diversity": figures} if plots or figures else None
 
 
@@ -426,7 +526,9 @@ def _readability(reading: Mapping[str, Any]) -> list[Figure]:
         else ""
     )
     marks = {f"{name} {number(reading[name])}": reading[name] for name in ("p10", "median", "p90") if name in reading}
-    return [_histogram("Readability", f"Flesch reading ease: 0 hard, 100 easy{hard}", reading["histogram"], "rows", marks)]
+    return [
+        _histogram("Readability", f"Flesch reading ease: 0 hard, 100 easy{hard}", reading["histogram"], "rows", marks)
+    ]
 
 
 def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -441,7 +543,9 @@ def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "previous": changes["previous"],
         "tiles": [(kind, sign, number(rows.get(kind, 0))) for kind, sign in signs.items()],
-        "findings": [(kind, entry["check"], words(entry)) for kind, words in counts.items() for entry in findings.get(kind, [])],
+        "findings": [
+            (kind, entry["check"], words(entry)) for kind, words in counts.items() for entry in findings.get(kind, [])
+        ],
         "rows": [
             {
                 "kind": kind,
@@ -455,13 +559,17 @@ def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edit(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str, int]]:
-    """Both texts of a changed row: HTML element, text before, inside and after the difference, and number of characters not shown."""
+    """Both texts of a changed row: HTML element, text before, inside and after
+    the difference, and number of characters not shown."""
     before, after = entry["before"], entry["after"]
     same = common_prefix(before, after)
-    start = same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1  # whole words, if there are any
+    start = (
+        same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1
+    )  # whole words, if there are any
     last = common_prefix(before[same:][::-1], after[same:][::-1])
     step = before.find(" ", len(before) - last) - (len(before) - last) if last else 0
     last -= step if 0 <= step <= 30 else 0
     return [
-        (tag, *around_span(text, (start, len(text) - last), 2 * AROUND, AROUND // 2)) for tag, text in (("del", before), ("ins", after))
+        (tag, *around_span(text, (start, len(text) - last), 2 * AROUND, AROUND // 2))
+        for tag, text in (("del", before), ("ins", after))
     ]

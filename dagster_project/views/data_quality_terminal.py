@@ -1,4 +1,5 @@
-"""The check document -> text for the terminal: findings, worst first, each with rows, the best overlaps and the next step."""
+"""The check document -> text for the terminal: findings, worst first, each with
+rows, the best overlaps and the next step."""
 
 from __future__ import annotations
 
@@ -60,14 +61,24 @@ def check_text(document: Mapping[str, Any], color: bool = False, width: int = 12
         parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _thirteen_lines(document["thirteen_grams"])]
     if "changes" in document:
         parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _change_lines(document["changes"])]
-    quiet = {name: note for name, note in document["notes"].items() if name not in {finding["check"] for finding in document["findings"]}}
+    quiet = {
+        name: note
+        for name, note in document["notes"].items()
+        if name not in {finding["check"] for finding in document["findings"]}
+    }
     if quiet:
         notes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
         for name, note in quiet.items():
             notes.add_row(Text(name, style="dim"), Text(_line(note, 1000), style="dim"))
         parts += [Text("\nnotes of checks without findings", style="dim"), Padding(notes, (0, 0, 0, 6))]
     console = Console(
-        file=io.StringIO(), force_terminal=color, no_color=not color, width=max(40, width), highlight=False, markup=False, emoji=False
+        file=io.StringIO(),
+        force_terminal=color,
+        no_color=not color,
+        width=max(40, width),
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
     console.print(Group(*parts))
     return re.sub(r"[ \t]+$", "", console.file.getvalue(), flags=re.M).rstrip("\n")  # type: ignore[attr-defined]
@@ -105,7 +116,8 @@ def _first_rows(rows: Sequence[int], most: int = 6) -> str:
 
 
 def _line(text: str, most: int = 200) -> str:
-    """Text from data on one line, with hidden characters written out: a line break in a name must not start a new line."""
+    """Text from data on one line, with hidden characters written out: a line
+    break in a name must not start a new line."""
     shown = " ".join(visible(text[:most].replace("\n", "\\n")).split())
     return shown if len(text) <= most else f"{shown} …"
 
@@ -118,7 +130,10 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
         others = profile["category_count"] + ("(none)" in named) - len(named)
         lines.append(f"categories: {_first_counts(named, 8, others)}")
     if calling := profile.get("tool_calls"):
-        made = f"{many(calling['calls'], 'tool call')} in {many(calling['rows'], 'row')}, {many(calling['results'], 'result')}"
+        made = (
+            f"{many(calling['calls'], 'tool call')} in {many(calling['rows'], 'row')},"
+            f" {many(calling['results'], 'result')}"
+        )
         lines.append(f"{made}; {many(calling['rows_with_tools'], 'row')} with tools")
     if traces := profile.get("reasoning"):
         lines.append(f"reasoning in {many(traces['answers'], 'answer')} of {many(traces['rows'], 'row')}")
@@ -127,15 +142,21 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     for part, length in profile.get("lengths", {}).items():
         if document["kept"]:
             lines.append(
-                f"{part}: median {length['median']:,.0f}, 95 % up to {length['p95']:,.0f}, longest {length['max']:,} {length['unit']}"
+                f"{part}: median {length['median']:,.0f}, 95 % up to {length['p95']:,.0f}, longest {length['max']:,}"
+                f" {length['unit']}"
             )
     boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:
-        passages = "; ".join(f'"{_line(passage["text"])}" in {many(passage["rows"], "prompt")}' for passage in boilerplate[:3])
+        passages = "; ".join(
+            f'"{_line(passage["text"])}" in {many(passage["rows"], "prompt")}' for passage in boilerplate[:3]
+        )
         lines.append(f"boilerplate: {passages}" + (f"; {len(boilerplate) - 3} more" if len(boilerplate) > 3 else ""))
     if any(finding["check"] == "low_diversity" for finding in document["findings"]):
         for part, name in (("top_openings", "openings"), ("top_responses", "responses")):
-            frequent = [f'"{_line(text, 60)}" {rows:,}' for text, rows in list(profile.get("diversity", {}).get(part, {}).items())[:3]]
+            frequent = [
+                f'"{_line(text, 60)}" {rows:,}'
+                for text, rows in list(profile.get("diversity", {}).get(part, {}).items())[:3]
+            ]
             lines += [f"most frequent {name}: {', '.join(frequent)}"] if frequent else []
     for place, counts in document.get("fields", {}).items():
         lines.append(f"fields {place}: {_first_counts(counts, FIELDS)}")
@@ -159,7 +180,10 @@ FIELDS = 12
 
 def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:
     lines = [f"\n13 shared words, the common rule: {many(document['rows'], 'row')}, {many(document['pairs'], 'pair')}"]
-    return lines + [f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}" for one in document["matches"][:3]]
+    return lines + [
+        f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}"
+        for one in document["matches"][:3]
+    ]
 
 
 def _marked_span(text: str, span: Sequence[int], around: int = 60) -> Text:
@@ -191,7 +215,12 @@ def _change_lines(changes: Mapping[str, Any]) -> list[str]:
         ]
     for kind, words in (("new", "new findings"), ("gone", "findings that are gone")):
         if changes["findings"][kind]:
-            lines.append(f"  {words}: " + ", ".join(f"{one['check']} {one['count']}" for one in changes["findings"][kind]))
+            lines.append(
+                f"  {words}: " + ", ".join(f"{one['check']} {one['count']}" for one in changes["findings"][kind])
+            )
     if changes["findings"]["changed"]:
-        lines.append("  " + ", ".join(f"{one['check']} {one['before']} -> {one['after']}" for one in changes["findings"]["changed"]))
+        lines.append(
+            "  "
+            + ", ".join(f"{one['check']} {one['before']} -> {one['after']}" for one in changes["findings"]["changed"])
+        )
     return lines

@@ -1,4 +1,5 @@
-"""What is declared for each source, and what of it violates the use policy, as tables. Audits and the page of a data set have them."""
+"""What is declared for each source, and what of it violates the use policy, as
+tables. Audits and the page of a data set have them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ def declared_table(sources: Mapping[str, Mapping[str, Any]]) -> Table:
         sources: source -> its facts in a report or an audit. Keys of `declared` that are missing are unknown.
     """
     rows = [
-        (path, facts.get("rows", UNKNOWN), facts.get("license", UNKNOWN), *(_words(facts.get("declared", {}).get(key)) for key in COLUMNS))
+        (
+            path,
+            facts.get("rows", UNKNOWN),
+            facts.get("license", UNKNOWN),
+            *(_words(facts.get("declared", {}).get(key)) for key in COLUMNS),
+        )
         for path, facts in sources.items()
     ]
     columns = ["source", "rows", "license", *COLUMNS.values()]

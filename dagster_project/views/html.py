@@ -1,7 +1,8 @@
 """Jinja templates -> pages. Each page is one self-contained HTML file: it requires neither network nor server.
 
-Data is untrusted: templates print every value with hidden characters written out, and escaped, and no text from data becomes an element, the
-name of an attribute or a class. A page's Content-Security-Policy allows only its own style and script, by hash.
+Data is untrusted: templates print every value with hidden characters written out, and
+escaped, and no text from data becomes an element, the name of an attribute or a
+class. A page's Content-Security-Policy allows only its own style and script, by hash.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture as wide as its column. Horizontal positions are in percent, so that text keeps its size on a narrow screen."""
+    """A picture as wide as its column. Horizontal positions are in percent, so
+    that text keeps its size on a narrow screen."""
 
     label: str
     """Description for screen readers."""
@@ -91,7 +93,9 @@ def render(template: str, title: str, sections: Mapping[str, Any], script: str =
         view: other variables of the template.
     """
     style, code = ((FOLDER / name).read_text("utf-8") if name else "" for name in ("html.css", script))
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(code)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(code)}; base-uri 'none'; form-action 'none'"
+    )
     present = {name: section for name, section in sections.items() if section}
     own = {"policy": Markup(policy), "style": Markup(style), "script": Markup(code)}
     return ENVIRONMENT.get_template(template).render(title=title, sections=present, **own, **view)

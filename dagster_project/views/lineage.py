@@ -26,7 +26,9 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
         document: the document of `lineage.document`.
         records: of `lineage.listed`.
     """
-    metrics = {f"{stage}, {name}": value for stage, figures in document["metrics"].items() for name, value in figures.items()}
+    metrics = {
+        f"{stage}, {name}": value for stage, figures in document["metrics"].items() for name, value in figures.items()
+    }
     sections = {
         "Lineage": _diagram(document),
         "Sources": _nonempty(
@@ -39,16 +41,25 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
         "Watched": _nonempty(_watched(document)),
         "Records": _records(document, records) if document["records"] else None,
         "Checks": _nonempty(
-            _checks(document), _mapping_table({str(i + 1): waiver for i, waiver in enumerate(document["waivers"])}, "Waivers")
+            _checks(document),
+            _mapping_table({str(i + 1): waiver for i, waiver in enumerate(document["waivers"])}, "Waivers"),
         ),
         "Parameters": _nonempty(_mapping_table(document["parameters"], "Recorded parameters"), _other_values(document)),
         "Metrics": _nonempty(_mapping_table(metrics, "Metrics")),
-        "Code": {"commit": code_text(document["code"]), "table": Table("Code", ["file", "hash"], list(document["code"]["files"].items()))},
+        "Code": {
+            "commit": code_text(document["code"]),
+            "table": Table("Code", ["file", "hash"], list(document["code"]["files"].items())),
+        },
         "Missing": _nonempty(_missing(document)),
     }
     title = f"Audit of {document['model']['stage']}"
     return render(
-        "lineage.jinja", title, sections, stage=document["model"]["stage"], figures=_key_figures(document), facts=_details(document)
+        "lineage.jinja",
+        title,
+        sections,
+        stage=document["model"]["stage"],
+        figures=_key_figures(document),
+        facts=_details(document),
     )
 
 
@@ -63,14 +74,21 @@ def code_text(code: Mapping[str, Any]) -> str:
     if code["commit"] is None or not code.get("uncommitted"):
         return commit_text(code)
     if code.get("shallow"):
-        return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are in no commit of this shallow clone (`git fetch --unshallow`)"
-    return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after {(code['after'] or 'no commit')[:12]}"
+        return (
+            f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are in no commit of this"
+            " shallow clone (`git fetch --unshallow`)"
+        )
+    return (
+        f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after"
+        f" {(code['after'] or 'no commit')[:12]}"
+    )
 
 
 def versions_text(versions: Iterable[Mapping[str, Any]]) -> str:
     """Registered versions of a model, e.g. "in production: release v3.0.0; registered: release v2.0.0"."""
     return "; ".join(
-        f"{'in ' + ', '.join(one['stages']) if one['stages'] else 'registered'}: {one['artifact']} {one['version']}" for one in versions
+        f"{'in ' + ', '.join(one['stages']) if one['stages'] else 'registered'}: {one['artifact']} {one['version']}"
+        for one in versions
     )
 
 
@@ -81,7 +99,13 @@ def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("sources", number(len(document["sources"])), ""),
         (
             "records",
-            number(records["records"]) if records else "unknown" if document["missing"] or "order_unknown" in document else "0",
+            (
+                number(records["records"])
+                if records
+                else "unknown"
+                if document["missing"] or "order_unknown" in document
+                else "0"
+            ),
             "trained on",
         ),
         ("steps", number(sum(part["steps"] for part in trained)) if trained else "–", "in total"),
@@ -93,7 +117,12 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", code_text(document["code"]))]
     for base in filter(None, (document["base_model"], *document.get("other_base_models", ()))):
         digest = base["sha256"].get("model.safetensors", "")
-        facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}"))
+        facts.append(
+            (
+                "base model",
+                f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}",
+            )
+        )
     facts += [("teacher", teacher_text(one)) for one in document.get("teachers", ())]
     if template := document["chat_template"]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
@@ -102,7 +131,9 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "registered" in document:
         facts.append(("version", versions_text(document["registered"])))
     if document["environment"]:
-        facts.append(("environment", ", ".join(f"{name} {version}" for name, version in document["environment"].items())))
+        facts.append(
+            ("environment", ", ".join(f"{name} {version}" for name, version in document["environment"].items()))
+        )
     for name, others in document.get("other_versions", {}).items():
         facts += [(f"{name} of {', '.join(one['stages'])}", one["value"]) for one in others]
     return [*facts, ("verify with", f"pedigree verify {model['stage']}")]
@@ -112,7 +143,10 @@ def teacher_text(teacher: Mapping[str, Any]) -> str:
     """A teacher in words."""
     weights = {name: digest for name, digest in teacher["sha256"].items() if name.endswith(".safetensors")}
     hashes = ", ".join(f"{name} {digest}" for name, digest in weights.items())
-    return f"{visible(teacher['folder'])}, {visible(teacher['license'])}, learned from by {teacher['training']}, sha256 of {hashes}"
+    return (
+        f"{visible(teacher['folder'])}, {visible(teacher['license'])}, learned from by {teacher['training']}, sha256 of"
+        f" {hashes}"
+    )
 
 
 def _policy(verdict: Mapping[str, Any]) -> str:
@@ -124,7 +158,8 @@ def _policy(verdict: Mapping[str, Any]) -> str:
 
 
 def _diagram(document: Mapping[str, Any]) -> Figure:
-    """Sources at the top, the model at the bottom; each stage is in the row after its last input. Horizontal positions are in percent."""
+    """Sources at the top, the model at the bottom; each stage is in the row
+    after its last input. Horizontal positions are in percent."""
     stages = document["stages"]
     parents = {
         name: [path for path in document["sources"] if name in document["read_by"][path]] + stage["parents"]
@@ -136,7 +171,10 @@ def _diagram(document: Mapping[str, Any]) -> Figure:
     rows = [[name for name in depth if depth[name] == row] for row in range(max(depth.values(), default=-1) + 1)]
     place: dict[str, float] = {}
     for names in rows:
-        preferred = {name: sum(place[p] for p in parents.get(name, [])) / len(parents[name]) if parents.get(name) else 50 for name in names}
+        preferred = {
+            name: sum(place[p] for p in parents.get(name, [])) / len(parents[name]) if parents.get(name) else 50
+            for name in names
+        }
         names.sort(key=preferred.__getitem__)
         place |= {name: 100 * (i + 0.5) / len(names) for i, name in enumerate(names)}
     models = {one["stage"] for one in document["parents"]} | {document["model"]["stage"]}
@@ -158,7 +196,15 @@ def _diagram(document: Mapping[str, Any]) -> Figure:
         else:
             note = f"{document['sources'][name]['rows']} rows, {document['sources'][name]['license']}"
         boxes += [
-            shape("rect", class_=kind, x=f"{place[name] - wide / 2:.2f}%", y=row * ROW, width=f"{wide:.2f}%", height=BOX, rx="6"),
+            shape(
+                "rect",
+                class_=kind,
+                x=f"{place[name] - wide / 2:.2f}%",
+                y=row * ROW,
+                width=f"{wide:.2f}%",
+                height=BOX,
+                rx="6",
+            ),
             shape("text", title, class_="name", x=middle, y=row * ROW + 18, text_anchor="middle"),
             shape("text", cut(note, 40), class_="soft", x=middle, y=row * ROW + 35, text_anchor="middle"),
         ]
@@ -166,7 +212,13 @@ def _diagram(document: Mapping[str, Any]) -> Figure:
     table = Table("Lineage", ["stage", "md5 of its output", "inputs", "output"], cells)
     widest = max(map(len, rows), default=0)
     width = "100%" if widest <= FITTING else f"{widest * LEAST}"
-    picture = Plot(f"Lineage of {cut(document['model']['stage'])}", len(rows) * ROW - ROW + BOX, [*lines, *boxes], "plot lineage", width)
+    picture = Plot(
+        f"Lineage of {cut(document['model']['stage'])}",
+        len(rows) * ROW - ROW + BOX,
+        [*lines, *boxes],
+        "plot lineage",
+        width,
+    )
     return Figure("Lineage", "every stage with the hash of its output; models are in color", picture, table)
 
 
@@ -178,7 +230,14 @@ def _passed(stage: Mapping[str, Any]) -> str:
 def _sources(document: Mapping[str, Any]) -> Table:
     columns = ["source", "rows", "format", "license", "origin", "sha256"]
     rows = [
-        (path, one["rows"], one["format"], one["license"], one.get("origin", one.get("revision", "")), one.get("sha256", "unknown"))
+        (
+            path,
+            one["rows"],
+            one["format"],
+            one["license"],
+            one.get("origin", one.get("revision", "")),
+            one.get("sha256", "unknown"),
+        )
         for path, one in document["sources"].items()
     ]
     return _table("Sources", columns, rows)
@@ -198,7 +257,8 @@ def _watched(document: Mapping[str, Any]) -> Table:
     rows = [(name, f"md5 {stage['md5']}") for name, stage in watched["stages"].items()]
     rows += [(name, f"sha256 {source.get('sha256', 'unknown')}") for name, source in watched["sources"].items()]
     rows += [
-        (path, f"sha256 {file['sha256']}" if "sha256" in file else f"md5 {file['md5']}") for path, file in watched["other_files"].items()
+        (path, f"sha256 {file['sha256']}" if "sha256" in file else f"md5 {file['md5']}")
+        for path, file in watched["other_files"].items()
     ]
     return _table("Compared or only watched", ["stage, source or file", "hash"], rows)
 
@@ -224,10 +284,14 @@ def _records(document: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
     columns = ["model", "records", "uses", "steps", "epochs"]
     parts = [(model, *part.values()) for model, part in document["records"]["learnt_by"].items()]
     rows = [
-        (one["example_id"], f"{one['source'] or 'unknown'}:{'' if one['source_row'] is None else one['source_row']}", one["model"],
-         ", ".join(f"{step} ({epoch})" for step, epoch in zip(one["steps"], one["epochs"], strict=True)))
+        (
+            one["example_id"],
+            f"{one['source'] or 'unknown'}:{'' if one['source_row'] is None else one['source_row']}",
+            one["model"],
+            ", ".join(f"{step} ({epoch})" for step, epoch in zip(one["steps"], one["epochs"], strict=True)),
+        )
         for one in records[:LISTED]
-    ]  # fmt: skip
+    ]
     return {
         "models": _nonempty(_table("Models trained on the records", columns, parts)),
         "listed": Table("Records", ["record", "source row", "model", "steps (epochs)"], rows),
@@ -237,16 +301,25 @@ def _records(document: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
 
 def _checks(document: Mapping[str, Any]) -> Table:
     rows = [
-        (f"{stage}, {name}", "passed" if one["passed"] else f"failed ({one['severity']})", one["count"], one.get("dropped", 0),
-         one.get("waived", 0), one.get("note", ""))
+        (
+            f"{stage}, {name}",
+            "passed" if one["passed"] else f"failed ({one['severity']})",
+            one["count"],
+            one.get("dropped", 0),
+            one.get("waived", 0),
+            one.get("note", ""),
+        )
         for stage, facts in document["stages"].items()
         for name, one in facts.get("checks", {}).items()
-    ]  # fmt: skip
+    ]
     return _table("Checks", ["check", "result", "rows", "dropped", "waived", "note"], rows)
 
 
 def _mapping_table(values: Mapping[str, Any], caption: str) -> Table:
-    rows = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in values.items()]
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in values.items()
+    ]
     return _table(caption, ["name", "value"], rows)
 
 

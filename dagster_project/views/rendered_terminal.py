@@ -14,7 +14,8 @@ def rendered_text(rows: Sequence[Mapping[str, Any]], color: bool = False) -> str
     """Rows as the chat template renders them.
 
     Args:
-        color: highlight with ANSI colors; otherwise trained spans are in ⟦ ⟧, and such brackets in the data are written as escapes.
+        color: highlight with ANSI colors; otherwise trained spans are in ⟦ ⟧,
+            and such brackets in the data are written as escapes.
     """
     how = "highlighted" if color else "in ⟦ ⟧"
     lines = [f"as rendered by {visible(rows[0]['template'])}; what is trained on is {how}"] if rows else []
@@ -30,12 +31,25 @@ def _parts(row: Mapping[str, Any], color: bool) -> list[tuple[str, str]]:
     dropped = [f"would be dropped: {row['outcome'].removeprefix('dropped:')}"] if row["outcome"] != "kept" else []
     if "problem" in row:
         reason = visible(row["problem"])
-        return [("  ".join([place, *dropped]), f"{RED}cannot be rendered: {reason}{PLAIN}" if color else f"cannot be rendered: {reason}")]
+        return [
+            (
+                "  ".join([place, *dropped]),
+                f"{RED}cannot be rendered: {reason}{PLAIN}" if color else f"cannot be rendered: {reason}",
+            )
+        ]
     parts = []
     for i, example in enumerate(row["examples"], 1):
-        which = [example["side"]] if "side" in example else [f"example {i} of {len(row['examples'])}"] if len(row["examples"]) > 1 else []
+        which = (
+            [example["side"]]
+            if "side" in example
+            else [f"example {i} of {len(row['examples'])}"]
+            if len(row["examples"]) > 1
+            else []
+        )
         counted = "tokens" in example
-        tokens = [f"{many(example['tokens'], 'token')}, {number(example['trained_tokens'])} in the loss"] if counted else []
+        tokens = (
+            [f"{many(example['tokens'], 'token')}, {number(example['trained_tokens'])} in the loss"] if counted else []
+        )
         parts.append(("  ".join([place, *which, *tokens, *dropped]), _marked_text(example["pieces"], color)))
     return parts
 
@@ -45,7 +59,9 @@ def _marked_text(pieces: Sequence[Mapping[str, Any]], color: bool) -> str:
     for piece in pieces:
         shown = visible(piece["text"])
         if color:  # line by line, because a background over a line break fills the line
-            text += "\n".join(f"{HIGHLIGHT}{line}{PLAIN}" if line and piece["trained"] else line for line in shown.split("\n"))
+            text += "\n".join(
+                f"{HIGHLIGHT}{line}{PLAIN}" if line and piece["trained"] else line for line in shown.split("\n")
+            )
         else:
             shown = shown.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")
             text += f"⟦{shown}⟧" if piece["trained"] else shown

@@ -1,4 +1,5 @@
-"""The document of `pedigree why --suspects` -> one page: records whose gradients do not fit those of the others, for people to look at."""
+"""The document of `pedigree why --suspects` -> one page: records whose
+gradients do not fit those of the others, for people to look at."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ def suspects_page(document: Mapping[str, Any]) -> str:
     ]
     sections = {"Suspects": [suspect_row(one) for one in document["suspects"]], "Notes": document["notes"]}
     return render(
-        "suspects.jinja", f"Records of {model['stage']} to look at", sections, stage=model["stage"], md5=model["md5"], figures=figures
+        "suspects.jinja",
+        f"Records of {model['stage']} to look at",
+        sections,
+        stage=model["stage"],
+        md5=model["md5"],
+        figures=figures,
     )
 
 
@@ -37,7 +43,11 @@ def suspect_row(one: Mapping[str, Any]) -> dict[str, Any]:
             f"score {one['score']:.5f}",
             f"opposition {opposed['value']:.4g}, rank {opposed['rank']}",
             f"length {length['value']:.4g}, rank {length['rank']}",
-            *([f"harm to validation answers {one['harm']['value']:.4g}, rank {one['harm']['rank']}"] if "harm" in one else []),
+            *(
+                [f"harm to validation answers {one['harm']['value']:.4g}, rank {one['harm']['rank']}"]
+                if "harm" in one
+                else []
+            ),
             one["example_id"][:8],
         ],
         "group": f"cosine {group['cosine']:+.3f} with {many(group['records'] - 1, 'other')}: {group['name']}",

@@ -45,10 +45,12 @@ class TrainedExample:
 
 
 def trained_examples(root: Path, document: Mapping[str, Any]) -> list[TrainedExample]:
-    """Some of the examples in the audit of labels: one with calls, one with reasoning, one with weights, and the first ones.
+    """Some of the examples in the audit of labels: one with calls, one with
+    reasoning, one with weights, and the first ones.
 
-    The audit names them. Tokens and weights are those of data/tokenized, turns those of data/splits, texts by the tokenizer of data/base_model.
-    Where one of these is missing or another version, the page says so. Audits of earlier versions have texts, with trained spans in ⟦ ⟧.
+    The audit names them. Tokens and weights are those of data/tokenized, turns those of data/splits, texts by the
+    tokenizer of data/base_model. Where one of these is missing or another version, the page says so. Audits of earlier
+    versions have texts, with trained spans in ⟦ ⟧.
     """
     audit = document["examples"]
     records = _records(root / "data" / "splits", audit)
@@ -70,14 +72,17 @@ def pieces(tokenizer: Tokenizer | None, example: Mapping[str, Any], weights: Seq
     """Runs of tokens of equal weight.
 
     Args:
-        example: `input_ids` and `labels` (tokens,) unless they were not found; `text` in an audit of an earlier version.
+        example: `input_ids` and `labels` (tokens,) unless they were not found;
+            `text` in an audit of an earlier version.
         weights: (tokens,), as in data/tokenized; None: unknown, every token in the loss counts the same.
     """
     if tokenizer is not None and "input_ids" in example:
         relative = _relative(example["labels"], weights)
         runs = [(weight, len(list(run))) for weight, run in groupby(relative)]
         texts = _texts(tokenizer, example["input_ids"], [length for _, length in runs])
-        by_this = "text" not in example or _marked_text(tokenizer, example["input_ids"], example["labels"]) == example["text"]
+        by_this = (
+            "text" not in example or _marked_text(tokenizer, example["input_ids"], example["labels"]) == example["text"]
+        )
         if by_this:  # else it is another tokenizer
             return [Piece(text, weight) for text, (weight, _) in zip(texts, runs, strict=True) if text]
     if "text" not in example:
@@ -97,13 +102,16 @@ def legend(examples: Iterable[TrainedExample]) -> dict[float, tuple[str, str]]:
 def _relative(labels: Sequence[int], weights: Sequence[float] | None) -> list[float | None]:
     """Weight of each token relative to the most frequent one above 0; None where the label is ignored."""
     given = weights or [float(label != IGNORE) for label in labels]
-    counts = Counter(round(weight, 9) for weight, label in zip(given, labels, strict=True) if label != IGNORE and weight > 0)
+    counts = Counter(
+        round(weight, 9) for weight, label in zip(given, labels, strict=True) if label != IGNORE and weight > 0
+    )
     base = counts.most_common(1)[0][0] if counts else 1.0
     return [None if label == IGNORE else round(weight / base, 2) for weight, label in zip(given, labels, strict=True)]
 
 
 def _texts(tokenizer: Tokenizer, ids: Sequence[int], lengths: Sequence[int]) -> list[str]:
-    """Text of consecutive runs of tokens. Beginnings of the whole are decoded, because some tokenizers drop a run's first space."""
+    """Text of consecutive runs of tokens. Beginnings of the whole are decoded,
+    because some tokenizers drop a run's first space."""
     texts, stop, before = [], 0, ""
     for i, length in enumerate(lengths):
         stop += length
@@ -117,7 +125,10 @@ def _texts(tokenizer: Tokenizer, ids: Sequence[int], lengths: Sequence[int]) -> 
 
 def _marked_text(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int]) -> str:
     """The text as in the audit of labels: trained spans, each decoded by itself, in ⟦ ⟧."""
-    runs = [(trained, [token for token, _ in run]) for trained, run in groupby(zip(ids, labels, strict=True), lambda one: one[1] != IGNORE)]
+    runs = [
+        (trained, [token for token, _ in run])
+        for trained, run in groupby(zip(ids, labels, strict=True), lambda one: one[1] != IGNORE)
+    ]
     texts = tokenizer.decode_batch([run for _, run in runs], skip_special_tokens=False)
     return "".join(f"⟦{text}⟧" if trained else text for text, (trained, _) in zip(texts, runs, strict=True))
 
@@ -149,11 +160,16 @@ def _token_counts(example: Mapping[str, Any], weights: Sequence[float] | None) -
 
 
 def _chosen(audit: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last example of the first row with calls, of that with reasoning, of that with weights and of further rows, up to SHOWN, in order."""
+    """The last example of the first row with calls, of that with reasoning, of
+    that with weights and of further rows, up to SHOWN, in order."""
     last = {one.get("example_id", i): i for i, one in enumerate(audit)}
     rows = []
     for field in ("tool_calls", "reasoning_content", "weight"):
-        rows += [i for name, i in last.items() if any(field in message for message in records.get(name, {}).get("messages", ()))][:1]
+        rows += [
+            i
+            for name, i in last.items()
+            if any(field in message for message in records.get(name, {}).get("messages", ()))
+        ][:1]
     return [audit[i] for i in sorted(list(dict.fromkeys([*rows, *last.values(), *range(len(audit))]))[:SHOWN])]
 
 
@@ -170,13 +186,18 @@ def _records(splits: Path, audit: Sequence[Mapping[str, Any]]) -> dict[str, dict
     return found
 
 
-def _with_tokens(tokenized: Path, examples: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[list[float] | None]]:
-    """The examples with their `input_ids` and `labels`, and the weight of each token, (tokens,); None for an example that is not in data/tokenized."""
+def _with_tokens(
+    tokenized: Path, examples: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[list[float] | None]]:
+    """The examples with their `input_ids` and `labels`, and the weight of each
+    token, (tokens,); None for an example that is not in data/tokenized."""
     complete = [*examples]
     found: list[list[float] | None] = [None] * len(examples)
     for split in {one["split"] for one in examples if "sha256" in one or "input_ids" in one}:
         wanted = {i: one for i, one in enumerate(examples) if one.get("split") == split}
-        for identity, ids, labels, weights in _packed(tokenized / f"{split}.parquet", {one["example_id"] for one in wanted.values()}):
+        for identity, ids, labels, weights in _packed(
+            tokenized / f"{split}.parquet", {one["example_id"] for one in wanted.values()}
+        ):
             for i, one in wanted.items():
                 if one["example_id"] != identity:
                     continue
@@ -186,7 +207,8 @@ def _with_tokens(tokenized: Path, examples: Sequence[Mapping[str, Any]]) -> tupl
 
 
 def _packed(path: Path, wanted: set[str]) -> Iterable[tuple[str, list[int], list[int], list[float]]]:
-    """(example_id, input_ids, labels, weights) of each wanted example in a split of packed rows. Reads a few rows at a time."""
+    """(example_id, input_ids, labels, weights) of each wanted example in a
+    split of packed rows. Reads a few rows at a time."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

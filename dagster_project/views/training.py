@@ -19,7 +19,8 @@ PLOT_HEIGHT = 170
 
 
 def draw_training(documents: Documents) -> None:
-    """Write data/pages/adapter/<variant>/training.html: curves, memory, trained weights, tokens in the loss, settings. An adapter that is merged of others has none."""
+    """Write data/pages/adapter/<variant>/training.html: curves, memory, trained weights, tokens in the loss, settings.
+    An adapter that is merged of others has none."""
     training, run = documents.read(documents.out / "training.json"), documents.read(documents.pages / "run.json")
     history = documents.read(documents.pages / "history.json")
     if training is None or run is None or history is None or "merge_of" in training:
@@ -55,25 +56,40 @@ def training_page(
         "Settings": _settings(training),
     }
     how = f"{training['settings']['method']}, {training['dtype']} on {training['device']}"
-    return render("training.jinja", f"Training of {variant}", sections, variant=variant, how=how, figures=_key_figures(training, measured))
+    return render(
+        "training.jinja",
+        f"Training of {variant}",
+        sections,
+        variant=variant,
+        how=how,
+        figures=_key_figures(training, measured),
+    )
 
 
 def _key_figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Of a training command some are unknown."""
     loss, validation = training.get("loss"), training["validation"]
     losses = [("loss", loss["first"], loss["last"])] if loss else []
-    losses += [("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"])] if validation else []
+    losses += (
+        [("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"])] if validation else []
+    )
     return [
         (
             "steps",
             number(training["steps"]) if "steps" in training else "unknown",
             f"of {number(training['planned_steps'])}" if "planned_steps" in training else "",
         ),
-        ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss")
-        if "tokens" in training
-        else ("tokens", "unknown", ""),
+        (
+            ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss")
+            if "tokens" in training
+            else ("tokens", "unknown", "")
+        ),
         *((name, f"{last:.3f}", f"from {first:.3f}") for name, first, last in losses),
-        ("speed", number(round(measured["tokens_per_second"])), "tokens/s") if "tokens_per_second" in measured else ("speed", "–", ""),
+        (
+            ("speed", number(round(measured["tokens_per_second"])), "tokens/s")
+            if "tokens_per_second" in measured
+            else ("speed", "–", "")
+        ),
         ("memory", f"{measured['peak_memory_bytes'] / 1e6:,.0f}", "MB at the peak"),
     ]
 
@@ -82,7 +98,8 @@ SMOOTHED = "smoothed_loss"
 SMOOTHING = 0.9
 """Decay of the exponential moving average of the loss: it covers about the last ten steps."""
 RISE = 0.01
-"""Relative rise of the validation loss above its minimum that counts as a rise: smaller ones are noise of a small validation split."""
+"""Relative rise of the validation loss above its minimum that counts as a rise:
+smaller ones are noise of a small validation split."""
 NAMES = {
     "loss": "training loss of a step",
     SMOOTHED: "training loss, smoothed",
@@ -125,7 +142,8 @@ def smoothed(curve: Sequence[Point]) -> list[Point]:
 
 
 def overfitting_since(curve: Sequence[Point]) -> int | None:
-    """Step of the lowest validation loss, if the loss then rose by more than RISE while the smoothed training loss fell; else None."""
+    """Step of the lowest validation loss, if the loss then rose by more than
+    RISE while the smoothed training loss fell; else None."""
     validation = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
     if not validation:
         return None
@@ -153,7 +171,8 @@ def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
     last = validation[-1][1]
     if (since := overfitting_since(curve)) is not None:
         return (
-            f"Overfitting since step {since:,}: the validation loss rose from {lowest:.3f} to {last:.3f} while the training loss kept falling. "
+            f"Overfitting since step {since:,}: the validation loss rose from {lowest:.3f} to {last:.3f} while the"
+            " training loss kept falling. "
             + (
                 "Train fewer epochs, or keep the best weights (load_best_model_at_end: true)."
                 if kept is None
@@ -168,12 +187,19 @@ def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
         flat = len(validation) > 2 and validation[-2][1] - last <= RISE * abs(lowest)
         trend = "it has converged" if flat else "it was still falling at the end: more steps may help"
         return f"No overfitting: the validation loss fell from {validation[0][1]:.3f} to {last:.3f}, and {trend}."
-    return f"Unstable: the validation loss was lowest at step {best:,} ({lowest:.3f}) and ended at {last:.3f}, and the training loss rose with it."
+    return (
+        f"Unstable: the validation loss was lowest at step {best:,} ({lowest:.3f}) and ended at {last:.3f}, and the"
+        " training loss rose with it."
+    )
 
 
 def _curves(curve: Sequence[Point], kept: int | None) -> dict[str, Any]:
     plots = (
-        ("Loss", "of each step, smoothed over about ten steps, and of the validation split", ("loss", SMOOTHED, "validation_loss")),
+        (
+            "Loss",
+            "of each step, smoothed over about ten steps, and of the validation split",
+            ("loss", SMOOTHED, "validation_loss"),
+        ),
         ("Learning rate", "as scheduled", ("learning_rate",)),
         ("Gradient norm", "before clipping", ("grad_norm",)),
         ("Speed", "tokens per second over the last twenty steps, on this machine", ("tokens_per_second",)),
@@ -215,12 +241,23 @@ def curve_figure(title: str, note: str, curve: Sequence[Point], names: Sequence[
     def y(value: float) -> float:
         return 8 + PLOT_HEIGHT * (high - value) / (high - low)
 
-    words = "; ".join(f"{NAMES.get(name, name)} from {points[0][name]:.4g} to {points[-1][name]:.4g}" for name, points in lines.items())
-    rows = [(point["step"], NAMES.get(name, name), f"{point[name]:.4g}") for name, points in lines.items() for point in thinned(points, 20)]
+    words = "; ".join(
+        f"{NAMES.get(name, name)} from {points[0][name]:.4g} to {points[-1][name]:.4g}"
+        for name, points in lines.items()
+    )
+    rows = [
+        (point["step"], NAMES.get(name, name), f"{point[name]:.4g}")
+        for name, points in lines.items()
+        for point in thinned(points, 20)
+    ]
     return Figure(
         title,
         note + (f"; {many(missing, 'value')} not finite, not drawn" if missing else ""),
-        Plot(f"{title} over {last:,} steps: {words}", PLOT_HEIGHT + 32, [*_grid(low, high, last, y), *_lines(lines, last, y)]),
+        Plot(
+            f"{title} over {last:,} steps: {words}",
+            PLOT_HEIGHT + 32,
+            [*_grid(low, high, last, y), *_lines(lines, last, y)],
+        ),
         Table(title, ["step", "", "value"], rows),
         legend=[(_kind(name, lines), NAMES.get(name, name)) for name in lines] if len(lines) > 1 else [],
     )
@@ -264,7 +301,10 @@ def _lines(lines: Mapping[str, Sequence[Point]], last: float, y: Callable[[float
         points = " ".join(f"{x:.2f},{at:.1f}" for x, at in places)
         drawn.append(shape("polyline", words, class_=f"line {kind}", points=points))
         if len(places) <= MARKED_POINTS:
-            marks += [shape("circle", class_=f"dot {kind}", cx=f"{12 + 0.88 * x:.2f}%", cy=f"{at:.1f}", r="2.5") for x, at in places]
+            marks += [
+                shape("circle", class_=f"dot {kind}", cx=f"{12 + 0.88 * x:.2f}%", cy=f"{at:.1f}", r="2.5")
+                for x, at in places
+            ]
     box = {"viewBox": f"0 0 100 {PLOT_HEIGHT + 16}", "preserveAspectRatio": "none"}
     return [shape("svg", *drawn, x="12%", width="88%", height=PLOT_HEIGHT + 16, **box), *marks]
 
@@ -296,7 +336,11 @@ def _memory(predicted: Mapping[str, int] | None, peak: int, kind_of_memory: str)
             shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
             shape("rect", class_=kind, x="0", y=y + 21, width=f"{100 * size / most:.3f}%", height="7", rx="2"),
         ]
-    note = f"{100 * (total / peak - 1):+.1f} % compared with the measurement" if predicted else "not predictable for this method"
+    note = (
+        f"{100 * (total / peak - 1):+.1f} % compared with the measurement"
+        if predicted
+        else "not predictable for this method"
+    )
     table = Table("Memory", ["", "bytes"], [(name, number(size)) for name, size in bars])
     plot = Plot(f"Memory: {peak / 1e6:,.0f} MB measured; {note}", 36 * len(bars), body)
     return Figure("Peak memory", f"predicted by part, {kind_of_memory}; {note}", plot, table)
@@ -305,15 +349,24 @@ def _memory(predicted: Mapping[str, int] | None, peak: int, kind_of_memory: str)
 def _weights(training: Mapping[str, Any]) -> dict[str, Any]:
     frozen = training["frozen"]
     state = "unchanged" if frozen["sha256_before"] == frozen["sha256_after"] else "changed, which is an error"
-    rows = [(kind, group["tensors"], group["moved"], number(group["norm_of_change"])) for kind, group in training["trained"].items()]
-    rows += [(kind, tensors, "unknown: random start", "") for kind, tensors in training.get("start_unknown", {}).items()]
+    rows = [
+        (kind, group["tensors"], group["moved"], number(group["norm_of_change"]))
+        for kind, group in training["trained"].items()
+    ]
+    rows += [
+        (kind, tensors, "unknown: random start", "") for kind, tensors in training.get("start_unknown", {}).items()
+    ]
     table = Table("Trained weights", ["weights", "tensors", "changed", "norm of change"], rows, folded=False)
     return {"table": table, "frozen": f"{many(frozen['tensors'], 'frozen tensor')}: {state}."}
 
 
 def _settings(training: Mapping[str, Any]) -> Table:
     command = {name: training[name] for name in ("command", "files", "order") if name in training}
-    settings = {**command, **training["settings"], **{name: training[name] for name in ("seed", "threads", "dtype", "device")}}
+    settings = {
+        **command,
+        **training["settings"],
+        **{name: training[name] for name in ("seed", "threads", "dtype", "device")},
+    }
     settings |= {f"version of {name}": value for name, value in training["versions"].items()}
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
     return Table("Resolved settings", ["name", "value"], rows, folded=False)

@@ -1,4 +1,5 @@
-"""The document of `pedigree why` -> one page: the question with the asked part marked, the records, the distribution of scores, and the check by training again."""
+"""The document of `pedigree why` -> one page: the question with the asked part marked, the records, the distribution of
+scores, and the check by training again."""
 
 from __future__ import annotations
 
@@ -33,14 +34,22 @@ def why_page(document: Mapping[str, Any]) -> str:
         (
             "distance",
             f"{spread['z_of_first']:.1f}",
-            f"robust standard deviations above the median; the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}",
+            (
+                f"robust standard deviations above the median; the {'tenth' if document['records'] >= 10 else 'last'}"
+                f" record {spread['z_of_tenth']:.1f}"
+            ),
         ),
     ]
     if compared := spread["compared"]:
-        figures[-1] = ("p-value", f"{compared['p']:.3f}", f"by {number(compared['questions'])} questions of the validation split")
+        figures[-1] = (
+            "p-value",
+            f"{compared['p']:.3f}",
+            f"by {number(compared['questions'])} questions of the validation split",
+        )
     return render(
         "why.jinja", f"Why did {document['model']['stage']} say that?", sections, stage=document["model"]["stage"],
-        md5=document["model"]["md5"], asked=asked, figures=figures, stands_out=spread["stands_out"], compared=spread["compared"],
+        md5=document["model"]["md5"], asked=asked, figures=figures, stands_out=spread["stands_out"],
+        compared=spread["compared"],
     )  # fmt: skip
 
 
@@ -101,14 +110,24 @@ def _distribution(spread: Mapping[str, Any], records: int) -> Figure:
         x = 100 * (value - low) / ((high - low) or 1)
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
-    note = "similarity of the gradient of each record to that of the question; directions that many records share count little; below 0: opposed"
-    plot = Plot(f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}", HEIGHT + 22, shapes)
+    note = (
+        "similarity of the gradient of each record to that of the question; directions that many records share count"
+        " little; below 0: opposed"
+    )
+    plot = Plot(
+        f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}",
+        HEIGHT + 22,
+        shapes,
+    )
     return Figure("Gradient scores of all records", note, plot, Table("Scores", ["score", "records"], rows))
 
 
 def _proof_figure(proof: Mapping[str, Any]) -> Figure:
     """The change without the first records beside those without random ones."""
-    changes = [("first records", proof["change"]), *((f"random {i + 1}", change) for i, change in enumerate(proof["draws"]))]
+    changes = [
+        ("first records", proof["change"]),
+        *((f"random {i + 1}", change) for i, change in enumerate(proof["draws"])),
+    ]
     values = [0.0, *(change for _, change in changes)]
     low, high = min(values), max(values)
 
@@ -122,12 +141,17 @@ def _proof_figure(proof: Mapping[str, Any]) -> Figure:
         shapes += [
             shape("text", name, class_="tick name", x="0", y=f"{y + 4:g}"),
             shape("line", class_="grid", x1="18%", x2="96%", y1=f"{y:g}", y2=f"{y:g}"),
-            shape("circle", shape("title", f"{name}: {change:+.2f} nats"), class_=kind, cx=x(change), cy=f"{y:g}", r="5"),
+            shape(
+                "circle", shape("title", f"{name}: {change:+.2f} nats"), class_=kind, cx=x(change), cy=f"{y:g}", r="5"
+            ),
         ]
     for value in {low, 0.0, high}:
         shapes.append(shape("text", brief(value), class_="tick", x=x(value), y=tall + 14, text_anchor="middle"))
     bounds = f"95 % interval {proof['interval'][0]:.2f} to {proof['interval'][1]:.2f}"
-    note = f"nats by which the asked tokens became less likely without {many(proof['left_out'], 'record')}; difference {proof['difference']:.2f}, {bounds}"
+    note = (
+        f"nats by which the asked tokens became less likely without {many(proof['left_out'], 'record')}; difference"
+        f" {proof['difference']:.2f}, {bounds}"
+    )
     rows = [(name, f"{change:+.3f}") for name, change in changes]
     return Figure(
         "Trained again without the first records, and without random ones",

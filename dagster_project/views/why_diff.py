@@ -1,4 +1,5 @@
-"""The document of `pedigree why --diff` -> one page: each answer that changed, beside the records of the difference that are most like it."""
+"""The document of `pedigree why --diff` -> one page: each answer that changed,
+beside the records of the difference that are most like it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ def why_diff_page(document: Mapping[str, Any]) -> str:
         "Notes": [*(f"Also different, and not explained by records: {line}" for line in others), *document["notes"]],
     }
     before, after = ({"stage": one["stage"], "md5": one["md5"][:12]} for one in document["models"])
-    return render("why_diff.jinja", "Answers that changed, and records like them", sections, before=before, after=after, figures=figures)
+    return render(
+        "why_diff.jinja",
+        "Answers that changed, and records like them",
+        sections,
+        before=before,
+        after=after,
+        figures=figures,
+    )
 
 
 def _answer(one: Mapping[str, Any]) -> dict[str, Any]:

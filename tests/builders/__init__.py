@@ -1,1 +1,2 @@
-"""Sample rows, files, projects and trainings that several test modules use. A test module imports from here or from conftest only."""
+"""Sample rows, files, projects and trainings that several test modules use. A
+test module imports from here or from conftest only."""

@@ -1,4 +1,5 @@
-"""LoRA adapters for the tiny model with random weights, as trainings would leave them, and the changes of weights that they make, by hand."""
+"""LoRA adapters for the tiny model with random weights, as trainings would
+leave them, and the changes of weights that they make, by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 
-def make_adapter(model: Path, folder: Path, seed: int, method: str = "lora", quantization: str = "none", **keys: Any) -> Path:
+def make_adapter(
+    model: Path, folder: Path, seed: int, method: str = "lora", quantization: str = "none", **keys: Any
+) -> Path:
     """The output of a training: an adapter with random A and B, and its records."""
     import torch
     from peft import get_peft_model
@@ -28,7 +31,9 @@ def make_adapter(model: Path, folder: Path, seed: int, method: str = "lora", qua
             torch.nn.init.normal_(parameter, std=0.1)
     save_adapter(tuned, folder, base_model="data/base_model")
     AdapterInfo(method=method, quantization=quantization).write(folder)  # type: ignore[arg-type]
-    (folder / "training.json").write_text(json.dumps({"steps": 10 + seed, "tokens": 1000 + seed, "trained_tokens": 100 + seed}))
+    (folder / "training.json").write_text(
+        json.dumps({"steps": 10 + seed, "tokens": 1000 + seed, "trained_tokens": 100 + seed})
+    )
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
@@ -59,7 +64,10 @@ def factors(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def scale(folder: Path, module: str) -> float:
     config = json.loads((folder / "adapter_config.json").read_text())
-    alpha = next((value for name, value in config["alpha_pattern"].items() if re.search(rf"{name}$", module)), config["lora_alpha"])
+    alpha = next(
+        (value for name, value in config["alpha_pattern"].items() if re.search(rf"{name}$", module)),
+        config["lora_alpha"],
+    )
     return float(alpha / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]))
 
 

@@ -25,7 +25,8 @@ def reward_model(ctx: StageContext) -> Report:
 
     values = stage.Params(**ctx.values["reward_model"])
     return stage.produce(
-        values, Compute(threads=1, dtype="float32"), ctx.root / "data/preferences", ctx.root / "data/base_model", ctx.out, ctx.plot("reward"),
+        values, Compute(threads=1, dtype="float32"), ctx.root / "data/preferences", ctx.root / "data/base_model",
+        ctx.out, ctx.plot("reward"),
         ctx.plot("calibration"), ctx.checkpoints,
     )  # fmt: skip
 
@@ -36,16 +37,20 @@ def aligned(ctx: StageContext) -> Report:
 
     values = stage.Params(**ctx.values["variants"][ctx.variant])
     return stage.produce(
-        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/preferences", None, ctx.root / "data/merged/lora",
+        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/preferences", None,
+        ctx.root / "data/merged/lora",
         ctx.out, ctx.plot("aligned"), ctx.checkpoints, ctx.live, ctx.pages, None, None,
     )  # fmt: skip
 
 
-PIPELINE = Pipeline({"reward_model": reward_model, "aligned": aligned}, {"aligned": "variants"}, lambda stage: {}, params.read)
+PIPELINE = Pipeline(
+    {"reward_model": reward_model, "aligned": aligned}, {"aligned": "variants"}, lambda stage: {}, params.read
+)
 
 
 def make_project(root: Path, model: Path, preferences: Path, variants: dict[str, Any]) -> Path:
-    """A project of this pipeline in which nothing has run, with pairs and a model under DVC, which is the base model and the merged one.
+    """A project of this pipeline in which nothing has run, with pairs and a
+    model under DVC, which is the base model and the merged one.
 
     Args:
         preferences: folder of the splits.
@@ -82,7 +87,9 @@ def make_project(root: Path, model: Path, preferences: Path, variants: dict[str,
         },
     }
     (root / "dvc.yaml").write_text(json.dumps({"stages": stages}))
-    (root / ".gitignore").write_text("__pycache__\n/data/live\n/data/pages\n/data/aligned\n/data/reward_model\n/data/plots\n")
+    (root / ".gitignore").write_text(
+        "__pycache__\n/data/live\n/data/pages\n/data/aligned\n/data/reward_model\n/data/plots\n"
+    )
     return commit_project(root, "data/preferences", "data/base_model", "data/merged/lora")
 
 

@@ -1,5 +1,5 @@
-"""A small real history: each commit has other training records, and a tiny model that was trained on them and answers by heart. All outputs are in
-DVC's cache alone.
+"""A small real history: each commit has other training records, and a tiny model that was trained on them and answers
+by heart. All outputs are in DVC's cache alone.
 
 splits -> tokenized -> adapter@lora -> merged@lora -> evaluation@lora, and base_model
 """
@@ -83,13 +83,22 @@ class AnswerHistory(Project):
         lock = {"base_model": entry("base_model", {}, self.base)}
         lock |= self._splits(rows, source, work)
         (work / "tokenized").mkdir()
-        tokenized.produce(self.root, tokenized.Params(max_length=64), 0, work / "splits", self.model, work / "tokenized")
+        tokenized.produce(
+            self.root, tokenized.Params(max_length=64), 0, work / "splits", self.model, work / "tokenized"
+        )
         data, base = lock["splits"]["outs"][0]["md5"], {"data/base_model": self.base}
         lock["tokenized"] = entry("tokenized", {"data/splits": data, **base}, self.put_folder(work / "tokenized"))
         out = work / "adapter"
         out.mkdir()
         adapter.produce(
-            "lora", adapter.Params(**TRAINING), COMPUTE, work / "tokenized", self.model, out, work / "loss.csv", work / "checkpoints"
+            "lora",
+            adapter.Params(**TRAINING),
+            COMPUTE,
+            work / "tokenized",
+            self.model,
+            out,
+            work / "loss.csv",
+            work / "checkpoints",
         )
         own = lock["tokenized"]["outs"][0]["md5"]
         lock["adapter@lora"] = entry("adapter@lora", {"data/tokenized": own, **base}, self.put_folder(out))
@@ -118,7 +127,10 @@ class AnswerHistory(Project):
                 if row.split == split
             ]
             files[f"{split}/records-00000.parquet"] = table(records, schema)
-        lines = [{"source": source, "source_row": row.number, "example_id": row.id, "outcome": row.split, "why": ""} for row in rows]
+        lines = [
+            {"source": source, "source_row": row.number, "example_id": row.id, "outcome": row.split, "why": ""}
+            for row in rows
+        ]
         files["ledger.parquet"] = table(lines, ledger_schema())
         for name, content in files.items():
             (work / "splits" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +148,15 @@ class AnswerHistory(Project):
         model = EvaluatedModel(work / "adapter", COMPUTE, Settings(**EVALUATION), self.model)
         logging.getLogger("pedigree").setLevel(logging.WARNING)
         answers = model.answer([record["messages"][:-1] for record in test], "lora") if test else []
-        empty = {"turn": None, "reasoning": None, "tool_calls": None, "label": None, "prompt_tokens": 1, "nll": None, "tokens": None}
+        empty = {
+            "turn": None,
+            "reasoning": None,
+            "tool_calls": None,
+            "label": None,
+            "prompt_tokens": 1,
+            "nll": None,
+            "tokens": None,
+        }
         rows = [
             {"system": "lora", "example_id": record["example_id"], "answer": answer.content, **empty}
             for record, answer in zip(test, answers, strict=True)

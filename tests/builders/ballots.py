@@ -16,11 +16,19 @@ ANSWERS = 24
 def record(i: int) -> dict[str, Any]:
     messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Reference {i}."}]
     category = ["login", "billing", None][i % 3]
-    return {"example_id": example_id(messages), "source": "a", "messages": messages, "category": category, "group_id": None, "meta": "{}"}
+    return {
+        "example_id": example_id(messages),
+        "source": "a",
+        "messages": messages,
+        "category": category,
+        "group_id": None,
+        "meta": "{}",
+    }
 
 
 def make_answered_project(folder: Path) -> None:
-    """Test examples that three systems answered: a variant, and two baselines. Every fourth answer of `lora` and `few_shot` is the same."""
+    """Test examples that three systems answered: a variant, and two baselines.
+    Every fourth answer of `lora` and `few_shot` is the same."""
     (folder / "dvc.yaml").touch()
     (folder / "params.yaml").write_text("compute: {seed: 7}\nadapter: {lora: {}, twin: {}}\n")
     records = [record(i) for i in range(ANSWERS)]
@@ -32,7 +40,9 @@ def make_answered_project(folder: Path) -> None:
     }
     rows = {name: result_rows(name, records, None, [Answer(text) for text in said]) for name, said in answers.items()}
     base = result_rows("base", records, None, likelihoods=[(1.0, 1)] * ANSWERS)
-    write_table(folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
+    write_table(
+        folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema()
+    )
     write_table(folder / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())
     against = {"few_shot": {"macro_f1": {"difference": 0.5}}, "tfidf_logistic": {"macro_f1": {"difference": 0.1}}}
     write_json(folder / "data/comparison/comparison.json", {"scores": {}, "compared": {"lora": {"to": against}}})

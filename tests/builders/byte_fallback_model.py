@@ -1,4 +1,5 @@
-"""A tiny random Llama whose tokenizer llama.cpp's converter supports: pieces by merges, and bytes for the rest, as in Llama 2."""
+"""A tiny random Llama whose tokenizer llama.cpp's converter supports: pieces by
+merges, and bytes for the rest, as in Llama 2."""
 
 from __future__ import annotations
 
@@ -55,10 +56,18 @@ def make_model(folder: Path, seed: int = 0, **config: Any) -> Any:
     own = tokenizer()
     own.save_pretrained(folder)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     ids = {"pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(own), max_position_embeddings=512, tie_word_embeddings=True, **sizes, **ids, **config)
+        LlamaConfig(
+            vocab_size=len(own), max_position_embeddings=512, tie_word_embeddings=True, **sizes, **ids, **config
+        )
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     return own

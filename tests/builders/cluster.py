@@ -27,7 +27,8 @@ SETTINGS = {
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",  # 15 by default: on a busy machine its workers would wait for all other processes
-    # after five checks that fail a node is lost: checks every 0.5 s, not 3, notice one that is gone; one that is slow to answer has 30 s for each, not 10
+    # after five checks that fail a node is lost: checks every 0.5 s, not 3, notice one that is gone; one that is slow
+    # to answer has 30 s for each, not 10
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "30000",
@@ -37,7 +38,9 @@ SETTINGS = {
 
 COMMANDS: dict[str, list[str]] = {
     name: service["command"]
-    for name, service in yaml.safe_load((Path(__file__).parents[2] / "deploy/compose.yaml").read_text())["services"].items()
+    for name, service in yaml.safe_load((Path(__file__).parents[2] / "deploy/compose.yaml").read_text())[
+        "services"
+    ].items()
     if name in {"ray-head", "ray-worker"}
 }
 """How deploy/compose.yaml starts nodes. Of an option that is given twice, Ray takes the second value."""
@@ -45,8 +48,8 @@ COMMANDS: dict[str, list[str]] = {
 
 @dataclass
 class Cluster:
-    """Two nodes, started by the commands of deploy/compose.yaml, but on free ports and with one CPU each: the head has the resource
-    `first`, the other one `second`."""
+    """Two nodes, started by the commands of deploy/compose.yaml, but on free ports and with one CPU each: the head has
+    the resource `first`, the other one `second`."""
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -65,7 +68,12 @@ class Cluster:
 
     def variables(self) -> dict[str, str]:
         """Environment of a driver that may use the cluster."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": self.url}
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ADDRESS": self.url,
+        }
 
     @property
     def headers(self) -> dict[str, str]:
@@ -78,12 +86,14 @@ class Cluster:
         self.token.chmod(0o600)
         self.port, self.dashboard = free_ports(2)
         self.add("first", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                 "--include-dashboard=true", f"--ray-client-server-port={free_port()}", "--no-monitor", f"--temp-dir={self.folder}/ray")  # fmt: skip
+                 "--include-dashboard=true", f"--ray-client-server-port={free_port()}", "--no-monitor",
+                 f"--temp-dir={self.folder}/ray")  # fmt: skip
         self.add("second", f"--address=127.0.0.1:{self.port}")  # meanwhile the dashboard starts
         self._wait_for_dashboard()
 
     def add(self, name: str, *options: str, **environment: str) -> None:
-        """Start a node; return when it has started. Ray gives a node 30 s, which a busy machine may exceed: then it is started again."""
+        """Start a node; return when it has started. Ray gives a node 30 s,
+        which a busy machine may exceed: then it is started again."""
         for _ in range(STARTS):
             if self._started(name, options, environment):
                 return
@@ -97,12 +107,33 @@ class Cluster:
         path = os.pathsep.join(filter(None, [str(NODE_MODULES), os.environ.get("PYTHONPATH")]))
         log = (self.folder / f"{name}.log").open("wb")
         self.processes[name] = process = subprocess.Popen(
-            [ray(), *COMMANDS["ray-head" if name == "first" else "ray-worker"][1:], "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f'--resources={{"{name}": 1}}',
-             f"--labels=image={name}", f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
-            env={**inherited, **variables, **SETTINGS, "PYTHONPATH": path, "PEDIGREE_NODE_CACHE": str(self.node_cache(name)),
-                 **self.environment, **environment},
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+            [
+                ray(),
+                *COMMANDS["ray-head" if name == "first" else "ray-worker"][1:],
+                "--node-ip-address=127.0.0.1",
+                "--num-cpus=1",
+                "--num-gpus=0",
+                f'--resources={{"{name}": 1}}',
+                f"--labels=image={name}",
+                f"--dashboard-agent-listen-port={free_port()}",
+                "--object-store-memory=80000000",
+                "--disable-usage-stats",
+                "--include-log-monitor=false",
+                *options,
+            ],
+            env={
+                **inherited,
+                **variables,
+                **SETTINGS,
+                "PYTHONPATH": path,
+                "PEDIGREE_NODE_CACHE": str(self.node_cache(name)),
+                **self.environment,
+                **environment,
+            },
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         until = time.monotonic() + 240
         while b"Ray runtime started" not in (self.folder / f"{name}.log").read_bytes():
             if process.poll() is not None or time.monotonic() > until:

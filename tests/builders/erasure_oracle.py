@@ -1,4 +1,5 @@
-"""An independent search for what an erasure must have removed: words and ids in every byte of a folder, decompressed, and token ids in every table."""
+"""An independent search for what an erasure must have removed: words and ids in
+every byte of a folder, decompressed, and token ids in every table."""
 
 from __future__ import annotations
 
@@ -18,16 +19,21 @@ import pyarrow.parquet as pq
 
 
 def traces(folder: Path, words: Sequence[str], ids: Sequence[str], tokens: Sequence[Sequence[int]] = ()) -> list[str]:
-    """Files, and git blobs by name, that hold any of the words (in any case), an id (as text or as 16 bytes) or a sequence of tokens."""
+    """Files, and git blobs by name, that hold any of the words (in any case),
+    an id (as text or as 16 bytes) or a sequence of tokens."""
     wanted = [word.casefold().encode() for word in words] + [one.encode() for one in ids]
     raw = [bytes.fromhex(one) for one in ids]
     found = []
     for path in files(folder):
         content = path.read_bytes()
         views = [content, *unpacked(content, path)]
-        if any(one in view.lower() for view in views for one in wanted) or any(one in view for view in views for one in raw):
+        if any(one in view.lower() for view in views for one in wanted) or any(
+            one in view for view in views for one in raw
+        ):
             found.append(path.relative_to(folder).as_posix())
-        elif content[:4] == b"PAR1" and any(holds(column, row) for column in pq.read_table(path).columns for row in tokens):
+        elif content[:4] == b"PAR1" and any(
+            holds(column, row) for column in pq.read_table(path).columns for row in tokens
+        ):
             found.append(f"{path.relative_to(folder).as_posix()} (tokens)")
     return found
 
@@ -61,12 +67,20 @@ def holds(column: Any, sequence: Sequence[int]) -> bool:
     if not pa.types.is_list(column.type) or not pa.types.is_integer(column.type.value_type):
         return False
     sought = list(sequence)
-    return any(row[i : i + len(sought)] == sought for row in column.to_pylist() if row for i in range(len(row)) if row[i] == sought[0])
+    return any(
+        row[i : i + len(sought)] == sought
+        for row in column.to_pylist()
+        if row
+        for i in range(len(row))
+        if row[i] == sought[0]
+    )
 
 
 def blobs_with(folder: Path, word: str) -> set[str]:
     """Hashes of the git blobs that hold a word, whatever reaches them."""
-    listed = subprocess.run(["git", "cat-file", "--batch-all-objects", "--batch"], cwd=folder, capture_output=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "cat-file", "--batch-all-objects", "--batch"], cwd=folder, capture_output=True, check=True
+    ).stdout
     found, at = set[str](), 0
     while at < len(listed):
         end = listed.index(b"\n", at)

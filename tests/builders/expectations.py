@@ -29,7 +29,12 @@ def suite(folder: Path, *entries: Any, **more: Any) -> Path:
 
 
 def expect(kind: str, severity: str = "warning", description: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    return {"type": kind, "kwargs": kwargs, "severity": severity, **({"description": description} if description else {})}
+    return {
+        "type": kind,
+        "kwargs": kwargs,
+        "severity": severity,
+        **({"description": description} if description else {}),
+    }
 
 
 ODD = "<img src=x onerror=alert(1)>"
@@ -37,7 +42,9 @@ FAILING = [
     expect("expect_table_row_count_to_be_between", "critical", f"Ten rows {ODD}.", min_value=10),
     expect("expect_column_values_to_be_in_set", column="category", value_set=["bug"]),
     expect("expect_column_distinct_values_to_be_in_set", column="category", value_set=["bug"]),
-    expect("expect_column_mean_to_be_between", "info", "Four words or so.", column="prompt_words", min_value=3, max_value=5)
+    expect(
+        "expect_column_mean_to_be_between", "info", "Four words or so.", column="prompt_words", min_value=3, max_value=5
+    )
     | {"notes": ODD},
     expect("expect_column_pair_values_a_to_be_greater_than_b", column_A="turns", column_B="prompt_words"),
 ]

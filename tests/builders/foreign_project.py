@@ -1,6 +1,8 @@
-"""A small DVC project that has nothing of Pedigree: prepare -> featurize -> train -> evaluate, with parameters, metrics, a plot and a check.
+"""A small DVC project that has nothing of Pedigree: prepare -> featurize ->
+train -> evaluate, with parameters, metrics, a plot and a check.
 
-Points (x, y) with a label; the model is a threshold on x + y. `featurize` has two outputs, and `evaluate` none but metrics and plots.
+Points (x, y) with a label; the model is a threshold on x + y. `featurize` has
+two outputs, and `evaluate` none but metrics and plots.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ stages:
 PARAMS = "prepare: {every: 4}\nfeaturize: {scale: 1}\ntrain: {steps: 20}\n"
 
 SCRIPTS = {
-    "prepare": """\
+    "prepare": (
+        """\
 import sys
 from pathlib import Path
 
@@ -51,8 +54,10 @@ out = Path(sys.argv[2])
 out.mkdir(parents=True)
 for name, kept in (("train", lambda i: i % every), ("test", lambda i: not i % every)):
     (out / f"{name}.csv").write_text("\\n".join([head, *(row for i, row in enumerate(rows) if kept(i))]))
-""",
-    "featurize": """\
+"""
+    ),
+    "featurize": (
+        """\
 import sys
 from pathlib import Path
 
@@ -64,8 +69,10 @@ for path in Path(sys.argv[1]).iterdir():
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
     lines = ["sum,label", *(f"{scale * (int(x) + int(y))},{label}" for x, y, label in rows)]
     (Path(sys.argv[2]) / path.name).write_text("\\n".join(lines))
-""",
-    "train": """\
+"""
+    ),
+    "train": (
+        """\
 import json
 import sys
 from pathlib import Path
@@ -77,8 +84,10 @@ rows = [tuple(map(int, line.split(","))) for line in Path(sys.argv[1]).read_text
 print("training on", len(rows), "points")
 best = max(range(steps), key=lambda threshold: sum((total > threshold) == label for total, label in rows))
 Path(sys.argv[2]).write_text(json.dumps({"threshold": best}))
-""",
-    "evaluate": """\
+"""
+    ),
+    "evaluate": (
+        """\
 import json
 import sys
 from pathlib import Path
@@ -94,17 +103,24 @@ def accuracy(threshold):
 out = Path(sys.argv[3])
 out.mkdir(exist_ok=True)
 passed = accuracy(threshold) > 0.5
-report = {"accuracy": accuracy(threshold), "test": {"points": len(rows)}, "checks": {"better_than_chance": {"passed": passed}}}
+checks = {"better_than_chance": {"passed": passed}}
+report = {"accuracy": accuracy(threshold), "test": {"points": len(rows)}, "checks": checks}
 (out / "metrics.json").write_text(json.dumps(report))
 (out / "thresholds.csv").write_text("threshold,accuracy\\n" + "".join(f"{t},{accuracy(t)}\\n" for t in range(0, 20, 5)))
-""",
+"""
+    ),
 }
 
 
 def make_project(root: Path) -> Path:
     """Write the project, with its points under DVC, and commit it. Nothing has run."""
     points = [f"{x},{y},{int(x + y > 9)}" for x in range(10) for y in range(0, 10, 3)]
-    files = {"dvc.yaml": DVC_YAML, "params.yaml": PARAMS, "data/points.csv": "\n".join(["x,y,label", *points]), ".gitignore": "/.dagster\n"}
+    files = {
+        "dvc.yaml": DVC_YAML,
+        "params.yaml": PARAMS,
+        "data/points.csv": "\n".join(["x,y,label", *points]),
+        ".gitignore": "/.dagster\n",
+    }
     for path, text in {**files, **{f"src/{name}.py": text for name, text in SCRIPTS.items()}}.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)

@@ -31,7 +31,9 @@ def write_arrow(folder: Path) -> None:
 def write_polars(folder: Path) -> None:
     import polars as pl
 
-    pl.DataFrame({"a": [f"{i * i:x}" for i in range(50_000)]}).write_parquet(folder / "a.parquet", compression="uncompressed")
+    pl.DataFrame({"a": [f"{i * i:x}" for i in range(50_000)]}).write_parquet(
+        folder / "a.parquet", compression="uncompressed"
+    )
 
 
 def write_sqlite(folder: Path) -> None:

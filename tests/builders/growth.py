@@ -8,7 +8,17 @@ from pathlib import Path
 import psutil
 
 HOME = ".dagster"
-COLUMNS = ("seconds", "steps", "runs", "memory_mb", "open_files", "processes", "event_log_mb", "dvc_state_mb", "temporary_files")
+COLUMNS = (
+    "seconds",
+    "steps",
+    "runs",
+    "memory_mb",
+    "open_files",
+    "processes",
+    "event_log_mb",
+    "dvc_state_mb",
+    "temporary_files",
+)
 
 
 def size(folder: Path) -> int:
@@ -59,6 +69,7 @@ class Growth:
         last = self.rows[-1]
         per_run = f" ({1000 * last['event_log_mb'] / last['runs']:.0f} kB a run)" if last["runs"] else ""
         return (
-            f"memory {last['memory_mb']:,.0f} MB, {last['open_files']} open files, {last['processes']} child processes, "
-            f"event log {last['event_log_mb']:.1f} MB{per_run}, DVC's state {last['dvc_state_mb']:.1f} MB, {last['temporary_files']} temporary files"
+            f"memory {last['memory_mb']:,.0f} MB, {last['open_files']} open files, {last['processes']} child processes,"
+            f" event log {last['event_log_mb']:.1f} MB{per_run}, DVC's state {last['dvc_state_mb']:.1f} MB,"
+            f" {last['temporary_files']} temporary files"
         )

@@ -1,4 +1,5 @@
-"""Small histories made by hand: commits of a dvc.lock, and the Parquet files it names put straight into DVC's cache. Nothing runs.
+"""Small histories made by hand: commits of a dvc.lock, and the Parquet files it
+names put straight into DVC's cache. Nothing runs.
 
 splits (from data/sources) -> adapter@X -> merged@X
 """
@@ -72,7 +73,11 @@ class Project:
 
     def folder(self, outs: Mapping[str, str]) -> str:
         """Hash of a folder of outputs: name -> hash of the output."""
-        files = {f"{name}/{one['relpath']}": one["md5"] for name, out in outs.items() for one in json.loads(self.object(out).read_bytes())}
+        files = {
+            f"{name}/{one['relpath']}": one["md5"]
+            for name, out in outs.items()
+            for one in json.loads(self.object(out).read_bytes())
+        }
         listing = [{"md5": files[path], "relpath": path} for path in sorted(files)]
         return md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
 
@@ -102,10 +107,21 @@ class Project:
             )
             for split in ("train", "validation", "test")
         }
-        ledger = [{"source": s, "source_row": i, "example_id": identity(t), "outcome": sp, "why": ""} for t, sp, s, i in numbered]
+        ledger = [
+            {"source": s, "source_row": i, "example_id": identity(t), "outcome": sp, "why": ""}
+            for t, sp, s, i in numbered
+        ]
         files["ledger.parquet"] = table(ledger, ledger_schema())
-        sources = {name: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
-                   for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
+        sources = {
+            name: {
+                "rows": n,
+                "format": "text",
+                "license": "MIT",
+                "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest(),
+            }
+            for name in sorted({source for _, _, source in rows})
+            for n in [sum(s == name for _, _, s in rows)]
+        }
         report = self.report(name, {"passed": True, "sources": sources})
         return {name: entry(name, {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}
 
@@ -116,21 +132,31 @@ class Project:
         path.write_text(json.dumps(document))
         return {"path": f"data/reports/{name}.json", "md5": md5(path.read_bytes())}
 
-    def adapter(self, lock: Mapping[str, Any], texts: Sequence[str], name: str = "adapter@lora", seed: int = 0) -> dict[str, Any]:
+    def adapter(
+        self, lock: Mapping[str, Any], texts: Sequence[str], name: str = "adapter@lora", seed: int = 0
+    ) -> dict[str, Any]:
         """A model trained on one text per step, from the splits of `lock`."""
-        seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)]
+        seen = [
+            {"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)
+        ]
         files = {"examples.parquet": table(seen, seen_schema()), "adapter_model.safetensors": f"{texts}{seed}".encode()}
         splits = next(out for stage in lock.values() for out in stage["outs"] if out["path"] == "data/splits")
         return {name: entry(name, {"data/splits": splits["md5"]}, self.put(files))}
 
-    def merged(self, lock: Mapping[str, Any], adapter: str = "adapter@lora", name: str = "merged@lora") -> dict[str, Any]:
+    def merged(
+        self, lock: Mapping[str, Any], adapter: str = "adapter@lora", name: str = "merged@lora"
+    ) -> dict[str, Any]:
         out = lock[adapter]["outs"][0]
         return {name: entry(name, {out["path"]: out["md5"]}, self.put({"model.safetensors": out["md5"].encode()}))}
 
-    def lock(self, rows: Sequence[tuple[str, str, str]], seed: int = 0, trained: Sequence[str] | None = None) -> dict[str, Any]:
+    def lock(
+        self, rows: Sequence[tuple[str, str, str]], seed: int = 0, trained: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """The whole dvc.lock: each text of the train split is trained on once, in order."""
         lock = self.splits(rows)
-        lock |= self.adapter(lock, [t for t, split, _ in rows if split == "train"] if trained is None else trained, seed=seed)
+        lock |= self.adapter(
+            lock, [t for t, split, _ in rows if split == "train"] if trained is None else trained, seed=seed
+        )
         return lock | self.merged(lock)
 
     def curated(
@@ -162,12 +188,24 @@ class Project:
         ]
         first = {identity(t): i for t, _, _, i in reversed(numbered)}
         overlaps = [
-            {"check": "exact_duplicates", "source": s, "source_row": i, "example_id": identity(t), "other": identity(t), "part": "prompt",
-             "rule": "equal", "score": 1.0}
-            for t, split, s, i in numbered if split.startswith("dropped") or i > first[identity(t)]
-        ]  # fmt: skip
+            {
+                "check": "exact_duplicates",
+                "source": s,
+                "source_row": i,
+                "example_id": identity(t),
+                "other": identity(t),
+                "part": "prompt",
+                "rule": "equal",
+                "score": 1.0,
+            }
+            for t, split, s, i in numbered
+            if split.startswith("dropped") or i > first[identity(t)]
+        ]
         records = table(
-            [{"example_id": identity(t), "source": s, "messages": messages(t), "meta": "{}"} for t, _, s, _ in numbered[: len(rows)]],
+            [
+                {"example_id": identity(t), "source": s, "messages": messages(t), "meta": "{}"}
+                for t, _, s, _ in numbered[: len(rows)]
+            ],
             record_schema(),
         )
         files = {
@@ -177,13 +215,23 @@ class Project:
         }
         counts = Counter(source for _, _, source, _ in numbered)
         sources = {
-            s: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{s}{rows}{copies}".encode()).hexdigest()}
+            s: {
+                "rows": n,
+                "format": "text",
+                "license": "MIT",
+                "sha256": hashlib.sha256(f"{s}{rows}{copies}".encode()).hexdigest(),
+            }
             for s, n in sorted(counts.items())
         }
         report = self.report("instructions", {"passed": True, "sources": sources})
         deps = {"data/sources": md5(f"{rows}{copies}".encode()) + ".dir"}
         lock = {"instructions": entry("instructions", deps, self.put(files), report)}
-        added = [(new, "train", source, old) for old, new in paraphrases.items() for text, _, source, _ in numbered if text == old]
+        added = [
+            (new, "train", source, old)
+            for old, new in paraphrases.items()
+            for text, _, source, _ in numbered
+            if text == old
+        ]
         shards = {
             f"{split}/records-00000.parquet": table(
                 [
@@ -200,7 +248,13 @@ class Project:
             for t, split, s, i in numbered[: len(rows)]
         ]
         lines += [
-            {"source": s, "source_row": 0, "example_id": identity(t), "outcome": "augmented:paraphrase", "why": f"copy of {identity(old)}"}
+            {
+                "source": s,
+                "source_row": 0,
+                "example_id": identity(t),
+                "outcome": "augmented:paraphrase",
+                "why": f"copy of {identity(old)}",
+            }
             for t, _, s, old in added
         ]
         facts = {
@@ -214,16 +268,27 @@ class Project:
             "data/instructions": lock["instructions"]["outs"][0]["md5"],
             "data/sources/paraphrases": md5(f"{file}{paraphrases}".encode()) + ".dir",
         }
-        lock["splits"] = entry("splits", deps, self.put(shards | {"ledger.parquet": table(lines, ledger_schema())}), report)
+        lock["splits"] = entry(
+            "splits", deps, self.put(shards | {"ledger.parquet": table(lines, ledger_schema())}), report
+        )
         texts = str([(t, split) for t, split, *_ in [*rows, *added]]).encode()
-        lock["tokenized"] = entry("tokenized", {"data/splits": lock["splits"]["outs"][0]["md5"]}, self.put({"train.parquet": texts}))
+        lock["tokenized"] = entry(
+            "tokenized", {"data/splits": lock["splits"]["outs"][0]["md5"]}, self.put({"train.parquet": texts})
+        )
         return lock
 
     def trained(self, lock: Mapping[str, Any], texts: Sequence[str], seed: int = 0) -> dict[str, Any]:
         """The lock with adapter@lora, trained on what is tokenized, and merged@lora."""
-        seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)]
+        seen = [
+            {"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)
+        ]
         files = {"examples.parquet": table(seen, seen_schema()), "adapter_model.safetensors": f"{texts}{seed}".encode()}
-        lock = {**lock, "adapter@lora": entry("adapter@lora", {"data/tokenized": lock["tokenized"]["outs"][0]["md5"]}, self.put(files))}
+        lock = {
+            **lock,
+            "adapter@lora": entry(
+                "adapter@lora", {"data/tokenized": lock["tokenized"]["outs"][0]["md5"]}, self.put(files)
+            ),
+        }
         return lock | self.merged(lock)
 
     def cache_run(self, stage: Mapping[str, Any]) -> None:
@@ -265,5 +330,8 @@ def entry(name: str, deps: Mapping[str, str], out: str, report: Mapping[str, str
     return {
         "cmd": f"python -m dagster_project run {name}",
         "deps": [{"path": path, "hash": "md5", "md5": value} for path, value in deps.items()],
-        "outs": [{"path": f"data/{name.replace('@', '/')}", "hash": "md5", "md5": out}, *([{**report, "hash": "md5"}] if report else [])],
+        "outs": [
+            {"path": f"data/{name.replace('@', '/')}", "hash": "md5", "md5": out},
+            *([{**report, "hash": "md5"}] if report else []),
+        ],
     }

@@ -1,7 +1,8 @@
-"""Answers to audit questions by brute force: from the log of what ran (random_history.Log), and from which commits and cache entries exist.
+"""Answers to audit questions by brute force: from the log of what ran
+(random_history.Log), and from which commits and cache entries exist.
 
-An input is credited to the run that is in the same dvc.lock as its reader. If that lock does not have it (a part of the pipeline ran), any
-run that made these bytes may have been it; then several answers are right.
+An input is credited to the run that is in the same dvc.lock as its reader. If that lock does not have it (a part of the
+pipeline ran), any run that made these bytes may have been it; then several answers are right.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ LIMIT = 64
 """Lineages of one run that are looked at. More of them are not compared."""
 
 Chain = dict[str, Entry]
-"""Address -> entry of dvc.lock, of a run (first) and of everything that went into it. Without what a run only compared itself with: the reward model
-of DPO, and the test split that `preferences` leaves out."""
+"""Address -> entry of dvc.lock, of a run (first) and of everything that went into it. Without what a run only compared
+itself with: the reward model of DPO, and the test split that `preferences` leaves out."""
 Signature = tuple[str, str, tuple[tuple[str, int], ...], tuple[int, ...]]
-"""Adapter, its hash, number of records by split, steps (of a record: all; of a source: number of records, first step, last step)."""
+"""Adapter, its hash, number of records by split, steps (of a record: all; of a
+source: number of records, first step, last step)."""
 
 
 class TooManyLineages(Exception):
@@ -53,7 +55,8 @@ class Place:
     name: str
     lock: Mapping[str, Entry]
     or_unlocked: bool = False
-    """Whether an input may also be of a run that only the run cache has, although the lock has one that made the same bytes."""
+    """Whether an input may also be of a run that only the run cache has,
+    although the lock has one that made the same bytes."""
 
     @cached_property
     def key(self) -> str:
@@ -108,7 +111,9 @@ class Reach:
         """Models in any dvc.lock that there ever was: the run cache still has what ran for it."""
         for lock in self.toy.past.values():
             place = Place("past", lock)
-            yield from ((address, entry, place) for address, entry in lock.items() if address.partition("@")[0] in MODELS)
+            yield from (
+                (address, entry, place) for address, entry in lock.items() if address.partition("@")[0] in MODELS
+            )
 
     def exists(self, value: str) -> bool:
         """Whether the bytes of an output are in the cache, or in the workspace."""
@@ -142,7 +147,10 @@ class Reach:
     def committed(self, commit: str) -> tuple[dict[str, str], dict[str, Any]]:
         """{path: md5} of the code in a commit, and its parameters."""
         if commit not in self.toy.committed:
-            listed = [line.split("\t") for line in git(self.root, "ls-tree", "-r", commit, "dagster_project", "params.yaml").splitlines()]
+            listed = [
+                line.split("\t")
+                for line in git(self.root, "ls-tree", "-r", commit, "dagster_project", "params.yaml").splitlines()
+            ]
             content = {path: self.blob(head.split()[2]) for head, path in listed}
             params = json.loads(content.pop("params.yaml"))
             self.toy.committed[commit] = ({path: md5(text) for path, text in content.items()}, params)
@@ -155,12 +163,20 @@ class Reach:
 
     def holders(self, md5: str) -> list[str]:
         """Commits whose dvc.lock has an output, the latest first."""
-        return [one.name for one in self.places if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())]
+        return [
+            one.name
+            for one in self.places
+            if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())
+        ]
 
     def holders_of_entry(self, entry: Entry) -> list[str]:
         """Commits whose dvc.lock has exactly this run."""
         wanted = canonical(entry)
-        return [one.name for one in self.places if one.name != WORKSPACE and any(canonical(found) == wanted for found in one.lock.values())]
+        return [
+            one.name
+            for one in self.places
+            if one.name != WORKSPACE and any(canonical(found) == wanted for found in one.lock.values())
+        ]
 
     # --- lineages
 
@@ -183,10 +199,13 @@ class Reach:
     def _resolve(self, address: str, entry: Entry, place: Place) -> Iterator[Chain]:
         stage = address.partition("@")[0]
         inputs = {one["path"]: one["md5"] for one in entry["deps"]}
-        read = {"instructions": ["data/raw_examples"], "splits": ["data/instructions"], "tokenized": ["data/splits"], "adapter": ["data/tokenized"],
-                "merged": [path for path in inputs if path.startswith("data/adapter/")], "preferences": ["data/raw_preferences"],
+        read = {"instructions": ["data/raw_examples"], "splits": ["data/instructions"], "tokenized": ["data/splits"],
+            "adapter": ["data/tokenized"],
+                "merged": [path for path in inputs if path.startswith("data/adapter/")],
+                "preferences": ["data/raw_preferences"],
                 "reward_model": ["data/preferences"], "aligned": ["data/merged/lora", "data/preferences"],
-                "merged_aligned": ["data/merged/lora", "data/aligned/dpo"], "release": ["data/merged"]}.get(stage, [])  # fmt: skip
+                "merged_aligned": ["data/merged/lora", "data/aligned/dpo"], "release": ["data/merged"]}.get(stage,
+                [])  # fmt: skip
         nothing: Chain = {}
         options = [list(islice(self._makers(path, inputs[path], place, entry), LIMIT)) or [nothing] for path in read]
         consistent = False
@@ -224,7 +243,11 @@ class Reach:
     def formerly_loose(self) -> list[tuple[str, Entry]]:
         """Runs that only the run cache had when an earlier question was asked: the index keeps them."""
         remembered = self.toy.remembered if self.root == self.toy.root else []
-        return [(address, entry) for address, entry, place in remembered if not place.name and (address, entry) not in self.loose]
+        return [
+            (address, entry)
+            for address, entry, place in remembered
+            if not place.name and (address, entry) not in self.loose
+        ]
 
     @cached_property
     def _locked(self) -> set[str]:
@@ -248,7 +271,9 @@ class Reach:
         return self.log.weights[out_of(one)[1]] == self.log.weights[out_of(other)[1]]
 
     def folder(self, outs: Mapping[str, str]) -> str:
-        return dir_md5({f"{name}/{file}": value for name, out in outs.items() for file, value in self.log.files[out].items()})
+        return dir_md5(
+            {f"{name}/{file}": value for name, out in outs.items() for file, value in self.log.files[out].items()}
+        )
 
     def recorded(self, chain: Chain) -> bool:
         """Whether every run of a lineage is recorded somewhere."""
@@ -264,7 +289,9 @@ class Reach:
         """Address -> entry of the runs of a lineage that learned from records."""
         if next(iter(chain)) == "reward_model":
             return {"reward_model": chain["reward_model"]}
-        return {address: entry for address, entry in chain.items() if address.partition("@")[0] in ("adapter", "aligned")}
+        return {
+            address: entry for address, entry in chain.items() if address.partition("@")[0] in ("adapter", "aligned")
+        }
 
     def of(self, chain: Chain, stage: str) -> str | None:
         """Hash of a stage's output in a lineage."""
@@ -274,9 +301,17 @@ class Reach:
         """Whether the lineage is recorded back to the sources."""
         if next(iter(chain)) == "reward_model":
             return {"preferences", "raw_preferences"} <= chain.keys()
-        pairs = {"preferences", "raw_preferences"} if any(address.startswith("aligned@") for address in chain) else set()
+        pairs = (
+            {"preferences", "raw_preferences"} if any(address.startswith("aligned@") for address in chain) else set()
+        )
         head = next(iter(chain))
-        needed = {"splits", "instructions", "raw_examples", *pairs, *({"aligned@dpo"} if head.startswith("merged_aligned") else ())}
+        needed = {
+            "splits",
+            "instructions",
+            "raw_examples",
+            *pairs,
+            *({"aligned@dpo"} if head.startswith("merged_aligned") else ()),
+        }
         return needed <= chain.keys() and any(address.startswith("adapter@") for address in chain)
 
     def splits(self, chain: Chain, stage: str = "splits") -> dict[str, str]:
@@ -333,7 +368,8 @@ class Reach:
         return found
 
     def records(self, chain: Chain) -> dict[str, str] | None:
-        """Record or pair -> split, of everything that the learners of a lineage were given; None if nothing records it."""
+        """Record or pair -> split, of everything that the learners of a lineage
+        were given; None if nothing records it."""
         learners = self.learners(chain)
         sets = [self.of(chain, "splits" if address.startswith("adapter@") else "preferences") for address in learners]
         if not learners or None in sets:
@@ -344,7 +380,11 @@ class Reach:
         """Whether an output that a run of a lineage read is one that no recorded run made."""
         made = {out_of(entry) for _, entry, _ in self.pool}
         paths = {path for path, _ in made}
-        return any(one["path"] in paths and (one["path"], one["md5"]) not in made for entry in chain.values() for one in entry["deps"])
+        return any(
+            one["path"] in paths and (one["path"], one["md5"]) not in made
+            for entry in chain.values()
+            for one in entry["deps"]
+        )
 
     def texts(self) -> dict[str, tuple[str, ...]]:
         """Record or pair -> its texts, of those in a shard whose bytes are there."""
@@ -352,9 +392,13 @@ class Reach:
         found = {}
         for out in outs:
             present = {
-                name.partition("/")[0] for name, value in self.log.files[out].items() if name.endswith(".parquet") and self.has(out, value)
+                name.partition("/")[0]
+                for name, value in self.log.files[out].items()
+                if name.endswith(".parquet") and self.has(out, value)
             }
-            found |= {name: self.log.text_of[name] for name, split in self.log.split_of[out].items() if split in present}
+            found |= {
+                name: self.log.text_of[name] for name, split in self.log.split_of[out].items() if split in present
+            }
         return found
 
     def has(self, out: str, value: str) -> bool:
@@ -386,4 +430,6 @@ class Reach:
 
 
 def clone_shallow(toy: Toy, target: Path) -> None:
-    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{toy.root}", str(target)], check=True, capture_output=True)
+    subprocess.run(
+        ["git", "clone", "-q", "--depth", "1", f"file://{toy.root}", str(target)], check=True, capture_output=True
+    )

@@ -73,7 +73,9 @@ class Hub:
             return (
                 200,
                 {},
-                json.dumps({"id": name, "sha": self.says or revision, "siblings": [{"rfilename": file} for file in files]}).encode(),
+                json.dumps(
+                    {"id": name, "sha": self.says or revision, "siblings": [{"rfilename": file} for file in files]}
+                ).encode(),
             )
         entries = {
             file: {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
@@ -82,11 +84,18 @@ class Hub:
         for file in files:
             for folder in map(str, Path(file).parents):
                 if folder != ".":
-                    entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": hashlib.sha1(folder.encode()).hexdigest()}
+                    entries[folder] = {
+                        "type": "directory",
+                        "path": folder,
+                        "size": 0,
+                        "oid": hashlib.sha1(folder.encode()).hexdigest(),
+                    }
         if what == "tree":
             if rest and rest not in entries:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
-            found = [entry for at, entry in entries.items() if (str(Path(at).parent) == rest if rest else "/" not in at)]
+            found = [
+                entry for at, entry in entries.items() if (str(Path(at).parent) == rest if rest else "/" not in at)
+            ]
             return 200, {}, json.dumps(found).encode()
         if what == "paths-info":
             asked = json.loads(body)["paths"]
@@ -97,7 +106,12 @@ class Hub:
 def hub_with_pairs() -> Hub:
     """A Hub with PAIRS in one commit of one data set."""
     found = Hub()
-    found.repos[NAME] = {OLD: {"data/train-00000-of-00001.parquet": parquet(PAIRS), "data/test-00000-of-00001.parquet": parquet(PAIRS[:2])}}
+    found.repos[NAME] = {
+        OLD: {
+            "data/train-00000-of-00001.parquet": parquet(PAIRS),
+            "data/test-00000-of-00001.parquet": parquet(PAIRS[:2]),
+        }
+    }
     return found
 
 
@@ -113,7 +127,11 @@ def serving(found: Hub) -> Iterator[Hub]:
             found.asked.append(f"{self.command} {self.path}")
             status, headers, content = found.answer(self.path, body)
             self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}.items():
+            for name, value in {
+                "Content-Type": "application/json",
+                **headers,
+                "Content-Length": str(len(content)),
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD" and any(self.path.endswith(file) for file in found.cut):

@@ -31,7 +31,8 @@ def edit(site: Path, module: str) -> None:
 
 
 def installed(site: Path, folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python COMMAND...` with the installed package in a folder, which also a stage command that DVC starts then imports."""
+    """Run `python COMMAND...` with the installed package in a folder, which
+    also a stage command that DVC starts then imports."""
     variables = {name: value for name, value in os.environ.items() if name not in {"PEDIGREE_PROJECT", "DAGSTER_HOME"}}
     return subprocess.run(
         [sys.executable, *command],

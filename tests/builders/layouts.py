@@ -43,7 +43,10 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "xlam": (
         {
             "query": "Is it cold in Oslo?",
-            "tools": '[{"name": "weather", "description": "Weather.", "parameters": {"city": {"type": "str", "description": "Place."}}}]',
+            "tools": (
+                '[{"name": "weather", "description": "Weather.", "parameters": {"city": {"type": "str", "description":'
+                ' "Place."}}}]'
+            ),
             "answers": '[{"name": "weather", "arguments": {"city": "Oslo"}}]',
         },
         [("user", "Is it cold in Oslo?"), ("assistant", "")],
@@ -60,7 +63,12 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
                 "text": "Hi",
                 "replies": [
                     {"role": "assistant", "text": "What?", "rank": 1, "replies": []},
-                    {"role": "assistant", "text": "Hello", "rank": 0, "replies": [{"role": "prompter", "text": "Bye", "replies": []}]},
+                    {
+                        "role": "assistant",
+                        "text": "Hello",
+                        "rank": 0,
+                        "replies": [{"role": "prompter", "text": "Bye", "replies": []}],
+                    },
                 ],
             },
         },
@@ -97,24 +105,90 @@ PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
 """One pair in each layout: Hello is better than What? as an answer to Hi."""
 BENCHMARK_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     # layout: (row, question, right answer)
-    "mmlu": ({"question": "Two and two?", "choices": ["three", "four"], "answer": 1, "subject": "sums"}, "Two and two?", "four"),
-    "mmlu, by letter": ({"question": "Two and two?", "choices": ["three", "four"], "answer": "B"}, "Two and two?", "four"),
+    "mmlu": (
+        {"question": "Two and two?", "choices": ["three", "four"], "answer": 1, "subject": "sums"},
+        "Two and two?",
+        "four",
+    ),
+    "mmlu, by letter": (
+        {"question": "Two and two?", "choices": ["three", "four"], "answer": "B"},
+        "Two and two?",
+        "four",
+    ),
     "hellaswag": (
         {"ctx": "She lights the", "endings": ["sea.", "lamp."], "label": "1", "activity_label": "Home"},
         "She lights the",
         "lamp.",
     ),
-    "mmlu, in columns": ({"question": "Two and two?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B", "subject": "sums"}, "Two and two?", "4"),
-    "mmlu, in capitals": ({"Question": "Two and two?", "A": "3", "B": "4", "C": "5", "D": "6", "Answer": "B"}, "Two and two?", "4"),
-    "mmlu_pro": ({"question": "Two and two?", "options": ["three", "four"], "answer": "B", "answer_index": 1, "category": "math"}, "Two and two?", "four"),
-    "agieval": (
-        {"passage": "There are two pairs.", "question": "How many?", "options": ["(A)three", "(B)four"], "label": "B", "answer": None, "other": None},
-        "There are two pairs.\n\nHow many?", "four",
+    "mmlu, in columns": (
+        {"question": "Two and two?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B", "subject": "sums"},
+        "Two and two?",
+        "4",
     ),
-    "agieval, several": ({"passage": None, "question": "Red?", "options": ["(A)rose", "(B)grass", "(C)fire"], "label": ["A", "C"]}, "Red?", "rose\nfire"),
-    "agieval, in words": ({"passage": None, "question": "How many?", "options": None, "label": None, "answer": "30", "other": {"level": 4}}, "How many?", "30"),
-    "ifeval": ({"key": 1000, "prompt": "Write without commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "Write without commas.", ""),
-    "arc": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}, "Hot?", "fire"),
-    "piqa": ({"goal": "Cut paper", "sol1": "Use scissors.", "sol2": "Use soup.", "label": 0}, "Cut paper", "Use scissors."),
+    "mmlu, in capitals": (
+        {"Question": "Two and two?", "A": "3", "B": "4", "C": "5", "D": "6", "Answer": "B"},
+        "Two and two?",
+        "4",
+    ),
+    "mmlu_pro": (
+        {
+            "question": "Two and two?",
+            "options": ["three", "four"],
+            "answer": "B",
+            "answer_index": 1,
+            "category": "math",
+        },
+        "Two and two?",
+        "four",
+    ),
+    "agieval": (
+        {
+            "passage": "There are two pairs.",
+            "question": "How many?",
+            "options": ["(A)three", "(B)four"],
+            "label": "B",
+            "answer": None,
+            "other": None,
+        },
+        "There are two pairs.\n\nHow many?",
+        "four",
+    ),
+    "agieval, several": (
+        {"passage": None, "question": "Red?", "options": ["(A)rose", "(B)grass", "(C)fire"], "label": ["A", "C"]},
+        "Red?",
+        "rose\nfire",
+    ),
+    "agieval, in words": (
+        {
+            "passage": None,
+            "question": "How many?",
+            "options": None,
+            "label": None,
+            "answer": "30",
+            "other": {"level": 4},
+        },
+        "How many?",
+        "30",
+    ),
+    "ifeval": (
+        {
+            "key": 1000,
+            "prompt": "Write without commas.",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{}],
+        },
+        "Write without commas.",
+        "",
+    ),
+    "arc": (
+        {"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"},
+        "Hot?",
+        "fire",
+    ),
+    "piqa": (
+        {"goal": "Cut paper", "sol1": "Use scissors.", "sol2": "Use soup.", "label": 0},
+        "Cut paper",
+        "Use scissors.",
+    ),
     "gsm8k": ({"question": "How many eggs?", "answer": "2 + 2 = 4\n#### 4"}, "How many eggs?", "2 + 2 = 4\n#### 4"),
-}  # fmt: skip
+}

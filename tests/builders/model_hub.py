@@ -1,4 +1,5 @@
-"""A Hub on loopback to which models are uploaded: the API of repositories, LFS and commits, in memory, and what `from_pretrained` asks."""
+"""A Hub on loopback to which models are uploaded: the API of repositories, LFS
+and commits, in memory, and what `from_pretrained` asks."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Repository:
         return commit
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        return self.commits[-1] if revision == "main" else next((one for one in self.commits if one[0] == revision), None)
+        return (
+            self.commits[-1] if revision == "main" else next((one for one in self.commits if one[0] == revision), None)
+        )
 
 
 class Refused(Exception):
@@ -104,7 +107,9 @@ class ModelHub:
         self.repos[name].add({".gitattributes": b"*.safetensors filter=lfs\n"})
         return as_json({"url": f"{self.url}/{name}", "id": name})
 
-    def _model(self, method: str, name: str, rest: list[str], token: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _model(
+        self, method: str, name: str, rest: list[str], token: str, body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
         what = rest[0] if rest else "revision"
         if what == "preupload":
             return self._preupload(self._writable(name, token), json.loads(body)["files"])
@@ -116,7 +121,14 @@ class ModelHub:
             raise Refused(404, "RevisionNotFound")
         commit, files = found
         if what == "revision":
-            return as_json({"id": name, "sha": commit, "private": repo.private, "siblings": [{"rfilename": file} for file in files]})
+            return as_json(
+                {
+                    "id": name,
+                    "sha": commit,
+                    "private": repo.private,
+                    "siblings": [{"rfilename": file} for file in files],
+                }
+            )
         if what == "tree":
             return as_json([self._entry(file, content) for file, content in files.items()])
         raise Refused(404)
@@ -217,11 +229,17 @@ def serving(hub: ModelHub) -> Iterator[ModelHub]:
                 return
             body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
             try:
-                status, headers, content = hub.answer(self.command, self.path, self.headers.get("Authorization", ""), body)
+                status, headers, content = hub.answer(
+                    self.command, self.path, self.headers.get("Authorization", ""), body
+                )
             except Refused as refused:
                 status, headers, content = refused.status, {"X-Error-Code": refused.code} if refused.code else {}, b"{}"
             self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}.items():
+            for name, value in {
+                "Content-Type": "application/json",
+                **headers,
+                "Content-Length": str(len(content)),
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":

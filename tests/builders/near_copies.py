@@ -17,9 +17,15 @@ def by_definition(texts: Sequence[str], against: Sequence[str] | None) -> Iterat
         return {row[i : i + n] for i in range(len(row) - n + 1)}
 
     def rests(row: tuple[str, ...]) -> set[tuple[str, ...]]:
-        return {row, *(row[:i] + row[i + 1 :] for i in range(len(row)))} if overlap.RUN <= len(row) < overlap.EDITED else set()
+        return (
+            {row, *(row[:i] + row[i + 1 :] for i in range(len(row)))}
+            if overlap.RUN <= len(row) < overlap.EDITED
+            else set()
+        )
 
-    def shared(of: Callable[[tuple[str, ...]], set[tuple[str, ...]]], a: tuple[str, ...], b: tuple[str, ...]) -> set[tuple[str, ...]]:
+    def shared(
+        of: Callable[[tuple[str, ...]], set[tuple[str, ...]]], a: tuple[str, ...], b: tuple[str, ...]
+    ) -> set[tuple[str, ...]]:
         return {key for key in of(a) & of(b) if counts[of][key] <= overlap.RARE}
 
     def runs(row: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -42,7 +48,11 @@ def by_definition(texts: Sequence[str], against: Sequence[str] | None) -> Iterat
         common, run = len(mine & theirs), shared(runs, a, b)
         both_short = all(overlap.RUN <= len(row) < overlap.SHORT for row in (a, b))
         similar, smaller = common / max(1, len(mine | theirs)), min(len(mine), len(theirs))
-        firm = similar >= overlap.FIRM or min(len(a), len(b)) >= overlap.LONG or in_order(a, b) >= overlap.IN_ORDER * min(len(a), len(b))
+        firm = (
+            similar >= overlap.FIRM
+            or min(len(a), len(b)) >= overlap.LONG
+            or in_order(a, b) >= overlap.IN_ORDER * min(len(a), len(b))
+        )
         if common and (run or both_short) and similar >= overlap.JACCARD and firm:
             return round(common / len(mine | theirs), 3), "jaccard"
         if common and run and common / smaller >= (overlap.CONTAINMENT if smaller >= overlap.FEW else overlap.WHOLE):

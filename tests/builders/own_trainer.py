@@ -1,4 +1,5 @@
-"""Training commands without any training: plain Python scripts that write files, and the stage that runs them on the tiny model."""
+"""Training commands without any training: plain Python scripts that write
+files, and the stage that runs them on the tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 given = json.loads(Path("inputs.json").read_text())
 base = load_file("base_model/model.safetensors")
 dice = np.random.default_rng(given["seed"])
-config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
+config["target_modules"] = ["q_proj", "v_proj"]
 tensors, start = {}, {}
 for layer in range(2):
     for name in ("q_proj", "v_proj"):
@@ -49,7 +51,14 @@ def folders(root: Path, model: Path) -> Any:
     from dagster_project.training.trainers.command.train import Folders
 
     return Folders(
-        root, root / "data/tokenized", model, root / "work", root / "checkpoints", root / "out", root / "loss.csv", root / "pages"
+        root,
+        root / "data/tokenized",
+        model,
+        root / "work",
+        root / "checkpoints",
+        root / "out",
+        root / "loss.csv",
+        root / "pages",
     )
 
 

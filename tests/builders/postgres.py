@@ -31,12 +31,18 @@ class Postgres:
     @property
     def environment(self) -> dict[str, str]:
         """What deploy/dagster.yaml reads."""
-        return {"PEDIGREE_PG_HOST": "127.0.0.1", "PEDIGREE_PG_PORT": str(self.port), "PEDIGREE_PG_PASSWORD": self.password}
+        return {
+            "PEDIGREE_PG_HOST": "127.0.0.1",
+            "PEDIGREE_PG_PORT": str(self.port),
+            "PEDIGREE_PG_PASSWORD": self.password,
+        }
 
     def query(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
         import psycopg2
 
-        connection = psycopg2.connect(host="127.0.0.1", port=self.port, user="dagster", password=self.password, dbname=database)
+        connection = psycopg2.connect(
+            host="127.0.0.1", port=self.port, user="dagster", password=self.password, dbname=database
+        )
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:
@@ -78,16 +84,41 @@ def postgres_server() -> Iterator[Postgres]:
         if user:
             shutil.chown(base, user)
             shutil.chown(base / "password", user)
-        words = ["-D", str(data), "-U", "dagster", "-A", "scram-sha-256", "--pwfile", str(base / "password"), "-E", "UTF8", "--no-sync"]
+        words = [
+            "-D",
+            str(data),
+            "-U",
+            "dagster",
+            "-A",
+            "scram-sha-256",
+            "--pwfile",
+            str(base / "password"),
+            "-E",
+            "UTF8",
+            "--no-sync",
+        ]
         done = subprocess.run(
-            [str(bin_folder / "initdb"), *words], cwd="/", env=base_environment(), capture_output=True, text=True, check=False,
+            [str(bin_folder / "initdb"), *words], cwd="/", env=base_environment(), capture_output=True, text=True,
+            check=False,
             **as_user(user),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         (base / "password").unlink()
         port = free_port()
         server = Postgres(port, password)
-        command = [str(bin_folder / "postgres"), "-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k", str(base), "-c", "fsync=off"]
+        command = [
+            str(bin_folder / "postgres"),
+            "-D",
+            str(data),
+            "-p",
+            str(port),
+            "-h",
+            "127.0.0.1",
+            "-k",
+            str(base),
+            "-c",
+            "fsync=off",
+        ]
         with running(command, base / "server.log", lambda: _answers(server), signal.SIGINT, user, base_environment()):
             server.renew()
             yield server

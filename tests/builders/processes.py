@@ -16,14 +16,18 @@ from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import distributed
 
 
-def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any], accumulation: int, data: str = "tokenized") -> None:
+def tune(
+    folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any], accumulation: int, data: str = "tokenized"
+) -> None:
     """Run the stage. Its outputs, its report and the message of its error are written to folder/name*."""
     out = folder / name
     out.mkdir(exist_ok=True)
     compute = Compute(threads=1, dtype="float32", processes=count)
     params = adapter.Params(**{**recipe, "gradient_accumulation_steps": accumulation})
     try:
-        report = adapter.produce("x", params, compute, folder / data, model, out, out / "loss.csv", folder / "checkpoints" / name)
+        report = adapter.produce(
+            "x", params, compute, folder / data, model, out, out / "loss.csv", folder / "checkpoints" / name
+        )
     except PedigreeError as error:
         (folder / f"{name}.said").write_text(str(error))
         os._exit(error.exit_code)

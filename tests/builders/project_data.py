@@ -1,4 +1,5 @@
-"""Files of a new user: invented questions and answers, no two alike, in each layout of examples and for each recipe of examples/."""
+"""Files of a new user: invented questions and answers, no two alike, in each
+layout of examples and for each recipe of examples/."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ def oasst(prompt: str, answer: str) -> Row:
 
 
 def xlam(prompt: str, answer: str) -> Row:
-    tools = [{"name": "note", "description": "Write a note.", "parameters": {"text": {"type": "str", "description": "The note."}}}]
+    tools = [
+        {
+            "name": "note",
+            "description": "Write a note.",
+            "parameters": {"text": {"type": "str", "description": "The note."}},
+        }
+    ]
     calls = [{"name": "note", "arguments": {"text": answer}}] if answer else []
     return {"query": prompt, "tools": json.dumps(tools), "answers": json.dumps(calls)}
 
@@ -37,7 +44,9 @@ def messages(prompt: str, answer: str) -> Row:
 LAYOUTS: dict[str, Make] = {
     "alpaca": lambda prompt, answer: {"instruction": prompt, "input": "", "output": answer},
     "messages": messages,
-    "sharegpt": lambda prompt, answer: {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]},
+    "sharegpt": lambda prompt, answer: {
+        "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+    },
     "dolly": lambda prompt, answer: {"instruction": prompt, "context": "", "response": answer},
     "prompt_completion": lambda prompt, answer: {"prompt": prompt, "completion": answer},
     "prompt_response": lambda prompt, answer: {"prompt": prompt, "response": answer},
@@ -87,7 +96,10 @@ def questions(count: int = ROWS, seed: int = 1) -> list[str]:
 def data_of(make: Make, answers: Sequence[str]) -> Data:
     """Good rows with a split each; then a copy of the first row, and a row without an answer, which the checks drop."""
     *prompts, last = questions(len(answers) + 1)
-    rows = [{**make(prompt, answer), "split": SPLIT_OF[i % 10]} for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))]
+    rows = [
+        {**make(prompt, answer), "split": SPLIT_OF[i % 10]}
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
     return Data([*rows, rows[0], {**make(last, ""), "split": "train"}], prompts)
 
 
@@ -104,7 +116,8 @@ def labels() -> Data:
 
 def structured() -> Data:
     answers = [
-        json.dumps({"summary": text, "category": ("bug", "question", "idea")[i % 3]}) for i, text in enumerate(texts(ROWS, 4, seed=3))
+        json.dumps({"summary": text, "category": ("bug", "question", "idea")[i % 3]})
+        for i, text in enumerate(texts(ROWS, 4, seed=3))
     ]
     return data_of(messages, answers)
 

@@ -2,11 +2,14 @@
 
     base_model
     data/sources -> raw_examples -> instructions -> splits -> tokenized -> adapter@X -> merged@X -> release
-                                                                            comparison (reads splits and merged models) -^
-    data/sources/pairs -> raw_preferences -> preferences (reads the test split) -> reward_model -> aligned@dpo (of merged@lora) -> merged_aligned@dpo -> release
+                                                                            comparison (reads splits
+                                                                            and merged models) -^
+    data/sources/pairs -> raw_preferences -> preferences (reads the test split) -> reward_model -> aligned@dpo (of
+    merged@lora) -> merged_aligned@dpo -> release
 
-raw_examples, raw_preferences and, in some histories, instructions and splits are the real stages; the rest is simulated. Stages run as DVC runs them: only if a hash that
-dvc.lock records has changed, and not if the run cache has the result. dvc.lock, cache and run cache are written as DVC writes them.
+raw_examples, raw_preferences and, in some histories, instructions and splits are the real stages; the rest is
+simulated. Stages run as DVC runs them: only if a hash that dvc.lock records has changed, and not if the run cache has
+the result. dvc.lock, cache and run cache are written as DVC writes them.
 """
 
 from __future__ import annotations
@@ -59,7 +62,11 @@ SOURCES, PARAPHRASES = "data/sources", "data/sources/paraphrases/mine.jsonl"
 PAIRS = f"{SOURCES}/pairs/mine.jsonl"
 KEY = "data/keys/record_ids.key"
 NAMES = ("Abena", "Bjorn", "Chidi", "Dalia", "Emeka", "Freya")
-WORDS = ["anchor", "basket", "candle", "dagger", "eagle", "falcon", "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "orange", "pebble", "quiver", "rabbit", "saddle", "turtle", "umbrella", "violin", "walnut", "yellow", "zipper", "bridge", "carpet", "donkey", "engine", "feather", "giraffe", "helmet", "insect", "jungle", "kitten", "lemon", "mirror", "noodle", "oyster", "parrot", "quartz", "ribbon", "shovel", "tunnel", "urchin", "velvet", "window", "yogurt", "copper", "dragon"]  # fmt: skip
+WORDS = ["anchor", "basket", "candle", "dagger", "eagle", "falcon", "garden", "hammer", "island", "jacket", "kettle",
+    "ladder", "magnet", "needle", "orange", "pebble", "quiver", "rabbit", "saddle", "turtle", "umbrella", "violin",
+    "walnut", "yellow", "zipper", "bridge", "carpet", "donkey", "engine", "feather", "giraffe", "helmet", "insect",
+    "jungle", "kitten", "lemon", "mirror", "noodle", "oyster", "parrot", "quartz", "ribbon", "shovel", "tunnel",
+    "urchin", "velvet", "window", "yogurt", "copper", "dragon"]  # fmt: skip
 
 DVC_YAML = """\
 stages:
@@ -72,15 +79,18 @@ stages:
   merged: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/merged/${key}"], meta: {kinds: [safetensors]}}}
   raw_preferences: {cmd: x, deps: [data/sources], outs: [data/raw_preferences]}
   preferences: {cmd: x, deps: [data/raw_preferences, data/splits], outs: [data/preferences]}
-  reward_model: {cmd: x, deps: [data/preferences, data/base_model], outs: [data/reward_model], meta: {kinds: [safetensors]}}
+  reward_model: {cmd: x, deps: [data/preferences, data/base_model], outs: [data/reward_model], \
+meta: {kinds: [safetensors]}}
   aligned: {foreach: {dpo: 1}, do: {cmd: x, outs: ["data/aligned/${key}"], meta: {kinds: [safetensors]}}}
   merged_aligned: {foreach: {dpo: 1}, do: {cmd: x, outs: ["data/merged_aligned/${key}"], meta: {kinds: [safetensors]}}}
   comparison: {cmd: x, deps: [data/splits, data/merged, data/merged_aligned], outs: [data/comparison]}
-  release: {cmd: x, deps: [data/keys, data/comparison, data/merged, data/merged_aligned, data/adapter, data/aligned], outs: [data/release], meta: {kinds: [safetensors]}}
+  release: {cmd: x, deps: [data/keys, data/comparison, data/merged, data/merged_aligned, data/adapter, data/aligned], \
+outs: [data/release], meta: {kinds: [safetensors]}}
 """
 IGNORED = (
-    ".dvc/cache .dvc/tmp data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged "
-    "data/raw_preferences data/preferences data/reward_model data/aligned data/merged_aligned data/comparison data/release"
+    ".dvc/cache .dvc/tmp data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter"
+    " data/merged data/raw_preferences data/preferences data/reward_model data/aligned data/merged_aligned"
+    " data/comparison data/release"
 )
 
 
@@ -92,7 +102,9 @@ def git(root: Path, *arguments: str) -> str:
     """
     clock[0] += 60
     dates = dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), f"{clock[0]} +0000")
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, env={**os.environ, **dates}).stdout
+    return subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, env={**os.environ, **dates}
+    ).stdout
 
 
 clock = [1_750_000_000]
@@ -107,7 +119,10 @@ def identity(prompt: str, answer: str) -> str:
 @cache
 def pair_identity(prompt: str, chosen: str, rejected: str) -> str:
     """Id of a preference pair, from the definition of ids."""
-    sides = [[side, compact([{"role": "assistant", "content": text}])] for side, text in (("chosen", chosen), ("rejected", rejected))]
+    sides = [
+        [side, compact([{"role": "assistant", "content": text}])]
+        for side, text in (("chosen", chosen), ("rejected", rejected))
+    ]
     return hashlib.sha256(compact([["user", prompt], *sides]).encode()).hexdigest()[:32]
 
 
@@ -201,7 +216,12 @@ def tokenizer_files() -> dict[str, bytes]:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     special = {"bos_token": tokens[1], "eos_token": tokens[2], "pad_token": tokens[0]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "chat_template": template, **special}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1024,
+        "chat_template": template,
+        **special,
+    }
     return {
         "tokenizer.json": raw.to_str().encode(),
         "tokenizer_config.json": json.dumps(config).encode(),
@@ -215,7 +235,8 @@ class Toy:
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.seed, self.draw, self.log = root, seed, random.Random(seed), Log()
         self.ledger_in_tokenized = self.draw.random() < 0.4
-        """Whether the tokenized set names sources, as the real one does; then an adapter runs again after a rename, and makes the same bytes."""
+        """Whether the tokenized set names sources, as the real one does; then
+        an adapter runs again after a rename, and makes the same bytes."""
         self.real = self.draw.random() < 0.25
         """Whether instructions and splits are the real stages. They take most of the time."""
         self.locks: dict[str, Lock] = {}
@@ -248,7 +269,10 @@ class Toy:
         (root / ".dvc/config").write_text("")
         (root / ".gitignore").write_text("".join(f"/{name}\n" for name in IGNORED.split()))
         (root / "dvc.yaml").write_text(DVC_YAML)
-        for name in ("core/records.py", *(f"stages/{stage}.py" for stage in dict.fromkeys(a.partition("@")[0] for a in ADDRESSES))):
+        for name in (
+            "core/records.py",
+            *(f"stages/{stage}.py" for stage in dict.fromkeys(a.partition("@")[0] for a in ADDRESSES)),
+        ):
             self.write(f"dagster_project/{name}", b"VERSION = 1\n")
         self.write_source(f"{SOURCES}/faq.jsonl", [self.new_row() for _ in range(self.draw.randint(6, 9))])
         self.write_source(f"{SOURCES}/mail.jsonl", [self.new_row() for _ in range(self.draw.randint(5, 7))])
@@ -256,20 +280,24 @@ class Toy:
         self.write_pairs([self.new_pair() for _ in range(self.draw.randint(4, 6))])
         self.new_key()
         sources = [{"path": f"{SOURCES}/{name}.jsonl", "license": "MIT"} for name in ("faq", "mail")]
-        self.write_params({
-            "compute": {"seed": 7},
-            "base_model": {"revision": 1, "license": "Apache-2.0"},
-            "raw_examples": {"sources": sources},
-            "instructions": {},
-            "splits": {"test": 0.2, "validation": 0.2},
-            "tokenized": {"replay": {}},
-            "adapter": {name: {"learning_rate": 0.1 + i, "epochs": 1, "max_steps": 99} for i, name in enumerate(VARIANTS)},
-            "raw_preferences": {"sources": [{"path": PAIRS, "license": "CC-BY-4.0"}]},
-            "preferences": {"test": 0.3},
-            "reward_model": {"model": "base_model", "max_steps": 99},
-            "aligned": {"dpo": {"method": "dpo", "adapter": "lora", "learning_rate": 0.1, "max_steps": 99}},
-            "release": {"variant": "lora"},
-        })  # fmt: skip
+        self.write_params(
+            {
+                "compute": {"seed": 7},
+                "base_model": {"revision": 1, "license": "Apache-2.0"},
+                "raw_examples": {"sources": sources},
+                "instructions": {},
+                "splits": {"test": 0.2, "validation": 0.2},
+                "tokenized": {"replay": {}},
+                "adapter": {
+                    name: {"learning_rate": 0.1 + i, "epochs": 1, "max_steps": 99} for i, name in enumerate(VARIANTS)
+                },
+                "raw_preferences": {"sources": [{"path": PAIRS, "license": "CC-BY-4.0"}]},
+                "preferences": {"test": 0.3},
+                "reward_model": {"model": "base_model", "max_steps": 99},
+                "aligned": {"dpo": {"method": "dpo", "adapter": "lora", "learning_rate": 0.1, "max_steps": 99}},
+                "release": {"variant": "lora"},
+            }
+        )
 
     # --- files
 
@@ -295,10 +323,16 @@ class Toy:
         jsonl(self.root / path, *({"instruction": prompt, "output": answer} for prompt, answer in rows))
 
     def read_pairs(self) -> list[tuple[str, str, str]]:
-        return [(row["prompt"], row["chosen"], row["rejected"]) for row in map(json.loads, (self.root / PAIRS).read_text().splitlines())]
+        return [
+            (row["prompt"], row["chosen"], row["rejected"])
+            for row in map(json.loads, (self.root / PAIRS).read_text().splitlines())
+        ]
 
     def write_pairs(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        jsonl(self.root / PAIRS, *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows))
+        jsonl(
+            self.root / PAIRS,
+            *({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows),
+        )
 
     def new_pair(self) -> tuple[str, str, str]:
         (prompt, chosen), (_, rejected) = self.new_row(), self.new_row()
@@ -308,7 +342,10 @@ class Toy:
         self.fresh += 1
         one, two, three, four = self.draw.sample(WORDS, 4)
         name = self.draw.choice(NAMES)
-        return f"{name} saw the {one} {self.fresh} near some {two}, why?", f"Because the {three} of {name} is a {four} {self.fresh * 7}."
+        return (
+            f"{name} saw the {one} {self.fresh} near some {two}, why?",
+            f"Because the {three} of {name} is a {four} {self.fresh * 7}.",
+        )
 
     def new_key(self) -> None:
         """Write a new secret for published ids."""
@@ -358,7 +395,9 @@ class Toy:
 
     def write_lock(self, lock: Lock) -> None:
         self.past[canonical(lock)] = lock
-        self.write("dvc.lock", yaml.dump({"schema": "2.0", "stages": lock}, Dumper=yaml.CSafeDumper, sort_keys=False).encode())
+        self.write(
+            "dvc.lock", yaml.dump({"schema": "2.0", "stages": lock}, Dumper=yaml.CSafeDumper, sort_keys=False).encode()
+        )
 
     def definition(self, address: str) -> tuple[list[str], dict[str, Any]]:
         """Dependencies and parameters of a stage, as dvc.yaml has them."""
@@ -389,7 +428,10 @@ class Toy:
                     "data/aligned",
                     "data/reports/merged",
                     "data/reports/merged_aligned",
-                    *(f"data/reports/{one}.json" for one in ("raw_examples", "splits", "raw_preferences", "preferences", "reward_model")),
+                    *(
+                        f"data/reports/{one}.json"
+                        for one in ("raw_examples", "splits", "raw_preferences", "preferences", "reward_model")
+                    ),
                 ],
                 ["release"],
             ),
@@ -461,7 +503,10 @@ class Toy:
         content = (self.root / report).read_bytes()
         self.keep(content)
         self.log.reports[md5(content)] = content
-        entry["outs"] = [{"path": out, "hash": "md5", "md5": value}, {"path": report, "hash": "md5", "md5": md5(content)}]
+        entry["outs"] = [
+            {"path": out, "hash": "md5", "md5": value},
+            {"path": report, "hash": "md5", "md5": md5(content)},
+        ]
         lock[address] = entry
         self.log.files[value] = files
         self.log.entries[canonical(entry)] = (address, entry)
@@ -469,7 +514,9 @@ class Toy:
         for one in entry["deps"]:
             for other, found in lock.items():
                 if other != address and any(
-                    made["path"] == one["path"] and made["md5"] == one["md5"] for made in found["outs"] if made["md5"].endswith(".dir")
+                    made["path"] == one["path"] and made["md5"] == one["md5"]
+                    for made in found["outs"]
+                    if made["md5"].endswith(".dir")
                 ):
                     whole = {**whole, **self.log.ran[canonical(found)][-1], **whole}
         self.log.ran.setdefault(canonical(entry), []).append(whole)
@@ -498,7 +545,8 @@ class Toy:
             self.write(f"{path}/{name}", self.object(one).read_bytes())
 
     def dvc_checkout(self) -> None:
-        """Outputs as dvc.lock has them; those that are not in the cache disappear, as do those that it does not have."""
+        """Outputs as dvc.lock has them; those that are not in the cache
+        disappear, as do those that it does not have."""
         lock = self.lock()
         for address in ADDRESSES:
             out = self.outs_of(address)[0]
@@ -516,7 +564,14 @@ class Toy:
             "model.safetensors": canonical(self.params()["base_model"]["revision"]).encode(),
         }.items():
             self.write(f"data/base_model/{name}", content)
-        return Report(metrics={"origin": "toy", "license": self.params()["base_model"]["license"], "parameters": 1, "dtype": "float32"})
+        return Report(
+            metrics={
+                "origin": "toy",
+                "license": self.params()["base_model"]["license"],
+                "parameters": 1,
+                "dtype": "float32",
+            }
+        )
 
     def _raw_examples(self, address: str) -> Report:
         params = parse(raw_examples.Params, self.params()["raw_examples"], "raw_examples")
@@ -528,7 +583,13 @@ class Toy:
         if not self.real:
             return self._simulate_instructions()
         return instructions.produce(
-            self.root, params, data / "raw_examples", data / "base_model", data / "instructions", self.root / ".dvc/tmp/pages", {}
+            self.root,
+            params,
+            data / "raw_examples",
+            data / "base_model",
+            data / "instructions",
+            self.root / ".dvc/tmp/pages",
+            {},
         )
 
     def _splits(self, address: str) -> Report:
@@ -536,7 +597,11 @@ class Toy:
             return self._simulate_splits()
         params = parse(splits.Params, self.params()["splits"], "splits")
         return splits.produce(
-            self.root, params, self.params()["compute"]["seed"], self.root / "data/instructions", self.root / "data/splits"
+            self.root,
+            params,
+            self.params()["compute"]["seed"],
+            self.root / "data/instructions",
+            self.root / "data/splits",
         )
 
     def _simulate_instructions(self) -> Report:
@@ -550,7 +615,16 @@ class Toy:
                 seen.add(name)
                 kept.append({**record, "group_id": name})
             if outcome == "dropped:exact_duplicates":
-                overlaps.append({**line, "check": "exact_duplicates", "other": name, "part": "prompt", "rule": "equal", "score": 1.0})
+                overlaps.append(
+                    {
+                        **line,
+                        "check": "exact_duplicates",
+                        "other": name,
+                        "part": "prompt",
+                        "rule": "equal",
+                        "score": 1.0,
+                    }
+                )
             ledger.append({**line, "outcome": outcome, "why": ""})
         self.write("data/instructions/overlaps.parquet", table(overlaps, overlap_schema()))
         write_records(data / "instructions", kept)
@@ -567,13 +641,23 @@ class Toy:
         for record, line in zip(records, places, strict=True):
             number = int(md5(f"{params['compute']['seed']}{record['example_id']}".encode()), 16) % 100 / 100
             shares = params["splits"]
-            split = "test" if number < shares["test"] else "validation" if number < shares["test"] + shares["validation"] else "train"
+            split = (
+                "test"
+                if number < shares["test"]
+                else "validation"
+                if number < shares["test"] + shares["validation"]
+                else "train"
+            )
             shards[split].append({**record, "split": split})
             ledger.append({**line, "outcome": split})
         augment = params["splits"].get("augment")
         if augment:
             content = (self.root / PARAPHRASES).read_bytes()
-            facts = {"format": "paraphrases", "rows": len(content.splitlines()), "sha256": hashlib.sha256(content).hexdigest()}
+            facts = {
+                "format": "paraphrases",
+                "rows": len(content.splitlines()),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
             metrics["sources"] = {PARAPHRASES: {**facts, "license": augment["license"]}}
             line_of = {line["example_id"]: line for line in ledger}
             others = {one["prompt"]: one["paraphrase"] for one in map(json.loads, content.splitlines())}
@@ -584,13 +668,22 @@ class Toy:
                     messages = [{"role": "user", "content": others[prompt]}, record["messages"][1]]
                     meta = json.dumps({"parent": parent, "augmented": "paraphrase"})
                     shards["train"].append({**record, "example_id": name, "messages": messages, "meta": meta})
-                    ledger.append({**line_of[parent], "example_id": name, "outcome": "augmented:paraphrase", "why": f"copy of {parent}"})
+                    ledger.append(
+                        {
+                            **line_of[parent],
+                            "example_id": name,
+                            "outcome": "augmented:paraphrase",
+                            "why": f"copy of {parent}",
+                        }
+                    )
         schema = record_schema().append(pa.field("split", pa.string()))
         for split, rows in shards.items():
             write_records(data / "splits" / split, rows, schema)
         write_ledger(data / "splits", ledger)
         return Report(
-            rows_in=len(records), rows_out=len(records), metrics={**{name: len(rows) for name, rows in shards.items()}, **metrics}
+            rows_in=len(records),
+            rows_out=len(records),
+            metrics={**{name: len(rows) for name, rows in shards.items()}, **metrics},
         )
 
     def _tokenized(self, address: str) -> Report:
@@ -607,7 +700,13 @@ class Toy:
             self.write(f"data/tokenized/{split}.json", json.dumps(texts).encode())
             counts[split] = {"examples": len(texts)}
             ledger += [
-                {"source": one["source"], "source_row": None, "example_id": one["example_id"], "outcome": split, "why": ""}
+                {
+                    "source": one["source"],
+                    "source_row": None,
+                    "example_id": one["example_id"],
+                    "outcome": split,
+                    "why": "",
+                }
                 for one in records
             ]
         if self.ledger_in_tokenized:
@@ -619,7 +718,10 @@ class Toy:
         texts = json.loads((self.root / "data/tokenized/train.json").read_text())
         settings = self.params()["adapter"][address.partition("@")[2]]
         order = [(epoch + 1, one["example_id"]) for epoch in range(settings["epochs"]) for one in texts]
-        seen = [{"step": i // 2 + 1, "epoch": epoch, "position": i % 2, "example_id": name} for i, (epoch, name) in enumerate(order)]
+        seen = [
+            {"step": i // 2 + 1, "epoch": epoch, "position": i % 2, "example_id": name}
+            for i, (epoch, name) in enumerate(order)
+        ]
         seen = [row for row in seen if row["step"] <= settings["max_steps"]]
         out = f"data/{address.replace('@', '/')}"
         base = (self.root / "data/base_model/model.safetensors").read_bytes()
@@ -648,10 +750,18 @@ class Toy:
         seed, share = self.params()["compute"]["seed"], self.params()["preferences"]["test"]
         data, seen, shards, ledger = self.root / "data", set(), {"train": [], "validation": [], "test": []}, []
         tests = {record["messages"][0]["content"] for record in read_records(data / "splits/test")}
-        for pair, line in zip(read_records(data / "raw_preferences"), read_ledger(data / "raw_preferences"), strict=True):
+        for pair, line in zip(
+            read_records(data / "raw_preferences"), read_ledger(data / "raw_preferences"), strict=True
+        ):
             name = pair["example_id"]
             if name in seen or pair["prompt"][0]["content"] in tests:
-                ledger.append({**line, "outcome": "dropped:exact_duplicates" if name in seen else "dropped:benchmark_leakage", "why": ""})
+                ledger.append(
+                    {
+                        **line,
+                        "outcome": "dropped:exact_duplicates" if name in seen else "dropped:benchmark_leakage",
+                        "why": "",
+                    }
+                )
                 continue
             seen.add(name)
             number = int(md5(f"{seed}{name}".encode()), 16) % 100 / 100
@@ -661,14 +771,20 @@ class Toy:
         for split, rows in shards.items():
             write_records(data / "preferences" / split, rows, pair_schema())
         write_ledger(data / "preferences", ledger)
-        dropped = Counter(line["outcome"].partition(":")[2] for line in ledger if line["outcome"].startswith("dropped:"))
+        dropped = Counter(
+            line["outcome"].partition(":")[2] for line in ledger if line["outcome"].startswith("dropped:")
+        )
         counts = {name: len(rows) for name, rows in shards.items()}
         return Report(rows_in=len(ledger), rows_out=len(seen), dropped=dict(dropped), metrics=counts)
 
     def _train_on_pairs(self, out: str, settings: Mapping[str, Any], *models: str) -> Report:
         """One pair per step; the weights depend on the pairs, the settings and the models that are read."""
-        pairs = sorted(read_records(self.root / "data/preferences/train"), key=lambda pair: pair["example_id"])[: settings["max_steps"]]
-        seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": pair["example_id"]} for i, pair in enumerate(pairs)]
+        pairs = sorted(read_records(self.root / "data/preferences/train"), key=lambda pair: pair["example_id"])[
+            : settings["max_steps"]
+        ]
+        seen = [
+            {"step": i + 1, "epoch": 1, "position": 0, "example_id": pair["example_id"]} for i, pair in enumerate(pairs)
+        ]
         read = [md5((self.root / path).read_bytes()) for path in models]
         weights = md5(canonical([pairs, {**settings, "max_steps": 0}, read]).encode())
         self.write(f"{out}/adapter_model.safetensors", weights.encode())
@@ -676,7 +792,9 @@ class Toy:
         return Report(metrics={"steps": len(seen), "environment": {"torch": "2.0"}})
 
     def _reward_model(self, address: str) -> Report:
-        return self._train_on_pairs("data/reward_model", self.params()["reward_model"], "data/base_model/model.safetensors")
+        return self._train_on_pairs(
+            "data/reward_model", self.params()["reward_model"], "data/base_model/model.safetensors"
+        )
 
     def _aligned(self, address: str) -> Report:
         settings = self.params()["aligned"]["dpo"]
@@ -686,7 +804,8 @@ class Toy:
 
     def _merged_aligned(self, address: str) -> Report:
         parts = [
-            (self.root / path).read_text() for path in ("data/merged/lora/model.safetensors", "data/aligned/dpo/adapter_model.safetensors")
+            (self.root / path).read_text()
+            for path in ("data/merged/lora/model.safetensors", "data/aligned/dpo/adapter_model.safetensors")
         ]
         self.write("data/merged_aligned/dpo/model.safetensors", canonical(parts).encode())
         return Report()
@@ -699,7 +818,9 @@ class Toy:
     def _release(self, address: str) -> Report:
         name = self.params()["release"]["variant"]
         folder = "merged_aligned" if name == "dpo" else "merged"
-        self.write("data/release/model.safetensors", (self.root / f"data/{folder}/{name}/model.safetensors").read_bytes())
+        self.write(
+            "data/release/model.safetensors", (self.root / f"data/{folder}/{name}/model.safetensors").read_bytes()
+        )
         self.write("data/release/README.md", f"A model: {name}.".encode())
         return Report(metrics={"variant": name})
 
@@ -724,21 +845,26 @@ class Toy:
         if stage == "raw_preferences":
             pairs = [Pair(PAIRS, texts) for texts in self.read_pairs()]
             content = (self.root / PAIRS).read_bytes()
-            digest, license_of = hashlib.sha256(content).hexdigest(), self.params()["raw_preferences"]["sources"][0]["license"]
+            digest = hashlib.sha256(content).hexdigest()
+            license_of = self.params()["raw_preferences"]["sources"][0]["license"]
             self.log.pairs[value] = pairs
             self.log.sources[canonical(entry)] = {PAIRS: {"rows": len(pairs), "sha256": digest, "license": license_of}}
             self.log.text_of |= {pair.identity: pair.texts for pair in pairs}
         if stage == "preferences":
             self.log.split_of[value] = {}
             for split in ("train", "validation", "test"):
-                for pair in (row for shard in sorted((out / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()):
+                for pair in (
+                    row for shard in sorted((out / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()
+                ):
                     name = pair_identity(*(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
                     assert name == pair["example_id"]
                     self.log.split_of[value][name] = split
         if stage == "splits":
             self.log.split_of[value], self.log.parent_of[value], facts = {}, {}, {}
             for split in ("train", "validation", "test"):
-                for record in (row for shard in sorted((out / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()):
+                for record in (
+                    row for shard in sorted((out / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()
+                ):
                     name = identity(record["messages"][0]["content"], record["messages"][1]["content"])
                     assert name == record["example_id"]
                     self.log.text_of[name] = (record["messages"][0]["content"], record["messages"][1]["content"])
@@ -762,7 +888,8 @@ class Toy:
             self.log.outcomes[value] = counts
         if stage in {"adapter", "reward_model", "aligned"}:
             self.log.steps[value] = [
-                (row["step"], row["epoch"], row["example_id"]) for row in pq.read_table(out / "examples.parquet").to_pylist()
+                (row["step"], row["epoch"], row["example_id"])
+                for row in pq.read_table(out / "examples.parquet").to_pylist()
             ]
 
     # --- git
@@ -786,7 +913,15 @@ class Toy:
 
     def commit(self, *paths: str, amend: bool = False) -> None:
         git(self.root, "add", "-A", *(("--", *paths) if paths else ()))
-        git(self.root, "commit", "-q", "--allow-empty", "-m", f"commit {len(self.locks)}", *(["--amend"] if amend else []))
+        git(
+            self.root,
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            f"commit {len(self.locks)}",
+            *(["--amend"] if amend else []),
+        )
         self.record_commit()
 
     def git_checkout(self, rev: str, *options: str) -> None:
@@ -823,7 +958,9 @@ class Toy:
         if path := self.pick_source():
             rows = self.read_source(path)
             i = self.draw.randrange(len(rows))
-            rows[i] = self.draw.choice([self.new_row(), (rows[i][0], self.new_row()[1]), (self.new_row()[0], rows[i][1]), (rows[i][0], "")])
+            rows[i] = self.draw.choice(
+                [self.new_row(), (rows[i][0], self.new_row()[1]), (self.new_row()[0], rows[i][1]), (rows[i][0], "")]
+            )
             self.write_source(path, rows)
             self.note(f"{path}:{i}")
 
@@ -898,7 +1035,9 @@ class Toy:
             other = self.draw.choice([*self.source_paths(), self.new_name()])
             before = self.read_source(other) if other in self.source_paths() else []
             if not before and other not in self.source_paths():
-                self.change_sources(lambda found: found.insert(self.draw.randint(0, len(found)), {"path": other, "license": "CC0-1.0"}))
+                self.change_sources(
+                    lambda found: found.insert(self.draw.randint(0, len(found)), {"path": other, "license": "CC0-1.0"})
+                )
             self.write_source(other, [*before, *dict.fromkeys(rows)])
             self.note(f"{path} -> {other}")
 
@@ -916,7 +1055,9 @@ class Toy:
 
     def op_params(self) -> None:
         values = self.params()
-        where = self.draw.choice(["seed", "base", "test", "replay", "rate", "epochs", "steps", "release", "align", "reward"])
+        where = self.draw.choice(
+            ["seed", "base", "test", "replay", "rate", "epochs", "steps", "release", "align", "reward"]
+        )
         name = self.draw.choice(VARIANTS)
         if where == "seed":
             values["compute"]["seed"] = self.draw.randint(1, 9)
@@ -925,7 +1066,9 @@ class Toy:
         elif where == "test":
             values["splits"]["test"] = self.draw.choice([0.2, 0.3])
         elif where == "replay":
-            values["tokenized"]["replay"] = {self.draw.choice(self.source_paths()): 2} if self.draw.random() < 0.7 else {}
+            values["tokenized"]["replay"] = (
+                {self.draw.choice(self.source_paths()): 2} if self.draw.random() < 0.7 else {}
+            )
         elif where == "rate":
             values["adapter"][name]["learning_rate"] = self.draw.randint(1, 3) + VARIANTS.index(name) / 10
         elif where == "epochs":
@@ -1014,7 +1157,15 @@ class Toy:
         """The last commit is made again on top of an earlier one, with another message."""
         head = git(self.root, "rev-parse", "HEAD").strip()
         commits = git(self.root, "rev-list", "--all").split()
-        new = git(self.root, "commit-tree", "-p", self.draw.choice(commits), "-m", f"rebased {len(self.said)}", f"{head}^{{tree}}").strip()
+        new = git(
+            self.root,
+            "commit-tree",
+            "-p",
+            self.draw.choice(commits),
+            "-m",
+            f"rebased {len(self.said)}",
+            f"{head}^{{tree}}",
+        ).strip()
         git(self.root, "reset", "-q", "--soft", new)
         self.record_commit()
 
@@ -1119,7 +1270,13 @@ class Toy:
                 self.locks[one] if one in self.locks else self.lock_at(one)
                 for one in git(self.root, "rev-list", "--branches", "--tags", "HEAD").split()
             ]
-        kept = {one["md5"] for lock in locks for entry in lock.values() for one in entry["outs"] if one["md5"].endswith(".dir")}
+        kept = {
+            one["md5"]
+            for lock in locks
+            for entry in lock.values()
+            for one in entry["outs"]
+            if one["md5"].endswith(".dir")
+        }
         kept |= {value for name in kept for value in self.log.files[name].values()}
         for path in self.root.glob(".dvc/cache/files/md5/*/*"):
             if path.parent.name + path.name not in kept:

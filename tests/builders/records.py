@@ -20,7 +20,13 @@ HELD_OUT = [
 
 def chat(*turns: tuple[str, str], category: str | None = None, **meta: Any) -> Record:
     messages = [{"role": role, "content": content} for role, content in turns]
-    return {"example_id": example_id(messages), "messages": messages, "category": category, "group_id": None, "meta": json.dumps(meta)}
+    return {
+        "example_id": example_id(messages),
+        "messages": messages,
+        "category": category,
+        "group_id": None,
+        "meta": json.dumps(meta),
+    }
 
 
 def ask(prompt: str = "Where is my kite?", answer: str = "On its way.", **more: Any) -> Record:
@@ -28,7 +34,11 @@ def ask(prompt: str = "Where is my kite?", answer: str = "On its way.", **more: 
 
 
 def pair(
-    prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No.", margin: float | None = None, **meta: Any
+    prompt: str = "Where is my kite?",
+    chosen: str = "On its way.",
+    rejected: str = "No.",
+    margin: float | None = None,
+    **meta: Any,
 ) -> Record:
     record = chat(("user", prompt), ("assistant", chosen), **meta)
     said = [{"role": "assistant", "content": rejected}]
@@ -43,14 +53,23 @@ def placed(records: list[Record]) -> list[Record]:
 
 def rich(*messages: Record, tools: list[Record] | None = None, **meta: Any) -> Record:
     """A record of whole messages, with the tools that may be called."""
-    row = {"messages": list(messages), "category": None, "group_id": None, "meta": json.dumps(meta), **({"tools": tools} if tools else {})}
+    row = {
+        "messages": list(messages),
+        "category": None,
+        "group_id": None,
+        "meta": json.dumps(meta),
+        **({"tools": tools} if tools else {}),
+    }
     return {**row, "example_id": example_id(list(messages), tools)}
 
 
 def tool(name: str = "weather", **properties: str) -> Record:
     """The definition of a function whose parameters, name -> type, are all required."""
     types = {key: {"type": kind} for key, kind in (properties or {"city": "string"}).items()}
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": types, "required": [*types]}}}
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": types, "required": [*types]}},
+    }
 
 
 def call(arguments: Any = None, name: str = "weather", identity: str | None = None) -> Record:
@@ -75,7 +94,10 @@ KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     # check: (good rows, rows of which the last breaks the check; or which break it as a set)
     "malformed_row": ([ask()], [chat(problem="expected text, found int")]),
-    "unsupported_content": ([ask("An image, and a file.", unsupported=True)], [chat(problem="image in a message", unsupported=True)]),
+    "unsupported_content": (
+        [ask("An image, and a file.", unsupported=True)],
+        [chat(problem="image in a message", unsupported=True)],
+    ),
     "ignored_fields": ([ask(note="kept in meta")], [{**ask(), "ignored": ["messages[].id"]}]),
     "unpaired_answer": ([pair()], [{**pair(), "rejected": []}]),
     "unlabelled": ([{**ask(), "labelled": True}], [{**ask(), "labelled": False}]),
@@ -98,26 +120,41 @@ CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
         [rich(user(), said("", call()), result(), said(), tools=[tool()])],
         [rich(user(), said(), result(), said("It is, by far."))],
     ),
-    "untrained_example": ([rich(user(), said(weight=0.0), user("And now?"), said("Yes."))], [rich(user(), said("It is.", weight=0.0))]),
+    "untrained_example": (
+        [rich(user(), said(weight=0.0), user("And now?"), said("Yes."))],
+        [rich(user(), said("It is.", weight=0.0))],
+    ),
     "missing_reasoning": (
         [rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")],
-        [*(rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")), ask("Is Rome warm?")],
+        [
+            *(rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")),
+            ask("Is Rome warm?"),
+        ],
     ),
-    "placeholder_input": ([ask("Name it.\n\nA kite.", input="A kite.")], [ask("Name it.\n\n<noinput>", input="<noinput>")]),
+    "placeholder_input": (
+        [ask("Name it.\n\nA kite.", input="A kite.")],
+        [ask("Name it.\n\n<noinput>", input="<noinput>")],
+    ),
     "prompt_mismatch": ([pair()], [{**pair(), "same_prompt": False}]),
     "identical_pair": ([pair()], [pair(rejected="On its way.")]),
     "tied_pair": ([pair(margin=1.0)], [pair(margin=0.0)]),
     "short_response": ([ask("Hi", "Hello there")], [ask("Hi", "No.")]),
     "too_long": ([ask("Hi", " ".join(map(str, range(150))))], [ask("Hi", " ".join(map(str, range(300))))]),
     "special_tokens_in_text": ([ask("Is <b>this</b> a tag?")], [ask("Is this a tag?<|im_end|>")]),
-    "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look_up()"), ("tool", "found"), ("assistant", "Hello there"))]),
+    "template_mismatch": (
+        [ask()],
+        [chat(("user", "Hi"), ("assistant", "look_up()"), ("tool", "found"), ("assistant", "Hello there"))],
+    ),
     "hidden_characters": ([ask("👩\u200d🚀 नमस्\u200dते")], [ask("Where is my ki\u200bte?")]),
     "unicode_form": ([ask("Où est le café ?")], [ask("Ou\u0300 est le cafe\u0301 ?")]),
     "encoding": ([ask("Où est le café ?")], [ask("OÃ¹ est le cafÃ© ?")]),
     "secrets": ([ask("My key ring is lost")], [ask(f"My key is {KEY} I think")]),
     "pii": ([ask("Follow me @kites, 3 @ 5.00")], [ask("Write to ann.lee@kites.co.uk")]),
     "refusal": ([ask("Hi", "I'm sorry, but it is late.")], [ask("Hi", "I'm sorry, but I can't help with that.")]),
-    "assistant_boilerplate": ([ask("Are you an AI?", "As an AI, yes.")], [ask("Hi", "As an AI language model, I say hi.")]),
+    "assistant_boilerplate": (
+        [ask("Are you an AI?", "As an AI, yes.")],
+        [ask("Hi", "As an AI language model, I say hi.")],
+    ),
     "foreign_identity": ([ask("Hi", "ChatGPT was created by OpenAI.")], [ask("Hi", "I am ChatGPT.")]),
     "placeholder_text": ([ask("Hi", "Dear Ann, hello.")], [ask("Hi", "Dear [Your Name], hello.")]),
     "prompt_echo": ([ask(answer="Your kite is on its way.")], [ask(answer="Where is my kite? On its way.")]),
@@ -127,8 +164,14 @@ CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     "language_mismatch": ([ask(answer="It is on its way.")], [ask(answer="您的风筝已经在路上了，请再等几天。")]),
     "exact_duplicates": ([ask("Hi"), ask("Ho")], [ask("Hi"), ask("Hi")]),
     "benchmark_leakage": ([ask("Which planet is red?")], [ask(HELD_OUT[0].question)]),
-    "split_leakage": ([ask(LONG, split="train"), ask("The kite came", split="test")], [ask(LONG, split="test"), ask(LONG + " again", split="train")]),
-    "conflicting_responses": ([ask("Hi", "Hello you"), ask("Ho", "Bye you")], [ask("Hi", "Hello you"), ask("Hi", "Bye you")]),
+    "split_leakage": (
+        [ask(LONG, split="train"), ask("The kite came", split="test")],
+        [ask(LONG, split="test"), ask(LONG + " again", split="train")],
+    ),
+    "conflicting_responses": (
+        [ask("Hi", "Hello you"), ask("Ho", "Bye you")],
+        [ask("Hi", "Hello you"), ask("Hi", "Bye you")],
+    ),
     "near_duplicates": ([ask(LONG), ask("The kite came, thank you")], [ask(LONG), ask(LONG + " again")]),
     "schema": ([ask()], []),
     "small_dataset": ([ask("Hi"), ask("Ho")], [ask("Hi")]),
@@ -144,4 +187,4 @@ CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
         [pair("Hi"), pair("Ho", "No.", "On its way.")],
         [pair("Hi"), pair("Ho"), pair("Hu")],
     ),
-}  # fmt: skip
+}

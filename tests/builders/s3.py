@@ -34,7 +34,8 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to use the server. It accepts any credentials: tests look for these in files, logs and objects."""
+        """What a process needs to use the server. It accepts any credentials:
+        tests look for these in files, logs and objects."""
         return {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret, "AWS_DEFAULT_REGION": "us-east-1"}
 
     def kill(self) -> None:
@@ -67,7 +68,11 @@ class S3Server:
         import boto3
 
         return boto3.client(
-            "s3", endpoint_url=self.endpoint, aws_access_key_id=self.key, aws_secret_access_key=self.secret, region_name="us-east-1"
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            region_name="us-east-1",
         )
 
 
@@ -79,7 +84,12 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         folder: an existing folder for the server's log.
     """
     port = free_port()
-    server = S3Server(f"http://127.0.0.1:{port}", f"s3://{BUCKET}/dvc", f"AKIA{secrets.token_hex(8).upper()}", secrets.token_urlsafe(30))
+    server = S3Server(
+        f"http://127.0.0.1:{port}",
+        f"s3://{BUCKET}/dvc",
+        f"AKIA{secrets.token_hex(8).upper()}",
+        secrets.token_urlsafe(30),
+    )
 
     def answers() -> bool:
         try:

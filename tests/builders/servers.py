@@ -81,7 +81,8 @@ def running(
 
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_tests,
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
+            preexec_fn=end_with_tests,
             **as_user(user),
         )  # fmt: skip
     try:

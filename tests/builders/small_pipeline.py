@@ -1,9 +1,11 @@
-"""A small pipeline of real stages that take no time, for tests of the two front ends: a foreach, a gate, a git source and a .dvc source.
+"""A small pipeline of real stages that take no time, for tests of the two front
+ends: a foreach, a gate, a git source and a .dvc source.
 
-    raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may say BAD) -> tok -> adapter@X -> cmp (reads the reports of both, too)
+    raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may
+    say BAD) -> tok -> adapter@X -> cmp (reads the reports of both, too)
 
-As a script in a project's folder it is that project's command line: `python small_pipeline.py run STAGE`, `run-all JOBS`, `materialize [ADDRESS...]`,
-`materialize-at-once [ADDRESS...]`.
+As a script in a project's folder it is that project's command line: `python small_pipeline.py run STAGE`, `run-all
+JOBS`, `materialize [ADDRESS...]`, `materialize-at-once [ADDRESS...]`.
 """
 
 from __future__ import annotations
@@ -46,11 +48,14 @@ def _lines(path: Path) -> list[str]:
 
 
 def _started(ctx: StageContext) -> None:
-    """Note that a command runs, and with LOG_INPUTS whether what it reads differs from what dvc.lock says it read before."""
+    """Note that a command runs, and with LOG_INPUTS whether what it reads
+    differs from what dvc.lock says it read before."""
     entry: dict[str, Any] = {"stage": ctx.address, "pid": os.getpid()}
     if os.environ.get("LOG_INPUTS"):
         state = dvc.read_stages(ctx.root)[ctx.address]
-        entry["inputs_changed"] = any(i.now != i.recorded for i in state.inputs) or state.definition_now != state.definition_recorded
+        entry["inputs_changed"] = (
+            any(i.now != i.recorded for i in state.inputs) or state.definition_now != state.definition_recorded
+        )
     with (ctx.root / LOG).open("a") as file:
         file.write(json.dumps(entry) + "\n")
     if os.environ.get("SLOW") == ctx.stage:
@@ -59,8 +64,8 @@ def _started(ctx: StageContext) -> None:
 
 
 def hold(root: Path, stage: str, gates: int = 1) -> list[Path]:
-    """Let a stage wait, when it starts and after each of its steps, until the test has made a file. By a file, because a stage on another machine
-    gets no environment; no stage depends on it.
+    """Let a stage wait, when it starts and after each of its steps, until the test has made a file. By a file, because
+    a stage on another machine gets no environment; no stage depends on it.
 
     Returns:
         The files, in the order in which the stage waits for them.
@@ -93,7 +98,9 @@ def inst(ctx: StageContext) -> Report:
     bad = [str(i) for i, row in enumerate(rows) if "BAD" in row]
     (ctx.out / "rows.txt").write_text("\n".join([*rows, f"minlen {ctx.values['minlen']}", _code(ctx)]))
     return Report(
-        rows_in=len(rows), rows_out=len(rows), checks=[CheckResult("no_bad_rows", not bad, blocking=True, count=len(bad), rows=bad)]
+        rows_in=len(rows),
+        rows_out=len(rows),
+        checks=[CheckResult("no_bad_rows", not bad, blocking=True, count=len(bad), rows=bad)],
     )
 
 
@@ -126,7 +133,11 @@ def adapter(ctx: StageContext) -> Report:
 
 def cmp(ctx: StageContext) -> Report:
     _started(ctx)
-    found = [path.read_text() for name in ctx.values["variants"] for path in sorted((ctx.root / "data/adapter" / name).glob("*"))]
+    found = [
+        path.read_text()
+        for name in ctx.values["variants"]
+        for path in sorted((ctx.root / "data/adapter" / name).glob("*"))
+    ]
     found += [
         (ctx.root / "data/reports" / name).read_text()
         for name in ("tok.json", *(f"adapter/{name}.json" for name in ctx.values["variants"]))
@@ -211,7 +222,9 @@ def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
         (root / "code" / f"{name}.py").write_text("V = 0\n")
     (root / "small_pipeline.py").write_text(Path(__file__).read_text())
     (root / "dvc.yaml").write_text(dvc_yaml())
-    (root / "params.yaml").write_text(json.dumps(values or {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}))
+    (root / "params.yaml").write_text(
+        json.dumps(values or {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}})
+    )
     (root / "data/sources/g.txt").write_text("r0")
     (root / "data/sources/d.txt").write_text("d0")
     (root / ".gitignore").write_text(
@@ -234,7 +247,8 @@ def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subpr
     """Edit `tok`, start a front end in which `tok` is slow, and return when its command runs."""
     (root / "code/tok.py").write_text("V = 9\n")
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True, start_new_session=True,
+        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True,
+        start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     while "tok" not in commands_run(root)[5:]:
@@ -243,12 +257,16 @@ def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subpr
     return process
 
 
-def start_until_both_adapters_run(root: Path, *command: str, **environment: str) -> tuple[subprocess.Popen[str], dict[str, int]]:
-    """Edit `adapter`, start a front end in which it is slow, and return when the commands of both variants run, with their process ids."""
+def start_until_both_adapters_run(
+    root: Path, *command: str, **environment: str
+) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """Edit `adapter`, start a front end in which it is slow, and return when
+    the commands of both variants run, with their process ids."""
     ran = len(commands_run(root)) if (root / LOG).exists() else 0
     (root / "code/adapter.py").write_text(f"V = {ran + 9}\n")
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "adapter", **environment}, text=True, start_new_session=True,
+        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "adapter", **environment}, text=True,
+        start_new_session=True,
         stdout=subprocess.PIPE, stderr=(root / "errors.txt").open("w"),
     )  # fmt: skip
     while True:
@@ -284,7 +302,9 @@ def materialize(root: Path, instance: Any, addresses: list[str] | None = None, d
 
     found = definitions or build_definitions(root, PIPELINE)
     job = found.resolve_implicit_global_asset_job_def()
-    keys = [asset_key(a) for a in addresses] if addresses else list(found.resolve_asset_graph().materializable_asset_keys)
+    keys = (
+        [asset_key(a) for a in addresses] if addresses else list(found.resolve_asset_graph().materializable_asset_keys)
+    )
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False, run_config=quiet)
 
@@ -297,8 +317,8 @@ def all_assets() -> Any:
 
 
 def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
-    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once. The environment variable RUN
-    adds arguments, e.g. `{"tags": {"pedigree/on": "local"}}`."""
+    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once. The
+    environment variable RUN adds arguments, e.g. `{"tags": {"pedigree/on": "local"}}`."""
     import dagster as dg
     from dagster._core.definitions.reconstruct import ReconstructableJob
 
@@ -306,7 +326,9 @@ def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
 
     job = ReconstructableJob.for_file("small_pipeline.py", "all_assets")
     keys = [asset_key(a) for a in addresses] or None
-    return dg.execute_job(job, instance, asset_selection=keys, raise_on_error=False, **json.loads(os.environ.get("RUN", "{}")))
+    return dg.execute_job(
+        job, instance, asset_selection=keys, raise_on_error=False, **json.loads(os.environ.get("RUN", "{}"))
+    )
 
 
 def changed_in_dvc(root: Path) -> set[str]:

@@ -21,7 +21,11 @@ def to_records(
     pairs: bool = False,
 ) -> tuple[str, list[dict[str, Any]]]:
     """The layout of a file, or of those in a folder, and their records."""
-    named = [(f"{path.name}/{name}", f"{source.rstrip('/')}/{name}", file) for name, file in files_of(path)] if path.is_dir() else []
+    named = (
+        [(f"{path.name}/{name}", f"{source.rstrip('/')}/{name}", file) for name, file in files_of(path)]
+        if path.is_dir()
+        else []
+    )
     files = named or [(path.name, source, path)]
     records = Records(path.parent)
     blocks = [SourceFile(name, whose, read_blocks(file), size_of(file)) for name, whose, file in files]

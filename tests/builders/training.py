@@ -18,7 +18,8 @@ from dagster_project.training.trainers.harness import checkpoint
 PACKAGE = Path(checkpoint.__file__).parents[3]
 _code_of = checkpoint.code_of
 _code_of_package = cache(_code_of)
-# parsing the code that identifies a run takes a third of the time of a small training; this working tree does not change while tests run
+# parsing the code that identifies a run takes a third of the time of a small training; this working tree does not
+# change while tests run
 checkpoint.code_of = lambda module, root: _code_of_package(module, root) if root == PACKAGE else _code_of(module, root)
 
 LORA: dict[str, Any] = {
@@ -71,7 +72,9 @@ def packed(*examples: dict[str, Any]) -> dict[str, Any]:
     return {column: [value for one in examples for value in one[column]] for column in examples[0]}
 
 
-def train_adapter(folder: Path, model: Path, name: str, params: dict[str, Any], threads: int = 1, live: Path | None = None) -> None:
+def train_adapter(
+    folder: Path, model: Path, name: str, params: dict[str, Any], threads: int = 1, live: Path | None = None
+) -> None:
     """Run the stage `adapter`: outputs under folder/name, checkpoints under folder/checkpoints/name."""
     from dagster_project.core.params import Compute
     from dagster_project.stages import adapter
@@ -80,7 +83,8 @@ def train_adapter(folder: Path, model: Path, name: str, params: dict[str, Any], 
     out.mkdir(parents=True, exist_ok=True)
     compute = Compute(threads=threads, dtype="float32")
     report = adapter.produce(
-        "x", adapter.Params(**params), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name,
+        "x", adapter.Params(**params), compute, folder / "tokenized", model, out, out / "loss.csv",
+        folder / "checkpoints" / name,
         live=live,
     )  # fmt: skip
     (out / "report.json").write_text(json.dumps(report.document()))
@@ -91,13 +95,15 @@ def output_files(folder: Path, name: str) -> dict[str, bytes]:
 
 
 def exclude_loaded_from_garbage_collection() -> None:
-    """Exclude what loaded libraries hold, here and in forked children: each training ends with full collections, which take 0.3 s with them."""
+    """Exclude what loaded libraries hold, here and in forked children: each
+    training ends with full collections, which take 0.3 s with them."""
     gc.collect()
     gc.freeze()
 
 
 def ready_to_fork() -> None:
-    """Do here, once, what each forked training would do: parse the code that identifies it, and skip the libraries in garbage collection."""
+    """Do here, once, what each forked training would do: parse the code that
+    identifies it, and skip the libraries in garbage collection."""
     for module in ("stages/adapter.py", "stages/reward_model.py", "stages/aligned.py", "training/trainers/sft/fit.py"):
         assert checkpoint.code_of(PACKAGE / module, PACKAGE)
     exclude_loaded_from_garbage_collection()

@@ -32,7 +32,8 @@ def adapter(ctx: StageContext) -> Report:
     if values.command is not None:
         return _by_command(ctx, values)
     return stage.produce(
-        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.out,
+        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/tokenized",
+        ctx.root / "data/base_model", ctx.out,
         ctx.plot("loss"), ctx.checkpoints, live=ctx.live,
     )  # fmt: skip
 
@@ -42,14 +43,16 @@ def _by_command(ctx: StageContext, values: Any) -> Report:
     from dagster_project.training.trainers.command.train import Folders, train_by_command
 
     folders = Folders(
-        ctx.root, ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.scratch / "command", ctx.checkpoints, ctx.out,
+        ctx.root, ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.scratch / "command", ctx.checkpoints,
+        ctx.out,
         ctx.plot("loss"), ctx.pages,
     )  # fmt: skip
     return train_by_command(str(ctx.variant), values, Compute(threads=1, dtype="float32"), folders)
 
 
 def wait_at_pass(number: int, gate: Path) -> None:
-    """Arrange for a forward and backward pass of this process, counted from 1, that begins when a file exists, or after five minutes."""
+    """Arrange for a forward and backward pass of this process, counted from 1,
+    that begins when a file exists, or after five minutes."""
     from transformers import Trainer
 
     whole, begun = Trainer.training_step, 0

@@ -1,6 +1,8 @@
-"""Commands of the project in forked processes: the libraries are imported once, and each command is a real process that can really be killed.
+"""Commands of the project in forked processes: the libraries are imported once,
+and each command is a real process that can really be killed.
 
-A command runs `pedigree` or `dvc` by its own main function. The stage command that DVC starts is forked, too, instead of started by a shell.
+A command runs `pedigree` or `dvc` by its own main function. The stage command
+that DVC starts is forked, too, instead of started by a shell.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-PRELOAD = ["dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.checkout", "dvc.repo.reproduce", "dvc.repo.status", "dvc.stage.run",
-           "dagster", "dagster_project.__main__", "dagster_project.cli.parser", "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage", "dagster_project.stages"]  # fmt: skip
+PRELOAD = ["dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.checkout", "dvc.repo.reproduce",
+    "dvc.repo.status", "dvc.stage.run",
+           "dagster", "dagster_project.__main__", "dagster_project.cli.parser",
+           "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage",
+           "dagster_project.stages"]  # fmt: skip
 CPU_SECONDS = 120
 """CPU time after which a command counts as hanging."""
 SECONDS = 600
 """Time after which a command that waits without computing counts as hanging."""
 STAGE_COMMANDS = (["python", "-m", "dagster_project", "run"], ["python", "small_pipeline.py", "run"])
-"""How commands of stages begin, by which DVC starts them: of the whole pipeline, and of tests/builders/small_pipeline.py."""
+"""How commands of stages begin, by which DVC starts them: of the whole
+pipeline, and of tests/builders/small_pipeline.py."""
 
 Fault = Callable[[], None]
 """Called in the process that shall have the fault, before its command begins."""
@@ -101,10 +107,21 @@ class Place:
     faults: Mapping[str, Fault] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PEDIGREE_", "DVC_", "DAGSTER_", "AWS_"))}
-        folders = {"HOME": "home", "TMPDIR": "tmp", "DVC_SITE_CACHE_DIR": "site", "DVC_GLOBAL_CONFIG_DIR": "home", "HF_HOME": "hub"}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PEDIGREE_", "DVC_", "DAGSTER_", "AWS_"))
+        }
+        folders = {
+            "HOME": "home",
+            "TMPDIR": "tmp",
+            "DVC_SITE_CACHE_DIR": "site",
+            "DVC_GLOBAL_CONFIG_DIR": "home",
+            "HF_HOME": "hub",
+        }
         return {
-            **kept, **{name: str(self.around / folder) for name, folder in folders.items()}, "DAGSTER_HOME": str(self.root / ".dagster"),
+            **kept, **{name: str(self.around / folder) for name, folder in folders.items()},
+            "DAGSTER_HOME": str(self.root / ".dagster"),
             "DVC_NO_ANALYTICS": "1", "DAGSTER_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive", "PEDIGREE_PROJECT": str(self.root), "COLUMNS": "120", "SHELL": "/bin/sh",
         }  # fmt: skip
@@ -139,7 +156,13 @@ def run(place: Place, *words: str, **faults: Any) -> Outcome:
 
 
 def _in_child(
-    place: Place, words: Sequence[str], out: Path, err: Path, fault: Fault | None, in_stage: Fault | None, environment: Mapping[str, str]
+    place: Place,
+    words: Sequence[str],
+    out: Path,
+    err: Path,
+    fault: Fault | None,
+    in_stage: Fault | None,
+    environment: Mapping[str, str],
 ) -> int:
     os.setsid()
     os.chdir(place.root)
@@ -193,7 +216,8 @@ def _materialize(addresses: Sequence[str]) -> int:
 
 
 def end(function: Callable[..., int], *arguments: Any) -> NoReturn:
-    """End this forked process with what the function returns, as an interpreter would, without unwinding the frames of the parent."""
+    """End this forked process with what the function returns, as an interpreter
+    would, without unwinding the frames of the parent."""
     code = 1
     try:
         code = function(*arguments)
@@ -241,7 +265,8 @@ class ForkedStage:
 
 
 def words_of_stage(command: str, folder: str | Path) -> list[str] | None:
-    """What `main_of` gets for the command of a stage in a project's folder; None for a command that is to be started."""
+    """What `main_of` gets for the command of a stage in a project's folder;
+    None for a command that is to be started."""
     words = shlex.split(command)
     if not any(words[: len(start)] == start for start in STAGE_COMMANDS):
         return None
@@ -257,8 +282,8 @@ def has_small_pipeline(folder: str | Path) -> bool:
 
 
 def start_stages_by(start: Callable[[Sequence[str], str, Mapping[str, str]], Any]) -> None:
-    """From now on DVC in this process starts the command of a stage by a function of what `main_of` gets, a folder and an environment. It returns what
-    DVC uses of subprocess.Popen."""
+    """From now on DVC in this process starts the command of a stage by a function of what `main_of` gets, a folder and
+    an environment. It returns what DVC uses of subprocess.Popen."""
     import dvc.stage.run as module
 
     class Subprocess:
@@ -284,7 +309,8 @@ def fork_instead_of_starting(in_stage: Fault | None) -> None:
     """From now on DVC in this process, a forked one, forks the commands of stages."""
     start_stages_by(lambda words, cwd, env: ForkedStage(words, in_stage, cwd, env))
     whole = multiprocessing.get_context
-    multiprocessing.get_context = lambda method=None: whole("fork" if method == "forkserver" else method)  # type: ignore[assignment, misc]
+    # misc]
+    multiprocessing.get_context = lambda method=None: whole("fork" if method == "forkserver" else method)  # type: ignore[assignment,
 
 
 def preload(names: Sequence[str] = ()) -> None:
@@ -292,7 +318,10 @@ def preload(names: Sequence[str] = ()) -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # it would start a thread
-    for name in [*PRELOAD, *(name for name in names if name != "dagster_project.definitions")]:  # that one reads a project
+    for name in [
+        *PRELOAD,
+        *(name for name in names if name != "dagster_project.definitions"),
+    ]:  # that one reads a project
         with suppress(Exception):
             importlib.import_module(name)
     assert threading.active_count() == 1, "a forked process would wait for a thread that it does not have"

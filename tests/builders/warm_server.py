@@ -1,6 +1,7 @@
-"""`pedigree ...` and `dvc ...` for tests that are not about how a process starts: the libraries are loaded once, and each command is a real process,
-forked from the one that has loaded them (tests/builders/warm.py). The code is that of this working tree, whatever package the project holds; the script
-of a small pipeline that a test has edited is started. All commands have one seed of hashes of strings, so they iterate over sets in one order.
+"""`pedigree ...` and `dvc ...` for tests that are not about how a process starts: the libraries are loaded once, and
+each command is a real process, forked from the one that has loaded them (tests/builders/warm.py). The code is that of
+this working tree, whatever package the project holds; the script of a small pipeline that a test has edited is started.
+All commands have one seed of hashes of strings, so they iterate over sets in one order.
 
 As a module it is the process that has loaded them.
 """
@@ -30,7 +31,8 @@ active: list[WarmServer] = []
 
 
 class ServedStage:
-    """What DVC uses of subprocess.Popen: a stage command that a server has run. For DVC in a process that cannot be forked, because it has threads."""
+    """What DVC uses of subprocess.Popen: a stage command that a server has run.
+    For DVC in a process that cannot be forked, because it has threads."""
 
     def __init__(self, server: WarmServer, words: Sequence[str], folder: str, environment: Mapping[str, str]) -> None:
         done = server.run(words, Path(folder), environment)
@@ -51,8 +53,11 @@ class WarmServer:
         self.read: dict[str, str] = {}
         """Variables that its process has read, or will read, once."""
 
-    def run(self, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-        """Run a command in a folder, and wait for it. The libraries are loaded again if variables differ that they read only then."""
+    def run(
+        self, words: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a folder, and wait for it. The libraries are loaded
+        again if variables differ that they read only then."""
         if self.read != (read := _read_once(environment)):
             self.end()
             self.read = read

@@ -1,4 +1,5 @@
-"""The wheel of the package, and an environment outside the clone in which it is installed on top of the libraries that run the tests."""
+"""The wheel of the package, and an environment outside the clone in which it is
+installed on top of the libraries that run the tests."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ class Environment:
 
     def command(self, *command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         """A command of this environment in a folder, as after `source bin/activate`."""
-        variables = {name: value for name, value in environment().items() if name not in {"PEDIGREE_PROJECT", "DAGSTER_HOME"}}
+        variables = {
+            name: value for name, value in environment().items() if name not in {"PEDIGREE_PROJECT", "DAGSTER_HOME"}
+        }
         path = f"{self.folder / 'bin'}{os.pathsep}{variables['PATH']}"
         return subprocess.run(
             [self.folder / "bin" / command[0], *command[1:]],
@@ -54,6 +57,10 @@ def environment_with(wheel: Path, folder: Path) -> Environment:
     """An environment with the wheel alone, which also imports what is installed where the tests run."""
     installed(sys.executable, "-m", "venv", "--without-pip", folder)
     [packages] = folder.glob("lib/python*/site-packages")
-    (packages / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # a .pth file there, as of the clone, is not read
-    installed(*PIP, "--python", folder / "bin" / "python", "install", "--no-index", "--no-deps", "--ignore-installed", wheel)
+    (packages / "libraries.pth").write_text(
+        sysconfig.get_paths()["purelib"] + "\n"
+    )  # a .pth file there, as of the clone, is not read
+    installed(
+        *PIP, "--python", folder / "bin" / "python", "install", "--no-index", "--no-deps", "--ignore-installed", wheel
+    )
     return Environment(folder)

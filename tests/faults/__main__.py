@@ -1,4 +1,5 @@
-"""`python -m faults`: play the cases and print a table, class x passed and failed, with the commands of the cases that failed."""
+"""`python -m faults`: play the cases and print a table, class x passed and
+failed, with the commands of the cases that failed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from faults import dagster_runs, damage, kills, limits, network, project, times,
 from faults.case import Case, Result, result_of
 
 CLASSES: dict[str, Callable[[project.Projects, bool], Iterator[Case]]] = {
-    "kill": kills.cases, "damage": damage.cases, **limits.CLASSES, **times.CLASSES, **network.CLASSES, **dagster_runs.CLASSES,
+    "kill": kills.cases, "damage": damage.cases, **limits.CLASSES, **times.CLASSES, **network.CLASSES,
+    **dagster_runs.CLASSES,
     **trainings.CLASSES,
 }  # fmt: skip
 
@@ -28,12 +30,20 @@ def table(results: list[Result]) -> str:
     counts = Counter((one.case.partition("/")[0], not one.problem) for one in results)
     names = dict.fromkeys(one.case.partition("/")[0] for one in results)
     rows = [("fault", "cases", "passed", "failed")]
-    rows += [(name, str(counts[name, True] + counts[name, False]), str(counts[name, True]), str(counts[name, False])) for name in names]
+    rows += [
+        (name, str(counts[name, True] + counts[name, False]), str(counts[name, True]), str(counts[name, False]))
+        for name in names
+    ]
     failed = [one for one in results if one.problem]
     rows.append(("all", str(len(results)), str(len(results) - len(failed)), str(len(failed))))
     lines = [f"{row[0]:<12}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows]
     for one in failed:
-        lines += ["", f"FAILED {one.case}", *(f"  ran: {command}" for command in one.commands), f"  again: make faults ONLY={one.case}"]
+        lines += [
+            "",
+            f"FAILED {one.case}",
+            *(f"  ran: {command}" for command in one.commands),
+            f"  again: make faults ONLY={one.case}",
+        ]
         lines += [f"  {line}" for line in one.problem.splitlines()]
     return "\n".join(lines)
 
@@ -54,7 +64,11 @@ def play_all(projects: project.Projects, options: argparse.Namespace, part: int,
                 continue
             results.append(result_of(case, projects))
             problem = results[-1].problem
-            print(f"{'FAILED' if problem else 'passed'} {case.name}{problem and chr(10)}{problem}", file=sys.stderr, flush=True)
+            print(
+                f"{'FAILED' if problem else 'passed'} {case.name}{problem and chr(10)}{problem}",
+                file=sys.stderr,
+                flush=True,
+            )
     return results
 
 
@@ -84,14 +98,24 @@ def play_in_processes(projects: project.Projects, options: argparse.Namespace) -
 def main() -> int:
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--fixed", action="store_true", help="the fixed part that the test suite plays")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name starts with it: a class, or one case")
-    parser.add_argument("--share", type=_share, default=(1, 1), metavar="I/N", help="one in N cases of each class, from the I-th")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name starts with it: a class, or one case"
+    )
+    parser.add_argument(
+        "--share", type=_share, default=(1, 1), metavar="I/N", help="one in N cases of each class, from the I-th"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that play cases at once")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--keep", metavar="FOLDER", help="make the undisturbed project here, or use the one that is here")
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="make the undisturbed project here, or use the one that is here"
+    )
     options = parser.parse_args()
     shared = Path("/dev/shm")
-    base = Path(options.keep) if options.keep else Path(tempfile.mkdtemp(prefix="faults-", dir=shared if shared.is_dir() else None))
+    base = (
+        Path(options.keep)
+        if options.keep
+        else Path(tempfile.mkdtemp(prefix="faults-", dir=shared if shared.is_dir() else None))
+    )
     try:
         projects = project.Projects(base)
         projects.make()

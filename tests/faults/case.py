@@ -16,15 +16,20 @@ from builders.warm import Command, Fault, Outcome
 
 from faults import project
 
-TRACEBACK = re.compile(r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error(?! - \[Errno)", re.MULTILINE)
-DAGSTER_FAILURE = re.compile(r"^dagster\._core\.definitions\.events\.Failure: (?s:.*?)(?=^\d{4}-\d\d-\d\d |\Z)", re.MULTILINE)
+TRACEBACK = re.compile(
+    r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error(?! - \[Errno)", re.MULTILINE
+)
+DAGSTER_FAILURE = re.compile(
+    r"^dagster\._core\.definitions\.events\.Failure: (?s:.*?)(?=^\d{4}-\d\d-\d\d |\Z)", re.MULTILINE
+)
 """What Dagster's log says of a stage that failed, the message first: Dagster itself adds where it was raised."""
 CODES = {0, 1, 2}
 """Exit codes of a command that was not killed: fine, failed or busy, bad input."""
 KILLED = -9
 DVC_FAILED = 255
 LEFT_BY_DVC = "Unable to read RWLock-file"
-"""What `dvc repro` says if DVC was killed while it wrote its table of locked paths; `pedigree sync` deletes the table (docs/troubleshooting.md)."""
+"""What `dvc repro` says if DVC was killed while it wrote its table of locked
+paths; `pedigree sync` deletes the table (docs/troubleshooting.md)."""
 
 
 class Violation(Exception):
@@ -50,7 +55,11 @@ class Play:
         return self.place.root
 
     def start(
-        self, *words: str, fault: Fault | None = None, in_stage: Fault | None = None, environment: Mapping[str, str] | None = None
+        self,
+        *words: str,
+        fault: Fault | None = None,
+        in_stage: Fault | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Command:
         faults = [one for one in (self.before, fault) if one is not None]
 
@@ -93,8 +102,12 @@ class Play:
             return outcome
         if outcome.command[0] == "pedigree":
             errors = len(re.findall(r"^error: ", outcome.err, re.MULTILINE))
-            findings = outcome.command[1] in ("verify", "run") and any(word in outcome.text for word in ("next: ", "hint: ", "failed"))
-            if errors > 1 or (errors == 0 and not findings):  # a list of what differs with next steps, or of stages, is a message, too
+            findings = outcome.command[1] in ("verify", "run") and any(
+                word in outcome.text for word in ("next: ", "hint: ", "failed")
+            )
+            if errors > 1 or (
+                errors == 0 and not findings
+            ):  # a list of what differs with next steps, or of stages, is a message, too
                 raise Violation(f"`{shown}` failed with {errors} messages:\n{outcome.text[-2000:]}")
             if errors and "hint: " not in outcome.err:
                 raise Violation(f"`{shown}` names no next step:\n{outcome.err[-2000:]}")
@@ -131,12 +144,15 @@ class Play:
             raise Violation(f"the run after the fault fails:\n{done.text[-3000:]}")
 
     def clear_temporary_files(self) -> None:
-        """Remove what libraries leave in the folder for temporary files when their process is killed (docs/faults.md)."""
+        """Remove what libraries leave in the folder for temporary files when
+        their process is killed (docs/faults.md)."""
         shutil.rmtree(self.place.around / "tmp")
         (self.place.around / "tmp").mkdir()
 
     def is_undisturbed(self, goal: str = project.DONE, status: bool = True) -> None:
-        expected = {path: digest for path, digest in self.projects.states[goal].files.items() if path not in self.removed}
+        expected = {
+            path: digest for path, digest in self.projects.states[goal].files.items() if path not in self.removed
+        }
         found = [
             line
             for line in project.differences(project.files(self.root), expected)

@@ -38,7 +38,11 @@ def _run_killed(number: int) -> Callable[[Play], None]:
     def play(at_work: Play) -> None:
         command = at_work.start("materialize", "instructions", "splits")
         until = time.monotonic() + 300
-        while command.poll() is None and not (at_work.root / SCRATCH / "instructions").exists() and time.monotonic() < until:
+        while (
+            command.poll() is None
+            and not (at_work.root / SCRATCH / "instructions").exists()
+            and time.monotonic() < until
+        ):
             time.sleep(0.01)
         began = _cpu(command.pid)
         while command.poll() is None and _cpu(command.pid) < began + number / 30 and time.monotonic() < until:
@@ -115,7 +119,8 @@ def _dagster(at_work: Play, *words: str) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
     at_work.outcomes.append(Outcome(words, 0, "", ""))
     return subprocess.Popen(
-        command, cwd=at_work.root, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=at_work.root, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Class `damage`: every file of data/, .dvc/ and .dagster/, and those at the top, cut short, emptied, with one bit flipped, replaced by a folder or a link."""
+"""Class `damage`: every file of data/, .dvc/ and .dagster/, and those at the top, cut short, emptied, with one bit
+flipped, replaced by a folder or a link."""
 
 from __future__ import annotations
 
@@ -55,7 +56,14 @@ def _loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-KINDS: dict[str, Callable[[Path], None]] = {"cut": _cut, "empty": _empty, "flip": _flip, "folder": _folder, "link": _link, "loop": _loop}
+KINDS: dict[str, Callable[[Path], None]] = {
+    "cut": _cut,
+    "empty": _empty,
+    "flip": _flip,
+    "folder": _folder,
+    "link": _link,
+    "loop": _loop,
+}
 
 
 def cases(projects: project.Projects, fixed: bool) -> Iterator[Case]:
@@ -108,8 +116,9 @@ def _damaged(name: str, kind: str) -> Callable[[Play], None]:
 
 
 def _same_version(at_work: Play) -> None:
-    """A damaged object may make `instructions` run again. It then compares its rows with the version that it recorded at the undisturbed run,
-    which had none to compare with: all rows must be found unchanged, and without this comparison its page must be the undisturbed one.
+    """A damaged object may make `instructions` run again. It then compares its rows with the version that it recorded
+    at the undisturbed run, which had none to compare with: all rows must be found unchanged, and without this
+    comparison its page must be the undisturbed one.
     """
     path = at_work.root / CHANGES
     changes = json.loads(path.read_text())

@@ -1,4 +1,5 @@
-"""Class `kill`: SIGKILL at every rename, fsync, removal, new folder and file opened for writing, of stages and of DVC; and at moments in between."""
+"""Class `kill`: SIGKILL at every rename, fsync, removal, new folder and file
+opened for writing, of stages and of DVC; and at moments in between."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from builders.warm import Fault
 from faults import project
 from faults.case import KILLED, Case, Play, Violation
 
-EVENTS = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.link": "link", "os.symlink": "symlink",
+EVENTS = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.link": "link",
+    "os.symlink": "symlink",
           "os.truncate": "truncate", "shutil.copyfile": "copy"}  # fmt: skip
-"""Python's audit events of calls that change files; each is raised before the call. Files opened for writing and fsync are added to these."""
+"""Python's audit events of calls that change files; each is raised before the
+call. Files opened for writing and fsync are added to these."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 OTHER_CALLS = {"in_stage": 3, "fault": 9}
 """Of all other calls, one in so many."""
@@ -28,7 +31,8 @@ MOMENTS = 12
 
 
 class Calls:
-    """A fault that counts the calls of this process that change files in the project, and kills the process before one of them."""
+    """A fault that counts the calls of this process that change files in the
+    project, and kills the process before one of them."""
 
     def __init__(self, root: Path, kill_at: int = 0, log: Path | None = None) -> None:
         """Args:
@@ -52,7 +56,12 @@ class Calls:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS:
             self._call(EVENTS[event])
-        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES and str(self.root) in str(arguments[0]):
+        elif (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & WRITES
+            and str(self.root) in str(arguments[0])
+        ):
             self._call("write")
 
     def _call(self, name: str) -> None:
@@ -74,7 +83,8 @@ def earlier(stage: str) -> str:
 
 
 def calls_of(projects: project.Projects, stage: str, which: str) -> list[str]:
-    """Names of the calls, in order, of the process of a stage (`in_stage`) or of DVC (`fault`), when the stage runs for the first time."""
+    """Names of the calls, in order, of the process of a stage (`in_stage`) or
+    of DVC (`fault`), when the stage runs for the first time."""
     place = projects.copy(earlier(stage), f"count-{stage}-{which}")
     log = place.around / "calls"
     done = warm.run(place, "dvc", "repro", stage, **{which: Calls(place.root, 0, log)})
@@ -110,7 +120,8 @@ def _at_moments(fixed: bool) -> Iterator[Case]:
     """Kill a command from outside, with all that it started, or alone."""
     draw = random.Random(24)
     commands = {
-        "driver": ("pedigree", "run", "instructions"), "dvc": ("dvc", "repro", "instructions"), "all": ("pedigree", "run", "--all"),
+        "driver": ("pedigree", "run", "instructions"), "dvc": ("dvc", "repro", "instructions"),
+        "all": ("pedigree", "run", "--all"),
     }  # fmt: skip
     for name, words in commands.items():
         for moment in range(int(name == "dvc") if fixed else MOMENTS):
@@ -122,7 +133,8 @@ def _at_moments(fixed: bool) -> Iterator[Case]:
 
 
 def _killed_after(words: tuple[str, ...], share: float, group: bool) -> Any:
-    """Kill when the command has used a share of the CPU time that it needs; time alone would depend on the load of the machine."""
+    """Kill when the command has used a share of the CPU time that it needs;
+    time alone would depend on the load of the machine."""
 
     def play(at_work: Play) -> None:
         command = at_work.start(*words)

@@ -1,4 +1,5 @@
-"""Classes `disk`, `readonly` and `memory`: a full disk, files that cannot grow, folders that cannot be written, and too little memory."""
+"""Classes `disk`, `readonly` and `memory`: a full disk, files that cannot grow,
+folders that cannot be written, and too little memory."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ FILE_SIZES = {
     "tokenized": (6, 12, 24, 48),
 }
 """Limits of the size of a file, in KiB, that some file of the stage exceeds."""
-FOLDERS = ("", "data", "data/reports", "data/pages", ".dvc", ".dvc/cache", ".dvc/cache/files/md5", ".dvc/tmp", ".dvc/tmp/pedigree", ".dvc/tmp/pedigree/locks", ".dagster")  # fmt: skip
+FOLDERS = ("", "data", "data/reports", "data/pages", ".dvc", ".dvc/cache", ".dvc/cache/files/md5", ".dvc/tmp",
+    ".dvc/tmp/pedigree", ".dvc/tmp/pedigree/locks", ".dagster")  # fmt: skip
 FIXED = {("data", "run"), (".dvc/tmp/pedigree", "sync")}
 """Folders and commands of the fixed part."""
 MEMORY = (1, 4, 16, 48, 96)
@@ -62,7 +64,9 @@ def _no_larger_files(stage: str, size: int) -> Callable[[Play], None]:
         failed = at_work.explained(at_work.run("dvc", "repro", stage, in_stage=limit))
         if failed.code == 0:
             raise Violation(f"the limit of {size} bytes stopped nothing")
-        if not any(reason in failed.text for reason in ("File too large", "Input/output error")):  # SQLite's word for it
+        if not any(
+            reason in failed.text for reason in ("File too large", "Input/output error")
+        ):  # SQLite's word for it
             raise Violation(f"no message gives the reason:\n{failed.text}")
         at_work.recovers(stage)
 
@@ -75,7 +79,9 @@ def _full_disk(stage: str, share: float) -> Callable[[Play], None]:
         added = max(_pages(states[stage].root) - _pages(states[earlier(stage)].root), 8) * PAGE
         with _on_a_disk(at_work, int(share * added)) as grow:
             failed = at_work.explained(at_work.run("dvc", "repro", stage))
-            if failed.code != 0 and not any(reason in failed.text for reason in ("No space left on device", "GiB free at")):
+            if failed.code != 0 and not any(
+                reason in failed.text for reason in ("No space left on device", "GiB free at")
+            ):
                 raise Violation(f"no message gives the reason:\n{failed.text}")
             grow()
             at_work.recovers(stage)
@@ -117,7 +123,8 @@ def _pages(root: Path) -> int:
 
 def readonly(projects: project.Projects, fixed: bool) -> Iterator[Case]:
     commands: dict[str, tuple[str, tuple[str, ...]]] = {
-        "repro": ("instructions", ("dvc", "repro", "splits")), "run": ("instructions", ("pedigree", "run", "splits")), "all": ("splits", ("pedigree", "run", "--all")),
+        "repro": ("instructions", ("dvc", "repro", "splits")), "run": ("instructions", ("pedigree", "run", "splits")),
+        "all": ("splits", ("pedigree", "run", "--all")),
         "sync": (project.DONE, ("pedigree", "sync")), "verify": (project.DONE, ("pedigree", "verify", "--integrity")),
         "audit": (project.DONE, ("pedigree", "audit", "tokenized")),
     }  # fmt: skip

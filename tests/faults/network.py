@@ -32,7 +32,8 @@ ANSWERS = {
     "garbage": b"\x16\x03\x01 what?\r\n\r\n",
     "status-500": b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
     "status-403": b"HTTP/1.1 403 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
-    "a-page": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(HTML), HTML),
+    "a-page": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
+    % (len(HTML), HTML),
 }
 """What is answered instead of the server's answer."""
 CUTS = {"cut-at-once": 0, "cut-in-the-head": 60, "cut-in-the-body": 700}
@@ -159,7 +160,10 @@ def _hub(kind: str) -> Callable[[Play], None]:
         _read_from(at_work, {"hub": NAME, "revision": OLD, "split": "train", "license": "MIT"})
         with serving(hub_with_pairs()) as hub:
             with _line(int(hub.url.rpartition(":")[2]), kind) as port:
-                failed = _cold(at_work, {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5"})
+                failed = _cold(
+                    at_work,
+                    {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "5"},
+                )
             again = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
             _reads_after(at_work, failed, kind, again, rows=5)
 
@@ -171,7 +175,9 @@ def _s3(kind: str) -> Callable[[Play], None]:
         with ExitStack() as stack:
             server = stack.enter_context(s3_server(at_work.place.around))
             server.make_bucket()
-            server.write("rows/a.jsonl", b"".join(b'{"prompt": "Hi %d", "completion": "Hello"}\n' % i for i in range(50)))
+            server.write(
+                "rows/a.jsonl", b"".join(b'{"prompt": "Hi %d", "completion": "Hello"}\n' % i for i in range(50))
+            )
             address = f"s3://{BUCKET}/rows"
             _read_from(at_work, {"path": address, "revision": _revision(at_work, server, address), "license": "MIT"})
             with _line(int(server.endpoint.rpartition(":")[2]), kind) as port:
@@ -200,10 +206,13 @@ def _read_from(at_work: Play, source: Mapping[str, str]) -> None:
 
 
 def _cold(at_work: Play, variables: Mapping[str, str]) -> Outcome:
-    """Run the stage raw_examples in a new interpreter: clients of the Hub and of S3 read the environment when they are imported."""
+    """Run the stage raw_examples in a new interpreter: clients of the Hub and
+    of S3 read the environment when they are imported."""
     words = (sys.executable, "-m", "dagster_project", "run", "raw_examples")
     environment = {**at_work.place.environment(), "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **variables}
-    done = subprocess.run(words, cwd=at_work.root, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        words, cwd=at_work.root, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
     outcome = Outcome(("pedigree", *words[3:]), done.returncode, done.stdout, done.stderr)
     at_work.outcomes.append(outcome)
     at_work.seen(outcome)

@@ -1,4 +1,5 @@
-"""The project that every case copies: five data stages on 60 rows with a tiny base model, in a state after each stage; and the comparison with it."""
+"""The project that every case copies: five data stages on 60 rows with a tiny
+base model, in a state after each stage; and the comparison with it."""
 
 from __future__ import annotations
 
@@ -26,11 +27,14 @@ DONE = STAGES[-1]
 """Name of the state in which every stage has run."""
 ANY_CONTENT = (".git/", ".dvc/tmp/", ".dagster/", "data/pages/base_model/audit.html")
 """Where files may differ in content: logs of what ran, locks and caches."""
-MAY_APPEAR = ("dvc.lock.lock", ".git/", ".dagster/", ".dvc/tmp/rwlock", ".dvc/tmp/lock", ".dvc/tmp/btime", ".dvc/tmp/exps", ".dvc/tmp/pedigree/locks/",
-              ".dvc/tmp/pedigree/sha256.json", ".dvc/tmp/pedigree/index.sqlite3", ".dvc/tmp/pedigree/seconds/", ".dvc/tmp/pedigree/checkpoints/",
-              ".dvc/tmp/pedigree/rows/", ".dvc/tmp/pedigree/synced.json", ".dvc/tmp/pedigree/set_aside/", ".dvc/tmp/pedigree/swept", "data/pages/base_model/audit.html")  # fmt: skip
-"""Where files may appear or be missing that an undisturbed run has or has not: caches, empty files of locks, what was set aside and named, and the
-page that sync draws."""
+MAY_APPEAR = ("dvc.lock.lock", ".git/", ".dagster/", ".dvc/tmp/rwlock", ".dvc/tmp/lock", ".dvc/tmp/btime",
+    ".dvc/tmp/exps", ".dvc/tmp/pedigree/locks/",
+              ".dvc/tmp/pedigree/sha256.json", ".dvc/tmp/pedigree/index.sqlite3", ".dvc/tmp/pedigree/seconds/",
+              ".dvc/tmp/pedigree/checkpoints/",
+              ".dvc/tmp/pedigree/rows/", ".dvc/tmp/pedigree/synced.json", ".dvc/tmp/pedigree/set_aside/",
+              ".dvc/tmp/pedigree/swept", "data/pages/base_model/audit.html")  # fmt: skip
+"""Where files may appear or be missing that an undisturbed run has or has not: caches, empty files of locks, what was
+set aside and named, and the page that sync draws."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class State:
 
 
 def files(root: Path) -> dict[str, str]:
-    """sha256 of every file, by path; of a link, where it leads to; of dvc.lock, whatever the order of its stages: two at once end in any order; of a
-    record of a run in DVC's cache, without sizes, which are not in the hash that names it, and which nothing reads."""
+    """sha256 of every file, by path; of a link, where it leads to; of dvc.lock, whatever the
+    order of its stages: two at once end in any order; of a record of a run in DVC's cache,
+    without sizes, which are not in the hash that names it, and which nothing reads."""
     found = {}
     for folder, _, names in os.walk(root):
         for name in names:
@@ -54,7 +59,11 @@ def files(root: Path) -> dict[str, str]:
             content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
             name = path.relative_to(root).as_posix()
             compared = (
-                _any_order(content) if name == "dvc.lock" else _without_sizes(content) if name.startswith(".dvc/cache/runs/") else content
+                _any_order(content)
+                if name == "dvc.lock"
+                else _without_sizes(content)
+                if name.startswith(".dvc/cache/runs/")
+                else content
             )
             found[name] = hashlib.sha256(compared).hexdigest()
     return found
@@ -82,7 +91,9 @@ def differences(now: dict[str, str], expected: dict[str, str]) -> list[str]:
     lines = [f"left behind: {path}" for path in sorted(now.keys() - expected.keys()) if not path.startswith(MAY_APPEAR)]
     lines += [f"missing: {path}" for path in sorted(expected.keys() - now.keys()) if not path.startswith(MAY_APPEAR)]
     both = sorted(now.keys() & expected.keys())
-    return lines + [f"other content: {path}" for path in both if now[path] != expected[path] and not path.startswith(ANY_CONTENT)]
+    return lines + [
+        f"other content: {path}" for path in both if now[path] != expected[path] and not path.startswith(ANY_CONTENT)
+    ]
 
 
 class Projects:
@@ -118,7 +129,9 @@ class Projects:
                     assert done.code == 0, done.text
                     commit(place.root, "made")
                 self.keep(place, stage)
-                warm.preload(sorted(set(modules.read_text().splitlines())))  # so that no later process imports them again
+                warm.preload(
+                    sorted(set(modules.read_text().splitlines()))
+                )  # so that no later process imports them again
 
     def copy(self, state: str, name: str) -> warm.Place:
         """A project in this state, to be disturbed."""

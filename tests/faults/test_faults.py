@@ -25,7 +25,12 @@ def test_no_case_of_the_fixed_part_fails() -> None:
     """In a process of its own: commands are forked from it, so it must not have threads."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, "-m", "faults", "--fixed", "--json"], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-m", "faults", "--fixed", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.stdout, done.stderr
     results = [Result(**one) for one in json.loads(done.stdout)]
@@ -67,12 +72,17 @@ def test_the_frame_finds_every_file_that_is_left_missing_or_different() -> None:
     assert differences(expected, expected) == []
     now = {"data/a": "1", "data/c": "5", ".dvc/tmp/lock": "6", "dvc.lock": "7"}
     assert differences(now, expected) == ["left behind: data/c", "missing: data/b", "other content: dvc.lock"]
-    assert differences({**expected, ".dvc/tmp/pedigree/scratch/x": "1"}, expected) == ["left behind: .dvc/tmp/pedigree/scratch/x"]
+    assert differences({**expected, ".dvc/tmp/pedigree/scratch/x": "1"}, expected) == [
+        "left behind: .dvc/tmp/pedigree/scratch/x"
+    ]
 
 
 def test_the_table_counts_classes_and_names_the_command_of_a_case_that_failed() -> None:
-    shown = table([Result("kill/a", "", []), Result("kill/b", "left behind: x", ["dvc repro"]), Result("disk/a", "", [])])
+    shown = table(
+        [Result("kill/a", "", []), Result("kill/b", "left behind: x", ["dvc repro"]), Result("disk/a", "", [])]
+    )
     assert [line.split() for line in shown.splitlines()[:4]] == [
-        ["fault", "cases", "passed", "failed"], ["kill", "2", "1", "1"], ["disk", "1", "1", "0"], ["all", "3", "2", "1"],
+        ["fault", "cases", "passed", "failed"], ["kill", "2", "1", "1"], ["disk", "1", "1", "0"],
+        ["all", "3", "2", "1"],
     ]  # fmt: skip
     assert "make faults ONLY=kill/b" in shown and "ran: dvc repro" in shown and "left behind: x" in shown

@@ -28,7 +28,13 @@ def clock(projects: project.Projects, fixed: bool) -> Iterator[Case]:
     library = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), "")
     for name, offset in OFFSETS.items() if library and not fixed else ():
         for stage in ("raw_examples", "instructions"):
-            yield Case(f"clock/{name}/{stage}", earlier(stage), _at_another_time(stage, {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}))  # fmt: skip
+            yield Case(
+                f"clock/{name}/{stage}",
+                earlier(stage),
+                _at_another_time(
+                    stage, {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+                ),
+            )
 
 
 def _files_of(at: float, words: tuple[str, ...]) -> Callable[[Play], None]:
@@ -77,8 +83,12 @@ PAIRS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "audit-repro": ("splits", ("pedigree", "audit", "splits"), ("dvc", "repro")),
     "status-repro": ("splits", ("dvc", "status"), ("dvc", "repro")),
     "render-all": ("splits", ("pedigree", "render"), ("pedigree", "run", "--all")),
-    "export-export": (project.DONE, ("pedigree", "export", "tokenized", "--format", "openlineage"), ("pedigree", "export", "tokenized", "--format", "openlineage")),
-}  # fmt: skip
+    "export-export": (
+        project.DONE,
+        ("pedigree", "export", "tokenized", "--format", "openlineage"),
+        ("pedigree", "export", "tokenized", "--format", "openlineage"),
+    ),
+}
 DELAYS = (0.0, 0.15, 0.4)
 """Seconds between the starts of the two."""
 

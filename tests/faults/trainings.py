@@ -1,4 +1,5 @@
-"""Class `training`: SIGKILL of a stage in the middle of its training, and while it writes a checkpoint; the next run resumes."""
+"""Class `training`: SIGKILL of a stage in the middle of its training, and while
+it writes a checkpoint; the next run resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from faults.kills import Calls
 STAGE, BEFORE = "adapter@lora", "untrained"
 PARAMS = {"method": "lora", "max_steps": 12, "save_strategy": "steps", "save_steps": 2}
 DEFINITION = {
-    "cmd": f"python -m dagster_project run {STAGE}", "deps": ["data/tokenized", "data/base_model"], "params": ["adapter.lora", "compute"],
+    "cmd": f"python -m dagster_project run {STAGE}", "deps": ["data/tokenized", "data/base_model"],
+    "params": ["adapter.lora", "compute"],
     "outs": ["data/adapter/lora"], "plots": [{"data/plots/loss/lora.csv": {"x": "step", "y": "loss"}}],
     "metrics": [{"data/reports/adapter/lora.json": {"cache": False}}],
 }  # fmt: skip
@@ -43,7 +45,8 @@ def cases(projects: project.Projects, fixed: bool) -> Iterator[Case]:
 
 
 class _Pass:
-    """A fault that kills the process at the end of its n-th forward and backward pass; 0: that counts them in a file."""
+    """A fault that kills the process at the end of its n-th forward and
+    backward pass; 0: that counts them in a file."""
 
     def __init__(self, number: int, log: Path | None = None) -> None:
         self.number, self.log = number, log
@@ -65,7 +68,8 @@ class _Pass:
 
 
 def _trained(projects: project.Projects) -> tuple[int, list[str]]:
-    """Make the states before and after an undisturbed training. Returns the number of its passes, and its calls that change files."""
+    """Make the states before and after an undisturbed training. Returns the
+    number of its passes, and its calls that change files."""
     place = projects.copy(project.DONE, "training")
     yaml = YAML(typ="safe")
     pipeline = json.loads((place.root / "dvc.yaml").read_text())

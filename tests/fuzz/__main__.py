@@ -48,12 +48,15 @@ def _play(name: str, options: argparse.Namespace) -> Tally:
         write_files(case, folder)
         (folder / "case.json").write_text(as_json(name, case))
         print(f"{name}: case {options.case} is in {folder.relative_to(ROOT)}")
-    numbers = range(options.first, options.first + (options.cases or found.cases)) if options.case is None else [options.case]
+    numbers = (
+        range(options.first, options.first + (options.cases or found.cases)) if options.case is None else [options.case]
+    )
     played = tally(name, play_all(name, options.seed, numbers, tick=sys.stderr))
     for place, cases in played.findings.items():
         number, message = cases[0]
         print(
-            f"\n{name}: {place}: {len(cases)} of {played.played} cases, e.g.\n  make fuzz SURFACE={name} SEED={options.seed} CASE={number}"
+            f"\n{name}: {place}: {len(cases)} of {played.played} cases, e.g.\n  make fuzz SURFACE={name}"
+            f" SEED={options.seed} CASE={number}"
         )
         print(f"  cases: {', '.join(str(number) for number, _ in cases[:20])}\n{message.rstrip()}", flush=True)
     return played
@@ -84,7 +87,9 @@ def table(tallies: list[Tally]) -> str:
     for one in tallies:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(one.outcomes.items()))
         slowest = f"{one.slowest[0]:.1f} s ({one.slowest[1]})"
-        lines.append(f"{one.surface:<15}{one.played:>8}{one.failed:>10}{one.cpu_seconds:>8.0f}{slowest:>16}  {outcomes}")
+        lines.append(
+            f"{one.surface:<15}{one.played:>8}{one.failed:>10}{one.cpu_seconds:>8.0f}{slowest:>16}  {outcomes}"
+        )
     return "\n".join(lines)
 
 

@@ -24,7 +24,13 @@ def play(case: Case, folder: Path) -> str:
         raise KeyError("x")
     if kind == "lost row":
         return data_files.play(
-            {"files": {"a.jsonl": '{"prompt": "a", "completion": "b"}\n'}, "data": "a.jsonl", "rows": 2, "options": None}, folder
+            {
+                "files": {"a.jsonl": '{"prompt": "a", "completion": "b"}\n'},
+                "data": "a.jsonl",
+                "rows": 2,
+                "options": None,
+            },
+            folder,
         )
     return "fine"
 

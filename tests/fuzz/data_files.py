@@ -1,4 +1,5 @@
-"""`pedigree check`: data files of every type and layout, with every option. Rows are counted by who wrote them, not by the readers under test."""
+"""`pedigree check`: data files of every type and layout, with every option.
+Rows are counted by who wrote them, not by the readers under test."""
 
 from __future__ import annotations
 
@@ -30,20 +31,46 @@ TOOL_ROW = {
     "messages": [
         {"role": "user", "content": [{"type": "text", "text": "Is it cold?"}], "weight": 0},
         {
-            "role": "assistant", "content": None, "reasoning": "I look.", "weight": 1,
-            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+            "role": "assistant",
+            "content": None,
+            "reasoning": "I look.",
+            "weight": 1,
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+            ],
         },
         {"role": "tool", "content": "-3", "tool_call_id": "c1", "name": "weather"},
         {"role": "assistant", "content": "Yes, it is.", "weight": 0},
     ],
-    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}],
-}  # fmt: skip
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "weather",
+                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            },
+        }
+    ],
+}
 EXAMPLES = [*(row for row, _ in LAYOUT_ROWS.values()), TOOL_ROW]
 ROWS = [*EXAMPLES, *itertools.chain(*PAIR_ROWS.values()), *(row for row, *_ in BENCHMARK_ROWS.values())]
-SUFFIXES = (".json", ".jsonl", ".jsonl", ".csv", ".txt", ".json.gz", ".jsonl.gz", ".parquet", ".parquet", ".arrow", ".feather")
+SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".jsonl",
+    ".csv",
+    ".txt",
+    ".json.gz",
+    ".jsonl.gz",
+    ".parquet",
+    ".parquet",
+    ".arrow",
+    ".feather",
+)
 ODD_SUFFIXES = (".JSONL", ".tsv", ".xml", "", ".gz", ".csv.gz", ".zip")
 CHECKED = 0.12
-"""Share of the files that the whole command checks, which takes most of the time. The others are only read, row by row."""
+"""Share of the files that the whole command checks, which takes most of the
+time. The others are only read, row by row."""
 
 
 # --- drawing
@@ -112,7 +139,9 @@ def _dumped(random: random.Random, row: Any) -> bytes:
 
 
 def _jsonl(random: random.Random, rows: list[Any]) -> bytes:
-    return random.choice([b"\n", b"\n", b"\r\n", b"\n\n \n"]).join(_dumped(random, row) for row in rows) + random.choice([b"\n", b""])
+    return random.choice([b"\n", b"\n", b"\r\n", b"\n\n \n"]).join(
+        _dumped(random, row) for row in rows
+    ) + random.choice([b"\n", b""])
 
 
 def _json(random: random.Random, rows: list[Any]) -> bytes:
@@ -126,7 +155,9 @@ def _csv(random: random.Random, rows: list[Any]) -> bytes:
 
     stream = io.StringIO(newline="")
     columns = [*dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)] or ["a"]
-    writer = csv.writer(stream, quoting=random.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), delimiter=random.choice(",,,,;\t"))
+    writer = csv.writer(
+        stream, quoting=random.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), delimiter=random.choice(",,,,;\t")
+    )
     writer.writerow(columns)
     for row in rows:
         cells = [row.get(key, "") if isinstance(row, dict) else row for key in columns]
@@ -160,7 +191,9 @@ def _count_csv(content: bytes) -> int | None:
     if any(mark in content for mark in (b'"', b"\r", b"\0")):
         return None
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line]
-    return None if any(line[-2:-1] == b"," for line in lines) else max(0, len(lines) - 1)  # that may be MMLU, which has no header
+    return (
+        None if any(line[-2:-1] == b"," for line in lines) else max(0, len(lines) - 1)
+    )  # that may be MMLU, which has no header
 
 
 def _count_paragraphs(content: bytes) -> int:
@@ -199,8 +232,10 @@ def _table(random: random.Random, kind: str, rows: list[Any]) -> tuple[bytes, in
     try:
         if kind == ".parquet":
             pq.write_table(
-                table, sink, compression=random.choice(["none", "snappy", "zstd", "gzip"]), row_group_size=random.choice([1, 3, 1000]),
-                use_dictionary=random.random() < 0.5, data_page_version=random.choice(["1.0", "2.0"]), store_schema=random.random() < 0.8,
+                table, sink, compression=random.choice(["none", "snappy", "zstd", "gzip"]),
+                row_group_size=random.choice([1, 3, 1000]),
+                use_dictionary=random.random() < 0.5, data_page_version=random.choice(["1.0", "2.0"]),
+                store_schema=random.random() < 0.8,
             )  # fmt: skip
         elif kind == ".feather":
             pyarrow.feather.write_feather(table, sink, compression=random.choice(["lz4", "uncompressed", "zstd"]))
@@ -222,20 +257,28 @@ def _odd_columns(random: random.Random, rows: int) -> dict[str, Any]:
     kinds: list[tuple[Any, list[Any]]] = [
         (pa.timestamp(random.choice(["s", "ms", "us", "ns"]), zone or None), [now, None]),
         (pa.timestamp("s"), [2**40, -(2**60), None]),
-        (pa.date32(), [day, None]), (pa.date64(), [day]), (pa.date32(), [2**31 - 1, -(2**31)]), (pa.time64("ns"), [1, None]),
+        (pa.date32(), [day, None]), (pa.date64(), [day]), (pa.date32(), [2**31 - 1, -(2**31)]),
+        (pa.time64("ns"), [1, None]),
         (pa.duration("ms"), [10**12, None]), (pa.decimal128(38, 4), [decimal.Decimal("1.5"), None]),
-        (pa.decimal256(70, 10), [decimal.Decimal("1.5"), None]), (pa.binary(), [b"\xff\xfe", b"", None]), (pa.large_binary(), [b"abc"]),
+        (pa.decimal256(70, 10), [decimal.Decimal("1.5"), None]), (pa.binary(), [b"\xff\xfe", b"", None]),
+        (pa.large_binary(), [b"abc"]),
         (pa.binary(3), [b"abc", None]), (pa.large_string(), ["x", None]), (pa.string_view(), ["x", None]),
-        (pa.float16(), [1.0, None]), (pa.float64(), [float("nan"), float("inf"), 1.0]), (pa.uint64(), [2**64 - 1, None]),
-        (pa.null(), [None]), (pa.map_(pa.string(), pa.int64()), [[("a", 1), ("a", 2)], None]), (pa.list_(pa.string(), 2), [["a", None], None]),
-        (pa.dictionary(pa.int8(), pa.string()), ["x", None]), (pa.struct([("a", pa.int8()), ("b", pa.list_(pa.null()))]), [{"a": 1}, None]),
-        (pa.list_(pa.list_(pa.list_(pa.string()))), [[[["x"]], []], None]), (pa.month_day_nano_interval(), [(1, 2, 3), None]),
+        (pa.float16(), [1.0, None]), (pa.float64(), [float("nan"), float("inf"), 1.0]),
+        (pa.uint64(), [2**64 - 1, None]),
+        (pa.null(), [None]), (pa.map_(pa.string(), pa.int64()), [[("a", 1), ("a", 2)], None]),
+        (pa.list_(pa.string(), 2), [["a", None], None]),
+        (pa.dictionary(pa.int8(), pa.string()), ["x", None]),
+        (pa.struct([("a", pa.int8()), ("b", pa.list_(pa.null()))]), [{"a": 1}, None]),
+        (pa.list_(pa.list_(pa.list_(pa.string()))), [[[["x"]], []], None]),
+        (pa.month_day_nano_interval(), [(1, 2, 3), None]),
     ]  # fmt: skip
     found = {}
     for i in range(random.randint(1, 3)):
         kind, cells = random.choice(kinds)
         try:
-            found[random.choice([f"x{i}", "category", "split", "meta", "id"])] = pa.array(random.choices(cells, k=rows), kind)
+            found[random.choice([f"x{i}", "category", "split", "meta", "id"])] = pa.array(
+                random.choices(cells, k=rows), kind
+            )
         except (pa.ArrowException, ValueError, TypeError, OverflowError):
             found[f"n{i}"] = pa.nulls(rows)
     return found
@@ -281,8 +324,16 @@ def _options(random: random.Random, rows: list[Any]) -> tuple[list[str], dict[st
     if random.random() < 0.25:
         options += ["--out", "out.jsonl", "--dropped", "dropped.jsonl"]
     if random.random() < 0.1:
-        options += random.choice([["--show", "3"], ["--show-rows", "0,2"], ["--show", "1", "--template", random.choice(["chatml", "hermes", "alpaca", "x.jinja"])]])  # fmt: skip
-        files["x.jinja"] = damaged(random, b"{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}")
+        options += random.choice(
+            [
+                ["--show", "3"],
+                ["--show-rows", "0,2"],
+                ["--show", "1", "--template", random.choice(["chatml", "hermes", "alpaca", "x.jinja"])],
+            ]
+        )
+        files["x.jinja"] = damaged(
+            random, b"{% for m in messages %}{{ m['role'] }}: {{ m.content | trim }}\n{% endfor %}"
+        )
     if random.random() < 0.1:
         options += ["--base-model", "model"]
         for name, content in tokenizer_folder().items():
@@ -293,7 +344,9 @@ def _options(random: random.Random, rows: list[Any]) -> tuple[list[str], dict[st
 def _mapping(random: random.Random, rows: list[Any]) -> str:
     keys = [*dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)] or ["a"]
     fields = ["prompt", "response", "chosen", "rejected", "system", "category", "tools", "tool_calls", "reasoning", "x"]
-    return ",".join(f"{field}={random.choice(keys)}" for field in random.choices([*fields[:2], *fields], k=random.randint(1, 4)))
+    return ",".join(
+        f"{field}={random.choice(keys)}" for field in random.choices([*fields[:2], *fields], k=random.randint(1, 4))
+    )
 
 
 def policy(random: random.Random) -> bytes:
@@ -305,7 +358,9 @@ def policy(random: random.Random) -> bytes:
         "reason": text(random),
         "expires": random.choice(["2999-01-01", "2999-02-30", "2000-01-01", 3]),
     }
-    waiver[random.choice(["rows", "pairs"])] = random.choice([["a.jsonl:0"], [["a.jsonl:0", "a.jsonl:1"]], value(random, 2)])
+    waiver[random.choice(["rows", "pairs"])] = random.choice(
+        [["a.jsonl:0"], [["a.jsonl:0", "a.jsonl:1"]], value(random, 2)]
+    )
     found: dict[str, Any] = {
         "policy": {random.choice(checks): random.choice(actions) for _ in range(random.randint(0, 3))},
         "severity": {random.choice(checks): random.choice(actions)},
@@ -314,7 +369,11 @@ def policy(random: random.Random) -> bytes:
     }
     found = {key: like(random, one, 0.05) for key, one in found.items() if random.random() < 0.5}
     content = json.dumps({"instructions": found} if random.random() < 0.2 else found, ensure_ascii=False)
-    written = content.replace('"2999-01-01"', "2999-01-01").replace('"2999-02-30"', "2999-02-30").encode("utf-8", "surrogatepass")
+    written = (
+        content.replace('"2999-01-01"', "2999-01-01")
+        .replace('"2999-02-30"', "2999-02-30")
+        .encode("utf-8", "surrogatepass")
+    )
     return damaged(random, written) if random.random() < 0.3 else written
 
 
@@ -322,11 +381,18 @@ def _draw_review(random: random.Random) -> Case:
     """A file of decisions, as people save it from a spreadsheet."""
     names = ["example_id", "check", "decision", "reason", "new_prompt", "new_response", "place", "x\n"]
     rows = [
-        {name: random.choice([text(random), "accept", "drop", "edit", "Edit ", ""]) for name in names if random.random() < 0.9}
+        {
+            name: random.choice([text(random), "accept", "drop", "edit", "Edit ", ""])
+            for name in names
+            if random.random() < 0.9
+        }
         for _ in range(random.randint(0, 4))
     ]
     content = _csv(random, rows)
-    return {"files": {"review.csv": as_content(damaged(random, content) if random.random() < 0.5 else content)}, "review": "review.csv"}
+    return {
+        "files": {"review.csv": as_content(damaged(random, content) if random.random() < 0.5 else content)},
+        "review": "review.csv",
+    }
 
 
 def _draw_output(random: random.Random) -> Case:
@@ -337,12 +403,21 @@ def _draw_output(random: random.Random) -> Case:
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder), [{"example_id": one, **shared} for one in ids])
         write_ledger(
-            Path(folder), [{"source": "s", "source_row": i, "example_id": one, "outcome": "kept", "why": None} for i, one in enumerate(ids)]
+            Path(folder),
+            [
+                {"source": "s", "source_row": i, "example_id": one, "outcome": "kept", "why": None}
+                for i, one in enumerate(ids)
+            ],
         )
         files = {f"set/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
     name = random.choice([*files])
     files[name] = damaged(random, files[name])
-    return {"files": {name: as_content(content) for name, content in files.items()}, "data": "set", "rows": None, "options": None}
+    return {
+        "files": {name: as_content(content) for name, content in files.items()},
+        "data": "set",
+        "rows": None,
+        "options": None,
+    }
 
 
 # --- playing

@@ -24,15 +24,21 @@ from fuzz.surface import STEERS, Case, Surface, as_bytes, as_content
 from fuzz.values import NUMBERS, damaged, like, nested, scalar, text, value
 
 REVISION = "a" * 40
-REPLY = {"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": "A"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}}  # fmt: skip
+REPLY = {"id": "1",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "A"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}}  # fmt: skip
 STATUSES = (*[200] * 40, 201, 204, 206, 301, 302, 307, 400, 401, 403, 404, 413, 422, 429, 500, 503)
 HEADERS: dict[str, list[str]] = {
-    "Retry-After": ["0", "-1", "1e9", "x", "9" * 400, "Wed, 21 Oct 2030 07:28:00 GMT"], "Content-Length": ["0", "1", "-1", "x", "99999999"],
-    "Content-Type": ["text/html", "x"], "Content-Encoding": ["gzip", "br"], "Transfer-Encoding": ["chunked"], "Location": ["http://127.0.0.1:9/", "/", "x"], "X": ["é"],
+    "Retry-After": ["0", "-1", "1e9", "x", "9" * 400, "Wed, 21 Oct 2030 07:28:00 GMT"],
+    "Content-Length": ["0", "1", "-1", "x", "99999999"],
+    "Content-Type": ["text/html", "x"], "Content-Encoding": ["gzip", "br"], "Transfer-Encoding": ["chunked"],
+    "Location": ["http://127.0.0.1:9/", "/", "x"], "X": ["é"],
 }  # fmt: skip
 HUB_HEADERS: dict[str, list[str]] = {
-    "X-Repo-Commit": ["b" * 40, "x", "", "../../x"], "ETag": ['"x"', "", '"../../../x"', 'W/"a"'], "X-Error-Code": ["RepoNotFound", "GatedRepo", "EntryNotFound", "x"],
-    "X-Error-Message": ["a" * 5000, "\x1b[2J"], "Link": ['<http://127.0.0.1:9/>; rel="next"', "x"], "X-Linked-Size": ["-1", "x"], "X-Linked-Etag": ["x"],
+    "X-Repo-Commit": ["b" * 40, "x", "", "../../x"], "ETag": ['"x"', "", '"../../../x"', 'W/"a"'],
+    "X-Error-Code": ["RepoNotFound", "GatedRepo", "EntryNotFound", "x"],
+    "X-Error-Message": ["a" * 5000, "\x1b[2J"], "Link": ['<http://127.0.0.1:9/>; rel="next"', "x"],
+    "X-Linked-Size": ["-1", "x"], "X-Linked-Etag": ["x"],
 }  # fmt: skip
 
 
@@ -45,7 +51,12 @@ def draw(random: random.Random) -> Case:
 
 def _answer(random: random.Random, content: bytes, headers: dict[str, list[str]]) -> dict[str, Any]:
     chosen = {name: random.choice(headers[name]) for name in random.sample([*headers], random.choice([0, 0, 0, 1, 2]))}
-    return {"status": random.choice(STATUSES), "headers": chosen, "body": as_content(content), "cut": random.random() < 0.1}
+    return {
+        "status": random.choice(STATUSES),
+        "headers": chosen,
+        "body": as_content(content),
+        "cut": random.random() < 0.1,
+    }
 
 
 def _draw_judge(random: random.Random) -> Case:
@@ -65,7 +76,15 @@ def _draw_judge(random: random.Random) -> Case:
         if kind > 0.8:
             deep = b"[" * 50_000
             content = random.choice(
-                [damaged(random, content), b"", b"null", deep, json.dumps(nested(210)).encode(), b" " * (3 << 20), b"\xff"]
+                [
+                    damaged(random, content),
+                    b"",
+                    b"null",
+                    deep,
+                    json.dumps(nested(210)).encode(),
+                    b" " * (3 << 20),
+                    b"\xff",
+                ]
             )
         replies.append(_answer(random, content, HEADERS))
     return {"kind": "judge", "replies": replies, "price": random.choice([None, [1.0, 2.0]])}
@@ -74,21 +93,41 @@ def _draw_judge(random: random.Random) -> Case:
 def _draw_hub(random: random.Random) -> Case:
     rows = [random.choice([*LAYOUT_ROWS.values()])[0]] * random.randint(1, 5)
     content = json.dumps(rows[0]).encode() + b"\n"
-    files = {"data/train-00000-of-00001.parquet": parquet(rows)} if random.random() < 0.4 else {"train.jsonl": content * len(rows)}
+    files = (
+        {"data/train-00000-of-00001.parquet": parquet(rows)}
+        if random.random() < 0.4
+        else {"train.jsonl": content * len(rows)}
+    )
     if random.random() < 0.5:
-        card = {"configs": [{"config_name": "default", "data_files": random.choice(["*", "/etc/passwd", "../x", "hf://datasets/o/n/x.jsonl", "http://127.0.0.1:9/x.jsonl"])}], "dataset_info": value(random, 2)}  # fmt: skip
+        card = {
+            "configs": [
+                {
+                    "config_name": "default",
+                    "data_files": random.choice(
+                        ["*", "/etc/passwd", "../x", "hf://datasets/o/n/x.jsonl", "http://127.0.0.1:9/x.jsonl"]
+                    ),
+                }
+            ],
+            "dataset_info": value(random, 2),
+        }
         files["README.md"] = b"---\n" + json.dumps(like(random, card, 0.2)).encode() + b"\n---\n"
     broken = random.random() < 0.5
     if broken:
         name = random.choice([*files])
         files[name] = damaged(random, files[name])
     answers = {
-        str(random.randint(0, 8)): _answer(random, random.choice([b"", b"[]", b"{}", json.dumps(value(random)).encode(), b"\xff"]), HEADERS | HUB_HEADERS)
+        str(random.randint(0, 8)): _answer(
+            random,
+            random.choice([b"", b"[]", b"{}", json.dumps(value(random)).encode(), b"\xff"]),
+            HEADERS | HUB_HEADERS,
+        )
         for _ in range(random.choice([0, 1, 1, 2]))
-    }  # fmt: skip
+    }
     return {
-        "kind": "hub", "files": {}, "repository": {name: as_content(content) for name, content in files.items()}, "answers": answers,
-        "what": random.choice(["data set", "data set", "model"]), "rows": len(rows) if not broken and "README.md" not in files and not answers else None,
+        "kind": "hub", "files": {}, "repository": {name: as_content(content) for name, content in files.items()},
+        "answers": answers,
+        "what": random.choice(["data set", "data set", "model"]),
+        "rows": len(rows) if not broken and "README.md" not in files and not answers else None,
     }  # fmt: skip
 
 
@@ -142,7 +181,11 @@ class OddHub(Hub):
         number = str(len(self.asked) - 1)
         if number in self.odd:
             odd = self.odd[number]
-            return odd["status"], {name: text.encode().decode("latin-1") for name, text in odd["headers"].items()}, as_bytes(odd["body"])
+            return (
+                odd["status"],
+                {name: text.encode().decode("latin-1") for name, text in odd["headers"].items()},
+                as_bytes(odd["body"]),
+            )
         path = path.replace("/api/models/", "/api/datasets/", 1)
         return super().answer(path if path.startswith(("/api/", "/datasets/")) else f"/datasets{path}", body)
 
@@ -180,7 +223,13 @@ def _play_judge(case: Case) -> str:
     asked = [{"role": "user", "content": "Why?"}]
     pairs = [Pair(f"{i}", asked, None, (f"good {i}", f"bad {i}"), bool(i % 2)) for i in range(2)]
     price = tuple(case["price"]) if case["price"] else None
-    found = judge(Match("id", ("ours", "theirs"), 7, pairs, 0), 2, Endpoint(server.url, "m", timeout=5), price, wait=lambda seconds: None)
+    found = judge(
+        Match("id", ("ours", "theirs"), 7, pairs, 0),
+        2,
+        Endpoint(server.url, "m", timeout=5),
+        price,
+        wait=lambda seconds: None,
+    )
     assert found["wins"] + found["losses"] + found["ties"] + found["refused"] + found["malformed"] == 2
     assert found["cost"] is None or 0 <= found["cost"] < float("inf")
     json.dumps(found, allow_nan=False)

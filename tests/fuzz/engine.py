@@ -1,4 +1,5 @@
-"""Plays cases in worker processes under limits of CPU time and memory. A worker that hangs or dies is a finding; the run goes on with another one."""
+"""Plays cases in worker processes under limits of CPU time and memory. A worker
+that hangs or dies is a finding; the run goes on with another one."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ROOT = TESTS.parent
 CPU_SECONDS = 60
 """Most CPU time of a case, with the imports of a new worker: 30 on a slow machine."""
 WALL_SECONDS = 900
-"""Most time of a case that waits for something that does not come; far above what a busy machine takes for 60 seconds of CPU."""
+"""Most time of a case that waits for something that does not come; far above
+what a busy machine takes for 60 seconds of CPU."""
 MEMORY_BYTES = 3 << 30
 """Most memory of a worker."""
 PAGE = resource.getpagesize()
@@ -61,7 +63,8 @@ class Worker:
         self.log = (folder / "worker.log").open("w+b")
         environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "POLARS_MAX_THREADS": "1",
+            "HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+            "POLARS_MAX_THREADS": "1",
             "DVC_NO_ANALYTICS": "1", "DAGSTER_DISABLE_TELEMETRY": "1", "TMPDIR": str(folder / "tmp"),
             "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CEILING_DIRECTORIES": "/",
         }  # fmt: skip
@@ -69,7 +72,8 @@ class Worker:
             (folder / name).mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fuzz.engine", surface, str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=folder, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=folder,
+            start_new_session=True,
         )  # fmt: skip
 
     def play(self, request: dict[str, Any], most: float = CPU_SECONDS) -> dict[str, Any]:
@@ -194,7 +198,11 @@ def _finding(error: BaseException) -> dict[str, Any]:
     last = own[-1]
     text = "".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode()
     oracle = isinstance(error, AssertionError) and "/fuzz/" in frames[-1].filename
-    said = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}: {str(error)[:60]}" if oracle else type(error).__name__
+    said = (
+        f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}: {str(error)[:60]}"
+        if oracle
+        else type(error).__name__
+    )
     name = said if oracle else f"{said} at {last.filename.rpartition('dagster_project/')[2]}:{last.lineno}"
     return {"place": name.encode(errors="backslashreplace").decode(), "message": text[-6000:]}
 

@@ -1,4 +1,5 @@
-"""GGUF files and safetensors that claim an origin, as `audit` reads them where there is no project: nothing of them may be called verified."""
+"""GGUF files and safetensors that claim an origin, as `audit` reads them where
+there is no project: nothing of them may be called verified."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ HEADER = {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [2], 
 
 def _claims(random: random.Random) -> dict[str, str]:
     names = random.sample(CLAIMS, random.randrange(1, len(CLAIMS)))
-    return {f"pedigree.{name}": random.choice([*TEXTS.values(), text(random), "0" * 32 + ".dir", "--output=x", "HEAD"]) for name in names}
+    return {
+        f"pedigree.{name}": random.choice([*TEXTS.values(), text(random), "0" * 32 + ".dir", "--output=x", "HEAD"])
+        for name in names
+    }
 
 
 def _gguf(random: random.Random) -> bytes:
@@ -27,7 +31,9 @@ def _gguf(random: random.Random) -> bytes:
         fields[name] = random.choice(
             [("u32", 7), ("bool", True), ("array", ["text", ["a", "b"], random.choice([None, *gguf_files.LENGTHS])])]
         )
-    counts = random.choice([(None, None)] * 6 + [(None, random.choice(gguf_files.LENGTHS)), (random.choice(gguf_files.LENGTHS), None)])
+    counts = random.choice(
+        [(None, None)] * 6 + [(None, random.choice(gguf_files.LENGTHS)), (random.choice(gguf_files.LENGTHS), None)]
+    )
     content = gguf_files._file(fields, [], counts, random.choice([3, 3, 3, 2, 1, 4]))
     return damaged(random, content) if random.random() < 0.4 else content
 
@@ -55,7 +61,12 @@ def play(case: Case, folder: Path) -> str:
         code, document = answered("audit", "model", "--project", ".", codes=(0, 2))
     if document is None:
         return "refused"
-    assert code == 0 and document["verdict"] == "unverified" and document["verified"] is False and document["lineage"] is None
+    assert (
+        code == 0
+        and document["verdict"] == "unverified"
+        and document["verified"] is False
+        and document["lineage"] is None
+    )
     return "unverified"
 
 

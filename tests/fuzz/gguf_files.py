@@ -1,4 +1,5 @@
-"""Weights and tokenizer in one GGUF file of strangers, as `base_model` reads it from a package: its counts, fields, tensors and bytes."""
+"""Weights and tokenizer in one GGUF file of strangers, as `base_model` reads it
+from a package: its counts, fields, tensors and bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,19 @@ Field = tuple[str, Any]
 Tensor = dict[str, Any]
 
 FILE = "model/tiny.gguf"
-PACKED = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?", "u64": "Q", "i64": "q", "f64": "d"}
+PACKED = {
+    "u8": "B",
+    "i8": "b",
+    "u16": "H",
+    "i16": "h",
+    "u32": "I",
+    "i32": "i",
+    "f32": "f",
+    "bool": "?",
+    "u64": "Q",
+    "i64": "q",
+    "f64": "d",
+}
 CODES = {
     "u8": 0,
     "i8": 1,
@@ -43,12 +56,18 @@ VOCABULARY = 261
 LENGTHS = (0, 1, 2, 2**16, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
 """What counts and offsets say instead."""
 NUMBERS = (0, 1, 2, 3, 7, 64, 1000, 2**16, 2**20, 2**24, 2**31 - 1, 2**32 - 1)
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "phi3", "mamba", "bloom", "falcon", "stablelm", "starcoder2", "t5", "t5encoder", "nemotron", "deci", "lfm2", "gpt-oss", "qwen2moe", "minimax-m2", "bert", "clip", "")  # fmt: skip
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "phi3", "mamba", "bloom", "falcon",
+    "stablelm", "starcoder2", "t5", "t5encoder", "nemotron", "deci", "lfm2", "gpt-oss", "qwen2moe", "minimax-m2",
+    "bert", "clip", "")  # fmt: skip
 OTHER_FIELDS: dict[str, Field] = {
-    "general.alignment": ("u32", 0), "general.name": ("text", "mistral"), "general.file_type": ("u32", 2), "general.quantization_version": ("u32", 2),
-    "llama.rope.scaling.type": ("text", "yarn"), "llama.rope.scaling.factor": ("f32", 0.0), "llama.expert_count": ("u32", 2**20), "llama.rope.freq_base": ("f32", 0.0),
-    "llama.attention.key_length": ("u32", 3), "tokenizer.ggml.scores": ("array", ["f32", [0.0] * 3, None]), "tokenizer.ggml.pre": ("text", "smollm"),
-    "tokenizer.ggml.add_bos_token": ("bool", True), "tokenizer.ggml.unknown_token_id": ("u32", 2**31), "tokenizer.ggml.added_tokens": ("array", ["text", ["<x>", "<x>"], None]),
+    "general.alignment": ("u32", 0), "general.name": ("text", "mistral"), "general.file_type": ("u32", 2),
+    "general.quantization_version": ("u32", 2),
+    "llama.rope.scaling.type": ("text", "yarn"), "llama.rope.scaling.factor": ("f32", 0.0),
+    "llama.expert_count": ("u32", 2**20), "llama.rope.freq_base": ("f32", 0.0),
+    "llama.attention.key_length": ("u32", 3), "tokenizer.ggml.scores": ("array", ["f32", [0.0] * 3, None]),
+    "tokenizer.ggml.pre": ("text", "smollm"),
+    "tokenizer.ggml.add_bos_token": ("bool", True), "tokenizer.ggml.unknown_token_id": ("u32", 2**31),
+    "tokenizer.ggml.added_tokens": ("array", ["text", ["<x>", "<x>"], None]),
     "split.count": ("u16", 3), "GGUF.version": ("u32", 3),
 }  # fmt: skip
 
@@ -62,19 +81,25 @@ def _fields() -> dict[str, Field]:
     tokens = [*sorted(vocabulary, key=lambda token: vocabulary[token]), "ab", "cd"]
     return {
         "general.architecture": ("text", "llama"), "general.name": ("text", "tiny"),
-        "llama.block_count": ("u32", LAYERS), "llama.context_length": ("u32", CONFIG["max_position_embeddings"]), "llama.embedding_length": ("u32", HIDDEN),
-        "llama.feed_forward_length": ("u32", CONFIG["intermediate_size"]), "llama.attention.head_count": ("u32", 2), "llama.attention.head_count_kv": ("u32", 1),
-        "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-6), "llama.rope.dimension_count": ("u32", 4), "llama.vocab_size": ("u32", VOCABULARY),
+        "llama.block_count": ("u32", LAYERS), "llama.context_length": ("u32", CONFIG["max_position_embeddings"]),
+        "llama.embedding_length": ("u32", HIDDEN),
+        "llama.feed_forward_length": ("u32", CONFIG["intermediate_size"]), "llama.attention.head_count": ("u32", 2),
+        "llama.attention.head_count_kv": ("u32", 1),
+        "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-6), "llama.rope.dimension_count": ("u32", 4),
+        "llama.vocab_size": ("u32", VOCABULARY),
         "tokenizer.ggml.model": ("text", "gpt2"), "tokenizer.ggml.tokens": ("array", ["text", tokens, None]),
-        "tokenizer.ggml.token_type": ("array", ["i32", [3] * 3 + [1] * (len(tokens) - 3), None]), "tokenizer.ggml.merges": ("array", ["text", ["a b", "c d"], None]),
-        "tokenizer.ggml.padding_token_id": ("u32", 0), "tokenizer.ggml.bos_token_id": ("u32", 1), "tokenizer.ggml.eos_token_id": ("u32", 2),
+        "tokenizer.ggml.token_type": ("array", ["i32", [3] * 3 + [1] * (len(tokens) - 3), None]),
+        "tokenizer.ggml.merges": ("array", ["text", ["a b", "c d"], None]),
+        "tokenizer.ggml.padding_token_id": ("u32", 0), "tokenizer.ggml.bos_token_id": ("u32", 1),
+        "tokenizer.ggml.eos_token_id": ("u32", 2),
         "tokenizer.chat_template": ("text", template),
     }  # fmt: skip
 
 
 def _tensors() -> list[Tensor]:
     block = {
-        "attn_q": [8, 8], "attn_k": [4, 8], "attn_v": [4, 8], "attn_output": [8, 8], "ffn_gate": [16, 8], "ffn_up": [16, 8], "ffn_down": [8, 16],
+        "attn_q": [8, 8], "attn_k": [4, 8], "attn_v": [4, 8], "attn_output": [8, 8], "ffn_gate": [16, 8],
+        "ffn_up": [16, 8], "ffn_down": [8, 16],
         "attn_norm": [8], "ffn_norm": [8],
     }  # fmt: skip
     shapes = {"token_embd.weight": [VOCABULARY, HIDDEN], "output_norm.weight": [HIDDEN]} | {
@@ -111,14 +136,24 @@ def _value(kind: str, value: Any) -> bytes:
     return (number % 256**size).to_bytes(size, "little")
 
 
-def _file(fields: dict[str, Field], tensors: list[Tensor], counts: tuple[int | None, int | None] = (None, None), version: int = 3) -> bytes:
+def _file(
+    fields: dict[str, Field],
+    tensors: list[Tensor],
+    counts: tuple[int | None, int | None] = (None, None),
+    version: int = 3,
+) -> bytes:
     """The bytes of a GGUF file, whose weights are all zero."""
     said = [len(given) if count is None else count for count, given in zip(counts, (tensors, fields), strict=True)]
     parts = [b"GGUF", struct.pack("<IQQ", version, *said)]
-    parts += [_text(name) + struct.pack("<I", CODES.get(kind, 99)) + _value(kind, value) for name, (kind, value) in fields.items()]
+    parts += [
+        _text(name) + struct.pack("<I", CODES.get(kind, 99)) + _value(kind, value)
+        for name, (kind, value) in fields.items()
+    ]
     for tensor in tensors:
         shape = [length % 2**64 for length in reversed(tensor["shape"])]
-        parts.append(_text(tensor["name"]) + struct.pack(f"<I{len(shape)}Q", tensor.get("dimensions", len(shape)), *shape))
+        parts.append(
+            _text(tensor["name"]) + struct.pack(f"<I{len(shape)}Q", tensor.get("dimensions", len(shape)), *shape)
+        )
         parts.append(struct.pack("<IQ", tensor["type"], tensor["offset"] % 2**64))
     head = b"".join(parts)
     last = _tensors()[-1]
@@ -129,7 +164,11 @@ def draw(random: random.Random) -> Case:
     fields, tensors = deepcopy(_fields()), _tensors()
     counts: tuple[int | None, int | None] = (None, None)
     version = 3
-    kinds = random.choices(["field", "array", "type", "other", "without", "architecture", "tensor", "counts", "version", "bytes"], [5, 4, 2, 2, 2, 1, 5, 1, 0.3, 6], k=random.choice([1, 1, 2]))  # fmt: skip
+    kinds = random.choices(
+        ["field", "array", "type", "other", "without", "architecture", "tensor", "counts", "version", "bytes"],
+        [5, 4, 2, 2, 2, 1, 5, 1, 0.3, 6],
+        k=random.choice([1, 1, 2]),
+    )
     for kind in kinds:
         if kind in _CHANGES:
             _CHANGES[kind](random, fields)
@@ -137,14 +176,21 @@ def draw(random: random.Random) -> Case:
             _tensor(random, tensors)
         elif kind == "counts":
             counts = random.choice(
-                [(random.choice(LENGTHS), None), (None, random.choice(LENGTHS)), (None, len(fields) - 1), (None, len(fields) + 1)]
+                [
+                    (random.choice(LENGTHS), None),
+                    (None, random.choice(LENGTHS)),
+                    (None, len(fields) - 1),
+                    (None, len(fields) + 1),
+                ]
             )
         elif kind == "version":
             version = random.choice([0, 1, 2, 3, 4, 3 << 24, 2**32 - 1])
     content = _file(fields, tensors, counts, version)
     if "bytes" in kinds:
         head = len(content.rstrip(b"\0"))  # zeros follow: the weights
-        content = random.choice([content[: random.randrange(len(content))], damaged(random, content[:head]) + content[head:]])
+        content = random.choice(
+            [content[: random.randrange(len(content))], damaged(random, content[:head]) + content[head:]]
+        )
     section: dict[str, Any] = {"license": "MIT"}
     if random.random() < 0.1:
         section["pad_token"] = random.choice(["<|endoftext|>", "<|im_end|>", text(random)])
@@ -154,7 +200,14 @@ def draw(random: random.Random) -> Case:
 def _changed_field(random: random.Random, fields: dict[str, Field]) -> None:
     name = random.choice([name for name, (kind, _) in fields.items() if kind != "array"])
     kind = fields[name][0]
-    fields[name] = (kind, random.choice([random.choice([*TEXTS.values()]), text(random), ""]) if kind == "text" else random.choice(NUMBERS))
+    fields[name] = (
+        kind,
+        (
+            random.choice([random.choice([*TEXTS.values()]), text(random), ""])
+            if kind == "text"
+            else random.choice(NUMBERS)
+        ),
+    )
 
 
 def _changed_array(random: random.Random, fields: dict[str, Field]) -> None:
@@ -167,7 +220,9 @@ def _changed_array(random: random.Random, fields: dict[str, Field]) -> None:
     elif how == "kind":
         kind = random.choice([*PACKED, "text", "none"])
     elif how == "value" and values:
-        values[random.randrange(len(values))] = random.choice([text(random), values[0]]) if kind == "text" else random.choice(NUMBERS)
+        values[random.randrange(len(values))] = (
+            random.choice([text(random), values[0]]) if kind == "text" else random.choice(NUMBERS)
+        )
     elif how == "twice":
         values *= 2
     fields[name] = ("array", [kind, values, random.choice(LENGTHS) if how == "length" else None])
@@ -177,7 +232,10 @@ def _changed_type(random: random.Random, fields: dict[str, Field]) -> None:
     name = random.choice([*fields])
     value = fields[name][1]
     kind = random.choice([*PACKED, "text", "array", "none"])
-    fields[name] = (kind, [random.choice([*PACKED, "array"]), [], random.choice([None, *LENGTHS])] if kind == "array" else value)
+    fields[name] = (
+        kind,
+        [random.choice([*PACKED, "array"]), [], random.choice([None, *LENGTHS])] if kind == "array" else value,
+    )
 
 
 def _other_field(random: random.Random, fields: dict[str, Field]) -> None:
@@ -200,7 +258,8 @@ def _architecture(random: random.Random, fields: dict[str, Field]) -> None:
 
 
 _CHANGES = {
-    "field": _changed_field, "array": _changed_array, "type": _changed_type, "other": _other_field, "without": _without, "architecture": _architecture,
+    "field": _changed_field, "array": _changed_array, "type": _changed_type, "other": _other_field, "without": _without,
+    "architecture": _architecture,
 }  # fmt: skip
 
 
@@ -210,21 +269,42 @@ def _tensor(random: random.Random, tensors: list[Tensor]) -> None:
     if how == "missing":
         del tensors[at]
     elif how in ("again", "extra"):
-        names = [tensors[at]["name"], "output.weight", "blk.7.attn_q.weight", "blk.0.attn_q.bias", "rope_freqs.weight", text(random)]
+        names = [
+            tensors[at]["name"],
+            "output.weight",
+            "blk.7.attn_q.weight",
+            "blk.0.attn_q.bias",
+            "rope_freqs.weight",
+            text(random),
+        ]
         tensors.append({**tensors[at], "name": names[0] if how == "again" else random.choice(names[1:])})
     else:
         tensors[at][how] = {
             "name": lambda: random.choice([text(random), "output.weight", tensors[0]["name"]]),
-            "shape": lambda: random.choice([[], [0], [0, 8], [1] * 70, [2**32, 2**32], [2**20, 2**20], [2**63], [3], tensors[at]["shape"][::-1], [*tensors[at]["shape"], 1]]),
+            "shape": lambda: random.choice(
+                [
+                    [],
+                    [0],
+                    [0, 8],
+                    [1] * 70,
+                    [2**32, 2**32],
+                    [2**20, 2**20],
+                    [2**63],
+                    [3],
+                    tensors[at]["shape"][::-1],
+                    [*tensors[at]["shape"], 1],
+                ]
+            ),
             "dimensions": lambda: random.choice([0, 1, 3, 2**20, 2**32 - 1]),
             "type": lambda: random.choice([1, 2, 3, 6, 8, 12, 16, 24, 27, 28, 30, 34, 39, 99, 2**32 - 1]),
             "offset": lambda: random.choice([1, 31, 32, 2**20, *LENGTHS]),
-        }[how]()  # fmt: skip
+        }[how]()
 
 
 @contextmanager
 def _without_pip(folder: Path) -> Iterator[None]:
-    """`base_model` finds the package's file here. A download by pip would take most of the time, and tests/test_base_model.py has it."""
+    """`base_model` finds the package's file here. A download by pip would take
+    most of the time, and tests/test_base_model.py has it."""
     whole = base_model._fetch
     base_model._fetch = lambda root, params, scratch: (folder, {"gguf_file": params.file})
     try:
@@ -238,7 +318,12 @@ def play(case: Case, folder: Path) -> str:
     path = folder / "package" / FILE
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    section = {**case["section"], "package": "model==1.0", "file": FILE, "sha256": {FILE: hashlib.sha256(content).hexdigest()}}
+    section = {
+        **case["section"],
+        "package": "model==1.0",
+        "file": FILE,
+        "sha256": {FILE: hashlib.sha256(content).hexdigest()},
+    }
     with _without_pip(folder / "package"):
         outcome = converted(folder, section)
     if outcome == "accepted":

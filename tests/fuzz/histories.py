@@ -1,4 +1,5 @@
-"""Histories with damage: `dvc.lock`, reports, records, ledgers and `examples.parquet` as `audit`, `impact` and `export` read them, from disk and from git."""
+"""Histories with damage: `dvc.lock`, reports, records, ledgers and `examples.parquet`
+as `audit`, `impact` and `export` read them, from disk and from git."""
 
 from __future__ import annotations
 
@@ -51,16 +52,29 @@ TARGETS: dict[str, Callable[[Path], list[Path]]] = {
     "tables": _objects("parquet"),
     "reports in the cache": _objects("json"),
     "objects": _objects("other"),
-    "outputs": lambda root: sorted(file for file in root.glob("data/*/**/*") if file.is_file() and "sources" not in file.parts),
+    "outputs": lambda root: sorted(
+        file for file in root.glob("data/*/**/*") if file.is_file() and "sources" not in file.parts
+    ),
     "run cache": lambda root: sorted(file for file in root.glob(".dvc/cache/runs/*/*/*") if file.is_file()),
-    "definitions": lambda root: [root / "dvc.yaml", root / "params.yaml", root / ".dvc/config", root / "code.lock.yaml"],
+    "definitions": lambda root: [
+        root / "dvc.yaml",
+        root / "params.yaml",
+        root / ".dvc/config",
+        root / "code.lock.yaml",
+    ],
     "index": lambda root: sorted(file for file in root.glob(".dvc/tmp/pedigree/**/*") if file.is_file()),
     "git": lambda root: [
-        file for file in sorted(root.glob(".git/**/*"))
-        if file.is_file() and (file.name in {"HEAD", "index", "config", "packed-refs", "shallow"} or {"objects", "refs", "logs"} & set(file.parts))
+        file
+        for file in sorted(root.glob(".git/**/*"))
+        if file.is_file()
+        and (
+            file.name in {"HEAD", "index", "config", "packed-refs", "shallow"}
+            or {"objects", "refs", "logs"} & set(file.parts)
+        )
     ],
-}  # fmt: skip
-WEIGHTS = {"dvc.lock": 5, "reports": 4, "listings": 3, "tables": 4, "reports in the cache": 4, "objects": 2, "outputs": 2, "run cache": 2, "definitions": 2, "index": 2, "git": 2}  # fmt: skip
+}
+WEIGHTS = {"dvc.lock": 5, "reports": 4, "listings": 3, "tables": 4, "reports in the cache": 4, "objects": 2,
+    "outputs": 2, "run cache": 2, "definitions": 2, "index": 2, "git": 2}  # fmt: skip
 CHANGES = (
     "like",
     "like",
@@ -115,7 +129,9 @@ def _changed(how: str, content: bytes, draw: random.Random) -> bytes:
         return json.dumps(value(draw)).encode()
     half = content[len(content) // 3 : len(content) // 2]
     return (
-        content.replace(half, b"<<<<<<< HEAD\n" + half + b"\n=======\n" + half[: len(half) // 2] + b"\n>>>>>>> x\n", 1) if half else content
+        content.replace(half, b"<<<<<<< HEAD\n" + half + b"\n=======\n" + half[: len(half) // 2] + b"\n>>>>>>> x\n", 1)
+        if half
+        else content
     )
 
 
@@ -127,7 +143,9 @@ def _like(content: bytes, draw: random.Random) -> bytes:
     with suppress(ValueError):
         return json.dumps(like(draw, json.loads(content), rate)).encode()
     with suppress(yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        return yaml.safe_dump(like(draw, yaml.safe_load(content), rate), sort_keys=False).encode("utf-8", "surrogatepass")
+        return yaml.safe_dump(like(draw, yaml.safe_load(content), rate), sort_keys=False).encode(
+            "utf-8", "surrogatepass"
+        )
     return damaged(draw, content)
 
 
@@ -148,7 +166,9 @@ def _other_table(content: bytes, draw: random.Random) -> bytes:
     elif how == "rows":
         table = table.slice(0, draw.choice([0, len(table) // 2]))
     else:
-        table = table.set_column(at, name, pa.array([text(draw).encode(errors="replace").decode() for _ in range(len(table))]))
+        table = table.set_column(
+            at, name, pa.array([text(draw).encode(errors="replace").decode() for _ in range(len(table))])
+        )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
@@ -160,7 +180,8 @@ def _other_table(content: bytes, draw: random.Random) -> bytes:
 def draw(random: random.Random) -> Case:
     damage = [
         {
-            "target": random.choices([*WEIGHTS], [*WEIGHTS.values()])[0], "pick": random.random(), "how": random.choice(CHANGES),
+            "target": random.choices([*WEIGHTS], [*WEIGHTS.values()])[0], "pick": random.random(),
+            "how": random.choice(CHANGES),
             "seed": random.randrange(2**32), "commit": random.random() < 0.3,
         }
         for _ in range(random.choice([1, 1, 1, 2, 4]))
@@ -180,15 +201,31 @@ def _question(random: random.Random) -> list[str]:
         return [
             "audit",
             model,
-            *random.choice([[], ["--html", "page.html"], ["--records", "r.csv"], ["--where"], ["--rev", "HEAD"], ["--rev", "HEAD~1"]]),
+            *random.choice(
+                [
+                    [],
+                    ["--html", "page.html"],
+                    ["--records", "r.csv"],
+                    ["--where"],
+                    ["--rev", "HEAD"],
+                    ["--rev", "HEAD~1"],
+                ]
+            ),
         ]
     if kind < 0.35:
-        return ["audit", "--diff", f"{random.choice(['', 'HEAD:', 'HEAD~1:'])}{model}", f"{random.choice(['', 'HEAD:'])}{other}"]
+        return [
+            "audit",
+            "--diff",
+            f"{random.choice(['', 'HEAD:', 'HEAD~1:'])}{model}",
+            f"{random.choice(['', 'HEAD:'])}{other}",
+        ]
     if kind < 0.5:
         return ["export", model, "--format", random.choice([*formats()]), *random.choice([[], ["--rev", "HEAD"]])]
     return ["impact", *random.choice([
-        ["--record", "{record}"], ["--record", "{record}"], ["--text", "{text}"], ["--source", "{source}"], ["--source", "data/sources"], ["--hash", "{hash}"],
-        ["--containing", "the"], ["--containing", "saw.*near", "--regex"], ["--record", "{record}", "--near"], ["--text", "Nobody wrote this."],
+        ["--record", "{record}"], ["--record", "{record}"], ["--text", "{text}"], ["--source", "{source}"],
+        ["--source", "data/sources"], ["--hash", "{hash}"],
+        ["--containing", "the"], ["--containing", "saw.*near", "--regex"], ["--record", "{record}", "--near"],
+        ["--text", "Nobody wrote this."],
     ])]  # fmt: skip
 
 
@@ -253,10 +290,16 @@ def play(case: Case, folder: Path) -> str:
                 git(root, "commit", "-q", "--allow-empty", "-m", "damaged")
     outcomes = []
     for question in case["questions"]:
-        _, document = answered(*(part.format(**about) for part in question), "--project", str(root), verdict=question[0] == "impact")
-        outcomes.append("refused" if document is None else document["verdict"] if question[0] == "impact" else "answered")
+        _, document = answered(
+            *(part.format(**about) for part in question), "--project", str(root), verdict=question[0] == "impact"
+        )
+        outcomes.append(
+            "refused" if document is None else document["verdict"] if question[0] == "impact" else "answered"
+        )
         if lost and outcomes[-1] == "no" and question[1] in {"--record", "--text", "--source", "--hash"}:
-            assert _verdict(folder.parent, case["history"], tuple(question)) != "yes", "something is lost, and `yes` has become `no`"
+            assert _verdict(folder.parent, case["history"], tuple(question)) != "yes", (
+                "something is lost, and `yes` has become `no`"
+            )
     return ", ".join(sorted(set(outcomes)))
 
 

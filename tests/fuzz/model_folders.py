@@ -1,4 +1,5 @@
-"""Model folders that others made: config, tokenizer, template and weights, as `base_model`, `check --base-model` and `plan --model` read them."""
+"""Model folders that others made: config, tokenizer, template and weights, as
+`base_model`, `check --base-model` and `plan --model` read them."""
 
 from __future__ import annotations
 
@@ -13,21 +14,31 @@ from fuzz.base_model import CONFIG, converted, model_folder, safetensors, weight
 from fuzz.surface import Case, Surface, answered, as_content, write_files
 from fuzz.values import NUMBERS, TEXTS, damaged, like, scalar, text, value
 
-CONFIG_KEYS = [*CONFIG, "auto_map", "quantization_config", "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "text_config", "num_labels", "id2label", "use_cache", "pretraining_tp", "transformers_version", "_name_or_path", "is_encoder_decoder", "attn_implementation", "tokenizer_class"]  # fmt: skip
+CONFIG_KEYS = [*CONFIG, "auto_map", "quantization_config", "rope_scaling", "rope_parameters", "sliding_window",
+    "layer_types", "text_config", "num_labels", "id2label", "use_cache", "pretraining_tp", "transformers_version",
+    "_name_or_path", "is_encoder_decoder", "attn_implementation", "tokenizer_class"]  # fmt: skip
 OTHER_CONFIGS: list[Any] = [
-    [], None, 3, {}, {"model_type": "nothing"}, {"model_type": "bert"}, {"model_type": "t5"}, {"model_type": ["llama"]}, {"architectures": ["X"]},
+    [], None, 3, {}, {"model_type": "nothing"}, {"model_type": "bert"}, {"model_type": "t5"}, {"model_type": ["llama"]},
+    {"architectures": ["X"]},
     {**CONFIG, "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"},
-    {**CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4}}, {**CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-    {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "dataset": "c4"}}, {**CONFIG, "model_type": "qwen2"}, {**CONFIG, "model_type": "gpt2"},
-    {**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 0}}, {**CONFIG, "rope_scaling": {"type": "linear"}}, {**CONFIG, "text_config": CONFIG, "model_type": "llava"},
+    {**CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4}},
+    {**CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "dataset": "c4"}},
+    {**CONFIG, "model_type": "qwen2"}, {**CONFIG, "model_type": "gpt2"},
+    {**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 0}}, {**CONFIG, "rope_scaling": {"type": "linear"}},
+    {**CONFIG, "text_config": CONFIG, "model_type": "llava"},
 ]  # fmt: skip
 TEMPLATES = [
-    "", "{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 1/0 }}", "{{ raise_exception('no') }}", "{% if %}", "{{ messages[99].x.y }}", "{{ ''.__class__ }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'x' * 10**5 }}", "{{ strftime_now('%Y') }}", "{% include 'x' %}", "{{ messages | tojson(indent=4) }}", "{{ lipsum() }}",
-    "{% generation %}{{ messages[0].content }}{% endgeneration %}", "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}",
+    "", "{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 1/0 }}",
+    "{{ raise_exception('no') }}", "{% if %}", "{{ messages[99].x.y }}", "{{ ''.__class__ }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'x' * 10**5 }}", "{{ strftime_now('%Y') }}",
+    "{% include 'x' %}", "{{ messages | tojson(indent=4) }}", "{{ lipsum() }}",
+    "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}",
 ]  # fmt: skip
 LISTED_TEMPLATES: list[Any] = [
-    [], [{}], [{"name": "default", "template": "{{ messages }}"}], [{"name": "tool_use", "template": "x"}], [{"name": "default"}], {"default": "x"}, 3, [["default", "x"]], None, {}, "x",
+    [], [{}], [{"name": "default", "template": "{{ messages }}"}], [{"name": "tool_use", "template": "x"}],
+    [{"name": "default"}], {"default": "x"}, 3, [["default", "x"]], None, {}, "x",
 ]  # fmt: skip
 WAYS = ("produce",) * 20 + ("check",) * 12 + ("plan",)
 """`plan` measures the machine in a process of its own, which takes seconds."""
@@ -64,7 +75,9 @@ def _config(random: random.Random, changed: dict[str, bytes], removed: list[str]
             {
                 **CONFIG,
                 **{
-                    random.choice(CONFIG_KEYS): random.choice([scalar(random), random.choice(NUMBERS[:12]), value(random, 2)])
+                    random.choice(CONFIG_KEYS): random.choice(
+                        [scalar(random), random.choice(NUMBERS[:12]), value(random, 2)]
+                    )
                     for _ in range(random.randint(1, 3))
                 },
             }
@@ -91,7 +104,9 @@ def _json_file(name: str) -> Any:
 
 def _template(random: random.Random, changed: dict[str, bytes], removed: list[str]) -> None:
     config = json.loads(model_folder()["tokenizer_config.json"])
-    template = random.choice([*TEMPLATES, *TEXTS.values(), damaged(random, config["chat_template"].encode()).decode(errors="replace")])
+    template = random.choice(
+        [*TEMPLATES, *TEXTS.values(), damaged(random, config["chat_template"].encode()).decode(errors="replace")]
+    )
     kind = random.random()
     if kind < 0.4:
         changed["tokenizer_config.json"] = _dump({**config, "chat_template": template})
@@ -108,7 +123,9 @@ def _template(random: random.Random, changed: dict[str, bytes], removed: list[st
 def _weights(random: random.Random, changed: dict[str, bytes], removed: list[str]) -> None:
     header, content = weights()
     header = json.loads(json.dumps(header))
-    kind = random.choice(["like", "shape", "dtype", "offsets", "missing", "extra", "damaged", "cut", "huge", "metadata", "length"])
+    kind = random.choice(
+        ["like", "shape", "dtype", "offsets", "missing", "extra", "damaged", "cut", "huge", "metadata", "length"]
+    )
     name = random.choice([*header])
     if kind == "like":
         header = like(random, header, 0.03)
@@ -146,16 +163,36 @@ def _index(random: random.Random, changed: dict[str, bytes], removed: list[str])
     header, _ = weights()
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(header, "model-00001-of-00001.safetensors")}
     changed["model-00001-of-00001.safetensors"] = model_folder()["model.safetensors"]
-    changed["model.safetensors.index.json"] = _dump(like(random, index, 0.05)) if random.random() < 0.7 else damaged(random, _dump(index))
+    changed["model.safetensors.index.json"] = (
+        _dump(like(random, index, 0.05)) if random.random() < 0.7 else damaged(random, _dump(index))
+    )
     if random.random() < 0.7:
         removed.append("model.safetensors")
 
 
 def _other_files(random: random.Random, changed: dict[str, bytes], removed: list[str]) -> None:
-    name = random.choice(["adapter_config.json", "pytorch_model.bin", "modeling_evil.py", "LICENSE", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "processor_config.json", "preprocessor_config.json", "model.safetensors/x", "generation_config.json"])  # fmt: skip
+    name = random.choice(
+        [
+            "adapter_config.json",
+            "pytorch_model.bin",
+            "modeling_evil.py",
+            "LICENSE",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.model",
+            "processor_config.json",
+            "preprocessor_config.json",
+            "model.safetensors/x",
+            "generation_config.json",
+        ]
+    )
     if name == "model.safetensors/x":
         removed.append("model.safetensors")
-    changed[name] = random.choice([_dump(value(random)), b"", b"\xff\xfe", text(random).encode("utf-8", "surrogatepass")])
+    changed[name] = random.choice(
+        [_dump(value(random)), b"", b"\xff\xfe", text(random).encode("utf-8", "surrogatepass")]
+    )
 
 
 def _without(random: random.Random, changed: dict[str, bytes], removed: list[str]) -> None:
@@ -163,7 +200,8 @@ def _without(random: random.Random, changed: dict[str, bytes], removed: list[str
 
 
 CHANGES = (
-    _config, _config, _config, _json_file("tokenizer.json"), _json_file("tokenizer.json"), _json_file("tokenizer_config.json"), _json_file("generation_config.json"),
+    _config, _config, _config, _json_file("tokenizer.json"), _json_file("tokenizer.json"),
+    _json_file("tokenizer_config.json"), _json_file("generation_config.json"),
     _template, _template, _weights, _weights, _index, _other_files, _without,
 )  # fmt: skip
 
@@ -171,7 +209,11 @@ CHANGES = (
 def play(case: Case, folder: Path) -> str:
     model = folder / "models/x"
     files = {name: as_content(content) for name, content in model_folder().items() if name not in case["removed"]}
-    changed = {name: content for name, content in case["files"].items() if f"{name.partition('/')[0]}" not in files or "/" not in name}
+    changed = {
+        name: content
+        for name, content in case["files"].items()
+        if f"{name.partition('/')[0]}" not in files or "/" not in name
+    }
     write_files({"files": {**files, **changed}}, model)
     if case["way"] == "produce":
         return converted(folder, {**case["section"], "folder": "models/x"})

@@ -1,4 +1,5 @@
-"""`params.yaml` and `dvc.yaml`: every section is validated, and commands that read them answer. No stage runs: nothing has been run before."""
+"""`params.yaml` and `dvc.yaml`: every section is validated, and commands that
+read them answer. No stage runs: nothing has been run before."""
 
 from __future__ import annotations
 
@@ -24,18 +25,34 @@ ROOT = Path(__file__).resolve().parents[2]
 THROUGH_COMMANDS = 0.12
 """Share of the parameter files that commands read too, which takes most of the time."""
 COMMANDS = (
-    ["run", "tokenized"], ["run", "aligned@dpo"], ["run", "adapter@{name}"], ["audit", "release"], ["plan"], ["render"], ["compare"],
+    ["run", "tokenized"], ["run", "aligned@dpo"], ["run", "adapter@{name}"], ["audit", "release"], ["plan"], ["render"],
+    ["compare"],
     ["verify", "--integrity"], ["sweep", "splits", "-S", "test=0.1,0.2"], ["sweep", "{section}", "-S", "{key}=1,x"],
 )  # fmt: skip
 OTHER_SETTINGS: dict[str, Any] = {
-    "execution": {"on": "local", "workers": 2, "stages": {"adapter": {"on": "ray", "gpus": 1}, "adapter@lora": {"on": "local"}}},
-    "adapter": {"qlora": {"method": "qlora", "learning_rate": 1e-4, "quantization": {"bits": 4}}, "full": {"method": "full"}, "own": {"method": "command", "command": "python train.py"}},
-    "aligned": {"kto": {"from": "lora", "method": "kto"}, "ppo": {"from": "lora", "method": "ppo"}, "grpo": {"from": "lora", "method": "grpo"}},
+    "execution": {
+        "on": "local",
+        "workers": 2,
+        "stages": {"adapter": {"on": "ray", "gpus": 1}, "adapter@lora": {"on": "local"}},
+    },
+    "adapter": {
+        "qlora": {"method": "qlora", "learning_rate": 1e-4, "quantization": {"bits": 4}},
+        "full": {"method": "full"},
+        "own": {"method": "command", "command": "python train.py"},
+    },
+    "aligned": {
+        "kto": {"from": "lora", "method": "kto"},
+        "ppo": {"from": "lora", "method": "ppo"},
+        "grpo": {"from": "lora", "method": "grpo"},
+    },
     "base_model": {"hub": "org/name", "revision": "a" * 40, "license": "MIT"},
     "splits": {"augment": {"paraphrases": "data/sources/paraphrases", "license": "MIT"}},
     "tokenized": {"replay": {"data/sources/triage_alpaca.json": 2}},
-    "instructions": {"waivers": [{"check": "too_long", "rows": ["a:0"], "reason": "x", "expires": "2999-01-01"}], "policy": {"too_long": "warn"}},
-}  # fmt: skip
+    "instructions": {
+        "waivers": [{"check": "too_long", "rows": ["a:0"], "reason": "x", "expires": "2999-01-01"}],
+        "policy": {"too_long": "warn"},
+    },
+}
 
 
 @cache
@@ -50,7 +67,11 @@ def draw(random: random.Random) -> Case:
     values = yaml.safe_load(texts()["params.yaml"])
     section = random.choice([*pipeline.sections()])
     if random.random() < 0.4 and section in OTHER_SETTINGS:
-        values[section] = {**(values.get(section) or {}), **OTHER_SETTINGS[section]} if section != "base_model" else OTHER_SETTINGS[section]
+        values[section] = (
+            {**(values.get(section) or {}), **OTHER_SETTINGS[section]}
+            if section != "base_model"
+            else OTHER_SETTINGS[section]
+        )
     if random.random() < 0.6:
         _set_any_key(random, values, section)
     if random.random() < 0.7:
@@ -93,12 +114,57 @@ def _as_yaml(random: random.Random, values: Any) -> bytes:
 
 def _odd_yaml(random: random.Random) -> bytes:
     """YAML's own traps: in the place of a value, of a key, or of all."""
-    trap = random.choice([
-        "2026-02-30", "2026-01-01", "12:30:45", "0o17", "1_000", ".inf", ".nan", "-.inf", "no", "~", "!!binary aGk=", "!!set {a, b}", "!!omap [a: 1]",
-        "!!python/object/apply:os.system [echo]", "!!int ''", "!!float x", "!!timestamp x", "!x y", "*nowhere", "&a [*a]", "&a {<<: *a}", "{<<: [1]}", "{<<: {seed: 1}}",
-        "{? [a, b] : 1}", "{1: 2}", "{null: 1}", "[" * 3000, "{a: " * 500, "'\\ud83d'", '"\\ud83d"', '"\\x00"', "|\n  text", ">-\n  text", "%YAML 9.9", "--- a\n--- b", "\ta", "é", "\ufeff", "-", "- - -", "9" * 5000, "1e999",
-        "&a " + "[" + ", ".join(["x"] * 9) + "]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8)),
-    ])  # fmt: skip
+    trap = random.choice(
+        [
+            "2026-02-30",
+            "2026-01-01",
+            "12:30:45",
+            "0o17",
+            "1_000",
+            ".inf",
+            ".nan",
+            "-.inf",
+            "no",
+            "~",
+            "!!binary aGk=",
+            "!!set {a, b}",
+            "!!omap [a: 1]",
+            "!!python/object/apply:os.system [echo]",
+            "!!int ''",
+            "!!float x",
+            "!!timestamp x",
+            "!x y",
+            "*nowhere",
+            "&a [*a]",
+            "&a {<<: *a}",
+            "{<<: [1]}",
+            "{<<: {seed: 1}}",
+            "{? [a, b] : 1}",
+            "{1: 2}",
+            "{null: 1}",
+            "[" * 3000,
+            "{a: " * 500,
+            "'\\ud83d'",
+            '"\\ud83d"',
+            '"\\x00"',
+            "|\n  text",
+            ">-\n  text",
+            "%YAML 9.9",
+            "--- a\n--- b",
+            "\ta",
+            "é",
+            "\ufeff",
+            "-",
+            "- - -",
+            "9" * 5000,
+            "1e999",
+            "&a "
+            + "["
+            + ", ".join(["x"] * 9)
+            + "]\n"
+            + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8)),
+        ]
+    )
     source = texts()["params.yaml"].decode()
     lines = source.split("\n")
     kind = random.random()
@@ -144,7 +210,11 @@ def play(case: Case, folder: Path) -> str:
     for command in case["commands"]:
         code, _ = answered(*command, "--project", str(root))
         outcomes.append(f"exit code {code}")
-    left = {path.name for path in root.iterdir()} - {path.name for path in before} - {".dvc", ".dvcignore", "data", ".gitignore"}
+    left = (
+        {path.name for path in root.iterdir()}
+        - {path.name for path in before}
+        - {".dvc", ".dvcignore", "data", ".gitignore"}
+    )
     assert not left, f"files were left behind: {left}"
     return ", ".join(outcomes)
 
@@ -153,7 +223,10 @@ def _validated(root: Path) -> str:
     """Validate the parameters as `pedigree run` does, and what else is derived from them."""
     try:
         values = pipeline.validate(root)
-        for address in [*STAGES, *(f"{stage}@{name}" for stage, section in VARIANTS_OF.items() for name in values.get(section) or ())]:
+        for address in [
+            *STAGES,
+            *(f"{stage}@{name}" for stage, section in VARIANTS_OF.items() for name in values.get(section) or ()),
+        ]:
             if address not in VARIANTS_OF:
                 placement(values, address, tuple(STAGES), VARIANTS_OF)
                 assert pool_of(address, PEDIGREE, values, "")

@@ -93,7 +93,8 @@ def answered(*arguments: str, codes: tuple[int, ...] = (0, 1, 2), verdict: bool 
     Returns:
         The exit code, and the document; None if it is that of an error.
     Raises:
-        AssertionError: another exit code, a message without its next step, control characters, or anything but one document on stdout.
+        AssertionError: another exit code, a message without its next step,
+            control characters, or anything but one document on stdout.
     """
     code, out, err = call(*arguments, "--json")
     assert code in codes, f"exit code {code}: {err[-500:]}"

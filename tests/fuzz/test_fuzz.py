@@ -1,4 +1,5 @@
-"""Cases that were findings once stay fixed, some new ones of each surface hold, and the fuzzer sees what it looks for. `make fuzz` plays many more."""
+"""Cases that were findings once stay fixed, some new ones of each surface hold,
+and the fuzzer sees what it looks for. `make fuzz` plays many more."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from fuzz.__main__ import CORPUS, kept
 from fuzz.engine import Worker, play_all
 from fuzz.surface import MODULES, drawn, surface
 
-CASES = {"data_files": 25, "parameters": 30, "model_folders": 3, "gguf_files": 3, "exported_files": 20, "histories": 3, "endpoints": 12}
+CASES = {
+    "data_files": 25,
+    "parameters": 30,
+    "model_folders": 3,
+    "gguf_files": 3,
+    "exported_files": 20,
+    "histories": 3,
+    "endpoints": 12,
+}
 """New cases of each surface: the same ones in every run."""
 
 

@@ -1,4 +1,5 @@
-"""For any data, `pedigree check` gives a verdict or a clear refusal: no traceback, no lost row, no raw control characters.
+"""For any data, `pedigree check` gives a verdict or a clear refusal: no
+traceback, no lost row, no raw control characters.
 
 Hostile files one by one; the drawn ones are in data_files.py.
 """
@@ -30,8 +31,8 @@ from fuzz.surface import STEERS, call
 
 @contextmanager
 def judging_once() -> Iterator[None]:
-    """While open, the second call of the command takes the verdict of the first: judging takes nearly all of its time, and
-    test_a_file_that_is_judged_again_gets_the_same_verdict shows on a few files that it would be the same."""
+    """While open, the second call of the command takes the verdict of the first: judging takes nearly all of its time,
+    and test_a_file_that_is_judged_again_gets_the_same_verdict shows on a few files that it would be the same."""
     whole, verdicts = check_files.check_paths, list[Any]()
 
     def check_paths(*arguments: Any) -> Any:
@@ -52,7 +53,8 @@ def judging_once() -> Iterator[None]:
 
 
 def holds(*arguments: object) -> dict[str, Any] | None:
-    """Judges, and shows the verdict in both forms and with a page. Returns the document, or None if the input was refused."""
+    """Judges, and shows the verdict in both forms and with a page. Returns the
+    document, or None if the input was refused."""
     page = Path("page.html")
     page.unlink(missing_ok=True)
     with judging_once():
@@ -139,10 +141,8 @@ def test_hostile_text_in_every_layout_is_checked(name: str) -> None:
         assert found and found["rows"] >= 2 * len(rows) - (kind == "preferences"), "two rows of KTO may be one pair"
 
 
-ASKED, SAID = (
-    {"role": "user", "content": "Where does the river begin?"},
-    {"role": "assistant", "content": "In the hills, near the old mill."},
-)
+ASKED = {"role": "user", "content": "Where does the river begin?"}
+SAID = {"role": "assistant", "content": "In the hills, near the old mill."}
 
 
 def chatting(*messages: Any) -> dict[str, Any]:
@@ -163,7 +163,10 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "zero bytes": ("a.jsonl", lines(OK, b"\0" * 5000, OK)),
     "only zero bytes": ("a.json", b"\0" * 5000),
     "a line over the limit": ("a.jsonl", lines(OK, b'{"instruction": "' + b"x" * 60_000 + b'", "output": "y"}', OK)),
-    "an element over the limit": ("a.json", b"[" + b",".join([GOOD, b'{"instruction": "' + b"x" * 60_000 + b'", "output": "y"}', GOOD]) + b"]"),
+    "an element over the limit": (
+        "a.json",
+        b"[" + b",".join([GOOD, b'{"instruction": "' + b"x" * 60_000 + b'", "output": "y"}', GOOD]) + b"]",
+    ),
     "not UTF-8": ("a.jsonl", lines(OK, '{"instruction": "é"}'.encode("latin-1"), OK)),
     "UTF-16": ("a.jsonl", json.dumps(OK).encode("utf-16")),
     "UTF-32": ("a.json", json.dumps([OK]).encode("utf-32")),
@@ -172,8 +175,23 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "half a character": ("a.jsonl", lines(OK, b'{"instruction": "\\ud83d", "output": "\\ude00"}', OK)),
     "half a character in a key": ("a.jsonl", lines(OK, b'{"\\ud83d": 1, "instruction": "a", "output": "b"}')),
     "key twice": ("a.jsonl", lines(OK, b'{"instruction": "a", "instruction": "b", "output": "c"}')),
-    "no numbers": ("a.jsonl", lines(OK, b'{"instruction": NaN, "output": 1}', b'{"instruction": "a", "output": "b", "x": -Infinity}', b'{"x": 1e999}')),
-    "huge numbers": ("a.jsonl", lines({**OK, "x": 10**4000}, b'{"instruction": "a", "output": "b", "x": ' + b"9" * 5000 + b"}", {**OK, "category": 1e308})),
+    "no numbers": (
+        "a.jsonl",
+        lines(
+            OK,
+            b'{"instruction": NaN, "output": 1}',
+            b'{"instruction": "a", "output": "b", "x": -Infinity}',
+            b'{"x": 1e999}',
+        ),
+    ),
+    "huge numbers": (
+        "a.jsonl",
+        lines(
+            {**OK, "x": 10**4000},
+            b'{"instruction": "a", "output": "b", "x": ' + b"9" * 5000 + b"}",
+            {**OK, "category": 1e308},
+        ),
+    ),
     "late type": ("a.jsonl", lines(*[OK] * 300, {**OK, "output": 3}, {**OK, "output": None}, {**OK, "output": [1]})),
     "late and missing columns": ("a.jsonl", lines(*[OK] * 300, {**OK, "extra": 1}, {"instruction": "a"}, {})),
     "empty": ("a.jsonl", b""),
@@ -183,9 +201,27 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "empty objects": ("a.jsonl", b"{}\n{}\n"),
     "no objects": ("a.json", b'[1, "a", null, [], true]'),
     "an object": ("a.json", GOOD),
-    "deep": ("a.jsonl", lines(OK, b'{"instruction": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {**OK, "meta": json.loads("[" * 150 + "]" * 150)})),
+    "deep": (
+        "a.jsonl",
+        lines(
+            OK,
+            b'{"instruction": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            {**OK, "meta": json.loads("[" * 150 + "]" * 150)},
+        ),
+    ),
     "deep list": ("a.json", b"[" * 100_000),
-    "deep reply tree": ("a.jsonl", lines(LAYOUT_ROWS["oasst"][0], json.loads('{"message_tree_id": "t", "prompt": ' + '{"role": "prompter", "text": "a", "replies": [' * 60 + "]}" * 60 + "}"))),
+    "deep reply tree": (
+        "a.jsonl",
+        lines(
+            LAYOUT_ROWS["oasst"][0],
+            json.loads(
+                '{"message_tree_id": "t", "prompt": '
+                + '{"role": "prompter", "text": "a", "replies": [' * 60
+                + "]}" * 60
+                + "}"
+            ),
+        ),
+    ),
     "gzip bomb": ("a.jsonl.gz", gzip.compress(b" " * 3_000_000)),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(lines(*[OK] * 100))[:-20]),
     "gzip in name only": ("a.jsonl.gz", lines(OK)),
@@ -204,19 +240,181 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "a key of a megabyte": ("a.jsonl", lines({"k" * 1_000_000: 1})),
     "keys that steer": ("a.jsonl", lines({"\x1b[2J\u202e\n": 1})),
     "many keys": ("a.jsonl", lines({f"k{i}": i for i in range(20_000)}, OK)),
-    "a tree of texts": ("a.jsonl", lines({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "a", "replies": "abc"}})),
-    "ranks of every kind": ("a.jsonl", lines(*({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "a", "replies": [{"role": "assistant", "text": "b", "rank": rank}, {"role": "assistant", "text": "c", "rank": 0}]}} for rank in (None, "1", [], {}, True, 1.5, 10**400)))),
-    "margins of every kind": ("a.jsonl", lines(*({"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (None, "1", [], True, 1.5, 10**400, -1e308)))),
-    "20,000 categories": ("a.jsonl", b"".join(b'{"instruction": "q%d", "output": "It is so.", "category": "c%d"}\n' % (i, i) for i in range(20_000))),
-    "arguments of every kind": ("a.jsonl", lines(*(calling(arguments) for arguments in ("not JSON", "", "[1]", "3", [1], 3, None, {}, '{"a": NaN}', '{"a": "\\ud83d"}', "[" * 100_000, '{"a": 1, "a": 2}', "\x1b[2J\u202e", '{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 150 + "]" * 150 + "}")))),
-    "a tool result without a call": ("a.jsonl", lines(chatting(ASKED, {"role": "tool", "content": "b", "tool_call_id": "c9"}, SAID), chatting(ASKED, {"role": "tool", "content": {"a": [1]}}, SAID))),
-    "weights of every kind": ("a.jsonl", lines(*(chatting(ASKED, {**SAID, key: weight}) for key in ("weight", "train", "loss") for weight in ("yes", 2, -1, 0.5, [], {}, None, 0, 1, True, 10**400)))),
-    "nested parts": ("a.jsonl", lines(*(chatting({**ASKED, "content": parts}, SAID) for parts in ([], [[]], [{"type": "text", "text": [{"type": "text", "text": "a"}]}], [{"type": "image"}], [{"type": []}], [{"type": "thinking", "thinking": [{"type": "thinking", "thinking": []}]}], [None], {"a": 1}, [{"type": "text", "text": "a", "\x1b[2J": 1}])))),
-    "tools of every kind": ("a.jsonl", lines(*({**chatting(ASKED, SAID), "tools": tools} for tools in ("a hammer", "", "[]", "{", "[" * 100_000, 3, True, [3], [[]], ["{}"], {"name": 1}, {"name": "a", "parameters": "x"}, [{"name": "a", "parameters": {"b": {"type": "List[" * 300}}}], [{"type": "web_search"}], '[{"name": "\\ud83d"}]', [{"name": "a", "parameters": {"type": {"type": "str"}}}])))),
-    "ids and names of every kind": ("a.jsonl", lines(*(chatting(ASKED, {**SAID, "name": name, "tool_calls": [{"id": name, "name": "f"}]}, {"role": "tool", "content": "b", "tool_call_id": name}) for name in ("a", "", 3, None, [], {}, True, 1.5, "\x1b[2J")))),
-    "calls in text": ("a.jsonl", lines(*(chatting({"role": "system", "content": system}, ASKED, {**SAID, "content": said}) for system in ("<tools>[{}]</tools>", '<tools>\n[{"name": "f"}]\n</tools>', "<tools>{" * 500, "functions in JSON format: [" + "[" * 50_000, 'list of functions in JSON format: [{"name": "f g"}]') for said in ("<tool_call>", "<tool_call>{}</tool_call>", "<tool_call>{'name': 'f'}</tool_call>", "[f g(a=1), f g(", "[f g(a=" + "(" * 5000 + ")]", "<think>a", "<think></think>", "<|begin_of_thought|>", "</think>")))),
-    "a tool calls": ("a.jsonl", lines({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": {"a": [[]]}}, {"role": "tool", "content": "b"}]})),
-}  # fmt: skip
+    "a tree of texts": (
+        "a.jsonl",
+        lines({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "a", "replies": "abc"}}),
+    ),
+    "ranks of every kind": (
+        "a.jsonl",
+        lines(
+            *(
+                {
+                    "message_tree_id": 1,
+                    "prompt": {
+                        "role": "prompter",
+                        "text": "a",
+                        "replies": [
+                            {"role": "assistant", "text": "b", "rank": rank},
+                            {"role": "assistant", "text": "c", "rank": 0},
+                        ],
+                    },
+                }
+                for rank in (None, "1", [], {}, True, 1.5, 10**400)
+            )
+        ),
+    ),
+    "margins of every kind": (
+        "a.jsonl",
+        lines(
+            *(
+                {"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin}
+                for margin in (None, "1", [], True, 1.5, 10**400, -1e308)
+            )
+        ),
+    ),
+    "20,000 categories": (
+        "a.jsonl",
+        b"".join(b'{"instruction": "q%d", "output": "It is so.", "category": "c%d"}\n' % (i, i) for i in range(20_000)),
+    ),
+    "arguments of every kind": (
+        "a.jsonl",
+        lines(
+            *(
+                calling(arguments)
+                for arguments in (
+                    "not JSON",
+                    "",
+                    "[1]",
+                    "3",
+                    [1],
+                    3,
+                    None,
+                    {},
+                    '{"a": NaN}',
+                    '{"a": "\\ud83d"}',
+                    "[" * 100_000,
+                    '{"a": 1, "a": 2}',
+                    "\x1b[2J\u202e",
+                    '{"a": ' + "9" * 5000 + "}",
+                    '{"a": ' + "[" * 150 + "]" * 150 + "}",
+                )
+            )
+        ),
+    ),
+    "a tool result without a call": (
+        "a.jsonl",
+        lines(
+            chatting(ASKED, {"role": "tool", "content": "b", "tool_call_id": "c9"}, SAID),
+            chatting(ASKED, {"role": "tool", "content": {"a": [1]}}, SAID),
+        ),
+    ),
+    "weights of every kind": (
+        "a.jsonl",
+        lines(
+            *(
+                chatting(ASKED, {**SAID, key: weight})
+                for key in ("weight", "train", "loss")
+                for weight in ("yes", 2, -1, 0.5, [], {}, None, 0, 1, True, 10**400)
+            )
+        ),
+    ),
+    "nested parts": (
+        "a.jsonl",
+        lines(
+            *(
+                chatting({**ASKED, "content": parts}, SAID)
+                for parts in (
+                    [],
+                    [[]],
+                    [{"type": "text", "text": [{"type": "text", "text": "a"}]}],
+                    [{"type": "image"}],
+                    [{"type": []}],
+                    [{"type": "thinking", "thinking": [{"type": "thinking", "thinking": []}]}],
+                    [None],
+                    {"a": 1},
+                    [{"type": "text", "text": "a", "\x1b[2J": 1}],
+                )
+            )
+        ),
+    ),
+    "tools of every kind": (
+        "a.jsonl",
+        lines(
+            *(
+                {**chatting(ASKED, SAID), "tools": tools}
+                for tools in (
+                    "a hammer",
+                    "",
+                    "[]",
+                    "{",
+                    "[" * 100_000,
+                    3,
+                    True,
+                    [3],
+                    [[]],
+                    ["{}"],
+                    {"name": 1},
+                    {"name": "a", "parameters": "x"},
+                    [{"name": "a", "parameters": {"b": {"type": "List[" * 300}}}],
+                    [{"type": "web_search"}],
+                    '[{"name": "\\ud83d"}]',
+                    [{"name": "a", "parameters": {"type": {"type": "str"}}}],
+                )
+            )
+        ),
+    ),
+    "ids and names of every kind": (
+        "a.jsonl",
+        lines(
+            *(
+                chatting(
+                    ASKED,
+                    {**SAID, "name": name, "tool_calls": [{"id": name, "name": "f"}]},
+                    {"role": "tool", "content": "b", "tool_call_id": name},
+                )
+                for name in ("a", "", 3, None, [], {}, True, 1.5, "\x1b[2J")
+            )
+        ),
+    ),
+    "calls in text": (
+        "a.jsonl",
+        lines(
+            *(
+                chatting({"role": "system", "content": system}, ASKED, {**SAID, "content": said})
+                for system in (
+                    "<tools>[{}]</tools>",
+                    '<tools>\n[{"name": "f"}]\n</tools>',
+                    "<tools>{" * 500,
+                    "functions in JSON format: [" + "[" * 50_000,
+                    'list of functions in JSON format: [{"name": "f g"}]',
+                )
+                for said in (
+                    "<tool_call>",
+                    "<tool_call>{}</tool_call>",
+                    "<tool_call>{'name': 'f'}</tool_call>",
+                    "[f g(a=1), f g(",
+                    "[f g(a=" + "(" * 5000 + ")]",
+                    "<think>a",
+                    "<think></think>",
+                    "<|begin_of_thought|>",
+                    "</think>",
+                )
+            )
+        ),
+    ),
+    "a tool calls": (
+        "a.jsonl",
+        lines(
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": None, "tool_calls": {"a": [[]]}},
+                    {"role": "tool", "content": "b"},
+                ]
+            }
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -237,9 +435,12 @@ def test_a_hostile_file_is_checked_or_refused(name: str, monkeypatch: pytest.Mon
     holds("b.jsonl", "--since", path)
 
 
-@pytest.mark.parametrize("name", ["truncated gzip", "half a character", "late type", "ranks of every kind", "calls in text"])
+@pytest.mark.parametrize(
+    "name", ["truncated gzip", "half a character", "late type", "ranks of every kind", "calls in text"]
+)
 def test_a_file_that_is_judged_again_gets_the_same_verdict(name: str) -> None:
-    """One file is refused, and in the others rows are malformed, equal, or nearly so. The other form of the output is made from the same document."""
+    """One file is refused, and in the others rows are malformed, equal, or
+    nearly so. The other form of the output is made from the same document."""
     path, content = BYTES[name]
     Path(path).write_bytes(content)
     assert call("check", path, "--json") == call("check", path, "--json")
@@ -253,7 +454,8 @@ def test_an_archive_under_another_name_is_refused() -> None:
         assert holds(name) is None or name in {"a.txt", "a.csv"}
 
 
-NAMES = ["two\nlines", "\x1b[31mred\x07", "\u202egnp", "a:b", "-x", "--json", "[bold]x", "<b>x", "%s{0}", "'quote\"", "…" * 40, os.fsdecode(b"\xff\xfe"),
+NAMES = ["two\nlines", "\x1b[31mred\x07", "\u202egnp", "a:b", "-x", "--json", "[bold]x", "<b>x", "%s{0}", "'quote\"",
+    "…" * 40, os.fsdecode(b"\xff\xfe"),
          "hub", "~", "$HOME", "*", "."]  # fmt: skip
 
 

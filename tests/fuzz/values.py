@@ -30,9 +30,11 @@ TEXTS = {
     "empty": "",
     "space": " ",
 }
-WORDS = ("river", "mill", "Where does it begin?", "In the hills.", "user", "assistant", "system", "tool", "human", "gpt", "prompter", "train", "test", "-1", "0", "true", "null", "~")  # fmt: skip
+WORDS = ("river", "mill", "Where does it begin?", "In the hills.", "user", "assistant", "system", "tool", "human",
+    "gpt", "prompter", "train", "test", "-1", "0", "true", "null", "~")  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 7, 0.5, -0.0, 1e308, 1e-300, 2**31, 2**63, -(2**63), 10**20, 10**400)
-KEYS = ("system", "category", "split", "kind", "meta", "margin", "label", "rank", "problem", "row", "input", "tree", "id", "subject", "tools", "weight", "name", "text", "messages", "prompt", "")  # fmt: skip
+KEYS = ("system", "category", "split", "kind", "meta", "margin", "label", "rank", "problem", "row", "input", "tree",
+    "id", "subject", "tools", "weight", "name", "text", "messages", "prompt", "")  # fmt: skip
 
 
 def text(draw: random.Random) -> str:
@@ -41,12 +43,24 @@ def text(draw: random.Random) -> str:
         return draw.choice([*TEXTS.values()])
     if kind < 0.7:
         return " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))
-    return "".join(chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(draw.randint(0, 20)))  # fmt: skip
+    return "".join(
+        chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)]))
+        for _ in range(draw.randint(0, 20))
+    )
 
 
 def scalar(draw: random.Random) -> Any:
     return draw.choice(
-        [None, True, False, draw.choice(NUMBERS), draw.randint(-9, 99), round(draw.uniform(-2, 2), 3), text(draw), text(draw)]
+        [
+            None,
+            True,
+            False,
+            draw.choice(NUMBERS),
+            draw.randint(-9, 99),
+            round(draw.uniform(-2, 2), 3),
+            text(draw),
+            text(draw),
+        ]
     )
 
 
@@ -92,7 +106,10 @@ def like(draw: random.Random, given: Any, rate: float = 0.15) -> Any:
     return text(draw) if isinstance(given, str) and draw.random() < 0.7 else scalar(draw)
 
 
-PIECES = (b'{"', b'"}', b"\n", b"[", b"]", b",", b"\\u", b"\\ud83d", b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b"PAR1", b"ARROW1", b"\x1f\x8b", b"NaN", b"1e999", b"null", b"\r", b"\r\n", b": ", b"- ", b"&a ", b"*a ", b"!!python/object:os.system ", b"<<<<<<< HEAD\n", b"=======\n", b">>>>>>> x\n", b"#", b"'", b"{{", b"\xe2\x80\xa8")  # fmt: skip
+PIECES = (b'{"', b'"}', b"\n", b"[", b"]", b",", b"\\u", b"\\ud83d", b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b"PAR1",
+    b"ARROW1", b"\x1f\x8b", b"NaN", b"1e999", b"null", b"\r", b"\r\n", b": ", b"- ", b"&a ", b"*a ",
+    b"!!python/object:os.system ", b"<<<<<<< HEAD\n", b"=======\n", b">>>>>>> x\n", b"#", b"'", b"{{",
+    b"\xe2\x80\xa8")  # fmt: skip
 
 
 def damaged(draw: random.Random, content: bytes) -> bytes:

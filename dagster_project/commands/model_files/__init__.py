@@ -1,4 +1,5 @@
-"""Files of a model that leave the project: GGUF and safetensors with the model's pedigree in their metadata, and the audit of such files."""
+"""Files of a model that leave the project: GGUF and safetensors with the
+model's pedigree in their metadata, and the audit of such files."""
 
 FORMATS = ("gguf", "safetensors")
 """Of `pedigree export`: those that write the model itself."""

@@ -1,4 +1,5 @@
-"""What an exported file says about its origin: made from dvc.lock and git when the file is written, and read from any file later, as a claim."""
+"""What an exported file says about its origin: made from dvc.lock and git when
+the file is written, and read from any file later, as a claim."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ from dagster_project.lineage.history import LOCK
 from dagster_project.lineage.index import Index
 
 AUDITED = ("model", "sources", "other_files", "base_model", "records", "parameters", "waivers")
-"""Parts of an audit that its hash covers. Code, machine and metrics are left out: what a clone knows of them depends on its commits and caches."""
+"""Parts of an audit that its hash covers. Code, machine and metrics are left
+out: what a clone knows of them depends on its commits and caches."""
 LONGEST = 500
 """Characters of a value that are read from a file."""
 WEIGHTS = "*.safetensors"
 GGUF = "*.gguf"
 TABLES = ".parquet"
-"""Tables of records and texts beside the weights, which do not leave the project. Those of a release name records by published ids, and are part of it."""
+"""Tables of records and texts beside the weights, which do not leave the
+project. Those of a release name records by published ids, and are part of it."""
 RELEASE = "release"
 """Stage of the release."""
 
@@ -97,10 +100,12 @@ class ClaimingFile:
 
 
 def read(path: Path) -> ClaimingFile | None:
-    """The claim in a GGUF or safetensors file, or in a folder with such files; None if there is nothing of the kind, or it has no claim.
+    """The claim in a GGUF or safetensors file, or in a folder with such files;
+    None if there is nothing of the kind, or it has no claim.
 
     Raises:
-        InputError: a file is damaged, the files of a folder claim different origins, or a folder has several GGUF files.
+        InputError: a file is damaged, the files of a folder claim different
+            origins, or a folder has several GGUF files.
     """
     if path.is_dir():
         ggufs, weights = sorted(path.glob(GGUF)), sorted(path.glob(WEIGHTS))

@@ -1,7 +1,9 @@
-"""`pedigree audit` of an exported file or folder: what it says about its origin, and what of that this project's history confirms.
+"""`pedigree audit` of an exported file or folder: what it says about its
+origin, and what of that this project's history confirms.
 
-What a file says is a claim: anyone can write it into any file. Weights of safetensors are compared with the record, because the copy without our
-metadata is the recorded file. Weights of GGUF are other numbers than the recorded ones, and are not compared.
+What a file says is a claim: anyone can write it into any file. Weights of safetensors
+are compared with the record, because the copy without our metadata is the recorded
+file. Weights of GGUF are other numbers than the recorded ones, and are not compared.
 """
 
 from __future__ import annotations
@@ -23,8 +25,13 @@ from dagster_project.lineage.index import Index
 ONE_FILE = "verified: the file is one of those that this project recorded for the model, apart from the added metadata"
 VERDICTS = {
     "verified": "verified: all files are those that this project recorded for the model, apart from the added metadata",
-    "different": "NOT VERIFIED: files, or what they say about their origin, differ from what this project recorded for the model",
-    "claimed": "not verified: the project's history has the model that the file names; whether the file was made from it was not compared",
+    "different": (
+        "NOT VERIFIED: files, or what they say about their origin, differ from what this project recorded for the model"
+    ),
+    "claimed": (
+        "not verified: the project's history has the model that the file names; whether the file was made from it was"
+        " not compared"
+    ),
     "unknown": "NOT VERIFIED: this project's history has no such model",
     "unverified": "not verified: there is no project here to compare with; this is only what the file says",
 }
@@ -34,10 +41,14 @@ def examine(root: Path | None, file: ClaimingFile) -> dict[str, Any]:
     """Args:
         root: the project; None: there is none.
     Returns:
-        {"file", "format", "says": the claim, "verdict": a key of `VERDICTS`, "verified", "means", "compared": what was compared, with the result, "differs": files,
-        "lineage": the audit of the model, or None}.
+        {"file", "format", "says": the claim, "verdict": a key of `VERDICTS`, "verified", "means", "compared": what was
+        compared, with the result, "differs": files, "lineage": the audit of the model, or None}.
     """
-    document = {"file": str(file.path), "format": file.form, "says": {key: value for key, value in asdict(file.claim).items() if value}}
+    document = {
+        "file": str(file.path),
+        "format": file.form,
+        "says": {key: value for key, value in asdict(file.claim).items() if value},
+    }
     if root is None:
         return _judged(document, "unverified")
     index = Index(root)
@@ -45,9 +56,14 @@ def examine(root: Path | None, file: ClaimingFile) -> dict[str, Any]:
     if subject is None:
         return _judged(document, "unknown")
     found = lineage.document(subject)
-    compared: dict[str, bool | None] = {"content hash in history": True, **_compared_claims(root, file.claim, subject, found)}
+    compared: dict[str, bool | None] = {
+        "content hash in history": True,
+        **_compared_claims(root, file.claim, subject, found),
+    }
     differs = _differing_files(index, subject, file.path) if file.form == "safetensors" else None
-    compared["weights" if file.form == "gguf" else "file" if file.path.is_file() else "files"] = None if differs is None else not differs
+    compared["weights" if file.form == "gguf" else "file" if file.path.is_file() else "files"] = (
+        None if differs is None else not differs
+    )
     verdict = "different" if False in compared.values() else "claimed" if differs is None else "verified"
     judged = _judged(document, verdict, compared, differs, found)
     return judged | {"means": ONE_FILE} if judged["verified"] and file.path.is_file() else judged
@@ -67,9 +83,13 @@ def _judged(
 
 
 def _subject(index: Index, claim: Claim) -> lineage.Subject | None:
-    """The run whose output has the claimed hash, in the whole length; of several, one of the claimed stage and commit, and one of the workspace."""
+    """The run whose output has the claimed hash, in the whole length; of
+    several, one of the claimed stage and commit, and one of the workspace."""
     runs = index.runs_by_output.get(claim.model, []) if claim.model else []
-    for run in sorted(runs, key=lambda run: (run.address != claim.stage, claim.commit not in index.commits_of(run), not run.in_workspace)):
+    for run in sorted(
+        runs,
+        key=lambda run: (run.address != claim.stage, claim.commit not in index.commits_of(run), not run.in_workspace),
+    ):
         if run.in_workspace or run.commit:
             subject = lineage.find(index, run.address, None if run.in_workspace else run.commit)
             if subject.run.md5 == claim.model:
@@ -77,8 +97,11 @@ def _subject(index: Index, claim: Claim) -> lineage.Subject | None:
     return lineage.find(index, claim.model) if runs else None
 
 
-def _compared_claims(root: Path, claim: Claim, subject: lineage.Subject, found: Mapping[str, Any]) -> dict[str, bool | None]:
-    """Claim -> whether the history confirms it; claims that the file does not make are left out. None: it could not be compared."""
+def _compared_claims(
+    root: Path, claim: Claim, subject: lineage.Subject, found: Mapping[str, Any]
+) -> dict[str, bool | None]:
+    """Claim -> whether the history confirms it; claims that the file does not
+    make are left out. None: it could not be compared."""
     results: dict[str, bool | None] = {}
     addresses = {run.address for run in subject.index.runs_by_output[claim.model]}
     results |= {"stage": claim.stage in addresses} if claim.stage else {}
@@ -99,20 +122,24 @@ def _is_recorded_at(root: Path, commit: str, model: str) -> bool | None:
         return False
     if commit_of(root, commit) is None:
         return None
-    return any(out.get("md5") == model for stage in Revision(root, commit).lock().values() for out in stage.get("outs", []))
+    return any(
+        out.get("md5") == model for stage in Revision(root, commit).lock().values() for out in stage.get("outs", [])
+    )
 
 
 def _differing_files(index: Index, subject: lineage.Subject, folder: Path) -> list[str] | None:
-    """Files that are not as recorded, missing or added; None if the record of single files is not available here. Of one file: the file itself, if no
-    file of the model is the same.
+    """Files that are not as recorded, missing or added; None if the record of single files is not available here. Of
+    one file: the file itself, if no file of the model is the same.
 
-    A copy has all files of the model, apart from tables of records; so its hash as a whole is the recorded one where there are no such tables.
-    Links to folders, devices and the like are in no record.
+    A copy has all files of the model, apart from tables of records; so its hash as a whole is the recorded one where
+    there are no such tables. Links to folders, devices and the like are in no record.
     """
     if folder.is_file():
         known = index.files(subject.run.md5)
         return None if known is None else [] if md5_without_pedigree(folder) in known.values() else [folder.name]
-    if others := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_file_or_folder(path)):
+    if others := sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_file_or_folder(path)
+    ):
         return others
     copied = listing_without_pedigree(folder)
     if md5_of_folder(copied) == subject.run.md5:
@@ -140,7 +167,10 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines += [f"  {key}: {_line(value)}" for key, value in document["says"].items()]
     if document["compared"]:
         words = {True: "as recorded", False: "NOT as recorded", None: "not compared"}
-        lines += ["compared with this project", *(f"  {name}: {words[result]}" for name, result in document["compared"].items())]
+        lines += [
+            "compared with this project",
+            *(f"  {name}: {words[result]}" for name, result in document["compared"].items()),
+        ]
     lines += [f"  differs: {_line(name)}" for name in document["differs"]]
     if document["lineage"]:
         lines += ["", "lineage of the model that the file names", "", lineage.as_text(document["lineage"])]

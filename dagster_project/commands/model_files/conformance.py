@@ -1,4 +1,5 @@
-"""Whether a GGUF file reads text as the model was trained to: its vocabulary, special tokens, chat template, and, with llama.cpp, token ids of prompts."""
+"""Whether a GGUF file reads text as the model was trained to: its vocabulary,
+special tokens, chat template, and, with llama.cpp, token ids of prompts."""
 
 from __future__ import annotations
 
@@ -13,12 +14,10 @@ from dagster_project.core.chat import adds_bos
 from dagster_project.core.errors import InputError
 from dagster_project.core.rendering import end_ids
 
-TOKENS, TYPES, TEMPLATE, ADD_BOS = (
-    "tokenizer.ggml.tokens",
-    "tokenizer.ggml.token_type",
-    "tokenizer.chat_template",
-    "tokenizer.ggml.add_bos_token",
-)
+TOKENS = "tokenizer.ggml.tokens"
+TYPES = "tokenizer.ggml.token_type"
+TEMPLATE = "tokenizer.chat_template"
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 EOS, BOS = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id"
 FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 """Fields for tokens that end an answer, besides the end of the text."""
@@ -27,7 +26,8 @@ WINDOW = ".attention.sliding_window"
 WITHOUT_WINDOW = ("phi3", "phimoe")
 """Architectures with that field, which llama.cpp does not apply (src/models/phi3.cpp)."""
 ARCHITECTURE, BASE, DEFAULT_BASE = "general.architecture", "rope.freq_base", 10_000.0
-"""Fields for the architecture and, after its name, the base of positions; llama.cpp's value where a file states none."""
+"""Fields for the architecture and, after its name, the base of positions;
+llama.cpp's value where a file states none."""
 ASSUMED: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "llama": {"hidden_act": ("silu", "swish")},
     "qwen2moe": {"norm_topk_prob": (False,)},
@@ -36,10 +36,14 @@ ASSUMED: Mapping[str, Mapping[str, Sequence[Any]]] = {
 }
 """Architecture -> key of config.json -> values with which llama.cpp computes, as GGUF files do not state them."""
 LARGE = {"gemma2": 46, "gemma3": 62}
-"""Gemma 2 and 3: number of layers of the 27B model, for which llama.cpp scales attention by the size of the hidden state per head, instead of by `head_dim`."""
+"""Gemma 2 and 3: number of layers of the 27B model, for which llama.cpp scales attention by the size of the hidden
+state per head, instead of by `head_dim`."""
 UNUSED = 5
 """Type of a token that only fills the vocabulary."""
-NEXT = "the file would not be served as the model was trained, and is not written; export the model with --format safetensors"
+NEXT = (
+    "the file would not be served as the model was trained, and is not written; export the model with --format"
+    " safetensors"
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,16 @@ class Prompt:
 
 
 def further_fields(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, bool | int]:
-    """Fields that the converter does not write as training has them: further tokens that end an answer, and no beginning-of-text token where
-    training put none."""
+    """Fields that the converter does not write as training has them: further tokens that end an answer, and no
+    beginning-of-text token where training put none."""
     others = sorted(end_ids(tokenizer) - {tokenizer.eos_token_id})
     fields: dict[str, bool | int] = dict(zip(FURTHER_ENDS, others, strict=False))
     return {**fields, ADD_BOS: _adds_bos(tokenizer, prompts)}
 
 
 def _adds_bos(tokenizer: Any, prompts: Sequence[Prompt]) -> bool:
-    """Whether a server must put the beginning-of-text token before a prompt. Servers remove it from the beginning of the rendered text first."""
+    """Whether a server must put the beginning-of-text token before a prompt.
+    Servers remove it from the beginning of the rendered text first."""
     return adds_bos(tokenizer) and all(prompt.text.startswith(tokenizer.bos_token) for prompt in prompts)
 
 
@@ -67,8 +72,8 @@ def verify(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, A
     """Compare the file, as the library gguf reads it, with the tokenizer.
 
     Returns:
-        {"vocabulary": number of tokens, "special_tokens", "chat_template": that they are equal, "prompts": number of prompts with equal token ids, or
-        None without llama.cpp, "finite_weights"}.
+        {"vocabulary": number of tokens, "special_tokens", "chat_template": that they are equal, "prompts": number of
+        prompts with equal token ids, or None without llama.cpp, "finite_weights"}.
     Raises:
         InputError: something differs.
     """
@@ -84,12 +89,18 @@ def verify(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, A
         raise InputError("the chat template in the file is not the tokenizer's", NEXT)
     _refuse_infinite_weights(reader)
     compared = _refuse_other_ids(file, tokenizer, prompts) if llama_cpp.is_installed() else None
-    return {"vocabulary": count, "special_tokens": True, "chat_template": expected is not None, "prompts": compared, "finite_weights": True}
+    return {
+        "vocabulary": count,
+        "special_tokens": True,
+        "chat_template": expected is not None,
+        "prompts": compared,
+        "finite_weights": True,
+    }
 
 
 def refuse_lost_window(file: Path, config: Any, context: int) -> None:
-    """The converter writes no sliding window for some architectures, such as Mistral and StarCoder2, and llama.cpp does not apply that of others, such as
-    Phi-3. It then reads all of a text.
+    """The converter writes no sliding window for some architectures, such as Mistral and StarCoder2, and llama.cpp does
+    not apply that of others, such as Phi-3. It then reads all of a text.
 
     Args:
         config: of the model, as transformers reads it.
@@ -104,13 +115,15 @@ def refuse_lost_window(file: Path, config: Any, context: int) -> None:
     fields = gguf_metadata.read(file).fields
     if not any(name.endswith(WINDOW) for name in fields) or fields[ARCHITECTURE].value in WITHOUT_WINDOW:
         raise InputError(
-            f"llama.cpp does not support the sliding window of this model ({window:,} tokens): it would compute texts of more tokens, up to {longest:,}, differently",
+            f"llama.cpp does not support the sliding window of this model ({window:,} tokens): it would compute texts"
+            f" of more tokens, up to {longest:,}, differently",
             f"export it with --format safetensors, or set base_model.max_length to {window} and train again",
         )
 
 
 def refuse_lost_settings(file: Path, config: Any) -> None:
-    """The converter does not write some settings for some architectures, such as the base of positions for StableLM, and llama.cpp then takes its own.
+    """The converter does not write some settings for some architectures, such
+    as the base of positions for StableLM, and llama.cpp then takes its own.
 
     Args:
         config: as for `refuse_lost_window`.
@@ -124,14 +137,20 @@ def refuse_lost_settings(file: Path, config: Any) -> None:
     stated = fields.get(f"{architecture}.{BASE}")
     base = stated.value if stated and isinstance(stated.value, float) else DEFAULT_BASE
     # `dynamic` changes the base: the converter writes the changed one
-    if positions.get("rope_type") in (None, "default") and not math.isclose(positions.get("rope_theta") or base, base, rel_tol=1e-6):
-        raise InputError(f"llama.cpp would compute with rope_theta {base:g}, and the model has {positions['rope_theta']:g}", NEXT)
+    if positions.get("rope_type") in (None, "default") and not math.isclose(
+        positions.get("rope_theta") or base, base, rel_tol=1e-6
+    ):
+        raise InputError(
+            f"llama.cpp would compute with rope_theta {base:g}, and the model has {positions['rope_theta']:g}", NEXT
+        )
     scale = getattr(config, "query_pre_attn_scalar", None)
     if scale and architecture in LARGE:
         large = config.num_hidden_layers == LARGE[architecture]
         own = config.hidden_size // config.num_attention_heads if large else config.head_dim
         if scale != own:
-            raise InputError(f"llama.cpp would compute with query_pre_attn_scalar {own}, and the model has {scale}", NEXT)
+            raise InputError(
+                f"llama.cpp would compute with query_pre_attn_scalar {own}, and the model has {scale}", NEXT
+            )
     for name, values in ASSUMED.get(architecture, {}).items():
         if (found := getattr(config, name, values[0])) not in values:
             raise InputError(f"llama.cpp would compute with {name} {values[0]}, and the model has {found}", NEXT)
@@ -156,7 +175,9 @@ def _refuse_other_vocabulary(fields: Mapping[str, Any], tokenizer: Any) -> int:
         if token != own and not (number in added and token == tokenizer.decode([number])):
             raise InputError(f"token {number} is {token!r} in the file, and {own!r} in the tokenizer", NEXT)
     if used := [number for number in range(known, len(tokens)) if types[number] != UNUSED]:
-        raise InputError(f"token {used[0]} is {tokens[used[0]]!r} in the file, and the tokenizer has {known} tokens", NEXT)
+        raise InputError(
+            f"token {used[0]} is {tokens[used[0]]!r} in the file, and the tokenizer has {known} tokens", NEXT
+        )
     return len(tokens)
 
 
@@ -180,7 +201,9 @@ def _refuse_infinite_weights(reader: Any) -> None:
 
     for tensor in reader.tensors:
         if tensor.data.dtype in (np.float16, np.float32) and not np.isfinite(tensor.data).all():
-            raise InputError(f"{tensor.name} has numbers that f16 cannot hold", "use --quantization q8_0, or --format safetensors")
+            raise InputError(
+                f"{tensor.name} has numbers that f16 cannot hold", "use --quantization q8_0, or --format safetensors"
+            )
 
 
 def _refuse_other_ids(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> int:
@@ -192,7 +215,10 @@ def _refuse_other_ids(file: Path, tokenizer: Any, prompts: Sequence[Prompt]) -> 
             raise InputError(f"llama.cpp would not end an answer at {tokenizer.convert_ids_to_tokens(number)!r}", NEXT)
     for prompt, ids in zip(prompts, read.tokens, strict=True):
         if ids != list(prompt.ids):
-            place = next((i for i, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), min(len(ids), len(prompt.ids)))
+            place = next(
+                (i for i, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b),
+                min(len(ids), len(prompt.ids)),
+            )
             quoted = tokenizer.decode(list(prompt.ids[max(0, place - 3) : place + 3]))
             raise InputError(f"llama.cpp splits a prompt into other tokens than training did, at {quoted!r}", NEXT)
     return len(prompts)

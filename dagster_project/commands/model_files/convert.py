@@ -18,9 +18,11 @@ DIRECT = ("f16", "q8_0")
 """Formats that the converter writes itself."""
 EXACT = {"BF16": "bf16", "F16": "f16"}
 """Type of stored weights -> the format that keeps them as they are; other weights are kept as f32."""
-SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
             "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
-"""Files that the converter gets, besides the weights: no model card and nothing else that would change what it writes."""
+"""Files that the converter gets, besides the weights: no model card and nothing
+else that would change what it writes."""
 OTHERS = "export it with --format safetensors, and serve it with vLLM or transformers"
 
 
@@ -52,15 +54,19 @@ def refuse_unsupported(folder: Path, name: str) -> None:
         raise InputError(f"{name} is an adapter, and GGUF files have whole models", hint)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{name} is not a complete model: it has no config.json and safetensors files", "name a merged model or the release"
+            f"{name} is not a complete model: it has no config.json and safetensors files",
+            "name a merged model or the release",
         )
     config = _settings(folder / "config.json", name)
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith(TEXT_MODELS) for kind in kinds):
-        raise InputError(f"{name} does not generate text: {', '.join(map(str, kinds)) or 'no architecture'}", "name a language model")
+        raise InputError(
+            f"{name} does not generate text: {', '.join(map(str, kinds)) or 'no architecture'}", "name a language model"
+        )
     if config.get("quantization_config"):
         raise InputError(
-            f"{name}: its weights are quantized, which GGUF files do not take over", "train on a base model that is not quantized"
+            f"{name}: its weights are quantized, which GGUF files do not take over",
+            "train on a base model that is not quantized",
         )
     for path in sorted(folder.glob("*.json")):
         if path.name in SETTINGS and "auto_map" in _settings(path, name):
@@ -76,7 +82,8 @@ def _settings(path: Path, name: str) -> dict[str, Any]:
 
 
 def before_quantization(folder: Path, form: str) -> str:
-    """Format that the converter writes: the asked one, or the one that keeps the weights as they are, for llama.cpp to quantize."""
+    """Format that the converter writes: the asked one, or the one that keeps
+    the weights as they are, for llama.cpp to quantize."""
     if form in DIRECT:
         return form
     largest = max(weights(folder), key=lambda one: one["data_offsets"][1] - one["data_offsets"][0])
@@ -105,15 +112,27 @@ def convert(folder: Path, name: str, target: Path, form: str) -> None:
     staged.mkdir()
     for path in _needed(folder):
         (staged / path.name).symlink_to(path.resolve())
-    arguments = [str(script), str(staged.absolute()), "--outfile", str(target.absolute()), "--outtype", form, "--model-name", name]
+    arguments = [
+        str(script),
+        str(staged.absolute()),
+        "--outfile",
+        str(target.absolute()),
+        "--outtype",
+        form,
+        "--model-name",
+        name,
+    ]
     done = run_python(arguments)
     if done.returncode < 0:
         raise InputError(
-            f"{name}: llama.cpp's converter did not end: {reason(done)}", "end other programs, then run the same command again"
+            f"{name}: llama.cpp's converter did not end: {reason(done)}",
+            "end other programs, then run the same command again",
         )
     if done.returncode or not target.is_file():
         why = re.sub(
-            r"KeyError: '(\w+)'", r"it reads \1, which config.json does not have, or transformers 5 reads under another name", reason(done)
+            r"KeyError: '(\w+)'",
+            r"it reads \1, which config.json does not have, or transformers 5 reads under another name",
+            reason(done),
         )
         raise InputError(f"{name}: llama.cpp's converter does not support this model: {why}", OTHERS)
 

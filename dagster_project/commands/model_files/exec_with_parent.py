@@ -1,4 +1,5 @@
-"""Becomes the command after the first argument, and ends when the process with that id ends, however it does (on Linux). Imports nothing of this project."""
+"""Becomes the command after the first argument, and ends when the process with that id ends, however it does (on
+Linux). Imports nothing of this project."""
 
 from __future__ import annotations
 

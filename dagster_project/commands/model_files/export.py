@@ -1,4 +1,5 @@
-"""`pedigree export MODEL --format gguf | safetensors`: a folder with the model for servers, with its pedigree in the files' metadata."""
+"""`pedigree export MODEL --format gguf | safetensors`: a folder with the model
+for servers, with its pedigree in the files' metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.model_files import claim, conformance, convert, gguf_metadata, llama_cpp, logits, safetensors_metadata
+from dagster_project.commands.model_files import (
+    claim,
+    conformance,
+    convert,
+    gguf_metadata,
+    llama_cpp,
+    logits,
+    safetensors_metadata,
+)
 from dagster_project.commands.model_files.claim import Claim
 from dagster_project.commands.model_files.modelfile import modelfile
 from dagster_project.commands.new_folder import new_folder
@@ -40,7 +49,8 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
     """Args:
         out: folder that does not exist yet; None: named after the model, in the project's folder `build`.
     Returns:
-        {"format", "quantization", "model": address, "md5", "folder", "files": {name: {"bytes", "sha256"}}, "pedigree": the claim, "checked"}.
+        {"format", "quantization", "model": address, "md5", "folder", "files":
+        {name: {"bytes", "sha256"}}, "pedigree": the claim, "checked"}.
     Raises:
         InputError: the model cannot be exported in this form, or the folder cannot be written.
         ModuleNotFoundError: a library of the extra is missing.
@@ -49,7 +59,10 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
         convert.require(quantization or "f16")
     target = find(root, model)
     if not target.address:
-        raise InputError(f"{model}: not an output of this project, so nothing records where it is from", "name a model, such as release")
+        raise InputError(
+            f"{model}: not an output of this project, so nothing records where it is from",
+            "name a model, such as release",
+        )
     if form != "gguf" and quantization:
         raise InputError("--quantization requires --format gguf", "leave it out")
     quantization = (quantization or "f16") if form == "gguf" else None
@@ -70,7 +83,8 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
             checked = _write_safetensors(target, origin, made)
         files = {path.relative_to(made).as_posix(): _facts(path) for path in sorted(made.rglob("*")) if path.is_file()}
     return {
-        "format": form, "quantization": quantization, "model": target.address, "md5": origin.model, "folder": str(folder),
+        "format": form, "quantization": quantization, "model": target.address, "md5": origin.model,
+        "folder": str(folder),
         "files": files, "pedigree": origin.as_fields(), "checked": checked,
     }  # fmt: skip
 
@@ -105,7 +119,8 @@ def _write_gguf(root: Path, target: Target, name: str, origin: Claim, made: Path
         tokenizer = AutoTokenizer.from_pretrained(target.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{target.address}: its tokenizer cannot be loaded: {shortened(' '.join(str(error).split()))}", convert.OTHERS
+            f"{target.address}: its tokenizer cannot be loaded: {shortened(' '.join(str(error).split()))}",
+            convert.OTHERS,
         ) from None
     prompts = test_prompts(root, tokenizer)
     checked = write_gguf(target.folder, target.address, made / name, origin, prompts, tokenizer)
@@ -157,7 +172,10 @@ def test_prompts(root: Path, tokenizer: Any) -> list[conformance.Prompt]:
     test = root / "data" / "splits" / "test"
     records = iter_records(test) if test.is_dir() else iter(())
     asked = ((r["messages"], r.get("tools")) for r in records if not is_text(r) and len(r["messages"]) > 1)
-    given = [(messages[:-1], tools, bool(messages[-1].get("reasoning_content"))) for messages, tools in islice(asked, PROMPTS)]
+    given = [
+        (messages[:-1], tools, bool(messages[-1].get("reasoning_content")))
+        for messages, tools in islice(asked, PROMPTS)
+    ]
     given = given or [([{"role": "user", "content": text}], None, False) for text in PROBES]
     return [conformance.Prompt(generation_prompt(tokenizer, *one), encode_prompt(tokenizer, *one)) for one in given]
 
@@ -206,13 +224,28 @@ def _logits_as_text(document: Mapping[str, Any]) -> str:
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
     checked = document["checked"]
-    lines = [f"{document['model']} as {' '.join(filter(None, (document['format'], document['quantization'])))}: {document['folder']}"]
-    lines += [f"  {name}  {facts['bytes'] / 1e6:,.1f} MB  sha256 {facts['sha256'][:16]}" for name, facts in document["files"].items()]
+    lines = [
+        f"{document['model']} as {' '.join(filter(None, (document['format'], document['quantization'])))}:"
+        f" {document['folder']}"
+    ]
+    lines += [
+        f"  {name}  {facts['bytes'] / 1e6:,.1f} MB  sha256 {facts['sha256'][:16]}"
+        for name, facts in document["files"].items()
+    ]
     if document["format"] == "gguf":
-        prompts = "not compared: llama.cpp is not installed" if checked["prompts"] is None else f"equal for {checked['prompts']} prompts"
-        lines.append(f"checked: {checked['vocabulary']} tokens, special tokens and chat template are the tokenizer's; token ids {prompts}")
+        prompts = (
+            "not compared: llama.cpp is not installed"
+            if checked["prompts"] is None
+            else f"equal for {checked['prompts']} prompts"
+        )
+        lines.append(
+            f"checked: {checked['vocabulary']} tokens, special tokens and chat template are the tokenizer's; token ids"
+            f" {prompts}"
+        )
         lines.append(f"logits of a prompt: {_logits_as_text(document)}")
     else:
         lines.append(f"checked: {checked['files']} files, the same bytes as recorded apart from the added metadata")
         lines += [f"left out, as they hold records: {', '.join(checked['left_out'])}"] if checked["left_out"] else []
-    return "\n".join([*lines, "pedigree in the files:", *(f"  {key}: {value}" for key, value in document["pedigree"].items())])
+    return "\n".join(
+        [*lines, "pedigree in the files:", *(f"  {key}: {value}" for key, value in document["pedigree"].items())]
+    )

@@ -42,7 +42,10 @@ def tokenize(file: Path, texts: Sequence[str], ends: Sequence[int]) -> Read:
     InputError: llama.cpp cannot load the vocabulary.
     """
     return Read(
-        **_ask({"tokenize": str(file.absolute()), "texts": list(texts), "ends": list(ends)}, "cannot load the vocabulary of the file")
+        **_ask(
+            {"tokenize": str(file.absolute()), "texts": list(texts), "ends": list(ends)},
+            "cannot load the vocabulary of the file",
+        )
     )
 
 
@@ -56,7 +59,9 @@ def logits(file: Path, ids: Sequence[int]) -> Any:
 
     target = file.absolute().with_suffix(".logits")
     try:
-        size = _ask({"logits": str(file.absolute()), "ids": list(ids), "target": str(target)}, "cannot load the model")["vocabulary"]
+        size = _ask({"logits": str(file.absolute()), "ids": list(ids), "target": str(target)}, "cannot load the model")[
+            "vocabulary"
+        ]
         return np.fromfile(target, dtype=np.float32).reshape(len(ids), size)
     finally:
         target.unlink(missing_ok=True)
@@ -65,6 +70,8 @@ def logits(file: Path, ids: Sequence[int]) -> Any:
 def _ask(request: dict[str, Any], failed: str) -> dict[str, Any]:
     done = run_python(["-P", str(WORKER)], json.dumps(request).encode())
     if done.returncode:
-        raise InputError(f"llama.cpp {failed}: {reason(done)}", "serve the model in another format, e.g. --format safetensors")
+        raise InputError(
+            f"llama.cpp {failed}: {reason(done)}", "serve the model in another format, e.g. --format safetensors"
+        )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

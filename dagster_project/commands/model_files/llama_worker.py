@@ -1,7 +1,9 @@
-"""Work of llama.cpp in a separate process, because it ends its process where a file is not as it expects, and it writes to stderr. Imports nothing of this project.
+"""Work of llama.cpp in a separate process, because it ends its process where a file is not as it expects, and it writes
+to stderr. Imports nothing of this project.
 
 Reads one request as JSON from stdin and writes the answer as JSON to stdout: {"quantize": [source, target, format]},
-{"tokenize": file, "texts": [...], "ends": [ids]} or {"logits": file, "ids": [...], "target": file for float32 numbers, (tokens, vocabulary)}.
+{"tokenize": file, "texts": [...], "ends": [ids]} or {"logits": file, "ids":
+[...], "target": file for float32 numbers, (tokens, vocabulary)}.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ def _tokenize(file: str, texts: Sequence[str], ends: Sequence[int]) -> dict[str,
         count = lib.llama_tokenize(vocab, content, len(content), found, room, True, True)
         return list(found[0:count])
 
-    return {"tokens": [tokens(text) for text in texts], "ends": [bool(lib.llama_vocab_is_eog(vocab, one)) for one in ends]}
+    return {
+        "tokens": [tokens(text) for text in texts],
+        "ends": [bool(lib.llama_vocab_is_eog(vocab, one)) for one in ends],
+    }
 
 
 def _logits(file: str, ids: Sequence[int], target: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Whether llama.cpp computes a GGUF file as the model computes: the logits of a prompt, by llama.cpp and by transformers in float32."""
+"""Whether llama.cpp computes a GGUF file as the model computes: the logits of a
+prompt, by llama.cpp and by transformers in float32."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def refuse_others(file: Path, folder: Path, name: str, form: str, ids: Sequence[
         form: number format of the file, in `ROUNDING`.
         ids: tokens of a prompt.
     Returns:
-        Mean distance over the tokens, as `distances`. None: llama.cpp is not installed, or memory does not suffice for the model in float32.
+        Mean distance over the tokens, as `distances`. None: llama.cpp is not
+        installed, or memory does not suffice for the model in float32.
     Raises:
         InputError: llama.cpp cannot load the file, or computes something else.
     """
@@ -38,8 +40,10 @@ def refuse_others(file: Path, folder: Path, name: str, form: str, ids: Sequence[
     found = float(distances(_expected(folder, ids), served).mean())
     if not found <= ROUNDING[form]:  # also NaN
         raise InputError(
-            f"{name}: llama.cpp computes other logits than the model: they differ by {found:.0%} for a prompt of {len(ids)} tokens, and rounding explains {ROUNDING[form]:.0%}",
-            "llama.cpp or its converter does not support a setting in the model's config.json; export the model with --format safetensors",
+            f"{name}: llama.cpp computes other logits than the model: they differ by {found:.0%} for a prompt of"
+            f" {len(ids)} tokens, and rounding explains {ROUNDING[form]:.0%}",
+            "llama.cpp or its converter does not support a setting in the model's config.json; export the model with"
+            " --format safetensors",
         )
     return found
 
@@ -75,6 +79,8 @@ def _expected(folder: Path, ids: Sequence[int]) -> Any:
         import torch
         from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     with torch.inference_mode():
         return model(torch.tensor([list(ids)])).logits[0].numpy()

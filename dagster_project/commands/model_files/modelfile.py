@@ -1,4 +1,5 @@
-"""The Modelfile with which Ollama serves a GGUF file: its template in Ollama's language, if the model's chat template can be written in it."""
+"""The Modelfile with which Ollama serves a GGUF file: its template in Ollama's
+language, if the model's chat template can be written in it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _WORDS = {role: f"pedigree7{role}" for role in ROLES}
 
 @dataclass(frozen=True)
 class Parts:
-    """A chat template that writes each message by itself: text before and after the content of each role, and before an answer."""
+    """A chat template that writes each message by itself: text before and after
+    the content of each role, and before an answer."""
 
     system: tuple[str, str]
     user: tuple[str, str]
@@ -32,7 +34,11 @@ class Parts:
         if self.default_system and given[0]["role"] != "system":
             given = [{"role": "system", "content": self.default_system}, *given]
         return (
-            "".join(before + message["content"] + after for message in given for before, after in [getattr(self, message["role"])])
+            "".join(
+                before + message["content"] + after
+                for message in given
+                for before, after in [getattr(self, message["role"])]
+            )
             + self.answer
         )
 
@@ -52,7 +58,12 @@ def _parts_of(tokenizer: Any) -> Parts | None:
     again = render(tokenizer, [system, user, assistant, user], False)
     opened = render(tokenizer, [system, user], True)
     first = render(tokenizer, [system], False)
-    if not (asked.startswith(first) and answered.startswith(asked) and again.startswith(answered) and opened.startswith(asked)):
+    if not (
+        asked.startswith(first)
+        and answered.startswith(asked)
+        and again.startswith(answered)
+        and opened.startswith(asked)
+    ):
         return None
     pieces = (first, again.removeprefix(answered), answered.removeprefix(asked))
     if any(piece.count(_WORDS[role]) != 1 for piece, role in zip(pieces, ROLES, strict=True)):
@@ -81,13 +92,17 @@ def modelfile(tokenizer: Any, file: str) -> str:
     parts = parts_of(tokenizer)
     if parts is None:
         lines.append(
-            "# The model's chat template is in the file. It cannot be written in Ollama's language of templates: check what Ollama makes of it."
+            "# The model's chat template is in the file. It cannot be written in Ollama's language of templates: check"
+            " what Ollama makes of it."
         )
     else:
         lines.append(f'TEMPLATE """{_template(parts)}"""')
         lines += [f'SYSTEM """{parts.default_system}"""'] if parts.default_system else []
     lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in end_tokens(tokenizer)]
-    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]  # as in evaluation; by itself, Ollama penalizes repetitions by 1.1
+    lines += [
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+    ]  # as in evaluation; by itself, Ollama penalizes repetitions by 1.1
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +112,7 @@ def _template(parts: Parts) -> str:
         return f"{before}{{{{ .Content }}}}{after}"
 
     return (
-        f'{{{{- range .Messages }}}}{{{{ if eq .Role "system" }}}}{of_role("system")}{{{{ else if eq .Role "user" }}}}{of_role("user")}'
-        f'{{{{ else if eq .Role "assistant" }}}}{of_role("assistant")}{{{{ end }}}}{{{{ end }}}}{parts.answer}'
+        f'{{{{- range .Messages }}}}{{{{ if eq .Role "system" }}}}{of_role("system")}{{{{ else if eq .Role "user"'
+        f' }}}}{of_role("user")}{{{{ else if eq .Role "assistant" }}}}{of_role("assistant")}{{{{ end }}}}{{{{ end'
+        f" }}}}{parts.answer}"
     )

@@ -1,7 +1,8 @@
 """The `__metadata__` of a safetensors file: read within bounds, and written into a copy. Needs no library.
 
-Layout: length of the header, the header as JSON padded with spaces, the weights. Places count from the end of the header, so that metadata can be added
-without a change of what follows. Without our keys the header is again the one that was written first, byte for byte, and so is the file.
+Layout: length of the header, the header as JSON padded with spaces, the weights. Places count from the end of the
+header, so that metadata can be added without a change of what follows. Without our keys the header is again the one
+that was written first, byte for byte, and so is the file.
 """
 
 from __future__ import annotations
@@ -54,20 +55,30 @@ def with_metadata(source: Path, target: Path, added: Mapping[str, str]) -> None:
     with source.open("rb") as file, target.open("wb") as copy:
         header = _header(file, source)
         metadata = {**(header.get(METADATA) or {}), **added}
-        copy.write(_encoded({METADATA: metadata, **{name: value for name, value in header.items() if name != METADATA}}))
+        copy.write(
+            _encoded({METADATA: metadata, **{name: value for name, value in header.items() if name != METADATA}})
+        )
         shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def md5_without_pedigree(path: Path) -> str | None:
-    """md5, as DVC identifies files, of the file without our metadata: of the file that it was copied from, if nothing else was changed.
-    None: the file has no such metadata."""
+    """md5, as DVC identifies files, of the file without our metadata: of the file that it was copied from, if nothing
+    else was changed. None: the file has no such metadata."""
     if not own_metadata(path):
         return None
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         header = _header(file, path)
         kept = {key: value for key, value in header[METADATA].items() if not key.startswith(NAMESPACE)}
-        digest.update(_encoded({name: kept if name == METADATA else value for name, value in header.items() if kept or name != METADATA}))
+        digest.update(
+            _encoded(
+                {
+                    name: kept if name == METADATA else value
+                    for name, value in header.items()
+                    if kept or name != METADATA
+                }
+            )
+        )
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -94,7 +105,8 @@ def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Readers differ in which of two values of a key they take, so that a file with a key twice has no one meaning."""
+    """An object of JSON. Readers differ in which of two values of a key they
+    take, so that a file with a key twice has no one meaning."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key twice")

@@ -52,12 +52,16 @@ def why(judged: Judgement, i: int, record: Mapping[str, Any]) -> str:
     checks it was repaired for."""
     check = judged.reason[i]
     repaired = record.get("repaired")
-    parts = [judged.said.get(i) or (CHECKS[check].description if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
+    parts = [
+        judged.said.get(i) or (CHECKS[check].description if check else ""),
+        f"repaired: {', '.join(repaired)}" if repaired else "",
+    ]
     return "; ".join(part for part in parts if part)
 
 
 def count_groups(judged: Judgement) -> int:
-    """Number of clusters of near-duplicates that have kept rows. Two with the same key, the `example_id` of their first row, count once."""
+    """Number of clusters of near-duplicates that have kept rows. Two with the
+    same key, the `example_id` of their first row, count once."""
     import numpy as np
 
     assert judged.identities is not None

@@ -46,7 +46,11 @@ def named_text_of(record: Mapping[str, Any]) -> str:
     parts = []
     for message in (*record["messages"], *(record.get("rejected") or ())):
         parts += [message["content"], *(message[key] for key in ("reasoning_content", "name") if message.get(key))]
-        parts += [f"{key}: {text}" if key else str(text) for call in calls(message) for key, text in argument_texts(call.arguments)]
+        parts += [
+            f"{key}: {text}" if key else str(text)
+            for call in calls(message)
+            for key, text in argument_texts(call.arguments)
+        ]
     return "\n".join(parts)
 
 
@@ -57,7 +61,13 @@ def part_text(record: Mapping[str, Any], part: str) -> str:
     if part == "reasoning_content":
         return "\n".join(message[part] for message in messages if message.get(part))
     if part == "tool_calls":
-        given = [text for m in messages for call in calls(m) for _, text in argument_texts(call.arguments) if isinstance(text, str)]
+        given = [
+            text
+            for m in messages
+            for call in calls(m)
+            for _, text in argument_texts(call.arguments)
+            if isinstance(text, str)
+        ]
         return "\n".join(given)
     return response_text(messages) if part == "response" else subject_text(messages)
 
@@ -75,7 +85,9 @@ class Limits:
     @property
     def identity(self) -> tuple[object, ...] | None:
         """What facts about one row depend on besides the row; None if that is unknown."""
-        return None if self.tokens.identity is None else (self.tokens.identity, self.max_tokens, self.min_response_tokens)
+        return (
+            None if self.tokens.identity is None else (self.tokens.identity, self.max_tokens, self.min_response_tokens)
+        )
 
 
 class Shared:
@@ -97,7 +109,8 @@ class Rows(Shared):
 
     def __init__(self, records: Sequence[dict[str, Any]], limits: Limits) -> None:
         """Args:
-        records: canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (number of `messages` in the
+        records: canonical records with `source` and `source_row`; pairs have
+            `rejected` (messages), `asked` (number of `messages` in the
         prompt), `margin` and `same_prompt`; benchmark questions have `labelled`.
         """
         super().__init__()
@@ -114,7 +127,8 @@ class Rows(Shared):
         return [
             i
             for i, record in enumerate(self.records)
-            if record.get("tools") or any(len(m) > 2 for side in (record["messages"], record.get("rejected") or ()) for m in side)
+            if record.get("tools")
+            or any(len(m) > 2 for side in (record["messages"], record.get("rejected") or ()) for m in side)
         ]
 
     @cached_property
@@ -131,17 +145,28 @@ class Rows(Shared):
 
 
 class DataSet(Shared):
-    """All records, for facts that depend on several records. Records are decoded when they are read; features are in memory."""
+    """All records, for facts that depend on several records. Records are
+    decoded when they are read; features are in memory."""
 
     def __init__(
-        self, records: StoredRows, features: Features, held_out: Sequence[Item], waived: Waived, limits: Limits, dropped: Collection[int]
+        self,
+        records: StoredRows,
+        features: Features,
+        held_out: Sequence[Item],
+        waived: Waived,
+        limits: Limits,
+        dropped: Collection[int],
     ) -> None:
         """Args:
         held_out: questions that must not be trained on.
         dropped: indices of the records that checks of single records drop.
         """
         super().__init__()
-        self.records, self.features, self.held_out, self.waived, self.limits = records, features, held_out, waived, limits
+        self.records = records
+        self.features = features
+        self.held_out = held_out
+        self.waived = waived
+        self.limits = limits
         self.dropped = dropped
 
 
@@ -151,7 +176,9 @@ def is_null(limits: Limits, name: str) -> pa.Column:
     import polars as pl
 
     return pa.Column(
-        pl.String, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_null()), name=name, ignore_na=False), nullable=True
+        pl.String,
+        pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_null()), name=name, ignore_na=False),
+        nullable=True,
     )
 
 
@@ -184,8 +211,8 @@ class Check:
     kind: Kind | None = None
     """The only kind of data that it applies to; None for every kind."""
     quotes: bool = False
-    """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the start of the row,
-    so the quotation must be masked (`privacy.mask`)."""
+    """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the
+    start of the row, so the quotation must be masked (`privacy.mask`)."""
     worst: Callable[[Sequence[Any]], Severity] | None = None
     """Facts of the rows that violate it -> severity, for checks whose severity depends on them; params.yaml can
     override it."""

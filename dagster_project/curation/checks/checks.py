@@ -1,4 +1,5 @@
-"""The data-quality checks: their names (the same in code, reports, UI and command line), pandera schemas, and policy."""
+"""The data-quality checks: their names (the same in code, reports, UI and
+command line), pandera schemas, and policy."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, 
 from dagster_project.curation.checks.features import Features, columns, features
 from dagster_project.curation.checks.overlaps import Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
-from dagster_project.curation.checks.review import REVIEWED, Decision, Waived, Waiver, edited, ids_of, not_found, resolve
+from dagster_project.curation.checks.review import (
+    REVIEWED,
+    Decision,
+    Waived,
+    Waiver,
+    edited,
+    ids_of,
+    not_found,
+    resolve,
+)
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, set_violations, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -138,7 +148,9 @@ def length_schema(most: float) -> pa.DataFrameSchema:
     import pandera.polars as pa
     import polars as pl
 
-    return pa.DataFrameSchema({"chosen_is_longer": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True)
+    return pa.DataFrameSchema(
+        {"chosen_is_longer": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True
+    )
 
 
 @dataclass(frozen=True)
@@ -255,21 +267,32 @@ def judge(
         for table in (found, broken):
             table["split_leakage"] = sorted({*table.get("split_leakage", ()), *leaking})
         kept = [i for i in kept if i not in leaking]
-    waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
+    waiting = [
+        (i, name)
+        for name in ROW_CHECKS
+        if rules.action(name) == "review"
+        for i in broken.get(name, [])
+        if reason[i] is None
+    ]
 
-    profile, notes, failures = _check_set(Selected(records, kept), _near_copies(overlaps, waived, reason), rules, tokens, kind)
+    profile, notes, failures = _check_set(
+        Selected(records, kept), _near_copies(overlaps, waived, reason), rules, tokens, kind
+    )
     notes |= facts.notes
     fixed, dropped = repaired.counts(reason), Counter(check for check in reason if check)
     verdicts = {}
     for name in checks_of(kind):
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), _severity(name, rules, rows, facts), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
+            name, rules.action(name), _severity(name, rules, rows, facts),
+            sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
             len({*found.get(name, []), *overlaps.waived.get(name, ())}) - len(rows),
-            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
+            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""),
+            fixed=fixed.get(name, 0),
         )  # fmt: skip
     return Judgement(
-        records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, edits.keys(), facts.features.rich.tolist(),
+        records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, edits.keys(),
+        facts.features.rich.tolist(),
         facts.features.table.select("identity_0", "identity_1"), stored, tokens.special,
     )  # fmt: skip
 
@@ -303,14 +326,18 @@ def _row_facts(
         notes[name] = "; ".join(check.note(data, [*of_rows, *repaired.found.get(name, {}).values()]))
     if waived.unknown:
         notes["schema"] = f"waived or reviewed, but not in the set: {', '.join(sorted(set(waived.unknown))[:5])}"
-    return _RowFacts(data.features, data.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note})
+    return _RowFacts(
+        data.features, data.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note}
+    )
 
 
 def _block_facts(limits: Limits, lines: Sequence[bytes]) -> pl.DataFrame:
-    """The `features.columns` of a block of records, given in encoded form, and `found`: the facts by which a record violates checks, as JSON."""
+    """The `features.columns` of a block of records, given in encoded form, and
+    `found`: the facts by which a record violates checks, as JSON."""
     import polars as pl
 
-    rows, schema = Rows([decode(line) for line in lines], limits), _cached_schema(limits.max_tokens, limits.min_response_tokens)
+    rows = Rows([decode(line) for line in lines], limits)
+    schema = _cached_schema(limits.max_tokens, limits.min_response_tokens)
     found: dict[int, dict[str, Any]] = {}
     for name, of in violations(gather(rows, schema), schema).items():
         for i, fact in of.items():
@@ -356,10 +383,14 @@ REPEATS = ("conflicting_responses", "near_duplicates")
 
 
 def _spared(
-    records: StoredRows, broken: Mapping[str, list[int]], overlaps: Overlaps, rules: Rules, decisions: Sequence[Decision]
+    records: StoredRows,
+    broken: Mapping[str, list[int]],
+    overlaps: Overlaps,
+    rules: Rules,
+    decisions: Sequence[Decision],
 ) -> dict[str, set[int]]:
-    """Of those of `REPEATS` that drop rows or leave them to a person, the rows whose earlier rows are all dropped for other reasons: nothing is
-    left that they repeat."""
+    """Of those of `REPEATS` that drop rows or leave them to a person, the rows whose earlier rows are all dropped for
+    other reasons: nothing is left that they repeat."""
     deciding = [name for name in REPEATS if rules.action(name) in {"drop", "review"} and broken.get(name)]
     if not deciding:
         return {}
@@ -371,15 +402,17 @@ def _spared(
         for link in overlaps.links[name]:
             earlier[link.row].append(link.other)
         rows = [i for i in broken[name] if i not in gone and gone.issuperset(earlier[i])]
-        if name == "conflicting_responses":  # those with the same earlier row conflict with each other, so one of them is left
+        if (
+            name == "conflicting_responses"
+        ):  # those with the same earlier row conflict with each other, so one of them is left
             rows = [*{earlier[i][0]: i for i in reversed(rows)}.values()]
         spared[name] = set(rows)
     return spared
 
 
 def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
-    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted. The earlier one need not be nearly the same:
-    a third row may link both."""
+    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted. The earlier one
+    need not be nearly the same: a third row may link both."""
     repeats = {link.row for link in overlaps.links["exact_duplicates"]}
     exempt = {*waived.rows.get("near_duplicates", ()), *overlaps.waived.get("near_duplicates", ())}
     count, seen = 0, set[int]()
@@ -395,14 +428,20 @@ def _check_set(
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
     is_counted = 0 < len(kept) <= COUNTED and not tokens.estimated
-    counts = row_cache.facts(_count_block, tokens, kept, tokens.identity and [tokens.identity])["tokens"] if is_counted else None
+    counts = (
+        row_cache.facts(_count_block, tokens, kept, tokens.identity and [tokens.identity])["tokens"]
+        if is_counted
+        else None
+    )
     profile = profiles.profile(kept, counts)
     failures = profiles.failures(profile, rules, near_copies) if kept else {"schema": "no rows are left"}
     notes = profiles.notes(profile, rules, near_copies) | failures
     if kind == "preferences" and kept:
         profile |= (length := _length(kept))
         share = length["length_rule_accuracy"]
-        notes["length_bias"] = f'chosen is longer in {share:.0%} of pairs, so "the longer one wins" would be right that often'
+        notes["length_bias"] = (
+            f'chosen is longer in {share:.0%} of pairs, so "the longer one wins" would be right that often'
+        )
         failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
     return profile, notes, failures
 
@@ -433,7 +472,11 @@ def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) ->
     overlaps, decided = facts.overlaps, name in rules.severity or rules.action(name) == "fail"
     if (worst := CHECKS[name].worst) and rows and not decided:
         return worst([facts.found[name][i] for i in rows])
-    copied = {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
+    copied = (
+        {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial}
+        if name == "benchmark_leakage"
+        else set()
+    )
     decided = decided or name != "benchmark_leakage"
     return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
 
@@ -454,9 +497,14 @@ any size."""
 def _length(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Share of pairs whose chosen response has more characters; and the accuracy of "the longer one wins", with half a
     point for equal lengths."""
-    sides = [[sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
+    sides = [
+        [sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs
+    ]
     longer, equal = (sum(of(*lengths) for lengths in sides) for of in (gt, eq))
-    return {"chosen_longer_share": round(longer / len(pairs), 4), "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4)}
+    return {
+        "chosen_longer_share": round(longer / len(pairs), 4),
+        "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4),
+    }
 
 
 def _size(message: Message) -> int:

@@ -171,51 +171,65 @@ def _prose(text: str) -> str:
 def _is_quoted(text: str, at: int) -> bool:
     """Whether the place is inside quotation marks."""
     before = text[:at]
-    return before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
+    return (
+        before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
+    )
 
 
 def _holds(text: str, phrase: str) -> bool:
     return phrase.strip().casefold() in text.casefold()
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------------
+# --- refusals
+# ----------------------------------------------------------------------------------------------------------------------
 
 REFUSES_WITHIN = 400
 """Characters at the beginning of an answer that are searched for a refusal."""
 _NOT_ABLE = "unable|not able|not (?:allowed|permitted|designed|programmed|capable)"
 _CANNOT = (
     rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})|do(?:n['’]t| not) "
-    r"(?:currently |actually |really |yet )?(?:have (?:the |any )?(?:ability|abilities|capabilit(?:y|ies)|access|means|tools?"
+    r"(?:currently |actually |really |yet )?(?:have (?:the |any"
+    r" )?(?:ability|abilities|capabilit(?:y|ies)|access|means|tools?"
     r"|function(?:ality)?|real-?time)|feel comfortable))"
 )
 _OPENS = (
-    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)|(?:my )?(?:sincere )?apologies"
+    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)|(?:my )?(?:sincere"
+    r" )?apologies"
     r"|(?:I|we) (?:sincerely |do |must )?apologi[sz]e(?: for [^.,\n]{1,60})?|(?:so )?sorry|unfortunately|regrettably"
 )
 _SERVES = (
-    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do (?:that|this|so)|share|offer"
-    r"|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag|respond|produc|give you"
+    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do"
+    r" (?:that|this|so)|share|offer"
+    r"|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag|respond|produc"
+    r"|give you"
     r"|tell you|process|execute|search|predict|display|retriev)"
 )
 _FLATLY = r"(?:I|we)(?: also| really| just| simply| still| currently| personally)? ?"
 _REFUSALS = (
     re.compile(
-        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?{_FLATLY}{_CANNOT}(?: to)? ?(?P<what>{_SERVES})?",
+        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?{_FLATLY}{_CANNOT}(?: to)?"
+        rf" ?(?P<what>{_SERVES})?",
         re.IGNORECASE,
     ),
     re.compile(rf"\A\W*{_FLATLY}{_CANNOT}(?: to)? (?P<what>{_SERVES})", re.IGNORECASE),
     re.compile(
-        rf"\bAs an? (?:[A-Za-z-]+ ){{0,3}}(?P<what>AI|artificial intelligence|language model|assistant|chatbot)\b[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
-        r"|\bI (?:must|have to|will have to|need to) (?:respectfully |politely )?(?:decline|refuse) (?P<what2>to|this|that|your)\b"
+        r"\bAs an? (?:[A-Za-z-]+ ){0,3}(?P<what>AI|artificial intelligence|language"
+        rf" model|assistant|chatbot)\b[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
+        r"|\bI (?:must|have to|will have to|need to) (?:respectfully |politely )?(?:decline|refuse)"
+        r" (?P<what2>to|this|that|your)\b"
         rf"|\bI(?:['’]m| am)? ?{_CANNOT} (?:to )?(?P<what3>assist|help you|help) with (?:that|this|your|such|any|the)\b"
-        r"|\A\W*(?:It|That|This) (?:is|would be) (?:not (?:appropriate|ethical|possible)|inappropriate|unethical|impossible) "
+        r"|\A\W*(?:It|That|This) (?:is|would be) (?:not"
+        r" (?:appropriate|ethical|possible)|inappropriate|unethical|impossible) "
         r"(?:for me )?to (?P<what4>provide|create|generate|write|answer|assist|help|determine|fulfil)"
-        r"|\b(?:against|violates?|outside) (?P<what5>my (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
+        r"|\b(?:against|violates?|outside) (?P<what5>my"
+        r" (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
         re.IGNORECASE,
     ),
     re.compile(
-        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)|Lo siento,? (?:pero )?(?:no puedo|como)"
-        r"|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto muito|Lamento),? (?:mas )?(?:eu )?não posso"
+        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)|Lo siento,?"
+        r" (?:pero )?(?:no puedo|como)"
+        r"|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto"
+        r" muito|Lamento),? (?:mas )?(?:eu )?não posso"
         r"|(?:К сожалению|Извините),? (?:но )?я не могу|Helaas kan ik|Het spijt me,? (?:maar )?ik kan"
         r"|(?:很?抱歉|对不起|對不起)[,，。]?\s*(?:但)?(?:作为[^,，]{0,20}[,，])?\s*我(?:无法|不能|不會|不会|無法)"
         r"|申し訳(?:ありませんが|ございませんが)|すみませんが)",
@@ -226,7 +240,8 @@ _REFUSALS = (
 answer."""
 _SALUTATION = re.compile(r"\A\W*(?:Dear|Subject:|Hi|Hello|To whom)\b[^\n]*\n", re.IGNORECASE)
 _WRITTEN_FOR_OTHERS = re.compile(
-    r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y|ies)|poems?|speech"
+    r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y"
+    r"|ies)|poems?|speech"
     r"|note|rewrite|paraphrase|rephrase|sentence|respond to|role|customer|tweet|act as|pretend)\b",
     re.IGNORECASE,
 )
@@ -245,26 +260,33 @@ def _refusal(one: Exchange) -> Match | None:
     return None
 
 
-# --- boilerplate and identity ------------------------------------------------------------------------------------------------------
+# --- boilerplate and identity
+# ------------------------------------------------------------------------------------------------------
 
 _MACHINE = (
-    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence|(?:large )?language model|LLM"
+    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence|(?:large"
+    r" )?language model|LLM"
 )
 _BOILERPLATE = re.compile(
-    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)(?=[,.;]| (?:I|developed|created|trained|designed|made|my)\b)"
+    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)(?=[,.;]|"
+    r" (?:I|developed|created|trained|designed|made|my)\b)"
     rf"|\bI(?:['’]m| am) (?:just |only |merely |simply |actually )?an? (?:[A-Za-z-]+ ){{0,2}}?{_MACHINE})\b"
     r"(?! (?:engineer|researcher|expert|student|scientist|enthusiast|developer|consultant|specialist|startup|company))"
     r"|\bmy (?:knowledge|training)(?: data)? (?:cut-?off|only goes|ends|extends|is limited to)"
-    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent) (?:knowledge |training )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
-    r"|\bI do(?:n['’]t| not) have (?:any )?(?:personal (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
+    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent) (?:knowledge |training"
+    r" )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
+    r"|\bI do(?:n['’]t| not) have (?:any )?(?:personal"
+    r" (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
     r"|real-?time (?:data|information|access))"
     r"|作为(?:一个|一名)?(?:AI|人工智能)(?:语言)?(?:模型|助手)|\bals KI(?:-Sprachmodell|-Assistent)?,"
-    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),|\ben tant qu['’](?:IA|intelligence artificielle|assistant virtuel)",
+    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),|\ben tant qu['’](?:IA|intelligence"
+    r" artificielle|assistant virtuel)",
     re.IGNORECASE,
 )
 _ASKS_WHO = re.compile(
     r"\b(?:who|what) (?:are|r|is|made|created|built|trained) (?:you|u)\b|\bare you (?:an?|the|really|human|chat)"
-    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b|\byou(?:'re| are) (?:just )?an? (?:AI|bot|robot|machine|language model)"
+    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b|\byou(?:'re| are) (?:just )?an?"
+    r" (?:AI|bot|robot|machine|language model)"
     r"|\b(?:introduce|about|describe) yourself",
     re.IGNORECASE,
 )
@@ -283,27 +305,39 @@ def _boilerplate(one: Exchange) -> Match | None:
 
 
 _MODELS = (
-    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE Bot|HuggingChat|InternLM|ChatGLM\w*"
+    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE"
+    r" Bot|HuggingChat|InternLM|ChatGLM\w*"
     r"|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
 )
-_ALSO_WORDS = r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command R|Falcon|Dolly|Koala|Doubao"
+_ALSO_WORDS = (
+    r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command"
+    r" R|Falcon|Dolly|Koala|Doubao"
+)
 """Models whose names are also words or names of people: they count only if the text identifies them as a model."""
 _MAKERS = (
-    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?: AI)?|DeepSeek|Baidu"
-    r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?: AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
+    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?:"
+    r" AI)?|DeepSeek|Baidu"
+    r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?:"
+    r" AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
 )
 _MADE = r"(?:created|developed|trained|made|built|designed|programmed|powered|provided|fine-?tuned|produced|maintained)"
 _CALLED = r"(?:I(?:['’]m| am)(?: called| named)?|(?i:my name is|call me|this is|you can call me))"
 _IDENTITY = re.compile(
     rf"\b{_CALLED} (?:{_MODELS})\b(?! (?:engineer|user|expert|developer))"
-    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?(?:(?:[A-Za-z-]+ ){{0,4}}"
-    rf"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))|{_MADE} by (?:{_MAKERS})\b)"
-    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the )?(?:(?:team|people|researchers|engineers|company) )?"
+    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?(?:(?:[A-Za-z-]+"
+    r" ){0,4}"
+    rf"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))|{_MADE} by"
+    rf" (?:{_MAKERS})\b)"
+    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the"
+    r" )?(?:(?:team|people|researchers|engineers|company) )?"
     rf"(?:(?:at|of|from) )?(?:{_MAKERS})\b"
-    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?) (?:{_MAKERS})\b"
-    rf"|\b(?i:as) (?:{_MODELS}),? I\b|\b(?i:as an?) (?:[A-Za-z-]+ ){{0,3}}(?:AI|model|assistant)(?: (?:language )?(?:model|assistant))?,? "
+    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?)"
+    rf" (?:{_MAKERS})\b"
+    rf"|\b(?i:as) (?:{_MODELS}),? I\b|\b(?i:as an?) (?:[A-Za-z-]+ ){{0,3}}(?:AI|model|assistant)(?: (?:language"
+    r" )?(?:model|assistant))?,? "
     rf"(?:{_MADE} )?(?:by|from) (?:{_MAKERS})\b"
-    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+ ){{0,3}}(?:model|assistant|AI|chatbot)"
+    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+"
+    r" ){0,3}(?:model|assistant|AI|chatbot)"
     r"|我(?:是|叫)(?:一个)?(?:由)?\s*(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
     rf"|\b(?i:ich bin|je suis|yo soy|soy|sono|eu sou|sou|ik ben) (?:{_MODELS})\b"
 )
@@ -317,24 +351,31 @@ def _identity(one: Exchange) -> Match | None:
         return None
     named = _NAMED.search(match.group())
     if named and re.search(
-        rf"(?i)\b(?:you(?: are|['’]re|r name is)|act as|pretend|imagine|role|persona|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
+        r"(?i)\b(?:you(?: are|['’]re|r name is)|act"
+        rf" as|pretend|imagine|role|persona|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
         one.before,
     ):
         return None
     return "identity", match.group().strip()
 
 
-# --- placeholders ------------------------------------------------------------------------------------------------------------------
+# --- placeholders
+# ------------------------------------------------------------------------------------------------------------------
 
 _EMPTY_ANSWERS = frozenset(
     {
-        "n/a", "#n/a", "nan", "null", "nil", "undefined", "todo", "to do", "tbd", "tba", "fixme", "placeholder", "lorem ipsum", "no output",
-        "nooutput", "no response", "no answer", "not available", "not applicable", "xxx", "...", "…", "-", "--", "?", "#name?", "#ref!",
+        "n/a", "#n/a", "nan", "null", "nil", "undefined", "todo", "to do", "tbd", "tba", "fixme", "placeholder",
+        "lorem ipsum", "no output",
+        "nooutput", "no response", "no answer", "not available", "not applicable", "xxx", "...", "…", "-", "--", "?",
+        "#name?", "#ref!",
         "answer here", "your answer here", "insert answer here", "to be determined", "to be done", "coming soon",
     }
 )  # fmt: skip
 _WRAPPING = " \n\t\"'<>[](){}*`.!"
-_PERSONS = r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date of|teacher|professor|manager|boss"
+_PERSONS = (
+    r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date"
+    r" of|teacher|professor|manager|boss"
+)
 _THINGS = (
     r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title|position"
     r"|job title|topic|number|amount|link|url|x{2,}"
@@ -342,27 +383,66 @@ _THINGS = (
 _INSERT = re.compile(r"[\[<{]insert\b[^\]>}\n]{0,60}[\]>}]|\blorem ipsum\b", re.IGNORECASE)
 _SLOT = re.compile(
     r"[\[<{](?:please )?(?:insert|fill in|enter|add|put|type)\b[^\]>}\n]{0,60}[\]>}]|\(insert\b[^)\n]{0,60}\)"
-    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()|\{{\{{ ?[a-z_]+ ?\}}\}}|\blorem ipsum\b",
+    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()|\{{\{{ ?[a-z_]+"
+    r" ?\}\}|\blorem ipsum\b",
     re.IGNORECASE,
 )
 _SLOT_WORDS = (
-    *(f"{bracket}{word}" for bracket in "[<{" for word in (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")),
-    "(insert", "{{", "lorem ipsum",
-    *(f"[{word}" for word in ["first", "last", "full", "name", "date", "time", "address", "location", "city", "phone", "email", "e-mail", "signature", "title", "position", "job", "topic", "number", "amount", "link", "url", "xx"]),
-)  # fmt: skip
+    *(
+        f"{bracket}{word}"
+        for bracket in "[<{"
+        for word in (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")
+    ),
+    "(insert",
+    "{{",
+    "lorem ipsum",
+    *(
+        f"[{word}"
+        for word in [
+            "first",
+            "last",
+            "full",
+            "name",
+            "date",
+            "time",
+            "address",
+            "location",
+            "city",
+            "phone",
+            "email",
+            "e-mail",
+            "signature",
+            "title",
+            "position",
+            "job",
+            "topic",
+            "number",
+            "amount",
+            "link",
+            "url",
+            "xx",
+        ]
+    ),
+)
 _WANTS_SLOTS = re.compile(
-    r"template|placeholder|boilerplate|fill[- ]in|\bblanks?\b|lorem|variable|\bform\b|\bmad libs?\b|regex|format", re.IGNORECASE
+    r"template|placeholder|boilerplate|fill[- ]in|\bblanks?\b|lorem|variable|\bform\b|\bmad libs?\b|regex|format",
+    re.IGNORECASE,
 )
 
 
 def _is_only_placeholder(text: str) -> bool:
-    return len(text) < 40 and ((bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS)
+    return len(text) < 40 and (
+        (bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS
+    )
 
 
 def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
     empty = [i for i in short if _is_only_placeholder(texts.said[i])]
-    return [*empty, *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
+    return [
+        *empty,
+        *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list(),
+    ]
 
 
 def _placeholder(one: Exchange) -> Match | None:
@@ -378,17 +458,19 @@ def _placeholder(one: Exchange) -> Match | None:
     return None
 
 
-# --- echo --------------------------------------------------------------------------------------------------------------------------
+# --- echo
+# ----------------------------------------------------------------------------------------------------------------------
 
 ECHO = 16
-"""Minimum number of characters of a prompt whose copy counts. It also needs three words; half of the characters suffice if they are of
-`WITHOUT_SPACES`."""
+"""Minimum number of characters of a prompt whose copy counts. It also needs
+three words; half of the characters suffice if they are of `WITHOUT_SPACES`."""
 _UNSPACED = re.compile(f"[{WITHOUT_SPACES}]")
 _LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
 _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
 _WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b|重复|重複|复述|照抄|繰り返", re.IGNORECASE)
 _WANTS_EDIT = re.compile(
-    r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat|rephrase|spell|extend|add)\b"
+    r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat"
+    r"|rephrase|spell|extend|add)\b"
     r"|改写|翻译|续写|继续|补全|润色|修改|纠正|校对|扩写|翻訳|書き直|添削|続き",
     re.IGNORECASE,
 )
@@ -430,7 +512,8 @@ def _echo(one: Exchange) -> Match | None:
     return None
 
 
-# --- cut ends ----------------------------------------------------------------------------------------------------------------------
+# --- cut ends
+# ----------------------------------------------------------------------------------------------------------------------
 
 PROSE, LONG = 8, 30
 """Minimum number of words of a line of prose, as opposed to a title or an item; and of a response that should end with
@@ -501,7 +584,9 @@ _STOP = re.compile(r"[.!?…。！？](?<!\d.)(?<!\b[A-Z].)(?<!\bMr.)(?<!\bDr.)(
 """Lookbehinds follow the mark: before it, they would be tried at every character."""
 _CODE = (re.compile(r"[{}=\\;|<>]"), re.compile(r"\((?<=\w.)"), re.compile("://"))
 _CODE_LINE = re.compile(r"\s{4,}\S|[^\S\n]*+(?:#|//|import |def |class |SELECT )")
-_SIGNATURE = re.compile(r"\W*[-–—#@~(]|\W*(?:sincerely|regards|love|yours|cheers|best|thanks|thank you)\b", re.IGNORECASE)
+_SIGNATURE = re.compile(
+    r"\W*[-–—#@~(]|\W*(?:sincerely|regards|love|yours|cheers|best|thanks|thank you)\b", re.IGNORECASE
+)
 
 
 def _cut_pretest(texts: Texts) -> Iterable[int]:
@@ -528,7 +613,11 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if not prose or prose[-1] != text[-1] or not (_has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE):
+    if (
+        not prose
+        or prose[-1] != text[-1]
+        or not (_has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE)
+    ):
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
@@ -573,7 +662,8 @@ def _is_code(line: str) -> bool:
     return bool(any(pattern.search(line) for pattern in _CODE) or _CODE_LINE.match(line))
 
 
-# --- loops -------------------------------------------------------------------------------------------------------------------------
+# --- loops
+# ----------------------------------------------------------------------------------------------------------------------
 
 LOOPS = 4
 """Minimum number of repetitions of a line, a sentence or a run of words in a loop."""
@@ -592,7 +682,8 @@ _RUNS = (
     re.compile(r"(?<!\S)((?:\S+ ){4,30}?)\1{3}"),
 )
 _WANTS_LOOPS = re.compile(
-    r"\b(?:repeat\w*|times|loop\w*|patterns?|lyrics?|songs?|chorus|refrain|chant|sequence|poems?|rhymes?|palindrome|binary|ascii|rap|mantra)\b",
+    r"\b(?:repeat\w*|times|loop\w*|patterns?|lyrics?|songs?|chorus|refrain|chant|sequence|poems?|rhymes?|palindrome"
+    r"|binary|ascii|rap|mantra)\b",
     re.IGNORECASE,
 )
 
@@ -618,7 +709,9 @@ def _loop(one: Exchange) -> Match | None:
         return "one character over and over", match.group()
     text = _prose(one.said[:LOOKED_THROUGH])
     tokens = _TOKEN.findall(text.casefold())
-    shared = [max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)]
+    shared = [
+        max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)
+    ]
     if shared[0] < LOOPS or first_match(_WANTS_LOOPS, one.asked):
         return None
     units = Counter(_COUNTER.sub("", unit).strip() for unit in _SENTENCE.split(text))
@@ -636,31 +729,97 @@ def _is_sentence(text: str) -> bool:
     return (_has_words(text, 3) or len(_TOKEN.findall(text)) >= 6) and not _is_code(text)
 
 
-# --- markup ------------------------------------------------------------------------------------------------------------------------
+# --- markup
+# ----------------------------------------------------------------------------------------------------------------------
 
 _TAG = re.compile(
-    r"</?(?:div|span|p|br|li|ul|ol|table|tr|td|th|font|center|img|h[1-6]|strong|em|blockquote|iframe|section|a)(?:\s+[a-z-]+ ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
+    r"</?(?:div|span|p|br|li|ul|ol|table|tr|td|th|font|center|img|h[1-6]|strong|em|blockquote|iframe|section"
+    r"|a)(?:\s+[a-z-]+"
+    r" ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
     re.IGNORECASE | re.DOTALL,
 )
 _ENTITY = re.compile(
-    r"&(?:nbsp|amp|lt|gt|quot|apos|[rl][sd]quo|[mn]dash|hellip|bull|copy|reg|trade|euro|#\d{2,5}|#x[0-9a-f]{2,5});", re.IGNORECASE
+    r"&(?:nbsp|amp|lt|gt|quot|apos|[rl][sd]quo|[mn]dash|hellip|bull|copy|reg|trade|euro|#\d{2,5}|#x[0-9a-f]{2,5});",
+    re.IGNORECASE,
 )
 _MARKUP_WORDS = (
-    *(f"<{tag}" for tag in ["div", "span", "p>", "br", "li", "ul", "ol", "table", "tr", "td", "th", "font", "center", "img", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "blockquote", "iframe", "section", "!--"]),
-    "<a ", "<p ", "</", *(f"&{name};" for name in ["nbsp", "amp", "lt", "gt", "quot", "apos", "rsquo", "lsquo", "rdquo", "ldquo", "mdash", "ndash", "hellip", "bull", "copy", "reg", "trade", "euro"]),
-    "&#", *(f"{who}{colon}" for who in ("human", "user", "assistant", "chatgpt", "gpt", "ai", "bot") for colon in (":", "**:", ":**")),
-)  # fmt: skip
+    *(
+        f"<{tag}"
+        for tag in [
+            "div",
+            "span",
+            "p>",
+            "br",
+            "li",
+            "ul",
+            "ol",
+            "table",
+            "tr",
+            "td",
+            "th",
+            "font",
+            "center",
+            "img",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "strong",
+            "em",
+            "blockquote",
+            "iframe",
+            "section",
+            "!--",
+        ]
+    ),
+    "<a ",
+    "<p ",
+    "</",
+    *(
+        f"&{name};"
+        for name in [
+            "nbsp",
+            "amp",
+            "lt",
+            "gt",
+            "quot",
+            "apos",
+            "rsquo",
+            "lsquo",
+            "rdquo",
+            "ldquo",
+            "mdash",
+            "ndash",
+            "hellip",
+            "bull",
+            "copy",
+            "reg",
+            "trade",
+            "euro",
+        ]
+    ),
+    "&#",
+    *(
+        f"{who}{colon}"
+        for who in ("human", "user", "assistant", "chatgpt", "gpt", "ai", "bot")
+        for colon in (":", "**:", ":**")
+    ),
+)
 _ROLES = r"(?:Human|User|HUMAN|USER)"
 _OWN_ROLES = r"(?:Assistant|ASSISTANT|ChatGPT|GPT|AI|Bot)"
 _ROLE_IN_RESPONSE = re.compile(rf"(?:\A|\n)[ \t>*#]*(?:{_ROLES}|{_OWN_ROLES})(?:\*\*)?:")
 _ROLE_IN_PROMPT = re.compile(rf"\A[ \t>*#]*{_ROLES}(?:\*\*)?:|\n[ \t>*#]*{_OWN_ROLES}(?:\*\*)?:\s*\Z")
 _ABOUT_MARKUP = re.compile(
-    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b|\bphp\b|\bentit|escape"
+    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web"
+    r" ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b|\bphp\b|\bentit|escape"
     r"|\bvue\b|angular|\bdom\b|\bcode\b|\bregex|pars(?:e|ing)|scrap(?:e|ing)|beautifulsoup",
     re.IGNORECASE,
 )
 _WANTS_TALK = re.compile(
-    r"dialog|conversation|\bchat|transcript|interview|\bscript\b|role|\bskit\b|\bplay\b|discussion|scene|exchange|\bbot\b|debate|human\b|\buser\b|assistant",
+    r"dialog|conversation|\bchat|transcript|interview|\bscript\b|role|\bskit\b|\bplay\b|discussion|scene|exchange"
+    r"|\bbot\b|debate|human\b|\buser\b|assistant",
     re.IGNORECASE,
 )
 _MENTIONS_TALK = re.compile(r"dialog|conversation|transcript|interview|\bscript\b", re.IGNORECASE)
@@ -668,7 +827,8 @@ _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNOREC
 
 
 def _without_open_comments(text: str) -> str:
-    """Comments that are not closed, without their marks: from each of them, a search for its end would go through the whole text."""
+    """Comments that are not closed, without their marks: from each of them, a
+    search for its end would go through the whole text."""
     end = text.rfind("-->") + 1
     return text[:end] + text[end:].replace("<!--", "<!  ")
 
@@ -694,7 +854,8 @@ def _markup(one: Exchange) -> Match | None:
     return None
 
 
-# --- language ----------------------------------------------------------------------------------------------------------------------
+# --- language
+# ----------------------------------------------------------------------------------------------------------------------
 
 LETTERS, SCRIPT_LETTERS = 25, 10
 """Minimum number of letters to identify a text's language; the second one applies if prompt and response differ in
@@ -707,7 +868,10 @@ language in each."""
 _FREQUENT = {
     code: frozenset(words.split())
     for code, words in {
-        "en": "the of and to that are you for with what how this it he she his they there has have from each can will not would their but if when which more than i is a in",
+        "en": (
+            "the of and to that are you for with what how this it he she his they there has have from each can will not"
+            " would their but if when which more than i is a in"
+        ),
         "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
         "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",
         "es": "el la los las y es de que en un una por con para como del se su son",
@@ -724,11 +888,17 @@ _WORDS = re.compile(r"[^\W\d_]+")
 _QUOTES = re.compile(r"[\n:\"“”«»]+")
 _NAMES_A_LANGUAGE = re.compile(
     r"translat|translit|\b(?:foreign |other |which |what |another |native )?languages?\b|multilingual|bilingual"
-    r"|\b(?:english|spanish|french|german|italian|portuguese|dutch|russian|chinese|mandarin|cantonese|japanese|korean|arabic|hindi|turkish|polish|swedish"
-    r"|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian|ukrainian|czech|hungarian|romanian|persian|farsi|urdu|bengali|tamil|catalan"
-    r"|esperanto|swahili|malay|tagalog|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque|galician)\b"
-    r"|übersetz|auf (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán|anglais|français|espagnol|allemand"
-    r"|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод|английск|по-русски|翻译|翻譯|英语|英文|中文|日语|法语|英語|日本語|訳|번역|영어|한국어",
+    r"|\b(?:english|spanish|french|german|italian|portuguese|dutch|russian|chinese|mandarin|cantonese|japanese|korean"
+    r"|arabic|hindi|turkish|polish|swedish"
+    r"|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian|ukrainian|czech|hungarian|romanian"
+    r"|persian|farsi|urdu|bengali|tamil|catalan"
+    r"|esperanto|swahili|malay|tagalog|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque"
+    r"|galician)\b"
+    r"|übersetz|auf"
+    r" (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán|anglais"
+    r"|français|espagnol|allemand"
+    r"|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод|английск|по-русски|翻译|翻譯|英语|英文|中文|日语"
+    r"|法语|英語|日本語|訳|번역|영어|한국어",
     re.IGNORECASE,
 )
 _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
@@ -736,7 +906,9 @@ _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
 
 
 def _language_pretest(texts: Texts) -> Iterable[int]:
-    long = (texts.asked_column.str.len_bytes() >= SCRIPT_LETTERS) & (texts.said_column.str.len_bytes() >= SCRIPT_LETTERS)
+    long = (texts.asked_column.str.len_bytes() >= SCRIPT_LETTERS) & (
+        texts.said_column.str.len_bytes() >= SCRIPT_LETTERS
+    )
     words = "|".join(_FREQUENT["en"])
     twice = rf"(?i)[\s(\"](?:{words})[\s,.?](?s:.)*?[\s(\"](?:{words})[\s,.?]"
     english = [column.str.slice(0, READ).str.contains(twice) for column in (texts.asked_column, texts.said_column)]
@@ -752,7 +924,9 @@ def _language(one: Exchange) -> Match | None:
         return None
     wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
     if wrote[0] != wrote[1]:
-        if any(name.startswith("(") for name in wrote) or (letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}):
+        if any(name.startswith("(") for name in wrote) or (
+            letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}
+        ):
             return None
         differ = f"{wrote[0]} asked, {wrote[1]} answered"
     elif wrote[0] in _SHARED_SCRIPTS and letters >= LETTERS and (languages := _languages(asked, said)):
@@ -790,7 +964,9 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
 def _language_of_frequent_words(text: str) -> str | None:
     """The language with the most frequent words in the text; None if there are several."""
     words = {*_WORDS.findall(text.casefold())}
-    (most, language), (second, _) = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)[:2]
+    (most, language), (second, _) = sorted(
+        ((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True
+    )[:2]
     return language if most > second else None
 
 
@@ -813,11 +989,16 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "warn",
         "Keep intended refusals; answer the others, or remove them.",
         words=(
-            "sorry", "afraid", "pologi", "unfortunately", "regrettably", "as an ai", "as a large", "as an artificial", "language model", "chatbot",
-            "i decline", "to decline", "respectfully decline", "to refuse", "must refuse", "comfortable", "my programming", "my guidelines", "my polic", "my principles",
-            "my ethical", "my capabilit", "inappropriate", "not appropriate", "ethical", "be impossible", "not possible", "is impossible", "help you with", "help with", "assist with",
-            "i cannot", "i can't", "i can’t", "i can not", "i won't", "i won’t", "i will not", "i am unable", "i'm unable", "i’m unable", "i am not", "i'm not",
-            "i’m not", "i do not", "i don't", "i don’t", "leid", "lo siento", "désolé", "dispiace", "desculpe", "sinto muito", "lamento", "сожалению",
+            "sorry", "afraid", "pologi", "unfortunately", "regrettably", "as an ai", "as a large", "as an artificial",
+            "language model", "chatbot",
+            "i decline", "to decline", "respectfully decline", "to refuse", "must refuse", "comfortable",
+            "my programming", "my guidelines", "my polic", "my principles",
+            "my ethical", "my capabilit", "inappropriate", "not appropriate", "ethical", "be impossible",
+            "not possible", "is impossible", "help you with", "help with", "assist with",
+            "i cannot", "i can't", "i can’t", "i can not", "i won't", "i won’t", "i will not", "i am unable",
+            "i'm unable", "i’m unable", "i am not", "i'm not",
+            "i’m not", "i do not", "i don't", "i don’t", "leid", "lo siento", "désolé", "dispiace", "desculpe",
+            "sinto muito", "lamento", "сожалению",
             "извините", "helaas", "het spijt", "抱歉", "对不起", "對不起", "申し訳", "すみません",
         ),
         find=_refusal,
@@ -828,8 +1009,11 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "warn",
         "Remove the phrase, or rewrite the response: a model trained on it repeats it in other contexts.",
         words=(
-            "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model", "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last", "my latest",
-            "my most recent", "have personal", "have any personal", "have real", "have any real", "作为", "als ki", "como una ia", "como ia",
+            "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model",
+            "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last",
+            "my latest",
+            "my most recent", "have personal", "have any personal", "have real", "have any real", "作为", "als ki",
+            "como una ia", "como ia",
             "inteligencia artificial", "modelo de lenguaje", "en tant qu",
         ),
         find=_boilerplate,
@@ -840,10 +1024,14 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "warn",
         "Insert your own model's name, or remove the row.",
         words=(
-            "chatgpt", "chat gpt", "gpt-", "gpt3", "gpt4", "openai", "open ai", "anthropic", "google", "deepmind", "alibaba", "meta", "microsoft", "mistral", "deepseek",
-            "baidu", "moonshot", "xai", "cohere", "laion", "huggingface", "hugging face", "stability ai", "databricks", "zhipu", "tencent", "bytedance", "lmsys", "inflection",
-            "bing chat", "qwen", "qianwen", "openassistant", "open assistant", "ernie bot", "huggingchat", "internlm", "chatglm", "baichuan", "stablelm", "wizardlm",
-            "claude", "bard", "gemini", "llama", "grok", "copilot", "kimi", "phi", "gemma", "sydney", "alpaca", "vicuna", "command r", "falcon",
+            "chatgpt", "chat gpt", "gpt-", "gpt3", "gpt4", "openai", "open ai", "anthropic", "google", "deepmind",
+            "alibaba", "meta", "microsoft", "mistral", "deepseek",
+            "baidu", "moonshot", "xai", "cohere", "laion", "huggingface", "hugging face", "stability ai", "databricks",
+            "zhipu", "tencent", "bytedance", "lmsys", "inflection",
+            "bing chat", "qwen", "qianwen", "openassistant", "open assistant", "ernie bot", "huggingchat", "internlm",
+            "chatglm", "baichuan", "stablelm", "wizardlm",
+            "claude", "bard", "gemini", "llama", "grok", "copilot", "kimi", "phi", "gemma", "sydney", "alpaca",
+            "vicuna", "command r", "falcon",
             "dolly", "koala", "doubao",
             "我是", "我叫",
         ),

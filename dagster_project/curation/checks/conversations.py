@@ -52,14 +52,19 @@ def shown(record: Mapping[str, Any]) -> dict[str, Any]:
     if record.get("tools"):
         tools = record["tools"][:MESSAGES]
         document["tools"] = [
-            {"name": _shorten(name), "definition": _shorten(readable(tool))} for name, tool in zip(tool_names(tools), tools, strict=True)
+            {"name": _shorten(name), "definition": _shorten(readable(tool))}
+            for name, tool in zip(tool_names(tools), tools, strict=True)
         ]
     return document | ({"left_out": len(first) - MESSAGES} if len(first) > MESSAGES else {})
 
 
 def _mask_message(message: Message) -> Message:
     """A message without secrets and personal data."""
-    shown_message = {key: _shorten(value) if isinstance(value, str) else value for key, value in message.items() if key != "tool_calls"}
+    shown_message = {
+        key: _shorten(value) if isinstance(value, str) else value
+        for key, value in message.items()
+        if key != "tool_calls"
+    }
     if "tool_calls" in message:
         shown_message["tool_calls"] = [
             {

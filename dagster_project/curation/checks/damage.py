@@ -31,10 +31,13 @@ flag they name a region (Scotland's flag), anywhere else they hide text.
 """
 
 _WRITTEN_WITH = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
-"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a zero-width space marks where a word ends."""
+"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a
+zero-width space marks where a word ends."""
 _PLAIN = "\x00-\u024f\u200b-\u200d\u2060\ufeff"
 """Characters next to which a joiner or non-joiner has no effect; emoji, Persian and the scripts of India need both."""
-_HIDDEN = re.compile(f"[\u2060\ufeff]|(?<![{_WRITTEN_WITH}])\u200b(?![{_WRITTEN_WITH}])|(?<![^{_PLAIN}])[\u200c\u200d](?![^{_PLAIN}])")
+_HIDDEN = re.compile(
+    f"[\u2060\ufeff]|(?<![{_WRITTEN_WITH}])\u200b(?![{_WRITTEN_WITH}])|(?<![^{_PLAIN}])[\u200c\u200d](?![^{_PLAIN}])"
+)
 
 _FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 
@@ -100,21 +103,24 @@ def without_end_marks(text: str, special_tokens: Iterable[str] = ()) -> str:
         text.strip(), at_end=True
     ):
         text = text.rstrip().removesuffix(mark).rstrip()
-    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _is_partly_struck(
-        text, at_end=False
-    ):
+    while (
+        mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)
+    ) and not _is_partly_struck(text, at_end=False):
         text = text.lstrip().removeprefix(mark).lstrip()
     return text
 
 
-def _first_faults(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
+def _first_faults(
+    texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()
+) -> list[str | None]:
     found: list[str | None] = [None] * len(texts)
     for row in candidates(texts, hint, literals):
         found[row] = judge(texts[row])
     return found
 
 
-# --- characters ------------------------------------------------------------------------------------------------------------------
+# --- characters
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -130,7 +136,10 @@ def _damage_hint() -> str:
     marks = "".join(chars for kind, chars in SETS.items() if not kind.endswith("_common")) + "À-ɏ√‚†®´¥µø"
     broken = SETS["bad"] + SETS["upper_accented"]
     between = SETS["bad"] + SETS["start_punctuation"] + SETS["end_punctuation"] + SETS["currency"] + "°µ"
-    return f"[{characters}]|[{marks}]{{2}}|[{letters}][{broken}]|[{broken}][{letters}]|[ВГРСΒΓΞΟ][{between}][ВГРСΒΓΞΟ]|[вВ]Ђ|β€|[Œœ][^A-Za-z]|[ÃÂ] "
+    return (
+        f"[{characters}]|[{marks}]{{2}}|[{letters}][{broken}]|[{broken}][{letters}]|[ВГРСΒΓΞΟ][{between}][ВГРСΒΓΞΟ]"
+        "|[вВ]Ђ|β€|[Œœ][^A-Za-z]|[ÃÂ] "
+    )
 
 
 def _damage(text: str) -> str | None:
@@ -154,7 +163,8 @@ def _mojibake(text: str) -> str | None:
 
 
 MOST_UNFIXED = 10_000
-"""Different lines that seem to be broken and cannot be fixed, after which the rest of a text is not examined: fixing is slow."""
+"""Different lines that seem to be broken and cannot be fixed, after which the
+rest of a text is not examined: fixing is slow."""
 
 
 def _broken_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -183,7 +193,9 @@ def _badness(line: str) -> re.Match[str] | None:
     if len(line) <= text_search.LONG:
         return BADNESS_RE.search(line)
     areas = LongText(line).areas(f"(?s:.)(?:{_badness_hint()})")
-    return next((match for first, last in areas if (match := BADNESS_RE.search(line, first, last + text_search.REACH))), None)
+    return next(
+        (match for first, last in areas if (match := BADNESS_RE.search(line, first, last + text_search.REACH))), None
+    )
 
 
 @cache
@@ -235,33 +247,45 @@ def _unmojibake(line: str) -> str:
     return whole if whole != line else " ".join(map(fix_encoding, line.split(" ")))
 
 
-# --- templates -------------------------------------------------------------------------------------------------------------------
+# --- templates
+# -------------------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
     r"<\|[A-Za-z][\w.:/-]{0,39}\|>"  # ChatML, Llama 3, Phi, Zephyr, Qwen, <|endoftext|>
     r"|<｜[^｜<>\s]{1,40}｜>"  # DeepSeek
     r"|\[/?INST\]|<</?SYS>>"  # Llama 2, Mistral
-    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS)\]|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]"  # Mistral
+    # Mistral
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS)\]|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]"
     r"|<(?:start|end)_of_turn>|<(?:bos|eos)>"  # Gemma
 )
 END_MARKS = (
-    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eos|>", "<|end|>", "<|return|>",
-    "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eos|>", "<|end|>",
+    "<|return|>",
+    "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
 """End tokens of texts and turns of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek."""
-START_MARKS = ("<|endoftext|>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
+START_MARKS = (
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<bos>",
+    "<s>",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+)
 _ENDS = re.compile("(?i)(?<![a-z])(?:end|eo[dmst])(?![a-z])|endof|</s>")
 _STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
 _SENTENCE = re.compile("</?s>")
 _BOILERPLATE = re.compile(
-    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that describes a task"
-    "|A chat between a curious (?:user|human) and an artificial intelligence assistant"
+    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that describes a"
+    " task|A chat between a curious (?:user|human) and an artificial intelligence assistant"
 )
 """Plural "### Instructions:" and "### Input:" head the parts of recipes and programming tasks."""
 _ASKS = re.compile(r"(?m:^)[ \t>*]*(Human|HUMAN|User|USER)(?:\*\*)?:")
 _ANSWERS = re.compile(r"(?m:^)[ \t>*]*(Assistant|ASSISTANT|AI|Bot|GPT)(?:\*\*)?:|\s(ASSISTANT):")
 _MARK_HINT = (
-    r"<\|[A-Za-z]|<｜|\[/?INST\]|SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|MODEL_SETTINGS|CALL_ID|ARGS)\]|_of_turn>|<(?:bos|eos|s|/s)>"
+    r"<\|[A-Za-z]|<｜|\[/?INST\]|SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|MODEL_SETTINGS|CALL_ID|ARGS)\]"
+    r"|_of_turn>|<(?:bos|eos|s|/s)>"
     r"|### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that|A chat between a curious"
     r"|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
 )

@@ -45,7 +45,9 @@ TRUTH = "The set is what its owner expects it to be."
 COLUMNS = {
     "source": "file the row came from",
     "category": "its category, or null",
-    "script": "the script that most letters of the prompt belong to (Latin, Han, ...), `other`, or `(none)` without letters",
+    "script": (
+        "the script that most letters of the prompt belong to (Latin, Han, ...), `other`, or `(none)` without letters"
+    ),
     "turns": "answers of the assistant in it",
     "prompt": "a number that two rows share if and only if they have the same prompt",
     "prompt_words": "words of the user's messages; each Chinese or Japanese character is one",
@@ -67,7 +69,17 @@ SEVERITY: dict[str, Literal["error", "warn", "info"]] = {"critical": "error", "w
 """Severity of Great Expectations -> severity of a check. A failed critical expectation blocks."""
 
 _DECODE = json.JSONDecoder().raw_decode
-_NOT_KWARGS = {"id", "meta", "notes", "description", "severity", "rendered_content", "windows", "batch_id", "catch_exceptions"}
+_NOT_KWARGS = {
+    "id",
+    "meta",
+    "notes",
+    "description",
+    "severity",
+    "rendered_content",
+    "windows",
+    "batch_id",
+    "catch_exceptions",
+}
 _NOT_KWARGS |= {"result_format", "condition_parser"}
 """Fields of an expectation that are not supported in its `kwargs`; a condition given as text would be run as code."""
 _GALLERY = "https://greatexpectations.io/expectations"
@@ -128,7 +140,12 @@ def check(outcome: Outcome, places: Mapping[int, str] | None = None) -> CheckRes
         count=len(failed),
         rows=[places[i] for i in dict.fromkeys(i for one in failed for i in one.rows)][:20] if places else [],
         details=[f"{one.words} Found: {one.seen}." for one in failed],
-        note="; ".join([f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold", *outcome.foreign]),
+        note="; ".join(
+            [
+                f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold",
+                *outcome.foreign,
+            ]
+        ),
     )
 
 
@@ -146,7 +163,9 @@ def document(outcome: Outcome, places: Mapping[int, str]) -> dict[str, Any]:
     return {"suite": outcome.suite, "rows": outcome.rows, "expectations": judged}
 
 
-def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | np.ndarray | None = None, read: int | None = None) -> pd.DataFrame:
+def table(
+    records: Sequence[dict[str, Any]], clusters: Sequence[Any] | np.ndarray | None = None, read: int | None = None
+) -> pd.DataFrame:
     """The table that expectations are evaluated on: `COLUMNS`, one row per kept record, in order.
 
     Args:
@@ -168,8 +187,10 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | np.ndarra
         return np.bincount(of.codes + 1, minlength=1)[of.codes + 1] / max(1, len(records))
 
     return frame.assign(
-        source=source, category=category, script=pd.Categorical(frame["script"]), prompt=pd.factorize(frame["prompt"])[0],
-        near_copy=(groups.notna() & groups.duplicated()).to_numpy(dtype=bool), category_share=share(pd.Categorical(frame["category"])), source_share=share(source),
+        source=source, category=category, script=pd.Categorical(frame["script"]),
+        prompt=pd.factorize(frame["prompt"])[0],
+        near_copy=(groups.notna() & groups.duplicated()).to_numpy(dtype=bool),
+        category_share=share(pd.Categorical(frame["category"])), source_share=share(source),
         kept_share=len(records) / max(1, read if read is not None else len(records)),
     )[list(COLUMNS)].astype({"response_is_json": bool})  # fmt: skip
 
@@ -191,7 +212,8 @@ def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
             "script": pl.Series(scripts(prompts), dtype=pl.String),
             "turns": numbers([m["role"] for m in turns].count("assistant") for turns in messages),
             "prompt": pl.Series(
-                [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts], dtype=pl.Binary
+                [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts],
+                dtype=pl.Binary,
             ),
             "prompt_words": count_words(prompts),
             "response_words": count_words(responses),
@@ -199,7 +221,9 @@ def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
             "trained_turns": numbers(sum(map(is_trained, turns)) for turns in messages),
             "tools": numbers(len(record.get("tools") or ()) for record in records),
             "tool_calls": numbers(sum(len(calls(m)) for m in turns) for turns in messages),
-            "reasoning_words": count_words(["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]),
+            "reasoning_words": count_words(
+                ["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]
+            ),
         }
     )
 
@@ -239,7 +263,8 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
     Args:
         frame: `table`'s. All rows are evaluated, without sampling: a million rows and twenty expectations take about a
         second.
-        suite_file: a suite in Great Expectations' JSON form: {"name", "expectations": [{"type", "kwargs", "severity", "description"}]}.
+        suite_file: a suite in Great Expectations' JSON form: {"name",
+            "expectations": [{"type", "kwargs", "severity", "description"}]}.
         docs_folder: gets Great Expectations' own Data Docs; None for none.
         name: of the suite file in messages; its path unless given.
     Raises:
@@ -253,7 +278,13 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
         if docs_folder is not None:
             words = {str(i): f"{one.words} ({expectations[i].severity.value})" for i, one in enumerate(judged)}
             data_docs.write(docs_folder, suite, result, words)
-    return Outcome(suite.name, len(frame), judged, data_docs.INDEX if docs_folder is not None else "", _foreign(frame, expectations, name))
+    return Outcome(
+        suite.name,
+        len(frame),
+        judged,
+        data_docs.INDEX if docs_folder is not None else "",
+        _foreign(frame, expectations, name),
+    )
 
 
 def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tuple[str, ...]:
@@ -269,8 +300,8 @@ def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tup
         if named and not named & set(frame[column].dropna()):
             plural = "categories" if column == "category" else "sources"
             found.append(
-                f"the suite names {len(named)} {plural} that no row has: {name} was written for other data, edit it or leave out"
-                " instructions.expectations"
+                f"the suite names {len(named)} {plural} that no row has: {name} was written for other data, edit it or"
+                " leave out instructions.expectations"
             )
     return tuple(found)
 
@@ -301,7 +332,11 @@ def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not JSON: {error}", "fix the file at this place") from None
     form = '{"name": "...", "expectations": [{"type": "expect_...", "kwargs": {...}, "severity": "warning"}]}'
-    if not isinstance(document, dict) or not isinstance(document.get("expectations"), list) or not document["expectations"]:
+    if (
+        not isinstance(document, dict)
+        or not isinstance(document.get("expectations"), list)
+        or not document["expectations"]
+    ):
         raise InputError(f"{name}: not a suite: it needs a list of expectations", f"its form is {form}")
     title = document.get("name")
     problems = [] if isinstance(title, str) and title else [f"{name}: name: must be text"]
@@ -314,8 +349,12 @@ def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
         problems += [f"{name}: expectations[{i}]{kind}: {line}" for line in wrong]
         expectations.append(found)
     if problems:
-        raise InputError("\n".join(problems), f"arguments of each type: {_GALLERY}; columns and their content: docs/checks.md")
-    suite = gx.ExpectationSuite(name=str(title), expectations=[one.configuration for one in expectations], notes=document.get("notes"))
+        raise InputError(
+            "\n".join(problems), f"arguments of each type: {_GALLERY}; columns and their content: docs/checks.md"
+        )
+    suite = gx.ExpectationSuite(
+        name=str(title), expectations=[one.configuration for one in expectations], notes=document.get("notes")
+    )
     return suite, expectations
 
 
@@ -324,7 +363,10 @@ def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list
     from great_expectations.compatibility.pydantic import ValidationError
     from great_expectations.exceptions import GreatExpectationsError
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
-    from great_expectations.expectations.registry import get_expectation_impl, list_registered_expectation_implementations
+    from great_expectations.expectations.registry import (
+        get_expectation_impl,
+        list_registered_expectation_implementations,
+    )
 
     known = ("type", "kwargs", "severity", "description", "notes", "meta", "id")
     if not isinstance(entry, dict):
@@ -333,16 +375,24 @@ def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list
     kind, kwargs = entry.get("type"), entry.get("kwargs", {})
     if kind not in types:
         near = difflib.get_close_matches(str(kind), types, n=3, cutoff=0.5)
-        return None, [f"unknown type {kind!r}; " + (f"similar types: {', '.join(near)}" if near else f"types: {', '.join(types)}")]
+        return None, [
+            f"unknown type {kind!r}; " + (f"similar types: {', '.join(near)}" if near else f"types: {', '.join(types)}")
+        ]
     if not isinstance(kwargs, dict):
         return None, ["kwargs: must be an object"]
     fields = sorted(set(get_expectation_impl(kind).__fields__) - _NOT_KWARGS)
     problems = [f"{key}: unknown key; keys: {', '.join(known)}" for key in entry if key not in known]
     problems += [f"kwargs.{key}: unknown; {kind} takes {', '.join(fields)}" for key in kwargs if key not in fields]
-    problems += [f"severity: must be one of {', '.join(SEVERITY)}"] if entry.get("severity", "critical") not in list(SEVERITY) else []
+    problems += (
+        [f"severity: must be one of {', '.join(SEVERITY)}"]
+        if entry.get("severity", "critical") not in list(SEVERITY)
+        else []
+    )
     problems += ["description: must be text"] if not isinstance(entry.get("description"), str | None) else []
     problems += ["meta: must be an object"] if not isinstance(entry.get("meta"), dict | None) else []
-    problems += [f"no column {column!r}; columns: {', '.join(columns)}" for column in _columns(kwargs) if column not in columns]
+    problems += [
+        f"no column {column!r}; columns: {', '.join(columns)}" for column in _columns(kwargs) if column not in columns
+    ]
     problems += _empty(kwargs, fields)
     if problems:
         return None, problems
@@ -397,8 +447,9 @@ def _empty(kwargs: dict[str, Any], fields: Sequence[str]) -> list[str]:
     condition = json.dumps(kwargs.get("row_condition"))
     if isinstance(kwargs.get("row_condition"), str) or "pass_through" in condition:
         problems.append(
-            'kwargs.row_condition: must be an object such as {"type": "comparison", "column": {"name": "category"}, "operator": "==", '
-            '"parameter": "bug"} or {"type": "nullity", "column": {"name": "category"}, "is_null": true}; text would be run as code'
+            'kwargs.row_condition: must be an object such as {"type": "comparison", "column": {"name": "category"},'
+            ' "operator": "==", "parameter": "bug"} or {"type": "nullity", "column": {"name": "category"}, "is_null":'
+            " true}; text would be run as code"
         )
     return problems
 
@@ -430,21 +481,34 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
         i, kind = int(one.expectation_config.id), one.expectation_config.type
         raised = [info for info in _infos(one.exception_info) if info["raised_exception"]]
         if raised:
-            problems.append(f"{name}: expectations[{i}] ({kind}): cannot be evaluated: {_line(raised[0]['exception_message'])}")
+            problems.append(
+                f"{name}: expectations[{i}] ({kind}): cannot be evaluated: {_line(raised[0]['exception_message'])}"
+            )
             continue
         # A NumPy bool is not JSON to the library's own pages.
         one.success = bool(one.success)
-        found = json.loads(json.dumps(convert_to_json_serializable(one.result)))  # a NumPy float passes for JSON with the library
+        found = json.loads(
+            json.dumps(convert_to_json_serializable(one.result))
+        )  # a NumPy float passes for JSON with the library
         rows: list[int] = []
         one.result = found
         if "element_count" in found:
             rows = (found.pop("unexpected_index_list", None) or [])[:20]
             found["partial_unexpected_list"] = [
-                " / ".join(map(str, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else value
+                (
+                    " / ".join(map(str, value.values() if isinstance(value, dict) else value))
+                    if isinstance(value, dict | list)
+                    else value
+                )
                 for value in found.get("partial_unexpected_list") or []
                 if value is not None
             ]
-            for key in ("unexpected_list", "unexpected_index_query", "partial_unexpected_index_list", "partial_unexpected_counts"):
+            for key in (
+                "unexpected_list",
+                "unexpected_index_query",
+                "partial_unexpected_index_list",
+                "partial_unexpected_counts",
+            ):
                 found.pop(key, None)
             if found["element_count"] == (found.get("missing_count") or 0):
                 one.success = False  # an expectation evaluated on no rows does not hold
@@ -460,7 +524,9 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
         observed = _plain_data(found)
         expectation = expectations[i]
         severity = SEVERITY[expectation.severity.value]
-        judged[i] = ExpectationResult(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
+        judged[i] = ExpectationResult(
+            kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows
+        )
     if problems:
         raise InputError("\n".join(problems), f"choose another type or column; arguments of each type: {_GALLERY}")
     statistics = [one.success for one in result.results]
@@ -478,10 +544,13 @@ _OF_NO_VALUES = ("_distinct_values_", "_sum_", "_unique_value_count_", "_proport
 
 
 def _values(frame: pd.DataFrame, kwargs: Mapping[str, Any], nulls: bool) -> list[Any]:
-    """Different values of the column of an expectation in the rows that meet its condition, with null only if `nulls`."""
+    """Different values of the column of an expectation in the rows that meet
+    its condition, with null only if `nulls`."""
     from great_expectations.execution_engine import PandasExecutionEngine
 
-    rows = PandasExecutionEngine(batch_data_dict={"rows": frame}).get_domain_records({"row_condition": kwargs.get("row_condition")})
+    rows = PandasExecutionEngine(batch_data_dict={"rows": frame}).get_domain_records(
+        {"row_condition": kwargs.get("row_condition")}
+    )
     column = rows[kwargs["column"]]
     found: list[Any] = (column if nulls else column.dropna()).unique().tolist()
     return found
@@ -497,7 +566,11 @@ def _plain_data(found: dict[str, Any]) -> Any:
     if "element_count" in found:
         values = {json.dumps(value): value for value in map(_value, found["partial_unexpected_list"])}
         judged = found["element_count"] - (found.get("missing_count") or 0)
-        return {"unexpected": found["unexpected_count"], "of": judged, "values": [values[key] for key in sorted(values)][:10]}
+        return {
+            "unexpected": found["unexpected_count"],
+            "of": judged,
+            "values": [values[key] for key in sorted(values)][:10],
+        }
     return _value(found.get("observed_value"))
 
 
@@ -523,7 +596,10 @@ def _seen(observed: Any) -> str:
         if not observed["unexpected"]:
             return f"all {observed['of']} rows do"
         which = ", ".join(_seen(value) for value in observed["values"][:5] if value is not None)
-        share = f"{observed['unexpected']} of {observed['of']} rows do not ({100 * observed['unexpected'] / observed['of']:.3g} %)"
+        share = (
+            f"{observed['unexpected']} of {observed['of']} rows do not"
+            f" ({100 * observed['unexpected'] / observed['of']:.3g} %)"
+        )
         return f"{share}, such as {which}" if which else share
     if isinstance(observed, dict):
         return ", ".join(f"{key}: {_seen(value)}" for key, value in observed.items())

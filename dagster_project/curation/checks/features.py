@@ -27,9 +27,9 @@ HELD_OUT = {"test": 0, "validation": 1}
 """Upstream label -> rank among rows with the same text: the first of the lowest rank is kept."""
 OTHERS = 2
 DIGESTS = ("identity", "same", "context", "answer", "swapped")
-"""Digests of 16 bytes, each in two columns of 64 bits, because of a record: its `example_id`; its messages and tools; what was asked, with
-the tools; what was answered; for pairs the answer with its sides swapped. Two different values have the same digest with a probability of
-2^-128."""
+"""Digests of 16 bytes, each in two columns of 64 bits, because of a record: its `example_id`; its messages and tools;
+what was asked, with the tools; what was answered; for pairs the answer with its sides swapped. Two different values
+have the same digest with a probability of 2^-128."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Features:
     """One entry per record, in order. About 100 bytes a record."""
 
     table: pl.DataFrame
-    """The digests; `present`: has messages; `rank`: of `HELD_OUT`; `reasoning`: WITH, WITHOUT or 0; `shape`: hash of the features on which
-    a chat template's behavior depends, 0 for none."""
+    """The digests; `present`: has messages; `rank`: of `HELD_OUT`; `reasoning`: WITH, WITHOUT or 0; `shape`: hash of
+    the features on which a chat template's behavior depends, 0 for none."""
     labels: Mapping[int, str]
     """Index -> split of a row in its upstream data set."""
     rich: np.ndarray
@@ -50,8 +50,8 @@ class Features:
 
 
 def columns(rows: Rows) -> pl.DataFrame:
-    """The features of a block of records, one row each: those of `Features.table`; `label` as JSON; `transcript`, `rich` and one column per part of
-    `FIELDS`, which are true or false."""
+    """The features of a block of records, one row each: those of `Features.table`; `label` as JSON; `transcript`,
+    `rich` and one column per part of `FIELDS`, which are true or false."""
     import numpy as np
     import polars as pl
 
@@ -71,7 +71,9 @@ def columns(rows: Rows) -> pl.DataFrame:
             "reasoning": pl.Series([_reasoning(rows, i, i in rich) for i in size], dtype=pl.UInt8),
             "shape": pl.Series(_shapes(rows), dtype=pl.UInt64),
             "label": pl.Series([None if label is None else json.dumps(label) for label in labels], dtype=pl.String),
-            "transcript": pl.Series([mark is not None and mark.startswith("transcript") for mark in rows.shared(marks)], dtype=pl.Boolean),
+            "transcript": pl.Series(
+                [mark is not None and mark.startswith("transcript") for mark in rows.shared(marks)], dtype=pl.Boolean
+            ),
             "rich": pl.Series([i in rich for i in size], dtype=pl.Boolean),
             **{part: pl.Series([i in found for i in size], dtype=pl.Boolean) for part, found in long.items()},
         }
@@ -83,10 +85,14 @@ def features(table: pl.DataFrame) -> Features:
     labelled = table["label"].is_not_null().arg_true()
     labels = table["label"].gather(labelled).to_list()
     return Features(
-        table.select([f"{name}_{half}" for name in DIGESTS for half in (0, 1)] + ["present", "rank", "reasoning", "shape"]).rechunk(),
+        table.select(
+            [f"{name}_{half}" for name in DIGESTS for half in (0, 1)] + ["present", "rank", "reasoning", "shape"]
+        ).rechunk(),
         {i: sys.intern(json.loads(label)) for i, label in zip(labelled.to_list(), labels, strict=True)},
-        _places(table["rich"]), {part: _places(table[part]) for part in FIELDS}, int(table["transcript"].sum()),
-    )  # fmt: skip
+        _places(table["rich"]),
+        {part: _places(table[part]) for part in FIELDS},
+        int(table["transcript"].sum()),
+    )
 
 
 def _places(column: pl.Series) -> np.ndarray:
@@ -141,8 +147,8 @@ def _key(message: Message) -> Any:
 
 
 def _tidy(message: Message) -> Message:
-    """The message in Unicode's composed form, with single spaces and none at the ends of lines, so that only other words are another answer.
-    Indents stay, because they have a meaning in code."""
+    """The message in Unicode's composed form, with single spaces and none at the ends of lines, so that only other
+    words are another answer. Indents stay, because they have a meaning in code."""
     tidied = {key: _tidied(message[key]) for key in ("content", "reasoning_content") if message.get(key)}
     return {**message, **tidied}
 

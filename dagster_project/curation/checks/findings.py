@@ -49,7 +49,9 @@ def document(
     return quotes.quoted(references(name, layout, judged, held_out, matches), find, lambda: judged.special, width)
 
 
-def references(name: str, layout: str, judged: Judgement, held_out: Sequence[Item], matches: int = MATCHES) -> dict[str, Any]:
+def references(
+    name: str, layout: str, judged: Judgement, held_out: Sequence[Item], matches: int = MATCHES
+) -> dict[str, Any]:
     """The findings, worst first, without text of a row; see docs/checks.md for the form.
 
     Args:
@@ -95,7 +97,8 @@ def references(name: str, layout: str, judged: Judgement, held_out: Sequence[Ite
 
 
 class RowNumbers:
-    """Source rows of a set, numbered consecutively across sources. A row may yield several records, and two rows one."""
+    """Source rows of a set, numbered consecutively across sources. A row may
+    yield several records, and two rows one."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         rows: dict[str, int] = {}
@@ -109,7 +112,9 @@ class RowNumbers:
         return number
 
 
-def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, places: int | None = None) -> dict[str, Any]:
+def finding(
+    verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, places: int | None = None
+) -> dict[str, Any]:
     """The finding of one check; `rows` are indices of records. A failed check on the whole set counts 1.
 
     Args:
@@ -152,10 +157,13 @@ def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) 
     """The finding in short form for a stage's report, which git tracks."""
     found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, places=ROWS)
     done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
-    matches = [{key: one[key] for key in ("row", "place", "other", "part", "rule", "score")} for one in found["matches"]]
+    matches = [
+        {key: one[key] for key in ("row", "place", "other", "part", "rule", "score")} for one in found["matches"]
+    ]
     return CheckResult(
         verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"],
-        note="; ".join(part for part in (done, verdict.note) if part), dropped=verdict.dropped, waived=verdict.waived, fixed=verdict.fixed,
+        note="; ".join(part for part in (done, verdict.note) if part), dropped=verdict.dropped, waived=verdict.waived,
+        fixed=verdict.fixed,
         matches=matches,
     )  # fmt: skip
 
@@ -193,13 +201,17 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
         "rows": {"added": len(added), "removed": len(removed), "changed": len(changed), "unchanged": unchanged},
         "examples": {
             "added": [{"place": place(b), "text": excerpt(b, 300)} for b in Selected(new, added[:ROWS])],
-            "removed": [{"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in Selected(old, removed[:ROWS])],
+            "removed": [
+                {"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in Selected(old, removed[:ROWS])
+            ],
             "changed": [{"place": place(new[b]), **_edit(old[a], new[b])} for a, b in changed[:ROWS]],
         },
     }
 
 
-def _gaps(before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+def _gaps(
+    before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]
+) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
     """The rows that only one version has, for each version, by the number of shared rows before them. Copies count
     individually.
 
@@ -230,7 +242,10 @@ def _gaps(before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]) -
 
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
     """Both versions of a row, masked and shortened to their difference."""
-    texts = [conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH) for record in (before, after)]
+    texts = [
+        conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH)
+        for record in (before, after)
+    ]
     first = max(0, common_prefix(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
     start = common_prefix(*texts)
@@ -239,7 +254,9 @@ def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> d
     return {"before": old, "after": new}
 
 
-def finding_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def finding_changes(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
     """Checks with new findings, checks without findings any more, and checks with another number of rows."""
     before, after = ({f["check"]: f["count"] for f in found} for found in (old, new))
     return {

@@ -1,4 +1,5 @@
-"""The import of Great Expectations in less time. It loads whatever it could use, and half of the time is pydantic copying fields of models."""
+"""The import of Great Expectations in less time. It loads whatever it could
+use, and half of the time is pydantic copying fields of models."""
 
 from __future__ import annotations
 
@@ -15,16 +16,24 @@ from typing import Any
 from dagster_project.core.imports import deferred, lean_imports
 
 _OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
-"""Optional libraries by which Great Expectations reads tables of data bases and clouds. The table of a set is a data frame."""
+"""Optional libraries by which Great Expectations reads tables of data bases and
+clouds. The table of a set is a data frame."""
 _ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType})
 """Types whose objects `copy.deepcopy` returns as they are."""
 
 
 @contextmanager
 def quick_import() -> Iterator[None]:
-    """While open, `import great_expectations` loads no drivers of data bases, and libraries that single expectations use are imported on first use."""
-    # scipy.stats: three of its expectations load it when they are evaluated; altair draws charts of one expectation on its own pages
-    with lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"), deferred("scipy", "stats"), on_first_use("altair"), direct_copies():
+    """While open, `import great_expectations` loads no drivers of data bases,
+    and libraries that single expectations use are imported on first use."""
+    # scipy.stats: three of its expectations load it when they are evaluated; altair draws charts of one expectation on
+    # its own pages
+    with (
+        lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"),
+        deferred("scipy", "stats"),
+        on_first_use("altair"),
+        direct_copies(),
+    ):
         yield
 
 
@@ -39,8 +48,8 @@ class _OnFirstUse(ModuleType):
 
 @contextmanager
 def on_first_use(name: str) -> Iterator[None]:
-    """While open, `import name` gives a module that is imported when it is first used; importing a module inside it raises ModuleNotFoundError.
-    Nothing is changed if it was imported before, or if it is not installed."""
+    """While open, `import name` gives a module that is imported when it is first used; importing a module inside it
+    raises ModuleNotFoundError. Nothing is changed if it was imported before, or if it is not installed."""
     if name in sys.modules or find_spec(name) is None:
         yield
         return
@@ -54,10 +63,12 @@ def on_first_use(name: str) -> Iterator[None]:
 
 @contextmanager
 def direct_copies() -> Iterator[None]:
-    """While open, `copy.deepcopy` copies fields of pydantic's old models (`pydantic.v1`) slot by slot, with the same result.
+    """While open, `copy.deepcopy` copies fields of pydantic's old models
+    (`pydantic.v1`) slot by slot, with the same result.
 
-    Otherwise it asks each for its state, and copies the names of all slots and every None as if they were objects: a class of Great Expectations has
-    copies of the fields of all its bases. Classes with a copying method of their own keep that.
+    Otherwise it asks each for its state, and copies the names of all slots and every
+    None as if they were objects: a class of Great Expectations has copies of the
+    fields of all its bases. Classes with a copying method of their own keep that.
     """
     from pydantic.v1.class_validators import Validator
     from pydantic.v1.fields import FieldInfo, ModelField
@@ -86,7 +97,11 @@ def has_plain_state(kind: type) -> bool:
     )
     slots = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
     named = all(isinstance(names, tuple) and not any(name.startswith("__") for name in names) for names in slots)
-    return named and kind.__dictoffset__ == 0 and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
+    return (
+        named
+        and kind.__dictoffset__ == 0
+        and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
+    )
 
 
 def _copied(self: Any, memo: dict[int, Any]) -> Any:

@@ -24,7 +24,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 EXTRA = frozenset({"extra_special_tokens", "additional_special_tokens"})
 WITHOUT_EFFECT = frozenset(
     {
-        "tokenizer_class", "backend", "is_local", "local_files_only", "model_max_length", "clean_up_tokenization_spaces", "model_input_names",
+        "tokenizer_class", "backend", "is_local", "local_files_only", "model_max_length",
+        "clean_up_tokenization_spaces", "model_input_names",
         "padding_side", "truncation_side", "chat_template", "added_tokens_decoder",
     }
 )  # fmt: skip
@@ -95,7 +96,9 @@ def read_tokenizer(base_model: Path) -> LightTokenizer | None:
         return None
 
 
-def _build(base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]) -> LightTokenizer | None:
+def _build(
+    base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]
+) -> LightTokenizer | None:
     from tokenizers import Tokenizer
 
     added = {token["content"] for token in state["added_tokens"]}
@@ -113,7 +116,10 @@ def _build(base_model: Path, settings: dict[str, Any], model: dict[str, Any], st
         and added.issuperset([*special.values(), *extra])
         and _repeats(settings.get("added_tokens_decoder"), state["added_tokens"])
         and isinstance(template, str | None)
-        and not any((base_model / name).exists() for name in ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates"))
+        and not any(
+            (base_model / name).exists()
+            for name in ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
+        )
     )
     if not plain:
         return None
@@ -121,7 +127,11 @@ def _build(base_model: Path, settings: dict[str, Any], model: dict[str, Any], st
         backend = Tokenizer.from_file(str(base_model / "tokenizer.json"))
     except Exception:  # noqa: BLE001 tokenizers raises nothing narrower; transformers then reports the fault
         return None
-    return LightTokenizer(backend, special, extra, template, str(base_model)) if backend.get_vocab_size() <= PATCHED_FROM else None
+    return (
+        LightTokenizer(backend, special, extra, template, str(base_model))
+        if backend.get_vocab_size() <= PATCHED_FROM
+        else None
+    )
 
 
 def _content(token: Any) -> str:

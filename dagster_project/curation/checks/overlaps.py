@@ -1,4 +1,5 @@
-"""Rows -> near-copies among them and of held-out items: duplicates, conflicting responses, leaks between splits and from benchmarks."""
+"""Rows -> near-copies among them and of held-out items: duplicates, conflicting
+responses, leaks between splits and from benchmarks."""
 
 from __future__ import annotations
 
@@ -116,7 +117,9 @@ def _kept_comparison(name: str, texts: Sequence[str], against: Sequence[str] | N
     def compute() -> pl.DataFrame:
         return _as_table(compare(texts, against, count_words=True))
 
-    return _as_comparison(row_cache.fact_of_set(f"comparison: {name}", chain([str(len(texts))], texts, against or ()), compute))
+    return _as_comparison(
+        row_cache.fact_of_set(f"comparison: {name}", chain([str(len(texts))], texts, against or ()), compute)
+    )
 
 
 def _as_table(compared: Comparison) -> pl.DataFrame:
@@ -176,15 +179,17 @@ def _near_fields(
         if (left, right) in seen:
             continue
         same = p.rule == "equal" or (
-            p.rule != "containment" and p.similarity >= least and is_near_duplicate(texts[p.left], texts[p.right], compared.frequency)
+            p.rule != "containment"
+            and p.similarity >= least
+            and is_near_duplicate(texts[p.left], texts[p.right], compared.frequency)
         )
         (reported if same else grouped).append(Link(right, left, part, p.rule, p.similarity))
     return reported, grouped
 
 
 def _repeats(table: pl.DataFrame, dropped: Collection[int]) -> dict[int, int]:
-    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out; one that other checks drop
-    only if they drop all."""
+    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out;
+    one that other checks drop only if they drop all."""
     import polars as pl
 
     same = ("same_0", "same_1")
@@ -195,7 +200,8 @@ def _repeats(table: pl.DataFrame, dropped: Collection[int]) -> dict[int, int]:
 
 
 def _conflicts(table: pl.DataFrame, repeats: Mapping[int, int]) -> dict[int, int]:
-    """Row -> an earlier row with the same prompt and tools and a different answer; of pairs, one that prefers the other answer."""
+    """Row -> an earlier row with the same prompt and tools and a different
+    answer; of pairs, one that prefers the other answer."""
     import polars as pl
 
     context, answer, swapped = (["context_0", "context_1"], ["answer_0", "answer_1"], ["swapped_0", "swapped_1"])
@@ -241,7 +247,9 @@ def _reported(
     grouped: list[Link] = []
     for p in near:
         same = p.rule == "equal" or (
-            p.rule != "containment" and p.similarity >= least and _are_near_duplicates(records[p.left], records[p.right], frequency)
+            p.rule != "containment"
+            and p.similarity >= least
+            and _are_near_duplicates(records[p.left], records[p.right], frequency)
         )
         (reported if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
     return reported, grouped
@@ -286,7 +294,11 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
         severity = leak_severity(mine[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
         frames += severity is None
         if severity:
-            row, part = (p.left % size, "prompt" if p.left < size else "response") if p.left < 2 * size else more[p.left - 2 * size]
+            row, part = (
+                (p.left % size, "prompt" if p.left < size else "response")
+                if p.left < 2 * size
+                else more[p.left - 2 * size]
+            )
             links.append(Link(row, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
     return links, frames
 
@@ -307,7 +319,8 @@ def _questions(held_out: Sequence[Item]) -> list[str]:
         if item.choices:
             choices[item.question].add(frozenset(item.choices))
     return [
-        item.with_choices if len(choices[item.question]) > 1 or is_instruction_only(item.question) else item.question for item in held_out
+        item.with_choices if len(choices[item.question]) > 1 or is_instruction_only(item.question) else item.question
+        for item in held_out
     ]
 
 

@@ -1,4 +1,5 @@
-"""Text -> spans of personal data: e-mail addresses, cards, accounts, national ids, phone numbers, IP addresses. privacy.py has the rules that use them."""
+"""Text -> spans of personal data: e-mail addresses, cards, accounts, national ids, phone numbers, IP addresses.
+privacy.py has the rules that use them."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from itertools import pairwise
 from dagster_project.curation.checks.text_search import Local, Span, TooManyError, all_of, matches
 
 MOST_LOOKED_UP = 10_000
-"""Candidates of one pattern in a text after which the rest of it counts as a value, if they take a check of digits or a lookup in a numbering plan; of
-all others `MOST_CANDIDATES`."""
+"""Candidates of one pattern in a text after which the rest of it counts as a value, if they take a check of digits or a
+lookup in a numbering plan; of all others `MOST_CANDIDATES`."""
 MOST_LOOK_UPS = 25_000
-"""Lookups in numbering plans after which the rest of a text counts as a value: for a number, several beginnings in several countries are looked up."""
+"""Lookups in numbering plans after which the rest of a text counts as a value:
+for a number, several beginnings in several countries are looked up."""
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _AT = re.compile("@")
@@ -47,7 +49,12 @@ def emails(text: str) -> Iterator[Span]:
             yield start, domain.end()
 
 
-_CARD = Local("0-9.,", "[0-9]{14,19}|[0-9]{4}(?:[ -][0-9]{4}){3}|[0-9]{4}[ -][0-9]{6}[ -][0-9]{4,5}", after="0-9", overlapping=True)
+_CARD = Local(
+    "0-9.,",
+    "[0-9]{14,19}|[0-9]{4}(?:[ -][0-9]{4}){3}|[0-9]{4}[ -][0-9]{6}[ -][0-9]{4,5}",
+    after="0-9",
+    overlapping=True,
+)
 _ISSUED = re.compile(
     r"4[0-9]{15}(?:[0-9]{3})?|(?:5[1-5][0-9]{4}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{2})[0-9]{10}"
     r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}|(?:6011|65[0-9]{2}|64[4-9][0-9]|35(?:2[89]|[3-8][0-9])|62[0-9]{2})[0-9]{12}"
@@ -128,7 +135,9 @@ _alone = partial(Local, r"\w.,+-", after=r"\w-", decimals=".")
 _ABROAD = _alone(rf"00 ?[1-9][0-9]{{0,2}}[ ./-](?:\(0\) ?)?[1-9](?:{GAP}{{0,2}}[0-9]){{5,12}}")
 """An international number as it is dialed in most countries, with a gap after the code of the country."""
 _AMERICAN = _alone(r"(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}")
-_ZERO = _alone(r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True)
+_ZERO = _alone(
+    r"\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})", overlapping=True
+)
 _PAIRS = re.compile("[0-9]{2}(?:[ .-][0-9]{2}){4}")
 _PAIRS_BEFORE, _PAIRS_AFTER = re.compile(r"(?<![0-9])(?:[0-9]{2}[ .-])+\Z"), re.compile("(?:[ .-][0-9]{2}(?![0-9]))+")
 SERIES = 60
@@ -139,9 +148,14 @@ _CUE = re.compile(
 )
 _BEFORE_CUE = re.compile(r"[0-9\n+]")
 _AFTER_CUE = _alone(rf"\(?[0-9](?:{GAP}{{0,2}}[0-9]){{8,13}}")
-_DATE = re.compile(r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])")
-_FRENCH = re.compile(r"\(?(?!...(?:0[1-9]|1[0-2]).[0-9]{2}.(?:[01][0-9]|2[0-3]).[0-5])0[1-9]([.-])[0-9]{2}(?:\1[0-9]{2}){3}")
-"""Five pairs of digits with points or hyphens between all of them, unless they may be a date and a time. The first three alone could be a date."""
+_DATE = re.compile(
+    r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])"
+)
+_FRENCH = re.compile(
+    r"\(?(?!...(?:0[1-9]|1[0-2]).[0-9]{2}.(?:[01][0-9]|2[0-3]).[0-5])0[1-9]([.-])[0-9]{2}(?:\1[0-9]{2}){3}"
+)
+"""Five pairs of digits with points or hyphens between all of them, unless they
+may be a date and a time. The first three alone could be a date."""
 _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
 """Countries whose national numbers are recognized after a word such as "phone"."""
 
@@ -157,7 +171,9 @@ def phones(text: str) -> Iterator[Span]:
 
     def abroad() -> Iterator[Span]:
         for match in matches(_ABROAD, text, MOST_LOOKED_UP):
-            yield from _phone(match.group(), match.start(), ("ZZ",), lambda written, region: is_personal(f"+{written[2:]}", region))
+            yield from _phone(
+                match.group(), match.start(), ("ZZ",), lambda written, region: is_personal(f"+{written[2:]}", region)
+            )
 
     def american() -> Iterator[Span]:
         for match in matches(_AMERICAN, text, MOST_LOOKED_UP):
@@ -182,10 +198,12 @@ def _has_date(written: str) -> bool:
 
 
 def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
-    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two or more pairs next to them that are not numbers themselves."""
+    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two
+    or more pairs next to them that are not numbers themselves."""
     if not _PAIRS.fullmatch(text, start, end):
         return False
-    before, after = _PAIRS_BEFORE.search(text, max(0, start - SERIES), start), _PAIRS_AFTER.match(text, end, end + SERIES)
+    before = _PAIRS_BEFORE.search(text, max(0, start - SERIES), start)
+    after = _PAIRS_AFTER.match(text, end, end + SERIES)
     whole = text[before.start() if before else start : after.end() if after else end]
     pairs = re.findall("[0-9]{2}", whole)
     counts = len({int(second) - int(first) for first, second in pairwise(pairs)}) == 1
@@ -201,7 +219,9 @@ def _follows_a_cue(text: str, at: int) -> bool:
     return not cue.isspace() and cue != "" and _CUE.search(text, at - len(cue), at) is not None
 
 
-def _phone(written: str, start: int, regions: Sequence[str], is_personal: Callable[[str, str], bool | None]) -> Iterator[Span]:
+def _phone(
+    written: str, start: int, regions: Sequence[str], is_personal: Callable[[str, str], bool | None]
+) -> Iterator[Span]:
     """The longest prefix, in whole groups of digits, that is a valid personal number in one of the regions.
 
     Raises:

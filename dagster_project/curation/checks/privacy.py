@@ -18,15 +18,35 @@ from typing import Any
 
 from dagster_project.core.imports import lean_imports
 from dagster_project.curation.checks import text_search
-from dagster_project.curation.checks.personal_data import GAP, addresses, cards, emails, ibans, ids, national_ids, phones
-from dagster_project.curation.checks.text_search import MOST_CANDIDATES, Local, LongText, Span, TooManyError, all_of, matches, text_column
+from dagster_project.curation.checks.personal_data import (
+    GAP,
+    addresses,
+    cards,
+    emails,
+    ibans,
+    ids,
+    national_ids,
+    phones,
+)
+from dagster_project.curation.checks.text_search import (
+    MOST_CANDIDATES,
+    Local,
+    LongText,
+    Span,
+    TooManyError,
+    all_of,
+    matches,
+    text_column,
+)
 
 CONTEXT = 24
 """Characters of masked text on each side of a hit in its excerpt."""
 MOST_ROUNDS = 64
-"""Searches after which the whole lines of the values that are found last count as values: in ordinary texts fewer follow each other."""
+"""Searches after which the whole lines of the values that are found last count
+as values: in ordinary texts fewer follow each other."""
 MOST_VALUES = 5_000
-"""Keys, and pieces of personal data, in a text after which the rest of it counts as a value: ordinary texts have fewer."""
+"""Keys, and pieces of personal data, in a text after which the rest of it
+counts as a value: ordinary texts have fewer."""
 NEAR, SEEN = 4096, 64
 """Characters around a masked value that are searched again in longer texts, and those of context that rules look at."""
 
@@ -75,18 +95,24 @@ def scan(texts: Sequence[str]) -> list[Hit]:
     for rank, rule in enumerate(rules):
         for i in column.str.contains(rule.hint).arg_true():
             ranks[i].append(rank)
-    return [hit for row, text, which in zip(rows, near, ranks, strict=True) for hit in _hits(row, text, _find(text, which))]
+    return [
+        hit for row, text, which in zip(rows, near, ranks, strict=True) for hit in _hits(row, text, _find(text, which))
+    ]
 
 
 def mask(text: str) -> str:
-    """The text with every value that `scan` finds replaced by its kind: "[e-mail]", "[aws key]". Masking again changes nothing."""
-    while found := _find(text):  # repeated, because replacements change positions, and rules use a few preceding characters
+    """The text with every value that `scan` finds replaced by its kind:
+    "[e-mail]", "[aws key]". Masking again changes nothing."""
+    while found := _find(
+        text
+    ):  # repeated, because replacements change positions, and rules use a few preceding characters
         text = "".join(_split_at_values(text, found))
     return text
 
 
 def redact(text: str, secret: bool) -> str:
-    """The text with personal data (or, with `secret`, keys and passwords) replaced by typed placeholders; see `placeholder`."""
+    """The text with personal data (or, with `secret`, keys and passwords)
+    replaced by typed placeholders; see `placeholder`."""
     while found := [one for one in _find(text) if one[2].secret is secret]:  # repeated, as in `mask`
         text = "".join(_split_at_values(text, found, placeholder))
     return text
@@ -105,7 +131,9 @@ def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) ->
     return ((found | strings.str.contains_any(list(literals))) if literals else found).arg_true().to_list()
 
 
-def _split_at_values(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
+def _split_at_values(
+    text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format
+) -> list[str]:
     """The text in pieces: unchanged parts at even indices, kinds of masked values at odd ones."""
     pieces, at = [], 0
     for start, end, rule in found:
@@ -175,8 +203,8 @@ _BEFORE_DIGIT = re.compile("（(?=[0-9])")
 
 
 def _plain(text: str) -> str:
-    """The text with no-break spaces and hyphens, full-width digits, letters and signs, and digits of Arabic, Persian, Hindi and Bengali in their
-    usual form. Positions are the same."""
+    """The text with no-break spaces and hyphens, full-width digits, letters and signs, and digits of Arabic, Persian,
+    Hindi and Bengali in their usual form. Positions are the same."""
     return text if text.isascii() or not _OTHER_FORM.search(text) else _BEFORE_DIGIT.sub("(", text.translate(_FORMS))
 
 
@@ -215,8 +243,11 @@ def _ranks(text: str) -> list[int]:
 _UNMASKED = re.compile(r"[^\[\]]")
 
 
-def _with_the_rest(text: str, spans: Sequence[tuple[int, int, int]], position: int, rank: int) -> list[tuple[int, int, int]]:
-    """Count everything from a position on as values of a rule, except values of the other sort: keys among personal data, or the reverse."""
+def _with_the_rest(
+    text: str, spans: Sequence[tuple[int, int, int]], position: int, rank: int
+) -> list[tuple[int, int, int]]:
+    """Count everything from a position on as values of a rule, except values of
+    the other sort: keys among personal data, or the reverse."""
     rules = _rules()
     kept = [span for span in spans if span[0] < position or rules[span[2]].secret is not rules[rank].secret]
     rest, at = [], position
@@ -234,10 +265,13 @@ def _whole_lines(text: str, spans: Iterable[tuple[int, int, int]]) -> Iterator[t
 
 
 def _spans_near(text: str, masked: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """As `_spans`, of matches near parts that were just masked: elsewhere nothing has changed, and the time stays linear."""
+    """As `_spans`, of matches near parts that were just masked: elsewhere
+    nothing has changed, and the time stays linear."""
     areas: list[list[int]] = []
     for start, end, _ in masked:
-        last = min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)  # nothing follows the rest of a text
+        last = (
+            min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)
+        )  # nothing follows the rest of a text
         if areas and start - NEAR <= areas[-1][1]:
             areas[-1][1] = last
         else:
@@ -247,7 +281,8 @@ def _spans_near(text: str, masked: Sequence[tuple[int, int, int]]) -> list[tuple
         spans += [
             (first + start, first + end, rank)
             for start, end, rank in _spans(text[first:last])
-            if (start >= SEEN or first == 0) and (last - first - end >= SEEN or last == len(text))  # else the context is cut off
+            if (start >= SEEN or first == 0)
+            and (last - first - end >= SEEN or last == len(text))  # else the context is cut off
         ]
     return _merged(spans)
 
@@ -263,13 +298,15 @@ def _merged(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
     return merged
 
 
-# --- secrets ---------------------------------------------------------------------------------------------------------------------
+# --- secrets
+# ---------------------------------------------------------------------------------------------------------------------
 
 _AFTER_TOKEN = re.compile(r"[A-Za-z0-9_\-]*")
 _AWS_SECRET = re.compile(r"(?i:aws.{0,20}?(?:key|secret).{0,20}?[=:]\s*)([0-9a-zA-Z/+]{40})(?![0-9a-zA-Z/+=])")
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"']+:([^\s/@\"']+)@")
 _NO_PASSWORD = re.compile(
-    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z _-]+\]"
+    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z"
+    r" _-]+\]"
 )
 """Placeholders for a password in a URL."""
 
@@ -292,11 +329,17 @@ def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Spa
 def _local(pattern: re.Pattern[str]) -> re.Pattern[str] | Local:
     """The same pattern for faster searches, if its only lookaround is at its end, and no match is long."""
     body = pattern.pattern.removesuffix(r"(?!\w)")
-    is_local = body != pattern.pattern and not re.search(r"\(\?|\\[a-zA-Z]|[*+]|,\}|,[0-9]{3,}\}", body) and pattern.flags == re.UNICODE
+    is_local = (
+        body != pattern.pattern
+        and not re.search(r"\(\?|\\[a-zA-Z]|[*+]|,\}|,[0-9]{3,}\}", body)
+        and pattern.flags == re.UNICODE
+    )
     return Local("", body, after=r"\w") if is_local else pattern
 
 
-def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = bool) -> Callable[[str], Iterator[Span]]:
+def _values(
+    patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = bool
+) -> Callable[[str], Iterator[Span]]:
     """The first group of each match, if it has one: the value after its keywords."""
 
     def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
@@ -311,8 +354,8 @@ _NPM_HEAD, _NPM_NAME = r"\/\/.+\/:_authToken=", "/:_authToken="
 
 
 def _npm_tokens(plugin: Any) -> Callable[[str], Iterator[Span]]:
-    """The first group of each match of the plugin's pattern: an address, the name, a token and the rest of its line. Found line by line from the names
-    in it, because the pattern needs quadratic time for many slashes."""
+    """The first group of each match of the plugin's pattern: an address, the name, a token and the rest of its line.
+    Found line by line from the names in it, because the pattern needs quadratic time for many slashes."""
     (pattern,) = plugin.denylist
     assert pattern.pattern.startswith(_NPM_HEAD), "another version of detect-secrets"
     tail = re.compile(pattern.pattern.removeprefix(_NPM_HEAD))
@@ -337,7 +380,8 @@ _AWS = re.compile("aws", re.IGNORECASE)
 
 
 def _aws_secrets(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
-    """The first group of each match. The patterns begin with the word, and are tried only there, because they look far ahead."""
+    """The first group of each match. The patterns begin with the word, and are
+    tried only there, because they look far ahead."""
 
     def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
         end = 0
@@ -357,8 +401,8 @@ _JWT_REST = re.compile(r"[A-Za-z0-9_\-.=]*")
 
 
 def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
-    """Matches whose parts decode, with the signature, which the plugin's pattern excludes. Parts are found one by one, because the pattern needs
-    quadratic time for long texts without a dot."""
+    """Matches whose parts decode, with the signature, which the plugin's pattern excludes. Parts are found one by one,
+    because the pattern needs quadratic time for long texts without a dot."""
 
     def find(text: str) -> Iterator[Span]:
         at = end = 0  # where the next one may begin, and the end of the last one
@@ -383,12 +427,14 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
 _OPENAI_CORE = re.compile("[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}")
 _OPENAI_KINDS = ("sk-proj-", "sk-svcacct-", "sk-admin-")
 _OPENAI_KIND_CORE = re.compile(r"[A-Za-z0-9_\-]{20}T3BlbkFJ[A-Za-z0-9_\-]{20}")
-"""Keys of projects, service accounts and administrators have _ and - at any place, which the plugin does not expect around the core."""
+"""Keys of projects, service accounts and administrators have _ and - at any
+place, which the plugin does not expect around the core."""
 _TOKEN = re.compile(r"[A-Za-z0-9_\-]+")
 
 
 def _openai_keys(text: str) -> Iterator[Span]:
-    """As the plugin's pattern, `sk-`, any characters of a token and the core, but in linear time; up to the end of the token."""
+    """As the plugin's pattern, `sk-`, any characters of a token and the core,
+    but in linear time; up to the end of the token."""
     for token in _TOKEN.finditer(text):
         start = text.find("sk-", token.start(), token.end())
         core = _OPENAI_KIND_CORE if text.startswith(_OPENAI_KINDS, max(start, 0)) else _OPENAI_CORE
@@ -398,7 +444,8 @@ def _openai_keys(text: str) -> Iterator[Span]:
 
 _KEY_GAP = r"(?:[\s>|\"'+,]|\\[nrt])*"
 _KEY_LINE = re.compile(
-    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})|[A-Za-z]+-[A-Za-z]+: ?[^\n\\]*|Comment: ?[^\n\\]*)"
+    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})|[A-Za-z]+-[A-Za-z]+:"
+    r" ?[^\n\\]*|Comment: ?[^\n\\]*)"
 )
 _KEY_END = re.compile(rf"{_KEY_GAP}-{{4,}} ?END [A-Z0-9 ]+-*")
 
@@ -463,13 +510,16 @@ _FORMATS = (
     ("replicate token", "r8_", r"[A-Za-z0-9]{37}"),
     ("xai key", "xai-", r"[A-Za-z0-9]{80}"),
 )
-"""Published formats of keys for which detect-secrets has no plugin: name of the key, prefix, and pattern of the rest."""
+"""Published formats of keys for which detect-secrets has no plugin: name of the
+key, prefix, and pattern of the rest."""
 
 
 @cache
 def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
-    with lean_imports("chardet"):  # detect-secrets imports requests, which would import it, to ask services whether a key is valid
+    with lean_imports(
+        "chardet"
+    ):  # detect-secrets imports requests, which would import it, to ask services whether a key is valid
         from detect_secrets.filters.heuristic import is_templated_secret
         from detect_secrets.plugins import (
             aws,
@@ -509,11 +559,20 @@ def _rules() -> tuple[Rule, ...]:
             secret=True,
         ),
         Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([alone]), secret=True),
-        Rule("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", _aws_secrets([secret_key, _AWS_SECRET]), secret=True),
+        Rule(
+            "aws key",
+            "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))",
+            _aws_secrets([secret_key, _AWS_SECRET]),
+            secret=True,
+        ),
         token("azure key", "AccountKey=", azure_storage_key.AzureStorageKeyDetector),
         token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", discord.DiscordBotTokenDetector),
-        token("github token", "gh[pousr]_|github_pat_", github_token.GitHubTokenDetector, "github_pat_[A-Za-z0-9_]{40,}"),
-        token("gitlab token", "gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|GR1348941", gitlab_token.GitLabTokenDetector),
+        token(
+            "github token", "gh[pousr]_|github_pat_", github_token.GitHubTokenDetector, "github_pat_[A-Za-z0-9_]{40,}"
+        ),
+        token(
+            "gitlab token", "gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|GR1348941", gitlab_token.GitLabTokenDetector
+        ),
         Rule("jwt", "eyJ", _jwts(jwt.JwtTokenDetector), secret=True),
         token("mailchimp key", "[0-9a-z]{32}-us[0-9]", mailchimp.MailchimpDetector),
         Rule("npm token", "_authToken=", _npm_tokens(npm.NpmDetector), secret=True),

@@ -59,7 +59,9 @@ _VOWELS = "aeiouyà-öø-ÿ"
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
 _SYLLABLE = rf"(?i)[{_VOWELS}]+|(?:^|[^\w'’])[{_CONSONANTS}0-9]+\b"
 """A group of vowels, or a whole word without any ("Mr", "48")."""
-_SILENT = rf"(?i)[{_VOWELS}](?:le|[a-z]*(?:[bcdfghjkmnpqrstvwxz]e|[{_VOWELS}]le|[bcfghjklmnpqrsvwxz]ed|[bdfkmnprtvw]es))\b"
+_SILENT = (
+    rf"(?i)[{_VOWELS}](?:le|[a-z]*(?:[bcdfghjkmnpqrstvwxz]e|[{_VOWELS}]le|[bcfghjklmnpqrsvwxz]ed|[bdfkmnprtvw]es))\b"
+)
 """A word whose last vowel is silent after another vowel: make, whole, walked, times; not: the, table, wanted,
 houses."""
 _ENDS = r"[.!?…]+[\"'”’)\]]*\s+|[^\S\n]*\n\s*"
@@ -73,8 +75,10 @@ _NAMES = {
     **{
         name.upper(): name
         for name in (
-            "Latin", "Hangul", "Cyrillic", "Arabic", "Hebrew", "Devanagari", "Greek", "Thai", "Bengali", "Tamil", "Telugu", "Gujarati",
-            "Gurmukhi", "Kannada", "Malayalam", "Sinhala", "Lao", "Tibetan", "Myanmar", "Khmer", "Armenian", "Georgian", "Ethiopic",
+            "Latin", "Hangul", "Cyrillic", "Arabic", "Hebrew", "Devanagari", "Greek", "Thai", "Bengali", "Tamil",
+            "Telugu", "Gujarati",
+            "Gurmukhi", "Kannada", "Malayalam", "Sinhala", "Lao", "Tibetan", "Myanmar", "Khmer", "Armenian", "Georgian",
+            "Ethiopic",
         )
     },
 }  # fmt: skip
@@ -85,7 +89,8 @@ class Limits(Section):
     """Limits of the shares of a set."""
 
     min_rows: int = Field(default=100, ge=0)
-    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely learns more than the format from them."""
+    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely
+    learns more than the format from them."""
     balance_ratio: float = Field(default=5.0, ge=1)
     """Largest allowed ratio of the most frequent to the least frequent category. Models neglect rare categories."""
     max_source_share: float | None = Field(default=None, ge=0, le=1)
@@ -147,9 +152,10 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
         records: canonical records.
         lengths: tokens of each whole conversation by the base model's tokenizer, if known.
     Returns:
-        rows, category_count, categories, rarest, sources, scripts, roles, lengths, singletons, entropy, effective_categories, diversity,
-        readability; and, if there are any, tool_calls, reasoning and untrained_answers. Counts are of rows, most
-        frequent first, ties by name; entropies are in bits; floats have 4 digits.
+        rows, category_count, categories, rarest, sources, scripts, roles, lengths,
+        singletons, entropy, effective_categories, diversity, readability; and, if
+        there are any, tool_calls, reasoning and untrained_answers. Counts are of rows,
+        most frequent first, ties by name; entropies are in bits; floats have 4 digits.
     """
 
     stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
@@ -162,7 +168,9 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
     shapes: Counter[str] = Counter()
     for turns, n in counts.roles.items():
         shapes[_shape(turns)] += n
-    calling = {name: others[name] for name in ("rows_with_tools", "rows", "calls", "results")} | {"by_tool": _top(counts.tools, 50)}
+    calling = {name: others[name] for name in ("rows_with_tools", "rows", "calls", "results")} | {
+        "by_tool": _top(counts.tools, 50)
+    }
     return {
         "rows": len(records),
         "category_count": len(named) if named is not categories else 0,
@@ -174,7 +182,11 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
         "lengths": {
             "prompt": {"unit": "words", **_spread(rows["prompt_words"])},
             "response": {"unit": "words", **_spread(rows["response_words"])},
-            **({"reasoning": {"unit": "words", **_spread(rows["trace_words"].drop_nulls())}} if others["traced"] else {}),
+            **(
+                {"reasoning": {"unit": "words", **_spread(rows["trace_words"].drop_nulls())}}
+                if others["traced"]
+                else {}
+            ),
             **({"tokens": {"unit": "tokens", **_spread(lengths)}} if lengths is not None else {}),
         },
         "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
@@ -189,7 +201,8 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
 
 
 def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
-    """The columns of `_measure`; `trace_words`: words of reasoning of a record that has any; `counted`: as `_counted` says it."""
+    """The columns of `_measure`; `trace_words`: words of reasoning of a record
+    that has any; `counted`: as `_counted` says it."""
     import polars as pl
 
     records = [decode(line) for line in lines]
@@ -197,7 +210,9 @@ def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
     words = iter(count_words(["\n".join(own) for own in traces if own]).to_list())
     return _measure(records).with_columns(
         trace_words=pl.Series([next(words) if own else None for own in traces], dtype=pl.Int64),
-        counted=pl.Series([_counted(record, len(own)) for record, own in zip(records, traces, strict=True)], dtype=pl.String),
+        counted=pl.Series(
+            [_counted(record, len(own)) for record, own in zip(records, traces, strict=True)], dtype=pl.String
+        ),
     )
 
 
@@ -206,7 +221,8 @@ def _traces(record: Mapping[str, Any]) -> list[str]:
 
 
 def _counted(record: Mapping[str, Any], traces: int) -> str:
-    """What `_Counts` adds up, as JSON: category, source, roles, names of tools that are called, and `OF_RECORD`. Equal for many records."""
+    """What `_Counts` adds up, as JSON: category, source, roles, names of tools
+    that are called, and `OF_RECORD`. Equal for many records."""
     messages = record["messages"]
     names = [call.name for message in messages for call in calls(message)]
     numbers = [
@@ -237,8 +253,8 @@ def _most_frequent(counts: Mapping[str, int]) -> list[str]:
 
 
 def _masked(names: Sequence[str]) -> dict[str, str]:
-    """Name -> the name as it is shown. Names come from the data, so addresses in them are masked; those that would look alike are numbered:
-    "[e-mail]", "[e-mail] 2"."""
+    """Name -> the name as it is shown. Names come from the data, so addresses in them are masked; those that would look
+    alike are numbered: "[e-mail]", "[e-mail] 2"."""
     shown = dict[str, str]()
     for name in names:
         text, taken = mask(name), {*shown.values()}
@@ -248,7 +264,8 @@ def _masked(names: Sequence[str]) -> dict[str, str]:
 
 
 def _entropy(counts: Iterable[int]) -> float:
-    """Shannon entropy in bits (A mathematical theory of communication, 1948): 0 for one kind, log2(n) for n equally frequent ones."""
+    """Shannon entropy in bits (A mathematical theory of communication, 1948): 0
+    for one kind, log2(n) for n equally frequent ones."""
     given = list(counts)
     total = sum(given)
     return math.fsum(n / total * math.log2(total / n) for n in given)
@@ -264,7 +281,8 @@ def _shape(roles: tuple[str, ...]) -> str:
 
 
 def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """One row per record: example_id, script, prompt_words, response_words, opening, response (its hash), reading_ease."""
+    """One row per record: example_id, script, prompt_words, response_words,
+    opening, response (its hash), reading_ease."""
     import polars as pl
 
     prompt, response = pl.col("prompt").str, pl.col("response").str
@@ -284,7 +302,9 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     opened = pl.concat_str(opening, separator=" ", ignore_nulls=True).str.replace_all(r"\S*\d\S*", "#")
     conversations = [record["messages"] for record in records]
     prompts = [prompt_text(messages) for messages in conversations]
-    asked = [next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")[:200] for messages in conversations]
+    asked = [
+        next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")[:200] for messages in conversations
+    ]
     columns = [
         pl.Series("example_id", [record["example_id"] for record in records], dtype=pl.String),
         pl.Series("prompt", prompts, dtype=pl.String),
@@ -294,7 +314,9 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     ]
     table = pl.DataFrame(columns).select("example_id", "script", **counted)
     # not polars' own hash, which may differ between machines
-    texts = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in table["response"].to_list()]
+    texts = [
+        blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in table["response"].to_list()
+    ]
     return table.select(
         "example_id",
         "script",
@@ -311,7 +333,8 @@ UNKNOWN = 255
 
 @cache
 def _known_letters() -> np.ndarray[Any, Any]:
-    """Code point -> index into `_SCRIPTS`, `UNKNOWN` until it occurs: looking up the names of all would take longer than a small edit."""
+    """Code point -> index into `_SCRIPTS`, `UNKNOWN` until it occurs: looking
+    up the names of all would take longer than a small edit."""
     import numpy as np
 
     return np.full(0x110000, UNKNOWN, np.uint8)
@@ -371,7 +394,8 @@ def _rounded(value: float) -> float | int:
 
 
 def _spread(values: Sequence[int] | pl.Series) -> dict[str, Any]:
-    """total, median, p95 (interpolated), max, and a histogram by powers of two, each bin without its upper end: 0, 1, 2-3, 4-7, ..."""
+    """total, median, p95 (interpolated), max, and a histogram by powers of two,
+    each bin without its upper end: 0, 1, 2-3, 4-7, ..."""
     import numpy as np
 
     given = np.asarray(values, np.int64)
@@ -382,7 +406,13 @@ def _spread(values: Sequence[int] | pl.Series) -> dict[str, Any]:
     first = next(i for i, n in enumerate(rows) if n)
     bins = [{"from": edges[i], "to": edges[i + 1], "rows": n} for i, n in enumerate(rows)]
     median, p95 = np.percentile(given, [50, 95]).tolist()
-    return {"total": int(given.sum()), "median": _rounded(median), "p95": _rounded(p95), "max": int(given.max()), "histogram": bins[first:]}
+    return {
+        "total": int(given.sum()),
+        "median": _rounded(median),
+        "p95": _rounded(p95),
+        "max": int(given.max()),
+        "histogram": bins[first:],
+    }
 
 
 def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
@@ -400,7 +430,14 @@ def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[s
     beginnings: list[str] = []
     expected = 0
     order = ["example_id", "row"]
-    sample = rows.lazy().select("example_id", "prompt_words").with_row_index("row").bottom_k(SAMPLE_WORDS, by=order).sort(order).collect()
+    sample = (
+        rows.lazy()
+        .select("example_id", "prompt_words")
+        .with_row_index("row")
+        .bottom_k(SAMPLE_WORDS, by=order)
+        .sort(order)
+        .collect()
+    )
     for i, prompt_words in sample.select("row", "prompt_words").iter_rows():
         if expected >= SAMPLE_WORDS:
             break
@@ -409,7 +446,13 @@ def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[s
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     prompts: Counter[tuple[str, str]] = Counter()
-    for found in pl.Series(beginnings, dtype=pl.String).str.to_lowercase().str.extract_all(_WORD).list.head(SAMPLE_PROMPT).to_list():
+    for found in (
+        pl.Series(beginnings, dtype=pl.String)
+        .str.to_lowercase()
+        .str.extract_all(_WORD)
+        .list.head(SAMPLE_PROMPT)
+        .to_list()
+    ):
         words.update(found)
         pairs.update(pairwise(found))
         prompts.update(set(pairwise(found)))
@@ -479,7 +522,9 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
     long = counted.filter(pl.col("response_words") >= LONG_RESPONSE)["rows"].to_list()
     return {
         "repeated_responses": len(repeated),
-        "top_responses": [_named(records, first, n) for first, n in repeated.head(10).select("first", "rows").iter_rows()],
+        "top_responses": [
+            _named(records, first, n) for first, n in repeated.head(10).select("first", "rows").iter_rows()
+        ],
         "top_response_share": round(long[0] / len(rows), 4) if long else 0.0,
     }
 
@@ -572,14 +617,20 @@ def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None
         if wrong := [case for case in cases if case[0] not in JUDGED]:
             raise AssertionError(f"the table of shares itself is wrong: {wrong}") from None
         said = _notes(profile, limits, near_copies)
-        return {check: "; ".join(said[column] for name, column in cases if name == check) for check in JUDGED if check in dict(cases)}
+        return {
+            check: "; ".join(said[column] for name, column in cases if name == check)
+            for check in JUDGED
+            if check in dict(cases)
+        }
     return {}
 
 
 def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
     """Check -> note with its figures, for passed checks on the set."""
     said, failed = _notes(profile, limits, near_copies), failures(profile, limits, near_copies)
-    known = [name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None]
+    known = [
+        name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None
+    ]
     diverse = [name for name in (*OF_DIVERSITY, "near_copy_share") if name in known]
     balance = ["category_ratio", *(["top_source_share"] if len(profile["sources"]) > 1 else [])]
     parts: dict[str, list[str]] = {
@@ -607,11 +658,19 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "top_source_share": f"{source} holds {most / max(1, rows):.0%} of the rows",
         "scripts": "scripts: " + ", ".join(f"{name} {n:,}" for name, n in islice(profile["scripts"].items(), 3)),
         "top_opening_share": f"{diversity['openings']:,} openings, {begin}",
-        "distinct_2": f"{diversity['distinct_2']:.0%} of the pairs of words in {diversity['sampled_words']:,} words of prompts are distinct",
-        "template_share": f"{diversity['template_share']:.0%} of the pairs of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each",
-        "top_response_share": f"{diversity['top_response_share']:.0%} of the rows have the same long response"
-        if diversity["top_response_share"]
-        else "no long response repeats",
+        "distinct_2": (
+            f"{diversity['distinct_2']:.0%} of the pairs of words in {diversity['sampled_words']:,} words of prompts"
+            " are distinct"
+        ),
+        "template_share": (
+            f"{diversity['template_share']:.0%} of the pairs of words in prompts stand in more than {TEMPLATE:.0%} of"
+            " the prompts each"
+        ),
+        "top_response_share": (
+            f"{diversity['top_response_share']:.0%} of the rows have the same long response"
+            if diversity["top_response_share"]
+            else "no long response repeats"
+        ),
         "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
         "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }

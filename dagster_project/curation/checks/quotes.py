@@ -1,4 +1,5 @@
-"""Findings with references to rows -> findings with the texts that people read, masked. Only views and the terminal get them."""
+"""Findings with references to rows -> findings with the texts that people read,
+masked. Only views and the terminal get them."""
 
 from __future__ import annotations
 
@@ -34,18 +35,27 @@ SEARCHED = 4000
 MISSING = "(text not shown: the project's data have no row with this place and content)"
 
 
-def quoted(document: Mapping[str, Any], find: Callable[[set[Reference]], Found], special: Special, width: int = WIDTH) -> dict[str, Any]:
-    """`findings.references` with texts: `examples`, `conversations`, texts of matches and common phrases, openings and responses of the profile.
+def quoted(
+    document: Mapping[str, Any], find: Callable[[set[Reference]], Found], special: Special, width: int = WIDTH
+) -> dict[str, Any]:
+    """`findings.references` with texts: `examples`, `conversations`, texts of
+    matches and common phrases, openings and responses of the profile.
 
-    Documents of versions that wrote texts into the findings are returned as they are. No secret, address or number is in a text: it is masked.
+    Documents of versions that wrote texts into the findings are returned as
+    they are. No secret, address or number is in a text: it is masked.
 
     Args:
-        find: returns what it finds of the wanted rows; a row that it does not find is shown as `MISSING`, beside its place.
+        find: returns what it finds of the wanted rows; a row that it does not
+            find is shown as `MISSING`, beside its place.
         width: characters per text of a match.
     """
     found = find({*_wanted(document)})
     diversity = document.get("profile", {}).get("diversity", {})
-    tops = {name: _counted(diversity[name], found, text) for name, text in TOPS.items() if isinstance(diversity.get(name), list)}
+    tops = {
+        name: _counted(diversity[name], found, text)
+        for name, text in TOPS.items()
+        if isinstance(diversity.get(name), list)
+    }
     shown = [_conversation(one, found) for one in document.get("conversations", [])]
     common = [_phrase(one, found) for one in document.get("similarity", {}).get("boilerplate", [])]
     return {
@@ -57,7 +67,10 @@ def quoted(document: Mapping[str, Any], find: Callable[[set[Reference]], Found],
     }
 
 
-TOPS: Mapping[str, Callable[[Record], str]] = {"top_openings": profile.opening, "top_responses": profile.response_opening}
+TOPS: Mapping[str, Callable[[Record], str]] = {
+    "top_openings": profile.opening,
+    "top_responses": profile.response_opening,
+}
 """Part of the profile's `diversity` with references -> the text shown of a row."""
 
 
@@ -83,14 +96,20 @@ def _finding(finding: Mapping[str, Any], found: Found, special: Special, width: 
     if "shown" in finding:
         rows = [found.get(_reference(one)) for one in finding["shown"]]
         with_texts["examples"] = [
-            _example(finding["check"], one.get("repaired", False), record, special) if isinstance(record, Mapping) else MISSING
+            _example(finding["check"], one.get("repaired", False), record, special)
+            if isinstance(record, Mapping)
+            else MISSING
             for one, record in zip(finding["shown"], rows, strict=True)
         ]
-        rich = [conversations.shown(row) if isinstance(row, Mapping) and conversations.is_rich(row) else None for row in rows]
+        rich = [
+            conversations.shown(row) if isinstance(row, Mapping) and conversations.is_rich(row) else None
+            for row in rows
+        ]
         with_texts |= {"conversations": rich} if any(rich) else {}
     answered = finding["check"] == "conflicting_responses"
     with_texts["matches"] = [
-        match if "text" in match else {**match, **_match_texts(match, found, width, answered)} for match in finding.get("matches", [])
+        match if "text" in match else {**match, **_match_texts(match, found, width, answered)}
+        for match in finding.get("matches", [])
     ]
     return with_texts
 
@@ -108,7 +127,11 @@ def _phrase(one: Mapping[str, Any], found: Found) -> dict[str, Any]:
         return dict(one)
     record = found.get(_reference(one))
     passage = Passage(0, one["start"], one["words"], one["rows"])
-    text = mask(passage.of(subject_text(record["messages"]))) if isinstance(record, Mapping) else f"{one['place']} {MISSING}"
+    text = (
+        mask(passage.of(subject_text(record["messages"])))
+        if isinstance(record, Mapping)
+        else f"{one['place']} {MISSING}"
+    )
     return {"text": text, "rows": one["rows"]}
 
 
@@ -152,10 +175,16 @@ def _match_texts(match: Mapping[str, Any], found: Found, width: int, answered: b
     Args:
         answered: show prompts with their responses, which differ.
     """
-    part, record, other = match["part"], found.get(_reference(match)), found.get(Reference(match["other"], match["other_id"]))
+    part = match["part"]
+    record = found.get(_reference(match))
+    other = found.get(Reference(match["other"], match["other_id"]))
     text = _part(record, part, answered) if isinstance(record, Mapping) else MISSING
     if isinstance(other, Item):
-        said = (other.question, other.with_choices) if part == "prompt" else (other.text, other.question, other.with_choices)
+        said = (
+            (other.question, other.with_choices)
+            if part == "prompt"
+            else (other.text, other.question, other.with_choices)
+        )
         if part in FIELDS:
             text = _most_similar_part(text, "\n".join(said), SEARCHED)
         theirs = max(said, key=lambda t: _shared(text, t))
@@ -184,7 +213,8 @@ def _most_similar_part(text: str, other: str, size: int) -> str:
         return text
     runs = _runs(other)
     return max(
-        (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2)), key=lambda part: len(_runs(part) & runs)
+        (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2)),
+        key=lambda part: len(_runs(part) & runs),
     )
 
 

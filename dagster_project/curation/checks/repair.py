@@ -89,7 +89,11 @@ def repair(
         hit = table["line"].is_not_null().arg_true()
         indices = [rows[k] for k in hit.to_list()]
         for i, line, old, faults in zip(
-            indices, table["line"].gather(hit).to_list(), records.encoded(indices), table["faults"].gather(hit).to_list(), strict=True
+            indices,
+            table["line"].gather(hit).to_list(),
+            records.encoded(indices),
+            table["faults"].gather(hit).to_list(),
+            strict=True,
         ):
             changed.append((i, row_cache.numbered(line, old)))
             for name, fault in json.loads(faults).items():
@@ -131,17 +135,23 @@ def _repair_block(shared: tuple[Sequence[str], Collection[str]], lines: Sequence
 def _add_names(new: Record, old: Record, check: str) -> Record:
     """The repaired record with its new content hash, and the names of its repairs."""
     names = dict.fromkeys([*old.get("repaired", ()), check])
-    return {**new, "example_id": content_id(new), "source_id": old.get("source_id", old["example_id"]), "repaired": [*names]}
+    return {
+        **new,
+        "example_id": content_id(new),
+        "source_id": old.get("source_id", old["example_id"]),
+        "repaired": [*names],
+    }
 
 
 def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
-    """The record with `change` applied to every message, to their copies in `meta`, and to a category that is the response; with
-    `whole` to every text and number in `meta`, to any category, and to the names of speakers.
+    """The record with `change` applied to every message, to their copies in `meta`, and to a category that is the
+    response; with `whole` to every text and number in `meta`, to any category, and to the names of speakers.
 
     Args:
-        argument: changes a text in the arguments of a call or in `meta`, given its name and the text; `change` unless given.
+        argument: changes a text in the arguments of a call or in `meta`, given
+            its name and the text; `change` unless given.
     """
     given = argument or (lambda _, text: change(text))
     new = {**record, "messages": [_changed_message(m, change, given, whole) for m in record["messages"]]}
@@ -156,7 +166,9 @@ def _rewritten(
     return new if changed == meta else {**new, "meta": _dumped(changed)}
 
 
-def _changed_message(message: Message, change: Callable[[str], str], argument: Callable[[str, str], str], whole: bool) -> Message:
+def _changed_message(
+    message: Message, change: Callable[[str], str], argument: Callable[[str, str], str], whole: bool
+) -> Message:
     """Content, reasoning and arguments changed, and with `whole` the name; all other fields unchanged."""
     new = {**message, "content": change(message["content"])}
     if message.get("reasoning_content"):
@@ -208,7 +220,10 @@ def _characters(
 
 def _marks(special: Collection[str]) -> tuple[Find, Callable[[Record], Record]]:
     def find(texts: Sequence[str]) -> list[str | None]:
-        return [mark if mark and not mark.startswith("transcript") else None for mark in damage.template_marks(texts, special)]
+        return [
+            mark if mark and not mark.startswith("transcript") else None
+            for mark in damage.template_marks(texts, special)
+        ]
 
     return _of_texts(find), lambda record: _rewritten(record, lambda text: damage.without_end_marks(text, special))
 
@@ -233,7 +248,10 @@ def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[R
         named = redact(f"{prefix}{text}")
         return named.removeprefix(prefix) if named.startswith(prefix) else redact(text)
 
-    return lambda _: (_of_texts(find, named_text_of), lambda record: _rewritten(record, redact, whole=True, argument=argument))
+    return lambda _: (
+        _of_texts(find, named_text_of),
+        lambda record: _rewritten(record, redact, whole=True, argument=argument),
+    )
 
 
 def _find_placeholders(records: Sequence[Record]) -> list[str | None]:
@@ -248,19 +266,32 @@ def _without_input(record: Record) -> Record:
     given = meta.get("input")
     if not (isinstance(given, str) and is_placeholder(given)):
         return record
-    at = next((i for i, m in enumerate(record["messages"]) if m["role"] == "user" and m["content"].endswith(f"\n\n{given}")), None)
+    at = next(
+        (i for i, m in enumerate(record["messages"]) if m["role"] == "user" and m["content"].endswith(f"\n\n{given}")),
+        None,
+    )
     if at is None:
         return record
     messages = [dict(message) for message in record["messages"]]
     messages[at]["content"] = messages[at]["content"].removesuffix(f"\n\n{given}")
-    return {**record, "messages": messages, "meta": _dumped({key: value for key, value in meta.items() if key != "input"})}
+    return {
+        **record,
+        "messages": messages,
+        "meta": _dumped({key: value for key, value in meta.items() if key != "input"}),
+    }
 
 
 REPAIRS: dict[str, Repair] = {
-    "hidden_characters": Repair("removes byte order marks and zero-width characters", _characters(damage.hidden, damage.without_hidden)),
+    "hidden_characters": Repair(
+        "removes byte order marks and zero-width characters", _characters(damage.hidden, damage.without_hidden)
+    ),
     "unicode_form": Repair("composes it (NFC)", _characters(damage.decomposed, lambda text: normalize("NFC", text))),
-    "placeholder_input": Repair("empties an input that only says that there is none", lambda _: (_find_placeholders, _without_input)),
-    "special_tokens_in_text": Repair("removes end tokens from the end of a text, and start tokens from its start", _marks),
+    "placeholder_input": Repair(
+        "empties an input that only says that there is none", lambda _: (_find_placeholders, _without_input)
+    ),
+    "special_tokens_in_text": Repair(
+        "removes end tokens from the end of a text, and start tokens from its start", _marks
+    ),
     "encoding": Repair("undoes mojibake", _characters(damage.damage, damage.repaired_encoding)),
     "secrets": Repair("replaces each one by a typed placeholder such as `[AWS_KEY]`", _values(secret=True)),
     "pii": Repair("replaces each value by a typed placeholder such as `[EMAIL]`", _values(secret=False)),

@@ -76,7 +76,11 @@ def refuse_expired(waivers: Sequence[Exemption], where: str, today: datetime.dat
     Raises:
         InputError: names every waiver that has expired.
     """
-    expired = [f"{where}.{i}: the waiver for {w.check} expired on {w.expires}" for i, w in enumerate(waivers) if w.expires < today]
+    expired = [
+        f"{where}.{i}: the waiver for {w.check} expired on {w.expires}"
+        for i, w in enumerate(waivers)
+        if w.expires < today
+    ]
     if expired:
         raise InputError("\n".join(expired), "renew it with a new reason and date, or remove it")
 
@@ -88,7 +92,8 @@ def check_waivers(waivers: Sequence[Exemption], ctx: ValidationContext) -> None:
     for i, written in enumerate((ctx.value or {}).get("waivers", ())):
         if not isinstance(written["expires"], str):
             raise InputError(
-                f"params.yaml: {ctx.section}.waivers.{i}.expires: DVC cannot parse YAML dates", f'quote the value: "{written["expires"]}"'
+                f"params.yaml: {ctx.section}.waivers.{i}.expires: DVC cannot parse YAML dates",
+                f'quote the value: "{written["expires"]}"',
             )
     refuse_expired(waivers, f"params.yaml: {ctx.section}.waivers", datetime.date.today())
 
@@ -128,7 +133,9 @@ class RowIndex:
 
     def __init__(self, records: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
         self._places: dict[str, list[int]] = {name: [] for name in names}
-        self._prefixes: dict[str, list[tuple[str, int]]] = {name[:8]: [] for name in self._places if re.fullmatch(r"[0-9a-f]{8,32}", name)}
+        self._prefixes: dict[str, list[tuple[str, int]]] = {
+            name[:8]: [] for name in self._places if re.fullmatch(r"[0-9a-f]{8,32}", name)
+        }
         for i, record in enumerate(records):
             if (place := f"{record['source']}:{record['source_row']}") in self._places:
                 self._places[place].append(i)
@@ -155,7 +162,9 @@ class Waived:
     """Names that match no row of the set."""
 
 
-def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: Iterable[dict[str, Any]], held_out: set[str]) -> Waived:
+def resolve(
+    waivers: Iterable[Waiver], decisions: Iterable[Decision], records: Iterable[dict[str, Any]], held_out: set[str]
+) -> Waived:
     """Args:
     decisions: those that accept a row waive the named check.
     held_out: places of the benchmark items.
@@ -169,7 +178,10 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: I
         return Waived(rows, pairs, reasons, unknown)
     named = RowIndex(
         records,
-        [*(d.example_id for d in accepted), *(name for w in waivers for name in (*w.rows, *(side for pair in w.pairs for side in pair)))],
+        [
+            *(d.example_id for d in accepted),
+            *(name for w in waivers for name in (*w.rows, *(side for pair in w.pairs for side in pair))),
+        ],
     )
     for check, name, reason in [(w.check, row, w.reason) for w in waivers for row in w.rows] + [
         (d.check, d.example_id, d.reason) for d in accepted
@@ -180,7 +192,9 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: I
         reasons |= {(check, i): reason for i in found}
     for waiver in waivers:
         for pair in waiver.pairs:
-            sides: list[list[int | str]] = [[*named.rows(name)] or ([name] if name in held_out else []) for name in pair]
+            sides: list[list[int | str]] = [
+                [*named.rows(name)] or ([name] if name in held_out else []) for name in pair
+            ]
             unknown += [name for name, side in zip(pair, sides, strict=True) if not side]
             for a in sides[0]:
                 for b in sides[1]:
@@ -189,7 +203,8 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: I
 
 
 def not_found(decisions: Iterable[Decision], *sets: Iterable[dict[str, Any]]) -> list[str]:
-    """The rows to drop or edit that are in none of some sets: those of decisions on an earlier version of a row, or with a typing error."""
+    """The rows to drop or edit that are in none of some sets: those of
+    decisions on an earlier version of a row, or with a typing error."""
     missing = {d.example_id: True for d in decisions if d.decision != "accept"}
     for records in sets if missing else ():
         for record in records:
@@ -204,7 +219,8 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     Args:
         checks: names of the checks of the set.
     Raises:
-        InputError: lists every line with an unknown decision or check, without a reason, with nothing to edit or accept, or with more fields than columns.
+        InputError: lists every line with an unknown decision or check, without a reason, with nothing to edit or
+            accept, or with more fields than columns.
     """
     usual = csv.field_size_limit(MAX_ROW_BYTES)  # prompts are as long as rows may be
     try:
@@ -228,7 +244,9 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
     for number, line in enumerate(lines, 1):
         values = {name: line.get(name) or "" for name in COLUMNS}
         if None in line:
-            problems.append(f"{path.name}: row {number}: more fields than columns; put texts with commas in double quotes")
+            problems.append(
+                f"{path.name}: row {number}: more fields than columns; put texts with commas in double quotes"
+            )
             continue
         decision = values["decision"].strip().lower()
         if not decision:
@@ -237,7 +255,10 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
         if decision not in get_args(Decide):
             problems.append(f"{path.name}: row {number}: {decision!r} is none of {', '.join(get_args(Decide))}")
         elif key[1] not in {*checks, REVIEWED}:
-            problems.append(f"{path.name}: row {number}: {key[1]!r} is no check of this set; for what no check found, write {REVIEWED}")
+            problems.append(
+                f"{path.name}: row {number}: {key[1]!r} is no check of this set; for what no check found, write"
+                f" {REVIEWED}"
+            )
         elif decision == "accept" and key[1] == REVIEWED:
             problems.append(f"{path.name}: row {number}: accept, but {REVIEWED} is no check that the row could violate")
         elif not values["reason"].strip():
@@ -262,26 +283,29 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
 
 
 def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRows, dict[int, str]]:
-    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`, and as `source_id` that of the
-    row as it was read."""
+    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`, and
+    as `source_id` that of the row as it was read."""
     edits: dict[str, Decision] = {}
     for d in decisions:
         if d.decision == "edit":  # a row may be edited in the lines of several checks
             first = edits.get(d.example_id, d)
             new_prompt, new_response = (
-                new if new.strip() else old for new, old in ((d.new_prompt, first.new_prompt), (d.new_response, first.new_response))
+                new if new.strip() else old
+                for new, old in ((d.new_prompt, first.new_prompt), (d.new_response, first.new_response))
             )
             edits[d.example_id] = replace(d, new_prompt=new_prompt, new_response=new_response)
     changed = {
-        i: _edit(record, edits[record["example_id"]]) for i, record in enumerate(records if edits else ()) if record["example_id"] in edits
+        i: _edit(record, edits[record["example_id"]])
+        for i, record in enumerate(records if edits else ())
+        if record["example_id"] in edits
     }
     reasons = {i: edits[records[i]["example_id"]].reason for i in changed}
     return records.with_changes((i, encode(record)) for i, record in changed.items()) if changed else records, reasons
 
 
 def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
-    """The record with new texts. A new prompt replaces the last question; in a pair, whose answers may have questions too, that of its prompt.
-    A new response that is a label is the category, too."""
+    """The record with new texts. A new prompt replaces the last question; in a pair, whose answers may have questions
+    too, that of its prompt. A new response that is a label is the category, too."""
     messages = [dict(message) for message in record["messages"]]
     for role, text, end in (("user", edit.new_prompt, record.get("asked")), ("assistant", edit.new_response, None)):
         at = max((k for k, message in enumerate(messages[:end]) if message["role"] == role), default=None)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS = frozenset(
     {
-        "no input", "noinput", "none", "n a", "na", "null", "nil", "empty", "not applicable", "no input provided", "no input required",
+        "no input", "noinput", "none", "n a", "na", "null", "nil", "empty", "not applicable", "no input provided",
+        "no input required",
         "no input needed", "no additional input", "input not available", "placeholder", "todo", "tbd", "lorem ipsum",
     }
 )  # fmt: skip
@@ -94,25 +95,35 @@ def set_violations(data: DataSet) -> dict[str, dict[int, Any]]:
         if facts:
             rows, texts = [*facts], pl.DataFrame({check.name: pl.Series([*facts.values()], dtype=pl.String)})
             found |= {
-                name: {rows[i]: fact for i, fact in of.items()} for name, of in violations(texts, _schema([check], data.limits)).items()
+                name: {rows[i]: fact for i, fact in of.items()}
+                for name, of in violations(texts, _schema([check], data.limits)).items()
             }
     return found
 
 
-# --- messages ----------------------------------------------------------------------------------------------------------------------
+# --- messages
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _problem(rows: Rows, _: str) -> list[str | None]:
     """The reason that each source row could not be read, else null."""
     return [
-        None if r["messages"] or not r.get("same_prompt", True) or meta.get("unsupported") is True else meta.get("problem")
+        (
+            None
+            if r["messages"] or not r.get("same_prompt", True) or meta.get("unsupported") is True
+            else meta.get("problem")
+        )
         for r, meta in zip(rows.records, rows.metas, strict=True)
     ]
 
 
 def _is_half(record: Mapping[str, Any]) -> bool:
     """Whether a pair has only one side: a KTO row without a counterpart."""
-    return "rejected" in record and bool(record["messages"]) and (len(record["messages"]) <= record["asked"] or not record["rejected"])
+    return (
+        "rejected" in record
+        and bool(record["messages"])
+        and (len(record["messages"]) <= record["asked"] or not record["rejected"])
+    )
 
 
 def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]) -> bool:
@@ -121,12 +132,19 @@ def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]
     return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
 
 
-_BEFORE = {"user": {"system", "assistant", ""}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}, "system": {""}}
+_BEFORE = {
+    "user": {"system", "assistant", ""},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+    "system": {""},
+}
 
 
 @lru_cache
 def _in_turns(roles: tuple[str, ...]) -> bool:
-    return set(roles) != {"system"} and all(last in _BEFORE.get(role, ()) for last, role in zip(("", *roles), roles, strict=False))
+    return set(roles) != {"system"} and all(
+        last in _BEFORE.get(role, ()) for last, role in zip(("", *roles), roles, strict=False)
+    )
 
 
 def valid_roles(rows: Rows) -> list[bool]:
@@ -147,7 +165,12 @@ def _have_prompt(rows: Rows, _: str) -> list[bool]:
 def _has_response(record: Mapping[str, Any]) -> bool:
     """Whether every answer has content, except for those of weight 0 that others follow: they are not trained on."""
     sides = (record["messages"][record.get("asked", 0) :], record.get("rejected") or ())
-    answers = [m for side in sides for i, m in enumerate(side, 1) if m["role"] == "assistant" and (is_trained(m) or i == len(side))]
+    answers = [
+        m
+        for side in sides
+        for i, m in enumerate(side, 1)
+        if m["role"] == "assistant" and (is_trained(m) or i == len(side))
+    ]
     return all(map(_has_content, answers))
 
 
@@ -173,7 +196,10 @@ def is_placeholder(text: str) -> bool:
 
 
 def _inputs_are_real(rows: Rows, _: str) -> list[bool]:
-    return [not any(is_placeholder(text) for text in inputs_of(r, meta)) for r, meta in zip(rows.records, rows.metas, strict=True)]
+    return [
+        not any(is_placeholder(text) for text in inputs_of(r, meta))
+        for r, meta in zip(rows.records, rows.metas, strict=True)
+    ]
 
 
 def _of_record(holds: Callable[[Mapping[str, Any]], bool]) -> Callable[[Rows, str], list[bool]]:
@@ -186,12 +212,15 @@ def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Row
     return lambda rows, _: find(rows.texts)
 
 
-# --- pairs -------------------------------------------------------------------------------------------------------------------------
+# --- pairs
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _sides_differ(record: Mapping[str, Any]) -> bool:
     rejected = record.get("rejected")
-    return not rejected or not record["messages"] or not _sides_are_equal(record["messages"][record["asked"] :], rejected)
+    return (
+        not rejected or not record["messages"] or not _sides_are_equal(record["messages"][record["asked"] :], rejected)
+    )
 
 
 def _sides_are_equal(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
@@ -206,7 +235,9 @@ def _sides_are_equal(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Map
     traces = [(a.get("reasoning_content") or "", b.get("reasoning_content") or "") for a, b in both_sides]
     code = any("```" in text for both in texts for text in both) or all(_INDENTED.search(text) for text in texts[-1])
     plain = _code_form if code else _plain_form
-    return all(a["role"] == b["role"] for a, b in both_sides) and all(plain(a) == plain(b) for a, b in (*texts, *traces))
+    return all(a["role"] == b["role"] for a, b in both_sides) and all(
+        plain(a) == plain(b) for a, b in (*texts, *traces)
+    )
 
 
 def _call_values(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -225,7 +256,8 @@ def _code_form(text: str) -> str:
     return "\n".join(line.rstrip() for line in normalize("NFC", text).strip("\n").split("\n"))
 
 
-# --- tokens and template -----------------------------------------------------------------------------------------------------------
+# --- tokens and template
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
@@ -237,7 +269,9 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
         texts[i] = _longest(records[i])
     counted: list[int | None] = [None] * len(texts)
     long = [
-        i for i, text in enumerate(texts) if 4 * len(text) >= most and (len(text) >= most or len(text.encode("utf-8", "replace")) >= most)
+        i
+        for i, text in enumerate(texts)
+        if 4 * len(text) >= most and (len(text) >= most or len(text.encode("utf-8", "replace")) >= most)
     ]
     for i, count in zip(long, rows.limits.tokens.count([texts[i] for i in long]), strict=True):
         counted[i] = count
@@ -267,9 +301,16 @@ def _response_tokens(rows: Rows, _: str) -> list[int | None]:
     of prose
     has at most 16 characters."""
     counted: list[int | None] = [None] * len(rows.responses)
-    more = {i for i in rows.rich for m in rows.records[i]["messages"][-1:] if m.get("reasoning_content") or m.get("tool_calls")}
+    more = {
+        i
+        for i in rows.rich
+        for m in rows.records[i]["messages"][-1:]
+        if m.get("reasoning_content") or m.get("tool_calls")
+    }
     short = [
-        i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.limits.min_response_tokens and text.strip() and i not in more
+        i
+        for i, text in enumerate(rows.responses)
+        if len(text) <= 16 * rows.limits.min_response_tokens and text.strip() and i not in more
     ]
     for i, n in zip(short, rows.limits.tokens.count([rows.responses[i] for i in short]), strict=True):
         counted[i] = n
@@ -338,7 +379,9 @@ def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
     share = max(1, MAX_RENDERED // max(1, shapes.select(pl.col("shape").n_unique()).collect().item()))
     rows = shapes.filter(pl.int_range(pl.len()).over("shape") < share).collect()["row"].to_list()
     tokens = data.limits.tokens
-    reasons = row_cache.facts(_misfits, tokens, Selected(data.records, rows), tokens.identity and [tokens.identity])["reason"].to_list()
+    reasons = row_cache.facts(_misfits, tokens, Selected(data.records, rows), tokens.identity and [tokens.identity])[
+        "reason"
+    ].to_list()
     return {i: json.loads(reason) for i, reason in zip(rows, reasons, strict=True) if reason}
 
 
@@ -349,11 +392,16 @@ def _misfits(tokens: Tokens, lines: Sequence[bytes]) -> pl.DataFrame:
     assert tokens.misfit
     misfit = tokens.misfit
     records = map(decode, lines)
-    reasons = [next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None) for record in records]
-    return pl.DataFrame({"reason": pl.Series([json.dumps(reason) if reason else None for reason in reasons], dtype=pl.String)})
+    reasons = [
+        next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None) for record in records
+    ]
+    return pl.DataFrame(
+        {"reason": pl.Series([json.dumps(reason) if reason else None for reason in reasons], dtype=pl.String)}
+    )
 
 
-# --- values and overlaps -----------------------------------------------------------------------------------------------------------
+# --- values and overlaps
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _private_values(rows: Rows) -> dict[bool, list[str | None]]:
@@ -390,7 +438,10 @@ def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
         more = f" and {len(others)} more" if others else ""
         note = [f"boilerplate, which is not compared: {first.words} words in {first.texts} prompts{more}"]
     if grouped := overlaps.links[GROUPED]:
-        note.append(f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not reported")
+        note.append(
+            f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not"
+            " reported"
+        )
     return note
 
 
@@ -426,7 +477,9 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "Roles are system (optional), then user and assistant in turns.",
         "error",
         "Put the turns in order, or name the right format.",
-        column=lambda rows, _: [not r["messages"] or valid for r, valid in zip(rows.records, rows.shared(valid_roles), strict=True)],
+        column=lambda rows, _: [
+            not r["messages"] or valid for r, valid in zip(rows.records, rows.shared(valid_roles), strict=True)
+        ],
         holds=is_true,
     ),
     Check(
@@ -437,7 +490,14 @@ _ROW_CHECKS: tuple[Check, ...] = (
         column=_of_record(_ends_with_assistant),
         holds=is_true,
     ),
-    Check("empty_prompt", "Every prompt has text.", "error", "Write the prompt, or take the row out.", column=_have_prompt, holds=is_true),
+    Check(
+        "empty_prompt",
+        "Every prompt has text.",
+        "error",
+        "Write the prompt, or take the row out.",
+        column=_have_prompt,
+        holds=is_true,
+    ),
     Check(
         "empty_response",
         "Every response has text.",
@@ -569,7 +629,13 @@ _ROW_CHECKS: tuple[Check, ...] = (
         note=kinds,
     ),
     *CONTENT_CHECKS,
-    Check("exact_duplicates", "No two rows are identical.", "warn", "Nothing to do: one of them is kept.", of_set=first_overlap),
+    Check(
+        "exact_duplicates",
+        "No two rows are identical.",
+        "warn",
+        "Nothing to do: one of them is kept.",
+        of_set=first_overlap,
+    ),
     Check(
         "benchmark_leakage",
         "No row overlaps a held-out benchmark.",

@@ -35,7 +35,8 @@ class Tokens:
     """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself
     without a template."""
     folder: Path | None = None
-    """The base model's folder. Another process gets the small files in it, because functions of a tokenizer cannot be sent."""
+    """The base model's folder. Another process gets the small files in it,
+    because functions of a tokenizer cannot be sent."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:
@@ -46,7 +47,9 @@ class Tokens:
     def identity(self) -> str | None:
         """Hash of the files that the functions compute with, or the name of the estimate; None if it is unknown."""
         if self.folder is not None:
-            return sha256_of_text(json.dumps([(name, sha256_of_bytes(content)) for name, content in _files(self.folder)]))
+            return sha256_of_text(
+                json.dumps([(name, sha256_of_bytes(content)) for name, content in _files(self.folder)])
+            )
         return "estimated" if self.count is _four_bytes and self.misfit is None and not self.special else None
 
 
@@ -92,7 +95,9 @@ def _from_transformers(base_model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers any exception
-        raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a complete model") from None
+        raise InputError(
+            f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a complete model"
+        ) from None
 
 
 def load_tokenizer(base_model: Path) -> Any:

@@ -20,7 +20,8 @@ _TEXT_CALL = re.compile(r"\{|<\|?\w*call|\w\(|\bAction:")
 """An assistant turn that calls a tool in its text, because some layouts have no field for calls."""
 
 
-# --- calls -------------------------------------------------------------------------------------------------------------------------
+# --- calls
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _invalid_calls(rows: Rows, _: str) -> list[str | None]:
@@ -50,7 +51,10 @@ def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict
         if call.name not in system:  # a system prompt may define the tools in its text
             return _quote("no tools are defined", call.name)
     if not isinstance(call.arguments, dict):
-        return _quote("arguments are not a JSON object", call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments))
+        return _quote(
+            "arguments are not a JSON object",
+            call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments),
+        )
     if (parameters := tools.get(call.name)) is None:
         return None
     key = JSON.encode(parameters)
@@ -69,7 +73,8 @@ def _excerpt(text: str) -> str:
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
 
 
-# --- results -----------------------------------------------------------------------------------------------------------------------
+# --- results
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -122,24 +127,34 @@ def _unmatched(rows: Rows) -> dict[int, _Unmatched]:
 
 def _unanswered(rows: Rows, _: str) -> list[str | None]:
     found = rows.shared(_unmatched)
-    return [_quote("no result", found[i].calls[0]) if i in found and found[i].calls else None for i in range(len(rows.records))]
+    return [
+        _quote("no result", found[i].calls[0]) if i in found and found[i].calls else None
+        for i in range(len(rows.records))
+    ]
 
 
 def _results_without_call(rows: Rows, _: str) -> list[str | None]:
     found = rows.shared(_unmatched)
-    return [_quote("answers no call", found[i].results[0]) if i in found and found[i].results else None for i in range(len(rows.records))]
+    return [
+        _quote("answers no call", found[i].results[0]) if i in found and found[i].results else None
+        for i in range(len(rows.records))
+    ]
 
 
-# --- reasoning and weights ---------------------------------------------------------------------------------------------------------
+# --- reasoning and weights
+# ---------------------------------------------------------------------------------------------------------
 
 
 WITH, WITHOUT = 1, 2
-"""Values of the feature `reasoning`: an answer has reasoning; there is an answer, and none has. 0 for rows without answers."""
+"""Values of the feature `reasoning`: an answer has reasoning; there is an
+answer, and none has. 0 for rows without answers."""
 
 
 def has_reasoning(record: Mapping[str, Any]) -> bool:
     """Whether an answer that is trained on has reasoning."""
-    return any(m["role"] == "assistant" and (m.get("reasoning_content") or "").strip() for m in _trained_messages(record))
+    return any(
+        m["role"] == "assistant" and (m.get("reasoning_content") or "").strip() for m in _trained_messages(record)
+    )
 
 
 def has_answer(record: Mapping[str, Any]) -> bool:

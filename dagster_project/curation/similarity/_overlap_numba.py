@@ -1,4 +1,5 @@
-"""The loops behind overlap.py, over flat integer arrays. Imported on first use: numba takes a second to load and more to compile.
+"""The loops behind overlap.py, over flat integer arrays. Imported on first use:
+numba takes a second to load and more to compile.
 
 Words, runs of words, whole texts are all *spans* of an array, and each span is named by the first span that equals it.
 A hash only locates candidates: spans are equal if their elements are, so a hash collision cannot create a pair. Only
@@ -109,8 +110,11 @@ def _count_parts(hashes: Array, counts: Array) -> None:
 
 
 @compiled
-def _name_part(hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, count: int, names: Array) -> None:
-    """Name the `count` spans whose hash belongs to `part`, in a table by linear probing of (half a hash, first span + 1)."""
+def _name_part(
+    hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, count: int, names: Array
+) -> None:
+    """Name the `count` spans whose hash belongs to `part`, in a table by linear
+    probing of (half a hash, first span + 1)."""
     size = count + count // 2 + 1
     table = np.zeros(size, np.uint64)
     for k in range(len(hashes)):
@@ -151,13 +155,19 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     _count_parts(hashes, counts)
     with ThreadPoolExecutor(THREADS) as pool:
         parts = np.flatnonzero(counts).tolist()
-        list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names), parts))
+        list(
+            pool.map(
+                lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names),
+                parts,
+            )
+        )
     return names
 
 
 @compiled
 def grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
-    """Starts of the runs of n words in the texts low[t]:high[t], and the text of each; only of runs whose every shingle is `shared`."""
+    """Starts of the runs of n words in the texts low[t]:high[t], and the text
+    of each; only of runs whose every shingle is `shared`."""
     total = 0
     for text in range(len(low)):
         total += max(0, high[text] - low[text] - n + 1)
@@ -290,9 +300,11 @@ def _in_order(tokens: Array, a: int, a_end: int, b: int, b_end: int) -> float:
 
 @compiled
 def judge(
-    a: int, b: int, by_run: bool, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates
+    a: int, b: int, by_run: bool, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array,
+    gates: Gates
 ) -> tuple[int, float, int]:  # fmt: skip
-    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and bin of containment (-1: not counted) of two texts.
+    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and
+    bin of containment (-1: not counted) of two texts.
 
     Args:
         by_run: whether they share a rare run of words.
@@ -314,7 +326,10 @@ def judge(
     rule, score = 0, 0.0
     if similar >= gates.firm or (
         similar >= gates.jaccard
-        and (min(high[a] - low[a], high[b] - low[b]) >= gates.long or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order)
+        and (
+            min(high[a] - low[a], high[b] - low[b]) >= gates.long
+            or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order
+        )
     ):
         rule, score = 1, similar
     elif by_run and contained >= (gates.containment if smaller >= gates.few else gates.whole):
@@ -368,7 +383,9 @@ def _compare(
 @compiled
 def passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Array, Array, Array]:
     """The longest passages in which every run of `run` words is `frequent`: starts, lengths, texts."""
-    begin, lengths, owners = np.empty(len(starts), np.int32), np.empty(len(starts), np.int32), np.empty(len(starts), np.int32)
+    begin = np.empty(len(starts), np.int32)
+    lengths = np.empty(len(starts), np.int32)
+    owners = np.empty(len(starts), np.int32)
     count = 0
     for k in range(len(starts)):
         if not frequent[k]:
@@ -382,7 +399,8 @@ def passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Ar
 
 
 def split(rows: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
-    """Words of `rows`: their folded bytes, start and length of each word in them, and the bounds of each row's words."""
+    """Words of `rows`: their folded bytes, start and length of each word in
+    them, and the bounds of each row's words."""
     bounds = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
     data = np.frombuffer(bytearray().join(rows), np.uint8)

@@ -1,4 +1,5 @@
-"""The rule of overlap.py in plain Python: for few texts, and where numba is not installed. Same results as _overlap_numba.py."""
+"""The rule of overlap.py in plain Python: for few texts, and where numba is not
+installed. Same results as _overlap_numba.py."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def search(texts: Sequence[str], against: Sequence[str] | None, constants: Const
     counts: dict[int, list[int]] = {}
     if count_words:
         holders = Counter(chain.from_iterable(map(set, rows)))
-        counts = {text: [holders[word] for word in rows[text]] for text in sorted({text for a, b, _, _ in near for text in (a, b)})}
+        counts = {
+            text: [holders[word] for word in rows[text]]
+            for text in sorted({text for a, b, _, _ in near for text in (a, b)})
+        }
     return Found(number, np.array(first, np.int64), near, scores, corpus.passages(), counts)
 
 
@@ -55,7 +59,9 @@ class _Corpus:
         self.runs = [_grams(row, run) for row in rows]
         self.run_counts = Counter(chain.from_iterable(map(set, self.runs)))
 
-    def compare(self, left: set[int], right: set[int], within: bool) -> tuple[list[tuple[int, int, float, int]], np.ndarray]:
+    def compare(
+        self, left: set[int], right: set[int], within: bool
+    ) -> tuple[list[tuple[int, int, float, int]], np.ndarray]:
         """Near-copies as (text, text, similarity, rule), and the number of compared pairs by `BINS` of containment."""
         run, _, short, edited, rare, gates = self.constants
         rows, found, scores = self.rows, [], np.zeros((BINS, 2), np.int64)
@@ -82,13 +88,16 @@ class _Corpus:
         return found, scores
 
     def _judge(self, a: int, b: int, by_run: bool, gates: Gates) -> tuple[int, float, int]:
-        """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and bin of containment (-1: not counted) of two texts.
+        """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity,
+        and bin of containment (-1: not counted) of two texts.
 
         Args:
             by_run: whether they share a rare run of words.
         """
         mine, theirs = self.shingles[a], self.shingles[b]
-        smaller, both, most = min(self.sizes[a], self.sizes[b]), self.sizes[a] + self.sizes[b], min(len(mine), len(theirs))
+        smaller = min(self.sizes[a], self.sizes[b])
+        both = self.sizes[a] + self.sizes[b]
+        most = min(len(mine), len(theirs))
         if most < gates.containment / 2 * smaller and most < gates.jaccard / 2 * (both - most):
             return 0, 0.0, -1  # half of the thresholds, so that the scores include pairs slightly below them
         common = len(mine & theirs)
@@ -97,7 +106,8 @@ class _Corpus:
         similar, contained, score = common / (both - common), common / smaller, int((BINS - 1) * common / smaller)
         one, other = self.rows[a], self.rows[b]
         if similar >= gates.firm or (
-            similar >= gates.jaccard and (min(len(one), len(other)) >= gates.long or _in_order(one, other) >= gates.in_order)
+            similar >= gates.jaccard
+            and (min(len(one), len(other)) >= gates.long or _in_order(one, other) >= gates.in_order)
         ):
             return 1, similar, score
         if by_run and contained >= (gates.containment if smaller >= gates.few else gates.whole):
@@ -105,7 +115,8 @@ class _Corpus:
         return 0, 0.0, score
 
     def passages(self) -> list[tuple[int, int, int, int]]:
-        """The longest passages in which every run is boilerplate, the most frequent first: first text, position, words, number of texts."""
+        """The longest passages in which every run is boilerplate, the most
+        frequent first: first text, position, words, number of texts."""
         run, rare = self.constants.run, self.constants.rare
         if max(self.run_counts.values(), default=0) <= rare:
             return []

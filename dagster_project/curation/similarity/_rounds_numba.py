@@ -73,16 +73,21 @@ def _by_part(hashes: Array, parts: int) -> tuple[Array, Array]:
 
 
 def divide(rows: Array, columns: int, parts: int) -> tuple[Array, Array]:
-    """Order of `rows` (n, width) by partition, which follows from the first `columns`; and the number in each partition."""
+    """Order of `rows` (n, width) by partition, which follows from the first
+    `columns`; and the number in each partition."""
     width = rows.shape[1]
-    hashes = hash_spans(np.ascontiguousarray(rows).reshape(-1), np.arange(len(rows)) * width, np.array([columns], np.int32))
+    hashes = hash_spans(
+        np.ascontiguousarray(rows).reshape(-1), np.arange(len(rows)) * width, np.array([columns], np.int32)
+    )
     order, counts = _by_part(hashes, parts)
     return order, counts
 
 
 def name_rows(rows: Array, columns: int) -> Array:
     """For each of `rows` (n, width) the index of the first with the same first `columns`."""
-    return name_spans(np.ascontiguousarray(rows).reshape(-1), np.arange(len(rows)) * rows.shape[1], np.array([columns], np.int32))
+    return name_spans(
+        np.ascontiguousarray(rows).reshape(-1), np.arange(len(rows)) * rows.shape[1], np.array([columns], np.int32)
+    )
 
 
 def shingle_rows(words: Array, offsets: Array, base: int, shingle: int) -> tuple[Array, Array]:
@@ -98,14 +103,18 @@ def run_rows(words: Array, offsets: Array, classes: Array, base: int, sides: Arr
     return np.column_stack([*(words[starts + i] for i in range(run)), texts + np.int32(base), sides[texts], places])
 
 
-def short_rows(words: Array, offsets: Array, classes: Array, base: int, sides: Array, shingle: int, least: int, below: int) -> Array:
+def short_rows(
+    words: Array, offsets: Array, classes: Array, base: int, sides: Array, shingle: int, least: int, below: int
+) -> Array:
     """Rare shingles of the texts of `least` to `below` words: (words..., text, side)."""
     counts = np.diff(offsets)
     shared = classes == SHARED
     shared &= np.repeat((counts >= least) & (counts < below), counts)
     starts = np.flatnonzero(shared)
     texts = np.searchsorted(offsets, starts, "right") - 1
-    return np.column_stack([*(words[starts + i] for i in range(shingle)), (texts + base).astype(np.int32), sides[texts]])
+    return np.column_stack(
+        [*(words[starts + i] for i in range(shingle)), (texts + base).astype(np.int32), sides[texts]]
+    )
 
 
 def rest_rows(words: Array, offsets: Array, base: int, sides: Array, least: int, below: int) -> Array:
@@ -161,11 +170,15 @@ def pair_codes(rows: Array, columns: int, within: bool, rare: int, kind: int) ->
     names = name_rows(rows, columns)
     texts = np.ascontiguousarray(rows[:, columns])
     counts = frequency(names, texts, len(names))
-    return np.unique(_pairs(names, texts, np.ascontiguousarray(rows[:, columns + 1]), counts, within, rare, kind)), counts[names]
+    return (
+        np.unique(_pairs(names, texts, np.ascontiguousarray(rows[:, columns + 1]), counts, within, rare, kind)),
+        counts[names],
+    )
 
 
 def decode_pairs(codes: Array) -> tuple[Array, Array, Array]:
-    """Different pairs of `codes`, ascending: left texts, right texts, and the kinds of keys that they share, as bits."""
+    """Different pairs of `codes`, ascending: left texts, right texts, and the
+    kinds of keys that they share, as bits."""
     codes = np.unique(codes)
     pairs, starts = np.unique(codes >> _KIND_BITS, return_index=True)
     kinds = np.left_shift(1, (codes & np.uint64(3)).astype(np.int64))
@@ -178,7 +191,8 @@ def decode_pairs(codes: Array) -> tuple[Array, Array, Array]:
 
 @compiled
 def _judge_all(
-    left: Array, right: Array, kinds: Array, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates
+    left: Array, right: Array, kinds: Array, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array,
+    high: Array, gates: Gates
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     rules, similarities, scores = np.zeros(len(left), np.int8), np.zeros(len(left)), np.zeros((BINS, 2), np.int64)
     for k in range(len(left)):

@@ -49,7 +49,9 @@ class Column:
         taken = []
         for first, last in _runs(breaks):
             start = int(low[first])
-            taken.append(take(self.read(start, int(high[last])), low[first : last + 1] - start, high[first : last + 1] - start))
+            taken.append(
+                take(self.read(start, int(high[last])), low[first : last + 1] - start, high[first : last + 1] - start)
+            )
         return np.concatenate(taken)
 
 
@@ -85,11 +87,19 @@ class Shuffle:
 
     def part(self, part: int) -> Array:
         """Rows of a partition (n, width), in the order of the blocks."""
-        blocks = [self._rows.read(int(starts[part]) * self._width, int(starts[part + 1]) * self._width) for starts in self._starts]
-        return np.concatenate(blocks).reshape(-1, self._width) if blocks else self._rows.read(0, 0).reshape(-1, self._width)
+        blocks = [
+            self._rows.read(int(starts[part]) * self._width, int(starts[part + 1]) * self._width)
+            for starts in self._starts
+        ]
+        return (
+            np.concatenate(blocks).reshape(-1, self._width)
+            if blocks
+            else self._rows.read(0, 0).reshape(-1, self._width)
+        )
 
     def back(self, answers: Sequence[int]) -> list[list[tuple[int, int]]]:
-        """For each block the (start, stop) of its answers in a column that has those of all partitions, one after the other.
+        """For each block the (start, stop) of its answers in a column that has
+        those of all partitions, one after the other.
 
         Args:
             answers: start of each partition in the column.

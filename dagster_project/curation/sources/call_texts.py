@@ -2,8 +2,9 @@
 
 Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
 ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
-Glaive: definitions one after another at the end of the system prompt, calls after <functioncall>, with arguments as text in single quotes.
-Traces: "<think>...</think>" (DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an answer.
+Glaive: definitions one after another at the end of the system prompt, calls after
+<functioncall>, with arguments as text in single quotes. Traces: "<think>...</think>"
+(DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dagster_project.curation.sources.python_values import python_calls, python_
 from dagster_project.curation.sources.tools import Tools
 
 Think = Literal["auto", "keep", "split"]
-"""Traces at the beginning of an answer: `auto` moves those between both tags, `split` also those without the opening tag, `keep` none."""
+"""Traces at the beginning of an answer: `auto` moves those between both tags,
+`split` also those without the opening tag, `keep` none."""
 
 
 MARKS = ("functions in JSON format", "access to the following functions")
@@ -30,7 +32,9 @@ MARKS = ("functions in JSON format", "access to the following functions")
 
 def is_marked(messages: Messages) -> bool:
     """Whether any of the texts may hold what the functions here read, which is cheap to see."""
-    return any("<" in m["content"] or (m["role"] == "system" and any(mark in m["content"] for mark in MARKS)) for m in messages)
+    return any(
+        "<" in m["content"] or (m["role"] == "system" and any(mark in m["content"] for mark in MARKS)) for m in messages
+    )
 
 
 class Prompted(NamedTuple):
@@ -47,7 +51,8 @@ class Prompted(NamedTuple):
 
 HERMES_TOOLS, HERMES_TOOLS_END = re.compile(r"<tools>(?=\s*[\[{])"), "</tools>"
 HERMES_START = re.compile(
-    r"You are a function calling AI model|You are provided with function signatures|# Tools\s+You may call one or more functions"
+    r"You are a function calling AI model|You are provided with function signatures|# Tools\s+You may call one or more"
+    r" functions"
 )
 TOOLACE_TOOLS = "list of functions in JSON format"
 TOOLACE_START, TOOLACE_END = "You are an expert in composing functions", "MUST be included."
@@ -105,7 +110,9 @@ def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
         parse_json(text[start:end])
-        defined = [{**tool, "function": tools.with_json_types(tool["function"])} for tool in tools.definitions(value) or ()]
+        defined = [
+            {**tool, "function": tools.with_json_types(tool["function"])} for tool in tools.definitions(value) or ()
+        ]
     except (ValueError, RecursionError):
         return None
     begin = text.rfind(TOOLACE_START, 0, marker)
@@ -142,7 +149,8 @@ ARGUMENTS, QUOTED_END = re.compile(r"""("arguments":\s*)'"""), re.compile(r"'(\s
 
 
 def _split_at_tags(text: str, opening: str, closing: re.Pattern[str]) -> list[str]:
-    """Parts of a text outside of tags, at even indices, and inside, without white space around them. Needs linear time for any text."""
+    """Parts of a text outside of tags, at even indices, and inside, without
+    white space around them. Needs linear time for any text."""
     parts, at = [], 0
     while (start := text.find(opening, at)) >= 0 and (end := closing.search(text, start + len(opening))):
         parts += [text[at:start], text[start + len(opening) : end.start()].strip()]
@@ -199,7 +207,9 @@ def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> 
     if not (calls := [call for found, _ in read for call in found]):
         return message
     unused += [name for _, names in read for name in names]
-    unused += [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []  # a message has its text before its calls
+    unused += (
+        [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []
+    )  # a message has its text before its calls
     return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 
@@ -223,7 +233,8 @@ def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:
     return {**message, "content": "", "tool_calls": [tools.call_of(name, arguments) for name, arguments in calls]}
 
 
-# --- traces ------------------------------------------------------------------------------------------------------------------------
+# --- traces
+# ----------------------------------------------------------------------------------------------------------------------
 
 OPENING, CLOSING = "<think>", "</think>"
 THOUGHT, THOUGHT_END = "<|begin_of_thought|>", "<|end_of_thought|>"
@@ -269,4 +280,9 @@ def _with(message: Message, trace: str, answer: str) -> Message:
     if "reasoning_content" in message and trace.strip() not in {"", message["reasoning_content"].strip()}:
         raise ValueError("two different traces of reasoning in one message")
     more = {key: value for key, value in message.items() if key not in {"role", "content"}}
-    return {"role": message["role"], "content": answer, **({"reasoning_content": trace} if trace.strip() else {}), **more}
+    return {
+        "role": message["role"],
+        "content": answer,
+        **({"reasoning_content": trace} if trace.strip() else {}),
+        **more,
+    }

@@ -24,7 +24,8 @@ class Shape(NamedTuple):
     judged: tuple[str, ...]
     """Keys of a judgement whose value is true or false."""
     numbers: tuple[tuple[str, bool | None], ...]
-    """Keys of a judgement with another value: true for 1, false for 0, None for any other. Missing values are not among them."""
+    """Keys of a judgement with another value: true for 1, false for 0, None for
+    any other. Missing values are not among them."""
 
 
 Shapes = Counter[Shape]
@@ -40,12 +41,16 @@ def _shape(keys: tuple[str, ...], row: Mapping[str, Any]) -> Shape:
     null = tuple([key for key in nullable if row[key] is None])
     judged = tuple([key for key in judging if is_boolean(row[key])])
     return Shape(
-        keys, null, judged, tuple([(key, judgement(row[key])) for key in judging if key not in judged and row[key] not in (None, "")])
+        keys,
+        null,
+        judged,
+        tuple([(key, judgement(row[key])) for key in judging if key not in judged and row[key] not in (None, "")]),
     )
 
 
 def _looked_at(keys: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The keys of a row whose value can matter, as in a table with examples and pairs: those of pair layouts, and those of judgements."""
+    """The keys of a row whose value can matter, as in a table with examples and
+    pairs: those of pair layouts, and those of judgements."""
     return [key for key in keys if key in _PAIR_KEYS], [key for key in keys if key in _JUDGEMENTS]
 
 
@@ -57,7 +62,9 @@ def _counted(rows: Iterable[Row] | Shapes) -> Shapes:
     return rows if isinstance(rows, Counter) else shapes_of(rows)
 
 
-def detect(rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
+def detect(
+    rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS
+) -> str:
     """The layout whose keys most rows have.
 
     Args:
@@ -70,7 +77,8 @@ def detect(rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout
     best = examples if layouts is LAYOUTS else pairs
     if layouts is LAYOUTS and _preferred(examples, pairs):
         raise InputError(
-            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to imitate",
+            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to"
+            " imitate",
             "list the file under raw_preferences"
             + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
         )
@@ -85,7 +93,8 @@ def detect(rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout
         expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
             f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
-            f"for other columns set a mapping, e.g. `mapping: {mapping}` in params.yaml or `pedigree check --mapping`; known formats and their keys: {expected}",
+            f"for other columns set a mapping, e.g. `mapping: {mapping}` in params.yaml or `pedigree check --mapping`;"
+            f" known formats and their keys: {expected}",
         )
     return best.name
 
@@ -102,7 +111,8 @@ def is_known(rows: Sequence[Row]) -> bool:
 
 
 def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
-    """Kind of the rows: preferences if most rows have the keys of a pair layout that has more keys than any layout of examples.
+    """Kind of the rows: preferences if most rows have the keys of a pair layout
+    that has more keys than any layout of examples.
 
     {"prompt", "completion"}                 ->  examples
     {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
@@ -133,7 +143,11 @@ def _best(shapes: Shapes, layouts: Mapping[str, L], look: bool = False) -> _Fit:
         look: require the values of a pair of rows that have the keys of a pair layout.
     """
     fits = []
-    binary = {key for key in _JUDGEMENTS if {one for shape in shapes for name, one in shape.numbers if name == key} == {False, True}}
+    binary = {
+        key
+        for key in _JUDGEMENTS
+        if {one for shape in shapes for name, one in shape.numbers if name == key} == {False, True}
+    }
     for name, layout in layouts.items():
         forms = {keys: _forms(layout, keys) for keys in dict.fromkeys(shape.keys for shape in shapes)}
         counts: Counter[frozenset[str]] = Counter()
@@ -155,7 +169,10 @@ def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout
     return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
 
 
-_OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if not layout.labels), *PAIR_LAYOUTS.values()]
+_OTHERS: list[Layout | PairLayout] = [
+    *(layout for layout in LAYOUTS.values() if not layout.labels),
+    *PAIR_LAYOUTS.values(),
+]
 """Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
 
 

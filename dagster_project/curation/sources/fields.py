@@ -1,4 +1,5 @@
-"""Where each field of a source row goes: used by its layout, kept in `meta`, or ignored. Fields of messages count as `messages[].name`."""
+"""Where each field of a source row goes: used by its layout, kept in `meta`, or
+ignored. Fields of messages count as `messages[].name`."""
 
 from __future__ import annotations
 
@@ -11,20 +12,24 @@ from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
 from dagster_project.curation.sources.message import EMPTY
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
-"""Keys of a message or turn, and those of them that are not used, with those of its content parts and calls ("content[].cache_control")."""
+"""Keys of a message or turn, and those of them that are not used, with those of
+its content parts and calls ("content[].cache_control")."""
 
 ORDER_OF_CALLS = "order of text and calls"
 """Reported as an ignored field where a message has text after a call: chat templates write text before calls."""
 IMPORTANT = frozenset(
     {
-        "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask", "reasoning", "reasoning_content",
-        "reasoning_details", "thinking", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "images", "image", "audio", "audios",
+        "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask",
+        "reasoning", "reasoning_content",
+        "reasoning_details", "thinking", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "images",
+        "image", "audio", "audios",
         "video", "videos", "files", "system", "history", ORDER_OF_CALLS,
     }
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
 MAX_NAME, MAX_NAMES = 80, 200
-"""Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to be read has."""
+"""Characters of a field's name, and names of a source, that a report shows.
+Both are above what a set that is meant to be read has."""
 NAME = "ignored_fields"
 DESCRIPTION = "Every field of the source rows is used or kept."
 
@@ -49,7 +54,8 @@ class Turns(NamedTuple):
 
 
 def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
-    """Read the messages of a row. Values that are neither a list nor a message are unchanged. Raises errors like a `TurnReader`."""
+    """Read the messages of a row. Values that are neither a list nor a message
+    are unchanged. Raises errors like a `TurnReader`."""
     shapes: dict[str, list[TurnShape]] = {}
     ignored: list[str] = []
     for key, read in readers.items():
@@ -65,7 +71,9 @@ def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
             messages.append(message)
             found.append((tuple(turn), unused))
             if unused:
-                ignored += [f"{key}[].{name}"[:MAX_NAME] for name in unused if "[]" in name or turn.get(name) not in EMPTY]
+                ignored += [
+                    f"{key}[].{name}"[:MAX_NAME] for name in unused if "[]" in name or turn.get(name) not in EMPTY
+                ]
         row = {**row, key: messages}
     return Turns(row, shapes, ignored)
 
@@ -77,9 +85,14 @@ def read_tree(row: dict[str, Any]) -> Turns:
         messages += message.get("replies") or []
     unused = [tuple([key for key in message if key not in OASST_KEYS]) for message in messages]
     ignored = [
-        f"prompt[].{key}"[:MAX_NAME] for message, keys in zip(messages, unused, strict=True) for key in keys if message[key] not in EMPTY
+        f"prompt[].{key}"[:MAX_NAME]
+        for message, keys in zip(messages, unused, strict=True)
+        for key in keys
+        if message[key] not in EMPTY
     ]
-    return Turns(row, {"prompt": [(tuple(message), keys) for message, keys in zip(messages, unused, strict=True)]}, ignored)
+    return Turns(
+        row, {"prompt": [(tuple(message), keys) for message, keys in zip(messages, unused, strict=True)]}, ignored
+    )
 
 
 def important(kept: Mapping[str, Any]) -> list[str]:
@@ -116,7 +129,9 @@ class FieldAccount:
             found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
         fields, total = found
         if (present := len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])) != total:
-            raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})")
+            raise AssertionError(
+                f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})"
+            )
         return fields
 
 
@@ -127,7 +142,11 @@ def _multiset(turns: Sequence[TurnShape]) -> Any:
 
 
 def _assigned(
-    row: Mapping[str, Any], used: frozenset[str], columns: tuple[str, ...], kept: Mapping[str, Any], shapes: Mapping[str, list[TurnShape]]
+    row: Mapping[str, Any],
+    used: frozenset[str],
+    columns: tuple[str, ...],
+    kept: Mapping[str, Any],
+    shapes: Mapping[str, list[TurnShape]],
 ) -> tuple[Fields, int]:
     """The fields of a row, and how many they are without those of content parts and calls."""
     places: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
@@ -152,7 +171,9 @@ def _fields_in(value: Any, messages: int) -> int:
     """
     if isinstance(value, list):
         return sum(map(len, value))
-    return len(value) + (sum([_fields_in(reply, messages) for reply in value.get("replies") or ()]) if messages > 1 else 0)
+    return len(value) + (
+        sum([_fields_in(reply, messages) for reply in value.get("replies") or ()]) if messages > 1 else 0
+    )
 
 
 def kept_whole(row: Mapping[str, Any] | None) -> Fields:
@@ -220,7 +241,8 @@ def severity(ignored: Iterable[str]) -> Literal["warn", "info"]:
 
 
 def note(ignored: Iterable[Iterable[str]]) -> list[str]:
-    """Number of rows with each field: [["messages[].id"], ["messages[].id", "images"]]  ->  ["messages[].id 2, images 1"]"""
+    """Number of rows with each field: [["messages[].id"], ["messages[].id",
+    "images"]]  ->  ["messages[].id 2, images 1"]"""
     text = _note(Counter(name for names in ignored for name in names))
     return [text] if text else []
 
@@ -254,7 +276,13 @@ class IgnoredFields:
     def check(self) -> CheckResult:
         text = _note(self._names)
         return CheckResult(
-            NAME, not self._rows, severity(self._names), count=self._rows, rows=self._places, details=self._details, note=text
+            NAME,
+            not self._rows,
+            severity(self._names),
+            count=self._rows,
+            rows=self._places,
+            details=self._details,
+            note=text,
         )
 
 

@@ -1,4 +1,5 @@
-"""Files -> rows. One reader per file type; an unreadable row keeps its index and has a problem, with its line number."""
+"""Files -> rows. One reader per file type; an unreadable row keeps its index
+and has a problem, with its line number."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from dagster_project.curation.sources.table_limits import bounded, decoded_bytes
 
 MEGABYTE = 2**20
 MAX_ROW_BYTES = 16 * MEGABYTE
-"""Maximum bytes of a line, paragraph, CSV row, list element or table row. A longer one is malformed; its text is never kept in memory."""
+"""Maximum bytes of a line, paragraph, CSV row, list element or table row. A
+longer one is malformed; its text is never kept in memory."""
 MAX_DEPTH = 200
 """Maximum nesting of lists and objects in a row, well below Python's recursion limit."""
 MAX_GZIP_RATIO = 200
@@ -51,13 +53,15 @@ class Row(NamedTuple):
     """One row of a source, parsed or not."""
 
     source_row: int
-    """0-based: the element of a list or table, the line of a JSONL file (blank lines are not rows), the paragraph of a text."""
+    """0-based: the element of a list or table, the line of a JSONL file (blank
+    lines are not rows), the paragraph of a text."""
     value: dict[str, Any] | None
     problem: str = ""
     line: int = 0
     """Number of its last line, from 1; 0 for files without lines."""
     raw: str = ""
-    """Text of a row without a value, with escapes such as `\\xe9` for bytes that are not UTF-8; empty if it is too long or a table cannot be decoded."""
+    """Text of a row without a value, with escapes such as `\\xe9` for bytes
+    that are not UTF-8; empty if it is too long or a table cannot be decoded."""
 
 
 class Block(NamedTuple):
@@ -70,7 +74,9 @@ class Block(NamedTuple):
     @property
     def lines(self) -> int:
         """Number of rows, or of lines if some of them may be blank."""
-        return sum(batch.num_rows for batch in self.content) if isinstance(self.content, _Batches) else len(self.content)
+        return (
+            sum(batch.num_rows for batch in self.content) if isinstance(self.content, _Batches) else len(self.content)
+        )
 
     def rows(self) -> list[Row]:
         return self.parse(self.content)
@@ -113,10 +119,15 @@ def read_blocks(file: File) -> Iterator[Block]:
         for block in READERS[suffix](file) if size else ():
             rows += block.lines
             if rows > most:
-                raise InputError(f"{file.name}: more than {most:,} rows in {size:,} bytes", "write it without compression if you trust it")
+                raise InputError(
+                    f"{file.name}: more than {most:,} rows in {size:,} bytes",
+                    "write it without compression if you trust it",
+                )
             yield block
     except OSError as error:
-        raise InputError(f"{file.name}: cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from None
+        raise InputError(
+            f"{file.name}: cannot be read: {error.strerror or error}", "check the file's permissions and the disk"
+        ) from None
 
 
 class Found(NamedTuple):
@@ -130,7 +141,8 @@ class Found(NamedTuple):
 
 
 def require_rows(name: str, found: Found) -> None:
-    """Refuse a file without rows, or one of JSON lines, CSV or text, or in another encoding, of which no row can be read.
+    """Refuse a file without rows, or one of JSON lines, CSV or text, or in
+    another encoding, of which no row can be read.
 
     Raises:
         InputError: as described.
@@ -155,9 +167,14 @@ def read_rows(path: Path) -> list[Row]:
     """
     if path.is_dir():
         named = [(name, row) for name, file in files_of(path) for row in read_rows(file)]
-        return [row._replace(source_row=i, problem=row.problem and f"{name}: {row.problem}") for i, (name, row) in enumerate(named)]
+        return [
+            row._replace(source_row=i, problem=row.problem and f"{name}: {row.problem}")
+            for i, (name, row) in enumerate(named)
+        ]
     rows = rows_of(read_blocks(path))
-    require_rows(path.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else ""))
+    require_rows(
+        path.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else "")
+    )
     return rows
 
 
@@ -197,14 +214,18 @@ def suffix_of(path: File | PurePosixPath) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:
-    """Files of the known types in a folder, as (relative path, path), sorted. Hidden ones, such as copies by an editor, are left out.
+    """Files of the known types in a folder, as (relative path, path), sorted.
+    Hidden ones, such as copies by an editor, are left out.
 
     Raises:
-        InputError: there is none, a subfolder cannot be read, or a link points outside the folder, to any file of the machine.
+        InputError: there is none, a subfolder cannot be read, or a link points
+            outside the folder, to any file of the machine.
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}", "check the folder's permissions") from None
+        raise InputError(
+            f"{error.filename}: cannot be read: {error.strerror}", "check the folder's permissions"
+        ) from None
 
     files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
@@ -213,11 +234,14 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
         for path in (Path(parent, name) for name in [*folders, *names]):
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 raise InputError(
-                    f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder", "copy the file there instead"
+                    f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder",
+                    "copy the file there instead",
                 )
         files += [path for path in (Path(parent, name) for name in names) if suffix_of(path) in READERS]
     if not files:
-        raise InputError(f"{folder.absolute().name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
+        raise InputError(
+            f"{folder.absolute().name}: no file of examples in the folder", f"file types: {', '.join(READERS)}"
+        )
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
@@ -225,12 +249,17 @@ def others_of(folder: Path) -> list[str]:
     """Relative paths of the files in a folder that `files_of` leaves out, as `unread`."""
     return unread(
         folder.absolute().name,
-        (PurePosixPath(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names),
+        (
+            PurePosixPath(Path(parent, name).relative_to(folder))
+            for parent, _, names in os.walk(folder)
+            for name in names
+        ),
     )
 
 
 def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
-    """The files that are not read, sorted and logged: those of other types, and hidden ones of the known types. Files of DVC are not among them."""
+    """The files that are not read, sorted and logged: those of other types, and
+    hidden ones of the known types. Files of DVC are not among them."""
     found: dict[str, list[str]] = {"because of their types": [], "because they are hidden": []}
     for path in paths:
         known = suffix_of(path) in READERS
@@ -264,7 +293,8 @@ def _pieces(path: File) -> Iterator[bytes]:
                 out += len(piece)
                 if packed and out > most:
                     raise InputError(
-                        f"{path.name}: decompresses to more than {MAX_GZIP_RATIO} times its size", "decompress it yourself if you trust it"
+                        f"{path.name}: decompresses to more than {MAX_GZIP_RATIO} times its size",
+                        "decompress it yourself if you trust it",
                     )
                 yield piece
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -381,7 +411,10 @@ def _json(path: File) -> Iterator[Block]:
         first = text.peek()
         if first and first != "[":
             _element(text)
-            raise InputError(f"{path.name}: a .json file must hold a list of rows", "wrap the rows in [ ]; one object per line is .jsonl")
+            raise InputError(
+                f"{path.name}: a .json file must hold a list of rows",
+                "wrap the rows in [ ]; one object per line is .jsonl",
+            )
         if first:
             yield from _blocks(as_parsed, _elements(text))
     except RecursionError as error:
@@ -389,7 +422,8 @@ def _json(path: File) -> Iterator[Block]:
 
 
 def _elements(text: _Window) -> Iterator[tuple[int, Row]]:
-    """Yield the elements of a JSON list one by one, with their size, so that an invalid element does not affect the others."""
+    """Yield the elements of a JSON list one by one, with their size, so that an
+    invalid element does not affect the others."""
     text.at += 1
     number = 0
     while text.peek() != "]" or number:
@@ -410,7 +444,8 @@ def _elements(text: _Window) -> Iterator[tuple[int, Row]]:
 
 
 def _element(text: _Window) -> Row:
-    """Consume one element. One that does not parse may be incomplete, so more is read; one that is too long is skipped."""
+    """Consume one element. One that does not parse may be incomplete, so more
+    is read; one that is too long is skipped."""
     while True:
         start, end, row, flaw = text.at, 0, Row(0, None, _too_long()), None
         try:
@@ -443,7 +478,8 @@ QUOTED, UNQUOTED = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["\[\]{},]')
 
 
 def _skip(text: _Window) -> int:
-    """Consume an element by brackets and quotes, without keeping it in memory. Returns its length in characters, 0 if it has no end."""
+    """Consume an element by brackets and quotes, without keeping it in memory.
+    Returns its length in characters, 0 if it has no end."""
     start, depth, quoted = text.chars + text.at, 0, False
     while True:
         while found := (QUOTED if quoted else UNQUOTED).search(text.text, text.at):
@@ -467,7 +503,10 @@ def _too_long(line: int = 0) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} is duplicated in one object")
+        raise ValueError(
+            f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} is duplicated in one"
+            " object"
+        )
     return value
 
 
@@ -489,7 +528,8 @@ def parse_json(text: str) -> Any:
     """Parse JSON inside a row as strictly as the row itself.
 
     Raises:
-        ValueError: it is not JSON, or holds what a row may not hold: a key twice, NaN, half of a surrogate pair, nesting that is too deep.
+        ValueError: it is not JSON, or holds what a row may not hold: a key
+            twice, NaN, half of a surrogate pair, nesting that is too deep.
     """
     try:
         value = STRICT.decode(text)
@@ -522,7 +562,9 @@ def _row(source_row: int, value: Any, text: str, line: int = 0) -> Row:
 
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
-    while level := [inner for v in level if isinstance(v, dict | list) for inner in (v.values() if isinstance(v, dict) else v)]:
+    while level := [
+        inner for v in level if isinstance(v, dict | list) for inner in (v.values() if isinstance(v, dict) else v)
+    ]:
         depth += 1
     return depth
 
@@ -546,7 +588,9 @@ def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
             if line is None:
                 raise csv.Error(_too_long(number))
             if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise InputError(f"{path.name}: the file is UTF-16", "save the file as UTF-8, with commas between columns")
+                raise InputError(
+                    f"{path.name}: the file is UTF-16", "save the file as UTF-8, with commas between columns"
+                )
             text = line.decode("utf-8", "surrogateescape")
             first = first or text
             yield text
@@ -593,7 +637,9 @@ def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
 def _require_commas(path: File, header: str) -> None:
     """Refuse a file whose first line, without commas, has another separator."""
     if other := next((mark for mark in ";\t|" if mark in header), ""):
-        raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
+        raise InputError(
+            f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns"
+        )
 
 
 def _csv_text(fields: list[str]) -> str:
@@ -615,7 +661,9 @@ def _is_mmlu(fields: list[str]) -> bool:
 def _named_once(path: File, columns: list[str]) -> None:
     for name, count in Counter(columns).items():
         if count > 1:
-            raise InputError(f"{path.name}: column {name[:LONGEST_NAME]!r} is duplicated", "give each column a unique name")
+            raise InputError(
+                f"{path.name}: column {name[:LONGEST_NAME]!r} is duplicated", "give each column a unique name"
+            )
         if re.search("[\ud800-\udfff]", name):
             raise InputError(f"{path.name}: the column names are not UTF-8", "save the file as UTF-8")
 
@@ -624,7 +672,10 @@ def _parquet(path: File) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _as_type(path.name, "Parquet"), pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(path.open("rb"))) as file:
+    with (
+        _as_type(path.name, "Parquet"),
+        pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(path.open("rb"))) as file,
+    ):
         _named_once(path, file.schema_arrow.names)
         yield from _table_blocks(path, "Parquet", file.iter_batches(batch_size=BATCH))
 
@@ -634,12 +685,19 @@ def _arrow(path: File) -> Iterator[Block]:
     import pyarrow as pa
 
     def batches(reader: Any) -> Iterator[Any]:
-        stream = reader if isinstance(reader, pa.RecordBatchReader) else map(reader.get_batch, range(reader.num_record_batches))
+        stream = (
+            reader
+            if isinstance(reader, pa.RecordBatchReader)
+            else map(reader.get_batch, range(reader.num_record_batches))
+        )
         for batch in stream:
             batch.validate(full=True)
             yield from (without_views(batch.slice(start, BLOCK_ROWS)) for start in range(0, batch.num_rows, BLOCK_ROWS))
 
-    with _as_type(path.name, "Arrow"), pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb")) as file:
+    with (
+        _as_type(path.name, "Arrow"),
+        pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb")) as file,
+    ):
         magic = file.read(6)
         file.seek(0)
         reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
@@ -668,7 +726,8 @@ def _table_blocks(path: File, kind: str, batches: Iterable[Any]) -> Iterator[Blo
 
 
 class _Batches(list[Any]):
-    """Arrow record batches. A part of a larger one would be sent to another process with all of it, except in Arrow's own format."""
+    """Arrow record batches. A part of a larger one would be sent to another
+    process with all of it, except in Arrow's own format."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         import pyarrow as pa
@@ -711,7 +770,9 @@ def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[s
         except RecursionError:
             rows.append(Row(len(rows), None, TOO_DEEP))
         except (ValueError, TypeError, OverflowError) as error:
-            rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {shortened(str(error))}", raw=_table_text(value)))
+            rows.append(
+                Row(len(rows), None, f"a value that JSON cannot hold: {shortened(str(error))}", raw=_table_text(value))
+            )
     return rows
 
 
@@ -719,7 +780,9 @@ def _table_text(row: Any) -> str:
     """A row of a table that is not valid JSON, as text; empty if it could not be decoded."""
     if not isinstance(row, dict):
         return ""
-    text = json.dumps(row, ensure_ascii=False, default=lambda value: escaped(value) if isinstance(value, bytes) else str(value))
+    text = json.dumps(
+        row, ensure_ascii=False, default=lambda value: escaped(value) if isinstance(value, bytes) else str(value)
+    )
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -727,7 +790,8 @@ CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call")
 
 
 def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose tools and calls have no keys with null: in a table all objects of a column have the keys of all of them."""
+    """A row whose tools and calls have no keys with null: in a table all
+    objects of a column have the keys of all of them."""
     for key, value in row.items():
         if key in CALL_COLUMNS or _are_functions(value):  # a mapping may give them another name
             row[key] = _without_nulls(value)
@@ -748,14 +812,20 @@ def _are_functions(value: Any) -> bool:
 def _is_function(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    named = isinstance(value.get("name"), str) and any(key in value for key in ("arguments", "parameters", "input_schema", "inputSchema"))
+    named = isinstance(value.get("name"), str) and any(
+        key in value for key in ("arguments", "parameters", "input_schema", "inputSchema")
+    )
     return named or isinstance(value.get("function"), dict)
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(one) for one in value]
-    return {key: _without_nulls(one) for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+    return (
+        {key: _without_nulls(one) for key, one in value.items() if one is not None}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 class _TooLong(ValueError):
@@ -763,7 +833,8 @@ class _TooLong(ValueError):
 
 
 def _values(batch: Any) -> list[Any]:
-    """Rows of a batch; an exception for rows that Python cannot represent (not UTF-8, date out of range) or that are too long."""
+    """Rows of a batch; an exception for rows that Python cannot represent (not
+    UTF-8, date out of range) or that are too long."""
     try:
         if decoded_bytes(batch) <= MAX_ROW_BYTES:
             return batch.to_pylist()
@@ -796,7 +867,16 @@ def _paragraph_rows(path: File) -> Iterator[tuple[int, Row]]:
                 lines.append(line.rstrip("\r\n"))
         elif lines:
             text = "\n".join(lines)
-            yield size, Row(0, None if problem else {"text": text}, problem, last, text if problem and size <= MAX_ROW_BYTES else "")
+            yield (
+                size,
+                Row(
+                    0,
+                    None if problem else {"text": text},
+                    problem,
+                    last,
+                    text if problem and size <= MAX_ROW_BYTES else "",
+                ),
+            )
             lines, size, problem = [], 0, ""
 
 

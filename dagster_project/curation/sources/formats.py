@@ -1,4 +1,5 @@
-"""Rows -> canonical records and preference pairs. Layouts are in layouts.py and pair_layouts.py; every row and every field is accounted for."""
+"""Rows -> canonical records and preference pairs. Layouts are in layouts.py and
+pair_layouts.py; every row and every field is accounted for."""
 
 from __future__ import annotations
 
@@ -22,15 +23,25 @@ from dagster_project.curation.sources.detection import (
 )
 from dagster_project.curation.sources.fields import FieldAccount
 from dagster_project.curation.sources.files import Row
-from dagster_project.curation.sources.layouts import LAYOUTS, RECORD_FIELDS, Layout, is_text, mapped, mapping_problem, merged
+from dagster_project.curation.sources.layouts import (
+    LAYOUTS,
+    RECORD_FIELDS,
+    Layout,
+    is_text,
+    mapped,
+    mapping_problem,
+    merged,
+)
 from dagster_project.curation.sources.pair_layouts import PAIR_FIELDS, PAIR_LAYOUTS, PairLayout, mapped_pairs
 from dagster_project.curation.sources.pairing import HALF, Halves, as_record, entries_of, joined
 from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, raw_text, read, read_example
 from dagster_project.curation.sources.tools import TOOL_KEYS
 
 __all__ = [
-    "FROM_FILE_NAMES", "LAYOUTS", "PAIR_FIELDS", "PAIR_LAYOUTS", "RECORD_FIELDS", "SPLITS", "TOOL_KEYS", "Conversion", "Layout", "PairLayout",
-    "Think", "as_record", "canonical_split", "conversion_of", "converted", "detect", "is_known", "is_text", "kind", "mapping_problem", "pairs_of",
+    "FROM_FILE_NAMES", "LAYOUTS", "PAIR_FIELDS", "PAIR_LAYOUTS", "RECORD_FIELDS", "SPLITS", "TOOL_KEYS", "Conversion",
+    "Layout", "PairLayout",
+    "Think", "as_record", "canonical_split", "conversion_of", "converted", "detect", "is_known", "is_text", "kind",
+    "mapping_problem", "pairs_of",
     "records_of", "split_of_file",
 ]  # fmt: skip
 
@@ -88,14 +99,15 @@ def _validated(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str
 
 
 def converted(how: Conversion, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-    """Convert every row to canonical records with their `source_row`, or to entries of pairs (`pairing.entries_of`); nothing is dropped.
+    """Convert every row to canonical records with their `source_row`, or to
+    entries of pairs (`pairing.entries_of`); nothing is dropped.
 
     An unreadable row has no messages, and `meta.problem`:
     {"instruction": "Hi", "output": 3}  ->  messages [], meta {"problem": "expected text, found int (line 1)"}
 
     Yields:
-        `record_schema` (or `rich_schema` if a row needs it) or `pair_schema`, with `source_row`, the `fields` of the row, and names of those
-        `ignored`, if any.
+        `record_schema` (or `rich_schema` if a row needs it) or `pair_schema`, with `source_row`, the `fields` of the
+        row, and names of those `ignored`, if any.
     """
     if how.pairs:
         form = mapped_pairs(how.mapping) if how.mapping else PAIR_LAYOUTS[how.layout]
@@ -129,12 +141,15 @@ def pairs_of(
     mapping: Mapping[str, str] | None = None,
     split: str | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """As `records_of`, for preference pairs. Every row is in the `source_rows` of at least one pair; a tree may give several, and two KTO rows form one:
+    """As `records_of`, for preference pairs. Every row is in the `source_rows`
+    of at least one pair; a tree may give several, and two KTO rows form one:
 
-    {"prompt": "Hi", "completion": "Hello", "label": true}   ->  {"source_rows": [0, 1], "margin": None, "prompt": [user "Hi"],
-    {"prompt": "Hi", "completion": "What?", "label": false}       "chosen": [assistant "Hello"], "rejected": [assistant "What?"], ...}
+    {"prompt": "Hi", "completion": "Hello", "label": true}   ->  {"source_rows": [0, 1],
+    "margin": None, "prompt": [user "Hi"], {"prompt": "Hi", "completion": "What?", "label":
+    false}       "chosen": [assistant "Hello"], "rejected": [assistant "What?"], ...}
 
-    An unreadable row has no messages, and a KTO row without a counterpart has one empty side. `meta.problem` has the reason.
+    An unreadable row has no messages, and a KTO row without a counterpart has
+    one empty side. `meta.problem` has the reason.
     """
     how = conversion_of(shapes_of(rows), True, name, source, layout, mapping, split)
     entries = list(converted(how, _consumed(rows)))
@@ -144,7 +159,9 @@ def pairs_of(
             second[first] = number
     others = set(second.values())
     return how.layout, [
-        joined(entry, entries[second[number]] if number in second else None) for number, entry in enumerate(entries) if number not in others
+        joined(entry, entries[second[number]] if number in second else None)
+        for number, entry in enumerate(entries)
+        if number not in others
     ]
 
 
@@ -161,16 +178,23 @@ def _parts(row: Row, layout: Layout) -> list[Row]:
     parts, problem = read(row, layout.parts)
     if parts is None:
         return [row._replace(problem=problem["problem"])]
-    return [row._replace(value=part) if isinstance(part, dict) else _no_instance(row, part, number) for number, part in enumerate(parts)]
+    return [
+        row._replace(value=part) if isinstance(part, dict) else _no_instance(row, part, number)
+        for number, part in enumerate(parts)
+    ]
 
 
 def _no_instance(row: Row, part: Any, number: int) -> Row:
     where = f" (line {row.line})" if row.line else ""
     value = {**(row.value or {}), "instances": [part]}
-    return row._replace(value=value, problem=f"instance {number}: expected an object, found {type(part).__name__}{where}")
+    return row._replace(
+        value=value, problem=f"instance {number}: expected an object, found {type(part).__name__}{where}"
+    )
 
 
-def _record(row: Row, source: str, layout: Layout, split: str | None, think: Think, account: FieldAccount) -> dict[str, Any]:
+def _record(
+    row: Row, source: str, layout: Layout, split: str | None, think: Think, account: FieldAccount
+) -> dict[str, Any]:
     found, problem = read(row, lambda value: read_example(value, layout, think))
     value = row.value or {}
     messages = found.pairs[0].chosen if found else []
@@ -184,14 +208,20 @@ def _record(row: Row, source: str, layout: Layout, split: str | None, think: Thi
             more = {**more, "split": split}
         meta = merged(meta, more)
     tools = {"tools": found.tools} if found and found.tools else {}
-    malformed = [{"role": "malformed", "content": row.raw or json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
+    malformed = (
+        [{"role": "malformed", "content": row.raw or json.dumps(value, ensure_ascii=False, sort_keys=True)}]
+        if not messages
+        else []
+    )
     return {
         "example_id": example_id(messages or malformed, tools.get("tools"), is_text(messages, meta)),
         "source": source,
         "source_row": row.source_row,
         "messages": messages,
         **tools,
-        "category": (messages[-1]["content"] or None) if layout.labels and messages else category_of(row, layout.category),
+        "category": (
+            (messages[-1]["content"] or None) if layout.labels and messages else category_of(row, layout.category)
+        ),
         "group_id": None,
         "meta": (ASCII if problem else JSON).encode(meta) if meta else "{}",
         **noted(row, layout, meta, found, account),

@@ -1,4 +1,5 @@
-"""Layouts of examples: a row -> messages. One function per layout; layouts are detected by the keys of the rows (detection.py)."""
+"""Layouts of examples: a row -> messages. One function per layout; layouts are
+detected by the keys of the rows (detection.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.curation.sources import tools
-from dagster_project.curation.sources.message import EMPTY, Messages, Parsed, as_text, as_turns, joined_calls, read_message, read_turn
+from dagster_project.curation.sources.message import (
+    EMPTY,
+    Messages,
+    Parsed,
+    as_text,
+    as_turns,
+    joined_calls,
+    read_message,
+    read_turn,
+)
 
 TurnReader = Callable[[Any], Parsed]
 
@@ -22,7 +32,8 @@ class Layout:
     messages: Callable[[dict[str, Any]], Messages]
     """Converts a row to a conversation. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
-    """Keys that went into the messages; the others are kept in `meta`, except for tool definitions (`tools`, `functions`)."""
+    """Keys that went into the messages; the others are kept in `meta`, except
+    for tool definitions (`tools`, `functions`)."""
     meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
     """Entries of `meta` in addition to the unused keys."""
     category: str = "category"
@@ -34,7 +45,8 @@ class Layout:
     labels: bool = False
     """Whether the response is a label, which is also the category. Detected only for rows that fit no other layout."""
     turns: Mapping[str, TurnReader] = field(default_factory=dict)
-    """Key whose value is a list of messages or turns -> the function that reads one. `messages` gets them as canonical messages."""
+    """Key whose value is a list of messages or turns -> the function that reads
+    one. `messages` gets them as canonical messages."""
     tool_keys: tuple[str, ...] = tools.TOOL_KEYS
     """Keys for tool definitions. The first that holds any is read; the others are kept in `meta`."""
 
@@ -90,11 +102,15 @@ def sharegpt(row: dict[str, Any]) -> Messages:
 
 
 def _ultrachat(row: dict[str, Any]) -> Messages:
-    return as_turns(None, *((("user", "assistant")[i % 2], as_text(text)) for i, text in enumerate(as_list(row, "data", "turn"))))
+    return as_turns(
+        None, *((("user", "assistant")[i % 2], as_text(text)) for i, text in enumerate(as_list(row, "data", "turn")))
+    )
 
 
 def _single(prompt: str, completion: str) -> Callable[[dict[str, Any]], Messages]:
-    return lambda row: as_turns(row.get("system"), ("user", as_text(row[prompt])), ("assistant", as_text(row[completion])))
+    return lambda row: as_turns(
+        row.get("system"), ("user", as_text(row[prompt])), ("assistant", as_text(row[completion]))
+    )
 
 
 def _prompt_completion(row: dict[str, Any]) -> Messages:
@@ -115,12 +131,16 @@ GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "
 
 
 def _glaive(row: dict[str, Any]) -> Messages:
-    """Glaive's transcripts. Tools in the system prompt and calls are read from the text, as in other layouts (call_texts.py).
+    """Glaive's transcripts. Tools in the system prompt and calls are read from
+    the text, as in other layouts (call_texts.py).
 
-    {"system": "SYSTEM: Be brief.", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"}  ->  system "Be brief.", user "Hi", assistant "Hello"
+    {"system": "SYSTEM: Be brief.", "chat": "USER: Hi\n\n\nASSISTANT: Hello
+    <|endoftext|>"}  ->  system "Be brief.", user "Hi", assistant "Hello"
     """
     chat = as_text(row["chat"]).strip()
-    between = r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"  # a line may quote a role; rows of one line have no other mark
+    between = (
+        r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"
+    )  # a line may quote a role; rows of one line have no other mark
     before, *parts = re.split(rf"(?:^|{between})({'|'.join(GLAIVE_ROLES)}):", chat)
     if before.strip() or not parts:
         raise ValueError("expected a chat that begins with `USER:` or `ASSISTANT:`")
@@ -153,7 +173,8 @@ def _instances(row: dict[str, Any]) -> list[Any]:
 
 
 def merged(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with further values. Values of the row that differ from those go to `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}"""
+    """A row with further values. Values of the row that differ from those go to
+    `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}"""
     hidden = {key: row[key] for key in more if key in row and row[key] != more[key]}
     if hidden and "row" in row:
         hidden["row"] = row["row"]
@@ -171,7 +192,9 @@ def oasst_turn(message: dict[str, Any]) -> dict[str, Any]:
 def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
     found = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
-    return sorted(found, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")))
+    return sorted(
+        found, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies"))
+    )
 
 
 def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,7 +220,14 @@ def _tree(row: dict[str, Any]) -> dict[str, Any]:
     for message in found:
         found += message.get("replies") or []
     kept, thread = len(_oasst(row)), len(_thread(row))
-    return {"tree": {"messages": len(found), "kept": kept, "unanswered": thread - kept, "other_branches": len(found) - thread}}
+    return {
+        "tree": {
+            "messages": len(found),
+            "kept": kept,
+            "unanswered": thread - kept,
+            "other_branches": len(found) - thread,
+        }
+    }
 
 
 def _classification(row: dict[str, Any]) -> Messages:
@@ -235,7 +265,11 @@ LAYOUTS: dict[str, Layout] = {
         meta=lambda row: {} if row.get("label_text") in EMPTY else {"label": row["label"]},
     ),
     "text": _layout(
-        "text", lambda row: as_turns(None, ("assistant", as_text(row["text"]))), meta=lambda row: {"kind": "text"}, alone=True, tool_keys=()
+        "text",
+        lambda row: as_turns(None, ("assistant", as_text(row["text"]))),
+        meta=lambda row: {"kind": "text"},
+        alone=True,
+        tool_keys=(),
     ),
 }
 
@@ -246,7 +280,8 @@ def is_text(messages: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> b
 
 
 RECORD_FIELDS = {
-    "prompt": True, "response": True, "system": False, "category": False, "tools": False, "tool_calls": False, "reasoning": False,
+    "prompt": True, "response": True, "system": False, "category": False, "tools": False, "tool_calls": False,
+    "reasoning": False,
 }  # fmt: skip
 """Field of a `mapping` -> whether it is required. With `tool_calls`, a response is not."""
 

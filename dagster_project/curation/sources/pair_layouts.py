@@ -44,11 +44,13 @@ class PairLayout:
     pairs: Callable[[dict[str, Any]], list[Pair]]
     """Converts a row to pairs. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
-    """Keys that went into the pairs; the others are kept in `meta`, except for tool definitions (`tools`, `functions`)."""
+    """Keys that went into the pairs; the others are kept in `meta`, except for
+    tool definitions (`tools`, `functions`)."""
     judged: str = ""
     """Key of a boolean in each row. With another value the row is in another layout."""
     judged_by_number: bool = False
-    """Whether 0 and 1 show this layout, too, if a file has both and no other numbers or texts. Otherwise they may be a class."""
+    """Whether 0 and 1 show this layout, too, if a file has both and no other
+    numbers or texts. Otherwise they may be a class."""
     category: str = "category"
     """Key of the pair's category."""
     variants: tuple[PairLayout, ...] = ()
@@ -107,7 +109,9 @@ def _preference(
         system = row.get("system") if "system" in more else None
         context = [*as_turns(system), *as_conversation(row[prompt], "user")]
         good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
-        if context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system":  # only the answers have it
+        if (
+            context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system"
+        ):  # only the answers have it
             context = [good[0], *context]
         if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
             good, bad = good[len(context) :], bad[len(context) :]
@@ -149,9 +153,11 @@ def _transcript(text: str) -> Messages:
 
 
 def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
-    """Convert two whole conversations; their common beginning, up to a turn that the assistant answers, is the prompt."""
+    """Convert two whole conversations; their common beginning, up to a turn
+    that the assistant answers, is the prompt."""
     good, bad = (
-        _transcript(row[key]) if isinstance(row[key], str) else as_conversation(row[key], "assistant") for key in ("chosen", "rejected")
+        _transcript(row[key]) if isinstance(row[key], str) else as_conversation(row[key], "assistant")
+        for key in ("chosen", "rejected")
     )
     shared = len([*takewhile(lambda both: both[0] == both[1], zip(good[:-1], bad[:-1], strict=False))])
     while shared and good[shared - 1]["role"] not in {"user", "tool"}:
@@ -171,7 +177,14 @@ def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
         raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
     outputs = [as_conversation(as_text(row[key]), "assistant") for key in ("output_1", "output_2")]
     chosen, rejected = outputs if preference <= TIE else reversed(outputs)
-    return [Pair(as_turns(row.get("system"), ("user", instruction(row, "input"))), chosen, rejected, 2 * abs(preference - TIE))]
+    return [
+        Pair(
+            as_turns(row.get("system"), ("user", instruction(row, "input"))),
+            chosen,
+            rejected,
+            2 * abs(preference - TIE),
+        )
+    ]
 
 
 TIE = 1.5
@@ -181,7 +194,9 @@ TIE = 1.5
 def judgement(value: Any) -> bool | None:
     """Parse true, false, 1 or 0, which are text in a CSV file; None for other values."""
     if isinstance(value, str):
-        return {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}.get(value.strip().lower())
+        return {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}.get(
+            value.strip().lower()
+        )
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
@@ -190,7 +205,9 @@ def is_boolean(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in {"true", "false"})
 
 
-def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]) -> Callable[[dict[str, Any]], list[Pair]]:
+def _kto(
+    judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]
+) -> Callable[[dict[str, Any]], list[Pair]]:
     """Reader of rows with one answer each that is labelled good or bad.
 
     Args:
@@ -213,10 +230,14 @@ def _shown(value: Any) -> str:
 
 
 def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
-    return [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")], as_conversation(row["completion"], "assistant")
+    return [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")], as_conversation(
+        row["completion"], "assistant"
+    )
 
 
-def _last_turn(conversation: Callable[[dict[str, Any]], Messages]) -> Callable[[dict[str, Any]], tuple[Messages, Messages]]:
+def _last_turn(
+    conversation: Callable[[dict[str, Any]], Messages],
+) -> Callable[[dict[str, Any]], tuple[Messages, Messages]]:
     """Split a conversation before its last turn, which must be the assistant's and is what the label refers to."""
 
     def cut(row: dict[str, Any]) -> tuple[Messages, Messages]:
@@ -247,7 +268,9 @@ def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
     return pairs
 
 
-def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", **more: Any) -> PairLayout:
+def _pair_layout(
+    keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", **more: Any
+) -> PairLayout:
     return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()), **more)
 
 
@@ -262,10 +285,19 @@ def _turns_in(keys: str) -> dict[str, TurnReader]:
 def _kto_forms() -> Iterator[PairLayout]:
     """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
     turns = _messages_in("prompt completion")
-    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label", judged_by_number=True, turns=turns)
+    yield _pair_layout(
+        "prompt completion label",
+        _kto("label", _completion),
+        "system",
+        judged="label",
+        judged_by_number=True,
+        turns=turns,
+    )
     for judged in ("label", "kto_tag"):
         more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
-        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more)
+        yield _pair_layout(
+            f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more
+        )
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
     yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", **more)
@@ -278,12 +310,20 @@ def _kto_layout() -> PairLayout:
 
 PAIR_LAYOUTS: dict[str, PairLayout] = {
     "preference": _pair_layout(
-        "prompt chosen rejected", _preference("prompt", "chosen", "rejected"), "system margin", turns=_messages_in("prompt chosen rejected")
+        "prompt chosen rejected",
+        _preference("prompt", "chosen", "rejected"),
+        "system margin",
+        turns=_messages_in("prompt chosen rejected"),
     ),
     "sharegpt": _pair_layout(
-        "conversations chosen rejected", _sharegpt_pair, "system margin", turns=_turns_in("conversations chosen rejected")
+        "conversations chosen rejected",
+        _sharegpt_pair,
+        "system margin",
+        turns=_turns_in("conversations chosen rejected"),
     ),
-    "transcripts": _pair_layout("chosen rejected", _whole_conversations, "margin", turns=_messages_in("chosen rejected")),
+    "transcripts": _pair_layout(
+        "chosen rejected", _whole_conversations, "margin", turns=_messages_in("chosen rejected")
+    ),
     "openai_dpo": PairLayout(
         keys=frozenset({"input", "preferred_output", "non_preferred_output"}),
         pairs=_preference("input.messages", "preferred_output", "non_preferred_output"),

@@ -1,4 +1,5 @@
-"""Rows -> preference pairs. Two rows of KTO, which have one answer each, form a pair; that is decided when all rows are read."""
+"""Rows -> preference pairs. Two rows of KTO, which have one answer each, form a
+pair; that is decided when all rows are read."""
 
 from __future__ import annotations
 
@@ -19,10 +20,13 @@ from dagster_project.curation.sources.pair_layouts import MISMATCH, Pair, PairLa
 from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, raw_text, read, read_pairs
 
 HALF = "half"
-"""Key of an entry with one answer: {"same", "side", "other", "category"}. Entries with equal `same` and opposite sides form a pair."""
+"""Key of an entry with one answer: {"same", "side", "other", "category"}.
+Entries with equal `same` and opposite sides form a pair."""
 
 
-def entries_of(rows: Iterable[Row], source: str, layout: PairLayout, split: str | None, think: Think) -> Iterator[dict[str, Any]]:
+def entries_of(
+    rows: Iterable[Row], source: str, layout: PairLayout, split: str | None, think: Think
+) -> Iterator[dict[str, Any]]:
     """The pairs of each row, as `formats.pairs_of` returns them, and halves of pairs, whose `meta` is not encoded."""
     account = FieldAccount()
     for row in rows:
@@ -41,8 +45,19 @@ def entries_of(rows: Iterable[Row], source: str, layout: PairLayout, split: str 
             half = not problem and not messages[other]
             missing = f"no {other} completion of the same prompt"
             meta = unread if problem else {side: kept, "problem": missing} if half else _labelled(kept, label)
-            entry = {"source": source, "source_row": row.source_row, "source_rows": [row.source_row], "prompt": pair.prompt}
-            entry |= {**messages, **tools, "margin": pair.margin, "category": category_of(row, form.category), "group_id": None}
+            entry = {
+                "source": source,
+                "source_row": row.source_row,
+                "source_rows": [row.source_row],
+                "prompt": pair.prompt,
+            }
+            entry |= {
+                **messages,
+                **tools,
+                "margin": pair.margin,
+                "category": category_of(row, form.category),
+                "group_id": None,
+            }
             entry |= {"meta": {**meta, **labelled}, **counted}
             if half:
                 same = sha256_of_text(json.dumps([label, pair.prompt, *tools.values()], sort_keys=True))[:32]
@@ -92,7 +107,11 @@ def joined(first: dict[str, Any], second: dict[str, Any] | None = None) -> dict[
         kept = {**kept, column: category}
     first[side] = second[side]
     first["source_rows"] += second["source_rows"]
-    first["meta"] = {other: first["meta"][other], side: kept, **{key: value for key, value in meta.items() if key == "split"}}
+    first["meta"] = {
+        other: first["meta"][other],
+        side: kept,
+        **{key: value for key, value in meta.items() if key == "split"},
+    }
     if "fields" in first:
         first["fields"] += second["fields"]
     if ignored := [*dict.fromkeys([*first.get("ignored", ()), *second.get("ignored", ())])]:

@@ -1,4 +1,5 @@
-"""Values and types in Python's notation, as some function-calling sets have them. Text is parsed and never evaluated."""
+"""Values and types in Python's notation, as some function-calling sets have
+them. Text is parsed and never evaluated."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def python_value(text: str) -> Any:
-    """The JSON value that a Python literal stands for: "{'unit': 'cm', 'round': true}"  ->  {"unit": "cm", "round": True}
+    """The JSON value that a Python literal stands for: "{'unit': 'cm', 'round':
+    true}"  ->  {"unit": "cm", "round": True}
 
     Raises:
         ValueError: it is not a literal, or not one that JSON can hold.
@@ -38,7 +40,9 @@ def _value(node: ast.expr) -> Any:
             return CONSTANTS[name]
         case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
             return [_value(part) for part in parts]
-        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys):
+        case ast.Dict(keys=keys, values=values) if all(
+            isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys
+        ):
             found = {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
             if len(found) < len(keys):
                 raise ValueError("a key is given twice")
@@ -47,7 +51,8 @@ def _value(node: ast.expr) -> Any:
 
 
 def python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Calls in ToolACE's notation, whose names may contain spaces: "[Get Weather(city='Oslo', days=2)]"  ->  [("Get Weather", {...})]
+    """Calls in ToolACE's notation, whose names may contain spaces: "[Get
+    Weather(city='Oslo', days=2)]"  ->  [("Get Weather", {...})]
 
     Raises:
         ValueError: it is not a list of calls with named arguments.
@@ -101,16 +106,20 @@ def _divided(text: str) -> list[str]:
 
 
 TYPES = {
-    "str": "string", "string": "string", "char": "string", "int": "integer", "integer": "integer", "long": "integer", "float": "number",
-    "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array",
-    "set": "array", "sequence": "array", "iterable": "array", "dict": "object", "object": "object", "mapping": "object", "hashmap": "object",
+    "str": "string", "string": "string", "char": "string", "int": "integer", "integer": "integer", "long": "integer",
+    "float": "number",
+    "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array",
+    "tuple": "array",
+    "set": "array", "sequence": "array", "iterable": "array", "dict": "object", "object": "object", "mapping": "object",
+    "hashmap": "object",
     "none": "null", "null": "null",
 }  # fmt: skip
 """Name of a type in lower case -> JSON Schema's."""
 
 
 def json_type(text: str) -> tuple[dict[str, Any], bool]:
-    """The JSON Schema of a type in Python's notation, and whether it is optional. What has no counterpart is in `x-type`, as it was written.
+    """The JSON Schema of a type in Python's notation, and whether it is
+    optional. What has no counterpart is in `x-type`, as it was written.
 
     "List[int], optional"  ->  ({"type": "array", "items": {"type": "integer"}}, True)
     "np.ndarray"           ->  ({"x-type": "np.ndarray"}, False)
@@ -135,7 +144,11 @@ def _type(name: str) -> tuple[dict[str, Any], bool]:
     """The JSON Schema of a type, and whether it says all that the type does."""
     outer, bracket, inner = name.strip().partition("[")
     kind = outer.strip().removeprefix("typing.").lower()
-    parts = [part for written in _divided_type(inner.rpartition("]")[0]) if (part := written.strip()) not in {"", "..."}] if bracket else []
+    parts = (
+        [part for written in _divided_type(inner.rpartition("]")[0]) if (part := written.strip()) not in {"", "..."}]
+        if bracket
+        else []
+    )
     if kind == "union" and parts:
         read = [_type(part) for part in parts]
         return {"anyOf": [schema for schema, _ in read]}, all(exact for _, exact in read)

@@ -15,7 +15,15 @@ from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Section, inside
 from dagster_project.curation.sources import formats, s3
 from dagster_project.curation.sources.declarations import Declared
-from dagster_project.curation.sources.files import SHOWN_FILES, Block, as_parsed, files_of, others_of, read_blocks, size_of
+from dagster_project.curation.sources.files import (
+    SHOWN_FILES,
+    Block,
+    as_parsed,
+    files_of,
+    others_of,
+    read_blocks,
+    size_of,
+)
 from dagster_project.curation.sources.hub import HubSplit, RowsDigest, held_out_label, split_blocks
 from dagster_project.curation.sources.s3 import Reader as S3Reader
 from dagster_project.curation.sources.s3 import S3Object, require_revision
@@ -31,13 +39,13 @@ class Source(Declared):
     """Names that `format` may have besides `auto`."""
 
     path: str | None = None
-    """File or folder inside data/sources/, relative to the project; DVC tracks changes in data/sources/ only. Or an object,
-    or all objects under a prefix, in S3: `s3://BUCKET/PREFIX`, which requires `revision`."""
+    """File or folder inside data/sources/, relative to the project; DVC tracks changes in data/sources/ only. Or an
+    object, or all objects under a prefix, in S3: `s3://BUCKET/PREFIX`, which requires `revision`."""
     hub: str | None = None
     """Instead of `path`: a data set on the Hugging Face Hub, `org/name`. Requires `revision` and `split`."""
     revision: str | None = None
-    """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move. With an `s3://` path: the
-    digest of the list of objects, 64 hex digits; a run without it prints it and stops."""
+    """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move. With an `s3://` path:
+    the digest of the list of objects, 64 hex digits; a run without it prints it and stops."""
     config: str | None = None
     """With `hub`: name of the configuration (subset), if the data set has several."""
     split: str | None = None
@@ -52,15 +60,16 @@ class Source(Declared):
     be the same column, whose values are then labels. Not together with `format`."""
     think: formats.Think = "auto"
     """Traces of reasoning at the beginning of answers. `auto` moves `<think>...</think>` and OpenThoughts'
-    `<|begin_of_thought|>` spans to `reasoning_content`; `split` also moves what is before a `</think>` without an opening
-    tag; `keep` leaves all of it in the text."""
+    `<|begin_of_thought|>` spans to `reasoning_content`; `split` also moves what is before a `</think>` without an
+    opening tag; `keep` leaves all of it in the text."""
     origin: str = ""
     """Where the text came from, in words."""
 
     @field_validator("path")
     @classmethod
     def _one_spelling(cls, path: str | None) -> str | None:
-        """ "./data//sources/a.jsonl"  ->  "data/sources/a.jsonl": the name by which `impact` and `erase` find a source."""
+        """ "./data//sources/a.jsonl"  ->  "data/sources/a.jsonl": the name by
+        which `impact` and `erase` find a source."""
         if not path or path.startswith(s3.SCHEME):
             return path
         return posixpath.normpath(path) + ("/" if path.endswith("/") else "")
@@ -96,7 +105,9 @@ class Source(Declared):
         if self.path is not None and not self.is_s3 and (self.revision or self.config):
             raise ValueError("revision and config belong to a hub data set, not to a path")
         if self.path is not None and self.split not in (None, "train", "validation", "test", formats.FROM_FILE_NAMES):
-            raise ValueError(f"split {self.split!r} of a path must be train, validation, test or {formats.FROM_FILE_NAMES}")
+            raise ValueError(
+                f"split {self.split!r} of a path must be train, validation, test or {formats.FROM_FILE_NAMES}"
+            )
         return self
 
     @property
@@ -131,8 +142,8 @@ class Reading(Section):
     """How sources are read. Whoever reads adds `sources`."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Examples or pairs to read from each source, for a quick try; of a data set on the Hub, rows. One row may give several
-    examples or pairs, and two rows one pair. null: all."""
+    """Examples or pairs to read from each source, for a quick try; of a data set on the Hub, rows. One row may give
+    several examples or pairs, and two rows one pair. null: all."""
     max_malformed: float = Field(default=0.5, ge=0, le=1)
     """Largest share of a source's rows that may be unreadable. Above it, or if no row is readable, the source is
     refused with its first three problems, because its format is probably wrong."""
@@ -159,14 +170,17 @@ def read_sources(
     Returns:
         The records or pairs, and facts about each source for the report.
     Raises:
-        InputError: a source is missing, misnamed, mostly unreadable, held out or read twice, or objects in S3 are not those that are pinned.
+        InputError: a source is missing, misnamed, mostly unreadable, held out
+            or read twice, or objects in S3 are not those that are pinned.
     """
     places = locate_sources(root, sources, f"{section}.sources")
     pinned = _pinned_objects(root, sources, section, scratch)
     records = Records(scratch)
     facts: dict[str, dict[str, Any]] = {}
     for source, path in zip(sources, places, strict=True):
-        how = How(source.name if path is None else path.name, pairs, source.format, source.mapping, source.split, source.think)
+        how = How(
+            source.name if path is None else path.name, pairs, source.format, source.mapping, source.split, source.think
+        )
         objects = pinned.get(source.name)
         read = partial(_from_path, path=path) if path else partial(_from_s3, objects=objects) if objects else _from_hub
         found, details = read(records, source, how, reading.limit)
@@ -187,23 +201,36 @@ def read_sources(
     return records, facts
 
 
-def _from_path(records: Records, source: Source, how: How, limit: int | None, path: Path) -> tuple[Facts, dict[str, Any]]:
+def _from_path(
+    records: Records, source: Source, how: How, limit: int | None, path: Path
+) -> tuple[Facts, dict[str, Any]]:
     """Add the records of a file or folder. Returns facts about its rows, and further facts for the report."""
     if path.is_file():
         facts = records.read([SourceFile(path.name, source.name, read_blocks(path), size_of(path))], how, limit)
         return facts, {"sha256": sha256_of_file(path)}
     folder, named = source.name.rstrip("/"), files_of(path)
     facts = records.read(
-        [SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file)) for name, file in named], how, limit
+        [
+            SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file))
+            for name, file in named
+        ],
+        how,
+        limit,
     )
     others = others_of(path)
     left = {"not_read": {"files": len(others), "names": others[:SHOWN_FILES]}} if others else {}
-    return facts, listed({name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named}) | left
+    return facts, listed(
+        {name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named}
+    ) | left
 
 
 def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a report says about several files: {"a.jsonl": {"rows": 2, "sha256": ...}}  ->  {"sha256": of the list that `sha256sum` prints, "files"}"""
-    return {"sha256": sha256_of_text("".join(f"{file['sha256']}  {name}\n" for name, file in files.items())), "files": files}
+    """What a report says about several files: {"a.jsonl": {"rows": 2, "sha256":
+    ...}}  ->  {"sha256": of the list that `sha256sum` prints, "files"}"""
+    return {
+        "sha256": sha256_of_text("".join(f"{file['sha256']}  {name}\n" for name, file in files.items())),
+        "files": files,
+    }
 
 
 def _pinned_objects(root: Path, sources: Sequence[Source], section: str, scratch: Path) -> dict[str, list[S3Object]]:
@@ -218,10 +245,15 @@ def _pinned_objects(root: Path, sources: Sequence[Source], section: str, scratch
     return found
 
 
-def _from_s3(records: Records, source: Source, how: How, limit: int | None, objects: Sequence[S3Object]) -> tuple[Facts, dict[str, Any]]:
+def _from_s3(
+    records: Records, source: Source, how: How, limit: int | None, objects: Sequence[S3Object]
+) -> tuple[Facts, dict[str, Any]]:
     """As `_from_path`, for objects in S3."""
     facts = records.read([SourceFile(one.name, one.name, read_blocks(one), one.size) for one in objects], how, limit)
-    files = {one.path: {"rows": facts.rows[one.name], "sha256": one.sha256, "size": one.size, "etag": one.etag} for one in objects}
+    files = {
+        one.path: {"rows": facts.rows[one.name], "sha256": one.sha256, "size": one.size, "etag": one.etag}
+        for one in objects
+    }
     is_one = [one.name for one in objects] == [source.name]
     return facts, {**listed(files), **({"sha256": objects[0].sha256} if is_one else {}), "revision": source.revision}
 
@@ -277,20 +309,28 @@ def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Pa
         InputError: as `locate`; or two sources overlap, or one of them overlaps the benchmarks.
     """
     places = [
-        None if source.path is None or source.is_s3 else _inside_sources(root, source.path, where, "data/sources") for source in sources
+        None if source.path is None or source.is_s3 else _inside_sources(root, source.path, where, "data/sources")
+        for source in sources
     ]
     where = f"params.yaml: {where}"
     benchmarks = (root / "data/sources/benchmarks").resolve()
     for source, place in zip(sources, places, strict=True):
         if place and place.is_relative_to(benchmarks):
-            raise InputError(f"{where}: {source.name} is held out, because it is in data/sources/benchmarks/", "use other files")
+            raise InputError(
+                f"{where}: {source.name} is held out, because it is in data/sources/benchmarks/", "use other files"
+            )
         if place and benchmarks.is_relative_to(place):
-            raise InputError(f"{where}: {source.name} is a folder that contains the held-out benchmarks", "use folders next to benchmarks/")
+            raise InputError(
+                f"{where}: {source.name} is a folder that contains the held-out benchmarks",
+                "use folders next to benchmarks/",
+            )
         for other, there in zip(sources, places, strict=True):
             is_inside = place and there and there.is_relative_to(place)
             is_under = source.is_s3 and other.is_s3 and PurePosixPath(other.name).is_relative_to(source.name)
             if other is not source and (is_inside or is_under):
-                raise InputError(f"{where}: {other.name} is in {source.name} and would be read twice", "list one of them")
+                raise InputError(
+                    f"{where}: {other.name} is in {source.name} and would be read twice", "list one of them"
+                )
     return places
 
 
@@ -309,5 +349,7 @@ def locate(root: Path, path: str, where: str, folder: str) -> Path:
 def _inside_sources(root: Path, path: str, where: str, folder: str) -> Path:
     full = inside(root, path, where)
     if not full.is_relative_to((root / folder).resolve()):
-        raise InputError(f"params.yaml: {where}: {path} is not inside {folder}/", f"move it to {folder}/, which DVC tracks")
+        raise InputError(
+            f"params.yaml: {where}: {path} is not inside {folder}/", f"move it to {folder}/, which DVC tracks"
+        )
     return full

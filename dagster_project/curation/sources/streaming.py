@@ -1,4 +1,5 @@
-"""Files of a source -> rows in a scratch file -> canonical records or pairs. Only a few parts of a file are in memory, in any number of processes."""
+"""Files of a source -> rows in a scratch file -> canonical records or pairs.
+Only a few parts of a file are in memory, in any number of processes."""
 
 from __future__ import annotations
 
@@ -137,7 +138,9 @@ class Records:
         parsed = Parsed(self._folder)
         conversions = parsed.read(files, how)
         if how.split == FROM_FILE_NAMES and not any(each.split for each in conversions):
-            raise InputError(f"{how.name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out")
+            raise InputError(
+                f"{how.name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out"
+            )
         facts = Facts(", ".join(dict.fromkeys(each.layout for each in conversions)))
         pool = workers.current() if parsed.size >= SMALL else workers.THIS_PROCESS
         adding = _Adding(self, self._second, facts, limit)
@@ -151,7 +154,8 @@ class Records:
         return facts
 
 
-# --- files -> rows -----------------------------------------------------------------------------------------------------------------
+# --- files -> rows
+# -----------------------------------------------------------------------------------------------------------------
 
 
 class ParsedBlock(NamedTuple):
@@ -188,7 +192,8 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
 
 
 def _items(files: Sequence[SourceFile]) -> Iterator[tuple[int, Block | InputError | None]]:
-    """The parts of all files. Errors are passed on in their place: those of files before come first, in any number of processes."""
+    """The parts of all files. Errors are passed on in their place: those of
+    files before come first, in any number of processes."""
     for number, file in enumerate(files):
         try:
             for block in file.blocks:
@@ -226,12 +231,16 @@ class Parsed:
                 file = files[block.file]
                 require_rows(file.name, found)
                 label = split_of_file(file.name) if how.split == FROM_FILE_NAMES else how.split
-                conversions.append(conversion_of(shapes, how.pairs, file.name, file.source, how.layout, how.mapping, label, how.think))
+                conversions.append(
+                    conversion_of(shapes, how.pairs, file.name, file.source, how.layout, how.mapping, label, how.think)
+                )
                 shapes, found = Shapes(), Found()
                 continue
             shapes.update(block.shapes)
             found = Found(
-                found.rows + len(block.lines), found.readable + block.shapes.total(), found.problem if found.rows else block.problem
+                found.rows + len(block.lines),
+                found.readable + block.shapes.total(),
+                found.problem if found.rows else block.problem,
             )
             self._add(block)
         return conversions
@@ -255,7 +264,8 @@ class Parsed:
             start, file = end, number
 
 
-# --- rows -> records ---------------------------------------------------------------------------------------------------------------
+# --- rows -> records
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -348,7 +358,8 @@ class _Adding:
             self._facts.fields.add(part.distinct[index], rows)
 
     def _keep(self, part: ConvertedPart, index: int) -> bool:
-        """Store a record, or a half of a pair, unless it is beyond the limit. The number of a half that is not stored is -1."""
+        """Store a record, or a half of a pair, unless it is beyond the limit.
+        The number of a half that is not stored is -1."""
         number, half = -1 if self.is_full else len(self._records), part.halves.get(index)
         partner = self._halves.partner(half, number) if half else None
         if partner is None and number >= 0:

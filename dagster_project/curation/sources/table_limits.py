@@ -64,7 +64,8 @@ def _limited_memory(additional: int) -> Iterator[None]:
 
 
 def decoded_bytes(array: Any) -> int:
-    """Bytes of an Arrow array, record batch or table whose values are written out: a dictionary stores a repeated one once.
+    """Bytes of an Arrow array, record batch or table whose values are written
+    out: a dictionary stores a repeated one once.
 
     Raises:
         pyarrow.ArrowInvalid: a column has a type by which a few bytes can hold any number of values.
@@ -81,7 +82,10 @@ def decoded_bytes(array: Any) -> int:
         raise pa.ArrowInvalid(f"columns of type {kind} are not supported")
     if pa.types.is_dictionary(kind):
         values = array.dictionary
-        if any(test(values.type) for test in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)):
+        if any(
+            test(values.type)
+            for test in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+        ):
             return int(pc.sum(pc.take(pc.cast(pc.binary_length(values), pa.int64()), array.indices)).as_py() or 0)
         if not pa.types.is_primitive(values.type):
             raise pa.ArrowInvalid(f"columns of type {kind} are not supported")
@@ -102,7 +106,8 @@ def without_views(batch: Any) -> Any:
 
 
 def written_out(kind: Any) -> Any:
-    """The Arrow type with texts and bytes instead of views of them, at any depth: list<string_view>  ->  list<large_string>"""
+    """The Arrow type with texts and bytes instead of views of them, at any
+    depth: list<string_view>  ->  list<large_string>"""
     import pyarrow as pa
 
     def inner(field: Any) -> Any:
@@ -127,7 +132,11 @@ def _has_dictionary(fields: Iterable[Any]) -> bool:
     import pyarrow as pa
 
     def inside(kind: Any) -> bool:
-        return pa.types.is_dictionary(kind) or _shares_values(kind) or any(inside(kind.field(i).type) for i in range(kind.num_fields))
+        return (
+            pa.types.is_dictionary(kind)
+            or _shares_values(kind)
+            or any(inside(kind.field(i).type) for i in range(kind.num_fields))
+        )
 
     return any(inside(field.type) for field in fields)
 

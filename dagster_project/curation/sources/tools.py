@@ -16,7 +16,8 @@ TOOL_KEYS = ("tools", "functions")
 SCHEMA_KEYS = ("input_schema", "inputSchema")
 """Keys of a tool for its `parameters`: Anthropic's and that of the Model Context Protocol."""
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and Anthropic's. The first that holds any is read."""
+"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and
+Anthropic's. The first that holds any is read."""
 
 
 def definitions(value: Any) -> Tools | None:
@@ -65,7 +66,9 @@ def _definition(tool: Any) -> dict[str, Any]:
     if "parameters" not in function and (given := next((key for key in SCHEMA_KEYS if key in function), "")):
         function = {("parameters" if key == given else key): value for key, value in function.items()}
     parameters = function.get("parameters")
-    if isinstance(parameters, str) and isinstance(parsed := _json_or_none(parameters), dict):  # a table has one type for all schemas
+    if isinstance(parameters, str) and isinstance(
+        parsed := _json_or_none(parameters), dict
+    ):  # a table has one type for all schemas
         function, parameters = {**function, "parameters": parsed}, parsed
     if isinstance(parameters, dict) and _is_untyped(parameters):
         function = {**function, "parameters": _schema(parameters)}
@@ -81,14 +84,17 @@ def _json_or_none(text: str) -> Any:
 
 def _is_untyped(parameters: Mapping[str, Any]) -> bool:
     """Whether parameters are listed by name, as in xLAM's data, and not in a JSON Schema."""
-    return bool(parameters) and all(isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values())
+    return bool(parameters) and all(
+        isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values()
+    )
 
 
 def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A JSON Schema for parameters with Python's types:
 
     {"n": {"type": "int"}, "unit": {"type": "str, optional", "description": "cm or in"}}  ->
-    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type": "string", "description": "cm or in"}}, "required": ["n"]}
+    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type":
+    "string", "description": "cm or in"}}, "required": ["n"]}
 
     What JSON Schema cannot say is kept as `x-type` and `x-required`.
     """
@@ -97,7 +103,11 @@ def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         kind, optional = json_type(parameter["type"])
         declared = parameter.get("required")
         odd = {} if isinstance(declared, bool | None) else {"x-required": declared}
-        properties[name] = {**kind, **odd, **{key: value for key, value in parameter.items() if key not in {"type", "required"}}}
+        properties[name] = {
+            **kind,
+            **odd,
+            **{key: value for key, value in parameter.items() if key not in {"type", "required"}},
+        }
         if declared is True or (declared is None and not optional and "default" not in parameter):
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
@@ -126,7 +136,8 @@ def calls(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Tool calls in OpenAI's form, and the keys of calls that are not used.
 
     Args:
-        value: a list of calls or one call, or JSON text of these. A call is {"function": {"name", "arguments"}} or {"name", "arguments"}.
+        value: a list of calls or one call, or JSON text of these. A call is
+            {"function": {"name", "arguments"}} or {"name", "arguments"}.
     Raises:
         ValueError: anything else.
     """
@@ -177,7 +188,8 @@ def _call(call: Any, unused: list[str]) -> dict[str, Any]:
 
 
 def call_of(name: str, arguments: Any, identity: Any = None) -> dict[str, Any]:
-    """A canonical call. Arguments are an object; where they are none, their text, which the check invalid_tool_call reports."""
+    """A canonical call. Arguments are an object; where they are none, their
+    text, which the check invalid_tool_call reports."""
     if identity is not None and not isinstance(identity, str | int):
         raise ValueError(f"the id of a tool call must be text, found {type(identity).__name__}")
     known = {} if identity is None or identity == "" else {"id": str(identity)}

@@ -1,6 +1,8 @@
-"""The use policy: what a release may rest on. Judges what is declared for the sources that a model was made from, and its base model's license.
+"""The use policy: what a release may rest on. Judges what is declared for the
+sources that a model was made from, and its base model's license.
 
-`raw_examples` warns, `release` refuses (docs/decisions/032). A date decides only if it is given: nothing here reads the clock.
+`raw_examples` warns, `release` refuses (docs/decisions/032). A date decides
+only if it is given: nothing here reads the clock.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ LISTED = 5
 def _expression(text: str) -> str:
     if _parsed(text) is None:
         raise ValueError(
-            "not an SPDX license or expression; for terms of your own write LicenseRef-NAME, here and as the license of the source"
+            "not an SPDX license or expression; for terms of your own write LicenseRef-NAME, here and as the license of"
+            " the source"
         )
     return text
 
@@ -48,7 +51,8 @@ class Policy(Section):
     """What a release may rest on. What is unknown is not allowed where a rule asks for it. See docs/checks.md."""
 
     licenses: list[Expression] | None = None
-    """Licenses that sources may have, as SPDX expressions. Of `A OR B` one must be allowed, of `A AND B` both. null: any."""
+    """Licenses that sources may have, as SPDX expressions. Of `A OR B` one must
+    be allowed, of `A AND B` both. null: any."""
     base_licenses: list[Expression] | None = None
     """The same for the license of the base model. null: any."""
     require_permission: bool = False
@@ -56,11 +60,11 @@ class Policy(Section):
     purposes: list[Text] = []
     """Purposes that every source must declare, all of them."""
     max_synthetic: float | None = Field(default=None, ge=0, le=1)
-    """Largest share of synthetic text: of the rows read from all sources, those of sources of category `synthetic` or with a
-    `generator`, or whose category is unknown. null: any."""
+    """Largest share of synthetic text: of the rows read from all sources, those of sources of category `synthetic` or
+    with a `generator`, or whose category is unknown. null: any."""
     as_of: Date | None = None
-    """The day for which `retain_until` is judged, in quotes: a source may be used up to and including its last day. Required if
-    a source declares one, because no result depends on the current date."""
+    """The day for which `retain_until` is judged, in quotes: a source may be used up to and including its last day.
+    Required if a source declares one, because no result depends on the current date."""
 
     @property
     def given(self) -> dict[str, Any]:
@@ -101,15 +105,20 @@ def judge(policy: Policy, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any
     """Judge a model by the reports of the runs that it was made from.
 
     Returns:
-        {"policy", "sources": count, "rows", "synthetic": {"rows", "unknown"}, "refused_rows", "violations": [{"source", "rows", "rule", "why"}, ...]}; the base
-        model has no rows.
+        {"policy", "sources": count, "rows", "synthetic": {"rows", "unknown"}, "refused_rows", "violations": [{"source",
+        "rows", "rule", "why"}, ...]}; the base model has no rows.
     """
     sources = read_by(reports)
     rows = sum(source.rows for source in sources)
-    counts = {kind: sum(source.rows for source in sources if _synthetic(source.declared) == kind) for kind in ("synthetic", "unknown")}
+    counts = {
+        kind: sum(source.rows for source in sources if _synthetic(source.declared) == kind)
+        for kind in ("synthetic", "unknown")
+    }
     excess = _excess(policy, sum(counts.values()), rows)
     found = [_violations(policy, source, excess) for source in sources]
-    bases = [with_license(report).get("license", "unknown") for report in reports if {"origin", "sha256"} <= report.keys()]
+    bases = [
+        with_license(report).get("license", "unknown") for report in reports if {"origin", "sha256"} <= report.keys()
+    ]
     return {
         "policy": policy.given,
         "sources": len(sources),
@@ -130,14 +139,17 @@ def judged(
         waivers: of checks, as in params.yaml.
         as_of: the day for which `retain_until` is judged, instead of the policy's.
     Returns:
-        {"use_policy": of `judge`, with "waiver" if there is one that has not expired by `as_of`}; empty if no policy was stated.
+        {"use_policy": of `judge`, with "waiver" if there is one that has not
+        expired by `as_of`}; empty if no policy was stated.
     """
     policy = recorded_policy(reports)
     if policy is None:
         return {}
     if as_of:
         policy = policy.model_copy(update={"as_of": as_of})
-    valid = [one for one in waivers if one.get("check") == NAME and (as_of is None or str(one.get("expires")) >= str(as_of))]
+    valid = [
+        one for one in waivers if one.get("check") == NAME and (as_of is None or str(one.get("expires")) >= str(as_of))
+    ]
     return {NAME: {**judge(policy, reports), **({"waiver": dict(valid[0])} if valid else {})}}
 
 
@@ -167,14 +179,18 @@ def check(verdict: Mapping[str, Any] | None) -> CheckResult:
         return CheckResult(NAME, passed=True, severity="warn", note=NO_POLICY)
     violations = verdict["violations"]
     count = verdict["refused_rows"]
-    return CheckResult(NAME, passed=not violations, severity="warn", count=count, note=in_words(verdict), violations=violations)
+    return CheckResult(
+        NAME, passed=not violations, severity="warn", count=count, note=in_words(verdict), violations=violations
+    )
 
 
 def in_words(verdict: Mapping[str, Any]) -> str:
     """The verdict in one line: the first violations, each with its source and its rows."""
     day = verdict["policy"].get("as_of")
     if not verdict["violations"]:
-        return f"{many(verdict['sources'], 'source')} with {many(verdict['rows'], 'row')}" + (f", as of {day}" if day else "")
+        return f"{many(verdict['sources'], 'source')} with {many(verdict['rows'], 'row')}" + (
+            f", as of {day}" if day else ""
+        )
     named = [f"{_named(one)}: {one['why']}" for one in verdict["violations"][:LISTED]]
     more = len(verdict["violations"]) - LISTED
     return "; ".join([*named, *([f"and {more} more"] if more > 0 else [])])
@@ -222,7 +238,8 @@ def _licensing() -> Any:
 
 @cache
 def _parsed(text: str) -> Any:
-    """The tree of an SPDX expression, whose licenses are SPDX identifiers or LicenseRef-...; None for any other text."""
+    """The tree of an SPDX expression, whose licenses are SPDX identifiers or
+    LicenseRef-...; None for any other text."""
     from license_expression import ExpressionError
 
     if len(text) > LONGEST:
@@ -247,13 +264,19 @@ def _violations(policy: Policy, source: ReadSource, excess: str) -> list[dict[st
         found.append(("require_permission", "no permission is declared"))
     if missing := [purpose for purpose in policy.purposes if purpose not in (declared.purposes or [])]:
         found.append(
-            ("purposes", "purposes are unknown" if declared.purposes is None else f"may not be used for {', '.join(missing)}")
-        )  # fmt: skip
+            (
+                "purposes",
+                "purposes are unknown" if declared.purposes is None else f"may not be used for {', '.join(missing)}",
+            )
+        )
     if declared.retain_until and (why := _lapsed(policy.as_of, declared.retain_until)):
         found.append(("retain_until", why))
     if excess and source.rows and (kind := _synthetic(declared)):
         found.append(
-            ("max_synthetic", f"{'synthetic' if kind == 'synthetic' else 'of unknown category, which counts as synthetic'}: {excess}")
+            (
+                "max_synthetic",
+                f"{'synthetic' if kind == 'synthetic' else 'of unknown category, which counts as synthetic'}: {excess}",
+            )
         )
     return [_violation(source.name, source.rows, rule, why) for rule, why in found]
 
@@ -266,7 +289,9 @@ def _base_violations(policy: Policy, licenses: Iterable[str]) -> list[dict[str, 
 
 
 def _license_problem(license: str) -> str:
-    return f"license {license} is not allowed" + ("" if _parsed(license) is not None else ", as it is not an SPDX expression")
+    return f"license {license} is not allowed" + (
+        "" if _parsed(license) is not None else ", as it is not an SPDX expression"
+    )
 
 
 def _lapsed(as_of: datetime.date | None, until: datetime.date) -> str:

@@ -41,7 +41,8 @@ class Augment(Declared):
     """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
     copy with that last user turn."""
     license: str = UNKNOWN
-    """License of the paraphrases; audits and model cards show it. The keys below declare the same facts for the paraphrases."""
+    """License of the paraphrases; audits and model cards show it. The keys
+    below declare the same facts for the paraphrases."""
 
     @field_validator("paraphrases")
     @classmethod
@@ -137,7 +138,13 @@ def augment(
                 continue
             seen.add(identity)
             meta = {**json.loads(record["meta"]), "parent": name, "augmented": kind}
-            made.append((i, kind, {**record, "example_id": identity, "messages": asked, "meta": json.dumps(meta, ensure_ascii=False)}))
+            made.append(
+                (
+                    i,
+                    kind,
+                    {**record, "example_id": identity, "messages": asked, "meta": json.dumps(meta, ensure_ascii=False)},
+                )
+            )
     count = len(made)
     while made:  # removing copies makes runs of words rarer, which can make other texts near-copies
         near = {pair.left for pair in near_pairs([prompt_text(record["messages"]) for _, _, record in made], held_out)}

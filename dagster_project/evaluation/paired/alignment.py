@@ -53,8 +53,15 @@ def paired(before: Sequence[float], after: Sequence[float], units: Sequence[str]
     """
     import numpy as np
 
-    ours, theirs = (summed(np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1), units) for values in (after, before))
-    return {"sft": rounded(rate(theirs.sum(0))), "aligned": rounded(rate(ours.sum(0))), **difference(rate, ours, theirs)}
+    ours, theirs = (
+        summed(np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1), units)
+        for values in (after, before)
+    )
+    return {
+        "sft": rounded(rate(theirs.sum(0))),
+        "aligned": rounded(rate(ours.sum(0))),
+        **difference(rate, ours, theirs),
+    }
 
 
 def _share(right: Sequence[float], units: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +98,9 @@ class Policies:
 
         return self.model.disable_adapter() if who == "sft" else nullcontext()
 
-    def log_probabilities(self, who: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], what: str) -> list[tuple[float, int]]:
+    def log_probabilities(
+        self, who: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], what: str
+    ) -> list[tuple[float, int]]:
         """(log-probability in nats, tokens) of each answer."""
         with self._as(who):
             found = negative_log_likelihood(
@@ -103,12 +112,16 @@ class Policies:
             )
         return [(-nats, tokens) for nats, tokens in found]
 
-    def answer(self, who: str, pairs: Sequence[Mapping[str, Any]], max_new_tokens: int, what: str) -> list[PolicyAnswer]:
+    def answer(
+        self, who: str, pairs: Sequence[Mapping[str, Any]], max_new_tokens: int, what: str
+    ) -> list[PolicyAnswer]:
         """Greedy answers to the prompts of pairs. Prompts longer than the context are truncated at the beginning."""
         room = max(1, self.tokenizer.model_max_length - max_new_tokens)
         prompts = [prompt_ids(self.tokenizer, pair)[-room:] for pair in pairs]
         with self._as(who):
-            generated = generate_ids(self.model.get_base_model(), self.tokenizer, prompts, max_new_tokens, self.batch_size, what)
+            generated = generate_ids(
+                self.model.get_base_model(), self.tokenizer, prompts, max_new_tokens, self.batch_size, what
+            )
         return [self._read(pair, prompt, ids) for pair, prompt, ids in zip(pairs, prompts, generated, strict=True)]
 
     def _read(self, pair: Mapping[str, Any], prompt: list[int], ids: list[int]) -> PolicyAnswer:
@@ -128,12 +141,19 @@ class Policies:
         causal = self.model.get_base_model()
         with torch.inference_mode():
             for prompt, whole in examples:
-                answer = whole[: max(0, self.tokenizer.model_max_length - len(prompt))]  # read again, a text can have more tokens
+                answer = whole[
+                    : max(0, self.tokenizer.model_max_length - len(prompt))
+                ]  # read again, a text can have more tokens
                 ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
                 logs = []
                 for who in ("aligned", "sft"):
                     with self._as(who):
-                        logs.append(causal(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float().log_softmax(-1))
+                        logs.append(
+                            causal(ids, use_cache=False, logits_to_keep=len(answer) + 1)
+                            .logits[0, :-1]
+                            .float()
+                            .log_softmax(-1)
+                        )
                 total += float((logs[0].exp() * (logs[0] - logs[1])).sum())
                 places += len(answer)
         return total / max(1, places)
@@ -151,14 +171,21 @@ def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]], has_refer
 
     ids = both(policies.tokenizer, pairs)
     examples = [(prompt, answer) for prompt, *answers in ids for answer in answers]
-    found = {who: np.array(policies.log_probabilities(who, examples, f"held-out pairs, {who}")) for who in ("sft", "aligned")}
+    found = {
+        who: np.array(policies.log_probabilities(who, examples, f"held-out pairs, {who}")) for who in ("sft", "aligned")
+    }
     per_token = {who: (values[:, 0] / values[:, 1]).reshape(-1, 2) for who, values in found.items()}
-    right = {who: (values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1]) for who, values in per_token.items()}
+    right = {
+        who: (values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1]) for who, values in per_token.items()
+    }
     ratio = (found["aligned"][:, 0] - found["sft"][:, 0]).reshape(-1, 2)
     implied = (ratio[:, 0] > ratio[:, 1]) + 0.5 * (ratio[:, 0] == ratio[:, 1])
     units = [unit(pair) for pair in pairs]
     return {
-        "accuracy": {**paired(right["sft"], right["aligned"], units), "aligned_interval": _share(right["aligned"], units)["interval"]},
+        "accuracy": {
+            **paired(right["sft"], right["aligned"], units),
+            "aligned_interval": _share(right["aligned"], units)["interval"],
+        },
         **({"implicit_reward_accuracy": _share(implied, units)} if has_reference else {}),
         "log_ratio": {"chosen": rounded(ratio[:, 0].mean()), "rejected": rounded(ratio[:, 1].mean())},
     }
@@ -219,8 +246,11 @@ def gamed(watch: Mapping[str, Any]) -> list[str]:
         signs.append(f"answers grew from {tokens['sft']:.0f} to {tokens['aligned']:.0f} tokens")
     if watch["distinct"]["difference"] < -WORSE:
         signs.append(
-            f"the share of runs of words that are not repeated fell from {watch['distinct']['sft']:.2f} to {watch['distinct']['aligned']:.2f}"
+            f"the share of runs of words that are not repeated fell from {watch['distinct']['sft']:.2f} to"
+            f" {watch['distinct']['aligned']:.2f}"
         )
     if watch["unfinished"]["difference"] > WORSE:
-        signs.append(f"unfinished answers went from {watch['unfinished']['sft']:.0%} to {watch['unfinished']['aligned']:.0%}")
+        signs.append(
+            f"unfinished answers went from {watch['unfinished']['sft']:.0%} to {watch['unfinished']['aligned']:.0%}"
+        )
     return signs

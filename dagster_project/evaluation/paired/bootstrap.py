@@ -1,8 +1,8 @@
 """Uncertainty of scores: 95 % bootstrap intervals over the test examples, paired where two systems are compared.
 
 Every score here is a function of sums over examples: correct answers for accuracy, nats and tokens for perplexity,
-counts for macro-F1 and BLEU. So a bootstrap draw is a vector of example counts, and the sums of all draws are one matrix product.
-Near-copies count as one example here (`summed`).
+counts for macro-F1 and BLEU. So a bootstrap draw is a vector of example counts, and the sums of all draws are one
+matrix product. Near-copies count as one example here (`summed`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 RESAMPLES = 2000
 FEWEST = 30
-"""Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
-difference of accuracies contains the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in
-41 to 68 % at 5."""
+"""Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 %
+bootstrap interval of a difference of accuracies contains the true one in 93 to 96 % of the cases from 30 answers on, in
+65 to 89 % at 10 and in 41 to 68 % at 5."""
 
 Combine = Callable[["np.ndarray"], "np.ndarray"]
 """Sums over examples, (..., k) -> scores, (...)."""
@@ -34,8 +34,8 @@ def rate(sums: np.ndarray) -> np.ndarray:
 
 
 def summed(statistics: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """The rows of each unit added up, (units, k), in order of their first rows. The turns of one conversation and near-copies are not
-    independent: drawn one by one, they would make an interval too narrow.
+    """The rows of each unit added up, (units, k), in order of their first rows. The turns of one conversation and
+    near-copies are not independent: drawn one by one, they would make an interval too narrow.
 
     Args:
         statistics: (n, k).
@@ -85,7 +85,8 @@ def ratio(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[str, A
 
 @lru_cache(maxsize=2)
 def _draws(n: int) -> np.ndarray:
-    """How often each of n examples is drawn, (RESAMPLES, n); the same for every system, so that differences are paired."""
+    """How often each of n examples is drawn, (RESAMPLES, n); the same for every
+    system, so that differences are paired."""
     import numpy as np
 
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
@@ -101,8 +102,8 @@ def _interval(scores: np.ndarray) -> list[float]:
 
 
 def independent(units: Sequence[str]) -> float:
-    """Number of independent trials that tell as much as these, if all of a unit have the same result: their number where no two share a unit, the
-    number of units where all have the same size (Kish 1965, effective sample size).
+    """Number of independent trials that tell as much as these, if all of a unit have the same result: their number
+    where no two share a unit, the number of units where all have the same size (Kish 1965, effective sample size).
 
     Args:
         units: unit of each trial.

@@ -110,7 +110,10 @@ def _results_of_variants(project: Path) -> list[Path]:
     """Results of the variants that params.yaml has. Those of a removed one may be left behind in its folder."""
     files = sorted((project / "data").glob("evaluation*/*/results.parquet"))
     values = params.read(project) if files else {}
-    sections = {stage: values.get(section) for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()}
+    sections = {
+        stage: values.get(section)
+        for stage, section in {"evaluation": "adapter", "evaluation_aligned": "aligned"}.items()
+    }
     variants = {stage: section if isinstance(section, dict) else {} for stage, section in sections.items()}
     return [file for file in files if file.parent.name in variants.get(file.parent.parent.name, {})]
 
@@ -123,7 +126,9 @@ def contenders(project: Path) -> tuple[str, str]:
     """
     document = project / "data" / "comparison" / "comparison.json"
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
-    compared = read_document(document, "data/comparison/comparison.json", hint)["compared"] if document.is_file() else {}
+    compared = (
+        read_document(document, "data/comparison/comparison.json", hint)["compared"] if document.is_file() else {}
+    )
     gains = {
         name: {other: next(iter(against[other].values()))["difference"] for other in PROMPTED if other in against}
         for name, comparison in compared.items()
@@ -152,12 +157,15 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
     records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
     if not records:
         raise InputError(
-            "data/splits/test: there are no test examples", "restore them with `dvc checkout data/splits`, or run `dvc repro splits`"
+            "data/splits/test: there are no test examples",
+            "restore them with `dvc checkout data/splits`, or run `dvc repro splits`",
         )
     first, second = (known[name] for name in systems)
     both = sorted(key for key in first.keys() & second.keys() if key[0] in records)
     # example ids are hashes of prompt and reference, so this digest cannot be guessed from the page alone
-    secret = _digest(systems, seed, [(_label(key), *(_comparison_key(answers[key]) for answers in (first, second))) for key in both])
+    secret = _digest(
+        systems, seed, [(_label(key), *(_comparison_key(answers[key]) for answers in (first, second))) for key in both]
+    )
     rng = random.Random(secret)
     rng.shuffle(both)
     # each system is A in one of every two consecutive pairs, so in half of any sample
@@ -211,7 +219,8 @@ def majority(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def tally(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Wins, ties, losses and win rate of the first system, overall and by category. Intervals count near-copies, and turns of one example, as one.
+    """Wins, ties, losses and win rate of the first system, overall and by
+    category. Intervals count near-copies, and turns of one example, as one.
 
     Args:
         outcomes: pair id -> outcome; other pairs are ignored.
@@ -233,7 +242,14 @@ def _rate(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, A
     wins, ties, losses = (counts[name] for name in ("win", "tie", "loss"))
     rate = (wins + ties / 2) / len(pairs)
     interval = [round(bound, 4) for bound in wilson(rate, independent(_units(pairs)))]
-    return {"pairs": len(pairs), "wins": wins, "ties": ties, "losses": losses, "win_rate": round(rate, 4), "interval": interval}
+    return {
+        "pairs": len(pairs),
+        "wins": wins,
+        "ties": ties,
+        "losses": losses,
+        "win_rate": round(rate, 4),
+        "interval": interval,
+    }
 
 
 def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:
@@ -242,8 +258,9 @@ def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:
     Args:
         units: the ratings of each unit.
     Returns:
-        pairs: units rated more than once. percent: of all pairs of raters on a unit, those that agree. alpha: Krippendorff's, nominal
-        (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"); 1 is perfect, 0 is chance. None if undefined.
+        pairs: units rated more than once. percent: of all pairs of raters on a unit,
+        those that agree. alpha: Krippendorff's, nominal (Krippendorff 2011, "Computing
+        Krippendorff's Alpha-Reliability"); 1 is perfect, 0 is chance. None if undefined.
     """
     shared = [values for values in units if len(values) > 1]
     couples = [a == b for values in shared for a, b in combinations(values, 2)]
@@ -263,7 +280,10 @@ def as_text(result: Mapping[str, Any]) -> list[str]:
     width = max(map(len, result["categories"]), default=0)
     losses = f"{number(result['losses'])} {'loss' if result['losses'] == 1 else 'losses'}"
     return [
-        f"{first} against {second}: {many(result['wins'], 'win')}, {many(result['ties'], 'tie')}, {losses} in {many(result['pairs'], 'pair')}",
+        (
+            f"{first} against {second}: {many(result['wins'], 'win')}, {many(result['ties'], 'tie')}, {losses} in"
+            f" {many(result['pairs'], 'pair')}"
+        ),
         f"win rate of {first} {_percent(result)} (a tie counts half; interval: {result['interval_method']})",
         *(f"  {name:<{width}}  {_percent(part)}  of {part['pairs']}" for name, part in result["categories"].items()),
     ]

@@ -1,8 +1,10 @@
-"""Tells whether records stand out for a question, by questions for which none should: the parts of answers in the validation split.
+"""Tells whether records stand out for a question, by questions for which none
+should: the parts of answers in the validation split.
 
-Some records are like many questions. So a question is measured by its excess: how far the scores of records go beyond the highest that each of them has with
-any of those questions. The p-value is the share of these questions whose own excess, beyond those of other validation records, is as large, as in conformal
-prediction (Vovk, Gammerman and Shafer 2005): of questions that are drawn like them, about a share of `ALPHA` is wrongly said to have a record that stands out.
+Some records are like many questions. So a question is measured by its excess: how far the scores of records go beyond
+the highest that each of them has with any of those questions. The p-value is the share of these questions whose own
+excess, beyond those of other validation records, is as large, as in conformal prediction (Vovk, Gammerman and Shafer
+2005): of questions that are drawn like them, about a share of `ALPHA` is wrongly said to have a record that stands out.
 """
 
 from __future__ import annotations
@@ -36,13 +38,18 @@ def parts_of(answer: str) -> list[str]:
     except (ValueError, RecursionError):  # also thousands of brackets
         found = None
     if isinstance(found, dict):
-        values = [value if isinstance(value, str) else json.dumps(value) for value in found.values() if not isinstance(value, dict | list)]
+        values = [
+            value if isinstance(value, str) else json.dumps(value)
+            for value in found.values()
+            if not isinstance(value, dict | list)
+        ]
         return [value for value in dict.fromkeys(values) if value.strip() and value in answer]
     return [part for part in dict.fromkeys(SENTENCE.split(answer)) if part.strip()]
 
 
 def asked_parts(answers: Sequence[str]) -> list[tuple[int, str]]:
-    """The questions: number of an answer and a part of it. Of more than `MOST`, those of answers that are drawn at random, always the same."""
+    """The questions: number of an answer and a part of it. Of more than `MOST`,
+    those of answers that are drawn at random, always the same."""
     numbers = list(range(len(answers)))
     random.Random(0).shuffle(numbers)
     return [(i, part) for i in numbers for part in parts_of(answers[i])][:MOST]
@@ -58,8 +65,8 @@ class Calibration:
     """Number of the validation record that each question is about, the same for near-copies; (questions,)."""
 
     def excess(self, scores: np.ndarray) -> float:
-        """How far the scores are above the highest of the questions: the root of the sum of the squares over the records for which they are. One record that
-        is far above counts as much as several that are less far above.
+        """How far the scores are above the highest of the questions: the root of the sum of the squares over the
+        records for which they are. One record that is far above counts as much as several that are less far above.
 
         Args:
             scores: of another question, (records,).

@@ -1,4 +1,5 @@
-"""Gradients of a trained adapter: of the loss of a record, as training computed it, and of the log-probability of a part of an answer."""
+"""Gradients of a trained adapter: of the loss of a record, as training computed
+it, and of the log-probability of a part of an answer."""
 
 from __future__ import annotations
 
@@ -26,16 +27,27 @@ if TYPE_CHECKING:
 OWN_WEIGHTS = ("full", "bitfit")
 """Methods that train the base model's own weights, whose folders are complete models."""
 REFUSED = {
-    "prefix_tuning": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
-    "prompt_tuning": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
-    "p_tuning": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
-    "cartridge": "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
+    "prefix_tuning": (
+        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
+    ),
+    "prompt_tuning": (
+        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
+    ),
+    "p_tuning": (
+        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
+    ),
+    "cartridge": (
+        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
+    ),
     "adaption_prompt": "it trains prompts inside the attention and leaves every weight as it is",
-    "feature_extraction": "it is a classifier without optimizer steps: it predicts a label and has no log-probability of a text",
+    "feature_extraction": (
+        "it is a classifier without optimizer steps: it predicts a label and has no log-probability of a text"
+    ),
 }
 """Method -> why its answers cannot be attributed."""
 STRENGTH = 0.5
-"""Share of what an adapter adds, at which gradients are taken. A power of two, so that weights are multiplied exactly. Chosen in docs/decisions/062."""
+"""Share of what an adapter adds, at which gradients are taken. A power of two,
+so that weights are multiplied exactly. Chosen in docs/decisions/062."""
 ADDS = re.compile(r"\.lora_(embedding_)?B\.")
 """Names of the weights that are multiplied: B of LoRA, DoRA and AdaLoRA."""
 
@@ -69,7 +81,9 @@ class TrainedModel:
         """
         info = AdapterInfo.read(folder)
         if info.method in REFUSED:
-            raise InputError(f"{where}: answers of {info.method} cannot be attributed: {REFUSED[info.method]}", "ask another variant")
+            raise InputError(
+                f"{where}: answers of {info.method} cannot be attributed: {REFUSED[info.method]}", "ask another variant"
+            )
         device, dtype = prepare(compute)
         if info.method in OWN_WEIGHTS:
             prepared = build(info.method, options or {}, folder, device, dtype, where)
@@ -97,7 +111,9 @@ class TrainedModel:
         assert not self.is_weakened
         for given in filter(None, (weights, scales)):
             if {name: tuple(tensor.shape) for name, tensor in given.items()} != self.shapes:
-                raise InputError("the checkpoints of this method have other weights than its adapter", "ask about the end alone")
+                raise InputError(
+                    "the checkpoints of this method have other weights than its adapter", "ask about the end alone"
+                )
         own = self.weights
         for name, weight in (weights or {}).items():
             own[name].data.copy_(weight)
@@ -105,8 +121,9 @@ class TrainedModel:
         return replace(self, scales=scales and {name: scale.to(device) for name, scale in scales.items()})
 
     def weakened(self) -> TrainedModel:
-        """This model with B multiplied by `STRENGTH` in memory, also in that of the given object, which must not be used any more. Unchanged if the adapter has
-        no B, or began with one that added something. Other trained weights, such as DoRA's magnitudes, stay as they are.
+        """This model with B multiplied by `STRENGTH` in memory, also in that of the given object, which must not be
+        used any more. Unchanged if the adapter has no B, or began with one that added something. Other trained weights,
+        such as DoRA's magnitudes, stay as they are.
         """
         if self.is_weakened:
             return self
@@ -115,7 +132,10 @@ class TrainedModel:
 
     def _multiply(self, factor: float) -> None:
         """Multiply B."""
-        starts = [getattr(config, "init_lora_weights", True) for config in getattr(self.prepared.model, "peft_config", {}).values()]
+        starts = [
+            getattr(config, "init_lora_weights", True)
+            for config in getattr(self.prepared.model, "peft_config", {}).values()
+        ]
         if not any(start is False or STARTS_FROM_WEIGHTS.search(str(start)) for start in starts):
             for name, weight in self.weights.items():
                 if ADDS.search(name):
@@ -137,9 +157,11 @@ class TrainedModel:
         return self._gradient(self.sum_of_losses([examples]))
 
     def of_span(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
-        """Log-probability in nats of the labeled tokens as the model answers, and the gradient of its negative, by name of the weight.
+        """Log-probability in nats of the labeled tokens as the model answers,
+        and the gradient of its negative, by name of the weight.
 
-        The sign is that of a loss, so that a cosine above 0 with the gradient of a record means: a step on the record makes the tokens more likely.
+        The sign is that of a loss, so that a cosine above 0 with the gradient
+        of a record means: a step on the record makes the tokens more likely.
         """
         as_it_answers = self.log_probability(example) if self.is_weakened else None
         loss = self._nats(example)
@@ -165,15 +187,21 @@ class TrainedModel:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
         }
-        return gradients if self.scales is None else {name: gradient * self.scales[name] for name, gradient in gradients.items()}
+        return (
+            gradients
+            if self.scales is None
+            else {name: gradient * self.scales[name] for name, gradient in gradients.items()}
+        )
 
     def sum_of_losses(self, records: Sequence[Sequence[Example]]) -> torch.Tensor:
-        """Sum of the losses of several records, in one packed row. A loss is the weighted mean over the tokens, as in `trainers/sft/sft.py`; 0 if none has a
-        weight."""
+        """Sum of the losses of several records, in one packed row. A loss is the weighted mean over the tokens, as in
+        `trainers/sft/sft.py`; 0 if none has a weight."""
         scaled = []
         for examples in records:
             total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)
-            scaled += [replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples]
+            scaled += [
+                replace(example, weights=tuple(weight / total for weight in example.weights)) for example in examples
+            ]
         return self._weighted_sum(scaled, self.label_smoothing)
 
     def _weighted_sum(self, examples: Sequence[Example], label_smoothing: float) -> torch.Tensor:
@@ -181,13 +209,19 @@ class TrainedModel:
         losses, weights, _ = self.token_losses(examples, label_smoothing)
         return (losses * weights).sum()
 
-    def token_losses(self, examples: Sequence[Example], label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss and weight of each token with a label, and the number of its example, from one packed row; (tokens,) each."""
+    def token_losses(
+        self, examples: Sequence[Example], label_smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss and weight of each token with a label, and the number of its
+        example, from one packed row; (tokens,) each."""
         import torch
         from torch.nn.functional import cross_entropy
 
         device = causal(self.prepared.model).device
-        row = {name: [value for example in examples for value in getattr(example, name)] for name in ("input_ids", "labels", "weights")}
+        row = {
+            name: [value for example in examples for value in getattr(example, name)]
+            for name in ("input_ids", "labels", "weights")
+        }
         batch = collate_packed([row | {"lengths": [len(example.input_ids) for example in examples]}], multiple=SIZES)
         batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
         labels = batch["labels"][:, 1:]
@@ -205,7 +239,9 @@ def _counted(example: Example) -> list[float]:
     return [weight for weight, label in zip(example.weights[1:], example.labels[1:], strict=True) if label != IGNORE]
 
 
-def with_adapter(folder: Path, base_model: Path, info: AdapterInfo, device: torch.device, dtype: torch.dtype) -> PreparedModel:
+def with_adapter(
+    folder: Path, base_model: Path, info: AdapterInfo, device: torch.device, dtype: torch.dtype
+) -> PreparedModel:
     """A base model with a trained adapter of PEFT, whose weights are trainable in float32, as in `methods/build.py`."""
     import torch
     from peft import PeftModel

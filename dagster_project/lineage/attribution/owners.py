@@ -1,4 +1,5 @@
-"""Which model a store of gradients is of: a file in its folder, so that a variant has one store at most and an audit can list it."""
+"""Which model a store of gradients is of: a file in its folder, so that a
+variant has one store at most and an audit can list it."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
     """The stores of gradients of the trainings behind a model: those of the very files in the workspace.
 
     Returns:
-        {"stage", "folder", "records" (whose gradients are stored), "of" (all records of the training), "bytes"} of each.
+        {"stage", "folder", "records" (whose gradients are stored), "of" (all
+        records of the training), "bytes"} of each.
     """
     found = []
     for run in subject.models:
@@ -52,7 +54,9 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
             manifest = _manifest(store)
             if manifest and manifest["identity"].get("adapter") == run.md5:
                 total = manifest["records"]
-                sizes = {f"gradients-{n:05d}.safetensors": min(SHARD, total - n * SHARD) for n in range(-(-total // SHARD))}
+                sizes = {
+                    f"gradients-{n:05d}.safetensors": min(SHARD, total - n * SHARD) for n in range(-(-total // SHARD))
+                }
                 files = [path for path in store.glob("*.safetensors") if path.name in manifest["shards"]]
                 found.append(
                     {

@@ -1,9 +1,12 @@
-"""Gradients of models that were trained on preference pairs: of the loss of a pair, as training computed it, for policies of DPO and for reward models.
+"""Gradients of models that were trained on preference pairs: of the loss of a
+pair, as training computed it, for policies of DPO and for reward models.
 
-    DPO            -log sigmoid(beta ((log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))))      Rafailov et al. 2023, arXiv 2305.18290, eq. 7
-    reward model   -log sigmoid(reward(c) - reward(r) - margin)                                   Ouyang et al. 2022, arXiv 2203.02155, section 3.5
+    DPO            -log sigmoid(beta ((log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))))      Rafailov et al. 2023,
+    arXiv 2305.18290, eq. 7 reward model   -log sigmoid(reward(c) - reward(r) - margin)
+    Ouyang et al. 2022, arXiv 2203.02155, section 3.5
 
-c and r are the chosen and the rejected answer. The examples of a pair are these two, each after the prompt, in this order.
+c and r are the chosen and the rejected answer. The examples of a pair are these
+two, each after the prompt, in this order.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def pair_records(trained: Path, preferences: Path, tokenizer: Any) -> tuple[list[TrainedRecord], dict[str, dict[str, Any]]]:
+def pair_records(
+    trained: Path, preferences: Path, tokenizer: Any
+) -> tuple[list[TrainedRecord], dict[str, dict[str, Any]]]:
     """Exactly the pairs that were in a training step, by id, and all pairs of the training split by id.
 
     Args:
@@ -42,7 +47,8 @@ def pair_records(trained: Path, preferences: Path, tokenizer: Any) -> tuple[list
     names = sorted(seen_ids(trained))
     if lost := [name for name in names if name not in pairs]:
         raise InputError(
-            f"{len(lost)} of {len(names)} pairs of the training are not in {preferences.name}: it is not the data of this training",
+            f"{len(lost)} of {len(names)} pairs of the training are not in {preferences.name}: it is not the data of"
+            " this training",
             "restore it with `dvc checkout --force`, then run the same command again",
         )
     encoded = both(tokenizer, [pairs[name] for name in names])
@@ -149,7 +155,8 @@ def gradients_of_pairs(model: AlignedModel, projection: Projection, pairs: Seque
 
 @dataclass(frozen=True)
 class RewardedModel:
-    """A reward model. Its adapter was merged when it was saved, so the gradient is that of the weights that the adapter was on."""
+    """A reward model. Its adapter was merged when it was saved, so the gradient
+    is that of the weights that the adapter was on."""
 
     model: Any
     weights: Mapping[str, torch.Tensor]
@@ -160,7 +167,9 @@ class RewardedModel:
     """`center_rewards_coefficient`, or 0."""
 
     @classmethod
-    def load(cls, folder: Path, settings: Mapping[str, Any], compute: Compute, margins: Mapping[str, float], where: str) -> RewardedModel:
+    def load(
+        cls, folder: Path, settings: Mapping[str, Any], compute: Compute, margins: Mapping[str, float], where: str
+    ) -> RewardedModel:
         """Args:
         folder: of the reward model.
         settings: of its training.
@@ -187,16 +196,21 @@ class RewardedModel:
         from torch.nn.functional import logsigmoid
 
         chosen, rejected = (self.reward(example) for example in record.examples)
-        loss = -logsigmoid(chosen - rejected - self.margins.get(record.example_id, 0.0)) + self.center * (chosen + rejected) ** 2
+        loss = (
+            -logsigmoid(chosen - rejected - self.margins.get(record.example_id, 0.0))
+            + self.center * (chosen + rejected) ** 2
+        )
         return self._gradient(loss)
 
     def of_answer(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
-        """Reward of an answer, and the gradient of its negative: a cosine above 0 with that of a pair means that a step on the pair raises it."""
+        """Reward of an answer, and the gradient of its negative: a cosine above
+        0 with that of a pair means that a step on the pair raises it."""
         reward = self.reward(example)
         return float(reward.detach()), self._gradient(-reward)
 
     def reward(self, example: Example) -> torch.Tensor:
-        """Reward of an answer after its prompt, read at its last token, as in training: what the chat template writes after it is left out."""
+        """Reward of an answer after its prompt, read at its last token, as in
+        training: what the chat template writes after it is left out."""
         import torch
 
         end = max(i for i, label in enumerate(example.labels) if label != IGNORE) + 1
@@ -212,7 +226,8 @@ class RewardedModel:
 
 
 def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
-    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer. PEFT itself finds them, in a copy of the model without values.
+    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer. PEFT itself
+    finds them, in a copy of the model without values.
 
     Args:
         peft: keys of LoRA.
@@ -230,4 +245,8 @@ def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
     whole = adapted.get_base_model()
     trained = {name.replace(".base_layer.", ".") for name, weight in whole.named_parameters() if weight.requires_grad}
     biases = {name for name, _ in model.named_parameters() if name in trained}  # which LoRA's `bias` trains in place
-    return {"score.weight", *biases, *(f"{name}.weight" for name, module in whole.named_modules() if hasattr(module, "lora_A"))}
+    return {
+        "score.weight",
+        *biases,
+        *(f"{name}.weight" for name, module in whole.named_modules() if hasattr(module, "lora_A")),
+    }

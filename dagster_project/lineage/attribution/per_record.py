@@ -1,11 +1,14 @@
-"""Projected gradients of many records: for plain LoRA from packed passes, for other methods one record at a time. Both give the same numbers, up to rounding.
+"""Projected gradients of many records: for plain LoRA from packed passes, for
+other methods one record at a time. Both give the same numbers, up to rounding.
 
-The gradients of A and B of a LoRA layer (Hu et al. 2021, section 4.1) are sums over tokens of outer products of what enters and what returns:
+The gradients of A and B of a LoRA layer (Hu et al. 2021, section 4.1) are sums
+over tokens of outer products of what enters and what returns:
 
     dA = scaling (dy B)^T x        dB = scaling dy^T (x A^T)
 
-Packed examples do not attend to each other, so the sum over the tokens of a record is the gradient of its own loss. Both factors are projected before they are
-multiplied, as LoGRA does, so the gradients themselves are never formed, unless each of their numbers is scaled by the second moments of the optimizer.
+Packed examples do not attend to each other, so the sum over the tokens of a record is the gradient of its own loss.
+Both factors are projected before they are multiplied, as LoGRA does, so the gradients themselves are never formed,
+unless each of their numbers is scaled by the second moments of the optimizer.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ ROOM = 1024
 """Tokens of a packed pass, unless one record has more."""
 
 
-def projected_gradients(trained: TrainedModel, projection: Projection, records: Sequence[Sequence[Example]]) -> torch.Tensor:
-    """Projected gradient of the loss of each record, (records, width) float32. A row depends on the other records by rounding only.
+def projected_gradients(
+    trained: TrainedModel, projection: Projection, records: Sequence[Sequence[Example]]
+) -> torch.Tensor:
+    """Projected gradient of the loss of each record, (records, width) float32.
+    A row depends on the other records by rounding only.
 
     Args:
         records: the examples of each record.
@@ -37,7 +43,9 @@ def projected_gradients(trained: TrainedModel, projection: Projection, records: 
     layers = lora_layers(trained)
     if layers is None:
         return torch.stack([projection.project(trained.of_record(examples)) for examples in records])
-    return torch.cat([_of_pass(trained, projection, layers, [records[i] for i in numbers]) for numbers in _passes(records)])
+    return torch.cat(
+        [_of_pass(trained, projection, layers, [records[i] for i in numbers]) for numbers in _passes(records)]
+    )
 
 
 def _passes(records: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
@@ -81,7 +89,9 @@ def lora_layers(trained: TrainedModel) -> list[Layer] | None:
     return layers if {name for layer in layers for name in (layer.a, layer.b)} == weights.keys() else None
 
 
-def _of_pass(trained: TrainedModel, projection: Projection, layers: Sequence[Layer], records: Sequence[Sequence[Example]]) -> torch.Tensor:
+def _of_pass(
+    trained: TrainedModel, projection: Projection, layers: Sequence[Layer], records: Sequence[Sequence[Example]]
+) -> torch.Tensor:
     """Projected gradients of records in one packed row, (records, width) float32."""
     import torch
 
@@ -92,13 +102,17 @@ def _of_pass(trained: TrainedModel, projection: Projection, layers: Sequence[Lay
     found = torch.zeros(len(records), sum(rows * columns for _, rows, columns in places.values()))
 
     def add(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example. Factors are projected before, unless
-        the gradient itself is needed, because its numbers are scaled.
+        """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example.
+        Factors are projected before, unless the gradient itself is needed, because its numbers are scaled.
         """
         first, rows, columns = places[name]
         for owner, (start, stop) in segments:
             product = left[start:stop].T @ right[start:stop]
-            part = product.flatten() if trained.scales is None else projection.of_weight(name, product * trained.scales[name])
+            part = (
+                product.flatten()
+                if trained.scales is None
+                else projection.of_weight(name, product * trained.scales[name])
+            )
             found[owner, first : first + rows * columns] += part.cpu()
 
     hooks = [layer.module.register_forward_hook(_Capture(layer, trained, projection, add)) for layer in layers]

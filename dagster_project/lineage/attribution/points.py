@@ -1,5 +1,6 @@
-"""Points of a training at which gradients are taken: the trained weights there, and the second moments of its optimizer, in files beside the gradients of the
-model. Scores are then averaged over the points, after TracIn (Pruthi et al. 2020, arXiv 2002.08484), which sums inner products weighted by the learning rate."""
+"""Points of a training at which gradients are taken: the trained weights there, and the second moments of its
+optimizer, in files beside the gradients of the model. Scores are then averaged over the points, after TracIn (Pruthi et
+al. 2020, arXiv 2002.08484), which sums inner products weighted by the learning rate."""
 
 from __future__ import annotations
 
@@ -87,9 +88,9 @@ class Point:
         return None if self.at_end else self._read(WEIGHTS)
 
     def scales(self) -> dict[str, torch.Tensor] | None:
-        """Factors of the elements of gradients by name of the weight, 1 / sqrt(sqrt(second moment) + EPSILON), and 0 for elements that never had a gradient;
-        None without scaling. The product of two scaled gradients is that of one unscaled gradient and of the other divided by the root of the second moment, as
-        in a step of Adam.
+        """Factors of the elements of gradients by name of the weight, 1 / sqrt(sqrt(second moment) + EPSILON), and 0
+        for elements that never had a gradient; None without scaling. The product of two scaled gradients is that of one
+        unscaled gradient and of the other divided by the root of the second moment, as in a step of Adam.
         """
         if not self.scaled:
             return None
@@ -144,11 +145,14 @@ def code() -> str:
     return sha256_of_files([Path(__file__), Path(__file__).with_name("retraining.py")])
 
 
-def second_moments(optimizer: Mapping[str, Any], weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
+def second_moments(
+    optimizer: Mapping[str, Any], weights: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """Bias-corrected second moments of Adam by name of the weight (Kingma and Ba 2015, algorithm 1).
 
     Args:
-        optimizer: its state, as in a checkpoint: {"groups", "state"}. A weight that never had a gradient has none: its moments are 0.
+        optimizer: its state, as in a checkpoint: {"groups", "state"}. A weight
+            that never had a gradient has none: its moments are 0.
         weights: by name.
         names: of the weights, in the order of the state.
     """
@@ -158,6 +162,8 @@ def second_moments(optimizer: Mapping[str, Any], weights: Mapping[str, torch.Ten
     assert len(decay) == 1, decay
     [beta] = decay
     return {
-        name: state["exp_avg_sq"].float() / (1.0 - beta ** float(state["step"])) if state else torch.zeros_like(weights[name])
+        name: state["exp_avg_sq"].float() / (1.0 - beta ** float(state["step"]))
+        if state
+        else torch.zeros_like(weights[name])
         for name, state in zip(names, optimizer["state"], strict=True)
     }

@@ -1,7 +1,9 @@
-"""Seeded random projections of gradients: each weight's gradient G becomes P G Q^T, as LoGRA does (Choe et al. 2024, arXiv 2405.13954, section 3).
+"""Seeded random projections of gradients: each weight's gradient G becomes P G
+Q^T, as LoGRA does (Choe et al. 2024, arXiv 2405.13954, section 3).
 
-Entries of P and Q are +1 or -1, divided by the root of the number of rows, so inner products of projected gradients are unbiased estimates of those of the
-gradients (Achlioptas 2003). A side that needs no projection keeps its values: then inner products are exact.
+Entries of P and Q are +1 or -1, divided by the root of the number of rows, so inner
+products of projected gradients are unbiased estimates of those of the gradients (Achlioptas
+2003). A side that needs no projection keeps its values: then inner products are exact.
 """
 
 from __future__ import annotations
@@ -29,10 +31,13 @@ class Projection:
     _sides: dict[tuple[str, int, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the projected gradient of a weight. Its narrow side, such as the rank of LoRA, is kept as it is, up to `KEPT`.
+        """Rows and columns of the projected gradient of a weight. Its narrow
+        side, such as the rank of LoRA, is kept as it is, up to `KEPT`.
 
-        >>> Projection().shape((16, 576)), Projection().shape((576, 8)), Projection().shape((2048, 576)), Projection().shape((2048,))
-        ((16, 16), (32, 8), (16, 16), (1, 256))
+        >>> Projection().shape((16, 576)), Projection().shape((576, 8))
+        ((16, 16), (32, 8))
+        >>> Projection().shape((2048, 576)), Projection().shape((2048,))
+        ((16, 16), (1, 256))
         """
         rows, columns = as_matrix(weight)
         if rows * columns <= self.numbers:
@@ -63,7 +68,8 @@ class Projection:
         return (matrix if right is None else matrix @ right.T).flatten()
 
     def sides(self, name: str, weight: tuple[int, ...], device: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """P (rows, rows of the weight) and Q (columns, columns of the weight) in float32; None for a side that is not projected.
+        """P (rows, rows of the weight) and Q (columns, columns of the weight)
+        in float32; None for a side that is not projected.
 
         Args:
             weight: its shape.
@@ -80,12 +86,15 @@ class Projection:
 
         key = (name, rows, columns)
         if key not in self._sides:
-            self._sides[key] = torch.from_numpy(signs(f"{self.seed}:{name}", rows, columns) / rows**0.5).float().to(device)
+            self._sides[key] = (
+                torch.from_numpy(signs(f"{self.seed}:{name}", rows, columns) / rows**0.5).float().to(device)
+            )
         return self._sides[key]
 
 
 def signs(name: str, rows: int, columns: int) -> np.ndarray:
-    """Random +1 and -1, (rows, columns) float32, determined by the name alone: by the raw bits of Philox, which are the same in all versions of numpy."""
+    """Random +1 and -1, (rows, columns) float32, determined by the name alone:
+    by the raw bits of Philox, which are the same in all versions of numpy."""
     import numpy as np
 
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")

@@ -1,4 +1,5 @@
-"""A test of an attribution: the loss weights of some records are set to zero where they are, so that a training differs from the original in nothing else."""
+"""A test of an attribution: the loss weights of some records are set to zero
+where they are, so that a training differs from the original in nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_arrow
 
 PROOFS = Path(".dvc", "tmp", "pedigree", "proofs")
-"""Folder of adapters that were trained without some records, and of the altered data. A cache: it can be deleted at any time."""
+"""Folder of adapters that were trained without some records, and of the altered
+data. A cache: it can be deleted at any time."""
 T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
@@ -23,14 +25,17 @@ T_975 = (
 """Quantile 0.975 of Student's t distribution with 1, 2, ... degrees of freedom."""
 LEAST_DRAWS, MOST_DRAWS = 2, len(T_975) + 1
 TRIES = 10_000
-"""Random sets of all records that are drawn in search of some without those in `top`; then as many of the other records."""
+"""Random sets of all records that are drawn in search of some without those in
+`top`; then as many of the other records."""
 TRAIN = "train.parquet"
 
 
 def zero_weights(tokenized: Path, out: Path, names: Collection[str]) -> None:
-    """Copy tokenized data, with a loss weight of 0 for all tokens of some records of the training split. Order, packing, tokens and labels stay.
+    """Copy tokenized data, with a loss weight of 0 for all tokens of some
+    records of the training split. Order, packing, tokens and labels stay.
 
-    The loss of a forward pass is the mean over its tokens by weight, so the other examples of a row share the weight that these had.
+    The loss of a forward pass is the mean over its tokens by weight, so the
+    other examples of a row share the weight that these had.
 
     Raises:
         InputError: a packed row would have no weight left, so that its loss would not be defined.
@@ -43,7 +48,12 @@ def zero_weights(tokenized: Path, out: Path, names: Collection[str]) -> None:
     rows, left_out = table.select(["example_ids", "lengths", "weights"]).to_pylist(), {*names}
     altered = [_without(row["example_ids"], row["lengths"], row["weights"], left_out) for row in rows]
     position, kind = table.schema.get_field_index("weights"), table.schema.field("weights")
-    pq.write_table(table.set_column(position, kind, pa.array(altered, kind.type)), out / TRAIN, compression="zstd", store_schema=True)
+    pq.write_table(
+        table.set_column(position, kind, pa.array(altered, kind.type)),
+        out / TRAIN,
+        compression="zstd",
+        store_schema=True,
+    )
 
 
 def _without(names: Sequence[str], lengths: Sequence[int], weights: list[float], left_out: set[str]) -> list[float]:
@@ -76,7 +86,8 @@ def _keep_some(rows: Sequence[Sequence[str]], left_out: set[str]) -> bool:
 
 
 def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path) -> Iterator[list[str]]:
-    """Different sets of as many random records as `top`, none of which is in it. The same seed gives the same sets, but for those that are skipped.
+    """Different sets of as many random records as `top`, none of which is in
+    it. The same seed gives the same sets, but for those that are skipped.
 
     A set that came before would make the spread of the changes too small, and so the interval too narrow.
 
@@ -94,12 +105,16 @@ def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path
         )
     others, rows = [name for name in pool if name not in taken], _rows(tokenized)
     for number in range(2 * TRIES):
-        among = pool if number < TRIES else others  # hardly any set of a seventh of all records is without those in `top`
+        among = (
+            pool if number < TRIES else others
+        )  # hardly any set of a seventh of all records is without those in `top`
         found = sorted(random.Random(f"{seed}:{len(taken)}:{number}").sample(among, len(taken)))
         if taken.isdisjoint(found) and name_of(found) not in earlier and _keep_some(rows, {*found}):
             earlier.add(name_of(found))
             yield found
-    raise InputError(f"--top {len(taken)}: too few other records for more random sets", "leave out fewer records with --top")
+    raise InputError(
+        f"--top {len(taken)}: too few other records for more random sets", "leave out fewer records with --top"
+    )
 
 
 def name_of(names: Collection[str]) -> str:
@@ -120,7 +135,8 @@ class Verdict:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % prediction interval of one more random set: t s sqrt(1 + 1/n), from normally distributed changes."""
+        """Of the 95 % prediction interval of one more random set: t s sqrt(1 +
+        1/n), from normally distributed changes."""
         n = len(self.of_draws)
         return T_975[n - 2] * stdev(self.of_draws) * (1 + 1 / n) ** 0.5
 

@@ -1,4 +1,5 @@
-"""Ranks the records of a training by the likeness of their gradients and of their words, and tells whether the first stand out."""
+"""Ranks the records of a training by the likeness of their gradients and of
+their words, and tells whether the first stand out."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ FUSION = 60
 STANDS_OUT = 6.0
 """Robust z of the best gradient score from which a record can stand out."""
 CROWD, TIMES = 10, 2.0
-"""It does if it is also this many times as far from the median as the record of this rank: a label that dozens of records share has no few behind it.
-Measured: docs/why.md."""
+"""It does if it is also this many times as far from the median as the record of this rank: a label that dozens of
+records share has no few behind it. Measured: docs/why.md."""
 WEIGHT = 1.5
-"""Of the gradient in the order of the list; that of the words of the prompt, and of those of the asked part, is 1. Chosen in docs/decisions/059."""
+"""Of the gradient in the order of the list; that of the words of the prompt,
+and of those of the asked part, is 1. Chosen in docs/decisions/059."""
 TO_SIGMA = 1.4826
 """Median absolute deviation times this is the standard deviation of a normal distribution."""
 
@@ -30,7 +32,8 @@ BLOCK = 16 * 2**20
 
 
 def float32_blocks(gradients: Rows) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the gradients of some records at a time as float32, and the numbers of these records. Each block is in the memory of the one before.
+    """Yield the gradients of some records at a time as float32, and the numbers
+    of these records. Each block is in the memory of the one before.
 
     Args:
         gradients: (records, width) float16; or other numbers of them.
@@ -60,7 +63,8 @@ def products(gradients: Rows, rows: np.ndarray) -> np.ndarray:
 
 
 def cosines(gradients: Rows, questions: np.ndarray) -> np.ndarray:
-    """Cosines of the gradients of questions with that of every record, (questions, records) float32; 0 where a gradient is 0.
+    """Cosines of the gradients of questions with that of every record,
+    (questions, records) float32; 0 where a gradient is 0.
 
     Args:
         gradients: of length 1, (records, width) float16.
@@ -70,7 +74,8 @@ def cosines(gradients: Rows, questions: np.ndarray) -> np.ndarray:
 
 
 def robust_z(scores: np.ndarray) -> np.ndarray:
-    """Distance of each score from the median, in standard deviations estimated by the median absolute deviation; 0 if all are equal."""
+    """Distance of each score from the median, in standard deviations estimated
+    by the median absolute deviation; 0 if all are equal."""
     import numpy as np
 
     away = scores - np.median(scores)
@@ -134,8 +139,9 @@ class Ranking:
     gradient_rank: np.ndarray
     bm25_rank: np.ndarray
     rank: np.ndarray
-    """By the weighted sum of three scores, each in its standard deviations from its mean, as CombSUM adds z-scores (Fox and Shaw 1994): gradients, words of
-    the prompt, words of the asked part. A score in which nothing is far from the others adds little, where a fusion of ranks would count all the same."""
+    """By the weighted sum of three scores, each in its standard deviations from its mean, as CombSUM adds z-scores (Fox
+    and Shaw 1994): gradients, words of the prompt, words of the asked part. A score in which nothing is far from the
+    others adds little, where a fusion of ranks would count all the same."""
 
     @classmethod
     def of(cls, gradient: np.ndarray, prompt: np.ndarray, part: np.ndarray) -> Ranking:
@@ -146,7 +152,10 @@ class Ranking:
         import numpy as np
 
         words = prompt + part  # the score of a query is the sum of those of its words
-        by_gradient, by_words = ranks(gradient), np.where(words > 0, ranks(words), len(words))  # without a word in common: last
+        by_gradient, by_words = (
+            ranks(gradient),
+            np.where(words > 0, ranks(words), len(words)),
+        )  # without a word in common: last
         return cls(gradient, robust_z(gradient), words, by_gradient, by_words, ranks(totals(gradient, prompt, part)))
 
     def order(self) -> list[int]:

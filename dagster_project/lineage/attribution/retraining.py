@@ -1,4 +1,5 @@
-"""Repeats a training to store its checkpoints. Nothing is stored unless the final weights equal those of the adapter byte for byte."""
+"""Repeats a training to store its checkpoints. Nothing is stored unless the
+final weights equal those of the adapter byte for byte."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ SPARE = 3
 
 
 class ParamsWithCheckpoints(AdapterParams):
-    """An entry whose training writes a checkpoint at some steps. They are part of its identity, so a training interrupted with others is not resumed."""
+    """An entry whose training writes a checkpoint at some steps. They are part of its identity, so a training
+    interrupted with others is not resumed."""
 
     checkpoint_steps: tuple[int, ...] = ()
 
@@ -73,12 +75,19 @@ class Retraining:
         """
         where, optim = self.address, self._optimizer_name
         if self.compute.processes > 1 or self.entry.sharding is not None:
-            raise InputError(f"{where} was trained in several processes, whose checkpoints are not supported", "ask about the end alone")
+            raise InputError(
+                f"{where} was trained in several processes, whose checkpoints are not supported",
+                "ask about the end alone",
+            )
         if self.entry.method.lower() == "adalora":
-            raise InputError(f"{where}: checkpoints of adalora do not contain the weights that it saves", "ask about the end alone")
+            raise InputError(
+                f"{where}: checkpoints of adalora do not contain the weights that it saves", "ask about the end alone"
+            )
         if scaled and optim not in WITH_MOMENTS:
             raise InputError(
-                f"--second-moments: {optim}, the optimizer of {where}, is not supported: {' and '.join(WITH_MOMENTS)} are", "leave it out"
+                f"--second-moments: {optim}, the optimizer of {where}, is not supported:"
+                f" {' and '.join(WITH_MOMENTS)} are",
+                "leave it out",
             )
 
     def write_points(self, points: Sequence[Point]) -> None:
@@ -89,7 +98,10 @@ class Retraining:
             CheckFailed: the final weights differ.
         """
         self.refuse_unsupported(any(point.scaled for point in points))
-        scratch, steps = points[0].model_store / POINTS / ".training", [point.step for point in points]  # it survives an interruption
+        scratch, steps = (
+            points[0].model_store / POINTS / ".training",
+            [point.step for point in points],
+        )  # it survives an interruption
         fitted = self._train(steps, scratch)
         if any(_verified(scratch, step) is None for step in steps):  # damaged, or removed after many interruptions
             remove(scratch)
@@ -99,7 +111,9 @@ class Retraining:
             saved = _verified(scratch, point.step)
             assert saved is not None, point.step
             weights = saved.tensors("weights")
-            moments = second_moments(_optimizer(saved), weights, names) if self._optimizer_name in WITH_MOMENTS else None
+            moments = (
+                second_moments(_optimizer(saved), weights, names) if self._optimizer_name in WITH_MOMENTS else None
+            )
             point.write(weights, moments)
         remove(scratch)
 
@@ -120,9 +134,19 @@ class Retraining:
         data = TrainingData.read(self.variant, entry.method, self.compute, self.tokenized, self.base_model)
         identity = data.identity() | run_identity(Path(__file__), self.compute, device, dtype, LIBRARIES)
         try:
-            fitted = fit(data, ResolvedParams(entry, {}, None), identity, scratch / "checkpoints", scratch, None, advice_on_memory)
+            fitted = fit(
+                data,
+                ResolvedParams(entry, {}, None),
+                identity,
+                scratch / "checkpoints",
+                scratch,
+                None,
+                advice_on_memory,
+            )
         except Diverged as diverged:
-            raise CheckFailed(f"{self.address}: the repeated training diverged: {diverged}", "see the log above") from None
+            raise CheckFailed(
+                f"{self.address}: the repeated training diverged: {diverged}", "see the log above"
+            ) from None
         fitted.prepared.save(scratch / "adapter")
         if not same_weights(scratch / "adapter", self.adapter):
             remove(scratch)
@@ -138,13 +162,18 @@ class Retraining:
             from dagster_project.training.planning.hints import forecast_training
 
             where = f"adapter.{self.variant}"
-            checkpointing = forecast_training(self.entry, self.tokenized, self.base_model, 1, target, where).hints.gradient_checkpointing
+            checkpointing = forecast_training(
+                self.entry, self.tokenized, self.base_model, 1, target, where
+            ).hints.gradient_checkpointing
         values = self.entry.model_dump(warnings=False) | {"report_to": "none", "gradient_checkpointing": checkpointing}
-        return ParamsWithCheckpoints.model_validate(values | {"checkpoint_steps": tuple(steps), "save_total_limit": len(steps) + SPARE})
+        return ParamsWithCheckpoints.model_validate(
+            values | {"checkpoint_steps": tuple(steps), "save_total_limit": len(steps) + SPARE}
+        )
 
 
 def optimizer_order(model: torch.nn.Module) -> list[str]:
-    """Names of the trained weights in the order of the optimizer's state: first those with weight decay, as transformers groups them."""
+    """Names of the trained weights in the order of the optimizer's state: first
+    those with weight decay, as transformers groups them."""
     from transformers import Trainer
 
     decayed = {*Trainer.get_decay_parameter_names(None, model)}

@@ -88,4 +88,6 @@ class RowsOnDisk:
 
 
 def _damaged(file: Path) -> InputError:
-    return InputError(f"the gradients of the model are incomplete or damaged: {file.name}", "add --index to compute them")
+    return InputError(
+        f"the gradients of the model are incomplete or damaged: {file.name}", "add --index to compute them"
+    )

@@ -1,4 +1,5 @@
-"""Scores of all records for a question. Of many records, the gradients of few are read: of those whose sketches or words are most like the question."""
+"""Scores of all records for a question. Of many records, the gradients of few
+are read: of those whose sketches or words are most like the question."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST = 256
-"""Records whose gradients are read for each of three reasons: high estimates, estimates above those of other questions, and a high place in the list."""
+"""Records whose gradients are read for each of three reasons: high estimates,
+estimates above those of other questions, and a high place in the list."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ class Search:
         return products(self.gradients.sketches.probes, self.direction)[0]
 
 
-def search(points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound: np.ndarray | None, shown: int) -> Found:
+def search(
+    points: Sequence[Search], prompt: np.ndarray, part: np.ndarray, bound: np.ndarray | None, shown: int
+) -> Found:
     """Score all records for a question: the mean over points of the training.
 
-    Estimates of the records whose gradients are not read are moved towards their median by a factor, so that they spread as the scores of the probes do.
+    Estimates of the records whose gradients are not read are moved towards their
+    median by a factor, so that they spread as the scores of the probes do.
 
     Args:
         prompt, part: scores of the words of each record, as in `Ranking.of`.

@@ -1,9 +1,11 @@
-"""Scores of records in which what many of their gradients have in common counts little: by the damped inverse of the second moment of these gradients.
+"""Scores of records in which what many of their gradients have in common counts
+little: by the damped inverse of the second moment of these gradients.
 
-    score of g for a question q    d g' (M + d)^-1 q,   M the sum of g g' over all records, all gradients of length 1, d the damping
+    score of g for a question q    d g' (M + d)^-1 q,   M the sum of g g' over
+    all records, all gradients of length 1, d the damping
 
-TRAK divides by the same second moment (Park et al. 2023, arXiv 2303.14186); the damping is that of influence functions. M is never formed: with the gradients of
-n records as the rows of G, d (G'G + d)^-1 q = q - G' (GG' + d)^-1 G q.
+TRAK divides by the same second moment (Park et al. 2023, arXiv 2303.14186); the damping is that of influence functions.
+M is never formed: with the gradients of n records as the rows of G, d (G'G + d)^-1 q = q - G' (GG' + d)^-1 G q.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 DAMPING = 0.01
 """Damping as a share of the number of records. Chosen in docs/decisions/062."""
 LEAST = 1.0
-"""Least damping. It is the mean eigenvalue of the inner products of the records, because all gradients have length 1."""
+"""Least damping. It is the mean eigenvalue of the inner products of the
+records, because all gradients have length 1."""
 SAMPLE = 2048
-"""Most records that M is made from. A larger set is represented by as many, at equal distances in it: records are sorted by hash."""
+"""Most records that M is made from. A larger set is represented by as many, at
+equal distances in it: records are sorted by hash."""
 PRINCIPAL = 512
-"""Directions of the second moment that count for many records. What the others would take out of a question is small (docs/decisions/064)."""
+"""Directions of the second moment that count for many records. What the others
+would take out of a question is small (docs/decisions/064)."""
 
 
 class Damped(Protocol):
@@ -41,8 +46,8 @@ class Damped(Protocol):
 
 
 def scores(moment: Damped, gradients: Rows, questions: np.ndarray) -> np.ndarray:
-    """Scores of all records for each question, (questions, records) float32; from -1 to 1, and 0 where a gradient is 0. Arguments are those of
-    `Damped.directions`."""
+    """Scores of all records for each question, (questions, records) float32; from -1 to 1, and 0 where a gradient is 0.
+    Arguments are those of `Damped.directions`."""
     return products(gradients, moment.directions(gradients, questions))
 
 
@@ -85,7 +90,8 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class PrincipalDirections:
-    """The second moment of many records by the directions that are most common, so that the sample need not be read for a question."""
+    """The second moment of many records by the directions that are most common,
+    so that the sample need not be read for a question."""
 
     axes: np.ndarray
     """(directions, width) float16, of length 1."""

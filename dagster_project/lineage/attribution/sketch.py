@@ -1,7 +1,8 @@
 """Sketches of gradients: few numbers each, by which the gradients that are worth reading are found among many.
 
-Each number of a gradient is added, with a random sign, to one of `NUMBERS` sums (CountSketch: Charikar, Chen and Farach-Colton 2002). Inner products of sketches
-are unbiased estimates of those of the gradients; the standard deviation of an estimate is about the product of their lengths, divided by the root of `NUMBERS`.
+Each number of a gradient is added, with a random sign, to one of `NUMBERS` sums (CountSketch: Charikar, Chen and
+Farach-Colton 2002). Inner products of sketches are unbiased estimates of those of the gradients; the standard deviation
+of an estimate is about the product of their lengths, divided by the root of `NUMBERS`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def sketches(rows: np.ndarray) -> np.ndarray:
 
 
 def in_bytes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of whole numbers from -127 to 127, (rows, NUMBERS) int8, and what each is multiplied by, (rows,) float32. What is rounded away is a hundredth of
-    the error of a sketch."""
+    """Rows of whole numbers from -127 to 127, (rows, NUMBERS) int8, and what each is multiplied by, (rows,) float32.
+    What is rounded away is a hundredth of the error of a sketch."""
     import numpy as np
 
     scales = np.abs(rows).max(1) / 127
@@ -42,7 +43,8 @@ def in_bytes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _places(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of a gradient by the sum that they belong to, and their signs, (width,) each; the sums that have any, and where each begins.
+    """Numbers of a gradient by the sum that they belong to, and their signs,
+    (width,) each; the sums that have any, and where each begins.
 
     They are determined by the width alone: by the raw bits of Philox, which are the same in all versions of numpy.
     """

@@ -1,6 +1,7 @@
-"""Projected gradients of all records of a training, in a folder of .dvc/tmp/pedigree/gradients. A cache: it can be deleted at any time, and is checked by
-hash whenever it is read. Its name is the hash of all that it was computed from, so it can never be taken for that of another model; those of earlier points of
-the training are in folders within it, and are identified by their manifests."""
+"""Projected gradients of all records of a training, in a folder of .dvc/tmp/pedigree/gradients. A cache: it can be
+deleted at any time, and is checked by hash whenever it is read. Its name is the hash of all that it was computed from,
+so it can never be taken for that of another model; those of earlier points of the training are in folders within it,
+and are identified by their manifests."""
 
 from __future__ import annotations
 
@@ -32,10 +33,20 @@ MANIFEST = "store.json"
 SHARD = 32
 """Records of a file. An interrupted command loses at most the gradients of these."""
 IN_MEMORY = 8192
-"""Most records whose gradients are all read for a question, 1.2 GB for LoRA on the sample project's model. A larger store has sketches."""
+"""Most records whose gradients are all read for a question, 1.2 GB for LoRA on
+the sample project's model. A larger store has sketches."""
 PROBES = 512
 LIBRARIES = ("torch", "transformers", "peft")
-CODE = ("gradients.py", "per_record.py", "projection.py", "records.py", "rows_on_disk.py", "second_moment.py", "sketch.py", "store.py")
+CODE = (
+    "gradients.py",
+    "per_record.py",
+    "projection.py",
+    "records.py",
+    "rows_on_disk.py",
+    "second_moment.py",
+    "sketch.py",
+    "store.py",
+)
 """Modules of this folder that the content depends on."""
 
 
@@ -158,8 +169,13 @@ class GradientStore:
         for n in missing:
             rows = gradients(self._records_of(n)).numpy()
             if not np.isfinite(rows).all():
-                raise InputError(f"{what}: a gradient is not finite", "the training may have diverged: look at its curve")
-            self._write(self._path(n), {"gradients": units(rows).astype(np.float16), "lengths": lengths_of(rows)[:, 0].astype(np.float32)})
+                raise InputError(
+                    f"{what}: a gradient is not finite", "the training may have diverged: look at its curve"
+                )
+            self._write(
+                self._path(n),
+                {"gradients": units(rows).astype(np.float16), "lengths": lengths_of(rows)[:, 0].astype(np.float32)},
+            )
             progress.advance(len(rows))
         if self.is_large:
             summary = self._summary()
@@ -181,7 +197,8 @@ class GradientStore:
 
         if self.is_large:
             kept, moment = self._read_summaries()
-            of, rows = Sketches(kept["sketches"], kept["scales"], kept["probes"]), self._rows(kept["digests"], kept["probes"].shape[1])
+            of = Sketches(kept["sketches"], kept["scales"], kept["probes"])
+            rows = self._rows(kept["digests"], kept["probes"].shape[1])
             return Gradients(rows, kept["lengths"], PrincipalDirections(moment["axes"], moment["shares"]), of)
         if self.missing():
             raise self._incomplete()
@@ -189,7 +206,9 @@ class GradientStore:
         units, lengths = (np.concatenate([part[name] for part in parts]) for name in ("gradients", "lengths"))
         stored = self._has(self._second_moment)
         return Gradients(
-            units, lengths, SecondMoment(load_file(self._second_moment)["inner"], self.records) if stored else SecondMoment.of(units)
+            units,
+            lengths,
+            SecondMoment(load_file(self._second_moment)["inner"], self.records) if stored else SecondMoment.of(units),
         )
 
     def _read_summaries(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -215,10 +234,13 @@ class GradientStore:
         if self.is_large:
             missing, files = missing + self._lacks_summaries(), files + 2
         state = "incomplete or damaged" if self.is_begun() else "missing"
-        return InputError(f"the gradients of the model are {state}: {missing} of {files} files", "add --index to compute them")
+        return InputError(
+            f"the gradients of the model are {state}: {missing} of {files} files", "add --index to compute them"
+        )
 
     def _summary(self) -> dict[str, np.ndarray]:
-        """What is read first of a large store: sketches, hashes and lengths of all gradients, and those of the probes."""
+        """What is read first of a large store: sketches, hashes and lengths of
+        all gradients, and those of the probes."""
         import numpy as np
         from safetensors.numpy import load_file
 
@@ -229,7 +251,9 @@ class GradientStore:
             short, scales = in_bytes(sketches(rows.astype(np.float32)))
             parts.append({"sketches": short, "scales": scales, "digests": digests(rows), "lengths": part["lengths"]})
             of_probes.append(rows[probes[(probes >= numbers.start) & (probes < numbers.stop)] - numbers.start])
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"probes": np.concatenate(of_probes)}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {
+            "probes": np.concatenate(of_probes)
+        }
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -256,7 +280,10 @@ class GradientStore:
         digest = sha256_of_file(scratch)
         scratch.replace(path)
         known = self._manifest().get("shards", {}) | {path.name: digest}
-        write_json(self.folder / MANIFEST, {"identity": self.identity, "records": self.records, "shards": dict(sorted(known.items()))})
+        write_json(
+            self.folder / MANIFEST,
+            {"identity": self.identity, "records": self.records, "shards": dict(sorted(known.items()))},
+        )
 
     def _manifest(self) -> dict[str, Any]:
         """The list of files and hashes; empty if there is none, or it is damaged or of something else."""
@@ -264,7 +291,9 @@ class GradientStore:
             found = json.loads((self.folder / MANIFEST).read_bytes())
         except (OSError, ValueError):
             return {}
-        is_own = isinstance(found, dict) and found.get("identity") == self.identity and found.get("records") == self.records
+        is_own = (
+            isinstance(found, dict) and found.get("identity") == self.identity and found.get("records") == self.records
+        )
         return found if is_own and isinstance(found.get("shards"), dict) else {}
 
 
@@ -273,7 +302,8 @@ def _is_intact(path: Path, known: Mapping[str, str]) -> bool:
 
 
 def probes_of(records: int) -> np.ndarray:
-    """Numbers of records at equal distances that are not in the sample. What is damped was made from that, so its scores are smaller."""
+    """Numbers of records at equal distances that are not in the sample. What is
+    damped was made from that, so its scores are smaller."""
     import numpy as np
 
     is_other = np.ones(records, bool)

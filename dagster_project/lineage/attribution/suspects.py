@@ -1,4 +1,5 @@
-"""Scores of records whose gradients do not fit those of the others: the queue of `pedigree why --suspects`. Measured: docs/why.md."""
+"""Scores of records whose gradients do not fit those of the others: the queue
+of `pedigree why --suspects`. Measured: docs/why.md."""
 
 from __future__ import annotations
 
@@ -36,7 +37,13 @@ def form_of(answer: Message | None) -> str:
         found = json.loads(answer.get("content") or "")
     except (ValueError, RecursionError):  # also thousands of brackets
         return "text"
-    return f"JSON with {', '.join(sorted(found))}" if isinstance(found, dict) else "JSON" if isinstance(found, list) else "text"
+    return (
+        f"JSON with {', '.join(sorted(found))}"
+        if isinstance(found, dict)
+        else "JSON"
+        if isinstance(found, list)
+        else "text"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ def members(own: Sequence[Group], chosen: Sequence[Group]) -> list[np.ndarray]:
 
 
 def agreement(gradients: Rows, own: Sequence[Group], chosen: Sequence[Group]) -> np.ndarray:
-    """Cosine of each record's gradient with the mean direction of the others of its chosen group, (records,) float32; 0 without others.
+    """Cosine of each record's gradient with the mean direction of the others of
+    its chosen group, (records,) float32; 0 without others.
 
     Args:
         gradients: of length 1, (records, width) float16.
@@ -108,8 +116,9 @@ def _sum(gradients: Rows, numbers: np.ndarray) -> np.ndarray:
 
 
 def opposition(gradients: Rows, lengths: np.ndarray) -> np.ndarray:
-    """How strongly steps on other records would undo a step on each record, (records,) float32: the sum of its negative inner products with the
-    gradients of the others, with the sign changed. Of more than `OTHERS` records, that many stand for all.
+    """How strongly steps on other records would undo a step on each record, (records,)
+    float32: the sum of its negative inner products with the gradients of the others,
+    with the sign changed. Of more than `OTHERS` records, that many stand for all.
 
     Args:
         gradients: of length 1, (records, width) float16.
@@ -118,7 +127,9 @@ def opposition(gradients: Rows, lengths: np.ndarray) -> np.ndarray:
     import numpy as np
 
     count = len(gradients)
-    others = np.arange(count) if count <= OTHERS else np.sort(np.random.default_rng(0).choice(count, OTHERS, replace=False))
+    others = (
+        np.arange(count) if count <= OTHERS else np.sort(np.random.default_rng(0).choice(count, OTHERS, replace=False))
+    )
     columns = (gradients[others].astype(np.float32) * lengths[others, None]).T
     found = np.empty(count, np.float32)
     for start in range(0, count, 512):
@@ -130,8 +141,9 @@ def opposition(gradients: Rows, lengths: np.ndarray) -> np.ndarray:
 
 
 def harm(cosines: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """How much less likely a step on each record would make parts of the answers in the validation split, (records,) float32: the sum of the inner products of
-    its gradient with those of these parts, each of length 1, with the sign changed.
+    """How much less likely a step on each record would make parts of the answers in
+    the validation split, (records,) float32: the sum of the inner products of its
+    gradient with those of these parts, each of length 1, with the sign changed.
 
     Args:
         cosines: of the gradients of parts and records, (parts, records).
@@ -161,7 +173,8 @@ class Suspicion:
 
     @classmethod
     def of(cls, opposed: np.ndarray, lengths: np.ndarray, harmful: np.ndarray | None = None) -> Suspicion:
-        """The score fuses the ranks by opposition and by harm; without a validation split, by opposition and by length."""
+        """The score fuses the ranks by opposition and by harm; without a
+        validation split, by opposition and by length."""
         by_opposition, by_length = ranks(opposed), ranks(lengths)
         by_harm = None if harmful is None else ranks(harmful)
         score = fused(by_opposition, by_length if by_harm is None else by_harm)

@@ -1,4 +1,5 @@
-"""Losses of erased records next to those of records that a model never saw. A low one can be a trace of the record; no value proves that there is none."""
+"""Losses of erased records next to those of records that a model never saw. A
+low one can be a trace of the record; no value proves that there is none."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ class Loss:
 
 
 def compare(records: Mapping[str, Loss], controls: Sequence[Loss]) -> dict[str, Any]:
-    """How losses of records compare with those of controls: of the same category if there are `FEWEST` of them, else of the same source, else of all.
+    """How losses of records compare with those of controls: of the same category
+    if there are `FEWEST` of them, else of the same source, else of all.
 
-    Losses are rounded to 0.1: with more digits, someone who has the model could test by them whether a text is that of the record.
+    Losses are rounded to 0.1: with more digits, someone who has the model could
+    test by them whether a text is that of the record.
 
     Args:
         records: name -> loss.
@@ -65,7 +68,11 @@ def _compare(loss: Loss, controls: Sequence[Loss]) -> dict[str, Any]:
 
 def _similar(loss: Loss, controls: Sequence[Loss]) -> tuple[str | None, Sequence[Loss]]:
     for name in ("category", "source"):
-        found = [control for control in controls if getattr(loss, name) is not None and getattr(control, name) == getattr(loss, name)]
+        found = [
+            control
+            for control in controls
+            if getattr(loss, name) is not None and getattr(control, name) == getattr(loss, name)
+        ]
         if len(found) >= FEWEST:
             return name, found
     return None, controls
@@ -80,19 +87,28 @@ def _verdict(places: Sequence[str]) -> str:
     below, above, n = places.count(BELOW), places.count(ABOVE), len(places)
     if below:
         return (
-            f"outside the range: {below} of {n} are more likely to the model than {HIGH:.0%} of the records that it never saw "
-            f"(by chance, {LOW * n:.1f} would be): the texts are easier than those, or the model saw them or something like them"
+            f"outside the range: {below} of {n} are more likely to the model than {HIGH:.0%} of the records that it"
+            f" never saw (by chance, {LOW * n:.1f} would be): the texts are easier than those, or the model saw them or"
+            " something like them"
         )
     if above:
-        return f"outside the range: {above} of {n} are less likely to the model than {HIGH:.0%} of the records that it never saw, and none more likely"
+        return (
+            f"outside the range: {above} of {n} are less likely to the model than {HIGH:.0%} of the records that it"
+            " never saw, and none more likely"
+        )
     return "within the range"
 
 
 def sensitivity(before: Mapping[str, Any]) -> str:
     """What the same measurement of the model that was trained on the records says about the measurement."""
     if "not measured" in before:
-        return "whether this measurement can tell a trained record is unknown, because the model before was not measured"
+        return (
+            "whether this measurement can tell a trained record is unknown, because the model before was not measured"
+        )
     found, n = before["below"], len(before["records"])
     if found:
         return f"of the model before, which was trained on them, it finds {found} of {n} below the range"
-    return f"of the model before, which was trained on them, it finds none of {n} below the range: it cannot tell these records from unseen ones"
+    return (
+        f"of the model before, which was trained on them, it finds none of {n} below the range: it cannot tell these"
+        " records from unseen ones"
+    )

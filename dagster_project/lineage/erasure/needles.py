@@ -1,4 +1,5 @@
-"""Texts and ids of erased records -> byte patterns that find them in any file. Reports where they were found, never the text."""
+"""Texts and ids of erased records -> byte patterns that find them in any file.
+Reports where they were found, never the text."""
 
 from __future__ import annotations
 
@@ -7,13 +8,16 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 LONGEST, SHORTEST = 24, 12
-"""Bytes of text in a pattern are those of this many characters. A quotation of at least twice LONGEST contains one of them whole."""
+"""Bytes of text in a pattern are those of this many characters. A quotation of
+at least twice LONGEST contains one of them whole."""
 PIECES = re.compile(r"[^\x00-\x1f\x7f\"\\<>&'`\ud800-\udfff]+")
-"""Runs of characters that JSON, HTML and CSV leave as they are. JSON may escape those beyond ASCII, which is searched for too."""
+"""Runs of characters that JSON, HTML and CSV leave as they are. JSON may escape
+those beyond ASCII, which is searched for too."""
 
 
 def fragments(text: str) -> list[str]:
-    """Parts of a text that are searched for: consecutive pieces of LONGEST characters; shorter runs of at least SHORTEST as they are."""
+    """Parts of a text that are searched for: consecutive pieces of LONGEST
+    characters; shorter runs of at least SHORTEST as they are."""
     found: list[str] = []
     for run in (part.strip() for piece in PIECES.findall(text) for part in re.split(r"\s{2,}", piece)):
         if len(run) >= LONGEST:
@@ -35,16 +39,19 @@ class Needles:
     ids: tuple[str, ...] = ()
     """32 hexadecimal digits: `example_id` of each record, and the ids under which releases published it."""
     unsearchable: int = 0
-    """Texts without a fragment of their own: short, or shared with records that stay. Their records are found by id only."""
+    """Texts without a fragment of their own: short, or shared with records that
+    stay. Their records are found by id only."""
 
     def patterns(self) -> dict[str, int | None]:
-        """Pattern -> position of its fragment in `texts`, None for an id. Patterns are bytes in Latin-1, which polars searches for all at once."""
+        """Pattern -> position of its fragment in `texts`, None for an id.
+        Patterns are bytes in Latin-1, which polars searches for all at once."""
         texts = {shown: number for number, text in enumerate(self.texts) for shown in _encoded(text)}
         ids = [shown for one in self.ids for shown in (one, one.upper(), bytes.fromhex(one).decode("latin-1"))]
         return {**texts, **dict.fromkeys(ids)}
 
     def are_apart(self, found: Collection[int]) -> bool:
-        """Whether some of these fragments, by position, are two of one text that have less than SHORTEST characters in common."""
+        """Whether some of these fragments, by position, are two of one text
+        that have less than SHORTEST characters in common."""
         for group in self.groups:
             parts = [self.texts[number] for number in group if number in found]
             if any(not _overlap(parts[0], other) for other in parts[1:]):
@@ -67,7 +74,9 @@ def _encoded(text: str) -> Iterator[str]:
         escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
         escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
         yield escaped
-        yield re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped)  # as .NET and others write it
+        yield re.sub(
+            r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped
+        )  # as .NET and others write it
 
 
 def _surrogates(code: int) -> str:

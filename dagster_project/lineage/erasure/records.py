@@ -1,4 +1,5 @@
-"""A request for erasure -> the rows of sources that it means, their relatives, and the texts and ids by which they are found again."""
+"""A request for erasure -> the rows of sources that it means, their relatives,
+and the texts and ids by which they are found again."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def read_request(path: Path) -> Request:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}", "give a CSV file in UTF-8") from None
     if not names or not {*names} <= {*COLUMNS}:
-        raise InputError(f"{path}: its columns are {', '.join(map(visible, names)) or 'missing'}", f"use {', '.join(COLUMNS)}")
+        raise InputError(
+            f"{path}: its columns are {', '.join(map(visible, names)) or 'missing'}", f"use {', '.join(COLUMNS)}"
+        )
     found: dict[str, list[str]] = {name: [] for name in COLUMNS}
     for number, row in enumerate(rows, 2):
         filled = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
@@ -105,12 +108,16 @@ class Raw:
 
 
 def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
-    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row; also names, and numbers with as many digits as
-    a text that is searched for."""
+    """All texts of a record or pair: of its messages and calls, and of the other fields of its source row; also names,
+    and numbers with as many digits as a text that is searched for."""
     for message in _messages(record):
-        yield from (text for name in ("content", "reasoning_content", "name") if isinstance(text := message.get(name), str))
+        yield from (
+            text for name in ("content", "reasoning_content", "name") if isinstance(text := message.get(name), str)
+        )
         for arguments in _arguments(message):
-            yield from [arguments] if isinstance(arguments, str) else _strings([text for _, text in argument_texts(arguments)])
+            yield from (
+                [arguments] if isinstance(arguments, str) else _strings([text for _, text in argument_texts(arguments)])
+            )
     meta = json.loads(found) if isinstance(found := record.get("meta"), str) else {}
     if isinstance(meta, dict) and not (record.get("messages") or (record.get("chosen") and record.get("rejected"))):
         meta.pop("problem", None)  # why the row has no messages, or no other side: words of this project
@@ -118,8 +125,8 @@ def texts_of(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments of calls, tools and other fields. Of a
-    line that is not JSON also the text without JSON's escapes."""
+    """Everything that a request may be about: `texts_of`, the category, and as JSON, with keys and numbers, arguments
+    of calls, tools and other fields. Of a line that is not JSON also the text without JSON's escapes."""
     for text in texts_of(record):
         yield text
         if "\\" in text and not record.get("messages"):
@@ -154,7 +161,9 @@ def _messages(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _arguments(message: Mapping[str, Any]) -> list[Any]:
     given = message.get("tool_calls")
-    return [call.arguments for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []})]
+    return [
+        call.arguments for call in calls({"tool_calls": json.loads(given) if isinstance(given, str) else given or []})
+    ]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -182,7 +191,8 @@ class Found:
     made: list[str] = field(default_factory=list)
     """Ids of records that the pipeline made from them alone: they end with them."""
     written: list[str] = field(default_factory=list)
-    """Ids of records with the text of a request that none of the rows has that they were made from: people wrote it into a paraphrase or an edit."""
+    """Ids of records with the text of a request that none of the rows has that
+    they were made from: people wrote it into a paraphrase or an edit."""
     containing: tuple[str, ...] = ()
     """Texts of the request."""
     own_ids: list[str] = field(default_factory=list)
@@ -204,10 +214,15 @@ class Found:
         return list(dict.fromkeys(raw.example_id for raw in self.meant if raw.example_id))
 
     def without_tombstone(self, key: bytes) -> list[str]:
-        """ "source:row" of each record on the Hub or in S3 that would not be left out, because no tombstone names it."""
+        """ "source:row" of each record on the Hub or in S3 that would not be
+        left out, because no tombstone names it."""
         stones = {stone["record"] for stone in self.tombstones}
         remote = (raw for raw in self.meant if raw.current and is_remote(raw.source))
-        return [f"{raw.source}:{raw.rows[0]}" for raw in remote if not raw.example_id or record_mark(key, raw.example_id) not in stones]
+        return [
+            f"{raw.source}:{raw.rows[0]}"
+            for raw in remote
+            if not raw.example_id or record_mark(key, raw.example_id) not in stones
+        ]
 
 
 class Finder:
@@ -236,7 +251,9 @@ class Finder:
         shards = [
             path
             for name in sorted(self.index.files(run.md5) or {})
-            if name.endswith(".parquet") and name not in (LEDGER, LEFT_OUT) and (path := self.index.file_path(run.md5, name))
+            if name.endswith(".parquet")
+            and name not in (LEDGER, LEFT_OUT)
+            and (path := self.index.file_path(run.md5, name))
         ]
         ledger = self.index.file_path(run.md5, LEDGER)
         if not shards or ledger is None:
@@ -259,8 +276,10 @@ class Finder:
             found.written += written
             if not matched and not written:
                 raise InputError(
-                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record found in the available versions of raw_examples and raw_preferences",
-                    "check the request with `pedigree impact`; if the source is new, run `dvc repro raw_examples raw_preferences` first",
+                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record found in the available"
+                    " versions of raw_examples and raw_preferences",
+                    "check the request with `pedigree impact`; if the source is new, run `dvc repro raw_examples"
+                    " raw_preferences` first",
                 )
             found.asked.append(
                 {
@@ -285,7 +304,9 @@ class Finder:
         if not (path and row.isdecimal()):
             path, row = value, ""
         for name in filter(None, names_of(path, self.root.absolute())):
-            named = [raw for raw in self.raws if is_within(raw.source.removeprefix("./"), name)]  # "./": as earlier versions recorded it
+            named = [
+                raw for raw in self.raws if is_within(raw.source.removeprefix("./"), name)
+            ]  # "./": as earlier versions recorded it
             if found := [raw for raw in named if not row or (raw.current and int(row) in raw.rows)]:
                 return found
         return []
@@ -302,7 +323,8 @@ class Finder:
         return list({id(owners[i]): owners[i] for i in matching}.values())
 
     def _written(self, text: str, matched: Sequence[Raw]) -> list[str]:
-        """Ids of the records of data sets with splits that contain a text, apart from those that were made from rows that contain it."""
+        """Ids of the records of data sets with splits that contain a text,
+        apart from those that were made from rows that contain it."""
         ids = dict.fromkeys(match["example_id"] for match in search(self.index, text))
         read = {raw.example_id for raw in matched}
         return [one for one in ids if one not in read.union(self._children(read))] if ids else []
@@ -310,7 +332,9 @@ class Finder:
     def _raw_ids(self, asked: str) -> set[str]:
         """Ids of the rows from which a record was made, or its own."""
         if not RECORD_ID.fullmatch(asked):
-            raise InputError(f"--record {visible(asked)}: not the id of a record", "an example_id has 32 hexadecimal digits")
+            raise InputError(
+                f"--record {visible(asked)}: not the id of a record", "an example_id has 32 hexadecimal digits"
+            )
         identity = asked.lower()
         own = {raw.example_id for raw in self.raws}
         if identity not in own and not self.index.knows_record(record_key(identity)):
@@ -325,9 +349,9 @@ class Finder:
             if (path := self.index.file_path(run.md5, LEDGER)) is None:
                 continue
             names = tables.column_names(path)
-            for row in tables.read(path, ["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])]).iter_rows(
-                named=True
-            ):
+            for row in tables.read(
+                path, ["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])]
+            ).iter_rows(named=True):
                 if row.get("source_id"):
                     found.setdefault(row["example_id"], []).append(row["source_id"])
                 if (row["outcome"] or "").startswith(AUGMENTED) and (row["why"] or "").startswith(COPY_OF):
@@ -355,7 +379,11 @@ class Finder:
                 found.meant += relatives
                 meant |= {id(raw) for raw in relatives}
         rows = {(raw.source, row) for raw in found.meant if raw.current for row in raw.rows}
-        same_row = [raw for raw in self.raws if raw.current and id(raw) not in meant and any((raw.source, row) in rows for row in raw.rows)]
+        same_row = [
+            raw
+            for raw in self.raws
+            if raw.current and id(raw) not in meant and any((raw.source, row) in rows for row in raw.rows)
+        ]
         found.relatives["same row"] = [f"{raw.source}:{raw.rows[0]}" for raw in same_row]
         found.meant += same_row
         for kind, folder in NOTES.items():
@@ -377,7 +405,9 @@ class Finder:
     def _children(self, ids: Iterable[str]) -> list[str]:
         keys = {record_key(one) for one in ids}
         derived = self.index.derivations(keys)
-        return list(dict.fromkeys(child.hex() for children in derived.values() for child, _ in children if child not in keys))
+        return list(
+            dict.fromkeys(child.hex() for children in derived.values() for child, _ in children if child not in keys)
+        )
 
     def _kept_children(self, kept: set[str], erased: set[str]) -> set[str]:
         """Ids of the records that were made from rows that stay, on a way without an erased record."""
@@ -386,7 +416,9 @@ class Finder:
         def children(key: bytes) -> list[bytes]:
             return [child for child, _ in derived.get(key, ()) if child not in gone]
 
-        return {child.hex() for child in closure((child for one in kept for child in children(record_key(one))), children)}
+        return {
+            child.hex() for child in closure((child for one in kept for child in children(record_key(one))), children)
+        }
 
     def _near(self, ids: set[str]) -> set[str]:
         """Ids, as they were read, of the rows that the current tables of overlaps pair with these."""
@@ -400,16 +432,22 @@ class Finder:
         return others
 
     def _notes(self, found: Found, folder: str) -> dict[str, set[int]]:
-        """Rows of files in a folder that name one of the records, by its id, the beginning of it or its place, or have its prompt: all of its user turns, as
-        files of paraphrases name it, or one of them; also as it was after repairs and edits."""
+        """Rows of files in a folder that name one of the records, by its id, the
+        beginning of it or its place, or have its prompt: all of its user turns, as files
+        of paraphrases name it, or one of them; also as it was after repairs and edits."""
         made = self._children(found.ids)
         ids = {*found.ids, *made}
         places = {f"{raw.source}:{row}" for raw in found.meant if raw.current for row in raw.rows}
-        turns = [_prompt_messages(record) for record in (*(raw.record for raw in found.meant), *self._records_made({*made}))]
+        turns = [
+            _prompt_messages(record) for record in (*(raw.record for raw in found.meant), *self._records_made({*made}))
+        ]
         prompts = {
             text.strip()
             for one in turns
-            for text in (prompt_text([dict(turn) for turn in one]), *(turn["content"] for turn in one if turn["role"] == "user"))
+            for text in (
+                prompt_text([dict(turn) for turn in one]),
+                *(turn["content"] for turn in one if turn["role"] == "user"),
+            )
         }
         prompts.discard("")
         patterns = [Pattern(text, False) for text in found.containing]
@@ -418,7 +456,10 @@ class Finder:
             numbers = {
                 row.source_row
                 for row in rows
-                if row.value and (_names(row.value.get("example_id"), ids, places) or str(row.value.get("prompt")).strip() in prompts)
+                if row.value
+                and (
+                    _names(row.value.get("example_id"), ids, places) or str(row.value.get("prompt")).strip() in prompts
+                )
             } | _writing(rows, patterns)
             if numbers:
                 notes[path] = numbers
@@ -435,8 +476,13 @@ class Finder:
         stones: dict[str, dict[str, Any]] = {}
         for raw in found.meant:
             if raw.example_id and kept_marks.isdisjoint(own := self._marks(raw)):
-                derived = [one for one in self._children([raw.example_id]) if one not in kept_ids | kept_made] if made else []
-                marks = [*own[1:], *(record_mark(self.key, one) for one in derived)]  # a repaired record is that record, too
+                derived = (
+                    [one for one in self._children([raw.example_id]) if one not in kept_ids | kept_made] if made else []
+                )
+                marks = [
+                    *own[1:],
+                    *(record_mark(self.key, one) for one in derived),
+                ]  # a repaired record is that record, too
                 stones.setdefault(own[0], {"record": own[0], "texts": marks})
         found.tombstones = [stones[name] for name in sorted(stones)]
         found.made = list(dict.fromkeys([one for one in made if one not in kept_ids | kept_made] + found.written))
@@ -445,7 +491,12 @@ class Finder:
         published = [published_id(key, one) for key in keys for one in ids]
         kept_labels = {raw.record.get("category") for raw in stays}
         labels = [label for raw in found.meant if (label := raw.record.get("category")) and label not in kept_labels]
-        texts = [*found.containing, *(text for raw in found.meant for text in raw.texts), *labels, *self._texts_made({*found.made})]
+        texts = [
+            *found.containing,
+            *(text for raw in found.meant for text in raw.texts),
+            *labels,
+            *self._texts_made({*found.made}),
+        ]
         others = chain((text for raw in stays for text in raw.texts), self._texts_made(kept_made & {*made}))
         found.needles = needles_of(texts, [one for one in (*ids, *published) if RECORD_ID.fullmatch(one)], others)
 
@@ -491,10 +542,15 @@ def _writing(rows: Sequence[Row], patterns: Sequence[Pattern]) -> set[int]:
 
 
 def _names(name: object, ids: Collection[str], places: Collection[str]) -> bool:
-    """Whether a note names one of the records as reviewers may: by id, by its first 8 or more characters, or by `source:row`."""
+    """Whether a note names one of the records as reviewers may: by id, by its
+    first 8 or more characters, or by `source:row`."""
     if not isinstance(name, str):
         return False
-    return name in ids or name in places or (re.fullmatch(r"[0-9a-f]{8,31}", name) is not None and any(one.startswith(name) for one in ids))
+    return (
+        name in ids
+        or name in places
+        or (re.fullmatch(r"[0-9a-f]{8,31}", name) is not None and any(one.startswith(name) for one in ids))
+    )
 
 
 def _prompt_messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -503,4 +559,8 @@ def _prompt_messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _prompt(record: Mapping[str, Any]) -> str:
     """The user's turns, without differences of case and white space."""
-    return " ".join(" ".join(message["content"] for message in _prompt_messages(record) if message["role"] == "user").casefold().split())
+    return " ".join(
+        " ".join(message["content"] for message in _prompt_messages(record) if message["role"] == "user")
+        .casefold()
+        .split()
+    )

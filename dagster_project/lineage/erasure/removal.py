@@ -1,5 +1,5 @@
-"""Takes rows out of a file of examples. Text files keep the bytes of all other rows; Parquet and gzip files are written again. Either way the rows read
-from the result are compared with the original ones."""
+"""Takes rows out of a file of examples. Text files keep the bytes of all other rows; Parquet and gzip files are written
+again. Either way the rows read from the result are compared with the original ones."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> by
         name: of the file, for messages.
         may_be_empty: whether a file without rows can be read.
     Raises:
-        InputError: the file type is not supported, no row would be left, or the result would not have exactly the other rows.
+        InputError: the file type is not supported, no row would be left, or the
+            result would not have exactly the other rows.
     """
     suffix = suffix_of(path)
     if suffix not in WRITERS:
         raise InputError(
-            f"{name}: rows cannot be taken out of a file of type {suffix}", "write it as .jsonl or .parquet, and run the pipeline"
+            f"{name}: rows cannot be taken out of a file of type {suffix}",
+            "write it as .jsonl or .parquet, and run the pipeline",
         )
     before = rows_of(read_blocks(path))
     if outside := sorted(row for row in rows if row >= len(before)):
@@ -51,7 +53,8 @@ def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> by
         after = rows_of(read_blocks(copy))
     if [(row.value, row.raw) for row in after] != [(row.value, row.raw) for row in kept]:
         raise InputError(
-            f"{name}: its rows cannot be taken out without a change of others", "take them out by hand, run the pipeline, then ask again"
+            f"{name}: its rows cannot be taken out without a change of others",
+            "take them out by hand, run the pipeline, then ask again",
         )
     return content
 
@@ -82,7 +85,8 @@ def _by_newline(content: bytes) -> Iterator[bytes]:
 
 
 def _json_list(content: bytes, rows: Rows) -> bytes:
-    """Elements of a list, each with the comma and the white space before the next one; of the last ones with those after the one before."""
+    """Elements of a list, each with the comma and the white space before the
+    next one; of the last ones with those after the one before."""
     text = content.removeprefix(codecs.BOM_UTF8).decode()
     spans: list[tuple[int, int]] = []
     at = _next(text, _next(text, 0) + 1)
@@ -99,7 +103,12 @@ def _json_list(content: bytes, rows: Rows) -> bytes:
     parts = [text[: spans[0][0]], text[slice(*kept[0])]]
     for before, number in pairwise(numbers):
         parts += [between[before], text[slice(*spans[number])]]
-    return b"".join([codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b"", "".join([*parts, text[spans[-1][1] :]]).encode()])
+    return b"".join(
+        [
+            codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b"",
+            "".join([*parts, text[spans[-1][1] :]]).encode(),
+        ]
+    )
 
 
 def _next(text: str, at: int) -> int:
@@ -124,7 +133,8 @@ def _csv(content: bytes, rows: Rows) -> bytes:
         csv.field_size_limit(usual)
     has_header = not (records and all(_is_mmlu(fields) for _, _, fields in records[:2]))
     removed = {
-        line for number, (begin, end, _) in enumerate(records[has_header:]) if number in rows for line in range(begin, end)
+        line for number,
+        (begin, end, _) in enumerate(records[has_header:]) if number in rows for line in range(begin, end)
     }  # fmt: skip
     return b"".join(line for number, line in enumerate(lines) if number not in removed)
 
@@ -158,7 +168,8 @@ def _parquet(content: bytes, rows: Rows) -> bytes:
 
 
 def _arrow(content: bytes, rows: Rows) -> bytes:
-    """The table without the rows, with its schema, as a file or stream as it was, and without compression: the file does not say which it had."""
+    """The table without the rows, with its schema, as a file or stream as it
+    was, and without compression: the file does not say which it had."""
     import pyarrow as pa
 
     is_file = content.startswith(b"ARROW1")
@@ -171,15 +182,20 @@ def _arrow(content: bytes, rows: Rows) -> bytes:
 
 
 def _filtered(table: Any, rows: Rows) -> Any:
-    """A table without rows, and without their values in what its columns share. Views, which share too, are written out."""
+    """A table without rows, and without their values in what its columns share.
+    Views, which share too, are written out."""
     import pyarrow as pa
 
     kept = [number not in rows for number in range(table.num_rows)]
     mask = pa.array(kept, pa.bool_())
     columns = [
-        pa.array([*compress(column.to_pylist(), kept)], written_out(column.type))  # filtered, such a column would still have all values
-        if _shares(column.type)
-        else column.filter(mask).combine_chunks()
+        (
+            pa.array(
+                [*compress(column.to_pylist(), kept)], written_out(column.type)
+            )  # filtered, such a column would still have all values
+            if _shares(column.type)
+            else column.filter(mask).combine_chunks()
+        )
         for column in table.columns
     ]
     schema = pa.schema([field.with_type(written_out(field.type)) for field in table.schema], table.schema.metadata)

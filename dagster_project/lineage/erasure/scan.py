@@ -1,5 +1,5 @@
-"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4. UTF-16
-is read as text. SQLite stores text as it is."""
+"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz,
+Zstandard and LZ4. UTF-16 is read as text. SQLite stores text as it is."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MOST = 2**30
 """Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
 TEXT, ID, SURE = "text", "id", "sure"
-"""What a file holds: a fragment of a text; an id; enough of a record that no other text can be meant: an id, or two fragments of one text."""
+"""What a file holds: a fragment of a text; an id; enough of a record that no
+other text can be meant: an id, or two fragments of one text."""
 
 
 class Scanner:
-    """Searches bytes for some needles. To prepare thousands of patterns takes longer than to search a small file, so many are searched at once."""
+    """Searches bytes for some needles. To prepare thousands of patterns takes
+    longer than to search a small file, so many are searched at once."""
 
     def __init__(self, needles: Needles) -> None:
         self.needles = needles
@@ -51,7 +53,8 @@ class Scanner:
         self._waiting_bytes = 0
 
     def files(self, paths: Iterable[Path]) -> list[set[str] | OSError]:
-        """Kinds of what each file holds: TEXT, ID, SURE; or why it cannot be read. A file that ends to exist meanwhile holds nothing."""
+        """Kinds of what each file holds: TEXT, ID, SURE; or why it cannot be
+        read. A file that ends to exist meanwhile holds nothing."""
         found = [self._file(path) for path in paths]
         self._search_waiting()
         return [one if isinstance(one, OSError) else self._kinds(one) for one in found]
@@ -86,7 +89,11 @@ class Scanner:
 
     def _kinds(self, found: set[int | None]) -> set[str]:
         fragments = {number for number in found if number is not None}
-        kinds = {(TEXT, bool(fragments)), (ID, None in found), (SURE, None in found or self.needles.are_apart(fragments))}
+        kinds = {
+            (TEXT, bool(fragments)),
+            (ID, None in found),
+            (SURE, None in found or self.needles.are_apart(fragments)),
+        }
         return {kind for kind, holds in kinds if holds}
 
     def _file(self, path: Path) -> set[int | None] | OSError:
@@ -120,7 +127,16 @@ class Scanner:
             try:
                 for part in _unpacked(data):
                     self._content(part, name, depth + 1, found)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
+            except (
+                OSError,
+                EOFError,
+                zlib.error,
+                lzma.LZMAError,
+                zipfile.BadZipFile,
+                NotImplementedError,
+                RuntimeError,
+                ValueError,
+            ):
                 self.unreadable.append(name)
 
     def _search_waiting(self) -> None:
@@ -128,13 +144,16 @@ class Scanner:
         import polars as pl
 
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        series, patterns = pl.Series([data.decode("latin-1") for data, _ in waiting], dtype=pl.String), list(self.patterns)
+        series = pl.Series([data.decode("latin-1") for data, _ in waiting], dtype=pl.String)
+        patterns = list(self.patterns)
         if not patterns or not waiting:
             return
         holding = series.str.contains_any(patterns).arg_true()
         if len(holding):
             for i, held in zip(
-                holding.to_list(), series.gather(holding).str.extract_many(patterns, overlapping=True).to_list(), strict=True
+                holding.to_list(),
+                series.gather(holding).str.extract_many(patterns, overlapping=True).to_list(),
+                strict=True,
             ):
                 waiting[i][1].update(self.patterns[one] for one in held)
 
@@ -210,7 +229,12 @@ def _strings(array: Any) -> Iterator[bytes]:
         yield from _strings(array.items)
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         yield from _strings(array.flatten())
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    elif (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    ):
         data = array.buffers()[2]
         yield data.to_pybytes() if data is not None else b""
     elif pa.types.is_fixed_size_binary(kind) or pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
@@ -269,7 +293,12 @@ class Walk:
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a file is safetensors: numbers, which have no text. Which models saw a record is known from lineage, not from a search."""
+    """Whether a file is safetensors: numbers, which have no text. Which models
+    saw a record is known from lineage, not from a search."""
     with path.open("rb") as file:
         head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") < min(path.stat().st_size, 2**27)
+    return (
+        len(head) == 9
+        and head[8:] == b"{"
+        and 2 <= int.from_bytes(head[:8], "little") < min(path.stat().st_size, 2**27)
+    )

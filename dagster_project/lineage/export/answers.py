@@ -1,4 +1,5 @@
-"""Answers of documents that people read: numbers of the lineage, values of `provider`, what sources declare; and `missing` where nothing records an answer."""
+"""Answers of documents that people read: numbers of the lineage, values of `provider`, what sources declare; and
+`missing` where nothing records an answer."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def given(provider: Mapping[str, Any], key: str) -> str:
 def declared(sources: Mapping[str, Mapping[str, Any]], key: str) -> tuple[dict[str, Any], list[str]]:
     """(source -> what it declares, sources that do not declare it)."""
     values = {path: facts.get(DECLARED, {}).get(key, UNKNOWN) for path, facts in sources.items()}
-    return {path: value for path, value in values.items() if value != UNKNOWN}, [path for path, value in values.items() if value == UNKNOWN]
+    return {path: value for path, value in values.items() if value != UNKNOWN}, [
+        path for path, value in values.items() if value == UNKNOWN
+    ]
 
 
 def lacking(key: str, paths: Sequence[str]) -> str:
@@ -46,14 +49,18 @@ def lacking(key: str, paths: Sequence[str]) -> str:
 
 
 def uses_category(sources: Mapping[str, Mapping[str, Any]], category: str) -> tuple[str, list[str]]:
-    """Whether data of a category was used, and the sources that declare it. "No" needs a declaration for every source."""
+    """Whether data of a category was used, and the sources that declare it.
+    "No" needs a declaration for every source."""
     found, unknown = declared(sources, "category")
     paths = [path for path, one in found.items() if one == category]
     if category == "synthetic":  # a source with a generator is synthetic, whatever its category
         made = {*paths, *declared(sources, "generator")[0]}
         paths, unknown = [path for path in sources if path in made], [path for path in unknown if path not in made]
     if paths:
-        return f"yes: {', '.join(map(markdown, paths))}" + (f" ({lacking('category', unknown)})" if unknown else ""), paths
+        return (
+            f"yes: {', '.join(map(markdown, paths))}" + (f" ({lacking('category', unknown)})" if unknown else ""),
+            paths,
+        )
     if not sources:
         return missing(), []
     return (lacking("category", unknown) if unknown else "no"), []
@@ -74,8 +81,8 @@ def latest_collection(sources: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def training_records(summary: Mapping[str, Any]) -> dict[str, int]:
-    """Source -> the records in training splits that were made from its rows, augmented copies included. Of several versions of a data set, the one with
-    most of them counts."""
+    """Source -> the records in training splits that were made from its rows, augmented copies included. Of several
+    versions of a data set, the one with most of them counts."""
     found, rewritten = {}, 0
     for path, outcomes in summary["outcomes"].items():
         split = max(_versions(outcomes, "splits"), key=_trained_on)
@@ -85,7 +92,8 @@ def training_records(summary: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _versions(outcomes: Mapping[str, Mapping[str, int]], stage: str) -> list[Counter[str]]:
-    """The outcomes in each version of a stage, whose names are the stage's, or that with a hash ("splits 5d41402a"); without one, an empty count."""
+    """The outcomes in each version of a stage, whose names are the stage's, or
+    that with a hash ("splits 5d41402a"); without one, an empty count."""
     return [Counter(counts) for name, counts in outcomes.items() if name.partition(" ")[0] == stage] or [Counter()]
 
 
@@ -96,8 +104,9 @@ def _trained_on(counts: Counter[str]) -> int:
 def scripts(summary: Mapping[str, Any]) -> list[str]:
     """One line for each data set whose stage counted its records by script."""
     return [
-        f"{stage}: main script of the letters: {', '.join(f'{markdown(name)} {n}' for name, n in found['profile']['scripts'].items())} records. "
-        "Scripts are counted, languages are not."
+        f"{stage}: main script of the letters:"
+        f" {', '.join(f'{markdown(name)} {n}' for name, n in found['profile']['scripts'].items())} records. Scripts are"
+        " counted, languages are not."
         for stage, found in summary["data_sets"].items()
         if found["profile"].get("scripts")
     ]

@@ -1,4 +1,5 @@
-"""Croissant 1.1 with the terms of its extension for responsible AI: the checked data sets of a model as tables that a program can read, each record with its source row."""
+"""Croissant 1.1 with the terms of its extension for responsible AI: the checked data sets of a model as tables that a
+program can read, each record with its source row."""
 
 from __future__ import annotations
 
@@ -18,10 +19,16 @@ FILE = "croissant.json"
 SHOWS = "the checked records and splits by file and md5, and the source row of each record"
 SHOWS_NOT = "the records themselves: readers need the data"
 
-CROISSANT, RAI, PROV = "http://mlcommons.org/croissant/", "http://mlcommons.org/croissant/RAI/", "http://www.w3.org/ns/prov#"
+CROISSANT, RAI, PROV = (
+    "http://mlcommons.org/croissant/",
+    "http://mlcommons.org/croissant/RAI/",
+    "http://www.w3.org/ns/prov#",
+)
 TERMS = (
-    "arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet", "format", "includes",
-    "isArray", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex", "repeated", "replace", "samplingRate",
+    "arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field", "fileProperty",
+    "fileObject", "fileSet", "format", "includes",
+    "isArray", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex",
+    "repeated", "replace", "samplingRate",
     "separator", "source", "subField", "transform", "annotation",
 )  # fmt: skip
 CONTEXT: dict[str, Any] = {
@@ -63,7 +70,8 @@ COLUMNS = {
 
 
 def croissant(summary: Mapping[str, Any], issued: date) -> str:
-    """The document as JSON. Paths of files are those in the project: a program that reads the tables needs the document in its folder.
+    """The document as JSON. Paths of files are those in the project: a program
+    that reads the tables needs the document in its folder.
 
     Raises:
         InputError: nothing in the lineage is a checked data set.
@@ -81,20 +89,30 @@ def croissant(summary: Mapping[str, Any], issued: date) -> str:
         "creator": {"@type": "sc:Organization", "name": provider.get("legal_name", UNKNOWN)},
         "license": _licenses(summary),
         "prov:wasDerivedFrom": [_source(path, facts) for path, facts in summary["sources"].items()],
-        "prov:wasGeneratedBy": [_activity(address, summary) for address in summary["stages"] if address in {*sets, "raw_examples", "raw_preferences"}],
+        "prov:wasGeneratedBy": [
+            _activity(address, summary)
+            for address in summary["stages"]
+            if address in {*sets, "raw_examples", "raw_preferences"}
+        ],
         **responsible_ai(summary),
         "distribution": [one for address, found in sets.items() for one in _distribution(address, found)],
-        "recordSet": [_record_set(address, table, found) for address, found in sets.items() for table in found["tables"]],
-    }  # fmt: skip
+        "recordSet": [
+            _record_set(address, table, found) for address, found in sets.items() for table in found["tables"]
+        ],
+    }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def _description(summary: Mapping[str, Any]) -> str:
     sizes = [
-        f"{address}: " + ", ".join(f"{table} {facts['rows']}" for table, facts in found["tables"].items() if table != "ledger")
+        f"{address}: "
+        + ", ".join(f"{table} {facts['rows']}" for table, facts in found["tables"].items() if table != "ledger")
         for address, found in summary["data_sets"].items()
     ]
-    return f"Checked records for fine-tuning, from {len(summary['sources'])} sources. Records by table: {'; '.join(sizes)}."
+    return (
+        f"Checked records for fine-tuning, from {len(summary['sources'])} sources. Records by table:"
+        f" {'; '.join(sizes)}."
+    )
 
 
 def _licenses(summary: Mapping[str, Any]) -> list[str]:
@@ -170,7 +188,9 @@ def _record_set(address: str, table: str, found: Mapping[str, Any]) -> dict[str,
     origin = {"fileSet": {"@id": f"{ref}-files"}} if others else {"fileObject": {"@id": _id(f"{found['path']}/{name}")}}
     keyed = {} if table == "ledger" else {"key": {"@id": f"{ref}/example_id"}}
     about = (
-        "What became of every row of the sources, with the record that was made from it." if table == "ledger" else f"Records of {table}."
+        "What became of every row of the sources, with the record that was made from it."
+        if table == "ledger"
+        else f"Records of {table}."
     )
     return {
         "@type": "cr:RecordSet",

@@ -1,4 +1,5 @@
-"""CycloneDX 1.7, a bill of materials for machine learning: the model with its card, its training data and the libraries in use, and how they were made."""
+"""CycloneDX 1.7, a bill of materials for machine learning: the model with its
+card, its training data and the libraries in use, and how they were made."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SUM = "sha256 over the lines '<sha256 of file> <path>' of all its files"
 def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
     """The document as JSON, validated against the official schema.
 
-    The library has no classes for `modelCard`, `data`, `formulation` and `citations` yet, so these are added to its JSON.
+    The library has no classes for `modelCard`, `data`, `formulation` and
+    `citations` yet, so these are added to its JSON.
     """
     from cyclonedx.factory.license import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType, Property
@@ -32,10 +34,16 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
     def licenses(name: str | None) -> list[Any]:
         return [LicenseFactory().make_from_string(name)] if name else []
 
-    def component(kind: ComponentType, ref: str, name: str, sha256: str | None, license: str | None = None, **facts: Any) -> Component:
-        properties = [Property(name=f"pedigree:{key}", value=str(value)) for key, value in facts.items() if value is not None]
+    def component(
+        kind: ComponentType, ref: str, name: str, sha256: str | None, license: str | None = None, **facts: Any
+    ) -> Component:
+        properties = [
+            Property(name=f"pedigree:{key}", value=str(value)) for key, value in facts.items() if value is not None
+        ]
         sums = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
-        return Component(type=kind, bom_ref=ref, name=name, hashes=sums, licenses=licenses(license), properties=properties)
+        return Component(
+            type=kind, bom_ref=ref, name=name, hashes=sums, licenses=licenses(license), properties=properties
+        )
 
     model, base = summary["model"], summary["base_model"]
     whole = component(
@@ -47,16 +55,42 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
     weights = [digest for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors")]
     parts = [
         component(
-            ComponentType.MACHINE_LEARNING_MODEL, "base_model", base.get("origin", "unknown"), weights[0] if len(weights) == 1 else None,
-            base.get("license"), parameters=base.get("parameters"), **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
+            ComponentType.MACHINE_LEARNING_MODEL,
+            "base_model",
+            base.get("origin", "unknown"),
+            weights[0] if len(weights) == 1 else None,
+            base.get("license"),
+            parameters=base.get("parameters"),
+            **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
         ),
         *(
-            component(ComponentType.MACHINE_LEARNING_MODEL, f"teacher:{one['training']}", one["folder"], None, one["license"], **{f"sha256:{name}": digest for name, digest in one["sha256"].items()})
+            component(
+                ComponentType.MACHINE_LEARNING_MODEL,
+                f"teacher:{one['training']}",
+                one["folder"],
+                None,
+                one["license"],
+                **{f"sha256:{name}": digest for name, digest in one["sha256"].items()},
+            )
             for one in summary.get("teachers", ())
         ),
-        *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["license"], rows=s["rows"], format=s["format"]) for path, s in summary["sources"].items()),
-        *(component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"]) for name, s in _data(summary).items()),
-    ]  # fmt: skip
+        *(
+            component(
+                ComponentType.DATA,
+                f"source:{path}",
+                path,
+                s["sha256"],
+                s["license"],
+                rows=s["rows"],
+                format=s["format"],
+            )
+            for path, s in summary["sources"].items()
+        ),
+        *(
+            component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"])
+            for name, s in _data(summary).items()
+        ),
+    ]
     for library, number in summary["environment"].items():
         kind = ComponentType.PLATFORM if library == "python" else ComponentType.LIBRARY
         part = component(kind, f"library:{library}", library, None)
@@ -72,7 +106,9 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
     written["metadata"]["component"]["modelCard"] = _card(summary)
     for part in written["components"]:
         if part["type"] == "data":
-            part["data"] = [{"type": "dataset", "name": part["name"], "description": _description(summary, part["bom-ref"])}]
+            part["data"] = [
+                {"type": "dataset", "name": part["name"], "description": _description(summary, part["bom-ref"])}
+            ]
     written["formulation"] = formulation(summary, {part["bom-ref"] for part in written["components"]})
     written["citations"] = citations(written, summary, issued)
     text = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
@@ -97,9 +133,13 @@ def _description(summary: Mapping[str, Any], ref: str) -> str:
 
 def _card(summary: Mapping[str, Any]) -> dict[str, Any]:
     training = summary["training"]
-    data = [{"ref": f"source:{path}"} for path in summary["sources"]] + [{"ref": f"stage:{name}"} for name in _data(summary)]
+    data = [{"ref": f"source:{path}"} for path in summary["sources"]] + [
+        {"ref": f"stage:{name}"} for name in _data(summary)
+    ]
     # the reports of an aligned model do not name the kind of learning
-    approach = {} if any(name.startswith("aligned") for name in summary["stages"]) else {"approach": {"type": "supervised"}}
+    approach = (
+        {} if any(name.startswith("aligned") for name in summary["stages"]) else {"approach": {"type": "supervised"}}
+    )
     measured = [
         {
             "type": one["name"],
@@ -114,6 +154,7 @@ def _card(summary: Mapping[str, Any]) -> dict[str, Any]:
         **({"quantitativeAnalysis": {"performanceMetrics": measured}} if measured else {}),
         "considerations": {"technicalLimitations": limits(summary)},
         "properties": [
-            {"name": f"pedigree:{key}", "value": json.dumps(value)} for key, value in {**training, **summary["parameters"]}.items()
+            {"name": f"pedigree:{key}", "value": json.dumps(value)}
+            for key, value in {**training, **summary["parameters"]}.items()
         ],
     }

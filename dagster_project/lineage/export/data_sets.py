@@ -37,7 +37,9 @@ def described(summary: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """
     if not summary["data_sets"]:
         stage = summary["model"]["stage"]
-        raise InputError(f"{stage} was made from no checked data set: {what} describes those", f"name {', '.join(STAGES)} or a model")
+        raise InputError(
+            f"{stage} was made from no checked data set: {what} describes those", f"name {', '.join(STAGES)} or a model"
+        )
     return dict(summary["data_sets"])
 
 
@@ -45,9 +47,10 @@ def data_sets(subject: Subject) -> dict[str, dict[str, Any]]:
     """The data sets among the stages that contributed to an output, in flow order.
 
     Returns:
-        stage -> {"path", "md5", "tables": table -> {"files": path in the output -> md5, "columns": name -> type, "rows"}, "profile":
-        numbers of the findings; empty if the stage wrote none}. A table is `records`, a split, or `ledger`. A type is text, integer, float, a name with [] for a list of
-        it, or name -> type of the fields of each item of a list.
+        stage -> {"path", "md5", "tables": table -> {"files": path in the output -> md5,
+        "columns": name -> type, "rows"}, "profile": numbers of the findings; empty if the stage
+        wrote none}. A table is `records`, a split, or `ledger`. A type is text, integer, float,
+        a name with [] for a list of it, or name -> type of the fields of each item of a list.
     Raises:
         InputError: the files of one are unavailable.
     """
@@ -70,10 +73,19 @@ def _data_set(subject: Subject, run: StageRun) -> dict[str, Any]:
         if len(local) < len(files):
             raise _unavailable(run)
         columns = {name: _kind(kind) for name, kind in tables.schema(local[0]).items()}
-        found[table] = {"files": files, "columns": columns, "rows": sum(tables.read(path, ["example_id"]).height for path in local)}
+        found[table] = {
+            "files": files,
+            "columns": columns,
+            "rows": sum(tables.read(path, ["example_id"]).height for path in local),
+        }
     if not found:
         raise _unavailable(run)
-    return {"path": run.path, "md5": run.md5, "tables": found, "profile": _profile(subject, run, FINDINGS in (listing or {}))}
+    return {
+        "path": run.path,
+        "md5": run.md5,
+        "tables": found,
+        "profile": _profile(subject, run, FINDINGS in (listing or {})),
+    }
 
 
 def _profile(subject: Subject, run: StageRun, written: bool) -> dict[str, Any]:
@@ -82,7 +94,9 @@ def _profile(subject: Subject, run: StageRun, written: bool) -> dict[str, Any]:
     path = subject.index.file_path(run.md5, FINDINGS)
     if path is None:
         raise _unavailable(run)
-    profile = read_document(path, f"{run.path}/{FINDINGS}", f"`dvc checkout --force {run.path}` restores it").get("profile", {})
+    profile = read_document(path, f"{run.path}/{FINDINGS}", f"`dvc checkout --force {run.path}` restores it").get(
+        "profile", {}
+    )
     return {key: profile[key] for key in PROFILE if isinstance(profile, dict) and isinstance(profile.get(key), dict)}
 
 

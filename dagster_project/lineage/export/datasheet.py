@@ -1,4 +1,5 @@
-"""A datasheet for data sets: the questions of Gebru et al. (2021), answered from ledgers and reports. Questions that only a person can answer are printed as missing."""
+"""A datasheet for data sets: the questions of Gebru et al. (2021), answered from ledgers and reports. Questions that
+only a person can answer are printed as missing."""
 
 from __future__ import annotations
 
@@ -40,8 +41,10 @@ def datasheet(summary: Mapping[str, Any], issued: date) -> str:
     sets, model = described(summary, "a datasheet"), summary["model"]
     parts = [
         f"# Datasheet: {markdown(', '.join(sets))}",
-        f"The data of {markdown(model['stage'])} (md5 {model['md5']}), issued {issued.isoformat()}. Numbers are those of its ledgers and reports; "
-        "*missing* is what nothing records.",
+        (
+            f"The data of {markdown(model['stage'])} (md5 {model['md5']}), issued {issued.isoformat()}. Numbers are"
+            " those of its ledgers and reports; *missing* is what nothing records."
+        ),
     ]
     for section, questions in SECTIONS.items():
         parts.append(f"## {section}")
@@ -86,7 +89,10 @@ def _kinds(summary: Mapping[str, Any]) -> str:
     lines = []
     for stage, found in summary["data_sets"].items():
         pairs = any("chosen" in facts["columns"] for facts in found["tables"].values())
-        lines.append(f"{stage}: {'prompts with a chosen and a rejected answer' if pairs else 'conversations or texts to learn from'}")
+        lines.append(
+            f"{stage}:"
+            f" {'prompts with a chosen and a rejected answer' if pairs else 'conversations or texts to learn from'}"
+        )
     return _escaped([*lines, *scripts(summary)])
 
 
@@ -127,7 +133,12 @@ def _labels(summary: Mapping[str, Any]) -> str:
         if found["profile"].get("categories")
     ]
     return _escaped(
-        ["The assistant's turns are what a model learns; the column `category` holds labels of the source.".replace("`", ""), *lines]
+        [
+            "The assistant's turns are what a model learns; the column `category` holds labels of the source.".replace(
+                "`", ""
+            ),
+            *lines,
+        ]
     )
 
 
@@ -137,7 +148,8 @@ def _checks(*names: str) -> Answer:
     def answer(summary: Mapping[str, Any]) -> str:
         return _escaped(
             [
-                f"{stage}, check {name}: {'passed' if facts.get('passed') else 'did not pass'}, {facts.get('count', 'unknown')} findings"
+                f"{stage}, check {name}: {'passed' if facts.get('passed') else 'did not pass'},"
+                f" {facts.get('count', 'unknown')} findings"
                 + (f", {facts['dropped']} rows dropped" if facts.get("dropped") else "")
                 for stage, checks in summary["checks"].items()
                 for name, facts in checks.items()
@@ -162,8 +174,13 @@ def _errors(summary: Mapping[str, Any]) -> str:
 
 def _sources(summary: Mapping[str, Any]) -> str:
     training = training_records(summary)
-    rows = [[markdown(path), facts["rows"], training.get(path, 0), f"`{facts['sha256']}`"] for path, facts in summary["sources"].items()]
-    return "The sources are recorded by their hashes.\n\n" + table(["source", "rows", "in training splits", "sha256"], rows)
+    rows = [
+        [markdown(path), facts["rows"], training.get(path, 0), f"`{facts['sha256']}`"]
+        for path, facts in summary["sources"].items()
+    ]
+    return "The sources are recorded by their hashes.\n\n" + table(
+        ["source", "rows", "in training splits", "sha256"], rows
+    )
 
 
 def _code(summary: Mapping[str, Any]) -> str:
@@ -172,7 +189,9 @@ def _code(summary: Mapping[str, Any]) -> str:
         return f"The project at commit {code['lineage_at']}."
     if not code.get("commit"):
         return f"No commit contains the run: {missing()}"
-    return f"Commit {code['commit']} recorded the run; no commit is known that contains all code and parameters that ran."
+    return (
+        f"Commit {code['commit']} recorded the run; no commit is known that contains all code and parameters that ran."
+    )
 
 
 def _used_for(summary: Mapping[str, Any]) -> str:
@@ -183,7 +202,9 @@ def _used_for(summary: Mapping[str, Any]) -> str:
 
 def _licenses(summary: Mapping[str, Any]) -> str:
     found = summarize_licenses({}, summary["sources"])
-    return _escaped([*(f"{entry['license']}: {', '.join(entry['of'])}" for entry in found["listed"]), *found["problems"]])
+    return _escaped(
+        [*(f"{entry['license']}: {', '.join(entry['of'])}" for entry in found["listed"]), *found["problems"]]
+    )
 
 
 def _creators(summary: Mapping[str, Any]) -> str:
@@ -192,7 +213,9 @@ def _creators(summary: Mapping[str, Any]) -> str:
 
 def _generators(summary: Mapping[str, Any]) -> str:
     answer, paths = uses_category(summary["sources"], "synthetic")
-    return _of_sources("generator")({"sources": {path: summary["sources"][path] for path in paths}}) if paths else answer
+    return (
+        _of_sources("generator")({"sources": {path: summary["sources"][path] for path in paths}}) if paths else answer
+    )
 
 
 def _mechanisms(summary: Mapping[str, Any]) -> str:
@@ -201,7 +224,10 @@ def _mechanisms(summary: Mapping[str, Any]) -> str:
 
 def _versions(summary: Mapping[str, Any]) -> str:
     hashes = ", ".join(f"{stage} {found['md5']}" for stage, found in summary["data_sets"].items())
-    return f"Versions are named by content hash ({markdown(hashes)}) and found in the history by `pedigree audit`, while DVC's cache or a remote has them."
+    return (
+        f"Versions are named by content hash ({markdown(hashes)}) and found in the history by `pedigree audit`, while"
+        " DVC's cache or a remote has them."
+    )
 
 
 SECTIONS: dict[str, dict[str, Answer]] = {
@@ -217,12 +243,16 @@ SECTIONS: dict[str, dict[str, Answer]] = {
         "What data does each instance consist of?": _columns,
         "Is there a label or target?": _labels,
         "Is information missing from instances?": lambda summary: markdown(missing_data(summary)),
-        "Are relationships between instances explicit?": lambda _: "Records with nearly the same text share a group_id; the ledger names the source row of each record.",
+        "Are relationships between instances explicit?": lambda _: "Records with nearly the same text share a"
+                                                                   " group_id; the ledger names the source row of"
+                                                                   " each record.",
         "Are there recommended splits?": _splits,
         "Are there errors, noise or redundancies?": _errors,
-        "Is it self-contained?": lambda _: "Records hold their texts. Whether texts refer to outside resources was not looked for.",
+        "Is it self-contained?": lambda _: "Records hold their texts. Whether texts refer to outside resources was"
+                                           " not looked for.",
         "Does it contain confidential data?": _checks("secrets"),
-        "Does it contain data that might be offensive or cause anxiety?": lambda _: f"{missing()}; no check looks for it",
+        "Does it contain data that might be offensive or cause anxiety?": lambda _: f"{missing()}; no check looks for"
+                                                                                    f" it",
         "Does it identify subpopulations?": _nobody,
         "Can individuals be identified?": lambda summary: _escaped(personal_data(summary)),
         "Does it contain data that might be considered sensitive?": lambda _: f"{missing()}; no check looks for it",

@@ -1,4 +1,5 @@
-"""The public summary of training content that Article 53(1)(d) of the European Union's AI Act asks for, in the order of the Commission's template, for a modification of a model."""
+"""The public summary of training content that Article 53(1)(d) of the European Union's AI Act asks for, in the order of
+the Commission's template, for a modification of a model."""
 
 from __future__ import annotations
 
@@ -35,11 +36,14 @@ SIZES = ((BILLION, "less than 1 billion tokens"), (10_000 * BILLION, "1 billion 
 
 
 def eu_summary(summary: Mapping[str, Any], issued: date) -> str:
-    """The summary in Markdown. Every number is one of the lineage; what nothing records is printed as missing, never guessed."""
+    """The summary in Markdown. Every number is one of the lineage; what nothing
+    records is printed as missing, never guessed."""
     parts = [
         "# Public summary of training content",
-        "For a general-purpose AI model, according to Article 53(1)(d) of Regulation (EU) 2024/1689. It describes the modification of a base "
-        "model, and not the training content of that model.",
+        (
+            "For a general-purpose AI model, according to Article 53(1)(d) of Regulation (EU) 2024/1689. It describes"
+            " the modification of a base model, and not the training content of that model."
+        ),
         _lines(
             {
                 "Version of the summary": str(identity("eu-summary", summary["model"].get("md5"), summary["provider"])),
@@ -64,7 +68,11 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
         if provider.get("model_name")
         else f"{markdown(model['stage'])} (a name for publication is {missing('provider.model_name')})"
     )
-    origin = f"{markdown(base['origin'])}, license {markdown(base.get('license') or 'unknown')}" if base.get("origin") else missing()
+    origin = (
+        f"{markdown(base['origin'])}, license {markdown(base.get('license') or 'unknown')}"
+        if base.get("origin")
+        else missing()
+    )
     return [
         "## 1. General information",
         "### 1.1. Provider identification",
@@ -85,7 +93,10 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
             }
         ),
         "### 1.3. Modalities, overall training data size and other characteristics",
-        table(["modality", "training data size", "types of content"], [["text", "; ".join(_sizes(summary)), _content(summary)]]),
+        table(
+            ["modality", "training data size", "types of content"],
+            [["text", "; ".join(_sizes(summary)), _content(summary)]],
+        ),
         _lines(
             {
                 "Latest date of data acquisition/collection for model training": latest_collection(summary["sources"]),
@@ -99,7 +110,8 @@ def _general(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _sizes(summary: Mapping[str, Any]) -> list[str]:
-    """The range of the template where all tokens are counted, the records of each training split, and what `tokenized` made of them."""
+    """The range of the template where all tokens are counted, the records of
+    each training split, and what `tokenized` made of them."""
     tokenized = summary["stages"].get("tokenized", {}).get("train")
     lines = [
         f"{stage}: {found['tables']['train']['rows']:,} training records"
@@ -108,7 +120,10 @@ def _sizes(summary: Mapping[str, Any]) -> list[str]:
     ]
     if isinstance(tokenized, Mapping) and "tokens" in tokenized:
         tokens = tokenized["tokens"]
-        lines.append(f"tokenized: {tokenized.get('examples', MISSING)} examples with {tokens:,} tokens of the base model's tokenizer")
+        lines.append(
+            f"tokenized: {tokenized.get('examples', MISSING)} examples with {tokens:,} tokens of the base model's"
+            " tokenizer"
+        )
         if "preferences" not in summary["data_sets"]:
             lines.insert(0, next((label for limit, label in SIZES if tokens < limit), "more than 10 trillion tokens"))
     return lines or [missing()]
@@ -138,9 +153,14 @@ def _used(summary: Mapping[str, Any]) -> str:
 def _watched_by(summary: Mapping[str, Any]) -> dict[str, str]:
     """Models that measured a training: what they were trained on is not listed among its data."""
     names = [
-        f"{markdown(one['stage'])} (content md5 {one['md5']}) during {markdown(one['training'])}" for one in summary.get("watched_by", ())
+        f"{markdown(one['stage'])} (content md5 {one['md5']}) during {markdown(one['training'])}"
+        for one in summary.get("watched_by", ())
     ]
-    return {"Watched by, not trained on": f"{'; '.join(names)}: its training data are not part of this summary"} if names else {}
+    return (
+        {"Watched by, not trained on": f"{'; '.join(names)}: its training data are not part of this summary"}
+        if names
+        else {}
+    )
 
 
 def _sources(summary: Mapping[str, Any]) -> list[str]:
@@ -183,7 +203,8 @@ def _row(path: str, facts: Mapping[str, Any], training: Mapping[str, int]) -> li
     license = facts.get("license") or UNKNOWN
     return [
         markdown(path), facts["rows"], training.get(path, 0), MISSING if license == UNKNOWN else markdown(license),
-        markdown(own["category"]) if own["category"] else MISSING, period(own["collected"]) if own["collected"] else MISSING, f"`{facts['sha256']}`",
+        markdown(own["category"]) if own["category"] else MISSING,
+        period(own["collected"]) if own["collected"] else MISSING, f"`{facts['sha256']}`",
     ]  # fmt: skip
 
 
@@ -192,24 +213,30 @@ def _details(sources: Mapping[str, Mapping[str, Any]], paths: list[str]) -> dict
     if not paths:
         return {}
     periods = declared(sources, "collected")[0]
-    shown = [f"{markdown(path)} ({sources[path]['rows']} rows, collected {period(periods.get(path, {}))})" for path in paths]
+    shown = [
+        f"{markdown(path)} ({sources[path]['rows']} rows, collected {period(periods.get(path, {}))})" for path in paths
+    ]
     return {"Modality": "text", "Datasets": "; ".join(shown)}
 
 
 def _taught(summary: Mapping[str, Any]) -> list[str]:
     """The larger models that a training learned from."""
     return [
-        f"distillation by {markdown(one['training'])} from {markdown(one['folder'])}, license {markdown(one['license'])}, sha256 of "
-        + ", ".join(f"{markdown(name)} `{digest}`" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
+        f"distillation by {markdown(one['training'])} from {markdown(one['folder'])}, license"
+        f" {markdown(one['license'])}, sha256 of "
+        + ", ".join(
+            f"{markdown(name)} `{digest}`" for name, digest in one["sha256"].items() if name.endswith(".safetensors")
+        )
         for one in summary.get("teachers", ())
     ]
 
 
 def _with_own_answers(lines: dict[str, str], summary: Mapping[str, Any]) -> dict[str, str]:
-    """Adds the answers of the model itself, from which it learned: the template counts what alignment generates among synthetic data."""
+    """Adds the answers of the model itself, from which it learned: the template
+    counts what alignment generates among synthetic data."""
     online = [
-        f"{markdown(one['training'])} ({markdown(one['method'])}) learned from {MISSING if one['answers'] is None else one['answers']} answers "
-        "that it wrote during training"
+        f"{markdown(one['training'])} ({markdown(one['method'])}) learned from"
+        f" {MISSING if one['answers'] is None else one['answers']} answers that it wrote during training"
         for one in summary.get("own_answers", ())
     ]
     if not online:

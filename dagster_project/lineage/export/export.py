@@ -1,4 +1,5 @@
-"""`pedigree export`: the lineage of a model in formats that other tools read. Same lineage, same text; only the issue date is an argument."""
+"""`pedigree export`: the lineage of a model in formats that other tools read.
+Same lineage, same text; only the issue date is an argument."""
 
 from __future__ import annotations
 
@@ -28,9 +29,11 @@ MEASURING = ("baselines", "evaluation", "evaluation_aligned", "comparison")
 
 
 def summarize(subject: Subject) -> dict[str, Any]:
-    """`from_reports`, completed with what dvc.lock and git record: hashes, inputs, parameters, and the commit of every stage.
+    """`from_reports`, completed with what dvc.lock and git record: hashes,
+    inputs, parameters, and the commit of every stage.
 
-    Everything comes from the dvc.lock that contains the model: its reports are found by hash, whatever the workspace contains.
+    Everything comes from the dvc.lock that contains the model: its reports are
+    found by hash, whatever the workspace contains.
     """
     index, audit = subject.index, document(subject)
     address = subject.run.address
@@ -76,19 +79,26 @@ def measuring(subject: Subject) -> list[StageRun]:
     """The runs in the model's dvc.lock that measure it, or what it is compared with, in flow order."""
     derived = {subject.run.md5}
     candidates = [run for run in subject.lock.values() if run.address.partition("@")[0] in MEASURING]
-    candidates += [run for run in subject.upstream if run.address.partition("@")[0] in MEASURING and run not in candidates]
+    candidates += [
+        run for run in subject.upstream if run.address.partition("@")[0] in MEASURING and run not in candidates
+    ]
     known = {run.md5 for run in subject.upstream}
     found = []
     for run in sorted(candidates, key=lambda one: MEASURING.index(one.address.partition("@")[0])):
         reads = {producer.md5 for producer in run.producers.values()}
         upstream = {one.md5 for one in Subject(subject.index, run, subject.lock).upstream}
-        if reads <= known if run.address == "baselines" else run in subject.upstream or not derived.isdisjoint(upstream):
+        if (
+            reads <= known
+            if run.address == "baselines"
+            else run in subject.upstream or not derived.isdisjoint(upstream)
+        ):
             found.append(run)
     return found
 
 
 def _recorded(index: Index, code: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The first commit that contains a stage's run, and its date. Where a shallow clone begins, an earlier one may contain it: the date is unknown."""
+    """The first commit that contains a stage's run, and its date. Where a
+    shallow clone begins, an earlier one may contain it: the date is unknown."""
     commit = code["commit"] if code else None
     earlier = {"or_earlier": True} if commit in index.history.boundary else {}
     dated = _date_of(index.root, commit) if commit and not earlier else None
@@ -108,7 +118,9 @@ def _ran(index: Index, run: StageRun) -> dict[str, Any]:
 def _date_of(root: Path, commit: str) -> date | None:
     """None for a date before 1970 or after 9999, which git or calendars do not have."""
     try:
-        return date.fromisoformat((git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs", commit) or "").strip())
+        return date.fromisoformat(
+            (git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs", commit) or "").strip()
+        )
     except ValueError:
         return None
 
@@ -121,14 +133,18 @@ def issue_date(subject: Subject) -> date:
     """
     commit = subject.index.first_commit_with(subject.run)
     if commit is None:
-        raise InputError("dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD")
+        raise InputError(
+            "dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD"
+        )
     if commit in subject.index.history.boundary:
         raise InputError(
             "this clone is shallow, so the commit that recorded the model, and with it the issue date, is unknown",
             "`git fetch --unshallow`, or give --issued YYYY-MM-DD",
         )
     if (dated := _date_of(subject.index.root, commit)) is None:
-        raise InputError(f"commit {commit[:12]}, which recorded the model, has no valid date", "give --issued YYYY-MM-DD")
+        raise InputError(
+            f"commit {commit[:12]}, which recorded the model, has no valid date", "give --issued YYYY-MM-DD"
+        )
     return dated
 
 
@@ -138,7 +154,8 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     Args:
         issued: default: the date of the first commit that recorded the model.
     Raises:
-        InputError: unknown model, a stage that the format cannot describe, or a model whose lineage is not recorded completely.
+        InputError: unknown model, a stage that the format cannot describe, or a
+            model whose lineage is not recorded completely.
     """
     chosen = registry.find(form)
     subject = find(Index(root), model, rev)
@@ -156,7 +173,8 @@ def refuse(subject: Subject, model: str, form: str | None = None) -> None:
     chosen, address = registry.find(form) if form else None, subject.run.address
     if not (chosen and chosen.any_stage) and address.partition("@")[0] not in MODELS:
         raise InputError(
-            f"{address} is not a model that this project trained: {f'{form} cannot describe it' if form else '--all needs a model'}",
+            f"{address} is not a model that this project trained:"
+            f" {f'{form} cannot describe it' if form else '--all needs a model'}",
             f"name one of {', '.join(MODELS)}, or use --format with one of {', '.join(registry.of_any_stage())}",
         )
     if not chosen or not chosen.any_stage or chosen.data_sets:
@@ -171,10 +189,15 @@ def _refuse_unknown_lineage(subject: Subject, model: str) -> None:
     """
     index = subject.index
     lost = [one["path"] for one in unrecorded(index, subject.contributing)]
-    lost += [one.path for one in index.unavailable_originals(subject.run)] if index.has_unknown_original(subject.run) else []
+    lost += (
+        [one.path for one in index.unavailable_originals(subject.run)]
+        if index.has_unknown_original(subject.run)
+        else []
+    )
     lost += [one["path"] for one in unavailable_reports(index, subject.contributing)]
     if lost:
         raise InputError(
-            f"{subject.run.address}: {', '.join(dict.fromkeys(lost))}: not recorded or not available, so the sources of the model are unknown",
+            f"{subject.run.address}: {', '.join(dict.fromkeys(lost))}: not recorded or not available, so the sources of"
+            " the model are unknown",
             f"`pedigree audit {model}` says what is missing",
         )

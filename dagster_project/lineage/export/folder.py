@@ -19,15 +19,17 @@ FOLDER = "papers"
 """Folder of the exports, next to the page."""
 
 
-def all_formats(root: Path, model: str, rev: str | None = None, issued: date | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+def all_formats(
+    root: Path, model: str, rev: str | None = None, issued: date | None = None
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Every format of a model.
 
     Args:
         issued: default: the date of the first commit that recorded the model.
     Returns:
-        (file -> text, {"model", "issued", "commit": commit or None, "exports": [{"format", "file", "sha256", "shows", "shows_not"}],
-        "missing": [{"paper": format, "why", "next", "package": library that is not installed}]}). A format is missing if it describes checked records and there are none, or if
-        its library is not installed.
+        (file -> text, {"model", "issued", "commit": commit or None, "exports": [{"format", "file", "sha256", "shows",
+        "shows_not"}], "missing": [{"paper": format, "why", "next", "package": library that is not installed}]}). A
+        format is missing if it describes checked records and there are none, or if its library is not installed.
     Raises:
         InputError: as `export`.
     """
@@ -40,7 +42,9 @@ def all_formats(root: Path, model: str, rev: str | None = None, issued: date | N
         chosen = registry.find(form)
         if chosen.data_sets and chosen.any_stage and not summary["data_sets"]:
             why = "the model was made from no checked data set, and this format describes those"
-            missing.append({"paper": form, "why": why, "next": "run the pipeline with the stages instructions and splits"})
+            missing.append(
+                {"paper": form, "why": why, "next": "run the pipeline with the stages instructions and splits"}
+            )
             continue
         try:
             text = chosen.write(summary, day)
@@ -56,5 +60,11 @@ def all_formats(root: Path, model: str, rev: str | None = None, issued: date | N
         facts = {"file": file, "sha256": sha256_of_text(text), "shows": chosen.shows, "shows_not": chosen.shows_not}
         listed.append({"format": form, **facts})
     commit = summary["code"].get("lineage_at")
-    document = {"model": summary["model"], "issued": day.isoformat(), "commit": commit, "exports": listed, "missing": missing}
+    document = {
+        "model": summary["model"],
+        "issued": day.isoformat(),
+        "commit": commit,
+        "exports": listed,
+        "missing": missing,
+    }
     return texts, document

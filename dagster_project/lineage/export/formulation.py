@@ -1,4 +1,5 @@
-"""How the parts of a bill of materials were made (`formulation`), and which run states each of them (`citations`), in the JSON of CycloneDX 1.7."""
+"""How the parts of a bill of materials were made (`formulation`), and which run
+states each of them (`citations`), in the JSON of CycloneDX 1.7."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def formulation(summary: Mapping[str, Any], refs: set[str]) -> list[Json]:
         refs: `bom-ref` of the components.
     """
     model, stages = summary["model"], summary["stages"]
-    dependencies = [{"ref": _task_ref(name), "dependsOn": [_task_ref(one) for one in parents_of(name, stages)]} for name in stages]
+    dependencies = [
+        {"ref": _task_ref(name), "dependsOn": [_task_ref(one) for one in parents_of(name, stages)]} for name in stages
+    ]
     workflow = {
         "bom-ref": "workflow",
         "uid": model.get("md5") or model["stage"],
@@ -42,7 +45,9 @@ def _task_ref(name: str) -> str:
 
 def _task(name: str, summary: Mapping[str, Any], refs: set[str]) -> Json:
     stage = summary["stages"][name]
-    read = [_component(one, summary, refs) or _output(summary["stages"][one]) for one in parents_of(name, summary["stages"])]
+    read = [
+        _component(one, summary, refs) or _output(summary["stages"][one]) for one in parents_of(name, summary["stages"])
+    ]
     read += [{"ref": f"source:{path}"} for path in stage.get("sources", ())]
     read += [{"ref": f"teacher:{name}"}] if f"teacher:{name}" in refs else []
     values = [{"name": key, "value": json.dumps(value)} for key, value in stage.get("parameters", {}).items()]
@@ -66,7 +71,14 @@ def _component(name: str, summary: Mapping[str, Any], refs: set[str]) -> Json | 
 def _output(stage: Mapping[str, Any]) -> Json:
     """An output that is not a component, by DVC's hash."""
     hashes = [{"alg": "MD5", "content": stage["md5"].removesuffix(".dir")}]
-    return {"externalReference": {"type": "other", "url": stage["output"], "hashes": hashes, "comment": "md5 as in dvc.lock"}}
+    return {
+        "externalReference": {
+            "type": "other",
+            "url": stage["output"],
+            "hashes": hashes,
+            "comment": "md5 as in dvc.lock",
+        }
+    }
 
 
 def citations(document: Mapping[str, Any], summary: Mapping[str, Any], issued: date) -> list[Json]:
@@ -75,11 +87,22 @@ def citations(document: Mapping[str, Any], summary: Mapping[str, Any], issued: d
     found = []
     for position, part in enumerate(document["components"]):
         kind, _, name = part["bom-ref"].partition(":")
-        run = name if kind == "stage" else readers.get(name) if kind == "source" else kind if kind == "base_model" else None
+        run = (
+            name
+            if kind == "stage"
+            else readers.get(name)
+            if kind == "source"
+            else kind
+            if kind == "base_model"
+            else None
+        )
         if run is not None and run in summary["stages"]:
             found.append(_citation(f"/components/{position}", run, issued, TYPED if "licenses" in part else ""))
     hashed = "hashes" in document["metadata"]["component"] and summary["model"]["stage"] in summary["stages"]
-    return [*found, *([_citation("/metadata/component/hashes", summary["model"]["stage"], issued, "")] if hashed else [])]
+    return [
+        *found,
+        *([_citation("/metadata/component/hashes", summary["model"]["stage"], issued, "")] if hashed else []),
+    ]
 
 
 def _citation(pointer: str, run: str, issued: date, note: str) -> Json:

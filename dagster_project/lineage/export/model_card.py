@@ -79,14 +79,21 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
 def _head(summary: Mapping[str, Any], issued: date | None) -> list[str]:
     """The paragraphs before the first section: the models that it is made from, and what identifies it."""
     model, base = summary["model"], summary["base_model"]
-    weights = ", ".join(f"`{name}` {digest}" for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors"))
+    weights = ", ".join(
+        f"`{name}` {digest}" for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors")
+    )
     parts = [
         f"# {markdown(model['stage'])}",
-        f"Tuned from {markdown(base.get('origin', 'a base model that is not recorded'))}, license "
-        f"{markdown(base.get('license', 'unknown'))}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'}).",
+        (
+            f"Tuned from {markdown(base.get('origin', 'a base model that is not recorded'))}, license"
+            f" {markdown(base.get('license', 'unknown'))}, {base.get('parameters', 0):,} parameters (sha256 of"
+            f" {weights or 'its weights: unknown'})."
+        ),
     ]
     for one in summary.get("teachers", ()):
-        hashes = ", ".join(f"`{markdown(name)}` {digest}" for name, digest in one["sha256"].items() if name.endswith(".safetensors"))
+        hashes = ", ".join(
+            f"`{markdown(name)}` {digest}" for name, digest in one["sha256"].items() if name.endswith(".safetensors")
+        )
         parts.append(
             f"{markdown(one['training'])} is distilled from the larger model {markdown(one['folder'])}, license "
             f"{markdown(one['license'])} (sha256 of {hashes})."
@@ -101,7 +108,8 @@ def _head(summary: Mapping[str, Any], issued: date | None) -> list[str]:
 
 def _data(summary: Mapping[str, Any]) -> list[str]:
     sources = [
-        [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"] for path, s in summary["sources"].items()
+        [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"]
+        for path, s in summary["sources"].items()
     ]
     parts = ["## Data", table(["source", "rows", "format", "license", "sha256"], sources)]
     if sources:
@@ -109,7 +117,10 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
     if listed := summary["licenses"]["listed"]:
         parts += [
             "The licenses of data and base model, most restrictive first. The metadata name the first.",
-            table(["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]),
+            table(
+                ["license", "kind", "of"],
+                [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed],
+            ),
         ]
     if policy := use_policy.lines(summary.get(use_policy.NAME)):
         parts += ["The use policy of the project:", "\n".join(f"- {markdown(line)}" for line in policy)]
@@ -128,8 +139,9 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
     for name, stage in summary["stages"].items():
         if "train" in stage and "test" in stage:
             parts.append(
-                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} "
-                f"{'pairs' if name == 'preferences' else 'examples'}{_copies(stage)}; near-copies never straddle two of them."
+                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']}"
+                f" {'pairs' if name == 'preferences' else 'examples'}{_copies(stage)}; near-copies never straddle two"
+                " of them."
             )
     return parts
 
@@ -159,9 +171,15 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     if recorded:
         parts += ["The first commit that recorded the run of each stage:", table(["stage", "commit", "date"], recorded)]
     for one in summary.get("watched_by", ()):
-        parts.append(f"The training of {markdown(one['training'])} was watched by {markdown(one['stage'])}: measured, not learned from.")
+        parts.append(
+            f"The training of {markdown(one['training'])} was watched by {markdown(one['stage'])}: measured, not"
+            " learned from."
+        )
     if watched := summary.get("watched"):
-        parts.append(f"Compared with it or only used to measure it, so that nothing was learned from them: {markdown(', '.join(watched))}.")
+        parts.append(
+            "Compared with it or only used to measure it, so that nothing was learned from them:"
+            f" {markdown(', '.join(watched))}."
+        )
     return parts
 
 
@@ -171,13 +189,19 @@ def _proof(summary: Mapping[str, Any]) -> list[str]:
     return [
         "## Proof",
         "\n".join(["```console", *(f"$ {line}" for line in commands), "```"]),
-        f"makes it again from the sources and compares the bytes; `pedigree audit {stage}` names every row and parameter.",
+        (
+            f"makes it again from the sources and compares the bytes; `pedigree audit {stage}` names every row and"
+            " parameter."
+        ),
     ]
 
 
 def _declarations(summary: Mapping[str, Any]) -> str:
     declared = {path: one.shown for path, one in declared_sources(summary).items()}
-    return table(["source", *NAMES.values()], [[markdown(path), *map(markdown, shown.values())] for path, shown in declared.items()])
+    return table(
+        ["source", *NAMES.values()],
+        [[markdown(path), *map(markdown, shown.values())] for path, shown in declared.items()],
+    )
 
 
 def _copies(stage: Mapping[str, Any]) -> str:
@@ -194,7 +218,13 @@ def _results(summary: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {one}" for name, one in value.items())
-    return f"{value:,}" if isinstance(value, int) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
 
 
 def _lines(pairs: Sequence[tuple[str, str]]) -> str:

@@ -8,7 +8,12 @@ from typing import Any
 
 import attr
 from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
-from openlineage.client.facet_v2 import DatasetFacet, dataset_version_dataset, output_statistics_output_dataset, tags_run
+from openlineage.client.facet_v2 import (
+    DatasetFacet,
+    dataset_version_dataset,
+    output_statistics_output_dataset,
+    tags_run,
+)
 from openlineage.client.serde import Serde
 
 from dagster_project import __version__
@@ -36,7 +41,8 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
     """The events, one JSON document per line.
 
     Args:
-        issued: time of every event: the time of a run is not recorded, because the same inputs give the same bytes at any time.
+        issued: time of every event: the time of a run is not recorded, because
+            the same inputs give the same bytes at any time.
     """
     producer = f"urn:pedigree:{__version__}"
     sums = {stage["output"]: stage["sha256"] for stage in summary["stages"].values()} | {
@@ -44,13 +50,23 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
     }
     lines = []
     for name, stage in summary["stages"].items():
-        outputs_read = {summary["stages"][one]["output"]: summary["stages"][one]["md5"] for one in parents_of(name, summary["stages"])}
+        outputs_read = {
+            summary["stages"][one]["output"]: summary["stages"][one]["md5"]
+            for one in parents_of(name, summary["stages"])
+        }
         read = {**stage["inputs"], **outputs_read, **dict.fromkeys(stage.get("sources", ()))}
-        inputs = [InputDataset(NAMESPACE, path, facets=_facets(md5, sums.get(path), producer)) for path, md5 in read.items()]
-        rows = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=stage.get("rows_out"), producer=producer)
+        inputs = [
+            InputDataset(NAMESPACE, path, facets=_facets(md5, sums.get(path), producer)) for path, md5 in read.items()
+        ]
+        rows = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
+            rowCount=stage.get("rows_out"), producer=producer
+        )
         outputs = [
             OutputDataset(
-                NAMESPACE, stage["output"], facets=_facets(stage["md5"], stage["sha256"], producer), outputFacets={"outputStatistics": rows}
+                NAMESPACE,
+                stage["output"],
+                facets=_facets(stage["md5"], stage["sha256"], producer),
+                outputFacets={"outputStatistics": rows},
             )
         ]
         tags = [
@@ -59,11 +75,13 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
             if stage.get(key) is not None
         ]
         run = Run(
-            str(identity("run", name, stage["inputs"], stage["md5"])), facets={"tags": tags_run.TagsRunFacet(tags=tags, producer=producer)}
+            str(identity("run", name, stage["inputs"], stage["md5"])),
+            facets={"tags": tags_run.TagsRunFacet(tags=tags, producer=producer)},
         )
         for state in (RunState.START, RunState.COMPLETE):
             event = RunEvent(
-                eventType=state, eventTime=f"{issued.isoformat()}T00:00:00Z", run=run, job=Job(NAMESPACE, name), inputs=inputs,
+                eventType=state, eventTime=f"{issued.isoformat()}T00:00:00Z", run=run, job=Job(NAMESPACE, name),
+                inputs=inputs,
                 outputs=outputs if state is RunState.COMPLETE else [], producer=producer,
             )  # fmt: skip
             lines.append(Serde.to_json(event))
@@ -72,4 +90,9 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
 
 def _facets(md5: str | None, sha256: str | None, producer: str) -> dict[str, DatasetFacet]:
     content = {"contentHash": ContentHash(md5=md5, sha256=sha256, producer=producer)}
-    return {**content, "version": dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=md5 or sha256 or "", producer=producer)}
+    return {
+        **content,
+        "version": dataset_version_dataset.DatasetVersionDatasetFacet(
+            datasetVersion=md5 or sha256 or "", producer=producer
+        ),
+    }

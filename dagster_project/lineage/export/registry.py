@@ -1,4 +1,5 @@
-"""Formats of `pedigree export`, found by their files: a format "model-card" is the function `model_card` of model_card.py in this folder."""
+"""Formats of `pedigree export`, found by their files: a format "model-card" is
+the function `model_card` of model_card.py in this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Write = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
 NOT_FORMATS = {
-    "__init__", "answers", "data_sets", "export", "folder", "formulation", "licenses", "registry", "responsible", "summary", "tables",
+    "__init__", "answers", "data_sets", "export", "folder", "formulation", "licenses", "registry", "responsible",
+    "summary", "tables",
 }  # fmt: skip
 
 
@@ -25,7 +27,8 @@ class Format:
     any_stage: bool
     """`ANY_STAGE`: it describes any stage. Other formats describe trained models only."""
     data_sets: bool
-    """`DATA_SETS`: it describes tables of records, so the summary has their files and columns (`data_sets.data_sets`)."""
+    """`DATA_SETS`: it describes tables of records, so the summary has their
+    files and columns (`data_sets.data_sets`)."""
     file: str
     """`FILE`: name of its file in a folder of all formats."""
     shows: str
@@ -52,5 +55,8 @@ def find(name: str) -> Format:
         getattr(module, name.replace("-", "_")),
         getattr(module, "ANY_STAGE", False),
         getattr(module, "DATA_SETS", False),
-        *(getattr(module, attribute, default) for attribute, default in (("FILE", f"{name}.txt"), ("SHOWS", ""), ("SHOWS_NOT", ""))),
+        *(
+            getattr(module, attribute, default)
+            for attribute, default in (("FILE", f"{name}.txt"), ("SHOWS", ""), ("SHOWS_NOT", ""))
+        ),
     )

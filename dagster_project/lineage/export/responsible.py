@@ -1,4 +1,5 @@
-"""The terms of Croissant's extension for responsible AI, from ledgers and reports. What nothing records is `unknown`, with the reason."""
+"""The terms of Croissant's extension for responsible AI, from ledgers and
+reports. What nothing records is `unknown`, with the reason."""
 
 from __future__ import annotations
 
@@ -11,8 +12,19 @@ from dagster_project.curation.sources.declarations import UNKNOWN, Declared, dec
 def responsible_ai(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Term -> its value."""
     sources, declared = summary["sources"], declared_sources(summary)
-    raw = [f"{path}: {facts['rows']} rows, layout {facts['format']}, sha256 {facts['sha256']}" for path, facts in sources.items()]
-    days = sorted({str(day) for one in declared.values() if one.collected for day in (one.collected.start, one.collected.end) if day})
+    raw = [
+        f"{path}: {facts['rows']} rows, layout {facts['format']}, sha256 {facts['sha256']}"
+        for path, facts in sources.items()
+    ]
+    days = sorted(
+        {
+            str(day)
+            for one in declared.values()
+            if one.collected
+            for day in (one.collected.start, one.collected.end)
+            if day
+        }
+    )
     return {
         "rai:dataCollection": "; ".join(f"{path}: {collection(one)}" for path, one in declared.items()) or UNKNOWN,
         "rai:dataCollectionType": [f"{path}: {one.shown['category']}" for path, one in declared.items()] or [UNKNOWN],
@@ -21,11 +33,16 @@ def responsible_ai(summary: Mapping[str, Any]) -> dict[str, Any]:
         "rai:dataCollectionMissingData": missing_data(summary),
         "rai:dataPreprocessingProtocol": processing(summary),
         "rai:dataAnnotationProtocol": f"{UNKNOWN}: nothing records who wrote answers and labels",
-        "rai:machineAnnotationTools": [f"{path}: written by {one.shown['generator']}" for path, one in declared.items()] or [UNKNOWN],
+        "rai:machineAnnotationTools": (
+            [f"{path}: written by {one.shown['generator']}" for path, one in declared.items()] or [UNKNOWN]
+        ),
         "rai:personalSensitiveInformation": personal_data(summary),
         "rai:dataBiases": f"{UNKNOWN}: biases were not measured",
         "rai:dataLimitations": failed_checks(summary) or ["Every check of the data passed."],
-        "rai:dataUseCases": [*uses(summary), *(f"{path}: declared purposes: {one.shown['purposes']}" for path, one in declared.items())],
+        "rai:dataUseCases": [
+            *uses(summary),
+            *(f"{path}: declared purposes: {one.shown['purposes']}" for path, one in declared.items()),
+        ],
         "rai:dataSocialImpact": f"{UNKNOWN}: nothing records it",
         "rai:dataReleaseMaintenancePlan": f"{UNKNOWN}: nothing records it",
     }
@@ -34,13 +51,17 @@ def responsible_ai(summary: Mapping[str, Any]) -> dict[str, Any]:
 def collection(declared: Declared) -> str:
     """What is declared about how a source was collected. It is not verified."""
     shown = declared.shown
-    return f"declared, not verified: category {shown['category']}, collected {shown['collected']}, permission {shown['permission']}, retain until {shown['retain_until']}"
+    return (
+        f"declared, not verified: category {shown['category']}, collected {shown['collected']}, permission"
+        f" {shown['permission']}, retain until {shown['retain_until']}"
+    )
 
 
 def processing(summary: Mapping[str, Any]) -> list[str]:
     """One line for each stage that read rows: what it dropped, repaired and added."""
     return [
-        f"{name}: {stage['rows_in']} rows in, {stage['rows_out']} out; dropped: {_counts(stage.get('dropped'))}; repaired: {_counts(fixed(summary, name))}"
+        f"{name}: {stage['rows_in']} rows in, {stage['rows_out']} out; dropped: {_counts(stage.get('dropped'))};"
+        f" repaired: {_counts(fixed(summary, name))}"
         + (f"; copies added to train: {_counts(stage['augmented'])}" if stage.get("augmented") else "")
         for name, stage in summary["stages"].items()
         if "rows_in" in stage
@@ -63,7 +84,9 @@ def missing_data(summary: Mapping[str, Any]) -> str:
         for why, n in (stage.get("dropped") or {}).items():
             dropped[why] = dropped.get(why, 0) + n
     ignored = {
-        path: sorted(facts["fields"]["ignored"]) for path, facts in summary["sources"].items() if facts.get("fields", {}).get("ignored")
+        path: sorted(facts["fields"]["ignored"])
+        for path, facts in summary["sources"].items()
+        if facts.get("fields", {}).get("ignored")
     }
     fields = "; ".join(f"{path}: {', '.join(names)}" for path, names in ignored.items())
     return f"Rows dropped: {_counts(dropped)}. Fields that are not used: {fields or 'none'}."
@@ -80,13 +103,18 @@ def personal_data(summary: Mapping[str, Any]) -> list[str]:
             if name in checks:
                 facts = checks[name]
                 lines.append(
-                    f"{stage}, {what}: found in {facts.get('count', UNKNOWN)} rows; dropped {facts.get('dropped', 0)}, masked {facts.get('fixed', 0)}"
+                    f"{stage}, {what}: found in {facts.get('count', UNKNOWN)} rows; dropped {facts.get('dropped', 0)},"
+                    f" masked {facts.get('fixed', 0)}"
                 )
-    return [*(lines or [f"{UNKNOWN}: no check looked for personal data"]), "Other personal data, such as names in texts: not looked for."]
+    return [
+        *(lines or [f"{UNKNOWN}: no check looked for personal data"]),
+        "Other personal data, such as names in texts: not looked for.",
+    ]
 
 
 def failed_checks(summary: Mapping[str, Any]) -> list[str]:
-    """Checks of stages with rows that did not pass, with the number of findings. Notes are left out: some quote texts."""
+    """Checks of stages with rows that did not pass, with the number of
+    findings. Notes are left out: some quote texts."""
     return [
         f"{stage}: check {name} did not pass ({facts.get('count', UNKNOWN)} findings)"
         for stage, checks in summary["checks"].items()

@@ -1,4 +1,5 @@
-"""SPDX 3.0.1 with the AI and Dataset profiles: the model, its base, sources and data sets as packages with hashes and licenses, and how they depend on each other."""
+"""SPDX 3.0.1 with the AI and Dataset profiles: the model, its base, sources and data sets as packages with hashes and
+licenses, and how they depend on each other."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
     graph = _Graph(summary, datetime.combine(issued, time(), UTC))
     model, base = graph.model(), graph.base_model()
     packages = {f"source:{path}": graph.source(path, facts) for path, facts in summary["sources"].items()}
-    packages |= {f"stage:{name}": graph.data_set(name, stage) for name, stage in summary["stages"].items() if "rows_in" in stage}
+    packages |= {
+        f"stage:{name}": graph.data_set(name, stage) for name, stage in summary["stages"].items() if "rows_in" in stage
+    }
     libraries = [graph.library(name, version) for name, version in summary["environment"].items()]
     trained = [packages[f"stage:{name}"] for name in INPUTS if f"stage:{name}" in packages]
     graph.relate(model, "trainedOn", trained)
@@ -47,7 +50,9 @@ def spdx(summary: Mapping[str, Any], issued: date) -> str:
         if "rows_in" in stage:
             parents = [packages[f"stage:{one}"] for one in stage.get("made_from", ()) if f"stage:{one}" in packages]
             graph.relate(
-                packages[f"stage:{name}"], "descendantOf", [*parents, *(packages[f"source:{path}"] for path in stage.get("sources", ()))]
+                packages[f"stage:{name}"],
+                "descendantOf",
+                [*parents, *(packages[f"source:{path}"] for path in stage.get("sources", ()))],
             )
     return graph.text(model)
 
@@ -94,7 +99,9 @@ class _Graph:
         if md5:
             made.append(
                 self.types.Hash(
-                    algorithm=algorithm.md5, hashValue=md5.removesuffix(".dir"), comment="as in dvc.lock; of a folder over DVC's listing"
+                    algorithm=algorithm.md5,
+                    hashValue=md5.removesuffix(".dir"),
+                    comment="as in dvc.lock; of a folder over DVC's listing",
                 )
             )
         return made
@@ -110,17 +117,33 @@ class _Graph:
         model, provider, training = summary["model"], summary["provider"], summary["training"]
         url = provider.get("download_url")
         element = self.add(
-            types.ai_AIPackage, "model", model["stage"], provider.get("model_name") or model["stage"],
+            types.ai_AIPackage,
+            "model",
+            model["stage"],
+            provider.get("model_name") or model["stage"],
             comment=None if url else "downloadLocation is missing: provider.download_url in params.yaml",
-            suppliedBy=self.provider, releaseTime=self.released, software_downloadLocation=url or NO_ASSERTION,
-            software_packageVersion=model["md5"], software_primaryPurpose=types.software_SoftwarePurpose.model,
-            verifiedUsing=self.hashes(model.get("sha256"), model["md5"]), ai_typeOfModel=[training["method"]] if "method" in training else [],
+            suppliedBy=self.provider,
+            releaseTime=self.released,
+            software_downloadLocation=url or NO_ASSERTION,
+            software_packageVersion=model["md5"],
+            software_primaryPurpose=types.software_SoftwarePurpose.model,
+            verifiedUsing=self.hashes(model.get("sha256"), model["md5"]),
+            ai_typeOfModel=[training["method"]] if "method" in training else [],
             ai_hyperparameter=self.entries(summary["parameters"]),
-            ai_metric=self.entries({one["name"]: f"{one['value']} (95 % interval {one['low']} to {one['high']})" for one in results(summary)}),
-            ai_informationAboutTraining="; ".join(f"{key.replace('_', ' ')}: {json.dumps(value)}" for key, value in training.items()),
-            ai_limitation=" ".join(limits(summary)), ai_modelDataPreprocessing=processing(summary),
-            ai_useSensitivePersonalInformation=types.PresenceType.noAssertion, ai_autonomyType=types.PresenceType.noAssertion,
-        )  # fmt: skip
+            ai_metric=self.entries(
+                {
+                    one["name"]: f"{one['value']} (95 % interval {one['low']} to {one['high']})"
+                    for one in results(summary)
+                }
+            ),
+            ai_informationAboutTraining="; ".join(
+                f"{key.replace('_', ' ')}: {json.dumps(value)}" for key, value in training.items()
+            ),
+            ai_limitation=" ".join(limits(summary)),
+            ai_modelDataPreprocessing=processing(summary),
+            ai_useSensitivePersonalInformation=types.PresenceType.noAssertion,
+            ai_autonomyType=types.PresenceType.noAssertion,
+        )
         self.license(element, None)
         return element
 
@@ -131,9 +154,12 @@ class _Graph:
         name, _, revision = base.get("origin", UNKNOWN).partition("@")
         weights = [digest for path, digest in base.get("sha256", {}).items() if path.endswith(".safetensors")]
         element = self.add(
-            types.ai_AIPackage, "base_model", base.get("origin", UNKNOWN), name, suppliedBy=self.unknown, releaseTime=self.released,
-            comment="releaseTime is the issue date of this document: nothing records that of the base model", software_downloadLocation=NO_ASSERTION,
-            software_packageVersion=revision or (weights[0] if weights else UNKNOWN), software_primaryPurpose=types.software_SoftwarePurpose.model,
+            types.ai_AIPackage, "base_model", base.get("origin", UNKNOWN), name, suppliedBy=self.unknown,
+            releaseTime=self.released,
+            comment="releaseTime is the issue date of this document: nothing records that of the base model",
+            software_downloadLocation=NO_ASSERTION,
+            software_packageVersion=revision or (weights[0] if weights else UNKNOWN),
+            software_primaryPurpose=types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
             ai_informationAboutApplication=f"{base['parameters']} parameters" if "parameters" in base else None,
         )  # fmt: skip
@@ -141,11 +167,15 @@ class _Graph:
         return element
 
     def teacher(self, facts: Mapping[str, Any]) -> Any:
-        types, weights = self.types, [digest for path, digest in facts["sha256"].items() if path.endswith(".safetensors")]
+        types = self.types
+        weights = [digest for path, digest in facts["sha256"].items() if path.endswith(".safetensors")]
         element = self.add(
-            types.ai_AIPackage, "teacher", facts["training"], facts["folder"], suppliedBy=self.unknown, releaseTime=self.released,
-            comment=f"{facts['training']}{DISTILLED} releaseTime is the issue date of this document", software_downloadLocation=NO_ASSERTION,
-            software_packageVersion=weights[0] if weights else UNKNOWN, software_primaryPurpose=types.software_SoftwarePurpose.model,
+            types.ai_AIPackage, "teacher", facts["training"], facts["folder"], suppliedBy=self.unknown,
+            releaseTime=self.released,
+            comment=f"{facts['training']}{DISTILLED} releaseTime is the issue date of this document",
+            software_downloadLocation=NO_ASSERTION,
+            software_packageVersion=weights[0] if weights else UNKNOWN,
+            software_primaryPurpose=types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
         )  # fmt: skip
         self.license(element, facts["license"])
@@ -156,7 +186,8 @@ class _Graph:
         element = self.package(
             f"source:{path}", path, self.released, self.unknown, facts["rows"], self.hashes(file=facts["sha256"]),
             dataset_dataCollectionProcess=collection(declared), summary=f"layout {facts['format']}",
-            dataset_intendedUse=f"declared purposes: {declared.shown['purposes']}", software_sourceInfo=f"written by: {declared.shown['generator']}",
+            dataset_intendedUse=f"declared purposes: {declared.shown['purposes']}",
+            software_sourceInfo=f"written by: {declared.shown['generator']}",
         )  # fmt: skip
         self.license(element, facts.get("license"))
         return element
@@ -170,11 +201,15 @@ class _Graph:
         self.license(element, None)
         return element
 
-    def package(self, ref: str, name: str, built: datetime, by: Any, rows: int, hashes: Sequence[Any], **facts: Any) -> Any:
+    def package(
+        self, ref: str, name: str, built: datetime, by: Any, rows: int, hashes: Sequence[Any], **facts: Any
+    ) -> Any:
         types = self.types
         return self.add(
-            types.dataset_DatasetPackage, "data", ref, name, comment=f"datasetSize counts rows. {BUILT}", builtTime=built, releaseTime=self.released,
-            originatedBy=[by], software_downloadLocation=NO_ASSERTION, software_primaryPurpose=types.software_SoftwarePurpose.data,
+            types.dataset_DatasetPackage, "data", ref, name, comment=f"datasetSize counts rows. {BUILT}",
+            builtTime=built, releaseTime=self.released,
+            originatedBy=[by], software_downloadLocation=NO_ASSERTION,
+            software_primaryPurpose=types.software_SoftwarePurpose.data,
             verifiedUsing=list(hashes), dataset_datasetType=[types.dataset_DatasetType.text], dataset_datasetSize=rows,
             dataset_hasSensitivePersonalInformation=types.PresenceType.noAssertion, **facts,
         )  # fmt: skip
@@ -189,13 +224,21 @@ class _Graph:
         declared: Any = NO_LICENSE
         if name and name.lower() != UNKNOWN:
             expression = fixup_id(name) or (
-                name if is_expression(name) else f"LicenseRef-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-') or 'unnamed'}"
+                name
+                if is_expression(name)
+                else f"LicenseRef-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-') or 'unnamed'}"
             )
             known = self._license_elements()
-            if expression in known and expression.startswith("LicenseRef-") and known[expression].name != name:  # of another license
+            if (
+                expression in known and expression.startswith("LicenseRef-") and known[expression].name != name
+            ):  # of another license
                 expression = f"{expression}-{sha256_of_text(name)[:8]}"
             declared = known.get(expression) or self.add(
-                self.types.simplelicensing_LicenseExpression, "license", expression, name, simplelicensing_licenseExpression=expression
+                self.types.simplelicensing_LicenseExpression,
+                "license",
+                expression,
+                name,
+                simplelicensing_licenseExpression=expression,
             )
         self.relate(package, "hasDeclaredLicense", [declared])
         self.relate(package, "hasConcludedLicense", [NO_LICENSE])

@@ -1,4 +1,5 @@
-"""The content of a model's exports, independent of the format. Built from reports alone, so that a stage can write a card, too."""
+"""The content of a model's exports, independent of the format. Built from
+reports alone, so that a stage can write a card, too."""
 
 from __future__ import annotations
 
@@ -28,27 +29,39 @@ def from_reports(
 
     Args:
         address: the model's stage, e.g. merged@lora.
-        reports: in flow order, the report of every stage upstream of the model, its own if it exists yet, and those of its evaluation.
+        reports: in flow order, the report of every stage upstream of the model,
+            its own if it exists yet, and those of its evaluation.
         released: for a release, its variant; stages of other variants are left out.
         waivers: of checks of the release.
         teachers: as recorded in dvc.lock; None: those of the reports.
     Returns:
-        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "checks_of_metrics", "untuned", "advice"}, as in `export.summarize`;
-        and "use_policy", the verdict, if the project has a use policy; "teachers", the larger models that alignments learned from, and "own_answers", the alignments that learned from
-        answers of the model that they trained, if any.
+        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics",
+        "checks_of_metrics", "untuned", "advice"}, as in `export.summarize`; and "use_policy", the verdict, if the
+        project has a use policy; "teachers", the larger models that alignments learned from, and "own_answers", the
+        alignments that learned from answers of the model that they trained, if any.
     """
     variant = released or address.partition("@")[2]
     if released:
         reports = {name: reports[name] for name in chain(released, reports)}
     own, training = reports.get(address, {}), _training(address, variant, reports)
-    measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
+    measured = {
+        name: report
+        for name, report in reports.items()
+        if name.startswith("evaluation") and name.partition("@")[2] == variant
+    }
     base = with_license(reports.get("base_model", {}))
-    whole = next((reports[name] for name in (f"merged_aligned@{released}", f"merged@{released}") if name in reports), own)
+    whole = next(
+        (reports[name] for name in (f"merged_aligned@{released}", f"merged@{released}") if name in reports), own
+    )
     sources, read_by = _named_sources(reports)
     taught = _teachers(reports) if teachers is None else teachers
     online = _own_answers(reports)
     return {
-        "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": whole.get("merged", _is_complete(address, own))},
+        "model": {
+            "stage": address,
+            "sha256": own.get("output_sha256"),
+            "stands_alone": whole.get("merged", _is_complete(address, own)),
+        },
         "sources": sources,
         "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
         "licenses": summarize_licenses(base, sources, taught),
@@ -59,11 +72,16 @@ def from_reports(
         },
         "training": {key: training[key] for key in TRAINING if key in training},
         "environment": training.get("environment", {}),
-        "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()}
-        | (
-            {address: {key: own[key] for key in OF_REWARDS if key in own}}
-            if address == REWARD_MODEL and own.get("accuracy") is not None
-            else {}
+        "metrics": (
+            {
+                name: {key: value for key, value in report.items() if key not in NOT_METRICS}
+                for name, report in measured.items()
+            }
+            | (
+                {address: {key: own[key] for key in OF_REWARDS if key in own}}
+                if address == REWARD_MODEL and own.get("accuracy") is not None
+                else {}
+            )
         ),
         "checks_of_metrics": {name: _checks(report) for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
@@ -75,9 +93,12 @@ def from_reports(
 
 
 def _training(address: str, variant: str, reports: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The report of the training that ended in the model. The last of `reports` may be one of the adapters that it was merged of."""
+    """The report of the training that ended in the model. The last of `reports`
+    may be one of the adapters that it was merged of."""
     trained = {name: report for name, report in reports.items() if "environment" in report}
-    own = next((trained[name] for name in (address, f"aligned@{variant}", f"adapter@{variant}") if name in trained), None)
+    own = next(
+        (trained[name] for name in (address, f"aligned@{variant}", f"adapter@{variant}") if name in trained), None
+    )
     return own or next(reversed(trained.values()), {})
 
 
@@ -87,7 +108,8 @@ def _is_complete(address: str, own: Mapping[str, Any]) -> bool:
 
 
 def task_of(summary: Mapping[str, Any]) -> str:
-    """What the model does, as the Hugging Face Hub names tasks: a reward model and a classifier's head generate no text."""
+    """What the model does, as the Hugging Face Hub names tasks: a reward model
+    and a classifier's head generate no text."""
     return "text-classification" if summary["model"]["stage"] == REWARD_MODEL or is_head(summary) else "text-generation"
 
 
@@ -117,7 +139,8 @@ def _teachers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _own_answers(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of online methods, and of distillations that sampled answers. Their number is None in reports of versions that did not count them."""
+    """Of online methods, and of distillations that sampled answers. Their
+    number is None in reports of versions that did not count them."""
     return [
         {"training": name, "method": report["method"], "answers": report.get("sampled", {}).get("answers")}
         for name, report in reports.items()
@@ -140,7 +163,9 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if stage == "adapter" and of in merged:
             return True
         return (
-            of == variant or (of in own and stage in {"adapter", "merged"}) if of else has_pairs or learns or stage not in PREFERENCE_STAGES
+            of == variant or (of in own and stage in {"adapter", "merged"})
+            if of
+            else has_pairs or learns or stage not in PREFERENCE_STAGES
         )
 
     # "splits 5d41402a", "adapter@lora 5d41402a": audits name the second version of a stage with its hash
@@ -177,7 +202,11 @@ NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
 
 
 def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
-    kept = {key: report[key] for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test", "augmented") if key in report}
+    kept = {
+        key: report[key]
+        for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test", "augmented")
+        if key in report
+    }
     checks = _checks(report)
     read = {"sources": sorted(sources)} if "sources" in report else {}
     return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}
@@ -185,7 +214,8 @@ def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
 
 def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
-        name: {key: check[key] for key in ("passed", "count", "note") if key in check} for name, check in report.get("checks", {}).items()
+        name: {key: check[key] for key in ("passed", "count", "note") if key in check}
+        for name, check in report.get("checks", {}).items()
     }
 
 
@@ -194,7 +224,8 @@ ROW = re.compile(r".+:\d+")
 
 
 def published_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded parameters without ids of records: waivers name rows by the beginning of an id, too, and ids are hashes of texts."""
+    """Recorded parameters without ids of records: waivers name rows by the
+    beginning of an id, too, and ids are hashes of texts."""
 
     def published(row: str) -> str:
         return row if ROW.fullmatch(row) else "a record"
@@ -205,9 +236,11 @@ def published_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
         return {**given, **rows, **pairs}
 
     return {
-        name: {**value, "waivers": [waiver(given) for given in value["waivers"]]}
-        if isinstance(value, dict) and value.get("waivers")
-        else value
+        name: (
+            {**value, "waivers": [waiver(given) for given in value["waivers"]]}
+            if isinstance(value, dict) and value.get("waivers")
+            else value
+        )
         for name, value in parameters.items()
     }
 
@@ -219,7 +252,13 @@ def identity(*parts: Any) -> UUID:
 def results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each measure that has an interval: {"stage", "name", "value", "low", "high"}."""
     return [
-        {"stage": stage, "name": name, "value": value, "low": figures[f"{name}_interval"][0], "high": figures[f"{name}_interval"][1]}
+        {
+            "stage": stage,
+            "name": name,
+            "value": value,
+            "low": figures[f"{name}_interval"][0],
+            "high": figures[f"{name}_interval"][1],
+        }
         for stage, figures in summary["metrics"].items()
         for name, value in figures.items()
         if f"{name}_interval" in figures
@@ -239,25 +278,30 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
             )
         if "pairs" in figures:
             lines.append(
-                f"Accuracy is the share of {figures['pairs']['test']} held-out pairs, from the same sources as the training data, "
-                "whose chosen answer has the higher reward. On other data: unknown."
+                f"Accuracy is the share of {figures['pairs']['test']} held-out pairs, from the same sources as the"
+                " training data, whose chosen answer has the higher reward. On other data: unknown."
             )
         scored = {name: group for name, group in figures.get("by_category", {}).items() if "accuracy" in group}
         if scored:
             worst = min(scored, key=lambda name: (scored[name]["accuracy"], name))
             what = "pairs" if "pairs" in scored[worst] else "answered"
             lines.append(
-                f"Weakest category: {worst}, accuracy {scored[worst]['accuracy']:.3f} on {scored[worst][what]} {'answers' if what == 'answered' else what}."
+                f"Weakest category: {worst}, accuracy {scored[worst]['accuracy']:.3f} on {scored[worst][what]}"
+                f" {'answers' if what == 'answered' else what}."
             )
         if "general_knowledge" in figures:
             before = summary["untuned"].get("general_knowledge")
             lines.append(
-                f"General knowledge: {figures['general_knowledge']:.3f}" + ("." if before is None else f", {before:.3f} before tuning.")
+                f"General knowledge: {figures['general_knowledge']:.3f}"
+                + ("." if before is None else f", {before:.3f} before tuning.")
             )
     measured = summary.get("checks_of_metrics", {})
     failed = [
         f"{name} ({stage}): {check.get('note') or check['count']}"
-        for stage, checks in [*((stage, facts.get("checks", {})) for stage, facts in summary["stages"].items()), *measured.items()]
+        for stage, checks in [
+            *((stage, facts.get("checks", {})) for stage, facts in summary["stages"].items()),
+            *measured.items(),
+        ]
         for name, check in checks.items()
         if not check["passed"]
     ]

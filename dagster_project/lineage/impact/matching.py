@@ -68,7 +68,8 @@ class Matches:
         """The queried records and those made from them; empty for queries by source or hash."""
         self.sources: list[str] = []
         self.without_ledger: dict[int, list[StageRun]] = {}
-        """Id of a model's run -> data sets without a ledger, which would tell which of the records that rows of the source contributed to name it."""
+        """Id of a model's run -> data sets without a ledger, which would tell
+        which of the records that rows of the source contributed to name it."""
         self.exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""
         self.by_hash = False
@@ -85,7 +86,9 @@ class Matches:
         """Models that were or may have been trained: those with upstream data or with training evidence."""
         index = self.index
         return [
-            run for run in index.runs.values() if run.is_model and (index.data(run) or run.md5 in index.evidence) and not index.is_copy(run)
+            run
+            for run in index.runs.values()
+            if run.is_model and (index.data(run) or run.md5 in index.evidence) and not index.is_copy(run)
         ]
 
     def match_records(self, keys: Sequence[bytes], names: Mapping[bytes, str], derived: bool) -> None:
@@ -95,7 +98,9 @@ class Matches:
         """
         self.derived = derived
         derivations = self.index.derivations(keys) if derived else {}
-        everything = list(dict.fromkeys([*keys, *(child for children in derivations.values() for child, _ in children)]))
+        everything = list(
+            dict.fromkeys([*keys, *(child for children in derivations.values() for child, _ in children)])
+        )
         self.record_ids = [names.get(key, key.hex()) for key in everything]
         shards: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
         steps: dict[str, dict[bytes, list[tuple[int, int]]]] = defaultdict(dict)
@@ -106,7 +111,9 @@ class Matches:
                 steps[use.out][use.key] = use.steps
         for run in self._trained_models:
             own = self._made_from(run, keys, derivations)
-            matching = [row for out in self.index.data(run).keys() & shards.keys() for row in shards[out] if row[0] in own]
+            matching = [
+                row for out in self.index.data(run).keys() & shards.keys() for row in shards[out] if row[0] in own
+            ]
             rows = Counter(split for _, split in matching)
             trained = [steps[run.md5][key] for key in steps.get(run.md5, ()) if key in own]
             if trained and not rows["train"]:  # the data set is unavailable, but the evidence is not
@@ -126,13 +133,19 @@ class Matches:
         if not derivations:
             return set(keys)
         upstream = self.index.ancestors(run).keys()
-        return {*closure(keys, lambda key: [child for child, outs in derivations.get(key, ()) if not outs.isdisjoint(upstream)])}
+        return {
+            *closure(
+                keys, lambda key: [child for child, outs in derivations.get(key, ()) if not outs.isdisjoint(upstream)]
+            )
+        }
 
     def match_sources(self, outputs_of: Mapping[str, frozenset[str] | None]) -> None:
-        """Match all records of some sources: those that name one of them, and those to which their rows contributed. A record counts once.
+        """Match all records of some sources: those that name one of them, and
+        those to which their rows contributed. A record counts once.
 
         Args:
-            outputs_of: name of a source -> hashes of outputs, of which one must be upstream of a model's data; None if any data counts.
+            outputs_of: name of a source -> hashes of outputs, of which one must
+                be upstream of a model's data; None if any data counts.
         """
         index = self.index
         self.sources = list(outputs_of)
@@ -153,7 +166,13 @@ class Matches:
             for name in names:
                 keys -= index.keys_of_source([*data], name, keys) if keys else keys
             summaries = [index.training_summary(run, name) for name in names]
-            if keys and (lost := [data[out] for out in data if any(out in rows_of[name] for name in names) and not index.has_ledger(out)]):
+            if keys and (
+                lost := [
+                    data[out]
+                    for out in data
+                    if any(out in rows_of[name] for name in names) and not index.has_ledger(out)
+                ]
+            ):
                 self.without_ledger[run.id] = lost
             elif keys:
                 rows += Counter(use.split for out in data for use in uses[out] if use.split and use.key in keys)
@@ -170,8 +189,8 @@ class Matches:
         return Contributions(copies, paraphrases, derivations, children.union(*copies.values(), *paraphrases.values()))
 
     def _contributed_to(self, run: StageRun, found: Contributions) -> set[bytes]:
-        """Keys of the records of one model's data to which rows of a source contributed although they may not name it: records in whose place a copy
-        from the source was dropped, what was made from these, and paraphrases."""
+        """Keys of the records of one model's data to which rows of a source contributed although they may not name it:
+        records in whose place a copy from the source was dropped, what was made from these, and paraphrases."""
         if not found.keys:
             return set()
         ancestors = self.index.ancestors(run)
@@ -189,20 +208,28 @@ class Matches:
         index, prefix = self.index, digest.lower()
         self.by_hash = True
         if len(prefix) < 6:
-            raise InputError(f"--hash {digest!r}: {len(prefix)} digits do not name one hash", "give at least six digits")
+            raise InputError(
+                f"--hash {digest!r}: {len(prefix)} digits do not name one hash", "give at least six digits"
+            )
         sources = index.outputs_by_source_hash(prefix)
         if sources:
             self.match_sources(sources)
         files, outs = index.matching_hashes(prefix)
         readers = {
-            run.id for run in index.runs.values() for dep, _, md5 in run.inputs if md5.startswith(prefix) and dep not in run.entry.watched
+            run.id
+            for run in index.runs.values()
+            for dep, _, md5 in run.inputs
+            if md5.startswith(prefix) and dep not in run.entry.watched
         }
         distilled = index.distilled_from(prefix)
         self.complete = bool(readers or distilled or index.outputs_with_prefix(prefix))
         if not (self.complete or sources or files):
             if any(index.missing_reports(run, only_splits=False) for run in self._trained_models):
                 return  # one of these reports could name it
-            raise InputError(f"--hash {digest}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
+            raise InputError(
+                f"--hash {digest}: no output, file of one, or source in history has this hash",
+                "see `pedigree audit MODEL`",
+            )
         for run in self._trained_models:
             ancestors = index.ancestors(run)
             shards = index.shards(run)
@@ -232,7 +259,11 @@ class Matches:
         paths = self.index.shard_paths()
         if not self.index.knows_steps(run) or any(md5 not in paths for md5 in shards):
             return None
-        keys = {record_key(identity) for md5 in shards for identity in tables.read(paths[md5], ["example_id"])["example_id"].to_list()}
+        keys = {
+            record_key(identity)
+            for md5 in shards
+            for identity in tables.read(paths[md5], ["example_id"])["example_id"].to_list()
+        }
         uses = [use for use in self.index.record_uses(keys) if use.out == run.md5 and use.split is None]
         steps = [step for use in uses for step, _ in use.steps]
         return len({use.key for use in uses}), min(steps, default=0), max(steps, default=0)

@@ -1,4 +1,5 @@
-"""The models that saw what was asked for, themselves or through their parents, and those that were only measured by one, as documents."""
+"""The models that saw what was asked for, themselves or through their parents,
+and those that were only measured by one, as documents."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import MEASURED_TASKS, StageRun
 
 SAMPLES = "samples.parquet"
-"""Table of an alignment's output with the held-out prompts whose answers were measured (evaluation/paired/alignment.py)."""
+"""Table of an alignment's output with the held-out prompts whose answers were
+measured (evaluation/paired/alignment.py)."""
 
 
 class ExposedModels:
@@ -30,7 +32,9 @@ class ExposedModels:
         if run.id not in self._reached:
             self._reached[run.id] = {}
             own = {run.id: None} if run.id in self._matches.exposures else {}
-            self._reached[run.id] = own | {entry: None for parent in self._index.parents(run) for entry in self.exposed_through(parent)}
+            self._reached[run.id] = own | {
+                entry: None for parent in self._index.parents(run) for entry in self.exposed_through(parent)
+            }
         return self._reached[run.id]
 
     def watched_through(self, run: StageRun) -> dict[tuple[int, int], None]:
@@ -38,11 +42,14 @@ class ExposedModels:
         if run.id not in self._measured:
             self._measured[run.id] = {}
             own = {(run.id, watcher.id): None for watcher in self._index.watchers(run) if self.exposed_through(watcher)}
-            self._measured[run.id] = own | {pair: None for parent in self._index.parents(run) for pair in self.watched_through(parent)}
+            self._measured[run.id] = own | {
+                pair: None for parent in self._index.parents(run) for pair in self.watched_through(parent)
+            }
         return self._measured[run.id]
 
     def watched(self) -> list[dict[str, Any]]:
-        """Every version of a model that was not exposed, but whose training an exposed model measured, in the order of history."""
+        """Every version of a model that was not exposed, but whose training an
+        exposed model measured, in the order of history."""
         by_hash: dict[str, dict[str, Any]] = {}
         exposed = {run.md5 for run in self._index.runs.values() if run.is_model and self.exposed_through(run)}
         for run in self._index.runs.values():
@@ -51,8 +58,16 @@ class ExposedModels:
             first = self._index.runs_by_output[run.md5][0]
             entry = by_hash.setdefault(
                 run.md5,
-                {"stage": run.address, "path": run.path, "md5": run.md5, "commit": first.commit, "found_in": first.place, "also_called": [], "watched_by": []},
-            )  # fmt: skip
+                {
+                    "stage": run.address,
+                    "path": run.path,
+                    "md5": run.md5,
+                    "commit": first.commit,
+                    "found_in": first.place,
+                    "also_called": [],
+                    "watched_by": [],
+                },
+            )
             if run.address not in [entry["stage"], *entry["also_called"]]:
                 entry["also_called"].append(run.address)
             for trained, watcher in ((self._index.runs[one], self._index.runs[other]) for one, other in pairs):
@@ -86,7 +101,9 @@ class ExposedModels:
                 entry["also_called"].append(run.address)
             commits = self._index.commits_of(run)
             documents = [self._exposure_document(self._index.runs[by]) for by in exposed]
-            if run.place == "run cache" and all(any(document == seen for seen, _ in holds[run.md5]) for document in documents):
+            if run.place == "run cache" and all(
+                any(document == seen for seen, _ in holds[run.md5]) for document in documents
+            ):
                 continue  # another lineage that may have been, which adds nothing
             entry["commits"] += [commit for commit in commits if commit not in entry["commits"]]
             for document in documents:
@@ -101,14 +118,17 @@ class ExposedModels:
         return list(by_hash.values())
 
     def _are_measured(self, run: StageRun, exposure: Exposure) -> bool | None:
-        """Whether answers to any of the queried tasks were measured; None if the table of these answers is unavailable. Of a source or a hash: any may be."""
+        """Whether answers to any of the queried tasks were measured; None if the
+        table of these answers is unavailable. Of a source or a hash: any may be."""
         if not self._matches.record_ids:
             return True
         md5 = (self._index.files(run.md5) or {}).get(SAMPLES)
         path = self._index.file_path(run.md5, SAMPLES)
         if path is None or md5_of_file(path) != md5:
             return None
-        return any(record_key(one) in exposure.validation for one in tables.read(path, ["example_id"])["example_id"].to_list())
+        return any(
+            record_key(one) in exposure.validation for one in tables.read(path, ["example_id"])["example_id"].to_list()
+        )
 
     def _exposure_document(self, run: StageRun) -> dict[str, Any]:
         exposure = self._matches.exposures[run.id]
@@ -128,4 +148,7 @@ class ExposedModels:
             }
         if exposure.training_summary is None:
             return {**document, "learnt": None, **({"distilled": True} if exposure.distilled else {})}
-        return {**document, "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True))}
+        return {
+            **document,
+            "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True)),
+        }

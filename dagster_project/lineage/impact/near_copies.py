@@ -14,7 +14,8 @@ from dagster_project.lineage.rows import record_key
 
 
 def near_copies(index: Index, keys: Iterable[bytes], text: str | None, record: str | None) -> list[dict[str, Any]]:
-    """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given record. Reads every available shard.
+    """Records whose prompt, response, reasoning or arguments of calls nearly
+    equal the text, or that of the given record. Reads every available shard.
 
     Raises:
         InputError: no available shard contains the record, so that it has no text to compare.
@@ -35,7 +36,12 @@ def near_copies(index: Index, keys: Iterable[bytes], text: str | None, record: s
     queries = (
         [text]
         if text
-        else [text_of_part for identity, texts in texts_of.items() if record_key(identity) in excluded for text_of_part in texts.values()]
+        else [
+            text_of_part
+            for identity, texts in texts_of.items()
+            if record_key(identity) in excluded
+            for text_of_part in texts.values()
+        ]
     )
     if record is not None and not queries:
         raise InputError(
@@ -53,7 +59,13 @@ def near_copies(index: Index, keys: Iterable[bytes], text: str | None, record: s
         identity, part, text_of_part = candidates[pair.right]
         if record_key(identity) in excluded or best.get(identity, {"similarity": 0})["similarity"] >= pair.similarity:
             continue
-        best[identity] = {"example_id": identity, "part": part, "rule": pair.rule, "similarity": pair.similarity, "text": text_of_part}
+        best[identity] = {
+            "example_id": identity,
+            "part": part,
+            "rule": pair.rule,
+            "similarity": pair.similarity,
+            "text": text_of_part,
+        }
     return sorted(best.values(), key=lambda copy: (-copy["similarity"], copy["example_id"]))
 
 

@@ -1,4 +1,5 @@
-"""Finds the models that have seen a record: every model in history, directly or through its parents, with splits and steps."""
+"""Finds the models that have seen a record: every model in history, directly or
+through its parents, with splits and steps."""
 
 from __future__ import annotations
 
@@ -39,27 +40,36 @@ def impact(
     """The models that saw a record, a text, a source, or a file or folder by its hash. Exactly one of these is given.
 
     Args:
-        text: text of a message: its content, its reasoning, the arguments of a call as JSON, or one text in them; case and whitespace are ignored.
+        text: text of a message: its content, its reasoning, the arguments of a
+            call as JSON, or one text in them; case and whitespace are ignored.
         source: a file, or a folder and its contents, as named in the records.
         content: md5 or sha256, or a prefix of one, of a source, an output, or a file of an output.
         near: also search for near-copies of the record or text (curation/similarity/overlap.py).
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "published", "erased", "verdict", "records", "models", "watched", "near", "matches", "read_by", "unknown", "looked_at", ...}.
-        `models`, in the order of history, have the splits and training steps, the parent that saw the record, the commits at which this holds, and the
-        registered versions of the model, if it has any; `watched`, if not empty: those that did not see it, but were measured by one that did;
-        `unknown` lists models that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked
-        for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is "yes", "no" only if everything was
-        looked at, or else "cannot tell".
+        {"asked", "published", "erased", "verdict", "records", "models", "watched", "near", "matches", "read_by",
+        "unknown", "looked_at", ...}. `models`, in the order of history, have the splits and training steps, the parent
+        that saw the record, the commits at which this holds, and the registered versions of the model, if it has any;
+        `watched`, if not empty: those that did not see it, but were measured by one that did; `unknown` lists models
+        that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was
+        asked for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is
+        "yes", "no" only if everything was looked at, or else "cannot tell".
     Raises:
-        InputError: the question cannot be answered: no such source or hash was ever recorded, the id is malformed, or there is nothing to look at.
+        InputError: the question cannot be answered: no such source or hash was
+            ever recorded, the id is malformed, or there is nothing to look at.
     """
     _refuse_question(record, text, near, containing, regex)
     index = Index(root)
     index.read_records()
     query = Matches(index)
-    asked: dict[str, Any] = {"record": record, "text": text, "source": source, "hash": content, "containing": containing}
+    asked: dict[str, Any] = {
+        "record": record,
+        "text": text,
+        "source": source,
+        "hash": content,
+        "containing": containing,
+    }
     copies: list[dict[str, Any]] = []
     matches: list[dict[str, Any]] = []
     published = None
@@ -85,7 +95,9 @@ def impact(
             copies = near_copies(index, keys, text, record)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
         query.searched = near or containing is not None
-        query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
+        query.match_records(
+            keys, {record_key(record): record} if record is not None else {}, derived=record is not None
+        )
     exposed = ExposedModels(query)
     models, undecided = _models(root, query, exposed)
     unknown = [*undecided, *unmapped]
@@ -93,7 +105,8 @@ def impact(
     looked_at = index.looked_at()
     if complete and not looked_at["models"] and not looked_at["data_sets"]:
         raise InputError(
-            "nothing has been run here: no model and no data set can be looked at", "run it in the project's folder, or `dvc repro` first"
+            "nothing has been run here: no model and no data set can be looked at",
+            "run it in the project's folder, or `dvc repro` first",
         )
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
@@ -128,14 +141,17 @@ def _models(root: Path, query: Matches, exposed: ExposedModels) -> tuple[list[di
 
 def _refuse_question(record: str | None, text: str | None, near: bool, containing: str | None, regex: bool) -> None:
     if text is not None and not text.strip():
-        raise InputError("--text: the text is empty", "give the whole text of a message, or a part of it with --containing")
+        raise InputError(
+            "--text: the text is empty", "give the whole text of a message, or a part of it with --containing"
+        )
     if near and record is None and text is None:
         raise InputError("--near needs a text to compare", "use it with --text or --record")
     if regex and containing is None:
         raise InputError("--regex needs an expression", "use it with --containing")
     if record is not None and not RECORD_ID.fullmatch(record):
         raise InputError(
-            f"--record {visible(record)}: not the id of a record", "an example_id has 32 hexadecimal digits; look a text up with --text"
+            f"--record {visible(record)}: not the id of a record",
+            "an example_id has 32 hexadecimal digits; look a text up with --text",
         )
 
 
@@ -154,8 +170,9 @@ def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any
 
 
 def exposed_in_workspace(index: Index, ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Addresses of the models in the `dvc.lock` of the workspace that were exposed to any of some records and what was made from them, and of those that
-    cannot be decided. Only the runs recorded there count: an earlier run, of other data, can have given the same bytes.
+    """Addresses of the models in the `dvc.lock` of the workspace that were exposed to any of
+    some records and what was made from them, and of those that cannot be decided. Only the
+    runs recorded there count: an earlier run, of other data, can have given the same bytes.
 
     Args:
         index, ids: as for `exposed_models`.

@@ -30,29 +30,44 @@ def known_source(index: Index, source: str) -> str:
     recorded = (
         one for candidate in candidates for one in (candidate, f"./{candidate}") if index.knows_source(one)
     )  # "./": of earlier versions
-    found = next(recorded, None) or next((candidate for candidate in candidates if stages_reading(index, candidate)), None)
+    found = next(recorded, None) or next(
+        (candidate for candidate in candidates if stages_reading(index, candidate)), None
+    )
     if found:
         return found
-    if outs := [run for run in index.runs.values() if run.path and (is_within(relative, run.path) or is_within(run.path, relative))]:
+    if outs := [
+        run
+        for run in index.runs.values()
+        if run.path and (is_within(relative, run.path) or is_within(run.path, relative))
+    ]:
         raise InputError(
             f"--source {visible(source)}: an output of {outs[-1].address}, not a source",
             f"ask for one version of it by its md5, such as `--hash {outs[-1].md5}`",
         )
     file = root / name if (root / name).exists() else path
-    known = sorted({one for run in index.runs.values() for one in index.sources_of(run) or ()}) if len(index.runs) < 1000 else []
+    known = (
+        sorted({one for run in index.runs.values() for one in index.sources_of(run) or ()})
+        if len(index.runs) < 1000
+        else []
+    )
     same = sorted(index.outputs_by_source_hash(sha256_of_file(file))) if file.is_file() else []
-    if same := same or [one for one in known if file.exists() and os.path.realpath(root / one) == os.path.realpath(file)]:
+    if same := same or [
+        one for one in known if file.exists() and os.path.realpath(root / one) == os.path.realpath(file)
+    ]:
         raise InputError(
-            f"--source {visible(source)}: not a name that a run read it by", f"ask for --source {same[0]}, which is or was the same file"
+            f"--source {visible(source)}: not a name that a run read it by",
+            f"ask for --source {same[0]}, which is or was the same file",
         )
-    what = "exists, but no recorded run has read it" if file.exists() else "no recorded run has read such a file or folder"
+    what = (
+        "exists, but no recorded run has read it" if file.exists() else "no recorded run has read such a file or folder"
+    )
     hint = f"known: {', '.join(known[:SHOWN])}" if known else "`pedigree audit MODEL` lists the sources of a model"
     raise InputError(f"--source {visible(source)}: {what}", f"{hint}; look texts up with --text or --containing")
 
 
 def names_of(source: str, root: Path) -> list[str]:
-    """What a source may be called in records, as given first: relative to the project, without "a/../", through symbolic links, and in either form in
-    which a file name may hold its accents.
+    """What a source may be called in records, as given first: relative to the project, without "a/../", through
+    symbolic links, and in either form in which a file name may hold its accents.
 
     Args:
         root: absolute path of the project.
@@ -60,7 +75,12 @@ def names_of(source: str, root: Path) -> list[str]:
     given, path = source.removeprefix("./"), Path(source).absolute()
     paths = [path, Path(os.path.normpath(path)), Path(os.path.realpath(path))]
     relative = [
-        one.relative_to(base).as_posix() for one in paths for base in (root, Path(os.path.realpath(root))) if one.is_relative_to(base)
+        one.relative_to(base).as_posix()
+        for one in paths
+        for base in (root, Path(os.path.realpath(root)))
+        if one.is_relative_to(base)
     ]
     names = [given, given.rstrip("/"), *relative, *([os.path.normpath(given)] if given else [])]
-    return list(dict.fromkeys([*names, *(unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD"))]))
+    return list(
+        dict.fromkeys([*names, *(unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD"))])
+    )

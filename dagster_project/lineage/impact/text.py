@@ -28,7 +28,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines.append(f"match   {match['example_id']}  {match['role']}, {match['field']}  {visible(match['excerpt'])}")
     for copy in result.get("near", [])[:SHOWN]:
         lines.append(
-            f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f}  {visible(' '.join(copy['text'].split())[:80])}"
+            f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f} "
+            f" {visible(' '.join(copy['text'].split())[:80])}"
         )
     for name in ("matches", "near"):
         if (more := len(result.get(name, ())) - SHOWN) > 0:
@@ -44,7 +45,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
         if missing := model.get("missing"):
             lines.append(
-                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch: {model['fetch']}"
+                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch:"
+                f" {model['fetch']}"
             )
     lines += [""] if versions else []
     lines += _watched_text(result.get("watched", []), result["shallow"])
@@ -58,14 +60,18 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines.append("no model is known any more to have seen it" if forgotten else answers[result["verdict"]])
     if "erased" in result:
         lines.append(
-            f"it was erased on {result['erased']}: data/erasures lists the models that had seen it, and which of them were deleted"
+            f"it was erased on {result['erased']}: data/erasures lists the models that had seen it, and which of them"
+            " were deleted"
         )
     lines.append(
-        f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows) in {seen['commits']} commits with a dvc.lock, "
-        f"{seen['commits_in_reflog']} more in the reflog, the workspace and {seen['cached_runs']} entries of DVC's run cache"
+        f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows) in"
+        f" {seen['commits']} commits with a dvc.lock, {seen['commits_in_reflog']} more in the reflog, the workspace and"
+        f" {seen['cached_runs']} entries of DVC's run cache"
     )
     if unknown := result["unknown"]:
-        lines.append(f"unknown for {len(unknown)}, because upstream outputs are not in the cache or nothing records them:")
+        lines.append(
+            f"unknown for {len(unknown)}, because upstream outputs are not in the cache or nothing records them:"
+        )
         groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for model in unknown:
             groups[model["fetch"]].append(model)
@@ -73,15 +79,25 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines.append("  " + listed([f"{model['stage']} {model['md5'][:12]}" for model in models], SHOWN))
             absent = dict.fromkeys([output["path"] for model in models for output in model["missing"]])
             absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
-            lines.append(f"    missing: {', '.join(absent)}; fetch: {command}" if command != NOTHING_RECORDED else f"    {command}")
+            lines.append(
+                f"    missing: {', '.join(absent)}; fetch: {command}"
+                if command != NOTHING_RECORDED
+                else f"    {command}"
+            )
     if result["unreadable"]:
         names = [
-            name if name.startswith(("run cache", "the history")) else f"the dvc.lock of {name if ' ' in name else name[:12]}"
+            (
+                name
+                if name.startswith(("run cache", "the history"))
+                else f"the dvc.lock of {name if ' ' in name else name[:12]}"
+            )
             for name in result["unreadable"]
         ]
         lines.append(f"cannot be read: {listed(names, SHOWN)}")
     if result["shallow"]:
-        lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")
+        lines.append(
+            "this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)"
+        )
     return "\n".join(lines)
 
 
@@ -95,7 +111,10 @@ def _watched_text(models: Sequence[Mapping[str, Any]], shallow: bool) -> list[st
         lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, shallow)}{aliases}")
         for one in model["watched_by"]:
             training = f" during {one['training']}" if one["training"] != model["stage"] else ""
-            lines += [f"  watched by {one['by']} {one['md5'][:12]}{training}: {_exposure_text(seen, one)}" for seen in one["seen"]]
+            lines += [
+                f"  watched by {one['by']} {one['md5'][:12]}{training}: {_exposure_text(seen, one)}"
+                for seen in one["seen"]
+            ]
     return [*lines, ""]
 
 
@@ -145,4 +164,7 @@ def _not_learned(seen: Mapping[str, Any]) -> str:
         return "not trained on"
     if seen["measured"] is None:
         return "not trained on; whether answers to it were measured before and after training is unknown"
-    return "not trained on, but among the tasks whose answers are measured before and after training (the first `samples` of the split)"
+    return (
+        "not trained on, but among the tasks whose answers are measured before and after training (the first `samples`"
+        " of the split)"
+    )

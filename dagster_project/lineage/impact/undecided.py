@@ -36,7 +36,9 @@ class _Unknown:
         """Args:
         first: the first run that made the model.
         """
-        described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in self.missing.values()]
+        described = [
+            {"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in self.missing.values()
+        ]
         hints = [fetch_hint([*self.missing.values()])] if self.missing else []
         hints += [f"{', '.join(self.reports)}: in no commit and no cache"] if self.reports else []
         return {
@@ -57,8 +59,8 @@ class UndecidedModels:
         self._matches, self._index = matches, matches.index
 
     def models(self, runs: Sequence[StageRun] | None = None) -> list[dict[str, Any]]:
-        """Models that cannot be decided, because an output is unavailable or nothing records how it was made. Of several runs that made a model, what is
-        missing of any.
+        """Models that cannot be decided, because an output is unavailable or nothing records how it was made. Of
+        several runs that made a model, what is missing of any.
 
         Args:
             runs: of models; None: all.
@@ -69,8 +71,12 @@ class UndecidedModels:
             for upstream in closure([run], self._index.parents):
                 if not self._index.is_copy(upstream):
                     found.reports |= {one["path"]: one for one in self._missing_reports(upstream)}
-                    found.missing |= {absent.md5: absent for absent in ([] if self._matches.complete else self._missing(upstream))}
-                    found.unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self._index.unexplained(one))
+                    found.missing |= {
+                        absent.md5: absent for absent in ([] if self._matches.complete else self._missing(upstream))
+                    }
+                    found.unexplained |= dict.fromkeys(
+                        path for one in self._relevant(upstream) for path in self._index.unexplained(one)
+                    )
                     found.unexplained |= {"": None} if upstream.place == "cache" else {}
                 elif not self._index.parents(upstream):
                     candidates = self._index.unavailable_originals(upstream)
@@ -79,13 +85,15 @@ class UndecidedModels:
         return [found.described(self._index.runs_by_output[md5][0]) for md5, found in unknown.items() if found]
 
     def _relevant(self, run: StageRun) -> list[StageRun]:
-        """The model and the runs upstream whose inputs must be known to decide about it: which texts a data set with splits contains is known without."""
+        """The model and the runs upstream whose inputs must be known to decide
+        about it: which texts a data set with splits contains is known without."""
         if self._matches.derived or self._matches.sources or self._matches.complete:
             return [run, *self._index.ancestors(run).values()]
         return [run, *(upstream for upstream in self._index.data(run).values() if not self._index.is_split(upstream))]
 
     def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
-        """Unavailable reports that could name the queried source: by its hash, or as a file of paraphrases, which no row names."""
+        """Unavailable reports that could name the queried source: by its hash,
+        or as a file of paraphrases, which no row names."""
         if (not self._matches.sources and not self._matches.by_hash) or run.id in self._matches.exposures:
             return []
         return self._index.missing_reports(run, only_splits=not self._matches.by_hash)
@@ -105,13 +113,16 @@ class UndecidedModels:
         return missing
 
     def _may_hold_source(self, run: StageRun) -> bool:
-        """Whether the data of a model are made from the queried source, or reports that name its sources are unavailable."""
+        """Whether the data of a model are made from the queried source, or
+        reports that name its sources are unavailable."""
         if not self._matches.sources:
             return False
         if any(not self._reviewed[one].isdisjoint(self._index.ancestors(run)) for one in self._matches.sources):
             return True
         sources = self._index.sources_of(run)
-        return sources is None or any(is_within(one, asked) or is_within(asked, one) for one in sources for asked in self._matches.sources)
+        return sources is None or any(
+            is_within(one, asked) or is_within(asked, one) for one in sources for asked in self._matches.sources
+        )
 
     @cached_property
     def _reviewed(self) -> Mapping[str, set[str]]:

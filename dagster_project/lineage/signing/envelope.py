@@ -1,7 +1,7 @@
 """DSSE envelopes with in-toto statements: what is signed, and the strict reading of what was signed.
 
-A verifier must notice a change of any byte. So JSON with repeated keys and base64 in other than its canonical form are refused, although common
-readers accept them.
+A verifier must notice a change of any byte. So JSON with repeated keys and base64 in other than its canonical form are
+refused, although common readers accept them.
 """
 
 from __future__ import annotations

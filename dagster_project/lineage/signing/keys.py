@@ -1,4 +1,5 @@
-"""Keys of signatures: Ed25519 or P-256, as PEM. A private key is read from a file or the environment; none is ever created, copied or logged."""
+"""Keys of signatures: Ed25519 or P-256, as PEM. A private key is read from a
+file or the environment; none is ever created, copied or logged."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ KEY_VARIABLE = "PEDIGREE_SIGNING_KEY"
 PASSWORD_VARIABLE = "PEDIGREE_SIGNING_KEY_PASSWORD"
 """Environment variable with the password of an encrypted private key."""
 CREATE = (
-    "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private key, `openssl pkey -in key.pem -pubout -out key.pub` its public key"
+    "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private key, `openssl pkey -in key.pem -pubout -out"
+    " key.pub` its public key"
 )
 KINDS = "Ed25519 and P-256 keys are supported"
 
@@ -90,18 +92,25 @@ def private_key(file: str | None) -> PrivateKey:
     where = f"--key {file}" if file else KEY_VARIABLE
     text = _content(file) if file else os.environ.get(KEY_VARIABLE, "").encode(errors="surrogateescape")
     if not text:
-        raise InputError(f"no private key: neither --key nor {KEY_VARIABLE} is given" if not file else f"{where}: it is empty", CREATE)
+        raise InputError(
+            f"no private key: neither --key nor {KEY_VARIABLE} is given" if not file else f"{where}: it is empty",
+            CREATE,
+        )
     password = os.environ.get(PASSWORD_VARIABLE, "").encode(errors="surrogateescape") or None
     if b"ENCRYPTED" not in text:
         password = None
     try:
         key = load_pem_private_key(text, password)
     except TypeError:
-        raise InputError(f"{where}: the private key is encrypted", f"give its password in {PASSWORD_VARIABLE}") from None
+        raise InputError(
+            f"{where}: the private key is encrypted", f"give its password in {PASSWORD_VARIABLE}"
+        ) from None
     except (ValueError, UnsupportedAlgorithm):  # their messages may quote the key
         hint = f"if it is encrypted, check {PASSWORD_VARIABLE}; {CREATE}"
         raise InputError(f"{where}: not a private key in PEM, or the password is wrong", hint) from None
-    if isinstance(key, Ed25519PrivateKey) or (isinstance(key, EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
+    if isinstance(key, Ed25519PrivateKey) or (
+        isinstance(key, EllipticCurvePrivateKey) and key.curve.name == "secp256r1"
+    ):
         return PrivateKey(key)
     raise InputError(f"{where}: a private key of another kind", f"{KINDS}; {CREATE}")
 
@@ -120,7 +129,9 @@ def public_key(content: bytes, where: str) -> PublicKey:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     if b"PRIVATE KEY" in content:
-        raise InputError(f"{where}: this is a private key", "give the public key: `openssl pkey -in key.pem -pubout -out key.pub`")
+        raise InputError(
+            f"{where}: this is a private key", "give the public key: `openssl pkey -in key.pem -pubout -out key.pub`"
+        )
     try:
         key = load_pem_public_key(content)
     except (ValueError, UnsupportedAlgorithm):

@@ -1,4 +1,5 @@
-"""The signature of a folder in the form of OpenSSF Model Signing, version 1.0: a Sigstore bundle with the sha256 of every file."""
+"""The signature of a folder in the form of OpenSSF Model Signing, version 1.0:
+a Sigstore bundle with the sha256 of every file."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from dagster_project.lineage.signing.keys import PrivateKey, PublicKey
 SIGNATURE, ATTESTATIONS, PUBLIC_KEY = "model.sig", "model.intoto.jsonl", "model.pub"
 """Files about a model, beside it or in its folder. They are not part of it."""
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore", ATTESTATIONS, PUBLIC_KEY, SIGNATURE)
-"""Paths in a folder that its signature leaves out: those of git, as the `model_signing` command does by default, and the files above."""
+"""Paths in a folder that its signature leaves out: those of git, as the
+`model_signing` command does by default, and the files above."""
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -62,7 +64,9 @@ def contents(folder: Path, ignored: Iterable[str]) -> Contents:
                     files[name] = folder / name
                 else:
                     other.append(name)
-    return Contents({name: files[name] for name in sorted(files, key=PurePosixPath)}, tuple(sorted(other)), tuple(sorted(skipped)))
+    return Contents(
+        {name: files[name] for name in sorted(files, key=PurePosixPath)}, tuple(sorted(other)), tuple(sorted(skipped))
+    )
 
 
 def together(first: Contents, second: Contents) -> Contents:
@@ -83,8 +87,15 @@ def bundle(described: Manifest, key: PrivateKey) -> str:
         "subject": [{"name": described.name, "digest": {"sha256": _root(described.files.values())}}],
         "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": list(described.ignored)},
-            "resources": [{"name": name, "algorithm": "sha256", "digest": digest} for name, digest in described.files.items()],
+            "serialization": {
+                "method": "files",
+                "hash_type": "sha256",
+                "allow_symlinks": False,
+                "ignore_paths": list(described.ignored),
+            },
+            "resources": [
+                {"name": name, "algorithm": "sha256", "digest": digest} for name, digest in described.files.items()
+            ],
         },
     }
     document = {
@@ -109,7 +120,9 @@ def read_bundle(content: bytes, key: PublicKey) -> Manifest:
     material = document["verificationMaterial"]
     if material != {"publicKey": {"hint": key.fingerprint}, "tlogEntries": []}:
         if not isinstance(material, dict) or set(material) != {"publicKey", "tlogEntries"}:
-            raise SignatureError("is signed with a certificate, which is not supported: `model_signing verify` reads it")
+            raise SignatureError(
+                "is signed with a certificate, which is not supported: `model_signing verify` reads it"
+            )
         raise SignatureError(f"is signed by another key than this one (sha256 {key.fingerprint[:16]}), or was changed")
     statement = envelope.unseal(document["dsseEnvelope"], key)
     if document["dsseEnvelope"]["signatures"][0]["keyid"] != "":  # it is not signed, and no tool writes one here
@@ -129,7 +142,11 @@ def _manifest_in(statement: Mapping[str, Any]) -> Manifest:
         [subject], predicate = statement["subject"], statement["predicate"]
         serialization, resources = predicate["serialization"], predicate["resources"]
         files = {one["name"]: one["digest"] for one in resources}
-        method = serialization["method"], serialization["hash_type"], {one["algorithm"] for one in resources} - {"sha256"}
+        method = (
+            serialization["method"],
+            serialization["hash_type"],
+            {one["algorithm"] for one in resources} - {"sha256"},
+        )
         ignored = tuple(map(str, serialization.get("ignore_paths", ())))
         sound = len(files) == len(resources) and all(isinstance(text, str) for text in (*files, *files.values()))
         sound = sound and all(map(_SHA256.fullmatch, files.values()))
@@ -138,7 +155,9 @@ def _manifest_in(statement: Mapping[str, Any]) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise SignatureError("does not have the form of OpenSSF Model Signing 1.0") from None
     if method != ("files", "sha256", set()):
-        raise SignatureError("hashes shards, or not with sha256, which is not supported: `model_signing verify` reads it")
+        raise SignatureError(
+            "hashes shards, or not with sha256, which is not supported: `model_signing verify` reads it"
+        )
     if not sound:
         raise SignatureError("contradicts itself: its list of files does not give its hash")
     return Manifest(name, files, ignored)
@@ -149,7 +168,9 @@ def _root(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def differences(expected: Mapping[str, str], found: Contents, sha256: Callable[[Path], str], done: str) -> dict[str, str]:
+def differences(
+    expected: Mapping[str, str], found: Contents, sha256: Callable[[Path], str], done: str
+) -> dict[str, str]:
     """Path in a folder -> what is wrong, for every file that is not what was signed or attested.
 
     Args:

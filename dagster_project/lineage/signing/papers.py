@@ -1,4 +1,5 @@
-"""What the documents in the folder of a model state about the same things, and where they contradict its files, the attestations, or each other.
+"""What the documents in the folder of a model state about the same things, and
+where they contradict its files, the attestations, or each other.
 
 A document is read as claims: (subject, property, value), e.g. ("stage splits", "rows_out", "120").
 """
@@ -41,9 +42,12 @@ def files_of_model(names: Iterable[str]) -> list[str]:
 
 
 def listed_in_release(content: bytes) -> Callable[[str], bool]:
-    """Whether a file is one of a release, by its release.json: weights, configuration and tokenizer are listed there; card, gate and audit have fixed names."""
+    """Whether a file is one of a release, by its release.json: weights, configuration and tokenizer are listed there;
+    card, gate and audit have fixed names."""
     listed = {subject for subject, _, _ in read(RELEASE, content) or []}
-    return lambda name: bool(listed) and (name in (RELEASE, "README.md") or name.startswith("audit/") or f"file {name}" in listed)
+    return lambda name: (
+        bool(listed) and (name in (RELEASE, "README.md") or name.startswith("audit/") or f"file {name}" in listed)
+    )
 
 
 def of_files(files: Mapping[str, Path], digests: Mapping[str, str]) -> Iterator[Claim]:
@@ -100,7 +104,8 @@ def _md5(value: str) -> str:
 
 
 def _license(value: str | None) -> str:
-    """A declared license as it is compared: without case, and in the forms of all documents. `markdown` writes it on one line."""
+    """A declared license as it is compared: without case, and in the forms of
+    all documents. `markdown` writes it on one line."""
     text = " ".join(visible(value or "").replace("`", "").split()).lower()
     return text if text and text not in ("*missing*", "none") else UNKNOWN
 
@@ -177,7 +182,9 @@ def _cyclonedx(content: bytes) -> Iterator[Claim]:
         if "rows" in facts:
             yield subject, "rows", facts["rows"]
         if kind == "source":
-            declared = [one["expression"] if "expression" in one else one["license"] for one in part.get("licenses", [])]
+            declared = [
+                one["expression"] if "expression" in one else one["license"] for one in part.get("licenses", [])
+            ]
             for one in declared or [UNKNOWN]:
                 yield subject, "license", _license(one if isinstance(one, str) else one.get("id") or one["name"])
         if kind == "stage":
@@ -189,7 +196,9 @@ def _cyclonedx(content: bytes) -> Iterator[Claim]:
 def _spdx(content: bytes) -> Iterator[Claim]:
     graph = envelope.parsed(content)["@graph"]
     licenses = {
-        one["spdxId"]: one["simplelicensing_licenseExpression"] for one in graph if one["type"] == "simplelicensing_LicenseExpression"
+        one["spdxId"]: one["simplelicensing_licenseExpression"]
+        for one in graph
+        if one["type"] == "simplelicensing_LicenseExpression"
     }
     declared = {
         one["from"]: licenses.get(ref, UNKNOWN)
@@ -210,7 +219,9 @@ def _spdx(content: bytes) -> Iterator[Claim]:
             subject = f"{'stage' if made else 'source'} {one['name']}"
             yield from ((subject, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
             yield subject, "rows_out" if made else "rows", str(one["dataset_datasetSize"])
-            if not made and "LicenseRef-" not in (license := declared[one["spdxId"]]):  # other names are not written as they were declared
+            if not made and "LicenseRef-" not in (
+                license := declared[one["spdxId"]]
+            ):  # other names are not written as they were declared
                 yield subject, "license", _license(license)
 
 
@@ -234,7 +245,8 @@ def _openlineage(content: bytes) -> Iterator[Claim]:
 
 
 def _rows(text: str, columns: int) -> Iterator[list[str]]:
-    """The rows of the tables with so many columns in a Markdown document, without escapes. Linear in the length of a line, as everything that reads a document here."""
+    """The rows of the tables with so many columns in a Markdown document, without escapes. Linear in the length of a
+    line, as everything that reads a document here."""
     for line in text.split("\n"):
         if line.startswith("| ") and line.endswith(" |") and len(cells := line[2:-2].split(" | ")) == columns:
             yield [re.sub(r"\\(.)", r"\1", cell).strip("`") for cell in cells]
@@ -334,7 +346,8 @@ def key_on_page(content: bytes) -> str | None:
 
 
 def links_on_page(content: bytes) -> set[str]:
-    """The files that the page links, without those that verification needs no file for: the public key may come from elsewhere."""
+    """The files that the page links, without those that verification needs no
+    file for: the public key may come from elsewhere."""
     return set(re.findall(r'<a href="([^"#]+)"', content.decode(errors="replace"))) - {PUBLIC_KEY}
 
 
@@ -391,7 +404,8 @@ READERS: Mapping[str, tuple[Callable[[bytes], Iterator[Claim]], str, tuple[tuple
     ),
     PAGE: (_page, "the hashes of the model and of each document", (_MODEL_MD5, _MODEL_SHA256)),
 }
-"""Path in the folder of a model -> how it is read, what is compared, and what every such document states: the beginning of a subject, and the property."""
+"""Path in the folder of a model -> how it is read, what is compared, and what
+every such document states: the beginning of a subject, and the property."""
 
 
 def compared_in(name: str) -> str:
@@ -400,14 +414,17 @@ def compared_in(name: str) -> str:
 
 
 def read(name: str, content: bytes) -> list[Claim] | None:
-    """The claims of a document; None if it does not have the form that `pedigree export` writes. One that lists all sources also claims which these are."""
+    """The claims of a document; None if it does not have the form that `pedigree
+    export` writes. One that lists all sources also claims which these are."""
     try:
         found = [(subject, key, value) for subject, key, value in READERS[name][0](content) if isinstance(value, str)]
     except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
     if _SOURCE_ROWS in READERS[name][2]:
         sources = {
-            visible(subject.removeprefix("source ")) for subject, key, _ in found if subject.startswith("source ") and key == "sha256"
+            visible(subject.removeprefix("source "))
+            for subject, key, _ in found
+            if subject.startswith("source ") and key == "sha256"
         }
         found += [(THE_MODEL, "sources", ", ".join(sorted(sources)))] if sources else []
     return found or None
@@ -416,7 +433,9 @@ def read(name: str, content: bytes) -> list[Claim] | None:
 def lacks(name: str, claims: Iterable[Claim]) -> bool:
     """Whether a document does not state all that every document of its kind does: then it is compared in part."""
     claims = list(claims)
-    return not all(any(subject.startswith(what) and key == one for subject, key, _ in claims) for what, one in READERS[name][2])
+    return not all(
+        any(subject.startswith(what) and key == one for subject, key, _ in claims) for what, one in READERS[name][2]
+    )
 
 
 def document_claims(files: Mapping[str, Path], digests: Mapping[str, str]) -> Iterator[Claim]:
@@ -426,7 +445,11 @@ def document_claims(files: Mapping[str, Path], digests: Mapping[str, str]) -> It
         files: path in the folder -> file.
         digests: path in the folder -> sha256, at least of the documents.
     """
-    return ((f"document {name}", "sha256", digests[name]) for name in files if name == ATTESTATIONS or name.startswith(f"{FOLDER}/"))
+    return (
+        (f"document {name}", "sha256", digests[name])
+        for name in files
+        if name == ATTESTATIONS or name.startswith(f"{FOLDER}/")
+    )
 
 
 def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str], int]:
@@ -441,10 +464,15 @@ def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str
     wrong, compared = dict[str, str](), 0
     for name, claims in stated.items():
         for subject, key, value in claims:
-            value_before, before = known.setdefault((visible(subject), key), (value, name))  # as `markdown` writes names
+            value_before, before = known.setdefault(
+                (visible(subject), key), (value, name)
+            )  # as `markdown` writes names
             compared += before != name
             if value != value_before:
                 unit = key.replace("_", " ")
-                finding = f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here, and {value_before[:SHORT]} there"
+                finding = (
+                    f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here, and"
+                    f" {value_before[:SHORT]} there"
+                )
                 wrong.setdefault(name, finding)
     return wrong, compared

@@ -1,4 +1,5 @@
-"""Attestations: how each stage of a lineage was run, as in-toto statements with a SLSA Provenance predicate, and whether they fit together.
+"""Attestations: how each stage of a lineage was run, as in-toto statements with
+a SLSA Provenance predicate, and whether they fit together.
 
 Everything comes from the stage's entry in dvc.lock, its report, and the files that the entry refers to.
 """
@@ -25,13 +26,15 @@ from dagster_project.lineage.signing.keys import PrivateKey, PublicKey
 
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:pedigree:dvc-stage:1"
-"""`externalParameters` then has: "stage", "cmd", "params" (without ids of records), "deps" (path -> the stages that produced it; none for sources and code) and "outs" (paths)."""
+"""`externalParameters` then has: "stage", "cmd", "params" (without ids of records), "deps" (path -> the stages that
+produced it; none for sources and code) and "outs" (paths)."""
 BUILDER = "urn:pedigree:run"
 REMADE = "pedigree verify --deep"
 """Name of the by-product that says with which result a stage was made again before it was signed."""
 
 WATCHED = {"learned_from": False}
-"""Annotation of files that a stage was only measured by or compared with, such as a reward model during DPO, or did not open."""
+"""Annotation of files that a stage was only measured by or compared with, such
+as a reward model during DPO, or did not open."""
 
 _DIGESTS = {"md5": re.compile("[0-9a-f]{32}"), "sha256": re.compile("[0-9a-f]{64}")}
 
@@ -93,7 +96,11 @@ def statement(record: StageRecord) -> dict[str, Any]:
         "subject": _descriptors(record.files, outs),
         "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "buildDefinition": {"buildType": BUILD_TYPE, "externalParameters": external, "resolvedDependencies": dependencies},
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": external,
+                "resolvedDependencies": dependencies,
+            },
             "runDetails": details,
         },
     }
@@ -105,12 +112,16 @@ def _descriptors(files: Files, paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _teacher(record: StageRecord) -> list[dict[str, Any]]:
-    """The files of a larger model that was learned from, whose hashes the stage compared: DVC does not know them, so they have no name in dvc.lock."""
+    """The files of a larger model that was learned from, whose hashes the stage
+    compared: DVC does not know them, so they have no name in dvc.lock."""
     teacher = teacher_of(record.address, record.entry)
     if teacher is None:
         return []
     folder = quote(teacher["folder"])
-    return [{"uri": f"file:{folder}/{quote(name)}", "digest": {"sha256": digest}} for name, digest in teacher["sha256"].items()]
+    return [
+        {"uri": f"file:{folder}/{quote(name)}", "digest": {"sha256": digest}}
+        for name, digest in teacher["sha256"].items()
+    ]
 
 
 def _builder(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +130,9 @@ def _builder(report: Mapping[str, Any]) -> dict[str, Any]:
     if versions := report.get("environment"):
         builder["version"] = {str(name): str(version) for name, version in versions.items()}
     if machine := report.get("machine"):
-        packages = [{"name": "installed packages", "digest": {"sha256": machine["packages"]}}] if "packages" in machine else []
+        packages = (
+            [{"name": "installed packages", "digest": {"sha256": machine["packages"]}}] if "packages" in machine else []
+        )
         builder["builderDependencies"] = [*packages, {"name": "machine", "annotations": machine}]
     return builder
 
@@ -160,7 +173,8 @@ def read(content: bytes, key: PublicKey) -> list[Attested]:
     """The statements of a bundle, if all of them are signed by this key, with the lineage in flow order.
 
     Raises:
-        SignatureError: they are not, a byte of the file was changed, or lines are missing, repeated, added or in another order.
+        SignatureError: they are not, a byte of the file was changed, or lines
+            are missing, repeated, added or in another order.
     """
     found = []
     for number, line in enumerate(content.splitlines(keepends=True), 1):
@@ -193,7 +207,9 @@ def _attested(signed: Mapping[str, Any]) -> Attested:
             "outs": external["outs"],
             "read": {one["name"]: one["digest"] for one in dependencies if "name" in one},
             "made": {one["name"]: one["digest"] for one in signed["subject"]},
-            "remade": next((one["annotations"]["verdict"] for one in details.get("byproducts", []) if one["name"] == REMADE), None),
+            "remade": next(
+                (one["annotations"]["verdict"] for one in details.get("byproducts", []) if one["name"] == REMADE), None
+            ),
         }
         attested = TypeAdapter(Attested).validate_python(found)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -201,7 +217,9 @@ def _attested(signed: Mapping[str, Any]) -> Attested:
     if any(not is_inside(path) for path in (*attested.deps, *attested.outs, *attested.read, *attested.made)):
         raise SignatureError("names a path that is not one in a project")
     for digests in (*attested.read.values(), *attested.made.values()):
-        if digests.keys() != _DIGESTS.keys() or not all(_DIGESTS[name].fullmatch(digest) for name, digest in digests.items()):
+        if digests.keys() != _DIGESTS.keys() or not all(
+            _DIGESTS[name].fullmatch(digest) for name, digest in digests.items()
+        ):
             raise SignatureError("names a file without its md5 and sha256")
     return attested
 
@@ -212,11 +230,16 @@ def is_inside(path: str) -> bool:
         parts = os.fsencode(path).split(b"/")
     except UnicodeEncodeError:
         return False
-    return "\0" not in path and len(path) < 4000 and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in parts)
+    return (
+        "\0" not in path
+        and len(path) < 4000
+        and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in parts)
+    )
 
 
 def _refuse_gaps(found: Sequence[Attested]) -> None:
-    """Refuse lines that are not one lineage: each stage once, before its readers, and each but the last one read by another.
+    """Refuse lines that are not one lineage: each stage once, before its
+    readers, and each but the last one read by another.
 
     Raises:
         SignatureError: they are not; or a stage read another file than its producer made.
@@ -229,10 +252,18 @@ def _refuse_gaps(found: Sequence[Attested]) -> None:
             if missing := [name for name in producers if name not in before]:
                 raise SignatureError(f"lacks the statement about {missing[0]}, which {one.address} read ({path})")
             for name, digest in one.read.items():
-                made = [before[producer].made for producer in producers if any(is_within(name, out) for out in before[producer].outs)]
+                made = [
+                    before[producer].made
+                    for producer in producers
+                    if any(is_within(name, out) for out in before[producer].outs)
+                ]
                 if is_within(name, path) and any(files.get(name) != digest for files in made):
-                    raise SignatureError(f"contradicts itself: {one.address} read another {name} than {', '.join(producers)} made")
+                    raise SignatureError(
+                        f"contradicts itself: {one.address} read another {name} than {', '.join(producers)} made"
+                    )
         before[one.address] = one
     used = {name for one in found for producers in one.deps.values() for name in producers}
     if extra := [one.address for one in found[:-1] if one.address not in used]:
-        raise SignatureError(f"has a statement about {extra[0]}, which is not part of the lineage of {found[-1].address}")
+        raise SignatureError(
+            f"has a statement about {extra[0]}, which is not part of the lineage of {found[-1].address}"
+        )

@@ -1,4 +1,5 @@
-"""The folder that a command signs or verifies: the output of a stage, whose signatures are in data/signatures/, or any folder, which contains them."""
+"""The folder that a command signs or verifies: the output of a stage, whose
+signatures are in data/signatures/, or any folder, which contains them."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Target:
 
     @property
     def papers(self) -> tuple[str, ...]:
-        """Names in the folder that are no part of the output: papers of a release, which have a signature in the folder. None of another folder, where they are part of it."""
+        """Names in the folder that are no part of the output: papers of a release, which have a signature in the
+        folder. None of another folder, where they are part of it."""
         return () if self.root is None else names_in(self.folder)
 
     def as_folder(self) -> Target:
@@ -63,7 +65,9 @@ class Target:
         """The path of a file as messages name it."""
         if self.root is not None and file.is_relative_to(self.root):
             return file.relative_to(self.root).as_posix()
-        return f"{self.path}/{file.relative_to(self.folder).as_posix()}" if file.is_relative_to(self.folder) else str(file)
+        return (
+            f"{self.path}/{file.relative_to(self.folder).as_posix()}" if file.is_relative_to(self.folder) else str(file)
+        )
 
     def refuse_unrecorded(self) -> None:
         """Raises:
@@ -76,8 +80,13 @@ class Target:
             return
         before = Objects(self.root).listing(self.md5)
         names = [] if before is None else sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        differs = f"{self.path}/{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else self.path
-        raise InputError(f"{differs}: not what dvc.lock recorded for {self.address}", f"`dvc checkout --force {self.path}` restores it")
+        differs = (
+            f"{self.path}/{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" if names else self.path
+        )
+        raise InputError(
+            f"{differs}: not what dvc.lock recorded for {self.address}",
+            f"`dvc checkout --force {self.path}` restores it",
+        )
 
     def refuse_other_key(self, key: PublicKey) -> None:
         """Raises:
@@ -94,7 +103,8 @@ class Target:
 
 
 def folders_naming(root: Path, paths: Iterable[str]) -> list[Path]:
-    """Folders of `SIGNATURES` with attestations that state the hash of one of these files, sorted. No key is needed to read them."""
+    """Folders of `SIGNATURES` with attestations that state the hash of one of
+    these files, sorted. No key is needed to read them."""
     names = [json.dumps(path).encode() for path in paths]
     found = set()
     for file in (root / SIGNATURES).rglob(ATTESTATIONS):
@@ -116,8 +126,9 @@ def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder"
     """Args:
         folder: or file, if `kind` is "file".
     Raises:
-        InputError: the folder is an output of the project, lies in one, or contains one; or it lies in what a stage reads, or where git, DVC and signatures
-            have their files; or it is a file of the pipeline. Files written there would change what DVC recorded.
+        InputError: the folder is an output of the project, lies in one, or contains one; or it
+            lies in what a stage reads, or where git, DVC and signatures have their files; or
+            it is a file of the pipeline. Files written there would change what DVC recorded.
     """
     hint = f"name another {kind}"
     given, lock = folder.resolve(), _recorded(root)[0]
@@ -158,7 +169,10 @@ def find(root: Path, model: str) -> Target:
     outs = {(root / out["path"]).resolve(): name for name, stage in lock.items() for out in stage.get("outs", [])}
     if model in lock or folder is None or folder in outs:
         if not lock:
-            raise InputError(f"{model}: no such folder, and no project with results in {root}", "name a folder, or give --project FOLDER")
+            raise InputError(
+                f"{model}: no such folder, and no project with results in {root}",
+                "name a folder, or give --project FOLDER",
+            )
         address = model if model in lock else resolve(lock, model) if folder is None else outs[folder]
         path = next((out["path"] for out in lock[address]["outs"] if not out["path"].startswith((REPORTS, PLOTS))), "")
         target = Target(root, address, path, root / path, lock, text)
@@ -168,13 +182,15 @@ def find(root: Path, model: str) -> Target:
         target = Target(None, "", model.rstrip("/") or "/", folder, {}, "")
     if not target.folder.is_dir() or target.folder == target.root:
         raise InputError(
-            f"{target.path or model}: no such folder", f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.label}`"
+            f"{target.path or model}: no such folder",
+            f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.label}`",
         )
     return target
 
 
 def _recorded(project: Path) -> tuple[dict[str, Any], str]:
-    """The stages of a project's dvc.lock and its text, both from one reading; empty if the folder is not a project with results."""
+    """The stages of a project's dvc.lock and its text, both from one reading;
+    empty if the folder is not a project with results."""
     if not ((project / "dvc.yaml").is_file() and (project / LOCK).is_file()):
         return {}, ""
     revision = Revision(project, None)
@@ -193,6 +209,12 @@ def _refuse_part(model: str, folder: Path, project: Path, lock: Mapping[str, Any
             if path == folder:
                 raise InputError(f"{model}: it is the output of {name} in {project}", f"give --project {project}")
             if path.is_relative_to(folder):
-                raise InputError(f"{model}: it contains {out['path']}, an output of {name}", "name that stage, or a copy of the folder")
+                raise InputError(
+                    f"{model}: it contains {out['path']}, an output of {name}",
+                    "name that stage, or a copy of the folder",
+                )
             if folder.is_relative_to(path):
-                raise InputError(f"{model}: it lies in {out['path']}, an output of {name}", "name that stage, or a copy of the folder")
+                raise InputError(
+                    f"{model}: it lies in {out['path']}, an output of {name}",
+                    "name that stage, or a copy of the folder",
+                )

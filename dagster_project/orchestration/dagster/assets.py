@@ -1,4 +1,5 @@
-"""Pedigree's pipeline -> Dagster: the assets of dagster_dvc with Pedigree's names, jobs and executor. Also the instance in a project's folder."""
+"""Pedigree's pipeline -> Dagster: the assets of dagster_dvc with Pedigree's
+names, jobs and executor. Also the instance in a project's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from dagster_project.orchestration.dagster_dvc import definitions
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
 DATA = "2_data"
-"""Group of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so that lists show them in flow order."""
+"""Group of the stages that the job `data` runs. dvc.yaml names the groups of
+all stages, numbered so that lists show them in flow order."""
 
 
 def build_definitions(
@@ -35,14 +37,18 @@ def build_definitions(
     Args:
         project_dir: the folder with `dvc.yaml`. The current folder does not matter.
         pipeline: its stages.
-        key_prefix: first parts of all asset keys, e.g. `"support"` or `["ml", "support"]`. Names of jobs, schedule, sensor and pools follow from it.
+        key_prefix: first parts of all asset keys, e.g. `"support"` or `["ml",
+            "support"]`. Names of jobs, schedule, sensor and pools follow from it.
         group_name: group that contains the project's groups; default: the prefix.
-        whole_location: whether the code location and the Dagster instance have no other assets. Then the project's executor also runs assets that are
-            materialized without a job, and every run of a killed process is marked as failed.
+        whole_location: whether the code location and the Dagster instance have no other
+            assets. Then the project's executor also runs assets that are materialized
+            without a job, and every run of a killed process is marked as failed.
     Raises:
         InputError: no DVC project in the folder, or invalid dvc.yaml or params.yaml.
     """
-    project = PedigreeProject(Path(project_dir).resolve(), definitions.as_prefix(key_prefix), group_name, whole_location, pipeline)
+    project = PedigreeProject(
+        Path(project_dir).resolve(), definitions.as_prefix(key_prefix), group_name, whole_location, pipeline
+    )
     states = project.load()
     executor = build_executor(project)
     whole = definitions.all_stages(project, states, executor)
@@ -51,7 +57,10 @@ def build_definitions(
         jobs=[whole, *_partial_jobs(project, states, executor)],
         schedules=[
             dg.ScheduleDefinition(
-                name=project.name("nightly"), job=whole, cron_schedule="0 3 * * *", description="Example of a schedule, off by default."
+                name=project.name("nightly"),
+                job=whole,
+                cron_schedule="0 3 * * *",
+                description="Example of a schedule, off by default.",
             )
         ],
         sensors=[definitions.sync_sensor(project)],
@@ -59,11 +68,18 @@ def build_definitions(
     )
 
 
-def _partial_jobs(project: PedigreeProject, states: dict[str, dvc.StageState], executor: dg.ExecutorDefinition) -> list[Any]:
+def _partial_jobs(
+    project: PedigreeProject, states: dict[str, dvc.StageState], executor: dg.ExecutorDefinition
+) -> list[Any]:
     """Jobs of the stages of data, and of each variant."""
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
     upstream = {name for address in data for name in dvc.ancestors(states, address)}
-    selected = {"data": ([a for a in states if a in data or a in upstream], "Data stages only: from sources to splits and preferences.")}
+    selected = {
+        "data": (
+            [a for a in states if a in data or a in upstream],
+            "Data stages only: from sources to splits and preferences.",
+        )
+    }
     for variant, name in names_of_jobs({address.partition("@")[2] for address in states} - {""}).items():
         selected[name] = ([a for a in states if a.endswith(f"@{variant}")], f"Train, merge and evaluate {variant}.")
     return [
@@ -92,8 +108,8 @@ def names_of_jobs(variants: Iterable[str]) -> dict[str, str]:
 
 
 def project_root() -> Path:
-    """The project to show: PEDIGREE_PROJECT; else the working folder if its stages run with installed code; else the clone with this package; else the
-    working folder."""
+    """The project to show: PEDIGREE_PROJECT; else the working folder if its stages run with installed code; else the
+    clone with this package; else the working folder."""
     if os.environ.get("PEDIGREE_PROJECT"):
         return Path(os.environ["PEDIGREE_PROJECT"])
     here, clone = Path.cwd(), Path(__file__).resolve().parents[3]

@@ -1,4 +1,5 @@
-"""Concurrency of stages in a Dagster run: the executor of all jobs, and the limits of its pools (docs/decisions/025)."""
+"""Concurrency of stages in a Dagster run: the executor of all jobs, and the
+limits of its pools (docs/decisions/025)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from dagster_project.orchestration.dagster.project import PedigreeProject
 
 GPU, CPU, RAY = "gpu", "cpu", "ray"
-"""Pools: stages that train or generate on this machine, all others on it, and stages that `execution` of params.yaml sends to a cluster."""
+"""Pools: stages that train or generate on this machine, all others on it, and
+stages that `execution` of params.yaml sends to a cluster."""
 ON_TAG = "pedigree/on"
 """Tag of a run: where all of its stages run."""
 
@@ -47,8 +49,8 @@ def placement_variables(on: str) -> dict[str, str]:
 
 
 def default_limits(prefix: str = "") -> dict[str, int]:
-    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads. The driver of a
-    stage on a cluster takes 0.5 GB of this machine's memory while it waits."""
+    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all
+    threads. The driver of a stage on a cluster takes 0.5 GB of this machine's memory while it waits."""
     return {prefix + GPU: 1, prefix + CPU: os.cpu_count() or 1, prefix + RAY: 8}
 
 
@@ -77,8 +79,11 @@ def build_executor(project: PedigreeProject) -> dg.ExecutorDefinition:
 
     @dg.executor(name="stages", config_schema=schema, requirements=base.get_requirements)
     def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
-        """Runs independent stages at once, each in a process, within the limits of the pools `gpu`, `cpu` and `ray`. Other runs use one process."""
-        reap(init_context.instance, project.owns_instance)  # frees the slots of killed runs: without a daemon, nothing else does
+        """Runs independent stages at once, each in a process, within the limits
+        of the pools `gpu`, `cpu` and `ray`. Other runs use one process."""
+        reap(
+            init_context.instance, project.owns_instance
+        )  # frees the slots of killed runs: without a daemon, nothing else does
         limits = set_default_limits(init_context.instance, project.pool_prefix)
         config = dict(init_context.executor_config)
         if "multiprocess" not in config:
@@ -100,7 +105,9 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _create(definition: dg.ExecutorDefinition, init_context: dg.InitExecutorContext, config: Mapping[str, object]) -> dg.Executor:
+def _create(
+    definition: dg.ExecutorDefinition, init_context: dg.InitExecutorContext, config: Mapping[str, object]
+) -> dg.Executor:
     create = definition.executor_creation_fn
     assert create is not None
     return create(init_context._replace(executor_config=config))
@@ -126,7 +133,10 @@ class StagesExecutor(dg.Executor):
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         keys = plan_context.job.get_definition().asset_layer.selected_asset_keys
         tags = plan_context.dagster_run.tags
-        options = {step: _mapping(_mapping(one).get("config")) for step, one in _mapping(plan_context.run_config.get("ops")).items()}
+        options = {
+            step: _mapping(_mapping(one).get("config"))
+            for step, one in _mapping(plan_context.run_config.get("ops")).items()
+        }
         try:
             forced = is_forced(tags) or any(one.get("force") for one in options.values())
             states = self.project.read()
@@ -135,22 +145,25 @@ class StagesExecutor(dg.Executor):
             steps = {self.project.asset_key(address).to_python_identifier(): address for address in states}
             on = {step: str(options.get(step, {}).get("on") or tags.get(ON_TAG, "")) for step in steps}
             values = params.read(self.project.root)
-            set_pools(execution_plan, {step: self.project.pool(address, values, on[step]) for step, address in steps.items()})
+            set_pools(
+                execution_plan, {step: self.project.pool(address, values, on[step]) for step, address in steps.items()}
+            )
         except (PedigreeError, dg.Failure):
             several = False  # bad input: the first stage reports it
         yield from (self.multiprocess if several else self.in_process).execute(plan_context, execution_plan)
 
 
 def set_pools(plan: Any, pools: Mapping[str, str]) -> None:
-    """Put the steps of a run's plan into these pools, by key. Those of the definitions follow from params.yaml as it was when Dagster loaded it,
-    and do not include the run's own placement."""
+    """Put the steps of a run's plan into these pools, by key. Those of the definitions follow from params.yaml as it
+    was when Dagster loaded it, and do not include the run's own placement."""
     assert isinstance(plan, private_module("dagster._core.execution.plan.plan").ExecutionPlan)
     for handle, step in list(plan.step_dict.items()):
         plan.step_dict[handle] = plan.step_dict_by_key[step.key] = step._replace(pool=pools.get(step.key, step.pool))
 
 
 def can_run_at_once(states: Mapping[str, dvc.StageState], planned: set[str], forced: bool) -> bool:
-    """Whether two of the planned stages may run at once: both are changed, or read one that is, and neither reads the other."""
+    """Whether two of the planned stages may run at once: both are changed, or
+    read one that is, and neither reads the other."""
     above = {address: set(dvc.ancestors(states, address)) for address in states}
     changed = {address for address in planned & states.keys() if forced or states[address].changed}
     work = [address for address in states if address in planned and (address in changed or above[address] & changed)]

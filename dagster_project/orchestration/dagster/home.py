@@ -50,6 +50,7 @@ def home(root: Path, shared: bool = False) -> Path:
         if faults.is_full(error):
             raise
         raise InputError(
-            f"Dagster's home {folder} is not writable: {error.strerror}", "fix its permissions, or set DAGSTER_HOME to another folder"
+            f"Dagster's home {folder} is not writable: {error.strerror}",
+            "fix its permissions, or set DAGSTER_HOME to another folder",
         ) from None
     return folder

@@ -21,7 +21,8 @@ def open_at(folder: Path) -> dg.DagsterInstance:
     """The instance that `folder`/dagster.yaml describes.
 
     Raises:
-        InputError: the file is invalid, a variable or package that it needs is missing, or its database does not answer.
+        InputError: the file is invalid, a variable or package that it needs is
+            missing, or its database does not answer.
     """
     file = folder / "dagster.yaml"
     try:
@@ -41,7 +42,9 @@ def open_at(folder: Path) -> dg.DagsterInstance:
 
 
 def _missing_package(file: Path, error: Exception) -> InputError | None:
-    missing = next((one for one in (error, error.__cause__, error.__context__) if isinstance(one, ModuleNotFoundError)), None)
+    missing = next(
+        (one for one in (error, error.__cause__, error.__context__) if isinstance(one, ModuleNotFoundError)), None
+    )
     if missing is None:
         return None
     package = (missing.name or "").partition(".")[0].replace("_", "-")
@@ -55,7 +58,9 @@ def _unusable_server(file: Path, error: Exception) -> InputError | None:
     if type(error).__name__ != "DagsterPostgresException":  # of an optional package
         return None
     cause = error.__cause__ or error
-    text = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]  # the driver's message, without SQLAlchemy's links
+    text = (
+        str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
+    )  # the driver's message, without SQLAlchemy's links
     return InputError(
         f"the Postgres server that {file} names cannot be used: {text}",
         "start the server, or correct its address, user, database or password",
@@ -66,7 +71,10 @@ def _invalid(file: Path, text: str) -> InputError:
     """The error for an invalid configuration. Values are not repeated: one of them can be a password."""
     if missing := dict.fromkeys(re.findall(r'environment variable "([^"]+)" which is not set', text)):
         names = ", ".join(missing)
-        return InputError(f"{file} reads environment variables that are not set: {names}", "set them in the environment of this command")
+        return InputError(
+            f"{file} reads environment variables that are not set: {names}",
+            "set them in the environment of this command",
+        )
     unexpected = re.search(r'Received unexpected config entr(?:y|ies) "?([^"]+?)"? at (?:the root|path [\w:]+)', text)
     what = f": unexpected key {unexpected[1]}" if unexpected else ""
     return InputError(f"{file} is not a valid configuration of Dagster{what}", EXAMPLE)
@@ -74,7 +82,8 @@ def _invalid(file: Path, text: str) -> InputError:
 
 @contextmanager
 def _retries_unlogged() -> Iterator[None]:
-    """Suppress the log of dagster-postgres about failed attempts to connect (five in ten seconds): our message contains the last failure."""
+    """Suppress the log of dagster-postgres about failed attempts to connect
+    (five in ten seconds): our message contains the last failure."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Retrying failed database connection")

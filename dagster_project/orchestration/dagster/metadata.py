@@ -45,23 +45,31 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     if report.get("fixed"):
         metadata["fixed"] = dg.MetadataValue.md(table(["check", "rows"], list(report["fixed"].items())))
     metadata |= {
-        name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in metadata and name != "passed"
+        name: value
+        for name, value in report.items()
+        if isinstance(value, int | float | str) and name not in metadata and name != "passed"
     }
     if labels := report.get("by_label"):
         columns = list(next(iter(labels.values())))
         rows = [[name, *(figures[column] for column in columns)] for name, figures in labels.items()]
         metadata["by_label"] = dg.MetadataValue.md(table(["label", *columns], rows))
     nested = {
-        name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
+        name: value
+        for name, value in report.items()
+        if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
     }
     if nested:
         metadata["figures"] = dg.MetadataValue.json(nested)
     metadata |= _measured(root, state.address)
     metadata |= _lineage(root, state)
-    metadata |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
+    metadata |= {
+        f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()
+    }
     metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
     if (folder := pages_of(root, state.address)).is_dir():
-        metadata["pages"] = dg.MetadataValue.path(str(folder))  # for readers without `pedigree ui`, which serves the pages
+        metadata["pages"] = dg.MetadataValue.path(
+            str(folder)
+        )  # for readers without `pedigree ui`, which serves the pages
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
@@ -74,7 +82,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
-    """Rows of a table; empty if there is none. Labels may have line breaks, also those that the csv module does not quote."""
+    """Rows of a table; empty if there is none. Labels may have line breaks,
+    also those that the csv module does not quote."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -87,11 +96,16 @@ def _measured(root: Path, address: str) -> dict[str, Any]:
     execution = found.pop("execution", None)
     if execution is None:
         return found
-    return {**found, "execution": dg.MetadataValue.json(execution), "dashboard": dg.MetadataValue.url(execution["dashboard"])}
+    return {
+        **found,
+        "execution": dg.MetadataValue.json(execution),
+        "dashboard": dg.MetadataValue.url(execution["dashboard"]),
+    }
 
 
 def _lineage(root: Path, state: StageState) -> dict[str, Any]:
-    """Metadata of a model: its inputs, the number of records it was trained on, and the command that verifies it. Writes its audit as a page."""
+    """Metadata of a model: its inputs, the number of records it was trained on,
+    and the command that verifies it. Writes its audit as a page."""
     if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.output_problem:
         return {}
     subject = lineage.find(Index(root), state.address)
@@ -99,7 +113,13 @@ def _lineage(root: Path, state: StageState) -> dict[str, Any]:
     records, _ = lineage.trained_on(subject)
     write_text(pages_of(root, state.address) / "audit.html", lineage_page(audited, lineage.listed(records)))
     rows = [
-        [name, one["md5"][:12], one.get("rows_in", ""), one.get("rows_out", ""), sum(one.get("dropped", {}).values()) or ""]
+        [
+            name,
+            one["md5"][:12],
+            one.get("rows_in", ""),
+            one.get("rows_out", ""),
+            sum(one.get("dropped", {}).values()) or "",
+        ]
         for name, one in audited["stages"].items()
     ]
     trained_on = {"records": dg.MetadataValue.int(audited["records"]["records"])} if audited["records"] else {}
@@ -116,7 +136,11 @@ def live(root: Path, address: str) -> dict[str, float]:
     for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
         with suppress(FileNotFoundError):  # a new run removes the tables of the previous run
             newest = list(csv.DictReader(path.read_text("utf-8").splitlines()))[-1]
-            values = {**values, "step": max(int(newest["step"]), int(values.get("step", 0))), path.stem: float(newest[path.stem])}
+            values = {
+                **values,
+                "step": max(int(newest["step"]), int(values.get("step", 0))),
+                path.stem: float(newest[path.stem]),
+            }
     return values
 
 
@@ -147,28 +171,39 @@ def _cell(value: Any) -> str | float:
 
 
 def severity_of(check: Mapping[str, Any]) -> str | None:
-    """Severity of a check result, the same as on the data-quality page. Dagster has no severity for remarks: they pass."""
+    """Severity of a check result, the same as on the data-quality page. Dagster
+    has no severity for remarks: they pass."""
     return shown(check["severity"], check["passed"], check["count"])
 
 
 def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts of a check in a report, the places of the rows that it found, and a link to the page that shows them. Dagster keeps metadata for
-    good, so it never has text of a row, not even where the report of an earlier version quotes one."""
+    """Counts of a check in a report, the places of the rows that it found, and a
+    link to the page that shows them. Dagster keeps metadata for good, so it never
+    has text of a row, not even where the report of an earlier version quotes one."""
     metadata: dict[str, Any] = {
         **{name: check.get(name, 0) for name in ("count", "dropped", "waived")},
         **({"fixed": check["fixed"]} if check.get("fixed") else {}),
     }
     if "matches" in check:
         columns = ("place", "other", "part", "rule", "score")
-        metadata["pairs"] = dg.MetadataValue.table([dg.TableRecord({c: _cell(match[c]) for c in columns}) for match in check["matches"]])
+        metadata["pairs"] = dg.MetadataValue.table(
+            [dg.TableRecord({c: _cell(match[c]) for c in columns}) for match in check["matches"]]
+        )
     if "violations" in check:
         metadata["violations"] = dg.MetadataValue.table(
-            [dg.TableRecord({name: _cell(one[name]) for name in ("source", "rows", "rule", "why")}) for one in check["violations"]]
+            [
+                dg.TableRecord({name: _cell(one[name]) for name in ("source", "rows", "rule", "why")})
+                for one in check["violations"]
+            ]
         )
     if "rows" in check:
-        metadata["rows"] = dg.MetadataValue.table([dg.TableRecord({"source row": visible(row)}) for row in check["rows"]])
+        metadata["rows"] = dg.MetadataValue.table(
+            [dg.TableRecord({"source row": visible(row)}) for row in check["rows"]]
+        )
     if "details" in check:
-        metadata["details"] = dg.MetadataValue.table([dg.TableRecord({"details": visible(line)}) for line in check["details"]])
+        metadata["details"] = dg.MetadataValue.table(
+            [dg.TableRecord({"details": visible(line)}) for line in check["details"]]
+        )
     if link := pages(root, address).get("report"):
         metadata["full report"] = page_url(root, link)
     return metadata
@@ -198,7 +233,10 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     validation = json.loads(training.read_text("utf-8"))["validation"] if training.is_file() else []
     if validation:
         figure.axes[0].plot(
-            [p["step"] for p in validation], [p["validation_loss"] for p in validation], marker="o", label="validation_loss"
+            [p["step"] for p in validation],
+            [p["validation_loss"] for p in validation],
+            marker="o",
+            label="validation_loss",
         )
         for text in figure.axes[0].legend().get_texts():
             text.set_parse_math(False)
@@ -221,7 +259,14 @@ def _draw_confusion(rows: list[dict[str, str]], _: Path) -> str:
     for i, row in enumerate(counts):
         for j, count in enumerate(row):
             if count:
-                axes.text(j, i, str(count), ha="center", va="center", color="white" if count > max(map(max, counts)) / 2 else "black")
+                axes.text(
+                    j,
+                    i,
+                    str(count),
+                    ha="center",
+                    va="center",
+                    color="white" if count > max(map(max, counts)) / 2 else "black",
+                )
     return _png(figure)
 
 
@@ -231,7 +276,12 @@ def _draw_calibration(rows: list[dict[str, str]], _: Path) -> str:
     figure = Figure(figsize=(4, 4))
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
-    axes.plot([float(row["confidence"]) for row in rows], [float(row["accuracy"]) for row in rows], marker="o", label="held-out pairs")
+    axes.plot(
+        [float(row["confidence"]) for row in rows],
+        [float(row["accuracy"]) for row in rows],
+        marker="o",
+        label="held-out pairs",
+    )
     axes.set(xlabel="confidence of the reward model", ylabel="accuracy")
     axes.legend()
     return _png(figure)

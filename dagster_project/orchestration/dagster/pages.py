@@ -25,12 +25,15 @@ from dagster_project.orchestration.processes import end_with_parent
 HOST = "127.0.0.1"
 DEFAULT_PORT = 3100
 PORT_FILE = Path(".dvc", "tmp", "pedigree", "pages_port")
-"""File in the project: the port of the latest `pedigree ui`, for links that are recorded later. Not in Dagster's home, which projects may share."""
+"""File in the project: the port of the latest `pedigree ui`, for links that are
+recorded later. Not in Dagster's home, which projects may share."""
 TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".json": "application/json"}
 DENY_ALL = "default-src 'none'"
 LISTING_POLICY = f"{DENY_ALL}; style-src 'unsafe-inline'"
-DATA_DOCS, DATA_DOCS_POLICY = "data_docs", f"{DENY_ALL}; style-src 'unsafe-inline' https:; font-src https:; img-src data:"
-"""Folder of Great Expectations' pages, which have no policy: styles from the web, as they name them, but no scripts from there."""
+DATA_DOCS = "data_docs"
+DATA_DOCS_POLICY = f"{DENY_ALL}; style-src 'unsafe-inline' https:; font-src https:; img-src data:"
+"""Folder of Great Expectations' pages, which have no policy: styles from the
+web, as they name them, but no scripts from there."""
 POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"\r\n]*)">')
 HEAD = 4096
 """Bytes at the start of a page that are searched for its policy."""
@@ -135,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._refusal(HTTPStatus.FORBIDDEN, "this server answers on loopback only")
         project = parse_qs(requested.query).get("project", [identity(self.root)])
         if project != [identity(self.root)]:
-            return self._refusal(HTTPStatus.NOT_FOUND, f"the link belongs to another project; this server has the pages of {self.root}")
+            return self._refusal(
+                HTTPStatus.NOT_FOUND, f"the link belongs to another project; this server has the pages of {self.root}"
+            )
         base = self.root / "data" / "pages"
         path = locate(base, requested.path)
         if path is None and not requested.path.strip("/"):
@@ -155,7 +160,12 @@ class Handler(BaseHTTPRequestHandler):
             return self._refusal(HTTPStatus.NOT_FOUND, f"cannot be read: {error.strerror}")
         own = POLICY.search(body[:HEAD]) if path.suffix == ".html" else None
         policy = DATA_DOCS_POLICY if path.parent.name == DATA_DOCS else DENY_ALL
-        return HTTPStatus.OK, TYPES.get(path.suffix, "application/octet-stream"), own[1].decode("latin-1") if own else policy, body
+        return (
+            HTTPStatus.OK,
+            TYPES.get(path.suffix, "application/octet-stream"),
+            own[1].decode("latin-1") if own else policy,
+            body,
+        )
 
     def _refusal(self, status: HTTPStatus, why: str) -> tuple[HTTPStatus, str, str, bytes]:
         return status, "text/plain; charset=utf-8", DENY_ALL, f"{why}\n".encode()
@@ -167,17 +177,23 @@ class Handler(BaseHTTPRequestHandler):
 def _listing(base: Path, folder: Path) -> str:
     """Page with links to the content of a folder, without hidden files and symbolic links."""
     inside = [path for path in folder.iterdir() if path.name[0] != "." and not path.is_symlink()]
-    names = sorted([f"{path.name}/" for path in inside if path.is_dir()] + [path.name for path in inside if path.is_file()])
+    names = sorted(
+        [f"{path.name}/" for path in inside if path.is_dir()] + [path.name for path in inside if path.is_file()]
+    )
     where = "/".join(["data/pages", *folder.relative_to(base).parts])
     prefix = quote("/".join(["", *folder.relative_to(base).parts, ""]))
-    items = "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names) or "<li>empty</li>"
+    items = (
+        "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names)
+        or "<li>empty</li>"
+    )
     return _page(where, items)
 
 
 def _page(where: str, items: str) -> str:
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(where)}</title>'
-        f"<style>body{{font:1rem sans-serif;margin:2rem}}</style></head><body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta'
+        f' charset="utf-8"><title>{escape(where)}</title><style>body{{font:1rem'
+        f" sans-serif;margin:2rem}}</style></head><body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"
     )
 
 

@@ -39,8 +39,8 @@ class RunConfig(DvcRunConfig):
     """Configuration of the run of one stage."""
 
     on: str = ""
-    """Where the stage runs: `local`, `ray`, or empty for the section `execution` of params.yaml. The run tag `pedigree/on` does the same for all
-    stages of a run."""
+    """Where the stage runs: `local`, `ray`, or empty for the section `execution` of params.yaml. The run tag
+    `pedigree/on` does the same for all stages of a run."""
 
 
 NOT_IN_REPORT = {
@@ -61,8 +61,8 @@ class PedigreeProject(DvcProject):
     config_type: ClassVar[type[DvcRunConfig]] = RunConfig
 
     def load(self) -> dict[str, StageState]:
-        """As DvcProject.load. Other code than code.lock.yaml records is a warning here, so that other assets of the code location are shown, and an
-        error of each stage that is materialized."""
+        """As DvcProject.load. Other code than code.lock.yaml records is a warning here, so that other assets of the
+        code location are shown, and an error of each stage that is materialized."""
         states = super().load()
         try:
             code_lock.refuse_other_code(self.root)
@@ -106,7 +106,8 @@ class PedigreeProject(DvcProject):
 
     @property
     def pool_prefix(self) -> str:
-        """Beside other assets the pools have names of their own, which all Pedigree projects of the instance share, as they do the machine."""
+        """Beside other assets the pools have names of their own, which all
+        Pedigree projects of the instance share, as they do the machine."""
         return "pedigree_" if self.key_prefix else ""
 
     @cached_property
@@ -124,9 +125,12 @@ class PedigreeProject(DvcProject):
     def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
         return self.pipeline.check_descriptions(address.partition("@")[0])
 
-    def check_results(self, address: str, state: StageState | None, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
-        """Results with the same severity as on the data-quality page. Whether a check blocks was decided when the stage ran. Dagster requires a result
-        of every check of the asset, also of those that a complete report does not have."""
+    def check_results(
+        self, address: str, state: StageState | None, report: Mapping[str, Any]
+    ) -> list[dg.AssetCheckResult]:
+        """Results with the same severity as on the data-quality page. Whether a check
+        blocks was decided when the stage ran. Dagster requires a result of every
+        check of the asset, also of those that a complete report does not have."""
         found: dict[str, Any] = report.get("checks", {})
         if found and not self.blocks(report):
             found = dict.fromkeys(self.pipeline.check_descriptions(address.partition("@")[0]), NOT_IN_REPORT) | found
@@ -163,7 +167,9 @@ class PedigreeProject(DvcProject):
 
     def validate(self, address: str, variables: Mapping[str, str]) -> None:
         code_lock.refuse_other_code(self.root, [address.partition("@")[0]])
-        placement(self.pipeline.validate(self.root), address, self.pipeline.stages, self.pipeline.variants_of, variables)
+        placement(
+            self.pipeline.validate(self.root), address, self.pipeline.stages, self.pipeline.variants_of, variables
+        )
 
     def variables(self, config: Any, tags: Mapping[str, str]) -> dict[str, str]:
         return placement_variables(config.on or tags.get(ON_TAG, ""))

@@ -1,4 +1,5 @@
-"""`pedigree ui`: Dagster's web server and daemon, with its home in the project, and a server of data/pages, both on loopback."""
+"""`pedigree ui`: Dagster's web server and daemon, with its home in the project,
+and a server of data/pages, both on loopback."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ log = logging.getLogger("pedigree")
 
 
 def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[[], None]) -> NoReturn:
-    """Start the server of data/pages, sync once, then execute `dagster dev`, with the guarded web server, in this process, so that stop signals reach it directly.
+    """Start the server of data/pages, sync once, then execute `dagster dev`, with the guarded web server, in this
+    process, so that stop signals reach it directly.
 
     Args:
         host, port: of the Dagster UI.
@@ -39,9 +41,22 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
     sync_if_changed(root)
-    command = [sys.executable, "-m", webserver.__name__, "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        webserver.__name__,
+        "dev",
+        "-w",
+        str(root / "workspace.yaml"),
+        "-h",
+        host,
+        "-p",
+        str(port),
+    ]
     hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))
-    environment = os.environ | command_environment({"DAGSTER_HOME": str(folder), "PEDIGREE_PROJECT": str(root), webserver.HOSTS: hosts})
+    environment = os.environ | command_environment(
+        {"DAGSTER_HOME": str(folder), "PEDIGREE_PROJECT": str(root), webserver.HOSTS: hosts}
+    )
     pages.start(root, listener)
     listener.close()
     os.chdir(root)

@@ -1,7 +1,7 @@
 """Dagster's web server behind a guard, because it answers any page that the user has open in a browser.
 
-As a module it is a command: `python -m dagster_project.orchestration.dagster.webserver` takes the arguments of `dagster-webserver`, and after
-`dev` those of `dagster dev`, which then starts this web server.
+As a module it is a command: `python -m dagster_project.orchestration.dagster.webserver` takes the arguments of
+`dagster-webserver`, and after `dev` those of `dagster dev`, which then starts this web server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dagster_project.core.imports import lean_imports
 from dagster_project.orchestration.private_api import private_module
 
 HOSTS = "PEDIGREE_UI_HOSTS"
-"""Variable with more names under which browsers may reach the server, separated by commas: that of a proxy, for example."""
+"""Variable with more names under which browsers may reach the server, separated
+by commas: that of a proxy, for example."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -27,10 +28,11 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware. Refuses requests that another website made, or that reached the server under a name which is not its own.
+    """ASGI middleware. Refuses requests that another website made, or that
+    reached the server under a name which is not its own.
 
-    Without it any website could launch runs (a GET of GraphQL can be a mutation) and, by a name that it lets resolve to this host (DNS
-    rebinding), read everything. It does not authenticate anybody.
+    Without it any website could launch runs (a GET of GraphQL can be a mutation) and, by a name that it lets resolve to
+    this host (DNS rebinding), read everything. It does not authenticate anybody.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], hosts: Iterable[str] = ()) -> None:
@@ -58,10 +60,16 @@ class Guard:
         host = [value for name, value in headers if name == "host"]
         origins = [value for name, value in headers if name == "origin"]
         if len(host) != 1 or not self._is_ours(host[0]):
-            return f"the server is not known as {host[0] if host else 'nothing'}; names are added by the variable {HOSTS}"
+            return (
+                f"the server is not known as {host[0] if host else 'nothing'}; names are added by the variable {HOSTS}"
+            )
         if any(urlsplit(origin).netloc.lower() != host[0].lower() for origin in origins):
             return "the request comes from another website"
-        is_link = scope["type"] == "http" and scope["method"] in {"GET", "HEAD"} and scope["path"].rstrip("/").endswith("/graphql")
+        is_link = (
+            scope["type"] == "http"
+            and scope["method"] in {"GET", "HEAD"}
+            and scope["path"].rstrip("/").endswith("/graphql")
+        )
         if is_link and "query" in parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True):
             return "queries of GraphQL are sent by POST"
         return None

@@ -1,4 +1,5 @@
-"""Dagster runs whose process is dead. Dagster's default launcher does not check, so a killed run would keep the status "started"."""
+"""Dagster runs whose process is dead. Dagster's default launcher does not
+check, so a killed run would keep the status "started"."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ def reap(instance: dg.DagsterInstance, owned: bool = True) -> list[str]:
     A run logs its process id when it starts; a run without one is skipped.
 
     Args:
-        owned: whether the instance has no other runs than those of DVC projects on this machine. In a shared one only runs are examined whose tag
-            names the machine: the process of any other run may be on another one.
+        owned: whether the instance has no other runs than those of DVC projects on this machine. In a shared one only
+            runs are examined whose tag names the machine: the process of any other run may be on another one.
     Returns:
         One line for each run marked as failed.
     """
@@ -37,7 +38,9 @@ def reap(instance: dg.DagsterInstance, owned: bool = True) -> list[str]:
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:  # it ended meanwhile
             continue
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)  # first: a run that has failed is not examined again
+        instance.event_log_storage.free_concurrency_slots_for_run(
+            run.run_id
+        )  # first: a run that has failed is not examined again
         lines.append(f"run {run.run_id[:8]} ({run.job_name}): its process {last[0]} was killed; marked as failed")
         instance.report_run_failed(
             run, f"Process {last[0]} of this run was killed. Launch the run again: finished stages are not run twice."
@@ -51,8 +54,8 @@ def _is_here(run: dg.DagsterRun, owned: bool) -> bool:
 
 
 def _free_slots_of_ended_runs(instance: dg.DagsterInstance, owned: bool) -> None:
-    """Free the concurrency slots of runs that were deleted, or marked as canceled or failed, and whose process no longer exists; and of those
-    that a machine left behind which no longer exists, e.g. a replaced pod."""
+    """Free the concurrency slots of runs that were deleted, or marked as canceled or failed, and whose process no
+    longer exists; and of those that a machine left behind which no longer exists, e.g. a replaced pod."""
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
         run = instance.get_run_by_id(run_id)
         if not owned and (run is None or MACHINE_TAG not in run.tags):
@@ -64,11 +67,14 @@ def _free_slots_of_ended_runs(instance: dg.DagsterInstance, owned: bool) -> None
 def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether the process of a run is known to exist on this machine."""
     process = _process(instance, run.run_id)
-    return process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node() and is_running(*process)
+    return (
+        process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node() and is_running(*process)
+    )
 
 
 def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) -> None:
-    """If this is a step process, end it when the process of the run ends. An orphan would record results of a killed run.
+    """If this is a step process, end it when the process of the run ends. An
+    orphan would record results of a killed run.
 
     Args:
         owned: whether the run's process is surely on this machine. Otherwise it counts only if it started this one.
@@ -79,7 +85,8 @@ def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) 
 
 
 def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
-    """Assets that a live run is going to materialize: planned, and neither materialized, failed nor skipped in that run yet.
+    """Assets that a live run is going to materialize: planned, and neither
+    materialized, failed nor skipped in that run yet.
 
     The status of a killed run stays "started": a run counts only while its process exists.
     """
@@ -105,7 +112,13 @@ def _remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
     kinds = dg.DagsterEventType
     planned: dict[dg.AssetKey, str | None] = {}
     ended: set[dg.AssetKey | str | None] = set()
-    of_type = {kinds.ASSET_MATERIALIZATION_PLANNED, kinds.ASSET_MATERIALIZATION, kinds.STEP_SUCCESS, kinds.STEP_FAILURE, kinds.STEP_SKIPPED}
+    of_type = {
+        kinds.ASSET_MATERIALIZATION_PLANNED,
+        kinds.ASSET_MATERIALIZATION,
+        kinds.STEP_SUCCESS,
+        kinds.STEP_FAILURE,
+        kinds.STEP_SKIPPED,
+    }
     for entry in instance.all_logs(run_id, of_type=of_type):
         event = entry.get_dagster_event()
         if event.event_type == kinds.ASSET_MATERIALIZATION_PLANNED and event.asset_key:

@@ -20,7 +20,9 @@ from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
 
 
-def build_dvc_definitions(project_dir: str | Path, key_prefix: str | Sequence[str] = (), group_name: str | None = None) -> dg.Definitions:
+def build_dvc_definitions(
+    project_dir: str | Path, key_prefix: str | Sequence[str] = (), group_name: str | None = None
+) -> dg.Definitions:
     """Assets, checks, a job and a sensor for any DVC project.
 
     Args:
@@ -32,7 +34,9 @@ def build_dvc_definitions(project_dir: str | Path, key_prefix: str | Sequence[st
     """
     project = DvcProject(Path(project_dir).resolve(), as_prefix(key_prefix), group_name)
     states = project.load()
-    return dg.Definitions(assets=assets(project, states), jobs=[all_stages(project, states)], sensors=[sync_sensor(project)])
+    return dg.Definitions(
+        assets=assets(project, states), jobs=[all_stages(project, states)], sensors=[sync_sensor(project)]
+    )
 
 
 def as_prefix(key_prefix: str | Sequence[str]) -> tuple[str, ...]:
@@ -49,17 +53,29 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
     sources = sorted({i.path for state in states.values() for i in state.inputs if i.producer is None})
     keys = [*map(project.asset_key, states), *map(project.definition_key, states), *map(project.source_key, sources)]
     names = [project.asset_key(address).to_python_identifier() for address in states]
-    named = [*zip(states, names, strict=True), *((path, project.source_key(path).to_python_identifier()) for path in sources)]
-    invalid = [one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)]  # Dagster makes names of inputs from the paths of sources
+    named = [
+        *zip(states, names, strict=True),
+        *((path, project.source_key(path).to_python_identifier()) for path in sources),
+    ]
+    invalid = [
+        one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)
+    ]  # Dagster makes names of inputs from the paths of sources
     if invalid or len(set(keys)) < len(keys) or len(set(names)) < len(names):
-        what = f"{', '.join(invalid)} cannot be a name in Dagster" if invalid else "two stages or sources have the same name in Dagster"
+        what = (
+            f"{', '.join(invalid)} cannot be a name in Dagster"
+            if invalid
+            else "two stages or sources have the same name in Dagster"
+        )
         raise InputError(
             f"{project.root / 'dvc.yaml'}: {what}",
-            "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources; names must differ in more than these marks",
+            "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources; names"
+            " must differ in more than these marks",
         )
     return [
         *(
-            dg.AssetSpec(project.source_key(path), group_name=project.source_group(), description=f"`{path}` in the workspace.")
+            dg.AssetSpec(
+                project.source_key(path), group_name=project.source_group(), description=f"`{path}` in the workspace."
+            )
             for path in sources
         ),
         *(_definition(project, address) for address in states),
@@ -78,7 +94,11 @@ def _definition(project: DvcProject, address: str) -> dg.AssetSpec:
 
 def _hidden_asset_key() -> str:
     """Metadata key of assets that Dagster's UI hides."""
-    return str(private_module("dagster._core.definitions.assets.definition.asset_spec").SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
+    return str(
+        private_module(
+            "dagster._core.definitions.assets.definition.asset_spec"
+        ).SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET
+    )
 
 
 def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDefinition:
@@ -93,7 +113,9 @@ def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDef
         key=key,
         deps=[*dict.fromkeys([*upstream, project.definition_key(address)])],
         code_version=CODE_VERSION,
-        check_specs=[dg.AssetCheckSpec(name, asset=key, description=description) for name, description in checks.items()],
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=key, description=description) for name, description in checks.items()
+        ],
         description=state.description,
         group_name=project.group_of(address, state),
         kinds=set(state.meta.get("kinds", [])),
@@ -114,7 +136,9 @@ def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDef
     return body
 
 
-def all_stages(project: DvcProject, states: dict[str, StageState], executor: dg.ExecutorDefinition | None = None) -> Any:
+def all_stages(
+    project: DvcProject, states: dict[str, StageState], executor: dg.ExecutorDefinition | None = None
+) -> Any:
     """The job of all stages."""
     return dg.define_asset_job(
         project.name("pipeline"),

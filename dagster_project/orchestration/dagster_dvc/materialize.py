@@ -64,7 +64,9 @@ def bring_up_to_date(
         if not states[address].frozen and (states[address].changed or force):
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
-                after = _read_when_idle(context, project, address, own=True)  # a forced run of it may have waited for this one
+                after = _read_when_idle(
+                    context, project, address, own=True
+                )  # a forced run of it may have waited for this one
                 states = after.states
                 if not states[address].differs:
                     break
@@ -100,7 +102,8 @@ def bring_up_to_date(
 
 
 def _states_before(context: dg.AssetExecutionContext, project: DvcProject, address: str) -> dict[str, StageState]:
-    """State of all stages, mirrored to the instance. It is read and mirrored again only if a file changed since this run last did."""
+    """State of all stages, mirrored to the instance. It is read and mirrored
+    again only if a file changed since this run last did."""
     mirrored = _mirrored[context.instance]
     known = mirrored.get(project)
     known = known if known and known.run_id == context.run_id else None
@@ -111,7 +114,9 @@ def _states_before(context: dg.AssetExecutionContext, project: DvcProject, addre
     states = snapshot.states
     if not known or states != known.states:
         mirror(project, context.instance, snapshot)
-    mirrored[project] = MirrorState(context.run_id, states, now if known and states.keys() == known.states.keys() else None)
+    mirrored[project] = MirrorState(
+        context.run_id, states, now if known and states.keys() == known.states.keys() else None
+    )
     return states
 
 
@@ -122,8 +127,11 @@ def _read(context: dg.AssetExecutionContext, project: DvcProject) -> Snapshot:
     return snapshot
 
 
-def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, address: str, own: bool = False) -> Snapshot:
-    """State of all stages, once no other process writes inputs of `address`: DVC removes outputs for a moment even if it then restores them.
+def _read_when_idle(
+    context: dg.AssetExecutionContext, project: DvcProject, address: str, own: bool = False
+) -> Snapshot:
+    """State of all stages, once no other process writes inputs of `address`:
+    DVC removes outputs for a moment even if it then restores them.
 
     Args:
         own: wait for its outputs instead.
@@ -144,7 +152,9 @@ def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, addr
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     """Why a stage cannot run yet, and the next step; empty if all of its inputs are up to date."""
-    running = {name: replace(state, inputs=()) if state.frozen else state for name, state in states.items()}  # as DVC's graph
+    running = {
+        name: replace(state, inputs=()) if state.frozen else state for name, state in states.items()
+    }  # as DVC's graph
     upstream = dvc.ancestors(running, address)
     for name in [*upstream, address]:
         for source in running[name].inputs:
@@ -156,20 +166,24 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     first = states[changed[0]]
     fetch = ""
     if first.version == dvc.MISSING and first.recorded:
-        restore, pull = f"`dvc checkout {first.out}` restores it", f"it is not in the cache: `dvc pull {first.out}` fetches it"
+        restore = f"`dvc checkout {first.out}` restores it"
+        pull = f"it is not in the cache: `dvc pull {first.out}` fetches it"
         fetch = f"; {restore if first.in_cache else pull}"
     return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
 
 
 class MessageReader(dg.PipesTempFileMessageReader):
-    """Dagster's reader of a file. Only the count is new: Dagster marks its default as a preview, and warns in each run that uses it."""
+    """Dagster's reader of a file. Only the count is new: Dagster marks its
+    default as a preview, and warns in each run that uses it."""
 
     @property
     def expected_writer_count(self) -> int:
         return 1
 
 
-def _reproduce(context: dg.AssetExecutionContext, project: DvcProject, address: str, force: bool, variables: Mapping[str, str]) -> str:
+def _reproduce(
+    context: dg.AssetExecutionContext, project: DvcProject, address: str, force: bool, variables: Mapping[str, str]
+) -> str:
     """Run the stage's command by DVC. A command that uses Dagster Pipes streams its log to this run.
 
     Returns:
@@ -206,4 +220,8 @@ def _reproduce(context: dg.AssetExecutionContext, project: DvcProject, address: 
         return outcome
 
 
-OUTCOMES = {"run": "was run by DVC", "restored": "was restored from DVC's run cache", "nothing": "is up to date; it was not run"}
+OUTCOMES = {
+    "run": "was run by DVC",
+    "restored": "was restored from DVC's run cache",
+    "nothing": "is up to date; it was not run",
+}

@@ -20,9 +20,12 @@ from dagster_project.orchestration.dvc import StageState, digest
 CODE_VERSION = "1"
 """Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
 REPORT_TAG = "report"
-"""Metadata of a check result: hash of the check's entry in the report. By it, sync detects results that Dagster already has."""
+"""Metadata of a check result: hash of the check's entry in the report. By it,
+sync detects results that Dagster already has."""
 IN_SYNC = "dvc_in_sync"
-IN_SYNC_DESCRIPTION = "DVC reports the stage as up to date: its output, inputs, parameters and code are as recorded in dvc.lock."
+IN_SYNC_DESCRIPTION = (
+    "DVC reports the stage as up to date: its output, inputs, parameters and code are as recorded in dvc.lock."
+)
 FROZEN = "frozen in dvc.yaml: DVC does not compare its inputs, parameters and code with dvc.lock"
 IMAGES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
 MAX_IMAGE = 300_000
@@ -42,7 +45,10 @@ def damaged_report(root: Path, state: StageState) -> str:
     path = root / (state.report or "")
     if not path.is_file() or path.suffix not in dvc.DOCUMENTS or dvc.load_document(path) is not None:
         return ""
-    return f"{state.report} cannot be read; restore it with `git checkout HEAD {state.report}`, or make it again with `dvc repro {state.address}`"
+    return (
+        f"{state.report} cannot be read; restore it with `git checkout HEAD {state.report}`, or make it again with `dvc"
+        f" repro {state.address}`"
+    )
 
 
 def describe(root: Path, state: StageState) -> dict[str, Any]:
@@ -94,7 +100,12 @@ def commit_of_lock(root: Path) -> str:
 
 
 def check_result(
-    key: dg.AssetKey, name: str, description: str, check: Mapping[str, Any], severity: str | None, extra: Mapping[str, Any]
+    key: dg.AssetKey,
+    name: str,
+    description: str,
+    check: Mapping[str, Any],
+    severity: str | None,
+    extra: Mapping[str, Any],
 ) -> dg.AssetCheckResult:
     """Result of one check of a report.
 
@@ -115,7 +126,9 @@ def check_result(
         asset_key=key,
         passed=severity not in {"error", "warn"},
         severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
-        metadata={key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()},
+        metadata={
+            key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()
+        },
     )
 
 

@@ -1,4 +1,5 @@
-"""A DVC project as Dagster shows it: its folder, the names of its assets, and the hooks that a pipeline of its own overrides."""
+"""A DVC project as Dagster shows it: its folder, the names of its assets, and
+the hooks that a pipeline of its own overrides."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class RunConfig(dg.Config):
     """Configuration of the run of one stage."""
 
     force: bool = False
-    """Run the stage even if nothing changed. The run tag `pedigree/force: "true"` does the same for all stages of a run."""
+    """Run the stage even if nothing changed. The run tag `pedigree/force:
+    "true"` does the same for all stages of a run."""
 
 
 def is_forced(tags: Mapping[str, str]) -> bool:
@@ -35,13 +37,16 @@ def is_forced(tags: Mapping[str, str]) -> bool:
     """
     value = tags.get(FORCE_TAG, "false").strip().lower()
     if value not in {"true", "false"}:
-        raise dg.Failure(f"The run tag {FORCE_TAG} is neither true nor false: {tags[FORCE_TAG]!r}.", allow_retries=False)
+        raise dg.Failure(
+            f"The run tag {FORCE_TAG} is neither true nor false: {tags[FORCE_TAG]!r}.", allow_retries=False
+        )
     return value == "true"
 
 
 @dataclass(frozen=True)
 class DvcProject:
-    """A folder with `.dvc` and `dvc.yaml`. Everything that is known of a stage comes from these files; the methods below `Hooks` add to it."""
+    """A folder with `.dvc` and `dvc.yaml`. Everything that is known of a stage
+    comes from these files; the methods below `Hooks` add to it."""
 
     root: Path
     key_prefix: tuple[str, ...] = ()
@@ -64,7 +69,11 @@ class DvcProject:
 
     def address_of(self, key: dg.AssetKey) -> str | None:
         """The stage of an asset; None if it is of another project."""
-        return keys.address_of(key, self.key_prefix) if tuple(key.path[: len(self.key_prefix)]) == self.key_prefix else None
+        return (
+            keys.address_of(key, self.key_prefix)
+            if tuple(key.path[: len(self.key_prefix)]) == self.key_prefix
+            else None
+        )
 
     def name(self, name: str) -> str:
         """Name of a job, schedule or sensor."""
@@ -78,11 +87,13 @@ class DvcProject:
         """The state of every stage, for definitions.
 
         Raises:
-            InputError: no DVC project in the folder, a name that Dagster does not allow, or invalid dvc.yaml or dvc.lock.
+            InputError: no DVC project in the folder, a name that Dagster does
+                not allow, or invalid dvc.yaml or dvc.lock.
         """
         if not (self.root / ".dvc").is_dir() or not (self.root / "dvc.yaml").is_file():
             raise InputError(
-                f"{self.root} is not a DVC project: it has no .dvc or no dvc.yaml", "name the folder in which `dvc init` was run"
+                f"{self.root} is not a DVC project: it has no .dvc or no dvc.yaml",
+                "name the folder in which `dvc init` was run",
             )
         self.refuse_names()
         return self.read()
@@ -93,7 +104,10 @@ class DvcProject:
         """
         for part in [*self.key_prefix, *(() if self.group_name is None else self.group_name.split("/"))]:
             if not re.fullmatch("[A-Za-z0-9_]+", part):
-                raise InputError(f"{part!r} cannot be part of a name in Dagster", "use letters, digits and _ in key_prefix and group_name")
+                raise InputError(
+                    f"{part!r} cannot be part of a name in Dagster",
+                    "use letters, digits and _ in key_prefix and group_name",
+                )
 
     def read(self) -> dict[str, StageState]:
         """The state of every stage, in flow order.
@@ -106,7 +120,8 @@ class DvcProject:
     # Hooks
 
     def is_definition(self, path: str) -> bool:
-        """Whether a dependency is part of a stage's definition, like code, and not an input that is an asset of its own."""
+        """Whether a dependency is part of a stage's definition, like code, and
+        not an input that is an asset of its own."""
         return Path(path).suffix in CODE_SUFFIXES
 
     def group_of(self, address: str, state: StageState) -> str | None:
@@ -128,11 +143,15 @@ class DvcProject:
         """The checks of a stage, each with what it asserts: `meta: {checks: {NAME: DESCRIPTION}}` in dvc.yaml."""
         found = state.meta.get("checks") or {}
         if not isinstance(found, Mapping) or not all(isinstance(text, str) for text in found.values()):
-            raise InputError(f"{self.root / 'dvc.yaml'}: {address}: meta.checks is not a mapping", "write NAME: DESCRIPTION for each check")
+            raise InputError(
+                f"{self.root / 'dvc.yaml'}: {address}: meta.checks is not a mapping",
+                "write NAME: DESCRIPTION for each check",
+            )
         return found
 
     def check_results(self, address: str, state: StageState, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
-        """Results of those checks that the report has: `{"checks": {NAME: {"passed": ..., "severity": "error" or "warn", "note": ...}}}`."""
+        """Results of those checks that the report has: `{"checks": {NAME:
+        {"passed": ..., "severity": "error" or "warn", "note": ...}}}`."""
         found = report.get("checks")
         if not isinstance(found, Mapping):
             return []
@@ -142,7 +161,10 @@ class DvcProject:
                 continue
             check = found[name]
             if not isinstance(check, Mapping) or not isinstance(check.get("passed"), bool):
-                check = {"passed": False, "note": f"checks.{name} of {state.report} has no `passed: true` or `passed: false`"}
+                check = {
+                    "passed": False,
+                    "note": f"checks.{name} of {state.report} has no `passed: true` or `passed: false`",
+                }
             severity = None if check["passed"] else "warn" if check.get("severity") == "warn" else "error"
             values = {key: value for key, value in check.items() if isinstance(value, int | float | str)}
             extra = {key: value for key, value in values.items() if key not in {"passed", "severity", "note"}}
@@ -150,8 +172,8 @@ class DvcProject:
         return results
 
     def blocks(self, report: Mapping[str, Any]) -> bool:
-        """Whether the report is that of a failed attempt, whose output is not to be used. In general such a stage ends with an exit code, and DVC
-        records nothing."""
+        """Whether the report is that of a failed attempt, whose output is not to be used. In general such a stage ends
+        with an exit code, and DVC records nothing."""
         return False
 
     def describe(self, state: StageState) -> dict[str, Any]:

@@ -21,11 +21,13 @@ INPUT_TAG_PREFIX = "dagster/input_data_version/"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of all stages, and of the event log before they were read: events that a run reports meanwhile are newer."""
+    """State of all stages, and of the event log before they were read: events
+    that a run reports meanwhile are newer."""
 
     states: dict[str, StageState]
     lines: list[str]
-    """One for each output that was set aside because it was tampered with, for each report that cannot be read, and for lost entries of dvc.lock."""
+    """One for each output that was set aside because it was tampered with, for
+    each report that cannot be read, and for lost entries of dvc.lock."""
     in_progress: frozenset[dg.AssetKey]
     """Assets that a run was about to materialize."""
     materialized: Mapping[dg.AssetKey, int | None]
@@ -66,21 +68,31 @@ def _materialized(project: DvcProject, instance: dg.DagsterInstance) -> dict[dg.
 def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot) -> list[str]:
     """Report the differences between these stages and Dagster's event log, one process at a time.
 
-    Assets are skipped that a run is about to materialize, or that were materialized after the snapshot: that run reports the materialization
-    and its checks. A second materialization would separate the checks from the one that they evaluate.
+    Assets are skipped that a run is about to materialize, or that were materialized
+    after the snapshot: that run reports the materialization and its checks. A second
+    materialization would separate the checks from the one that they evaluate.
 
     Returns:
         One line for each event.
     """
     states = snapshot.states
     with locks.hold(project.root, SYNC_LOCK, lambda _: None):
-        sources = {project.source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None}
+        sources = {
+            project.source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None
+        }
         sources |= {project.definition_key(address): state.definition_now for address, state in states.items()}
         addresses = {project.asset_key(address): address for address in states}
         busy = snapshot.in_progress | in_progress(instance)
-        records = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*sources, *addresses])}
+        records = {
+            record.asset_entry.asset_key: record.asset_entry
+            for record in instance.get_asset_records([*sources, *addresses])
+        }
         latest = {key: record.last_materialization_record for key, record in records.items()}
-        events = [line for key, version in sources.items() for line in _source(project, instance, key, version, latest.get(key))]
+        events = [
+            line
+            for key, version in sources.items()
+            for line in _source(project, instance, key, version, latest.get(key))
+        ]
         idle = {}
         for key, address in addresses.items():
             record = latest.get(key)
@@ -93,7 +105,8 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
 def _source(
     project: DvcProject, instance: dg.DagsterInstance, key: dg.AssetKey, version: str, latest: dg.EventLogRecord | None
 ) -> list[str]:
-    """Report a source, or the definition of a stage. Dagster calls such assets external: something else writes them, and reports it."""
+    """Report a source, or the definition of a stage. Dagster calls such assets
+    external: something else writes them, and reports it."""
     names, known = _tag_names(), latest.asset_materialization if latest else None
     if known and (known.tags or {}).get(names.DATA_VERSION_TAG) == version:
         return []
@@ -110,15 +123,22 @@ def _tag_names() -> Any:
 def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
     """Tags of a materialization in Dagster: version from disk, input versions from dvc.lock.
 
-    An output that differs from dvc.lock gets a different code version, which makes the asset stale if nothing else does. So the report of a
-    gate that failed on new input changes nothing, and a failed gate is never reported as materialized.
+    An output that differs from dvc.lock gets a different code version, which makes
+    the asset stale if nothing else does. So the report of a gate that failed on
+    new input changes nothing, and a failed gate is never reported as materialized.
     """
     names, problem = _tag_names(), state.output_problem
     code = CODE_VERSION + (f"+{problem}" if not state.recorded or state.changed == [problem] else "")
-    tags = {names.DATA_VERSION_TAG: state.version, names.CODE_VERSION_TAG: code, names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    tags = {
+        names.DATA_VERSION_TAG: state.version,
+        names.CODE_VERSION_TAG: code,
+        names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
+    }
     inputs = {
         project.asset_key(i.producer) if i.producer else project.source_key(i.path): i.recorded or "unrecorded"
-        for i in sorted(state.inputs, key=lambda i: i.now != i.recorded)  # of several outputs of one stage, one that changed comes last
+        for i in sorted(
+            state.inputs, key=lambda i: i.now != i.recorded
+        )  # of several outputs of one stage, one that changed comes last
     }
     inputs[project.definition_key(state.address)] = state.definition_recorded or "unrecorded"
     for key, version in inputs.items():
@@ -127,7 +147,9 @@ def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
     return tags
 
 
-def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: StageState, latest: dg.EventLogEntry | None) -> list[str]:
+def _materialize(
+    project: DvcProject, instance: dg.DagsterInstance, state: StageState, latest: dg.EventLogEntry | None
+) -> list[str]:
     if latest is None and not state.recorded:
         return []
     actual = dict(latest.asset_materialization.tags or {}) if latest and latest.asset_materialization else {}
@@ -138,11 +160,17 @@ def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: Stage
         if tag.startswith(INPUT_TAG_PREFIX) or tag in {names.DATA_VERSION_TAG, names.CODE_VERSION_TAG}
     }
     extra = {tag for tag in actual if tag.startswith(INPUT_TAG_PREFIX)} - set(expected)
-    # what is shown as stale already needs no second report, e.g. of an input that a variant adds: it would look like a run, to automation conditions too
+    # what is shown as stale already needs no second report, e.g. of an input that a variant adds: it would look like a
+    # run, to automation conditions too
     definition = names.get_input_data_version_tag(project.definition_key(state.address))
-    is_stale = state.definition_now != state.definition_recorded and actual.get(definition) not in {None, state.definition_now}
+    is_stale = state.definition_now != state.definition_recorded and actual.get(definition) not in {
+        None,
+        state.definition_now,
+    }
     unrecorded = {
-        names.get_input_data_version_tag(project.asset_key(i.producer)): i.now for i in state.inputs if i.producer and i.of_other_path
+        names.get_input_data_version_tag(project.asset_key(i.producer)): i.now
+        for i in state.inputs
+        if i.producer and i.of_other_path
     }
     if is_stale:
         compared = {tag: value for tag, value in compared.items() if tag != definition and tag in actual}
@@ -151,14 +179,20 @@ def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: Stage
         compared = {tag: value for tag, value in compared.items() if tag not in unrecorded}
     if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
         return []
-    # of an output that is not as recorded, metrics, plots and dvc.lock may be of another version, e.g. after `git checkout` without `dvc checkout`
-    metadata = {"path": ", ".join(state.outs), "data_version": state.version} if state.differs else project.describe(state)
-    instance.report_runless_asset_event(dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=metadata))
+    # of an output that is not as recorded, metrics, plots and dvc.lock may be of another version, e.g. after `git
+    # checkout` without `dvc checkout`
+    metadata = (
+        {"path": ", ".join(state.outs), "data_version": state.version} if state.differs else project.describe(state)
+    )
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=metadata)
+    )
     return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
 
 
 def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
-    """Report each check result that differs from the latest one, or that Dagster would not show because it evaluates an earlier materialization."""
+    """Report each check result that differs from the latest one, or that
+    Dagster would not show because it evaluates an earlier materialization."""
     results = {
         dg.AssetCheckKey(project.asset_key(address), str(result.check_name)): result
         for address, state in states.items()
@@ -179,12 +213,20 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
         event = record.event.dagster_event if record and record.event else None
         evaluation = event.event_specific_data if event else None
         if record and isinstance(evaluation, dg.AssetCheckEvaluation):
-            if evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _evaluates(record, evaluation, latest):
+            if evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _evaluates(
+                record, evaluation, latest
+            ):
                 continue
-        elif record and (planned := instance.get_run_by_id(record.run_id)) and planned.status == dg.DagsterRunStatus.QUEUED:
+        elif (
+            record
+            and (planned := instance.get_run_by_id(record.run_id))
+            and planned.status == dg.DagsterRunStatus.QUEUED
+        ):
             continue  # a run is about to report it
         target = (
-            _target_type()(storage_id=latest.storage_id, run_id=latest.event_log_entry.run_id, timestamp=latest.timestamp)
+            _target_type()(
+                storage_id=latest.storage_id, run_id=latest.event_log_entry.run_id, timestamp=latest.timestamp
+            )
             if latest
             else None
         )
@@ -199,13 +241,17 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
                 target_materialization_data=target,
             )
         )
-        events.append(f"check {project.address_of(key.asset_key)} {key.name}: {'passed' if result.passed else 'failed'}")
+        events.append(
+            f"check {project.address_of(key.asset_key)} {key.name}: {'passed' if result.passed else 'failed'}"
+        )
     return events
 
 
 def _target_type() -> Any:
     """Class of the reference from an evaluation of a check to a materialization."""
-    return private_module("dagster._core.definitions.asset_checks.asset_check_evaluation").AssetCheckEvaluationTargetMaterializationData
+    return private_module(
+        "dagster._core.definitions.asset_checks.asset_check_evaluation"
+    ).AssetCheckEvaluationTargetMaterializationData
 
 
 def _evaluates(record: Any, evaluation: dg.AssetCheckEvaluation, latest: dg.EventLogRecord | None) -> bool:

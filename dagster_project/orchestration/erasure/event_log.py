@@ -1,4 +1,5 @@
-"""Takes what holds an erased record out of Dagster's home: rows of its SQLite files, and log files. The event log is a view, which a sync fills again."""
+"""Takes what holds an erased record out of Dagster's home: rows of its SQLite
+files, and log files. The event log is a view, which a sync fills again."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def clean(path: Path, scanner: Scanner, only_sure: bool) -> None:
     """Delete the rows that hold something of a record from a SQLite file, and rewrite it, so that no free page does.
 
     Args:
-        only_sure: leave rows with no more than one short fragment of a text: projects that share a file can have them by chance.
+        only_sure: leave rows with no more than one short fragment of a text:
+            projects that share a file can have them by chance.
 
     Raises:
         Busy: another process uses it.
@@ -42,7 +44,12 @@ def clean(path: Path, scanner: Scanner, only_sure: bool) -> None:
         with closing(sqlite3.connect(path, timeout=LONGEST_WAIT, isolation_level=None)) as db:
             db.execute("PRAGMA secure_delete = ON")
             db.execute("BEGIN IMMEDIATE")
-            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")]
+            tables = [
+                name
+                for (name,) in db.execute(
+                    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+                )
+            ]
             for name in tables:
                 _clean_table(db, name, scanner, only_sure)
             db.execute("COMMIT")
@@ -50,7 +57,8 @@ def clean(path: Path, scanner: Scanner, only_sure: bool) -> None:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.DatabaseError as error:  # locked, or damaged
         raise Busy(
-            f"{path} cannot be cleaned: {error}", "stop Dagster (`pedigree ui`, its daemon and runs), then run the same command again"
+            f"{path} cannot be cleaned: {error}",
+            "stop Dagster (`pedigree ui`, its daemon and runs), then run the same command again",
         ) from None
 
 
@@ -63,9 +71,13 @@ def _clean_table(db: sqlite3.Connection, name: str, scanner: Scanner, only_sure:
     found: list[tuple[int]] = []
     while rows := table.fetchmany(ROWS):
         held = scanner.contents(("", b"\n".join(filter(None, map(_bytes, row[1:])))) for row in rows)
-        found += [(row[0],) for row, kinds in zip(rows, held, strict=True) if SURE in kinds or (kinds and not only_sure)]
+        found += [
+            (row[0],) for row, kinds in zip(rows, held, strict=True) if SURE in kinds or (kinds and not only_sure)
+        ]
     db.executemany(f'DELETE FROM "{quoted}" WHERE rowid = ?', found)
 
 
 def _bytes(value: object) -> bytes:
-    return value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b""
+    return (
+        value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b""
+    )

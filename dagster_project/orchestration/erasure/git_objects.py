@@ -1,4 +1,5 @@
-"""Searches what git keeps: all its objects, also those that no commit reaches any more, those of submodules, and files of Git LFS and git-annex."""
+"""Searches what git keeps: all its objects, also those that no commit reaches
+any more, those of submodules, and files of Git LFS and git-annex."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ class GitSearch:
         """Raises:
         InputError: git cannot list the objects: silence would read as a clean history.
         """
-        listed = git(self.root, "cat-file", "--batch-all-objects", "--batch-check=%(objectname) %(objecttype) %(objectsize)")
+        listed = git(
+            self.root, "cat-file", "--batch-all-objects", "--batch-check=%(objectname) %(objecttype) %(objectsize)"
+        )
         if listed is None:
             raise _failed(self.root)
         batch: list[str] = []
@@ -89,7 +92,9 @@ class GitSearch:
     def _search(self, names: list[str]) -> None:
         contents = blobs(self.root, names)
         kinds = self.scanner.contents((f"git blob {name[:12]}", content) for name, content in contents.items())
-        self.found |= {name: len(content) for (name, content), held in zip(contents.items(), kinds, strict=True) if held}
+        self.found |= {
+            name: len(content) for (name, content), held in zip(contents.items(), kinds, strict=True) if held
+        }
         lost = [name for name in names if name not in contents]
         if len(lost) == 1:
             self.unreadable += 1

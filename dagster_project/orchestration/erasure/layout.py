@@ -1,4 +1,5 @@
-"""Which place of a project a file is in: the place decides whether an erasure may delete the file. All paths are resolved before they are compared."""
+"""Which place of a project a file is in: the place decides whether an erasure
+may delete the file. All paths are resolved before they are compared."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ FOLDERS = {
     ".dvc/tmp": "scratch files of DVC",
     "data": "outputs",
 }
-"""Folder -> name of the place, for files of the project. In those of DVC people's experiments can be, so nothing there is deleted."""
+"""Folder -> name of the place, for files of the project. In those of DVC
+people's experiments can be, so nothing there is deleted."""
 DAGSTER_FOLDERS = ("history", "schedules", "storage")
 """Folders of Dagster's home that Dagster fills: event log and runs, schedules, logs and values."""
 WORK_TREES = "other work trees of git"

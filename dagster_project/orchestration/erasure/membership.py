@@ -1,4 +1,5 @@
-"""Measures the losses of erased records, and of records that were never trained on, by the models before an erasure and by those made again."""
+"""Measures the losses of erased records, and of records that were never trained
+on, by the models before an erasure and by those made again."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from dagster_project.orchestration import dvc
 BASE_MODEL = "base_model"
 MERGED, ALIGNED = "merged", "merged_aligned"
 MEASURED = (MERGED, ALIGNED)
-"""Stages whose models give likelihoods of texts. Those of `adapter` and `aligned` are in them, and `release` is a copy of one."""
+"""Stages whose models give likelihoods of texts. Those of `adapter` and
+`aligned` are in them, and `release` is a copy of one."""
 MOST = 500
 """Controls that are measured, chosen by id."""
 CONVERSATIONS, PAIRS = "conversations", "preferred answers of pairs"
@@ -45,20 +47,25 @@ class Work:
 
 
 def trained_records(root: Path, ids: Sequence[str], key: bytes, models: Iterable[str]) -> list[dict[str, Any]]:
-    """The records with some ids that models of the workspace were trained on, by keyed hash, with these models and what is needed to measure them."""
+    """The records with some ids that models of the workspace were trained on,
+    by keyed hash, with these models and what is needed to measure them."""
     wanted = {*ids}
     learned = {address: _learned(root, address) for address in models if address.partition("@")[0] in MEASURED}
     found = []
     for kind in DATA:
         for row in (row for row in _split(root, kind, "train") if row["example_id"] in wanted):
             by = [address for address, those in learned.items() if those is None or row["example_id"] in those]
-            found += [{"mark": record_mark(key, row["example_id"]), "kind": kind, "models": by, **_measurable(row)}] if by else []
+            found += (
+                [{"mark": record_mark(key, row["example_id"]), "kind": kind, "models": by, **_measurable(row)}]
+                if by
+                else []
+            )
     return found
 
 
 def _learned(root: Path, address: str) -> set[str] | None:
-    """Ids of the records in the training steps of a model and of those that it was made from: training can end before others of its split, or leave them
-    out. None if unknown."""
+    """Ids of the records in the training steps of a model and of those that it was made from: training can end before
+    others of its split, or leave them out. None if unknown."""
     index = Index(root)
     try:
         subject = find(index, address)
@@ -75,14 +82,20 @@ def _split(root: Path, kind: str, name: str) -> list[dict[str, Any]]:
     folder = root / "data" / DATA[kind] / name
     if kind == CONVERSATIONS:
         return read_records(folder)
-    return [{**row, "messages": [*row["prompt"], *row["chosen"]]} for row in read_preferences(folder) if row["prompt"] and row["chosen"]]
+    return [
+        {**row, "messages": [*row["prompt"], *row["chosen"]]}
+        for row in read_preferences(folder)
+        if row["prompt"] and row["chosen"]
+    ]
 
 
 def _measurable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in ("messages", "tools", "category", "source")}
 
 
-def measure(root: Path, erased: Sequence[Mapping[str, Any]], ids: Sequence[str], models: Mapping[str, str]) -> dict[str, Any]:
+def measure(
+    root: Path, erased: Sequence[Mapping[str, Any]], ids: Sequence[str], models: Mapping[str, str]
+) -> dict[str, Any]:
     """Model -> kind of records -> their losses among those of controls, or why they were not measured.
 
     Args:
@@ -132,15 +145,21 @@ def _measure(
         )
         [losses] = LocalProcesses(1).map(_losses, work, [[_measurable(row) for row in (*records, *controls)]])
     except (PedigreeError, OSError, ValueError, RuntimeError) as error:
-        return {"not measured": error.what if isinstance(error, PedigreeError) else f"the model cannot be loaded: {type(error).__name__}"}
+        return {
+            "not measured": error.what
+            if isinstance(error, PedigreeError)
+            else f"the model cannot be loaded: {type(error).__name__}"
+        }
     of_records, of_controls = losses[: len(records)], losses[len(records) :]
     return compare(
-        {record["mark"]: loss for record, loss in zip(records, of_records, strict=True) if loss}, [loss for loss in of_controls if loss]
+        {record["mark"]: loss for record, loss in zip(records, of_records, strict=True) if loss},
+        [loss for loss in of_controls if loss],
     )
 
 
 def _controls(root: Path, address: str, kind: str, erased: set[str]) -> list[dict[str, Any]]:
-    """Rows of the test split of which the model saw neither prompt nor relative: neither in training nor in validation, which chose its weights."""
+    """Rows of the test split of which the model saw neither prompt nor
+    relative: neither in training nor in validation, which chose its weights."""
     seen = [row for name in ("train", "validation") for row in _split(root, CONVERSATIONS, name)]
     if address.startswith(f"{ALIGNED}@"):
         seen += [row for name in ("train", "validation") for row in _split(root, PAIRS, name)]
@@ -157,7 +176,8 @@ def _controls(root: Path, address: str, kind: str, erased: set[str]) -> list[dic
 
 
 def _losses(work: Work, records: Sequence[Mapping[str, Any]]) -> list[Loss | None]:
-    """Loss of each record in nats per token of its answers; None where the model cannot read it, or no token is an answer.
+    """Loss of each record in nats per token of its answers; None where the
+    model cannot read it, or no token is an answer.
 
     Raises:
         InputError: the model predicts labels only.

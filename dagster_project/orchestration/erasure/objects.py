@@ -1,5 +1,6 @@
-"""Which objects of DVC's cache and remotes an erasure removes: those of this project that hold the record, all files of outputs with one, and all files
-of retired outputs. A cache or remote can have objects of other projects, so only what the history of this one names is removed."""
+"""Which objects of DVC's cache and remotes an erasure removes: those of this project that hold the record, all files of
+outputs with one, and all files of retired outputs. A cache or remote can have objects of other projects, so only what
+the history of this one names is removed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from dagster_project.lineage.runs import StageRun
 
 BASE_MODEL, BENCHMARKS = "base_model", f"{SOURCES}/benchmarks"
 RECORDED = ("commit", "workspace", "reflog")
-"""Places of runs that this project recorded itself. A run cache can have been fetched from a remote of several projects."""
+"""Places of runs that this project recorded itself. A run cache can have been
+fetched from a remote of several projects."""
 NAME = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 
 
@@ -45,7 +47,8 @@ class Own:
     """Objects of this project, by hash."""
 
     outputs: frozenset[str]
-    """Outputs that can hold a row of a source or of what was made from it, and versions of sources that .dvc files name."""
+    """Outputs that can hold a row of a source or of what was made from it, and
+    versions of sources that .dvc files name."""
     files: frozenset[str]
     """Files of those outputs that are folders."""
     others: frozenset[str]
@@ -53,7 +56,8 @@ class Own:
 
 
 def own_objects(index: Index, known: Collection[str], with_run_cache: bool) -> Own:
-    """What the history of the project names: dvc.lock and .dvc files of the workspace and of every commit, reflog included.
+    """What the history of the project names: dvc.lock and .dvc files of the
+    workspace and of every commit, reflog included.
 
     Args:
         known: outputs that are known to be the project's, from before the sources changed.
@@ -84,7 +88,8 @@ def _with_rows(runs: Iterable[StageRun]) -> set[str]:
     while new := {
         path
         for path, given in inputs.items()
-        if path not in found and any(_is_source(one) or any(is_within(one, by) or is_within(by, one) for by in found) for one in given)
+        if path not in found
+        and any(_is_source(one) or any(is_within(one, by) or is_within(by, one) for by in found) for one in given)
     }:
         found |= new
     return found
@@ -100,13 +105,24 @@ def _tracked_sources(root: Path) -> set[str]:
     options = ("--all", "--reflog", "--raw", "--no-abbrev", "--no-renames", "-m", "--format=")
     log = git(root, *EACH_PARENT, "log", *options, "--", *where) or ""
     committed = blobs(root, re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [AM]", log)).values()
-    files = [path for path in (root / SOURCES).rglob("*.dvc") if path.is_file() and not path.is_relative_to(root / BENCHMARKS)]
-    texts = [*(content.decode("utf-8", "replace") for content in committed), *(path.read_text("utf-8", "replace") for path in files)]
+    files = [
+        path
+        for path in (root / SOURCES).rglob("*.dvc")
+        if path.is_file() and not path.is_relative_to(root / BENCHMARKS)
+    ]
+    texts = [
+        *(content.decode("utf-8", "replace") for content in committed),
+        *(path.read_text("utf-8", "replace") for path in files),
+    ]
     return {name for text in texts for name in NAME.findall(text)}
 
 
 def to_remove(
-    folders: Mapping[str, frozenset[str]], holding: Collection[str], retired: Collection[str], needed: Collection[str], own: Own
+    folders: Mapping[str, frozenset[str]],
+    holding: Collection[str],
+    retired: Collection[str],
+    needed: Collection[str],
+    own: Own,
 ) -> set[str]:
     """Hashes of the objects to remove. What a folder that stays has, stays, whichever project's it is.
 

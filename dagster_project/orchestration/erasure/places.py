@@ -1,4 +1,5 @@
-"""Searches every place of a project that can hold a record: work tree, DVC's cache and scratch files, index, Dagster's home, remotes, git objects."""
+"""Searches every place of a project that can hold a record: work tree, DVC's
+cache and scratch files, index, Dagster's home, remotes, git objects."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.progress import Progress
 from dagster_project.lineage.erasure.scan import SURE, Hit, Scanner, Walk, is_weights
 from dagster_project.lineage.history import is_in_repository
-from dagster_project.orchestration.erasure.git_objects import LARGE_FILES, GitSearch, git_folder, missing_history, submodules
+from dagster_project.orchestration.erasure.git_objects import (
+    LARGE_FILES,
+    GitSearch,
+    git_folder,
+    missing_history,
+    submodules,
+)
 from dagster_project.orchestration.erasure.layout import EVENT_LOG, PLAN, Layout, layout_of
 from dagster_project.orchestration.erasure.remotes import Remotes
 
@@ -44,7 +51,11 @@ class Search:
     def document(self) -> dict[str, object]:
         """Place -> what was found there."""
         found: dict[str, object] = {
-            place: {"files": len(hits), "bytes": sum(hit.size for hit in hits), "paths": [self._shown(hit.path) for hit in hits]}
+            place: {
+                "files": len(hits),
+                "bytes": sum(hit.size for hit in hits),
+                "paths": [self._shown(hit.path) for hit in hits],
+            }
             for place, hits in self.places.items()
         }
         return found | ({GIT: {"blobs": self.blobs}} if self.blobs else {})

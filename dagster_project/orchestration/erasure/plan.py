@@ -1,4 +1,5 @@
-"""The plan of an erasure: rows, relatives, models, places. A document on disk, by which an interrupted erasure goes on; it is deleted at the end."""
+"""The plan of an erasure: rows, relatives, models, places. A document on disk,
+by which an interrupted erasure goes on; it is deleted at the end."""
 
 from __future__ import annotations
 
@@ -40,10 +41,19 @@ from dagster_project.orchestration.erasure.remotes import remotes_of
 
 FILE = PLAN / "plan.json"
 REMAKE, RETIRE, KEEP = "remake", "retire", "keep"
-"""What becomes of a model that saw the record: made again in the workspace; deleted; kept, because it was only tested on it."""
+"""What becomes of a model that saw the record: made again in the workspace;
+deleted; kept, because it was only tested on it."""
 
 STORAGES = frozenset(
-    {"storage", "run_storage", "event_log_storage", "schedule_storage", "local_artifact_storage", "compute_logs", "instance_class"}
+    {
+        "storage",
+        "run_storage",
+        "event_log_storage",
+        "schedule_storage",
+        "local_artifact_storage",
+        "compute_logs",
+        "instance_class",
+    }
 )
 """Sections of dagster.yaml that put something in other places than Dagster's home."""
 
@@ -70,7 +80,9 @@ def load(root: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads((root / FILE).read_bytes())
     except ValueError:
-        raise InputError(f"{FILE}: the plan of an unfinished erasure is damaged", "delete it, and ask for the erasure again") from None
+        raise InputError(
+            f"{FILE}: the plan of an unfinished erasure is damaged", "delete it, and ask for the erasure again"
+        ) from None
     return found
 
 
@@ -90,7 +102,8 @@ def usable_key(root: Path) -> bytes:
     key = read_key(root)
     if hashlib.sha256(key).hexdigest() == SAMPLE_KEY:
         raise InputError(
-            f"{RECORD_KEY} is the key of the sample project, which is public: keyed hashes of erased records would hide nothing",
+            f"{RECORD_KEY} is the key of the sample project, which is public: keyed hashes of erased records would hide"
+            " nothing",
             f"create a key of your own: `{CREATE}`",
         )
     return key
@@ -106,7 +119,8 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     """Look everything up; nothing is changed.
 
     Raises:
-        InputError: a part of the request means nothing, the raw data sets are not those of the sources, or a row cannot be taken out.
+        InputError: a part of the request means nothing, the raw data sets are
+            not those of the sources, or a row cannot be taken out.
     """
     key = usable_key(root)
     read_erased(root)  # tombstones of another key would end the pipeline after the rows are gone
@@ -124,7 +138,8 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     _refuse_without_tombstone(found, key)
     sources = {path: _change(root, path, numbers, False, read) for path, numbers in sorted(rows.items())}
     sources |= {
-        path: _change(root, path, numbers, path.startswith("data/sources/review/"), read) for path, numbers in sorted(found.notes.items())
+        path: _change(root, path, numbers, path.startswith("data/sources/review/"), read)
+        for path, numbers in sorted(found.notes.items())
     }
     refuse_empty(finder.raws, found)
     models, unknown, retired = models_of(index, found)
@@ -171,18 +186,23 @@ def _to_make_again(states: Mapping[str, dvc.StageState]) -> list[str]:
 
 def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
     """Raises:
-    InputError: the rows of a raw data set may not be those of its sources, its sources were never read, or a stage cannot be made again.
+    InputError: the rows of a raw data set may not be those of its sources, its
+        sources were never read, or a stage cannot be made again.
     """
     if frozen := [address for address, state in states.items() if state.frozen and state.recorded]:
         raise InputError(
-            f"{', '.join(frozen)}: frozen in dvc.yaml, so DVC would not make it again without the records", "remove `frozen: true` first"
+            f"{', '.join(frozen)}: frozen in dvc.yaml, so DVC would not make it again without the records",
+            "remove `frozen: true` first",
         )
-    code_lock.refuse_other_code(root, {address.partition("@")[0] for address, state in states.items() if state.recorded})
+    code_lock.refuse_other_code(
+        root, {address.partition("@")[0] for address, state in states.items() if state.recorded}
+    )
     for address in (EXAMPLES, PAIRS):
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
         if address in states and (states[address].recorded or is_used) and states[address].changed:
             raise InputError(
-                f"{address} is not up to date ({states[address].changed[0]}), so its rows may not be those of the sources",
+                f"{address} is not up to date ({states[address].changed[0]}), so its rows may not be those of the"
+                " sources",
                 f"run `dvc repro {address}`, then ask again",
             )
 
@@ -193,14 +213,16 @@ def _refuse_without_tombstone(found: Found, key: bytes) -> None:
     """
     if kept := found.without_tombstone(key):
         raise InputError(
-            f"{kept[0]}: its source cannot be changed from here, and it cannot be left out, because a row that stays has the same text, or it has no text",
+            f"{kept[0]}: its source cannot be changed from here, and it cannot be left out, because a row that stays"
+            " has the same text, or it has no text",
             "erase its copies, too (leave out --not copies), or have its owner take it out, and set the new `revision`",
         )
 
 
 def refuse_empty(raws: Iterable[Raw], found: Found) -> None:
     """Raises:
-    InputError: a raw data set would have no row, so the stages after it would stop half-way through the erasure. A file keeps a row; sources on the Hub and in S3 need not.
+    InputError: a raw data set would have no row, so the stages after it would stop half-way through the erasure. A file
+        keeps a row; sources on the Hub and in S3 need not.
     """
     meant = {id(raw) for raw in found.meant}
     current = [raw for raw in raws if raw.current]
@@ -208,7 +230,8 @@ def refuse_empty(raws: Iterable[Raw], found: Found) -> None:
     if emptied := sorted({raw.stage for raw in current} - kept):
         raise InputError(
             f"{emptied[0]}: no row would be left, and the stages after it need one",
-            f"give it other sources in params.yaml, `dvc repro {emptied[0]}`, then ask again: earlier versions are searched, too",
+            f"give it other sources in params.yaml, `dvc repro {emptied[0]}`, then ask again: earlier versions are"
+            " searched, too",
         )
 
 
@@ -224,14 +247,23 @@ def _revision(root: Path, path: str) -> str:
 
 
 def _hashes_when_read(root: Path) -> dict[str, str]:
-    """sha256 of each source file that the raw data sets were read from, by their reports: row numbers are those of these versions."""
+    """sha256 of each source file that the raw data sets were read from, by
+    their reports: row numbers are those of these versions."""
     found: dict[str, str] = {}
     for address in (EXAMPLES, PAIRS):
         path = f"data/reports/{address}.json"
-        report = read_document(root / path, path, f"make it again with `dvc repro {address}`") if (root / path).is_file() else {}
+        report = (
+            read_document(root / path, path, f"make it again with `dvc repro {address}`")
+            if (root / path).is_file()
+            else {}
+        )
         for name, facts in report.get("sources", {}).items():
             files = facts.get("files")
-            found |= {name: facts["sha256"]} if files is None else {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
+            found |= (
+                {name: facts["sha256"]}
+                if files is None
+                else {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
+            )
     return found
 
 
@@ -247,12 +279,14 @@ def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read
     Args:
         read: sha256 of each file when its rows were numbered.
     Raises:
-        InputError: it is not a file of data/sources, it was changed since its rows were numbered, or the rows cannot be taken out.
+        InputError: it is not a file of data/sources, it was changed since its
+            rows were numbered, or the rows cannot be taken out.
     """
     file = root / path
     if "://" in path or not file.is_file() or not _is_own(root, file):
         raise InputError(
-            f"{path}: not a file in data/sources, so rows cannot be taken out", "erase them where it is kept, and set its new `revision`"
+            f"{path}: not a file in data/sources, so rows cannot be taken out",
+            "erase them where it is kept, and set its new `revision`",
         )
     numbers = sorted(rows)
     content = removal.without(file, {*numbers}, path, may_be_empty)
@@ -266,7 +300,8 @@ def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read
 
 
 def _is_own(root: Path, file: Path) -> bool:
-    """Whether a file is in data/sources, itself or, for a file that DVC tracks, as a link to DVC's cache, which is replaced and not followed."""
+    """Whether a file is in data/sources, itself or, for a file that DVC tracks,
+    as a link to DVC's cache, which is replaced and not followed."""
     folder = file.parent.resolve()
     is_link_elsewhere = file.is_symlink() and not file.resolve().is_relative_to(Objects(root).cache.resolve())
     return folder.is_relative_to((root / "data" / "sources").resolve()) and not is_link_elsewhere
@@ -274,7 +309,8 @@ def _is_own(root: Path, file: Path) -> bool:
 
 def _refuse_reason(reason: str, request: Request, found: Found) -> None:
     """Raises:
-    InputError: the reason, which is written to files that git tracks, holds what was requested or a text or id of the records, or is not UTF-8.
+    InputError: the reason, which is written to files that git tracks, holds
+        what was requested or a text or id of the records, or is not UTF-8.
     """
     try:
         reason.encode()
@@ -286,13 +322,15 @@ def _refuse_reason(reason: str, request: Request, found: Found) -> None:
     parts = [*request.containing, *request.records, *ids, *texts]
     if any(part and part in said for part in (" ".join(one.casefold().split()) for one in parts)):
         raise InputError(
-            "--reason: it repeats what was requested, or a text or id of the records, and is written to files that git tracks",
+            "--reason: it repeats what was requested, or a text or id of the records, and is written to files that git"
+            " tracks",
             "name the request by a number of your own",
         )
 
 
 def _has_event_log_elsewhere(root: Path) -> bool:
-    """Whether dagster.yaml puts the event log, the runs or the logs of runs in other places than Dagster's home, such as Postgres."""
+    """Whether dagster.yaml puts the event log, the runs or the logs of runs in
+    other places than Dagster's home, such as Postgres."""
     file = dagster_home(root) / "dagster.yaml"
     if not file.is_file():
         return False
@@ -320,10 +358,15 @@ def _names_of_rows(root: Path, notes: Mapping[str, set[int]]) -> Iterator[tuple[
     """(where, name of a row, what names it), without lines of review files that are taken out."""
     for section, value in params.read(root).items():
         waivers = value.get("waivers", []) if isinstance(value, Mapping) else []
-        yield from ((f"params.yaml: {section}.waivers", name, "waiver") for name in _names([w for w in waivers if isinstance(w, Mapping)]))
+        yield from (
+            (f"params.yaml: {section}.waivers", name, "waiver")
+            for name in _names([w for w in waivers if isinstance(w, Mapping)])
+        )
     for path, lines in rows_of_notes(root, NOTES["review"]):
         yield from (
-            (path, str(line.value.get("example_id")), "line") for line in lines if line.value and line.source_row not in notes.get(path, ())
+            (path, str(line.value.get("example_id")), "line")
+            for line in lines
+            if line.value and line.source_row not in notes.get(path, ())
         )
 
 
@@ -334,8 +377,9 @@ def _names(waivers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def models_of(index: Index, found: Found) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
-    """Models that saw any of the erased records, each with its `outcome`; those of which it is unknown; and hashes of the outputs to retire: of models,
-    and of everything that was made from them. Ids that a row that stays has too do not count: a model that learned from that row only is kept."""
+    """Models that saw any of the erased records, each with its `outcome`; those of which it is unknown; and hashes of
+    the outputs to retire: of models, and of everything that was made from them. Ids that a row that stays has too do
+    not count: a model that learned from that row only is kept."""
     models, unknown = exposed_models(index, found.own_ids) if found.own_ids else ([], [])
     workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
     models = [_with_outcome(model, workspace) for model in models]
@@ -346,7 +390,11 @@ def models_of(index: Index, found: Found) -> tuple[list[dict[str, Any]], list[di
 def _with_outcome(model: Mapping[str, Any], workspace: set[str]) -> dict[str, Any]:
     splits = {split for seen in model["seen"] for split in seen["splits"]}
     outcome = KEEP if splits == {"test"} else REMAKE if model["md5"] in workspace else RETIRE
-    return {**{name: model[name] for name in ("stage", "path", "md5", "commit", "found_in")}, "splits": sorted(splits), "outcome": outcome}
+    return {
+        **{name: model[name] for name in ("stage", "path", "md5", "commit", "found_in")},
+        "splits": sorted(splits),
+        "outcome": outcome,
+    }
 
 
 def _made_from(index: Index, models: set[str]) -> set[str]:
@@ -368,7 +416,9 @@ def _outputs(index: Index) -> dict[str, str]:
 
 def needles_in(plan: Mapping[str, Any]) -> Needles:
     saved = plan["needles"]
-    return Needles(tuple(saved["texts"]), tuple(map(tuple, saved["groups"])), tuple(saved["ids"]), saved["unsearchable"])
+    return Needles(
+        tuple(saved["texts"]), tuple(map(tuple, saved["groups"])), tuple(saved["ids"]), saved["unsearchable"]
+    )
 
 
 def models_now(root: Path) -> dict[str, str]:
@@ -377,7 +427,8 @@ def models_now(root: Path) -> dict[str, str]:
 
 
 def found_in_models(root: Path, ids: Sequence[str]) -> dict[str, list[str]]:
-    """Addresses of the models of the workspace that saw any of the records, whatever the split, as "yes"; those of which nobody can tell, as "unknown"."""
+    """Addresses of the models of the workspace that saw any of the records,
+    whatever the split, as "yes"; those of which nobody can tell, as "unknown"."""
     index = Index(root)
     index.read_records()
     exposed, unknown = exposed_in_workspace(index, ids) if ids else ([], [])

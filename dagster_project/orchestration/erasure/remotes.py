@@ -1,4 +1,5 @@
-"""The cache and the DVC remotes of a project: those in a folder of this machine, and those elsewhere, which `pedigree erase` does not reach."""
+"""The cache and the DVC remotes of a project: those in a folder of this
+machine, and those elsewhere, which `pedigree erase` does not reach."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Carries out the plan of an erasure, step by step. What a step removes is written to the plan before anything is removed, so that an interrupted
-erasure goes on with the same lists, and ends in the same state and certificate."""
+"""Carries out the plan of an erasure, step by step. What a step removes is written to the plan before anything is
+removed, so that an interrupted erasure goes on with the same lists, and ends in the same state and certificate."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from dagster_project.views.comparison import WHY
 log = logging.getLogger("pedigree")
 
 OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows", GRADIENTS.name, PROOFS.name, KNOWN_HASHES.name)
-"""Folders and files of .dvc/tmp/pedigree that may hold tokens, weights, gradients or hashes of a run with the record: deleted as a whole."""
+"""Folders and files of .dvc/tmp/pedigree that may hold tokens, weights,
+gradients or hashes of a run with the record: deleted as a whole."""
 DELETED = ("pages", SCRATCH)
 """Places whose files are deleted: they are drawn again, or are of no use."""
 COPY = "source"
@@ -57,12 +58,17 @@ class Erasure:
     def run(self) -> None:
         """All steps that are not done yet. `left` comes after all that the command does."""
         steps = (
-            self.losses_before, self.sources, self.tombstones, self.pipeline, self.losses_after, self.cache, self.files, self.index, self.dagster
+            self.losses_before, self.sources, self.tombstones, self.pipeline, self.losses_after, self.cache, self.files,
+            self.index, self.dagster
         )  # fmt: skip
         for step in steps:
             if step.__name__ not in self.plan["done"]:
                 log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
-                with nullcontext() if step == self.pipeline else no_stage_runs(self.root, self.plan["stages"], waits=True):
+                with (
+                    nullcontext()
+                    if step == self.pipeline
+                    else no_stage_runs(self.root, self.plan["stages"], waits=True)
+                ):
                     step()
                 self.plan["done"].append(step.__name__)
                 save(self.root, self.plan)
@@ -84,7 +90,9 @@ class Erasure:
             if now == change["after"]:
                 continue
             if now != change["before"]:
-                raise InputError(f"{path} was changed since the erasure began", "undo the change, then run the same command again")
+                raise InputError(
+                    f"{path} was changed since the erasure began", "undo the change, then run the same command again"
+                )
             content = removal.without(file, {*change["rows"]}, path, change["may_be_empty"])
             if sha256_of_bytes(content) != change["after"]:
                 raise AssertionError(f"{path}: another result than planned")
@@ -93,7 +101,9 @@ class Erasure:
     def tombstones(self) -> None:
         """Write keyed hashes of the records, by which a later import is refused."""
         reason = {"reason": self.plan["reason"]} if self.plan["reason"] else {}
-        tombstones.add(self.root, self.plan["tombstones"], {"key": self.plan["key"], "date": self.plan["date"], **reason})
+        tombstones.add(
+            self.root, self.plan["tombstones"], {"key": self.plan["key"], "date": self.plan["date"], **reason}
+        )
 
     def pipeline(self) -> None:
         """Make all stages again that had run."""
@@ -134,7 +144,9 @@ class Erasure:
         """Take out of the lists what dvc.lock names by now: an interrupted erasure can go on much later."""
         needed = needed_objects(self.root)
         removed["objects"] = [name for name in removed["objects"] if name not in needed]
-        removed["remotes"] = {remote: [name for name in names if name not in needed] for remote, names in removed["remotes"].items()}
+        removed["remotes"] = {
+            remote: [name for name in names if name not in needed] for remote, names in removed["remotes"].items()
+        }
         save(self.root, self.plan)
 
     def _plan_objects(self) -> None:
@@ -148,7 +160,9 @@ class Erasure:
             own = own_objects(index, self.plan["own"], with_run_cache=True)
             oids = self._oids(found, CACHE, remotes.cache, needed, own, {*self.plan["retired"]})
         on_remotes = {
-            name: self._oids(found, f"remote {name}", folder, needed, recorded, recorded.outputs.intersection(self.plan["retired"]))
+            name: self._oids(
+                found, f"remote {name}", folder, needed, recorded, recorded.outputs.intersection(self.plan["retired"])
+            )
             for name, folder in remotes.folders.items()
         }
         everything = oids.union(*on_remotes.values())
@@ -160,19 +174,26 @@ class Erasure:
             "remotes": {name: sorted(of) for name, of in on_remotes.items()},
         }
         self.plan["shared cache"] = not found.layout.owns_cache
-        self.plan["files"] = sorted(os.path.relpath(hit.path, self.root) for place in DELETED for hit in found.places.get(place, ()))
+        self.plan["files"] = sorted(
+            os.path.relpath(hit.path, self.root) for place in DELETED for hit in found.places.get(place, ())
+        )
 
-    def _oids(self, found: Search, place: str, storage: Path, needed: set[str], own: Own, retired: set[str] | frozenset[str]) -> set[str]:
+    def _oids(
+        self, found: Search, place: str, storage: Path, needed: set[str], own: Own, retired: set[str] | frozenset[str]
+    ) -> set[str]:
         """Hashes of the objects of a cache or remote to remove."""
         folder = storage / "files" / "md5"
         hits = (hit for hit in found.places.get(place, ()) if hit.sure and hit.path.is_relative_to(folder))
         holding = {name for hit in hits if (name := name_of(hit.path))}
-        holding |= {change["md5"] for change in self.plan["sources"].values() if "md5" in change}  # whatever a search finds in a short text
+        holding |= {
+            change["md5"] for change in self.plan["sources"].values() if "md5" in change
+        }  # whatever a search finds in a short text
         gone = to_remove(listings(folder), holding, retired, needed, own)
         return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
 
     def files(self) -> None:
-        """Remove pages and scratch files that hold them, and papers of the release and attestations that state hashes of the sources before."""
+        """Remove pages and scratch files that hold them, and papers of the
+        release and attestations that state hashes of the sources before."""
         papers_in_place.delete(self.root)
         for folder in self.plan.get("signatures", ()):
             for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY):
@@ -181,7 +202,9 @@ class Erasure:
             Path(self.root, path).unlink(missing_ok=True)
         for name in OWN_SCRATCH:
             remove(self.root / ".dvc" / "tmp" / "pedigree" / name)
-        remove(self.root / WHY)  # also pages with a short text, which no search finds: they have the beginning of an id alone
+        remove(
+            self.root / WHY
+        )  # also pages with a short text, which no search finds: they have the beginning of an id alone
 
     def index(self) -> None:
         """Remove the records from the index of audits."""

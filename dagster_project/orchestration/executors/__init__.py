@@ -1,7 +1,9 @@
-"""Where a stage computes. `run_stage` passes it to an executor; nothing else depends on the machine that a stage runs on.
+"""Where a stage computes. `run_stage` passes it to an executor; nothing else
+depends on the machine that a stage runs on.
 
-The driver (run_stage.py) is the process that DVC starts on this host for `python -m dagster_project run STAGE`. Only the driver verifies
-inputs, holds the stage's lock, applies the gate and publishes; only DVC records. Where a stage runs is not part of a result's identity (docs/decisions/018).
+The driver (run_stage.py) is the process that DVC starts on this host for `python -m dagster_project run STAGE`. Only
+the driver verifies inputs, holds the stage's lock, applies the gate and publishes; only DVC records. Where a stage runs
+is not part of a result's identity (docs/decisions/018).
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ class StageJob:
 
     pipeline: Pipeline
     ctx: StageContext
-    """The stage, its parameters and its folders. `ctx.scratch`, the working folder of the run, has only the empty folder of the output."""
+    """The stage, its parameters and its folders. `ctx.scratch`, the working
+    folder of the run, has only the empty folder of the output."""
     inputs: Mapping[str, str]
-    """Content hash of everything that the stage reads, by path. With the stage's address it identifies the run, so that an executor can
-    find the job of a driver that was killed."""
+    """Content hash of everything that the stage reads, by path. With the stage's address it identifies the run, so that
+    an executor can find the job of a driver that was killed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class StageResult:
     measured: Mapping[str, float]
     """Time and memory of the run (seconds, bytes)."""
     execution: Mapping[str, Any] = field(default_factory=dict)
-    """Where it ran, if not on this host: node, resources, times, cost. Shown to the user; part of no output or report."""
+    """Where it ran, if not on this host: node, resources, times, cost. Shown to
+    the user; part of no output or report."""
 
 
 class Executor(Protocol):
@@ -46,8 +50,9 @@ class Executor(Protocol):
     def run(self, job: StageJob) -> StageResult:
         """Run the stage's command and wait for its end.
 
-        Meanwhile each line of its log goes to the logger "pedigree", and its live tables grow in `job.ctx.live` on this host. Afterwards,
-        also if a blocking check failed, its pages are in `job.ctx.pages`; after exit code 0, its outputs and plots are in `job.ctx.scratch`.
+        Meanwhile each line of its log goes to the logger "pedigree", and its live tables grow in `job.ctx.live` on this
+        host. Afterwards, also if a blocking check failed, its pages are in `job.ctx.pages`; after exit code 0, its
+        outputs and plots are in `job.ctx.scratch`.
 
         Raises:
             KeyboardInterrupt: the run was canceled, and the executor stopped every process that it had started.

@@ -30,8 +30,8 @@ class LocalExecutor:
 
 
 def run_with_pages(ctx: StageContext, pipeline: Pipeline) -> Report:
-    """Run the stage with the execution hints of planning for this host, record the machine if it computes with floating-point numbers, and
-    draw its pages, also if a blocking check failed."""
+    """Run the stage with the execution hints of planning for this host, record the machine if it computes with
+    floating-point numbers, and draw its pages, also if a blocking check failed."""
     forecast = pipeline.forecast(ctx)
     report = pipeline.stages[ctx.stage](ctx if forecast is None else replace(ctx, hints=forecast.hints))
     if ctx.stage in pipeline.floating_point:

@@ -1,4 +1,5 @@
-"""Messages from a worker to its driver: marked JSON lines in the job's log. Also the versions that must be equal on both."""
+"""Messages from a worker to its driver: marked JSON lines in the job's log.
+Also the versions that must be equal on both."""
 
 from __future__ import annotations
 
@@ -14,21 +15,25 @@ from dagster_project.core.errors import InputError
 
 MARK = "@pedigree "
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "accelerate", "numpy", "pyarrow", "polars", "tokenizers", "safetensors", "bitsandbytes",
-    "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid", "detect-secrets", "phonenumberslite", "python-stdnum",
+    "torch", "transformers", "trl", "peft", "accelerate", "numpy", "pyarrow", "polars", "tokenizers", "safetensors",
+    "bitsandbytes",
+    "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid", "detect-secrets",
+    "phonenumberslite", "python-stdnum",
     "license-expression", "jsonschema", "jinja2", "scikit-learn", "sacrebleu", "lm-eval", "huggingface_hub",
 )  # fmt: skip
-"""Packages whose version can change a result: of training and evaluation, of checks and repairs of rows, of rendered prompts, of cards. Not Liger's kernels: the
-image for GPUs has them, and the driver's may be the one without."""
+"""Packages whose version can change a result: of training and evaluation, of checks and repairs of rows, of rendered
+prompts, of cards. Not Liger's kernels: the image for GPUs has them, and the driver's may be the one without."""
 
 THREADS = "OMP_NUM_THREADS"
-"""Ray sets it to the number of CPUs reserved. The worker gets the driver's, because it can change the last bits of a result and is in reports."""
+"""Ray sets it to the number of CPUs reserved. The worker gets the driver's,
+because it can change the last bits of a result and is in reports."""
 
 _lock = threading.Lock()
 
 
 def send(kind: str, content: Any) -> None:
-    """Write one message to the log of the job, which is this process's stdout. Kinds: hello, log, live, error, damaged."""
+    """Write one message to the log of the job, which is this process's stdout.
+    Kinds: hello, log, live, error, damaged."""
     line = f"{MARK}{json.dumps([kind, content])}\n"
     with _lock:
         sys.stdout.write(line)
@@ -36,7 +41,8 @@ def send(kind: str, content: Any) -> None:
 
 
 def received(text: str) -> Iterator[tuple[str, Any]]:
-    """The messages in a part of a job's log that ends with a whole line; any other line, e.g. of Ray, is of the kind "raw"."""
+    """The messages in a part of a job's log that ends with a whole line; any
+    other line, e.g. of Ray, is of the kind "raw"."""
     for line in text.splitlines():
         if line.startswith(MARK):
             try:
@@ -78,6 +84,7 @@ def refuse_other_versions(expected: Mapping[str, str]) -> None:
     """
     if differences := different(expected, versions()):
         raise InputError(
-            f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's version)",
+            f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's"
+            " version)",
             "install the driver's versions on the nodes, or start the driver in their environment",
         )

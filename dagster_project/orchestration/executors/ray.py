@@ -1,7 +1,8 @@
 """Executor `ray`: the stage runs as a job of a Ray cluster (Jobs API), on a node that shares no folder with this host.
 
-The driver pushes the inputs to DVC's remote, submits a job with the project's files and one command line, follows its log, and fetches the outputs by
-hash. A job is identified by its inputs, so that the next driver takes over the job of a driver that was killed (docs/decisions/024).
+The driver pushes the inputs to DVC's remote, submits a job with the project's files and one command line, follows its
+log, and fetches the outputs by hash. A job is identified by its inputs, so that the next driver takes over the job of a
+driver that was killed (docs/decisions/024).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ STOP_SECONDS = 5.0
 WAITING_LOG_SECONDS = 60.0
 """Interval of log lines about a job that waits for resources."""
 NEVER_STARTED = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
-"""Ray's error type of a job that waited too long for resources (15 minutes by default). It is submitted again, and was not lost."""
+"""Ray's error type of a job that waited too long for resources (15 minutes by
+default). It is submitted again, and was not lost."""
 LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
 STAGE, PROJECT = "pedigree/stage", "pedigree/project"
@@ -71,7 +73,9 @@ class RayExecutor:
     """Seconds without an answer of the cluster, while a job runs, after which the run fails."""
 
     def run(self, job: StageJob) -> StageResult:
-        address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
+        address = (
+            os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
+        )
         client, url = connect(address)
         with open_store(job.ctx.root) as store:
             run = _Run(self, job, store, client, url, address in LOCAL_NAMES)
@@ -88,22 +92,29 @@ def connect(address: str) -> tuple[Any, str]:
     """Client of Ray's Jobs API, and the URL of the dashboard.
 
     Raises:
-        InputError: Ray is not installed, the address is invalid, or it is not on this machine and token authentication is off.
+        InputError: Ray is not installed, the address is invalid, or it is not
+            on this machine and token authentication is off.
         ClusterGone: no cluster answers.
     """
     token, by_token = _token(), os.environ.get("RAY_AUTH_MODE") == "token"
     # Ray reads the mode when it is imported. Its client lets the other variables override the address that it is given.
     with _environment(RAY_AUTH_MODE="token" if token else None, RAY_API_SERVER_ADDRESS=None, RAY_ADDRESS=None):
         try:
-            with lean_imports("rfc3987_syntax"):  # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
+            with lean_imports(
+                "rfc3987_syntax"
+            ):  # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
                 from ray.dashboard.utils import get_address_for_submission_client
                 from ray.exceptions import AuthenticationError, RayError
                 from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise InputError(
-                "Ray is not installed", "`pip install 'pedigree-llm[ray]'`, or run the stage here: PEDIGREE_EXECUTION=local"
+                "Ray is not installed",
+                "`pip install 'pedigree-llm[ray]'`, or run the stage here: PEDIGREE_EXECUTION=local",
             ) from None
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
+        for name in (
+            "ray.dashboard.modules.dashboard_sdk",
+            "ray._private.runtime_env.packaging",
+        ):  # notes on each upload
             logging.getLogger(name).setLevel(logging.WARNING)
         hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
         url = address
@@ -111,12 +122,20 @@ def connect(address: str) -> tuple[Any, str]:
             if "://" not in address or address.startswith("ray://"):
                 url = get_address_for_submission_client("auto" if address in LOCAL_NAMES else address)
             _refuse_unsafe(url, by_token)
-            return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None), url.rstrip("/")
+            return JobSubmissionClient(
+                url, headers={"Authorization": f"Bearer {token}"} if token else None
+            ), url.rstrip("/")
         except AuthenticationError:
             raise TokenRefused(
-                f"the Ray cluster at {url} requires another token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
+                f"the Ray cluster at {url} requires another token",
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token",
             ) from None
-        except (OSError, RuntimeError, ValueError, RayError) as error:  # RayError: HOST:PORT, or a local cluster that was killed
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            RayError,
+        ) as error:  # RayError: HOST:PORT, or a local cluster that was killed
             reason = " ".join(str(error).split())[:200]
             raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
 
@@ -124,12 +143,18 @@ def connect(address: str) -> tuple[Any, str]:
 def _refuse_unsafe(url: str, by_token: bool) -> None:
     parts = urlsplit(url)
     if parts.username or parts.password:
-        raise InputError("execution.address contains credentials, which logs would show", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
+        raise InputError(
+            "execution.address contains credentials, which logs would show",
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        )
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise InputError(f"execution.address: {url} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265")
+        raise InputError(
+            f"execution.address: {url} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265"
+        )
     if not by_token and not _is_loopback(parts.hostname):
         raise InputError(
-            f"execution.address: {parts.hostname} is not this machine, and token authentication is off: anyone who reaches the cluster could run code",
+            f"execution.address: {parts.hostname} is not this machine, and token authentication is off: anyone who"
+            " reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
 
@@ -142,8 +167,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _token() -> str:
-    """Ray's token, from the same variables and files as in Ray; "" if token authentication is off. As with `ray start`, an existing token is used
-    unless RAY_AUTH_MODE is another mode."""
+    """Ray's token, from the same variables and files as in Ray; "" if token authentication is off. As with `ray start`,
+    an existing token is used unless RAY_AUTH_MODE is another mode."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return ""
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -221,7 +246,8 @@ class _Run:
     # ---- result ------------------------------------------------------------------------------------------------------
 
     def result(self) -> StageResult:
-        """The result of the stage: of an earlier job whose result was not recorded, of one that is still running, or of a new one."""
+        """The result of the stage: of an earlier job whose result was not
+        recorded, of one that is still running, or of a new one."""
         self._discard_others()
         found = self.store.read_document(self.at("result.json"))
         if found is not None:
@@ -239,15 +265,16 @@ class _Run:
                 self.lost_seconds += sum(found["seconds"].values())
                 if last:
                     raise CheckFailed(
-                        f"{self.address}: its outputs arrived damaged twice: {error.what}", "check DVC's remote; nothing was recorded"
+                        f"{self.address}: its outputs arrived damaged twice: {error.what}",
+                        "check DVC's remote; nothing was recorded",
                     ) from None
                 log.warning(f"{self.address}: {error.what}; it is computed again")
                 found = None
         raise AssertionError
 
     def _tidy(self, result: StageResult) -> None:
-        """Remove the result and checkpoints from the remote. A result that DVC records next stays for the next driver of the stage: until dvc.lock
-        is written, this process or DVC may be killed."""
+        """Remove the result and checkpoints from the remote. A result that DVC records next stays for the next driver
+        of the stage: until dvc.lock is written, this process or DVC may be killed."""
         stays = result.exit_code == 0 and "DVC_STAGE" in os.environ and not is_temporary(self.job.ctx.root)
         try:
             self.store.remove(self.at("checkpoints") if stays else self.at())
@@ -272,30 +299,42 @@ class _Run:
                     kind = InputError if self.error["exit_code"] == 2 else CheckFailed
                     raise kind(self.error["what"], self.error["hint"])
                 if details is not None and str(details.error_type) == NEVER_STARTED:
-                    log.info(f"{self.address}: Ray gave up job {self.name}, which waited for resources; it is submitted again")
+                    log.info(
+                        f"{self.address}: Ray gave up job {self.name}, which waited for resources; it is submitted"
+                        " again"
+                    )
                     continue
                 lost, self.submitted = lost + 1, None
                 self.lost_seconds += time.monotonic() - self.started if self.started else 0.0
                 if self.damaged:
-                    log.warning(f"{self.address}: {len(self.damaged)} input(s) were damaged in the remote; they are sent again")
+                    log.warning(
+                        f"{self.address}: {len(self.damaged)} input(s) were damaged in the remote; they are sent again"
+                    )
                     self.store.discard(self.damaged)
                     self.bytes_sent += self.store.push(inputs.values())
                 else:
-                    message = "it is not in the cluster's list of jobs" if details is None else str(details.message or "")
+                    message = (
+                        "it is not in the cluster's list of jobs" if details is None else str(details.message or "")
+                    )
                     why = " ".join(message.partition(", last available logs")[0].split())[:300]
                     log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
         tail = "\n".join(self.raw[-10:])
         raise CheckFailed(
-            f"{self.address}: {ATTEMPTS} jobs ended without a result" + (f". Last lines of the log:\n{tail}" if tail else ""),
+            f"{self.address}: {ATTEMPTS} jobs ended without a result"
+            + (f". Last lines of the log:\n{tail}" if tail else ""),
             f"see {self.url}; nothing was recorded",
         )
 
     def _discard_others(self) -> None:
-        """Stop jobs of this stage that compute from other inputs, and remove their results; of the same inputs too, if the stage has to be run."""
+        """Stop jobs of this stage that compute from other inputs, and remove
+        their results; of the same inputs too, if the stage has to be run."""
         forced = dvc_run.is_forced()
         for name in self._running():
             if forced or not name.startswith(self.key):
-                log.info(f"{self.address}: stopping job {name}, {'because the run is forced' if forced else 'which has other inputs'}")
+                log.info(
+                    f"{self.address}: stopping job {name},"
+                    f" {'because the run is forced' if forced else 'which has other inputs'}"
+                )
                 self._stop(name)
         for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
             if key.startswith(self.prefix) and (forced or key != self.key):
@@ -306,13 +345,16 @@ class _Run:
         return [
             job.submission_id
             for job in self._request(self.client.list_jobs)
-            if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).items() >= self._metadata().items()
+            if job.submission_id
+            and not job.status.is_terminal()
+            and (job.metadata or {}).items() >= self._metadata().items()
         ]
 
     def _metadata(self) -> dict[str, str]:
         return {STAGE: self.address, PROJECT: self.project}
 
-    # ---- a job ---------------------------------------------------------------------------------------------------------
+    # ---- a job
+    # ---------------------------------------------------------------------------------------------------------
 
     def _follow(self, folder: Path) -> Any:
         """Run one job, or follow one that is running, and handle its messages until it ends.
@@ -381,7 +423,10 @@ class _Run:
             if details is None:
                 return None
             ended, self.node_id = details.status.is_terminal(), details.driver_node_id or ""
-            with suppress(RuntimeError, OSError), self._authenticated():  # the log does not exist yet, or its node was lost
+            with (
+                suppress(RuntimeError, OSError),
+                self._authenticated(),
+            ):  # the log does not exist yet, or its node was lost
                 text: str = self.client.get_job_logs(self.name)
                 whole = len(text) if ended else text.rfind("\n") + 1
                 for kind, content in received(text[read:whole]):
@@ -391,7 +436,10 @@ class _Run:
                 return details
             if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_LOG_SECONDS:
                 noted = time.monotonic()
-                log.info(f"{self.address}: waiting for {self._resources()} on the cluster for {noted - (self.submitted or noted):,.0f} s")
+                log.info(
+                    f"{self.address}: waiting for {self._resources()} on the cluster for"
+                    f" {noted - (self.submitted or noted):,.0f} s"
+                )
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
 
     def _handle(self, kind: str, content: Any, adopted: bool) -> None:
@@ -441,7 +489,8 @@ class _Run:
         except AuthenticationError:
             raise TokenRefused(
                 f"{self.address}: the Ray cluster at {self.url} no longer accepts the token that the run began with",
-                "nothing was recorded; set RAY_AUTH_TOKEN_PATH to the new token and run the stage again: a job that went on is found by its inputs",
+                "nothing was recorded; set RAY_AUTH_TOKEN_PATH to the new token and run the stage again: a job that"
+                " went on is found by its inputs",
             ) from None
 
     def _request(self, send: Callable[[], T]) -> T:
@@ -461,11 +510,15 @@ class _Run:
                 if "status code 404" in text:
                     return None  # type: ignore[return-value]
                 if isinstance(error, RuntimeError) and "status code 5" not in text:
-                    raise CheckFailed(f"{self.address}: Ray refused a request: {reason}", f"see {self.url}; nothing was recorded") from None
+                    raise CheckFailed(
+                        f"{self.address}: Ray refused a request: {reason}", f"see {self.url}; nothing was recorded"
+                    ) from None
                 if time.monotonic() > until:
                     raise ClusterGone(
-                        f"{self.address}: the Ray cluster at {self.url} has not answered for {self.executor.patience:.0f} s ({reason})",
-                        "nothing was recorded; run the stage again when the cluster is back: a job that went on meanwhile is found by its inputs",
+                        f"{self.address}: the Ray cluster at {self.url} has not answered for"
+                        f" {self.executor.patience:.0f} s ({reason})",
+                        "nothing was recorded; run the stage again when the cluster is back: a job that went on"
+                        " meanwhile is found by its inputs",
                     ) from None
                 time.sleep(POLL)
 
@@ -498,7 +551,9 @@ class _Run:
         if result["exit_code"] == 0 and integrity.sha256_of(self.job.ctx.out) != result["output_sha256"]:
             raise Damaged(sorted(result["outs"].values()))
         self.fetch_seconds = time.monotonic() - began
-        measured = {key: value for key, value in result["measured"].items() if key not in {"output_sha256", "execution"}}
+        measured = {
+            key: value for key, value in result["measured"].items() if key not in {"output_sha256", "execution"}
+        }
         return StageResult(result["exit_code"], result["report"], measured, self._execution(result, fetched))
 
     def _copy(self, oid: str, target: Path) -> None:
@@ -507,7 +562,8 @@ class _Run:
             file = target / name if name else target
             if not file.resolve().is_relative_to(self.job.ctx.scratch.resolve()):
                 raise CheckFailed(
-                    f"{self.address}: the result names a file outside of the outputs: {file}", "someone else wrote into DVC's remote"
+                    f"{self.address}: the result names a file outside of the outputs: {file}",
+                    "someone else wrote into DVC's remote",
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
             copyfile(self.store.remote.cached_at(one), file)
@@ -518,7 +574,9 @@ class _Run:
         total = sum(seconds.values())
         amounts = {"cpus": place.cpus, "gpus": place.gpus, "memory": place.memory or 0.0, **place.resources}
         prices = self.executor.settings.price_per_hour
-        cost = sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * (total + self.lost_seconds) / 3600
+        cost = (
+            sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * (total + self.lost_seconds) / 3600
+        )
         return {
             "on": "ray",
             "node": result["node"],
@@ -531,7 +589,11 @@ class _Run:
             "compute_seconds": seconds.get("compute_seconds"),
             **({"lost_seconds": round(self.lost_seconds, 1)} if self.lost_seconds else {}),
             "transfer_seconds": round(
-                self.push_seconds + self.fetch_seconds + seconds.get("pull_seconds", 0.0) + seconds.get("push_seconds", 0.0), 3
+                self.push_seconds
+                + self.fetch_seconds
+                + seconds.get("pull_seconds", 0.0)
+                + seconds.get("push_seconds", 0.0),
+                3,
             ),
             "transfer_bytes": self.bytes_sent + fetched + sum(result["bytes"].values()),
             **({"cost": round(cost, 6)} if prices else {}),
@@ -541,7 +603,8 @@ class _Run:
         place = self.executor.placement
         amounts = {"CPU": place.cpus, "GPU": place.gpus, "GB of memory": place.memory, **place.resources}
         return ", ".join(
-            [f"{amount:g} {name}" for name, amount in amounts.items() if amount] + ([f"image {place.image}"] if place.image else [])
+            [f"{amount:g} {name}" for name, amount in amounts.items() if amount]
+            + ([f"image {place.image}"] if place.image else [])
         )
 
 

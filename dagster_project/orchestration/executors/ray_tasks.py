@@ -23,7 +23,8 @@ WAITING = 60.0
 
 
 class RayTasks:
-    """Tasks get the project's files with the job (its runtime environment). A task whose node is lost is run again by Ray."""
+    """Tasks get the project's files with the job (its runtime environment). A
+    task whose node is lost is run again by Ray."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -38,7 +39,9 @@ class RayTasks:
                 ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
             except ConnectionError as error:
                 reason = " ".join(str(error).split())[:300]
-                raise PedigreeError(f"the stage's workers: no Ray cluster answers on this node: {reason}", "run the stage again") from None
+                raise PedigreeError(
+                    f"the stage's workers: no Ray cluster answers on this node: {reason}", "run the stage again"
+                ) from None
         task: Any = ray.remote(num_cpus=1)(_call)
         kept, waiting = ray.put((versions(), shared)), deque[Any]()
         try:
@@ -53,7 +56,9 @@ class RayTasks:
                 raise error.cause from None
             raise
         except RayError as error:
-            raise PedigreeError(f"a Ray task of the stage was lost: {' '.join(str(error).split())[:300]}", "run the stage again") from None
+            raise PedigreeError(
+                f"a Ray task of the stage was lost: {' '.join(str(error).split())[:300]}", "run the stage again"
+            ) from None
         finally:
             for reference in waiting:
                 ray.cancel(reference)

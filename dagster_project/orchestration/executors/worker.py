@@ -1,9 +1,12 @@
-"""The worker of a Ray job: runs one stage's command in a scratch folder of a node. Inputs and outputs travel by hash through DVC's remote.
+"""The worker of a Ray job: runs one stage's command in a scratch folder of a
+node. Inputs and outputs travel by hash through DVC's remote.
 
-    python -m dagster_project.orchestration.executors.worker '{"address": "adapter@lora", ...}'      in the folder with the project's files
+    python -m dagster_project.orchestration.executors.worker '{"address":
+    "adapter@lora", ...}'      in the folder with the project's files
 
-It pulls the inputs into the node's cache, runs the command of dvc.yaml there as DVC would, pushes the outputs, and writes the result last. It records
-nothing: a job whose driver is gone leaves a result that only a driver with the same inputs takes.
+It pulls the inputs into the node's cache, runs the command of dvc.yaml there as DVC
+would, pushes the outputs, and writes the result last. It records nothing: a job
+whose driver is gone leaves a result that only a driver with the same inputs takes.
 """
 
 from __future__ import annotations
@@ -46,8 +49,8 @@ REFUSED, LOST = 3, 4
 MAX_EXIT_CODE = 2
 """Exit codes above are not a stage's own: its process was killed."""
 ABANDONED_SECONDS = 86400.0
-"""Age of a temporary file in the node's cache, of a killed worker, at which it is removed. Workers in other containers share the cache, so its process
-cannot be asked."""
+"""Age of a temporary file in the node's cache, of a killed worker, at which it is removed. Workers in other containers
+share the cache, so its process cannot be asked."""
 
 
 @dataclass
@@ -103,13 +106,20 @@ class Work:
         if changed := sorted(path for path, value in self.job["inputs"].items() if now.get(path) != value):
             raise InputError(
                 f"{self.address}: {', '.join(changed)}: not the same on worker and driver",
-                "files that a stage reads must be in git or in DVC: `git add` or `dvc add` them, and change nothing while a stage runs",
+                "files that a stage reads must be in git or in DVC: `git add` or `dvc add` them, and change nothing"
+                " while a stage runs",
             )
 
     def _command(self) -> int:
         """Run the stage's command in place; it ends when this process ends, as with DVC."""
         threads = {THREADS: self.job["threads"]} if self.job.get("threads") else {}
-        own = {"DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1", VARIABLE: WORKER, WORKERS: str(self.job["workers"]), **threads}
+        own = {
+            "DVC_STAGE": self.address,
+            "PYTHONUNBUFFERED": "1",
+            VARIABLE: WORKER,
+            WORKERS: str(self.job["workers"]),
+            **threads,
+        }
         environment = dvc_run.environment_in_copy(self.root, [THREADS], own)
         command, _ = dvc_remote.definition_of(self.root, self.address)
         process = subprocess.Popen(
@@ -205,7 +215,11 @@ class Work:
             self.at("result.json"),
             {
                 "exit_code": code,
-                "report": {key: value for key, value in document.items() if key not in {"passed", "output_sha256"}} if document else None,
+                "report": (
+                    {key: value for key, value in document.items() if key not in {"passed", "output_sha256"}}
+                    if document
+                    else None
+                ),
                 "output_sha256": document.get("output_sha256"),
                 "measured": json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {},
                 "outs": outs,
@@ -229,7 +243,8 @@ class Work:
 
 @contextmanager
 def scratch_folder() -> Iterator[tuple[Path, Path]]:
-    """A scratch folder of this worker, and the cache of its node. Scratch folders of workers that were killed, and what they had fetched in part, are removed.
+    """A scratch folder of this worker, and the cache of its node. Scratch folders
+    of workers that were killed, and what they had fetched in part, are removed.
 
     Raises:
         InputError: the folder of the node belongs to another user.
@@ -238,7 +253,10 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
     base = Path(named or Path(tempfile.gettempdir()) / f"pedigree-{os.getuid()}")
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (base.stat() if named else base.lstat()).st_uid != os.getuid():  # others can place a link among temporary files
-        raise InputError(f"node {platform.node()}: {base} belongs to another user", f"set {NODE_CACHE} in the environment of the node")
+        raise InputError(
+            f"node {platform.node()}: {base} belongs to another user",
+            f"set {NODE_CACHE} in the environment of the node",
+        )
     for lock in base.glob("work-*.lock"):
         with suppress(OSError), lock.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system released it when its worker was killed
@@ -246,7 +264,9 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
             lock.unlink(missing_ok=True)
     for part in (base / "cache" / "files" / "md5").rglob(".*"):
         with suppress(OSError):
-            if time.time() - part.lstat().st_ctime > ABANDONED_SECONDS:  # a link to an older output has that one's time of modification
+            if (
+                time.time() - part.lstat().st_ctime > ABANDONED_SECONDS
+            ):  # a link to an older output has that one's time of modification
                 part.unlink()
     name = f"work-{os.getpid()}-{time.time_ns()}"
     with (base / f".{name}").open("a") as file:

@@ -1,10 +1,10 @@
 """Generated tokens -> an answer: its content, reasoning trace and tool calls, parsed as the model's family writes them.
 
-    <think>I need the weather.</think>Let me look.<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>
-    ->  Answer("Let me look.", "I need the weather.", (Call("weather", {"city": "Oslo"}, None),))
+    <think>I need the weather.</think>Let me look.<tool_call>{"name": "weather", "arguments": {"city":
+    "Oslo"}}</tool_call> ->  Answer("Let me look.", "I need the weather.", (Call("weather", {"city": "Oslo"}, None),))
 
-Calls are parsed by the tokenizer's response template, its own or TRL's for its chat template, and by the forms of `call_forms` that read back a call
-rendered by the chat template; if the template renders no calls, by any form.
+Calls are parsed by the tokenizer's response template, its own or TRL's for its chat template, and by the forms of
+`call_forms` that read back a call rendered by the chat template; if the template renders no calls, by any form.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ TRACES = {
     "to=self<|message|>": "<|eom|>",
 }
 """Beginning and end of a reasoning trace, by family."""
-CHANNEL = re.compile(r"(?:<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?|\A\s*to=user)<\|message\|>")
+CHANNEL = re.compile(
+    r"(?:<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?|\A\s*to=user)<\|message\|>"
+)
 """What gpt-oss and Muse write before the content of an answer."""
 PROMPT_TAIL = 128
 """Tokens at the end of a prompt that can belong to the assistant's header."""
@@ -98,7 +100,8 @@ def read_parts(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools:
 
 
 def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer | None:
-    """The answer of a text with its special tokens; None if all of it is content: without trace, calls, and the header of a channel."""
+    """The answer of a text with its special tokens; None if all of it is
+    content: without trace, calls, and the header of a channel."""
     reasoning, rest = split_trace(prompt, text)
     library, forms = reader(tokenizer) if tools else Reader(None, ())
     found = _by_library(library, prompt, text, tools) if library and rest.strip() else None
@@ -114,15 +117,20 @@ def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer
 def split_trace(prompt: str, text: str) -> tuple[str, str]:
     """(trace, rest) of an answer.
 
-    A trace begins at the end of the prompt or at the beginning of the answer; an end without a beginning ends one, too. A trace that does not end, because
-    the answer was cut, leaves no rest.
+    A trace begins at the end of the prompt or at the beginning of the answer; an end without a beginning ends one, too.
+    A trace that does not end, because the answer was cut, leaves no rest.
     """
     reasoning: list[str] = []
     opened = next((name for name in TRACES if prompt.rstrip().endswith(name)), None)
     rest = text
     if opened is None:
         unopened = next(
-            (end for begin, end in TRACES.items() if end not in {"<|end|>", "<|eom|>"} and end in text and begin not in text), None
+            (
+                end
+                for begin, end in TRACES.items()
+                if end not in {"<|end|>", "<|eom|>"} and end in text and begin not in text
+            ),
+            None,
         )
         if unopened:
             before, _, rest = text.partition(unopened)
@@ -135,7 +143,9 @@ def split_trace(prompt: str, text: str) -> tuple[str, str]:
         before, _, rest = inner.partition(TRACES[begin])
         reasoning.append(before)
         opened = None
-        rest = re.sub(r"\A\s*<\|start\|>assistant(?=<\|channel\|>| to=user)", "", rest)  # gpt-oss, Muse: the next channel
+        rest = re.sub(
+            r"\A\s*<\|start\|>assistant(?=<\|channel\|>| to=user)", "", rest
+        )  # gpt-oss, Muse: the next channel
     return "\n".join(part.strip() for part in reasoning if part.strip()), rest
 
 
@@ -159,7 +169,10 @@ def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[lis
     """Calls and content by the tokenizer's response template; None if it finds no call that it can read."""
     try:
         message = library.parse_response(text, prefix=prompt, tools=list(tools or ()))
-        made = [Call(call["function"]["name"], call["function"].get("arguments") or {}, None) for call in message.get("tool_calls") or ()]
+        made = [
+            Call(call["function"]["name"], call["function"].get("arguments") or {}, None)
+            for call in message.get("tool_calls") or ()
+        ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # a malformed call
     content = split_trace("", message.get("content") or "")[1]
@@ -224,7 +237,8 @@ class Reader(NamedTuple):
     library: Any
     """Tokenizer with a response template; None if there is none, or if it misreads a call that one of `forms` reads."""
     forms: tuple[str, ...]
-    """The forms that read a call rendered by the chat template; empty if the template renders no call that any form reads."""
+    """The forms that read a call rendered by the chat template; empty if the
+    template renders no call that any form reads."""
 
 
 def reader(tokenizer: Any) -> Reader:
@@ -251,7 +265,11 @@ def _reader(template: _Template) -> Reader:
     easy, hard = ((arguments, _rendered_call(tokenizer, arguments)) for arguments in (EASY_PROBE, HARD_PROBE))
     forms = tuple(name for name in FORMS if _form_reads(tokenizer, name, *easy))
     library = _with_response_template(tokenizer)
-    better = library is not None and any(_form_reads(tokenizer, name, *hard) for name in forms) and not _library_reads(library, *hard)
+    better = (
+        library is not None
+        and any(_form_reads(tokenizer, name, *hard) for name in forms)
+        and not _library_reads(library, *hard)
+    )
     return Reader(None if better else library, forms)
 
 
@@ -261,7 +279,8 @@ def _rendered_call(tokenizer: Any, arguments: dict[str, Any]) -> tuple[str, str]
     prompt = [{"role": "user", "content": PROBE_QUESTION}]
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     try:
-        header, whole = render(tokenizer, prompt, True, PROBE_TOOLS), render(tokenizer, [*prompt, turn], False, PROBE_TOOLS)
+        header = render(tokenizer, prompt, True, PROBE_TOOLS)
+        whole = render(tokenizer, [*prompt, turn], False, PROBE_TOOLS)
     except InputError:
         return "", ""
     return header, whole[len(header) :] if whole.startswith(header) else whole.rpartition(PROBE_QUESTION)[2]

@@ -1,11 +1,12 @@
-"""How model families write tool calls in their answers. A new form is one function in FORMS, its test and its line in docs/evaluation.md.
+"""How model families write tool calls in their answers. A new form is one
+function in FORMS, its test and its line in docs/evaluation.md.
 
     Hermes, Qwen2.5, Qwen3   <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>
     Llama 3.1                {"name": "weather", "parameters": {"city": "Oslo"}}
     LFM2, ToolACE            [weather(city="Oslo")]
 
-Text is parsed and never executed. A call that cannot be read has an empty name, or its text instead of arguments, so that it counts as invalid
-and not as missing.
+Text is parsed and never executed. A call that cannot be read has an empty name, or its text instead of arguments, so
+that it counts as invalid and not as missing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ IDENTITY_KEYS = ("id", "tool_call_id")
 
 def _json_call(value: Any, source: str) -> Call:
     """A call from its JSON object; one without a name or arguments keeps its source."""
-    value = value.get("function", value) if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
+    value = (
+        value.get("function", value) if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
+    )
     if not isinstance(value, dict):
         return Call("", source, None)
     name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), "")
@@ -186,7 +189,9 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(one) for one in node.elts]
     if isinstance(node, ast.Dict):
-        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None}
+        return {
+            _literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None
+        }
     try:
         value = ast.literal_eval(node)
     except (TypeError, SyntaxError, MemoryError, RecursionError) as error:
@@ -215,7 +220,8 @@ QUOTE, NONE = '<|"|>', re.compile(r"(?<=[:,\[])None(?=[,}\]])")
 
 
 def _gemma(text: str, tools: Tools) -> Found | None:
-    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes and transformers parses, and Python's None for null."""
+    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes
+    and transformers parses, and Python's None for null."""
     if "<|tool_call>call:" not in text:
         return None
     from transformers.utils.chat_parsing import parse_response
@@ -227,7 +233,10 @@ def _gemma(text: str, tools: Tools) -> Found | None:
         message = parse_response(QUOTE.join(parts), gemma4_template, prefix="", tools=list(tools or ()))
     except (ValueError, TypeError, RecursionError):
         return Found([Call("", text, None)], "")
-    made = [Call(call["function"]["name"], call["function"].get("arguments") or {}, None) for call in message.get("tool_calls") or ()]
+    made = [
+        Call(call["function"]["name"], call["function"].get("arguments") or {}, None)
+        for call in message.get("tool_calls") or ()
+    ]
     return Found(made, message.get("content") or "") if made else None
 
 
@@ -260,13 +269,18 @@ FORMS: dict[str, Form] = {
     "tool_call with JSON": _blocks(r"<tool_call>\s*(?P<body>[{\[].*?)(?:</tool_call>|\Z)", _body),
     "invoke": _blocks(
         r"(?:(?:<\|start\|>assistant)?\s*to=[^\s<]+<\|message\|>)?\s*(?:<(?:\w+:)?function_calls>\s*)?"
-        r"<(?:\w+:)?invoke name=\"(?P<name>[^\"]+)\">(?P<body>.*?)(?:</(?:\w+:)?invoke>(?:\s*</(?:\w+:)?function_calls>)?(?:<\|eom\|>)?|\Z)",
-        _tagged(r"<(?:\w+:)?parameter name=\"([^\"]+)\">(.*?)</(?:\w+:)?parameter>", lambda match: "invoke>" in match[0]),
+        r"<(?:\w+:)?invoke"
+        r" name=\"(?P<name>[^\"]+)\">(?P<body>.*?)(?:</(?:\w+:)?invoke>(?:\s*</(?:\w+:)?function_calls>)?(?"
+        r":<\|eom\|>)?|\Z)",
+        _tagged(
+            r"<(?:\w+:)?parameter name=\"([^\"]+)\">(.*?)</(?:\w+:)?parameter>", lambda match: "invoke>" in match[0]
+        ),
     ),
     "tool_call list": _blocks(r"<\|tool_call\|>\s*(?P<body>\[.*?)(?:<\|/tool_call\|>|\Z)", _body),
     "TOOL_CALLS": _blocks(r"\[TOOL_CALLS\](?P<body>.*?)(?=\[TOOL_CALLS\]|\Z)", _mistral),
     "channels": _blocks(
-        r"(?:<\|start\|>assistant)?\s*(?:<\|channel\|>commentary)?\s*to=(?:functions\.)?(?P<name>[^\s<]+)[^{]*?<\|message\|>"
+        r"(?:<\|start\|>assistant)?\s*(?:<\|channel\|>commentary)?\s*to=(?"
+        r":functions\.)?(?P<name>[^\s<]+)[^{]*?<\|message\|>"
         r"(?P<body>.*?)(?:<\|call\|>|<\|end\|>|(?=<\|start\|>)|\Z)",
         _named_body,
     ),
@@ -275,7 +289,9 @@ FORMS: dict[str, Form] = {
         r"(?P<body>.*?)(?:```)?\s*(?:<｜tool▁call▁end｜>|\Z)",
         _named_body,
     ),
-    "action": _blocks(r"(?:<\|START_ACTION\|>|Action:\s*```json)\s*(?P<body>\[.*?)\s*(?:<\|END_ACTION\|>|```|\Z)", _body),
+    "action": _blocks(
+        r"(?:<\|START_ACTION\|>|Action:\s*```json)\s*(?P<body>\[.*?)\s*(?:<\|END_ACTION\|>|```|\Z)", _body
+    ),
     "Python list, marked": _marked_python,
     "Python list": _bare_python,
     "Gemma": _gemma,

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     import torch
 
 Choose = Callable[["torch.Tensor", Sequence[int], int], list[int]]
-"""(logits (batch, vocabulary), index of each row's prompt, position in the answer from 0) -> a token id for each row."""
+"""(logits (batch, vocabulary), index of each row's prompt, position in the
+answer from 0) -> a token id for each row."""
 
 TOKENS_AT_ONCE = {"cpu": 1024}
-"""Device -> maximum number of prompt tokens, with padding, in a pass: more exceed a CPU's caches. A shared prefix does not count."""
+"""Device -> maximum number of prompt tokens, with padding, in a pass: more
+exceed a CPU's caches. A shared prefix does not count."""
 
 
-COUNTS_PADDING = frozenset({"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart", "trocr"})
+COUNTS_PADDING = frozenset(
+    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart", "trocr"}
+)
 """Decoder halves of translation models, which ignore the given positions and count padding as tokens."""
 
 
@@ -38,12 +42,18 @@ def groups(lengths: Sequence[int], most: int, device: str) -> Iterator[list[int]
 
 
 def decode(
-    model: Any, prompts: Sequence[Sequence[int]], choose: Choose, longest: int, ends: Container[int], pad: int | None, prefix: Any = None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    choose: Choose,
+    longest: int,
+    ends: Container[int],
+    pad: int | None,
+    prefix: Any = None,
 ) -> list[list[int]]:
     """Generate the answer to each prompt.
 
-    Prompts are padded on the left; a CPU reads a few at a time, and each of equal prompts once. Finished answers are removed once they are a
-    quarter of the batch.
+    Prompts are padded on the left; a CPU reads a few at a time, and each of equal prompts once. Finished answers are
+    removed once they are a quarter of the batch.
 
     Args:
         model: causal language model of transformers.
@@ -51,7 +61,8 @@ def decode(
         choose: selects the next tokens.
         longest: maximum number of tokens of an answer.
         ends: end-of-turn tokens.
-        prefix: cache with one row of tokens that precede every prompt. Without `keeps_all_tokens`, only one prompt is supported.
+        prefix: cache with one row of tokens that precede every prompt. Without
+            `keeps_all_tokens`, only one prompt is supported.
     Returns:
         Token ids of each answer, including the end-of-turn token.
     Raises:
@@ -61,7 +72,8 @@ def decode(
 
     if model.config.model_type in COUNTS_PADDING and len(set(map(len, prompts))) > 1:
         raise InputError(
-            f"{model.config.model_type} models count padding as tokens in transformers, so that answers to several prompts at once are wrong",
+            f"{model.config.model_type} models count padding as tokens in transformers, so that answers to several"
+            " prompts at once are wrong",
             "use another model, or set evaluation.batch_size: 1",
         )
     answers: list[list[int]] = [[] for _ in prompts]
@@ -100,14 +112,18 @@ def prefill(model: Any, ids: Sequence[int], prefix: Any = None) -> Any:
 
 
 def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Last hidden state of each row, (batch, hidden). Adds `ids` (batch, seq) to the cache; `mask` (batch, cached + seq) covers both."""
+    """Last hidden state of each row, (batch, hidden). Adds `ids` (batch, seq)
+    to the cache; `mask` (batch, cached + seq) covers both."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     return out.last_hidden_state[:, -1]
 
 
-def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: int, prefix: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Read the prompts: last hidden states (prompts, hidden), mask (prompts, seq), and a cache, preallocated if its layers are plain."""
+def _read_all(
+    model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: int, prefix: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Read the prompts: last hidden states (prompts, hidden), mask (prompts,
+    seq), and a cache, preallocated if its layers are plain."""
     import torch
     from transformers import DynamicCache
 
@@ -116,7 +132,9 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
 
     def mask_of(group: Sequence[int]) -> torch.Tensor:
         width = max(len(prompts[i]) for i in group)
-        return torch.tensor([[1] * before + [0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=model.device)
+        return torch.tensor(
+            [[1] * before + [0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=model.device
+        )
 
     def run(group: Sequence[int]) -> tuple[torch.Tensor, Any]:
         cache, mask = copy.deepcopy(start), mask_of(group)
@@ -159,20 +177,27 @@ def _has_plain_layers(cache: Any) -> bool:
 
 
 def _empty(model: Any) -> Any:
-    """A cache that keeps every token (sliding windows are applied by the mask), or the model's own cache if it has other state."""
+    """A cache that keeps every token (sliding windows are applied by the mask),
+    or the model's own cache if it has other state."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if model.config.model_type == "minimax":
-        raise InputError("minimax models have a cache of their own in transformers, which generation does not support", "use another model")
+        raise InputError(
+            "minimax models have a cache of their own in transformers, which generation does not support",
+            "use another model",
+        )
     own = DynamicCache(config=model.config)
     if all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in own.layers):
-        own.layers = [DynamicLayer() for _ in own.layers]  # not none: a model that runs its layers several times (Dory) adds copies of them
+        own.layers = [
+            DynamicLayer() for _ in own.layers
+        ]  # not none: a model that runs its layers several times (Dory) adds copies of them
     return own
 
 
 def keeps_all_tokens(model: Any) -> bool:
-    """Whether every layer keeps all keys and values, as a shared prefix requires: windows drop tokens, recurrent states ignore padding."""
+    """Whether every layer keeps all keys and values, as a shared prefix
+    requires: windows drop tokens, recurrent states ignore padding."""
     from transformers import DynamicCache
 
     return _has_plain_layers(DynamicCache(config=model.config))
@@ -192,13 +217,18 @@ def _preallocated_layer() -> type:
             """
             super().__init__()
             self.lazy_initialization(like.keys, like.values)
-            self.all = [states.new_zeros(rows, states.shape[1], filled + more, states.shape[3]) for states in (like.keys, like.values)]
+            self.all = [
+                states.new_zeros(rows, states.shape[1], filled + more, states.shape[3])
+                for states in (like.keys, like.values)
+            ]
             self._show(filled)
 
         def _show(self, tokens: int) -> None:
             self.keys, self.values = (whole[:, :, :tokens] for whole in self.all)
 
-        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             begin = self.get_seq_length()
             end = begin + key_states.shape[2]
             for whole, new in zip(self.all, (key_states, value_states), strict=True):

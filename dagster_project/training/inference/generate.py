@@ -1,6 +1,7 @@
 """Batched greedy generation.
 
-In float32 the answers equal those of single prompts; in bfloat16 some differ with the batch size, which is part of a run's identity.
+In float32 the answers equal those of single prompts; in bfloat16 some differ
+with the batch size, which is part of a run's identity.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str) -> list[str]:
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str
+) -> list[str]:
     """The text of each answer of `generate_ids`, without special tokens."""
     answers = generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size, what)
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]

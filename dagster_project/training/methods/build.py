@@ -1,7 +1,7 @@
 """Fine-tuning methods: validation of their keys, and a base model with the method applied, ready for training.
 
-Methods are those of PEFT's table, short names for common variants, and methods of our own: `full`, `bitfit` and `feature_extraction`.
-docs/methods.md lists what each method trains, its defaults and its source.
+Methods are those of PEFT's table, short names for common variants, and methods of our own: `full`, `bitfit` and
+`feature_extraction`. docs/methods.md lists what each method trains, its defaults and its source.
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ CANNOT_CHECKPOINT = ("prefix_tuning", "cartridge")
 
 CANNOT_MERGE_QUANTIZED = ("ia3", "adalora")
 
-CANNOT_QUANTIZE = ("full", "bitfit", "adamss", "deft", "delora", "frod", "glora", "hira", "hra", "loha", "lokr", "osf", "peanut", "psoft",
+CANNOT_QUANTIZE = ("full", "bitfit", "adamss", "deft", "delora", "frod", "glora", "hira", "hra", "loha", "lokr", "osf",
+    "peanut", "psoft",
                    "supertuning", "tinylora", "unilora")  # fmt: skip
-"""Methods that compute with the base model's own weights. On 4-bit weights most of them fail in PEFT; hira has no effect in evaluation, unilora none at all."""
+"""Methods that compute with the base model's own weights. On 4-bit weights most of them fail in PEFT; hira has no
+effect in evaluation, unilora none at all."""
 
 UNSUPPORTED_METHODS = {
     "xlora": "combines adapters that are already trained; one entry trains one adapter",
@@ -87,7 +89,8 @@ UNSUPPORTED_METHODS = {
 }
 """Methods of PEFT that are not supported -> reason."""
 
-RESERVED_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode",
+RESERVED_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "inference_mode",
             "runtime_config", "total_step", "tokenizer_name_or_path"}  # fmt: skip
 """Keys of PEFT that are set by this project, or that belong to loading."""
 
@@ -114,13 +117,18 @@ UNTRAINED_KEYS = {
 }
 """Keys of PEFT that need more than the loss of the records -> reason. Adapters of another trainer may have them."""
 
-UNREAD_KEYS = {"adalora": ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "rank_pattern", "use_qalora", "use_rslora")}
-"""Method -> keys that PEFT accepts for it, and computes the same with every value of. `init_lora_weights` is read if it is true or false."""
+UNREAD_KEYS = {
+    "adalora": ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "rank_pattern", "use_qalora", "use_rslora")
+}
+"""Method -> keys that PEFT accepts for it, and computes the same with every
+value of. `init_lora_weights` is read if it is true or false."""
 
 STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
-"""Values of init_lora_weights that are computed from examples. PEFT leaves the start of `eva` random if nobody computes it."""
+"""Values of init_lora_weights that are computed from examples. PEFT leaves the
+start of `eva` random if nobody computes it."""
 
-MINIMUM = {"r": 1, "init_r": 2, "target_r": 1, "num_virtual_tokens": 1, "lora_alpha": 1, "deltaT": 1, "tinit": 0, "tfinal": 0,
+MINIMUM = {"r": 1, "init_r": 2, "target_r": 1, "num_virtual_tokens": 1, "lora_alpha": 1, "deltaT": 1, "tinit": 0,
+    "tfinal": 0,
          "lora_dropout": 0, "orth_reg_weight": 0}  # fmt: skip
 """Key -> minimum value."""
 TOKEN_NUMBERS = ("token_indices", "trainable_token_indices")
@@ -156,12 +164,14 @@ OWN: dict[str, type[Section]] = {"full": Full, "bitfit": Bitfit, "feature_extrac
 """Methods that are not part of PEFT -> their keys."""
 
 
-# ---- validation without the model -------------------------------------------------------------------------------------------------------
+# ---- validation without the model
+# -------------------------------------------------------------------------------------------------------
 
 
 @cache
 def _peft_folder() -> Path:
-    """Folder of PEFT's source. It is parsed, not imported: importing PEFT takes seconds, and every command validates params.yaml."""
+    """Folder of PEFT's source. It is parsed, not imported: importing PEFT takes
+    seconds, and every command validates params.yaml."""
     require_version("peft", ">=0.21.2,<0.22", "the layout of PEFT's source")
     spec = find_spec("peft")
     assert spec is not None and spec.submodule_search_locations
@@ -180,7 +190,9 @@ def peft_methods() -> dict[str, tuple[str, str]]:
     """PEFT's table of methods: name -> (configuration class, file that defines it)."""
     table = {}
     for path in sorted(_peft_folder().glob("tuners/*/__init__.py")):
-        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+        for call in (
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+        ):
             if isinstance(call.func, ast.Name) and call.func.id == "register_peft_method":
                 arguments = {keyword.arg: keyword.value for keyword in call.keywords}
                 name, config = arguments["name"], arguments["config_cls"]
@@ -193,20 +205,31 @@ def peft_methods() -> dict[str, tuple[str, str]]:
 def peft_keys(method: str) -> dict[str, ast.expr]:
     """Key of a PEFT method -> annotated type."""
     name, file = peft_methods()[method]
-    shared = {**_peft_classes("config.py"), **_peft_classes("tuners/lycoris_utils.py"), **_peft_classes("tuners/lora/config.py")}
+    shared = {
+        **_peft_classes("config.py"),
+        **_peft_classes("tuners/lycoris_utils.py"),
+        **_peft_classes("tuners/lora/config.py"),
+    }
 
     def fields(class_name: str) -> dict[str, ast.expr]:
         node = _peft_classes(file).get(class_name) or shared.get(class_name)
         if node is None:
             return {}
-        inherited = {key: kind for base in node.bases if isinstance(base, ast.Name) for key, kind in fields(base.id).items()}
-        return inherited | {n.target.id: n.annotation for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+        inherited = {
+            key: kind for base in node.bases if isinstance(base, ast.Name) for key, kind in fields(base.id).items()
+        }
+        return inherited | {
+            n.target.id: n.annotation
+            for n in node.body
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        }
 
     return {key: kind for key, kind in fields(name).items() if key not in RESERVED_KEYS | REFUSED_KEYS.keys()}
 
 
 def _fits(value: Any, kind: ast.expr) -> bool:
-    """Whether a value has the annotated type. Types other than plain types and choices between them are left to PEFT."""
+    """Whether a value has the annotated type. Types other than plain types and
+    choices between them are left to PEFT."""
     scalars: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     match kind:
         case ast.Constant(value=None):
@@ -225,7 +248,10 @@ def _fits(value: Any, kind: ast.expr) -> bool:
             return any(_fits(value, option) for option in kinds)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             allowed = choices.elts if isinstance(choices, ast.Tuple) else [choices]
-            return any(isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value for node in allowed)
+            return any(
+                isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value
+                for node in allowed
+            )
         case ast.Subscript(value=ast.Name(id="dict" | "list" as name)):
             return isinstance(value, dict if name == "dict" else list)
     return True
@@ -252,28 +278,33 @@ def check(
         quantization: None means the default of the method.
         where: dotted path of the entry, e.g. "adapter.lora".
     Raises:
-        InputError: unknown method or keys (all of them); a value of the wrong type or out of range; quantization, merge or gradient
-            checkpointing that the method does not support.
+        InputError: unknown method or keys (all of them); a value of the wrong type or out of range; quantization, merge
+            or gradient checkpointing that the method does not support.
     """
     name, keys = _resolve(method, where)
     _check_keys(name, keys, options, where)
     if method.lower() in IMPLIES_NF4 and quantization == "none":
-        raise InputError(f"params.yaml: {where}.quantization: {method} trains on 4-bit weights", "use nf4, or method: lora")
+        raise InputError(
+            f"params.yaml: {where}.quantization: {method} trains on 4-bit weights", "use nf4, or method: lora"
+        )
     quantized = quantization_of(method, quantization) == "nf4"
     if quantized and name in CANNOT_QUANTIZE:
         raise InputError(
-            f"params.yaml: {where}.quantization: {method} computes with the base model's weights and does not support 4-bit weights",
+            f"params.yaml: {where}.quantization: {method} computes with the base model's weights and does not support"
+            " 4-bit weights",
             "set quantization: none, or use a method that adds to the layers' output, such as qlora",
         )
     start = keys.get("init_lora_weights", True)
     if quantized and isinstance(start, str) and STARTS_FROM_WEIGHTS.search(start):
         raise InputError(
-            f"params.yaml: {where}.peft.init_lora_weights: {start} is computed from the base model's full-precision weights and does not support 4-bit weights",
+            f"params.yaml: {where}.peft.init_lora_weights: {start} is computed from the base model's full-precision"
+            " weights and does not support 4-bit weights",
             "set quantization: none, or remove init_lora_weights",
         )
     if merge and (why := why_not_merged(method, keys, quantization)):
         raise InputError(
-            f"params.yaml: {where}.merge: {method} {why}", f"set merge: false in {where}; evaluation then loads base and adapter"
+            f"params.yaml: {where}.merge: {method} {why}",
+            f"set merge: false in {where}; evaluation then loads base and adapter",
         )
     if gradient_checkpointing and name in CANNOT_CHECKPOINT:
         raise InputError(
@@ -290,10 +321,13 @@ def refuse_untrained(options: Mapping[str, Any], where: str) -> None:
     """
     for key, value in sorted(options.items()):
         if key in UNTRAINED_KEYS and value not in (None, False):
-            raise InputError(f"params.yaml: {where}.peft.{key}: is not supported: it {UNTRAINED_KEYS[key]}", "leave it out")
+            raise InputError(
+                f"params.yaml: {where}.peft.{key}: is not supported: it {UNTRAINED_KEYS[key]}", "leave it out"
+            )
         if key == "init_lora_weights" and isinstance(value, str) and STARTS_FROM_DATA.fullmatch(value):
             raise InputError(
-                f"params.yaml: {where}.peft.{key}: {value} is not supported: it needs a pass over the data before training",
+                f"params.yaml: {where}.peft.{key}: {value} is not supported: it needs a pass over the data before"
+                " training",
                 "leave it out, or use another value, such as pissa",
             )
 
@@ -316,7 +350,8 @@ def why_not_merged(method: str, options: Mapping[str, Any], quantization: Quanti
 
 
 def place_of(where: str, key: str) -> str:
-    """Where a value was given, as the beginning of a message: in an entry of params.yaml, or by an option such as `--method lora`."""
+    """Where a value was given, as the beginning of a message: in an entry of
+    params.yaml, or by an option such as `--method lora`."""
     return where if where.startswith("--") else f"params.yaml: {where}.{key}"
 
 
@@ -324,7 +359,9 @@ def _resolve(method: str, where: str) -> tuple[str, dict[str, Any]]:
     """Full name of a method and the keys that its name implies."""
     name, keys = ALIASES.get(method.lower(), (method.lower(), {}))
     if name in UNSUPPORTED_METHODS:
-        raise InputError(f"{place_of(where, 'method')}: {name} {UNSUPPORTED_METHODS[name]}", f"methods: {', '.join(methods())}")
+        raise InputError(
+            f"{place_of(where, 'method')}: {name} {UNSUPPORTED_METHODS[name]}", f"methods: {', '.join(methods())}"
+        )
     if name not in methods():
         near = difflib.get_close_matches(name, methods(), 3, 0.6)
         raise InputError(
@@ -349,11 +386,18 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
             wrong.append(f"{path}: unknown key of {name}")
             hints.append(f"keys of {name}: {', '.join(sorted(known))}")
         elif key == "init_lora_weights" and isinstance(value, str) and value.startswith("pissa_niter"):
-            wrong.append(f"{path}: {value} is not supported: it starts from a random approximation, and a loaded adapter from another one")
+            wrong.append(
+                f"{path}: {value} is not supported: it starts from a random approximation, and a loaded adapter from"
+                " another one"
+            )
             hints.append("use pissa")
         elif not _fits(value, known[key]):
             wrong.append(f"{path}: must be {ast.unparse(known[key])} (got {value!r})")
-        elif key in UNREAD_KEYS.get(name, ()) and value not in (None, False) and (key != "init_lora_weights" or isinstance(value, str)):
+        elif (
+            key in UNREAD_KEYS.get(name, ())
+            and value not in (None, False)
+            and (key != "init_lora_weights" or isinstance(value, str))
+        ):
             wrong.append(f"{path}: has no effect with {name}")
             hints.append("set init_r and target_r" if key == "r" else "leave it out, or use method: lora")
         elif key in MINIMUM and isinstance(value, int | float) and value < MINIMUM[key]:
@@ -380,7 +424,10 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
         and isinstance(ranks["target_r"], int)
         and ranks["init_r"] <= ranks["target_r"]
     ):
-        wrong.append(f"params.yaml: {where}.peft.init_r: must be above target_r, so that ranks can be removed (got {ranks['init_r']!r})")
+        wrong.append(
+            f"params.yaml: {where}.peft.init_r: must be above target_r, so that ranks can be removed (got"
+            f" {ranks['init_r']!r})"
+        )
     if wrong:
         raise InputError("\n".join(wrong), "; ".join(dict.fromkeys(hints)) or "correct these values")
 
@@ -397,7 +444,8 @@ def _wrong_loftq(value: Any, keys: Mapping[str, Any]) -> Iterator[str]:
             yield f"loftq_iter must be a whole number from 1 on (got {value['loftq_iter']!r})"
 
 
-# ---- building ---------------------------------------------------------------------------------------------------------------------------
+# ---- building
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def causal(model: Any) -> Any:
@@ -412,9 +460,15 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 def peft_config(
-    method: str, options: Mapping[str, Any], where: str, base: Any = None, total_steps: int | None = None, tokenizer: str | None = None
+    method: str,
+    options: Mapping[str, Any],
+    where: str,
+    base: Any = None,
+    total_steps: int | None = None,
+    tokenizer: str | None = None,
 ) -> Any:
-    """Build the PEFT configuration of a method from its implied keys, our defaults, and the options, which take precedence.
+    """Build the PEFT configuration of a method from its implied keys, our
+    defaults, and the options, which take precedence.
 
     Args:
         method: PEFT's name or a short name, in any case, e.g. "lora".
@@ -448,14 +502,20 @@ def peft_config(
 
 
 def _attention(base: Any) -> list[str] | None:
-    """Names of the attention projections q, k, v and o; None if the architecture uses other names, which leaves the choice to PEFT."""
+    """Names of the attention projections q, k, v and o; None if the
+    architecture uses other names, which leaves the choice to PEFT."""
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     return [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names] or None
 
 
 def _norms(base: Any) -> list[str] | None:
     """Names of all normalization layers, without their path."""
-    return sorted({name.rpartition(".")[2] for name, module in base.named_modules() if type(module).__name__.endswith("Norm")}) or None
+    return (
+        sorted(
+            {name.rpartition(".")[2] for name, module in base.named_modules() if type(module).__name__.endswith("Norm")}
+        )
+        or None
+    )
 
 
 def _no_effect(_: Any) -> None:
@@ -475,7 +535,8 @@ class PreparedModel:
     save: Callable[[Path], None]
     """Write the trained weights to a folder as safetensors, with method.json. Does not change the model."""
     packs: bool = True
-    """Whether a row may contain several examples. False if virtual tokens precede each example: use `collate_padded`."""
+    """Whether a row may contain several examples. False if virtual tokens
+    precede each example: use `collate_padded`."""
     callbacks: list[Any] = field(default_factory=list)
     """TrainerCallbacks of transformers that the method requires."""
     extra_loss: Callable[[Any], torch.Tensor | None] = _no_effect
@@ -510,7 +571,9 @@ class PreparedModel:
         if not self.packs:
             hidden = hidden_states(self.model, inputs["input_ids"], inputs["attention_mask"])
         else:
-            with torch.autocast(inputs["input_ids"].device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            with torch.autocast(
+                inputs["input_ids"].device.type, dtype=self.autocast, enabled=self.autocast is not None
+            ):
                 hidden = causal.base_model(
                     input_ids=inputs["input_ids"],
                     position_ids=inputs["position_ids"],
@@ -556,13 +619,22 @@ def build(
     quantized = quantization_of(method, quantization)
     reason = why_not_merged(method, options, quantization)
     record = AdapterInfo(
-        method=method.lower(), quantization=quantized, merge=merge, why_not="" if merge else reason or "params.yaml says merge: false"
+        method=method.lower(),
+        quantization=quantized,
+        merge=merge,
+        why_not="" if merge else reason or "params.yaml says merge: false",
     )
     optim = "paged_adamw_8bit" if quantized == "nf4" and device.type == "cuda" else None
     name, _ = _resolve(method, where)
     if name == "feature_extraction":
         return _head(
-            record, parse(feature_extraction.Options, dict(options), f"{where}.peft"), base_model, device, dtype, categories, weights
+            record,
+            parse(feature_extraction.Options, dict(options), f"{where}.peft"),
+            base_model,
+            device,
+            dtype,
+            categories,
+            weights,
         )
     if name in {"full", "bitfit"}:
         patterns = [r"\bbias$"] if name == "bitfit" else parse(Full, dict(options), f"{where}.peft").trainable
@@ -571,12 +643,19 @@ def build(
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
     attention = attention_for(device, dtype if weights else None) if packs and not virtual else "sdpa"
     base = load_base(base_model, device, dtype, quantized, attention, weights)
-    model = _with_adapter(base, peft_config(method, options, where, base, total_steps, str(base_model)), where, merge, weights)
+    model = _with_adapter(
+        base, peft_config(method, options, where, base, total_steps, str(base_model)), where, merge, weights
+    )
     trainable, total = model.get_nb_trainable_parameters()
     if not trainable:
-        raise InputError(f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model", "choose other target_modules")
+        raise InputError(
+            f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model",
+            "choose other target_modules",
+        )
     # trained weights are float32: a bfloat16 weight cannot change by less than 1/256 of its value
-    low = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype != torch.float32]
+    low = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype != torch.float32
+    ]
     for parameter in low:
         parameter.data = parameter.data.float()
     fuse(model)
@@ -615,7 +694,14 @@ def _with_adapter(base: Any, config: Any, where: str, merge: bool, weights: bool
     try:
         with adding_adapters():
             model = get_peft_model(base, config)
-    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:  # also of a wrong index or pattern
+    except (
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        LookupError,
+        AssertionError,
+        re.error,
+    ) as error:  # also of a wrong index or pattern
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
@@ -634,14 +720,19 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
     """PEFT ignores a name that no module has, if another one is found.
 
     Raises:
-        InputError: a name in the options is that of no module, or a pattern or the number of a layer matches none that is adapted.
+        InputError: a name in the options is that of no module, or a pattern or
+            the number of a layer matches none that is adapted.
     """
     names = [name for name, _ in causal(model).named_modules()]
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         given = options.get(key)
         for entry in given if isinstance(given, list) else ():
-            if not any(name == entry or name.endswith(entry if key == "modules_to_save" else f".{entry}") for name in names):
-                near = difflib.get_close_matches(str(entry), sorted({name.rpartition(".")[2] for name in names}), 3, 0.6)
+            if not any(
+                name == entry or name.endswith(entry if key == "modules_to_save" else f".{entry}") for name in names
+            ):
+                near = difflib.get_close_matches(
+                    str(entry), sorted({name.rpartition(".")[2] for name in names}), 3, 0.6
+                )
                 hint = f"nearest: {' or '.join(near)}" if near else "correct the name, or leave it out"
                 raise InputError(f"{place_of(where, 'peft')}.{key}: this model has no module {entry!r}", hint)
     tuner = getattr(model, "base_model", None)
@@ -649,13 +740,16 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
     parameters: list[str] = getattr(tuner, "targeted_parameter_names", [])
     for entry in options.get("target_parameters") or ():
         if not any(name == entry or name.endswith(f".{entry}") for name in parameters):
-            what = f"{place_of(where, 'peft')}.target_parameters: this model has no weight {entry!r} that can be adapted"
+            what = (
+                f"{place_of(where, 'peft')}.target_parameters: this model has no weight {entry!r} that can be adapted"
+            )
             raise InputError(what, "correct the name, or leave it out")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in (options.get(key) or ()) if adapted or parameters else ():
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*adapted, *parameters)):
                 raise InputError(
-                    f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted", "correct it, or leave it out"
+                    f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted",
+                    "correct it, or leave it out",
                 )
     layers, numbers = options.get("layers_to_transform"), {part for name in adapted for part in name.split(".")}
     for layer in (layers if isinstance(layers, list) else [layers] if layers is not None else []) if adapted else ():
@@ -668,8 +762,9 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
 
 
 def _refuse_order(model: Any, config: Any, where: str) -> None:
-    """Of several patterns that match a module, PEFT takes the first. DVC compares parameters without the order of their keys, and the saved configuration
-    has another one, so that the adapter would be loaded with other values than it was trained with.
+    """Of several patterns that match a module, PEFT takes the first. DVC compares
+    parameters without the order of their keys, and the saved configuration has another
+    one, so that the adapter would be loaded with other values than it was trained with.
 
     Raises:
         InputError: several patterns with different values match a module.
@@ -681,7 +776,8 @@ def _refuse_order(model: Any, config: Any, where: str) -> None:
             matching = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
             if len({repr(patterns[pattern]) for pattern in matching}) > 1:
                 raise InputError(
-                    f"{place_of(where, 'peft')}.{key}: {' and '.join(map(repr, matching))} match {module}, and which of them counts would depend on their order",
+                    f"{place_of(where, 'peft')}.{key}: {' and '.join(map(repr, matching))} match {module}, and which of"
+                    " them counts would depend on their order",
                     "write regular expressions of which one at most matches, or give them the same value",
                 )
 
@@ -693,16 +789,21 @@ def refuse_start(model: Any, config: Any, where: str) -> None:
         InputError: as described.
     """
     start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower() == "olora" and any(getattr(module, "fan_in_fan_out", False) for module in model.modules()):
+    if (
+        isinstance(start, str)
+        and start.lower() == "olora"
+        and any(getattr(module, "fan_in_fan_out", False) for module in model.modules())
+    ):
         raise InputError(
-            f"{place_of(where, 'peft')}.init_lora_weights: {start} is not supported for this model: PEFT does not transpose weights that are stored as (in, out)",
+            f"{place_of(where, 'peft')}.init_lora_weights: {start} is not supported for this model: PEFT does not"
+            " transpose weights that are stored as (in, out)",
             "use another value, such as pissa",
         )
 
 
 def _name_feedforward(model: Any, config: Any, where: str) -> None:
-    """PEFT takes `feedforward_modules` of ia3 from its own table, whatever the target modules are, and does not load an adapter with names that are not
-    among these. Names that no adapted module has are left out of the configuration.
+    """PEFT takes `feedforward_modules` of ia3 from its own table, whatever the target modules are, and does not load an
+    adapter with names that are not among these. Names that no adapted module has are left out of the configuration.
 
     Raises:
         InputError: an adapted module has such a name, but target_modules calls it otherwise.
@@ -714,7 +815,8 @@ def _name_feedforward(model: Any, config: Any, where: str) -> None:
     config.feedforward_modules = {name for name in given if any(module.endswith(name) for module in adapted)}
     if other := sorted(config.feedforward_modules - targets):
         raise InputError(
-            f"{place_of(where, 'peft')}.feedforward_modules: PEFT's names for this model are not those of target_modules: {', '.join(other)}",
+            f"{place_of(where, 'peft')}.feedforward_modules: PEFT's names for this model are not those of"
+            f" target_modules: {', '.join(other)}",
             "set feedforward_modules to the modules of target_modules whose inputs are scaled, or to []",
         )
 
@@ -725,24 +827,28 @@ def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
     """
     if _adapts_shared_weight(causal(model)):
         raise InputError(
-            f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model share one weight",
+            f"{place_of(where, 'peft')}: this adapter cannot be merged: word embeddings and output layer of this model"
+            " share one weight",
             "leave embed_tokens and lm_head out of target_modules (modules_to_save can be merged), or set merge: false",
         )
     if config.peft_type == "LN_TUNING" and config.modules_to_save:
         raise InputError(
-            f"{place_of(where, 'peft')}.modules_to_save: this adapter cannot be merged: PEFT leaves these modules wrapped when it merges normalization layers",
+            f"{place_of(where, 'peft')}.modules_to_save: this adapter cannot be merged: PEFT leaves these modules"
+            " wrapped when it merges normalization layers",
             "leave modules_to_save out, or set merge: false",
         )
     if getattr(config, "lora_bias", False) and (unbiased := _without_bias(model)):
         raise InputError(
-            f"{place_of(where, 'peft')}.lora_bias: this adapter cannot be merged: {unbiased} has no bias to which the trained one could be added",
+            f"{place_of(where, 'peft')}.lora_bias: this adapter cannot be merged: {unbiased} has no bias to which the"
+            " trained one could be added",
             "leave lora_bias out, or set merge: false",
         )
 
 
 def _adapts_shared_weight(base: Any) -> bool:
-    """Whether an update is added to word embeddings or output layer alone, although both use one weight. Trained rows of the embeddings
-    (trainable_tokens) are put into both, those of the output layer are not, unless they are the same ones."""
+    """Whether an update is added to word embeddings or output layer alone, although
+    both use one weight. Trained rows of the embeddings (trainable_tokens) are put
+    into both, those of the output layer are not, unless they are the same ones."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -750,7 +856,11 @@ def _adapts_shared_weight(base: Any) -> bool:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     rows = [isinstance(layer, TrainableTokensLayer | TrainableTokensWrapper) for layer in ends]
     adapted = any(isinstance(layer, BaseTunerLayer) and not of_rows for layer, of_rows in zip(ends, rows, strict=True))
-    numbers = [getattr(layer, "token_adapter", layer).token_indices for layer, of_rows in zip(ends, rows, strict=True) if of_rows]
+    numbers = [
+        getattr(layer, "token_adapter", layer).token_indices
+        for layer, of_rows in zip(ends, rows, strict=True)
+        if of_rows
+    ]
     differ = rows == [False, True] or (all(rows) and numbers[0] != numbers[1])
     return (adapted or differ) and bool(base.config.get_text_config().tie_word_embeddings)
 
@@ -764,12 +874,21 @@ def _without_bias(model: Any) -> str:
 
 
 def _weights(
-    record: AdapterInfo, patterns: Sequence[str], base_model: Path, device: torch.device, dtype: torch.dtype, where: str, weights: bool
+    record: AdapterInfo,
+    patterns: Sequence[str],
+    base_model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+    weights: bool,
 ) -> PreparedModel:
-    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in `dtype`; saved in the base model's number formats."""
+    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in
+    `dtype`; saved in the base model's number formats."""
     import torch
 
-    model = load_base(base_model, device, torch.float32, attention=attention_for(device, dtype if weights else None), weights=weights)
+    model = load_base(
+        base_model, device, torch.float32, attention=attention_for(device, dtype if weights else None), weights=weights
+    )
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
         names.setdefault(id(parameter), []).append(name)
@@ -777,7 +896,10 @@ def _weights(
         if not any(re.search(pattern, name) for aliases in names.values() for name in aliases):
             raise InputError(
                 *(
-                    (f"{place_of(where, 'method')}: bitfit trains biases, and this model has none", "use method: layernorm")
+                    (
+                        f"{place_of(where, 'method')}: bitfit trains biases, and this model has none",
+                        "use method: layernorm",
+                    )
                     if record.method == "bitfit"
                     else (
                         f"params.yaml: {where}.peft.trainable: {pattern!r} matches no weight",
@@ -786,11 +908,16 @@ def _weights(
                 )
             )
     for parameter in model.parameters():
-        parameter.requires_grad_(not patterns or any(re.search(pattern, name) for pattern in patterns for name in names[id(parameter)]))
+        parameter.requires_grad_(
+            not patterns or any(re.search(pattern, name) for pattern in patterns for name in names[id(parameter)])
+        )
 
     def save(folder: Path) -> None:
         dtype_of = stored_dtypes(base_model)
-        state = {name: value.to(dtype_of(name)) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        state = {
+            name: value.to(dtype_of(name)) if value.is_floating_point() else value
+            for name, value in model.state_dict().items()
+        }
         model.save_pretrained(folder, state_dict=state)
         for file in sorted(base_model.iterdir()):  # training does not change the configuration
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -829,11 +956,14 @@ def _head(
         record.write(folder)
 
     trainable = sum(parameter.numel() for parameter in classifier.parameters())
-    return PreparedModel(classifier, trainable, trainable + base.num_parameters(), save, packs=False, fit=classifier.fit)
+    return PreparedModel(
+        classifier, trainable, trainable + base.num_parameters(), save, packs=False, fit=classifier.fit
+    )
 
 
 class _AdaptiveRanks:
-    """The parts of AdaLoRA that a Trainer does not do: removing ranks by importance, and the penalty that keeps P and Q orthogonal."""
+    """The parts of AdaLoRA that a Trainer does not do: removing ranks by
+    importance, and the penalty that keeps P and Q orthogonal."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.tuner = model, model.base_model
@@ -849,7 +979,9 @@ class _AdaptiveRanks:
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 """Update the ranks. Gradients still exist here, and global_step does not yet include this step."""
                 strict = torch.are_deterministic_algorithms_enabled()
-                torch.use_deterministic_algorithms(False)  # kthvalue's index is nondeterministic on GPUs; only its value is used
+                torch.use_deterministic_algorithms(
+                    False
+                )  # kthvalue's index is nondeterministic on GPUs; only its value is used
                 try:
                     tuner.update_and_allocate(state.global_step + 1)
                 finally:
@@ -858,23 +990,29 @@ class _AdaptiveRanks:
         return Ranks()
 
     def orthogonality(self, _: Any) -> torch.Tensor:
-        """orth_reg_weight times the mean Frobenius norm of (P^T P - I) and (Q Q^T - I), as PEFT's own forward adds it (arXiv 2303.10512, eq. 4)."""
+        """orth_reg_weight times the mean Frobenius norm of (P^T P - I) and (Q
+        Q^T - I), as PEFT's own forward adds it (arXiv 2303.10512, eq. 4)."""
         import torch
 
         terms = []
         for name, weight in self.model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
                 product = weight @ weight.T if ".lora_A." in name else weight.T @ weight
-                terms.append(torch.linalg.norm(product - torch.eye(len(product), device=product.device, dtype=product.dtype)))
+                terms.append(
+                    torch.linalg.norm(product - torch.eye(len(product), device=product.device, dtype=product.dtype))
+                )
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
     def synchronize(self) -> None:
         """Set the ranks to save to those of the current weights.
 
-        PEFT updates them only when it removes ranks. In between ranks grow again, and a checkpoint may have restored earlier weights.
+        PEFT updates them only when it removes ranks. In between ranks grow
+        again, and a checkpoint may have restored earlier weights.
         """
         weights = dict(self.tuner.model.named_parameters())
-        self.config.rank_pattern = {name: (weights[name] != 0).flatten().tolist() for name in self.config.rank_pattern or {}} or None
+        self.config.rank_pattern = {
+            name: (weights[name] != 0).flatten().tolist() for name in self.config.rank_pattern or {}
+        } or None
 
     def state(self) -> dict[str, torch.Tensor]:
         """Smoothed importances, their uncertainties, and the remaining ranks, by name of the weight."""
@@ -882,13 +1020,17 @@ class _AdaptiveRanks:
 
         kept = {"sensitivity": self.allocator.exp_avg_ipt, "uncertainty": self.allocator.exp_avg_unc}
         tensors = {f"{kind}:{name}": value for kind, values in kept.items() for name, value in values.items()}
-        return tensors | {f"ranks:{name}": torch.tensor(mask) for name, mask in (self.config.rank_pattern or {}).items()}
+        return tensors | {
+            f"ranks:{name}": torch.tensor(mask) for name, mask in (self.config.rank_pattern or {}).items()
+        }
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         import torch
 
         def of(kind: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(f"{kind}:"): value for name, value in state.items() if name.startswith(f"{kind}:")}
+            return {
+                name.removeprefix(f"{kind}:"): value for name, value in state.items() if name.startswith(f"{kind}:")
+            }
 
         self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc = of("sensitivity"), of("uncertainty")
         self.allocator.ipt = {name: torch.zeros_like(value) for name, value in of("sensitivity").items()}
@@ -911,6 +1053,7 @@ def save_adapter(model: Any, folder: Path, base_model: str) -> None:
     if config.get("tokenizer_name_or_path"):
         config["tokenizer_name_or_path"] = base_model
     config = {
-        key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value for key, value in config.items()
+        key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+        for key, value in config.items()
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,5 @@
-"""feature_extraction: a linear layer that predicts the category from the frozen base model's last hidden state of a prompt."""
+"""feature_extraction: a linear layer that predicts the category from the frozen
+base model's last hidden state of a prompt."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Options(Section):
 def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str], list[tuple[int, int]]]:
     """Extract the prompts of packed rows. Examples without a category are left out.
 
-        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories ["login"]  ->  [[5, 6]], ["login"], [(0, 0)]
+        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories
+        ["login"]  ->  [[5, 6]], ["login"], [(0, 0)]
 
     Args:
         rows: with input_ids, labels, lengths and categories (one per example, nullable).
@@ -66,7 +68,8 @@ def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], l
 
 
 def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what: str) -> torch.Tensor:
-    """Last hidden state of the last token of each prompt, (prompts, hidden) float32. Padding is on the right and masked."""
+    """Last hidden state of the last token of each prompt, (prompts, hidden)
+    float32. Padding is on the right and masked."""
     import torch
 
     states = torch.zeros(len(prompts), model.config.hidden_size)
@@ -82,8 +85,11 @@ def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what
     return states.clone()
 
 
-def fit(inputs: torch.Tensor, targets: torch.Tensor, classes: int, options: Options) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 from zero. The problem is convex, so the result is unique.
+def fit(
+    inputs: torch.Tensor, targets: torch.Tensor, classes: int, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64
+    from zero. The problem is convex, so the result is unique.
 
     Args:
         inputs: (n, hidden) features.
@@ -101,7 +107,9 @@ def fit(inputs: torch.Tensor, targets: torch.Tensor, classes: int, options: Opti
     balance = len(targets) / (classes * counts.clamp_min(1)) if options.class_weight else None
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=1, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=1, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
@@ -122,7 +130,10 @@ class Classifier:
     def __init__(self, base: Any, labels: Sequence[str], options: Options) -> None:
         import torch
 
-        self.base, self.labels, self.options, self.device = base.requires_grad_(False).eval(), list(labels), options, base.device
+        self.base = base.requires_grad_(False).eval()
+        self.labels = list(labels)
+        self.options = options
+        self.device = base.device
         self.score = torch.nn.Linear(base.config.hidden_size, len(labels))
 
     def parameters(self) -> list[Any]:
@@ -135,14 +146,19 @@ class Classifier:
     def state_dict(self, keep_vars: bool = False) -> dict[str, Any]:
         stored = {"base": self.base, "score": self.score}
         return {
-            f"{part}.{name}": value for part, module in stored.items() for name, value in module.state_dict(keep_vars=keep_vars).items()
+            f"{part}.{name}": value
+            for part, module in stored.items()
+            for name, value in module.state_dict(keep_vars=keep_vars).items()
         }
 
-    def fit(self, train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    def fit(
+        self, train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, float]]:
         """Train on packed rows, in place.
 
         Returns:
-            The loss curve in the format of `sft.train`: the loss of each iteration, and the validation loss before and after.
+            The loss curve in the format of `sft.train`: the loss of each
+            iteration, and the validation loss before and after.
         Raises:
             InputError: no example has a category, or a validation example has a category that train lacks.
         """
@@ -152,7 +168,9 @@ class Classifier:
         prompts, categories, _ = split_prompts(train)
         validation_prompts, validation_categories, _ = split_prompts(validation)
         if not prompts:
-            raise InputError("feature_extraction needs categories, and no example has one", "use sources with a `category`")
+            raise InputError(
+                "feature_extraction needs categories, and no example has one", "use sources with a `category`"
+            )
         unknown = sorted({*categories, *validation_categories} - set(self.labels))
         if unknown:
             raise InputError(
@@ -160,16 +178,25 @@ class Classifier:
                 "a class is a category of the training split: add examples of these to raw_examples.sources",
             )
         number = {name: i for i, name in enumerate(self.labels)}
-        targets, validation_targets = (torch.tensor([number[name] for name in names]) for names in (categories, validation_categories))
+        targets, validation_targets = (
+            torch.tensor([number[name] for name in names]) for names in (categories, validation_categories)
+        )
         validation_inputs = (
-            features(self.base, validation_prompts, self.options.batch_size, "validation features") if validation_prompts else None
+            features(self.base, validation_prompts, self.options.batch_size, "validation features")
+            if validation_prompts
+            else None
         )
 
         def validate(step: int) -> list[dict[str, float]]:
             if validation_inputs is None:
                 return []
             with torch.no_grad():
-                return [{"step": step, "validation_loss": float(cross_entropy(self.score(validation_inputs), validation_targets))}]
+                return [
+                    {
+                        "step": step,
+                        "validation_loss": float(cross_entropy(self.score(validation_inputs), validation_targets)),
+                    }
+                ]
 
         with torch.no_grad():
             for parameter in self.parameters():
@@ -185,11 +212,15 @@ class Classifier:
         return curve + validate(len(losses))
 
     def save(self, folder: Path) -> None:
-        """Write head.safetensors (score.weight, score.bias; float32) and head.json (the labels in order, and the options)."""
+        """Write head.safetensors (score.weight, score.bias; float32) and
+        head.json (the labels in order, and the options)."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({f"score.{name}": value.contiguous() for name, value in sorted(self.score.state_dict().items())}, folder / WEIGHTS)
+        save_file(
+            {f"score.{name}": value.contiguous() for name, value in sorted(self.score.state_dict().items())},
+            folder / WEIGHTS,
+        )
         about = {"labels": self.labels, "options": self.options.model_dump()}
         (folder / LABELS).write_text(json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -238,5 +269,7 @@ def load(folder: Path, base_model: Path, device: torch.device, dtype: torch.dtyp
     about = json.loads((folder / LABELS).read_text())
     base = load_base(base_model, device, dtype, AdapterInfo.read(folder).quantization)
     classifier = Classifier(base, about["labels"], Options.model_validate(about["options"]))
-    classifier.score.load_state_dict({name.removeprefix("score."): value for name, value in load_file(folder / WEIGHTS).items()})
+    classifier.score.load_state_dict(
+        {name.removeprefix("score."): value for name, value in load_file(folder / WEIGHTS).items()}
+    )
     return Predictor(classifier, AutoTokenizer.from_pretrained(base_model, trust_remote_code=False))

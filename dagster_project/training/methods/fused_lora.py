@@ -1,4 +1,5 @@
-"""LoRA's update as one custom operation: the result of PEFT's layers, in the model's dtype and with fewer passes over memory.
+"""LoRA's update as one custom operation: the result of PEFT's layers, in the
+model's dtype and with fewer passes over memory.
 
 It is registered with torch, so torch.compile does not trace into it. Importing this file imports torch.
 """
@@ -13,12 +14,17 @@ import torch
 
 
 def fuse(model: Any) -> None:
-    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use `update`. Other layers, names and saved files do not change."""
+    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use
+    `update`. Other layers, names and saved files do not change."""
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
         # embeddings, variants (DoRA) and other classes compute something else
-        if isinstance(module, LoraLayer) and type(module).__name__ in {"Linear", "Linear4bit"} and not module.lora_variant:
+        if (
+            isinstance(module, LoraLayer)
+            and type(module).__name__ in {"Linear", "Linear4bit"}
+            and not module.lora_variant
+        ):
             (adapter,) = module.lora_A
             if module.lora_B[adapter].bias is None:
                 module.forward = MethodType(_forward, module)
@@ -36,13 +42,18 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> t
 
 def is_applied(module: Any) -> bool:
     """Whether a module is a layer of `fuse` whose update has an effect, without dropout."""
-    if getattr(vars(module).get("forward"), "__func__", None) is not _forward or module.disable_adapters or module.merged:
+    if (
+        getattr(vars(module).get("forward"), "__func__", None) is not _forward
+        or module.disable_adapters
+        or module.merged
+    ):
         return False
     return not (module.training and any(getattr(dropout, "p", 0.0) for dropout in module.lora_dropout.values()))
 
 
 def applied(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's forward pass with its present weights, without gradients: the same operations, with weights that are cast once."""
+    """The layer's forward pass with its present weights, without gradients: the
+    same operations, with weights that are cast once."""
     (adapter,) = layer.lora_A
     dtype = layer.base_layer.weight.dtype
     a, b = (matrices[adapter].weight.detach().to(dtype).T for matrices in (layer.lora_A, layer.lora_B))
@@ -66,8 +77,8 @@ def update(
         x: (..., in), in the dtype of result.
         a, b: (r, in) and (out, r), float32, as are their gradients.
     Returns:
-        The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without dropout). x is saved
-        unmasked, because layers with the same input share it.
+        The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without
+        dropout). x is saved unmasked, because layers with the same input share it.
     """
     kept = _dropout_mask(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
     down = _flat(_apply_mask(x, kept)) @ a.to(x.dtype).T
@@ -132,7 +143,11 @@ def _dropout_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
 
     15 random bits per element; torch's dropout draws 64, which on a CPU takes longer than LoRA's products.
     """
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+    bits = (
+        torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        .random_(-(2**63), None)
+        .view(torch.int16)[: x.numel()]
+    )
     below = bits.bitwise_and(2**15 - 1).sub_(round(dropout * 2**15)).bitwise_right_shift_(15)  # the sign: -1 or 0
     return below.bitwise_not_().to(_integer(x)).view(x.shape)
 

@@ -1,4 +1,5 @@
-"""Device, dtype, threads and determinism, which are part of a run's identity; and memory settings, which do not affect results."""
+"""Device, dtype, threads and determinism, which are part of a run's identity;
+and memory settings, which do not affect results."""
 
 from __future__ import annotations
 
@@ -46,8 +47,9 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
-    # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3 for a command, and
-    # transformers scipy for losses of object detection; once loaded, transformers relies on what it found
+    # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3
+    # for a command, and transformers scipy for losses of object detection; once loaded, transformers relies on what it
+    # found
     with lean_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
         import_transformers()
         import peft  # noqa: F401
@@ -56,7 +58,8 @@ def import_libraries() -> None:
 
 @contextmanager
 def adding_adapters() -> Iterator[None]:
-    """Without the layers of PEFT for quantized weights unless a model has some, and so without bitsandbytes, which imports torch's compiler."""
+    """Without the layers of PEFT for quantized weights unless a model has some,
+    and so without bitsandbytes, which imports torch's compiler."""
     import_libraries()
     from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
@@ -75,7 +78,8 @@ def adding_adapters() -> Iterator[None]:
 def reuse_large_blocks() -> None:
     """Let glibc keep large freed blocks for the next tensor. No effect with another C library.
 
-    The kernel zeroes new blocks page by page, which takes half of a step with logits of many tokens over the whole vocabulary.
+    The kernel zeroes new blocks page by page, which takes half of a step with
+    logits of many tokens over the whole vocabulary.
     """
     if mallopt := _glibc_function("mallopt"):
         mmap_threshold, trim_threshold = -3, -1

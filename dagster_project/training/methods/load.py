@@ -44,14 +44,18 @@ class AdapterInfo(Section):
 
 
 def refuse_pickled_weights(folder: Path) -> None:
-    """`use_safetensors=True` is not enough: transformers opens whatever files an index names, and PEFT adapter_model.bin if there is nothing else.
+    """`use_safetensors=True` is not enough: transformers opens whatever files an index names, and PEFT
+    adapter_model.bin if there is nothing else.
 
     Raises:
         InputError: weights of the folder would be unpickled.
     """
     if (folder / "adapter_config.json").is_file():
         if not (folder / "adapter_model.safetensors").is_file():
-            raise InputError(f"{folder}: no adapter_model.safetensors, and weights in other formats are not read", "save it as safetensors")
+            raise InputError(
+                f"{folder}: no adapter_model.safetensors, and weights in other formats are not read",
+                "save it as safetensors",
+            )
     elif (folder / INDEX).is_file():
         try:
             files = sorted({str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
@@ -59,7 +63,8 @@ def refuse_pickled_weights(folder: Path) -> None:
             raise InputError(f"{folder}: {INDEX} is not an index of weights", "save the model again") from None
         if other := next((name for name in files if not name.endswith(".safetensors")), None):
             raise InputError(
-                f"{folder}: {INDEX} names {other[:200]!r}, and weights in other formats are not read", "save the model as safetensors"
+                f"{folder}: {INDEX} names {other[:200]!r}, and weights in other formats are not read",
+                "save the model as safetensors",
             )
 
 
@@ -74,18 +79,24 @@ def load_tokenizer(folder: Path, templates: Path) -> Any:
 
 
 def load_base(
-    folder: Path, device: torch.device, dtype: torch.dtype, quantization: str = "none", attention: str = "sdpa", weights: bool = True
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    attention: str = "sdpa",
+    weights: bool = True,
 ) -> Any:
     """Load a base model in `dtype`, or with linear layers in 4-bit NormalFloat (QLoRA, arXiv 2305.14314, section 3).
 
-    nf4: blocks of 64 weights, double quantization, products in bfloat16; the output layer and other weights are float32.
+    nf4: blocks of 64 weights, double quantization, products in bfloat16; the
+    output layer and other weights are float32.
 
     Args:
         folder: folder of the model; with `weights` False its config.json is sufficient.
         weights: False: only shapes and dtypes, on torch's meta device.
     Raises:
-        InputError: transformers does not have this attention for the model, its logits are computed in another way, its weights are pickled, or its
-            own configuration quantizes them.
+        InputError: transformers does not have this attention for the model, its logits are computed in another way, its
+            weights are pickled, or its own configuration quantizes them.
     """
     if weights:
         refuse_pickled_weights(folder)
@@ -95,10 +106,15 @@ def load_base(
     except KeyError as error:  # of Falcon and GPT-Neo, which list the names of attention that they know
         if error.args != (attention,):
             raise
-        what = f"{folder}: the attention of this model cannot be replaced in transformers, which training on packed rows needs"
+        what = (
+            f"{folder}: the attention of this model cannot be replaced in transformers, which training on packed rows"
+            " needs"
+        )
         raise InputError(what, "use another model") from None
     if weights:
-        if quantization == "none" and (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
+        if quantization == "none" and (
+            getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
+        ):
             raise InputError(
                 f"{folder}: config.json asks for weights that bitsandbytes quantizes, which is not supported",
                 "use the model without quantization; `method: qlora` quantizes it for training",
@@ -120,12 +136,15 @@ def refusing_attention(folder: Path) -> Iterator[None]:
         if "does not support an attention implementation" not in str(error):
             raise
         what = (
-            f"{folder}: {str(error).split()[0]} has no attention by torch's scaled_dot_product_attention in transformers, which is needed"
+            f"{folder}: {str(error).split()[0]} has no attention by torch's scaled_dot_product_attention in"
+            " transformers, which is needed"
         )
         raise InputError(what, "use another model") from None
 
 
-def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str, attention: str, weights: bool) -> Any:
+def _load_base(
+    folder: Path, device: torch.device, dtype: torch.dtype, quantization: str, attention: str, weights: bool
+) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -135,12 +154,16 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantizat
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **stored).to(device)
     nf4 = nf4_config()
     if weights:
-        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype, device_map={"": device}, **stored)
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=nf4, dtype=dtype, device_map={"": device}, **stored
+        )
     else:
         from transformers import AutoConfig
 
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype, **attn)
+            base = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype, **attn
+            )
         if quantization == "none":
             return base
         _quantize(base, nf4)
@@ -180,7 +203,9 @@ def _quantize(base: Any, config: Any) -> None:
     output = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
     replace_with_bnb_linear(base, [output], config)
     require_version("bitsandbytes", ">=0.50.2,<1", "Params4bit._quantize")
-    tables = dict(name2qmap)  # quantizing on the meta device adds tables without values, which later models could not use
+    tables = dict(
+        name2qmap
+    )  # quantizing on the meta device adds tables without values, which later models could not use
     with torch.device("cpu"):
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -193,7 +218,8 @@ def _quantize(base: Any, config: Any) -> None:
 def stored_dtypes(folder: Path) -> Callable[[str], torch.dtype]:
     """A function from the name of a weight to the number format in which the model of this folder stores it.
 
-    That is the model's own, except for weights that transformers keeps in float32, such as routers of mixtures of experts.
+    That is the model's own, except for weights that transformers keeps in
+    float32, such as routers of mixtures of experts.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -201,7 +227,9 @@ def stored_dtypes(folder: Path) -> Callable[[str], torch.dtype]:
     dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
     if dtype == torch.float32:
         return lambda _: torch.float32
-    empty = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="meta", use_safetensors=True, trust_remote_code=False)
+    empty = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map="meta", use_safetensors=True, trust_remote_code=False
+    )
     found = {name: weight.dtype for name, weight in empty.state_dict().items() if weight.is_floating_point()}
     return lambda name: found.get(name, dtype)
 
@@ -227,7 +255,9 @@ def load(folder: Path, base_model: Path | None, device: torch.device, dtype: tor
     if not (folder / "adapter_config.json").is_file():
         return load_base(folder, device, dtype).eval()
     if base_model is None:
-        raise InputError(f"{folder.name} is an adapter that was not merged, and its base model is missing", "give the base model")
+        raise InputError(
+            f"{folder.name} is an adapter that was not merged, and its base model is missing", "give the base model"
+        )
     from peft import PeftModel
 
     refuse_pickled_weights(folder)
@@ -240,8 +270,8 @@ def load(folder: Path, base_model: Path | None, device: torch.device, dtype: tor
 def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Last hidden states of a model with virtual tokens.
 
-    Prefix tuning prepends trained keys and values in every layer (arXiv 2101.00190, section 4.1); prompt tuning and p-tuning prepend
-    trained embeddings (arXiv 2104.08691, 2103.10385).
+    Prefix tuning prepends trained keys and values in every layer (arXiv 2101.00190, section 4.1); prompt tuning and
+    p-tuning prepend trained embeddings (arXiv 2104.08691, 2103.10385).
 
     Args:
         model: PeftModel of a method with virtual tokens.
@@ -256,7 +286,9 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     mask = torch.cat((attention_mask.new_ones(batch, virtual), attention_mask), 1)
     trained = model.get_prompt(batch)
     if not isinstance(trained, torch.Tensor):
-        return causal.base_model(input_ids=input_ids, attention_mask=mask, cache=trained, use_cache=False).last_hidden_state
+        return causal.base_model(
+            input_ids=input_ids, attention_mask=mask, cache=trained, use_cache=False
+        ).last_hidden_state
     words = causal.get_input_embeddings()(input_ids)
     rows = torch.cat((trained.to(words.dtype), words), 1)
     return causal.base_model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state[:, virtual:]
@@ -265,7 +297,8 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
 class VirtualTokenModel:
     """A model with trained virtual tokens and the interface of a model without.
 
-    Virtual tokens affect later tokens only through their keys and values, which are computed once and start every cache.
+    Virtual tokens affect later tokens only through their keys and values, which
+    are computed once and start every cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -276,7 +309,9 @@ class VirtualTokenModel:
         import torch
 
         self.causal = model.get_base_model()
-        self.config, self.device, self.virtual = self.causal.config, self.causal.device, model.active_peft_config.num_virtual_tokens
+        self.config = self.causal.config
+        self.device = self.causal.device
+        self.virtual = model.active_peft_config.num_virtual_tokens
         with torch.inference_mode():
             trained = model.get_prompt(1)
             if isinstance(trained, torch.Tensor):

@@ -1,4 +1,5 @@
-"""Online trainings that read a prompt once for all answers to it: their passes on the meta device, and which of them is the largest."""
+"""Online trainings that read a prompt once for all answers to it: their passes
+on the meta device, and which of them is the largest."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class AnswerPass:
     """Tokens of each prompt, and then of each answer to it."""
     has_reference: bool
     keeps_graph: bool
-    """Whether the policy's first pass, before that of the reference, is the one that is learned from. Not with gradient checkpointing."""
+    """Whether the policy's first pass, before that of the reference, is the one
+    that is learned from. Not with gradient checkpointing."""
 
     @property
     def tokens(self) -> int:
@@ -49,14 +51,17 @@ def answer_pass(method: AnswerGroups, params: PreferenceParams, prompts: Sequenc
     batch, accumulated = method.passes(params)
     answers = [method.max_completion_length] * method.num_generations
     rows = largest_pass([prompt + sum(answers) for prompt in prompts], batch // len(answers), passes)
-    # TRL's GRPO needs log-probabilities before the first update only if weights change between the passes over the same answers
+    # TRL's GRPO needs log-probabilities before the first update only if weights change between the passes over the same
+    # answers
     keeps_graph = method.name == "rloo" or accumulated % getattr(method, "num_iterations", 1) != 0
     return AnswerPass(tuple((prompts[row], *answers) for row in rows), method.beta > 0, keeps_graph)
 
 
-def answer_passes(ledger: Any, prepared: PreparedModel, base: Any, groups: AnswerPass, checkpointing: bool, passes: int) -> None:
-    """Run the passes of training/trainers/alignment/trl_trainers/answer_groups.py over the answers on the meta device. Sampling them needs less
-    memory: no activations are kept.
+def answer_passes(
+    ledger: Any, prepared: PreparedModel, base: Any, groups: AnswerPass, checkpointing: bool, passes: int
+) -> None:
+    """Run the passes of training/trainers/alignment/trl_trainers/answer_groups.py over the answers on the meta device.
+    Sampling them needs less memory: no activations are kept.
 
     Args:
         ledger: of memory.py; it records them.
@@ -66,7 +71,9 @@ def answer_passes(ledger: Any, prepared: PreparedModel, base: Any, groups: Answe
 
     model = prepared.model
     prompts = [[number] * size for number, (size, *sizes) in enumerate(groups.lengths) for _ in sizes]
-    answers = [[number] * size for _, *sizes in groups.lengths for number, size in enumerate(sizes)]  # which begin with different tokens
+    answers = [
+        [number] * size for _, *sizes in groups.lengths for number, size in enumerate(sizes)
+    ]  # which begin with different tokens
     keeps = groups.keeps_graph and not checkpointing
 
     def log_probabilities(entropies: bool) -> Any:

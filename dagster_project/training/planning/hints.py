@@ -44,14 +44,18 @@ class Forecast:
         """Log line with the measured memory and time of a run, and the predicted memory."""
         text = f"memory {measured['peak_memory_bytes'] / 1e6:,.0f} MB at its peak"
         if "predicted_memory_bytes" in measured:
-            text += f", {measured['predicted_memory_bytes'] / 1e6:,.0f} MB predicted ({measured['prediction_error_percent']:+} %)"
+            text += (
+                f", {measured['predicted_memory_bytes'] / 1e6:,.0f} MB predicted"
+                f" ({measured['prediction_error_percent']:+} %)"
+            )
         if "tokens_per_second" in measured:
             text += f"; {measured['training_seconds']:,.0f} s, {measured['tokens_per_second']:,.0f} tokens/s"
         return text
 
 
 def forecast(ctx: StageContext) -> Forecast | None:
-    """Predict the memory of a stage that trains an adapter; None for other stages, and for an adapter that is merged of others."""
+    """Predict the memory of a stage that trains an adapter; None for other
+    stages, and for an adapter that is merged of others."""
     if ctx.stage != "adapter":
         return None
     params, compute = ctx.variant_params("adapter", AdapterParams), ctx.compute
@@ -60,7 +64,12 @@ def forecast(ctx: StageContext) -> Forecast | None:
     if params.command is not None:
         return Forecast(ExecutionHints())  # its memory is unknown
     return forecast_training(
-        params, ctx.output_of("tokenized"), ctx.output_of("base_model"), compute.processes, prepare(compute), f"adapter.{ctx.variant}"
+        params,
+        ctx.output_of("tokenized"),
+        ctx.output_of("base_model"),
+        compute.processes,
+        prepare(compute),
+        f"adapter.{ctx.variant}",
     )
 
 
@@ -91,7 +100,9 @@ def forecast_training(
     free = available_memory(device.type, processes)
     # without runtime: the libraries are in memory already
     row = memory.largest_row(train, params.method)
-    without = replace(training_spec(params, base_model, row, len(train), device.type, dtype, where, processes), timed=False)
+    without = replace(
+        training_spec(params, base_model, row, len(train), device.type, dtype, where, processes), timed=False
+    )
     try:
         spec = without.checkpointed_beyond(free) if params.gradient_checkpointing == AUTO else without
         predicted = replace(spec.prediction.memory, runtime=runtime)
@@ -104,11 +115,20 @@ def forecast_training(
             f"training {where.removeprefix('adapter.')}: gradient checkpointing is on:"
             f" {without.needed / 1e6:,.0f} MB predicted without it, {free / 1e6:,.0f} MB free"
         )
-    return Forecast(ExecutionHints(on, partial(_remedy, replace(spec), free)), predicted)  # a copy, to free the prediction
+    return Forecast(
+        ExecutionHints(on, partial(_remedy, replace(spec), free)), predicted
+    )  # a copy, to free the prediction
 
 
 def training_spec(
-    params: AdapterParams, base_model: Path, row: tuple[list[int], int], rows: int, device: str, dtype: Any, where: str, processes: int = 1
+    params: AdapterParams,
+    base_model: Path,
+    row: tuple[list[int], int],
+    rows: int,
+    device: str,
+    dtype: Any,
+    where: str,
+    processes: int = 1,
 ) -> memory.TrainingSpec:
     """What the prediction takes for an adapter, without the runtime.
 
@@ -117,7 +137,8 @@ def training_spec(
         rows: number of rows of the training split.
     """
     return memory.TrainingSpec(
-        device, dtype, base_model, params.method, params.peft, *row, min(params.per_device_train_batch_size, rows), 0, params.quantization,
+        device, dtype, base_model, params.method, params.peft, *row, min(params.per_device_train_batch_size, rows), 0,
+        params.quantization,
         params.gradient_checkpointing is True, params.gradient_accumulation_steps, params.optim, where,
         sharding=params.sharding, processes=processes,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The trace of a deep model's training step, composed from copies of the model with few layers.
 
-Decoder layers with the same structure use memory in the same way, so a layer adds a run of events to each phase of a step. Two copies are
-traced, of which the larger has one layer more. If every run that this layer adds is equal to the run before it, it is inserted as often as the
-model has more layers; otherwise the whole model is traced. Layers that differ with a period (e.g. every sixth with full attention) are handled
-a period at a time.
+Decoder layers with the same structure use memory in the same way, so a layer adds a run of events to each phase of a
+step. Two copies are traced, of which the larger has one layer more. If every run that this layer adds is equal to the
+run before it, it is inserted as often as the model has more layers; otherwise the whole model is traced. Layers that
+differ with a period (e.g. every sixth with full attention) are handled a period at a time.
 """
 
 from __future__ import annotations
@@ -69,7 +69,13 @@ class SmallCopies:
         values = json.loads(file.read_text())
         name = self.text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         text = next((part for part in (values, *values.values()) if isinstance(part, dict) and name in part), values)
-        text.update({key: value[:layers] for key, value in text.items() if isinstance(value, list) and len(value) == self.layers})
+        text.update(
+            {
+                key: value[:layers]
+                for key, value in text.items()
+                if isinstance(value, list) and len(value) == self.layers
+            }
+        )
         text[name] = layers
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(values))
@@ -78,7 +84,15 @@ class SmallCopies:
 
 def names_layers(options: dict[str, Any]) -> bool:
     """Whether a method's keys can treat layers differently."""
-    known = {"layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "exclude_modules", "trainable"}
+    known = {
+        "layers_to_transform",
+        "layers_pattern",
+        "layer_replication",
+        "rank_pattern",
+        "alpha_pattern",
+        "exclude_modules",
+        "trainable",
+    }
     if any(options.get(key) for key in known):
         return True
     targets = options.get("target_modules") or []
@@ -103,7 +117,8 @@ def repetition(layers: Sequence[Any]) -> tuple[int, int] | None:
 
 
 def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
-    """The trace of a model with `times` more periods than that of `long`; None if the one that `long` adds to `short` does not repeat."""
+    """The trace of a model with `times` more periods than that of `long`; None
+    if the one that `long` adds to `short` does not repeat."""
     events = repeated(short.events, long.events, times)
     if events is None:
         return None
@@ -116,7 +131,8 @@ def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
 
 
 def repeated(short: list[Any], long: list[Any], times: int) -> list[Any] | None:
-    """`long` with the runs that `short` lacks inserted `times` times more; None if a run differs from what precedes it."""
+    """`long` with the runs that `short` lacks inserted `times` times more; None
+    if a run differs from what precedes it."""
     events: list[Any] = []
     here = there = 0
     while left := len(long) - there - len(short) + here:
@@ -147,7 +163,8 @@ def _skeleton(base_model: Path) -> Any:
 
 
 def _layers(model: Any, n: int) -> list[Any]:
-    """Signature of each of a model's n layers: classes, settings and shapes. Empty if the layers cannot be identified."""
+    """Signature of each of a model's n layers: classes, settings and shapes.
+    Empty if the layers cannot be identified."""
     import torch
 
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == n]
@@ -160,11 +177,17 @@ def _signature(layer: Any) -> list[Any]:
         (
             name,
             type(module).__qualname__,
-            sorted((key, repr(value)) for key, value in vars(module).items() if isinstance(value, plain) and key != "layer_idx"),
+            sorted(
+                (key, repr(value))
+                for key, value in vars(module).items()
+                if isinstance(value, plain) and key != "layer_idx"
+            ),
         )
         for name, module in layer.named_modules()
     ]
     tensors = [
-        (name, tuple(tensor.shape), tensor.dtype) for part in (layer.named_parameters(), layer.named_buffers()) for name, tensor in part
+        (name, tuple(tensor.shape), tensor.dtype)
+        for part in (layer.named_parameters(), layer.named_buffers())
+        for name, tensor in part
     ]
     return [modules, tensors]

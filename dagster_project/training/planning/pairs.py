@@ -1,4 +1,5 @@
-"""Trainings on pairs that read what two texts have in common once: their passes on the meta device, and which of them is the largest."""
+"""Trainings on pairs that read what two texts have in common once: their passes
+on the meta device, and which of them is the largest."""
 
 from __future__ import annotations
 
@@ -27,9 +28,15 @@ Pair = tuple[list[int], list[int], list[int]]
 
 
 def pair_passes(
-    ledger: Any, prepared: PreparedModel, base: Any, pair_lengths: Sequence[tuple[int, int, int]], counted: int, passes: int
+    ledger: Any,
+    prepared: PreparedModel,
+    base: Any,
+    pair_lengths: Sequence[tuple[int, int, int]],
+    counted: int,
+    passes: int,
 ) -> None:
-    """Run the forward and backward passes of training/trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
+    """Run the forward and backward passes of
+    training/trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
 
     Args:
         ledger: of memory.py; it records them.
@@ -45,8 +52,10 @@ def pair_passes(
         return torch.zeros(shape, dtype=torch.long, device="meta")
 
     batch = {
-        "input_ids": ids(2 * pairs, longest), "packed_ids": ids(1, tokens + spare), "packed_positions": ids(1, tokens + spare),
-        "pair_lengths": [*pair_lengths, (spare, 0, 0)], "last_token": ids(2 * pairs), "predicts": ids(counted), "target": ids(counted),
+        "input_ids": ids(2 * pairs, longest), "packed_ids": ids(1, tokens + spare),
+        "packed_positions": ids(1, tokens + spare),
+        "pair_lengths": [*pair_lengths, (spare, 0, 0)], "last_token": ids(2 * pairs), "predicts": ids(counted),
+        "target": ids(counted),
         "slot": ids(counted),
     }  # fmt: skip
     with attending_by_pair(base):
@@ -61,7 +70,8 @@ def pair_passes(
 
 
 def largest_pass(sizes: Sequence[int], batch: int, passes: int) -> list[int]:
-    """Numbers of the rows in the largest of so many passes over rows in random order: the median of several such orders.
+    """Numbers of the rows in the largest of so many passes over rows in random
+    order: the median of several such orders.
 
     Args:
         sizes: tokens of each row.
@@ -88,7 +98,11 @@ def reads_pairs_once(base_model: Path, device: str, options: Mapping[str, Any], 
 
     model = load_base(base_model, torch.device("cpu"), torch.bfloat16, weights=False)
     pads = router_loss and has_router(model)
-    return not pads and reads_prompts_once(model.requires_grad_(False), device) and "lm_head" not in str(options.get("target_modules"))
+    return (
+        not pads
+        and reads_prompts_once(model.requires_grad_(False), device)
+        and "lm_head" not in str(options.get("target_modules"))
+    )
 
 
 def lengths_of(pair: Pair) -> tuple[int, int, int]:

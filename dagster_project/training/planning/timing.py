@@ -1,7 +1,8 @@
-"""Time of a training step's operations on this machine, measured by running each distinct operation on tensors of its shapes.
+"""Time of a training step's operations on this machine, measured by running
+each distinct operation on tensors of its shapes.
 
-No overall rate of the machine is assumed. A step has thousands of operations but only a few hundred distinct ones, because layers repeat,
-so the measurement takes about as long as one layer.
+No overall rate of the machine is assumed. A step has thousands of operations but only a few hundred distinct ones,
+because layers repeat, so the measurement takes about as long as one layer.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class Shape:
     """False: on the CPU whatever the device, e.g. scalars and sequence bounds."""
 
     def filled(self, device: Any) -> Any:
-        """A tensor of ones, which are fast in every kernel and valid pivots of a matrix; of zeros for dtypes that may be indices."""
+        """A tensor of ones, which are fast in every kernel and valid pivots of
+        a matrix; of zeros for dtypes that may be indices."""
         import torch
 
-        tensor = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device if self.on_device else "cpu")
+        tensor = torch.empty_strided(
+            self.size, self.stride, dtype=self.dtype, device=device if self.on_device else "cpu"
+        )
         return tensor.fill_(1 if self.dtype.is_floating_point or self.dtype == torch.int32 else 0)
 
 
@@ -91,7 +95,9 @@ class Operations:
         return tuple(sum(n * known[key][i] for key, n in self.counts.items()) for i in (0, 1))  # type: ignore[return-value]
 
 
-def _time(run: Callable[..., Any], tree: Any, shapes: Iterable[Any], device: Any, clock: Callable[[], float]) -> tuple[float, float]:
+def _time(
+    run: Callable[..., Any], tree: Any, shapes: Iterable[Any], device: Any, clock: Callable[[], float]
+) -> tuple[float, float]:
     """Run an operation: (least seconds, seconds in memory that is new to the process)."""
     import torch
 
@@ -125,7 +131,9 @@ def attention(query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:
     """Scaled dot product attention, forward."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    return scaled_dot_product_attention(query, key, value, bias, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1])
+    return scaled_dot_product_attention(
+        query, key, value, bias, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 def attention_and_back(query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:

@@ -1,4 +1,5 @@
-"""Undocumented parts of torch that the memory and time predictions use, each behind one function that checks the version."""
+"""Undocumented parts of torch that the memory and time predictions use, each
+behind one function that checks the version."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ TORCH = ">=2.9,<3"
 """Versions of torch that this file was written for."""
 
 
-def intercepted(value: Any, run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> Any:
-    """A context in which reading the value of a meta tensor, which has none, gives `value`. torch's notes on extending it document
-    TorchDispatchMode, but its module is private.
+def intercepted(
+    value: Any, run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)
+) -> Any:
+    """A context in which reading the value of a meta tensor, which has none, gives `value`. torch's notes on extending
+    it document TorchDispatchMode, but its module is private.
 
     Args:
         run: called for every other operation, with the operation, its arguments and keywords.
@@ -36,8 +39,8 @@ _results: dict[Any, tuple[Any, Any, Any]] = {}
 
 
 def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the meta device, where computing the shape of the result takes half of a step's time: it is computed once for each
-    set of arguments, if the result is a new tensor."""
+    """Run an operation on the meta device, where computing the shape of the result takes half of a step's time: it is
+    computed once for each set of arguments, if the result is a new tensor."""
     import torch
 
     def described(value: Any) -> Any:
@@ -53,7 +56,10 @@ def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     inputs = {id(tensor.untyped_storage()) for tensor in meta_tensors((args, kwargs))}
     if inputs and isinstance(out, torch.Tensor) and id(storage := out.untyped_storage()) not in inputs:
         shape = out.shape, out.stride(), out.dtype
-        if storage.nbytes() == torch.empty_strided(*shape[:2], dtype=shape[2], device="meta").untyped_storage().nbytes():
+        if (
+            storage.nbytes()
+            == torch.empty_strided(*shape[:2], dtype=shape[2], device="meta").untyped_storage().nbytes()
+        ):
             _results[key] = shape
     return out
 

@@ -1,4 +1,5 @@
-"""One shard of records -> its examples and all that the report needs of them: a function of the shard, for a stage's workers."""
+"""One shard of records -> its examples and all that the report needs of them: a
+function of the shard, for a stage's workers."""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequenc
     ends = list(end_ids(tokenizer))
     found = []
     for i, (record, result) in enumerate(zip(records, results, strict=True)):
-        traces = sum(bool(m.get("reasoning_content")) and is_trained(m) for m in record["messages"]) if result.kept else 0
+        traces = (
+            sum(bool(m.get("reasoning_content")) and is_trained(m) for m in record["messages"]) if result.kept else 0
+        )
         found.append(
             RecordFacts(
                 record["example_id"],

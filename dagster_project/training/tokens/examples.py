@@ -93,7 +93,9 @@ def step_of(records: int) -> int:
     return -(-records // LOOKED_AT)
 
 
-def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first: int = 0, step: int = 1) -> list[RecordOutcome]:
+def make(
+    tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first: int = 0, step: int = 1
+) -> list[RecordOutcome]:
     """Tokenize records, in order. The tokenizer is called once per `CHUNK` records, which is faster than once per text.
 
     Args:
@@ -113,7 +115,9 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first:
         checked = [(i, parts) for i, parts in texts if (first + i) % step == 0]
         whole: dict[int, list[list[int]]] = defaultdict(list)
         for (i, _), ids in zip(
-            checked, encode_pieces(tokenizer, [[("".join(t for t, _ in parts), True)] for _, parts in checked]), strict=True
+            checked,
+            encode_pieces(tokenizer, [[("".join(t for t, _ in parts), True)] for _, parts in checked]),
+            strict=True,
         ):
             whole[i].append(ids[0])
         for i, (record, cut) in enumerate(zip(chunk, cuts, strict=True), start):
@@ -123,7 +127,11 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first:
             outcome = _fit(tokenizer, record, encoded[i], answers[i], rules)
             outcome.tokens = sum(len(ids) for example in encoded[i] for ids, _ in example)
             outcome.trained = sum(len(ids) for example in encoded[i] for ids, trained in example if trained)
-            outcome.stable = whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]] if i in whole else None
+            outcome.stable = (
+                whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]]
+                if i in whole
+                else None
+            )
             outcomes.append(outcome)
     return outcomes
 
@@ -147,7 +155,9 @@ def _last_answer(parts: Pieces) -> str:
     return next(text for text, trained in reversed(parts) if trained)
 
 
-def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules) -> RecordOutcome:
+def _fit(
+    tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules
+) -> RecordOutcome:
     """Examples of a record that fit into `rules.room`.
 
     Args:
@@ -160,7 +170,9 @@ def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], 
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
         return RecordOutcome(
-            "kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded[0], said, rules)]
+            "kept",
+            f"{after} turns after the last answer left out" if after else "",
+            [_example(tokenizer, encoded[0], said, rules)],
         )
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
@@ -168,7 +180,11 @@ def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], 
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, said, rules)])
         return RecordOutcome("dropped:too_long", f"{why}; the prompt leaves no room")
     if rules.too_long == "split":
-        parts = [(part, said) for part in windows(encoded[0], rules.room)] if is_text(record) else split(tokenizer, record, rules)
+        parts = (
+            [(part, said) for part in windows(encoded[0], rules.room)]
+            if is_text(record)
+            else split(tokenizer, record, rules)
+        )
         if parts:
             return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, *part, rules) for part in parts])
         return RecordOutcome("dropped:too_long", f"{why}; no answer fits together with its question")
@@ -197,7 +213,9 @@ def _fit_turns(
     how = f"{len(examples)} examples, {ONE_PER_ANSWER}"
     if longest <= rules.room:
         return RecordOutcome("kept", how, examples)
-    return RecordOutcome("truncated" if rules.too_long == "truncate" else f"split:{len(examples)}", f"{why}; {how}", examples)
+    return RecordOutcome(
+        "truncated" if rules.too_long == "truncate" else f"split:{len(examples)}", f"{why}; {how}", examples
+    )
 
 
 def _length(encoded: Encoded) -> int:
@@ -217,7 +235,8 @@ def _example(tokenizer: Any, encoded: Encoded, said: Said, rules: Rules) -> Exam
 
 
 def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
-    """Cut off the end of the last answer, and keep its end-of-turn token; None if the prompt leaves no room for the answer.
+    """Cut off the end of the last answer, and keep its end-of-turn token; None
+    if the prompt leaves no room for the answer.
 
     Characters are not split: tokens of an incomplete character at the cut are removed too.
 
@@ -234,25 +253,33 @@ def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
 
 
 def windows(encoded: Encoded, room: int) -> list[Encoded]:
-    """Split a plain text into the fewest parts, of nearly equal length; only the last ends with the end-of-text token."""
+    """Split a plain text into the fewest parts, of nearly equal length; only
+    the last ends with the end-of-text token."""
     flat = [(token, trained) for ids, trained in encoded for token in ids]
     n = -(-len(flat) // room)
     bounds = [len(flat) * i // n for i in range(n + 1)]
-    return [[([token for token, _ in run], trained) for trained, run in groupby(flat[a:b], key=itemgetter(1))] for a, b in pairwise(bounds)]
+    return [
+        [([token for token, _ in run], trained) for trained, run in groupby(flat[a:b], key=itemgetter(1))]
+        for a, b in pairwise(bounds)
+    ]
 
 
 def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple[Encoded, Said]]:
     """Split a conversation into parts that fit. Every answer is trained on once, in the part where it is new.
 
-    An exchange is a user turn and everything up to the next one. A part has the system turn, as many new exchanges as fit, and before
-    them as many earlier exchanges as still fit, as context. An exchange that does not fit by itself is left out.
+    An exchange is a user turn and everything up to the next one. A part has the system
+    turn, as many new exchanges as fit, and before them as many earlier exchanges as
+    still fit, as context. An exchange that does not fit by itself is left out.
 
-        system, exchanges 1 2 3 4, room for the system turn and three  ->  system 1 2 3;  system 2 3 4 with labels on 4 only
+        system, exchanges 1 2 3 4, room for the system turn and three  ->
+        system 1 2 3;  system 2 3 4 with labels on 4 only
 
     Returns:
         For each part its pieces, and its last answer.
     """
-    messages = with_reasoning(record["messages"], rules.reasoning)  # before the cut: `last` is the last answer of the record, not of a part
+    messages = with_reasoning(
+        record["messages"], rules.reasoning
+    )  # before the cut: `last` is the last answer of the record, not of a part
     reasoning: Reasoning = "keep" if rules.reasoning == "keep" else "template"
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[Message]] = []
@@ -262,7 +289,8 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         exchanges[-1].append(message)
 
     def encode(first: int, new: int, stop: int) -> tuple[Encoded, Said] | None:
-        """Exchanges first to stop with labels from `new` on; None if too long, without labels, or if the template refuses them."""
+        """Exchanges first to stop with labels from `new` on; None if too long,
+        without labels, or if the template refuses them."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
         cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, reasoning)
         if isinstance(cut, RecordOutcome) or len(cut) > 1:

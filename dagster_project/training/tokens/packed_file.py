@@ -57,7 +57,13 @@ def layout(found: TokenizedSplit, examples: np.ndarray, room: int | None) -> Lay
 
 
 def write_packed(
-    path: Path, schema: pa.Schema, found: TokenizedSplit, examples: np.ndarray, owners: np.ndarray, sizes: np.ndarray, scratch: Path
+    path: Path,
+    schema: pa.Schema,
+    found: TokenizedSplit,
+    examples: np.ndarray,
+    owners: np.ndarray,
+    sizes: np.ndarray,
+    scratch: Path,
 ) -> None:
     """Write packed rows to Parquet, column by column: as Python objects a large set would not fit into memory.
 
@@ -89,9 +95,12 @@ def write_packed(
                     "lengths": pa.array(lengths[chosen].astype(np.int32)),
                     **_columns(found, examples[chosen], scratch),
                 }
-                bounds = {name: (by_token if name in TOKEN_COLUMNS else by_example)[first : last + 1] for name in values}
+                bounds = {
+                    name: (by_token if name in TOKEN_COLUMNS else by_example)[first : last + 1] for name in values
+                }
                 columns = [
-                    pa.ListArray.from_arrays(pa.array((bounds[name] - bounds[name][0]).astype(np.int32)), values[name]) for name in values
+                    pa.ListArray.from_arrays(pa.array((bounds[name] - bounds[name][0]).astype(np.int32)), values[name])
+                    for name in values
                 ]
                 parts.append(pa.Table.from_arrays(columns, schema=schema))
                 first = last
@@ -102,7 +111,8 @@ TOKEN_COLUMNS = {"input_ids": "int32", "labels": "int32", "weights": "float32"}
 
 
 def _columns(found: TokenizedSplit, examples: np.ndarray, scratch: Path) -> dict[str, pa.Array]:
-    """The columns of tokens, in scratch files that are mapped to memory, so that only parts of them must be there at once."""
+    """The columns of tokens, in scratch files that are mapped to memory, so
+    that only parts of them must be there at once."""
     import numpy as np
     import pyarrow as pa
 

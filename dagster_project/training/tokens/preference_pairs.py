@@ -1,4 +1,5 @@
-"""Preference pairs -> token ids, with the chat template of the policy. Used by all alignment methods and reward models."""
+"""Preference pairs -> token ids, with the chat template of the policy. Used by
+all alignment methods and reward models."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Answered = tuple[list[int], list[int]]
 def answered(tokenizer: Any, conversations: Sequence[Messages], tools: Sequence[Tools] | None = None) -> list[Answered]:
     """Encode conversations that end with an answer. Text that the template adds after the end of the turn is left out.
 
-        [user "Hi", assistant "Yes?"]  ->  ids of "...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", ids of "Yes?<|im_end|>"
+        [user "Hi", assistant "Yes?"]  ->  ids of
+        "...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", ids of "Yes?<|im_end|>"
 
     Args:
         tools: of each conversation; None if none has any.
@@ -24,7 +26,10 @@ def answered(tokenizer: Any, conversations: Sequence[Messages], tools: Sequence[
         InputError: the template refuses a conversation, or its turns cannot be separated.
     """
     defined = tools or [None] * len(conversations)
-    cuts = [last_turn_pieces(tokenizer, _unweighted(turns), known) for turns, known in zip(conversations, defined, strict=True)]
+    cuts = [
+        last_turn_pieces(tokenizer, _unweighted(turns), known)
+        for turns, known in zip(conversations, defined, strict=True)
+    ]
     encoded = []
     for cut, ids in zip(cuts, encode_pieces(tokenizer, cuts), strict=True):
         last = max(i for i, (_, trained) in enumerate(cut) if trained)
@@ -43,7 +48,8 @@ def reply(text: str) -> list[Message]:
 
 
 def prompt_ids(tokenizer: Any, pair: Mapping[str, Any]) -> list[int]:
-    """Ids of a pair's prompt for a new answer, including the header, which opens a trace if that of the chosen answer does."""
+    """Ids of a pair's prompt for a new answer, including the header, which
+    opens a trace if that of the chosen answer does."""
     return encode_prompt(tokenizer, pair["prompt"], pair.get("tools"), bool(pair["chosen"][0].get("reasoning_content")))
 
 
@@ -59,7 +65,9 @@ def both(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[
     return [_with_one_prompt(*sides) for sides in zip(chosen, rejected, strict=True)]
 
 
-def refuse_misfits(tokenizer: Any, pairs: Mapping[str, Sequence[Mapping[str, Any]]], model: str, next_step: str = "") -> None:
+def refuse_misfits(
+    tokenizer: Any, pairs: Mapping[str, Sequence[Mapping[str, Any]]], model: str, next_step: str = ""
+) -> None:
     """Check that the chat template writes the tools, calls and traces of all pairs, before anything is trained.
 
     Args:
@@ -76,7 +84,10 @@ def refuse_misfits(tokenizer: Any, pairs: Mapping[str, Sequence[Mapping[str, Any
             try:
                 both(tokenizer, [pair])
             except InputError as error:
-                what = f"data/preferences: pair {pair['example_id']} ({split}) does not fit the chat template of {model}: {error.what}"
+                what = (
+                    f"data/preferences: pair {pair['example_id']} ({split}) does not fit the chat template of {model}:"
+                    f" {error.what}"
+                )
                 raise InputError(what, next_step or error.hint) from None
 
 

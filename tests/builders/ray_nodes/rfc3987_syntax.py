@@ -1,5 +1,6 @@
-"""On the nodes of a test cluster, in place of the installed module of this name, which builds a grammar for more than a second when it is imported:
-jsonschema imports it in every process of Ray, two for each job, and none of them calls it. This one imports that one when it is first called."""
+"""On the nodes of a test cluster, in place of the installed module of this name, which builds a grammar for more than a
+second when it is imported: jsonschema imports it in every process of Ray, two for each job, and none of them calls it.
+This one imports that one when it is first called."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Runs code that a model wrote, and the tests of a record, in a process of their own (code_process.py) that has limits and, with `sandbox`, no network,
-no other processes and no file that it can write."""
+"""Runs code that a model wrote, and the tests of a record, in a process of their own (code_process.py) that has limits
+and, with `sandbox`, no network, no other processes and no file that it can write."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def passes(code: str, tests: str, sandbox: bool, seconds: int, memory: int) -> b
     if process.returncode == code_process.UNABLE:
         raise InputError(
             f"unit_tests: there is no sandbox here: {said.decode('utf-8', 'replace').strip()}",
-            "allow user namespaces (docs/security.md), or set run: unprotected in a container that has no secrets and no network",
+            "allow user namespaces (docs/security.md), or set run: unprotected in a container that has no secrets and"
+            " no network",
         )
     return process.returncode == code_process.PASSED

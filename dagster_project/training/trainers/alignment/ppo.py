@@ -7,14 +7,16 @@ One iteration (`Training.run_iteration`):
    is an action.
 2. **reward**: a score for each whole answer; lower if the answer did not end.
 3. **evaluate**: log-probabilities of every token under pi and under the reference pi_ref, and the values V before each
-   token, in one forward pass each. pi_ref is the same network with the adapter disabled, so they are equal at the start.
+   token, in one forward pass each. pi_ref is the same network with the adapter
+   disabled, so they are equal at the start.
 4. **advantages**: a token's reward is -beta (log pi - log pi_ref), plus the score for the last one; the advantage
    compares the rewards with V.
 5. **update**: a few passes over the episodes in mini-batches, with clipped ratios, until pi is too far from the policy
    that sampled them.
 
-Sources: PPO arXiv 1707.06347, GAE 1506.02438, the penalty per token and its controller 1909.08593 (sections 2 and 2.2), what implementations add to
-both (rewards at the end, whitening, clipped values, the EOS penalty) 2403.17031. Estimates of KL: joschu.net/blog/kl-approx.html.
+Sources: PPO arXiv 1707.06347, GAE 1506.02438, the penalty per token and its controller
+1909.08593 (sections 2 and 2.2), what implementations add to both (rewards at the end, whitening,
+clipped values, the EOS penalty) 2403.17031. Estimates of KL: joschu.net/blog/kl-approx.html.
 """
 
 from __future__ import annotations
@@ -58,10 +60,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 Reward = Callable[[Sequence[int], Sequence[str], Sequence[Sequence[int]]], list[float]]
-"""(numbers of the prompts, the answer to each without special tokens and outer blanks, its token ids) -> a finite number for each."""
+"""(numbers of the prompts, the answer to each without special tokens and outer
+blanks, its token ids) -> a finite number for each."""
 
 
-LIVE = ("reward", "kl", "kl_coef", "entropy", "response_length", "policy_loss", "value_loss", "clip_fraction", "learning_rate", "grad_norm")
+LIVE = (
+    "reward",
+    "kl",
+    "kl_coef",
+    "entropy",
+    "response_length",
+    "policy_loss",
+    "value_loss",
+    "clip_fraction",
+    "learning_rate",
+    "grad_norm",
+)
 """Metrics of the live curve."""
 
 
@@ -122,8 +136,8 @@ class Settings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm. A larger gradient is scaled down to it."""
     allow_constant_reward: bool = False
-    """Continue if all answers of the first iteration, or of `constant_reward_steps` iterations in a row, get the same reward. Such a reward teaches
-    nothing."""
+    """Continue if all answers of the first iteration, or of `constant_reward_steps` iterations in a row, get the same
+    reward. Such a reward teaches nothing."""
     save_steps: int = Field(default=1, ge=1)
     """Iterations between two checkpoints."""
 
@@ -212,7 +226,8 @@ def train(
         prompts: token ids of each, including the assistant's header.
         checkpoints: where to keep them; None to keep none.
         live: folder for the live curve; None to write none.
-        shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and stays so.
+        shared: the model, if it is to be divided among the processes. It is
+            divided here, with the value head, and stays so.
         begin: called once the model is divided, before its weights change or those of a checkpoint are read.
         sampled_answers: those that `reward` keeps.
     Raises:
@@ -228,7 +243,16 @@ def train(
         states = partial(last_hidden_states, causal(model).base_model)
         refuse_mixing(model, states, settings.mini_batch_size > 1, "set mini_batch_size: 1")
     training = Training(
-        shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin, sampled_answers or SampledAnswers()
+        shared,
+        tokenizer,
+        prompts,
+        reward,
+        settings,
+        compute,
+        checkpoints,
+        live,
+        begin,
+        sampled_answers or SampledAnswers(),
     )
     with stop_on_request() as requested:
         stop_requested = requested if shared.root is None else sharding.asked_first(requested)
@@ -240,7 +264,9 @@ def train(
             if checkpoints and (step % settings.save_steps == 0 or last or stop):
                 training.save(checkpoints, step)
             if stop and not last:
-                raise Interrupted(f"interrupted at iteration {step}; the next run resumes from there", "run the same command again")
+                raise Interrupted(
+                    f"interrupted at iteration {step}; the next run resumes from there", "run the same command again"
+                )
     causal(model).set_attn_implementation(attention)
     training.show(training.history.curve, now=True)
     return training.history
@@ -281,7 +307,11 @@ class Training:
         """Resume from the newest checkpoint, if there is one. Arguments are those of `train`."""
         import torch
 
-        self.shared, self.model, self.tokenizer, self.prompts, self.reward = shared, shared.model, tokenizer, prompts, reward
+        self.shared = shared
+        self.model = shared.model
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.reward = reward
         self.sampled_answers = sampled_answers
         self.settings, self.seed, self.total = settings, compute.seed, iterations(settings)
         self.head = value_head(self.model)
@@ -299,7 +329,10 @@ class Training:
         self.show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        return {**trainable(self.model), **{f"value_head.{name}": weight for name, weight in self.head.named_parameters()}}
+        return {
+            **trainable(self.model),
+            **{f"value_head.{name}": weight for name, weight in self.head.named_parameters()},
+        }
 
     def _resume(self, checkpoints: Checkpoints | None) -> int:
         """Iteration of the newest checkpoint of the first process, which every process loads; 0 without one."""
@@ -317,7 +350,9 @@ class Training:
             _set_weights(self.weights, saved.tensors("weights"))
         else:
             parts = sharding.join_optimizer(self.optimizer, state["optimizer"])
-            sharding.read(saved.folder, parts | sharding.named("weights", self.weights) | sharding.named("good", self.good))
+            sharding.read(
+                saved.folder, parts | sharding.named("weights", self.weights) | sharding.named("good", self.good)
+            )
         log.info(f"ppo: resuming from the checkpoint of iteration {saved.step} of {self.total}")
         return saved.step
 
@@ -330,7 +365,9 @@ class Training:
             figures = self._update(step, experience, advantages, returns)
         except Collapsed as collapsed:
             _set_weights(self.weights, self.good)
-            self.history.seen = [seen for seen in self.history.seen if seen[0] < self.good_step]  # what the kept weights learned from
+            self.history.seen = [
+                seen for seen in self.history.seen if seen[0] < self.good_step
+            ]  # what the kept weights learned from
             self.history.stopped = (
                 f"ppo: iteration {step}: {collapsed}. The weights at the start of iteration {self.good_step} are kept;"
                 " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
@@ -393,7 +430,9 @@ class Training:
         model, head, settings = self.model, self.head, self.settings
         rollout, policy, seed = experience.rollout, experience.policy, f"{self.seed} {step}"
         rate = learning_rate(step, self.total, settings)
-        figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed, self.shared)
+        figures = update(
+            model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed, self.shared
+        )
         if step == self.total:  # no later rollout measures how far the policy moved
             moved = evaluate(model, head, rollout, settings, self.shared, with_entropy=False).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
@@ -427,7 +466,8 @@ class Training:
         """Write a checkpoint in the first process; of a divided model all processes write their parts."""
         import torch
 
-        first, document = distributed.place().rank == 0, {name: value for name, value in vars(self.history).items() if name != "seen"}
+        first = distributed.place().rank == 0
+        document = {name: value for name, value in vars(self.history).items() if name != "seen"}
         optimizer, parts = checkpoint.optimizer_state(self.optimizer), dict[str, torch.Tensor]()
         if self.shared.root is not None:
             optimizer, parts = sharding.split_optimizer(optimizer)
@@ -446,7 +486,8 @@ class Training:
             checkpoints.save(step, state, tensors, {"course": document})
 
 
-# ---- 1. roll out ------------------------------------------------------------------------------------------------------------------------
+# ---- 1. roll out
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
@@ -455,13 +496,20 @@ def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> lis
     first = (step - 1) * settings.batch_size
     episodes = range(first, min(first + settings.batch_size, settings.total_episodes))
     orders = {
-        epoch: random.Random(f"{seed} prompts {epoch}").sample(range(count), count) for epoch in {episode // count for episode in episodes}
+        epoch: random.Random(f"{seed} prompts {epoch}").sample(range(count), count)
+        for epoch in {episode // count for episode in episodes}
     }
     return [(episode // count + 1, orders[episode // count][episode % count]) for episode in episodes]
 
 
 def roll_out(
-    model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int]], settings: Settings, seed: str, shared: ShardedModel | None = None
+    model: Any,
+    tokenizer: Any,
+    rows: list[int],
+    prompts: list[list[int]],
+    settings: Settings,
+    seed: str,
+    shared: ShardedModel | None = None,
 ) -> Rollout:
     """Sample an answer to each prompt, in batches of prompts of similar length.
 
@@ -483,7 +531,9 @@ def roll_out(
         for number, batch in enumerate(batches_by_length(prompts, settings.rollout_batch_size)):
             if here.does(number):
                 choose = sampled(uniform_numbers(seed, batch, longest), settings.temperature)
-                batch_answers = decode(causal(model), [prompts[e] for e in batch], choose, longest, ends, tokenizer.pad_token_id)
+                batch_answers = decode(
+                    causal(model), [prompts[e] for e in batch], choose, longest, ends, tokenizer.pad_token_id
+                )
                 for e, answer in zip(batch, batch_answers, strict=True):
                     tokens[e, : len(answer)] = torch.tensor(answer, device=device)
                     lengths[e] = len(answer)
@@ -497,7 +547,8 @@ def roll_out(
     return Rollout(rows, prompts, answers, mask, finished)
 
 
-# ---- 2. reward --------------------------------------------------------------------------------------------------------------------------
+# ---- 2. reward
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: Settings, first: bool) -> torch.Tensor:
@@ -524,13 +575,15 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
     distributed.summed(scores)
     if first and not settings.allow_constant_reward and bool((scores == scores[0]).all()):
         raise InputError(
-            f"ppo: all {len(texts)} answers of the first iteration have the same reward, {float(scores[0]):g}: there is nothing to learn",
+            f"ppo: all {len(texts)} answers of the first iteration have the same reward, {float(scores[0]):g}: there is"
+            " nothing to learn",
             "fix the reward, raise temperature or batch_size, or set allow_constant_reward: true",
         )
     return scores
 
 
-# ---- 3. evaluate ----------------------------------------------------------------------------------------------------------------------------
+# ---- 3. evaluate
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def value_head(model: Any) -> Any:
@@ -539,7 +592,9 @@ def value_head(model: Any) -> Any:
 
     base = causal(model)
     output = base.get_output_embeddings().weight
-    head = torch.nn.Linear(output.shape[1], 1, device=output.device, dtype=torch.promote_types(output.dtype, torch.float32))
+    head = torch.nn.Linear(
+        output.shape[1], 1, device=output.device, dtype=torch.promote_types(output.dtype, torch.float32)
+    )
     with torch.no_grad():
         for weight in head.parameters():
             weight.zero_()
@@ -549,7 +604,8 @@ def value_head(model: Any) -> Any:
 def forward(
     model: Any, head: Any, rollout: Rollout, episodes: Sequence[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass over episodes as one packed row, without padding between them: log-probabilities of their answers' tokens, values before them, and logits.
+    """One pass over episodes as one packed row, without padding between them:
+    log-probabilities of their answers' tokens, values before them, and logits.
 
     (tokens), (tokens) and (tokens, vocabulary): only of answers, concatenated in the given order.
     `rollout.mask[episodes]` separates them.
@@ -584,7 +640,12 @@ def last_hidden_states(decoder: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def evaluate(
-    model: Any, head: Any, rollout: Rollout, settings: Settings, shared: ShardedModel | None = None, with_entropy: bool = True
+    model: Any,
+    head: Any,
+    rollout: Rollout,
+    settings: Settings,
+    shared: ShardedModel | None = None,
+    with_entropy: bool = True,
 ) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
     passes, so equal policies give equal bits.
@@ -622,10 +683,13 @@ def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
     return float((log_probs - others).sum(1).mean())
 
 
-# ---- 4. advantages ----------------------------------------------------------------------------------------------------------------------
+# ---- 4. advantages
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def rewards_per_token(log_ratio: torch.Tensor, rollout: Rollout, scores: torch.Tensor, kl_coef: float, settings: Settings) -> torch.Tensor:
+def rewards_per_token(
+    log_ratio: torch.Tensor, rollout: Rollout, scores: torch.Tensor, kl_coef: float, settings: Settings
+) -> torch.Tensor:
     """r_t = -beta (log pi - log pi_ref), plus the score at the last token (arXiv 1909.08593, equation 2), minus the
     penalty if the answer has no end.
 
@@ -642,7 +706,8 @@ def generalized_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages (arXiv 1506.02438, equation 16) and returns, (episodes, longest answer); zero where there is no token.
 
-    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last token. Returns are A + V.
+    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t +
+    gamma V_{t+1} - V_t, and V = 0 after the last token. Returns are A + V.
     """
     import torch
 
@@ -664,7 +729,8 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, shift: bool = True) -> to
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, settings: Settings) -> float:
-    """beta for the next iteration (arXiv 1909.08593, section 2.2): times 1 + K e, where e = (KL - target) / target within 0.2 of zero and K = episodes / horizon."""
+    """beta for the next iteration (arXiv 1909.08593, section 2.2): times 1 + K e, where e = (KL - target) / target
+    within 0.2 of zero and K = episodes / horizon."""
     if settings.target_kl is None:
         return kl_coef
     error = min(max(kl / settings.target_kl - 1, -0.2), 0.2)
@@ -677,7 +743,8 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     return 1 - float((returns - values).var(correction=0)) / spread if spread else 0.0
 
 
-# ---- 5. update --------------------------------------------------------------------------------------------------------------------------
+# ---- 5. update
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
@@ -772,8 +839,8 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Policy loss, value loss and ratio pi / pi_old of each token.
 
-    Policy: -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) (arXiv 1707.06347, equation 7). Value: half the larger of (V - R)^2 and
-    (V_old + clip(V - V_old, -epsilon_V, epsilon_V) - R)^2 (2403.17031, detail 13).
+    Policy: -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) (arXiv 1707.06347, equation 7). Value: half the
+    larger of (V - R)^2 and (V_old + clip(V - V_old, -epsilon_V, epsilon_V) - R)^2 (2403.17031, detail 13).
     """
     import torch
 
@@ -791,7 +858,8 @@ def mini_batches(count: int, per_step: int, epochs: int, seed: str) -> Iterator[
         yield from _parts(random.Random(f"{seed} update {epoch}").sample(range(count), count), per_step)
 
 
-# ---- validation before training -------------------------------------------------------------------------------------------------------------
+# ---- validation before training
+# -------------------------------------------------------------------------------------------------------------
 
 
 def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Settings) -> None:
@@ -801,22 +869,30 @@ def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], se
     if not prompts:
         raise InputError("ppo: there are no prompts", "add preferences, or lower the shares of the held-out splits")
     if tokenizer.eos_token_id is None:
-        raise InputError("ppo: the tokenizer has no end of turn, so no answer would ever end", "name its eos_token in data/base_model")
+        raise InputError(
+            "ppo: the tokenizer has no end of turn, so no answer would ever end",
+            "name its eos_token in data/base_model",
+        )
     refuse_long_prompts("ppo", model, tokenizer, prompts, settings.response_length, "response_length")
 
 
-def refuse_long_prompts(name: str, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, key: str) -> None:
+def refuse_long_prompts(
+    name: str, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, key: str
+) -> None:
     """Args:
         name: of the method.
         longest: tokens of an answer, by the option `key`.
     Raises:
         InputError: a prompt and an answer do not fit into the context together.
     """
-    context = min(tokenizer.model_max_length, getattr(causal(model).config.get_text_config(), "max_position_embeddings", None) or math.inf)
+    context = min(
+        tokenizer.model_max_length,
+        getattr(causal(model).config.get_text_config(), "max_position_embeddings", None) or math.inf,
+    )
     if long := [row for row, prompt in enumerate(prompts) if len(prompt) > context - longest]:
         raise InputError(
-            f"{name}: {len(long)} of {len(prompts)} prompts leave no room for {longest} tokens in a context of {context}"
-            f" (first: prompt {long[0]} with {len(prompts[long[0]])} tokens)",
+            f"{name}: {len(long)} of {len(prompts)} prompts leave no room for {longest} tokens in a context of"
+            f" {context} (first: prompt {long[0]} with {len(prompts[long[0]])} tokens)",
             f"lower {key}, or leave these prompts out",
         )
 
@@ -836,7 +912,9 @@ def refuse_silence(texts: Sequence[str], first: bool) -> None:
     raise Collapsed("every answer is empty: the policy has learned to end its turn immediately")
 
 
-def refuse_other_reference(log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> None:
+def refuse_other_reference(
+    log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype
+) -> None:
     """Raises:
     InputError: the policy differs from the reference at the start.
     """
@@ -845,7 +923,8 @@ def refuse_other_reference(log_probs: torch.Tensor, reference: torch.Tensor, mas
     apart = float((log_probs - reference).abs()[mask].mean())
     if not apart <= torch.finfo(dtype).eps ** 0.5:
         raise InputError(
-            f"ppo: before the first update the policy is {apart:.3g} nats per token from its reference, which is the same model with the adapter disabled",
+            f"ppo: before the first update the policy is {apart:.3g} nats per token from its reference, which is the"
+            " same model with the adapter disabled",
             "start with an adapter without effect: remove peft.init_lora_weights",
         )
 
@@ -858,7 +937,8 @@ def refuse_explosion(kl: float, settings: Settings) -> None:
         raise Collapsed(f"KL is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------------------------------
+# ---- helpers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

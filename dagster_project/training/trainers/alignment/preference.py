@@ -1,25 +1,23 @@
-"""Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO) or from
-rewards of its own answers (RLOO, GRPO and Online DPO through TRL, PPO by ppo.py), or by a larger model (GKD).
+"""Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO) or
+from rewards of its own answers (RLOO, GRPO and Online DPO through TRL, PPO by ppo.py), or by a larger model (GKD).
 
 A method is one class below: its fields are its options; training, reports and planning use only its attributes and
-functions.
-To add one, write its class and list it in METHODS.
+functions. To add one, write its class and list it in METHODS. docs/alignment.md says what each learns from. Sources:
 
-| method | learns from | source |
-| --- | --- | --- |
-| dpo | pairs, offline; the reward is beta log(policy / reference) | Rafailov et al. 2023, arXiv 2305.18290, eq. 7; its other losses as TRL names them |
-| kto | answers called good or bad, offline | Ethayarajh et al. 2024, arXiv 2402.01306 |
-| orpo | pairs, offline, without a reference: likelihood of the chosen answer, and odds of it against the rejected one | Hong et al. 2024, arXiv 2403.07691, eq. 6 |
-| simpo | the same; the reward is the mean log-probability of an answer's tokens | Meng et al. 2024, arXiv 2405.14734, eq. 6 |
-| cpo | the same; the loss of dpo without the reference, and likelihood of the chosen answer | Xu et al. 2024, arXiv 2401.08417, eq. 5 |
-| gkd | next-token distributions of a larger model, for chosen answers and for the policy's own | Agarwal et al. 2024, arXiv 2306.13649, algorithm 1 |
-| rloo | rewards of several answers to a prompt, each against the mean of the others | Ahmadian et al. 2024, arXiv 2402.14740 |
-| grpo | the same, against mean and spread of the group | Shao et al. 2024, arXiv 2402.03300 |
-| online_dpo | the same: the best and the worst of the group are a pair for the loss of dpo | Guo et al. 2024, arXiv 2402.04792 |
-| ppo | rewards of one answer to a prompt, against a learnt value | Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155 |
+    dpo         Rafailov et al. 2023, arXiv 2305.18290, eq. 7; its other losses as TRL names them
+    kto         Ethayarajh et al. 2024, arXiv 2402.01306
+    orpo        Hong et al. 2024, arXiv 2403.07691, eq. 6
+    simpo       Meng et al. 2024, arXiv 2405.14734, eq. 6
+    cpo         Xu et al. 2024, arXiv 2401.08417, eq. 5
+    gkd         Agarwal et al. 2024, arXiv 2306.13649, algorithm 1
+    rloo        Ahmadian et al. 2024, arXiv 2402.14740
+    grpo        Shao et al. 2024, arXiv 2402.03300
+    online_dpo  Guo et al. 2024, arXiv 2402.04792
+    ppo         Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155
 
-The reference of methods that have one is the SFT policy, without a second copy of the model: the weights that the SFT adapter was merged into are frozen, and a fresh adapter learns on
-top of them. It begins with no effect, so that policy and reference are one at step 0; switched off it is the reference, at any step.
+The reference of methods that have one is the SFT policy, without a second copy of the model: the weights that the SFT
+adapter was merged into are frozen, and a fresh adapter learns on top of them. It begins with no effect, so that policy
+and reference are one at step 0; switched off it is the reference, at any step.
 """
 
 from __future__ import annotations
@@ -66,7 +64,8 @@ class AlignmentRun:
     """Model and data of an alignment."""
 
     shared: ShardedModel
-    """A PeftModel with an adapter that has no effect yet, to be divided among the processes if it has settings for that."""
+    """A PeftModel with an adapter that has no effect yet, to be divided among
+    the processes if it has settings for that."""
     tokenizer: Any
     pairs: Mapping[str, Sequence[Mapping[str, Any]]]
     """Split -> its pairs."""
@@ -103,7 +102,9 @@ class AlignmentRun:
         self.sampled.add(pairs, answers, components, rewards, ids, end_ids(self.tokenizer))
         return rewards
 
-    def keep(self, step: int, rows: Sequence[int], prompts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> None:
+    def keep(
+        self, step: int, rows: Sequence[int], prompts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
+    ) -> None:
         """Keep answers that are learned from without rewards.
 
         Args:
@@ -151,7 +152,8 @@ class AlignmentMethod(Section):
     drops_out: ClassVar[bool] = False
     """Whether dropout is on in training, as it is by TRL's defaults in methods that sample answers."""
     reads_pairs: ClassVar[bool] = False
-    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is one, once."""
+    """Whether a pass reads both answers of its pairs together, see
+    shared_prompts.py, and the reference, if there is one, once."""
     rows_per_pair: ClassVar[int] = 1
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
@@ -268,15 +270,22 @@ def refuse_other_losses(model: Any, method: str) -> None:
     """Check that TRL's own output layer and loss of a router, which methods with a reference use, fit a model.
 
     Raises:
-        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or reads a key that its configuration does not have (Granite MoE).
+        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or
+            reads a key that its configuration does not have (Granite MoE).
     """
     config, scale = causal(model).config.get_text_config(), "logits_mup_width_multiplier"
     hint = "use ppo, orpo, simpo or cpo, or another model"
     if getattr(config, scale, None) not in (None, 1):
-        raise InputError(f"data/base_model: TRL's trainer of {method} leaves out {scale} of {config.model_type}: its loss is wrong", hint)
+        raise InputError(
+            f"data/base_model: TRL's trainer of {method} leaves out {scale} of {config.model_type}: its loss is wrong",
+            hint,
+        )
     experts = [key for key in ("num_experts", "num_experts_per_tok") if not hasattr(config, key)]
     if method != OnlineDpo.name and shared_prompts.has_router(model) and experts:
-        what = f"TRL's trainer of {method} cannot compute the router's loss of {config.model_type}, which has no {experts[0]}"
+        what = (
+            f"TRL's trainer of {method} cannot compute the router's loss of {config.model_type}, which has no"
+            f" {experts[0]}"
+        )
         raise InputError(f"data/base_model: {what}", hint)
 
 
@@ -289,7 +298,8 @@ def _pair_rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[
 
 
 PAIR_METRICS = {
-    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "kl": "kl",
+    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected", "kl": "kl",
 }  # fmt: skip
 """Metrics of methods that learn from pairs, as TRL logs them -> name in the curve."""
 ONLINE_FIGURES = ("kl", "reward", "entropy", "response_length", "unfinished")
@@ -308,21 +318,26 @@ class Dpo(TrlMethod):
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is kept close to the reference: temperature of the implicit reward."""
     loss_type: Literal[
-        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+        "apo_zero", "apo_down",
         "discopop", "sigmoid_norm",
     ] = "sigmoid"  # fmt: skip
     """The loss, as named by TRL; `sigmoid` is the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed probability that chosen and rejected are swapped: sigmoid becomes cDPO; read by robust, exo_pair, which requires more than 0, aot and
-    aot_unpaired, too."""
+    """Assumed probability that chosen and rejected are swapped: sigmoid becomes cDPO; read by robust, exo_pair, which
+    requires more than 0, aot and aot_unpaired, too."""
     rpo_alpha: float = Field(default=0.0, ge=0)
     """Weight of the negative log-likelihood of the chosen answer in the loss, so that its likelihood does not fall
     (arXiv 2404.19733)."""
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.loss_type == "exo_pair" and not self.label_smoothing:
-            raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper uses 0.001")
-        if self.label_smoothing and self.loss_type not in (smoothed := ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")):
+            raise InputError(
+                f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper uses 0.001"
+            )
+        if self.label_smoothing and self.loss_type not in (
+            smoothed := ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+        ):
             raise InputError(
                 f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}",
                 f"leave it out, or use {', '.join(smoothed)}",
@@ -333,14 +348,21 @@ class Dpo(TrlMethod):
 
         losses, swapped = {str(self.loss_type): 1.0}, self.label_smoothing
         if self.loss_type == "sigmoid" and swapped:
-            # TRL's sigmoid, L of x = beta times the margin, has no smoothing. cDPO is L + swapped x, and robust L - swapped x / (1 - 2 swapped)
+            # TRL's sigmoid, L of x = beta times the margin, has no smoothing. cDPO is L + swapped x, and robust L -
+            # swapped x / (1 - 2 swapped)
             losses = {"sigmoid": 2 - 2 * swapped, "robust": 2 * swapped - 1}
         if self.rpo_alpha:
             losses["sft"] = self.rpo_alpha
         weights = {"loss_weights": [*losses.values()]} if len(losses) > 1 else {}
         arguments = {**self.model_dump(exclude={"rpo_alpha"}), "loss_type": [*losses], **weights, "max_length": None}
         return TrainerSpec(
-            self.name, trl.DPOTrainer, trl.DPOConfig, arguments, self.metrics, outputs=shared_prompts.log_probabilities, has_reference=True
+            self.name,
+            trl.DPOTrainer,
+            trl.DPOConfig,
+            arguments,
+            self.metrics,
+            outputs=shared_prompts.log_probabilities,
+            has_reference=True,
         )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -371,7 +393,9 @@ class Kto(TrlMethod):
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
 
-        return TrainerSpec(self.name, trl.KTOTrainer, trl.KTOConfig, {**self.model_dump(), "max_length": None}, self.metrics)
+        return TrainerSpec(
+            self.name, trl.KTOTrainer, trl.KTOConfig, {**self.model_dump(), "max_length": None}, self.metrics
+        )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [
@@ -380,12 +404,16 @@ class Kto(TrlMethod):
             for answer, label in ((chosen, True), (rejected, False))
         ]
         rooms = [max(1, tokenizer.model_max_length - len(row["prompt_ids"])) for row in answers]
-        return [{**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"][: rooms[i]]} for i, row in enumerate(answers)]
+        return [
+            {**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"][: rooms[i]]}
+            for i, row in enumerate(answers)
+        ]
 
 
 def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
-    """The nearest earlier answer (before the first: the last) with the same label and another prompt: KL is estimated on such answers (arXiv
-    2402.01306, section 4.2). If all prompts are the same, the previous answer with the same label."""
+    """The nearest earlier answer (before the first: the last) with the same label
+    and another prompt: KL is estimated on such answers (arXiv 2402.01306, section
+    4.2). If all prompts are the same, the previous answer with the same label."""
     for back in range(2, len(answers), 2):
         if answers[i - back]["prompt_ids"] != answers[i]["prompt_ids"]:
             return answers[i - back]
@@ -404,9 +432,12 @@ class ReferenceFree(TrlMethod):
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         trainer, config = self.trl_classes()
         arguments = {**self.trl_arguments(), "max_length": UNLIMITED}
-        measured = {theirs: ours for theirs, ours in self.metrics.items() if ours != "nll" or arguments.get("cpo_alpha") != 0}  # TRL logs 0
+        measured = {
+            theirs: ours for theirs, ours in self.metrics.items() if ours != "nll" or arguments.get("cpo_alpha") != 0
+        }  # TRL logs 0
         return TrainerSpec(
-            self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, measured, outputs=shared_prompts.log_probabilities,
+            self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, measured,
+            outputs=shared_prompts.log_probabilities,
             trains_prompts=self.trains_prompts,
         )  # fmt: skip
 
@@ -429,8 +460,8 @@ class Orpo(ReferenceFree):
     trains_prompts = True
 
     beta: float = Field(default=0.1, gt=0)
-    """Weight of the odds ratio in the loss, the paper's lambda. The rest of the loss is the negative log-likelihood per token of prompts and chosen
-    answers, as in the code of its authors."""
+    """Weight of the odds ratio in the loss, the paper's lambda. The rest of the loss is the negative log-likelihood per
+    token of prompts and chosen answers, as in the code of its authors."""
 
     def trl_classes(self) -> tuple[type, type]:
         orpo = experimental("orpo")
@@ -443,11 +474,14 @@ class Simpo(ReferenceFree):
     name = "simpo"
 
     beta: float = Field(default=2.0, gt=0)
-    """Scale of the reward, which is the mean log-probability of an answer's tokens. The paper uses 2 to 2.5, its authors later 10."""
+    """Scale of the reward, which is the mean log-probability of an answer's
+    tokens. The paper uses 2 to 2.5, its authors later 10."""
     gamma: float = Field(default=1.0, ge=0)
-    """Target margin between the rewards of both answers, `simpo_gamma` of TRL. The authors tune its ratio to beta; 0.5 is theirs for Llama 3."""
+    """Target margin between the rewards of both answers, `simpo_gamma` of TRL.
+    The authors tune its ratio to beta; 0.5 is theirs for Llama 3."""
     cpo_alpha: float = Field(default=0.0, ge=0)
-    """Weight of the negative log-likelihood per token of the chosen answer. 0 is the paper's loss; 1 is TRL's default, known as CPO-SimPO."""
+    """Weight of the negative log-likelihood per token of the chosen answer. 0
+    is the paper's loss; 1 is TRL's default, known as CPO-SimPO."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed probability that chosen and rejected are swapped."""
 
@@ -476,7 +510,8 @@ class Cpo(ReferenceFree):
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.loss_type != "sigmoid" and self.label_smoothing:
             raise InputError(
-                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}", "leave it out, or use sigmoid"
+                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}",
+                "leave it out, or use sigmoid",
             )
 
     def trl_classes(self) -> tuple[type, type]:
@@ -493,12 +528,14 @@ class Gkd(TrlMethod):
     figures = tuple(metrics.values())
 
     teacher: Teacher
-    """The larger model: `folder` inside the project, and `sha256` of each of its files. It must have the SFT model's tokenizer."""
+    """The larger model: `folder` inside the project, and `sha256` of each of
+    its files. It must have the SFT model's tokenizer."""
     lmbda: float = Field(default=0.5, ge=0, le=1)
-    """Share of the forward passes that learn from answers of the policy itself, the paper's lambda; the others learn from chosen answers. 0: none."""
+    """Share of the forward passes that learn from answers of the policy itself,
+    the paper's lambda; the others learn from chosen answers. 0: none."""
     beta: float = Field(default=0.5, ge=0, le=1)
-    """Divergence: 0 is the KL divergence of the teacher from the policy, 1 that of the policy from the teacher, between them the generalized Jensen-Shannon
-    divergence."""
+    """Divergence: 0 is the KL divergence of the teacher from the policy, 1 that of the policy from the teacher, between
+    them the generalized Jensen-Shannon divergence."""
     temperature: float = Field(default=0.9, gt=0)
     """Temperature at which the policy's answers are sampled."""
     max_new_tokens: int = Field(default=128, ge=1)
@@ -518,17 +555,27 @@ class Gkd(TrlMethod):
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         assert run.teacher
-        constructor = {"teacher_model": run.teacher(), "data_collator": partial(collate_rows, pad=run.tokenizer.pad_token_id)}
+        constructor = {
+            "teacher_model": run.teacher(),
+            "data_collator": partial(collate_rows, pad=run.tokenizer.pad_token_id),
+        }
         arguments, gkd = {**self.model_dump(exclude={"teacher"}), "max_length": None}, experimental("gkd")
-        spec = TrainerSpec(self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor)
+        spec = TrainerSpec(
+            self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor
+        )
         return replace(spec, sampled=run.sampled, keep=run.keep) if self.samples_answers else spec
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{"prompt_ids": prompt, "answer_ids": chosen, "pair": i} for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))]
+        return [
+            {"prompt_ids": prompt, "answer_ids": chosen, "pair": i}
+            for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))
+        ]
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         if self.samples_answers:
-            ppo.refuse_long_prompts(self.name, run.shared.model, run.tokenizer, run.prompts, self.max_new_tokens, "max_new_tokens")
+            ppo.refuse_long_prompts(
+                self.name, run.shared.model, run.tokenizer, run.prompts, self.max_new_tokens, "max_new_tokens"
+            )
         return super().train(run)
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
@@ -542,7 +589,8 @@ class AnswerGroups(TrlMethod):
     learns_from_rewards = True
     drops_out = True
     metrics = {
-        "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
+        "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length",
+        "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
     figures = ONLINE_FIGURES
 
@@ -561,29 +609,44 @@ class AnswerGroups(TrlMethod):
         batch, group = params.per_device_train_batch_size, self.num_generations
         if batch % group:
             raise InputError(
-                f"params.yaml: {where}.per_device_train_batch_size: {batch} answers cannot be divided into groups of {group}",
+                f"params.yaml: {where}.per_device_train_batch_size: {batch} answers cannot be divided into groups of"
+                f" {group}",
                 f"use a multiple of num_generations, e.g. {group * max(1, batch // group)}",
             )
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         def reward(
-            completions: Sequence[str], completion_ids: Sequence[Sequence[int]], row: Sequence[int], trainer_state: Any, **_: Any
+            completions: Sequence[str],
+            completion_ids: Sequence[Sequence[int]],
+            row: Sequence[int],
+            trainer_state: Any,
+            **_: Any,
         ) -> list[float]:
             run.sampled.step = trainer_state.global_step + 1
             return run.reward(row, completions, completion_ids)
 
         arguments = {**self.trl_arguments(), "steps_per_generation": 1}
         return TrainerSpec(
-            self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward}, answers_in_groups=True, sampled=run.sampled
+            self.name,
+            *self.trl_classes(),
+            arguments,
+            self.metrics,
+            {"reward_funcs": reward},
+            answers_in_groups=True,
+            sampled=run.sampled,
         )
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         longest = self.max_completion_length
-        ppo.refuse_long_prompts(self.name, run.shared.model, run.tokenizer, run.prompts, longest, "max_completion_length")
+        ppo.refuse_long_prompts(
+            self.name, run.shared.model, run.tokenizer, run.prompts, longest, "max_completion_length"
+        )
         history = super().train(run)
         if not run.sampled.is_stalled():
             return history
-        return StoppedHistory(**vars(history), stopped=f"{self.name}: step {history.step}: {run.sampled.stalled_text()}")
+        return StoppedHistory(
+            **vars(history), stopped=f"{self.name}: step {history.step}: {run.sampled.stalled_text()}"
+        )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
@@ -591,8 +654,8 @@ class AnswerGroups(TrlMethod):
     def refuse_few_prompts(self, prompts: int, params: PreferenceParams, where: str) -> None:
         if prompts < (needed := params.per_device_train_batch_size // self.num_generations):
             raise InputError(
-                f"params.yaml: {where}.per_device_train_batch_size: a forward pass takes answers to {needed} prompts, and the training split has "
-                f"{prompts}",
+                f"params.yaml: {where}.per_device_train_batch_size: a forward pass takes answers to {needed} prompts,"
+                f" and the training split has {prompts}",
                 f"set it to {prompts * self.num_generations} or less, or add prompts",
             )
 
@@ -636,16 +699,19 @@ class Grpo(GroupMethod):
     name = "grpo"
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
-    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's mean (the paper's), dapo
-    and bnpo the mean over all tokens of a forward pass, which is a step without gradient accumulation, dr_grpo the sum divided by answers
-    times max_completion_length; cispo, sapo, luspo and vespo change the clipping, too. A step is the mean over its passes."""
+    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's
+    mean (the paper's), dapo and bnpo the mean over all tokens of a forward pass, which is a step
+    without gradient accumulation, dr_grpo the sum divided by answers times max_completion_length;
+    cispo, sapo, luspo and vespo change the clipping, too. A step is the mean over its passes."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO)."""
+    """Standard deviation that advantages are divided by: of the group (the
+    paper's), of the batch, or none (Dr. GRPO)."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With cispo, which requires it, the largest ratio itself; its paper uses 5."""
+    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With
+    cispo, which requires it, the largest ratio itself; its paper uses 5."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which makes
-    it GSPO, sapo or luspo; luspo requires it."""
+    """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which
+    makes it GSPO, sapo or luspo; luspo requires it."""
     mask_truncated_completions: bool = False
     """Leave unfinished answers out of the loss (DAPO)."""
 
@@ -653,21 +719,28 @@ class Grpo(GroupMethod):
         super().refuse_contradictions(params, where)
         if self.loss_type == "cispo" and (self.epsilon_high or 0) <= 1:
             raise InputError(
-                f"params.yaml: {where}.options.epsilon_high: with cispo it is the largest ratio of probabilities itself, and must be above 1",
+                f"params.yaml: {where}.options.epsilon_high: with cispo it is the largest ratio of probabilities"
+                " itself, and must be above 1",
                 "set it, e.g. to 5, as its paper does",
             )
-        unread = {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"], "vespo": ["epsilon", "epsilon_high"]}.get(self.loss_type, [])
+        unread = {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"], "vespo": ["epsilon", "epsilon_high"]}.get(
+            self.loss_type, []
+        )
         if useless := next((name for name in unread if name in self.model_fields_set), None):
-            raise InputError(f"params.yaml: {where}.options.{useless}: has no effect on the loss {self.loss_type}", "leave it out")
+            raise InputError(
+                f"params.yaml: {where}.options.{useless}: has no effect on the loss {self.loss_type}", "leave it out"
+            )
         level, needed = self.importance_sampling_level, {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
         if needed and level != needed:
             raise InputError(
-                f"params.yaml: {where}.options.importance_sampling_level: {self.loss_type} is defined for ratios of a {needed}",
+                f"params.yaml: {where}.options.importance_sampling_level: {self.loss_type} is defined for ratios of a"
+                f" {needed}",
                 f"set it to {needed}",
             )
         if level == "sequence" and self.loss_type in {"bnpo", "dr_grpo", "dapo", "cispo"}:
             raise InputError(
-                f"params.yaml: {where}.options.loss_type: with ratios of whole answers, {self.loss_type} would weight each answer by its length",
+                f"params.yaml: {where}.options.loss_type: with ratios of whole answers, {self.loss_type} would weight"
+                " each answer by its length",
                 "use grpo, which makes it GSPO, sapo or luspo",
             )
 
@@ -684,8 +757,8 @@ class OnlineDpo(AnswerGroups):
     metrics = {**AnswerGroups.metrics, "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
     num_generations: int = Field(default=2, ge=2)
-    """Answers to each prompt, of which the one with the highest reward is preferred to the one with the lowest. Must divide
-    `per_device_train_batch_size`. Answers to a prompt whose rewards are equal are left out of the loss."""
+    """Answers to each prompt, of which the one with the highest reward is preferred to the one with the lowest. Must
+    divide `per_device_train_batch_size`. Answers to a prompt whose rewards are equal are left out of the loss."""
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is kept close to the reference: temperature of the implicit reward."""
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -714,7 +787,8 @@ class Ppo(AlignmentMethod, ppo.Settings):
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.target_kl is not None and self.horizon <= 0.2 * min(self.batch_size, self.total_episodes):
             raise InputError(
-                f"params.yaml: {where}.options.horizon: {self.horizon:g} would move beta below zero at {self.batch_size} answers an iteration",
+                f"params.yaml: {where}.options.horizon: {self.horizon:g} would move beta below zero at"
+                f" {self.batch_size} answers an iteration",
                 f"use more than a fifth of them, e.g. {10 * self.batch_size}",
             )
 
@@ -726,7 +800,8 @@ class Ppo(AlignmentMethod, ppo.Settings):
             InputError: it stopped before the first update.
         """
         history = ppo.train(
-            run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live, run.shared, run.begin,
+            run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live,
+            run.shared, run.begin,
             run.sampled,
         )  # fmt: skip
         if history.stopped and not history.curve:
@@ -789,9 +864,13 @@ def parse_method(
         known = f"its options: {', '.join(METHODS[name].model_fields)}"
         raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} sets its steps in its options", known)
     if not method.can_train_output_layer and "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
-        raise InputError(f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head", "leave it out")
+        raise InputError(
+            f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head", "leave it out"
+        )
     if not method.drops_out and getattr(params, "peft", {}).get("lora_dropout"):
-        raise InputError(f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout", "leave it out")
+        raise InputError(
+            f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout", "leave it out"
+        )
     method.refuse_contradictions(params, where)
     return method
 
@@ -813,6 +892,8 @@ def policy(
         adapter: name of the SFT variant; the adapter's configuration names its model by the path in dvc.yaml.
     """
     assert re.fullmatch(r"[\w-]+", adapter)
-    prepared = build.build("lora", peft, sft, device, dtype, where, quantization, packs=False, named=f"data/merged/{adapter}")
+    prepared = build.build(
+        "lora", peft, sft, device, dtype, where, quantization, packs=False, named=f"data/merged/{adapter}"
+    )
     build.refuse_unmatched(prepared.model, peft, where)
     return prepared

@@ -1,6 +1,8 @@
-"""Ready-made rewards that can be verified: each compares an answer with the record's chosen answer, with a pattern or with a schema.
+"""Ready-made rewards that can be verified: each compares an answer with the
+record's chosen answer, with a pattern or with a schema.
 
-A reward is one class below: its fields are its options in params.yaml, its docstring is its line in docs/alignment.md. To add one, write its class and list it in READY.
+A reward is one class below: its fields are its options in params.yaml, its docstring is its line in docs/alignment.md.
+To add one, write its class and list it in READY.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class ExactMatch(ReadyReward):
 
 
 class NumberMatch(ReadyReward):
-    """1 if the number after `####`, or else the last number of the content, is that of the chosen answer: 1,000.0 is 1000."""
+    """1 if the number after `####`, or else the last number of the content, is
+    that of the chosen answer: 1,000.0 is 1000."""
 
     needs: ClassVar[str] = "a chosen answer with a number"
 
@@ -92,8 +95,8 @@ class NumberMatch(ReadyReward):
 
 
 class Regex(ReadyReward):
-    """1 if `pattern` matches somewhere in the content and calls. Rust's regular expressions, whose time is linear in the length of the answer: without
-    look-around and backreferences."""
+    """1 if `pattern` matches somewhere in the content and calls. Rust's regular expressions, whose time is linear in
+    the length of the answer: without look-around and backreferences."""
 
     pattern: str = Field(min_length=1)
     """The regular expression; `(?s)` and other flags at its beginning."""
@@ -113,13 +116,16 @@ class Regex(ReadyReward):
             self._matches("")
         except PolarsError as error:
             reason = " ".join(str(error).split()).removeprefix("regex error: ")
-            hint = "Rust's syntax has neither look-around nor backreferences; a function in data/rewards/ can use Python's"
+            hint = (
+                "Rust's syntax has neither look-around nor backreferences; a function in data/rewards/ can use Python's"
+            )
             raise InputError(f"params.yaml: {where}.pattern: not a regular expression: {reason}", hint) from None
         return self
 
 
 class JsonSchema(ReadyReward):
-    """1 if the content is JSON that fits a JSON Schema, `schema` or that of `file`. Patterns in it that may take exponential time are not checked."""
+    """1 if the content is JSON that fits a JSON Schema, `schema` or that of
+    `file`. Patterns in it that may take exponential time are not checked."""
 
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
     """The schema."""
@@ -129,7 +135,8 @@ class JsonSchema(ReadyReward):
     def loaded(self, root: Path, where: str) -> ReadyReward:
         if (self.definition is None) == (self.file is None):
             raise InputError(
-                f"params.yaml: {where}: requires either schema or file", f"schema: {{type: object}}, or file: {FOLDER}/NAME.json"
+                f"params.yaml: {where}: requires either schema or file",
+                f"schema: {{type: object}}, or file: {FOLDER}/NAME.json",
             )
         schema = self.definition if self.file is None else self._read(root, where)
         checked = JsonSchema.model_construct(weight=self.weight, definition=schema)
@@ -141,19 +148,25 @@ class JsonSchema(ReadyReward):
         assert self.file
         path = inside(root, self.file, f"{where}.file")
         if not path.is_relative_to((root / FOLDER).resolve()):
-            raise InputError(f"params.yaml: {where}.file: {self.file} is not in {FOLDER}/", "DVC watches only files there: move it")
+            raise InputError(
+                f"params.yaml: {where}.file: {self.file} is not in {FOLDER}/", "DVC watches only files there: move it"
+            )
         try:
             content = path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"params.yaml: {where}.file: {self.file} cannot be read: {error.strerror}", "name a JSON file that is there"
+                f"params.yaml: {where}.file: {self.file} cannot be read: {error.strerror}",
+                "name a JSON file that is there",
             ) from None
         try:
             schema = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise InputError(f"params.yaml: {where}.file: {self.file} is not JSON: {error}", "fix the file") from None
         if not isinstance(schema, dict):
-            raise InputError(f"params.yaml: {where}.file: {self.file}: expected an object, found {type(schema).__name__}", "fix the file")
+            raise InputError(
+                f"params.yaml: {where}.file: {self.file}: expected an object, found {type(schema).__name__}",
+                "fix the file",
+            )
         return schema
 
     @cached_property
@@ -169,20 +182,25 @@ class JsonSchema(ReadyReward):
 
 
 class ToolCall(ReadyReward):
-    """1 if the answer makes the calls of the chosen answer, in any order and with equal arguments, and they fit the record's tools; without calls in
-    the chosen answer, 1 if it makes none."""
+    """1 if the answer makes the calls of the chosen answer, in any order and with equal arguments, and they fit the
+    record's tools; without calls in the chosen answer, 1 if it makes none."""
 
     needs: ClassVar[str] = "tools, and a chosen answer whose calls fit them"
 
     def score(self, answer: Message, record: Record) -> float:
         tools, made = record.get("tools"), calls(answer)
         try:
-            return float(counted(made) == counted(calls(target(record))) and all(call_problem(call, tools) is None for call in made))
+            return float(
+                counted(made) == counted(calls(target(record)))
+                and all(call_problem(call, tools) is None for call in made)
+            )
         except RecursionError:  # nested too deep
             return 0.0
 
     def has_target(self, record: Record) -> bool:
-        return bool(record.get("tools")) and all(call_problem(call, record["tools"]) is None for call in calls(target(record)))
+        return bool(record.get("tools")) and all(
+            call_problem(call, record["tools"]) is None for call in calls(target(record))
+        )
 
 
 class ReasoningFormat(ReadyReward):
@@ -194,7 +212,8 @@ class ReasoningFormat(ReadyReward):
 
 
 class LengthWindow(ReadyReward):
-    """1 if the content has from `min_words` to `max_words` words; less in proportion for shorter and longer ones; in scripts without spaces, characters."""
+    """1 if the content has from `min_words` to `max_words` words; less in proportion
+    for shorter and longer ones; in scripts without spaces, characters."""
 
     min_words: int = Field(default=0, ge=0)
     """Fewest words."""
@@ -205,7 +224,10 @@ class LengthWindow(ReadyReward):
         if self.max_words is None and not self.min_words:
             raise InputError(f"params.yaml: {where}: requires min_words, max_words or both", "e.g. {max_words: 50}")
         if self.max_words is not None and self.max_words < self.min_words:
-            raise InputError(f"params.yaml: {where}.max_words: {self.max_words} is below min_words {self.min_words}", "raise max_words")
+            raise InputError(
+                f"params.yaml: {where}.max_words: {self.max_words} is below min_words {self.min_words}",
+                "raise max_words",
+            )
         return self
 
     def score(self, answer: Message, record: Record) -> float:
@@ -216,15 +238,17 @@ class LengthWindow(ReadyReward):
 
 
 class UnitTests(ReadyReward):
-    """1 if the answer's code (its last fenced block, or all of it) runs, and then the tests that the record has in `meta`. Only with `reward_target: response`. It runs code that the model wrote: nothing is run unless `run` says how."""
+    """1 if the answer's code (its last fenced block, or all of it) runs, and then
+    the tests that the record has in `meta`. Only with `reward_target: response`.
+    It runs code that the model wrote: nothing is run unless `run` says how."""
 
     needs: ClassVar[str] = "tests in meta that run"
     run: Literal["sandbox", "unprotected"] | None = None
-    """How code is run; required. sandbox: without network, other processes and files that it can write; refused where the system does not allow that.
-    unprotected: within the limits alone, as you."""
+    """How code is run; required. sandbox: without network, other processes and files that it can write; refused where
+    the system does not allow that. unprotected: within the limits alone, as you."""
     tests: str = Field(default="tests", min_length=1)
-    """Key of `meta` with the tests: Python code that raises an exception if one fails, or a list of such texts. Code that only defines functions, and
-    calls none, tests nothing: such records are left out."""
+    """Key of `meta` with the tests: Python code that raises an exception if one fails, or a list of such texts. Code
+    that only defines functions, and calls none, tests nothing: such records are left out."""
     seconds: int = Field(default=5, ge=1, le=3600)
     """Processor time for an answer; wall time is limited to ten times that."""
     memory_mb: int = Field(default=512, ge=64)
@@ -233,7 +257,8 @@ class UnitTests(ReadyReward):
     def loaded(self, root: Path, where: str) -> ReadyReward:
         if self.run is None:
             raise InputError(
-                f"params.yaml: {where}.run: {where.rpartition('.')[2]} runs code that the model writes, and is off unless you say how",
+                f"params.yaml: {where}.run: {where.rpartition('.')[2]} runs code that the model writes, and is off"
+                " unless you say how",
                 "set run: sandbox, or read docs/security.md#code-that-a-model-wrote",
             )
         return self
@@ -257,7 +282,8 @@ class UnitTests(ReadyReward):
 
 
 READY: dict[str, type[ReadyReward]] = {
-    "exact_match": ExactMatch, "number_match": NumberMatch, "regex": Regex, "json_schema": JsonSchema, "tool_call": ToolCall,
+    "exact_match": ExactMatch, "number_match": NumberMatch, "regex": Regex, "json_schema": JsonSchema,
+    "tool_call": ToolCall,
     "reasoning_format": ReasoningFormat, "length_window": LengthWindow, "unit_tests": UnitTests,
 }  # fmt: skip
 """Name in params.yaml -> reward."""
@@ -281,17 +307,19 @@ def refuse_missing_targets(rewards: Mapping[str, ReadyReward], records: Sequence
         missing = [record["example_id"] for record in records if not reward.has_target(record)]
         if missing:
             raise InputError(
-                f"params.yaml: {where}.{name} needs {reward.needs}, which {len(missing)} of {len(records)} training pairs do not have; the first is "
-                f"example {missing[0]}",
+                f"params.yaml: {where}.{name} needs {reward.needs}, which {len(missing)} of {len(records)} training"
+                f" pairs do not have; the first is example {missing[0]}",
                 f"remove these pairs from raw_preferences.sources, or {name} from {where}",
             )
 
 
-# ---- tests ------------------------------------------------------------------------------------------------------------------------------
+# ---- tests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def runs_something(tests: str) -> bool:
-    """Whether code does more than import, assign and define: test functions that nobody calls pass whatever is tested. False if it is not Python.
+    """Whether code does more than import, assign and define: test functions
+    that nobody calls pass whatever is tested. False if it is not Python.
 
     >>> runs_something("def check(f): assert f(1) == 2"), runs_something("assert add(1, 1) == 2")
     (False, True)
@@ -303,7 +331,16 @@ def runs_something(tests: str) -> bool:
     return any(not isinstance(one, PASSIVE) and not _is_text(one) and not _is_of_a_program(one) for one in statements)
 
 
-PASSIVE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass)
+PASSIVE = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Import,
+    ast.ImportFrom,
+    ast.Assign,
+    ast.AnnAssign,
+    ast.Pass,
+)
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -1,6 +1,7 @@
 """Custom rewards: functions of Python files in data/rewards/, each called in a process of its own, with a time limit.
 
-A function gets the prompts, the answers and the records of a batch, and returns a number for each answer. See docs/alignment.md.
+A function gets the prompts, the answers and the records of a batch, and returns
+a number for each answer. See docs/alignment.md.
 """
 
 from __future__ import annotations
@@ -55,18 +56,34 @@ def check(root: Path, name: str, where: str) -> None:
         raise InputError(f"{relative} is not Python: {error}", f"fix the file, or remove it from {where}") from None
     except OSError as error:
         raise InputError(f"{relative} cannot be read: {error.strerror}", "name a Python file") from None
-    defined = {name.id for node in ast.walk(tree) if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)}
+    defined = {
+        name.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for name in node.targets
+        if isinstance(name, ast.Name)
+    }
     defined |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     defined |= {
-        alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
     }
     if function not in defined:
-        raise InputError(f"params.yaml: {where}: {relative} has no function {function!r}", "define it there, or name another function")
+        raise InputError(
+            f"params.yaml: {where}: {relative} has no function {function!r}",
+            "define it there, or name another function",
+        )
 
 
 def sha256_of_functions(folder: Path) -> str:
     """sha256 over all files that functions may read: those of the folder except notes (.md)."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts)
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
+    )
     return sha256_of_files(sorted(files))
 
 
@@ -74,7 +91,10 @@ def _parts(root: Path, name: str, where: str) -> tuple[Path, str]:
     """The file and the name of the function."""
     found = FORM.fullmatch(name)
     if not found:
-        raise InputError(f"params.yaml: {where}: {name!r} is not a reward", f"name a function of a Python file: {FOLDER}/exact.py:correct")
+        raise InputError(
+            f"params.yaml: {where}: {name!r} is not a reward",
+            f"name a function of a Python file: {FOLDER}/exact.py:correct",
+        )
     return inside(root, found[1], where), found[2]
 
 
@@ -103,12 +123,18 @@ class RewardFunction:
         )
         weakref.finalize(self, _end, self.process)
         if problem := self._reply("its file").get("problem"):
-            raise InputError(f"{name.partition(':')[0]} {problem}", f"fix the file, or remove it from params.yaml: {where}")
+            raise InputError(
+                f"{name.partition(':')[0]} {problem}", f"fix the file, or remove it from params.yaml: {where}"
+            )
 
     def __call__(
-        self, prompts: Sequence[Sequence[Mapping[str, Any]]], answers: Sequence[str], records: Sequence[Mapping[str, Any]]
+        self,
+        prompts: Sequence[Sequence[Mapping[str, Any]]],
+        answers: Sequence[str],
+        records: Sequence[Mapping[str, Any]],
     ) -> list[float]:
-        """The reward of each answer. The first call is made twice: equal answers must get equal rewards, or nothing could be made again.
+        """The reward of each answer. The first call is made twice: equal
+        answers must get equal rewards, or nothing could be made again.
 
         Raises:
             InputError: the function fails, takes too long, or does not return a finite number for each answer.
@@ -125,7 +151,10 @@ class RewardFunction:
         return scores
 
     def _scores(
-        self, prompts: Sequence[Sequence[Mapping[str, Any]]], answers: Sequence[str], records: Sequence[Mapping[str, Any]]
+        self,
+        prompts: Sequence[Sequence[Mapping[str, Any]]],
+        answers: Sequence[str],
+        records: Sequence[Mapping[str, Any]],
     ) -> list[float]:
         request = {"prompts": prompts, "answers": answers, "records": records}
         assert self.process.stdin
@@ -158,7 +187,8 @@ class RewardFunction:
                 if not selector.select(max(0.0, end - time.monotonic())):
                     self.process.kill()
                     raise InputError(
-                        f"{self.where}: {self.name} took longer than {self.seconds:g} s for {work}", f"make it faster, or raise {TIME_KEY}"
+                        f"{self.where}: {self.name} took longer than {self.seconds:g} s for {work}",
+                        f"make it faster, or raise {TIME_KEY}",
                     )
                 part = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not part:

@@ -1,7 +1,8 @@
 """One number for an answer: by a reward model trained on people's preferences, or by a rule.
 
-A reward model is a language model whose output layer is a single number, read at the last token (Bradley-Terry model of pairs: the probability
-that one answer is preferred is sigmoid of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+A reward model is a language model whose output layer is a single number, read at the last
+token (Bradley-Terry model of pairs: the probability that one answer is preferred is sigmoid
+of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
 """
 
 from __future__ import annotations
@@ -68,11 +69,18 @@ def trainer_spec(center_rewards_coefficient: float | None) -> TrainerSpec:
     import trl
 
     options = {"max_length": None, "center_rewards_coefficient": center_rewards_coefficient}
-    return TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES, outputs=shared_prompts.rewards)
+    return TrainerSpec(
+        "reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES, outputs=shared_prompts.rewards
+    )
 
 
 def build(
-    folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, where: str, quantization: Quantization = "none"
+    folder: Path,
+    peft: Mapping[str, Any] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+    quantization: Quantization = "none",
 ) -> Any:
     """A language model with a new output layer `score` of one number, ready for training.
 
@@ -92,7 +100,9 @@ def build(
     held = torch.float32 if peft is None else dtype
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # the new output layer is intended
-    quantized = {"quantization_config": nf4_config(["score"]), "device_map": {"": device}} if quantization == "nf4" else {}
+    quantized = (
+        {"quantization_config": nf4_config(["score"]), "device_map": {"": device}} if quantization == "nf4" else {}
+    )
     model = _load(folder, held, **quantized)
     model = frozen_4bit(model) if quantized else model.to(device)
     logging.set_verbosity(said)
@@ -105,11 +115,20 @@ def build(
     try:
         with adding_adapters():
             model = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:  # as in `build`
+    except (
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        LookupError,
+        AssertionError,
+        re.error,
+    ) as error:  # as in `build`
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     refuse_start(model, config, where)
     refuse_unmatched(model, peft, where)
-    for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
+    for (
+        parameter
+    ) in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
@@ -126,12 +145,23 @@ def _load(folder: Path, dtype: torch.dtype, **keys: Any) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-    what = f"{folder}: transformers has no reward model of type {kind}: a {kind} model whose output layer `score` gives one number"
-    hint = "set reward_model.model to a model of another architecture, or reward answers by rules, without a reward model"
+    what = (
+        f"{folder}: transformers has no reward model of type {kind}: a {kind} model whose output layer `score` gives"
+        " one number"
+    )
+    hint = (
+        "set reward_model.model to a model of another architecture, or reward answers by rules, without a reward model"
+    )
     try:
         with refusing_attention(folder):
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=1, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **keys
+                folder,
+                num_labels=1,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                **keys,
             )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
@@ -156,8 +186,8 @@ def unquantized(model: Any, folder: Path, peft: Mapping[str, Any]) -> Any:
 
 
 def save(model: Any, folder: Path, out: Path) -> None:
-    """Save the reward model as a standalone model with its tokenizer, in the number formats of the model in `folder` that
-    it was trained from."""
+    """Save the reward model as a standalone model with its tokenizer, in the
+    number formats of the model in `folder` that it was trained from."""
     alone = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
     store_as(alone, folder).save_pretrained(out)
     for file in sorted(folder.glob("*")):
@@ -176,9 +206,12 @@ def tokenizer_of(folder: Path) -> Any:
 class RewardModel:
     """A reward model for scoring. Divided among processes, it must only be used in `sharding.in_step` with `shared`."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
+    ) -> None:
         """Args:
-        folder: of the model. With `sharding`, the other processes only need a folder with a model of the same architecture.
+        folder: of the model. With `sharding`, the other processes only need a
+            folder with a model of the same architecture.
         sharding: divides the model among the processes, which all create it at the same time.
         """
         self.tokenizer, self.device = tokenizer_of(folder), device
@@ -193,7 +226,11 @@ class RewardModel:
         self.shared.divide()
 
     def __call__(
-        self, conversations: Sequence[Messages], batch_size: int = 32, what: str = "", tools: Sequence[Tools] | None = None
+        self,
+        conversations: Sequence[Messages],
+        batch_size: int = 32,
+        what: str = "",
+        tools: Sequence[Tools] | None = None,
     ) -> list[float]:
         """The reward of the answer that each conversation ends with.
 
@@ -209,10 +246,13 @@ class RewardModel:
         Args:
             what: as for `__call__`.
         """
-        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)], what=what)
+        return self._score(
+            [_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)], what=what
+        )
 
     def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
-        """The reward of each answer. Texts longer than the context are truncated at the beginning; padding is on the right and masked."""
+        """The reward of each answer. Texts longer than the context are
+        truncated at the beginning; padding is on the right and masked."""
         import torch
 
         texts = [[*prompt, *answer][-self.tokenizer.model_max_length :] for prompt, answer in encoded]
@@ -223,7 +263,9 @@ class RewardModel:
                 ids, mask = pad([texts[i] for i in batch])
                 # the mask hides padding, but the model uses the id to find the last token
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id)
-                found = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).logits
+                found = self.model(
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+                ).logits
                 for i, value in zip(batch, found[:, 0].float().tolist(), strict=True):
                     rewards[i] = value
                 if progress:
@@ -232,14 +274,17 @@ class RewardModel:
 
 
 def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answered:
-    """Encode a generated answer as the template writes it; one that the template refuses, e.g. a call whose arguments are not JSON, as text."""
+    """Encode a generated answer as the template writes it; one that the
+    template refuses, e.g. a call whose arguments are not JSON, as text."""
     tools = pair.get("tools")
     try:
         return answered(tokenizer, [[*pair["prompt"], answer]], [tools])[0]
     except InputError:
         prompt = encode_prompt(tokenizer, pair["prompt"], tools, bool(answer.get("reasoning_content")))
         ids: list[int] = tokenizer(conversation_text([answer]), add_special_tokens=False)["input_ids"]
-        [(_, plain)] = answered(tokenizer, [[*pair["prompt"], *reply("Yes")]], [tools])  # which ends as turns of the template end
+        [(_, plain)] = answered(
+            tokenizer, [[*pair["prompt"], *reply("Yes")]], [tools]
+        )  # which ends as turns of the template end
         return prompt, [*ids, plain[-1]]
 
 
@@ -248,7 +293,8 @@ def judged_text(answer: Message) -> str:
     return conversation_text([{key: value for key, value in answer.items() if key != "reasoning_content"}])
 
 
-# ---- rules ------------------------------------------------------------------------------------------------------------------------------
+# ---- rules
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def valid_json(answer: str) -> float:

@@ -1,4 +1,5 @@
-"""Rewards of online methods: a weighted sum of a reward model, rules, ready-made rewards, and functions of the project."""
+"""Rewards of online methods: a weighted sum of a reward model, rules,
+ready-made rewards, and functions of the project."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ def check(rewards: Mapping[str, Entry], where: str, root: Path) -> None:
     unknown = sorted(rewards.keys() - {*known} - functions)
     close = [near for name in unknown for near in get_close_matches(name, known, 1)]
     hint = (
-        f"{f'did you mean {close[0]}? ' if close else ''}rewards, each with its weight: {', '.join(known)}, or your own function, "
-        f"{FOLDER}/FILE.py:FUNCTION"
+        f"{f'did you mean {close[0]}? ' if close else ''}rewards, each with its weight: {', '.join(known)}, or your own"
+        f" function, {FOLDER}/FILE.py:FUNCTION"
     )
     if unknown:
         raise InputError(f"params.yaml: {where}: unknown: {', '.join(unknown)}", hint)
     if mapped := sorted(name for name, entry in rewards.items() if isinstance(entry, Mapping) and name not in READY):
-        raise InputError(f"params.yaml: {where}.{mapped[0]}: it has no options", f"write its weight: {{{mapped[0]}: 1.0}}")
+        raise InputError(
+            f"params.yaml: {where}.{mapped[0]}: it has no options", f"write its weight: {{{mapped[0]}: 1.0}}"
+        )
     for name in sorted(functions):
         check_function(root, name, where)
     ready(rewards, where, root)
@@ -43,7 +46,10 @@ def check(rewards: Mapping[str, Entry], where: str, root: Path) -> None:
 
 def weights_of(rewards: Mapping[str, Entry]) -> dict[str, float]:
     """Name -> weight."""
-    return {name: float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else entry for name, entry in rewards.items()}
+    return {
+        name: float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else entry
+        for name, entry in rewards.items()
+    }
 
 
 def ready(rewards: Mapping[str, Entry], where: str, root: Path) -> dict[str, ReadyReward]:
@@ -65,7 +71,8 @@ class Rewards:
     """A weighted sum of a reward model, rules, ready-made rewards, and functions of the project."""
 
     def __init__(
-        self, rewards: Mapping[str, Entry], model: RewardModel | None, functions: Sequence[RewardFunction] = (), root: Path = Path(),
+        self, rewards: Mapping[str, Entry], model: RewardModel | None, functions: Sequence[RewardFunction] = (),
+        root: Path = Path(),
         where: str = "aligned",
     ) -> None:  # fmt: skip
         """Args:
@@ -79,9 +86,11 @@ class Rewards:
         self.functions = {function.name: function for function in functions}
         self.ready = ready(rewards, where, root)
 
-    def components(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], alone: bool = False) -> dict[str, list[float]]:
-        """Name of a reward -> its value for each generated answer to the prompts of these pairs, without its weight. Answers are messages of the
-        assistant.
+    def components(
+        self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], alone: bool = False
+    ) -> dict[str, list[float]]:
+        """Name of a reward -> its value for each generated answer to the prompts
+        of these pairs, without its weight. Answers are messages of the assistant.
 
         Args:
             alone: no other process scores answers at the same time.
@@ -94,14 +103,20 @@ class Rewards:
                 found[name] = score() if alone else in_step([self.model.shared], score)
             elif name in self.functions:
                 records = [{**pair, "answer": answer} for pair, answer in zip(pairs, answers, strict=True)]
-                found[name] = self.functions[name]([pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records)
+                found[name] = self.functions[name](
+                    [pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records
+                )
             elif name in self.ready:
-                found[name] = [self.ready[name].score(answer, pair) for pair, answer in zip(pairs, answers, strict=True)]
+                found[name] = [
+                    self.ready[name].score(answer, pair) for pair, answer in zip(pairs, answers, strict=True)
+                ]
             else:
                 found[name] = [RULES[name](judged_text(answer)) for answer in answers]
         return found
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> tuple[list[float], dict[str, list[float]]]:
+    def __call__(
+        self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]
+    ) -> tuple[list[float], dict[str, list[float]]]:
         """The reward of each answer, and its components."""
         components = self.components(pairs, answers)
         return self.total(components), components

@@ -1,5 +1,5 @@
-"""The answers that an online method, or a distillation, samples and learns from, with the rewards that they got, if any: a table in the variant's
-output, and part of each checkpoint."""
+"""The answers that an online method, or a distillation, samples and learns from, with the rewards that they got, if
+any: a table in the variant's output, and part of each checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Row = dict[str, Any]
 
 
 class SampledAnswers:
-    """The answers so far, in the order in which they were sampled. Several processes that share a training all keep those of all."""
+    """The answers so far, in the order in which they were sampled. Several
+    processes that share a training all keep those of all."""
 
     def __init__(self, patience: int | None = None, by_record: bool = True, ends_count: bool = False) -> None:
         """Args:
@@ -44,7 +45,8 @@ class SampledAnswers:
         self._shared = 0  # rows that all processes have
 
     def add(
-        self, records: Sequence[Mapping[str, Any]], answers: Sequence[Message], components: Mapping[str, Sequence[float]],
+        self, records: Sequence[Mapping[str, Any]], answers: Sequence[Message],
+        components: Mapping[str, Sequence[float]],
         rewards: Sequence[float | None], ids: Sequence[Sequence[int]], ends: frozenset[int],
     ) -> None:  # fmt: skip
         """Add answers of the current step.
@@ -72,7 +74,8 @@ class SampledAnswers:
             )
 
     def share(self) -> None:
-        """Give each process the new answers of all, which took turns: the first answer is that of the first process, and so on."""
+        """Give each process the new answers of all, which took turns: the first
+        answer is that of the first process, and so on."""
         parts = distributed.documents(self.rows[self._shared :])
         self.rows[self._shared :] = [row for turn in zip_longest(*parts) for row in turn if row is not None]
         self._shared = len(self.rows)
@@ -93,11 +96,14 @@ class SampledAnswers:
         """Whether answers that are compared with each other have different rewards."""
         groups: dict[str, set[Any]] = defaultdict(set)
         for row in rows:
-            groups[row["example_id"] if self.by_record else ""].add((row["reward"], self.ends_count and row["unfinished"]))
+            groups[row["example_id"] if self.by_record else ""].add(
+                (row["reward"], self.ends_count and row["unfinished"])
+            )
         return any(len(rewards) > 1 for rewards in groups.values())
 
     def is_stalled(self) -> bool:
-        """Whether the last `patience` steps had nothing to learn: the answers that are compared with each other had the same reward."""
+        """Whether the last `patience` steps had nothing to learn: the answers
+        that are compared with each other had the same reward."""
         if self.patience is None:
             return False
         latest = groupby(reversed(self.rows), lambda row: int(row["step"]))
@@ -107,8 +113,9 @@ class SampledAnswers:
         """Why training stopped, and what to change."""
         whose = "the answers to each prompt" if self.by_record else "all answers"
         return (
-            f"in the last {self.patience} steps {whose} had the same reward, so there was nothing to learn, and training stopped. The weights of this "
-            "step are kept; fix the rewards, or raise constant_reward_steps if they are rare"
+            f"in the last {self.patience} steps {whose} had the same reward, so there was nothing to learn, and"
+            " training stopped. The weights of this step are kept; fix the rewards, or raise constant_reward_steps if"
+            " they are rare"
         )
 
     def ever_teaches(self) -> bool:
@@ -120,15 +127,19 @@ class SampledAnswers:
         return {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
 
     def means(self, names: Sequence[str]) -> dict[int, dict[str, float]]:
-        """Step -> mean of each component over its answers, and of reward, length and unfinished answers by their names in curves."""
-        columns = {"reward": "reward", "response_length": "tokens", "unfinished": "unfinished"} | {name: name for name in names}
+        """Step -> mean of each component over its answers, and of reward,
+        length and unfinished answers by their names in curves."""
+        columns = {"reward": "reward", "response_length": "tokens", "unfinished": "unfinished"} | {
+            name: name for name in names
+        }
         return {
-            step: {name: sum(row[column] for row in rows) / len(rows) for name, column in columns.items()} for step, rows in self.steps()
+            step: {name: sum(row[column] for row in rows) / len(rows) for name, column in columns.items()}
+            for step, rows in self.steps()
         }
 
     def with_components(self, curve: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[dict[str, float]]:
-        """The points of a training's curve with the means of its answers, where the trainer gave none. A step that learns from the answers of an earlier
-        one has their means."""
+        """The points of a training's curve with the means of its answers, where the trainer gave none. A step that
+        learns from the answers of an earlier one has their means."""
         means, known, points = self.means(names), dict[str, float](), []
         for point in curve:
             known = means.get(int(point["step"]), known)
@@ -171,5 +182,6 @@ def schema(names: Sequence[str]) -> pa.Schema:
 
 
 def _kept(text: str) -> str:
-    """The first `LONGEST` characters. Parquet holds UTF-8, which has no unpaired surrogates; those of a call's JSON are written out."""
+    """The first `LONGEST` characters. Parquet holds UTF-8, which has no
+    unpaired surrogates; those of a call's JSON are written out."""
     return text[:LONGEST].encode("utf-8", "backslashreplace").decode()

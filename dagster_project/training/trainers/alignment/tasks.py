@@ -1,7 +1,9 @@
-"""splits -> tasks: prompts of instruction records, each with the record's response as the target of rewards that can be verified.
+"""splits -> tasks: prompts of instruction records, each with the record's
+response as the target of rewards that can be verified.
 
-A task has the form of a preference pair without a rejected answer: its `chosen` answer is the response. Training uses those of the training split;
-answers are measured before and after on those of the validation split, so that the test split stays unseen until `evaluation`.
+A task has the form of a preference pair without a rejected answer: its `chosen` answer is the
+response. Training uses those of the training split; answers are measured before and after on
+those of the validation split, so that the test split stays unseen until `evaluation`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Task = dict[str, Any]
 
 
 def tasks_of(splits: Path, rewards: Mapping[str, ReadyReward]) -> tuple[dict[str, list[Task]], dict[str, Any]]:
-    """Tasks by use, and for the report, by split: how many records there are, how many are used, and why others are left out.
+    """Tasks by use, and for the report, by split: how many records there are,
+    how many are used, and why others are left out.
 
     Args:
         splits: folder with a folder for each split that is used.
@@ -40,7 +43,11 @@ def tasks_of(splits: Path, rewards: Mapping[str, ReadyReward]) -> tuple[dict[str
         reasons = [_unusable(record, rewards) for record in records]
         tasks[use] = [_task(record) for record, reason in zip(records, reasons, strict=True) if not reason]
         left_out = dict(sorted(Counter(filter(None, reasons)).items()))
-        counts[split] = {"records": len(records), "used": len(tasks[use]), **({"left_out": left_out} if left_out else {})}
+        counts[split] = {
+            "records": len(records),
+            "used": len(tasks[use]),
+            **({"left_out": left_out} if left_out else {}),
+        }
     return tasks, counts
 
 
@@ -73,7 +80,8 @@ def refuse_without_tasks(counts: Mapping[str, Any], where: str) -> None:
                 else "raise splits.validation, whose records are measured before and after"
             )
             raise InputError(
-                f"params.yaml: {where}.reward_target: of {counts[split]['records']} records of the {split} split none is a task{why}",
+                f"params.yaml: {where}.reward_target: of {counts[split]['records']} records of the {split} split none"
+                f" is a task{why}",
                 f"choose rewards whose targets the records have, or {hint}",
             )
 
@@ -91,7 +99,10 @@ def refuse_misfits(tokenizer: Any, tasks: Mapping[str, Sequence[Task]], model: s
             try:
                 answered(tokenizer, [[*task["prompt"], *task["chosen"]]], [task["tools"]])
             except InputError as error:
-                what = f"data/splits: record {task['example_id']} ({split}) does not fit the chat template of {model}: {error.what}"
+                what = (
+                    f"data/splits: record {task['example_id']} ({split}) does not fit the chat template of {model}:"
+                    f" {error.what}"
+                )
                 raise InputError(what, error.hint) from None
 
 

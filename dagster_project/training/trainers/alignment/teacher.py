@@ -1,4 +1,5 @@
-"""A larger local model that a policy learns from by distillation: pinned by hashes, and with the vocabulary of the policy."""
+"""A larger local model that a policy learns from by distillation: pinned by
+hashes, and with the vocabulary of the policy."""
 
 from __future__ import annotations
 
@@ -39,28 +40,37 @@ def locate(teacher: Teacher, root: Path, where: str) -> Path:
     Args:
         where: dotted path of the teacher in params.yaml, for messages.
     Raises:
-        InputError: it is outside the project, an output of a stage or no saved model, names files elsewhere, or a file has no hash.
+        InputError: it is outside the project, an output of a stage or no saved
+            model, names files elsewhere, or a file has no hash.
     """
     folder = inside(root, teacher.folder, f"{where}.folder")
     if any(folder.is_relative_to((root / "data" / stage).resolve()) for stage in MADE_HERE):
         raise InputError(
-            f"params.yaml: {where}.folder: {teacher.folder} is the output of a stage, which DVC does not know as an input of this one",
+            f"params.yaml: {where}.folder: {teacher.folder} is the output of a stage, which DVC does not know as an"
+            " input of this one",
             "use a model that this project does not make",
         )
     files = files_of(folder)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        raise InputError(f"params.yaml: {where}.folder: {teacher.folder} has no config.json and safetensors files", ADVICE)
+        raise InputError(
+            f"params.yaml: {where}.folder: {teacher.folder} has no config.json and safetensors files", ADVICE
+        )
     if linked := next((name for name in files if (folder / name).is_symlink()), None):
         raise InputError(
-            f"params.yaml: {where}.folder: {linked} is a link", "copy the file into the folder (tracked by DVC: `dvc unprotect`)"
+            f"params.yaml: {where}.folder: {linked} is a link",
+            "copy the file into the folder (tracked by DVC: `dvc unprotect`)",
         )
     if "adapter_config.json" in files:
         raise InputError(
-            f"params.yaml: {where}.folder: this is an adapter, whose base model has no hash", "merge it into its base model first"
+            f"params.yaml: {where}.folder: this is an adapter, whose base model has no hash",
+            "merge it into its base model first",
         )
     if missing := sorted({*files, *_weights_in_index(folder)} - teacher.sha256.keys()):
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise InputError(f"params.yaml: {where}.sha256: not listed: {listed}", f"list their hashes: `cd {teacher.folder} && sha256sum *`")
+        raise InputError(
+            f"params.yaml: {where}.sha256: not listed: {listed}",
+            f"list their hashes: `cd {teacher.folder} && sha256sum *`",
+        )
     return folder
 
 
@@ -89,7 +99,9 @@ def verify(teacher: Teacher, folder: Path, student: Path, where: str) -> None:
     for name, digest in sorted(teacher.sha256.items()):
         path = folder / name
         if path.name != name or not path.is_file():
-            raise InputError(f"params.yaml: {where}.sha256: {name} is not a file in {teacher.folder}", "remove it, or add the file")
+            raise InputError(
+                f"params.yaml: {where}.sha256: {name} is not a file in {teacher.folder}", "remove it, or add the file"
+            )
         if (found := sha256_of_file(path)) != digest:
             raise InputError(
                 f"{teacher.folder}/{name} has sha256 {found}, not {digest[:64]}",
@@ -103,28 +115,43 @@ def _refuse_other_tokens(teacher: Teacher, folder: Path, student: Path, where: s
 
     try:
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-        sizes = [AutoConfig.from_pretrained(one, trust_remote_code=False).get_text_config().vocab_size for one in (folder, student)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # transformers fails where it first uses a wrong value
+        sizes = [
+            AutoConfig.from_pretrained(one, trust_remote_code=False).get_text_config().vocab_size
+            for one in (folder, student)
+        ]
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # transformers fails where it first uses a wrong value
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"params.yaml: {where}.folder: transformers cannot read {teacher.folder}: {why}", ADVICE) from None
+        raise InputError(
+            f"params.yaml: {where}.folder: transformers cannot read {teacher.folder}: {why}", ADVICE
+        ) from None
     ours = AutoTokenizer.from_pretrained(student, trust_remote_code=False).get_vocab()
     hint = "use a teacher of the same family, whose token ids are those of the SFT model"
     if different := sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)):
         first = different[0]
         raise InputError(
-            f"params.yaml: {where}.folder: {teacher.folder} has another tokenizer: {len(different)} tokens differ, e.g. {first!r} has the id "
-            f"{theirs.get(first)} and in the SFT model {ours.get(first)}",
+            f"params.yaml: {where}.folder: {teacher.folder} has another tokenizer: {len(different)} tokens differ, e.g."
+            f" {first!r} has the id {theirs.get(first)} and in the SFT model {ours.get(first)}",
             hint,
         )
     if sizes[0] != sizes[1]:
-        raise InputError(f"params.yaml: {where}.folder: {teacher.folder} predicts {sizes[0]} tokens, and the SFT model {sizes[1]}", hint)
+        raise InputError(
+            f"params.yaml: {where}.folder: {teacher.folder} predicts {sizes[0]} tokens, and the SFT model {sizes[1]}",
+            hint,
+        )
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The teacher, of which every weight is in its files.
 
     Raises:
-        InputError: weights are missing, which transformers would draw at random, do not fit the configuration, or cannot be read.
+        InputError: weights are missing, which transformers would draw at
+            random, do not fit the configuration, or cannot be read.
     """
     import torch
     from safetensors import SafetensorError
@@ -133,13 +160,23 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     refuse_pickled_weights(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         if isinstance(error, torch.OutOfMemoryError) or "memory" in lines[0].lower():
             raise
-        raise InputError(f"the teacher {folder.name}: transformers cannot load the model: {lines[0][:300]}", ADVICE) from None
+        raise InputError(
+            f"the teacher {folder.name}: transformers cannot load the model: {lines[0][:300]}", ADVICE
+        ) from None
     if missing := sorted(found["missing_keys"]):
-        raise InputError(f"the teacher {folder.name}: its files lack {len(missing)} weights of the model, such as {missing[0]}", ADVICE)
+        raise InputError(
+            f"the teacher {folder.name}: its files lack {len(missing)} weights of the model, such as {missing[0]}",
+            ADVICE,
+        )
     return model.requires_grad_(False).to(device).eval()

@@ -1,4 +1,5 @@
-"""The weights that a training command wrote: read as safetensors, compared with the base model, and put into a model."""
+"""The weights that a training command wrote: read as safetensors, compared with
+the base model, and put into a model."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ class Weights:
 
     def not_finite(self) -> list[str]:
         return sorted(
-            name for name, tensor in self.tensors.items() if tensor.is_floating_point() and not bool(tensor.float().isfinite().all())
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all())
         )
 
 
@@ -64,7 +67,10 @@ def read_weights(output: Path, where: str) -> Weights:
     adapter, complete = (output / ADAPTER).is_file(), sorted(output.glob("model*.safetensors"))
     if adapter == bool(complete):
         what = "both an adapter and a complete model" if adapter else f"neither {ADAPTER} nor model.safetensors"
-        raise InputError(f"{where}: the command wrote {what} to output/", "save either, for example with model.save_pretrained('output')")
+        raise InputError(
+            f"{where}: the command wrote {what} to output/",
+            "save either, for example with model.save_pretrained('output')",
+        )
     start = _read([output / START], where) if (output / START).is_file() else None
     if adapter:
         return Weights(_read([output / ADAPTER], where), _config(output / CONFIG, where), start)
@@ -80,7 +86,9 @@ def _read(paths: Iterable[Path], where: str) -> Tensors:
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{where}: {path.name} is not a valid safetensors file: {visible(str(error))}", "write it again") from None
+            raise InputError(
+                f"{where}: {path.name} is not a valid safetensors file: {visible(str(error))}", "write it again"
+            ) from None
     return tensors
 
 
@@ -90,7 +98,9 @@ def _document(path: Path, where: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise InputError(f"{where}: {path.name} is missing or not a JSON object", "save the model with PEFT's save_pretrained")
+        raise InputError(
+            f"{where}: {path.name} is missing or not a JSON object", "save the model with PEFT's save_pretrained"
+        )
     return document
 
 
@@ -114,10 +124,14 @@ class Comparison:
     def change(self) -> WeightChange:
         frozen = weight_audit.frozen(self.prepared.model)
         # in the dtype of the result: rounding alone is no training
-        changes = ((name, self.after[name].double() - start.to(self.after[name].dtype).double()) for name, start in self.before.items())
+        changes = (
+            (name, self.after[name].double() - start.to(self.after[name].dtype).double())
+            for name, start in self.before.items()
+        )
         hashes = {"sha256_before": self.frozen_before, "sha256_after": weight_audit.sha256_of_tensors(frozen)}
         return WeightChange(
-            weight_audit.grouped((name, float(change.norm())) for name, change in changes), {"tensors": len(frozen), **hashes}
+            weight_audit.grouped((name, float(change.norm())) for name, change in changes),
+            {"tensors": len(frozen), **hashes},
         )
 
     def unknown(self) -> dict[str, int]:
@@ -129,7 +143,8 @@ class Comparison:
 class Candidate:
     """A model that is ready for the weights of a command, and still without them."""
 
-    def __init__(self, weights: Weights, params: AdapterParams, base_model: Path, device: torch.device, dtype: torch.dtype, where: str,
+    def __init__(self, weights: Weights, params: AdapterParams, base_model: Path, device: torch.device,
+        dtype: torch.dtype, where: str,
                  seed: int) -> None:  # fmt: skip
         """Raises:
         InputError: the weights are not those of the entry's method on this base model.
@@ -144,7 +159,9 @@ class Candidate:
             _compare(weights.start, expected, self._aliases(), where, START)
             self.before = {name: tensor for name, tensor in weights.start.items() if name in weights.tensors}
         else:
-            self.before = {name: one for name, one in expected.items() if name not in other or bool((one == other[name]).all())}
+            self.before = {
+                name: one for name, one in expected.items() if name not in other or bool((one == other[name]).all())
+            }
         if not self.before:
             raise InputError(
                 f"{where}: all weights of {params.method} start at random, so nothing shows that they were trained",
@@ -156,7 +173,10 @@ class Candidate:
         if self.weights.config is not None:
             return {}
         first: dict[int, str] = {}
-        return {name: first.setdefault(id(tensor), name) for name, tensor in self.prepared.model.state_dict(keep_vars=True).items()}
+        return {
+            name: first.setdefault(id(tensor), name)
+            for name, tensor in self.prepared.model.state_dict(keep_vars=True).items()
+        }
 
     def filled(self) -> Comparison:
         """The model with the weights.
@@ -168,17 +188,28 @@ class Candidate:
         frozen = weight_audit.sha256_of_tensors(weight_audit.frozen(model))
         if self.weights.config is None:
             model.load_state_dict(tensors, strict=False)  # names and shapes were compared, except for tied weights
-            names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+            names = {
+                name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
+            }
             trained = {name for name in self.before if name in names and name in tensors}
             return Comparison(
-                self.prepared, {name: self.before[name] for name in trained}, {name: tensors[name] for name in trained}, frozen
+                self.prepared,
+                {name: self.before[name] for name in trained},
+                {name: tensors[name] for name in trained},
+                frozen,
             )
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, dict(tensors))
         restored = _saved(self.prepared)
-        if wrong := sorted(name for name, tensor in tensors.items() if not bool((restored[name] == tensor.to(restored[name].dtype)).all())):
-            raise InputError(f"{self.where}: PEFT does not restore what the command wrote: {_shortened(wrong)}", CHECKED)
+        if wrong := sorted(
+            name
+            for name, tensor in tensors.items()
+            if not bool((restored[name] == tensor.to(restored[name].dtype)).all())
+        ):
+            raise InputError(
+                f"{self.where}: PEFT does not restore what the command wrote: {_shortened(wrong)}", CHECKED
+            )
         return Comparison(self.prepared, self.before, tensors, frozen)
 
 
@@ -207,7 +238,10 @@ def _untrained(
     )  # fmt: skip
     if config is None:
         if params.method.lower() not in methods.OWN:
-            raise InputError(f"params.yaml: {where}.method: {params.method}, but the command wrote a complete model", "set method: full")
+            raise InputError(
+                f"params.yaml: {where}.method: {params.method}, but the command wrote a complete model",
+                "set method: full",
+            )
         return method(params.peft)
     options = _options(config, params, where)
     try:
@@ -241,10 +275,14 @@ def _options(config: Mapping[str, Any], params: AdapterParams, where: str) -> di
             f"set method: {visible(kind)}",
         )
     standard = {kind.value.lower(): one for kind, one in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[name]().to_dict()
-    if unknown := sorted(key for key, value in config.items() if key not in standard and value not in (None, False, [], {})):
+    if unknown := sorted(
+        key for key, value in config.items() if key not in standard and value not in (None, False, [], {})
+    ):
         what = f"{_shortened(unknown)} is unknown to PEFT {version('peft')}, which Pedigree uses"
         raise InputError(f"{where}: {CONFIG}: {what}", "train with this version of PEFT")
-    if refused := sorted(key for key in methods.REFUSED_KEYS if config.get(key) not in (None, False, standard.get(key))):
+    if refused := sorted(
+        key for key in methods.REFUSED_KEYS if config.get(key) not in (None, False, standard.get(key))
+    ):
         reason = methods.REFUSED_KEYS[refused[0]]
         raise InputError(f"{where}: {CONFIG}: {refused[0]} is not supported: it {reason}", "train without it")
     for key, value in {**implied, **params.peft}.items():
@@ -258,7 +296,9 @@ def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list | set | tuple) else value
 
 
-def _compare(tensors: Mapping[str, Any], expected: Mapping[str, Any], aliases: Mapping[str, str], where: str, what: str) -> None:
+def _compare(
+    tensors: Mapping[str, Any], expected: Mapping[str, Any], aliases: Mapping[str, str], where: str, what: str
+) -> None:
     """Raises:
     InputError: other names or shapes than those of the base model, or two names of one weight with different values.
     """
@@ -272,7 +312,9 @@ def _compare(tensors: Mapping[str, Any], expected: Mapping[str, Any], aliases: M
         raise InputError(f"{where}: {what}: wrong shape {shapes}: {_shortened(wrong)}", CHECKED)
     for name, first in aliases.items():
         if name != first and name in tensors and first in tensors and not bool((tensors[name] == tensors[first]).all()):
-            raise InputError(f"{where}: {what}: {name} and {first} are one weight in the base model, but differ", CHECKED)
+            raise InputError(
+                f"{where}: {what}: {name} and {first} are one weight in the base model, but differ", CHECKED
+            )
 
 
 def _shortened(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Trains an adapter by the user's own command, and measures what it did: docs/own-trainer.md.
 
-The command only reads and writes files. That its weights moved, that the base model did not, and the validation loss are measured here.
+The command only reads and writes files. That its weights moved, that the base
+model did not, and the validation loss are measured here.
 """
 
 from __future__ import annotations
@@ -82,18 +83,29 @@ def train_by_command(name: str, params: AdapterParams, compute: Compute, folders
     device, dtype = prepare(compute)
     target = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     workspace = make_workspace(
-        folders.work, params, compute, folders.root, folders.tokenized, folders.base_model, where, target, folders.checkpoints
+        folders.work,
+        params,
+        compute,
+        folders.root,
+        folders.tokenized,
+        folders.base_model,
+        where,
+        target,
+        folders.checkpoints,
     )
     if not workspace.examples:
         raise InputError("adapter: the training split is empty", "add sources to raw_examples.sources")
     base_before, started = _base(folders.base_model), time.monotonic()
     words = words_of(str(params.command), f"{where}.command")
-    run_command(words, workspace.folder, environment(compute.threads, compute.seed, workspace.inputs), f"{where}.command")
+    run_command(
+        words, workspace.folder, environment(compute.threads, compute.seed, workspace.inputs), f"{where}.command"
+    )
     seconds = time.monotonic() - started
     base_after = _base(folders.base_model)
     if base_after != base_before:
         raise InputError(
-            f"{where}: the command changed the base model", "run `dvc checkout --force data/base_model`, and save to output/ only"
+            f"{where}: the command changed the base model",
+            "run `dvc checkout --force data/base_model`, and save to output/ only",
         )
     weights = read_weights(workspace.output, where)
     if broken := weights.not_finite():
@@ -144,7 +156,9 @@ def validation_loss(prepared: PreparedModel, rows: Sequence[Mapping[str, Any]]) 
     with torch.no_grad():
         for row in rows:
             batch = collate_packed([row]) if prepared.packs else collate_padded([row])
-            inputs = {key: value.to(prepared.model.device) if hasattr(value, "to") else value for key, value in batch.items()}
+            inputs = {
+                key: value.to(prepared.model.device) if hasattr(value, "to") else value for key, value in batch.items()
+            }
             labels = inputs["labels"][:, 1:]
             counted = labels != IGNORE
             hidden = prepared.hidden_states(inputs)[:, :-1][counted]
@@ -195,7 +209,10 @@ def _write(measured: Measured, document: Mapping[str, Any], workspace: Workspace
         write_table(folders.out / "examples.parquet", rows, weight_audit.seen_schema())
     else:
         given_rows = len({identity for identity, _, _ in workspace.examples})
-        write_json(folders.out / ORDER_UNKNOWN, {"given": given_rows, "why": f"the command wrote no {' or '.join(claims.ORDER)}"})
+        write_json(
+            folders.out / ORDER_UNKNOWN,
+            {"given": given_rows, "why": f"the command wrote no {' or '.join(claims.ORDER)}"},
+        )
     write_json(folders.out / "training.json", document)
     write_json(folders.pages / "history.json", {"curve": [*measured.curve, *measured.validation]})
     points = [point for point in measured.curve if "loss" in point]
@@ -214,9 +231,16 @@ def _report(measured: Measured, document: Mapping[str, Any], workspace: Workspac
             "trainable_parameters": prepared.trainable,
             "trainable_percent": round(100 * prepared.trainable / prepared.total, 4),
             "tokens_per_epoch": sum(tokens for _, tokens, _ in workspace.examples),
-            **{name: document[name] for name in ("steps", "tokens", "trained_tokens", "dtype", "device") if name in document},
+            **{
+                name: document[name]
+                for name in ("steps", "tokens", "trained_tokens", "dtype", "device")
+                if name in document
+            },
             **({"loss": round(document["loss"]["last"], 4)} if "loss" in document else {}),
-            "environment": {**weight_audit.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
+            "environment": {
+                **weight_audit.versions(()),
+                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+            },
             "validation_loss": [round(point["validation_loss"], 4) for point in measured.validation],
         },
         checks=[_learned(measured), _moved(measured)],
@@ -236,7 +260,9 @@ def _moved(measured: Measured) -> CheckResult:
     if not unknown:
         return found
     more = f"not compared, because they start at random: {', '.join(unknown)}"
-    return CheckResult(found.name, found.passed, blocking=found.blocking, count=found.count, note=f"{found.note}; {more}")
+    return CheckResult(
+        found.name, found.passed, blocking=found.blocking, count=found.count, note=f"{found.note}; {more}"
+    )
 
 
 def _refused(what: str, count: int) -> Report:
@@ -245,7 +271,9 @@ def _refused(what: str, count: int) -> Report:
     return Report(
         checks=[
             CheckResult("learned", passed=False, blocking=True, count=count, note=note),
-            CheckResult("trained_what_it_should", passed=False, blocking=True, note="not checked: the result is not finite"),
+            CheckResult(
+                "trained_what_it_should", passed=False, blocking=True, note="not checked: the result is not finite"
+            ),
         ]
     )
 

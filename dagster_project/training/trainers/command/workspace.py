@@ -56,7 +56,8 @@ def row_schema() -> pa.Schema:
 
 
 def examples_of(packed: Path) -> Iterator[dict[str, Any]]:
-    """The examples of a split, unpacked, in order. The first token of an example has no context, and therefore no label."""
+    """The examples of a split, unpacked, in order. The first token of an
+    example has no context, and therefore no label."""
     for row in iter_table(packed):
         start = 0
         for identity, length in zip(row["example_ids"], row["lengths"], strict=True):
@@ -101,26 +102,46 @@ def make_workspace(
     for template in tokenized.glob("chat_template.jinja"):
         shutil.copyfile(template, folder / template.name)
     parameters = given(params)
-    document = {"version": VERSION, "parameters": parameters, "seed": compute.seed, "threads": compute.threads, **target}
+    document = {
+        "version": VERSION,
+        "parameters": parameters,
+        "seed": compute.seed,
+        "threads": compute.threads,
+        **target,
+    }
     sources = {path: source_of(root, path, f"{where}.files") for path in params.files}
     taken = {INPUTS, *(path.name for path in folder.iterdir() if path != output)}
     for path, source in sources.items():
         relative = source.relative_to((root / FOLDER).resolve())
         copy = folder / relative
-        if copy.exists() or relative.parts[0] in taken:  # base_model is a link: a file in it would be written into the base model
-            raise InputError(f"params.yaml: {where}.files: {path}: the working folder already has a file of this name", "rename it")
+        if (
+            copy.exists() or relative.parts[0] in taken
+        ):  # base_model is a link: a file in it would be written into the base model
+            raise InputError(
+                f"params.yaml: {where}.files: {path}: the working folder already has a file of this name", "rename it"
+            )
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, copy)
-    read = [folder / f"{split}.parquet" for split in SPLITS] + [*sorted(base_model.glob("*.safetensors")), base_model / "config.json"]
+    read = [folder / f"{split}.parquet" for split in SPLITS] + [
+        *sorted(base_model.glob("*.safetensors")),
+        base_model / "config.json",
+    ]
     identity = [document, params.command, [sha256_of_file(path) for path in (*read, *sources.values())]]
     kept = checkpoints / sha256_of_text(json.dumps(identity, sort_keys=True))[:16]
     for other in checkpoints.glob("*"):
         if other != kept:  # of other inputs, parameters or files
             remove(other)
     kept.mkdir(parents=True, exist_ok=True)
-    places = {"train": "train.parquet", "validation": "validation.parquet", "base_model": "base_model", "output": "output"}
+    places = {
+        "train": "train.parquet",
+        "validation": "validation.parquet",
+        "base_model": "base_model",
+        "output": "output",
+    }
     if (folder / "chat_template.jinja").is_file():
         places["chat_template"] = "chat_template.jinja"
-    paths = {name: str((folder / place).absolute()) for name, place in places.items()} | {"checkpoints": str(kept.absolute())}
+    paths = {name: str((folder / place).absolute()) for name, place in places.items()} | {
+        "checkpoints": str(kept.absolute())
+    }
     write_json(folder / INPUTS, document | paths)
     return Workspace(folder, folder / INPUTS, output, examples)

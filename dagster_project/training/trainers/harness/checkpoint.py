@@ -61,7 +61,8 @@ class Checkpoints:
     keep: int = 2
     """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
     sharded: bool = False
-    """Whether each process writes its part. Then only the same number of processes can resume, and another is refused."""
+    """Whether each process writes its part. Then only the same number of
+    processes can resume, and another is refused."""
 
     def save(
         self,
@@ -96,7 +97,11 @@ class Checkpoints:
                 (scratch / f"{name}.json").write_text(json.dumps(document))
             if parts:
                 parts(scratch)
-            files = {str(path.relative_to(scratch)): sha256_of_file(path) for path in sorted(scratch.rglob("*")) if path.is_file()}
+            files = {
+                str(path.relative_to(scratch)): sha256_of_file(path)
+                for path in sorted(scratch.rglob("*"))
+                if path.is_file()
+            }
             for name in files:
                 _to_disk(scratch / name)
                 _to_disk((scratch / name).parent)
@@ -138,7 +143,9 @@ class Checkpoints:
         for unfinished in self.folder.glob("step-*.unfinished"):
             remove(unfinished)
         differing: list[str] = []
-        for folder in sorted((path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), reverse=True):
+        for folder in sorted(
+            (path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), reverse=True
+        ):
             wrong = ""
             try:
                 marker = json.loads((folder / MARKER).read_text())
@@ -148,10 +155,13 @@ class Checkpoints:
             except (ValueError, KeyError, TypeError):
                 wrong = f"{MARKER} is not readable"
             else:
-                differing = sorted(part for part in {*identity, *self.identity} if identity.get(part) != self.identity.get(part))
+                differing = sorted(
+                    part for part in {*identity, *self.identity} if identity.get(part) != self.identity.get(part)
+                )
                 if differing == ["processes"] and self.sharded:
                     raise InputError(
-                        f"{folder}: this checkpoint is of {identity['processes']} processes, and a sharded training resumes with as many",
+                        f"{folder}: this checkpoint is of {identity['processes']} processes, and a sharded training"
+                        " resumes with as many",
                         f"set compute.processes: {identity['processes']}, or remove {self.folder} to start over",
                     )
                 if differing:
@@ -173,7 +183,10 @@ class Checkpoints:
                 remove(stale)
             for folder in self._complete():
                 folder.rename(folder.with_name(f"{folder.name}.stale"))
-            log.warning(f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside, starting over")
+            log.warning(
+                f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside,"
+                " starting over"
+            )
         return None
 
     def at(self, step: int) -> SavedCheckpoint:
@@ -184,12 +197,17 @@ class Checkpoints:
         """
         folder = self.folder / f"step-{step:08d}"
         if not folder.is_dir():
-            raise PedigreeError(f"the checkpoint {folder} is not on this host", "share the folder among the hosts, or remove it everywhere")
+            raise PedigreeError(
+                f"the checkpoint {folder} is not on this host",
+                "share the folder among the hosts, or remove it everywhere",
+            )
         return SavedCheckpoint(folder, step)
 
     def _complete(self) -> list[Path]:
         """Folders with a marker, newest step first."""
-        return sorted((path.parent for path in self.folder.glob(f"step-*/{MARKER}") if path.parent.suffix == ""), reverse=True)
+        return sorted(
+            (path.parent for path in self.folder.glob(f"step-*/{MARKER}") if path.parent.suffix == ""), reverse=True
+        )
 
 
 def _remove(folder: Path) -> None:
@@ -239,8 +257,11 @@ def code_of(module: Path, root: Path) -> list[Path]:
     return sorted(found)
 
 
-def run_identity(module: Path, compute: Compute, device: torch.device, dtype: torch.dtype, libraries: Sequence[str]) -> dict[str, str]:
-    """The part of a training's identity that every trainer shares: code, threads, processes, dtype, device, library versions.
+def run_identity(
+    module: Path, compute: Compute, device: torch.device, dtype: torch.dtype, libraries: Sequence[str]
+) -> dict[str, str]:
+    """The part of a training's identity that every trainer shares: code,
+    threads, processes, dtype, device, library versions.
 
     Args:
         module: the stage's own file.
@@ -278,7 +299,8 @@ def refuse_full_disk(needs: Mapping[Path, int], what: str) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise PedigreeError(
-                f"{what}: checkpoints and output need about {size / 2**20:,.0f} MiB of disk, and {free / 2**20:,.0f} MiB are free in {folder}",
+                f"{what}: checkpoints and output need about {size / 2**20:,.0f} MiB of disk, and {free / 2**20:,.0f}"
+                f" MiB are free in {folder}",
                 "free some space, lower save_total_limit, or set save_strategy: no",
             )
 

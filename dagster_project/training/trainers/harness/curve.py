@@ -12,7 +12,9 @@ from dagster_project.core.records import remove, write_text
 LIVE = ("loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
-def write_curve(path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")) -> None:
+def write_curve(
+    path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")
+) -> None:
     """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has all of them.
     The same bytes on every run."""
     lines = [

@@ -1,4 +1,5 @@
-"""Arithmetic of a training in several processes (launch.py starts them). With a single process, every sum here returns its input."""
+"""Arithmetic of a training in several processes (launch.py starts them). With a
+single process, every sum here returns its input."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ BUCKET = 2**23
 
 
 stop_signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-"""Signals that ask this process to stop. The first process of a group is only asked by its launcher, by another signal: a terminal, DVC or
-Ray may send an interrupt to every process, and a second one would count as "immediately"."""
+"""Signals that ask this process to stop. The first process of a group is only asked by its launcher, by another signal:
+a terminal, DVC or Ray may send an interrupt to every process, and a second one would count as "immediately"."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class ProcessRank:
 def place() -> ProcessRank:
     import torch.distributed as dist
 
-    return ProcessRank(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else ProcessRank(0, 1)
+    return (
+        ProcessRank(dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else ProcessRank(0, 1)
+    )
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +147,10 @@ def gpus_of(count: int) -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (named.split(",") if named else list(map(str, range(found))))[:found]
     if count > len(gpus):
-        raise InputError(f"params.yaml: compute.processes: {count} processes, and there are {len(gpus)} GPUs", f"set it to {len(gpus)}")
+        raise InputError(
+            f"params.yaml: compute.processes: {count} processes, and there are {len(gpus)} GPUs",
+            f"set it to {len(gpus)}",
+        )
     return gpus[:count]
 
 

@@ -10,8 +10,8 @@ class TrainingHistory:
     """Record of a training, in order."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
-    """{"step", "loss", "learning_rate", "grad_norm", "tokens": so far, ...} at every step, {"step", "validation_loss", ...} before the first
-    step and after each epoch. "tokens_per_second" is a recent average, for monitoring only."""
+    """{"step", "loss", "learning_rate", "grad_norm", "tokens": so far, ...} at every step, {"step", "validation_loss",
+    ...} before the first step and after each epoch. "tokens_per_second" is a recent average, for monitoring only."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
     """(step from 1, epoch from 1, row of the training split) of each trained row."""
     tokens: int = 0
@@ -42,7 +42,9 @@ class TrainingHistory:
     def stalled(self, patience: int | None) -> bool:
         """Whether the validation loss has not fallen for `patience` epochs."""
         best = self.best()
-        return patience is not None and best is not None and sum(step > best[0] for step, _ in self.validation) >= patience
+        return (
+            patience is not None and best is not None and sum(step > best[0] for step, _ in self.validation) >= patience
+        )
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of one training step."""

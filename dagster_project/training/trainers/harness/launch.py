@@ -1,10 +1,12 @@
 """Starts the processes of one training by torch elastic, the library behind `torchrun`.
 
-Each process joins one torch.distributed group (NCCL with a GPU each, or gloo). The first runs `first_process` of a module, the others its
-`other_process` on the JSON document that the first one sends (`start_others`). The caller waits, relays the first process's log and stop
-requests, and returns its result. On one host no port is opened: rendezvous and group meet in files, and data crosses the loopback interface.
+Each process joins one torch.distributed group (NCCL with a GPU each, or gloo). The first runs `first_process` of a
+module, the others its `other_process` on the JSON document that the first one sends (`start_others`). The caller waits,
+relays the first process's log and stop requests, and returns its result. On one host no port is opened: rendezvous and
+group meet in files, and data crosses the loopback interface.
 
-On several hosts the others are started by `torchrun` itself: `torchrun ... -m dagster_project.training.trainers.harness.launch`.
+On several hosts the others are started by `torchrun` itself: `torchrun ... -m
+dagster_project.training.trainers.harness.launch`.
 """
 
 from __future__ import annotations
@@ -42,19 +44,23 @@ STOP = signal.SIGUSR1
 """Sent to the first process to ask it to stop."""
 
 LAUNCHER = "PEDIGREE_LAUNCHER"
-"""Variable that selects the launcher: `ray` for Ray Train, which requires a connection to a Ray cluster; else torch elastic."""
+"""Variable that selects the launcher: `ray` for Ray Train, which requires a
+connection to a Ray cluster; else torch elastic."""
 
 WAIT = timedelta(days=30)
-"""The others may wait long for the first process (a sweep, a checkpoint); a lost process is noticed by torch elastic, not by a timeout."""
+"""The others may wait long for the first process (a sweep, a checkpoint); a
+lost process is noticed by torch elastic, not by a timeout."""
 
 LINGER = 5.0
-"""Seconds after a failed exchange before a process ends: most likely another process was lost, and torch elastic then names that one."""
+"""Seconds after a failed exchange before a process ends: most likely another
+process was lost, and torch elastic then names that one."""
 
 PEDIGREE = "dagster_project."
 """Package of the modules that a process on another host accepts from the first process."""
 
 HIDDEN = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME",
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 """Variables that torch elastic sets. With them accelerate would wrap the model in DDP and divide the rows itself."""
@@ -80,14 +86,21 @@ class Nodes:
         """
         count = os.environ.get("PET_NNODES", "1")
         if not count.isdigit() or int(count) < 1:
-            raise InputError(f"PET_NNODES: {count!r} is not a number of hosts", "set it to a number, such as 2, or unset it")
+            raise InputError(
+                f"PET_NNODES: {count!r} is not a number of hosts", "set it to a number, such as 2, or unset it"
+            )
         if int(count) == 1:
             return cls()
         if os.environ.get("PET_NODE_RANK", "0") != "0":
-            raise InputError("PET_NODE_RANK: stages run on the first host, 0", "start the other hosts by torchrun, see docs/methods.md")
+            raise InputError(
+                "PET_NODE_RANK: stages run on the first host, 0",
+                "start the other hosts by torchrun, see docs/methods.md",
+            )
         endpoint = os.environ.get("PET_RDZV_ENDPOINT", "")
         if not endpoint.rpartition(":")[2].isdigit():
-            raise InputError("PET_RDZV_ENDPOINT: HOST:PORT of this host is required for PET_NNODES > 1", "for example 10.0.0.1:29400")
+            raise InputError(
+                "PET_RDZV_ENDPOINT: HOST:PORT of this host is required for PET_NNODES > 1", "for example 10.0.0.1:29400"
+            )
         return cls(int(count), endpoint, os.environ.get("PET_RDZV_ID", cls.run_id), os.environ.get("PET_LOCAL_ADDR"))
 
     def share(self, processes: int) -> int:
@@ -98,13 +111,15 @@ class Nodes:
         """
         if processes % self.count:
             raise InputError(
-                f"params.yaml: compute.processes: {processes} do not divide evenly among {self.count} hosts", "choose a multiple"
+                f"params.yaml: compute.processes: {processes} do not divide evenly among {self.count} hosts",
+                "choose a multiple",
             )
         return processes // self.count
 
 
 def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
-    """Run a module's work in a group of processes and wait for its end. All processes end with this one, even if it is killed.
+    """Run a module's work in a group of processes and wait for its end. All
+    processes end with this one, even if it is killed.
 
     Args:
         module: name of a module with `first_process(work) -> JSON document` and `other_process(document)`.
@@ -122,7 +137,8 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     if os.environ.get(LAUNCHER) == "ray":
         if os.environ.get("PET_NNODES", "1") != "1":
             raise InputError(
-                f"{LAUNCHER}=ray and PET_NNODES are both set: Ray Train would start all processes, and leave those of torchrun waiting",
+                f"{LAUNCHER}=ray and PET_NNODES are both set: Ray Train would start all processes, and leave those of"
+                " torchrun waiting",
                 f"unset PET_NNODES to use the nodes of the Ray cluster, or {LAUNCHER} to use the hosts of torchrun",
             )
         from dagster_project.training.trainers.harness import ray_train
@@ -132,7 +148,9 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     gpus = distributed.gpus_of(nodes.share(processes))
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
         folder = Path(name)
-        (folder / "work.json").write_text(json.dumps({"module": module, "work": work, "gpus": gpus, "hosts": nodes.count}))
+        (folder / "work.json").write_text(
+            json.dumps({"module": module, "work": work, "gpus": gpus, "hosts": nodes.count})
+        )
         with _quiet_elastic(), relayed_log(folder), _forwarded_requests(folder) as requests:
             try:
                 elastic_launch(_config(nodes, len(gpus), folder), _member)(name)
@@ -146,9 +164,17 @@ def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     if nodes.count == 1:
-        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": str(folder / "rendezvous"), "rdzv_configs": {"store_type": "file"}}
+        meeting = {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": str(folder / "rendezvous"),
+            "rdzv_configs": {"store_type": "file"},
+        }
     else:  # static: the rank of a host is given, so the first process is on this one
-        meeting = {"rdzv_backend": "static", "rdzv_endpoint": nodes.endpoint, "rdzv_configs": {"rank": 0, "timeout": 900}}
+        meeting = {
+            "rdzv_backend": "static",
+            "rdzv_endpoint": nodes.endpoint,
+            "rdzv_configs": {"rank": 0, "timeout": 900},
+        }
     return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -177,12 +203,14 @@ def refuse_differences(here: Mapping[str, str], first: Mapping[str, str]) -> Non
     """
     if differing := sorted(name for name, value in here.items() if first[name] != value):
         raise InputError(
-            f"this host differs from the first one: {', '.join(differing)}", "use the same commit, versions and data on all hosts"
+            f"this host differs from the first one: {', '.join(differing)}",
+            "use the same commit, versions and data on all hosts",
         )
 
 
 def portable(path: Path) -> str:
-    """A path for the other processes, relative to the project if it is inside it: another host may have the project elsewhere."""
+    """A path for the other processes, relative to the project if it is inside
+    it: another host may have the project elsewhere."""
     full = path.resolve()
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
 
@@ -192,7 +220,9 @@ def report_document(report: Report) -> dict[str, Any]:
     return asdict(report)
 
 
-def report_of_group(module: str, params: Section, compute: Compute, folders: Mapping[str, Path | None], **more: Any) -> Report:
+def report_of_group(
+    module: str, params: Section, compute: Compute, folders: Mapping[str, Path | None], **more: Any
+) -> Report:
     """`launch` of a stage, whose `first_process` returns `report_document` of its report.
 
     Args:
@@ -342,7 +372,9 @@ def log_to(folder: Path) -> None:
 def relayed_log(folder: Path) -> Iterator[None]:
     """Log the lines of the first process here."""
     os.mkfifo(folder / "log", 0o600)
-    pipe = os.fdopen(os.open(folder / "log", os.O_RDWR), "r+b", buffering=0)  # open for writing too, so that it has no end
+    pipe = os.fdopen(
+        os.open(folder / "log", os.O_RDWR), "r+b", buffering=0
+    )  # open for writing too, so that it has no end
 
     def relay() -> None:
         for line in iter(lambda: _line(pipe), b"\n"):
@@ -366,7 +398,8 @@ def _line(pipe: Any) -> bytes:
 
 @contextmanager
 def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
-    """Pass SIGINT and SIGTERM on to the first process, which stops where it can resume. Another one, at least a second later, ends all."""
+    """Pass SIGINT and SIGTERM on to the first process, which stops where it can
+    resume. Another one, at least a second later, ends all."""
     requests: list[float] = []
 
     def forward(number: int, _: Any) -> None:
@@ -393,7 +426,8 @@ def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """Without torch elastic's own report of a failure, which `_reason` replaces, and without a port for the rendezvous."""
+    """Without torch elastic's own report of a failure, which `_reason`
+    replaces, and without a port for the rendezvous."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
     levels = [logger.level for logger in loggers]
     share = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
@@ -422,7 +456,9 @@ def _reason(failed: Any, folder: Path, processes: int, asked: bool) -> BaseExcep
     name = f"process {rank + 1} of {processes}"
     if what:
         return PedigreeError(f"{name} failed: {what}" + (f"\nhint: {hint}" if hint else ""), AGAIN)
-    return PedigreeError(f"{name} was killed" if failure.exitcode < 0 else f"{name} ended with exit code {failure.exitcode}", AGAIN)
+    return PedigreeError(
+        f"{name} was killed" if failure.exitcode < 0 else f"{name} ended with exit code {failure.exitcode}", AGAIN
+    )
 
 
 def error_of(path: Path) -> PedigreeError | None:
@@ -445,7 +481,10 @@ def main() -> None:
     global _elsewhere
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank == 0:
-        raise SystemExit("process 0 is the stage's own: run `pedigree run` on the first host, and torchrun with --node-rank 1 or more here")
+        raise SystemExit(
+            "process 0 is the stage's own: run `pedigree run` on the first host, and torchrun with --node-rank 1 or"
+            " more here"
+        )
     gpus = distributed.gpus_of(int(os.environ["LOCAL_WORLD_SIZE"]))
     if gpus[local]:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local]

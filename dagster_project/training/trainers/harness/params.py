@@ -42,8 +42,10 @@ OPTIMIZER_MEMORY = {
 
 
 SETTINGS_ORDER = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "optim", "weight_decay", "max_grad_norm",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "optim", "weight_decay",
+    "max_grad_norm",
 )  # fmt: skip
 """Order of the first settings of supervised tuning in training.json: part of its bytes."""
 
@@ -94,7 +96,8 @@ class SftParams(TrainingParams):
     """Peak learning rate. Small models need more: 1e-3 suits 135M parameters. `auto` finds it by short trials on the
     validation loss, see docs/methods.md."""
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr",
         "cosine_warmup_with_min_lr", "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
     """Shape of the learning rate after warm-up, by the name of transformers' schedule."""
@@ -108,7 +111,9 @@ class SftParams(TrainingParams):
     """Packed rows per forward pass. `auto` chooses by the number of examples, see docs/methods.md."""
     group_by_length: bool = False
     """Put rows of similar length into one step. For rows of one example each (`tokenized.packing: false`)."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = "adamw_torch_fused"
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = (
+        "adamw_torch_fused"
+    )
     """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and need less memory."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Probability that is spread over all tokens in the training target. The validation loss is always computed
@@ -140,12 +145,20 @@ class SftParams(TrainingParams):
 
     @property
     def trackers(self) -> list[str]:
-        return [] if self.report_to == "none" else [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        return (
+            []
+            if self.report_to == "none"
+            else [self.report_to]
+            if isinstance(self.report_to, str)
+            else list(self.report_to)
+        )
 
     def settings(self) -> dict[str, Any]:
         """The parameters that determine the weights, in the order that training.json keeps."""
         values = self.model_dump(exclude=set(NON_SEMANTIC_PARAMS))
-        return {name: values[name] for name in (*SETTINGS_ORDER, *(name for name in values if name not in SETTINGS_ORDER))}
+        return {
+            name: values[name] for name in (*SETTINGS_ORDER, *(name for name in values if name not in SETTINGS_ORDER))
+        }
 
     def saves_at(self, step: int) -> bool:
         return self.save_strategy == "steps" and step % self.save_steps == 0
@@ -155,14 +168,15 @@ class SftParams(TrainingParams):
 
 
 class Sharding(Section):
-    """Divide weights, gradients and optimizer state among `compute.processes`, for a model that does not fit one GPU. See docs/methods.md."""
+    """Divide weights, gradients and optimizer state among `compute.processes`,
+    for a model that does not fit one GPU. See docs/methods.md."""
 
     fsdp: Literal["full_shard", "shard_grad_op"] = "full_shard"
-    """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op` keeps
-    them in between, which is faster and needs more memory."""
+    """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op`
+    keeps them in between, which is faster and needs more memory."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in the memory of the CPU; a GPU holds only the current layers. No effect
-    without a GPU; refused with 4-bit weights."""
+    """Keep weights, gradients and optimizer state in the memory of the CPU; a GPU holds only the current layers. No
+    effect without a GPU; refused with 4-bit weights."""
 
 
 class PreferenceParams(TrainingParams):
@@ -174,7 +188,9 @@ class PreferenceParams(TrainingParams):
     """Shape of the learning rate after warm-up, by the name of transformers' schedule."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Pairs per forward pass, or answers for online methods."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw_torch_fused"
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = (
+        "adamw_torch_fused"
+    )
     """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and need less memory."""
     gradient_checkpointing: bool = False
     """Training takes about a third longer, and its memory no longer grows with depth. Changes no bit of the result."""
@@ -182,7 +198,8 @@ class PreferenceParams(TrainingParams):
     """Optimizer steps between two checkpoints from which an interrupted training resumes. null: one at the end of each
     epoch."""
     quantization: Quantization = "none"
-    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The adapter is merged into unquantized weights."""
+    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The
+    adapter is merged into unquantized weights."""
     sharding: Sharding | None = None
     """Divide the model among `compute.processes`, see docs/methods.md. null: each process holds a whole model."""
 
@@ -192,7 +209,9 @@ class PreferenceParams(TrainingParams):
         Args:
             ignored: keys that the method does not use.
         """
-        unused = {name for name, value in {"sharding": None, "quantization": "none"}.items() if getattr(self, name) == value}
+        unused = {
+            name for name, value in {"sharding": None, "quantization": "none"}.items() if getattr(self, name) == value
+        }
         return self.model_dump(exclude={*NON_SEMANTIC_PARAMS, *ignored, *unused})
 
     def saves_at(self, step: int) -> bool:
@@ -220,15 +239,16 @@ class AdapterParams(SftParams):
     """Make a standalone model of base model and adapter. false: keep the adapter separate, and evaluation loads both;
     required for prefix_tuning, prompt_tuning, p_tuning and feature_extraction."""
     command: str | None = None
-    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It is split into words as a shell does, but
-    not run by a shell. The other keys of the entry that are set are passed on to it. null: Pedigree's own trainer."""
+    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It
+    is split into words as a shell does, but not run by a shell. The other keys of
+    the entry that are set are passed on to it. null: Pedigree's own trainer."""
     files: list[str] = []
     """Files in data/trainers/ that are copied into the folder where `command` runs."""
     options: dict[str, Any] = {}
     """Keys of your own for `command`, passed on unchanged."""
     merge_of: dict[str, float] | None = None
-    """Merge other entries of this section instead of training: name -> weight, e.g. `{faq: 0.6, triage: 0.4}`. `method` is then
-    one of PEFT's ways to merge (default: cat), `peft` has its keys. See docs/merging.md. null: train."""
+    """Merge other entries of this section instead of training: name -> weight, e.g. `{faq: 0.6, triage: 0.4}`. `method`
+    is then one of PEFT's ways to merge (default: cat), `peft` has its keys. See docs/merging.md. null: train."""
 
     def settings(self) -> dict[str, Any]:
         unused = {*COMMAND_KEYS, "merge_of", *(["sharding"] if self.sharding is None else [])}
@@ -239,16 +259,21 @@ COMMAND_KEYS = ("command", "files", "options")
 """Keys of an entry that only a training command uses."""
 
 
-NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})
+NON_SEMANTIC_PARAMS = frozenset(
+    {"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"}
+)
 """Parameters that do not change the trained weights. They are not part of a checkpoint's identity."""
 
 
 def refuse_warmup(params: TrainingParams, where: str) -> None:
     """Raises: InputError: a warm-up is given for a schedule that has none."""
-    given = (name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set and getattr(params, name))
+    given = (
+        name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set and getattr(params, name)
+    )
     if params.lr_scheduler_type == "constant" and (name := next(given, None)):
         raise InputError(
-            f"params.yaml: {where}.{name}: has no effect on the schedule constant", "set lr_scheduler_type: constant_with_warmup"
+            f"params.yaml: {where}.{name}: has no effect on the schedule constant",
+            "set lr_scheduler_type: constant_with_warmup",
         )
 
 
@@ -265,4 +290,6 @@ def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
         raise InputError(f"params.yaml: {where}: there is no adapter.{name}", f"adapters: {', '.join(adapters)}")
     entry = params.parse(AdapterParams, adapters[name], f"adapter.{name}")
     if not entry.merge or why_not_merged(entry.method, entry.peft, entry.quantization):
-        raise InputError(f"params.yaml: {where}: adapter.{name} does not produce a merged model", "choose a variant that is merged")
+        raise InputError(
+            f"params.yaml: {where}: adapter.{name} does not produce a merged model", "choose a variant that is merged"
+        )

@@ -1,8 +1,9 @@
 """Code shared by all trainers built on transformers' Trainer: exact resume, training history, progress, clean stop,
 divergence.
 
-A `Session` holds the state of one training. `ResumableTrainer` is the mixin that routes the Trainer's checkpoints through it, `monitor` the
-callback that records the history and decides when to save and when to stop, and `run_session` trains.
+A `Session` holds the state of one training. `ResumableTrainer` is the mixin that
+routes the Trainer's checkpoints through it, `monitor` the callback that records
+the history and decides when to save and when to stop, and `run_session` trains.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Session:
     """One training in progress: model, history, checkpoints, progress."""
 
     def __init__(
-        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None, saved: SavedCheckpoint | None, live: Path | None,
+        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None,
+        saved: SavedCheckpoint | None, live: Path | None,
         metrics: Sequence[str],
     ) -> None:  # fmt: skip
         """Args:
@@ -70,7 +72,10 @@ class Session:
         self.name, self.model, self.params, self.checkpoints, self.saved = name, model, params, checkpoints, saved
         self.state = saved.state(model.device) if saved else {}
         self.history = (
-            TrainingHistory(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in self.state["seen"].tolist()])
+            TrainingHistory(
+                **saved.document("course"),
+                seen=[(step, epoch, row) for step, epoch, row in self.state["seen"].tolist()],
+            )
             if saved
             else TrainingHistory()
         )
@@ -133,7 +138,11 @@ class Session:
             self.write(self.checkpoints, trainer, checkpoint.optimizer_state(trainer.optimizer))
 
     def write(
-        self, checkpoints: Checkpoints, trainer: Any, optimizer: Mapping[str, Any], parts: Callable[[Path], None] | None = None
+        self,
+        checkpoints: Checkpoints,
+        trainer: Any,
+        optimizer: Mapping[str, Any],
+        parts: Callable[[Path], None] | None = None,
     ) -> None:
         """Args:
         parts: writes the parts of all processes into a folder; then weights and further tensors are among them.
@@ -154,7 +163,9 @@ class Session:
             {} if parts else {"weights": trainable(self.model), **self.method_tensors()},
             {
                 "course": {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"},
-                "trainer_state": dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[], stateful_callbacks=None)),
+                "trainer_state": dataclasses.asdict(
+                    dataclasses.replace(trainer.state, log_history=[], stateful_callbacks=None)
+                ),
             },
             parts,
         )
@@ -238,7 +249,9 @@ def _monitor_class() -> type:
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             last = state.global_step >= state.max_steps
-            control.should_save = self.session.stop_requested() or self.session.params.saves_after_epoch(state.global_step, last)
+            control.should_save = self.session.stop_requested() or self.session.params.saves_after_epoch(
+                state.global_step, last
+            )
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not state.global_step:
@@ -252,7 +265,10 @@ def _monitor_class() -> type:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.session.stop_requested():
-                raise Interrupted(f"interrupted at step {state.global_step}; the next run resumes from there", "run the same command again")
+                raise Interrupted(
+                    f"interrupted at step {state.global_step}; the next run resumes from there",
+                    "run the same command again",
+                )
 
     return Monitor
 
@@ -262,9 +278,12 @@ def monitor(session: Session) -> Any:
     return _monitor_class()(session)
 
 
-def training_arguments(params: TrainingParams, compute: Compute, scratch: str, device: str, validates: bool) -> dict[str, Any]:
+def training_arguments(
+    params: TrainingParams, compute: Compute, scratch: str, device: str, validates: bool
+) -> dict[str, Any]:
     """Arguments for transformers' TrainingArguments shared by all trainers. The session saves checkpoints."""
-    names = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    names = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
+        "gradient_accumulation_steps",
              "optim", "weight_decay", "max_grad_norm")  # fmt: skip
     return {
         "output_dir": scratch,
@@ -315,7 +334,9 @@ def check_overrides(trainer: type) -> None:
 
     names = [name for name in vars(ResumableTrainer) if name.startswith("_") and not name.startswith("__")]
     if missing := [name for name in names if not hasattr(Trainer, name)]:
-        raise AssertionError(f"written for transformers 5.24: {__version__} has no Trainer.{', Trainer.'.join(missing)}")
+        raise AssertionError(
+            f"written for transformers 5.24: {__version__} has no Trainer.{', Trainer.'.join(missing)}"
+        )
 
 
 @contextmanager
@@ -333,22 +354,25 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            word in str(error).lower() for word in words
+        )
         if not short:
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise OutOfMemory(
             f"training ran out of memory{f' ({reason})' if reason else ''}",
             (advice and advice())
-            or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",
+            or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a"
+            " variant needs",
         ) from None
 
 
 @contextmanager
 def stop_on_request() -> Iterator[Callable[[], bool]]:
     """While open, the first SIGINT or SIGTERM only sets a flag, so that the loop stops where it can resume; another
-    one, at least a second later, interrupts. Only the first of several processes receives the request, from its launcher;
-    the others stop with it.
+    one, at least a second later, interrupts. Only the first of several
+    processes receives the request, from its launcher; the others stop with it.
     """
     asked: list[float] = []
 
@@ -376,7 +400,9 @@ def put(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
 
     parameters = trainable(model)
     if set(parameters) != set(weights):
-        raise AssertionError(f"weights do not match the trainable parameters: {sorted(set(parameters) ^ set(weights))[:5]}")
+        raise AssertionError(
+            f"weights do not match the trainable parameters: {sorted(set(parameters) ^ set(weights))[:5]}"
+        )
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)

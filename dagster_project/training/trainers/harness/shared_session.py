@@ -1,4 +1,5 @@
-"""A training whose steps several processes share, each with a whole model or with its part of a divided one (sharding.py)."""
+"""A training whose steps several processes share, each with a whole model or
+with its part of a divided one (sharding.py)."""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ class SharedSession(Session):
     Every process walks through the same batches in the same order, as a single process that accumulates all passes of a
     step. It computes its share of them (process n modulo the number of processes computes pass n), and gradients and
     losses are summed before the optimizer steps. So each row is used exactly once, and all processes have the same
-    weights. Dropout in a pass depends only on the seed and the pass. Only the first process writes files, except for the parts of a
-    divided model.
+    weights. Dropout in a pass depends only on the seed and the pass. Only the
+    first process writes files, except for the parts of a divided model.
     """
 
     def __init__(
-        self, name: str, model: Any, params: TrainingParams, compute: Compute, checkpoints: Checkpoints | None, live: Path | None,
+        self, name: str, model: Any, params: TrainingParams, compute: Compute, checkpoints: Checkpoints | None,
+        live: Path | None,
         metrics: Sequence[str],
     ) -> None:  # fmt: skip
         """Args:
@@ -48,13 +50,17 @@ class SharedSession(Session):
         """The batch of the current forward pass."""
         self.idles = False
         """Whether the current pass only takes part in that of another process."""
-        self._step_losses: list[torch.Tensor] = []  # of the passes of the current step; zero for a pass of another process
+        self._step_losses: list[
+            torch.Tensor
+        ] = []  # of the passes of the current step; zero for a pass of another process
         self._step_rows: list[list[int]] = []
         self._validation_passes = 0
 
     # passes
 
-    def share_pass(self, rows: list[int], step: int, forward_backward: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
+    def share_pass(
+        self, rows: list[int], step: int, forward_backward: Callable[[], torch.Tensor], last: bool
+    ) -> torch.Tensor:
         """One forward and backward pass, in its process.
 
         Args:
@@ -130,7 +136,8 @@ class SharedSession(Session):
         self.stop_requested = sharding.asked_first(self.stop_requested)
 
     def compute_loss(self, model: Any, work: Callable[[], Any]) -> Any:
-        """The result of a function that computes a loss, or a tuple that begins with one. That of an idle pass is zero."""
+        """The result of a function that computes a loss, or a tuple that begins
+        with one. That of an idle pass is zero."""
         if self.root is None:
             return work()
         result = self.root(work)

@@ -87,7 +87,9 @@ def kind_of(name: str) -> str:
     >>> kind_of("model.layers.3.input_layernorm.weight"), kind_of("model.layers.3.mlp.up_proj.bias")
     ('input_layernorm', 'up_proj bias')
     """
-    *path, last = [part for part in name.split(".") if not part.isdigit() and part not in {"default", "modules_to_save"}]
+    *path, last = [
+        part for part in name.split(".") if not part.isdigit() and part not in {"default", "modules_to_save"}
+    ]
     if last in {"weight", "bias"} and path:
         return path[-1] if last == "weight" else f"{path[-1]} bias"
     return last
@@ -111,7 +113,8 @@ def movement(model: Any, before: Path) -> dict[str, dict[str, Any]]:
 
     with safe_open(before, framework="pt") as stored:
         changes = (
-            (name, parameter.detach().cpu().double() - stored.get_tensor(name).double()) for name, parameter in trainable(model).items()
+            (name, parameter.detach().cpu().double() - stored.get_tensor(name).double())
+            for name, parameter in trainable(model).items()
         )
         return grouped((name, float(change.norm())) for name, change in changes)
 
@@ -174,8 +177,13 @@ class WeightChange:
         """The check `trained_what_it_should`."""
         still = unmoved(self.groups)
         intact = self.frozen["sha256_before"] == self.frozen["sha256_after"]
-        wrong = [*([f"did not move: {', '.join(still)}"] if still else []), *([] if intact else ["a frozen weight changed"])]
-        moved = ", ".join(f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in self.groups.items())
+        wrong = [
+            *([f"did not move: {', '.join(still)}"] if still else []),
+            *([] if intact else ["a frozen weight changed"]),
+        ]
+        moved = ", ".join(
+            f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in self.groups.items()
+        )
         return CheckResult(
             "trained_what_it_should",
             passed=not wrong,

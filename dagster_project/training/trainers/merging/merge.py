@@ -21,16 +21,26 @@ from dagster_project.training.methods.hardware import adding_adapters, prepare
 from dagster_project.training.methods.load import AdapterInfo, load_base
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.params import AdapterParams
-from dagster_project.training.trainers.merging.entry import ADAPTERS, EXACT, method_of, options_of, refuse_misfits, unmerged
+from dagster_project.training.trainers.merging.entry import (
+    ADAPTERS,
+    EXACT,
+    method_of,
+    options_of,
+    refuse_misfits,
+    unmerged,
+)
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG, TEMPLATE = "adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"
 CHECK = "merged_what_it_should"
-DESCRIPTION = "Every merged weight is finite, the result changes the model, and with `cat` it is the weighted sum of the changes."
+DESCRIPTION = (
+    "Every merged weight is finite, the result changes the model, and with `cat` it is the weighted sum of the changes."
+)
 ROUNDING = 1e-5
-"""Largest difference, relative to the norm of all weighted changes together, that is attributed to rounding in float32."""
+"""Largest difference, relative to the norm of all weighted changes together,
+that is attributed to rounding in float32."""
 TAKEN = ("steps", "tokens", "trained_tokens")
 """What the trainings of the merged adapters took, added up."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
@@ -112,11 +122,16 @@ def _refuse_others(method: str, folders: Mapping[str, Path], where: str) -> str:
         if config.get("peft_type") != "LORA":
             raise InputError(f"params.yaml: {where}.merge_of: adapter.{parent} is not LoRA", ADAPTERS)
         if wrong := unmerged(config):
-            raise InputError(f"params.yaml: {where}.merge_of: adapter.{parent} has {wrong}, which PEFT does not merge", ADAPTERS)
+            raise InputError(
+                f"params.yaml: {where}.merge_of: adapter.{parent} has {wrong}, which PEFT does not merge", ADAPTERS
+            )
         configs[parent] = config
     refuse_misfits(method, configs, where)
     infos = {parent: AdapterInfo.read(folder).quantization for parent, folder in folders.items()}
-    templates = {(folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file() else "" for folder in folders.values()}
+    templates = {
+        (folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file() else ""
+        for folder in folders.values()
+    }
     for what, found in (("quantization", set(infos.values())), ("chat template", templates)):
         if len(found) > 1:
             raise InputError(
@@ -134,13 +149,15 @@ def _config(folder: Path) -> dict[str, Any]:
 def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_model: Path, where: str) -> Any:
     """The base model with the merged adapter, whose name in PEFT is "default": `save_pretrained` writes this one.
 
-    In float32, also where the base model is stored in bfloat16: PEFT rounds a new adapter to the format of the weights that it is for.
+    In float32, also where the base model is stored in bfloat16: PEFT rounds a
+    new adapter to the format of the weights that it is for.
     """
     import torch
     from peft import PeftModel
 
     assert params.merge_of is not None
-    base, names = load_base(base_model, torch.device("cpu"), torch.float32), {parent: f"merged{i}" for i, parent in enumerate(folders)}
+    base = load_base(base_model, torch.device("cpu"), torch.float32)
+    names = {parent: f"merged{i}" for i, parent in enumerate(folders)}
     model: Any = None
     try:
         with adding_adapters():
@@ -161,7 +178,9 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
             )
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"params.yaml: {where}.merge_of: PEFT cannot merge these adapters: {reason}", ADAPTERS) from None
+        raise InputError(
+            f"params.yaml: {where}.merge_of: PEFT cannot merge these adapters: {reason}", ADAPTERS
+        ) from None
     model.set_adapter("default")
     for name in names.values():
         model.delete_adapter(name)
@@ -169,15 +188,16 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
 
 
 def _replace_config(out: Path) -> None:
-    """The scale of every adapter is in the merged weights, so that of the result is 1. PEFT keeps `use_rslora` of the first one, by which it would be
-    the square root of the rank."""
+    """The scale of every adapter is in the merged weights, so that of the result is 1. PEFT keeps `use_rslora` of the
+    first one, by which it would be the square root of the rank."""
     config = _config(out) | {"use_rslora": False, "lora_dropout": 0.0}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refuse_small_weights(out: Path, where: str) -> None:
     """Raises:
-    InputError: a weight has fewer rows or columns than the rank of the result. A method with svd then writes factors that PEFT cannot load.
+    InputError: a weight has fewer rows or columns than the rank of the result.
+        A method with svd then writes factors that PEFT cannot load.
     """
     rank, smallest = _config(out)["r"], min(pair["A"].shape[0] for pair in _factors(out)[1].values())
     if smallest < rank:
@@ -188,7 +208,8 @@ def _refuse_small_weights(out: Path, where: str) -> None:
 
 
 def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: Path) -> Distance:
-    """Compare files: the change of each weight by the merged adapter with the weighted sum of the changes by the others, in float64."""
+    """Compare files: the change of each weight by the merged adapter with the
+    weighted sum of the changes by the others, in float64."""
     import torch
 
     parts = [(weights[parent], *_factors(folder)) for parent, folder in folders.items()]
@@ -199,7 +220,10 @@ def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: 
         changes = [_change(weight * one(module), found[module]) for weight, one, found in parts if module in found]
         own = _change(scale(module), factors[module]) if module in factors else nothing
         total = sum(changes, nothing)
-        sums = [sum(float((change**2).sum()) for change in changes), *(float((one**2).sum()) for one in (total, own, own - total))]
+        sums = [
+            sum(float((change**2).sum()) for change in changes),
+            *(float((one**2).sum()) for one in (total, own, own - total)),
+        ]
         squares = [one + more for one, more in zip(squares, sums, strict=True)]
     return Distance(*map(math.sqrt, squares))
 
@@ -229,12 +253,14 @@ def _change(scale: float, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _document(
     params: AdapterParams, compute: Compute, folders: Mapping[str, Path], out: Path, measured: Distance, where: str
 ) -> dict[str, Any]:
-    """training.json: what was merged and how, and what the trainings of the merged adapters took, unless one of them did not record it."""
+    """training.json: what was merged and how, and what the trainings of the
+    merged adapters took, unless one of them did not record it."""
     assert params.merge_of is not None
     trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in folders.values()]
     return {
         "merge_of": {
-            parent: {"weight": params.merge_of[parent], "sha256": sha256_of_file(folder / WEIGHTS)} for parent, folder in folders.items()
+            parent: {"weight": params.merge_of[parent], "sha256": sha256_of_file(folder / WEIGHTS)}
+            for parent, folder in folders.items()
         },
         "settings": {"method": method_of(params), **options_of(params, where).model_dump(include={*params.peft})},
         "rank": _config(out)["r"],
@@ -253,7 +279,10 @@ def _report(params: AdapterParams, document: Mapping[str, Any], out: Path, measu
             "merge_of": dict(sorted((params.merge_of or {}).items())),
             "rank": document["rank"],
             "distance_from_weighted_sum": measured.rounded(3),
-            "environment": {**weight_audit.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
+            "environment": {
+                **weight_audit.versions(()),
+                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+            },
         },
         checks=[_check(method_of(params), out, measured)],
     )

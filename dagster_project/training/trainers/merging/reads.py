@@ -1,7 +1,7 @@
 """What dvc.yaml lists as the inputs of each adapter, where some are merged of others.
 
-DVC's loop over `adapter` gives every variant the same dependencies. With `merge_of` it lists them for each variant (`reads`); `pedigree pipeline`
-writes that list (docs/decisions/049).
+DVC's loop over `adapter` gives every variant the same dependencies. With `merge_of` it lists them for each variant
+(`reads`); `pedigree pipeline` writes that list (docs/decisions/049).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def reads_of_merge(parents: list[str]) -> list[str]:
 
 
 def refuse_other_reads(root: Path, name: str, adapters: Mapping[str, Any]) -> None:
-    """Compare dvc.yaml with params.yaml: a merged adapter must be made after those that it is merged of, and again when they change.
+    """Compare dvc.yaml with params.yaml: a merged adapter must be made after
+    those that it is merged of, and again when they change.
 
     Raises:
         InputError: dvc.yaml does not list an adapter, lists one that params.yaml does not have, or lists other inputs.
@@ -45,12 +46,18 @@ def refuse_other_reads(root: Path, name: str, adapters: Mapping[str, Any]) -> No
         return
     if differing := sorted(listed.keys() ^ adapters.keys()):
         one = differing[0]
-        what = f"does not list adapter.{one} of params.yaml" if one in adapters else f"lists adapter.{one}, which params.yaml does not have"
+        what = (
+            f"does not list adapter.{one} of params.yaml"
+            if one in adapters
+            else f"lists adapter.{one}, which params.yaml does not have"
+        )
         raise InputError(f"dvc.yaml: the stage adapter {what}", WRITE)
     merged = {path for path in listed[name] if path.startswith(f"{ADAPTER}/")}
     if merged != set(reads_of_merge(parents)[1:]):
         expected = f"merged of {', '.join(parents)}" if parents else "trained"
-        raise InputError(f"dvc.yaml: adapter.{name} is {expected}, and its stage reads {', '.join(listed[name])}", WRITE)
+        raise InputError(
+            f"dvc.yaml: adapter.{name} is {expected}, and its stage reads {', '.join(listed[name])}", WRITE
+        )
 
 
 def listed_reads(root: Path) -> dict[str, list[str]] | None:
@@ -59,7 +66,9 @@ def listed_reads(root: Path) -> dict[str, list[str]] | None:
     from ruamel.yaml.error import YAMLError
 
     text = (root / "dvc.yaml").read_text(encoding="utf-8", errors="replace")
-    if "\n  adapter:\n    foreach: ${" in text:  # parsing takes a tenth of a second, and each process validates all of params.yaml
+    if (
+        "\n  adapter:\n    foreach: ${" in text
+    ):  # parsing takes a tenth of a second, and each process validates all of params.yaml
         return None
     try:
         items = YAML(typ="safe").load(text)["stages"]["adapter"]["foreach"]

@@ -124,12 +124,20 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         wanted, together = of.at(examples, of.examples_per_step), examples / rows * passes
         n = min(max(round(wanted / together), 1), rows)
         chosen["per_device_train_batch_size"] = Choice(
-            n, f"{n * together:.3g} examples a step, a packed row holding {examples / rows:.3g}; guideline {wanted:.3g} for {size}"
+            n,
+            f"{n * together:.3g} examples a step, a packed row holding {examples / rows:.3g}; guideline {wanted:.3g}"
+            f" for {size}",
         )
     by_steps = method.lower() != "feature_extraction"
     sweeps = entry["learning_rate"] == AUTO and validates and by_steps
     if entry["learning_rate"] == AUTO:
-        alone = "" if sweeps else "; no validation split to correct it by" if by_steps else f"; {method} takes no optimizer steps"
+        alone = (
+            ""
+            if sweeps
+            else "; no validation split to correct it by"
+            if by_steps
+            else f"; {method} takes no optimizer steps"
+        )
         chosen["learning_rate"] = Choice(of.learning_rate, f"guideline for {size}{alone}")
     settled = put(params, chosen)
     return ResolvedParams(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
@@ -147,7 +155,12 @@ def put(params: R, chosen: Mapping[str, Choice]) -> R:
 def _trial(params: R, total: int, passes: int) -> R:
     """A shortened training, with its own warm-up and decay."""
     n = min(total, max(LEAST_STEPS, total // 10))
-    changed = {"max_steps": n, "warmup_steps": math.ceil(warmup(total, params) * n / total), "save_strategy": "no", "report_to": "none"}
+    changed = {
+        "max_steps": n,
+        "warmup_steps": math.ceil(warmup(total, params) * n / total),
+        "save_strategy": "no",
+        "report_to": "none",
+    }
     keys = {
         name: math.ceil(value * n / total) if name in STEPS_OF_SCHEDULES and isinstance(value, int | float) else value
         for name, value in params.lr_scheduler_kwargs.items()
@@ -172,13 +185,19 @@ def climb(loss: Callable[[int], float], most: int = MOST_TRIALS) -> dict[int, fl
     found = {0: loss(0)}
     for way in (1, -1):
         place = way
-        while len(found) < most and min(found.values()) == found[place - way] and not (way > 0 and math.isinf(found[place - way])):
+        while (
+            len(found) < most
+            and min(found.values()) == found[place - way]
+            and not (way > 0 and math.isinf(found[place - way]))
+        ):
             found[place] = loss(place)
             place += way
     return found
 
 
-def sweep(trial: R, learn: Callable[[R], TrainingHistory], notes: Path, identity: Mapping[str, str]) -> dict[float, float]:
+def sweep(
+    trial: R, learn: Callable[[R], TrainingHistory], notes: Path, identity: Mapping[str, str]
+) -> dict[float, float]:
     """Short trainings at rates around the trial's rate.
 
     Args:
@@ -214,7 +233,9 @@ def _losses_of(trial: R, learn: Callable[[R], TrainingHistory]) -> list[float]:
     except Diverged:
         return [math.inf, math.inf]
     except Interrupted:
-        raise Interrupted("interrupted in the sweep of learning_rate; finished trials are kept", "run the same command again") from None
+        raise Interrupted(
+            "interrupted in the sweep of learning_rate; finished trials are kept", "run the same command again"
+        ) from None
     finally:
         gc.collect()  # a Trainer and its model are in reference cycles, and the next model needs the memory
     return [loss if math.isfinite(loss) else math.inf for _, loss in (watched[0], watched[-1])]
@@ -233,4 +254,6 @@ def best(trials: Mapping[float, float], trial: SftParams) -> Choice:
         return Choice(min(losses), f"every trial diverged; the lowest {how}")
     near = lowest + (1 - ENOUGH) * max(trials[0.0] - lowest, 0)
     rate = min(rate for rate, loss in losses.items() if loss <= near)
-    return Choice(rate, f"the lowest rate within {1 - ENOUGH:.0%} of the greatest decrease of the validation loss {how}")
+    return Choice(
+        rate, f"the lowest rate within {1 - ENOUGH:.0%} of the greatest decrease of the validation loss {how}"
+    )

@@ -24,7 +24,13 @@ from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import is_first_host, portable, refuse_differences, settings_document, start_others
+from dagster_project.training.trainers.harness.launch import (
+    is_first_host,
+    portable,
+    refuse_differences,
+    settings_document,
+    start_others,
+)
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -57,12 +63,23 @@ class TrainingData:
         from datasets import Dataset
 
         columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
-        rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
+        rows = {
+            split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns))
+            for split in ("train", "validation")
+        }
         if not len(rows["train"]):
             raise InputError("adapter: the training split is empty", "add sources to raw_examples.sources")
         tokenizer = load_tokenizer(base_model, tokenized)
         labeled = read_table(tokenized / "categories.parquet") if method.lower() == "feature_extraction" else []
-        return cls(name, compute, tokenized, base_model, tokenizer, rows, {line["example_id"]: line["category"] for line in labeled})
+        return cls(
+            name,
+            compute,
+            tokenized,
+            base_model,
+            tokenizer,
+            rows,
+            {line["example_id"]: line["category"] for line in labeled},
+        )
 
     @property
     def where(self) -> str:
@@ -82,8 +99,12 @@ class TrainingData:
         return {
             "tokenized data": sha256_of_files([self.tokenized / f"{split}.parquet" for split in self.rows]),
             "chat template": sha256_of_text(json.dumps(self.tokenizer.chat_template)),
-            "tokenizer": sha256_of_files(sorted(self.base_model.glob("tokenizer*")) + sorted(self.base_model.glob("special_tokens*"))),
-            "base model": sha256_of_files(sorted([*self.base_model.glob("*.safetensors"), self.base_model / "config.json"])),
+            "tokenizer": sha256_of_files(
+                sorted(self.base_model.glob("tokenizer*")) + sorted(self.base_model.glob("special_tokens*"))
+            ),
+            "base model": sha256_of_files(
+                sorted([*self.base_model.glob("*.safetensors"), self.base_model / "config.json"])
+            ),
         }
 
     def model(self, params: AdapterParams, total: int) -> PreparedModel:
@@ -100,13 +121,23 @@ class TrainingData:
             device = torch.device("cpu")  # the whole model is never on one GPU
         labels = {self.category[identity] for row in self.example_ids for identity in row if identity in self.category}
         prepared = build(
-            params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge, total, sorted(labels)
+            params.method,
+            params.peft,
+            self.base_model,
+            device,
+            dtype,
+            self.where,
+            params.quantization,
+            params.merge,
+            total,
+            sorted(labels),
         )
         if hasattr(prepared.model, "named_modules"):  # a classifier's head has none
             refuse_unmatched(prepared.model, params.peft, self.where)
         if params.neftune_noise_alpha and not prepared.packs:
             raise InputError(
-                f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
+                f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings",
+                "leave it out",
             )
         if device != computing:
             causal(prepared.model).set_attn_implementation(attention_for(computing, dtype))
@@ -115,12 +146,27 @@ class TrainingData:
             several = int(params.per_device_train_batch_size) > 1 or any(len(row) > 1 for row in lengths)
             hint = "set tokenized.packing: false and per_device_train_batch_size: 1"
             refuse_mixing(prepared.model, prepared.hidden_states, several, hint)
-        return replace(prepared, optim=None) if params.sharding else prepared  # the paged optimizer has no sharded state
+        return (
+            replace(prepared, optim=None) if params.sharding else prepared
+        )  # the paged optimizer has no sharded state
 
     def train(
-        self, prepared: PreparedModel, params: AdapterParams, checkpoints: Checkpoints | None = None, live: Path | None = None
+        self,
+        prepared: PreparedModel,
+        params: AdapterParams,
+        checkpoints: Checkpoints | None = None,
+        live: Path | None = None,
     ) -> TrainingHistory:
-        return train(prepared, self.tokenizer, self.rows["train"], self.rows["validation"], params, self.compute, checkpoints, live)
+        return train(
+            prepared,
+            self.tokenizer,
+            self.rows["train"],
+            self.rows["validation"],
+            params,
+            self.compute,
+            checkpoints,
+            live,
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +235,10 @@ def fit(
         with advised():
             history, example_ids = _fit_without_steps(data, prepared, live)
     else:
-        start_others({**_shared(data, params, checkpoints), "identity": identity | {"code of the trainer": code_of_trainer()}}, __name__)
+        start_others(
+            {**_shared(data, params, checkpoints), "identity": identity | {"code of the trainer": code_of_trainer()}},
+            __name__,
+        )
         with advised():
             history = data.train(prepared, params, kept, live)
     return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
@@ -219,7 +268,9 @@ def other_process(work: Mapping[str, Any]) -> None:
     total = data.steps(params, compute.processes)
     with suppress(Diverged, Interrupted), advice_on_memory():  # the first process reports it
         prepared = data.model(params, total)
-        data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {}))
+        data.train(
+            prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {})
+        )
 
 
 def refuse_other_inputs(data: TrainingData, expected: Mapping[str, str]) -> None:
@@ -247,18 +298,24 @@ def _log_start(data: TrainingData, prepared: PreparedModel) -> None:
     processes = f", {data.compute.processes} processes" if data.compute.processes > 1 else ""
     tokens = sum(map(sum, data.rows["train"]["lengths"]))
     log.info(
-        f"training {data.name}: {prepared.trainable:,} of {prepared.total:,} parameters ({100 * prepared.trainable / prepared.total:.2f} %),"
-        f" {tokens:,} tokens per epoch, {str(dtype).removeprefix('torch.')} on {device}{processes}"
+        f"training {data.name}: {prepared.trainable:,} of {prepared.total:,} parameters"
+        f" ({100 * prepared.trainable / prepared.total:.2f} %), {tokens:,} tokens per epoch,"
+        f" {str(dtype).removeprefix('torch.')} on {device}{processes}"
     )
 
 
-def _fit_without_steps(data: TrainingData, prepared: PreparedModel, live: Path | None) -> tuple[TrainingHistory, list[list[str]]]:
+def _fit_without_steps(
+    data: TrainingData, prepared: PreparedModel, live: Path | None
+) -> tuple[TrainingHistory, list[list[str]]]:
     """The history of a method without optimizer steps, because each of its iterations uses all rows. Returns: The
     history, and the used examples of each row: those with a category.
     """
     assert prepared.fit
     train_rows, validation_rows = (
-        [{**row, "categories": [data.category.get(identity) for identity in row["example_ids"]]} for row in data.rows[split]]
+        [
+            {**row, "categories": [data.category.get(identity) for identity in row["example_ids"]]}
+            for row in data.rows[split]
+        ]
         for split in ("train", "validation")
     )
     curve = [
@@ -271,13 +328,20 @@ def _fit_without_steps(data: TrainingData, prepared: PreparedModel, live: Path |
     read: list[list[str]] = [[] for _ in train_rows]
     for row, place in places:
         read[row].append(train_rows[row]["example_ids"][place])
-    return TrainingHistory(curve=curve, seen=[(1, 1, row) for row in range(len(train_rows))], tokens=sum(map(len, prompts))), read
+    return (
+        TrainingHistory(
+            curve=curve, seen=[(1, 1, row) for row in range(len(train_rows))], tokens=sum(map(len, prompts))
+        ),
+        read,
+    )
 
 
 def _disk(prepared: PreparedModel, params: AdapterParams, checkpoints: Path, out: Path) -> dict[Path, int]:
     """Folder -> bytes that training will write into it: one checkpoint more than are kept, the initial weights, and the
     output."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in weight_audit.trainable(prepared.model).values())
+    weights = sum(
+        parameter.numel() * parameter.element_size() for parameter in weight_audit.trainable(prepared.model).values()
+    )
     state = int(prepared.trainable * 4 * OPTIMIZER_MEMORY[params.optim])
     one = weights * (2 if params.load_best_model_at_end else 1) + state
     return {checkpoints: weights + one * (params.save_total_limit + 1), out: 2 * weights}

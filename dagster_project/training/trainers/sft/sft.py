@@ -1,4 +1,5 @@
-"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows that are already tokenized, labeled and packed."""
+"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows
+that are already tokenized, labeled and packed."""
 
 from __future__ import annotations
 
@@ -70,7 +71,10 @@ def unreached_rate(total: int, params: SftParams) -> str:
     if rises < total:
         return ""
     reached = f"{(total - 1) / rises:.0%}"
-    return f"warmup_steps: the warm-up of {rises} steps does not end in a training of {total}; the rate reaches {reached} of learning_rate"
+    return (
+        f"warmup_steps: the warm-up of {rises} steps does not end in a training of {total}; the rate reaches {reached}"
+        " of learning_rate"
+    )
 
 
 def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
@@ -87,13 +91,22 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
 
     wrong: list[tuple[str, str]] = []
     if mistake := _schedule_mistake(params, steps(len(lengths), params)):
-        wrong.append((f"{where}.lr_scheduler_kwargs: {mistake}", f"use the keys of transformers' {params.lr_scheduler_type} schedule"))
+        wrong.append(
+            (
+                f"{where}.lr_scheduler_kwargs: {mistake}",
+                f"use the keys of transformers' {params.lr_scheduler_type} schedule",
+            )
+        )
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(params, key) and not validates:
             wrong.append((f"{where}.{key}: requires a validation split", "set splits.validation"))
     if params.group_by_length and any(len(row) > 1 for row in lengths):
         wrong.append((f"{where}.group_by_length: rows hold several examples", "set tokenized.packing: false"))
-    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow_skinny")}
+    packages = {
+        "tensorboard": ("tensorboard", "tensorboardX"),
+        "wandb": ("wandb",),
+        "mlflow": ("mlflow", "mlflow_skinny"),
+    }
     for name in params.trackers:
         if not any(map(find_spec, packages[name])):
             wrong.append((f"{where}.report_to: {name} is not installed", f"pip install {name}, or set report_to: none"))
@@ -117,7 +130,10 @@ def _schedule_mistake(params: SftParams, total: int) -> str:
     try:
         schedule = get_scheduler(kind, optimizer, rises, total, keys)
         if kind == "warmup_stable_decay" and keys["num_decay_steps"] > total - rises:
-            return f"num_decay_steps: {keys['num_decay_steps']}, and {max(total - rises, 0)} of {total} steps follow the warm-up"
+            return (
+                f"num_decay_steps: {keys['num_decay_steps']}, and {max(total - rises, 0)} of {total} steps follow the"
+                " warm-up"
+            )
         factors = [schedule.lr_lambdas[0](step) for step in (*range(0, total, -(-total // 1000)), total)]
         stays = all(0 <= factor <= 1 + 1e-9 for factor in factors)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
@@ -129,7 +145,13 @@ class SftSession(SharedSession):
     """A supervised training; several processes may share its steps."""
 
     def __init__(
-        self, prepared: PreparedModel, params: SftParams, compute: Compute, rows: Any, checkpoints: Checkpoints | None, live: Path | None
+        self,
+        prepared: PreparedModel,
+        params: SftParams,
+        compute: Compute,
+        rows: Any,
+        checkpoints: Checkpoints | None,
+        live: Path | None,
     ) -> None:
 
         super().__init__("training", prepared.model, params, compute, checkpoints, live, LIVE)
@@ -172,7 +194,9 @@ class SftSession(SharedSession):
         more = self.prepared.extra_loss(model)
         return loss if more is None else loss + more
 
-    def training_pass(self, inputs: dict[str, Any], step: int, forward_backward: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
+    def training_pass(
+        self, inputs: dict[str, Any], step: int, forward_backward: Callable[[], torch.Tensor], last: bool
+    ) -> torch.Tensor:
         """One forward and backward pass, see `share_pass`."""
         rows = inputs["rows"].tolist()
         self.history.seen += [(step, (step - 1) // self.per_epoch + 1, row) for row in rows]
@@ -194,14 +218,19 @@ class SftSession(SharedSession):
         self._recent.append((time.monotonic(), self.history.tokens))
         since, tokens = self._recent[0]
         speed = (self.history.tokens - tokens) / (self._recent[-1][0] - since)
-        note = "loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point) + f", {speed:.0f} tokens/s"
+        note = (
+            "loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point)
+            + f", {speed:.0f} tokens/s"
+        )
         return {"step": step, **point, "tokens": self.history.tokens, "tokens_per_second": speed}, note
 
     def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
         import torch
 
         self.end_validation(lambda: self.loss(self.model, self.batch))
-        counts = torch.tensor([self._validation["nats"], self._validation["tokens"]], dtype=torch.float64, device=self.device)
+        counts = torch.tensor(
+            [self._validation["nats"], self._validation["tokens"]], dtype=torch.float64, device=self.device
+        )
         nats, tokens = distributed.summed(counts).tolist()
         self._validation.update(nats=0.0, tokens=0)
         return {"step": step, "validation_loss": nats / tokens}
@@ -235,7 +264,9 @@ class SftSession(SharedSession):
             self.read_parts("best", self.best_weights)
 
     def is_complete(self) -> bool:
-        return self.saved is not None and (self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience))
+        return self.saved is not None and (
+            self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience)
+        )
 
 
 @cache
@@ -247,13 +278,17 @@ def _trainer_class() -> type:
 
         session: SftSession
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             loss = self.session.loss(model, inputs)
             return (loss, None) if return_outputs else loss
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             forward_backward = partial(super().training_step, model, inputs, num_items_in_batch)
-            return self.session.training_pass(inputs, self.state.global_step + 1, forward_backward, self.accelerator.sync_gradients)
+            return self.session.training_pass(
+                inputs, self.state.global_step + 1, forward_backward, self.accelerator.sync_gradients
+            )
 
         def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
             if self.session.validates_here():
@@ -264,7 +299,9 @@ def _trainer_class() -> type:
             return torch.zeros((), device=self.session.device), None, None
 
         def _get_train_sampler(self, *arguments: Any) -> Any:
-            return self.session.sampler() if self.session.sft.group_by_length else super()._get_train_sampler(*arguments)
+            return (
+                self.session.sampler() if self.session.sft.group_by_length else super()._get_train_sampler(*arguments)
+            )
 
     return PackedTrainer
 
@@ -308,7 +345,8 @@ def train(
 
     Args:
         prepared: as `methods.build` makes it.
-        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed row.
+        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels,
+            weights and lengths, each row a packed row.
         checkpoints: where to keep them; None to keep none.
         live: folder for the curves so far; None to write none.
     Raises:
@@ -376,13 +414,16 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
     # TRL has rounded adapters of 4-bit weights to bfloat16, which represents no step below 1/256 of a weight
     for weight, data in whole.items():
         weight.data = data
-    trainer.model_accepts_loss_kwargs = False  # the loss is already a mean: the Trainer averages over accumulation steps
+    trainer.model_accepts_loss_kwargs = (
+        False  # the loss is already a mean: the Trainer averages over accumulation steps
+    )
     return trainer
 
 
 @contextmanager
 def _plain_output_layer(model: Any) -> Iterator[None]:
-    """While open, a model shows its output layer without an adapter: TRL 1.16 refuses one there, because TRL's loss does not apply it."""
+    """While open, a model shows its output layer without an adapter: TRL 1.16
+    refuses one there, because TRL's loss does not apply it."""
     layer = model.get_output_embeddings()
     if not hasattr(layer, "base_layer"):
         yield
@@ -432,13 +473,15 @@ def use_liger_kernels(model: Any) -> None:
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise InputError(
-            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}", "leave it out to train without them"
+            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}",
+            "leave it out to train without them",
         )
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
-    """Uniform noise of alpha / sqrt(length x width) on each token's embedding while training (NEFTune, arXiv:2310.05914, section 2).
+    """Uniform noise of alpha / sqrt(length x width) on each token's embedding
+    while training (NEFTune, arXiv:2310.05914, section 2).
 
     The length is that of the token's example. transformers' own hook uses the row's length, which would make the noise
     of packed rows too weak.

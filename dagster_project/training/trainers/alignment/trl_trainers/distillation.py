@@ -1,4 +1,5 @@
-"""GKD: TRL's experimental trainer with answers by our own loop, and logits only where a token of an answer is predicted."""
+"""GKD: TRL's experimental trainer with answers by our own loop, and logits only
+where a token of an answer is predicted."""
 
 from __future__ import annotations
 
@@ -38,12 +39,19 @@ def collate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], 
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
-    """Collate rows with `prompt_ids`, `answer_ids` and the number of their `pair`; `prompts` and `pairs` have the first and the last as they are."""
+    """Collate rows with `prompt_ids`, `answer_ids` and the number of their
+    `pair`; `prompts` and `pairs` have the first and the last as they are."""
     prompts = [row["prompt_ids"] for row in rows]
-    return {**collate(prompts, [row["answer_ids"] for row in rows], pad), "prompts": prompts, "pairs": [row["pair"] for row in rows]}
+    return {
+        **collate(prompts, [row["answer_ids"] for row in rows], pad),
+        "prompts": prompts,
+        "pairs": [row["pair"] for row in rows],
+    }
 
 
-def mean_divergence(model: Any, teacher: Any, batch: Mapping[str, Any], width: int, where: torch.Tensor, beta: float) -> torch.Tensor:
+def mean_divergence(
+    model: Any, teacher: Any, batch: Mapping[str, Any], width: int, where: torch.Tensor, beta: float
+) -> torch.Tensor:
     """Mean over tokens of the divergence of a policy from its teacher, TRL's `generalized_jsd_loss`.
 
     Args:
@@ -82,7 +90,8 @@ def student_trainer(base: type) -> type:
         """The current step, and how many of its passes have begun."""
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            """With probability `lmbda` the answers of the pass are the policy's own. Random numbers depend only on seed, step and pass."""
+            """With probability `lmbda` the answers of the pass are the policy's
+            own. Random numbers depend only on seed, step and pass."""
             step, number = self.state.global_step, self.batches[1] if self.batches[0] == self.state.global_step else 0
             self.batches = step, number + 1
             prompts, pairs, seed = inputs.pop("prompts"), inputs.pop("pairs"), f"{self.args.seed} {step} {number}"
@@ -95,7 +104,8 @@ def student_trainer(base: type) -> type:
             lengths = (inputs["labels"] != IGNORE).sum(1).float()
             self._metrics["train"]["on_policy"].append(float(samples))
             self._metrics["train"]["length"].append(float(lengths.mean()))
-            return super(base, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]  # not that of GKDTrainer
+            # not that of GKDTrainer
+            return super(base, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
 
         def _answers(self, prompts: Sequence[Sequence[int]], seed: str) -> list[list[int]]:
             """Sampled answers of the policy, without dropout."""
@@ -107,7 +117,9 @@ def student_trainer(base: type) -> type:
             self.model.train(trains)
             return answers
 
-        def compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             counted = inputs["labels"] != IGNORE
             width = int(counted.any(0).sum())
             where = counted[:, -width:].flatten().nonzero()[:, 0]
@@ -123,6 +135,8 @@ def student_trainer(base: type) -> type:
                 logs["num_tokens"] = self._total_train_tokens
             super().log(logs, *arguments, **named)
 
-    if missing := [name for name in ("generalized_jsd_loss", "training_step", "compute_loss") if not hasattr(base, name)]:
+    if missing := [
+        name for name in ("generalized_jsd_loss", "training_step", "compute_loss") if not hasattr(base, name)
+    ]:
         raise AssertionError(f"written for trl 1.16: no GKDTrainer.{', '.join(missing)}")
     return StudentTrainer

@@ -1,8 +1,9 @@
-"""Pairs, and groups of answers to a prompt -> what TRL's losses need of the model, from one forward pass without padding that reads what
-the answers have in common once.
+"""Pairs, and groups of answers to a prompt -> what TRL's losses need of the model, from one forward pass without
+padding that reads what the answers have in common once.
 
-TRL's trainers read prompts twice, pad to the longest text, and compute logits at every position. Here the model gets one packed row, logits
-are computed where a token of an answer is predicted, and what remains of them is the log-probability and its gradient.
+TRL's trainers read prompts twice, pad to the longest text, and compute logits at every
+position. Here the model gets one packed row, logits are computed where a token of an
+answer is predicted, and what remains of them is the log-probability and its gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CHUNK = 256
 
 
 def reads_prompts_once(model: Any, device: str) -> bool:
-    """Whether a model can read pairs in the format of `collate_shared` with the functions below; otherwise TRL's padded batches are used.
+    """Whether a model can read pairs in the format of `collate_shared` with the
+    functions below; otherwise TRL's padded batches are used.
 
     On a GPU padded batches are kept: there is no measurement yet.
 
@@ -44,13 +46,15 @@ def reads_prompts_once(model: Any, device: str) -> bool:
 
 
 def has_router(model: Any) -> bool:
-    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO and GRPO add. Only padded batches give it."""
+    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO
+    and GRPO add. Only padded batches give it."""
     return hasattr(causal(model).config.get_text_config(), "output_router_logits")
 
 
 @dataclass(frozen=True)
 class SharedTexts:
-    """Where the tokens of texts with a common beginning are in a packed row: the beginning, and the rest of each text in turn."""
+    """Where the tokens of texts with a common beginning are in a packed row:
+    the beginning, and the rest of each text in turn."""
 
     start: int
     """Index of the first token in the row."""
@@ -63,10 +67,11 @@ class SharedTexts:
 
 
 def collate_shared(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[dict[str, Any], list[SharedTexts]]:
-    """Collate pairs or larger groups of texts into one row without padding between them; tokens with which all texts of a group begin are in
-    it once.
+    """Collate pairs or larger groups of texts into one row without padding
+    between them; tokens with which all texts of a group begin are in it once.
 
-        [5, 6, 7] and [5, 6, 8, 9]  ->  packed_ids [5, 6, 7, 8, 9], packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
+        [5, 6, 7] and [5, 6, 8, 9]  ->  packed_ids [5, 6, 7, 8, 9],
+        packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
 
     Returns:
         The arguments of the model for `attending_by_pair`: packed_ids, packed_positions (1, seq) int64, pair_lengths;
@@ -85,7 +90,10 @@ def collate_shared(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[dict[str,
         positions += [*range(len(first)), *(i for text in texts[1:] for i in range(shared, len(text)))]
     spare = -len(ids) % SIZES
     lengths = [group.lengths for group in placed] + ([(spare, 0, 0)] if spare else [])
-    row = {"packed_ids": torch.tensor([ids + [0] * spare]), "packed_positions": torch.tensor([[*positions, *range(spare)]])}
+    row = {
+        "packed_ids": torch.tensor([ids + [0] * spare]),
+        "packed_positions": torch.tensor([[*positions, *range(spare)]]),
+    }
     return {**row, "pair_lengths": lengths}, placed
 
 
@@ -95,9 +103,9 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], trains_prompts: bool = Fals
     Args:
         trains_prompts: whether prompts belong to the chosen answers, but for their first token.
     Returns:
-        The arguments of the model as in `collate_shared`, and indices of tokens in the packed row: the last one of each text, `last_token`
-        (2 pairs), and for each token of an answer the one before it, `predicts`, its own id, `target`, and its place in TRL's padded
-        labels, `slot`, all (answer tokens) int64. Chosen answers come first.
+        The arguments of the model as in `collate_shared`, and indices of tokens in the packed row: the last one of each
+        text, `last_token` (2 pairs), and for each token of an answer the one before it, `predicts`, its own id,
+        `target`, and its place in TRL's padded labels, `slot`, all (answer tokens) int64. Chosen answers come first.
     """
     import torch
 
@@ -118,12 +126,12 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], trains_prompts: bool = Fals
 
 
 def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
-    """Collate answers into one row, in which those to the same prompt are a group. The row does not depend on the order of the answers, so
-    equal models give equal bits for it.
+    """Collate answers into one row, in which those to the same prompt are a group. The row does not depend on the order
+    of the answers, so equal models give equal bits for it.
 
     Returns:
-        The arguments of the model as in `collate_shared`, and as in `collate_pairs` indices of the tokens of answers, `predicts` and `target`;
-        `slot` is the place of each in a table (answers, width).
+        The arguments of the model as in `collate_shared`, and as in `collate_pairs` indices of the tokens of answers,
+        `predicts` and `target`; `slot` is the place of each in a table (answers, width).
     """
     import torch
 
@@ -144,14 +152,17 @@ def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence
 def hidden_states(model: Any, inputs: Mapping[str, Any], at: str) -> Any:
     """Last hidden states (tokens, hidden) of a batch of `collate_pairs` at the tokens of one of its indices."""
     output = causal(model).base_model(
-        input_ids=inputs["packed_ids"], position_ids=inputs["packed_positions"], pair_lengths=inputs["pair_lengths"], use_cache=False
+        input_ids=inputs["packed_ids"],
+        position_ids=inputs["packed_positions"],
+        pair_lengths=inputs["pair_lengths"],
+        use_cache=False,
     )
     return output.last_hidden_state[0][inputs[at]]
 
 
 def log_probabilities(model: Any, **inputs: Any) -> Any:
-    """The output of a causal language model as TRL's DPO reads it: log-probabilities `log_probs` (2 pairs, longest text - 1) float32 of the
-    tokens of answers, 0 elsewhere.
+    """The output of a causal language model as TRL's DPO reads it: log-probabilities `log_probs` (2 pairs, longest text
+    - 1) float32 of the tokens of answers, 0 elsewhere.
 
     TRL also logs entropy, mean logit and accuracy of these tokens, which nobody reads here: they are 0.
     """
@@ -168,10 +179,15 @@ def log_probabilities(model: Any, **inputs: Any) -> Any:
 
 
 def of_answers(
-    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int, temperature: float, with_entropy: bool
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    width: int,
+    temperature: float,
+    with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each token of answers, and the entropy in nats of the distribution that it is from, (answers, width) float32, 0 after
-    the end of an answer.
+    """Log-probability of each token of answers, and the entropy in nats of the distribution that it is from, (answers,
+    width) float32, 0 after the end of an answer.
 
     Args:
         prompts, answers: token ids. An answer that is left out of the loss is empty.
@@ -199,16 +215,23 @@ def _log_probability_class() -> Any:
     import torch
 
     class LogProbability(torch.autograd.Function):
-        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an output layer (vocabulary, hidden) that is frozen,
-        at a temperature; and the entropy (n) float32 of each distribution in nats, without a gradient, or (0) if it is not needed.
+        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an
+        output layer (vocabulary, hidden) that is frozen, at a temperature; and the entropy (n)
+        float32 of each distribution in nats, without a gradient, or (0) if it is not needed.
 
-        Its gradient by the hidden state, weight[target] - softmax . weight, is computed with it, so that no logits are kept or computed
-        again. Rounding is that of logits computed in the dtype of the layer, and of the softmax in float32.
+        Its gradient by the hidden state, weight[target] - softmax . weight, is computed
+        with it, so that no logits are kept or computed again. Rounding is that of
+        logits computed in the dtype of the layer, and of the softmax in float32.
         """
 
         @staticmethod
         def forward(
-            ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, with_entropy: bool
+            ctx: Any,
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            targets: torch.Tensor,
+            temperature: float,
+            with_entropy: bool,
         ) -> tuple[torch.Tensor, torch.Tensor]:
             found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
             entropy = found.new_empty(len(hidden) if with_entropy else 0)
@@ -223,7 +246,9 @@ def _log_probability_class() -> Any:
                 if with_entropy:
                     entropy[some] = -torch.linalg.vecdot(scores.exp(), scores)
                 if gradient is not None:
-                    scores.exp_().scatter_add_(-1, targets[some, None], scores.new_full((1, 1), -1).expand(len(scores), 1))
+                    scores.exp_().scatter_add_(
+                        -1, targets[some, None], scores.new_full((1, 1), -1).expand(len(scores), 1)
+                    )
                     gradient[some] = scores.neg_().to(weight.dtype) @ weight
             if gradient is not None:
                 ctx.save_for_backward(gradient)

@@ -58,7 +58,8 @@ class TrainerSpec:
     constructor: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the trainer's constructor, e.g. reward functions."""
     outputs: Callable[..., Any] | None = None
-    """Of trainers on pairs: the output of the model for a batch of `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
+    """Of trainers on pairs: the output of the model for a batch of
+    `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
     has_reference: bool = False
     """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
     trains_prompts: bool = False
@@ -75,14 +76,16 @@ class TrlSession(SharedSession):
     """A training by one of TRL's trainers. Several processes share its steps if the model is divided among them."""
 
     def __init__(
-        self, spec: TrainerSpec, model: Any, tokenizer: Any, params: PreferenceParams, compute: Compute, checkpoints: Checkpoints | None,
+        self, spec: TrainerSpec, model: Any, tokenizer: Any, params: PreferenceParams, compute: Compute,
+        checkpoints: Checkpoints | None,
         live: Path | None,
     ) -> None:  # fmt: skip
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
         self.answers_in_use: tuple[int, Any] = (0, None)
-        """Of methods that compare answers: passes so far, and the batch of answers that further ones learn from, as TRL buffers it."""
+        """Of methods that compare answers: passes so far, and the batch of
+        answers that further ones learn from, as TRL buffers it."""
         if self.sampled and self.saved:
             self.sampled.restore(self.state["answers"])
             self.answers_in_use = self.state["answers_in_use"]
@@ -94,7 +97,8 @@ class TrlSession(SharedSession):
         self.reads_groups = spec.answers_in_groups and reads_once and not pads
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
-        """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have negative numbers."""
+        """Log-probabilities of the chosen and the rejected answer of each row
+        under the reference; validation rows have negative numbers."""
         self.rows_validated: list[tuple[int, int, int]] = []
         """Rows, chosen and rejected answers of each pass of the current validation, those of all processes."""
 
@@ -116,7 +120,11 @@ class TrlSession(SharedSession):
         return {"step": step, **plain, "tokens": self.history.tokens, **metrics}, note
 
     def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
-        metrics = {f"validation_{ours}": logs[f"eval_{theirs}"] for theirs, ours in self.metrics.items() if f"eval_{theirs}" in logs}
+        metrics = {
+            f"validation_{ours}": logs[f"eval_{theirs}"]
+            for theirs, ours in self.metrics.items()
+            if f"eval_{theirs}" in logs
+        }
         return {"step": step, "validation_loss": logs["eval_loss"], **metrics}
 
 
@@ -140,7 +148,10 @@ def _trainer_class(base: type) -> type:
             return super().create_scheduler(num_training_steps, *arguments, **named)
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            session, history, step, epoch = self.session, self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
+            session = self.session
+            history = self.session.history
+            step = self.state.global_step + 1
+            epoch = int(self.state.epoch or 0) + 1
             known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
             rows = [row for row in dict.fromkeys(_take_rows(inputs)) if row not in known]
             history.seen += [(step, epoch, row) for row in rows]
@@ -154,7 +165,9 @@ def _trainer_class(base: type) -> type:
 
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             forward = partial(self.session.outputs, model) if self.session.outputs else model
-            compute = partial(self.session.compute_loss, model, partial(super().compute_loss, forward, inputs, *arguments, **named))
+            compute = partial(
+                self.session.compute_loss, model, partial(super().compute_loss, forward, inputs, *arguments, **named)
+            )
             if not self.session.idles:
                 return compute()
             metrics, tokens = self._metrics, self._total_train_tokens
@@ -180,7 +193,8 @@ def _trainer_class(base: type) -> type:
             super().log(logs, *arguments, **named)
 
         def _average_over_rows(self) -> None:
-            """Make the metrics of a validation means over rows, as its loss is: TRL's are means over passes, of which the last may be smaller."""
+            """Make the metrics of a validation means over rows, as its loss is:
+            TRL's are means over passes, of which the last may be smaller."""
             rows, self.session.rows_validated = self.session.rows_validated, []
             for stored in ("_metrics", "_stored_metrics"):
                 average_over_rows(getattr(self, stored, {}).get("eval", {}), rows)
@@ -188,7 +202,9 @@ def _trainer_class(base: type) -> type:
         def _combine_processes(self, logs: dict[str, float]) -> None:
             """Make losses and metrics those of the passes of all processes."""
             if "eval_loss" in logs:  # zero for the passes of other processes
-                self.session.end_validation(lambda: super(RowTrainer, self).prediction_step(self.model, self.session.batch, True))
+                self.session.end_validation(
+                    lambda: super(RowTrainer, self).prediction_step(self.model, self.session.batch, True)
+                )
                 logs["eval_loss"] = float(distributed.summed(torch.tensor(logs["eval_loss"], dtype=torch.float64)))
             before = self.session.history.tokens
             self._total_train_tokens = before + int(distributed.summed(torch.tensor(self._total_train_tokens - before)))
@@ -249,7 +265,8 @@ def train(
     """Train a model in place, from its newest checkpoint if it has one.
 
     Args:
-        model: its trainable weights are trained and saved in checkpoints. It is divided here if it has settings for that, and stays so.
+        model: its trainable weights are trained and saved in checkpoints. It is
+            divided here if it has settings for that, and stays so.
         rows: of the training split, with the trainer's columns after tokenization.
         validation_rows: likewise; none: no validation.
         live: folder for the curves so far; None to write none.
@@ -293,7 +310,11 @@ def _build_trainer(
         "report_to": "none",
         "warmup_steps": params.warmup_ratio,
         "max_steps": params.max_steps or -1,
-        **({"gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size} if params.sharding else {}),
+        **(
+            {"gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size}
+            if params.sharding
+            else {}
+        ),
         "gradient_checkpointing": params.gradient_checkpointing,
     }
     whole = {weight: weight.data for weight in trainable(model).values()}
@@ -301,16 +322,20 @@ def _build_trainer(
         model=model,
         args=spec.config(**arguments | own | dict(spec.arguments)),
         train_dataset=Dataset.from_list([{**row, "row": number} for number, row in enumerate(rows)]),
-        eval_dataset=Dataset.from_list([{**row, "row": -1 - number} for number, row in enumerate(validation_rows)])
-        if validation_rows
-        else None,
+        eval_dataset=(
+            Dataset.from_list([{**row, "row": -1 - number} for number, row in enumerate(validation_rows)])
+            if validation_rows
+            else None
+        ),
         processing_class=tokenizer,
         callbacks=[monitor(session), _stopper_class()(session)],
         **spec.constructor,
     )
     if getattr(trainer.args, "disable_dropout", False):
         _turn_off_dropout(model)
-    if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
+    if "ref" in getattr(
+        model, "peft_config", {}
+    ):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
         model.delete_adapter("ref")
     for weight, data in whole.items():
         if weight.dtype != data.dtype:  # TRL rounds adapters of 4-bit weights to bfloat16
@@ -320,7 +345,8 @@ def _build_trainer(
 
 
 def _turn_off_dropout(model: Any) -> None:
-    """Turn off the dropout that is not a layer, which TRL does not: modules apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS)."""
+    """Turn off the dropout that is not a layer, which TRL does not: modules
+    apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS)."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and name.endswith(("dropout", "_pdrop", "layerdrop")):
@@ -328,8 +354,9 @@ def _turn_off_dropout(model: Any) -> None:
 
 
 def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The batch of TRL's collator with the numbers of its rows, "rows" (rows) int64, the reference's log-probabilities as far as they are known,
-    and the arguments of `session.outputs`. The batch of an online method is the list of rows itself."""
+    """The batch of TRL's collator with the numbers of its rows, "rows" (rows) int64,
+    the reference's log-probabilities as far as they are known, and the arguments of
+    `session.outputs`. The batch of an online method is the list of rows itself."""
     import torch
 
     batch = collate(rows)
@@ -351,12 +378,15 @@ def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[
 def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: int) -> dict[int, tuple[float, float]]:
     """Log-probabilities of the answers of all rows under the reference, which is the model without its adapter.
 
-    The batches are those of the first epoch, so that rounding is that of the policy's first pass: before the first step both are equal. Each
-    process computes its share of them, in all processes equally many passes. The state of random generators does not change.
+    The batches are those of the first epoch, so that rounding is that of the policy's first
+    pass: before the first step both are equal. Each process computes its share of them, in
+    all processes equally many passes. The state of random generators does not change.
     """
     import torch
 
-    found = torch.zeros(rows + validation_rows, 2, dtype=torch.float64, device=session.device)  # from the end: validation rows
+    found = torch.zeros(
+        rows + validation_rows, 2, dtype=torch.float64, device=session.device
+    )  # from the end: validation rows
     model, process = trainer.model.eval(), session.process
     forward = partial(session.outputs, model) if session.outputs else model
     trained = [*trainable(model).values()]
@@ -368,7 +398,9 @@ def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: in
             logs = session.compute_loss(model, partial(trainer.compute_ref_log_probs, forward, batch))
             if process.rank < len(some):
                 found[taken] = torch.stack(logs, 1).to(found)
-    for weight in trained:  # off, an adapter is frozen; on again, only gathered weights are thawed, not the parts of `shard_grad_op`
+    for weight in (
+        trained
+    ):  # off, an adapter is frozen; on again, only gathered weights are thawed, not the parts of `shard_grad_op`
         weight.requires_grad_(True)
     found = distributed.summed(found)
     numbers = [*range(rows), *range(-validation_rows, 0)]
@@ -393,7 +425,11 @@ def average_over_rows(metrics: dict[str, list[float]], passes: Sequence[tuple[in
 
 def _take_rows(inputs: Any) -> list[int]:
     """Numbers of the rows in a batch, which are removed from it."""
-    return [row["row"] for row in inputs] if isinstance(inputs, list) else [int(row) for row in inputs.pop("rows").tolist()]
+    return (
+        [row["row"] for row in inputs]
+        if isinstance(inputs, list)
+        else [int(row) for row in inputs.pop("rows").tolist()]
+    )
 
 
 def preference_identity(
@@ -424,7 +460,12 @@ def preference_identity(
 
 
 def document_of(
-    history: TrainingHistory, change: WeightChange, settings: Mapping[str, Any], compute: Compute, device: torch.device, dtype: torch.dtype
+    history: TrainingHistory,
+    change: WeightChange,
+    settings: Mapping[str, Any],
+    compute: Compute,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """training.json of a training on preferences."""
     return {
