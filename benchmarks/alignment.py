@@ -184,9 +184,16 @@ def task_score(
         raise SystemExit(f"{method}: {'; '.join(f'{check.name}: {check.note}' for check in joined.failures)}")
     settings = params.parse(Settings, values.get("evaluation"), "evaluation").model_copy(update={"benchmarks": []})
     scored = evaluation.produce(
-        project, method, settings, compute, folder / "merged", data / "base_model", data / "splits", folder / "scored",
-        folder / "confusion.csv"
-    )  # fmt: skip
+        project,
+        method,
+        settings,
+        compute,
+        folder / "merged",
+        data / "base_model",
+        data / "splits",
+        folder / "scored",
+        folder / "confusion.csv",
+    )
     macro_f1: float | None = scored.metrics.get("macro_f1")
     return macro_f1
 
@@ -268,10 +275,14 @@ def runs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in range(1, options.seeds + 1):
         for method in options.methods:
             given = {
-                "method": method, "seed": seed, "adapter": options.adapter, "episodes": options.episodes,
+                "method": method,
+                "seed": seed,
+                "adapter": options.adapter,
+                "episodes": options.episodes,
                 "threads": options.threads,
-                "project": options.project.resolve(), "score": seed == 1,
-            }  # fmt: skip
+                "project": options.project.resolve(),
+                "score": seed == 1,
+            }
             of = identity(**given)
             found = kept.find(of)
             if found is None:

@@ -29,11 +29,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>", "deepseek": "<｜end▁of▁sentence｜>",
-    "diffusion_gemma": "<eos> <turn|> <|tool_response>",
-    "gemma4": "<eos> <turn|> <|tool_response>", "gemma": "<eos> <end_of_turn>",
-    "glm4": "<|endoftext|> <|user|> <|observation|>",
-    "gptoss": "<|return|> <|call|>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
-    "lfm2": "<|im_end|>",
+    "diffusion_gemma": "<eos> <turn|> <|tool_response>", "gemma4": "<eos> <turn|> <|tool_response>",
+    "gemma": "<eos> <end_of_turn>", "glm4": "<|endoftext|> <|user|> <|observation|>", "gptoss": "<|return|> <|call|>",
+    "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "lfm2": "<|im_end|>",
     "llama3": "<|eot_id|> <|end_of_text|> <|eom_id|>", "llava": "</s>", "muse": "<|eot|>", "nemotron": "<|im_end|>",
     "phi3": "<|endoftext|> <|end|> <|assistant|>", "qwen": "<|im_end|> <|endoftext|>",
 }  # fmt: skip

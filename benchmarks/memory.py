@@ -207,11 +207,16 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
     for one in measured:
         method, options = settings(one["method"], layers)
         took = TrainingSpec(
-            device.type, getattr(torch, one["dtype"]), given.base_model, method, options,
+            device.type,
+            getattr(torch, one["dtype"]),
+            given.base_model,
+            method,
+            options,
             example_row(one["tokens"])["lengths"],
-            one["tokens"] // 2, runtime=runtime if device.type == "cpu" else 0,
+            one["tokens"] // 2,
+            runtime=runtime if device.type == "cpu" else 0,
             gradient_checkpointing=one["checkpointing"],
-        ).prediction  # fmt: skip
+        ).prediction
         one["predicted"], one["error"] = took.memory.total, took.memory.total / one["peak"] - 1
         one["range"] = [
             margin * seconds

@@ -29,13 +29,46 @@ from dagster_project.training.tokens.collators import SIZES, collate_packed, col
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ORDER = ["lora", "rslora", "dora", "qlora", "qdora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "hra",
-    "fourierft", "miss", "randlora",
-         "layernorm", "prefix_tuning", "prompt_tuning", "p_tuning", "full", "feature_extraction"]  # fmt: skip
+ORDER = [
+    "lora",
+    "rslora",
+    "dora",
+    "qlora",
+    "qdora",
+    "adalora",
+    "ia3",
+    "loha",
+    "lokr",
+    "oft",
+    "boft",
+    "vera",
+    "hra",
+    "fourierft",
+    "miss",
+    "randlora",
+    "layernorm",
+    "prefix_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "full",
+    "feature_extraction",
+]
 
-RATES = {"full": 1e-4, "rslora": 5e-4, "adalora": 2e-3, "ia3": 5e-3, "layernorm": 2e-3, "prefix_tuning": 1e-2,
-    "prompt_tuning": 3e-2, "p_tuning": 3e-3,
-         "vera": 1e-2, "fourierft": 1e-2, "hra": 2e-3, "oft": 2e-3, "boft": 5e-3}  # fmt: skip
+RATES = {
+    "full": 1e-4,
+    "rslora": 5e-4,
+    "adalora": 2e-3,
+    "ia3": 5e-3,
+    "layernorm": 2e-3,
+    "prefix_tuning": 1e-2,
+    "prompt_tuning": 3e-2,
+    "p_tuning": 3e-3,
+    "vera": 1e-2,
+    "fourierft": 1e-2,
+    "hra": 2e-3,
+    "oft": 2e-3,
+    "boft": 5e-3,
+}
 
 
 def one(method: str, project: Path, steps: int, answers: int, threads: int | None) -> dict[str, Any]:
@@ -192,8 +225,18 @@ def main() -> None:
         return
     found = []
     for method in given.methods:
-        command = [sys.executable, __file__, method, "--one", "--steps", str(given.steps), "--answers",
-            str(given.answers), "--project", str(given.project)]  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            method,
+            "--one",
+            "--steps",
+            str(given.steps),
+            "--answers",
+            str(given.answers),
+            "--project",
+            str(given.project),
+        ]
         command += ["--threads", str(given.threads)] if given.threads else []
         done = subprocess.run(
             command,

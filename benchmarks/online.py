@@ -109,16 +109,24 @@ def group_by_trl(method: str, model_folder: Path, prompts: list[list[int]], seed
             model=model,
             reward_funcs=reward,
             args=config(
-                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE, report_to="none",
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=False,
+                seed=seed,
+                learning_rate=RATE,
+                report_to="none",
                 save_strategy="no",
-                disable_tqdm=True, logging_steps=1, gradient_checkpointing=False,
+                disable_tqdm=True,
+                logging_steps=1,
+                gradient_checkpointing=False,
                 per_device_train_batch_size=ANSWERS_PER_STEP,
-                max_steps=len(prompts) * GROUP["num_generations"] // ANSWERS_PER_STEP, **GROUP,
+                max_steps=len(prompts) * GROUP["num_generations"] // ANSWERS_PER_STEP,
+                **GROUP,
             ),
             train_dataset=Dataset.from_list([{"prompt": ids} for ids in prompts]),
             processing_class=AutoTokenizer.from_pretrained(model_folder),
             peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
-        )  # fmt: skip
+        )
         trainer.train()
         return time.process_time() - began, statistics.mean(lengths)
 
@@ -181,13 +189,25 @@ def ppo_by_trl(model_folder: Path, judge: Path, prompts: list[list[int]], seed: 
         began = time.process_time()
         trainer = PPOTrainer(
             args=PPOConfig(
-                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, learning_rate=RATE, report_to="none",
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=False,
+                seed=seed,
+                learning_rate=RATE,
+                report_to="none",
                 save_strategy="no",
-                disable_tqdm=True, gradient_checkpointing=False, total_episodes=len(prompts),
+                disable_tqdm=True,
+                gradient_checkpointing=False,
+                total_episodes=len(prompts),
                 per_device_train_batch_size=PASS,
-                gradient_accumulation_steps=ITERATION // PASS, num_mini_batches=2,
+                gradient_accumulation_steps=ITERATION // PASS,
+                num_mini_batches=2,
                 local_rollout_forward_batch_size=ITERATION,
-                num_ppo_epochs=2, response_length=LENGTH, stop_token="eos", kl_coef=BETA, num_sample_generations=0,
+                num_ppo_epochs=2,
+                response_length=LENGTH,
+                stop_token="eos",
+                kl_coef=BETA,
+                num_sample_generations=0,
             ),
             processing_class=tokenizer,
             model=policy,
@@ -196,7 +216,7 @@ def ppo_by_trl(model_folder: Path, judge: Path, prompts: list[list[int]], seed: 
             value_model=values,
             train_dataset=Dataset.from_list([{"input_ids": ids} for ids in prompts]),
             peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
-        )  # fmt: skip
+        )
         trainer.train()
         return time.process_time() - began, LENGTH
 
@@ -220,10 +240,17 @@ def ppo_by_us(model_folder: Path, judge: Path, prompts: list[list[int]], seed: i
         return scores._score([(prompts[row], list(answer)) for row, answer in zip(rows, ids, strict=True)])
 
     settings = ppo.Settings(
-        total_episodes=len(prompts), batch_size=ITERATION, rollout_batch_size=ITERATION, mini_batch_size=PASS,
+        total_episodes=len(prompts),
+        batch_size=ITERATION,
+        rollout_batch_size=ITERATION,
+        mini_batch_size=PASS,
         gradient_accumulation_steps=2,
-        num_ppo_epochs=2, response_length=LENGTH, kl_coef=BETA, learning_rate=RATE, max_kl=None,
-    )  # fmt: skip
+        num_ppo_epochs=2,
+        response_length=LENGTH,
+        kl_coef=BETA,
+        learning_rate=RATE,
+        max_kl=None,
+    )
     model = preference.policy(model_folder, LORA, device, dtype, "benchmark", "lora").model
     began = time.process_time()
     ppo.train(model, AutoTokenizer.from_pretrained(model_folder), prompts, reward, settings, compute)

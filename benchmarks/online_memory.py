@@ -92,10 +92,16 @@ def predict(name: str, project: Path, runtime: int) -> dict[str, int]:
     lengths = [len(prompt) for prompt in prompts_for(method, project)]
     largest = answer_pass(method, params, lengths, STEPS)
     padded = TrainingSpec(
-        "cpu", torch.bfloat16, project / "data" / "base_model", "lora", LORA, [max(lengths) + LENGTH] * ANSWERS,
-        ANSWERS * LENGTH, runtime=runtime,
+        "cpu",
+        torch.bfloat16,
+        project / "data" / "base_model",
+        "lora",
+        LORA,
+        [max(lengths) + LENGTH] * ANSWERS,
+        ANSWERS * LENGTH,
+        runtime=runtime,
         timed=False,
-    )  # fmt: skip
+    )
     spec = changed(padded, lengths=[largest.tokens], counted=largest.answer_tokens, answers=largest)
     return {"predicted": spec.needed, "padded": padded.needed}
 

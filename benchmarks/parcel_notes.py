@@ -40,23 +40,29 @@ CITIES = (
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 ROUTES = (
     "from {origin} to {destination}", "to {destination} from {origin}", "{destination} receives it from {origin}",
-    "leaves {origin} for {destination}",
-    "bound for {destination}, packed in {origin}", "{origin} ships it to {destination}",
-    "ordered by {destination}, supplied by {origin}",
+    "leaves {origin} for {destination}", "bound for {destination}, packed in {origin}",
+    "{origin} ships it to {destination}", "ordered by {destination}, supplied by {origin}",
     "{destination} waits for it, {origin} has it ready", "picked up in {origin}, dropped off in {destination}",
     "{destination} gets it, {origin} sends it",
 )  # fmt: skip
 TIMES = (
-    "sent {sent}, due {due}", "due {due}, sent {sent}", "must arrive {due}, leaves {sent}",
+    "sent {sent}, due {due}",
+    "due {due}, sent {sent}",
+    "must arrive {due}, leaves {sent}",
     "wanted by {due}, on the road since {sent}",
-    "pickup {sent}, delivery {due}", "delivery {due}, pickup {sent}", "expected {due} after it left {sent}",
+    "pickup {sent}, delivery {due}",
+    "delivery {due}, pickup {sent}",
+    "expected {due} after it left {sent}",
     "{sent} to {due}",
-)  # fmt: skip
+)
 LOADS = (
-    "{boxes} boxes, {kilograms} kg", "{kilograms} kg in {boxes} boxes", "{boxes} boxes weigh {kilograms} kg",
+    "{boxes} boxes, {kilograms} kg",
+    "{kilograms} kg in {boxes} boxes",
+    "{boxes} boxes weigh {kilograms} kg",
     "weight {kilograms}, boxes {boxes}",
-    "{boxes} boxes of {kilograms} kg together", "{kilograms} kg; boxes: {boxes}",
-)  # fmt: skip
+    "{boxes} boxes of {kilograms} kg together",
+    "{kilograms} kg; boxes: {boxes}",
+)
 FIELDS = ("origin", "destination", "sent", "due", "boxes", "kilograms")
 
 

@@ -112,15 +112,25 @@ def train_trl(task: str, name: str, pairs: list[Pair], seed: int) -> tuple[Any, 
         trainer = Tokenized(
             model=model,
             args=config(
-                output_dir=scratch, use_cpu=True, bf16=False, seed=seed, num_train_epochs=1, warmup_steps=0.1,
+                output_dir=scratch,
+                use_cpu=True,
+                bf16=False,
+                seed=seed,
+                num_train_epochs=1,
+                warmup_steps=0.1,
                 max_length=None,
-                learning_rate=RATES[task], report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-                **SHARED, **settings,
+                learning_rate=RATES[task],
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                logging_steps=1,
+                **SHARED,
+                **settings,
             ),
             train_dataset=Dataset.from_list(rows_of(task, pairs)),
             processing_class=tokenizer,
             peft_config=lora,
-        )  # fmt: skip
+        )
         trainer.train()
         return trainer.model, time.process_time() - began
 
@@ -193,10 +203,15 @@ def one(task: str, name: str, seed: int, steps: int) -> dict[str, Any]:
     peak = peak_memory("cpu")
     tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs)
     return {
-        "task": task, "setup": name, "seed": seed, "pairs": len(pairs), "tokens": tokens, "cpu_seconds": seconds,
+        "task": task,
+        "setup": name,
+        "seed": seed,
+        "pairs": len(pairs),
+        "tokens": tokens,
+        "cpu_seconds": seconds,
         "peak_bytes": peak,
         "loss": held_out_loss(task, model, held),
-    }  # fmt: skip
+    }
 
 
 def report(found: list[dict[str, Any]]) -> str:

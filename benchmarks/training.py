@@ -105,16 +105,24 @@ def train_trl(name: str, found: list[dict[str, list[int]]], seed: int, epochs: i
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(ROOT / "data" / "base_model", dtype=dtype),
             args=SFTConfig(
-                output_dir=scratch, use_cpu=not torch.cuda.is_available(),
-                bf16=torch.cuda.is_available() and dtype == torch.float32, seed=seed, num_train_epochs=epochs,
+                output_dir=scratch,
+                use_cpu=not torch.cuda.is_available(),
+                bf16=torch.cuda.is_available() and dtype == torch.float32,
+                seed=seed,
+                num_train_epochs=epochs,
                 warmup_steps=0.1,
-                report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, **SHARED, **settings,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                logging_steps=1000,
+                **SHARED,
+                **settings,
             ),
             train_dataset=Dataset.from_list(found),
             processing_class=tokenizer,
             peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
             callbacks=[stamping(stamps)],
-        )  # fmt: skip
+        )
         trainer.train()
     return trainer.model
 

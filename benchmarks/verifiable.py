@@ -51,10 +51,15 @@ SUPERVISED: dict[str, Any] = {"method": "lora", "learning_rate": 1e-3, "save_str
 STEPS = {"sft": 24, "sft_more": 200}
 """Of supervised trainings."""
 REWARDED: dict[str, Any] = {
-    "adapter": "sft", "reward_target": "response", "rewards": {"exact_match": 1.0}, "learning_rate": 3e-4,
+    "adapter": "sft",
+    "reward_target": "response",
+    "rewards": {"exact_match": 1.0},
+    "learning_rate": 3e-4,
     "per_device_train_batch_size": 16,
-    "options": {"num_generations": 4, "max_completion_length": LONGEST}, "samples": 240, "max_new_tokens": LONGEST,
-}  # fmt: skip
+    "options": {"num_generations": 4, "max_completion_length": LONGEST},
+    "samples": 240,
+    "max_new_tokens": LONGEST,
+}
 TOKENIZED = {"max_length": 128, "packed_length": 256}
 
 

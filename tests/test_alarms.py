@@ -161,10 +161,13 @@ def test_a_source_file_without_rows_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_training_split_without_trained_tokens_stops_the_stage(
-    train: list[dict[str, Any]], validation: list[dict[str, Any]], max_length: int, outcome: tuple[bool, bool],
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    max_length: int,
+    outcome: tuple[bool, bool],
     tmp_path: Path,
     tiny_model: Path,
-) -> None:  # fmt: skip
+) -> None:
     for name, rows in (("train", train), ("validation", validation)):
         write_records(tmp_path / "splits" / name, rows)
     lines = [

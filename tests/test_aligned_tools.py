@@ -46,11 +46,17 @@ def pair(
 ) -> Fields:
     prompt = [{"role": "user", "content": question}]
     return {
-        "example_id": pair_id(prompt, [chosen], [rejected], tools), "source": "p.jsonl", "prompt": prompt,
+        "example_id": pair_id(prompt, [chosen], [rejected], tools),
+        "source": "p.jsonl",
+        "prompt": prompt,
         "chosen": [chosen],
-        "rejected": [rejected], "margin": None, "category": None, "group_id": question, "meta": "{}",
+        "rejected": [rejected],
+        "margin": None,
+        "category": None,
+        "group_id": question,
+        "meta": "{}",
         **({"tools": tools} if tools else {}),
-    }  # fmt: skip
+    }
 
 
 PAIRS = [pair(OSLO, GUESS), pair(GUESS, OSLO, "Never mind."), pair(THOUGHT, OSLO, "Guess!")]
@@ -272,9 +278,8 @@ def test_the_reward_model_judges_answers_that_the_template_refuses(judge: Path) 
 
 PIECES = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<|im_end|>", "<|im_start|>", CALLED,
-    '{"name": "weather", "arguments": ', '{"city": "Oslo"}',
-    '{"name": ', "null", "[1, NaN]", '"\\u0000"', "}", " ", "\n", "Yes", "", "<tools>", '"weather"',
-    '{"name": "weather", "arguments": "x"}',
+    '{"name": "weather", "arguments": ', '{"city": "Oslo"}', '{"name": ', "null", "[1, NaN]", '"\\u0000"', "}", " ",
+    "\n", "Yes", "", "<tools>", '"weather"', '{"name": "weather", "arguments": "x"}',
 ]  # fmt: skip
 
 

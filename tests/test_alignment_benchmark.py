@@ -117,9 +117,13 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     report = reward_model.produce(
         reward_model.Params(model="base_model", learning_rate=2e-2, num_train_epochs=4),
         Compute(seed=3, threads=1, dtype="float32"),
-        data / "preferences", tiny_model, data / "reward_model", scratch / "curve.csv", scratch / "calibration.csv",
+        data / "preferences",
+        tiny_model,
+        data / "reward_model",
+        scratch / "curve.csv",
+        scratch / "calibration.csv",
         scratch / "checkpoints",
-    )  # fmt: skip
+    )
     assert not report.failures
     return root
 

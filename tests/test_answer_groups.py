@@ -360,10 +360,17 @@ def test_predicted_memory_is_what_a_real_training_has_at_the_same_time(
     assert sorted(largest.lengths) == [(size, *[longest] * 4) for size in sorted(sizes)]
     assert (largest.tokens, largest.answer_tokens) == (-(-(sum(sizes) + 8 * longest) // 16) * 16, 8 * longest)
     spec = TrainingSpec(
-        "cpu", torch.float32, tiny_model, "lora", LORA, [largest.tokens], largest.answer_tokens,
-        gradient_checkpointing=checkpointing, timed=False,
+        "cpu",
+        torch.float32,
+        tiny_model,
+        "lora",
+        LORA,
+        [largest.tokens],
+        largest.answer_tokens,
+        gradient_checkpointing=checkpointing,
+        timed=False,
         answers=largest,
-    )  # fmt: skip
+    )
     predicted = spec.prediction.memory
 
     def decoded(model: Any, prompts: Any, *_: Any) -> list[list[int]]:
@@ -382,10 +389,19 @@ def test_the_policys_first_pass_is_kept_where_training_keeps_it() -> None:
         params = PreferenceParams(gradient_accumulation_steps=accumulated)
         return answer_pass(preference.METHODS[name](**options), params, [10] * 4, 1).keeps_graph  # type: ignore[arg-type]
 
-    assert [keeps("rloo"), keeps("grpo"), keeps("online_dpo"), keeps("grpo", num_iterations=2),
-        keeps("grpo", 2, num_iterations=2)] == [
-        True, False, False, True, False,
-    ]  # fmt: skip
+    assert [
+        keeps("rloo"),
+        keeps("grpo"),
+        keeps("online_dpo"),
+        keeps("grpo", num_iterations=2),
+        keeps("grpo", 2, num_iterations=2),
+    ] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert AnswerPass(((3, 2, 2),), True, True).tokens == 16
 
 

@@ -345,10 +345,14 @@ CASES = {
     "parallel": [Call("weather", {"city": "Oslo"}, None), Call("ping", {}, None), Call("weather", {"city": "3"}, None)],
 }
 ENDS = {
-    "llama3": "<|eot_id|>", "gptoss": "<|return|>", "glm": "<|user|>", "gemma4": "<turn|>", "diffusion": "<turn|>",
+    "llama3": "<|eot_id|>",
+    "gptoss": "<|return|>",
+    "glm": "<|user|>",
+    "gemma4": "<turn|>",
+    "diffusion": "<turn|>",
     "deepseek": "<｜end▁of▁sentence｜>",
     "muse": "<|eot|>",
-}  # fmt: skip
+}
 
 
 def families() -> list[str]:

@@ -158,9 +158,15 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     pools = {"@".join(key.path): graph.get(key).pools for key in graph.materializable_asset_keys}
     assert pools == {address: {"gpu" if address in BOTH else "cpu"} for address in read_stages(root)}
     assert {stage for stage in PEDIGREE.stages if pool_of(stage, PEDIGREE, {}) == "gpu"} == {
-        "adapter", "merged", "reward_model", "aligned", "merged_aligned", "baselines", "evaluation",
+        "adapter",
+        "merged",
+        "reward_model",
+        "aligned",
+        "merged_aligned",
+        "baselines",
+        "evaluation",
         "evaluation_aligned",
-    }  # fmt: skip
+    }
     on_ray = {"adapter": {"lora": {}, "dora": {}}, "execution": {"stages": {"adapter@lora": {"on": "ray"}}}}
     assert [pool_of(f"adapter@{name}", PEDIGREE, on_ray) for name in ("lora", "dora")] == ["ray", "gpu"]
     assert set_default_limits(synced) == {"gpu": 1, "cpu": os.cpu_count(), "ray": 8}

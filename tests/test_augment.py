@@ -39,9 +39,18 @@ from dagster_project.curation.splitting.augment import (
 from dagster_project.stages import splits
 
 PROSE = "please tell me where the parcel with the kite stands this morning"
-CODE = ["```python\nreturn parcel\n```", "`print parcel`", "https://shop.example/orders/parcel", "order_number", "4711",
-    "ann@example.org", '"quoted parcel"',
-        '{"parcel": "kite"}', "getParcel", "a/path/here"]  # fmt: skip
+CODE = [
+    "```python\nreturn parcel\n```",
+    "`print parcel`",
+    "https://shop.example/orders/parcel",
+    "order_number",
+    "4711",
+    "ann@example.org",
+    '"quoted parcel"',
+    '{"parcel": "kite"}',
+    "getParcel",
+    "a/path/here",
+]
 calm = settings(deadline=None, max_examples=80)
 
 
@@ -247,10 +256,12 @@ def test_a_paraphrase_that_adds_no_copy_is_counted() -> None:
 
 def test_every_wrong_row_of_a_paraphrases_file_is_named(tmp_path: Path) -> None:
     lines: list[Any] = [
-        {"prompt": "a", "paraphrase": "b"}, {"paraphrase": "b"}, {"prompt": "a", "paraphrase": " "},
+        {"prompt": "a", "paraphrase": "b"},
+        {"paraphrase": "b"},
+        {"prompt": "a", "paraphrase": " "},
         {"prompt": "a", "example_id": "c", "paraphrase": "b"},
         {"prompt": 4, "paraphrase": "b"},
-    ]  # fmt: skip
+    ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense\n")
     with pytest.raises(InputError) as refused:
         read_paraphrases(tmp_path / "p.jsonl")

@@ -274,10 +274,15 @@ def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_
     for name in ("first", "second"):
         out = tmp_path / name
         report = adapter.produce(
-            "x", adapter.Params(**ALL | {"max_steps": 4}), Compute(threads=1, dtype="float32"), tmp_path / "tokenized",
-            tiny_model, out,
-            tmp_path / f"{name}.csv", tmp_path / "checkpoints",
-        )  # fmt: skip
+            "x",
+            adapter.Params(**ALL | {"max_steps": 4}),
+            Compute(threads=1, dtype="float32"),
+            tmp_path / "tokenized",
+            tiny_model,
+            out,
+            tmp_path / f"{name}.csv",
+            tmp_path / "checkpoints",
+        )
         found.append(({file.name: file.read_bytes() for file in out.iterdir()}, report.document()))
     assert found[0] == found[1]
     document, metrics = json.loads((tmp_path / "first" / "training.json").read_text()), found[0][1]
@@ -285,9 +290,15 @@ def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_
     assert len(losses) > 3 and list(losses)[:2] == [0, 1e-4]
     rate = auto.best({rate: math.inf if loss is None else loss for rate, loss in losses.items()}, TRIAL).value
     assert rate > 1e-4, "a random model learns little in four steps at the guideline's rate"
-    wanted = {"num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8,
+    wanted = {
+        "num_train_epochs": 10,
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 2,
+        "peft.r": 8,
         "peft.lora_alpha": 16,
-              "per_device_train_batch_size": 1, "learning_rate": rate}  # fmt: skip
+        "per_device_train_batch_size": 1,
+        "learning_rate": rate,
+    }
     assert metrics["chosen"] == {name: choice["value"] for name, choice in document["chosen"].items()} == wanted
     assert all(choice["why"] for choice in document["chosen"].values())
     assert (

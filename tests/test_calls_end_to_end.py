@@ -24,13 +24,11 @@ from dagster_project.pipeline import PEDIGREE, module_of
 
 ADDRESSES = (
     "base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora", "baselines",
-    "evaluation@lora",
-    "comparison",
+    "evaluation@lora", "comparison",
 )  # fmt: skip
 WORDS = (
     "bridge", "candle", "copper", "dragon", "engine", "forest", "garden", "guitar", "hammer", "harbor", "island",
-    "jacket", "kettle",
-    "ladder", "marble", "needle", "pepper", "quartz",
+    "jacket", "kettle", "ladder", "marble", "needle", "pepper", "quartz",
 )  # fmt: skip
 """Of one length, so that the tiny model need not learn to count."""
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -144,9 +142,11 @@ def test_a_model_learns_to_call_a_tool(tmp_path: Path, tiny_model: Path, tiny_to
         "kept": 24, "dropped:invalid_tool_call": 2, "dropped:unanswered_tool_call": 1, "dropped:exact_duplicates": 1,
     }  # fmt: skip
     assert [(line["source_row"], line["outcome"]) for line in ledger if line["outcome"] != "kept"] == [
-        (3, "dropped:unanswered_tool_call"), (24, "dropped:invalid_tool_call"), (25, "dropped:invalid_tool_call"),
+        (3, "dropped:unanswered_tool_call"),
+        (24, "dropped:invalid_tool_call"),
+        (25, "dropped:invalid_tool_call"),
         (27, "dropped:exact_duplicates"),
-    ]  # fmt: skip
+    ]
 
     train = {record["example_id"]: record for record in read_records(tmp_path / "data" / "splits" / "train")}
     assert trained_texts(tmp_path, tiny_tokenizer) == {

@@ -30,9 +30,13 @@ ANSWERED = {"instruction": LONG, "output": "We are sorry; a new kite is on its w
 def by_itself(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "dagster_project", "check", *map(str, arguments)], cwd=folder, env=env,
-        capture_output=True, timeout=300, check=False
-    )  # fmt: skip
+        [sys.executable, "-m", "dagster_project", "check", *map(str, arguments)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def ask(prompt: str, answer: str = "On its way, and with you tomorrow.", **more: Any) -> dict[str, Any]:
@@ -453,22 +457,32 @@ def test_a_waived_row_is_kept_without_error_and_an_unused_waiver_is_reported(che
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2020-01-01}]", "waivers.0: the waiver for pii"
-                                                                                " expired on 2020-01-01"),
-     ("waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2027-02-30}]", "day is out of range"),
-     ("waivers: [{check: pii, rows: ['a:1'], expires: 2999-01-01}]", "reason: missing"),
-     ("waivers: [{check: pii, reason: x, expires: 2999-01-01}]", "names neither rows nor pairs"),
-     ("waivers: [{check: small_dataset, rows: [a], reason: x, expires: 2999-01-01}]", "is not a check on rows"),
-     ("policy: {pij: drop}", "unknown check 'pij'"), ("policy: {pii: burn}", "'drop', 'review', 'warn' or 'fail'"),
-     ("policy: {small_dataset: drop}", "applies to the set as a whole"), ("minrows: 3", "minrows: unknown key"),
-     ("min_rows: three", "valid integer"),
-     ("min_rows: [", "is not valid YAML"), ("- a", "expected a mapping"), ("instructions: [a]", "expected a mapping"),
-     ("\0", "is not valid YAML"),
-     ("x: !!int a", "is not valid YAML"), ("x: !!bool a", "is not valid YAML"),
-     ("x: !!python/object:os.system a", "is not valid YAML"),
-     ("a: &a {b: *a}", "a: unknown key"), ("max_tokens: 1", "greater than or equal to 16"),
-     ("min_rows: 1\nmin_rows: 2", "duplicate key")],
-)  # fmt: skip
+    [
+        (
+            "waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2020-01-01}]",
+            "waivers.0: the waiver for pii expired on 2020-01-01",
+        ),
+        ("waivers: [{check: pii, rows: ['a:1'], reason: x, expires: 2027-02-30}]", "day is out of range"),
+        ("waivers: [{check: pii, rows: ['a:1'], expires: 2999-01-01}]", "reason: missing"),
+        ("waivers: [{check: pii, reason: x, expires: 2999-01-01}]", "names neither rows nor pairs"),
+        ("waivers: [{check: small_dataset, rows: [a], reason: x, expires: 2999-01-01}]", "is not a check on rows"),
+        ("policy: {pij: drop}", "unknown check 'pij'"),
+        ("policy: {pii: burn}", "'drop', 'review', 'warn' or 'fail'"),
+        ("policy: {small_dataset: drop}", "applies to the set as a whole"),
+        ("minrows: 3", "minrows: unknown key"),
+        ("min_rows: three", "valid integer"),
+        ("min_rows: [", "is not valid YAML"),
+        ("- a", "expected a mapping"),
+        ("instructions: [a]", "expected a mapping"),
+        ("\0", "is not valid YAML"),
+        ("x: !!int a", "is not valid YAML"),
+        ("x: !!bool a", "is not valid YAML"),
+        ("x: !!python/object:os.system a", "is not valid YAML"),
+        ("a: &a {b: *a}", "a: unknown key"),
+        ("max_tokens: 1", "greater than or equal to 16"),
+        ("min_rows: 1\nmin_rows: 2", "duplicate key"),
+    ],
+)
 def test_an_invalid_policy_is_refused(text: str, said: str, check: Check) -> None:
     refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--policy", policy(text)), "policy.yaml", said)
 

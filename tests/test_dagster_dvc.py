@@ -206,12 +206,19 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
         build_dvc_definitions(foreign)
 
 
-@pytest.mark.parametrize(("checks", "shown"), [
-    ({"c": {"passed": True}}, ("passed", "none")), ({"c": {"passed": False}}, ("failed", "error")),
-    ({"c": {"passed": False, "severity": "warn"}}, ("failed", "warn")),
-    ({"c": {"severity": "warn"}}, ("failed", "error")),
-    ({"c": 1}, ("failed", "error")), ({}, None), ([], None), ({"other": {"passed": False}}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("checks", "shown"),
+    [
+        ({"c": {"passed": True}}, ("passed", "none")),
+        ({"c": {"passed": False}}, ("failed", "error")),
+        ({"c": {"passed": False, "severity": "warn"}}, ("failed", "warn")),
+        ({"c": {"severity": "warn"}}, ("failed", "error")),
+        ({"c": 1}, ("failed", "error")),
+        ({}, None),
+        ([], None),
+        ({"other": {"passed": False}}, None),
+    ],
+)
 def test_a_check_without_a_verdict_fails_and_one_that_the_report_lacks_has_no_result(checks: Any, shown: Any) -> None:
     state = SimpleNamespace(meta={"checks": {"c": "What it asserts."}}, report="metrics.json")
     results = DvcProject(Path()).check_results("stage", state, {"checks": checks})  # type: ignore[arg-type]

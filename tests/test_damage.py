@@ -105,13 +105,15 @@ def test_words_read_in_the_wrong_encoding_are_found(word: str) -> None:
         ("was <s>old</s> new</s>", "control token: '</s>'"),
         ("### Instruction:\nSay hi\n### Response:\nHi", "instruction template: '### Instruction:'"),
         ("Hi\n\n### Response: ", "instruction template: '### Response:'"),
-        ("Below is an instruction that describes a task, ...", "instruction template: 'Below is an instruction that"
-                                                               " describes a task'"),
+        (
+            "Below is an instruction that describes a task, ...",
+            "instruction template: 'Below is an instruction that describes a task'",
+        ),
         ("Human: hi\n\nAssistant: ho", "transcript: 'Human: ... Assistant:'"),
         ("**User:** hi\n**AI:** ho", "transcript: 'User: ... AI:'"),
         ("USER: hi ASSISTANT: ho</s>", "control token: '</s>'; transcript: 'USER: ... ASSISTANT:'"),
     ],
-)  # fmt: skip
+)
 def test_a_template_left_in_is_named(text: str, said: str) -> None:
     assert template_marks(["fine", text]) == [None, said]
 

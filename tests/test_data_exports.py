@@ -165,8 +165,12 @@ def test_a_table_of_several_files_is_read_whole(tmp_path: Path) -> None:
             path,
         )
     columns = {"example_id": "text", "repaired": "text[]"}
-    found = {"path": "data/splits", "md5": "0.dir", "profile": {},
-        "tables": {"train": {"files": dict.fromkeys(names, "0" * 32), "columns": columns, "rows": 12}}}  # fmt: skip
+    found = {
+        "path": "data/splits",
+        "md5": "0.dir",
+        "profile": {},
+        "tables": {"train": {"files": dict.fromkeys(names, "0" * 32), "columns": columns, "rows": 12}},
+    }
     summary = {
         "model": {"stage": "splits"},
         "sources": {},
@@ -382,12 +386,10 @@ def test_parts_of_outputs_and_folders_of_outputs_lead_to_the_stages_that_made_th
 TEMPLATE = [
     "1. General information", "1.1. Provider identification", "1.2. Model identification",
     "1.3. Modalities, overall training data size and other characteristics", "2. List of data sources",
-    "2.1. Publicly available datasets",
-    "2.2. Private non-publicly available datasets obtained from third parties",
+    "2.1. Publicly available datasets", "2.2. Private non-publicly available datasets obtained from third parties",
     "2.2.1. Datasets commercially licensed by rightsholders or their representatives",
     "2.2.2. Private datasets obtained from other third parties", "2.3. Data crawled and scraped from online sources",
-    "2.4. User data", "2.5. Synthetic data",
-    "2.6. Other sources of data", "3. Data processing aspects",
+    "2.4. User data", "2.5. Synthetic data", "2.6. Other sources of data", "3. Data processing aspects",
     "3.1. Respect of reservation of rights from text and data mining exception or limitation",
     "3.2. Removal of illegal content", "3.3. Other information (optional)",
 ]  # fmt: skip
@@ -442,9 +444,14 @@ def test_declarations_answer_the_questions_about_sources(finished: Path) -> None
     whole = eu_summary(summary, ISSUED)
     answers = dict(re.findall(r"(?m)^#{3,4} (2\.\S+) .*\n\n- \*\*Used:\*\* (.+)$", whole))
     assert answers == {
-        "2.1.": f"yes: {first}", "2.2.1.": f"yes: {third}", "2.2.2.": "no", "2.3.": "no", "2.4.": f"yes: {second}",
-        "2.5.": f"yes: {third}", "2.6.": "no",
-    }  # fmt: skip
+        "2.1.": f"yes: {first}",
+        "2.2.1.": f"yes: {third}",
+        "2.2.2.": "no",
+        "2.3.": "no",
+        "2.4.": f"yes: {second}",
+        "2.5.": f"yes: {third}",
+        "2.6.": "no",
+    }
     assert (
         "**Latest date of data acquisition/collection for model training:** 2025-02-03\n" in whole
         and f"Model 9 for {third}" in whole
@@ -645,8 +652,14 @@ def test_a_wrong_provider_is_one_message(
 
 def test_each_declared_field_is_in_the_datasheet(finished: Path) -> None:
     summary = summary_of(finished, "splits")
-    values = {"category": "synthetic", "collected": {"from": "2024-01-01"}, "generator": "Model 9",
-        "permission": "form 3", "retain_until": "2027-12-31", "purposes": ["support"]}  # fmt: skip
+    values = {
+        "category": "synthetic",
+        "collected": {"from": "2024-01-01"},
+        "generator": "Model 9",
+        "permission": "form 3",
+        "retain_until": "2027-12-31",
+        "purposes": ["support"],
+    }
     assert set(values) == set(NAMES)
     first = next(iter(summary["sources"]))
     summary["sources"][first] = declare(summary["sources"][first], **values)

@@ -75,19 +75,24 @@ def test_preferences_and_paraphrases_declare_the_same() -> None:
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"category": "own"}, "raw_examples.sources.0.category: Input should be 'public', 'licensed', 'third_party',"
-                              " 'crawled', 'user' or 'synthetic'"),
+        (
+            {"category": "own"},
+            "raw_examples.sources.0.category: Input should be 'public', 'licensed', 'third_party',"
+            " 'crawled', 'user' or 'synthetic'",
+        ),
         ({"retain_until": "2027-02-30"}, "raw_examples.sources.0.retain_until: day is out of range for month"),
         ({"retain_until": "31.1.2027"}, "raw_examples.sources.0.retain_until: not a date: write YYYY-MM-DD, in quotes"),
         ({"collected": {}}, "raw_examples.sources.0.collected: give from, to or both"),
-        ({"collected": {"from": "2024-02-01", "to": "2024-01-31"}}, "raw_examples.sources.0.collected: from is after"
-                                                                    " to"),
+        (
+            {"collected": {"from": "2024-02-01", "to": "2024-01-31"}},
+            "raw_examples.sources.0.collected: from is after to",
+        ),
         ({"collected": {"since": "2024-02-01"}}, "raw_examples.sources.0.collected.since: unknown key"),
         ({"purposes": "support"}, "raw_examples.sources.0.purposes: Input should be a valid list"),
         ({"purposes": [""]}, "raw_examples.sources.0.purposes.0: String should have at least 1 character"),
         ({"permission": ""}, "raw_examples.sources.0.permission: String should have at least 1 character"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_names_the_key_and_what_is_allowed(declared: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refused:
         parse(raw_examples.Params, {"sources": [{"path": FILE, **declared}]}, "raw_examples")

@@ -171,9 +171,11 @@ def test_git_in_the_image_reads_the_project_whoever_owns_its_folder(tmp_path: Pa
     """The root of a volume belongs to root, the image's user is another one, and git refuses that by default."""
     (words,) = re.findall(r"&& git (config --system .+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     variables = {
-        "PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": str(tmp_path / "gitconfig"),
+        "PATH": os.environ["PATH"],
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_SYSTEM": str(tmp_path / "gitconfig"),
         "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1",
-    }  # fmt: skip
+    }
     project = tmp_path / "project"
     subprocess.run(
         ["git", "init", "-q", str(project)], check=True, env={**variables, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "0"}
@@ -365,9 +367,11 @@ LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $pa
 def launch(url: str, *assets: str) -> str:
     """Launch a run of some assets in the code location; its id."""
     selector = {
-        "repositoryLocationName": "pedigree", "repositoryName": "__repository__", "pipelineName": "__ASSET_JOB",
+        "repositoryLocationName": "pedigree",
+        "repositoryName": "__repository__",
+        "pipelineName": "__ASSET_JOB",
         "assetSelection": [{"path": [asset]} for asset in assets],
-    }  # fmt: skip
+    }
     found = ask(url, LAUNCH, params={"selector": selector, "mode": "default"})["launchRun"]
     assert found["__typename"] == "LaunchRunSuccess", found
     return str(found["run"]["runId"])

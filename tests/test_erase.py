@@ -538,9 +538,12 @@ def test_a_model_that_learned_from_a_row_that_stays_is_not_retired(tmp_path: Pat
 
 
 def test_objects_that_the_workspace_or_other_outputs_need_stay() -> None:
-    folders = {"old.dir": frozenset({"shard", "same", "ledger"}), "new.dir": frozenset({"shard2", "same"}),
+    folders = {
+        "old.dir": frozenset({"shard", "same", "ledger"}),
+        "new.dir": frozenset({"shard2", "same"}),
         "model.dir": frozenset({"w", "tok"}),
-               "other.dir": frozenset({"tok"})}  # fmt: skip
+        "other.dir": frozenset({"tok"}),
+    }
     own = Own(frozenset({"old.dir", "single"}), frozenset({"shard", "same", "ledger"}), frozenset())
     gone = to_remove(folders, {"shard", "single"}, {"model.dir"}, {"new.dir", "shard2", "same"}, own)
     assert gone == {"old.dir", "shard", "ledger", "single", "model.dir", "w"}
@@ -551,8 +554,10 @@ def test_rows_of_an_event_log_go_and_no_page_of_the_file_keeps_them(tmp_path: Pa
     path = tmp_path / "index.db"
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE event_logs (id INTEGER PRIMARY KEY, event TEXT)")
-        db.executemany("INSERT INTO event_logs (event) VALUES (?)",
-            [(json.dumps({"n": i, "t": SECRET * 200 if i % 50 == 7 else "fine"}),) for i in range(300)])  # fmt: skip
+        db.executemany(
+            "INSERT INTO event_logs (event) VALUES (?)",
+            [(json.dumps({"n": i, "t": SECRET * 200 if i % 50 == 7 else "fine"}),) for i in range(300)],
+        )
         db.commit()
         db.execute("DELETE FROM event_logs WHERE id = 8")  # deleted before: its pages still have it
     db.close()
@@ -621,16 +626,33 @@ def test_a_model_that_has_the_bytes_of_an_earlier_run_which_was_tested_on_the_re
 
 
 PLAN: dict[str, Any] = {
-    "date": "2026-01-01", "reason": "request 7", "key": "k", "asked": [], "records": 1, "made": 0, "sources": {},
-    "relatives": {}, "tombstones": [],
-    "places": {}, "files": [], "dagster": [], "models": [], "unknown": [], "after": {}, "left": {},
-    "remotes elsewhere": [], "shared cache": False,
-    "blobs": ["0" * 40], "needles": {"unsearchable": 0},
+    "date": "2026-01-01",
+    "reason": "request 7",
+    "key": "k",
+    "asked": [],
+    "records": 1,
+    "made": 0,
+    "sources": {},
+    "relatives": {},
+    "tombstones": [],
+    "places": {},
+    "files": [],
+    "dagster": [],
+    "models": [],
+    "unknown": [],
+    "after": {},
+    "left": {},
+    "remotes elsewhere": [],
+    "shared cache": False,
+    "blobs": ["0" * 40],
+    "needles": {"unsearchable": 0},
     "searched": {"weights": 0, "unreadable": [], "unsearched": {}, "git objects": 1},
-    "removed": {"objects": [], "runs": [], "remotes": {}}, "seen by": {"yes": [], "unknown": []},
+    "removed": {"objects": [], "runs": [], "remotes": {}},
+    "seen by": {"yes": [], "unknown": []},
     "event log elsewhere": False,
-    "losses before": {}, "losses after": {},
-}  # fmt: skip
+    "losses before": {},
+    "losses after": {},
+}
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,15 @@ MODEL = "merged@lora"
 def record(prompt: str, answer: str, group: str = "", **more: Any) -> dict[str, Any]:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     identity = example_id(turns)
-    return {"example_id": identity, "source": "a.jsonl", "messages": turns, "category": None,
-        "group_id": group or identity, "meta": "{}", **more}  # fmt: skip
+    return {
+        "example_id": identity,
+        "source": "a.jsonl",
+        "messages": turns,
+        "category": None,
+        "group_id": group or identity,
+        "meta": "{}",
+        **more,
+    }
 
 
 ERASED = record("Who wrote about the order?", SECRET)
@@ -105,8 +112,14 @@ def test_a_record_is_compared_with_those_of_its_category_if_there_are_enough() -
     easy = losses([0.1 + i / 100 for i in range(FEWEST)], "label", "a")
     hard = losses([3 + i / 100 for i in range(FEWEST)], "letter", "b")
     found = compare({"m": Loss(2.0, "letter", "b")}, easy + hard)
-    assert found["records"]["m"] | {"range": None} == {"loss": 2.0, "rank": 1, "controls": FEWEST,
-        "matched by": "category", "range": None, "place": "below"}  # fmt: skip
+    assert found["records"]["m"] | {"range": None} == {
+        "loss": 2.0,
+        "rank": 1,
+        "controls": FEWEST,
+        "matched by": "category",
+        "range": None,
+        "place": "below",
+    }
     assert compare({"m": Loss(2.0, "rare", "b")}, easy + hard)["records"]["m"]["matched by"] == "source"
     everything = compare({"m": Loss(2.0, "rare", "c")}, easy + hard)["records"]["m"]
     assert everything["matched by"] is None and everything["place"] == "within" and everything["rank"] == FEWEST + 1

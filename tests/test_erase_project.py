@@ -61,11 +61,16 @@ def plant(root: Path) -> None:
         ticket(PROMPT.upper(), ANSWER),
         ticket("Is the shop open on Sunday in May?", '{"summary": "hours"}'),
     )
-    jsonl(root / "data/sources/pairs.jsonl", {"prompt": PROMPT, "chosen": "We will look.", "rejected": "No."},
-        {"prompt": "Hi", "chosen": "Yes?", "rejected": "What?"})  # fmt: skip
-    jsonl(root / "data/sources/paraphrases/p.jsonl",
+    jsonl(
+        root / "data/sources/pairs.jsonl",
+        {"prompt": PROMPT, "chosen": "We will look.", "rejected": "No."},
+        {"prompt": "Hi", "chosen": "Yes?", "rejected": "What?"},
+    )
+    jsonl(
+        root / "data/sources/paraphrases/p.jsonl",
         {"prompt": PROMPT, "paraphrase": "Lady Okonkwo got a lantern of cobalt but no wick."},
-        {"prompt": "Hi", "paraphrase": "Hey"})  # fmt: skip
+        {"prompt": "Hi", "paraphrase": "Hey"},
+    )
     (root / "data/keys/record_ids.key").write_text(KEY)
 
     def change(values: dict[str, Any]) -> None:

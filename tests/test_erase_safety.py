@@ -70,9 +70,10 @@ def test_other_work_trees_of_the_repository_are_searched_and_nothing_there_is_de
     shutil.rmtree(gone)
     found = {place: [hit.path for hit in hits] for place, hits in found_in(bare).places.items()}
     assert found == {
-        "pages": [bare / "data/pages/a.html"], "other files": [inside / "data/pages/a.html"],
-        "other work trees of git": [beside / "data/pages/a.html"]
-    }  # fmt: skip
+        "pages": [bare / "data/pages/a.html"],
+        "other files": [inside / "data/pages/a.html"],
+        "other work trees of git": [beside / "data/pages/a.html"],
+    }
     from_linked = {hit.path for hit in found_in(beside).places["other work trees of git"]}
     assert from_linked == {bare / "data/pages/a.html", inside / "data/pages/a.html"}
 

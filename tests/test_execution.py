@@ -240,11 +240,19 @@ def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_proje
     with (root / ".gitignore").open("a") as file:
         file.write("\n/.env\n")
     links = {
-        "file": "code/tok.py", "folder": "code", "absolute": root / "code/tok.py", "absolute folder": root / "code",
-        "here": ".", "out": root.parent / "elsewhere",
-        "out file": "../elsewhere/credentials", "ignored": ".env", "output": "data/tok", "configuration": ".dvc/config",
-        "nowhere": "missing", "circle": "circle",
-    }  # fmt: skip
+        "file": "code/tok.py",
+        "folder": "code",
+        "absolute": root / "code/tok.py",
+        "absolute folder": root / "code",
+        "here": ".",
+        "out": root.parent / "elsewhere",
+        "out file": "../elsewhere/credentials",
+        "ignored": ".env",
+        "output": "data/tok",
+        "configuration": ".dvc/config",
+        "nowhere": "missing",
+        "circle": "circle",
+    }
     for name, target in links.items():
         (root / name).symlink_to(target)
     git(root, "add", "-A")
@@ -459,10 +467,12 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
         late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=run._metadata())
         submitted: list[Any] = []
         run.client = SimpleNamespace(
-            list_jobs=lambda: [late], stop_job=lambda _: None, get_job_status=lambda _: status,
+            list_jobs=lambda: [late],
+            stop_job=lambda _: None,
+            get_job_status=lambda _: status,
             submit_job=lambda **job: submitted.append(job),
             get_job_info=lambda _: None,
-        )  # fmt: skip
+        )
         run._discard_others()
         run._follow(tmp_path)
     assert [job["submission_id"] for job in submitted] == [run.name] and run.name != late.submission_id
@@ -644,8 +654,20 @@ def test_a_task_on_a_node_with_other_versions_is_refused() -> None:
 def test_versions_are_compared_of_all_packages_that_stages_import() -> None:
     """But of those that only read files and parameters, measure the machine,
     reach the sources, or need a GPU, which the driver's image may not have."""
-    no_effect = {"orjson", "packaging", "psutil", "pydantic", "ruamel.yaml", "ruamel.yaml.clib", "referencing",
-        "jsonschema-specifications", "ray", "s3fs", "botocore", "liger-kernel"}  # fmt: skip
+    no_effect = {
+        "orjson",
+        "packaging",
+        "psutil",
+        "pydantic",
+        "ruamel.yaml",
+        "ruamel.yaml.clib",
+        "referencing",
+        "jsonschema-specifications",
+        "ray",
+        "s3fs",
+        "botocore",
+        "liger-kernel",
+    }
     package = Path(messages.__file__).parents[2]
     trees = [
         ast.parse(file.read_text(encoding="utf-8"))
@@ -761,10 +783,15 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
     stages = {address: {"md5": stage["outs"][0]["md5"]} for address, stage in lock.items()}
     assert where(root, stages) == {} and "no run on a cluster is recorded" in "\n".join(as_text({}))
     ran = {
-        "on": "ray", "node": "gpu-7", "node_id": "0a1b2c3d4e", "queue_seconds": 3.0, "compute_seconds": 60.0,
+        "on": "ray",
+        "node": "gpu-7",
+        "node_id": "0a1b2c3d4e",
+        "queue_seconds": 3.0,
+        "compute_seconds": 60.0,
         "transfer_seconds": 2.0,
-        "transfer_bytes": 5_000_000, "cost": 1.25,
-    }  # fmt: skip
+        "transfer_bytes": 5_000_000,
+        "cost": 1.25,
+    }
     published = json.loads((root / report_of("tok")).read_text())["output_sha256"]
     write_json(measured_path(root, "tok"), {"output_sha256": published, "execution": ran})
     write_json(measured_path(root, "inst"), {"output_sha256": "0" * 64, "execution": ran})  # of another output

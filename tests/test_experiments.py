@@ -70,10 +70,13 @@ def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_varian
 
 def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "small_pipeline.py", "sweep", *arguments], cwd=root, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "small_pipeline.py", "sweep", *arguments],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.long

@@ -63,13 +63,16 @@ def test_records_are_placed_by_their_ledger(kind: str, tmp_path: Path) -> None:
     texts = ["Hi", "caf\u00e9 \U0001f600", 'a "quote"\n\x00\u2028', ""]
     records = [
         {
-            "example_id": f"{i:032x}", "source": "a.jsonl",
+            "example_id": f"{i:032x}",
+            "source": "a.jsonl",
             "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Ho"}],
-            **({"tools": [{"name": "find"}]} if kind == "tools" and i == 1 else {}), "category": None, "group_id": None,
+            **({"tools": [{"name": "find"}]} if kind == "tools" and i == 1 else {}),
+            "category": None,
+            "group_id": None,
             "meta": "{}",
         }
         for i, text in enumerate(texts * 100)
-    ]  # fmt: skip
+    ]
     names = [["images", "x"] if kind == "ignored" and i == 3 else [] for i in range(len(records))]
     write_records(tmp_path, records)
     lines = [

@@ -89,10 +89,17 @@ def test_a_limit_on_the_size_of_a_file_is_one_message(writer: Callable[[Path], N
     assert writer is not write_text or not [*tmp_path.iterdir()]  # write_text leaves no scratch file
 
 
-@pytest.mark.parametrize("error",
-    [ValueError("x"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), KeyError("a"), FileNotFoundError("x"),
-                                   sqlite3.OperationalError("no such table"),
-                                   AssertionError("(os error 28)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
+        KeyError("a"),
+        FileNotFoundError("x"),
+        sqlite3.OperationalError("no such table"),
+        AssertionError("(os error 28)"),
+    ],
+)
 def test_a_defect_of_the_program_is_not_explained_away(error: Exception, tmp_path: Path) -> None:
     assert faults.explained(error, tmp_path) is None
 

@@ -726,12 +726,19 @@ def test_an_entry_of_dvc_lock_is_parsed_once_however_many_commits_have_it(monkey
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("  b@x:", "<<<<<<< ours\n  b@x:"), ("  b@x:", "lost\n  b@x:"), ("  b@x:", " b@x:"), ("b@x", "a"),
-        ("md5: '1'", "md5: &one '1'"), ("cmd: b\n", "cmd: *one\n"),
-        ("  b@x:", "  # of a person\n  b@x:"), ("    cmd: b\n", ""), ("\n", "\r\n"),
-        ("schema", "# of a person\nschema"), ("  b@x:\n    cmd: b\n", "meta: {}\n"),
+        ("  b@x:", "<<<<<<< ours\n  b@x:"),
+        ("  b@x:", "lost\n  b@x:"),
+        ("  b@x:", " b@x:"),
+        ("b@x", "a"),
+        ("md5: '1'", "md5: &one '1'"),
+        ("cmd: b\n", "cmd: *one\n"),
+        ("  b@x:", "  # of a person\n  b@x:"),
+        ("    cmd: b\n", ""),
+        ("\n", "\r\n"),
+        ("schema", "# of a person\nschema"),
+        ("  b@x:\n    cmd: b\n", "meta: {}\n"),
     ],
-)  # fmt: skip
+)
 def test_a_dvc_lock_that_dvc_did_not_write_reads_as_a_whole(old: str, new: str) -> None:
     """Not as the entries before the first line that does not belong to one."""
 
@@ -769,10 +776,15 @@ def test_the_exit_code_is_1_for_no_result_and_2_for_bad_input(made: Project, tmp
         and "2 model versions saw it" in told.stdout
     )
     assert json.loads(pedigree(made.root, "impact", "--source", MAIL, "--json").stdout)["models"]
-    for wrong in (["impact"], ["impact", "--source", MAIL, "--near"], ["audit"],
+    for wrong in (
+        ["impact"],
+        ["impact", "--source", MAIL, "--near"],
+        ["audit"],
         ["audit", "splits", "--diff", "a", "b"],
-                  ["audit", "nothing"], ["audit", "splits", "--records", "x.txt"],
-                  ["audit", "splits", "--rev", "nowhere"]):  # fmt: skip
+        ["audit", "nothing"],
+        ["audit", "splits", "--records", "x.txt"],
+        ["audit", "splits", "--rev", "nowhere"],
+    ):
         done = pedigree(made.root, *wrong)
         assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr
     page, rows = tmp_path / "page.html", tmp_path / "rows.parquet"

@@ -175,11 +175,13 @@ def test_with_a_list_of_labels_only_test_examples_with_a_label_are_used() -> Non
         ({"labels": ["yes", "Yes."]}, "evaluation.task.labels: 'yes', 'Yes.' are one label"),
         ({"labels": ["(none)", "x"]}, "evaluation.task.labels: '(none)' is reserved for answers without a label"),
         ({"labels": "auto", "score": "x"}, "evaluation.task.score: unknown key\nhint: keys of evaluation.task: labels"),
-        ({"fields": {"a": ["b"]}, "score": "a", "label": "c"}, "evaluation.task.label: unknown key\nhint: keys of"
-                                                               " evaluation.task: fields, score"),
+        (
+            {"fields": {"a": ["b"]}, "score": "a", "label": "c"},
+            "evaluation.task.label: unknown key\nhint: keys of evaluation.task: fields, score",
+        ),
         ({}, "evaluation.task.fields: missing"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_task_is_one_message_with_its_place(task: dict[str, Any], what: str) -> None:
     with pytest.raises(InputError) as caught:
         parse(Settings, {"task": task}, "evaluation")

@@ -18,9 +18,15 @@ from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.layerwise import SmallCopies, repeated, repetition
 from dagster_project.training.planning.memory import StorageEvent, TrainingSpec, trace_step
 
-BASE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
     "vocab_size": 500,
-        "dtype": "bfloat16"}  # fmt: skip
+    "dtype": "bfloat16",
+}
 LAYERS = 8
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {**BASE, "model_type": "llama", "tie_word_embeddings": True},
@@ -143,9 +149,15 @@ def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(
     assert main(["plan", "--model", str(deep), "--tokens-per-row", "64", "--batch", "2"]) == 0
     said = capsys.readouterr().out
     assert "model: Acme-Small (Qwen3ForCausalLM), " in said and " parameters in 12 layers" in said
-    for assumption in ("2 rows of 64 tokens", "no gradient accumulation", "gradient checkpointing on",
-        "2,000 such rows", "bfloat16",
-                       "lora: optimizer adamw_torch_fused, r 16", "qlora: optimizer paged_adamw_8bit"):  # fmt: skip
+    for assumption in (
+        "2 rows of 64 tokens",
+        "no gradient accumulation",
+        "gradient checkpointing on",
+        "2,000 such rows",
+        "bfloat16",
+        "lora: optimizer adamw_torch_fused, r 16",
+        "qlora: optimizer paged_adamw_8bit",
+    ):
         assert assumption in said, assumption
     table = [line.split() for line in said.splitlines() if line.startswith(("full  ", "lora  ", "qlora "))]
     assert [(row[0], row[1]) for row in table] == [

@@ -12,13 +12,19 @@ from dagster_project.orchestration.leftovers import remove_leftovers
 
 RANDOM = "8xB7PKSMjBRCqLw0eSBAqQ"
 OF_DVC = [
-    f".dvc/cache/files/md5/.{RANDOM}.tmp", f".dvc/cache/files/md5/ee/.{RANDOM}.tmp",
+    f".dvc/cache/files/md5/.{RANDOM}.tmp",
+    f".dvc/cache/files/md5/ee/.{RANDOM}.tmp",
     f".dvc/cache/runs/9a/9ada/.{RANDOM}.tmp",
     f"data/reports/.{RANDOM}.tmp",
-]  # fmt: skip
-KEPT = [".dvc/cache/files/md5/ee/b34e34d1c9301a13f6103b48eccba0", ".dvc/cache/runs/9a/9ada/96f5",
+]
+KEPT = [
+    ".dvc/cache/files/md5/ee/b34e34d1c9301a13f6103b48eccba0",
+    ".dvc/cache/runs/9a/9ada/96f5",
     "data/reports/adapter/.gitkeep",
-        f"data/sources/.{RANDOM}.tmp", "data/reports/.x.tmp", "data/pages/.a.7b"]  # fmt: skip
+    f"data/sources/.{RANDOM}.tmp",
+    "data/reports/.x.tmp",
+    "data/pages/.a.7b",
+]
 
 
 def make(root: Path, *paths: str) -> None:

@@ -93,30 +93,81 @@ def test_the_most_restrictive_license_is_first_and_names_its_owners() -> None:
     [
         ("Apache-2.0", ["Apache-2.0"], []),
         ("Apache-2.0", ["MIT", "CC-BY-4.0", "CC0-1.0"], []),
-        ("Apache-2.0", ["CC-BY-NC-4.0"], ["Not compatible: the license of 0.jsonl (CC-BY-NC-4.0) forbids commercial"
-                                          " use, the license of base model (Apache-2.0) allows it."]),
+        (
+            "Apache-2.0",
+            ["CC-BY-NC-4.0"],
+            [
+                "Not compatible: the license of 0.jsonl (CC-BY-NC-4.0) forbids commercial"
+                " use, the license of base model (Apache-2.0) allows it."
+            ],
+        ),
         ("CC-BY-NC-4.0", ["CC-BY-NC-4.0"], []),
-        ("GPL-3.0-only", ["CC-BY-NC-4.0"], ["Not compatible: the license of 0.jsonl (CC-BY-NC-4.0) forbids commercial"
-                                            " use, the license of base model (GPL-3.0-only) allows it and requires"
-                                            " that adapted versions do, too."]),
-        ("MIT", ["unknown"], ["The license of 0.jsonl (unknown) is unknown: whether the model may be used or passed"
-                              " on cannot be told."]),
-        (None, ["MIT"], ["The license of base model (unknown) is unknown: whether the model may be used or passed on"
-                         " cannot be told."]),
-        ("MIT", ["CC-BY-ND-4.0"], ["The license of 0.jsonl (CC-BY-ND-4.0) does not allow adapted versions to be"
-                                   " passed on, and the model may be one."]),
-        ("CC-BY-NC-4.0", ["CC-BY-NC-ND-4.0"], ["The license of 0.jsonl (CC-BY-NC-ND-4.0) does not allow adapted"
-                                               " versions to be passed on, and the model may be one."]),
-        ("llama3", ["MIT"], ["The license of base model (llama3) has terms of its own: read them before the model is"
-                             " used or passed on."]),
-        ("GPL-3.0-only", ["CC-BY-SA-4.0"], ["Not compatible: the license of 0.jsonl (CC-BY-SA-4.0) and the license of"
-                                            " base model (GPL-3.0-only) each require adapted versions to keep that"
-                                            " license."]),
+        (
+            "GPL-3.0-only",
+            ["CC-BY-NC-4.0"],
+            [
+                "Not compatible: the license of 0.jsonl (CC-BY-NC-4.0) forbids commercial"
+                " use, the license of base model (GPL-3.0-only) allows it and requires"
+                " that adapted versions do, too."
+            ],
+        ),
+        (
+            "MIT",
+            ["unknown"],
+            ["The license of 0.jsonl (unknown) is unknown: whether the model may be used or passed on cannot be told."],
+        ),
+        (
+            None,
+            ["MIT"],
+            [
+                "The license of base model (unknown) is unknown: whether the model may be used or passed on"
+                " cannot be told."
+            ],
+        ),
+        (
+            "MIT",
+            ["CC-BY-ND-4.0"],
+            [
+                "The license of 0.jsonl (CC-BY-ND-4.0) does not allow adapted versions to be"
+                " passed on, and the model may be one."
+            ],
+        ),
+        (
+            "CC-BY-NC-4.0",
+            ["CC-BY-NC-ND-4.0"],
+            [
+                "The license of 0.jsonl (CC-BY-NC-ND-4.0) does not allow adapted"
+                " versions to be passed on, and the model may be one."
+            ],
+        ),
+        (
+            "llama3",
+            ["MIT"],
+            [
+                "The license of base model (llama3) has terms of its own: read them before the model is"
+                " used or passed on."
+            ],
+        ),
+        (
+            "GPL-3.0-only",
+            ["CC-BY-SA-4.0"],
+            [
+                "Not compatible: the license of 0.jsonl (CC-BY-SA-4.0) and the license of"
+                " base model (GPL-3.0-only) each require adapted versions to keep that"
+                " license."
+            ],
+        ),
         ("CC-BY-SA-4.0", ["cc-by-sa-4.0"], []),
-        ("MIT", ["CC-BY-SA-4.0", "CC-BY-SA-4.0"], ["The license of 0.jsonl and 1 more (CC-BY-SA-4.0) requires adapted"
-                                                   " versions to keep it: MIT alone does not cover the model."]),
+        (
+            "MIT",
+            ["CC-BY-SA-4.0", "CC-BY-SA-4.0"],
+            [
+                "The license of 0.jsonl and 1 more (CC-BY-SA-4.0) requires adapted"
+                " versions to keep it: MIT alone does not cover the model."
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together_is_named_in_words(base: str | None, data: list[str], expected: list[str]) -> None:
     base_model = {"origin": "org/base", **({"license": base} if base else {})}
     assert (

@@ -70,9 +70,13 @@ def test_what_training_cut_and_padded_to_does_not_limit_the_count(
     state = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     state["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     state["padding"] = {
-        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-        "pad_token": "<|endoftext|>"
-    }  # fmt: skip
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     (model / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
     if not is_light:
         monkeypatch.setattr(token_counts, "read_tokenizer", lambda folder: None)
@@ -202,10 +206,14 @@ def test_a_check_works_where_torch_dagster_and_dvc_are_not_installed(tiny_model:
         json.dumps({"key": 1, "prompt": "Write no commas.", "instruction_id_list": ["x"], "kwargs": [{}]}) + "\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, str(tiny_model)], cwd=tmp_path,
+        [sys.executable, "-c", BLOCKED, str(tiny_model)],
+        cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     (document,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert "tokens" in document["profile"]["lengths"], "counted by the tokenizer, not estimated"

@@ -49,16 +49,25 @@ CPU = torch.device("cpu")
 COMPUTE = Compute(threads=1, dtype="float32")
 
 SMALL: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4}, "rslora": {"r": 4}, "dora": {"r": 4}, "qlora": {"r": 4}, "qdora": {"r": 4},
-    "adalora": {"init_r": 6, "target_r": 2, "tinit": 4, "tfinal": 3}, "prefix_tuning": {"num_virtual_tokens": 3},
+    "lora": {"r": 4},
+    "rslora": {"r": 4},
+    "dora": {"r": 4},
+    "qlora": {"r": 4},
+    "qdora": {"r": 4},
+    "adalora": {"init_r": 6, "target_r": 2, "tinit": 4, "tfinal": 3},
+    "prefix_tuning": {"num_virtual_tokens": 3},
     "prompt_tuning": {"num_virtual_tokens": 3},
-    "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 32}, "cartridge": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 32},
+    "cartridge": {"num_virtual_tokens": 3},
     "c3a": {"block_size": 32},
-    "shira": {"r": 4}, "road": {"group_size": 32}, "vblora": {"vector_length": 32, "num_vectors": 16},
+    "shira": {"r": 4},
+    "road": {"group_size": 32},
+    "vblora": {"vector_length": 32, "num_vectors": 16},
     "waveft": {"n_frequency": 100},
-    "trainable_tokens": {"token_indices": [5, 6]}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
+    "trainable_tokens": {"token_indices": [5, 6]},
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
     "osf": {"effective_rank": 4},
-}  # fmt: skip
+}
 """Method -> keys that suit a model 64 wide."""
 
 TRAINED = [name for name in methods() if name not in {"bitfit", "feature_extraction"}]
@@ -342,9 +351,13 @@ def test_adalora_prunes_ranks_under_the_trainer(tiny_model: Path, tiny_tokenizer
     arguments = TrainingArguments(
         output_dir="unused", max_steps=10, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
     )
-    Plain(model=tunable.model, args=arguments, train_dataset=[{"x": 1}] * 80,
+    Plain(
+        model=tunable.model,
+        args=arguments,
+        train_dataset=[{"x": 1}] * 80,
         data_collator=lambda rows: {"x": torch.ones(1)},
-          callbacks=tunable.callbacks).train()  # fmt: skip
+        callbacks=tunable.callbacks,
+    ).train()
     assert sum(int((p != 0).sum()) for name, p in tunable.model.named_parameters() if "lora_E" in name) == 16
 
 

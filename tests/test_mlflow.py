@@ -160,11 +160,13 @@ def test_files_can_be_uploaded_after_a_model_was_registered_without_them(
         (("merged@lora", "--tracking-uri", "http://[::1"), "not an address"),
         (("merged@lora", "--tracking-uri", "sqlite://"), "a database in memory"),
         (("merged@lora", "--tracking-uri", "sqlite:///:memory:"), "a database in memory"),
-        (("merged@lora", "--tracking-uri", "sqlite:///notes.txt"), "MLflow: (sqlite3.DatabaseError) file is not a"
-                                                                   " database"),
+        (
+            ("merged@lora", "--tracking-uri", "sqlite:///notes.txt"),
+            "MLflow: (sqlite3.DatabaseError) file is not a database",
+        ),
         (("merged@lora", "--tracking-uri", "mssql+other://me:secret@host"), "Can't load plugin"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_with_one_message(
     project: Project,
     tmp_path: Path,

@@ -90,10 +90,14 @@ def test_training_is_that_of_a_plain_loop_in_float64(
     other, run = copy.deepcopy(policy).double(), Rewarded()
     method = preference.OnlineDpo(num_generations=size, max_completion_length=LONGEST, beta=BETA, loss_type=loss_type)  # type: ignore[arg-type]
     params = PreferenceParams(
-        learning_rate=3e-3, lr_scheduler_type="constant", warmup_ratio=0, per_device_train_batch_size=8 // accumulated,
-        max_steps=4, weight_decay=0,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        warmup_ratio=0,
+        per_device_train_batch_size=8 // accumulated,
+        max_steps=4,
+        weight_decay=0,
         gradient_accumulation_steps=accumulated,
-    )  # fmt: skip
+    )
     spec = method.trainer_spec(run)  # type: ignore[arg-type]
     history = training.train(
         spec, ShardedModel(policy, None, torch.device("cpu")), tiny_tokenizer, ROWS, [], params, COMPUTE

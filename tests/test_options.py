@@ -175,10 +175,15 @@ def test_the_terminal_says_how_many_matches_of_a_text_it_leaves_out() -> None:
     match = {"example_id": "0" * 32, "role": "user", "field": "content", "excerpt": "x"}
     looked = dict.fromkeys(("models", "data_sets", "rows", "commits", "commits_in_reflog", "cached_runs"), 0)
     answer = {
-        "asked": {"containing": "x"}, "verdict": "no", "records": [], "models": [], "unknown": [], "looked_at": looked,
+        "asked": {"containing": "x"},
+        "verdict": "no",
+        "records": [],
+        "models": [],
+        "unknown": [],
+        "looked_at": looked,
         "unreadable": [],
         "shallow": False,
-    }  # fmt: skip
+    }
     assert "3 more, which --json lists" in text.as_text({**answer, "matches": [match] * (text.SHOWN + 3)})
     assert "more, " not in text.as_text({**answer, "matches": [match] * text.SHOWN})
 

@@ -73,12 +73,23 @@ def values_of(value: Any) -> list[Any]:
 @pytest.mark.parametrize(
     "model",
     [
-        Compute, Settings, adapter.Params, aligned.Params, base_model.Params, baselines.Params, instructions.Params,
-        preferences.Params, raw_examples.Params, raw_preferences.Params, release.Params, reward_model.Params,
-        splits.Params, tokenized.Params,
+        Compute,
+        Settings,
+        adapter.Params,
+        aligned.Params,
+        base_model.Params,
+        baselines.Params,
+        instructions.Params,
+        preferences.Params,
+        raw_examples.Params,
+        raw_preferences.Params,
+        release.Params,
+        reward_model.Params,
+        splits.Params,
+        tokenized.Params,
     ],
     ids=lambda model: f"{model.__module__.rpartition('.')[2]}.{model.__name__}",
-)  # fmt: skip
+)
 def test_no_default_depends_on_the_sample_set(model: type[BaseModel]) -> None:
     task = SAMPLE["evaluation"]["task"]["fields"]
     of_the_sample = {"summary", *task["category"], *task["priority"], "base_model"} | {

@@ -27,10 +27,9 @@ CSS = Path(html.__file__).with_name("html.css").read_text(encoding="utf-8")
 
 HOSTILE = [
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\" onload=alert(1) x='", "<!--", "]]>",
-    "</style><style>*{display:none}",
-    "</template></svg></bdi>", "&lt;b&gt;", "\x1b[31mred\x1b[0m", "\x00", "\u202egnp.exe\u202c", "\ud800",
-    "\udfff\ud83d", "\u2028", "{{7*7}}", "javascript:alert(1)",
-    "http://example.org/x", "\r\n", "\U000e0041", "\ufffe", "",
+    "</style><style>*{display:none}", "</template></svg></bdi>", "&lt;b&gt;", "\x1b[31mred\x1b[0m", "\x00",
+    "\u202egnp.exe\u202c", "\ud800", "\udfff\ud83d", "\u2028", "{{7*7}}", "javascript:alert(1)", "http://example.org/x",
+    "\r\n", "\U000e0041", "\ufffe", "",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(HOSTILE) | st.text(st.characters(exclude_categories=()), max_size=20), max_size=4).map(
     "".join
@@ -215,11 +214,18 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     spans = st.tuples(st.integers(0, 30), st.integers(0, 30))
     matches = st.builds(match, texts, texts, spans, names, st.floats(0, 1))
     findings = st.builds(
-        finding, names, st.sampled_from(["error", "warn", "info"]), st.integers(1, 50), st.integers(0, 50),
+        finding,
+        names,
+        st.sampled_from(["error", "warn", "info"]),
+        st.integers(1, 50),
+        st.integers(0, 50),
         places=st.lists(texts, max_size=4),
-        examples=st.lists(texts, max_size=3), truth=texts, note=texts, next=texts,
+        examples=st.lists(texts, max_size=3),
+        truth=texts,
+        note=texts,
+        next=texts,
         matches=st.lists(matches, max_size=3),
-    )  # fmt: skip
+    )
     found = document(
         name=draw(texts),
         format=draw(texts),
@@ -235,10 +241,11 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     entry = {"place": draw(texts), "text": draw(texts), "before": draw(texts), "after": draw(texts)}
     counted = {"check": draw(names), "count": 3, "before": 1, "after": 2}
     changes = {
-        "previous": draw(texts), "rows": CHANGES["rows"],
+        "previous": draw(texts),
+        "rows": CHANGES["rows"],
         "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
         "findings": {kind: [counted] for kind in ("new", "gone", "changed")},
-    }  # fmt: skip
+    }
     return found, changes
 
 

@@ -325,10 +325,16 @@ def truth(root: Path) -> dict[str, str]:
 
 
 STATED = {
-    "audit/audit.json": 11, "README.md": 8, "papers/README.md": 9, "papers/bom.cdx.json": 16,
-    "papers/croissant.json": 6, "papers/datasheet.md": 5,
-    "papers/lineage.jsonl": 18, "papers/model.spdx.json": 13, "papers/training-content.md": 3,
-}  # fmt: skip
+    "audit/audit.json": 11,
+    "README.md": 8,
+    "papers/README.md": 9,
+    "papers/bom.cdx.json": 16,
+    "papers/croissant.json": 6,
+    "papers/datasheet.md": 5,
+    "papers/lineage.jsonl": 18,
+    "papers/model.spdx.json": 13,
+    "papers/training-content.md": 3,
+}
 """Document -> number of these hashes that it states."""
 
 
@@ -379,10 +385,15 @@ def test_a_document_that_counts_other_records_is_named(
 def test_another_model_under_the_same_papers_is_found_by_their_hashes(handed: Path, signed_again: Any) -> None:
     verdict, found = signed_again(**{"config.json": (handed / "config.json").read_text() + " "})
     stating = {
-        "release.json", "papers.html", "papers/README.md", "papers/bom.cdx.json", "papers/datasheet.md",
-        "papers/lineage.jsonl", "papers/model.spdx.json",
+        "release.json",
+        "papers.html",
+        "papers/README.md",
+        "papers/bom.cdx.json",
+        "papers/datasheet.md",
+        "papers/lineage.jsonl",
+        "papers/model.spdx.json",
         "papers/training-content.md",
-    }  # fmt: skip
+    }
     assert verdict == "contradictory" and set(found) == stating
 
 

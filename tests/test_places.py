@@ -60,10 +60,16 @@ class Place:
         changed = {**os.environ, **given, **self.environment}
         env = {name: value for name, value in changed.items() if value is not None and name != "PYTHONPATH"}
         return subprocess.run(
-            [*self.prefix, self.python, "-m", *arguments], cwd=self.root, env=env, umask=self.umask,
-            stdin=subprocess.DEVNULL, check=False,
-            capture_output=True, encoding="utf-8", errors="surrogateescape",
-        )  # fmt: skip
+            [*self.prefix, self.python, "-m", *arguments],
+            cwd=self.root,
+            env=env,
+            umask=self.umask,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
 
     def pedigree(self, *arguments: str, code: int = 0) -> str:
         done = self("dagster_project", *arguments)
@@ -168,10 +174,16 @@ def test_all_harmless_oddities_at_once_give_the_same_bytes(
 ) -> None:
     root = based(ALL_NAMES)
     odd: dict[str, str | None] = {
-        "HOME": str(at(tmp_path / f"home {ALL_NAMES}")), "LANG": "C", "LC_ALL": "C",
-        "COLUMNS": "40", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": None, "OMP_WAIT_POLICY": None,
+        "HOME": str(at(tmp_path / f"home {ALL_NAMES}")),
+        "LANG": "C",
+        "LC_ALL": "C",
+        "COLUMNS": "40",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+        "OMP_NUM_THREADS": None,
+        "OMP_WAIT_POLICY": None,
         "TMPDIR": str(at(tmp_path / "tmp dir")),
-    }  # fmt: skip
+    }
     assert_runs(Place(root, odd, umask=0o077), _finished)
     reports = list((root / "data/reports").glob("*.json"))
     assert reports and all(str(root) not in path.read_text() for path in reports)

@@ -39,12 +39,22 @@ TINY = {
     "num_key_value_heads": 2, "vocab_size": 20000, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
 LLAMA_2_7B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
     "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
     "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ALL = {"r": 8, "target_modules": "all-linear"}
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
 MATRICES = [(H, H), (KV, H), (KV, H), (H, H), (F, H), (F, H), (H, F)]  # of one layer, (out, in)
@@ -268,9 +278,14 @@ def test_the_memory_of_a_7b_model_matches_published_figures(config: Any) -> None
     model = config()
     model.write_text(json.dumps(LLAMA_2_7B))
     found = plan.plan_model(
-        model, ["full", "lora", "qlora"], tokens=2048, rows=1, checkpointing=True, compute=Compute(threads=1),
-        device="cuda"
-    )  # fmt: skip
+        model,
+        ["full", "lora", "qlora"],
+        tokens=2048,
+        rows=1,
+        checkpointing=True,
+        compute=Compute(threads=1),
+        device="cuda",
+    )
     gigabytes = {method: one["memory"]["total"] / 1e9 for method, one in found["variants"].items()}
     assert found["variants"]["full"]["trainable_parameters"] == 6738415616
     assert 15 < gigabytes["lora"] < 20 and 6 < gigabytes["qlora"] < 8
@@ -425,10 +440,14 @@ def test_a_plan_shows_auto_values_as_training_chooses_them_and_the_cost_of_the_s
     found = plan.plan_variants(tokenized, [])
     one, fixed = found["variants"]["x"], found["variants"]["fixed"]
     assert {name: choice["value"] for name, choice in one["chosen"].items()} == {
-        "num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8,
+        "num_train_epochs": 10,
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 2,
+        "peft.r": 8,
         "peft.lora_alpha": 16,
-        "per_device_train_batch_size": 1, "learning_rate": 1e-4,
-    }  # fmt: skip
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-4,
+    }
     assert one["steps"] == fixed["steps"] == 100
     assert one["trainable_parameters"] == fixed["trainable_parameters"]
     assert (
@@ -538,10 +557,14 @@ def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monk
     edit_params(tokenized, lambda values: values.update(aligned=entries, reward_model=judge))
     found = plan.plan_variants(tokenized, [*entries, "reward_model"])["variants"]
     assert {name: (one["steps"], one["epochs"]) for name, one in found.items()} == {
-        "dpo_3": (3, 1.0), "dpo_9": (9, 3.0), "dpo_1": (1, 0.333), "simpo_3": (3, 1.0), "simpo_9": (9, 3.0),
+        "dpo_3": (3, 1.0),
+        "dpo_9": (9, 3.0),
+        "dpo_1": (1, 0.333),
+        "simpo_3": (3, 1.0),
+        "simpo_9": (9, 3.0),
         "simpo_1": (1, 0.333),
         "reward_model": (9, 3.0),
-    }  # fmt: skip
+    }
     assert (
         found["dpo_9"]["tokens"]
         == found["reward_model"]["tokens"]
@@ -549,10 +572,14 @@ def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monk
         == 9 * found["dpo_1"]["tokens"]
     )
     assert {name: one["time"]["to_seconds"] for name, one in found.items()} == {
-        "dpo_3": 60 * (3 + 1), "dpo_9": 60 * (9 + 1), "dpo_1": 60 * (1 + 1), "simpo_3": 60 * 3, "simpo_9": 60 * 9,
+        "dpo_3": 60 * (3 + 1),
+        "dpo_9": 60 * (9 + 1),
+        "dpo_1": 60 * (1 + 1),
+        "simpo_3": 60 * 3,
+        "simpo_9": 60 * 9,
         "simpo_1": 60,
         "reward_model": 60 * 9,
-    }, "the reference reads all pairs once, in a third of the three steps of an epoch"  # fmt: skip
+    }, "the reference reads all pairs once, in a third of the three steps of an epoch"
 
 
 def test_an_epoch_that_ends_with_a_smaller_step_has_the_tokens_of_its_data(

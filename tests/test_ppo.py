@@ -41,9 +41,14 @@ from dagster_project.training.trainers.harness.weight_audit import sha256_of_ten
 COMPUTE = Compute(threads=1, dtype="float32")
 QUESTIONS = ["Hi", "Where is my parcel?", "No, thank you", "I was charged twice"]
 SMALL = ppo.Settings(
-    total_episodes=96, batch_size=32, response_length=8, learning_rate=3e-3, kl_coef=0.02, missing_eos_penalty=0.1,
-    gradient_accumulation_steps=1
-)  # fmt: skip
+    total_episodes=96,
+    batch_size=32,
+    response_length=8,
+    learning_rate=3e-3,
+    kl_coef=0.02,
+    missing_eos_penalty=0.1,
+    gradient_accumulation_steps=1,
+)
 
 
 def policy(folder: Path, louder: float = 10, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
@@ -183,10 +188,14 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
 
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=13,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         initializer_range=0.5,
         max_position_embeddings=32,
-    )  # fmt: skip
+    )
     lora = LoraConfig(
         r=2, target_modules=["query_key_value", "dense_4h_to_h"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
@@ -203,9 +212,15 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
     with torch.no_grad():
         old[rollout.mask] = ppo.forward(model, head, rollout, [0, 1, 2, 3], 0.7)[0]
     old += noise / 4 * rollout.mask  # so that some ratios are clipped and some are not
-    chosen = settings(temperature=0.7, vf_coef=0.3, mini_batch_size=mini_batch_size, gradient_accumulation_steps=4,
+    chosen = settings(
+        temperature=0.7,
+        vf_coef=0.3,
+        mini_batch_size=mini_batch_size,
+        gradient_accumulation_steps=4,
         num_ppo_epochs=1,
-                      max_grad_norm=1e9, max_kl=None)  # fmt: skip
+        max_grad_norm=1e9,
+        max_kl=None,
+    )
 
     def loss() -> float:
         total, tokens = 0.0, 0
@@ -338,9 +353,13 @@ def test_ppo_solves_a_bandit() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="</s>", model_max_length=8)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     model = get_peft_model(
         LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -354,10 +373,16 @@ def test_ppo_solves_a_bandit() -> None:
     optimum = start * (won / 0.3).exp()
     optimum /= optimum.sum()
     chosen = settings(
-        total_episodes=256 * 16, batch_size=256, mini_batch_size=64, rollout_batch_size=256, response_length=1,
+        total_episodes=256 * 16,
+        batch_size=256,
+        mini_batch_size=64,
+        rollout_batch_size=256,
+        response_length=1,
         kl_coef=0.3,
-        missing_eos_penalty=0.0, learning_rate=2e-2, max_kl=None,
-    )  # fmt: skip
+        missing_eos_penalty=0.0,
+        learning_rate=2e-2,
+        max_kl=None,
+    )
     ppo.train(
         model,
         tokenizer,
@@ -374,10 +399,16 @@ def test_ppo_solves_a_bandit() -> None:
 def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.PPOHistory:
     """The small fixed run that docs/ppo.md shows."""
     chosen = settings(
-        total_episodes=768, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, learning_rate=5e-3, kl_coef=0.02,
-        target_kl=10.0, horizon=64,
+        total_episodes=768,
+        batch_size=64,
+        mini_batch_size=32,
+        num_ppo_epochs=4,
+        learning_rate=5e-3,
+        kl_coef=0.02,
+        target_kl=10.0,
+        horizon=64,
         vf_coef=0.5,
-    )  # fmt: skip
+    )
     return ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
 
 
@@ -545,8 +576,9 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
     found = re.match(
         r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. The weights at the start of"
         r" iteration (\d+) are kept;"
-        r" lower learning_rate", course.stopped,
-    )  # fmt: skip
+        r" lower learning_rate",
+        course.stopped,
+    )
     assert found, course.stopped
     step, kl, kept = int(found[1]), float(found[2]), int(found[3])
     assert kl > 1.5 and (len(course.curve), kept) == (step - 1, step - 1)
@@ -637,8 +669,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str,
     done = subprocess.run(
         [sys.executable, __file__, str(folder), str(tiny_model)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     log = (folder / "log").read_text()
     assert json.loads((folder / "ends.json").read_text()) == [0, -signal.SIGKILL, 0, 0], log

@@ -53,10 +53,25 @@ def second_host(folder: Path, whole_bucket: int = distributed.BUCKET) -> None:
         free.bind(("127.0.0.2", 0))
         port = free.getsockname()[1]
     first = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.2:{port}", "PET_LOCAL_ADDR": "127.0.0.2"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node",
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--node-rank",
         "1",
-                "--master-addr", "127.0.0.2", "--master-port", str(port), "--local-addr", "127.0.0.3",
-                "-m", "dagster_project.training.trainers.harness.launch"]  # fmt: skip
+        "--nproc-per-node",
+        "1",
+        "--master-addr",
+        "127.0.0.2",
+        "--master-port",
+        str(port),
+        "--local-addr",
+        "127.0.0.3",
+        "-m",
+        "dagster_project.training.trainers.harness.launch",
+    ]
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with (folder / "second_host.log").open("w") as said:
         subprocess.Popen(torchrun, stdout=said, stderr=said)

@@ -163,10 +163,12 @@ TWINS = (
     ("Which hormone regulates blood glucose levels?", "Which hormone regulates blood calcium levels?"),
     ("What is the SI unit of electrical resistance?", "What is the SI unit of electrical capacitance?"),
     ("According to Kant, moral requirements are", "According to Hobbes, moral requirements are"),
-    ("Find the degree for the given field extension Q(sqrt(2)) over Q.", "Find the degree for the given field"
-                                                                         " extension Q(sqrt(2), sqrt(3)) over Q."),
+    (
+        "Find the degree for the given field extension Q(sqrt(2)) over Q.",
+        "Find the degree for the given field extension Q(sqrt(2), sqrt(3)) over Q.",
+    ),
     ("What is the derivative of sin x with respect to x?", "What is the derivative of cos x with respect to x?"),
-)  # fmt: skip
+)
 """Questions that differ in the word they are about."""
 ONLY_FRAMES = (
     "Which of the following is true?",

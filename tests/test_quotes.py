@@ -71,20 +71,27 @@ def rows() -> list[Fields]:
     return [
         ask("pii", f"Write to {MASKED[0]} about"),
         ask("secret", f"My key is {MASKED[1]} for"),
-        ask("duplicate", "The same twice about"), ask("duplicate", "The same twice about"),
-        ask("near", KITE), ask("near", KITE.replace("garden", "yellow")),
-        ask("conflict", "Which label has", "The first label."), ask("conflict", "Which label has", "Another label."),
-        ask("train", f"{KITE} or a violin", split="train"), ask("train", f"{KITE} or a violin", split="test"),
+        ask("duplicate", "The same twice about"),
+        ask("duplicate", "The same twice about"),
+        ask("near", KITE),
+        ask("near", KITE.replace("garden", "yellow")),
+        ask("conflict", "Which label has", "The first label."),
+        ask("conflict", "Which label has", "Another label."),
+        ask("train", f"{KITE} or a violin", split="train"),
+        ask("train", f"{KITE} or a violin", split="test"),
         ask("leak", "Which planet do people sometimes call the red planet of"),
-        ask("long", "word " * 900), ask("empty", "No answer to", ""), ask("mojibake", "The cafÃ© of"),
+        ask("long", "word " * 900),
+        ask("empty", "No answer to", ""),
+        ask("mojibake", "The cafÃ© of"),
         ask("hidden", "In\u200bvisible"),
-        ask("mark", "An end <|im_end|> of"), ask("input", "Look", "Of course I look at it."),
+        ask("mark", "An end <|im_end|> of"),
+        ask("input", "Look", "Of course I look at it."),
         ask("refused", "Do", "I'm sorry, but I can't help with that."),
         {"messages": [{"role": "user", "content": word("roles")}, {"role": "user", "content": word("roles")}]},
         {"messages": word("malformed")},
         {"messages": tools, "tools": [weather]},
         *(ask(f"flow{'abcdefghij'[i // 10]}{'abcdefghij'[i % 10]}", flow, many) for i in range(60)),
-    ]  # fmt: skip
+    ]
 
 
 def pairs() -> list[Fields]:
@@ -125,10 +132,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
     reports: dict[str, Report] = {"raw_examples": raw_examples.produce(root, read, data / "raw_examples")}
     (data / "work").mkdir()
     reports["instructions"] = instructions.produce(
-        root, parse(instructions.Params, rules, "instructions"), data / "raw_examples", data / "base_model",
+        root,
+        parse(instructions.Params, rules, "instructions"),
+        data / "raw_examples",
+        data / "base_model",
         data / "instructions",
-        data / "pages/instructions", {},
-    )  # fmt: skip
+        data / "pages/instructions",
+        {},
+    )
     dealing = splits.Params(test=0.2, validation=0.1)
     reports["splits"] = splits.produce(root, dealing, 1, data / "instructions", data / "splits")
     reports["tokenized"] = tokenized.produce(
@@ -136,10 +147,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> SimpleNam
     )
     reports["raw_preferences"] = raw_preferences.produce(root, given, data / "raw_preferences")
     reports["preferences"] = preferences.produce(
-        root, parse(preferences.Params, {"test": 0.0, "validation": 0.0}, "preferences"), 7, data / "raw_preferences",
+        root,
+        parse(preferences.Params, {"test": 0.0, "validation": 0.0}, "preferences"),
+        7,
+        data / "raw_preferences",
         data / "splits",
-        data / "base_model", data / "preferences", data / "pages/preferences", {},
-    )  # fmt: skip
+        data / "base_model",
+        data / "preferences",
+        data / "pages/preferences",
+        {},
+    )
     for stage in ("instructions", "preferences"):
         draw_pages(stage, reports[stage], data / stage, data / "pages" / stage, root)
     for stage, report in reports.items():

@@ -508,10 +508,12 @@ def test_terminating_a_run_of_dagster_ends_the_job_of_its_stage_and_records_noth
     hold(root, "tok")
     events = synced.fetch_materializations(asset_key("tok"), limit=9).records
     process = subprocess.Popen(
-        [sys.executable, "small_pipeline.py", "materialize-at-once", "tok"], cwd=root, stdout=subprocess.DEVNULL,
+        [sys.executable, "small_pipeline.py", "materialize-at-once", "tok"],
+        cwd=root,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         worker = until_running(cluster, root, "tok")
         asked = time.time()

@@ -80,8 +80,11 @@ def test_an_id_depends_on_no_order_of_keys_and_on_no_other_key() -> None:
     )
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | text,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=5)  # fmt: skip
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=5,
+)
 tool_calls = st.lists(
     st.fixed_dictionaries(
         {

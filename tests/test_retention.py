@@ -90,20 +90,42 @@ def test_accuracies_and_likelihoods_are_those_of_lm_evals_command_line(
     (tmp_path / "tasks").mkdir()
     for name, (_, text, choice, target) in FILES.items():
         task = {
-            "task": name, "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}, "test_split": "test",
-            "output_type": "multiple_choice", "doc_to_text": text, "doc_to_choice": choice, "doc_to_target": target,
-        }  # fmt: skip
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": text,
+            "doc_to_choice": choice,
+            "doc_to_target": target,
+        }
         (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps(task))
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"
-                                                                           f",dtype=float32,softmax_dtype=float32",
-         "--tasks", ",".join(FILES), "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "3",
-         "--log_samples",
-         "--output_path", str(tmp_path / "out")],
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-m",
+            "lm_eval",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={tmp_path / 'model'},dtype=float32,softmax_dtype=float32",
+            "--tasks",
+            ",".join(FILES),
+            "--include_path",
+            str(tmp_path / "tasks"),
+            "--device",
+            "cpu",
+            "--batch_size",
+            "3",
+            "--log_samples",
+            "--output_path",
+            str(tmp_path / "out"),
+        ],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     [results] = (tmp_path / "out").rglob("results_*.json")
     theirs = {name: found["acc,none"] for name, found in json.loads(results.read_text())["results"].items()}

@@ -89,22 +89,32 @@ def test_what_it_prints_and_its_forks_do_not_reach_the_scores(folder: Path, capf
     [
         ("def other(): pass", r"own\.py has no function 'correct'"),
         ("def correct(:", r"own\.py is not Python: .*line 1"),
-        ("import nothing_like_it\ndef correct(): pass", r"own\.py fails: ModuleNotFoundError: No module named"
-                                                        r" 'nothing_like_it'"),
+        (
+            "import nothing_like_it\ndef correct(): pass",
+            r"own\.py fails: ModuleNotFoundError: No module named"
+            r" 'nothing_like_it'",
+        ),
         ("raise SystemExit(0)\ndef correct(): pass", r"own\.py fails: SystemExit: 0"),
         ("correct = 1", r"own\.py has no function 'correct'"),
-        ("def correct(p, a, r): return [1 / (len(x) - 1 + (x != '5')) for x in a]", r"fails: ZeroDivisionError.*; for"
-                                                                                    r" the answer to example id1"),
+        (
+            "def correct(p, a, r): return [1 / (len(x) - 1 + (x != '5')) for x in a]",
+            r"fails: ZeroDivisionError.*; for"
+            r" the answer to example id1",
+        ),
         ("def correct(p, a, r): return [1.0]", "returns 1 numbers for 3 answers"),
         ("def correct(p, a, r): return None", "fails: TypeError"),
-        ("def correct(p, a, r): return [0, float('nan'), 1]", "returns nan, which is not a finite number; for the"
-                                                              " answer to example id1"),
+        (
+            "def correct(p, a, r): return [0, float('nan'), 1]",
+            "returns nan, which is not a finite number; for the answer to example id1",
+        ),
         ("def correct(p, a, r): return ['high'] * 3", "fails: ValueError.*for the answer to example id0"),
-        ("import random\ndef correct(p, a, r): return [random.random() for x in a]", "and then .* for the same answer"
-                                                                                     "; for the answer to example id0"),
+        (
+            "import random\ndef correct(p, a, r): return [random.random() for x in a]",
+            "and then .* for the same answer; for the answer to example id0",
+        ),
         ("import os\ndef correct(p, a, r): os._exit(3)", r"ended its process \(exit code 3\)"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_function_is_one_message_with_the_place(folder: Path, content: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         scores(folder, content)

@@ -190,9 +190,14 @@ def test_comparisons_are_repeated_only_if_a_text_or_its_side_changed(
         f"{text} and {i} tell" for i, text in enumerate(["the frame around all of these texts is one"] * 60)
     ]  # boilerplate
     requests: list[tuple[Sequence[str], Sequence[str] | None]] = [
-        (texts, None), (texts[::-1], None), (texts, texts[:2]), ([*texts, *texts[:2]], []),
-        (texts + texts[:1], texts[1:2]), ([*wide, *texts], None), ([], None),
-    ]  # fmt: skip
+        (texts, None),
+        (texts[::-1], None),
+        (texts, texts[:2]),
+        ([*texts, *texts[:2]], []),
+        (texts + texts[:1], texts[1:2]),
+        ([*wide, *texts], None),
+        ([], None),
+    ]
     searches: list[int] = []
     search = overlaps.compare
     monkeypatch.setattr(overlaps, "compare", lambda *args, **kwargs: (searches.append(1), search(*args, **kwargs))[1])

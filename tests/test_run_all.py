@@ -87,9 +87,13 @@ def test_after_a_failure_nothing_is_started_and_what_runs_is_finished_and_record
     document = run_all(root)
     assert not document["passed"]
     assert outcomes(document) == {
-        "raw": "up to date", "inst": "up to date", "tok": "up to date", "adapter@dora": "failed", "adapter@lora": "run",
+        "raw": "up to date",
+        "inst": "up to date",
+        "tok": "up to date",
+        "adapter@dora": "failed",
+        "adapter@lora": "run",
         "cmp": "not started",
-    }  # fmt: skip
+    }
     assert "adapter@dora failed" in document["stages"]["adapter@dora"]["error"]
     assert small_pipeline.changed_in_dvc(root) == {"adapter@dora", "cmp"}
     (root / "data/sources/d.txt").unlink()
@@ -195,9 +199,13 @@ def test_the_time_left_follows_the_longest_chain_and_the_number_of_jobs() -> Non
 
 def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:
     assert parents(read_stages(root)) == {
-        "raw": set(), "inst": {"raw"}, "tok": {"inst"}, "adapter@lora": {"tok"}, "adapter@dora": {"tok"},
+        "raw": set(),
+        "inst": {"raw"},
+        "tok": {"inst"},
+        "adapter@lora": {"tok"},
+        "adapter@dora": {"tok"},
         "cmp": {"tok", *BOTH},
-    }  # fmt: skip
+    }
     text = json.loads((root / "dvc.yaml").read_text())
     text["stages"]["tok"]["deps"].append("data/reports/raw.json")
     (root / "dvc.yaml").write_text(json.dumps(text))

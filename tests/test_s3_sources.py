@@ -383,9 +383,12 @@ def test_audit_and_impact_name_objects_and_their_prefix(tmp_path: Path) -> None:
     ]
     made.commit(made.lock(rows), "from S3")
     for asked, count in (
-        ("s3://bucket/rows", 1), ("s3://bucket/rows/", 1), ("s3://bucket/rows/a.jsonl", 1), ("s3://bucket/rows2", 1),
+        ("s3://bucket/rows", 1),
+        ("s3://bucket/rows/", 1),
+        ("s3://bucket/rows/a.jsonl", 1),
+        ("s3://bucket/rows2", 1),
         ("s3://bucket", 2),
-    ):  # fmt: skip
+    ):
         found = impact(made.root, source=asked)
         assert {model["seen"][0]["splits"]["train"] for model in found["models"]} == {count}, asked
     with pytest.raises(InputError, match="no recorded run has read such a file or folder"):

@@ -91,10 +91,15 @@ def serving(root: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
     environment = {**os.environ, "HF_TOKEN": "hf_secretsecret", "TMPDIR": str(root.parent)}
     with log.open("w") as errors:
         process = subprocess.Popen(
-            command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+            command,
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
             # tests that a script started with `&` ignore it
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -73,12 +73,10 @@ def test_the_top_level_is_the_designs() -> None:
     ).stdout.splitlines()
     assert {name.split("/")[0] for name in tracked} <= {
         "pyproject.toml", "README.md", "Makefile", "dagster_project", "data", "dvc.yaml", "dvc.lock", "params.yaml",
-        "tests", "workspace.yaml",
-        "docs", "deploy", "examples", "benchmarks", ".ci", "CHANGELOG.md", ".dvc", ".dvcignore", ".gitattributes",
-        ".gitignore", "LICENSE", "requirements.lock",
-        "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CITATION.cff", "AGENTS.md", "Dockerfile",
-        ".dockerignore", "mkdocs.yml",
-        ".github", ".pre-commit-config.yaml",
+        "tests", "workspace.yaml", "docs", "deploy", "examples", "benchmarks", ".ci", "CHANGELOG.md", ".dvc",
+        ".dvcignore", ".gitattributes", ".gitignore", "LICENSE", "requirements.lock", "CONTRIBUTING.md", "SECURITY.md",
+        "CODE_OF_CONDUCT.md", "CITATION.cff", "AGENTS.md", "Dockerfile", ".dockerignore", "mkdocs.yml", ".github",
+        ".pre-commit-config.yaml",
     }  # fmt: skip
 
 

@@ -90,10 +90,18 @@ def test_positions_restart_for_each_example_and_its_first_token_has_no_label() -
 
 
 def varlen_attn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
-    max_q: int, max_k: int,
-    *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
     """What torch's flash attention for rows of several lengths computes, of
     which a CPU has none: (tokens, heads, size), fewer heads in key and value."""
     bounds = cu_seq_q.tolist()
@@ -366,19 +374,33 @@ def tokenized(tmp_path: Path, tiny_tokenizer: Any) -> Path:
 
 
 def tune(
-    tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2,
+    tokenized: Path,
+    tiny_model: Path,
+    out: Path,
+    method: str = "lora",
+    peft: dict[str, Any] = LORA,
+    epochs: int = 2,
     rate: float = 1e-2,
-    live: Path | None = None, planned: bool = False, **recipe: Any,
-) -> Any:  # fmt: skip
+    live: Path | None = None,
+    planned: bool = False,
+    **recipe: Any,
+) -> Any:
     params = adapter.Params(method=method, peft=peft, num_train_epochs=epochs, learning_rate=rate, **recipe)
     hints = ExecutionHints()
     if planned:
         hints = forecast_training(params, tokenized, tiny_model, 1, hardware.prepare(COMPUTE), "adapter.x").hints
     return adapter.produce(
-        "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv",
+        "x",
+        params,
+        COMPUTE,
+        tokenized,
+        tiny_model,
+        out,
+        curve_file=out.parent / f"{out.name}.csv",
         checkpoints=out.parent / "checkpoints",
-        live=live, hints=hints,
-    )  # fmt: skip
+        live=live,
+        hints=hints,
+    )
 
 
 def test_two_trainings_give_identical_bytes(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:

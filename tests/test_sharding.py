@@ -165,9 +165,11 @@ def test_checkpointed_gradients_and_gathered_weights_change_no_bit(trained: Trai
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained) -> None:
     folder, ends = trained
     assert ends["killed"] == [-signal.SIGKILL, 2, 0], printed(folder, "killed")
-    assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2,"
-                     r" or remove",
-                     (folder / "killed.said").read_text())  # fmt: skip
+    assert re.search(
+        r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2,"
+        r" or remove",
+        (folder / "killed.said").read_text(),
+    )
     assert "resuming from the checkpoint of step 2 of 4" in (folder / "killed.log").read_text()
     assert output_files(folder, "killed") == output_files(folder, "full_sharded")
 

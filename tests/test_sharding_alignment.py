@@ -48,12 +48,16 @@ KTO: dict[str, Any] = {"method": "kto", **PAIRS, "num_train_epochs": 1, **ALIGNE
 PPO: dict[str, Any] = {
     "method": "ppo",
     "options": {
-        "total_episodes": 15, "batch_size": 8, "rollout_batch_size": 4, "mini_batch_size": 3,
+        "total_episodes": 15,
+        "batch_size": 8,
+        "rollout_batch_size": 4,
+        "mini_batch_size": 3,
         "gradient_accumulation_steps": 1,
-        "response_length": 4, "learning_rate": 3e-3,
+        "response_length": 4,
+        "learning_rate": 3e-3,
     },
     **ALIGNED,
-}  # fmt: skip
+}
 """Batches that do not divide evenly among two processes, in the rollout, the passes and the steps."""
 
 QUANTIZED: dict[str, Any] = {"quantization": "nf4"}

@@ -137,9 +137,13 @@ ROUNDED = {
     "qwen3": {"head_dim": 8},
     "phimoe": {"sliding_window": 3, "num_local_experts": 2},
 }
-PADDED = {"doge": {}, "gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 2.0},
+PADDED = {
+    "doge": {},
+    "gemma2": {"head_dim": 8},
+    "granite": {"logits_scaling": 2.0},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-          "nemotron": {"head_dim": 8}}  # fmt: skip
+    "nemotron": {"head_dim": 8},
+}
 
 
 def small(kind: str, **settings: Any) -> Any:

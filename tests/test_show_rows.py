@@ -98,10 +98,12 @@ def test_tools_calls_traces_and_weights_are_shown_as_the_template_writes_them(ch
     [row] = check(folder, "--show", 1, "--template", template, "--json").rows
     trained = [[piece["text"] for piece in example["pieces"] if piece["trained"]] for example in row["examples"]]
     assert trained == [
-        ['<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city":'
-         ' "Oslo"}}\n</tool_call><|im_end|>'],
+        [
+            '<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city":'
+            ' "Oslo"}}\n</tool_call><|im_end|>'
+        ],
         ["<think>\n\n</think>\n\nYes, it is three degrees below zero.<|im_end|>"],
-    ]  # fmt: skip
+    ]
     shown = check(folder, "--show", 1, "--template", template).rendered
     assert re.findall("row 0 .*", shown) == ["row 0  a.jsonl:0  example 1 of 2", "row 0  a.jsonl:0  example 2 of 2"]
     assert "A bot.<|im_end|>" in shown and "⟦A bot." not in shown, "its weight is 0"

@@ -48,10 +48,22 @@ def in_dagster(root: Path, check: dict[str, Any]) -> str:
 def test_every_finding_has_the_same_severity_in_dagster_and_on_the_page(
     tmp_path: Path, severity: str, passed: bool, count: int
 ) -> None:
-    finding = {"check": "pii", "severity": severity, "passed": passed, "count": count,
-        "dropped": count if passed else 0, "elsewhere": 0, "waived": 0,
-               "rows": [], "places": [], "examples": [], "truth": "", "note": "", "next": "",
-               "matches": []}  # fmt: skip
+    finding = {
+        "check": "pii",
+        "severity": severity,
+        "passed": passed,
+        "count": count,
+        "dropped": count if passed else 0,
+        "elsewhere": 0,
+        "waived": 0,
+        "rows": [],
+        "places": [],
+        "examples": [],
+        "truth": "",
+        "note": "",
+        "next": "",
+        "matches": [],
+    }
     assert {"info": "passed"}.get(on_the_page(finding), on_the_page(finding)) == in_dagster(tmp_path, finding)
 
 

@@ -558,9 +558,17 @@ def test_statements_that_are_missing_repeated_added_or_of_another_model_are_refu
     attest(root, "adapter@dora", public.replace(".pub", ".pem"))
     dora = (root / "data/signatures/adapter/dora/model.intoto.jsonl").read_text().splitlines(keepends=True)[-1]
     assert dora != lora
-    wrong = ([inst, tok, lora], [raw, inst, lora], [raw, inst, tok], [raw, raw, inst, tok, lora],
-        [raw, inst, tok, dora], [raw, inst, tok, dora, lora],
-             [inst, raw, tok, lora], [raw, inst, tok, lora.replace('":"', '": "', 1)], [])  # fmt: skip
+    wrong = (
+        [inst, tok, lora],
+        [raw, inst, lora],
+        [raw, inst, tok],
+        [raw, raw, inst, tok, lora],
+        [raw, inst, tok, dora],
+        [raw, inst, tok, dora, lora],
+        [inst, raw, tok, lora],
+        [raw, inst, tok, lora.replace('":"', '": "', 1)],
+        [],
+    )
     for lines in wrong:
         file.write_text("".join(lines))
         assert f"{SIGNATURES}/model.intoto.jsonl" in findings(root, "adapter@lora", public)

@@ -296,8 +296,14 @@ def record(
 ) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     identity = example_id(messages)
-    return {"example_id": identity, "source": source, "messages": messages, "category": category,
-        "group_id": group or identity, "meta": meta}  # fmt: skip
+    return {
+        "example_id": identity,
+        "source": source,
+        "messages": messages,
+        "category": category,
+        "group_id": group or identity,
+        "meta": meta,
+    }
 
 
 def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:

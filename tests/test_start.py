@@ -46,10 +46,22 @@ NEEDED: dict[str, set[str]] = {
 }
 """Libraries that take long to import and that a stage of the quick project uses."""
 LARGE = {
-    *TRAINS, *CHECKS, "great_expectations", "sklearn", "scipy", "bitsandbytes", "boto3", "sqlalchemy", "psycopg2",
-    "grpc", "dagster", "matplotlib",
-    "ray", "rfc3987_syntax", "altair",
-}  # fmt: skip
+    *TRAINS,
+    *CHECKS,
+    "great_expectations",
+    "sklearn",
+    "scipy",
+    "bitsandbytes",
+    "boto3",
+    "sqlalchemy",
+    "psycopg2",
+    "grpc",
+    "dagster",
+    "matplotlib",
+    "ray",
+    "rfc3987_syntax",
+    "altair",
+}
 
 
 def test_no_stage_loads_a_large_library_that_it_does_not_need(_finished: Path) -> None:

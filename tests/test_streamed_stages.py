@@ -92,9 +92,11 @@ def some_rows(seed: int, n: int) -> list[dict[str, Any]]:
             messages, meta["kind"] = [{"role": "assistant", "content": words * draw.randint(1, 6)}], "text"
         elif kind == 2:
             call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "add", "arguments": {"a": i}}}
-            messages[1:] = [{"role": "assistant", "content": "", "tool_calls": [call]},
-                            {"role": "tool", "content": "3", "tool_call_id": "a1b2c3d4e", "name": "add"},
-                            {"role": "assistant", "content": "3"}]  # fmt: skip
+            messages[1:] = [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "3", "tool_call_id": "a1b2c3d4e", "name": "add"},
+                {"role": "assistant", "content": "3"},
+            ]
             tools = [TOOL]
         elif kind == 3:
             messages[-1]["reasoning_content"] = "Think."
@@ -103,9 +105,14 @@ def some_rows(seed: int, n: int) -> list[dict[str, Any]]:
         elif kind == 5:
             meta["split"] = draw.choice([*SPLITS, "dev"])
         identity = example_id(messages, tools, meta.get("kind") == "text")
-        row = {"example_id": identity, "source": f"data/sources/{draw.choice('ab')}.jsonl", "messages": messages,
-               "category": draw.choice([None, "bug", "login"]), "group_id": identity,
-               "meta": json.dumps(meta)}  # fmt: skip
+        row = {
+            "example_id": identity,
+            "source": f"data/sources/{draw.choice('ab')}.jsonl",
+            "messages": messages,
+            "category": draw.choice([None, "bug", "login"]),
+            "group_id": identity,
+            "meta": json.dumps(meta),
+        }
         found.append({**row, **({"tools": tools} if tools else {})})
     return list({row["example_id"]: row for row in found}.values())
 

@@ -294,13 +294,20 @@ def test_near_copies_among_held_out_tasks_count_once(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("rows", "rewards", "message"),
     [
-        ({"train": [row("a", "b"), row("c", "d")]}, {"exact_match": 1.0}, r"aligned\.mine\.reward_target: of 0"
-                                                                          r" records of the validation split none is"
-                                                                          r" a task"),
-        ({"train": [row("a", "b")], "validation": [row("c", "4")]}, {"number_match": 1.0},
-         r"of 1 records of the train split none is a task; left out: no target of number_match 1"),
+        (
+            {"train": [row("a", "b"), row("c", "d")]},
+            {"exact_match": 1.0},
+            r"aligned\.mine\.reward_target: of 0"
+            r" records of the validation split none is"
+            r" a task",
+        ),
+        (
+            {"train": [row("a", "b")], "validation": [row("c", "4")]},
+            {"number_match": 1.0},
+            r"of 1 records of the train split none is a task; left out: no target of number_match 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_split_without_tasks_is_refused_before_a_model_is_loaded(
     rows: dict[str, Any], rewards: dict[str, Any], message: str, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -453,7 +460,7 @@ def test_lineage_names_the_records_of_tasks_and_no_pairs(made: Project) -> None:
     assert [line.strip() for line in as_text(found).splitlines() if "measured before" in line] == [
         "validation 1; not trained on, but among the tasks whose answers are measured before and after training (the"
         " first `samples` of the split)",
-    ]  # fmt: skip
+    ]
     assert {seen["by"]: seen.get("measured") for one in found["models"] for seen in one["seen"]} == {
         "adapter@lora": None, "aligned@math": ["validation"],
     }  # fmt: skip

@@ -365,8 +365,10 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("{{ ''.__class__ }}" + CHAT_TEMPLATE, "line 1: accesses the private attribute `__class__`"),
         ("{{ ''['__class__'] }}" + CHAT_TEMPLATE, "line 1: accesses the private attribute `__class__`"),
         ("{{ ''|attr('__class__') }}" + CHAT_TEMPLATE, "line 1: `attr` accesses attributes by name"),
-        ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of"
-                                                                                 " 'str' object is unsafe"),
+        (
+            "{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE,
+            "access to attribute '__class__' of 'str' object is unsafe",
+        ),
         ("{{ messages.append(1) }}" + CHAT_TEMPLATE, "access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}" + CHAT_TEMPLATE, "no loader for this environment"),
         ("{% set form = '%d %b' %}{{ strftime_now(form) }}" + CHAT_TEMPLATE, "`strftime_now` is not deterministic"),
@@ -378,7 +380,7 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         (CHAT_TEMPLATE.replace("<|im_end|>", ""), "does not end the assistant's turn with '<|im_end|>'"),
         ("", "leaves out what the user says in turn 1"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(
     stage: Stage, source: str, complaint: str
 ) -> None:

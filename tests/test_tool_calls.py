@@ -248,10 +248,16 @@ def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(
 
     def compare() -> dict[str, Any]:
         comparison.produce(
-            tmp_path, Settings(), variants, tmp_path / "splits", tmp_path / "baselines", tmp_path / "one",
+            tmp_path,
+            Settings(),
+            variants,
+            tmp_path / "splits",
+            tmp_path / "baselines",
+            tmp_path / "one",
             tmp_path / "out",
-            tmp_path / "scores.csv", tmp_path / "pages",
-        )  # fmt: skip
+            tmp_path / "scores.csv",
+            tmp_path / "pages",
+        )
         found: dict[str, Any] = json.loads((tmp_path / "out" / "comparison.json").read_text())
         return found
 

@@ -379,13 +379,18 @@ QUIZ = [
 @pytest.mark.parametrize(
     ("answer", "part"),
     [
-        (said(reasoning_content=f"Okay. They ask something else. {QUIZ[0].question} I recall that from a quiz. So it"
-                                f" is cold, I would say."), "reasoning_content"),
+        (
+            said(
+                reasoning_content=f"Okay. They ask something else. {QUIZ[0].question} I recall that from a quiz. So it"
+                f" is cold, I would say."
+            ),
+            "reasoning_content",
+        ),
         (said(reasoning_content=f"Okay. {QUIZ[0].text} But they ask whether it is cold."), "reasoning_content"),
         (said("", call({"city": {"query": QUIZ[0].question}})), "tool_calls"),
         (said("", call({"city": ["Oslo", QUIZ[0].question]})), "tool_calls"),
     ],
-)  # fmt: skip
+)
 def test_held_out_text_is_found_in_reasoning_and_in_arguments(answer: Record, part: str) -> None:
     found = judged(rich(user(), answer), held_out=QUIZ)
     (link,) = found.overlaps.links["benchmark_leakage"]

@@ -271,12 +271,15 @@ def test_hermes(written: str, layout: str, read: Callable[..., Any]) -> None:
     said = [
         ("system", f"Be brief.\n\n{HERMES % written}"),
         ("user", "Is it cold?"),
-        ("assistant", "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name':"
-                      " 'weather'}\n</tool_call>\n<tool_call>\n"
-                      '{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'),
+        (
+            "assistant",
+            "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name':"
+            " 'weather'}\n</tool_call>\n<tool_call>\n"
+            '{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
+        ),
         ("tool", "<tool_response>\n-3\n</tool_response>\n<tool_response>\n20\n</tool_response>"),
         ("assistant", "Yes."),
-    ]  # fmt: skip
+    ]
     names = {"user": "human", "assistant": "gpt"}
     turns = (
         {"messages": [{"role": who, "content": text} for who, text in said]}

@@ -61,9 +61,13 @@ def test_each_token_has_its_weight_in_the_loss(project: Path) -> None:
     [shown] = trained_examples(project, audit)
     assert marked(shown) == [
         ("<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n", None),
-        ('{"summary": "late ⟦kite⟧", "category": "', 1.0), ("é", 16.0), ('", "note": "', 1.0), ("x", 0.0),
-        ('"}<|im_end|>', 1.0), ("\n", None),
-    ]  # fmt: skip
+        ('{"summary": "late ⟦kite⟧", "category": "', 1.0),
+        ("é", 16.0),
+        ('", "note": "', 1.0),
+        ("x", 0.0),
+        ('"}<|im_end|>', 1.0),
+        ("\n", None),
+    ]
     trained = len(answer.encode()) + 1
     [packed] = read_table(project / "data/tokenized/train.parquet")
     assert shown.figures == f"{packed['lengths'][0]} tokens, {trained - 1} in the loss"
@@ -146,7 +150,7 @@ def test_rows_with_calls_reasoning_and_weights_are_among_the_shown_ones_by_role(
     assert [one.by_role.summary for one in shown if one.by_role] == [
         *["user, assistant"] * 4,
         "system, user, assistant (not in the loss), user, assistant (reasoning, 1 call), tool, assistant; 1 tool",
-    ]  # fmt: skip
+    ]
 
 
 def test_of_a_row_with_several_examples_the_last_is_shown_before_another_one_of_that_row(project: Path) -> None:
@@ -183,11 +187,21 @@ def test_weights_are_found_in_packed_rows_of_many_examples(project: Path) -> Non
 
 def test_the_page_marks_by_weight_and_names_every_weight() -> None:
     document = {
-        "loss": {"first": 2.0, "last": 1.0}, "validation": [], "steps": 1, "planned_steps": 1, "tokens": 1,
+        "loss": {"first": 2.0, "last": 1.0},
+        "validation": [],
+        "steps": 1,
+        "planned_steps": 1,
+        "tokens": 1,
         "trained_tokens": 1,
-        "settings": {"method": "lora"}, "dtype": "float32", "device": "cpu", "seed": 7, "threads": 2, "versions": {},
-        "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2}, "trained": {},
-    }  # fmt: skip
+        "settings": {"method": "lora"},
+        "dtype": "float32",
+        "device": "cpu",
+        "seed": 7,
+        "threads": 2,
+        "versions": {},
+        "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
+        "trained": {},
+    }
     example = TrainedExample(
         "a.jsonl", [Piece("asked", None), Piece("answer", 1.0), Piece("label", 16.0), Piece("skipped", 0.0)]
     )

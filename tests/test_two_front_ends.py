@@ -259,10 +259,13 @@ class TwoFrontEnds(RuleBasedStateMachine):
         ran = len(self.runs())
         # in a session of its own, so that only the killed process gets the signal
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=self.root,
+            [sys.executable, *command],
+            cwd=self.root,
             env={**os.environ, "SLOW": stage, "SLOW_SECONDS": str(2 * HANGS)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         slow = None
         while process.poll() is None and slow is None:
             slow = next((entry for entry in self.runs()[ran:] if entry["stage"] == stage), None)
@@ -301,12 +304,15 @@ class TwoFrontEnds(RuleBasedStateMachine):
         ran = len(self.runs())
         processes = [
             subprocess.Popen(
-                [sys.executable, *OPERATIONS[name]], cwd=self.root,
+                [sys.executable, *OPERATIONS[name]],
+                cwd=self.root,
                 env={**os.environ, "SLOW": "adapter", "SLOW_SECONDS": "1"},
-                stdout=subprocess.DEVNULL, stderr=(self.root / f"errors-{i}.txt").open("w"), start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=(self.root / f"errors-{i}.txt").open("w"),
+                start_new_session=True,
             )
             for i, name in enumerate(operations)
-        ]  # fmt: skip
+        ]
         while victim != "nobody" and any(process.poll() is None for process in processes):
             entry = next((entry for entry in self.runs()[ran:] if entry["stage"].startswith(stage)), None)
             if entry is not None:
@@ -446,10 +452,14 @@ def test_every_operation_once_with_both_front_ends() -> None:
 
 TestTwoFrontEnds = TwoFrontEnds.TestCase
 TestTwoFrontEnds.settings = settings(
-    max_examples=2, stateful_step_count=8, deadline=None, derandomize=True, database=None,
+    max_examples=2,
+    stateful_step_count=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
-)  # fmt: skip
+)
 
 
 class MostlyAtOnce(TwoFrontEnds):
@@ -486,10 +496,14 @@ def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds, hour
     random.seed(seed)
     began = time.monotonic()
     rounds = settings(
-        max_examples=10, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        max_examples=10,
+        stateful_step_count=20,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
         print_blob=True,
-    )  # fmt: skip
+    )
     growth = Growth(Path("soak.csv")) if hours else None
     played = measured(machine, growth, began) if growth else machine
     while time.monotonic() - began < 3600 * hours if hours else COUNTS["steps"] < steps:

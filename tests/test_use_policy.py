@@ -208,17 +208,22 @@ def test_a_source_that_two_stages_read_is_judged_by_what_each_declares_and_its_r
     ("rules", "message"),
     [
         ({"license": ["MIT"]}, "raw_examples.use_policy.license: unknown key"),
-        ({"licenses": ["Apache 2"]}, "raw_examples.use_policy.licenses.0: not an SPDX license or expression; for"
-                                     " terms of your own write LicenseRef-NAME"),
+        (
+            {"licenses": ["Apache 2"]},
+            "raw_examples.use_policy.licenses.0: not an SPDX license or expression; for"
+            " terms of your own write LicenseRef-NAME",
+        ),
         ({"base_licenses": ["MIT AND"]}, "raw_examples.use_policy.base_licenses.0: not an SPDX license or expression"),
         ({"licenses": "MIT"}, "raw_examples.use_policy.licenses: Input should be a valid list"),
         ({"max_synthetic": 1.5}, "raw_examples.use_policy.max_synthetic: Input should be less than or equal to 1"),
         ({"as_of": "today"}, "raw_examples.use_policy.as_of: not a date: write YYYY-MM-DD, in quotes"),
-        ({"as_of": date(2027, 1, 1)}, 'raw_examples.use_policy.as_of: DVC cannot parse YAML dates: quote the value:'
-                                      ' "2027-01-01"'),
+        (
+            {"as_of": date(2027, 1, 1)},
+            'raw_examples.use_policy.as_of: DVC cannot parse YAML dates: quote the value: "2027-01-01"',
+        ),
         ({"require_permission": "yes"}, "raw_examples.use_policy.require_permission: Input should be a valid boolean"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_policy_names_the_key_and_what_is_allowed(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as wrong:
         parse(raw_examples.Params, {"sources": [{"path": A}], "use_policy": rules}, "raw_examples")
@@ -268,11 +273,13 @@ def board(variant: str) -> dict[str, Any]:
     against = {"few_shot": {"macro_f1": {"difference": 0.2, "interval": [0.1, 0.3]}}}
     compared = {"to": against, "retention": {"overall": {"questions": 60, "accuracy": {"difference": 0.0}}}}
     return {
-        "test": {"examples": 90, "answered": 90, "seen": 0}, "shown": ["macro_f1"],
+        "test": {"examples": 90, "answered": 90, "seen": 0},
+        "shown": ["macro_f1"],
         "scores": {variant: {"n": 90, "macro_f1": 0.8}},
-        "costs": {variant: {"bytes": 7}}, "compared": {variant: compared},
+        "costs": {variant: {"bytes": 7}},
+        "compared": {variant: compared},
         "recommended": {"variant": variant, "sure": True, "instead": "few_shot", "why": "It is better."},
-    }  # fmt: skip
+    }
 
 
 def reports(rules: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

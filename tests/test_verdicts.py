@@ -40,9 +40,14 @@ MACHINE = {
     "instruction_set": {"torch": "AVX2"},
 }
 EDITS: tuple[dict[str, Any], ...] = (
-    {}, {"cpu": "EPYC"}, {"packages": "34cd"}, {"flags": ["avx"]}, {"threads": 4},
-    {"instruction_set": {"torch": "AVX512"}}, {"cuda": {"driver": "1"}},
-)  # fmt: skip
+    {},
+    {"cpu": "EPYC"},
+    {"packages": "34cd"},
+    {"flags": ["avx"]},
+    {"threads": 4},
+    {"instruction_set": {"torch": "AVX512"}},
+    {"cuda": {"driver": "1"}},
+)
 
 
 def documented_bounds() -> dict[tuple[str, str], dict[str, float]]:

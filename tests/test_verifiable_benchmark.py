@@ -22,10 +22,15 @@ from seeds import gain, spread
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"]
 CITY = "|".join(parcel_notes.CITIES)
 DESTINATIONS = (  # how a reader finds where a parcel goes
-    rf"\bto ({CITY})", rf"({CITY}) receives", rf"for ({CITY})", rf"ships it to ({CITY})", rf"ordered by ({CITY})",
+    rf"\bto ({CITY})",
+    rf"({CITY}) receives",
+    rf"for ({CITY})",
+    rf"ships it to ({CITY})",
+    rf"ordered by ({CITY})",
     rf"({CITY}) waits",
-    rf"dropped off in ({CITY})", rf"({CITY}) gets",
-)  # fmt: skip
+    rf"dropped off in ({CITY})",
+    rf"({CITY}) gets",
+)
 
 
 def asked(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -92,12 +92,18 @@ def test_an_online_training_on_tasks_is_reproduced_byte_for_byte(finished: Path)
     """Its prompts are records of the training split; `preferences` and the
     reward model are dependencies that it does not read."""
     entry = {
-        "method": "rloo", "adapter": "lora", "reward_target": "response", "learning_rate": 1e-2, "warmup_ratio": 0.0,
+        "method": "rloo",
+        "adapter": "lora",
+        "reward_target": "response",
+        "learning_rate": 1e-2,
+        "warmup_ratio": 0.0,
         "max_steps": 3,
-        "per_device_train_batch_size": 4, "options": {"num_generations": 2, "max_completion_length": 6}, "samples": 2,
+        "per_device_train_batch_size": 4,
+        "options": {"num_generations": 2, "max_completion_length": 6},
+        "samples": 2,
         "max_new_tokens": 4,
         "rewards": {"regex": {"pattern": "[a-mA-M]"}, "length_window": {"weight": 0.1, "max_words": 1}},
-    }  # fmt: skip
+    }
     edit_params(finished, lambda values: values["aligned"].update(math=entry))
     made = dvc(finished, "repro", "--single-item", "aligned@math")
     assert made.returncode == 0, made.stderr

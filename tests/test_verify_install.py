@@ -287,10 +287,15 @@ def test_uv_is_used_where_it_is_present_unless_only_pip_has_an_index(
 
 def test_only_what_the_environment_does_not_meet_is_installed() -> None:
     lines = [
-        "polars>=1", 'torch>=2.9; extra == "train"', 'trl<1.16; extra == "train"', 'dvc>=3; extra == "pipeline"',
+        "polars>=1",
+        'torch>=2.9; extra == "train"',
+        'trl<1.16; extra == "train"',
+        'dvc>=3; extra == "pipeline"',
         'ray==2; extra == "ray"',
-        'pedigree-llm[train]; extra == "all"', 'tomli>=9; python_version < "3"', 'moto>=9; extra == "dev"',
-    ]  # fmt: skip
+        'pedigree-llm[train]; extra == "all"',
+        'tomli>=9; python_version < "3"',
+        'moto>=9; extra == "dev"',
+    ]
     wheel = Wheel("pedigree-llm", [Requirement(line) for line in lines])
     present = {"polars": "1.5", "torch": "2.13.0+cpu", "trl": "1.16.1", "moto": "5", "numpy": "2.4"}
     assert wheel.needed(present, {}) == ["trl<1.16", "dvc>=3"], "of [ray] nothing is here, and [dev] is not for a stage"

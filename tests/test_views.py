@@ -78,10 +78,12 @@ def test_pages_are_rendered_without_running_a_stage(finished: Path) -> None:
         if page.name != "audit.html" and "data_docs" not in page.parts
     }
     expected = {
-        "instructions/report.html", "preferences/report.html", "adapter/lora/training.html",
+        "instructions/report.html",
+        "preferences/report.html",
+        "adapter/lora/training.html",
         "aligned/dpo/alignment.html",
         "comparison/comparison.html",
-    }  # fmt: skip
+    }
     assert names == expected
     before = {name: (finished / "data/pages" / name).read_bytes() for name in names}
     for name in names:
@@ -200,14 +202,35 @@ def rich(text: Text) -> dict[str, Any]:
 
 
 def quality(text: Text, tmp_path: Path) -> str:
-    match = {"row": 1, "place": text("a"), "other": text("b"), "part": text("prompt"), "rule": text("equal"),
+    match = {
+        "row": 1,
+        "place": text("a"),
+        "other": text("b"),
+        "part": text("prompt"),
+        "rule": text("equal"),
         "score": 1.0,
-             "text": text("one"), "span": [0, 3], "other_text": text("two"), "other_span": [0, 3]}  # fmt: skip
-    finding = {"check": text("pii"), "severity": "error", "count": 40, "dropped": 1, "waived": 1, "elsewhere": 0,
-        "fixed": 1, "rows": [1, 2],
-               "places": [text("a"), text("b")], "examples": [text("c")], "truth": text("d"), "note": text("e"),
-               "next": text("f"),
-               "matches": [match], "conversations": [rich(text), None]}  # fmt: skip
+        "text": text("one"),
+        "span": [0, 3],
+        "other_text": text("two"),
+        "other_span": [0, 3],
+    }
+    finding = {
+        "check": text("pii"),
+        "severity": "error",
+        "count": 40,
+        "dropped": 1,
+        "waived": 1,
+        "elsewhere": 0,
+        "fixed": 1,
+        "rows": [1, 2],
+        "places": [text("a"), text("b")],
+        "examples": [text("c")],
+        "truth": text("d"),
+        "note": text("e"),
+        "next": text("f"),
+        "matches": [match],
+        "conversations": [rich(text), None],
+    }
     bins = [{"from": 0.0, "to": 1.0, "rows": 1, "pairs": 2, "near": 1}]
     counts = {text("name"): 3}
     found = {
@@ -252,14 +275,21 @@ def quality(text: Text, tmp_path: Path) -> str:
 
 def training(text: Text, tmp_path: Path) -> str:
     document = {
-        "loss": {"first": 2.0, "last": 1.0}, "validation": [], "steps": 1, "planned_steps": 1, "tokens": 1,
+        "loss": {"first": 2.0, "last": 1.0},
+        "validation": [],
+        "steps": 1,
+        "planned_steps": 1,
+        "tokens": 1,
         "trained_tokens": 1,
-        "settings": {"method": text("lora"), text("name"): [text("value")]}, "dtype": text("float32"),
-        "device": text("cpu"), "seed": 7,
-        "threads": 2, "versions": {text("torch"): text("2")},
+        "settings": {"method": text("lora"), text("name"): [text("value")]},
+        "dtype": text("float32"),
+        "device": text("cpu"),
+        "seed": 7,
+        "threads": 2,
+        "versions": {text("torch"): text("2")},
         "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
         "trained": {text("lora_A"): {"tensors": 1, "moved": 1, "norm_of_change": 0.1}},
-    }  # fmt: skip
+    }
     pieces = [
         Piece(text("user"), None),
         Piece(text("answer"), 1.0),
@@ -361,9 +391,15 @@ def lineage(text: Text, tmp_path: Path) -> str:
         "outcomes": {text("kept"): {text("kept"): 1}},
     }
     check = {"passed": False, "severity": text("error"), "count": 1, "note": text("note")}
-    stage = {"md5": text("abc"), "parents": [], "output": text("data"), "rows_in": 1, "rows_out": 0,
+    stage = {
+        "md5": text("abc"),
+        "parents": [],
+        "output": text("data"),
+        "rows_in": 1,
+        "rows_out": 0,
         "dropped": {text("pii"): 1},
-             "checks": {text("pii"): check}}  # fmt: skip
+        "checks": {text("pii"): check},
+    }
     part = {"records": 1, "views": 1, "steps": 1, "epochs": 1}
     found = {
         "model": {"stage": text("adapter"), "path": text("data/a"), "md5": text("abc")},
@@ -393,9 +429,10 @@ def lineage(text: Text, tmp_path: Path) -> str:
         "chat_template": {"name": text("chatml"), "sha256": text("abc")},
     }
     found["use_policy"] = {
-        "policy": {"as_of": text("2026-01-01")}, "violations": [violation(text)],
-        "waiver": {"expires": text("2027"), "reason": text("why")}
-    }  # fmt: skip
+        "policy": {"as_of": text("2026-01-01")},
+        "violations": [violation(text)],
+        "waiver": {"expires": text("2027"), "reason": text("why")},
+    }
     record = {
         "example_id": text("abc"),
         "source": text("a.json"),

@@ -802,10 +802,18 @@ def test_a_model_whose_files_were_changed_does_not_answer(tmp_path: Path) -> Non
 
 
 def a_document(**more: Any) -> dict[str, Any]:
-    hit = {"rank": 1, "example_id": "0123456789", "source": "a.jsonl", "source_row": 3, "steps": [1, 5],
-        "split": "train", "prompt": "<b>Hat?</b>",
-           "answer": "A red one.", "gradient": {"rank": 1, "score": 0.5, "z": 7.0},
-           "bm25": {"rank": 2, "score": 1.5}}  # fmt: skip
+    hit = {
+        "rank": 1,
+        "example_id": "0123456789",
+        "source": "a.jsonl",
+        "source_row": 3,
+        "steps": [1, 5],
+        "split": "train",
+        "prompt": "<b>Hat?</b>",
+        "answer": "A red one.",
+        "gradient": {"rank": 1, "score": 0.5, "z": 7.0},
+        "bm25": {"rank": 2, "score": 1.5},
+    }
     return {
         "model": {"asked": "lora", "stage": "adapter@lora", "path": "data/adapter/lora", "md5": "0" * 32},
         "question": {
@@ -847,8 +855,16 @@ def test_the_page_marks_what_was_asked_and_escapes_texts() -> None:
 def test_the_page_says_whether_the_check_supports_the_list(supported: bool) -> None:
     from dagster_project.views.why import why_page
 
-    checked = {"left_out": 5, "log_probability": -1.0, "identical": True, "change": 2.0, "draws": [0.1, -0.2],
+    checked = {
+        "left_out": 5,
+        "log_probability": -1.0,
+        "identical": True,
+        "change": 2.0,
+        "draws": [0.1, -0.2],
         "mean_of_draws": -0.05,
-               "difference": 2.05, "interval": [0.5 if supported else -0.5, 4.0], "supported": supported}  # fmt: skip
+        "difference": 2.05,
+        "interval": [0.5 if supported else -0.5, 4.0],
+        "supported": supported,
+    }
     page = why_page(a_document(proof=checked))
     assert 'id="check"' in page and ("Not supported." in page) == (not supported) and page.count("<circle") == 3

@@ -269,9 +269,13 @@ def test_the_list_has_ranks_groups_and_texts_and_claims_nothing(
     for one in found["suspects"]:
         source, label = (by_id[one["example_id"]][name] for name in ("source", "category"))
         cosine = one["group"].pop("cosine")
-        assert -1 <= cosine <= 1 and one["group"] == {"name": f"{source}, {label}, JSON with category",
-            "source": source, "category": label,
-                                "form": "JSON with category", "records": 7}  # fmt: skip
+        assert -1 <= cosine <= 1 and one["group"] == {
+            "name": f"{source}, {label}, JSON with category",
+            "source": source,
+            "category": label,
+            "form": "JSON with category",
+            "records": 7,
+        }
         assert "anna@example.org" not in one["prompt"] and label in one["answer"]
     html = page.read_text()
     assert (
@@ -417,10 +421,19 @@ def test_records_are_compared_with_the_answers_of_the_validation_split(
 
 
 def test_the_page_escapes_texts_of_other_groups() -> None:
-    one = {"rank": 1, "score": 0.03, "example_id": "0" * 32, "source": "<i>a", "source_row": None, "steps": [],
-        "prompt": "<u>", "answer": "&",
-           "group": {"name": "<s>", "source": None, "category": None, "form": None, "records": 9, "cosine": -0.5},
-           "opposition": {"rank": 1, "value": 2.0}, "length": {"rank": 2, "value": 3.0}}  # fmt: skip
+    one = {
+        "rank": 1,
+        "score": 0.03,
+        "example_id": "0" * 32,
+        "source": "<i>a",
+        "source_row": None,
+        "steps": [],
+        "prompt": "<u>",
+        "answer": "&",
+        "group": {"name": "<s>", "source": None, "category": None, "form": None, "records": 9, "cosine": -0.5},
+        "opposition": {"rank": 1, "value": 2.0},
+        "length": {"rank": 2, "value": 3.0},
+    }
     page = suspects_page(
         {"model": {"stage": MODEL, "md5": "0" * 32}, "records": 9, "suspects": [one], "queue": None, "notes": []}
     )

@@ -60,10 +60,19 @@ def check(options: argparse.Namespace) -> int:
             else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
         )
         document = check_paths(
-            options.paths, options.format, options.against, rules, tokens, [*map(str, earlier)], options.since or "",
+            options.paths,
+            options.format,
+            options.against,
+            rules,
+            tokens,
+            [*map(str, earlier)],
+            options.since or "",
             options.thirteen_grams,
-            mapping, outputs.get("--out"), outputs.get("--dropped"), show,
-        )  # fmt: skip
+            mapping,
+            outputs.get("--out"),
+            outputs.get("--dropped"),
+            show,
+        )
     if options.report:
         write("--report", Path(options.report), data_quality_page(document, document.get("changes")))
         log.info(f"report: {options.report}")

@@ -52,9 +52,8 @@ PACKAGES = {
 
 CORE = {
     "attr", "cyclonedx", "detect_secrets", "ftfy", "huggingface_hub", "jinja2", "jsonschema",
-    "jsonschema_specifications", "license_expression", "markupsafe",
-    "numpy", "openlineage", "orjson", "packaging", "pandera", "phonenumbers", "platformdirs", "polars", "py3langid",
-    "pydantic", "pydantic_core", "referencing",
+    "jsonschema_specifications", "license_expression", "markupsafe", "numpy", "openlineage", "orjson", "packaging",
+    "pandera", "phonenumbers", "platformdirs", "polars", "py3langid", "pydantic", "pydantic_core", "referencing",
     "rich", "ruamel", "stdnum", "tokenizers",
 }  # fmt: skip
 """Packages that every installation has. One is missing after an interrupted installation."""

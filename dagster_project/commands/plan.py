@@ -261,11 +261,23 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     texts = method.texts_per_epoch(len(lengths), entry)
     all_texts = texts * _passes_over(n, per_epoch, per_step / texts)
     spec = memory.TrainingSpec(
-        machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
-        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization,
-        entry.gradient_checkpointing, passes,
-        entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
-    )  # fmt: skip
+        machine.device,
+        machine.dtype,
+        base_model,
+        "lora",
+        entry.peft,
+        [max(lengths)] * batch,
+        batch * max(answer for pair in sequences for _, answer in pair),
+        1,
+        machine.runtime,
+        entry.quantization,
+        entry.gradient_checkpointing,
+        passes,
+        entry.optim,
+        f"aligned.{name}",
+        sharding=entry.sharding,
+        processes=shared,
+    )
     if isinstance(method, Gkd):
         spec = replace(
             spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta
@@ -370,12 +382,23 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     n = entry.max_steps or per_epoch * entry.num_train_epochs
     tokens = round(sum(lengths) * _passes_over(n, per_epoch, per_step / pairs))
     spec = memory.TrainingSpec(
-        machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1,
-        machine.runtime, entry.quantization,
-        entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model",
+        machine.device,
+        machine.dtype,
+        base_model,
+        entry.method,
+        entry.peft,
+        [max(lengths)] * batch,
+        batch,
+        1,
+        machine.runtime,
+        entry.quantization,
+        entry.gradient_checkpointing,
+        entry.gradient_accumulation_steps,
+        entry.optim,
+        "reward_model",
         sharding=entry.sharding,
         processes=processes,
-    )  # fmt: skip
+    )
     work: float = tokens
     if reads_pairs_once(base_model, machine.device, entry.peft):
         spec, share = _reading_pairs_once(
@@ -474,10 +497,19 @@ def plan_model(
         copies = layerwise.SmallCopies(model)
         for method in methods:
             spec = memory.TrainingSpec(
-                machine.device, machine.dtype, model, method, USUAL.get(method, {}), [tokens], tokens, rows,
+                machine.device,
+                machine.dtype,
+                model,
+                method,
+                USUAL.get(method, {}),
+                [tokens],
+                tokens,
+                rows,
                 machine.runtime,
-                where=f"--method {method}", timed=machine.is_here, trace=copies.trace,
-            )  # fmt: skip
+                where=f"--method {method}",
+                timed=machine.is_here,
+                trace=copies.trace,
+            )
             spec = replace(spec, gradient_checkpointing=checkpointing and spec.can_checkpoint)
             prediction = {"tokens": 1000 * rows * tokens, **_requirements(spec, machine, 1000 * rows * tokens)}
             if machine.device == "cuda":

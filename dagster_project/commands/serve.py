@@ -225,10 +225,13 @@ def serve(
         log.info(f"starting {chosen}, which loads {served.id}")
         signal.signal(signal.SIGTERM, _interrupt)
         server = subprocess.Popen(
-            command, env=environment_of(scratch), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(),
+            command,
+            env=environment_of(scratch),
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
             start_new_session=True,
             preexec_fn=None if chosen == "transformers" else _end_with_parent(),
-        )  # fmt: skip
+        )
         try:
             _wait(server, chosen, served, port)
             served.refuse_changed(root)

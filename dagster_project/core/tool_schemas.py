@@ -15,9 +15,8 @@ from dagster_project.core.messages import JSON, Call, Tools
 TYPES: dict[str, str | None] = {
     **{name: name for name in ("object", "array", "string", "integer", "number", "boolean", "null")},
     "dict": "object", "map": "object", "mapping": "object", "list": "array", "tuple": "array", "set": "array",
-    "str": "string",
-    "int": "integer", "long": "integer", "float": "number", "double": "number", "bool": "boolean", "none": "null",
-    "any": None, "optional": None, "union": None, "callable": None,
+    "str": "string", "int": "integer", "long": "integer", "float": "number", "double": "number", "bool": "boolean",
+    "none": "null", "any": None, "optional": None, "union": None, "callable": None,
 }  # fmt: skip
 """Type in a tool's definition, in lower case -> JSON Schema's name for it, or
 None for any type. ToolACE and xLAM use Python's names."""

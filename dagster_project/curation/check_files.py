@@ -354,10 +354,13 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
     return {
         "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(row.value, sort_keys=True)}]),
         "source": source,
-        "source_row": row.source_row, "messages": messages, "category": category, "group_id": None,
+        "source_row": row.source_row,
+        "messages": messages,
+        "category": category,
+        "group_id": None,
         "meta": json.dumps(meta),
         "labelled": labelled,
-    }  # fmt: skip
+    }
 
 
 def _items(path: str) -> list[Item]:

@@ -21,9 +21,18 @@ FORCED = "PEDIGREE_FORCED"
 """Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
-PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr",
-    "dvc.lock", "dvc_render.html",
-           "scmrepo.git", "ruamel.yaml"]  # fmt: skip
+PRELOAD = [
+    "dvc.repo.reproduce",
+    "dvc.parsing",
+    "dvc.stage.run",
+    "dvc.output",
+    "dvc.data_cloud",
+    "dvc.cachemgr",
+    "dvc.lock",
+    "dvc_render.html",
+    "scmrepo.git",
+    "ruamel.yaml",
+]
 """Modules that a fork server imports once for all processes that reproduce a stage. None starts a thread."""
 
 

@@ -415,9 +415,10 @@ class _Examination:
                 continue
             if not runs:
                 self.missing["dvc.lock", address] = {
-                    "path": f"dvc.lock: {address}", "object": "DVC's record of its run",
-                    "next": "commit dvc.lock, or dvc repro"
-                }  # fmt: skip
+                    "path": f"dvc.lock: {address}",
+                    "object": "DVC's record of its run",
+                    "next": "commit dvc.lock, or dvc repro",
+                }
             elif stage not in runs:
                 wrong = "its entry is neither the committed one nor that of a run that DVC recorded"
                 self._add_finding("dvc.lock", address, wrong, f"git checkout dvc.lock, or dvc repro --force {address}")

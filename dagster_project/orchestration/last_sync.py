@@ -25,9 +25,20 @@ from dagster_project.lineage.history import config_files
 FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
 """It can be deleted."""
 PACKAGE = Path(__file__).parents[1]
-ALWAYS = ("dvc.yaml", "dvc.lock", "params.yaml", "code.lock.yaml", ".dvc/config", ".dvc/config.local", ".dvcignore",
-    ".git/HEAD", ".git/index",
-          ".git/packed-refs", ".git/refs", ".git/info/exclude")  # fmt: skip
+ALWAYS = (
+    "dvc.yaml",
+    "dvc.lock",
+    "params.yaml",
+    "code.lock.yaml",
+    ".dvc/config",
+    ".dvc/config.local",
+    ".dvcignore",
+    ".git/HEAD",
+    ".git/index",
+    ".git/packed-refs",
+    ".git/refs",
+    ".git/info/exclude",
+)
 OBJECTS = Path(".dvc", "cache", "files", "md5")
 """The objects of DVC's cache, in folders by the beginning of their names."""
 RUNS = "runs.db"

@@ -128,9 +128,15 @@ def produce(
     pages: folder for the documents that its page is drawn from.
     """
     if compute.processes > 1 and place().size == 1:
-        folders = {"tokenized": tokenized, "base_model": base_model, "out": out, "curve_file": curve_file,
+        folders = {
+            "tokenized": tokenized,
+            "base_model": base_model,
+            "out": out,
+            "curve_file": curve_file,
             "checkpoints": checkpoints,
-                   "live": live, "pages": pages}  # fmt: skip
+            "live": live,
+            "pages": pages,
+        }
         return _produce_in_processes(variant, params, compute, folders, hints)
     claim_gpu()
     device, dtype = prepare(compute)

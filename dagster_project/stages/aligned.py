@@ -500,10 +500,14 @@ def _refuse_full_disk(
 
 
 def _write_training(
-    document: Mapping[str, Any], history: TrainingHistory, figures: Sequence[str], ids: Sequence[Sequence[str]],
-    sft: Path, out: Path,
+    document: Mapping[str, Any],
+    history: TrainingHistory,
+    figures: Sequence[str],
+    ids: Sequence[Sequence[str]],
+    sft: Path,
+    out: Path,
     curve_file: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Write training.json, the pairs of each step, the chat template and the curve.
 
     Args:

@@ -391,9 +391,12 @@ ALWAYS_TIED = ("falcon", "bloom")
 """Architectures whose output layer transformers does not read from GGUF files, because it is the word embeddings."""
 
 
-SETTINGS = {"rope.freq_base": "rope_theta", "attention.sliding_window": "sliding_window",
+SETTINGS = {
+    "rope.freq_base": "rope_theta",
+    "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping"}  # fmt: skip
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 """Field of a GGUF file, without the name of the architecture, that changes what a model computes -> the name in
 config.json. transformers reads each of them for some architectures only, and takes its default for others: the base of
 positions not for StarCoder2, the window not for Phi-3."""

@@ -99,10 +99,16 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 def run(ctx: StageContext) -> Report:
     with row_cache.using(ctx.root, "preferences"):
         return produce(
-            ctx.root, ctx.params("preferences", Params), ctx.compute.seed, ctx.output_of("raw_preferences"),
+            ctx.root,
+            ctx.params("preferences", Params),
+            ctx.compute.seed,
+            ctx.output_of("raw_preferences"),
             ctx.output_of("splits"),
-            ctx.output_of("base_model"), out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
-        )  # fmt: skip
+            ctx.output_of("base_model"),
+            out=ctx.out,
+            pages=ctx.pages,
+            previous=ctx.recorded(),
+        )
 
 
 @uncollected

@@ -140,9 +140,15 @@ def produce(
     No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
     """
     if params.sharding and compute.processes > 1 and place().size == 1:
-        folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file,
+        folders = {
+            "preferences": preferences,
+            "folder": folder,
+            "out": out,
+            "curve_file": curve_file,
             "calibration_file": calibration_file,
-                   "checkpoints": checkpoints, "live": live}  # fmt: skip
+            "checkpoints": checkpoints,
+            "live": live,
+        }
         return report_of_group(__name__, params, compute, folders)
     import_libraries()
     claim_gpu()

@@ -206,9 +206,12 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
     path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
     paraphrases = read_paraphrases(path)
     facts = {
-        "format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license,
-        **settings.given
-    }  # fmt: skip
+        "format": FORMAT,
+        "rows": len(paraphrases),
+        "sha256": sha256_of_file(path),
+        "license": settings.license,
+        **settings.given,
+    }
     return paraphrases, {settings.paraphrases: facts}
 
 

@@ -153,10 +153,15 @@ def comparison_page(
     found, test = document["recommended"], document["test"]
     seen = "none of them seen in training" if not test["seen"] else f"{number(test['seen'])} of them seen in training"
     return render(
-        "comparison.jinja", "Was tuning worth it?", sections, "comparison.js", document=document, limit=MAX_CHARACTERS,
+        "comparison.jinja",
+        "Was tuning worth it?",
+        sections,
+        "comparison.js",
+        document=document,
+        limit=MAX_CHARACTERS,
         tested=f"{many(test['examples'], 'test example')}, {seen}{_scored(document)}",
         advice=[line for line in document["advice"] if line != found["why"]],
-    )  # fmt: skip
+    )
 
 
 def _scored(document: Mapping[str, Any]) -> str:

@@ -282,12 +282,18 @@ def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
     rest = places[len(examples) :]
     more = f" (the first {len(places)} of {number(count)} are listed)" if count > len(places) else ""
     return {
-        "number": number_, "severity": severity, "sign": SIGNS[severity], "finding": finding,
+        "number": number_,
+        "severity": severity,
+        "sign": SIGNS[severity],
+        "finding": finding,
         "count": "the set" if of_set else number(count),
-        "bar": bar, "facts": facts, "quotes": quotes, "rest": rest,
+        "bar": bar,
+        "facts": facts,
+        "quotes": quotes,
+        "rest": rest,
         "rest_words": many(len(rest), "more place" if quotes else "place") + more,
         "pairs": len(finding.get("matches") or []),
-    }  # fmt: skip
+    }
 
 
 def _expectations(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -481,8 +487,9 @@ def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
         f"entropy {number(profile['entropy'])} bits, equivalent to {number(profile['effective_categories'])}"
         f" categories of equal size; "
         f"{number(profile['singletons'])} with one row"
-        if "entropy" in profile else ""
-    )  # fmt: skip
+        if "entropy" in profile
+        else ""
+    )
     parts = (
         ("categories", "Categories", spread), ("sources", "Sources", "rows by file"),
         ("scripts", "Scripts", "of the letters in prompts"), ("roles", "Conversations", "sequence of roles"),

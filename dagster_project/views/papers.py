@@ -115,8 +115,11 @@ def _signature(document: Mapping[str, Any]) -> list[Paper]:
             signed["file"],
             "OpenSSF Model Signing 1.0",
             [
-                ("shows", "that the holder of the key signed all files of this folder: one that was changed, added or"
-                          " removed is found"),
+                (
+                    "shows",
+                    "that the holder of the key signed all files of this folder: one that was changed, added or"
+                    " removed is found",
+                ),
                 ("does not show", "who holds the key, and that what the files state is true"),
                 ("compared", "the sha256 of every file in this folder"),
             ],
@@ -125,12 +128,18 @@ def _signature(document: Mapping[str, Any]) -> list[Paper]:
             attested["file"],
             "in-toto, SLSA Provenance 1",
             [
-                ("shows", f"that the holder of the key states how each of {number(len(stages))} stages ran: command,"
-                          f" parameters, and all files it read and made, by hash"),
+                (
+                    "shows",
+                    f"that the holder of the key states how each of {number(len(stages))} stages ran: command,"
+                    f" parameters, and all files it read and made, by hash",
+                ),
                 *([("shows also", remade)] if attested["remade"] else []),
                 ("does not show", "that the statements are true" if attested["remade"] else remade),
-                ("compared", "the files of the model, what stages read with what the stages before them made, and"
-                             " hashes in the other papers"),
+                (
+                    "compared",
+                    "the files of the model, what stages read with what the stages before them made, and"
+                    " hashes in the other papers",
+                ),
                 ("sha256", attested["sha256"]),
             ],
         ),
@@ -139,8 +148,10 @@ def _signature(document: Mapping[str, Any]) -> list[Paper]:
             "public key",
             [
                 ("shows", f"the key, with sha256 {signed['key']}"),
-                ("does not show", "whose key it is: obtain it from the signer through another channel, and give that"
-                                  " one with --key"),
+                (
+                    "does not show",
+                    "whose key it is: obtain it from the signer through another channel, and give that one with --key",
+                ),
             ],
         ),
-    ]  # fmt: skip
+    ]

@@ -47,10 +47,16 @@ def why_page(document: Mapping[str, Any]) -> str:
             f"by {number(compared['questions'])} questions of the validation split",
         )
     return render(
-        "why.jinja", f"Why did {document['model']['stage']} say that?", sections, stage=document["model"]["stage"],
-        md5=document["model"]["md5"], asked=asked, figures=figures, stands_out=spread["stands_out"],
+        "why.jinja",
+        f"Why did {document['model']['stage']} say that?",
+        sections,
+        stage=document["model"]["stage"],
+        md5=document["model"]["md5"],
+        asked=asked,
+        figures=figures,
+        stands_out=spread["stands_out"],
         compared=spread["compared"],
-    )  # fmt: skip
+    )
 
 
 def _parts(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:

@@ -25,10 +25,15 @@ def reward_model(ctx: StageContext) -> Report:
 
     values = stage.Params(**ctx.values["reward_model"])
     return stage.produce(
-        values, Compute(threads=1, dtype="float32"), ctx.root / "data/preferences", ctx.root / "data/base_model",
-        ctx.out, ctx.plot("reward"),
-        ctx.plot("calibration"), ctx.checkpoints,
-    )  # fmt: skip
+        values,
+        Compute(threads=1, dtype="float32"),
+        ctx.root / "data/preferences",
+        ctx.root / "data/base_model",
+        ctx.out,
+        ctx.plot("reward"),
+        ctx.plot("calibration"),
+        ctx.checkpoints,
+    )
 
 
 def aligned(ctx: StageContext) -> Report:
@@ -37,10 +42,20 @@ def aligned(ctx: StageContext) -> Report:
 
     values = stage.Params(**ctx.values["variants"][ctx.variant])
     return stage.produce(
-        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/preferences", None,
+        str(ctx.variant),
+        values,
+        Compute(threads=1, dtype="float32"),
+        ctx.root / "data/preferences",
+        None,
         ctx.root / "data/merged/lora",
-        ctx.out, ctx.plot("aligned"), ctx.checkpoints, ctx.live, ctx.pages, None, None,
-    )  # fmt: skip
+        ctx.out,
+        ctx.plot("aligned"),
+        ctx.checkpoints,
+        ctx.live,
+        ctx.pages,
+        None,
+        None,
+    )
 
 
 PIPELINE = Pipeline(

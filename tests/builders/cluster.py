@@ -85,9 +85,16 @@ class Cluster:
         self.token.write_text(secrets.token_hex(32))
         self.token.chmod(0o600)
         self.port, self.dashboard = free_ports(2)
-        self.add("first", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                 "--include-dashboard=true", f"--ray-client-server-port={free_port()}", "--no-monitor",
-                 f"--temp-dir={self.folder}/ray")  # fmt: skip
+        self.add(
+            "first",
+            f"--port={self.port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard}",
+            "--include-dashboard=true",
+            f"--ray-client-server-port={free_port()}",
+            "--no-monitor",
+            f"--temp-dir={self.folder}/ray",
+        )
         self.add("second", f"--address=127.0.0.1:{self.port}")  # meanwhile the dashboard starts
         self._wait_for_dashboard()
 

@@ -199,13 +199,18 @@ class Reach:
     def _resolve(self, address: str, entry: Entry, place: Place) -> Iterator[Chain]:
         stage = address.partition("@")[0]
         inputs = {one["path"]: one["md5"] for one in entry["deps"]}
-        read = {"instructions": ["data/raw_examples"], "splits": ["data/instructions"], "tokenized": ["data/splits"],
+        read = {
+            "instructions": ["data/raw_examples"],
+            "splits": ["data/instructions"],
+            "tokenized": ["data/splits"],
             "adapter": ["data/tokenized"],
-                "merged": [path for path in inputs if path.startswith("data/adapter/")],
-                "preferences": ["data/raw_preferences"],
-                "reward_model": ["data/preferences"], "aligned": ["data/merged/lora", "data/preferences"],
-                "merged_aligned": ["data/merged/lora", "data/aligned/dpo"], "release": ["data/merged"]}.get(stage,
-                [])  # fmt: skip
+            "merged": [path for path in inputs if path.startswith("data/adapter/")],
+            "preferences": ["data/raw_preferences"],
+            "reward_model": ["data/preferences"],
+            "aligned": ["data/merged/lora", "data/preferences"],
+            "merged_aligned": ["data/merged/lora", "data/aligned/dpo"],
+            "release": ["data/merged"],
+        }.get(stage, [])
         nothing: Chain = {}
         options = [list(islice(self._makers(path, inputs[path], place, entry), LIMIT)) or [nothing] for path in read]
         consistent = False

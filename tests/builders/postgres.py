@@ -98,10 +98,14 @@ def postgres_server() -> Iterator[Postgres]:
             "--no-sync",
         ]
         done = subprocess.run(
-            [str(bin_folder / "initdb"), *words], cwd="/", env=base_environment(), capture_output=True, text=True,
+            [str(bin_folder / "initdb"), *words],
+            cwd="/",
+            env=base_environment(),
+            capture_output=True,
+            text=True,
             check=False,
             **as_user(user),
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         (base / "password").unlink()
         port = free_port()

@@ -25,6 +25,12 @@ PREFERENCE_SCHEMA = pa.schema(
 def preference_row(i: int, chosen: str, rejected: str, margin: float | None = None) -> dict[str, Any]:
     prompt = [{"role": "user", "content": f"q{i}"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    return {"example_id": example_id(prompt + good + bad), "prompt": prompt, "chosen": good, "rejected": bad,
+    return {
+        "example_id": example_id(prompt + good + bad),
+        "prompt": prompt,
+        "chosen": good,
+        "rejected": bad,
         "margin": margin,
-            "category": "even" if i % 2 else None, "group_id": str(i)}  # fmt: skip
+        "category": "even" if i % 2 else None,
+        "group_id": str(i),
+    }

@@ -81,10 +81,14 @@ def running(
 
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
             preexec_fn=end_with_tests,
             **as_user(user),
-        )  # fmt: skip
+        )
     try:
         for _ in range(1200):
             assert process.poll() is None, f"{command[0]} ended: {log.read_text()}"

@@ -247,10 +247,14 @@ def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subpr
     """Edit `tok`, start a front end in which `tok` is slow, and return when its command runs."""
     (root / "code/tok.py").write_text("V = 9\n")
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True,
+        [sys.executable, *command],
+        cwd=root,
+        env={**os.environ, "SLOW": "tok", **environment},
+        text=True,
         start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     while "tok" not in commands_run(root)[5:]:
         time.sleep(0.1)
         assert process.poll() is None
@@ -265,10 +269,14 @@ def start_until_both_adapters_run(
     ran = len(commands_run(root)) if (root / LOG).exists() else 0
     (root / "code/adapter.py").write_text(f"V = {ran + 9}\n")
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "adapter", **environment}, text=True,
+        [sys.executable, *command],
+        cwd=root,
+        env={**os.environ, "SLOW": "adapter", **environment},
+        text=True,
         start_new_session=True,
-        stdout=subprocess.PIPE, stderr=(root / "errors.txt").open("w"),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=(root / "errors.txt").open("w"),
+    )
     while True:
         entries = [json.loads(line) for line in (root / LOG).read_text().splitlines()[ran:]]
         pids = {entry["stage"]: entry["pid"] for entry in entries if entry["stage"].startswith("adapter")}

@@ -8,9 +8,14 @@ from typing import Any
 
 from dagster_project.core.records import example_id, write_ledger, write_records
 
-WEATHER = {"type": "function",
-    "function": {"name": "weather", "description": "Temperature of a city in °C.", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}  # fmt: skip
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Temperature of a city in °C.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 
 
 def record(
@@ -18,10 +23,15 @@ def record(
 ) -> dict[str, Any]:
     """A canonical record, with the row of its source."""
     return {
-        "example_id": example_id(messages, tools), "source": source, "source_row": row, "messages": messages,
+        "example_id": example_id(messages, tools),
+        "source": source,
+        "source_row": row,
+        "messages": messages,
         "category": None,
-        "group_id": None, "meta": "{}", **({"tools": tools} if tools else {}),
-    }  # fmt: skip
+        "group_id": None,
+        "meta": "{}",
+        **({"tools": tools} if tools else {}),
+    }
 
 
 def call(name: str, arguments: Any, identity: str | None = None) -> dict[str, Any]:

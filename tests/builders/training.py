@@ -83,10 +83,16 @@ def train_adapter(
     out.mkdir(parents=True, exist_ok=True)
     compute = Compute(threads=threads, dtype="float32")
     report = adapter.produce(
-        "x", adapter.Params(**params), compute, folder / "tokenized", model, out, out / "loss.csv",
+        "x",
+        adapter.Params(**params),
+        compute,
+        folder / "tokenized",
+        model,
+        out,
+        out / "loss.csv",
         folder / "checkpoints" / name,
         live=live,
-    )  # fmt: skip
+    )
     (out / "report.json").write_text(json.dumps(report.document()))
 
 

@@ -32,10 +32,16 @@ def adapter(ctx: StageContext) -> Report:
     if values.command is not None:
         return _by_command(ctx, values)
     return stage.produce(
-        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/tokenized",
-        ctx.root / "data/base_model", ctx.out,
-        ctx.plot("loss"), ctx.checkpoints, live=ctx.live,
-    )  # fmt: skip
+        str(ctx.variant),
+        values,
+        Compute(threads=1, dtype="float32"),
+        ctx.root / "data/tokenized",
+        ctx.root / "data/base_model",
+        ctx.out,
+        ctx.plot("loss"),
+        ctx.checkpoints,
+        live=ctx.live,
+    )
 
 
 def _by_command(ctx: StageContext, values: Any) -> Report:
@@ -43,10 +49,15 @@ def _by_command(ctx: StageContext, values: Any) -> Report:
     from dagster_project.training.trainers.command.train import Folders, train_by_command
 
     folders = Folders(
-        ctx.root, ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.scratch / "command", ctx.checkpoints,
+        ctx.root,
+        ctx.root / "data/tokenized",
+        ctx.root / "data/base_model",
+        ctx.scratch / "command",
+        ctx.checkpoints,
         ctx.out,
-        ctx.plot("loss"), ctx.pages,
-    )  # fmt: skip
+        ctx.plot("loss"),
+        ctx.pages,
+    )
     return train_by_command(str(ctx.variant), values, Compute(threads=1, dtype="float32"), folders)
 
 

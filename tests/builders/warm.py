@@ -26,11 +26,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-PRELOAD = ["dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.checkout", "dvc.repo.reproduce",
-    "dvc.repo.status", "dvc.stage.run",
-           "dagster", "dagster_project.__main__", "dagster_project.cli.parser",
-           "dagster_project.orchestration.dagster.sync", "dagster_project.orchestration.run_stage",
-           "dagster_project.stages"]  # fmt: skip
+PRELOAD = [
+    "dvc.cli",
+    "dvc.commands.repro",
+    "dvc.commands.status",
+    "dvc.commands.checkout",
+    "dvc.repo.reproduce",
+    "dvc.repo.status",
+    "dvc.stage.run",
+    "dagster",
+    "dagster_project.__main__",
+    "dagster_project.cli.parser",
+    "dagster_project.orchestration.dagster.sync",
+    "dagster_project.orchestration.run_stage",
+    "dagster_project.stages",
+]
 CPU_SECONDS = 120
 """CPU time after which a command counts as hanging."""
 SECONDS = 600
@@ -120,11 +130,18 @@ class Place:
             "HF_HOME": "hub",
         }
         return {
-            **kept, **{name: str(self.around / folder) for name, folder in folders.items()},
+            **kept,
+            **{name: str(self.around / folder) for name, folder in folders.items()},
             "DAGSTER_HOME": str(self.root / ".dagster"),
-            "DVC_NO_ANALYTICS": "1", "DAGSTER_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive", "PEDIGREE_PROJECT": str(self.root), "COLUMNS": "120", "SHELL": "/bin/sh",
-        }  # fmt: skip
+            "DVC_NO_ANALYTICS": "1",
+            "DAGSTER_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "PEDIGREE_PROJECT": str(self.root),
+            "COLUMNS": "120",
+            "SHELL": "/bin/sh",
+        }
 
 
 def start(

@@ -19,10 +19,14 @@ from faults import dagster_runs, damage, kills, limits, network, project, times,
 from faults.case import Case, Result, result_of
 
 CLASSES: dict[str, Callable[[project.Projects, bool], Iterator[Case]]] = {
-    "kill": kills.cases, "damage": damage.cases, **limits.CLASSES, **times.CLASSES, **network.CLASSES,
+    "kill": kills.cases,
+    "damage": damage.cases,
+    **limits.CLASSES,
+    **times.CLASSES,
+    **network.CLASSES,
     **dagster_runs.CLASSES,
     **trainings.CLASSES,
-}  # fmt: skip
+}
 
 
 def table(results: list[Result]) -> str:

@@ -119,9 +119,14 @@ def _dagster(at_work: Play, *words: str) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
     at_work.outcomes.append(Outcome(words, 0, "", ""))
     return subprocess.Popen(
-        command, cwd=at_work.root, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True
-    )  # fmt: skip
+        command,
+        cwd=at_work.root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def _end(process: subprocess.Popen[bytes], alone: bool) -> None:

@@ -18,9 +18,16 @@ from builders.warm import Fault
 from faults import project
 from faults.case import KILLED, Case, Play, Violation
 
-EVENTS = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.link": "link",
+EVENTS = {
+    "os.rename": "rename",
+    "os.remove": "remove",
+    "os.rmdir": "rmdir",
+    "os.mkdir": "mkdir",
+    "os.link": "link",
     "os.symlink": "symlink",
-          "os.truncate": "truncate", "shutil.copyfile": "copy"}  # fmt: skip
+    "os.truncate": "truncate",
+    "shutil.copyfile": "copy",
+}
 """Python's audit events of calls that change files; each is raised before the
 call. Files opened for writing and fsync are added to these."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -120,9 +127,10 @@ def _at_moments(fixed: bool) -> Iterator[Case]:
     """Kill a command from outside, with all that it started, or alone."""
     draw = random.Random(24)
     commands = {
-        "driver": ("pedigree", "run", "instructions"), "dvc": ("dvc", "repro", "instructions"),
+        "driver": ("pedigree", "run", "instructions"),
+        "dvc": ("dvc", "repro", "instructions"),
         "all": ("pedigree", "run", "--all"),
-    }  # fmt: skip
+    }
     for name, words in commands.items():
         for moment in range(int(name == "dvc") if fixed else MOMENTS):
             share, group = (moment + draw.random()) / MOMENTS, bool(moment % 2)

@@ -28,8 +28,19 @@ FILE_SIZES = {
     "tokenized": (6, 12, 24, 48),
 }
 """Limits of the size of a file, in KiB, that some file of the stage exceeds."""
-FOLDERS = ("", "data", "data/reports", "data/pages", ".dvc", ".dvc/cache", ".dvc/cache/files/md5", ".dvc/tmp",
-    ".dvc/tmp/pedigree", ".dvc/tmp/pedigree/locks", ".dagster")  # fmt: skip
+FOLDERS = (
+    "",
+    "data",
+    "data/reports",
+    "data/pages",
+    ".dvc",
+    ".dvc/cache",
+    ".dvc/cache/files/md5",
+    ".dvc/tmp",
+    ".dvc/tmp/pedigree",
+    ".dvc/tmp/pedigree/locks",
+    ".dagster",
+)
 FIXED = {("data", "run"), (".dvc/tmp/pedigree", "sync")}
 """Folders and commands of the fixed part."""
 MEMORY = (1, 4, 16, 48, 96)
@@ -123,11 +134,13 @@ def _pages(root: Path) -> int:
 
 def readonly(projects: project.Projects, fixed: bool) -> Iterator[Case]:
     commands: dict[str, tuple[str, tuple[str, ...]]] = {
-        "repro": ("instructions", ("dvc", "repro", "splits")), "run": ("instructions", ("pedigree", "run", "splits")),
+        "repro": ("instructions", ("dvc", "repro", "splits")),
+        "run": ("instructions", ("pedigree", "run", "splits")),
         "all": ("splits", ("pedigree", "run", "--all")),
-        "sync": (project.DONE, ("pedigree", "sync")), "verify": (project.DONE, ("pedigree", "verify", "--integrity")),
+        "sync": (project.DONE, ("pedigree", "sync")),
+        "verify": (project.DONE, ("pedigree", "verify", "--integrity")),
         "audit": (project.DONE, ("pedigree", "audit", "tokenized")),
-    }  # fmt: skip
+    }
     for folder in FOLDERS:
         for name, (state, words) in commands.items():
             if fixed and (folder, name) not in FIXED:

@@ -27,12 +27,25 @@ DONE = STAGES[-1]
 """Name of the state in which every stage has run."""
 ANY_CONTENT = (".git/", ".dvc/tmp/", ".dagster/", "data/pages/base_model/audit.html")
 """Where files may differ in content: logs of what ran, locks and caches."""
-MAY_APPEAR = ("dvc.lock.lock", ".git/", ".dagster/", ".dvc/tmp/rwlock", ".dvc/tmp/lock", ".dvc/tmp/btime",
-    ".dvc/tmp/exps", ".dvc/tmp/pedigree/locks/",
-              ".dvc/tmp/pedigree/sha256.json", ".dvc/tmp/pedigree/index.sqlite3", ".dvc/tmp/pedigree/seconds/",
-              ".dvc/tmp/pedigree/checkpoints/",
-              ".dvc/tmp/pedigree/rows/", ".dvc/tmp/pedigree/synced.json", ".dvc/tmp/pedigree/set_aside/",
-              ".dvc/tmp/pedigree/swept", "data/pages/base_model/audit.html")  # fmt: skip
+MAY_APPEAR = (
+    "dvc.lock.lock",
+    ".git/",
+    ".dagster/",
+    ".dvc/tmp/rwlock",
+    ".dvc/tmp/lock",
+    ".dvc/tmp/btime",
+    ".dvc/tmp/exps",
+    ".dvc/tmp/pedigree/locks/",
+    ".dvc/tmp/pedigree/sha256.json",
+    ".dvc/tmp/pedigree/index.sqlite3",
+    ".dvc/tmp/pedigree/seconds/",
+    ".dvc/tmp/pedigree/checkpoints/",
+    ".dvc/tmp/pedigree/rows/",
+    ".dvc/tmp/pedigree/synced.json",
+    ".dvc/tmp/pedigree/set_aside/",
+    ".dvc/tmp/pedigree/swept",
+    "data/pages/base_model/audit.html",
+)
 """Where files may appear or be missing that an undisturbed run has or has not: caches, empty files of locks, what was
 set aside and named, and the page that sync draws."""
 

@@ -82,7 +82,9 @@ def test_the_table_counts_classes_and_names_the_command_of_a_case_that_failed() 
         [Result("kill/a", "", []), Result("kill/b", "left behind: x", ["dvc repro"]), Result("disk/a", "", [])]
     )
     assert [line.split() for line in shown.splitlines()[:4]] == [
-        ["fault", "cases", "passed", "failed"], ["kill", "2", "1", "1"], ["disk", "1", "1", "0"],
+        ["fault", "cases", "passed", "failed"],
+        ["kill", "2", "1", "1"],
+        ["disk", "1", "1", "0"],
         ["all", "3", "2", "1"],
-    ]  # fmt: skip
+    ]
     assert "make faults ONLY=kill/b" in shown and "ran: dvc repro" in shown and "left behind: x" in shown

@@ -21,11 +21,13 @@ from faults.kills import Calls
 STAGE, BEFORE = "adapter@lora", "untrained"
 PARAMS = {"method": "lora", "max_steps": 12, "save_strategy": "steps", "save_steps": 2}
 DEFINITION = {
-    "cmd": f"python -m dagster_project run {STAGE}", "deps": ["data/tokenized", "data/base_model"],
+    "cmd": f"python -m dagster_project run {STAGE}",
+    "deps": ["data/tokenized", "data/base_model"],
     "params": ["adapter.lora", "compute"],
-    "outs": ["data/adapter/lora"], "plots": [{"data/plots/loss/lora.csv": {"x": "step", "y": "loss"}}],
+    "outs": ["data/adapter/lora"],
+    "plots": [{"data/plots/loss/lora.csv": {"x": "step", "y": "loss"}}],
     "metrics": [{"data/reports/adapter/lora.json": {"cache": False}}],
-}  # fmt: skip
+}
 TIMED = ("data/live/", "data/pages/adapter/")
 """Files with the seconds that a training took."""
 STEPS, WRITES = 5, 5

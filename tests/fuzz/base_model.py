@@ -17,19 +17,23 @@ from dagster_project.stages import base_model
 HIDDEN, LAYERS, VOCABULARY = 8, 1, 259
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
-    "intermediate_size": 16,
-    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
-    "max_position_embeddings": 128,
+    "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 4, "max_position_embeddings": 128,
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "initializer_range": 0.02,
-    "attention_bias": False, "mlp_bias": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "dtype": "float32", "torch_dtype": "float32",
+    "initializer_range": 0.02, "attention_bias": False, "mlp_bias": False, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "dtype": "float32", "torch_dtype": "float32",
 }  # fmt: skip
 LAYER = {
-    "self_attn.q_proj": [8, 8], "self_attn.k_proj": [4, 8], "self_attn.v_proj": [4, 8], "self_attn.o_proj": [8, 8],
+    "self_attn.q_proj": [8, 8],
+    "self_attn.k_proj": [4, 8],
+    "self_attn.v_proj": [4, 8],
+    "self_attn.o_proj": [8, 8],
     "mlp.gate_proj": [16, 8],
-    "mlp.up_proj": [16, 8], "mlp.down_proj": [8, 16], "input_layernorm": [8], "post_attention_layernorm": [8],
-}  # fmt: skip
+    "mlp.up_proj": [16, 8],
+    "mlp.down_proj": [8, 16],
+    "input_layernorm": [8],
+    "post_attention_layernorm": [8],
+}
 
 
 @cache

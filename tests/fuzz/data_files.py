@@ -232,11 +232,14 @@ def _table(random: random.Random, kind: str, rows: list[Any]) -> tuple[bytes, in
     try:
         if kind == ".parquet":
             pq.write_table(
-                table, sink, compression=random.choice(["none", "snappy", "zstd", "gzip"]),
+                table,
+                sink,
+                compression=random.choice(["none", "snappy", "zstd", "gzip"]),
                 row_group_size=random.choice([1, 3, 1000]),
-                use_dictionary=random.random() < 0.5, data_page_version=random.choice(["1.0", "2.0"]),
+                use_dictionary=random.random() < 0.5,
+                data_page_version=random.choice(["1.0", "2.0"]),
                 store_schema=random.random() < 0.8,
-            )  # fmt: skip
+            )
         elif kind == ".feather":
             pyarrow.feather.write_feather(table, sink, compression=random.choice(["lz4", "uncompressed", "zstd"]))
         else:
@@ -257,21 +260,29 @@ def _odd_columns(random: random.Random, rows: int) -> dict[str, Any]:
     kinds: list[tuple[Any, list[Any]]] = [
         (pa.timestamp(random.choice(["s", "ms", "us", "ns"]), zone or None), [now, None]),
         (pa.timestamp("s"), [2**40, -(2**60), None]),
-        (pa.date32(), [day, None]), (pa.date64(), [day]), (pa.date32(), [2**31 - 1, -(2**31)]),
+        (pa.date32(), [day, None]),
+        (pa.date64(), [day]),
+        (pa.date32(), [2**31 - 1, -(2**31)]),
         (pa.time64("ns"), [1, None]),
-        (pa.duration("ms"), [10**12, None]), (pa.decimal128(38, 4), [decimal.Decimal("1.5"), None]),
-        (pa.decimal256(70, 10), [decimal.Decimal("1.5"), None]), (pa.binary(), [b"\xff\xfe", b"", None]),
+        (pa.duration("ms"), [10**12, None]),
+        (pa.decimal128(38, 4), [decimal.Decimal("1.5"), None]),
+        (pa.decimal256(70, 10), [decimal.Decimal("1.5"), None]),
+        (pa.binary(), [b"\xff\xfe", b"", None]),
         (pa.large_binary(), [b"abc"]),
-        (pa.binary(3), [b"abc", None]), (pa.large_string(), ["x", None]), (pa.string_view(), ["x", None]),
-        (pa.float16(), [1.0, None]), (pa.float64(), [float("nan"), float("inf"), 1.0]),
+        (pa.binary(3), [b"abc", None]),
+        (pa.large_string(), ["x", None]),
+        (pa.string_view(), ["x", None]),
+        (pa.float16(), [1.0, None]),
+        (pa.float64(), [float("nan"), float("inf"), 1.0]),
         (pa.uint64(), [2**64 - 1, None]),
-        (pa.null(), [None]), (pa.map_(pa.string(), pa.int64()), [[("a", 1), ("a", 2)], None]),
+        (pa.null(), [None]),
+        (pa.map_(pa.string(), pa.int64()), [[("a", 1), ("a", 2)], None]),
         (pa.list_(pa.string(), 2), [["a", None], None]),
         (pa.dictionary(pa.int8(), pa.string()), ["x", None]),
         (pa.struct([("a", pa.int8()), ("b", pa.list_(pa.null()))]), [{"a": 1}, None]),
         (pa.list_(pa.list_(pa.list_(pa.string()))), [[[["x"]], []], None]),
         (pa.month_day_nano_interval(), [(1, 2, 3), None]),
-    ]  # fmt: skip
+    ]
     found = {}
     for i in range(random.randint(1, 3)):
         kind, cells = random.choice(kinds)

@@ -24,22 +24,30 @@ from fuzz.surface import STEERS, Case, Surface, as_bytes, as_content
 from fuzz.values import NUMBERS, damaged, like, nested, scalar, text, value
 
 REVISION = "a" * 40
-REPLY = {"id": "1",
+REPLY = {
+    "id": "1",
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "A"}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}}  # fmt: skip
+    "usage": {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102},
+}
 STATUSES = (*[200] * 40, 201, 204, 206, 301, 302, 307, 400, 401, 403, 404, 413, 422, 429, 500, 503)
 HEADERS: dict[str, list[str]] = {
     "Retry-After": ["0", "-1", "1e9", "x", "9" * 400, "Wed, 21 Oct 2030 07:28:00 GMT"],
     "Content-Length": ["0", "1", "-1", "x", "99999999"],
-    "Content-Type": ["text/html", "x"], "Content-Encoding": ["gzip", "br"], "Transfer-Encoding": ["chunked"],
-    "Location": ["http://127.0.0.1:9/", "/", "x"], "X": ["é"],
-}  # fmt: skip
+    "Content-Type": ["text/html", "x"],
+    "Content-Encoding": ["gzip", "br"],
+    "Transfer-Encoding": ["chunked"],
+    "Location": ["http://127.0.0.1:9/", "/", "x"],
+    "X": ["é"],
+}
 HUB_HEADERS: dict[str, list[str]] = {
-    "X-Repo-Commit": ["b" * 40, "x", "", "../../x"], "ETag": ['"x"', "", '"../../../x"', 'W/"a"'],
+    "X-Repo-Commit": ["b" * 40, "x", "", "../../x"],
+    "ETag": ['"x"', "", '"../../../x"', 'W/"a"'],
     "X-Error-Code": ["RepoNotFound", "GatedRepo", "EntryNotFound", "x"],
-    "X-Error-Message": ["a" * 5000, "\x1b[2J"], "Link": ['<http://127.0.0.1:9/>; rel="next"', "x"],
-    "X-Linked-Size": ["-1", "x"], "X-Linked-Etag": ["x"],
-}  # fmt: skip
+    "X-Error-Message": ["a" * 5000, "\x1b[2J"],
+    "Link": ['<http://127.0.0.1:9/>; rel="next"', "x"],
+    "X-Linked-Size": ["-1", "x"],
+    "X-Linked-Etag": ["x"],
+}
 
 
 # --- drawing
@@ -124,11 +132,13 @@ def _draw_hub(random: random.Random) -> Case:
         for _ in range(random.choice([0, 1, 1, 2]))
     }
     return {
-        "kind": "hub", "files": {}, "repository": {name: as_content(content) for name, content in files.items()},
+        "kind": "hub",
+        "files": {},
+        "repository": {name: as_content(content) for name, content in files.items()},
         "answers": answers,
         "what": random.choice(["data set", "data set", "model"]),
         "rows": len(rows) if not broken and "README.md" not in files and not answers else None,
-    }  # fmt: skip
+    }
 
 
 # --- playing

@@ -62,19 +62,31 @@ class Worker:
     def __init__(self, surface: str, folder: Path) -> None:
         self.log = (folder / "worker.log").open("w+b")
         environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
             "POLARS_MAX_THREADS": "1",
-            "DVC_NO_ANALYTICS": "1", "DAGSTER_DISABLE_TELEMETRY": "1", "TMPDIR": str(folder / "tmp"),
-            "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CEILING_DIRECTORIES": "/",
-        }  # fmt: skip
+            "DVC_NO_ANALYTICS": "1",
+            "DAGSTER_DISABLE_TELEMETRY": "1",
+            "TMPDIR": str(folder / "tmp"),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CEILING_DIRECTORIES": "/",
+        }
         for name in ("home", "tmp"):
             (folder / name).mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fuzz.engine", surface, str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=environment,
+            cwd=folder,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def play(self, request: dict[str, Any], most: float = CPU_SECONDS) -> dict[str, Any]:
         """Play one case. The answer has `outcome`, or `place` and `message` of a finding.

@@ -60,16 +60,23 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2
     "stablelm", "starcoder2", "t5", "t5encoder", "nemotron", "deci", "lfm2", "gpt-oss", "qwen2moe", "minimax-m2",
     "bert", "clip", "")  # fmt: skip
 OTHER_FIELDS: dict[str, Field] = {
-    "general.alignment": ("u32", 0), "general.name": ("text", "mistral"), "general.file_type": ("u32", 2),
+    "general.alignment": ("u32", 0),
+    "general.name": ("text", "mistral"),
+    "general.file_type": ("u32", 2),
     "general.quantization_version": ("u32", 2),
-    "llama.rope.scaling.type": ("text", "yarn"), "llama.rope.scaling.factor": ("f32", 0.0),
-    "llama.expert_count": ("u32", 2**20), "llama.rope.freq_base": ("f32", 0.0),
-    "llama.attention.key_length": ("u32", 3), "tokenizer.ggml.scores": ("array", ["f32", [0.0] * 3, None]),
+    "llama.rope.scaling.type": ("text", "yarn"),
+    "llama.rope.scaling.factor": ("f32", 0.0),
+    "llama.expert_count": ("u32", 2**20),
+    "llama.rope.freq_base": ("f32", 0.0),
+    "llama.attention.key_length": ("u32", 3),
+    "tokenizer.ggml.scores": ("array", ["f32", [0.0] * 3, None]),
     "tokenizer.ggml.pre": ("text", "smollm"),
-    "tokenizer.ggml.add_bos_token": ("bool", True), "tokenizer.ggml.unknown_token_id": ("u32", 2**31),
+    "tokenizer.ggml.add_bos_token": ("bool", True),
+    "tokenizer.ggml.unknown_token_id": ("u32", 2**31),
     "tokenizer.ggml.added_tokens": ("array", ["text", ["<x>", "<x>"], None]),
-    "split.count": ("u16", 3), "GGUF.version": ("u32", 3),
-}  # fmt: skip
+    "split.count": ("u16", 3),
+    "GGUF.version": ("u32", 3),
+}
 
 
 @cache
@@ -80,28 +87,40 @@ def _fields() -> dict[str, Field]:
     template = json.loads(tokenizer_folder()["tokenizer_config.json"])["chat_template"]
     tokens = [*sorted(vocabulary, key=lambda token: vocabulary[token]), "ab", "cd"]
     return {
-        "general.architecture": ("text", "llama"), "general.name": ("text", "tiny"),
-        "llama.block_count": ("u32", LAYERS), "llama.context_length": ("u32", CONFIG["max_position_embeddings"]),
+        "general.architecture": ("text", "llama"),
+        "general.name": ("text", "tiny"),
+        "llama.block_count": ("u32", LAYERS),
+        "llama.context_length": ("u32", CONFIG["max_position_embeddings"]),
         "llama.embedding_length": ("u32", HIDDEN),
-        "llama.feed_forward_length": ("u32", CONFIG["intermediate_size"]), "llama.attention.head_count": ("u32", 2),
+        "llama.feed_forward_length": ("u32", CONFIG["intermediate_size"]),
+        "llama.attention.head_count": ("u32", 2),
         "llama.attention.head_count_kv": ("u32", 1),
-        "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-6), "llama.rope.dimension_count": ("u32", 4),
+        "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-6),
+        "llama.rope.dimension_count": ("u32", 4),
         "llama.vocab_size": ("u32", VOCABULARY),
-        "tokenizer.ggml.model": ("text", "gpt2"), "tokenizer.ggml.tokens": ("array", ["text", tokens, None]),
+        "tokenizer.ggml.model": ("text", "gpt2"),
+        "tokenizer.ggml.tokens": ("array", ["text", tokens, None]),
         "tokenizer.ggml.token_type": ("array", ["i32", [3] * 3 + [1] * (len(tokens) - 3), None]),
         "tokenizer.ggml.merges": ("array", ["text", ["a b", "c d"], None]),
-        "tokenizer.ggml.padding_token_id": ("u32", 0), "tokenizer.ggml.bos_token_id": ("u32", 1),
+        "tokenizer.ggml.padding_token_id": ("u32", 0),
+        "tokenizer.ggml.bos_token_id": ("u32", 1),
         "tokenizer.ggml.eos_token_id": ("u32", 2),
         "tokenizer.chat_template": ("text", template),
-    }  # fmt: skip
+    }
 
 
 def _tensors() -> list[Tensor]:
     block = {
-        "attn_q": [8, 8], "attn_k": [4, 8], "attn_v": [4, 8], "attn_output": [8, 8], "ffn_gate": [16, 8],
-        "ffn_up": [16, 8], "ffn_down": [8, 16],
-        "attn_norm": [8], "ffn_norm": [8],
-    }  # fmt: skip
+        "attn_q": [8, 8],
+        "attn_k": [4, 8],
+        "attn_v": [4, 8],
+        "attn_output": [8, 8],
+        "ffn_gate": [16, 8],
+        "ffn_up": [16, 8],
+        "ffn_down": [8, 16],
+        "attn_norm": [8],
+        "ffn_norm": [8],
+    }
     shapes = {"token_embd.weight": [VOCABULARY, HIDDEN], "output_norm.weight": [HIDDEN]} | {
         f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in block.items()
     }
@@ -258,9 +277,13 @@ def _architecture(random: random.Random, fields: dict[str, Field]) -> None:
 
 
 _CHANGES = {
-    "field": _changed_field, "array": _changed_array, "type": _changed_type, "other": _other_field, "without": _without,
+    "field": _changed_field,
+    "array": _changed_array,
+    "type": _changed_type,
+    "other": _other_field,
+    "without": _without,
     "architecture": _architecture,
-}  # fmt: skip
+}
 
 
 def _tensor(random: random.Random, tensors: list[Tensor]) -> None:

@@ -73,8 +73,19 @@ TARGETS: dict[str, Callable[[Path], list[Path]]] = {
         )
     ],
 }
-WEIGHTS = {"dvc.lock": 5, "reports": 4, "listings": 3, "tables": 4, "reports in the cache": 4, "objects": 2,
-    "outputs": 2, "run cache": 2, "definitions": 2, "index": 2, "git": 2}  # fmt: skip
+WEIGHTS = {
+    "dvc.lock": 5,
+    "reports": 4,
+    "listings": 3,
+    "tables": 4,
+    "reports in the cache": 4,
+    "objects": 2,
+    "outputs": 2,
+    "run cache": 2,
+    "definitions": 2,
+    "index": 2,
+    "git": 2,
+}
 CHANGES = (
     "like",
     "like",
@@ -180,12 +191,14 @@ def _other_table(content: bytes, draw: random.Random) -> bytes:
 def draw(random: random.Random) -> Case:
     damage = [
         {
-            "target": random.choices([*WEIGHTS], [*WEIGHTS.values()])[0], "pick": random.random(),
+            "target": random.choices([*WEIGHTS], [*WEIGHTS.values()])[0],
+            "pick": random.random(),
             "how": random.choice(CHANGES),
-            "seed": random.randrange(2**32), "commit": random.random() < 0.3,
+            "seed": random.randrange(2**32),
+            "commit": random.random() < 0.3,
         }
         for _ in range(random.choice([1, 1, 1, 2, 4]))
-    ]  # fmt: skip
+    ]
     return {
         "history": random.randrange(HISTORIES),
         "damage": damage,
@@ -221,12 +234,23 @@ def _question(random: random.Random) -> list[str]:
         ]
     if kind < 0.5:
         return ["export", model, "--format", random.choice([*formats()]), *random.choice([[], ["--rev", "HEAD"]])]
-    return ["impact", *random.choice([
-        ["--record", "{record}"], ["--record", "{record}"], ["--text", "{text}"], ["--source", "{source}"],
-        ["--source", "data/sources"], ["--hash", "{hash}"],
-        ["--containing", "the"], ["--containing", "saw.*near", "--regex"], ["--record", "{record}", "--near"],
-        ["--text", "Nobody wrote this."],
-    ])]  # fmt: skip
+    return [
+        "impact",
+        *random.choice(
+            [
+                ["--record", "{record}"],
+                ["--record", "{record}"],
+                ["--text", "{text}"],
+                ["--source", "{source}"],
+                ["--source", "data/sources"],
+                ["--hash", "{hash}"],
+                ["--containing", "the"],
+                ["--containing", "saw.*near", "--regex"],
+                ["--record", "{record}", "--near"],
+                ["--text", "Nobody wrote this."],
+            ]
+        ),
+    ]
 
 
 # --- playing

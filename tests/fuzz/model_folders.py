@@ -14,20 +14,45 @@ from fuzz.base_model import CONFIG, converted, model_folder, safetensors, weight
 from fuzz.surface import Case, Surface, answered, as_content, write_files
 from fuzz.values import NUMBERS, TEXTS, damaged, like, scalar, text, value
 
-CONFIG_KEYS = [*CONFIG, "auto_map", "quantization_config", "rope_scaling", "rope_parameters", "sliding_window",
-    "layer_types", "text_config", "num_labels", "id2label", "use_cache", "pretraining_tp", "transformers_version",
-    "_name_or_path", "is_encoder_decoder", "attn_implementation", "tokenizer_class"]  # fmt: skip
+CONFIG_KEYS = [
+    *CONFIG,
+    "auto_map",
+    "quantization_config",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "text_config",
+    "num_labels",
+    "id2label",
+    "use_cache",
+    "pretraining_tp",
+    "transformers_version",
+    "_name_or_path",
+    "is_encoder_decoder",
+    "attn_implementation",
+    "tokenizer_class",
+]
 OTHER_CONFIGS: list[Any] = [
-    [], None, 3, {}, {"model_type": "nothing"}, {"model_type": "bert"}, {"model_type": "t5"}, {"model_type": ["llama"]},
+    [],
+    None,
+    3,
+    {},
+    {"model_type": "nothing"},
+    {"model_type": "bert"},
+    {"model_type": "t5"},
+    {"model_type": ["llama"]},
     {"architectures": ["X"]},
     {**CONFIG, "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"},
     {**CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4}},
     {**CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
     {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "dataset": "c4"}},
-    {**CONFIG, "model_type": "qwen2"}, {**CONFIG, "model_type": "gpt2"},
-    {**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 0}}, {**CONFIG, "rope_scaling": {"type": "linear"}},
+    {**CONFIG, "model_type": "qwen2"},
+    {**CONFIG, "model_type": "gpt2"},
+    {**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 0}},
+    {**CONFIG, "rope_scaling": {"type": "linear"}},
     {**CONFIG, "text_config": CONFIG, "model_type": "llava"},
-]  # fmt: skip
+]
 TEMPLATES = [
     "", "{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 1/0 }}",
     "{{ raise_exception('no') }}", "{% if %}", "{{ messages[99].x.y }}", "{{ ''.__class__ }}",
@@ -37,9 +62,18 @@ TEMPLATES = [
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}",
 ]  # fmt: skip
 LISTED_TEMPLATES: list[Any] = [
-    [], [{}], [{"name": "default", "template": "{{ messages }}"}], [{"name": "tool_use", "template": "x"}],
-    [{"name": "default"}], {"default": "x"}, 3, [["default", "x"]], None, {}, "x",
-]  # fmt: skip
+    [],
+    [{}],
+    [{"name": "default", "template": "{{ messages }}"}],
+    [{"name": "tool_use", "template": "x"}],
+    [{"name": "default"}],
+    {"default": "x"},
+    3,
+    [["default", "x"]],
+    None,
+    {},
+    "x",
+]
 WAYS = ("produce",) * 20 + ("check",) * 12 + ("plan",)
 """`plan` measures the machine in a process of its own, which takes seconds."""
 
@@ -200,10 +234,21 @@ def _without(random: random.Random, changed: dict[str, bytes], removed: list[str
 
 
 CHANGES = (
-    _config, _config, _config, _json_file("tokenizer.json"), _json_file("tokenizer.json"),
-    _json_file("tokenizer_config.json"), _json_file("generation_config.json"),
-    _template, _template, _weights, _weights, _index, _other_files, _without,
-)  # fmt: skip
+    _config,
+    _config,
+    _config,
+    _json_file("tokenizer.json"),
+    _json_file("tokenizer.json"),
+    _json_file("tokenizer_config.json"),
+    _json_file("generation_config.json"),
+    _template,
+    _template,
+    _weights,
+    _weights,
+    _index,
+    _other_files,
+    _without,
+)
 
 
 def play(case: Case, folder: Path) -> str:

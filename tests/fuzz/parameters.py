@@ -25,10 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 THROUGH_COMMANDS = 0.12
 """Share of the parameter files that commands read too, which takes most of the time."""
 COMMANDS = (
-    ["run", "tokenized"], ["run", "aligned@dpo"], ["run", "adapter@{name}"], ["audit", "release"], ["plan"], ["render"],
+    ["run", "tokenized"],
+    ["run", "aligned@dpo"],
+    ["run", "adapter@{name}"],
+    ["audit", "release"],
+    ["plan"],
+    ["render"],
     ["compare"],
-    ["verify", "--integrity"], ["sweep", "splits", "-S", "test=0.1,0.2"], ["sweep", "{section}", "-S", "{key}=1,x"],
-)  # fmt: skip
+    ["verify", "--integrity"],
+    ["sweep", "splits", "-S", "test=0.1,0.2"],
+    ["sweep", "{section}", "-S", "{key}=1,x"],
+)
 OTHER_SETTINGS: dict[str, Any] = {
     "execution": {
         "on": "local",

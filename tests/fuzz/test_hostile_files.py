@@ -454,9 +454,25 @@ def test_an_archive_under_another_name_is_refused() -> None:
         assert holds(name) is None or name in {"a.txt", "a.csv"}
 
 
-NAMES = ["two\nlines", "\x1b[31mred\x07", "\u202egnp", "a:b", "-x", "--json", "[bold]x", "<b>x", "%s{0}", "'quote\"",
-    "…" * 40, os.fsdecode(b"\xff\xfe"),
-         "hub", "~", "$HOME", "*", "."]  # fmt: skip
+NAMES = [
+    "two\nlines",
+    "\x1b[31mred\x07",
+    "\u202egnp",
+    "a:b",
+    "-x",
+    "--json",
+    "[bold]x",
+    "<b>x",
+    "%s{0}",
+    "'quote\"",
+    "…" * 40,
+    os.fsdecode(b"\xff\xfe"),
+    "hub",
+    "~",
+    "$HOME",
+    "*",
+    ".",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

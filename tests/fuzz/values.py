@@ -30,11 +30,50 @@ TEXTS = {
     "empty": "",
     "space": " ",
 }
-WORDS = ("river", "mill", "Where does it begin?", "In the hills.", "user", "assistant", "system", "tool", "human",
-    "gpt", "prompter", "train", "test", "-1", "0", "true", "null", "~")  # fmt: skip
+WORDS = (
+    "river",
+    "mill",
+    "Where does it begin?",
+    "In the hills.",
+    "user",
+    "assistant",
+    "system",
+    "tool",
+    "human",
+    "gpt",
+    "prompter",
+    "train",
+    "test",
+    "-1",
+    "0",
+    "true",
+    "null",
+    "~",
+)
 NUMBERS = (0, 1, -1, 2, 7, 0.5, -0.0, 1e308, 1e-300, 2**31, 2**63, -(2**63), 10**20, 10**400)
-KEYS = ("system", "category", "split", "kind", "meta", "margin", "label", "rank", "problem", "row", "input", "tree",
-    "id", "subject", "tools", "weight", "name", "text", "messages", "prompt", "")  # fmt: skip
+KEYS = (
+    "system",
+    "category",
+    "split",
+    "kind",
+    "meta",
+    "margin",
+    "label",
+    "rank",
+    "problem",
+    "row",
+    "input",
+    "tree",
+    "id",
+    "subject",
+    "tools",
+    "weight",
+    "name",
+    "text",
+    "messages",
+    "prompt",
+    "",
+)
 
 
 def text(draw: random.Random) -> str:

@@ -18,9 +18,18 @@ DIRECT = ("f16", "q8_0")
 """Formats that the converter writes itself."""
 EXACT = {"BF16": "bf16", "F16": "f16"}
 """Type of stored weights -> the format that keeps them as they are; other weights are kept as f32."""
-SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
-            "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 """Files that the converter gets, besides the weights: no model card and nothing
 else that would change what it writes."""
 OTHERS = "export it with --format safetensors, and serve it with vLLM or transformers"

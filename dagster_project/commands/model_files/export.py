@@ -83,10 +83,15 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
             checked = _write_safetensors(target, origin, made)
         files = {path.relative_to(made).as_posix(): _facts(path) for path in sorted(made.rglob("*")) if path.is_file()}
     return {
-        "format": form, "quantization": quantization, "model": target.address, "md5": origin.model,
+        "format": form,
+        "quantization": quantization,
+        "model": target.address,
+        "md5": origin.model,
         "folder": str(folder),
-        "files": files, "pedigree": origin.as_fields(), "checked": checked,
-    }  # fmt: skip
+        "files": files,
+        "pedigree": origin.as_fields(),
+        "checked": checked,
+    }
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -284,17 +284,32 @@ def judge(
     for name in checks_of(kind):
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), _severity(name, rules, rows, facts),
-            sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
+            name,
+            rules.action(name),
+            _severity(name, rules, rows, facts),
+            sorted({*rows, *repaired.found.get(name, ())}),
+            dropped[name],
             len({*found.get(name, []), *overlaps.waived.get(name, ())}) - len(rows),
-            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""),
+            passed=name not in failures and all(reason[i] is not None for i in rows),
+            note=notes.get(name, ""),
             fixed=fixed.get(name, 0),
-        )  # fmt: skip
+        )
     return Judgement(
-        records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, edits.keys(),
+        records,
+        reason,
+        facts.found,
+        overlaps,
+        verdicts,
+        profile,
+        comments,
+        waiting,
+        repaired.found,
+        edits.keys(),
         facts.features.rich.tolist(),
-        facts.features.table.select("identity_0", "identity_1"), stored, tokens.special,
-    )  # fmt: skip
+        facts.features.table.select("identity_0", "identity_1"),
+        stored,
+        tokens.special,
+    )
 
 
 @dataclass(frozen=True)

@@ -260,8 +260,7 @@ _TOKEN = re.compile(
 )
 END_MARKS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eos|>", "<|end|>",
-    "<|return|>",
-    "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>",
+    "<|return|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
 """End tokens of texts and turns of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek."""

@@ -187,12 +187,15 @@ def table(
         return np.bincount(of.codes + 1, minlength=1)[of.codes + 1] / max(1, len(records))
 
     return frame.assign(
-        source=source, category=category, script=pd.Categorical(frame["script"]),
+        source=source,
+        category=category,
+        script=pd.Categorical(frame["script"]),
         prompt=pd.factorize(frame["prompt"])[0],
         near_copy=(groups.notna() & groups.duplicated()).to_numpy(dtype=bool),
-        category_share=share(pd.Categorical(frame["category"])), source_share=share(source),
+        category_share=share(pd.Categorical(frame["category"])),
+        source_share=share(source),
         kept_share=len(records) / max(1, read if read is not None else len(records)),
-    )[list(COLUMNS)].astype({"response_is_json": bool})  # fmt: skip
+    )[list(COLUMNS)].astype({"response_is_json": bool})
 
 
 def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:

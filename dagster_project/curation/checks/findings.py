@@ -161,11 +161,18 @@ def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) 
         {key: one[key] for key in ("row", "place", "other", "part", "rule", "score")} for one in found["matches"]
     ]
     return CheckResult(
-        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"],
-        note="; ".join(part for part in (done, verdict.note) if part), dropped=verdict.dropped, waived=verdict.waived,
+        verdict.name,
+        verdict.passed,
+        verdict.severity,
+        verdict.action == "fail",
+        len(verdict.broken),
+        found["places"],
+        note="; ".join(part for part in (done, verdict.note) if part),
+        dropped=verdict.dropped,
+        waived=verdict.waived,
         fixed=verdict.fixed,
         matches=matches,
-    )  # fmt: skip
+    )
 
 
 def match(link: Link, judged: Judgement, items: Mapping[str, Item]) -> dict[str, Any]:

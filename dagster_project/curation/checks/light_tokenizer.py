@@ -25,8 +25,8 @@ EXTRA = frozenset({"extra_special_tokens", "additional_special_tokens"})
 WITHOUT_EFFECT = frozenset(
     {
         "tokenizer_class", "backend", "is_local", "local_files_only", "model_max_length",
-        "clean_up_tokenization_spaces", "model_input_names",
-        "padding_side", "truncation_side", "chat_template", "added_tokens_decoder",
+        "clean_up_tokenization_spaces", "model_input_names", "padding_side", "truncation_side", "chat_template",
+        "added_tokens_decoder",
     }
 )  # fmt: skip
 """Keys of tokenizer_config.json that do not affect token counts; `added_tokens_decoder` must repeat tokenizer.json."""

@@ -76,9 +76,8 @@ _NAMES = {
         name.upper(): name
         for name in (
             "Latin", "Hangul", "Cyrillic", "Arabic", "Hebrew", "Devanagari", "Greek", "Thai", "Bengali", "Tamil",
-            "Telugu", "Gujarati",
-            "Gurmukhi", "Kannada", "Malayalam", "Sinhala", "Lao", "Tibetan", "Myanmar", "Khmer", "Armenian", "Georgian",
-            "Ethiopic",
+            "Telugu", "Gujarati", "Gurmukhi", "Kannada", "Malayalam", "Sinhala", "Lao", "Tibetan", "Myanmar", "Khmer",
+            "Armenian", "Georgian", "Ethiopic",
         )
     },
 }  # fmt: skip

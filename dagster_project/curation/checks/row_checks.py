@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 PLACEHOLDERS = frozenset(
     {
         "no input", "noinput", "none", "n a", "na", "null", "nil", "empty", "not applicable", "no input provided",
-        "no input required",
-        "no input needed", "no additional input", "input not available", "placeholder", "todo", "tbd", "lorem ipsum",
+        "no input required", "no input needed", "no additional input", "input not available", "placeholder", "todo",
+        "tbd", "lorem ipsum",
     }
 )  # fmt: skip
 """Inputs that only say that there is none, after `words` has removed case and punctuation ("<noinput>", "N/A", "No

@@ -162,10 +162,19 @@ def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Cons
         side[numbers[numbers >= 0]] = True
     scores = np.zeros((BINS, 2), np.int64)
     frequent: list[tuple[int, int, int]] = []
-    near = [*compiled.near_texts(
-        tokens, offsets[first], offsets[first + 1], left, right, against is None, constants=constants, scores=scores,
-        boilerplate=frequent
-    )]  # fmt: skip
+    near = [
+        *compiled.near_texts(
+            tokens,
+            offsets[first],
+            offsets[first + 1],
+            left,
+            right,
+            against is None,
+            constants=constants,
+            scores=scores,
+            boilerplate=frequent,
+        )
+    ]
     word_counts: dict[int, list[int]] = {}
     if count_words:
         spread = compiled.spread(tokens, offsets[first], offsets[first + 1])

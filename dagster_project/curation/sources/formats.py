@@ -39,10 +39,8 @@ from dagster_project.curation.sources.tools import TOOL_KEYS
 
 __all__ = [
     "FROM_FILE_NAMES", "LAYOUTS", "PAIR_FIELDS", "PAIR_LAYOUTS", "RECORD_FIELDS", "SPLITS", "TOOL_KEYS", "Conversion",
-    "Layout", "PairLayout",
-    "Think", "as_record", "canonical_split", "conversion_of", "converted", "detect", "is_known", "is_text", "kind",
-    "mapping_problem", "pairs_of",
-    "records_of", "split_of_file",
+    "Layout", "PairLayout", "Think", "as_record", "canonical_split", "conversion_of", "converted", "detect", "is_known",
+    "is_text", "kind", "mapping_problem", "pairs_of", "records_of", "split_of_file",
 ]  # fmt: skip
 
 FROM_FILE_NAMES = "from_file_names"

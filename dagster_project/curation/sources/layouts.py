@@ -280,9 +280,14 @@ def is_text(messages: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> b
 
 
 RECORD_FIELDS = {
-    "prompt": True, "response": True, "system": False, "category": False, "tools": False, "tool_calls": False,
+    "prompt": True,
+    "response": True,
+    "system": False,
+    "category": False,
+    "tools": False,
+    "tool_calls": False,
     "reasoning": False,
-}  # fmt: skip
+}
 """Field of a `mapping` -> whether it is required. With `tool_calls`, a response is not."""
 
 

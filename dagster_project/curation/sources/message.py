@@ -22,10 +22,8 @@ TRAIN_KEYS = ("weight", "train", "training", "train_on_turn", "loss")
 """Keys that say whether the loss counts a message: 0 or 1, false or true."""
 MEDIA = {
     "image": "image", "images": "image", "image_url": "image", "input_image": "image", "audio": "audio",
-    "audio_url": "audio",
-    "input_audio": "audio", "video": "video", "video_url": "video", "videos": "video", "file": "file",
-    "input_file": "file", "files": "file",
-    "document": "file",
+    "audio_url": "audio", "input_audio": "audio", "video": "video", "video_url": "video", "videos": "video",
+    "file": "file", "input_file": "file", "files": "file", "document": "file",
 }  # fmt: skip
 """Type of a content part, or key of a message -> kind of content."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})

@@ -107,12 +107,9 @@ def _divided(text: str) -> list[str]:
 
 TYPES = {
     "str": "string", "string": "string", "char": "string", "int": "integer", "integer": "integer", "long": "integer",
-    "float": "number",
-    "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array",
-    "tuple": "array",
-    "set": "array", "sequence": "array", "iterable": "array", "dict": "object", "object": "object", "mapping": "object",
-    "hashmap": "object",
-    "none": "null", "null": "null",
+    "float": "number", "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array",
+    "array": "array", "tuple": "array", "set": "array", "sequence": "array", "iterable": "array", "dict": "object",
+    "object": "object", "mapping": "object", "hashmap": "object", "none": "null", "null": "null",
 }  # fmt: skip
 """Name of a type in lower case -> JSON Schema's."""
 

@@ -133,9 +133,11 @@ def _csv(content: bytes, rows: Rows) -> bytes:
         csv.field_size_limit(usual)
     has_header = not (records and all(_is_mmlu(fields) for _, _, fields in records[:2]))
     removed = {
-        line for number,
-        (begin, end, _) in enumerate(records[has_header:]) if number in rows for line in range(begin, end)
-    }  # fmt: skip
+        line
+        for number, (begin, end, _) in enumerate(records[has_header:])
+        if number in rows
+        for line in range(begin, end)
+    }
     return b"".join(line for number, line in enumerate(lines) if number not in removed)
 
 

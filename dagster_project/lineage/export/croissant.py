@@ -26,10 +26,9 @@ CROISSANT, RAI, PROV = (
 )
 TERMS = (
     "arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field", "fileProperty",
-    "fileObject", "fileSet", "format", "includes",
-    "isArray", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex",
-    "repeated", "replace", "samplingRate",
-    "separator", "source", "subField", "transform", "annotation",
+    "fileObject", "fileSet", "format", "includes", "isArray", "isLiveDataset", "jsonPath", "key", "md5", "parentField",
+    "path", "recordSet", "references", "regex", "repeated", "replace", "samplingRate", "separator", "source",
+    "subField", "transform", "annotation",
 )  # fmt: skip
 CONTEXT: dict[str, Any] = {
     "@language": "en",

@@ -243,16 +243,18 @@ SECTIONS: dict[str, dict[str, Answer]] = {
         "What data does each instance consist of?": _columns,
         "Is there a label or target?": _labels,
         "Is information missing from instances?": lambda summary: markdown(missing_data(summary)),
-        "Are relationships between instances explicit?": lambda _: "Records with nearly the same text share a"
-                                                                   " group_id; the ledger names the source row of"
-                                                                   " each record.",
+        "Are relationships between instances explicit?": lambda _: (
+            "Records with nearly the same text share a group_id; the ledger names the source row of each record."
+        ),
         "Are there recommended splits?": _splits,
         "Are there errors, noise or redundancies?": _errors,
-        "Is it self-contained?": lambda _: "Records hold their texts. Whether texts refer to outside resources was"
-                                           " not looked for.",
+        "Is it self-contained?": lambda _: (
+            "Records hold their texts. Whether texts refer to outside resources was not looked for."
+        ),
         "Does it contain confidential data?": _checks("secrets"),
-        "Does it contain data that might be offensive or cause anxiety?": lambda _: f"{missing()}; no check looks for"
-                                                                                    f" it",
+        "Does it contain data that might be offensive or cause anxiety?": lambda _: (
+            f"{missing()}; no check looks for it"
+        ),
         "Does it identify subpopulations?": _nobody,
         "Can individuals be identified?": lambda summary: _escaped(personal_data(summary)),
         "Does it contain data that might be considered sensitive?": lambda _: f"{missing()}; no check looks for it",
@@ -297,5 +299,5 @@ SECTIONS: dict[str, dict[str, Answer]] = {
         "Are older versions available?": _versions,
         "Can others extend it?": _nobody,
     },
-}  # fmt: skip
+}
 """Section -> question -> its answer. The questions in short form."""

@@ -202,10 +202,14 @@ def _row(path: str, facts: Mapping[str, Any], training: Mapping[str, int]) -> li
     own = {key: found.get(path) for key in ("category", "collected") for found, _ in [declared({path: facts}, key)]}
     license = facts.get("license") or UNKNOWN
     return [
-        markdown(path), facts["rows"], training.get(path, 0), MISSING if license == UNKNOWN else markdown(license),
+        markdown(path),
+        facts["rows"],
+        training.get(path, 0),
+        MISSING if license == UNKNOWN else markdown(license),
         markdown(own["category"]) if own["category"] else MISSING,
-        period(own["collected"]) if own["collected"] else MISSING, f"`{facts['sha256']}`",
-    ]  # fmt: skip
+        period(own["collected"]) if own["collected"] else MISSING,
+        f"`{facts['sha256']}`",
+    ]
 
 
 def _details(sources: Mapping[str, Mapping[str, Any]], paths: list[str]) -> dict[str, str]:

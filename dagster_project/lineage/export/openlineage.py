@@ -80,10 +80,14 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
         )
         for state in (RunState.START, RunState.COMPLETE):
             event = RunEvent(
-                eventType=state, eventTime=f"{issued.isoformat()}T00:00:00Z", run=run, job=Job(NAMESPACE, name),
+                eventType=state,
+                eventTime=f"{issued.isoformat()}T00:00:00Z",
+                run=run,
+                job=Job(NAMESPACE, name),
                 inputs=inputs,
-                outputs=outputs if state is RunState.COMPLETE else [], producer=producer,
-            )  # fmt: skip
+                outputs=outputs if state is RunState.COMPLETE else [],
+                producer=producer,
+            )
             lines.append(Serde.to_json(event))
     return "\n".join(lines) + "\n"
 

@@ -154,7 +154,11 @@ class _Graph:
         name, _, revision = base.get("origin", UNKNOWN).partition("@")
         weights = [digest for path, digest in base.get("sha256", {}).items() if path.endswith(".safetensors")]
         element = self.add(
-            types.ai_AIPackage, "base_model", base.get("origin", UNKNOWN), name, suppliedBy=self.unknown,
+            types.ai_AIPackage,
+            "base_model",
+            base.get("origin", UNKNOWN),
+            name,
+            suppliedBy=self.unknown,
             releaseTime=self.released,
             comment="releaseTime is the issue date of this document: nothing records that of the base model",
             software_downloadLocation=NO_ASSERTION,
@@ -162,7 +166,7 @@ class _Graph:
             software_primaryPurpose=types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
             ai_informationAboutApplication=f"{base['parameters']} parameters" if "parameters" in base else None,
-        )  # fmt: skip
+        )
         self.license(element, base.get("license"))
         return element
 
@@ -170,25 +174,35 @@ class _Graph:
         types = self.types
         weights = [digest for path, digest in facts["sha256"].items() if path.endswith(".safetensors")]
         element = self.add(
-            types.ai_AIPackage, "teacher", facts["training"], facts["folder"], suppliedBy=self.unknown,
+            types.ai_AIPackage,
+            "teacher",
+            facts["training"],
+            facts["folder"],
+            suppliedBy=self.unknown,
             releaseTime=self.released,
             comment=f"{facts['training']}{DISTILLED} releaseTime is the issue date of this document",
             software_downloadLocation=NO_ASSERTION,
             software_packageVersion=weights[0] if weights else UNKNOWN,
             software_primaryPurpose=types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
-        )  # fmt: skip
+        )
         self.license(element, facts["license"])
         return element
 
     def source(self, path: str, facts: Mapping[str, Any]) -> Any:
         declared = declared_of(facts, path)
         element = self.package(
-            f"source:{path}", path, self.released, self.unknown, facts["rows"], self.hashes(file=facts["sha256"]),
-            dataset_dataCollectionProcess=collection(declared), summary=f"layout {facts['format']}",
+            f"source:{path}",
+            path,
+            self.released,
+            self.unknown,
+            facts["rows"],
+            self.hashes(file=facts["sha256"]),
+            dataset_dataCollectionProcess=collection(declared),
+            summary=f"layout {facts['format']}",
             dataset_intendedUse=f"declared purposes: {declared.shown['purposes']}",
             software_sourceInfo=f"written by: {declared.shown['generator']}",
-        )  # fmt: skip
+        )
         self.license(element, facts.get("license"))
         return element
 
@@ -206,13 +220,22 @@ class _Graph:
     ) -> Any:
         types = self.types
         return self.add(
-            types.dataset_DatasetPackage, "data", ref, name, comment=f"datasetSize counts rows. {BUILT}",
-            builtTime=built, releaseTime=self.released,
-            originatedBy=[by], software_downloadLocation=NO_ASSERTION,
+            types.dataset_DatasetPackage,
+            "data",
+            ref,
+            name,
+            comment=f"datasetSize counts rows. {BUILT}",
+            builtTime=built,
+            releaseTime=self.released,
+            originatedBy=[by],
+            software_downloadLocation=NO_ASSERTION,
             software_primaryPurpose=types.software_SoftwarePurpose.data,
-            verifiedUsing=list(hashes), dataset_datasetType=[types.dataset_DatasetType.text], dataset_datasetSize=rows,
-            dataset_hasSensitivePersonalInformation=types.PresenceType.noAssertion, **facts,
-        )  # fmt: skip
+            verifiedUsing=list(hashes),
+            dataset_datasetType=[types.dataset_DatasetType.text],
+            dataset_datasetSize=rows,
+            dataset_hasSensitivePersonalInformation=types.PresenceType.noAssertion,
+            **facts,
+        )
 
     def library(self, name: str, version: str) -> Any:
         return self.add(self.types.software_Package, "library", name, name, software_packageVersion=version)

@@ -58,9 +58,16 @@ class Erasure:
     def run(self) -> None:
         """All steps that are not done yet. `left` comes after all that the command does."""
         steps = (
-            self.losses_before, self.sources, self.tombstones, self.pipeline, self.losses_after, self.cache, self.files,
-            self.index, self.dagster
-        )  # fmt: skip
+            self.losses_before,
+            self.sources,
+            self.tombstones,
+            self.pipeline,
+            self.losses_after,
+            self.cache,
+            self.files,
+            self.index,
+            self.dagster,
+        )
         for step in steps:
             if step.__name__ not in self.plan["done"]:
                 log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")

@@ -16,10 +16,9 @@ from dagster_project.core.errors import InputError
 MARK = "@pedigree "
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "numpy", "pyarrow", "polars", "tokenizers", "safetensors",
-    "bitsandbytes",
-    "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid", "detect-secrets",
-    "phonenumberslite", "python-stdnum",
-    "license-expression", "jsonschema", "jinja2", "scikit-learn", "sacrebleu", "lm-eval", "huggingface_hub",
+    "bitsandbytes", "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid",
+    "detect-secrets", "phonenumberslite", "python-stdnum", "license-expression", "jsonschema", "jinja2", "scikit-learn",
+    "sacrebleu", "lm-eval", "huggingface_hub",
 )  # fmt: skip
 """Packages whose version can change a result: of training and evaluation, of checks and repairs of rows, of rendered
 prompts, of cards. Not Liger's kernels: the image for GPUs has them, and the driver's may be the one without."""

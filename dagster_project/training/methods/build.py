@@ -73,9 +73,25 @@ CANNOT_CHECKPOINT = ("prefix_tuning", "cartridge")
 
 CANNOT_MERGE_QUANTIZED = ("ia3", "adalora")
 
-CANNOT_QUANTIZE = ("full", "bitfit", "adamss", "deft", "delora", "frod", "glora", "hira", "hra", "loha", "lokr", "osf",
-    "peanut", "psoft",
-                   "supertuning", "tinylora", "unilora")  # fmt: skip
+CANNOT_QUANTIZE = (
+    "full",
+    "bitfit",
+    "adamss",
+    "deft",
+    "delora",
+    "frod",
+    "glora",
+    "hira",
+    "hra",
+    "loha",
+    "lokr",
+    "osf",
+    "peanut",
+    "psoft",
+    "supertuning",
+    "tinylora",
+    "unilora",
+)
 """Methods that compute with the base model's own weights. On 4-bit weights most of them fail in PEFT; hira has no
 effect in evaluation, unilora none at all."""
 
@@ -89,9 +105,18 @@ UNSUPPORTED_METHODS = {
 }
 """Methods of PEFT that are not supported -> reason."""
 
-RESERVED_KEYS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+RESERVED_KEYS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
     "inference_mode",
-            "runtime_config", "total_step", "tokenizer_name_or_path"}  # fmt: skip
+    "runtime_config",
+    "total_step",
+    "tokenizer_name_or_path",
+}
 """Keys of PEFT that are set by this project, or that belong to loading."""
 
 REFUSED_KEYS = {
@@ -127,9 +152,18 @@ STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
 """Values of init_lora_weights that are computed from examples. PEFT leaves the
 start of `eva` random if nobody computes it."""
 
-MINIMUM = {"r": 1, "init_r": 2, "target_r": 1, "num_virtual_tokens": 1, "lora_alpha": 1, "deltaT": 1, "tinit": 0,
+MINIMUM = {
+    "r": 1,
+    "init_r": 2,
+    "target_r": 1,
+    "num_virtual_tokens": 1,
+    "lora_alpha": 1,
+    "deltaT": 1,
+    "tinit": 0,
     "tfinal": 0,
-         "lora_dropout": 0, "orth_reg_weight": 0}  # fmt: skip
+    "lora_dropout": 0,
+    "orth_reg_weight": 0,
+}
 """Key -> minimum value."""
 TOKEN_NUMBERS = ("token_indices", "trainable_token_indices")
 """Keys with token ids, as a list or, by layer, as lists."""

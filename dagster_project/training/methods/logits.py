@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     import torch
 
 SCALES = (
-    "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
     "logits_mup_width_multiplier",
-)  # fmt: skip
+)
 """Keys of configurations that change the logits before or after the output
 layer, e.g. of Gemma 4, Cohere and Granite."""
 

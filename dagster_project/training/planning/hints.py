@@ -137,11 +137,22 @@ def training_spec(
         rows: number of rows of the training split.
     """
     return memory.TrainingSpec(
-        device, dtype, base_model, params.method, params.peft, *row, min(params.per_device_train_batch_size, rows), 0,
+        device,
+        dtype,
+        base_model,
+        params.method,
+        params.peft,
+        *row,
+        min(params.per_device_train_batch_size, rows),
+        0,
         params.quantization,
-        params.gradient_checkpointing is True, params.gradient_accumulation_steps, params.optim, where,
-        sharding=params.sharding, processes=processes,
-    )  # fmt: skip
+        params.gradient_checkpointing is True,
+        params.gradient_accumulation_steps,
+        params.optim,
+        where,
+        sharding=params.sharding,
+        processes=processes,
+    )
 
 
 def _remedy(spec: memory.TrainingSpec, free: int) -> str:

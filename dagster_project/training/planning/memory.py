@@ -169,10 +169,19 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), _needs_no_weights(spec):
         with torch.device("meta"), intercepted(0):
             prepared = build(
-                spec.method, options, spec.base_model, torch.device(spec.device), spec.dtype, spec.where,
-                spec.quantization, merge=False,
-                total_steps=100, categories=("one", "other"), weights=False, packs=spec.teacher is None,
-            )  # fmt: skip
+                spec.method,
+                options,
+                spec.base_model,
+                torch.device(spec.device),
+                spec.dtype,
+                spec.where,
+                spec.quantization,
+                merge=False,
+                total_steps=100,
+                categories=("one", "other"),
+                weights=False,
+                packs=spec.teacher is None,
+            )
         model = prepared.model
         network = model.base if prepared.fit else model
         base = causal(network)

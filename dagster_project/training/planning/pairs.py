@@ -52,12 +52,15 @@ def pair_passes(
         return torch.zeros(shape, dtype=torch.long, device="meta")
 
     batch = {
-        "input_ids": ids(2 * pairs, longest), "packed_ids": ids(1, tokens + spare),
+        "input_ids": ids(2 * pairs, longest),
+        "packed_ids": ids(1, tokens + spare),
         "packed_positions": ids(1, tokens + spare),
-        "pair_lengths": [*pair_lengths, (spare, 0, 0)], "last_token": ids(2 * pairs), "predicts": ids(counted),
+        "pair_lengths": [*pair_lengths, (spare, 0, 0)],
+        "last_token": ids(2 * pairs),
+        "predicts": ids(counted),
         "target": ids(counted),
         "slot": ids(counted),
-    }  # fmt: skip
+    }
     with attending_by_pair(base):
         for _ in range(passes):
             with ledger.mode(), ledger.attention():

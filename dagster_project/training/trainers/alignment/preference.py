@@ -298,9 +298,12 @@ def _pair_rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[
 
 
 PAIR_METRICS = {
-    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen",
-    "rewards/rejected": "reward_rejected", "kl": "kl",
-}  # fmt: skip
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "kl": "kl",
+}
 """Metrics of methods that learn from pairs, as TRL logs them -> name in the curve."""
 ONLINE_FIGURES = ("kl", "reward", "entropy", "response_length", "unfinished")
 """Metrics in the curve of methods that learn from rewards."""
@@ -319,8 +322,7 @@ class Dpo(TrlMethod):
     """How strongly the policy is kept close to the reference: temperature of the implicit reward."""
     loss_type: Literal[
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-        "apo_zero", "apo_down",
-        "discopop", "sigmoid_norm",
+        "apo_zero", "apo_down", "discopop", "sigmoid_norm",
     ] = "sigmoid"  # fmt: skip
     """The loss, as named by TRL; `sigmoid` is the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -436,10 +438,14 @@ class ReferenceFree(TrlMethod):
             theirs: ours for theirs, ours in self.metrics.items() if ours != "nll" or arguments.get("cpo_alpha") != 0
         }  # TRL logs 0
         return TrainerSpec(
-            self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, measured,
+            self.name,
+            pair_trainer(trainer, self.trains_prompts),
+            config,
+            arguments,
+            measured,
             outputs=shared_prompts.log_probabilities,
             trains_prompts=self.trains_prompts,
-        )  # fmt: skip
+        )
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return _pair_rows(tokenizer, pairs)
@@ -589,9 +595,12 @@ class AnswerGroups(TrlMethod):
     learns_from_rewards = True
     drops_out = True
     metrics = {
-        "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length",
+        "reward": "reward",
+        "kl": "kl",
+        "entropy": "entropy",
+        "completions/mean_length": "response_length",
         "completions/clipped_ratio": "unfinished",
-    }  # fmt: skip
+    }
     figures = ONLINE_FIGURES
 
     num_generations: int = Field(default=4, ge=2)
@@ -801,8 +810,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
         """
         history = ppo.train(
             run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live,
-            run.shared, run.begin,
-            run.sampled,
+            run.shared, run.begin, run.sampled,
         )  # fmt: skip
         if history.stopped and not history.curve:
             raise InputError(history.stopped, "change the options named above")

@@ -282,10 +282,15 @@ class UnitTests(ReadyReward):
 
 
 READY: dict[str, type[ReadyReward]] = {
-    "exact_match": ExactMatch, "number_match": NumberMatch, "regex": Regex, "json_schema": JsonSchema,
+    "exact_match": ExactMatch,
+    "number_match": NumberMatch,
+    "regex": Regex,
+    "json_schema": JsonSchema,
     "tool_call": ToolCall,
-    "reasoning_format": ReasoningFormat, "length_window": LengthWindow, "unit_tests": UnitTests,
-}  # fmt: skip
+    "reasoning_format": ReasoningFormat,
+    "length_window": LengthWindow,
+    "unit_tests": UnitTests,
+}
 """Name in params.yaml -> reward."""
 
 

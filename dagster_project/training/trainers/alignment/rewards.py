@@ -71,10 +71,13 @@ class Rewards:
     """A weighted sum of a reward model, rules, ready-made rewards, and functions of the project."""
 
     def __init__(
-        self, rewards: Mapping[str, Entry], model: RewardModel | None, functions: Sequence[RewardFunction] = (),
+        self,
+        rewards: Mapping[str, Entry],
+        model: RewardModel | None,
+        functions: Sequence[RewardFunction] = (),
         root: Path = Path(),
         where: str = "aligned",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Args:
         rewards: as in an entry of params.yaml. Those with weight 0 are left out.
         model: required if they name it.

@@ -45,10 +45,14 @@ class SampledAnswers:
         self._shared = 0  # rows that all processes have
 
     def add(
-        self, records: Sequence[Mapping[str, Any]], answers: Sequence[Message],
+        self,
+        records: Sequence[Mapping[str, Any]],
+        answers: Sequence[Message],
         components: Mapping[str, Sequence[float]],
-        rewards: Sequence[float | None], ids: Sequence[Sequence[int]], ends: frozenset[int],
-    ) -> None:  # fmt: skip
+        rewards: Sequence[float | None],
+        ids: Sequence[Sequence[int]],
+        ends: frozenset[int],
+    ) -> None:
         """Add answers of the current step.
 
         Args:

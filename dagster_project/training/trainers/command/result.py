@@ -143,9 +143,16 @@ class Comparison:
 class Candidate:
     """A model that is ready for the weights of a command, and still without them."""
 
-    def __init__(self, weights: Weights, params: AdapterParams, base_model: Path, device: torch.device,
-        dtype: torch.dtype, where: str,
-                 seed: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        weights: Weights,
+        params: AdapterParams,
+        base_model: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        where: str,
+        seed: int,
+    ) -> None:
         """Raises:
         InputError: the weights are not those of the entry's method on this base model.
         """

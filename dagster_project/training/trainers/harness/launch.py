@@ -60,8 +60,7 @@ PEDIGREE = "dagster_project."
 
 HIDDEN = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
-    "ROLE_WORLD_SIZE", "ROLE_NAME",
-    "MASTER_ADDR", "MASTER_PORT",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 """Variables that torch elastic sets. With them accelerate would wrap the model in DDP and divide the rows itself."""
 

@@ -43,9 +43,8 @@ OPTIMIZER_MEMORY = {
 
 SETTINGS_ORDER = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "optim", "weight_decay",
-    "max_grad_norm",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "optim",
+    "weight_decay", "max_grad_norm",
 )  # fmt: skip
 """Order of the first settings of supervised tuning in training.json: part of its bytes."""
 
@@ -97,8 +96,7 @@ class SftParams(TrainingParams):
     validation loss, see docs/methods.md."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr", "warmup_stable_decay",
+        "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
     """Shape of the learning rate after warm-up, by the name of transformers' schedule."""
     lr_scheduler_kwargs: dict[str, Any] = {}

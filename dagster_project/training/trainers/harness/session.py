@@ -57,10 +57,15 @@ class Session:
     """One training in progress: model, history, checkpoints, progress."""
 
     def __init__(
-        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None,
-        saved: SavedCheckpoint | None, live: Path | None,
+        self,
+        name: str,
+        model: Any,
+        params: TrainingParams,
+        checkpoints: Checkpoints | None,
+        saved: SavedCheckpoint | None,
+        live: Path | None,
         metrics: Sequence[str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Args:
         name: for progress lines, e.g. "dpo".
         model: its trainable weights are trained and saved in checkpoints.
@@ -282,9 +287,16 @@ def training_arguments(
     params: TrainingParams, compute: Compute, scratch: str, device: str, validates: bool
 ) -> dict[str, Any]:
     """Arguments for transformers' TrainingArguments shared by all trainers. The session saves checkpoints."""
-    names = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
+    names = (
+        "learning_rate",
+        "lr_scheduler_type",
+        "num_train_epochs",
+        "per_device_train_batch_size",
         "gradient_accumulation_steps",
-             "optim", "weight_decay", "max_grad_norm")  # fmt: skip
+        "optim",
+        "weight_decay",
+        "max_grad_norm",
+    )
     return {
         "output_dir": scratch,
         "seed": compute.seed,

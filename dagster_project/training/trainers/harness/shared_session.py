@@ -31,10 +31,15 @@ class SharedSession(Session):
     """
 
     def __init__(
-        self, name: str, model: Any, params: TrainingParams, compute: Compute, checkpoints: Checkpoints | None,
+        self,
+        name: str,
+        model: Any,
+        params: TrainingParams,
+        compute: Compute,
+        checkpoints: Checkpoints | None,
         live: Path | None,
         metrics: Sequence[str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Args:
         checkpoints: of the first process, which finds the one to resume from for all.
         """

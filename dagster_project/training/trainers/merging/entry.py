@@ -37,10 +37,22 @@ KEYS = {"merge_of", "method", "peft", "merge"}
 """Keys of an entry that merges. All others are those of a training."""
 SAME = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 """Keys of LoRA that say which weights an adapter changes. Adapters that are merged must have the same."""
-UNMERGED = ("use_dora", "layer_replication", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "rank_pattern", "lora_bias",
-            "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "kasa_config", "monteclora_config",
-            "velora_config")  # fmt: skip
+UNMERGED = (
+    "use_dora",
+    "layer_replication",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "rank_pattern",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
 """Keys of LoRA with which an adapter is more than pairs of matrices A and B of
 one rank: PEFT merges only these, or refuses."""
 ADAPTERS = "merge adapters of lora, rslora or qlora"

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     import torch
 
 OVERRIDDEN = (
-    "_get_train_sampler", "_prepare_inputs", "_tokenize_prompts", "_generate_single_turn",
+    "_get_train_sampler",
+    "_prepare_inputs",
+    "_tokenize_prompts",
+    "_generate_single_turn",
     "_get_per_token_logps_and_entropies",
-)  # fmt: skip
+)
 """Private methods of TRL."""
 
 

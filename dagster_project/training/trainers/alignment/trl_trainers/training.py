@@ -76,10 +76,15 @@ class TrlSession(SharedSession):
     """A training by one of TRL's trainers. Several processes share its steps if the model is divided among them."""
 
     def __init__(
-        self, spec: TrainerSpec, model: Any, tokenizer: Any, params: PreferenceParams, compute: Compute,
+        self,
+        spec: TrainerSpec,
+        model: Any,
+        tokenizer: Any,
+        params: PreferenceParams,
+        compute: Compute,
         checkpoints: Checkpoints | None,
         live: Path | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
