@@ -229,6 +229,24 @@ def test_a_table_that_is_not_utf_8_or_not_csv_does_not_end_the_sync(tmp_path: Pa
     assert shown["latin.csv"].value.splitlines()[-1] == "| K\ufffdln | 1 |" and "long.csv" not in shown
 
 
+@pytest.mark.parametrize(
+    ("files", "shown"),
+    [
+        ({"m.json": '{"accuracy": 1, "path": "p", "done": 2}'}, {"accuracy": 1, "m/path": "p", "m/done": 2}),
+        ({"a/m.json": '{"x": 1}', "b/m.json": '{"x": 2}', "n.json": '{"x": 3}'}, {"a/m/x": 1, "b/m/x": 2, "n/x": 3}),
+    ],
+)
+def test_no_metric_takes_the_place_of_another_figure_or_of_the_metadata(
+    tmp_path: Path, files: dict[str, str], shown: dict[str, Any]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    own = {"path": dg.MetadataValue.text("model.bin"), "data_version": dg.MetadataValue.text("1")}
+    state: Any = SimpleNamespace(outs=("model.bin",), version="1", metrics=(*files,), plots=())
+    assert describe(tmp_path, state) == own | shown
+
+
 def test_the_docs_show_the_project_that_is_tested() -> None:
     assert f"```yaml\n{foreign_project.DVC_YAML}```" in (ROOT / "docs/dagster-dvc.md").read_text()
 
