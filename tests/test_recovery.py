@@ -141,6 +141,21 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
     assert small_pipeline.materialize(root, synced).success
 
 
+@pytest.mark.long
+def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(root: Path, synced: dg.DagsterInstance) -> None:
+    before = (root / "data/tok/train.txt").read_bytes()
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="300")
+    command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]
+    [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    synced.report_run_canceled(run)  # what Dagster does if it cannot reach the process
+    assert process.wait(120) != 0
+    assert not psutil.pid_exists(command)
+    assert (root / "data/tok/train.txt").read_bytes() == before
+    ended = synced.get_run_by_id(run.run_id)
+    assert ended and ended.status == dg.DagsterRunStatus.CANCELED
+    assert small_pipeline.materialize(root, synced).success
+
+
 def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
     process = small_pipeline.start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="2")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))

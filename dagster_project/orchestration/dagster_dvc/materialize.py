@@ -17,7 +17,7 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 from dagster_project.core import faults
 from dagster_project.core.errors import PedigreeError
 from dagster_project.orchestration import dvc, dvc_run, rwlock
-from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run
+from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run, interrupt_if_canceled
 from dagster_project.orchestration.dagster_dvc.metadata import in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
@@ -50,6 +50,7 @@ def bring_up_to_date(
     """
     instance, key = context.instance, project.asset_key(address)
     end_with_run(instance, context.run_id, project.owns_instance)
+    interrupt_if_canceled(instance, context.run_id)
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     mirrored = _mirrored.setdefault(instance, {})
     try:
@@ -193,6 +194,7 @@ def _reproduce(
 
     def report_progress() -> None:
         nonlocal latest
+        interrupt_if_canceled(context.instance, context.run_id)
         now = project.progress(address)
         if now and now != latest:
             context.log_event(dg.AssetObservation(project.asset_key(address), metadata=now))
