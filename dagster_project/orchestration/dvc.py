@@ -185,6 +185,12 @@ def declared_stages(repo: Any) -> list[Any]:
         return list(repo.index.stages)
 
 
+def stage_among(stages: Iterable[Any], address: str) -> Any:
+    """DVC's stage with an address; None if there is none. The stages of .dvc files, which have no name, may come first:
+    DVC lists files in the order of the file system."""
+    return next((stage for stage in stages if getattr(stage, "name", None) == address), None)
+
+
 def stage_named(repo: Any, address: str) -> Any:
     """DVC's stage with an address. Of the project's files, DVC reads dvc.yaml, dvc.lock and params.yaml only.
 
@@ -558,7 +564,7 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
         if address not in names:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
         refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
-        now = _inputs_now(root, next(stage for stage in all_stages if stage.name == address))
+        now = _inputs_now(root, stage_among(all_stages, address))
         with repo.lock:
             return Fingerprint(now, _conflicts(root, address, all_stages, now), _leftovers(root, names, now))
 
