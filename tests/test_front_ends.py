@@ -423,7 +423,9 @@ def test_figures_of_another_version_are_not_shown_with_an_output_that_differs(
     assert shown() == before
 
 
-def test_checks_of_another_version_are_not_those_of_an_output_that_differs(root: Path, synced: dg.DagsterInstance) -> None:
+def test_checks_of_another_version_are_not_those_of_an_output_that_differs(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     """As figures. The report that git checked out says nothing of the output that is still there."""
 
     def reported() -> list[str]:

@@ -145,7 +145,9 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
 
 
 @pytest.mark.long
-def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(root: Path, synced: dg.DagsterInstance) -> None:
+def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="300")
     command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]

@@ -15,7 +15,14 @@ from typing import Any
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.records import remove
-from dagster_project.orchestration.dvc import declared_stages, main_output, open_repo, stage_among, stage_named, status_of
+from dagster_project.orchestration.dvc import (
+    declared_stages,
+    main_output,
+    open_repo,
+    stage_among,
+    stage_named,
+    status_of,
+)
 from dagster_project.orchestration.private_api import private_module
 
 
