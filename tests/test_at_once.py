@@ -92,6 +92,20 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(
     assert agree(root, synced) == set()
 
 
+@pytest.mark.long
+def test_a_run_that_is_marked_as_canceled_ends_its_steps_and_commands(root: Path, synced: dg.DagsterInstance) -> None:
+    process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="300")
+    everything = offspring(process.pid) | set(pids.values())
+    [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    synced.report_run_canceled(run)
+    assert process.wait(120) != 0
+    assert gone(everything, 60), "a process of the run lives on"
+    ended = synced.get_run_by_id(run.run_id)
+    assert ended and ended.status == dg.DagsterRunStatus.CANCELED
+    assert active_slots(synced) == 0
+    assert agree(root, synced) == BOTH
+
+
 def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
     """Whoever waits for the process first gets its exit code; Popen takes a
     missing one for 0, and DVC would record the run."""

@@ -20,6 +20,7 @@ from conftest import ROOT, dvc
 
 from dagster_project import build_dvc_definitions, pipeline
 from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dagster_dvc.materialize import NO_RESULT
 from dagster_project.orchestration.dagster_dvc.metadata import describe
 from dagster_project.orchestration.dagster_dvc.project import DvcProject, is_forced
 from dagster_project.orchestration.dagster_dvc.sync import sync
@@ -114,6 +115,24 @@ def test_metrics_plots_and_checks_are_shown(foreign: Path, instance: dg.DagsterI
     script.write_text(script.read_text().replace("> 0.5", "> 1"))
     assert dvc(foreign, "repro").returncode == 0
     assert "check evaluate better_than_chance: failed" in sync(DvcProject(foreign, ("points",)), instance)
+
+
+def test_a_check_that_only_dvc_yaml_or_only_the_loaded_definitions_have_does_not_fail_the_run(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
+    """The script writes `better_than_chance`."""
+    (foreign / "dvc.yaml").write_text(foreign_project.DVC_YAML.replace("better_than_chance:", "old_name:"))
+    job = build_dvc_definitions(foreign, "points").resolve_job_def("points_pipeline")
+    (foreign / "dvc.yaml").write_text(foreign_project.DVC_YAML)
+    result = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert result.success
+    found = {
+        one.check_name: one for one in result.get_asset_check_evaluations() if one.asset_key.path[-1] == "evaluate"
+    }
+    assert {name: one.passed for name, one in found.items()} == {"old_name": False, "dvc_in_sync": True}
+    assert found["old_name"].severity == dg.AssetCheckSeverity.WARN
+    assert found["old_name"].metadata["note"].value == NO_RESULT
+    assert sync(DvcProject(foreign, ("points",)), instance) == ["check evaluate better_than_chance: passed"]
 
 
 def test_sync_shows_what_dvc_repro_did_and_what_is_stale(foreign: Path, instance: dg.DagsterInstance) -> None:
@@ -234,6 +253,24 @@ def test_a_table_that_is_not_utf_8_or_not_csv_does_not_end_the_sync(tmp_path: Pa
     )
     shown = describe(tmp_path, state)
     assert shown["latin.csv"].value.splitlines()[-1] == "| K\ufffdln | 1 |" and "long.csv" not in shown
+
+
+@pytest.mark.parametrize(
+    ("files", "shown"),
+    [
+        ({"m.json": '{"accuracy": 1, "path": "p", "done": 2}'}, {"accuracy": 1, "m/path": "p", "m/done": 2}),
+        ({"a/m.json": '{"x": 1}', "b/m.json": '{"x": 2}', "n.json": '{"x": 3}'}, {"a/m/x": 1, "b/m/x": 2, "n/x": 3}),
+    ],
+)
+def test_no_metric_takes_the_place_of_another_figure_or_of_the_metadata(
+    tmp_path: Path, files: dict[str, str], shown: dict[str, Any]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    own = {"path": dg.MetadataValue.text("model.bin"), "data_version": dg.MetadataValue.text("1")}
+    state: Any = SimpleNamespace(outs=("model.bin",), version="1", metrics=(*files,), plots=())
+    assert describe(tmp_path, state) == own | shown
 
 
 def test_the_docs_show_the_project_that_is_tested() -> None:

@@ -78,6 +78,22 @@ def test_other_work_trees_of_the_repository_are_searched_and_nothing_there_is_de
     assert from_linked == {bare / "data/pages/a.html", inside / "data/pages/a.html"}
 
 
+def test_the_work_trees_of_a_submodule_are_searched_and_not_its_git_directory(bare: Path) -> None:
+    """Git lists the git directory of a submodule in place of its main work tree."""
+    whole = bare.parent / "whole"
+    for folder in (bare, whole):
+        (folder / "data/pages").mkdir(parents=True)
+        (folder / "data/pages/a.html").write_text(SECRET)
+        git(folder, "init", "-q")
+        commit(folder)
+    git(whole, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(bare), "part")
+    part, linked = whole / "part", bare.parent / "linked"
+    git(part, "worktree", "add", "-q", "-b", "other", str(linked))
+    assert layout_of(part, Remotes(part / ".dvc/cache")).work_trees == (linked,)
+    assert layout_of(linked, Remotes(linked / ".dvc/cache")).work_trees == (part,)
+    assert [hit.path for hit in found_in(linked).places["other work trees of git"]] == [part / "data/pages/a.html"]
+
+
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Project, dict[str, str], Path]:
     """A project with a shared remote. Names -> hashes of objects in its cache and in the remote."""

@@ -421,3 +421,26 @@ def test_figures_of_another_version_are_not_shown_with_an_output_that_differs(
     assert shown() == {"path": "data/raw", "data_version": after["data_version"]}
     assert dvc(root, "checkout").returncode == 0
     assert shown() == before
+
+
+def test_checks_of_another_version_are_not_those_of_an_output_that_differs(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
+    """As figures. The report that git checked out says nothing of the output that is still there."""
+
+    def reported() -> list[str]:
+        return [line for line in sync(root, synced, small_pipeline.PIPELINE) if "inst no_bad_rows" in line]
+
+    (root / "data/sources/g.txt").write_text("r0\nr1\nr2")
+    assert dvc(root, "repro").returncode == 0
+    assert reported() == ["check inst no_bad_rows: passed"]
+    small_pipeline.commit(root)
+    small_pipeline.git(root, "checkout", "-q", "HEAD~1")
+    assert read_stages(root)["inst"].report_of_other and reported() == []
+    assert dvc(root, "checkout").returncode == 0
+    assert reported() == ["check inst no_bad_rows: passed"]
+    shutil.rmtree(root / "data/inst")
+    assert reported() == [], "there is no output"
+    (root / "data/sources/g.txt").write_text("BAD")
+    assert dvc(root, "repro").returncode
+    assert reported() == ["check inst no_bad_rows: failed"], "of the attempt that just failed"

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from builders import small_pipeline
 from conftest import dvc, pedigree, run
+from dvc.ignore import DvcIgnoreFilter
 
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -25,7 +26,9 @@ from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
-from dagster_project.orchestration.dvc import read_stages, verified_fingerprint
+from dagster_project.orchestration.dvc import open_repo, read_stages, verified_fingerprint
+from dagster_project.orchestration.dvc_cache import restore_outputs
+from dagster_project.orchestration.dvc_remote import inputs_by_hash
 from dagster_project.orchestration.locks import hold
 
 pytestmark = pytest.mark.usefixtures("warm_small")
@@ -138,6 +141,23 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
     assert not psutil.pid_exists(command)
     assert (root / "data/tok/train.txt").read_bytes() == before
     assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    assert small_pipeline.materialize(root, synced).success
+
+
+@pytest.mark.long
+def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
+    before = (root / "data/tok/train.txt").read_bytes()
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="300")
+    command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]
+    [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    synced.report_run_canceled(run)  # what Dagster does if it cannot reach the process
+    assert process.wait(120) != 0
+    assert not psutil.pid_exists(command)
+    assert (root / "data/tok/train.txt").read_bytes() == before
+    ended = synced.get_run_by_id(run.run_id)
+    assert ended and ended.status == dg.DagsterRunStatus.CANCELED
     assert small_pipeline.materialize(root, synced).success
 
 
@@ -304,6 +324,30 @@ def test_a_report_that_only_git_has_survives_a_failed_run(root: Path) -> None:
     refused = dvc(root, "repro", "--single-item", "inst")
     assert refused.returncode != 0 and "data/raw is not what raw recorded" in refused.stderr
     assert report.read_bytes() == before
+
+
+def test_a_source_that_the_file_system_lists_before_dvc_yaml_is_not_taken_for_the_stage(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources in the project's folder: stages of .dvc files have no name."""
+    (root / "a.csv").write_text("x")
+    assert dvc(root, "add", "a.csv").returncode == 0
+    walk = DvcIgnoreFilter.walk
+
+    def sources_first(*arguments: Any, **named: Any) -> Any:
+        for folder, folders, files in walk(*arguments, **named):
+            files[:] = sorted(files, key=lambda name: not name.endswith(".dvc"))
+            yield folder, folders, files
+
+    monkeypatch.setattr(DvcIgnoreFilter, "walk", sources_first)
+    with open_repo(root) as repo:
+        assert not hasattr(next(iter(repo.index.stages)), "name")
+    assert verified_fingerprint(root, "raw", lambda _: None).conflicts == []
+    assert {*inputs_by_hash(root, "raw")} == {"data/sources/d.txt"}
+    shutil.rmtree(root / "data/raw")
+    restore_outputs(root, "raw")
+    assert (root / "data/raw").is_dir()
+    restore_outputs(root, "a stage that was removed while it ran")
 
 
 def test_a_busy_stage_names_the_process_that_runs_it(root: Path) -> None:

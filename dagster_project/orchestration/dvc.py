@@ -93,6 +93,9 @@ class StageState:
     parameters, and those that `vars:` of dvc.yaml names."""
     frozen: bool = False
     """Whether dvc.yaml freezes it: DVC does not run its command, and does not compare its inputs."""
+    report_of_other: bool = False
+    """Whether the report is the recorded one and an output is not, e.g. after `git checkout` without `dvc checkout`:
+    the report is not that of the output on disk."""
 
     @property
     def changed(self) -> list[str]:
@@ -180,6 +183,12 @@ def declared_stages(repo: Any) -> list[Any]:
     """
     with _reading(repo):
         return list(repo.index.stages)
+
+
+def stage_among(stages: Iterable[Any], address: str) -> Any:
+    """DVC's stage with an address; None if there is none. The stages of .dvc files, which have no name, may come first:
+    DVC lists files in the order of the file system."""
+    return next((stage for stage in stages if getattr(stage, "name", None) == address), None)
 
 
 def stage_named(repo: Any, address: str) -> Any:
@@ -413,6 +422,10 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         else ALWAYS if stage.always_changed or stage.is_callback
         else ""
     )  # fmt: skip
+    report = next((path_of(root, out) for out in stage.outs if out.is_metric), None)
+    differing = {path for path, how in changed.items() if how != "not in cache"} - {
+        path_of(root, out) for out in stage.outs if out.is_metric or out.is_plot
+    }
     return StageState(
         address=stage.name,
         description=stage.desc or "",
@@ -421,7 +434,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         outs=tuple(path_of(root, out) for out in _main_outputs(stage)),
         metrics=tuple(path_of(root, out) for out in stage.outs if out.is_metric),
         plots=tuple(path_of(root, out) for out in stage.outs if out.is_plot),
-        report=next((path_of(root, out) for out in stage.outs if out.is_metric), None),
+        report=report,
         inputs=tuple(i for path in now if path not in code for i in _inputs(path, now, recorded, others)),
         definition_now=definition_now,
         definition_recorded=definition_recorded if known else None,
@@ -435,6 +448,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
             *_variables(root, stage, others),
         ),
         frozen=bool(stage.frozen),
+        report_of_other=known and report not in changed and bool(differing),
     )
 
 
@@ -550,7 +564,7 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
         if address not in names:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
         refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
-        now = _inputs_now(root, next(stage for stage in all_stages if stage.name == address))
+        now = _inputs_now(root, stage_among(all_stages, address))
         with repo.lock:
             return Fingerprint(now, _conflicts(root, address, all_stages, now), _leftovers(root, names, now))
 

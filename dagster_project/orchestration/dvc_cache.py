@@ -15,7 +15,14 @@ from typing import Any
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.records import remove
-from dagster_project.orchestration.dvc import declared_stages, main_output, open_repo, stage_named, status_of
+from dagster_project.orchestration.dvc import (
+    declared_stages,
+    main_output,
+    open_repo,
+    stage_among,
+    stage_named,
+    status_of,
+)
 from dagster_project.orchestration.private_api import private_module
 
 
@@ -67,7 +74,7 @@ def restore_outputs(root: Path, address: str) -> None:
     """Restore from the cache, and reports also from the latest commit, what DVC
     removed before it ran a stage that then failed."""
     with open_repo(root) as repo:
-        stage = next((stage for stage in declared_stages(repo) if stage.name == address), None)
+        stage = stage_among(declared_stages(repo), address)
         for out in stage.outs if stage is not None else []:
             if out.exists or not out.hash_info:
                 continue

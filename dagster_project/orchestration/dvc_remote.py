@@ -14,7 +14,7 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.lineage.history import finished_runs
-from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_named
+from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_among, stage_named
 from dagster_project.orchestration.private_api import private_module
 
 SECRET_OPTIONS = {
@@ -156,7 +156,7 @@ def inputs_by_hash(root: Path, address: str) -> dict[str, str]:
 
 def _read_outputs(repo: Any, root: Path, address: str) -> list[Any]:
     all_stages = declared_stages(repo)
-    stage = next(stage for stage in all_stages if stage.name == address)
+    stage = stage_among(all_stages, address)
     paths = [os.path.relpath(dep.fs_path, root) for dep in stage.deps]
     return [
         out

@@ -1,10 +1,11 @@
 """Dagster runs whose process is dead. Dagster's default launcher does not
-check, so a killed run would keep the status "started"."""
+check, so a killed run would keep the status "started". Also processes whose run is canceled."""
 
 from __future__ import annotations
 
 import os
 import platform
+import signal
 import time
 
 import dagster as dg
@@ -82,6 +83,16 @@ def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) 
     process = _process(instance, run_id)
     if process is not None and process[0] != os.getpid() and (owned or descends_from(process[0])):
         end_with(*process)
+
+
+def interrupt_if_canceled(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Interrupt the process of a run that was marked as canceled, or deleted, as "terminate" does. Dagster only changes
+    the status if it cannot reach the process, e.g. after the web server was started again."""
+    run = instance.get_run_by_id(run_id)
+    if run is not None and run.status != dg.DagsterRunStatus.CANCELED:
+        return
+    process = _process(instance, run_id)
+    os.kill(process[0] if process is not None and descends_from(process[0]) else os.getpid(), signal.SIGINT)
 
 
 def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:

@@ -17,11 +17,13 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 from dagster_project.core import faults
 from dagster_project.core.errors import PedigreeError
 from dagster_project.orchestration import dvc, dvc_run, rwlock
-from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run
-from dagster_project.orchestration.dagster_dvc.metadata import in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run, interrupt_if_canceled
+from dagster_project.orchestration.dagster_dvc.metadata import check_result, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
 from dagster_project.orchestration.dvc import StageState
+
+NO_RESULT = "the report has no such check; if it was renamed or removed in dvc.yaml, reload the code location"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def bring_up_to_date(
     """
     instance, key = context.instance, project.asset_key(address)
     end_with_run(instance, context.run_id, project.owns_instance)
+    interrupt_if_canceled(instance, context.run_id)
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     mirrored = _mirrored.setdefault(instance, {})
     try:
@@ -79,12 +82,15 @@ def bring_up_to_date(
         with suppress(PedigreeError, KeyError, OSError):  # the stages may be unreadable
             failed = project.read()[address]
             report = read_report(project.root, failed) or {}
-            yield from project.check_results(address, failed, report if project.blocks(report) else {})
+            results = project.check_results(address, failed, report if project.blocks(report) else {})
+            yield from (one for one in results if one.check_name in _planned_checks(context, key))
         raise dg.Failure(str(known), allow_retries=False) from None
     state = states[address]
     report = read_report(project.root, state) or {}
-    yield from project.check_results(address, state, report)
-    yield in_sync(key, state)
+    results = [*project.check_results(address, state, report), in_sync(key, state)]
+    found = {one.check_name: one for one in results}
+    for name in _planned_checks(context, key):
+        yield found.get(name) or check_result(key, name, "", {"note": NO_RESULT}, "warn", {})
     if project.blocks(report):
         raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
     if state.differs:
@@ -99,6 +105,11 @@ def bring_up_to_date(
     if after is not None:
         mirror(project, instance, after)
         mirrored[project] = MirrorState(context.run_id, states, None)
+
+
+def _planned_checks(context: dg.AssetExecutionContext, key: dg.AssetKey) -> list[str]:
+    """Names of an asset's checks when Dagster loaded it. It requires a result of each, and allows no other."""
+    return sorted(check.name for check in context.selected_asset_check_keys if check.asset_key == key)
 
 
 def _states_before(context: dg.AssetExecutionContext, project: DvcProject, address: str) -> dict[str, StageState]:
@@ -193,6 +204,7 @@ def _reproduce(
 
     def report_progress() -> None:
         nonlocal latest
+        interrupt_if_canceled(context.instance, context.run_id)
         now = project.progress(address)
         if now and now != latest:
             context.log_event(dg.AssetObservation(project.asset_key(address), metadata=now))

@@ -32,6 +32,8 @@ MAX_IMAGE = 300_000
 """Bytes. The event log keeps metadata of every materialization."""
 MAX_ROWS = 50
 """Rows of a plot's table."""
+OWN_NAMES = {"path", "data_version", "git_commit", "done"}
+"""Metadata that is not from metrics files."""
 
 
 def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
@@ -57,9 +59,11 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
         "path": dg.MetadataValue.text(", ".join(state.outs)),
         "data_version": dg.MetadataValue.text(state.version),
     }
-    for path in state.metrics:
-        prefix = f"{Path(path).stem}/" if len(state.metrics) > 1 else ""
-        metadata |= {f"{prefix}{name}": value for name, value in _numbers(dvc.load_document(root / path))}
+    stems = [Path(path).stem for path in state.metrics]
+    for path, stem in zip(state.metrics, stems, strict=True):
+        file = stem if stems.count(stem) == 1 else Path(path).with_suffix("").as_posix()
+        for name, value in _numbers(dvc.load_document(root / path)):
+            metadata[f"{file}/{name}" if len(stems) > 1 or name in OWN_NAMES else name] = value
     for path in state.plots:
         metadata |= _plot(root / path, path)
     commit = commit_of_lock(root)

@@ -192,12 +192,20 @@ def _materialize(
 
 def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
     """Report each check result that differs from the latest one, or that
-    Dagster would not show because it evaluates an earlier materialization."""
+    Dagster would not show because it evaluates an earlier materialization.
+
+    The report of another version than the output on disk has none of this output: Dagster shows its checks as not
+    evaluated.
+    """
+    reports = {
+        address: None if state.report_of_other else read_report(project.root, state)
+        for address, state in states.items()
+    }
     results = {
         dg.AssetCheckKey(project.asset_key(address), str(result.check_name)): result
         for address, state in states.items()
         for result in [
-            *project.check_results(address, state, read_report(project.root, state) or {}),
+            *project.check_results(address, state, reports[address] or {}),
             in_sync(project.asset_key(address), state),
         ]
     }

@@ -109,6 +109,10 @@ def _work_trees(root: Path) -> Iterator[Path]:
     inside = (git(root, "rev-parse", "--show-prefix") or "").strip()
     for entry in (git(root, "worktree", "list", "--porcelain") or "").split("\n\n"):
         first, *more = entry.splitlines() or [""]
-        folder = Path(first.removeprefix("worktree "), inside).resolve()
-        if first and "bare" not in more and folder != root and folder.is_dir():
+        tree = Path(first.removeprefix("worktree "))
+        if not first or "bare" in more or not tree.is_dir():
+            continue
+        # for the main one of a submodule, git lists its git directory
+        folder = Path((git(tree, "rev-parse", "--show-toplevel") or "").rstrip("\n") or tree, inside).resolve()
+        if folder != root and folder.is_dir():
             yield folder
