@@ -21,7 +21,7 @@ from conftest import tool
 from dagster_project.commands import ending
 from dagster_project.lineage import lineage
 from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.orchestration.erasure.layout import PLAN
+from dagster_project.lineage.erasure.unfinished import FILE
 
 INTERRUPTED = {130, -signal.SIGINT}
 """Exit codes; a shell reports both as 130."""
@@ -95,8 +95,8 @@ def test_an_interrupt_does_not_say_that_nothing_happened_where_something_did(tmp
         return str(ending.explained(KeyboardInterrupt(), ending.Interrupts(), command, tmp_path))
 
     assert said("erase") == said("verify") == ending.INTERRUPTED
-    (tmp_path / PLAN).mkdir(parents=True)
-    (tmp_path / PLAN / "plan.json").write_text("{}")
+    (tmp_path / FILE).parent.mkdir(parents=True)
+    (tmp_path / FILE).write_text("{}")
     assert "the erasure is unfinished" in said("erase") and "hint: `pedigree erase --resume` goes on" in said("erase")
     assert said("verify") == ending.INTERRUPTED
     assert said("push") == said("sync") == "interrupted; a part may have been written\nhint: run the same command again"
