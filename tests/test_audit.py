@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace as Of
+from typing import Any, BinaryIO
 
+import polars as pl
 import pytest
 from builders import small_pipeline
 from conftest import edit_params, pedigree, run
 from ruamel.yaml import YAML
 
+from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_records, read_table
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import _metrics, audit, find, trained_on
+from dagster_project.lineage.lineage import _metrics, audit, find, trained_on, write_trained_on
 
 
 def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_model(finished: Path) -> None:
@@ -124,6 +129,30 @@ def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> N
     assert not missing and all(row["source"] and row["source_row"] is not None for row in seen.rows(named=True))
     records = {record["example_id"]: record for record in read_records(finished / "data/splits/train")}
     assert {row["example_id"] for row in seen.rows(named=True)} <= records.keys()
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_records_that_do_not_fit_on_the_disk_leave_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, link = tmp_path / name, tmp_path / f"link{Path(name).suffix}"
+    link.symlink_to(name)
+    records = pl.DataFrame({"example_id": ["a"]})
+    write_trained_on(records, link)
+    before = path.read_bytes()
+
+    def half(self: pl.DataFrame, file: BinaryIO, **options: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.DataFrame, "write_csv", half)
+        patch.setattr(pl.DataFrame, "write_parquet", half)
+        for file in (link, tmp_path / f"new{path.suffix}"):
+            with pytest.raises(InputError, match="No space left on device"):
+                write_trained_on(records, file)
+    assert path.read_bytes() == before and link.is_symlink()
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, link.name}
 
 
 @pytest.mark.usefixtures("warm_small")

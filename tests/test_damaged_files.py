@@ -19,6 +19,7 @@ import psutil
 import pytest
 from builders import small_pipeline
 from conftest import dvc, pedigree
+from dvc.scm import SCMError
 
 from dagster_project.__main__ import main
 from dagster_project.core.context import Documents, measured
@@ -28,8 +29,10 @@ from dagster_project.lineage import history, lineage
 from dagster_project.lineage.impact.question import impact
 from dagster_project.orchestration import integrity, rwlock
 from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.dvc_errors import explained
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -392,6 +395,26 @@ def test_a_checkout_with_other_line_ends_gets_the_recorded_bytes(root: Path, tmp
     )
     for name in ("data/reports/tok.json", "dvc.lock", "data/sources/g.txt"):
         assert (tmp_path / "windows" / name).read_bytes() == (root / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["why?", "100%25 done"])
+def test_a_home_of_dagster_that_would_be_another_folder_in_a_url_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / ".dagster"
+    folder.mkdir(parents=True)
+    file = folder / "dagster.yaml"
+    file.write_text("telemetry: {enabled: false}\n")
+    with pytest.raises(InputError, match="cannot be in a path with") as raised:
+        open_at(folder)
+    assert "DAGSTER_HOME" in raised.value.hint and [one.name for one in tmp_path.iterdir()] == [name]
+
+
+def test_a_repository_that_cannot_be_read_is_not_called_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = SCMError(f"{root} is not a git repository")
+    assert "git init" in str(explained(error, root))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != ".git")
+    assert f"{root / '.git'}: cannot be read" in str(explained(error, root))
+    (root / "sub").mkdir()
+    assert f"{root / '.git'}: cannot be read" in str(explained(error, root / "sub"))
 
 
 def test_a_project_without_git_is_one_message_and_its_lineage_is_still_shown(root: Path) -> None:

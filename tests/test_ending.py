@@ -10,18 +10,21 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import tool
 
 from dagster_project.commands import ending
+from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.lineage import lineage
 from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.orchestration.erasure.layout import PLAN
+from dagster_project.lineage.erasure.unfinished import FILE
 
 INTERRUPTED = {130, -signal.SIGINT}
 """Exit codes; a shell reports both as 130."""
@@ -95,11 +98,31 @@ def test_an_interrupt_does_not_say_that_nothing_happened_where_something_did(tmp
         return str(ending.explained(KeyboardInterrupt(), ending.Interrupts(), command, tmp_path))
 
     assert said("erase") == said("verify") == ending.INTERRUPTED
-    (tmp_path / PLAN).mkdir(parents=True)
-    (tmp_path / PLAN / "plan.json").write_text("{}")
+    (tmp_path / FILE).parent.mkdir(parents=True)
+    (tmp_path / FILE).write_text("{}")
     assert "the erasure is unfinished" in said("erase") and "hint: `pedigree erase --resume` goes on" in said("erase")
     assert said("verify") == ending.INTERRUPTED
     assert said("push") == said("sync") == "interrupted; a part may have been written\nhint: run the same command again"
+
+
+def test_a_temporary_folder_goes_also_if_its_removal_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has copies of data, and the key of record ids."""
+    interrupts = iter([KeyboardInterrupt()])
+    rmdir = os.rmdir
+
+    def interrupted(*given: Any, **options: Any) -> None:
+        for error in interrupts:
+            raise error
+        rmdir(*given, **options)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), scratch_folder() as folder:
+        (Path(folder) / "data/keys").mkdir(parents=True)
+        (Path(folder) / "data/keys/record_ids.key").write_text("secret")
+        monkeypatch.setattr(os, "rmdir", interrupted)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

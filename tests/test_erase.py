@@ -29,8 +29,14 @@ from conftest import ROOT, run
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from dagster_project.__main__ import main
-from dagster_project.commands.erase import exit_code
-from dagster_project.commands.erase_certificate import EVENT_LOG_ELSEWHERE, certificate, write
+from dagster_project.commands.erase import as_text, exit_code
+from dagster_project.commands.erase_certificate import (
+    EVENT_LOG_ELSEWHERE,
+    certificate,
+    certificate_text,
+    free_name,
+    write,
+)
 from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import parse
@@ -51,7 +57,7 @@ from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.orchestration import locks
 from dagster_project.orchestration.dvc import Input, StageState
 from dagster_project.orchestration.dvc_run import reproduce
-from dagster_project.orchestration.erasure import event_log
+from dagster_project.orchestration.erasure import event_log, steps
 from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import LOCK, no_stage_runs, one_erasure
 from dagster_project.orchestration.erasure.objects import Own, to_remove
@@ -671,13 +677,33 @@ def test_exit_codes(facts: dict[str, Any], code: int) -> None:
 
 
 def test_hashes_of_git_blobs_stay_outside_what_git_tracks(tmp_path: Path) -> None:
-    paths = write(tmp_path, certificate(PLAN), None)
+    paths = write(tmp_path, certificate(PLAN), None, "0a")
     listed = [
         path.relative_to(tmp_path).as_posix()
         for path in tmp_path.rglob("*")
         if path.is_file() and "0" * 40 in path.read_text()
     ]
     assert listed == [paths["blobs of git history"]] and listed[0].startswith(".dvc/tmp/")
+
+
+def test_a_second_erasure_of_the_same_request_on_one_day_keeps_the_first_certificate(tmp_path: Path) -> None:
+    names = []
+    for rows in (1, 2, 3):
+        document = certificate({**PLAN, "records": rows})
+        names.append(free_name(tmp_path, document))
+        write(tmp_path, document, None, names[-1])
+    assert names == [names[0], f"{names[0]}-2", f"{names[0]}-3"]
+    kept = [json.loads((tmp_path / f"data/erasures/{name}.json").read_bytes()) for name in names]
+    assert [one["erased"]["records"] for one in kept] == [1, 2, 3]
+
+
+def test_files_that_are_left_are_named_to_the_user_and_only_counted_in_the_certificate() -> None:
+    left = {"other files": {"files": 1, "bytes": 1, "paths": ["notes/okonkwo.md"]}, "git history": {"blobs": ["0"]}}
+    document = certificate({**PLAN, "left": left})
+    assert "okonkwo" not in certificate_text(document) + json.dumps(document)
+    assert "\nLeft:\n  git history: 1 blob\n  other files: 1 file, 1 byte\n" in certificate_text(document)
+    shown = as_text({**document, "files": {}, "left files": {"other files": ["notes/okonkwo.md"]}})
+    assert shown.endswith("\nleft in other files: notes/okonkwo.md")
 
 
 def test_attestations_that_state_hashes_of_a_source_before_are_removed_with_their_signatures(tmp_path: Path) -> None:
@@ -798,6 +824,30 @@ def test_a_variant_that_was_added_and_never_ran_is_made_where_a_stage_that_ran_r
         "new",
         "comparison",
     ]
+
+
+def test_an_erasure_that_goes_on_makes_what_its_stages_read_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan is older than a variant that was added, and than one that was taken out."""
+
+    def state(*producers: str) -> StageState:
+        given = {"recorded": False, "inputs": tuple(Input(one, one, "", None) for one in producers)}
+        return StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **given})
+
+    states = {"splits": state(), "new": state("splits"), "unread": state("splits"), "comparison": state("new")}
+    made: list[str] = []
+
+    def run_all(*given: Any, only: list[str]) -> dict[str, Any]:
+        made.extend(only)
+        return {"interrupted": False, "passed": True}
+
+    monkeypatch.setattr(steps.dvc, "read_stages", lambda root: states)
+    monkeypatch.setattr(steps, "run_all", run_all)
+    needles = {"texts": [], "groups": [], "ids": [], "unsearchable": 0}
+    plan = {"needles": needles, "stages": ["splits", "gone", "comparison"]}
+    Erasure(tmp_path, plan, lambda root: None).pipeline()
+    assert made == ["splits", "new", "comparison"]
 
 
 def test_an_erasure_is_refused_where_a_stage_is_frozen(tmp_path: Path) -> None:

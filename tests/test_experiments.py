@@ -340,6 +340,25 @@ def test_what_dvc_starts_in_the_background_is_not_waited_for(monkeypatch: pytest
     os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_dvc_puts_the_workspace_back_before_an_interrupt_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whole: bool
+) -> None:
+    """While DVC fills its queue, params.yaml has the values of a trial, and edits of the user are stashed."""
+    code = (
+        "import os, pathlib, signal, time; file = pathlib.Path('params.yaml'); file.write_text('trial')\n"
+        "for _ in range(2): os.kill(os.getppid(), signal.SIGINT); time.sleep(0.7)\n"
+        "file.write_text('mine')"
+    )
+    program = subprocess.Popen
+    monkeypatch.setattr(
+        experiments.subprocess, "Popen", lambda command, **options: program([sys.executable, "-c", code], **options)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        experiments._dvc(tmp_path, "exp", "run", "--queue", whole=whole)
+    assert (tmp_path / "params.yaml").read_text() == ("mine" if whole else "trial")
+
+
 def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,8 +3,10 @@ another version are refused, and nothing that hashes, copies or publishes the re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -451,3 +453,22 @@ def test_lines_are_added_once_and_nothing_else_of_the_file_changes(tmp_path: Pat
     file.write_bytes(mine)
     assert papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES[1:]]
     assert file.read_bytes().startswith(mine + b"\n") and papers_in_place.missing_lines(tmp_path) == []
+
+
+def test_lines_that_cannot_be_added_leave_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, link = tmp_path / "shared", tmp_path / ".dvcignore"
+    target.write_bytes(b"*.swp\n")
+    target.chmod(0o664)
+    link.symlink_to("shared")
+    write = Path.write_bytes
+
+    def half(self: Path, content: bytes) -> int:
+        write(self, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_bytes", half)
+        papers_in_place.add_lines(tmp_path)
+    assert target.read_bytes() == b"*.swp\n" and names(tmp_path) == {".dvcignore", "shared"}
+    papers_in_place.add_lines(tmp_path)
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o664

@@ -14,9 +14,11 @@ from builders.history import Project, entry, identity, table
 from builders.small_pipeline import git
 from conftest import pedigree
 
+from dagster_project.cli.arguments import warn_of_erasure
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.curation.sources.erased import key_id, record_mark
 from dagster_project.lineage.erasure import tombstones
+from dagster_project.lineage.erasure.unfinished import FILE
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -187,3 +189,22 @@ def test_of_an_erased_record_no_model_is_known_any_more(made: Project) -> None:
     found = impact(made.root, record=identity("cows"))
     assert (found["verdict"], found["erased"]) == ("no", "2026-01-01")
     assert "no model is known any more to have seen it" in as_text(found) and "no model saw it" not in as_text(found)
+    assert "data/erasures lists the models" in as_text(found)
+
+
+def test_of_an_erasure_that_is_unfinished_no_certificate_is_promised(
+    made: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    made.commit(made.lock(ROWS))
+    set_key(made, KEYS[0])
+    stone = {"record": record_mark(KEYS[0], identity("cows")), "texts": []}
+    tombstones.add(made.root, [stone], {"key": key_id(KEYS[0]), "date": "2026-01-01"})
+    warn_of_erasure(made.root)
+    assert not caplog.messages
+    (made.root / FILE).parent.mkdir(parents=True)
+    (made.root / FILE).write_text("{}")
+    shown = as_text(impact(made.root, record=identity("cows")))
+    assert "taken out of the sources on 2026-01-01, but an erasure is unfinished" in shown
+    assert "data/erasures" not in shown and "`pedigree erase --resume` goes on" in shown
+    done = pedigree(made.root, "audit", "merged@lora")
+    assert done.returncode == 0 and "an erasure is unfinished" in done.stderr

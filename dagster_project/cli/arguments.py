@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.lineage.erasure.unfinished import NOTE, is_unfinished
+
+log = logging.getLogger("pedigree")
 
 
 def add_command(commands: Any, function: Any, name: str = "") -> argparse.ArgumentParser:
@@ -35,6 +39,12 @@ def project(options: argparse.Namespace) -> Path:
             f"no dvc.yaml in {root}", "run the command from the project's folder, or give --project FOLDER"
         )
     return root
+
+
+def warn_of_erasure(root: Path) -> None:
+    """Log that an erasure is unfinished, if one is: results may still be those with the records."""
+    if is_unfinished(root):
+        log.warning(NOTE)
 
 
 def count(text: str) -> int:

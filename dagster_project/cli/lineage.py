@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, day, named, project, utf8
+from dagster_project.cli.arguments import add_command, day, named, project, utf8, warn_of_erasure
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
 
@@ -28,6 +28,7 @@ def audit(options: argparse.Namespace) -> int:
     if (code := _audit_exported(options)) is not None:
         return code
     root = project(options)
+    warn_of_erasure(root)
     if options.diff:
         if options.model or options.html or options.records or options.where or options.as_of:
             raise InputError(

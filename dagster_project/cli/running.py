@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, count, named, project, utf8
+from dagster_project.cli.arguments import add_command, count, named, project, utf8, warn_of_erasure
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -90,7 +90,9 @@ def _run_all(options: argparse.Namespace) -> int:
             f"--all cannot be combined with {options.stage}",
             f"`dvc repro {options.stage}` runs a stage and all stages that it depends on",
         )
-    document = run_all(project(options), options.jobs or 1, options.force, validate)
+    root = project(options)
+    warn_of_erasure(root)
+    document = run_all(root, options.jobs or 1, options.force, validate)
     print_result(options, document, as_text)
     return exit_code(document)
 
@@ -167,7 +169,9 @@ def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
     from dagster_project.orchestration.last_sync import LastSync
 
-    last = LastSync.read(project(options), tuple(filter(None, options.key_prefix.split("/"))))
+    root = project(options)
+    warn_of_erasure(root)
+    last = LastSync.read(root, tuple(filter(None, options.key_prefix.split("/"))))
     lines: list[str] = []
     if not last.unchanged:
         with lean_imports():

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.outputs import ancestors
+from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.commands.verify import reproduce
 from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, explained, record_lines
@@ -196,7 +196,7 @@ def bisect(
         "model": model,
         "asked": {"prompt": asked.prompt, "system": asked.system, "expect": asked.expect},
     }
-    with tempfile.TemporaryDirectory(prefix="pedigree-") as scratch:
+    with scratch_folder() as scratch:
         search = Search(root, model, asked, steps, Path(scratch), may_train)
         missing = sum(not search.is_cached(i) for i in range(len(steps)))
         log.info(

@@ -194,9 +194,9 @@ def _interrupted(command: str, project: Path) -> Interrupted:
     if command in ELSEWHERE:
         return Interrupted("interrupted; a part may have been written", "run the same command again")
     if command == "erase":
-        from dagster_project.orchestration.erasure.layout import PLAN
+        from dagster_project.lineage.erasure.unfinished import is_unfinished
 
-        if (project / PLAN / "plan.json").is_file():
+        if is_unfinished(project):
             return Interrupted(
                 "interrupted; the erasure is unfinished, and places that it has not reached still hold the records",
                 "`pedigree erase --resume` goes on; give --key and --verify again",

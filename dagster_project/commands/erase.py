@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.erase_certificate import BLOBS, certificate, certificate_text, write
+from dagster_project.commands.erase_certificate import BLOBS, certificate, certificate_text, free_name, write
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import listed, many
 from dagster_project.lineage.erasure.kinds import KINDS
@@ -95,7 +95,7 @@ def erase(
         validate: refuses bad parameters before the pipeline runs.
         verified: also make every model of the workspace again, from the sources, and compare the bytes.
     Returns:
-        The certificate, with the paths of its files.
+        The certificate, with the paths of its files, and of those that are left, which the certificate only counts.
     Raises:
         InputError: another erasure is unfinished, or there is none to go on with.
         Busy: another process erases records or runs a stage.
@@ -137,9 +137,13 @@ def _erase(
         plans.save(root, plan)
     erasure.left()  # after --verify, which reads and writes too
     document = certificate(plan)
-    written = write(root, document, key)
+    if "certificate" not in plan:  # what goes on after an interrupt writes to the same files
+        plan["certificate"] = free_name(root, document)
+        plans.save(root, plan)
+    written = write(root, document, key, plan["certificate"])
     finish(root)
-    return {**document, "files": written}
+    named = {place: found["paths"] for place, found in plan["left"].items() if "paths" in found}
+    return {**document, "files": written, "left files": named}
 
 
 def exit_code(document: Mapping[str, Any]) -> int:
@@ -208,6 +212,7 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
 
 def as_text(document: Mapping[str, Any]) -> str:
     lines = [certificate_text(document), *(f"{name}: {path}" for name, path in document["files"].items())]
+    lines += [f"left in {place}: {listed(paths, SHOWN)}" for place, paths in document["left files"].items()]
     if BLOBS in document["files"]:
         lines.append(
             f"{document['files'][BLOBS]} names old versions of files by their content: do not commit it, a guess could"

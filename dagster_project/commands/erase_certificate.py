@@ -4,7 +4,9 @@ and how many rows were taken out of each, and the reason as given; otherwise it 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,11 +148,18 @@ def _places(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None) -> dict[str, str]:
+def free_name(root: Path, document: Mapping[str, Any]) -> str:
+    """Name of a certificate: a hash of what was erased, with a number if an earlier erasure has this name."""
+    erased = [document[name] for name in ("date", "tombstones", "requests")]
+    name = hashlib.sha256(canonical(erased)).hexdigest()[:12]
+    names = itertools.chain((name,), (f"{name}-{number}" for number in itertools.count(2)))
+    return next(one for one in names if not os.path.lexists(root / CERTIFICATES / f"{one}.json"))
+
+
+def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None, name: str) -> dict[str, str]:
     """Write the certificate, as JSON and text, the recipe for git's history,
     and the signature if there is a key. Returns the paths."""
-    public = {name: value for name, value in document.items() if name != "blobs"}
-    name = hashlib.sha256(canonical([public["date"], public["tombstones"], public["requests"]])).hexdigest()[:12]
+    public = {field: value for field, value in document.items() if field != "blobs"}
     base = f"{CERTIFICATES}/{name}"
     paths = {"certificate": f"{base}.json", "as text": f"{base}.txt"}
     write_json(root / paths["certificate"], public)
@@ -261,7 +270,7 @@ def _membership_lines(one: Mapping[str, Any]) -> Iterator[str]:
 
 def _place_lines(places: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"  {place}: " + ", ".join(f"{count:,} {what}" for what, count in facts.items())
+        f"  {place}: " + ", ".join(many(count, what.removesuffix("s")) for what, count in facts.items())
         for place, facts in places.items()
     ]
     return lines or ["  nothing"]

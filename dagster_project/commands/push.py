@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dagster_project.commands.papers import hand_over
+from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_file, sha256_of_file
@@ -128,7 +128,7 @@ def push(
     refuse_failed_gate(root, target, date.today())
     refuse_older(root, target)
     _refuse_by_policy(root, date.today())
-    with tempfile.TemporaryDirectory(prefix="pedigree-push-") as scratch:
+    with scratch_folder("pedigree-push-") as scratch:
         folder = Path(scratch) / to.repo.rpartition("/")[2]
         papers = hand_over(root, RELEASE, folder, issued, key)
         if find(root, RELEASE).lock_text != target.lock_text:  # what was copied may not be what was checked

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from dagster_project.commands import elsewhere
 from dagster_project.commands.outputs import Judged, Outputs, ancestors
+from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core import params
 from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.git import git_bytes, refuse_without_git
@@ -122,7 +122,7 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
         addresses: in the order of the pipeline.
     """
     code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
-    with tempfile.TemporaryDirectory(prefix="pedigree-") as folder:
+    with scratch_folder() as folder:
         clone = _Clone(at, lock, dvc_cache.store(at.root), Path(folder).resolve() / "project")
         clone.fill(addresses)
         outputs = Outputs(at, lock, clone.store, clone.root)

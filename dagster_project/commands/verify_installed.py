@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import venv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from packaging.version import InvalidVersion, Version
 from dagster_project.commands.installer import install, paths_of_packages
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.requirements import Wheel, versions_in
+from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core.documents import restoring
 from dagster_project.core.errors import INNER, InputError
 from dagster_project.core.layout import report_of
@@ -66,7 +66,7 @@ def verify_installed(root: Path, stage: str, rev: str | None, deep: bool, as_jso
     build = _recorded(Revision(root, rev), stage, deep)
     if build is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="pedigree-environment-") as name:
+    with scratch_folder("pedigree-environment-") as name:
         folder = Path(name).resolve()
         python = _environment(folder, build)
         command = ["verify", "--project", str(root), *(["--rev", rev] if rev else []), *(["--deep"] if deep else [])]

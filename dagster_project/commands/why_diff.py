@@ -4,7 +4,6 @@ of a model that are most like the answers that changed (docs/why.md)."""
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_model import Target, adapter_of
 from dagster_project.commands.why_question import Question, tokenize_parts, tokenizer_of
@@ -86,7 +86,7 @@ def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]
         document["notes"].append(
             f"the first {MOST} of {len(changed)} changed answers are explained, those that became wrong first"
         )
-    with tempfile.TemporaryDirectory(prefix="pedigree-") as scratch:
+    with scratch_folder() as scratch:
         targets = [
             version(root, subject, name, Path(scratch)) for subject, name in zip(subjects, (before, after), strict=True)
         ]

@@ -4,6 +4,7 @@ it, from dvc.lock, the reports and git."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -753,13 +754,27 @@ def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            if path.suffix.lower() == ".csv":
-                records.write_csv(file, quote_style="non_numeric")
-            else:
-                records.write_parquet(file, compression="zstd")
+        if path.exists() and not path.is_file():  # a pipe, which a new file would replace; a folder is refused
+            _write_table(records, path, path.suffix)
+            return
+        target = path.resolve()  # a link stays one
+        scratch = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            _write_table(records, scratch, path.suffix)
+            scratch.replace(target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise InputError(f"--records {path}: {error.strerror or error}", "choose a writable file") from None
+
+
+def _write_table(records: pl.DataFrame, path: Path, suffix: str) -> None:
+    with path.open("wb") as file:
+        if suffix.lower() == ".csv":
+            records.write_csv(file, quote_style="non_numeric")
+        else:
+            records.write_parquet(file, compression="zstd")
 
 
 def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the content of the release: whatever lists, hashes or copies it leaves them out.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -59,5 +60,14 @@ def add_lines(root: Path) -> list[str]:
     if lines:
         before = file.read_bytes() if file.is_file() else b""
         between = b"" if not before or before.endswith(b"\n") else b"\n"
-        file.write_bytes(before + between + "\n".join([COMMENT, *lines, ""]).encode())
+        target = file.resolve()  # a link stays one
+        scratch = target.with_name(f"{target.name}.{os.getpid()}")
+        try:
+            scratch.write_bytes(before + between + "\n".join([COMMENT, *lines, ""]).encode())
+            if target.is_file():
+                shutil.copymode(target, scratch)
+            scratch.replace(target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
     return lines

@@ -61,12 +61,25 @@ def explained(error: Exception, root: Path) -> InputError | None:
     if isinstance(error, exceptions.NotDvcRepoError):
         return InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder")
     if isinstance(error, private_module("dvc.scm").SCMError) and "not a git repository" in str(error):
+        if repository := _unreadable_repository(root):
+            return InputError(
+                f"{repository}: cannot be read, so nothing is known of the repository",
+                "give your user access to it (`ls -ld` shows who has it), then run the same command again",
+            )
         return InputError(
             str(error), "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`"
         )
     if isinstance(error, exceptions.DvcException) and type(error).__name__ in INVALID_FILE_ERRORS:
         return _of_a_file(error, root)
     return None
+
+
+def _unreadable_repository(root: Path) -> Path | None:
+    """The `.git` of the repository that the project is in, if this user may not read it, which git takes for none."""
+    found = next((one / ".git" for one in (root, *root.parents) if os.path.lexists(one / ".git")), None)
+    if found is None or os.access(found, os.R_OK | os.X_OK if found.is_dir() else os.R_OK):
+        return None
+    return found
 
 
 def _of_settings(error: Exception, root: Path) -> InputError:

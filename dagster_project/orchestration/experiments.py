@@ -4,6 +4,7 @@ temporary copy of the workspace, with the usual stage commands."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from dagster_project.core.git import git
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.processes import interrupt_commands_of, is_running
+
+log = logging.getLogger("pedigree")
 
 QUEUED, RUNNING, SUCCESS, FAILED = "Queued", "Running", "Success", "Failed"
 """DVC's names of the states of an experiment in the queue."""
@@ -73,9 +76,11 @@ def choices(override: str) -> tuple[str, list[Any]]:
     return parsed.key_or_group, [value.text if isinstance(value, quoted) else value for value in values]
 
 
-def _dvc(root: Path, *arguments: str) -> str:
+def _dvc(root: Path, *arguments: str, whole: bool = False) -> str:
     """Standard output of a DVC command.
 
+    Args:
+        whole: whether an interrupt waits for its end, because it changes the workspace for a while.
     Raises:
         CheckFailed: it failed.
     """
@@ -85,27 +90,45 @@ def _dvc(root: Path, *arguments: str) -> str:
         tempfile.TemporaryFile("w+", encoding="utf-8") as output,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
     ):
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "dvc", *arguments],
             cwd=root,
             env=environment,
             stdout=output,
             stderr=errors,
-            check=False,
             start_new_session=True,
         )
+        _wait(process, whole)
         output.seek(0)
         errors.seek(0)
         written, message = output.read(), errors.read().strip()
-    if done.returncode:
+    if process.returncode:
         raise CheckFailed(f"dvc {' '.join(arguments[:3])}: {message or written.strip()}", "see DVC's message")
     return written
 
 
+def _wait(process: subprocess.Popen[bytes], whole: bool) -> None:
+    interrupt: BaseException | None = None
+    while process.poll() is None:
+        try:
+            process.wait()
+        except BaseException as error:
+            if not whole:
+                process.kill()
+                process.wait()
+                raise
+            if interrupt is None:
+                log.info("interrupted: waiting until DVC has put the files of the workspace back")
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 def queue(root: Path, name: str, overrides: Collection[str], target: str) -> None:
-    """Queue one experiment for each combination of the values: NAME-1, NAME-2, ..., or NAME if there is only one."""
+    """Queue one experiment for each combination of the values: NAME-1, NAME-2, ..., or NAME if there is only one. For
+    each, DVC takes what the user edited out of the workspace, edits params.yaml, and puts everything back."""
     settings = [argument for override in overrides for argument in ("-S", override)]
-    _dvc(root, "exp", "run", "--queue", "--name", name, *_copied(root), *settings, target)
+    _dvc(root, "exp", "run", "--queue", "--name", name, *_copied(root), *settings, target, whole=True)
 
 
 def _copied(root: Path) -> list[str]:

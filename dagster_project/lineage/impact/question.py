@@ -11,6 +11,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import uncollected
 from dagster_project.core.text import visible
+from dagster_project.lineage.erasure.unfinished import is_unfinished
 from dagster_project.lineage.impact.matching import Matches
 from dagster_project.lineage.impact.models import ExposedModels
 from dagster_project.lineage.impact.near_copies import near_copies
@@ -53,8 +54,9 @@ def impact(
         that saw the record, the commits at which this holds, and the registered versions of the model, if it has any;
         `watched`, if not empty: those that did not see it, but were measured by one that did; `unknown` lists models
         that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was
-        asked for; `erased`: the day, if it was erased: models that were deleted then are not listed. The verdict is
-        "yes", "no" only if everything was looked at, or else "cannot tell".
+        asked for; `erased`: the day, if it was erased: models that were deleted then are not listed; `erasure`:
+        "unfinished" if one of the project is, else "done". The verdict is "yes", "no" only if everything was looked
+        at, or else "cannot tell".
     Raises:
         InputError: the question cannot be answered: no such source or hash was
             ever recorded, the id is malformed, or there is nothing to look at.
@@ -111,7 +113,7 @@ def impact(
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
         **({"published": {"id": asked["record"], "record": published}} if published else {}),
-        **({"erased": erased} if erased else {}),
+        **({"erased": erased, "erasure": "unfinished" if is_unfinished(root) else "done"} if erased else {}),
         "verdict": "yes" if models else "no" if complete else "cannot tell",
         "records": query.record_ids,
         "models": models,

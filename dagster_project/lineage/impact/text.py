@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.core.text import listed, many, visible
+from dagster_project.lineage.erasure.unfinished import NOTE
 from dagster_project.lineage.impact.undecided import NOTHING_RECORDED
 
 SHOWN = 12
@@ -62,6 +63,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines.append(
             f"it was erased on {result['erased']}: data/erasures lists the models that had seen it, and which of them"
             " were deleted"
+            if result["erasure"] == "done"
+            else f"it was taken out of the sources on {result['erased']}, but {NOTE}"
         )
     lines.append(
         f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows) in"

@@ -15,19 +15,30 @@ from ruamel.yaml.error import YAMLError
 from dagster_project.core.errors import InputError
 
 EXAMPLE = "deploy/dagster.yaml is an example (docs/cluster.md)"
+STORAGES = frozenset({"storage", "run_storage", "event_log_storage", "schedule_storage"})
+"""Sections of dagster.yaml that put Dagster's database elsewhere."""
+UNUSABLE = re.compile(r"\?|%[0-9A-Fa-f]{2}")
+"""Part of a path that changes its meaning in the URL that Dagster makes of it: the files would be in another folder."""
 
 
 def open_at(folder: Path) -> dg.DagsterInstance:
     """The instance that `folder`/dagster.yaml describes.
 
     Raises:
-        InputError: the file is invalid, a variable or package that it needs is
+        InputError: the file is invalid, SQLite cannot use the folder, a variable or package that it needs is
             missing, or its database does not answer.
     """
     file = folder / "dagster.yaml"
     try:
-        if not isinstance(YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8")) or {}, dict):
+        settings = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8")) or {}
+        if not isinstance(settings, dict):
             raise InputError(f"{file} is not a mapping", EXAMPLE)
+        if STORAGES.isdisjoint(settings) and (part := UNUSABLE.search(str(folder))):
+            raise InputError(
+                f"Dagster's home {folder}: Dagster's SQLite files cannot be in a path with {part.group()!r}, which it"
+                " reads as a part of a URL",
+                "rename the folder, or set DAGSTER_HOME to another one",
+            )
         with _retries_unlogged():
             return dg.DagsterInstance.from_config(str(folder))
     except (YAMLError, UnicodeDecodeError) as error:

@@ -12,8 +12,6 @@ from dagster_project.core.git import git
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.orchestration.erasure.remotes import Remotes
 
-PLAN = Path(".dvc", "tmp", "pedigree", "erase")
-"""Folder of the plan of an unfinished erasure. It holds the text, and is deleted at the end."""
 CACHE, RUN_CACHE, INDEX, EVENT_LOG, SCRATCH = "DVC cache", "run cache", "audit index", "Dagster", "scratch files"
 FOLDERS = {
     "data/sources": "sources",

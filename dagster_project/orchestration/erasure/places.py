@@ -12,6 +12,7 @@ from pathlib import Path
 from dagster_project.core.errors import InputError
 from dagster_project.core.progress import Progress
 from dagster_project.lineage.erasure.scan import SURE, Hit, Scanner, Walk, is_weights
+from dagster_project.lineage.erasure.unfinished import PLAN
 from dagster_project.lineage.history import is_in_repository
 from dagster_project.orchestration.erasure.git_objects import (
     LARGE_FILES,
@@ -20,7 +21,7 @@ from dagster_project.orchestration.erasure.git_objects import (
     missing_history,
     submodules,
 )
-from dagster_project.orchestration.erasure.layout import EVENT_LOG, PLAN, Layout, layout_of
+from dagster_project.orchestration.erasure.layout import EVENT_LOG, Layout, layout_of
 from dagster_project.orchestration.erasure.remotes import Remotes
 
 SKIPPED = (".git", ".venv", "__pycache__")

@@ -28,18 +28,18 @@ from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
 from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request, rows_of_notes
 from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.erasure.unfinished import FILE, PLAN, is_unfinished
 from dagster_project.lineage.history import Objects, is_within
 from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.orchestration import dvc
-from dagster_project.orchestration.erasure.layout import PLAN, dagster_home
+from dagster_project.orchestration.erasure.layout import dagster_home
 from dagster_project.orchestration.erasure.objects import own_objects
 from dagster_project.orchestration.erasure.places import search
 from dagster_project.orchestration.erasure.remotes import remotes_of
 
-FILE = PLAN / "plan.json"
 REMAKE, RETIRE, KEEP = "remake", "retire", "keep"
 """What becomes of a model that saw the record: made again in the workspace;
 deleted; kept, because it was only tested on it."""
@@ -75,7 +75,7 @@ def load(root: Path) -> dict[str, Any] | None:
     Raises:
         InputError: it is damaged.
     """
-    if not (root / FILE).is_file():
+    if not is_unfinished(root):
         return None
     try:
         found: dict[str, Any] = json.loads((root / FILE).read_bytes())
@@ -179,8 +179,12 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
 
 def _to_make_again(states: Mapping[str, dvc.StageState]) -> list[str]:
     """Stages that had run, and those that they read now, such as a variant that was added since."""
-    recorded = [address for address, state in states.items() if state.recorded]
-    needed = {*recorded, *(above for address in recorded for above in dvc.ancestors(states, address))}
+    return with_parents(states, [address for address, state in states.items() if state.recorded])
+
+
+def with_parents(states: Mapping[str, dvc.StageState], addresses: Sequence[str]) -> list[str]:
+    """Stages, and all that they read, in flow order."""
+    needed = {*addresses, *(above for address in addresses for above in dvc.ancestors(states, address))}
     return [address for address in states if address in needed]
 
 

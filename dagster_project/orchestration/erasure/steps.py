@@ -21,14 +21,24 @@ from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.erasure.unfinished import PLAN
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
+from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure import event_log, membership
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs
-from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, PLAN, SCRATCH
+from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, SCRATCH
 from dagster_project.orchestration.erasure.objects import Own, listings, name_of, own_objects, runs_naming, to_remove
 from dagster_project.orchestration.erasure.places import Search, search
-from dagster_project.orchestration.erasure.plan import REMAKE, found_in_models, models_now, needles_in, save, usable_key
+from dagster_project.orchestration.erasure.plan import (
+    REMAKE,
+    found_in_models,
+    models_now,
+    needles_in,
+    save,
+    usable_key,
+    with_parents,
+)
 from dagster_project.orchestration.erasure.remotes import needed_objects, remotes_of, removers
 from dagster_project.orchestration.integrity import KNOWN_HASHES
 from dagster_project.orchestration.run_all import run_all
@@ -114,7 +124,9 @@ class Erasure:
 
     def pipeline(self) -> None:
         """Make all stages again that had run."""
-        done = run_all(self.root, 1, False, self.validate, only=self.plan["stages"])
+        states = dvc.read_stages(self.root)  # variants may have come and gone since the plan was made
+        addresses = with_parents(states, [address for address in self.plan["stages"] if address in states])
+        done = run_all(self.root, 1, False, self.validate, only=addresses)
         if done["interrupted"]:
             raise KeyboardInterrupt
         if not done["passed"]:
