@@ -1,5 +1,7 @@
-"""Entry point of Dagster for one project: everything that Dagster loads, derived from its dvc.yaml. For a project
-beside other assets, see components.py."""
+"""Entry point of Dagster for one project: everything that Dagster loads, derived from its dvc.yaml.
+
+For a project beside other assets, see components.py.
+"""
 
 from dagster_project.core.imports import lean_imports
 

@@ -126,8 +126,8 @@ def _add_why(commands: Any) -> None:
         nargs=2,
         metavar=("A", "B"),
         help=(
-            "instead: for answers in which two versions differ, each as MODEL or REV:MODEL, the records of their"
-            " difference"
+            "instead: for answers in which two versions differ,"
+            " each as MODEL or REV:MODEL, the records of their difference"
         ),
     )
     add(
@@ -171,8 +171,8 @@ def _add_why(commands: Any) -> None:
         type=count,
         metavar="N",
         help=(
-            "compare gradients at N steps of the training; --index repeats it to store checkpoints (default: at its end"
-            " only)"
+            "compare gradients at N steps of the training;"
+            " --index repeats it to store checkpoints (default: at its end only)"
         ),
     )
     add(

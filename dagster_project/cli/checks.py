@@ -54,11 +54,9 @@ def check(options: argparse.Namespace) -> int:
     tokens = tokens_of(base_model) if (base_model / "tokenizer.json").is_file() else ESTIMATED
     show = _show(options)
     with tempfile.TemporaryDirectory() as folder:
-        earlier = (
-            []
-            if options.since is None
-            else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
-        )
+        earlier = list[Path]()
+        if options.since is not None:
+            earlier = files_at(options.since, [Path(path) for path in options.paths], Path(folder))
         document = check_paths(
             options.paths,
             options.format,
@@ -112,8 +110,8 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         metavar="PATH",
         help=(
-            "examples, preference pairs or benchmark questions: files, folders, hub:ORG/NAME@REVISION:SPLIT,"
-            " s3://BUCKET/PREFIX"
+            "examples, preference pairs or benchmark questions:"
+            " files, folders, hub:ORG/NAME@REVISION:SPLIT, s3://BUCKET/PREFIX"
         ),
     )
     add(

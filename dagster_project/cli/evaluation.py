@@ -137,8 +137,8 @@ def _match(options: argparse.Namespace) -> Match:
     matched = match(root, tuple(options.systems) or contenders(root), _seed(options))
     if not matched.pairs:
         raise InputError(
-            f"{' and '.join(matched.systems)}: no test prompt that both answered differently ({matched.identical} with"
-            " the same answer)",
+            f"{' and '.join(matched.systems)}:"
+            f" no test prompt that both answered differently ({matched.identical} with the same answer)",
             "give two other systems",
         )
     return matched

@@ -162,8 +162,8 @@ def _add_export(commands: Any) -> None:
         "--format",
         choices=[*formats(), *MODEL_FORMATS, "adapter"],
         help=(
-            "gguf and safetensors write the model itself, adapter a folder for PEFT and vLLM, the others describe the"
-            " model"
+            "gguf and safetensors write the model itself,"
+            " adapter a folder for PEFT and vLLM, the others describe the model"
         ),
     )
     form.add_argument(
@@ -172,8 +172,8 @@ def _add_export(commands: Any) -> None:
         const=True,
         metavar="FOLDER",
         help=(
-            "write all formats to a folder, with papers.html, which lists them (default for a release: its own folder;"
-            " signed if there is a key)"
+            "write all formats to a folder, with papers.html,"
+            " which lists them (default for a release: its own folder; signed if there is a key)"
         ),
     )
     add("--quantization", choices=QUANTIZATIONS, help="with --format gguf: its number format (default: f16)")
@@ -183,8 +183,8 @@ def _add_export(commands: Any) -> None:
         type=named,
         metavar="FILE",
         help=(
-            "with --format (default: standard output); of gguf and safetensors a new folder (default: in build/), of an"
-            " adapter too (default: here)"
+            "with --format (default: standard output);"
+            " of gguf and safetensors a new folder (default: in build/), of an adapter too (default: here)"
         ),
     )
     add(
@@ -197,8 +197,8 @@ def _add_export(commands: Any) -> None:
         type=named,
         metavar="FILE",
         help=(
-            "with --with-model, or --all without FOLDER: private key in PEM, Ed25519 or P-256 (default: the text in"
-            " PEDIGREE_SIGNING_KEY)"
+            "with --with-model, or --all without FOLDER: private key in PEM,"
+            " Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)"
         ),
     )
     add("--rev", type=named, help="git revision (default: the workspace)")

@@ -39,23 +39,17 @@ def audit(options: argparse.Namespace) -> int:
         print_result(options, diff(root, before, after, options.rev, options.against_rev), as_text)
         return 0
     if not options.model or options.against_rev:
-        raise InputError(
-            "no MODEL given" if not options.model else "--against-rev requires --diff", "see `pedigree audit --help`"
-        )
-    for option, name, suffixes in (
-        ("--html", options.html, HTML),
-        ("--records", options.records, (".csv", ".parquet")),
-    ):
+        what = "no MODEL given" if not options.model else "--against-rev requires --diff"
+        raise InputError(what, "see `pedigree audit --help`")
+    files = (("--html", options.html, HTML), ("--records", options.records, (".csv", ".parquet")))
+    for option, name, suffixes in files:
         if name:
             require_suffix(option, name, suffixes)
             refuse_in_output(root, option, Path(name), "file")
     subject = lineage.find(Index(root), options.model, options.rev)
     document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
-    if (
-        subject.run.address == "release"
-        and subject.run.in_workspace
-        and (note := papers.of_another_version(root, subject.run.md5))
-    ):
+    is_release = subject.run.address == "release" and subject.run.in_workspace
+    if is_release and (note := papers.of_another_version(root, subject.run.md5)):
         log.warning(note)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)
@@ -138,8 +132,8 @@ def _add_audit(commands: Any) -> None:
         type=day,
         metavar="YYYY-MM-DD",
         help=(
-            "judge the use policy for this day instead of its own, and end with exit code 1 if it is violated and not"
-            " waived"
+            "judge the use policy for this day instead of its own,"
+            " and end with exit code 1 if it is violated and not waived"
         ),
     )
     add(

@@ -50,8 +50,8 @@ def _add_chat(commands: Any) -> None:
         nargs="?",
         metavar="MODEL",
         help=(
-            "release, merged@VARIANT, ... or a folder (default: the release, else the recommended variant, else the"
-            " base model)"
+            "release, merged@VARIANT, ..."
+            " or a folder (default: the release, else the recommended variant, else the base model)"
         ),
     )
     add("--compare", type=named, metavar="OTHER", help="another model that answers the same questions")
@@ -111,8 +111,8 @@ def _add_serve(commands: Any) -> None:
         "--engine",
         choices=("vllm", "transformers", "llama.cpp"),
         help=(
-            "the server (default: llama.cpp for a GGUF file, vllm where it is installed and there is a GPU, else"
-            " transformers)"
+            "the server (default: llama.cpp for a GGUF file,"
+            " vllm where it is installed and there is a GPU, else transformers)"
         ),
     )
 

@@ -58,9 +58,8 @@ def write(option: str, path: Path, text: str) -> None:
     from dagster_project.core.records import write_text
 
     try:
-        if path.exists() and not (
-            path.is_file() or path.is_dir()
-        ):  # a pipe or a device such as /dev/stdout, which a new file would replace
+        # a pipe or a device such as /dev/stdout, which a new file would replace
+        if path.exists() and not (path.is_file() or path.is_dir()):
             with path.open("w", encoding="utf-8") as stream:
                 stream.write(text)
         else:

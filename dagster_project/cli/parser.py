@@ -17,8 +17,8 @@ def parser() -> argparse.ArgumentParser:
         prog="pedigree",
         description="LLM fine-tuning with record-level lineage.",
         epilog=(
-            "Exit codes: 0 success, 1 a check failed or the result is negative, 2 bad input or usage, or cannot tell,"
-            " 130 interrupted."
+            "Exit codes: 0 success, 1 a check failed or the result is negative,"
+            " 2 bad input or usage, or cannot tell, 130 interrupted."
         ),
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")

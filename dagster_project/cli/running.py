@@ -194,8 +194,8 @@ def share(options: argparse.Namespace) -> int:
 
     pushed = push(project(options), options.remote)
     text = (
-        f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull`"
-        " restores them."
+        f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs."
+        " In another clone, `dvc repro --pull` restores them."
     )
     print_result(options, asdict(pushed), lambda _: text)
     return 0

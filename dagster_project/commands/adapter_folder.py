@@ -103,13 +103,10 @@ def _config(target: Target) -> dict[str, Any]:
         raise InputError(f"{target.label} is not an adapter: --format {FORMAT} writes one that PEFT loads", hint)
     target.refuse_unrecorded()
     if not (target.folder / CONFIG).is_file():
+        whole = "merged" if stage == "adapter" else "merged_aligned"
         raise InputError(
             f"{target.label} trained other weights than those of an adapter ({target.path}/{CONFIG} does not exist)",
-            (
-                f"the complete model is merged@{variant}"
-                if stage == "adapter"
-                else f"the complete model is merged_aligned@{variant}"
-            ),
+            f"the complete model is {whole}@{variant}",
         )
     return dict(json.loads((target.folder / CONFIG).read_text(encoding="utf-8")))
 
@@ -157,8 +154,8 @@ def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any], has_templa
     lines = [
         "## Load it",
         (
-            f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}. Nothing looks it"
-            " up by this name: give its folder."
+            f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}."
+            " Nothing looks it up by this name: give its folder."
         ),
         "\n".join(["```python", *code, "```"]),
     ]
@@ -169,8 +166,8 @@ def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any], has_templa
     else:
         template = f" --chat-template FOLDER/{TEMPLATE}" if has_template else ""
         command = (
-            f"vllm serve BASE --served-model-name {base['name']} --enable-lora --max-lora-rank"
-            f" {_rank(int(config['r']))} --lora-modules {name}=FOLDER{template}"
+            f"vllm serve BASE --served-model-name {base['name']}"
+            f" --enable-lora --max-lora-rank {_rank(int(config['r']))} --lora-modules {name}=FOLDER{template}"
         )
         lines.append(f"```console\n$ {command}\n```")
     return "\n\n".join(lines) + "\n"
@@ -205,8 +202,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     """What was written, for the terminal."""
     base, refused = document["base"], document["vllm"]
     lines = [
-        f"{document['folder']}: {document['model']['stage']} {document['model']['md5'][:12]},"
-        f" {', '.join(document['files'])}"
+        f"{document['folder']}:"
+        f" {document['model']['stage']} {document['model']['md5'][:12]}, {', '.join(document['files'])}"
     ]
     lines.append(f"base model {base['name']}: {base['path']}, md5 {base['md5']}")
     lines.append(

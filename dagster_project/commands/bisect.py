@@ -130,8 +130,8 @@ class Search:
         names = _to_run(step, lock)
         if not self.may_train:
             raise InputError(
-                f"{self.model} of commit {step.commit[:12]} is not in the cache, so {', '.join(names)} must run"
-                f" again{_cost(step)}",
+                f"{self.model} of commit {step.commit[:12]} is not in the cache,"
+                f" so {', '.join(names)} must run again{_cost(step)}",
                 "fetch it with `dvc pull --all-commits`, or add --train",
             )
         log.info(f"bisect: {step.commit[:12]} is not in the cache: {', '.join(names)} run again{_cost(step)}")
@@ -172,8 +172,7 @@ def _to_run(step: Step, lock: Mapping[str, Any]) -> list[str]:
 def bisect(
     root: Path, model: str, asked: Asked, good: str | None, bad: str | None, may_train: bool, top: int
 ) -> dict[str, Any]:
-    """Find the first commit, on the first-parent history, whose model does not
-    give the expected answer, and rank its records.
+    """Find the first commit, in first-parent order, whose model does not give the expected answer; rank its records.
 
     Args:
         good: a commit that is known to give it; None: the oldest, which is asked if the result depends on it.
@@ -202,8 +201,8 @@ def bisect(
         log.info(
             f"bisect: {len(steps)} versions, "
             + (
-                f"{missing} of them are not in the cache; these are trained again only if no cached version narrows the"
-                " search further"
+                f"{missing} of them are not in the cache;"
+                " these are trained again only if no cached version narrows the search further"
                 if missing
                 else f"at most {(len(steps) - 1).bit_length() + 1} of them are asked"
             )
@@ -262,18 +261,8 @@ def _versions(index: Index, model: str, rev: str) -> list[Step]:
     Raises:
         InputError: no commit has this model, or its answers cannot be attributed: why not for the revision itself.
     """
-    listed = git(
-        index.root,
-        "log",
-        "--first-parent",
-        "--reverse",
-        "--no-show-signature",
-        "--format=%H%x09%s",
-        "--end-of-options",
-        rev,
-        "--",
-        LOCK,
-    )
+    options = ("--first-parent", "--reverse", "--no-show-signature", "--format=%H%x09%s")
+    listed = git(index.root, "log", *options, "--end-of-options", rev, "--", LOCK)
     steps: list[Step] = []
     for line in (listed or "").splitlines():
         commit, _, title = line.partition("\t")
@@ -328,8 +317,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
     versions, count = document["versions"], document["evaluations"]
     lines = [
-        f"{document['model']}: {len(versions)} versions from {versions[0]['commit'][:12]} to"
-        f" {versions[-1]['commit'][:12]}, {count} asked"
+        f"{document['model']}: {len(versions)} versions"
+        f" from {versions[0]['commit'][:12]} to {versions[-1]['commit'][:12]}, {count} asked"
     ]
     lines += [
         f"  {one['commit'][:12]}  {'as expected' if one['as_expected'] else 'NOT as expected'}: {one['answer']}"
@@ -348,8 +337,8 @@ def as_text(document: Mapping[str, Any]) -> str:
         ]
         if document["records"]:
             lines += [
-                f"its records that are most like the answer, of {document['among']} that only one of the two versions"
-                " was trained on:"
+                "its records that are most like the answer,"
+                f" of {document['among']} that only one of the two versions was trained on:"
             ]
             lines += record_lines(document["records"])
         elif document["records"] is not None:

@@ -36,6 +36,8 @@ HELP = """\
 /data [N]     the N training records (3) whose prompts are most like the last question
 /save FILE    append the conversation to a JSONL file that `pedigree check` reads
 /quit         end; so does Ctrl-D. Ctrl-C stops an answer"""
+WRONG_VALUE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+"""What transformers raises where it first uses a wrong value of a model's files."""
 OF_ALIGNED = re.compile(r"merged-.+-[0-9a-f]{8}")
 """Name of the base model of an exported adapter of `aligned`."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -250,32 +252,19 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
         if is_adapter and not _has_model(base := root / _base_of(name, folder)):
             raise InputError(
                 f"{name} is an adapter, and its base model is not in {shown(root, base)}",
-                f"`dvc repro {base.name if base.parent.name == 'data' else f'{base.parent.name}@{base.name}'}` makes"
-                " it, `dvc pull` fetches it",
+                f"`dvc repro {base.name if base.parent.name == 'data' else f'{base.parent.name}@{base.name}'}`"
+                " makes it, `dvc pull` fetches it",
             )
         model = EvaluatedModel(folder, compute, settings, base)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        # transformers fails where it first uses a wrong value
-        if (
-            isinstance(error, ModuleNotFoundError)
-            or (isinstance(error, OSError) and error.errno is not None)
-            or "memory" in str(error)
-        ):
+    except (*WRONG_VALUE_ERRORS, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        is_of_system = isinstance(error, OSError) and error.errno is not None
+        if is_of_system or isinstance(error, ModuleNotFoundError) or "memory" in str(error):
             raise
         read = shlex.join(shown(root, one) for one in (folder, *([base] if is_adapter else [])))
         raise InputError(
             f"{name}: the model in {shown(root, folder)} cannot be loaded: {shortened(' '.join(str(error).split()))}",
-            f"if it is an output of the project, `dvc checkout --force {read}` restores it; otherwise copy all of its"
-            " files again",
+            f"if it is an output of the project, `dvc checkout --force {read}` restores it;"
+            " otherwise copy all of its files again",
         ) from None
     if not model.writes:
         raise InputError(

@@ -224,10 +224,10 @@ def parameters_page(schema: Schema) -> str:
     parts = [
         "# Parameters",
         (
-            "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs. Each section"
-            " belongs to one stage, except `compute` and `evaluation`, which several stages read, and `execution` and"
-            " `provider`, which no stage reads. This page is generated from the code by `make docs`;"
-            " `dagster_project/params.schema.json` has the same content, for editors."
+            "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs."
+            " Each section belongs to one stage, except `compute` and `evaluation`,"
+            " which several stages read, and `execution` and `provider`, which no stage reads. This page is generated"
+            " from the code by `make docs`; `dagster_project/params.schema.json` has the same content, for editors."
         ),
     ]
     for name, section in schema["properties"].items():

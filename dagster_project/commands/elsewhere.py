@@ -96,19 +96,16 @@ def judge(
     dtype = "float32" if (evaluation.get("dtype") or compute.get("dtype")) == "float32" else "bfloat16"
     bounds = BOUNDS[KIND_OF_STAGE[stage], dtype]
     listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found if one.value]
-    reasons = [
-        (
-            f"{one['artifact']}: {one['where']} differs, which no machine may change"
-            if one["measure"] == "equal"
-            else (
-                f"{one['artifact']}: {one['measure']} {one['where']} differs by {one['value']:.3g}, more than the"
-                f" {one['bound']:g} of other machines"
-            )
-        )
-        for one in listed
-        if not one["value"] <= one["bound"]
-    ]
-    return listed, reasons
+    return listed, [_reason(one) for one in listed if not one["value"] <= one["bound"]]
+
+
+def _reason(one: Mapping[str, Any]) -> str:
+    if one["measure"] == "equal":
+        return f"{one['artifact']}: {one['where']} differs, which no machine may change"
+    return (
+        f"{one['artifact']}: {one['measure']} {one['where']} differs by {one['value']:.3g},"
+        f" more than the {one['bound']:g} of other machines"
+    )
 
 
 def largest(listed: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -122,10 +119,6 @@ def largest(listed: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    return (
-        "none"
-        if value is None
-        else ", ".join(f"{k} {v}" for k, v in value.items())
-        if isinstance(value, dict)
-        else str(value)
-    )
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return "none" if value is None else str(value)

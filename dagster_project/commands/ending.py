@@ -49,16 +49,17 @@ def _end_at_once(*_: Any) -> None:
 
 
 def _interrupt_later() -> None:
-    later = threading.Timer(
-        0.02, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
-    )  # also wakes a thread that waits
+    # also wakes a thread that waits
+    later = threading.Timer(0.02, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
     later.daemon = True
     later.start()
 
 
 def _starts_compiled_module(frame: FrameType | None) -> bool:
-    """Whether the frame runs inside the initialization of a module in C or
-    Rust. Some crash if the Python code that they call raises."""
+    """Whether the frame runs inside the initialization of a module in C or Rust.
+
+    Some crash if the Python code that they call raises.
+    """
     while frame is not None:
         if frame.f_code in _STARTS_OF_COMPILED_MODULES:
             return True
@@ -67,8 +68,10 @@ def _starts_compiled_module(frame: FrameType | None) -> bool:
 
 
 class Interrupts:
-    """Whether SIGINT came. Libraries that are interrupted while they are
-    imported may raise any other exception instead."""
+    """Whether SIGINT came.
+
+    Libraries that are interrupted while they are imported may raise any other exception instead.
+    """
 
     came = False
     counted = False
@@ -80,18 +83,16 @@ class Interrupts:
         self.came = True
         if not self.counted and time.monotonic() - self.raised < REPEATED:  # temporary folders are being removed
             return
-        logging.getLogger("sqlalchemy.pool").setLevel(
-            logging.CRITICAL
-        )  # it logs the traceback of an interrupt that it raises again
+        # it logs the traceback of an interrupt that it raises again
+        logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         if not _starts_compiled_module(frame):
             self.raised = time.monotonic()
             raise KeyboardInterrupt
         _interrupt_later()
 
     def _note_unraisable(self, unraisable: Any) -> None:
-        if issubclass(
-            unraisable.exc_type, KeyboardInterrupt
-        ):  # it came in a callback of the garbage collector, which cannot end anything
+        # it came in a callback of the garbage collector, which cannot end anything
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
             self.raised = -REPEATED
             _interrupt_later()
         else:
@@ -100,8 +101,9 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """While open, SIGINT raises KeyboardInterrupt and is noted. Afterwards, if
-    one came, another ends the process without a message.
+    """While open, SIGINT raises KeyboardInterrupt and is noted.
+
+    Afterwards, if one came, another ends the process without a message.
 
     A process that was started with SIGINT ignored, as by `&` of a script, goes on ignoring it.
     """
@@ -265,8 +267,10 @@ def _home_damaged(error: BaseException, project: Path) -> InputError | None:
 
 
 def _table_damaged(error: BaseException, project: Path) -> InputError | None:
-    """A table of an output cannot be read. Stages compare the hashes of what
-    they read; other commands, such as `ballots` and `chat`, do not."""
+    """A table of an output cannot be read.
+
+    Stages compare the hashes of what they read; other commands, such as `ballots` and `chat`, do not.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_globals.get("__name__") in TABLES]
     paths = [
         path for frame in frames if isinstance(path := frame.f_locals.get("path"), Path) and path.suffix == ".parquet"

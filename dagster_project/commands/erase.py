@@ -60,8 +60,10 @@ def _shown(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cost(root: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds that each stage took the last time, and the predictions of
-    `pedigree plan` for the trainings; null where unknown."""
+    """Seconds that each stage took the last time, and the predictions of `pedigree plan` for the trainings.
+
+    Null where unknown.
+    """
     seconds = {address: last_seconds(root, address) for address in plan["stages"]}
     trained = [
         address.partition("@")[2] for address in plan["stages"] if address.partition("@")[0] in {"adapter", "aligned"}
@@ -180,8 +182,8 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
         lines.append(f"  {place:<14} {size}")
     by = document["searched by"]
     lines.append(
-        f"  (searched for {by['texts']} parts of texts and {by['ids']} ids; {by['texts too short or shared']} texts are"
-        " too short, or other"
+        f"  (searched for {by['texts']} parts of texts and {by['ids']} ids;"
+        f" {by['texts too short or shared']} texts are too short, or other"
     )
     lines.append("  records have them too: these are found by the id of their record only)")
     lines += ["", "models that saw them:"]
@@ -192,20 +194,12 @@ def dry_run_text(document: Mapping[str, Any]) -> str:
     lines += [f"  unknown {model['stage']} {model['md5'][:12]}  {model['fetch']}" for model in document["unknown"]]
     lines += [] if document["models"] or document["unknown"] else ["  none"]
     known = {address: value for address, value in document["cost"]["seconds"].items() if value}
-    lines += [
-        "",
-        (
-            f"{len(document['stages'])} stages are made again; {len(known)} of them took {sum(known.values()):.0f} s"
-            " the last time"
-        ),
-    ]
+    took = f"{len(known)} of them took {sum(known.values()):.0f} s the last time"
+    lines += ["", f"{len(document['stages'])} stages are made again; {took}"]
     lines += [f"deleted: {', '.join(document['papers'])} in data/release"] if document["papers"] else []
     lines += [f"deleted: the signatures in {', '.join(document['signatures'])}"] if document["signatures"] else []
-    lines += (
-        [f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}"]
-        if document["remotes elsewhere"]
-        else []
-    )
+    if document["remotes elsewhere"]:
+        lines.append(f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}")
     lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
     return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])
 
@@ -215,7 +209,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines += [f"left in {place}: {listed(paths, SHOWN)}" for place, paths in document["left files"].items()]
     if BLOBS in document["files"]:
         lines.append(
-            f"{document['files'][BLOBS]} names old versions of files by their content: do not commit it, a guess could"
-            " be tested by it"
+            f"{document['files'][BLOBS]} names old versions of files by their content:"
+            " do not commit it, a guess could be tested by it"
         )
     return "\n".join(lines)

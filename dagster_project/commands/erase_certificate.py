@@ -1,5 +1,8 @@
-"""The certificate of an erasure: what was asked, found, removed, and what was not reached. It names the source files
-and how many rows were taken out of each, and the reason as given; otherwise it has keyed hashes, no text and no id."""
+"""The certificate of an erasure: what was asked, found, removed, and what was not reached.
+
+It names the source files and how many rows were taken out of each, and the reason as given; otherwise it has keyed
+hashes, no text and no id.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ NEVER_REACHED = (
     "other clones of the repository, and what was pushed from this one",
     "copies of models that were deployed, released or downloaded",
     (
-        "caches outside the project: of the Hugging Face Hub, of nodes of a cluster, of other projects, of backups and"
-        " file systems"
+        "caches outside the project: of the Hugging Face Hub,"
+        " of nodes of a cluster, of other projects, of backups and file systems"
     ),
     "logs and exports that were copied elsewhere",
 )
@@ -157,8 +160,10 @@ def free_name(root: Path, document: Mapping[str, Any]) -> str:
 
 
 def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None, name: str) -> dict[str, str]:
-    """Write the certificate, as JSON and text, the recipe for git's history,
-    and the signature if there is a key. Returns the paths."""
+    """Write the certificate, as JSON and text, the recipe for git's history, and the signature if there is a key.
+
+    Returns the paths.
+    """
     public = {field: value for field, value in document.items() if field != "blobs"}
     base = f"{CERTIFICATES}/{name}"
     paths = {"certificate": f"{base}.json", "as text": f"{base}.txt"}
@@ -188,8 +193,8 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     erased, models = document["erased"], document["models"]
     lines = [f"Erasure of {document['date']}" + (f": {document['reason']}" if document["reason"] else ""), ""]
     lines += [
-        f"{many(erased['records'], 'record')} {'was' if erased['records'] == 1 else 'were'} taken out of the sources"
-        f"{' or left out of what is read from them' if LEFT_OUT in erased else ''},"
+        f"{many(erased['records'], 'record')} {'was' if erased['records'] == 1 else 'were'} taken out"
+        f" of the sources{' or left out of what is read from them' if LEFT_OUT in erased else ''},"
         f" and {erased['made from them']} that the pipeline had made from them."
     ]
     lines += [f"  {path}: {many(rows, 'row')}" for path, rows in erased["rows"].items()]
@@ -206,8 +211,8 @@ def certificate_text(document: Mapping[str, Any]) -> str:
     lines += [
         "",
         (
-            f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'} the same text in a"
-            " later import."
+            f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'}"
+            " the same text in a later import."
         ),
     ]
     lines += ["", "Found before:", *_place_lines(document["found"]), "Removed:"]
@@ -254,16 +259,16 @@ def _membership_lines(one: Mapping[str, Any]) -> Iterator[str]:
         if "records" in measured:
             low, high = measured["range of controls"]
             yield (
-                f"    {measured['controls']} records of the test split, never trained on: {low} to {high} nats per"
-                " token (5 to 95 %)"
+                f"    {measured['controls']} records of the test split,"
+                f" never trained on: {low} to {high} nats per token (5 to 95 %)"
             )
         for mark, record in measured.get("records", {}).items():
             alike = f" of its {record['matched by']}" if record["matched by"] else ""
             controls = f"{many(record['controls'], 'control')}{alike}"
             low, high = record["range"]
             yield (
-                f"    {mark[:12]}: {record['loss']} nats per token, rank {record['rank']} among it and {controls}:"
-                f" {record['place']} {low} to {high}"
+                f"    {mark[:12]}: {record['loss']} nats per token,"
+                f" rank {record['rank']} among it and {controls}: {record['place']} {low} to {high}"
             )
     yield f"  {one['sensitivity']}"
 

@@ -1,5 +1,7 @@
-"""The extra of the distribution that installs a library. The core has `check`,
-`init`, `audit`, `impact` and `export`; everything else needs extras."""
+"""The extra of the distribution that installs a library.
+
+The core has `check`, `init`, `audit`, `impact` and `export`; everything else needs extras.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,9 @@ _EXTRA = {package: extra for extra, packages in PACKAGES.items() for package in 
 
 
 def missing_extra(error: ModuleNotFoundError, command: str) -> InputError | None:
-    """The message for a library that is not installed; None for a module that
-    neither the core nor an extra installs, whose absence is a fault.
+    """The message for a library that is not installed.
+
+    None for a module that neither the core nor an extra installs, whose absence is a fault.
 
     Args:
         command: that needs it, e.g. "run".

@@ -1,5 +1,7 @@
-"""`pedigree init`: makes a project in a folder, with parameters that fit the
-user's files. Needs neither DVC nor Dagster nor torch."""
+"""`pedigree init`: makes a project in a folder, with parameters that fit the user's files.
+
+Needs neither DVC nor Dagster nor torch.
+"""
 
 from __future__ import annotations
 
@@ -61,17 +63,13 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     Args:
         data: files and folders, which are copied to data/sources/; data sets `hub:org/name@REVISION:split` and objects
             `s3://BUCKET/PREFIX`, which are not copied.
-        base_model: `org/name@REVISION` on the Hub, or a folder, which is copied
-            to models/; None: the model of the sample project.
+        base_model: `org/name@REVISION` on the Hub, or a folder, which is copied; None: that of the sample project.
         task: auto, labels, json or text.
-        license: of the data.
     Returns:
-        {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept",
-        "task", "git": whether git has the files, "dvc": large files that DVC tracks
-        instead, "missing": programs that are not installed, "next": commands}.
+        {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept", "task", "git": whether git has the
+        files, "dvc": large files that DVC tracks instead, "missing": programs, "next": commands}.
     Raises:
-        InputError: the folder has files of a project, git would ignore some, or
-            a file of data or the base model cannot be used. Nothing was written.
+        InputError: a file exists or would be ignored by git, or an input cannot be used. Nothing was written.
     """
     try:
         str(folder.resolve()).encode()
@@ -144,14 +142,8 @@ def _write(folder: Path, files: Mapping[str, str], copies: Mapping[str, Path]) -
     by_dvc = large if has_git and _add_to_dvc(folder, large) else []
     if has_git:
         small = [name for name in [*files, *copies] if name != RECORD_KEY and name not in large]
-        git(
-            folder,
-            "add",
-            "--",
-            *small,
-            *(f"{name}.dvc" for name in by_dvc),
-            *{f"{Path(name).parent}/.gitignore" for name in by_dvc},
-        )
+        ignores = {f"{Path(name).parent}/.gitignore" for name in by_dvc}
+        git(folder, "add", "--", *small, *(f"{name}.dvc" for name in by_dvc), *ignores)
     return has_git, large, by_dvc
 
 
@@ -186,8 +178,8 @@ def _base_model(spec: str | None) -> tuple[dict[str, Any], Path | None]:
     if not at or (problem := HubSplit(name, revision, "train").problem):
         raise InputError(
             f"--base-model {spec}: neither a folder nor a model at a commit" + (f": {problem}" if at else ""),
-            "use org/name@REVISION with the 40 hex digits of the commit, or a folder with config.json, tokenizer.json"
-            " and safetensors files",
+            "use org/name@REVISION with the 40 hex digits of the commit,"
+            " or a folder with config.json, tokenizer.json and safetensors files",
         )
     return {"hub": name, "revision": revision, "license": "unknown"}, None
 
@@ -206,9 +198,8 @@ def _context_of(folder: Path) -> int:
 def _files(found: Found, params: str, name: str) -> dict[str, str]:
     """Path in the project -> content."""
     outputs, inputs = folders()
-    optional = [
-        stage for stage, section in VARIANTS_OF.items() if section == "aligned"
-    ]  # read as whole folders, even without variants
+    # read as whole folders, even without variants
+    optional = [stage for stage, section in VARIANTS_OF.items() if section == "aligned"]
     kept = [f"data/{stage}" for stage in optional] + [f"data/reports/{stage}" for stage in optional] + ["data/live"]
     return {
         "params.yaml": params,
@@ -253,8 +244,8 @@ def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:
             f"!/data/live/{KEEP}",
             "/data/pages",
             (
-                "# the secret that keys the ids of records in data/release: keep a copy. A private repository may track"
-                " it: remove this line."
+                "# the secret that keys the ids of records in data/release: keep a copy."
+                " A private repository may track it: remove this line."
             ),
             f"/{RECORD_KEY}",
             "",
@@ -277,8 +268,8 @@ def _readme(name: str, found: Found) -> str:
             "| `data/sources/` | the data, tracked by git; large files by `dvc add` |",
             f"| `{RECORD_KEY}` | a secret, which git ignores: keep a copy |",
             (
-                f"| `dvc.yaml`, `{code_lock.FILE}` | the pipeline and the code that it runs with, written by `pedigree"
-                " init` and `pedigree upgrade` |"
+                f"| `dvc.yaml`, `{code_lock.FILE}` | the pipeline and the code that it runs with,"
+                " written by `pedigree init` and `pedigree upgrade` |"
             ),
             "| `dvc.lock`, `data/reports/` | what the latest run made of it; commit them with `params.yaml` |",
             "",
@@ -292,8 +283,8 @@ def _readme(name: str, found: Found) -> str:
             "```",
             "",
             (
-                "If the last stage, `release`, fails, tuning did not beat its alternatives, or was not measured to: all"
-                " models and results are kept, and"
+                "If the last stage, `release`, fails, tuning did not beat its alternatives,"
+                " or was not measured to: all models and results are kept, and"
             ),
             "`data/pages/comparison/comparison.html` shows why. `release.waivers` in `params.yaml` waives a check.",
             "",
@@ -306,8 +297,8 @@ def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
         raise InputError(f"{folder} is a file", "name a folder")
     if present := [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]:
         raise InputError(
-            f"{folder} has {', '.join(present[:5])}{' and more' if len(present) > 5 else ''} already; nothing was"
-            " written",
+            f"{folder} has {', '.join(present[:5])}{' and more' if len(present) > 5 else ''} already;"
+            " nothing was written",
             "name an empty folder, or move these files away",
         )
 
@@ -335,8 +326,8 @@ def _refuse_ignored(folder: Path, names: Sequence[str]) -> None:
     for file, line, rule, path in zip(*(found[start::4] for start in range(4)), strict=False):
         if not rule.startswith("!"):
             raise InputError(
-                f"git ignores {Path(path).relative_to(whole).as_posix()} in {folder}, by the rule `{rule}` ({file},"
-                f" line {line}); nothing was written",
+                f"git ignores {Path(path).relative_to(whole).as_posix()} in {folder},"
+                f" by the rule `{rule}` ({file}, line {line}); nothing was written",
                 "change the rule, or name a folder in which git does not ignore files of a project",
             )
 

@@ -72,11 +72,8 @@ class Given:
         if not self.is_copied:
             return {None}
         place = Path(self.path)
-        return (
-            {split_of_file(name) for name, _ in files_of(place)}
-            if place.is_dir()
-            else {split_of_file(place.resolve().name)}
-        )
+        names = [name for name, _ in files_of(place)] if place.is_dir() else [place.resolve().name]
+        return set(map(split_of_file, names))
 
 
 def are_split(given: Sequence[Given]) -> bool:

@@ -46,8 +46,8 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
     return "\n".join(
         [
             (
-                "# Parameters of the pipeline, written by `pedigree init`. A key that is left out has its default,"
-                " unknown keys are refused."
+                "# Parameters of the pipeline, written by `pedigree init`."
+                " A key that is left out has its default, unknown keys are refused."
             ),
             "# docs/parameters.md of Pedigree describes all keys.",
             "",
@@ -76,8 +76,8 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
                 []
                 if benchmarks
                 else [
-                    "# kept_its_knowledge fails without `benchmarks` under evaluation: name a file of questions there,"
-                    " or waive it"
+                    "# kept_its_knowledge fails without `benchmarks` under evaluation:"
+                    " name a file of questions there, or waive it"
                 ]
             ),
             "release: {}   # the gate before data/release",
@@ -90,8 +90,8 @@ def _splits(found: Found) -> str:
     """The comment on the section `splits`."""
     if are_split(found.of("examples")):
         return (
-            "# rows of files named train, validation or test are in that split; the shares are of a split that no file"
-            " is named after, and of other files"
+            "# rows of files named train, validation or test are in that split;"
+            " the shares are of a split that no file is named after, and of other files"
         )
     return (
         f"# about {found.kept * 0.2:.0f} examples for the test; fewer than 30 prove nothing"
@@ -102,8 +102,8 @@ def _splits(found: Found) -> str:
 
 def _base_model(found: Found, base_model: Mapping[str, Any]) -> list[str]:
     lines = [
-        "base_model:   # or {hub: org/name, revision: 40 hex digits, license: ...}, or {folder: models/mine, license:"
-        " ...}"
+        "base_model:   # or {hub: org/name, revision: 40 hex digits,"
+        " license: ...}, or {folder: models/mine, license: ...}"
     ]
     section = dict(base_model)
     if (found.has_tools or found.has_traces) and base_model == SAMPLE_MODEL:
@@ -173,14 +173,14 @@ def _above(found: Found, context: int) -> dict[str, Any]:
 def _tokenized(found: Found, context: int) -> list[str]:
     if not found.kept:
         return [
-            f"tokenized: {{max_length: {min(1024, context)}}}   # tokens of an example; longer ones are dropped and"
-            " counted"
+            f"tokenized: {{max_length: {min(1024, context)}}}"
+            "   # tokens of an example; longer ones are dropped and counted"
         ]
     length = fitting_length(found.margin * found.longest, context)
     counted = "estimated" if found.estimated else "by the base model's tokenizer"
     lines = [
-        f"# the longest example has about {found.longest:,} tokens, {counted}; longer ones than max_length are dropped"
-        " and counted"
+        f"# the longest example has about {found.longest:,} tokens, {counted};"
+        " longer ones than max_length are dropped and counted"
     ]
     if length < found.margin * found.longest:
         lines.append(f"# the model's context has {context:,} tokens: `on_too_long: split` keeps longer examples")

@@ -19,8 +19,9 @@ CANDIDATES = ("hermes", "alpaca")
 
 
 def examine_for(model: Path, given: Sequence[Given], task: str) -> tuple[Found, str | None]:
-    """What is in the data, and the named template that writes it. None: the
-    model's own template does, or none does better.
+    """What is in the data, and the named template that writes it.
+
+    None: the model's own template does, or none does better.
 
     Args:
         model: folder of the base model.

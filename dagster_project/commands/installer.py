@@ -1,5 +1,7 @@
-"""uv or pip, with the user's own index: installs wheels into a scratch
-environment. No index and no address is named here."""
+"""uv or pip, with the user's own index: installs wheels into a scratch environment.
+
+No index and no address is named here.
+"""
 
 from __future__ import annotations
 
@@ -67,18 +69,8 @@ def command_of(python: str, variables: Mapping[str, str]) -> list[str]:
         return [uv, "pip", "install", "--python", python]
     if not has_pip:
         raise InputError("--install needs uv or pip, and neither is installed", "`python -m ensurepip` installs pip")
-    return [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-input",
-        "--no-compile",
-        "--disable-pip-version-check",
-    ]
+    options = ["--no-input", "--no-compile", "--disable-pip-version-check"]
+    return [sys.executable, "-P", "-m", "pip", "--python", python, "install", *options]
 
 
 def explained(names: str, by_uv: bool, output: str) -> tuple[str, str]:

@@ -91,15 +91,8 @@ def register(
             f"{model}: is not a model of the workspace",
             f"check out the commit that has it: {subject.run.commit or 'unknown'}",
         )
-    return _write(
-        where,
-        name or subject.run.address.replace("@", "-"),
-        experiment,
-        subject,
-        document,
-        tags,
-        folder if upload else None,
-    )
+    name = name or subject.run.address.replace("@", "-")
+    return _write(where, name, experiment, subject, document, tags, folder if upload else None)
 
 
 def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:

@@ -79,8 +79,8 @@ class TrainingRecords:
         here = [record for record in self._records if record["example_id"] in places]
         if lost := len(places) - len(here):
             notes.append(
-                f"{lost} of the {len(places)} records that it was trained on are not in {TRAIN} (pairs, or records of"
-                " other runs)"
+                f"{lost} of the {len(places)} records that it was trained on are not in {TRAIN}"
+                " (pairs, or records of other runs)"
             )
         if not here:
             return Nearest([], notes)

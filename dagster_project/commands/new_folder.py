@@ -13,8 +13,9 @@ from dagster_project.core.errors import InputError
 
 @contextmanager
 def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
-    """A folder beside `place` in which files are written, and that is renamed
-    to it at the end. After an error nothing is left.
+    """A folder beside `place` in which files are written, and that is renamed to it at the end.
+
+    After an error nothing is left.
 
     Args:
         place: a folder that does not exist, or is empty.

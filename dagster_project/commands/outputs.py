@@ -56,18 +56,15 @@ class Outputs:
         outs = sorted(self.lock[name]["outs"], key=lambda out: out["path"].startswith(REPORTS))
         differences = []
         for out in outs:
-            published = (
-                integrity.published(self.at, self.lock, name, out["path"])
-                if not out["path"].startswith(REPORTS)
-                else None
-            )
+            published = None
+            if not out["path"].startswith(REPORTS):
+                published = integrity.published(self.at, self.lock, name, out["path"])
             if reproduced.get(out["path"]) != out["md5"]:
                 differences += self._differences(out["path"], out["md5"])
             elif published is not None and integrity.sha256_of(self.root / out["path"]) != published:
                 differences.append({"artifact": out["path"], "sha256": "not the one in its report"})
-        return {
-            out["path"]: {"recorded": out["md5"], "made": reproduced.get(out["path"], dvc.MISSING)} for out in outs
-        }, differences
+        made = {out["path"]: reproduced.get(out["path"], dvc.MISSING) for out in outs}
+        return {out["path"]: {"recorded": out["md5"], "made": made[out["path"]]} for out in outs}, differences
 
     def _differences(self, path: str, oid: str) -> list[dict[str, Any]]:
         recorded, reproduced = self._recorded(path, oid), self._reproduced(path)
@@ -88,17 +85,17 @@ class Outputs:
         return differences
 
     def _recorded(self, path: str, oid: str) -> dict[str, tuple[str, Path]] | None:
-        """(hash, file) of each recorded file by its path in the output. A
-        report comes from git or the workspace, without the machine."""
+        """(hash, file) of each recorded file by its path in the output.
+
+        A report comes from git or the workspace, without the machine.
+        """
         if not path.startswith(REPORTS):
             files = self.store.files(oid)
             return None if files is None else {name: (one, self.store.at(one)) for name, one in files.items()}
         report = self._report(path, oid)
-        return {
-            "": (oid, self.store.at(oid))
-            if report is None
-            else _without_machine(report, self.root.parent / "recorded.json")
-        }
+        if report is None:
+            return {"": (oid, self.store.at(oid))}
+        return {"": _without_machine(report, self.root.parent / "recorded.json")}
 
     def _reproduced(self, path: str) -> dict[str, Path]:
         """Each reproduced file by its path in the output; a report without the machine."""
@@ -119,8 +116,10 @@ class Outputs:
         return None
 
     def judge(self, name: str, differences: Sequence[Mapping[str, Any]]) -> Judged:
-        """The verdict on a stage: outputs that differ are a fault, unless
-        another kind of machine made them and they are within its bounds."""
+        """The verdict on a stage.
+
+        Outputs that differ are a fault, unless another kind of machine made them and they are within its bounds.
+        """
         recorded, report = self._machine(name), self.root / report_of(name)
         made = json.loads(report.read_bytes()).get("machine") if report.is_file() else None
         machine = elsewhere.compared(recorded, made)
@@ -189,11 +188,8 @@ class Outputs:
             causes.append(f"other installed packages: sha256 {then[:16]} then, {here[:16]} now")
         if causes:
             return causes
-        same = [
-            f"the same versions as when {producer} was produced"
-            if recorded
-            else "the earlier versions are not recorded"
-        ]
+        known = f"the same versions as when {producer} was produced"
+        same = [known if recorded else "the earlier versions are not recorded"]
         same += [f"the same {', '.join(IDENTITY)}"] if before else []
         kind = "unknown kind of machine: the report does not record it"
         if machine["same_kind"]:

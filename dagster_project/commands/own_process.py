@@ -1,5 +1,7 @@
-"""Settings of a process that runs one command. They count only if they are made
-before the first import of torch or transformers."""
+"""Settings of a process that runs one command.
+
+They count only if they are made before the first import of torch or transformers.
+"""
 
 from __future__ import annotations
 

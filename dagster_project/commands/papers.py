@@ -93,8 +93,9 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
 
 
 def write_in_place(root: Path, model: str, issued: date | None, key_file: str | None) -> dict[str, Any]:
-    """Write the papers of a release beside its files, over those of an earlier
-    export. The files of the release stay as they are, and DVC ignores the papers.
+    """Write the papers of a release beside its files, over those of an earlier export.
+
+    The files of the release stay as they are, and DVC ignores the papers.
 
     Args:
         key_file: as for `hand_over`.
@@ -122,10 +123,8 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
                 Path(scratch), contents(target.folder, (*IGNORED, *NAMES)), target.folder.name, target.folder
             )
             delete(root)
-            for name in (
-                *(name for name in NAMES if name != SIGNATURE),
-                SIGNATURE,
-            ):  # last: without it, nothing passes for signed
+            # last: without it, nothing passes for signed
+            for name in (*(name for name in NAMES if name != SIGNATURE), SIGNATURE):
                 if (Path(scratch) / name).exists():
                     shutil.move(Path(scratch) / name, target.folder / name)  # data/ can be on another file system
     except OSError as error:
@@ -146,8 +145,9 @@ def is_release(root: Path, model: str, folder: str) -> bool:
 
 
 def of_another_version(root: Path, md5: str) -> str:
-    """A line about papers beside the files of the release that are those of
-    another one, as `dvc checkout` leaves them; empty if there are none.
+    """A line about papers beside the files of the release that are those of another one, as `dvc checkout` leaves them.
+
+    Empty if there are none.
 
     Args:
         md5: content hash of the release.
@@ -158,8 +158,8 @@ def of_another_version(root: Path, md5: str) -> str:
     if not stated or stated[0] == md5.removesuffix(".dir"):
         return ""
     return (
-        f"{RELEASE_FOLDER}/{PAGE} and the papers it lists are of another release (md5 {stated[0][:12]}): `pedigree"
-        f" export {RELEASE} --all` replaces them"
+        f"{RELEASE_FOLDER}/{PAGE} and the papers it lists are of another release (md5 {stated[0][:12]}):"
+        f" `pedigree export {RELEASE} --all` replaces them"
     )
 
 
@@ -175,10 +175,10 @@ def _refuse_unignored(root: Path) -> None:
         missing = [f"/{path}" for path in dvc.not_ignored(root, [line.removeprefix("/") for line in IGNORE_LINES])]
     if missing:
         raise InputError(
-            f"{IGNORE_FILE} does not list {', '.join(missing)}, so DVC would report papers there as a change of the"
-            " release",
-            f"add a line for each at the end of {IGNORE_FILE}, as `pedigree upgrade` does in a project with an"
-            " installed package",
+            f"{IGNORE_FILE} does not list {', '.join(missing)},"
+            " so DVC would report papers there as a change of the release",
+            f"add a line for each at the end of {IGNORE_FILE},"
+            " as `pedigree upgrade` does in a project with an installed package",
         )
 
 

@@ -117,8 +117,10 @@ class Machine:
         return int(notes[machine]["runtime"])
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:
-        """Least and most seconds of a step; None for a GPU that is not on this
-        machine. Timing a new operation takes a second or two."""
+        """Least and most seconds of a step; None for a GPU that is not on this machine.
+
+        Timing a new operation takes a second or two.
+        """
         import torch
 
         if not self.is_here:
@@ -227,8 +229,9 @@ def _adapter(
 
 
 def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
-    """Prediction for a variant of `aligned`. For methods that sample, answers
-    have the maximum length, and the time is not predicted.
+    """Prediction for a variant of `aligned`.
+
+    For methods that sample, answers have the maximum length, and the time is not predicted.
 
     Args:
         values: of params.yaml.
@@ -303,9 +306,8 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     work = tokens + (FORWARD_PASSES.get(entry.method, 1) * reference if method.has_reference else 0)
     processes = machine.processes if method.shares_processes else shared
     requirements = _requirements(spec, machine, round(work), processes, method.can_shard)
-    updates = getattr(
-        method, "num_iterations", getattr(method, "num_ppo_epochs", 1)
-    )  # from each answer; reports count its tokens once
+    # from each answer; reports count its tokens once
+    updates = getattr(method, "num_iterations", getattr(method, "num_ppo_epochs", 1))
     return {
         "pairs": len(pairs),
         "epochs": round(n / per_epoch, 3),
@@ -341,8 +343,10 @@ def _has_tasks(values: dict[str, Any]) -> bool:
 
 
 def _has_judge(values: dict[str, Any], name: str, rewards: dict[str, Any]) -> bool:
-    """Whether a variant that learns from rewards has a reward model: answers to
-    tasks are measured by the rewards alone."""
+    """Whether a variant that learns from rewards has a reward model.
+
+    Answers to tasks are measured by the rewards alone.
+    """
     return "reward_model" in values and bool(rewards.get("reward_model") or not _has_tasks(values["aligned"][name]))
 
 
@@ -550,8 +554,11 @@ def plan_model(
 
 
 def _import_libraries(device: str) -> None:
-    """Import transformers without scipy, which only losses of object detection use. For a GPU, import bitsandbytes
-    without torch.compile, which is only used for CPU kernels. Together they take a sixth of the time."""
+    """Import transformers without scipy, which only losses of object detection use.
+
+    For a GPU, import bitsandbytes without torch.compile, which is only used for CPU kernels. Together they take a sixth
+    of the time.
+    """
     import torch
 
     if device == "cuda" and find_spec("bitsandbytes"):
@@ -601,8 +608,10 @@ def _notes(root: Path) -> Path | None:
 
 
 def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], method: str) -> tuple[list[int], int]:
-    """`memory.largest_row` of the training split. If its rows are missing: a
-    full row with the average share of trained tokens."""
+    """`memory.largest_row` of the training split.
+
+    If its rows are missing: a full row with the average share of trained tokens.
+    """
     path = root / "data" / "tokenized" / "train.parquet"
     if path.is_file():
         return memory.largest_row(read_table(path, ["lengths", "labels"]), method)
@@ -630,10 +639,11 @@ def _requirements(
             advice.append(
                 f"with sharding: {{fsdp: full_shard}} and compute.processes: {gpus} it would fit on {gpus} such GPUs"
             )
-    step = machine.seconds(prediction.operations)
-    steps_of_all = tokens / (
-        sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * (processes or machine.processes)
-    )
+    step, time = machine.seconds(prediction.operations), None
+    if step is not None:
+        per_step = sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * (processes or machine.processes)
+        steps = tokens / per_step
+        time = {"from_seconds": round(step[0] * steps), "to_seconds": round(step[1] * steps)}
     return {
         "optimizer_name": prediction.optim,
         "trainable_parameters": prediction.trainable,
@@ -642,11 +652,7 @@ def _requirements(
         "fits": fits,
         **({"sharding": {**spec.sharding.model_dump(), "processes": spec.processes}} if spec.sharding else {}),
         "advice": advice,
-        "time": (
-            None
-            if step is None
-            else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)}
-        ),
+        "time": time,
     }
 
 
@@ -659,8 +665,8 @@ def as_text(document: dict[str, Any]) -> str:
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
     if any("published_gb" in variant for variant in document["variants"].values()):
         lines.append(
-            "published figures assume 2,048 tokens in a pass with gradient checkpointing; for full training, 16-bit"
-            " trained weights, here 32-bit"
+            "published figures assume 2,048 tokens in a pass with gradient checkpointing;"
+            " for full training, 16-bit trained weights, here 32-bit"
         )
     table = _gpu_table(document["gpus"]) if document.get("gpus") else []
     return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}", *table])
@@ -673,8 +679,8 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
     if "command" in v:
         return [
             (
-                f"{name}: {many(v['examples'], 'example')}, {v['tokens_per_epoch']:,} tokens per epoch, trained by"
-                f" `{visible(v['command'])}`"
+                f"{name}: {many(v['examples'], 'example')},"
+                f" {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`"
             ),
             "  memory and time of a training command are unknown",
         ]
@@ -684,8 +690,8 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
     elif "steps" in v:
         tokens = f"{v['tokens']:,} tokens ({v['trained_tokens']:,} in the loss)"
         lines.append(
-            f"{name}: {many(v['examples'], 'example')} x {v['epochs']:g} epochs = {tokens} in"
-            f" {many(v['steps'], 'step')}"
+            f"{name}: {many(v['examples'], 'example')} x {v['epochs']:g} epochs"
+            f" = {tokens} in {many(v['steps'], 'step')}"
         )
     else:
         lines.append(f"{name}:")
@@ -695,8 +701,8 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
     if "sweep" in v:
         trials, more_steps = v["sweep"]["trials_at_most"], v["sweep"]["steps_at_most"]
         lines.append(
-            f"  a sweep on the validation loss will adjust learning_rate: at most {trials} trials, {more_steps}"
-            " additional steps"
+            "  a sweep on the validation loss will adjust learning_rate:"
+            f" at most {trials} trials, {more_steps} additional steps"
         )
     share = 100 * v["trainable_parameters"] / v["total_parameters"]
     lines.append(
@@ -727,13 +733,13 @@ def _assumptions(document: dict[str, Any]) -> list[str]:
     on = "on" if given["gradient_checkpointing"] else "off"
     lines = [
         (
-            f"model: {model['name']} ({model['architecture']}), {model['parameters']:,} parameters in {model['layers']}"
-            " layers"
+            f"model: {model['name']} ({model['architecture']}),"
+            f" {model['parameters']:,} parameters in {model['layers']} layers"
         ),
         (
-            f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token in the loss; no"
-            f" gradient accumulation; {given['dtype']}; gradient checkpointing {on}; time, if shown, for"
-            f" {given['examples']:,} such rows (no data is read)"
+            f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token in the loss;"
+            f" no gradient accumulation; {given['dtype']}; gradient checkpointing {on};"
+            f" time, if shown, for {given['examples']:,} such rows (no data is read)"
         ),
     ]
     for name, one in given["methods"].items():

@@ -110,12 +110,10 @@ def push(
         key: file of a private key to sign with, as for `export --with-model`.
         issued: as for `export`.
     Returns:
-        {"repo", "url", "dry_run", "private", "model": {"stage", "md5"}, "files": [{"path",
-        "bytes", "sha256"}], "bytes", "missing": papers, "not_examined": files, "commit",
-        "before": commit or None, "deleted": files}; the last three only after an upload.
+        {"repo", "url", "dry_run", "private", "model": {"stage", "md5"}, "files": [{"path", "bytes", "sha256"}],
+        "bytes", "missing": papers, "not_examined": files}; after an upload also {"commit", "before", "deleted"}.
     Raises:
-        InputError: the model is not a release, not as dvc.lock recorded it, or its
-            lineage is incomplete; or the Hub refuses the repository or the token.
+        InputError: not a recorded release with its whole lineage; or the Hub refuses the repository or the token.
         CheckFailed: the gate did not pass, the use policy forbids it, or secrets or personal data are in a text.
         PedigreeError: the connection broke.
     """
@@ -285,8 +283,10 @@ def _texts(path: Path) -> list[str] | None:
 
 
 def upload(to: Destination, files: Mapping[str, Path], sha256: Mapping[str, str], digest: str) -> dict[str, Any]:
-    """Make the repository equal to the files, in one commit. Large files are sent first, each on its own, so that an
-    interrupted upload goes on where it was; the commit appears as a whole or not at all.
+    """Make the repository equal to the files, in one commit.
+
+    Large files are sent first, each on its own, so that an interrupted upload goes on where it was; the commit appears
+    as a whole or not at all.
 
     Args:
         files: path in the repository -> file.
@@ -370,8 +370,8 @@ def _explained(to: Destination) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     again = (
-        "run the same command again: files that were stored completely are not sent again; the repository has the whole"
-        " commit or none of it"
+        "run the same command again: files that were stored completely are not sent again;"
+        " the repository has the whole commit or none of it"
     )
     try:
         yield
@@ -421,8 +421,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     """What was uploaded, or would be, for the terminal."""
     lines = [f"{human(one['bytes']):>10}  {one['path']}" for one in document["files"]]
     lines.append(
-        f"{human(document['bytes']):>10}  {many(len(document['files']), 'file')} of {document['model']['stage']}"
-        f" {document['model']['md5'][:12]}"
+        f"{human(document['bytes']):>10}  {many(len(document['files']), 'file')}"
+        f" of {document['model']['stage']} {document['model']['md5'][:12]}"
     )
     lines += [f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"]]
     lines += [f"not examined for secrets: {name}" for name in document["not_examined"]]

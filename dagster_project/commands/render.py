@@ -75,19 +75,10 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     if published and published != sha256_of(out):
         path = out.relative_to(root)
         return f"its report is of another output than {path}; `dvc checkout --force {path}` restores that", []
-    if (
-        published
-        and run.is_file()
-        and not damage(run.read_bytes())
-        and json.loads(run.read_bytes()).get("output_sha256") != published
-    ):
-        return (
-            (
-                "its latest run on this machine made another output, and the documents of that run are not of this one:"
-                " run it again"
-            ),
-            [],
-        )
+    measured = run.read_bytes() if published and run.is_file() else None
+    if measured is not None and not damage(measured) and json.loads(measured).get("output_sha256") != published:
+        reason = "its latest run on this machine made another output"
+        return f"{reason}, and the documents of that run are not of this one: run it again", []
     before = _times(pages)
     try:
         PEDIGREE.draw(Documents(root, address, out, pages, report))

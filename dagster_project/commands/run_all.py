@@ -29,8 +29,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     failed = [address for address, stage in stages.items() if stage["outcome"] == "failed"]
     if failed:
         lines.append(
-            f"stopped: {', '.join(failed)} failed. Finished stages are kept; fix the error above and run the command"
-            " again."
+            f"stopped: {', '.join(failed)} failed. Finished stages are kept;"
+            " fix the error above and run the command again."
         )
     ended = [address for address, stage in stages.items() if stage["outcome"] == "interrupted"]
     if ended and not document["interrupted"]:

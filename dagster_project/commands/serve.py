@@ -258,8 +258,9 @@ def _end_with_parent() -> Callable[[], None]:
 
 
 def _wait(server: subprocess.Popen[bytes], engine: str, served: Served, port: int) -> None:
-    """Wait until the server lists the model, not only until something answers:
-    another process may have taken the port meanwhile.
+    """Wait until the server lists the model, not only until something answers.
+
+    Another process may have taken the port meanwhile.
 
     Raises:
         PedigreeError: it ended.
@@ -316,8 +317,10 @@ def _document(root: Path, served: Served, engine: str, port: int, pid: int) -> d
 
 
 def fields_of_requests(served: Served, engine: str, reasoning: bool) -> dict[str, Any]:
-    """What a request needs, besides a temperature of 0, for the answers of evaluation: it switches off a penalty on
-    repetitions in the model's generation_config.json, and lets the chat template begin an answer as in training.
+    """What a request needs, besides a temperature of 0, for the answers of evaluation.
+
+    It switches off a penalty on repetitions in the model's generation_config.json, and lets the chat template begin an
+    answer as in training.
 
     Args:
         reasoning: whether the model was trained on answers with a trace.
@@ -351,14 +354,8 @@ def _template_variables(folder: Path, reasoning: bool) -> dict[str, bool]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         trained, by_itself = generation_prompt(tokenizer, asked, None, reasoning), render(tokenizer, asked, True)
         switched = [(one, render(tokenizer, asked, True, None, switch)) for switch, one in THINKING.items()]
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        InputError,
-        TemplateLimit,
-    ):  # vLLM may be installed elsewhere, and read what is not read here
-        return {}
+    except (ImportError, OSError, ValueError, InputError, TemplateLimit):
+        return {}  # vLLM may be installed elsewhere, and read what is not read here
     return {} if trained == by_itself else next((one for one, text in switched if text == trained), {})
 
 
@@ -377,8 +374,8 @@ def _example(url: str, model: str, system: str | None, request: Mapping[str, Any
             "messages": [*messages, {"role": "user", "content": QUESTION}],
         }
         line = (
-            f"curl {url}/chat/completions -H 'Content-Type: application/json' -d"
-            f" {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+            f"curl {url}/chat/completions -H 'Content-Type: application/json'"
+            f" -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
         )
         if len(line) <= LONGEST_EXAMPLE:
             break
@@ -390,8 +387,8 @@ def as_text(document: Mapping[str, Any]) -> str:
     bytes_of = "as dvc.lock recorded" if document["recorded"] else "not an output that dvc.lock records"
     lines = [
         (
-            f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}), by {document['engine']}."
-            " Ctrl-C ends."
+            f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}),"
+            f" by {document['engine']}. Ctrl-C ends."
         ),
         document["example"],
     ]

@@ -27,9 +27,8 @@ def main(arguments: list[str]) -> None:
     compute = params.parse(Compute, values.get("compute"), "compute")
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     device, dtype = prepare(compute.model_copy(update={"dtype": settings.dtype or compute.dtype}))
-    os.chdir(
-        options.links
-    )  # where the model's id is a link to its folder: transformers lists a model under the path that it was given
+    # where the model's id is a link to its folder: transformers lists a model under the path that it was given
+    os.chdir(options.links)
     from transformers.cli.serve import Serve
 
     Serve(

@@ -119,8 +119,10 @@ def with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
 
 
 def _template_only(name: str, source: str) -> LightTokenizer:
-    """A template without a tokenizer. The end of a turn is `eos_token` if the
-    template writes it, else the token that follows an answer."""
+    """A template without a tokenizer.
+
+    The end of a turn is `eos_token` if the template writes it, else the token that follows an answer.
+    """
     tokenizer = LightTokenizer(
         None, {"bos_token": "<s>", "eos_token": "</s>"}, list(dict.fromkeys(SPECIAL.findall(source))), source
     )
@@ -189,8 +191,10 @@ def _rendered(record: Mapping[str, Any], by: Renderer) -> dict[str, Any]:
 
 
 def _sides(tokenizer: Any, pair: Mapping[str, Any]) -> list[tuple[str, chat.Pieces]]:
-    """Both answers of a preference pair after its prompt. Only the last answer counts in the loss, regardless of
-    message weights."""
+    """Both answers of a preference pair after its prompt.
+
+    Only the last answer counts in the loss, regardless of message weights.
+    """
     prompt = pair["messages"][: pair["asked"]]
     found = []
     for side, turns in (("chosen", pair["messages"][pair["asked"] :]), ("rejected", pair["rejected"])):

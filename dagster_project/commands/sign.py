@@ -1,5 +1,7 @@
-"""`pedigree sign` and `pedigree attest`: sign a model, and how each stage of
-its lineage was run. Nothing is written into an output of the pipeline."""
+"""`pedigree sign` and `pedigree attest`: sign a model, and how each stage of its lineage was run.
+
+Nothing is written into an output of the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -153,8 +155,9 @@ def stage_records(target: Target) -> list[provenance.StageRecord]:
 
 
 def _made_again(root: Path, address: str, records: Sequence[provenance.StageRecord]) -> tuple[str, dict[str, Any]]:
-    """Verdict of `pedigree verify --deep`, and address -> what its statement
-    says about it. The stages do not get the key.
+    """Verdict of `pedigree verify --deep`, and address -> what its statement says about it.
+
+    The stages do not get the key.
 
     Raises:
         CheckFailed: made again, an output differs, or dvc.lock changed meanwhile.

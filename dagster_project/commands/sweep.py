@@ -251,15 +251,11 @@ class Trials:
                 log.info(f"{name} ({_point(self.points[name])}): {status.lower()}. {self._progress(began)}")
                 if status == FAILED:
                     self._log_failure(name)
-        if (
-            QUEUED not in self.status.values()
-            or RUNNING in self.status.values()
-            or experiments.workers_alive(self.root)
-        ):
+        states = self.status.values()
+        if QUEUED not in states or RUNNING in states or experiments.workers_alive(self.root):
             self.worker_seen = time.monotonic()
-        elif (
-            time.monotonic() - self.worker_seen > LOST
-        ):  # the workers were killed, or ended before the first trial was queued
+        elif time.monotonic() - self.worker_seen > LOST:
+            # the workers were killed, or ended before the first trial was queued
             experiments.start_workers(self.root, self.jobs)
             self.worker_seen = time.monotonic()
 
@@ -317,23 +313,20 @@ def _leaves(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """A table: parameters, and the metrics in which the trials differ. Of a
-    single trial, its metrics without those of checks and groups."""
+    """A table: parameters, and the metrics in which the trials differ.
+
+    Of a single trial, its metrics without those of checks and groups.
+    """
     trials = document["trials"]
     names = list(dict.fromkeys(name for trial in trials for name in trial["metrics"]))
     measured = [trial for trial in trials if trial["metrics"]]
     differ = [name for name in names if len({str(trial["metrics"].get(name)) for trial in measured}) > 1]
     differ = [name for name in differ if not name.endswith(".count")] or differ
     header = ["trial", *trials[0]["params"], *differ[:MAX_COLUMNS], "status"]
-    rows = [
-        [
-            trial["name"],
-            *map(_cell, trial["params"].values()),
-            *(_cell(trial["metrics"].get(name, "")) for name in differ[:MAX_COLUMNS]),
-            trial["status"],
-        ]
-        for trial in trials
-    ]
+    rows = []
+    for trial in trials:
+        metrics = [trial["metrics"].get(name, "") for name in differ[:MAX_COLUMNS]]
+        rows.append([trial["name"], *map(_cell, [*trial["params"].values(), *metrics]), trial["status"]])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -349,8 +342,8 @@ def as_text(document: Mapping[str, Any]) -> str:
         ]
     done = sum(trial["status"] == "success" for trial in trials)
     lines.append(
-        f"{done} of {len(trials)} trials up to {document['target']} in {document['seconds']:.0f} s, jobs:"
-        f" {document['jobs']}"
+        f"{done} of {len(trials)} trials up to {document['target']}"
+        f" in {document['seconds']:.0f} s, jobs: {document['jobs']}"
     )
     if done:
         lines.append("to use one: dvc exp apply TRIAL; to delete: dvc exp remove TRIAL")

@@ -80,6 +80,7 @@ def upgrade(root: Path) -> dict[str, Any]:
 
 def results_since(version: str, changelog: str) -> dict[str, list[str]]:
     """Version -> entries under "Results" of the versions after the given one.
+
     Changes without a version number are always included.
 
     Args:
@@ -110,13 +111,11 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = [f"{code_lock.DISTRIBUTION} {document['from']} -> {document['to']}"]
     if document["stale"]:
         width = max(map(len, document["stale"]))
-        lines += [
-            "",
-            (
-                "stale: `pedigree run --all` runs these again, those that only read others only if what they read has"
-                " changed"
-            ),
-        ]
+        lines.append("")
+        lines.append(
+            "stale: `pedigree run --all` runs these again,"
+            " those that only read others only if what they read has changed"
+        )
         lines += [f"  {address:{width}}  {why}" for address, why in document["stale"].items()]
     lines += ["", f"unchanged: {', '.join(document['current']) or 'none'}"]
     if document["results"]:

@@ -1,5 +1,7 @@
-"""`pedigree verify STAGE`: reproduces a stage in a scratch clone from the
-records in dvc.lock, and compares the bytes. The project is not changed."""
+"""`pedigree verify STAGE`: reproduces a stage in a scratch clone from the records in dvc.lock, and compares the bytes.
+
+The project is not changed.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,7 @@ log = logging.getLogger("pedigree")
 
 
 def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -> dict[str, Any]:
-    """Reproduce a stage with the code of a revision, from the recorded inputs
-    and parameters, and compare its outputs with the record.
+    """Reproduce a stage with the code of a revision, from recorded inputs and parameters, and compare its outputs.
 
     Args:
         stage: name of a stage, path of an output, or content hash.
@@ -48,8 +49,7 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
         "machine": {"recorded", "now", "same_kind"} of the stage that decides the verdict}. Stages made on another kind
         of machine also have "deviations", each with its bound.
     Raises:
-        InputError: an input is missing, or other code than the recorded one is
-            installed (then nothing was done), or the stage cannot run.
+        InputError: an input is missing, other code than the recorded is installed, or the stage cannot run.
         CheckFailed: an input was tampered with, or a blocking check of the stage failed.
     """
     at = Revision(root, rev)
@@ -84,8 +84,9 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
 
 
 def verdicts(root: Path, stages: Sequence[str]) -> dict[str, str]:
-    """Verdict of `verify` with `deep` for each of several stages of the
-    workspace. Each stage above them is reproduced once.
+    """Verdict of `verify` with `deep` for each of several stages of the workspace.
+
+    Each stage above them is reproduced once.
 
     Raises:
         InputError, CheckFailed: as `verify`.

@@ -98,13 +98,10 @@ def _recorded(at: Revision, stage: str, deep: bool) -> Build | None:
     several = f"{', '.join(names)}: made by several versions" if deep else f"{address}: made by an unknown version"
     version = code_lock.version_with(at.root, code, at.text(code_lock.FILE)) if len(code) == len(set(entries)) else None
     if version is None or not _is_version(version):
+        hint = "install the build that made it, in a separate environment, and verify there"
         raise InputError(
             f"{several} of {code_lock.DISTRIBUTION}: no {code_lock.FILE} in the git history has this code",
-            (
-                "verify each stage without --deep"
-                if deep
-                else "install the build that made it, in a separate environment, and verify there"
-            ),
+            "verify each stage without --deep" if deep else hint,
         )
     return Build(version, code, _libraries(at, names))
 
@@ -184,8 +181,8 @@ def _refuse_other_code(package: Path, build: Build) -> None:
         found = {}
     if differing := [name for name, value in build.code.items() if found.get(name) != value]:
         raise InputError(
-            f"{code_lock.DISTRIBUTION} {build.version} from the package index has other code for {', '.join(differing)}"
-            " than the records of this project; it was not run",
+            f"{code_lock.DISTRIBUTION} {build.version} from the package index has other code"
+            f" for {', '.join(differing)} than the records of this project; it was not run",
             "name an index that has the build that made it (docs/verify.md)",
         )
 
@@ -205,8 +202,10 @@ def _refuse_other_place(python: str, folder: Path) -> None:
 
 
 def _variables(folder: Path) -> dict[str, str]:
-    """Environment variables of a process in the scratch environment; programs
-    of the current one are found after its own."""
+    """Environment variables of a process in the scratch environment.
+
+    Programs of the current one are found after its own.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return inherited | {"PATH": path, INNER: "1"}

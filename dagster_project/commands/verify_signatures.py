@@ -1,5 +1,7 @@
-"""`pedigree verify MODEL --signatures`: compare a model, and all files of its
-lineage, with what was signed. Works offline, and changes nothing."""
+"""`pedigree verify MODEL --signatures`: compare a model, and all files of its lineage, with what was signed.
+
+Works offline, and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ NO_KEY = "who signed: the public key came with the signatures; give the one that
 
 NOT_IN_FILES = (
     (
-        "that the data is what its hashes name, and that declarations about sources are true: it takes the data, and"
-        " people"
+        "that the data is what its hashes name,"
+        " and that declarations about sources are true: it takes the data, and people"
     ),
     "numbers that one document alone states, such as results: its project computes them again",
     "licenses of the base model, and those in the datasheet and in the metadata of cards",
@@ -55,13 +57,10 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
         model: name of a stage, path of its output, content hash, or a folder that contains its signatures.
         key_file: of the public key to trust; None: the one beside the signatures.
     Returns:
-        {"model", "folder", "verdict": "verified", "altered", "contradictory" or "incomplete", "key": sha256 of the
-        public key, "key_given", "signature": {"file", "files"} or None, "project": {"signature", "attestations"} of a
-        release that has signatures in its folder and in the project, "attestations": {"file", "stages", "files",
-        "remade": verdict or None} or None, "papers": {"documents": that were compared, "values": that two of them
-        state} or None, "findings": [{"file", "wrong"}], "not_checked": what could not be verified}. The verdict is
-        "contradictory" if all is as it was signed, but documents in a folder contradict its files or each other;
-        "incomplete" if the folder has papers, but only its model is covered.
+        {"model", "folder", "verdict" (docs/signing.md), "key": sha256 of the public key, "key_given", "signature":
+        {"file", "files"} or None, "attestations": {"file", "stages", "files", "remade"} or None, "project": both of a
+        release that has signatures in its folder and in the project, "papers": {"documents", "values"} that were
+        compared, or None, "findings": [{"file", "wrong"}], "not_checked": what could not be verified}.
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
     """
@@ -108,19 +107,17 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
         verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, {reason}")
     if given is None:
         verification.not_checked.append(NO_KEY)
-    incomplete = not signature.is_file() and {PAGE, FOLDER} & (verification.left_out or set())
+    if altered:
+        verdict = "altered"
+    elif verification.findings:
+        verdict = "contradictory"
+    else:
+        incomplete = not signature.is_file() and {PAGE, FOLDER} & (verification.left_out or set())
+        verdict = "incomplete" if incomplete else "verified"
     return {
         "model": target.label,
         "folder": target.path,
-        "verdict": (
-            "altered"
-            if altered
-            else "contradictory"
-            if verification.findings
-            else "incomplete"
-            if incomplete
-            else "verified"
-        ),
+        "verdict": verdict,
         "key": key.fingerprint if key else None,
         "key_given": given is not None,
         "signature": verification.signature,
@@ -145,23 +142,19 @@ def _has_own_signatures(target: Target, recorded: bool) -> bool:
 
 
 def _with_unsigned_papers(document: dict[str, Any], target: Target) -> dict[str, Any]:
-    """The document of a release, if papers without a signature are beside its
-    files: it covers the release alone, and compares what they state."""
+    """The document of a release, if papers without a signature are beside its files.
+
+    It covers the release alone, and compares what they state.
+    """
     found = [name for name in target.papers if os.path.lexists(target.folder / name)]
     if not found:
         return document
-    contradictions = contradictions_in(target.as_folder()) if document["verdict"] == "verified" else {}
-    findings = [
-        *document["findings"],
-        *({"file": file, "wrong": wrong} for file, wrong in sorted(contradictions.items())),
-    ]
-    verdict = (
-        "contradictory"
-        if contradictions
-        else "incomplete"
-        if document["verdict"] == "verified"
-        else document["verdict"]
-    )
+    verdict, contradictions = document["verdict"], dict[str, str]()
+    if verdict == "verified":
+        contradictions = contradictions_in(target.as_folder())
+        verdict = "contradictory" if contradictions else "incomplete"
+    contradicted = [{"file": file, "wrong": wrong} for file, wrong in sorted(contradictions.items())]
+    findings = [*document["findings"], *contradicted]
     note = f"{', '.join(sorted(found))} in {target.path}: no signature covers them"
     return {**document, "verdict": verdict, "findings": findings, "not_checked": [*document["not_checked"], note]}
 
@@ -244,8 +237,10 @@ class _Verification:
                 )
 
     def key(self, pem: Path, given: PublicKey | None) -> PublicKey | None:
-        """The key to verify with; None, and a finding, if the one beside the
-        signatures is missing or damaged. If a key is given, that one must equal it."""
+        """The key to verify with; None, and a finding, if the one beside the signatures is missing or damaged.
+
+        If a key is given, that one must equal it.
+        """
         name = self.target.shown(pem)
         if not pem.is_file():
             if given is None:
@@ -450,32 +445,27 @@ def _lines(file: Path) -> list[str]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `verify_signatures` as text for the terminal."""
-    key = (
-        f"key sha256 {document['key'][:16]}{'' if document['key_given'] else ', which came with them'}"
-        if document["key"]
-        else "no key"
-    )
+    key = f"key sha256 {document['key'][:16]}" if document["key"] else "no key"
+    if document["key"] and not document["key_given"]:
+        key += ", which came with them"
     lines = [f"{document['model']}: {document['verdict']}  ({document['folder']}, {key})"]
     for place in (document, document.get("project", {})):
         if signed := place.get("signature"):
             lines.append(f"  signature     {signed['file']}: {signed['files']} files")
         if attested := place.get("attestations"):
-            remade = (
-                f"made again from the sources before it was signed: {attested['remade']}"
-                if attested["remade"]
-                else "not made again"
-            )
+            remade = "not made again"
+            if attested["remade"]:
+                remade = f"made again from the sources before it was signed: {attested['remade']}"
             lines.append(
-                f"  attestations  {attested['file']}: {len(attested['stages'])} stages, {attested['files']} files;"
-                f" {remade}"
+                f"  attestations  {attested['file']}:"
+                f" {len(attested['stages'])} stages, {attested['files']} files; {remade}"
             )
     if compared := document["papers"]:
         lines.append(
-            f"  papers        {compared['documents']} documents; {compared['values']} values compared with files and"
-            " other documents"
+            f"  papers        {compared['documents']} documents;"
+            f" {compared['values']} values compared with files and other documents"
         )
     lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
     lines += [f"  not verified: {what}" for what in document["not_checked"]]
-    return "\n".join(
-        line.replace("\n", "\\n") for line in lines
-    )  # a name or a value with a line break must not look like a line of this text
+    # a name or a value with a line break must not look like a line of this text
+    return "\n".join(line.replace("\n", "\\n") for line in lines)

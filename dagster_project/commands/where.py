@@ -1,5 +1,7 @@
-"""`pedigree audit --where`: where each stage ran, the times of queue, transfer
-and computation, and the cost. Recorded on the driver's machine only."""
+"""`pedigree audit --where`: where each stage ran, the times of queue, transfer and computation, and the cost.
+
+Recorded on the driver's machine only.
+"""
 
 from __future__ import annotations
 

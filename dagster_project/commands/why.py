@@ -40,12 +40,12 @@ BINS = 40
 """Of the distribution of scores."""
 UNCALIBRATED = (
     "whether a record stands out is judged by its distance from the others alone, which is often wrong:"
-    f" {why_calibration.VALIDATION} has too few questions, is not the split of the training, or was not compared by"
-    " --index"
+    f" {why_calibration.VALIDATION} has too few questions,"
+    " is not the split of the training, or was not compared by --index"
 )
 UNCALIBRATED_PAIRS = (
-    "whether a record stands out is judged by its distance from the others alone, which is often wrong: models of"
-    " preference pairs are not compared with questions of the validation split"
+    "whether a record stands out is judged by its distance from the others alone, which is often wrong:"
+    " models of preference pairs are not compared with questions of the validation split"
 )
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
@@ -92,15 +92,16 @@ def ask(
     for target, gradients in zip(at_points(found, options.points), stored, strict=True):
         value, gradient = _asked_gradient(target, asked)
         searches.append(Search(gradients, target.projection.project(gradient).numpy()))
-    points = (
-        {}
-        if options.points == END_ONLY
-        else {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
-    )
+    points = dict[str, Any]()
+    if options.points != END_ONLY:
+        points = {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
     prompt, part = bm25(documents, [options.prompt, _part(asked, options)])
     scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
     ranking = Ranking.of(scores.scores, prompt, part)
+    estimates = list[str]()
+    if scores.error is not None:
+        estimates = [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]
     document = {
         "model": model_of(found),
         **({"index": indexed} if indexed else {}),
@@ -121,11 +122,7 @@ def ask(
         "notes": [
             *notes,
             *([_about_points(points)] if points else []),
-            *(
-                []
-                if scores.error is None
-                else [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]
-            ),
+            *estimates,
             *([] if known else [UNCALIBRATED_PAIRS if isinstance(found, PairTarget) else UNCALIBRATED]),
             *_about(found),
         ],
@@ -149,9 +146,9 @@ def _about_points(points: Mapping[str, Any]) -> str:
 def _about_estimates(error: float, read: int, records: int) -> str:
     """Which gradient scores are estimates, and how good these are."""
     return (
-        f"gradients of {read:,} of {records:,} records were compared, those listed among them; scores of the others are"
-        f" estimates from sketches, with a standard error of {error:.3f}, and count neither as the highest nor for"
-        " whether a record stands out"
+        f"gradients of {read:,} of {records:,} records were compared, those listed among them;"
+        " scores of the others are estimates from sketches,"
+        f" with a standard error of {error:.3f}, and count neither as the highest nor for whether a record stands out"
     )
 
 
@@ -187,11 +184,9 @@ def _refuse_unanswerable(found: Target, options: Options, proves: bool) -> None:
             "leave it out",
         )
     if found.scores and (options.answer is None or options.span is not None):
-        what = (
-            "--answer is required: a reward model gives none"
-            if options.answer is None
-            else "--span: a reward is that of a whole answer"
-        )
+        what = "--span: a reward is that of a whole answer"
+        if options.answer is None:
+            what = "--answer is required: a reward model gives none"
         raise InputError(f"{found.run.address}: {what}", "give the answer with --answer, and no --span")
 
 
@@ -208,8 +203,8 @@ def _system(texts: Texts, options: Options) -> tuple[str | None, list[str]]:
         return next(iter(found)), []
     why = f"{TRAIN} has not all records of this training" if found is None else "the records have different ones"
     return None, [
-        f"asked without a system prompt, as {why}; --system gives one: answers of records with another one are less"
-        " alike"
+        f"asked without a system prompt, as {why}; --system gives one:"
+        " answers of records with another one are less alike"
     ]
 
 
@@ -236,25 +231,23 @@ class Texts:
         """Prompt and answer; from the tokens of the training, where the split has no text of it."""
         known = self.known.get(record.example_id, {})
         messages = known.get("messages", [])
-        examples = (
-            record.examples[:1] if "rejected" in known else record.examples
-        )  # the first of a pair has the chosen answer
-        return prompt_text(messages) or self._decoded(examples, False), response_text(messages) or self._decoded(
-            examples, True
-        )
+        # the first of a pair has the chosen answer
+        examples = record.examples[:1] if "rejected" in known else record.examples
+        prompt = prompt_text(messages) or self._decoded(examples, False)
+        return prompt, response_text(messages) or self._decoded(examples, True)
 
     def rejected(self, record: TrainedRecord) -> str | None:
         """The rejected answer of a pair; None for other records."""
         known = self.known.get(record.example_id, {})
-        return (
-            response_text(known["rejected"]) or self._decoded(record.examples[1:], True)
-            if "rejected" in known
-            else None
-        )
+        if "rejected" not in known:
+            return None
+        return response_text(known["rejected"]) or self._decoded(record.examples[1:], True)
 
     def system_prompts(self) -> set[str | None] | None:
-        """Those that the records of the training begin with; None if the split
-        has not all of these records, so that they are not known."""
+        """Those that the records of the training begin with.
+
+        None if the split has not all of these records, so that they are not known.
+        """
         known = [self.known.get(record.example_id) for record in self.found.records]
         return {_system_of(one["messages"]) for one in known if one} if all(known) else None
 
@@ -402,8 +395,8 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
     verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
     tenth = "tenth" if records >= CROWD else "last"
     scores = (
-        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f} robust standard"
-        f" deviations above the median, and the {tenth} {spread['z_of_tenth']:.1f}"
+        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f}"
+        f" robust standard deviations above the median, and the {tenth} {spread['z_of_tenth']:.1f}"
     )
     if (compared := spread["compared"]) is None:
         return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})"]
@@ -422,8 +415,8 @@ def _hit_lines(document: Mapping[str, Any]) -> list[str]:
         by, words = hit["gradient"], hit["bm25"]
         lines += [
             (
-                f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})  {words['score']:>6.2f}"
-                f" ({words['rank']:>4})  {use_text(hit)}"
+                f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})"
+                f"  {words['score']:>6.2f} ({words['rank']:>4})  {use_text(hit)}"
             ),
             f"      {hit['prompt']}",
             f"      -> {hit['answer']}",

@@ -58,8 +58,10 @@ def read(found: Target) -> Calibration | None:
 
 
 def cosines_of(found: Target) -> np.ndarray | None:
-    """Cosines of the gradients of the same questions with those of all records,
-    (questions, records) float32; None as for `read`."""
+    """Cosines of the gradients of the same questions with those of all records, (questions, records) float32.
+
+    None as for `read`.
+    """
     known = _read(found)
     return None if known is None else known["cosines"]
 
@@ -73,13 +75,9 @@ def _read(found: Target) -> dict[str, np.ndarray] | None:
         note = json.loads((found.store.folder / NOTE).read_bytes())
     except (OSError, ValueError):
         return None
-    if (
-        not isinstance(note, dict)
-        or not file.is_file()
-        or note != {"of": _identity(found), "sha256": sha256_of_file(file)}
-    ):
+    if not isinstance(note, dict) or not file.is_file():
         return None
-    if _is_of_another_training(found):
+    if note != {"of": _identity(found), "sha256": sha256_of_file(file)} or _is_of_another_training(found):
         return None
     return dict(load_file(file))
 
@@ -108,8 +106,10 @@ def _shards(found: Target) -> list[Path]:
 
 
 def _is_of_another_training(found: Target) -> bool:
-    """Whether the workspace's validation split may differ from that of the
-    training. Its records, or near-copies of them, may have been trained on."""
+    """Whether the workspace's validation split may differ from that of the training.
+
+    Its records, or near-copies of them, may have been trained on.
+    """
     index = found.subject.index
     if shards := {md5 for _, split, md5 in index.shards(found.run) if split == "validation"}:
         return shards != {md5_of_file(shard) for shard in _shards(found)}
@@ -119,8 +119,10 @@ def _is_of_another_training(found: Target) -> bool:
 
 
 def _asked(found: Target) -> list[tuple[int, Example]]:
-    """Number of a validation record, or of the first of its near-copies, and the question; none for models of pairs,
-    where there are too few, and of the split of another training."""
+    """Number of a validation record, or of the first of its near-copies, and the question.
+
+    None for models of pairs, where there are too few, and of the split of another training.
+    """
     folder = found.place / VALIDATION
     if isinstance(found, PairTarget) or not folder.is_dir() or _is_of_another_training(found):
         return []
@@ -131,9 +133,8 @@ def _asked(found: Target) -> list[tuple[int, Example]]:
     ]
     tokenizer = tokenizer_of(found)
     first: dict[str, int] = {}
-    owners = [
-        first.setdefault(unit(one), number) for number, one in enumerate(records)
-    ]  # else near-copies would hide each other's excess
+    # else near-copies would hide each other's excess
+    owners = [first.setdefault(unit(one), number) for number, one in enumerate(records)]
     asked = []
     for number, part in asked_parts([one["messages"][-1]["content"] for one in records]):
         try:

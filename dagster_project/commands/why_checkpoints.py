@@ -45,9 +45,8 @@ def index(found: Target, selection: PointSelection) -> dict[str, Any]:
         InputError, CheckFailed: as `Retraining.write_points`.
     """
     points = _points(found, selection)
-    with found.alone(
-        "pedigree why --index"
-    ):  # for all points: an erasure in between would remove those that are stored
+    # for all points: an erasure in between would remove those that are stored
+    with found.alone("pedigree why --index"):
         if not all(point.is_complete() for point in points if point.needed):
             retraining = Retraining(
                 found.variant,
@@ -71,8 +70,9 @@ def index(found: Target, selection: PointSelection) -> dict[str, Any]:
 
 
 def at_points(found: Target, selection: PointSelection) -> Iterator[Target]:
-    """The model at each point, in the order of the training; by default only the saved adapter. Models are loaded on
-    first use: drop each before taking the next.
+    """The model at each point, in the order of the training; by default only the saved adapter.
+
+    Models are loaded on first use: drop each before taking the next.
 
     Raises:
         InputError: a checkpoint is missing.

@@ -229,16 +229,20 @@ def _row(change: Change, found: list[dict[str, Any]], top: int) -> dict[str, Any
 
 
 def _question(tokenizer: Any, change: Change, side: int) -> Question:
-    """A question with one of its two answers; the asked tokens are those of the
-    words in which it differs from the other."""
+    """A question with one of its two answers.
+
+    The asked tokens are those of the words in which it differs from the other.
+    """
     mine, other = change.answers[side], change.answers[1 - side]
     messages = [*change.record["messages"][:-1], mine]
     return tokenize_parts(tokenizer, messages, partial(_parts, mine, other), change.record.get("tools"))
 
 
 def _parts(mine: Message, other: Message, turn: str) -> list[tuple[int, int]]:
-    """Bounds in an answer, as the chat template writes it, of the words that
-    differ from another answer; the whole of it if there are none."""
+    """Bounds in an answer, as the chat template writes it, of the words that differ from another answer.
+
+    The whole of it if there are none.
+    """
     content = mine.get("content") or ""
     start = turn.find(content) if content else -1
     found = differing(other.get("content") or "", content) if start >= 0 else []
@@ -302,8 +306,8 @@ def record_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in records:
         lines += [
             (
-                f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']} "
-                f" {listed(one['rows'], 3)}  {one['example_id'][:8]}"
+                f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']}"
+                f"  {listed(one['rows'], 3)}  {one['example_id'][:8]}"
             ),
             f"        {one.get('prompt', '')} -> {one.get('answer', '')}",
         ]

@@ -257,8 +257,8 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
     models = subject.models
     if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
         raise InputError(
-            f"{model}: {aligned.address} was trained on preference pairs or rewards: only a single question can be"
-            " asked about it",
+            f"{model}: {aligned.address} was trained on preference pairs or rewards:"
+            " only a single question can be asked about it",
             "name the supervised model that it started from, e.g. merged@lora",
         )
     adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]

@@ -58,8 +58,8 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
         raise InputError(
             "--prove: a packed row consists only of the first records, so its loss would be undefined",
             (
-                "the first record has a row to itself (all records do without tokenized.packing), so it cannot be"
-                " checked"
+                "the first record has a row to itself (all records do without tokenized.packing),"
+                " so it cannot be checked"
                 if alone
                 else "leave out fewer with --top"
             ),
@@ -90,8 +90,8 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     identity = training_identity(found)
     kept = {what for what, names in sets.items() if is_kept(_folder(found, names), identity)}
     log.info(
-        f"why: {len(sets) - len(kept)} of {len(sets)} trainings of {found.run.address} to run; those of earlier"
-        " questions are kept"
+        f"why: {len(sets) - len(kept)} of {len(sets)} trainings of {found.run.address} to run;"
+        " those of earlier questions are kept"
     )
     folders = {
         what: _folder(found, names) if what in kept else train_without(found, names, what, identity)
@@ -152,8 +152,10 @@ def train_without(found: Target, names: Collection[str], what: str, identity: Ma
 
 
 def training_identity(found: Target) -> dict[str, str]:
-    """Code, libraries, device and dtype of a training that is run now: with
-    others, adapters differ in more than their records."""
+    """Code, libraries, device and dtype of a training that is run now.
+
+    With others, adapters differ in more than their records.
+    """
     device, dtype = prepare(found.compute)
     return run_identity(Path(adapter.__file__), found.compute, device, dtype, LIBRARIES)
 
@@ -196,8 +198,8 @@ def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
     return [
         "",
         (
-            f"check by training again, weights of {proof['left_out']} records set to zero in place (with all records it"
-            f" {same}):"
+            f"check by training again, weights of {proof['left_out']} records set to zero in place"
+            f" (with all records it {same}):"
         ),
         f"  without the first {proof['left_out']}: {-proof['change']:+.2f} nats of log-probability",
         f"  without {proof['left_out']} at random: {', '.join(f'{-change:+.2f}' for change in proof['draws'])} nats",

@@ -162,8 +162,8 @@ def answering(found: Target) -> Path:
         return found.folder
     if md5_on_disk(folder) != run.md5:
         raise InputError(
-            f"{run.path} in the workspace is not {run.address}, md5 {run.md5[:12]}: its answer would be that of another"
-            " model",
+            f"{run.path} in the workspace is not {run.address},"
+            f" md5 {run.md5[:12]}: its answer would be that of another model",
             f"restore it with `dvc checkout --force {run.path}`, or give the answer with --answer",
         )
     return folder

@@ -33,13 +33,13 @@ FORM = 120
 NAME = "suspects"
 """Files about the queue in the folder of pages of `instructions`."""
 CAVEAT = (
-    "Ranks and scores say how well gradients fit those of the others. A rare but right answer can be among the first:"
-    " look at each."
+    "Ranks and scores say how well gradients fit those of the others."
+    " A rare but right answer can be among the first: look at each."
 )
 
 WITHOUT = (
-    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has too few"
-    " answers, is not the split of the training, or was not compared by --index"
+    f"ranked by opposition and length alone, which finds fewer flipped labels: {why_calibration.VALIDATION} has"
+    " too few answers, is not the split of the training, or was not compared by --index"
 )
 
 
@@ -91,8 +91,10 @@ def suspects(root: Path, model: str, top: int, with_index: bool) -> dict[str, An
 
 
 def _own_groups(found: Target, texts: Texts) -> list[Group]:
-    """Source, category and form of the answer of each record, where the split
-    has it. Keys of JSON are text of the data: cut, and masked."""
+    """Source, category and form of the answer of each record, where the split has it.
+
+    Keys of JSON are text of the data: cut, and masked.
+    """
     records = [texts.known.get(one.example_id) for one in found.records]
     forms = [excerpt(form_of(one["messages"][-1]), FORM) if one else None for one in records]
     return [
@@ -174,8 +176,8 @@ def as_text(document: Mapping[str, Any]) -> str:
         opposed, length, group = one["opposition"], one["length"], one["group"]
         lines += [
             (
-                f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4}) "
-                f" {length['value']:>7.4g} ({length['rank']:>4})    {use_text(one)}"
+                f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4})"
+                f"  {length['value']:>7.4g} ({length['rank']:>4})    {use_text(one)}"
             ),
             f"      {one['prompt']}",
             f"      -> {one['answer']}",

@@ -262,8 +262,8 @@ def refuse_to_verify(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> N
     raise InputError(
         f"made by other code than the installed {DISTRIBUTION} {facts['installed']}: {what}",
         (
-            "install the version that made it, in a separate environment, and verify there: `pip install"
-            f" {DISTRIBUTION}=={wanted[0]}`; --install does both"
+            "install the version that made it, in a separate environment, and verify there:"
+            f" `pip install {DISTRIBUTION}=={wanted[0]}`; --install does both"
             if wanted
             else "install the build that made it; a stage can be verified only with the code recorded for it"
         ),

@@ -62,8 +62,10 @@ SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
 
 
 def cached_per_instance(method: Callable[..., T]) -> Callable[..., T]:
-    """Cache the results of a method in its object. functools.cache would keep
-    every object alive, here with its connection."""
+    """Cache the results of a method in its object.
+
+    functools.cache would keep every object alive, here with its connection.
+    """
     name = f"_results_of_{method.__name__}"
 
     @wraps(method)
@@ -204,8 +206,8 @@ def _connect(root: Path) -> sqlite3.Connection:
             if isinstance(error, sqlite3.OperationalError):
                 break
             log.warning(
-                f"the index of audits was damaged ({error}); it is set aside as {_set_aside(path).name} and created"
-                " again"
+                f"the index of audits was damaged ({error});"
+                f" it is set aside as {_set_aside(path).name} and created again"
             )
         except OSError:
             break

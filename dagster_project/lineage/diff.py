@@ -162,8 +162,10 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
 
 
 def _changed(removed: Mapping[str, _Record], added: Mapping[str, _Record]) -> dict[str, str]:
-    """Added record -> the removed one of the same source row. A row can have several
-    records, such as augmented copies: each is paired with one of its kind."""
+    """Added record -> the removed one of the same source row.
+
+    A row can have several records, such as augmented copies: each is paired with one of its kind.
+    """
     of_row: dict[tuple[SourceRow, str], list[str]] = defaultdict(list)
     for identity, record in removed.items():
         for row in record.rows:
@@ -279,8 +281,8 @@ def as_text(difference: Mapping[str, Any]) -> str:
 def _record(record: Mapping[str, Any]) -> str:
     rows: Sequence[str] = record["rows"]
     return (
-        f"{record['example_id']}  {', '.join(record['splits'])} "
-        f" {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
+        f"{record['example_id']}  {', '.join(record['splits'])}"
+        f"  {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
     )
 
 

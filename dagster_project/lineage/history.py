@@ -29,14 +29,13 @@ EACH_PARENT = ("-c", "log.diffMerges=separate")
 
 
 def blobs(root: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Read the content of git objects by name ("<hash>" or "<commit>:./<path>")
-    in one process. Missing objects are left out."""
+    """Read the content of git objects by name ("<hash>" or "<commit>:./<path>") in one process.
+
+    Missing objects are left out.
+    """
     requested = list(dict.fromkeys(names))
-    output = (
-        git_bytes(root, "cat-file", "--batch", given="".join(f"{name}\n" for name in requested).encode())
-        if requested
-        else None
-    )
+    given = "".join(f"{name}\n" for name in requested).encode()
+    output = git_bytes(root, "cat-file", "--batch", given=given) if requested else None
     contents, position = {}, 0
     for name in requested if output else ():
         assert output is not None
@@ -72,12 +71,8 @@ def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
     try:
         document = YAML(typ="safe").load(text)
         why = _wrong_shape(document) or (_wrong_entry(document.get("stages", {})) if where == LOCK else "")
-    except (
-        YAMLError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # also an invalid date, an unhashable key, too many brackets
+    # also an invalid date, an unhashable key, too many brackets
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         why = "it has an unresolved merge conflict" if "\n<<<<<<< " in f"\n{text}" else " ".join(str(error).split())
     if why:
         raise InputError(
@@ -183,14 +178,14 @@ def refuse_lost_entries(root: Path) -> None:
 
 def lost_text(lost: Sequence[str]) -> str:
     return (
-        f"dvc.lock has no complete entry of {listed(lost, 3)}, which the committed one has: it was cut short, or it is"
-        " from another commit"
+        f"dvc.lock has no complete entry of {listed(lost, 3)}, which the committed one has:"
+        " it was cut short, or it is from another commit"
     )
 
 
 LOST_HINT = (
-    "`git checkout HEAD dvc.lock` restores the committed one, and `dvc repro` then restores what ran since, from DVC's"
-    " run cache; to ask about another commit, use --rev"
+    "`git checkout HEAD dvc.lock` restores the committed one,"
+    " and `dvc repro` then restores what ran since, from DVC's run cache; to ask about another commit, use --rev"
 )
 
 
@@ -322,9 +317,8 @@ def history(root: Path) -> History:
     if lock.is_file():
         content = lock.read_bytes()
         driver = (git(root, "check-attr", "filter", "--", LOCK) or "").strip().rpartition(": ")[2]
-        form = (
-            ("--path", LOCK) if driver in {"unspecified", "unset"} else ("--no-filters",)
-        )  # a driver is a program that the repository names
+        # a driver is a program that the repository names
+        form = ("--path", LOCK) if driver in {"unspecified", "unset"} else ("--no-filters",)
         filtered = git_bytes(root, "hash-object", "--stdin", *form, given=content)
         workspace = (
             filtered.decode().strip() if filtered else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -355,23 +349,14 @@ class FirstCommits(dict[str, str]):
 
 
 def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
-    """Blob of a dvc.lock -> the first commit among some revisions that contains
-    it; None if git fails. `git replace` is ignored: it hides commits."""
+    """Blob of a dvc.lock -> the first commit among some revisions that contains it; None if git fails.
+
+    `git replace` is ignored: it hides commits.
+    """
     order = ("--full-history", "-m", "--date-order", "--reverse")
     format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
-    log = git(
-        root,
-        "--no-replace-objects",
-        "-c",
-        "log.showRoot=true",
-        *EACH_PARENT,
-        "log",
-        *order,
-        *format_options,
-        *revisions,
-        "--",
-        LOCK,
-    )
+    settings = ("--no-replace-objects", "-c", "log.showRoot=true", *EACH_PARENT)
+    log = git(root, *settings, "log", *order, *format_options, *revisions, "--", LOCK)
     if log is None:
         return None
     first = FirstCommits()
@@ -388,21 +373,11 @@ def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
 def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
     """Commit -> the dvc.lock of another folder that it renamed to the project's, of those that did."""
     given = list(dict.fromkeys(commits))
-    options = (
-        "--no-walk",
-        "-m",
-        "-M20%",
-        "--diff-filter=R",
-        "--name-status",
-        "-z",
-        "--no-show-signature",
-        "--format=commit %H",
-    )
-    log = (
-        git(root, "--no-replace-objects", *EACH_PARENT, "log", *options, *given, "--", f":(top,glob)**/{LOCK}")
-        if given
-        else None
-    )
+    renames = ("--no-walk", "-m", "-M20%", "--diff-filter=R")
+    options = (*renames, "--name-status", "-z", "--no-show-signature", "--format=commit %H")
+    log = None
+    if given:
+        log = git(root, "--no-replace-objects", *EACH_PARENT, "log", *options, *given, "--", f":(top,glob)**/{LOCK}")
     here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
     moves: dict[str, str] = {}
     commit = ""
@@ -481,8 +456,10 @@ class Objects:
         return finished_runs(self.cache.parent.parent)
 
     def folders(self) -> dict[Path, int]:
-        """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects
-        share: none, because most of its objects are not this project's."""
+        """The folders of the project's own cache -> time of their last change, in nanoseconds.
+
+        Of a cache that projects share: none, because most of its objects are not this project's.
+        """
         if not self.cache.is_dir() or not self.cache.resolve().is_relative_to(self.root.resolve()):
             return {}
         with os.scandir(self.cache) as entries:
@@ -506,8 +483,9 @@ class Objects:
         return self.root / out / in_workspace[md5] if md5 in in_workspace else None
 
     def listing(self, md5: str, out: str = "") -> dict[str, str] | None:
-        """Path in the output -> hash of every file ("" for an output that is
-        one file); None if the output is unavailable.
+        """Path in the output -> hash of every file ("" for an output that is one file).
+
+        None if the output is unavailable.
 
         Args:
             out: path of the output, if the workspace may be used.
@@ -538,8 +516,10 @@ def finished_runs(storage: Path) -> list[Path]:
 
 
 def listing_of(path: Path) -> dict[str, str]:
-    """As `Objects.listing`, of a file or folder on disk, without the papers of
-    a release; empty if it does not exist."""
+    """As `Objects.listing`, of a file or folder on disk, without the papers of a release.
+
+    Empty if it does not exist.
+    """
     if path.is_file():
         return {"": md5_of_file(path)}
     return {
@@ -586,17 +566,12 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
                 "name a file or folder with the earlier version",
             )
         copy = folder / str(number) / (resolved.name or "root")
-        for header, name in sorted(
-            entries, key=lambda entry: entry[0].startswith(LINK)
-        ):  # links last: nothing is written through one
+        # links last: nothing is written through one
+        for header, name in sorted(entries, key=lambda entry: entry[0].startswith(LINK)):
             mode, _, digest = header.split()
             target = copy / name if resolved.is_dir() else copy.parent / name
-            if (
-                mode == SUBMODULE
-                or not target.parent.resolve().is_relative_to(folder.resolve())
-                or target.is_symlink()
-                or target.exists()
-            ):
+            is_outside = not target.parent.resolve().is_relative_to(folder.resolve())
+            if mode == SUBMODULE or is_outside or target.is_symlink() or target.exists():
                 continue
             content = git_bytes(folder_of_path, "cat-file", "blob", digest) or b""
             target.parent.mkdir(parents=True, exist_ok=True)

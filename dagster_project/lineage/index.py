@@ -357,8 +357,10 @@ class Index(RunIndex):
         return {parent: children for parent, children in found.items() if children}
 
     def forget(self, ids: Iterable[str]) -> int:
-        """Delete everything about some records, and rewrite the file, so that
-        no free page has it. Returns the number of rows."""
+        """Delete everything about some records, and rewrite the file, so that no free page has it.
+
+        Returns the number of rows.
+        """
         keys = [record_key(one) for one in ids]
         self._db.execute("PRAGMA secure_delete = ON")
         with self._transaction():

@@ -62,13 +62,17 @@ class Subject:
 
     @cached_property
     def upstream(self) -> list[StageRun]:
-        """All upstream runs in flow order, and the run itself last; the hash of each
-        output is the one that its reader recorded. Two runs of a stage with the same
-        bytes count as one: the one that the output was made from, or else the first."""
+        """All upstream runs in flow order, and the run itself last.
+
+        The hash of each output is the one that its reader recorded. Two runs of a stage with the same bytes count as
+        one: the one that the output was made from, or else the first.
+        """
         order: dict[tuple[str, str], StageRun] = {}
-        for run in flow_order(
-            [self.run], lambda one: [one.producers[md5] for _, _, md5 in one.inputs if md5 in one.producers]
-        ):
+
+        def producers(run: StageRun) -> list[StageRun]:
+            return [run.producers[md5] for _, _, md5 in run.inputs if md5 in run.producers]
+
+        for run in flow_order([self.run], producers):
             known = order.setdefault((run.address, run.md5), run)
             if known not in self._contributing and run in self._contributing:
                 order[run.address, run.md5] = run
@@ -76,9 +80,11 @@ class Subject:
 
     @cached_property
     def contributing(self) -> list[StageRun]:
-        """Those of `upstream` that the output was made from. The others were compared with
-        it or only watched: a release is chosen by a comparison of all variants but made
-        from one model, and DPO measures itself by a reward model but learns from pairs."""
+        """Those of `upstream` that the output was made from.
+
+        The others were compared with it or only watched: a release is chosen by a comparison of all variants but made
+        from one model, and DPO measures itself by a reward model but learns from pairs.
+        """
         return [run for run in self.upstream if run in self._contributing]
 
     @cached_property
@@ -101,8 +107,9 @@ class Subject:
 
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
-    """The run that a name, a path, a content hash or a copied folder or file
-    refers to. "REV:MODEL" refers to a revision, as in git.
+    """The run that a name, a path, a content hash or a copied folder or file refers to.
+
+    "REV:MODEL" refers to a revision, as in git.
 
     Raises:
         InputError: nothing matches, or more than one run does.
@@ -126,21 +133,18 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
             f"{model} could be {', '.join(sorted(m.address for m in matches))}",
             "give more of the hash, or the stage's name",
         )
-    hashes = (
-        _outputs_copied_to(index, Path(model))
-        if path_exists(Path(model))
-        else index.outputs_with_prefix(digest)
-        if len(model) >= 6
-        else []
-    )
-    if len(hashes) > 1 and path_exists(Path(model)):
+    is_path = path_exists(Path(model))
+    if is_path:
+        hashes = _outputs_copied_to(index, Path(model))
+    else:
+        hashes = index.outputs_with_prefix(digest) if len(model) >= 6 else []
+    if len(hashes) > 1 and is_path:
         hashes = _originals(index, hashes, lock)
     if len(hashes) > 1:
         raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
     if hashes:
-        run = next(
-            (run for run in index.runs_by_output[hashes[0]] if run in lock.values()), index.runs_by_output[hashes[0]][0]
-        )
+        runs = index.runs_by_output[hashes[0]]
+        run = next((run for run in runs if run in lock.values()), runs[0])
         return Subject(index, run, lock if run in lock.values() else _lock(index, run.commit))
     former = [run for run in index.runs.values() if model in {run.address, run.path}]
     if former:
@@ -149,21 +153,15 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
             f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {last.md5}",
             f"give --rev {last.commit[:12]}, or that hash" if last.commit else "give that hash",
         )
-    shallow = (
-        "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history"
-        if index.history.shallow
-        else ""
-    )
-    what = (
-        "no output in history contains these files"
-        if path_exists(Path(model))
-        else "no such stage, output path or content hash in dvc.lock"
-    )
-    known = (
-        f"known: {', '.join(lock)}"
-        if lock
-        else "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
-    )
+    shallow = ""
+    if index.history.shallow:
+        shallow = "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history"
+    what = "no such stage, output path or content hash in dvc.lock"
+    if is_path:
+        what = "no output in history contains these files"
+    known = "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
+    if lock:
+        known = f"known: {', '.join(lock)}"
     names_revision = colon and name and not name.startswith("//")  # not an address such as s3://bucket
     if names_revision and rev is None and not path_exists(Path(model)):
         what = f"there is no revision {visible(revision)} here, and {what}"
@@ -294,6 +292,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
             f"{run.address}: its data was read without a use policy", "set raw_examples.use_policy and run `dvc repro`"
         )
     own_names = {(stage.path, stage.md5): names[stage.path, stage.md5] for stage in contributing}
+    teachers = _teachers({stage.address: entries[stage] for stage in contributing})
     return {
         "model": {"stage": run.address, "path": run.path, "md5": run.md5},
         "sources": sources,
@@ -301,11 +300,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
         "base_model": base,
         **({"other_base_models": other_bases} if other_bases else {}),
-        **(
-            {"teachers": teachers}
-            if (teachers := _teachers({stage.address: entries[stage] for stage in contributing}))
-            else {}
-        ),
+        **({"teachers": teachers} if teachers else {}),
         "stages": {
             names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing
         },
@@ -394,8 +389,9 @@ def _sources(
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """The sources that reports name, with the outcomes of their rows in every stage.
-    Where several versions of a source were read, the hash is appended to the name of
-    all but the first, and the outcomes of each are those of the stages after it.
+
+    Where several versions of a source were read, the hash is appended to the name of all but the first, and the
+    outcomes of each are those of the stages after it.
 
     Args:
         known: sources that have their names already.
@@ -696,11 +692,8 @@ def _rewarded(subject: Subject) -> dict[str, dict[str, Any]]:
     them: the model itself, and those it was derived from."""
     index, found = subject.index, {}
     for run in subject.models:
-        names = (
-            []
-            if index.is_copy(run)
-            else sorted(name for name in index.files(run.md5) or {} if name.startswith(ANSWERS))
-        )
+        files = {} if index.is_copy(run) else index.files(run.md5) or {}
+        names = sorted(name for name in files if name.startswith(ANSWERS))
         shards = [path for name in names if (path := index.file_path(run.md5, name))]
         if names and len(shards) == len(names):
             found[run.address] = rewarded_answers(shards)
@@ -786,10 +779,8 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
         one for one in subject.lock.values() if not one.is_model and any(md5 in originals for _, _, md5 in one.inputs)
     ]
     reports = {subject.run.address: report} | {one.address: index.report(one) for one in measuring}
-    pending, followed = (
-        [subject.run],
-        set[str](),
-    )  # a model whose files equal those of the model that it reads is its own reader, by hash
+    # a model whose files equal those of the model that it reads is its own reader, by hash
+    pending, followed = [subject.run], set[str]()
     while pending:
         run = pending.pop()
         followed.add(run.address)
@@ -832,8 +823,8 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [f"package    {code_lock.as_text(code['package'])}"]
     for base in filter(None, (audited["base_model"], *audited.get("other_base_models", ()))):
         lines += [
-            f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256"
-            f" {base['sha256'].get('model.safetensors', '')[:16]}"
+            f"base model {base['origin']}, {base.get('license', 'unknown')},"
+            f" sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
         ]
     lines += [f"teacher    {teacher_text(one)}" for one in audited.get("teachers", ())]
     lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
@@ -889,8 +880,8 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for path, source in sources.items():
         origin = f", {source['origin']}" if source.get("origin") else ""
         lines.append(
-            f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256"
-            f" {source['sha256'][:16]}"
+            f"  {path}  {source['rows']} rows, {source['format']},"
+            f" {source['license']}{origin}, sha256 {source['sha256'][:16]}"
         )
         lines.append(f"    {_declared_text(declared_of(source, path).shown)}")
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
@@ -907,8 +898,8 @@ def _declared_text(shown: Mapping[str, str]) -> str:
 
 def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
-        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']},"
-        f" {'sha256' if 'sha256' in file else 'md5'} {file.get('sha256', file['md5'])[:16]}"
+        f"  {path}  read by {', '.join(file['stages'])},"
+        f" license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} {file.get('sha256', file['md5'])[:16]}"
         for path, file in files.items()
     ]
 
@@ -930,8 +921,8 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
     if audited["records"] is None:
         return ["unknown: see below"] if audited["missing"] else unordered
     trained = [
-        f"{model}: {part['records']} records, {part['views']} times in {part['steps']} steps and {part['epochs']}"
-        " epochs"
+        f"{model}: {part['records']} records,"
+        f" {part['views']} times in {part['steps']} steps and {part['epochs']} epochs"
         for model, part in audited["records"]["learnt_by"].items()
     ]
     rewarded = [

@@ -1,5 +1,7 @@
-"""Section `provider` of params.yaml: what only a person can know of who publishes a model. Exports print it; no stage
-reads it, and a change makes nothing stale."""
+"""Section `provider` of params.yaml: what only a person can know of who publishes a model.
+
+Exports print it; no stage reads it, and a change makes nothing stale.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,9 @@ class Provider(Section):
 
 
 def provider(root: Path, rev: str | None) -> dict[str, Any]:
-    """The values given in the section: in the workspace, or at a revision. They
-    are statements about the publication, not part of the lineage.
+    """The values given in the section: in the workspace, or at a revision.
+
+    They are statements about the publication, not part of the lineage.
 
     Raises:
         InputError: params.yaml cannot be read, or the section is invalid.

@@ -18,8 +18,9 @@ RESTORE = f"restore {RECORD_KEY} from your copy of it: the id may have been publ
 
 
 def record_of(index: Index, published: str) -> str | None:
-    """The `example_id` of the record that was published under an id; None if no
-    known record gives it with any key of the project.
+    """The `example_id` of the record that was published under an id.
+
+    None if no known record gives it with any key of the project.
 
     Computes the HMAC of every record in history: about two seconds per million.
 
@@ -38,7 +39,9 @@ def record_of(index: Index, published: str) -> str | None:
 
 def erasure_of(index: Index, identity: str) -> str | None:
     """The day on which `pedigree erase` removed a record; None if it did not.
-    Published ids are not recognized: the record that would map them is gone."""
+
+    Published ids are not recognized: the record that would map them is gone.
+    """
     return erased_on(index.root, filter(None, map(parse_key, key_files(index.root))), identity)
 
 
@@ -62,8 +65,10 @@ def missing_keys(index: Index) -> list[dict[str, Any]]:
 
 
 def key_files(root: Path) -> list[bytes]:
-    """The key file in the workspace, then every other version of it in git:
-    earlier releases were published with these."""
+    """The key file in the workspace, then every other version of it in git.
+
+    Earlier releases were published with these.
+    """
     file = root / RECORD_KEY
     commits = (git(root, "log", "--all", "--reflog", "--full-history", "--format=%H", "--", RECORD_KEY) or "").split()
     contents = [file.read_bytes()] if file.is_file() else []

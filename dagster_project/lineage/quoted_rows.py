@@ -24,8 +24,10 @@ TEST, BENCHMARKS = "data/splits/test", "data/sources/benchmarks"
 
 
 def quoted(documents: Documents, findings: Mapping[str, Any]) -> dict[str, Any]:
-    """The findings of a stage with the texts of their rows. A row that is
-    missing, or is there in another version, is shown as `quotes.MISSING`."""
+    """The findings of a stage with the texts of their rows.
+
+    A row that is missing, or is there in another version, is shown as `quotes.MISSING`.
+    """
     base_model = documents.root / "data" / "base_model"
     return quotes.quoted(
         findings,

@@ -50,8 +50,9 @@ class Version:
 
 
 def registered(root: Path) -> dict[str, list[Version]]:
-    """Hash of a model -> its versions that are registered or in use, the latest
-    first. Those that were taken back are left out.
+    """Hash of a model -> its versions that are registered or in use, the latest first.
+
+    Those that were taken back are left out.
 
     Empty, with a warning, if there are such tags and GTO is not installed or cannot read them.
     """
@@ -115,8 +116,8 @@ def _versions(repository: Path, folder: str) -> list[tuple[str, str, tuple[str, 
                         found.append((own_name, version, stages, one.commit_hexsha))
     except Exception as error:  # noqa: BLE001  GTO fails in its own ways on tags that it did not write; an audit needs none of them
         log.warning(
-            f"registered versions of models are not shown: GTO cannot read the tags of this repository: {error!r}; see"
-            " `gto doctor`"
+            "registered versions of models are not shown:"
+            f" GTO cannot read the tags of this repository: {error!r}; see `gto doctor`"
         )
         return []
     return list(dict.fromkeys(found))
@@ -135,8 +136,9 @@ class _Models:
         self._paths = {content: _paths(content) for name, content in self._files.items() if not name.endswith(LOCK)}
 
     def of(self, artifact: str, commit: str) -> tuple[str, str] | None:
-        """(address, md5) of the model of an artifact in the dvc.lock of a
-        commit; None, with a warning if it is declared, if there is none.
+        """(address, md5) of the model of an artifact in the dvc.lock of a commit.
+
+        None, with a warning if it is declared, if there is none.
 
         A commit before the artifact was declared has it at the path that the workspace declares.
         """

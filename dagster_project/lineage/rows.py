@@ -174,7 +174,9 @@ class RowCollector:
 
 def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes, ...]]:
     """(first 8 bytes, keys, column, ...) per chunk, with rows sorted by key.
-    Rows with the same key are in the same chunk."""
+
+    Rows with the same key are in the same chunk.
+    """
     import numpy as np
 
     if not keys:

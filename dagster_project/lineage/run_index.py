@@ -148,9 +148,8 @@ class RunIndex(Database):
 
     def _read_run_cache(self) -> None:
         """Add the runs of DVC's run cache: also of models that no commit ever contained."""
-        self._db.execute(
-            "DELETE FROM cached_run WHERE run IS NULL"
-        )  # unreadable ones may have been replaced or removed
+        # unreadable ones may have been replaced or removed
+        self._db.execute("DELETE FROM cached_run WHERE run IS NULL")
         known = {name for (name,) in self._db.execute("SELECT name FROM cached_run")}
         new = [path for path in self.objects.run_cache() if path.name not in known]
         models = declared_models(self._pipeline) if new else frozenset()
@@ -232,12 +231,9 @@ class RunIndex(Database):
         contents: dict[int, bytes] = {}
         for run, report, md5 in requested:
             for path in (self.objects.path(md5) if md5 else None, self.root / report):
-                if (
-                    run not in contents
-                    and path
-                    and path.is_file()
-                    and md5_of_bytes(content := path.read_bytes()) == md5
-                ):
+                if run in contents or not path or not path.is_file():
+                    continue
+                if md5_of_bytes(content := path.read_bytes()) == md5:
                     contents[run] = content
         hashes = {run: md5 for run, _, md5 in requested if run not in contents}
         names = {
@@ -310,11 +306,8 @@ class RunIndex(Database):
             entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0")
         }
         for lock, commit, _ in reversed(self._locks):
-            commits |= (
-                dict.fromkeys(entries[lock], commit)
-                if commit
-                else {entry: commits.get(entry) for entry in entries[lock]}
-            )
+            for entry in entries[lock]:
+                commits[entry] = commit or commits.get(entry)
         return commits
 
     @cached_property
@@ -514,14 +507,18 @@ class RunIndex(Database):
         return self.is_copy(run) and not self.parents(run)
 
     def unavailable_originals(self, run: StageRun) -> list[StageRun]:
-        """Of a copy of an unknown model: the runs whose files would tell which
-        one it is. Empty if all are available, so that nothing records it."""
+        """Of a copy of an unknown model: the runs whose files would tell which one it is.
+
+        Empty if all are available, so that nothing records it.
+        """
         return [run] if not self.weights(run.md5) else self._candidates(run)
 
     @cached_per_instance
     def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte, or was chosen from folders of models: the parent
-        then accounts for everything that it was trained on."""
+        """Whether a model has the weights of a parent, byte for byte, or was chosen from folders of models.
+
+        The parent then accounts for everything that it was trained on.
+        """
         mine = self.weights(run.md5)
         known = [weights for parent in self.parents(run) if (weights := self.weights(parent.md5))]
         direct = any(
@@ -556,11 +553,8 @@ class RunIndex(Database):
         while pending:
             reader = pending.pop()
             for md5, producer in reader.made_from().items():
-                if (
-                    not producer.is_model
-                    and md5 not in upstream
-                    and not (md5 in self.split_outputs or producer.path in self._split_paths)
-                ):
+                has_splits = md5 in self.split_outputs or producer.path in self._split_paths
+                if not producer.is_model and md5 not in upstream and not has_splits:
                     upstream[md5] = producer
                     pending.append(producer)
         return upstream
@@ -577,8 +571,10 @@ class RunIndex(Database):
         return self.objects.path(md5, self.workspace_outputs.get(out, "")) if md5 else None
 
     def is_split(self, run: StageRun) -> bool:
-        """Whether the output has splits, judged by other outputs at the same
-        path if it is unavailable; True if that is unknown."""
+        """Whether the output has splits, judged by other outputs at the same path if it is unavailable.
+
+        True if that is unknown.
+        """
         return run.md5 in self.split_outputs or run.path in self._split_paths or run.path not in self._listed_paths
 
     def weights(self, out: str) -> frozenset[str]:
@@ -686,8 +682,10 @@ class RunIndex(Database):
         return list(self._rows(query, deps))
 
     def sources_of(self, run: StageRun) -> set[str] | None:
-        """The sources that reports name of everything upstream of a model's
-        data; None if such a report is unavailable."""
+        """The sources that reports name of everything upstream of a model's data.
+
+        None if such a report is unavailable.
+        """
         upstream = [producer for producer in self.ancestors(run).values() if self.reads_sources(producer)]
         named: set[str] = set()
         for producer in upstream:

@@ -376,8 +376,9 @@ class LockParts(dict[str, str]):
 
 
 def lock_parts(text: str) -> LockParts:
-    """Split a dvc.lock into stages, and parse each of them once: parsing YAML
-    is slow, and most stages are unchanged between commits.
+    """Split a dvc.lock into stages, and parse each of them once.
+
+    Parsing YAML is slow, and most stages are unchanged between commits.
 
     Raises:
         InputError: the text is not a dvc.lock.
@@ -391,9 +392,8 @@ def lock_parts(text: str) -> LockParts:
     before, *pieces = re.split(r"^(?=  \S)", written.group(1), flags=re.MULTILINE) if written else [""]
     heads = [head for piece in pieces if (head := re.match(r"  ([\w@.-]+):\n", piece))]
     if not before.strip() and pieces and len({head.group(1) for head in heads}) == len(pieces):
-        with suppress(
-            InputError
-        ):  # an entry can be invalid without what is before it; the whole text says what is wrong
+        # an entry can be invalid without what is before it; the whole text says what is wrong
+        with suppress(InputError):
             parts.text = _sections({head.group(1): piece for head, piece in zip(heads, pieces, strict=True)})
     if not parts.text:  # not formatted by DVC
         parts.text = {name: as_section(name, stage) for name, stage in stages_of(text).items()}
@@ -413,8 +413,9 @@ writes it. Entries of dvc.lock that were parsed."""
 
 
 def _sections(pieces: Mapping[str, str]) -> dict[str, str]:
-    """Address -> its entry as `as_section` writes it, of entries as DVC writes
-    them. Those that are new are parsed, at once.
+    """Address -> its entry as `as_section` writes it, of entries as DVC writes them.
+
+    Those that are new are parsed, at once.
 
     Raises:
         InputError: they are not entries of a dvc.lock.
@@ -433,8 +434,10 @@ def as_section(address: str, stage: Mapping[str, Any]) -> str:
 
 
 def conflict_sides(text: str) -> list[str]:
-    """The texts that a merge conflict was about, in a file that was committed
-    with its markers; the text alone without one."""
+    """The texts that a merge conflict was about, in a file that was committed with its markers.
+
+    The text alone without one.
+    """
     if not re.search(r"^<<<<<<<", text, re.MULTILINE):
         return [text]
     sides: list[list[str]] = [[], []]
@@ -479,8 +482,10 @@ def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
 
 
 def unread_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
-    """Dependencies that a stage does not open with its parameters: DVC has one
-    list of them for all variants of `aligned`."""
+    """Dependencies that a stage does not open with its parameters.
+
+    DVC has one list of them for all variants of `aligned`.
+    """
     settings = _alignment(address, stage)
     if settings is None:
         return set()

@@ -54,8 +54,10 @@ def normalized(text: str) -> str:
 
 
 def _forms(text: str) -> tuple[str, ...]:
-    """The texts to search: a zero-width space is invisible within a word, and
-    separates words in Thai, Khmer or Chinese."""
+    """The texts to search.
+
+    A zero-width space is invisible within a word, and separates words in Thai, Khmer or Chinese.
+    """
     return (normalized(text), normalized(text.replace("\u200b", " "))) if "\u200b" in text else (normalized(text),)
 
 
@@ -117,8 +119,10 @@ class Pattern:
             ) from None
 
     def matches_of(self, texts: pl.Series) -> list[int]:
-        """Indices of the texts that match, or a JSON string in them; null does not. Raises ComputeError if Rust's
-        `regex` does not know the expression."""
+        """Indices of the texts that match, or a JSON string in them; null does not.
+
+        Raises ComputeError if Rust's `regex` does not know the expression.
+        """
         import polars as pl
 
         escaped = texts.str.contains(ESCAPED).fill_null(False).arg_true()

@@ -62,8 +62,10 @@ def other_files(
 
 
 def stages_reading(index: Index, path: str) -> list[str]:
-    """Addresses of the stages that read a file or folder: it is their
-    dependency or contains one, or their parameters name it in one."""
+    """Addresses of the stages that read a file or folder.
+
+    It is their dependency or contains one, or their parameters name it in one.
+    """
     found: dict[str, None] = {}
     for address, dep, text in index.entries_reading(path):
         if address not in found and (
@@ -80,8 +82,10 @@ def _names(text: str, address: str, path: str, dep: str) -> bool:
 
 
 def _recorded(index: Index, run: StageRun, dep: str, md5: str) -> dict[str, bytes] | None:
-    """Path -> content of a file, or of the files of a folder, with the recorded
-    hash; None if neither the commit nor the workspace has it."""
+    """Path -> content of a file, or of the files of a folder, with the recorded hash.
+
+    None if neither the commit nor the workspace has it.
+    """
     commit = index.first_commit(run)
     if commit and _hash(files := contents_at(index.root, commit, [dep]), dep) == md5:
         return files

@@ -68,8 +68,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def flattened(column: pl.Series) -> tuple[np.ndarray, dict[str, pl.Series]]:
-    """Number of objects in each list of a column of lists, (rows,); and field
-    -> its values in all of them, in order. No fields: not of objects."""
+    """Number of objects in each list of a column of lists, (rows,); and field -> its values in all of them, in order.
+
+    No fields: not of objects.
+    """
     import polars as pl
 
     sizes = column.list.len().fill_null(0)

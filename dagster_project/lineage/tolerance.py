@@ -219,8 +219,10 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
 
 
 def _from_interval(recorded: float, made: float, interval: Sequence[float], place: str) -> tuple[str, float, str]:
-    """Difference of a figure, as a multiple of the distance from it to that end
-    of its recorded interval; a plain number if it is that end."""
+    """Difference of a figure, as a multiple of the distance from it to that end of its recorded interval.
+
+    A plain number if it is that end.
+    """
     distance = abs(recorded - (interval[0] if made < recorded else interval[1]))
     if distance == 0:
         return "number", _ratio(abs(recorded - made), max(abs(recorded), 1.0)), place

@@ -1,5 +1,7 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage. DVC is used only here, in the other files named
-dvc_*.py, in rwlock.py, remote_store.py and experiments.py, and in erasure/remotes.py.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage.
+
+DVC is used only here, in the other files named dvc_*.py, in rwlock.py, remote_store.py and experiments.py, and in
+erasure/remotes.py.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -102,17 +104,12 @@ class StageState:
         """Why the stage is not up to date; empty if it is. Agrees with `dvc status`."""
         if not self.recorded:
             return ["never run"]
-        return (
-            ([self.output_problem] if self.output_problem else [])
-            + list(
-                dict.fromkeys(f"{i.path} changed" for i in self.inputs if i.now != i.recorded)
-            )  # several parts of one output
-            + (
-                []
-                if self.definition_now == self.definition_recorded
-                else ["command, parameters, code or a report it reads changed"]
-            )
-        )
+        reasons = [self.output_problem] if self.output_problem else []
+        # each path once, of which several parts may have changed
+        reasons += dict.fromkeys(f"{i.path} changed" for i in self.inputs if i.now != i.recorded)
+        if self.definition_now != self.definition_recorded:
+            reasons.append("command, parameters, code or a report it reads changed")
+        return reasons
 
     @property
     def differs(self) -> bool:
@@ -135,13 +132,9 @@ class StageState:
         text = f"{self.address} is frozen, so it is not run, but {self.changed[0]}; "
         if self.recorded and self.output_problem:
             path = self.output_problem.partition(" differs from ")[0]
-            restore = (
-                "git checkout HEAD"
-                if path in self.metrics
-                else "dvc checkout --force"
-                if self.in_cache
-                else "dvc pull --force"
-            )
+            restore = "dvc checkout --force" if self.in_cache else "dvc pull --force"
+            if path in self.metrics:
+                restore = "git checkout HEAD"
             text += f"`{restore} {path}` restores it, or "
         return f"{text}remove `frozen: true` from dvc.yaml to let it run"
 
@@ -231,8 +224,10 @@ def lost_records(root: Path) -> list[str]:
 
 @contextmanager
 def records_locked(root: Path) -> Iterator[None]:
-    """While open, DVC's lock of the project is held, so that DVC does not write
-    dvc.lock. It does not write the file atomically."""
+    """While open, DVC's lock of the project is held, so that DVC does not write dvc.lock.
+
+    It does not write the file atomically.
+    """
     with open_repo(root) as repo, repo.lock:
         yield
 
@@ -243,6 +238,7 @@ def _is_definition(path: str) -> bool:
 
 def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definition) -> dict[str, StageState]:
     """The state of every stage of the project's dvc.yaml, in flow order.
+
     Compares each output separately, so it never waits for a running stage.
 
     Args:
@@ -313,8 +309,10 @@ def _version(root: Path, outs: Sequence[Any]) -> str:
 
 
 def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
-    """Path, modification time, inode and size of every file that `read_stages`
-    read: if they are the same, its result is too."""
+    """Path, modification time, inode and size of every file that `read_stages` read.
+
+    If they are the same, its result is too.
+    """
     return stamps(root / name for name in stamped_paths(states))
 
 
@@ -325,9 +323,7 @@ def stamped_paths(states: Mapping[str, StageState]) -> set[str]:
         inputs = [i.path for i in state.inputs]
         paths |= {*state.files, *inputs, *(f"{path}.dvc" for path in inputs)}
     folders = {parent for path in paths for parent in PurePosixPath(path).parents if "://" not in path and parent.name}
-    return paths | {
-        name for folder in folders for name in (f"{folder}.dvc", f"{folder}/.dvcignore", f"{folder}/.gitignore")
-    }
+    return paths | {f"{folder}{name}" for folder in folders for name in (".dvc", "/.dvcignore", "/.gitignore")}
 
 
 def overlap(a: str, b: str) -> bool:
@@ -356,8 +352,10 @@ def status_of(output: Any) -> dict[str, str]:
 
 
 def _removed_listing(output: Any) -> bool:
-    """Remove an output's listing from the cache if it does not match its name,
-    as DVC itself does if it is not JSON. Returns whether it was so."""
+    """Remove an output's listing from the cache if it does not match its name, as DVC itself does if it is not JSON.
+
+    Returns whether it was so.
+    """
     if not output.hash_info:
         return False
     listing = Path(output.cache.oid_to_path(output.hash_info.value))
@@ -378,21 +376,20 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
     if not status:
         return ""
     return (
-        f"{path} differs from {file}; keep the change with `dvc add {quote(path)}`, or drop it with `dvc checkout"
-        f" --force {quote(path)}`"
+        f"{path} differs from {file}; keep the change with `dvc add {quote(path)}`,"
+        f" or drop it with `dvc checkout --force {quote(path)}`"
     )
 
 
 def changed_sources(root: Path) -> dict[str, str]:
-    """.dvc file of each source that differs from it -> how, with the next step. Only of those that a stage reads, as
-    `dvc repro` does: what else is under DVC need not be there. DVC does not look at what a frozen stage reads."""
+    """.dvc file of each source that differs from it -> how, with the next step.
+
+    Only of those that a stage reads, as `dvc repro` does: what else is under DVC need not be there. DVC does not look
+    at what a frozen stage reads.
+    """
     with open_repo(root) as repo:
-        stages = declared_stages(repo)
-        running = [
-            one
-            for one in stages
-            if not one.is_data_source and not one.frozen and Path(one.path) == Path(repo.root_dir, "dvc.yaml")
-        ]
+        stages, file = declared_stages(repo), Path(repo.root_dir, "dvc.yaml")
+        running = [one for one in stages if not one.is_data_source and not one.frozen and Path(one.path) == file]
         read = {path_of(root, dep) for stage in running for dep in stage.deps}
         return {
             os.path.relpath(stage.path, root): problem
@@ -454,7 +451,9 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
 
 def _variables(root: Path, stage: Any, others: Surroundings) -> list[str]:
     """Files with variables of all stages, and with those that this stage uses.
-    DVC gives their paths relative to the current folder."""
+
+    DVC gives their paths relative to the current folder.
+    """
     return sorted({os.path.relpath(path, root) for path in [*others.variables, *stage.tracked_vars]})
 
 
@@ -469,16 +468,17 @@ def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str
 
 
 def _parameters(stage: Any, files: ParameterFiles) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values of the parameters that a stage reads: on disk, and in dvc.lock. Keys
-    of code.lock.yaml, which are names of stages, get its name as a prefix."""
+    """Values of the parameters that a stage reads: on disk, and in dvc.lock.
+
+    Keys of code.lock.yaml, which are names of stages, get its name as a prefix.
+    """
     values: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     for dep in stage.params:
         prefix = f"{code_lock.FILE}:" if Path(dep.fs_path).name == code_lock.FILE else ""
+        in_lock = (dep.hash_info.value or {}) if dep.hash_info else {}
         values |= {prefix + key: value for key, value in files.values(dep).items()}
-        recorded |= {
-            prefix + key: value for key, value in ((dep.hash_info.value or {}) if dep.hash_info else {}).items()
-        }
+        recorded |= {prefix + key: value for key, value in in_lock.items()}
     return values, recorded
 
 
@@ -576,8 +576,9 @@ def _inputs_now(root: Path, stage: Any) -> dict[str, str]:
 
 
 def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) -> tuple[str, ...]:
-    """Outputs of removed or renamed variants, which stay where they were. Git and DVC do not bring them to another
-    clone, so there the hash of the folder is another one.
+    """Outputs of removed or renamed variants, which stay where they were.
+
+    Git and DVC do not bring them to another clone, so there the hash of the folder is another one.
 
     Args:
         addresses: of the stages that dvc.yaml has.
@@ -589,11 +590,8 @@ def _leftovers(root: Path, addresses: Collection[str], inputs: Iterable[str]) ->
         out["path"] for address, entry in recorded.items() if address not in addresses for out in entry.get("outs", [])
     ]
     folders = [path for path in inputs if not is_report(path)]
-    return tuple(
-        out
-        for out in outs
-        if any(out != folder and is_within(out, folder) for folder in folders) and (root / out).exists()
-    )
+    within = [out for out in outs if any(out != folder and is_within(out, folder) for folder in folders)]
+    return tuple(out for out in within if (root / out).exists())
 
 
 def _conflicts(root: Path, address: str, all_stages: Iterable[Any], inputs: Iterable[str]) -> list[tuple[str, str]]:
@@ -646,11 +644,12 @@ def not_ignored(root: Path, paths: Iterable[str]) -> list[str]:
     """
     with open_repo(root) as repo:
         rules = repo.dvcignore
-        return [
-            path
-            for path in paths
-            if not (rules.is_ignored_dir if path.endswith("/") else rules.is_ignored_file)(str(root / path))
-        ]
+
+        def is_ignored(path: str) -> bool:
+            ignores = rules.is_ignored_dir if path.endswith("/") else rules.is_ignored_file
+            return bool(ignores(str(root / path)))
+
+        return [path for path in paths if not is_ignored(path)]
 
 
 def tracked_sources(root: Path) -> dict[str, str]:

@@ -38,8 +38,10 @@ class Store:
         return self.objects / oid[:2] / oid[2:]
 
     def files(self, oid: str) -> dict[str, str] | None:
-        """Objects of a recorded output by path in it ("" for a single file);
-        None if its listing is missing or invalid."""
+        """Objects of a recorded output by path in it ("" for a single file).
+
+        None if its listing is missing or invalid.
+        """
         if not oid.endswith(".dir"):
             return {"": oid}
         try:
@@ -84,29 +86,24 @@ def restore_outputs(root: Path, address: str) -> None:
                 continue
             cached = Path(repo.cache.local.oid_to_path(out.hash_info.value))
             path = Path(out.fs_path)
-            content = (
-                cached.read_bytes()
-                if cached.is_file()
-                else git_bytes(root, "show", f"HEAD:./{path.relative_to(repo.root_dir).as_posix()}")
-            )
-            if (
-                content is not None and md5_of_bytes(content) == out.hash_info.value
-            ):  # in a clone, only git may have a report
+            content = cached.read_bytes() if cached.is_file() else None
+            if content is None:  # in a clone, only git may have a report
+                content = git_bytes(root, "show", f"HEAD:./{path.relative_to(repo.root_dir).as_posix()}")
+            if content is not None and md5_of_bytes(content) == out.hash_info.value:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
 
 
 def recorded_files(root: Path, address: str) -> dict[str, Path]:
-    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it
-    is not cached, or its listing is damaged."""
+    """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output.
+
+    Empty if it is not cached, or its listing is damaged.
+    """
     with open_repo(root) as repo:
         out = main_output(stage_named(repo, address))
         whole, cache = out.hash_info.value if out.hash_info else "", _store(repo)
-        if (
-            not whole.endswith(".dir")
-            or not cache.at(whole).is_file()
-            or md5_of_file(cache.at(whole)) != whole.removesuffix(".dir")
-        ):
+        listing = cache.at(whole) if whole.endswith(".dir") else None
+        if listing is None or not listing.is_file() or md5_of_file(listing) != whole.removesuffix(".dir"):
             return {}
         return {name: cache.at(oid) for name, oid in (cache.files(whole) or {}).items()}
 
@@ -165,18 +162,16 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
             return None
         whole, cache = out.hash_info.value, _store(repo)
         tampered = []
-        for oid in dict.fromkeys(
-            [whole, *(cache.files(whole) or {}).values()]
-        ):  # the listing may be tampered with, too
+        # the listing may be tampered with, too
+        for oid in dict.fromkeys([whole, *(cache.files(whole) or {}).values()]):
             path = cache.at(oid)
             if not path.is_file():
                 continue
             intact = md5_of_file(path) == oid.removesuffix(".dir")
             if not intact:
                 tampered.append(oid)
-            if (
-                not intact or oid == whole
-            ):  # without the whole, the run cache cannot restore an output that no stage published
+            # without the whole, the run cache cannot restore an output that no stage published
+            if not intact or oid == whole:
                 _move(path, aside / oid)
         target = aside / address
         remove(target)

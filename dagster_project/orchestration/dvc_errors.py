@@ -153,26 +153,16 @@ def _folder_of_cache(error: sqlite3.DatabaseError) -> str:
     if isinstance(error, sqlite3.OperationalError):  # locked, full, read-only
         return ""
     owners: list[Any] = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next(
-        (
-            str(owner.directory)
-            for owner in owners
-            if type(owner).__module__.partition(".")[0] in LIBRARIES and hasattr(owner, "directory")
-        ),
-        "",
-    )
+    of_libraries = (owner for owner in owners if type(owner).__module__.partition(".")[0] in LIBRARIES)
+    return next((str(owner.directory) for owner in of_libraries if hasattr(owner, "directory")), "")
 
 
 def _file_of_git(error: ValueError) -> str:
     """The file of git's configuration in which DVC's reader found a mistake; empty if the error has another cause."""
-    frames = [
-        frame
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__") == "dulwich.config"
-    ]
-    return next(
-        (os.fsdecode(path) for frame in reversed(frames) if (path := frame.f_locals.get("path")) is not None), ""
-    )
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    readers = [frame for frame in frames if frame.f_globals.get("__name__") == "dulwich.config"]
+    paths = (frame.f_locals.get("path") for frame in reversed(readers))
+    return next((os.fsdecode(path) for path in paths if path is not None), "")
 
 
 def _name_that_is_not_utf8(folder: Path) -> str:

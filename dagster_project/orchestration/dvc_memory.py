@@ -1,5 +1,8 @@
-"""DVC's files in memory. It writes the listing of every folder that it hashes
-to fsspec's global store, where it would stay as long as the process."""
+"""DVC's files in memory.
+
+It writes the listing of every folder that it hashes to fsspec's global store, where it would stay as long as the
+process.
+"""
 
 from __future__ import annotations
 

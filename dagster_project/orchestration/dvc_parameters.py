@@ -1,5 +1,7 @@
-"""Values of the parameters that stages read. DVC parses the whole file for each
-stage and each question, which is quadratic in the number of variants."""
+"""Values of the parameters that stages read.
+
+DVC parses the whole file for each stage and each question, which is quadratic in the number of variants.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ class ParameterFiles:
         self._parsed: dict[str, Any] = {}
 
     def values(self, dep: Any) -> dict[str, Any]:
-        """What `read_params` of one of DVC's dependencies on parameters
-        returns: value by key; a key that the file does not have is left out.
+        """What `read_params` of one of DVC's dependencies on parameters returns: value by key.
+
+        A key that the file does not have is left out.
 
         Raises:
             dvc.exceptions.DvcException: the file cannot be read, or is a folder.

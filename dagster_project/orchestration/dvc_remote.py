@@ -37,9 +37,11 @@ class PushResult:
 
 
 def is_refusal(error: Exception) -> bool:
-    """True if a remote refused or was unreachable, False for a programming error. Each kind of remote has its own
-    exceptions (botocore, gcsfs, adlfs, paramiko, ...); all libraries also raise those of the operating system, and
-    botocore a ValueError for an address."""
+    """True if a remote refused or was unreachable, False for a programming error.
+
+    Each kind of remote has its own exceptions (botocore, gcsfs, adlfs, paramiko, ...); all libraries also raise those
+    of the operating system, and botocore a ValueError for an address.
+    """
     return isinstance(error, OSError | ValueError) or type(error).__module__.partition(".")[0] not in {
         "builtins",
         "dagster_project",
@@ -69,14 +71,14 @@ def push(root: Path, remote: str | None = None) -> PushResult:
         ):
             raise InputError(
                 f".dvc/config, which git tracks, has the credential {secret}",
-                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment"
-                " (docs/cluster.md)",
+                f"`dvc remote modify --unset {secret.replace('.', ' ')}`,"
+                " and give credentials by the environment (docs/cluster.md)",
             )
         if shown := next((of for of, options in tracked.items() if _has_password(options)), None):
             raise InputError(
                 f".dvc/config, which git tracks, has a password in the address of the remote {shown}",
-                f"`dvc remote modify {shown} url ADDRESS` without it, and give credentials by the environment"
-                " (docs/cluster.md)",
+                f"`dvc remote modify {shown} url ADDRESS` without it,"
+                " and give credentials by the environment (docs/cluster.md)",
             )
         try:
             runs = _complete_runs(repo)
@@ -130,8 +132,10 @@ def _complete_runs(repo: Any) -> dict[Path, Any]:
 
 
 def _push_runs(repo: Any, name: str, entries: Iterable[Path]) -> None:
-    """Copy entries of the run cache to a remote. DVC's own `push` of the run
-    cache copies incomplete ones, too, and only logs failures."""
+    """Copy entries of the run cache to a remote.
+
+    DVC's own `push` of the run cache copies incomplete ones, too, and only logs failures.
+    """
     target = repo.cloud.get_remote_odb(name, "push --run-cache", hash_name="md5-dos2unix")  # that of the folder `runs`
     if isinstance(target.fs, private_module("dvc.fs").HTTPFileSystem):
         raise InputError(
@@ -232,9 +236,8 @@ def open_remote(root: Path) -> Iterator[Remote]:
     with open_repo(root) as repo:
         name = repo.config["core"].get("remote")
         try:
-            configured = (
-                private_module("dvc.fs").get_fs_config(repo.config, name=name) if name else {}
-            )  # with those of a remote that it names
+            # with those of a remote that it names
+            configured = private_module("dvc.fs").get_fs_config(repo.config, name=name) if name else {}
             if _has_password(configured):
                 raise InputError(
                     "the URL of DVC's remote contains a password, which jobs would show",

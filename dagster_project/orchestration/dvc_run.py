@@ -1,5 +1,7 @@
-"""Runs one stage by DVC, in this process. The environment of stage commands,
-and whether DVC was asked to run a stage even if nothing changed."""
+"""Runs one stage by DVC, in this process.
+
+The environment of stage commands, and whether DVC was asked to run a stage even if nothing changed.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def reproduce(
 @contextmanager
 def commands_started() -> Iterator[list[str]]:
     """While open, collects a line for each stage whose command DVC starts.
-    `Repo.reproduce` returns both the stages that ran and those that it restored."""
+
+    `Repo.reproduce` returns both the stages that ran and those that it restored.
+    """
     lines: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:

@@ -132,15 +132,15 @@ def queue(root: Path, name: str, overrides: Collection[str], target: str) -> Non
 
 
 def _copied(root: Path) -> list[str]:
-    """The option by which DVC copies the key of record ids to a trial, if git
-    ignores it: stages refuse to run without it."""
+    """The option by which DVC copies the key of record ids to a trial, if git ignores it.
+
+    Stages refuse to run without it.
+    """
     if not (root / RECORD_KEY).is_file() or git(root, "check-ignore", "--quiet", RECORD_KEY) is None:
         return []
     folder = Path(RECORD_KEY).parent.as_posix()
-    return [
-        "--copy-paths",
-        RECORD_KEY if git(root, "ls-files", "--", folder) else folder,
-    ]  # DVC does not make the folder of a file
+    # DVC does not make the folder of a file
+    return ["--copy-paths", RECORD_KEY if git(root, "ls-files", "--", folder) else folder]
 
 
 def start_workers(root: Path, jobs: int) -> None:
@@ -225,8 +225,9 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
 
 
 def shown(root: Path, names: Collection[str], baseline: str) -> dict[str, Mapping[str, Any]]:
-    """Parameters and metrics of finished experiments from `dvc exp show`: by
-    name, then by file. Failed and queued ones are omitted.
+    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file.
+
+    Failed and queued ones are omitted.
 
     Args:
         baseline: the commit from which they were queued; DVC shows those of HEAD otherwise.

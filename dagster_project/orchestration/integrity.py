@@ -91,8 +91,8 @@ def set_tampered_aside(root: Path, states: Iterable[StageState], locked: bool = 
             continue
         what = f"{len(objects)} of its cache objects were tampered with" if objects else "it was changed without DVC"
         lines.append(
-            f"{state.address}: {state.out} is not what was published (sha256 differs): {what}; set aside, will be"
-            " produced again"
+            f"{state.address}: {state.out} is not what was published (sha256 differs): {what};"
+            " set aside, will be produced again"
         )
     if (after := json.dumps(known)) != before:
         with suppress(OSError):  # the disk is full or read-only: the next command hashes again
@@ -131,8 +131,10 @@ def report_at(at: Revision, address: str) -> dict[str, Any]:
 
 
 def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) -> str | None:
-    """sha256 of a stage's main output according to its report; None for other
-    outputs, or if the report is not the recorded one."""
+    """sha256 of a stage's main output according to its report.
+
+    None for other outputs, or if the report is not the recorded one.
+    """
     report, recorded = bytes_of(at, report_of(address)), {out["path"]: out["md5"] for out in lock[address]["outs"]}
     if report is None or path.startswith((REPORTS, PLOTS)) or md5_of_bytes(report) != recorded.get(report_of(address)):
         return None
@@ -152,11 +154,9 @@ def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[
     Raises:
         InputError: nothing was hashed.
     """
-    commits = (
-        (git_bytes(root, "rev-list", "--all", "--full-history", "--", "dvc.lock") or b"").decode().split()
-        if all_revs
-        else []
-    )
+    commits: list[str] = []
+    if all_revs:
+        commits = (git_bytes(root, "rev-list", "--all", "--full-history", "--", "dvc.lock") or b"").decode().split()
     examination = _Examination(root)
     for revision in [rev, *commits]:
         examination.examine(Revision(root, revision))
@@ -201,9 +201,8 @@ class _Examination:
                     self._examine_output(
                         at, address, out["path"], out["md5"], published(at, lock, address, out["path"])
                     )
-        if at.rev is None and not any(
-            where == "dvc.lock" for where, _ in self.findings
-        ):  # DVC may be unable to read an altered one
+        # DVC may be unable to read an altered one
+        if at.rev is None and not any(where == "dvc.lock" for where, _ in self.findings):
             for path, oid in dvc.tracked_sources(self.root).items():
                 self._examine_output(at, "", path, oid, None)
 
@@ -211,11 +210,9 @@ class _Examination:
         """The entries of dvc.lock; if it is damaged, none and a finding."""
         content = bytes_of(at, "dvc.lock")
         lost = lost_entries(self.root) if at.rev is None else []
-        wrong, then = (
-            (lost_text(lost).removeprefix("dvc.lock "), LOST_HINT)
-            if lost
-            else ("cannot be read", "git checkout dvc.lock")
-        )
+        wrong, then = "cannot be read", "git checkout dvc.lock"
+        if lost:
+            wrong, then = lost_text(lost).removeprefix("dvc.lock "), LOST_HINT
         try:
             lock = at.lock(partial=True)
             if all(
@@ -286,8 +283,10 @@ class _Examination:
         return self.objects[oid]
 
     def _has(self, path: str, oid: str) -> bool:
-        """Whether the workspace has this file; of a folder, any content: DVC
-        asks before it commits another one than recorded."""
+        """Whether the workspace has this file; of a folder, any content.
+
+        DVC asks before it commits another one than recorded.
+        """
         file = self.root / path
         return file.is_dir() if oid.endswith(".dir") else file.is_file() and md5_of_file(file) == oid
 
@@ -302,17 +301,13 @@ class _Examination:
             }
         elif md5_of_bytes(content.replace(b"\r\n", b"\n")) == out["md5"] != md5_of_bytes(content):
             then = (
-                "write `* -text` into .gitattributes, and restore it with `git checkout HEAD`: git changed its line"
-                " ends"
+                "write `* -text` into .gitattributes,"
+                " and restore it with `git checkout HEAD`: git changed its line ends"
             )
             self._add_finding(where, out["path"], "has line ends of Windows, unlike what dvc.lock recorded", then)
         elif md5_of_bytes(content) != out["md5"]:
-            self._add_finding(
-                where,
-                out["path"],
-                "is not what dvc.lock recorded",
-                f"git checkout {out['path']}, or dvc repro {address}",
-            )
+            then = f"git checkout {out['path']}, or dvc repro {address}"
+            self._add_finding(where, out["path"], "is not what dvc.lock recorded", then)
         elif at.rev is None and os.path.lexists(copy := self.store.at(out["md5"])):  # a clone has none
             self._object(
                 out["md5"], out["path"], "", f"rm -r {quote(str(copy))}: it is only a copy for DVC's run cache", ""
@@ -327,11 +322,9 @@ class _Examination:
             oid: DVC's hash in dvc.lock.
             sha256: published in the stage's report; None if unknown.
         """
-        reproduce = (
-            f"dvc repro {address}: it sets altered files aside and produces them again"
-            if address
-            else f"dvc pull {quote(path)}"
-        )
+        reproduce = f"dvc pull {quote(path)}"
+        if address:
+            reproduce = f"dvc repro {address}: it sets altered files aside and produces them again"
         again = "" if at.rev else reproduce  # a stage runs on the files of the workspace
         fetch = "dvc pull --all-commits" if at.rev else f"dvc pull {quote(path)}, or dvc repro {address or quote(path)}"
         if at.rev and any((self.root / CERTIFICATES).glob("*.json")):
@@ -345,12 +338,8 @@ class _Examination:
         }
         if files is not None and sha256 and None not in sums.values() and _sha256_of_listing(sums) != sha256:
             where = f"dvc.lock at {at.rev}" if at.rev else "dvc.lock"
-            self._add_finding(
-                where,
-                path,
-                f"is recorded as {oid}, whose sha256 is not that of the report",
-                again or "use another revision",
-            )
+            wrong = f"is recorded as {oid}, whose sha256 is not that of the report"
+            self._add_finding(where, path, wrong, again or "use another revision")
         if at.rev is None and (self.root / path).exists():
             self._examine_workspace(path, files, sha256, reproduce)
 
@@ -442,11 +431,9 @@ def as_text(document: Mapping[str, Any]) -> str:
         f" {document['bytes'] / 1e6:,.1f} MB, hashed with md5 and sha256, {document['revisions']} revision(s)"
         + (" of a shallow clone: earlier ones are unknown" if document["shallow"] else "")
     ]
-    lines += [
-        f"  {one['where']}: {one['path']} {one['wrong']}\n    next: {one['next']}" for one in document["findings"]
-    ]
-    lines += [
-        f"  missing: {one['path']} ({one['object']})\n    next: {one['next']}" for one in document["missing"][:SHOWN]
-    ]
+    for one in document["findings"]:
+        lines += [f"  {one['where']}: {one['path']} {one['wrong']}", f"    next: {one['next']}"]
+    for one in document["missing"][:SHOWN]:
+        lines += [f"  missing: {one['path']} ({one['object']})", f"    next: {one['next']}"]
     more = len(document["missing"]) - SHOWN
     return "\n".join([*lines, *([f"  and {more} more that are missing"] if more > 0 else [])])

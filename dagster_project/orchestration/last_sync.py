@@ -1,5 +1,6 @@
-"""The state of all files after a sync that had nothing to report: while it is
-the same, the next one has nothing to report either.
+"""The state of all files after a sync that had nothing to report.
+
+While it is the same, the next one has nothing to report either.
 
 So that one needs neither Dagster nor DVC. Like DVC and `integrity`, it trusts
 that a file with the same time, inode and size has the same content.
@@ -48,8 +49,10 @@ OTHER_CACHE = re.compile(r"^\s*(dir|local)\s*=", re.MULTILINE)
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
-    """Path, modification time, inode and size of each of these files, and of everything in these folders. Of DVC's
-    cache: of its folders only, which change if an object is added or removed."""
+    """Path, modification time, inode and size of each of these files, and of everything in these folders.
+
+    Of DVC's cache: of its folders only, which change if an object is added or removed.
+    """
     found = []
     for path in sorted(paths):
         within = path.glob("*") if path.parts[-len(OBJECTS.parts) :] == OBJECTS.parts else path.rglob("*")
@@ -82,9 +85,8 @@ class LastSync:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return cls(root, key_prefix, (), None, None)
         now = None
-        with suppress(
-            OSError, ValueError, sqlite3.Error
-        ):  # a path that no file can have, or a folder or database that cannot be read
+        # a path that no file can have, or a folder or database that cannot be read
+        with suppress(OSError, ValueError, sqlite3.Error):
             now = _state(root, key_prefix, paths)
         return cls(root, key_prefix, tuple(paths), known.get("state"), now)
 
@@ -93,8 +95,10 @@ class LastSync:
         return self.now is not None and self.now == self.before
 
     def remember(self, paths: Iterable[str]) -> None:
-        """Call it after a sync that had nothing to report. The state counts
-        from the second one on that read the same files."""
+        """Call it after a sync that had nothing to report.
+
+        The state counts from the second one on that read the same files.
+        """
         names = sorted(paths)
         text = json.dumps({"paths": names, "state": self.now if names == [*self.paths] else None})
         with suppress(OSError):  # the disk is full or read-only: the next sync reads everything again
@@ -115,9 +119,8 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
         OTHER_CACHE.search(file.read_text(encoding="utf-8")) for file in configurations if file.is_file()
     ):
         return None
-    packages = [
-        Path(spec.origin) for spec in map(find_spec, ("dagster", "dvc")) if spec and spec.origin
-    ]  # an upgrade replaces these files
+    # an upgrade replaces these files
+    packages = [Path(spec.origin) for spec in map(find_spec, ("dagster", "dvc")) if spec and spec.origin]
     files = [
         *stamps(root / path for path in {*paths, *ALWAYS}),
         *stamps([*configurations, *packages]),
@@ -127,8 +130,10 @@ def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str
 
 
 def _databases(home: Path) -> Iterator[tuple[Any, ...]]:
-    """Stamps of SQLite's files, without those that reading alone makes and removes. Of the file in which Dagster's
-    daemon also writes that it is alive: identity, status and time of each run."""
+    """Stamps of SQLite's files, without those that reading alone makes and removes.
+
+    Of the file in which Dagster's daemon also writes that it is alive: identity, status and time of each run.
+    """
     runs = home / "history" / RUNS
     for stamp in stamps([home / "history", home / "pedigree_project"]):
         if stamp[0] in {str(runs), f"{runs}-wal"} or stamp[0].endswith(("-shm", "-journal")) or Path(stamp[0]).is_dir():

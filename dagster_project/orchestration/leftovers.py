@@ -31,8 +31,10 @@ that has not changed since is not searched again."""
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove temporary files whose process has ended. DVC's are removed only if
-    no process holds DVC's lock of the project."""
+    """Remove temporary files whose process has ended.
+
+    DVC's are removed only if no process holds DVC's lock of the project.
+    """
     for path in (
         Path(folder, name) for start in WRITTEN for folder, _, names in os.walk(root / start) for name in names
     ):
@@ -52,9 +54,8 @@ def remove_leftovers(root: Path) -> None:
             for path in abandoned:
                 path.unlink(missing_ok=True)
                 log.info(f"removed {path.relative_to(root)}, which a killed process left behind")
-            if len(abandoned) == len(
-                found
-            ):  # otherwise files in use are looked for again, even if their folders do not change
+            # otherwise files in use are looked for again, even if their folders do not change
+            if len(abandoned) == len(found):
                 (root / SWEPT).parent.mkdir(parents=True, exist_ok=True)
                 (root / SWEPT).touch()
     except OSError as error:  # busy, or not writable

@@ -42,8 +42,8 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None], command: str 
             except OSError as error:
                 raise PedigreeError(
                     f"{path}: this file system does not lock files ({error.strerror})",
-                    "keep the project on a local disk, or on a network file system mounted with locks; two runs of one"
-                    " stage would destroy each other's outputs",
+                    "keep the project on a local disk, or on a network file system mounted with locks;"
+                    " two runs of one stage would destroy each other's outputs",
                 ) from None
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "command": " ".join(sys.argv) if command is None else command}))

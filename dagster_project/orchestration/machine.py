@@ -61,8 +61,9 @@ oneDNN's own answer, dnnl_get_effective_cpu_isa; tests/test_machine.py compares 
 
 
 def machine() -> dict[str, Any]:
-    """The machine as this process uses it. To be called after the computation:
-    threads and GPU are then those that it used.
+    """The machine as this process uses it.
+
+    To be called after the computation: threads and GPU are then those that it used.
 
     Returns:
         {"cpu": the processor's name, "architecture", "vendor", "flags", "caches", "instruction_set": {"torch",
@@ -109,8 +110,10 @@ def packages() -> str:
 
 
 def named(found: Iterable[Distribution]) -> Iterator[Distribution]:
-    """Those with a name: an interrupted installation can leave a `dist-info`
-    folder without metadata, which pip does not count either."""
+    """Those with a name.
+
+    An interrupted installation can leave a `dist-info` folder without metadata, which pip does not count either.
+    """
     return (one for one in found if any(map(one.read_text, METADATA)) and one.name)
 
 
@@ -119,9 +122,8 @@ def onednn(flags: set[str], limits: dict[str, str]) -> str:
     has, up to the limit of ONEDNN_MAX_CPU_ISA."""
     limit = (limits.get("ONEDNN_MAX_CPU_ISA") or limits.get("DNNL_MAX_CPU_ISA") or "").upper()
     names = list(ONEDNN)
-    allowed = (
-        names[: names.index(limit) + 1] if limit in ONEDNN else names
-    )  # oneDNN ignores a name that it does not know
+    # oneDNN ignores a name that it does not know
+    allowed = names[: names.index(limit) + 1] if limit in ONEDNN else names
     return next((name for name in reversed(allowed) if ONEDNN[name] <= flags), "")
 
 
@@ -138,8 +140,11 @@ def _cpu() -> dict[str, str]:
 
 
 def _caches() -> dict[str, str]:
-    """Level -> size of the first processor's caches: MKL and oneDNN cut products into blocks by them, which orders the
-    sums. Linux leaves out files whose value the firmware does not state, on many Arm machines the size."""
+    """Level -> size of the first processor's caches.
+
+    MKL and oneDNN cut products into blocks by them, which orders the sums. Linux leaves out files whose value the
+    firmware does not state, on many Arm machines the size.
+    """
     found = {}
     for folder in sorted(CACHES.glob("index*")):
         files = [folder / name for name in ("level", "type", "size")]

@@ -1,5 +1,7 @@
-"""Processes on this host: the stage command that DVC starts (the driver), and
-its parents. Where a stage computes is decided in executors/."""
+"""Processes on this host: the stage command that DVC starts (the driver), and its parents.
+
+Where a stage computes is decided in executors/.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,10 @@ def end_with_starter() -> None:
 
 
 def _can_be_starter(pid: int) -> bool:
-    """Whether the parent of this process may have started it: commands are started in the session of their starter. If
-    that was killed while this process was starting, the parent is one that adopted it, such as init."""
+    """Whether the parent of this process may have started it: commands are started in the session of their starter.
+
+    If that was killed while this process was starting, the parent is one that adopted it, such as init.
+    """
     session = os.getsid(0)
     try:
         return session in (os.getpid(), os.getsid(pid))
@@ -136,8 +140,9 @@ def ended_with_its_children(process: subprocess.Popen[bytes]) -> Iterator[subpro
 
 
 def interrupt_command(address: str) -> None:
-    """Interrupt the stage command that DVC started in this process; kill it if
-    it is still running after `CLEAN_UP` seconds.
+    """Interrupt the stage command that DVC started in this process.
+
+    Kill it if it is still running after `CLEAN_UP` seconds.
 
     Its exit status is left for DVC. psutil's `wait` would take it: DVC would
     then see exit code 0 and record a run that was interrupted.

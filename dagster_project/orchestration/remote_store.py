@@ -66,8 +66,8 @@ class RemoteStore:
             absent = self._absent(group)
             if missing := [oid for oid in absent if not Path(self.remote.cached_at(oid)).is_file()]:
                 raise InputError(
-                    f"{len(missing)} object(s) of the inputs are neither in DVC's cache nor in its remote (first:"
-                    f" {missing[0]})",
+                    f"{len(missing)} object(s) of the inputs are neither"
+                    f" in DVC's cache nor in its remote (first: {missing[0]})",
                     "`dvc pull` them, or `dvc commit` what is in the workspace",
                 )
             sent += self._each(self._send, absent)
@@ -138,9 +138,8 @@ class RemoteStore:
             if md5_of_file(target) == oid:
                 return 0
             target.unlink()
-        scratch = target.with_name(
-            f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}"
-        )  # removed by leftovers.py if this process is killed
+        # removed by leftovers.py if this process is killed
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}")
         scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._explained("read"):
@@ -213,8 +212,10 @@ class RemoteStore:
             self.remote.fs.get_file(path, str(target))
 
     def list(self, path: str) -> list[str]:
-        """All files below a path, relative to it. Keys of S3 may contain "..":
-        files outside of the path are left out."""
+        """All files below a path, relative to it.
+
+        Keys of S3 may contain "..": files outside of the path are left out.
+        """
         try:
             with self._explained("read"):
                 self.remote.fs.fs.invalidate_cache()
@@ -236,9 +237,8 @@ class RemoteStore:
         except (FileNotFoundError, PedigreeError):
             raise
         except Exception as error:
-            if not is_refusal(error) or (
-                action == "read" and faults.is_full(error)
-            ):  # full: the disk of this machine, to which the file was copied
+            # full: the disk of this machine, to which the file was copied
+            if not is_refusal(error) or (action == "read" and faults.is_full(error)):
                 raise
             raise self._refusal(action, error) from None
 
@@ -246,8 +246,8 @@ class RemoteStore:
         return PedigreeError(
             f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}:"
             f" {type(error).__name__}: {error}",
-            "nothing was recorded; check its address, free space, and the credentials in the environment of this"
-            " machine and of the nodes",
+            "nothing was recorded; check its address, free space,"
+            " and the credentials in the environment of this machine and of the nodes",
         )
 
 

@@ -1,5 +1,6 @@
-"""Brings all stages up to date, several at once: one process for each, which reproduces that stage by DVC. Starts
-stages as soon as all that they read is done.
+"""Brings all stages up to date, several at once: one process for each, which reproduces that stage by DVC.
+
+Starts stages as soon as all that they read is done.
 
 A process for each, because DVC's table of locked paths takes two threads of one
 process for the same owner (docs/decisions/025).
@@ -81,11 +82,9 @@ def parents(states: Mapping[str, StageState]) -> dict[str, set[str]]:
     found = {address: {i.producer for i in state.inputs if i.producer} for address, state in states.items()}
     for address, state in states.items():
         reports = [path for path in state.code if is_report(path)]
-        found[address] |= {
-            a
-            for a, other in states.items()
-            if other.report and any(dvc.overlap(path, other.report) for path in reports)
-        }
+        for name, other in states.items():
+            if other.report and any(dvc.overlap(path, other.report) for path in reports):
+                found[address].add(name)
     return found
 
 
@@ -96,8 +95,9 @@ def remaining(
     seconds: Mapping[str, float],
     jobs: int,
 ) -> float:
-    """Seconds until all of these stages are done, if each takes as long as the
-    last time; a stage without a known duration counts as 0.
+    """Seconds until all of these stages are done, if each takes as long as the last time.
+
+    A stage without a known duration counts as 0.
 
     Args:
         above: stages that each stage reads.
@@ -311,8 +311,10 @@ class RunAll:
         log.info(text)
 
     def _interrupt(self) -> None:
-        """End the running stages: interrupt each, and kill it if it has not
-        ended after the time that its command has for that."""
+        """End the running stages.
+
+        Interrupt each, and kill it if it has not ended after the time that its command has for that.
+        """
         self.interrupted = True
         log.info(f"interrupted: ending {', '.join(self.running) or 'nothing'}; finished stages are kept")
         with suppress(KeyboardInterrupt):  # a second one kills
@@ -399,8 +401,9 @@ def last_seconds(root: Path, address: str) -> float | None:
 def run_all(
     root: Path, jobs: int, force: bool, validate: Callable[[Path], Any], only: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Bring all stages up to date by DVC, up to `jobs` independent ones at
-    once. After a failure no other stage is started; running ones finish.
+    """Bring all stages up to date by DVC, up to `jobs` independent ones at once.
+
+    After a failure no other stage is started; running ones finish.
 
     Args:
         validate: refuses bad parameters before anything runs.

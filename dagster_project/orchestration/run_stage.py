@@ -1,5 +1,7 @@
-"""`pedigree run STAGE`, the driver: the only way to run a stage. Verifies
-inputs, runs the stage by an executor, applies the gate, publishes outputs."""
+"""`pedigree run STAGE`, the driver: the only way to run a stage.
+
+Verifies inputs, runs the stage by an executor, applies the gate, publishes outputs.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +42,17 @@ log = logging.getLogger("pedigree")
 def run_stage(
     root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor | None = None
 ) -> Mapping[str, Any]:
-    """Run one stage on the files in the workspace.
+    """Run one stage on the files in the workspace, and return its report.
 
     The stage writes into a scratch folder. Its outputs are published after every blocking check passed and its inputs
     were verified as unchanged. Otherwise the earlier outputs are kept; those that DVC removed are restored.
 
     Args:
         executor: where the stage computes; None: according to the section `execution` of params.yaml.
-    Returns:
-        The stage's report.
-
     Raises:
         InputError: bad parameters or input, or the stage's code is not the one recorded in code.lock.yaml.
         CheckFailed: a blocking check failed, an input is not what its producer recorded, or an input changed meanwhile.
-        Busy: another process runs the stage. If DVC started this process, it
-            waits instead, because DVC has already removed the outputs.
+        Busy: another process runs the stage. If DVC started this one, it waits: DVC has already removed the outputs.
     """
     stage, variant = pipeline.split_address(address)
     processes.end_with_starter()
@@ -69,15 +67,7 @@ def run_stage(
         remove_leftovers(root)
         try:
             code_lock.refuse_other_code(root, [stage])
-            with lean_imports():
-                # the driver of a worker has validated them, and the worker has only the sources that this stage reads
-                read_params = params.read if os.environ.get(VARIABLE) == WORKER else pipeline.validate
-                try:
-                    before = _verified_inputs(root, address)  # before any of these files is read
-                except MissingParameter:
-                    read_params(root)  # says more about what is missing
-                    raise
-                values = read_params(root)
+            before, values = _verified(root, address, pipeline)
             if (key := pipeline.rests_on_all.get(stage)) and _is_given(root, values, key) and not _is_inner():
                 _refuse_outdated(root, address)
             executor = executor or _executor(root, values, address, pipeline, before)
@@ -91,11 +81,7 @@ def run_stage(
             result = executor.run(StageJob(pipeline, ctx, before))
             report = _pass_gate(root, ctx, result)
             sha256 = integrity.sha256_of(ctx.out)
-            changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
-            if changed:
-                raise CheckFailed(
-                    f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded"
-                )
+            _refuse_changed_inputs(root, address, before)
             code_lock.refuse_other_code(root, [stage])  # an upgrade while it ran
             _publish(root, ctx, report, sha256, result)
         except BaseException as error:
@@ -107,16 +93,38 @@ def run_stage(
             raise
         finally:
             remove(scratch)
-    for line in (
-        _summary(address, report) if os.environ.get(VARIABLE) != WORKER else ()
-    ):  # the driver of a worker logs it
-        log.info(line)
+    if os.environ.get(VARIABLE) != WORKER:  # the driver of a worker logs it
+        for line in _summary(address, report):
+            log.info(line)
     return report
 
 
+def _verified(root: Path, address: str, pipeline: Pipeline) -> tuple[Mapping[str, str], Mapping[str, Any]]:
+    """Hashes of everything the stage reads, verified, and the validated parameters."""
+    with lean_imports():
+        # the driver of a worker has validated them, and the worker has only the sources that this stage reads
+        read_params = params.read if os.environ.get(VARIABLE) == WORKER else pipeline.validate
+        try:
+            before = _verified_inputs(root, address)  # before any of these files is read
+        except MissingParameter:
+            read_params(root)  # says more about what is missing
+            raise
+        return before, read_params(root)
+
+
+def _refuse_changed_inputs(root: Path, address: str, before: Mapping[str, str]) -> None:
+    changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
+    if changed:
+        raise CheckFailed(
+            f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded"
+        )
+
+
 def _restore(root: Path, address: str, reason: BaseException) -> None:
-    """Restore the outputs that DVC removed. If even this fails, the error that
-    ended the stage is still the one to report."""
+    """Restore the outputs that DVC removed.
+
+    If even this fails, the error that ended the stage is still the one to report.
+    """
     try:
         dvc_cache.restore_outputs(root, address)
     except Exception as error:
@@ -135,8 +143,8 @@ def _executor(
         return LocalExecutor(_workers(place.workers))
     if _reads_private_key(root, inputs):
         log.info(
-            f"{address}: runs on this machine, because it reads {RECORD_KEY}, which git ignores and a job therefore"
-            " does not get"
+            f"{address}: runs on this machine, because it reads {RECORD_KEY},"
+            " which git ignores and a job therefore does not get"
         )
         return LocalExecutor(_workers(place.workers))
     from dagster_project.orchestration.executors.ray import RayExecutor
@@ -146,10 +154,11 @@ def _executor(
 
 def _reads_private_key(root: Path, inputs: Iterable[str]) -> bool:
     """Whether a stage reads the key of record ids, and git ignores its file.
-    Stages that read sources need it to recognize erased records."""
-    if not any(
-        is_within(RECORD_KEY, path) or (is_within(TOMBSTONES, path) and (root / TOMBSTONES).exists()) for path in inputs
-    ):
+
+    Stages that read sources need it to recognize erased records.
+    """
+    needed = [RECORD_KEY, *([TOMBSTONES] if (root / TOMBSTONES).exists() else [])]
+    if not any(is_within(file, path) for path in inputs for file in needed):
         return False
     return git(root, "check-ignore", "--quiet", RECORD_KEY) is not None
 
@@ -189,42 +198,34 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
 
 
 def _is_given(root: Path, values: Mapping[str, Any], key: str) -> bool:
-    """Whether params.yaml has a value at "SECTION.NAME", or the report of that
-    stage states one, as it does after a value was removed."""
+    """Whether params.yaml has a value at "SECTION.NAME", or had one when that stage ran, by its report."""
     stage, _, name = key.partition(".")
-    return value_at(values, key) is not None or (
-        (root / report_of(stage)).is_file() and name in read_report(root, stage)
-    )
+    if value_at(values, key) is not None:
+        return True
+    return (root / report_of(stage)).is_file() and name in read_report(root, stage)
 
 
 def _is_inner() -> bool:
-    """Whether this is a worker, whose driver has compared all stages, or the
-    scratch copy of `verify`, which has only the inputs of its stage."""
+    """Whether this process has no other stages to compare with.
+
+    It is a worker, whose driver has compared them, or in the scratch copy of `verify`, which lacks them.
+    """
     return os.environ.get(VARIABLE) == WORKER or INNER in os.environ
 
 
 def _refuse_outdated(root: Path, address: str) -> None:
-    """Raises:
-    CheckFailed: a stage upstream is not up to date: what the stage reads may
-        have been made from other data than reports state.
+    """Refuse to run after a stage upstream that is not up to date.
+
+    Raises:
+        CheckFailed: what the stage reads may have been made from other data than reports state.
     """
     states = dvc.read_stages(root)
     outdated = [
         f"{name}: {'; '.join(states[name].changed)}" for name in dvc.ancestors(states, address) if states[name].changed
     ]
     if outdated:
-        raise CheckFailed(
-            "\n".join(
-                [
-                    (
-                        f"{address} judges the use policy by the reports of all stages before it, and these are not up"
-                        " to date:"
-                    ),
-                    *outdated,
-                ]
-            ),
-            f"run `dvc repro {address}`, without --single-item",
-        )
+        what = f"{address} judges the use policy by the reports of all stages before it, and these are not up to date:"
+        raise CheckFailed("\n".join([what, *outdated]), f"run `dvc repro {address}`, without --single-item")
 
 
 def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[str, Any]:
@@ -260,8 +261,10 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
 
 
 def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, result: StageResult) -> None:
-    """Move outputs from the scratch folder to the project, each by one rename;
-    write the report with the sha256 of the main output."""
+    """Move outputs from the scratch folder to the project, each by one rename.
+
+    Write the report with the sha256 of the main output.
+    """
     plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
     _share_as_their_folders(ctx.out)
     for path in [ctx.out, *plots]:
@@ -269,17 +272,18 @@ def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: s
     write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
     facts = {**result.measured, **({"execution": result.execution} if result.execution else {})}
     path = measured_path(root, ctx.address)
-    if facts or any(
-        file != path for file in path.parent.glob("*")
-    ):  # with pages: `render` reads of which output they are
+    # with pages: `render` reads of which output they are
+    if facts or any(file != path for file in path.parent.glob("*")):
         write_json(path, {"output_sha256": sha256, **facts})
     else:
         remove(path)  # of an earlier run, perhaps on another machine
 
 
 def _share_as_their_folders(output: Path) -> None:
-    """Let those read files who may read their folder: safetensors writes its
-    files for their owner only, whatever the umask is."""
+    """Let those read files who may read their folder.
+
+    Safetensors writes its files for their owner only, whatever the umask is.
+    """
     for file in output.rglob("*"):
         if not file.is_symlink() and file.is_file() and not (mode := file.stat().st_mode) & 0o077:
             file.chmod(mode & 0o777 | file.parent.stat().st_mode & 0o066)

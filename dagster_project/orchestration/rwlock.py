@@ -35,10 +35,11 @@ def _table(root: Path) -> dict[str, Any] | None:
 
 
 def repair(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then
-    refuses every command. Remove the entries of ended processes: DVC counts a killed process as
-    running as long as its parent does not collect it, which the first process of a container
-    may never do, and after a restart of the machine if another program has its number.
+    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command.
+
+    Remove the entries of ended processes: DVC counts a killed process as running as long as its parent does not collect
+    it, which the first process of a container may never do, and after a restart of the machine if another program has
+    its number.
 
     Raises:
         InputError: something else is in the place of one of DVC's locks.
@@ -92,8 +93,11 @@ def _of_running(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runs(pid: int, cmd: str) -> bool:
-    """Whether the process of an entry runs. If another program has its number now, its command line has neither a word
-    of `OWNERS` nor the first word of the entry."""
+    """Whether the process of an entry runs.
+
+    If another program has its number now, its command line has neither a word of `OWNERS` nor the first word of the
+    entry.
+    """
     return runs_one_of(pid, (*OWNERS, cmd.partition(" ")[0]))
 
 

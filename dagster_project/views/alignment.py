@@ -57,12 +57,9 @@ def draw_alignment(documents: Documents) -> None:
         "Watch": _watch(metrics["watch"], history["signs"], "reward_model" in metrics, metrics.get("held_out", {})),
         "Curves": {"overfitting_since": overfitting_since(points), "figures": [figure for figure in figures if figure]},
         "Answers": _answers(read_table(documents.out / "samples.parquet")),
-        **(
-            {"Sampled": _sampled(shards, components)}
-            if (shards := sorted((documents.out / "answers").glob("*.parquet")))
-            else {}
-        ),
     }
+    if shards := sorted((documents.out / "answers").glob("*.parquet")):
+        sections["Sampled"] = _sampled(shards, components)
     reliable = metrics["checks"].get("reward_model_is_reliable", {"passed": True})
     text = render(
         "alignment.jinja", f"Alignment of {documents.variant}", sections, variant=documents.variant, metrics=metrics,
@@ -105,19 +102,13 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str], alone: bool, held_out
         "distinct": "share of distinct word runs",
         "unfinished": "share of unfinished answers",
     }
-    rows = [
-        (
-            words,
-            found["sft"],
-            found["aligned"],
-            f"{found['difference']:+.3f}",
-            "{:+.3f} to {:+.3f}".format(*found["interval"]),
-        )
-        for words, found in (
-            *((words, watch[name]) for name, words in named.items() if name in watch),
-            *((f"reward {name}", found) for name, found in held_out.items() if name != "reward"),
-        )
-    ]
+    measured = [(words, watch[name]) for name, words in named.items() if name in watch]
+    measured += [(f"reward {name}", found) for name, found in held_out.items() if name != "reward"]
+    rows = []
+    for words, found in measured:
+        low, high = found["interval"]
+        difference, interval = f"{found['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"
+        rows.append((words, found["sft"], found["aligned"], difference, interval))
     unmeasured = (
         "There is no reward model: only the answers themselves are watched. " if alone else "No reward was measured. "
     )

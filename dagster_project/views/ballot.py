@@ -11,8 +11,9 @@ from dagster_project.views.html import render
 
 
 def ballot_page(ballot: Mapping[str, Any]) -> str:
-    """One HTML file that takes votes by keyboard or mouse and saves them to a
-    file. It does not contain the names of the systems.
+    """One HTML file that takes votes by keyboard or mouse and saves them to a file.
+
+    It does not contain the names of the systems.
 
     Args:
         ballot: `evaluation.ballots.document`.

@@ -30,13 +30,10 @@ def bisect_page(document: Mapping[str, Any]) -> str:
     """
     kind, sign, sentence = VERDICTS[document["verdict"]]
     first, records = document.get("first"), document.get("records")
+    commit, title = (first["commit"][:12], first["title"]) if first else ("none", "in this search")
     figures = [
         ("versions", number(len(document["versions"])), f"{number(document['evaluations'])} asked"),
-        (
-            "first commit without it",
-            first["commit"][:12] if first else "none",
-            first["title"] if first else "in this search",
-        ),
+        ("first commit without it", commit, title),
         ("records", "unknown" if first and records is None else number(len(records or ())), _among(document)),
     ]
     others = [

@@ -80,8 +80,10 @@ class Why:
     pages: frozenset[str] = frozenset()
 
     def of(self, sample: Sample, name: str) -> dict[str, str] | None:
-        """The command that asks why a system gave its answer, and its page if
-        there is one; None for what a command line cannot ask."""
+        """The command that asks why a system gave its answer, and its page if there is one.
+
+        None for what a command line cannot ask.
+        """
         answer, system = sample.answers[name][0], self.systems.get((sample.prompt, sample.reference))
         if name not in self.models or name in sample.messages or system is None or not answer.strip():
             return None
@@ -117,11 +119,8 @@ def _why(documents: Documents, view: Mapping[str, Any]) -> Why:
     systems: dict[tuple[str, str], set[str]] = {}
     for record in iter_records(documents.root / "data" / "splits" / "test") if models else ():
         *prompt, response = record["messages"]
-        if (
-            [one["role"] for one in prompt] in (["user"], ["system", "user"])
-            and is_plain(prompt)
-            and not record.get("tools")
-        ):
+        has_one_turn = [one["role"] for one in prompt] in (["user"], ["system", "user"])
+        if has_one_turn and is_plain(prompt) and not record.get("tools"):
             system = prompt[0]["content"] if len(prompt) == 2 else ""
             systems.setdefault((prompt[-1]["content"], response["content"]), set()).add(system)
     only = {asked: found.pop() for asked, found in systems.items() if len(found) == 1}
@@ -167,11 +166,9 @@ def comparison_page(
 def _scored(document: Mapping[str, Any]) -> str:
     """How many test examples have scores, if not all do: those whose reference does not fit the task have none."""
     test = document["test"]
-    return (
-        f"; {number(test['answered'])} of them scored"
-        if document["scores"] and test["answered"] < test["examples"]
-        else ""
-    )
+    if not document["scores"] or test["answered"] >= test["examples"]:
+        return ""
+    return f"; {number(test['answered'])} of them scored"
 
 
 def _order(document: Mapping[str, Any]) -> list[str]:
@@ -191,8 +188,8 @@ def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measure
         questions = document["test"].get("questions", document["scores"][order[0]]["n"])
         title = f"{TITLES[document['shown'][0]]} on {many(questions, 'question')}"
         note = (
-            "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in"
-            " gray"
+            "point and 95 % interval; variants in blue;"
+            " base model with different prompts, and classical classifier, in gray"
         )
     else:
         title, note = "Perplexity relative to the base model", "point and 95 % interval; lower is better"
@@ -292,8 +289,10 @@ def _cost(document: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, A
 def _scatter(
     document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str
 ) -> dict[str, Any] | None:
-    """Points and intervals over a logarithmic axis, numbered as in the
-    comparison table. Systems without costs are horizontal lines."""
+    """Points and intervals over a logarithmic axis, numbered as in the comparison table.
+
+    Systems without costs are horizontal lines.
+    """
     costs = document["costs"]
     placed = [name for name in order if costs.get(name, {}).get(what)]
     if not document["scores"] or not placed:
@@ -327,11 +326,8 @@ def _scatter(
     for name in (name for name in order if not costs.get(name)):
         at_y, words = y(points[name][0]), f"{order.index(name) + 1} {label(_short(name), 36)}"
         near = [across for other, across in placed_at.items() if abs(at_y - 9 - y(points[other][0])) < 18]
-        at, anchor = (
-            ("10.5%", "start")
-            if sum(across > 55 for across in near) > sum(across < 55 for across in near)
-            else ("100%", "end")
-        )
+        more_right = sum(across > 55 for across in near) > sum(across < 55 for across in near)
+        at, anchor = ("10.5%", "start") if more_right else ("100%", "end")
         body.append(shape("line", class_="mark", x1="10%", x2="100%", y1=f"{at_y:.1f}", y2=f"{at_y:.1f}"))
         body.append(shape("text", words, class_="marked", x=at, y=f"{at_y - 5:.1f}", text_anchor=anchor))
     for name, across in placed_at.items():
@@ -339,16 +335,8 @@ def _scatter(
         at, words = f"{across:.2f}%", f"{cut(_title(name))}: {value:.3f}"
         body.append(shape("line", class_=f"{kind} whisker", x1=at, x2=at, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}"))
         body.append(shape("circle", shape("title", words), class_=f"{kind} spot", cx=at, cy=f"{y(value):.1f}", r="9"))
-        body.append(
-            shape(
-                "text",
-                str(order.index(name) + 1),
-                class_="tick name",
-                x=at,
-                y=f"{y(value) + 4:.1f}",
-                text_anchor="middle",
-            )
-        )
+        place, low_y = str(order.index(name) + 1), f"{y(value) + 4:.1f}"
+        body.append(shape("text", place, class_="tick name", x=at, y=low_y, text_anchor="middle"))
     rows = [(_title(name), f"{costs[name][what]:,}", f"{points[name][0]:.3f}") for name in placed]
     words = f"{title}: " + "; ".join(f"{cut(name)} {value} at {cost}" for name, cost, value in rows)
     figure = Figure(title, note, Plot(words, y(0) + 42, body), Table(title, ["", unit, "score"], rows))
@@ -363,16 +351,10 @@ def _change(variant: str, retention: Mapping[str, Any]) -> Figure:
         y, accuracy, nats = 38 * i, found["accuracy"], found["gold_log_likelihood"]
         change, low, high = (0.5 + 0.5 * value / widest for value in (accuracy["difference"], *accuracy["interval"]))
         questions = shape("tspan", f" · {found['questions']}", class_="soft")
+        points = f"{100 * accuracy['difference']:+.1f} points"
         body += [
             shape("text", label(subject), questions, x="0", y=y + 15, class_="name"),
-            shape(
-                "text",
-                f"{100 * accuracy['difference']:+.1f} points",
-                x="100%",
-                y=y + 15,
-                class_="soft",
-                text_anchor="end",
-            ),
+            shape("text", points, x="100%", y=y + 15, class_="soft", text_anchor="end"),
             *_interval(y, "bar", change, low, high),
         ]
         intervals = ["{:+.3f} to {:+.3f}".format(*interval) for interval in (accuracy["interval"], nats["interval"])]
@@ -381,15 +363,8 @@ def _change(variant: str, retention: Mapping[str, Any]) -> Figure:
             (subject, found["questions"], before, after, intervals[0], f"{nats['difference']:+.3f}", intervals[1])
         )
     body.append(shape("line", class_="mark", x1="50%", x2="50%", y1="19", y2=38 * len(retention) - 3))
-    columns = [
-        "",
-        "questions",
-        "base",
-        "tuned",
-        "95 % interval of the change",
-        "nats for the right answer",
-        "95 % interval",
-    ]
+    change, nats = "95 % interval of the change", "nats for the right answer"
+    columns = ["", "questions", "base", "tuned", change, nats, "95 % interval"]
     title = f"Change of accuracy of {cut(variant)}"
     return Figure(
         title,
@@ -457,18 +432,10 @@ def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str], why
     answers = []
     for i, name in enumerate(order):
         answer, value = sample.answers[name]
+        kind, reason = ("bad", why.of(sample, name)) if i in wrong else ("fine", None)
         mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
         rich = parts(sample.messages[name]) if name in sample.messages else []
-        answers.append(
-            (
-                _short(name),
-                "bad" if i in wrong else "fine",
-                mark,
-                answer,
-                rich,
-                why.of(sample, name) if i in wrong else None,
-            )
-        )
+        answers.append((_short(name), kind, mark, answer, rich, reason))
     return {
         "prompt": sample.prompt,
         "reference": sample.reference,

@@ -121,17 +121,8 @@ def _expectation_findings(expectations: Mapping[str, Any] | None) -> list[dict[s
     if not failed:
         return []
     worst = min(failed, key=lambda severity: RANK[severity])
-    return [
-        {
-            "check": "expectations",
-            "severity": worst,
-            "passed": False,
-            "count": len(failed),
-            "dropped": 0,
-            "elsewhere": 0,
-            "waived": 0,
-        }
-    ]
+    none_of_them = dict.fromkeys(("dropped", "elsewhere", "waived"), 0)
+    return [{"check": "expectations", "severity": worst, "passed": False, "count": len(failed), **none_of_them}]
 
 
 def _unresolved(finding: Mapping[str, Any]) -> int:
@@ -206,8 +197,8 @@ def _flow(document: Mapping[str, Any]) -> dict[str, Any]:
         roomy = thick > 30
         top = right if roomy else right + 24  # the label is inside a thick ribbon, above a thin one
         curve = (
-            f"M0,{left:g}C60,{left:g} 40,{top:g} 100,{top:g}V{top + thick:g}C40,{top + thick:g} 60,{left + thick:g}"
-            f" 0,{left + thick:g}Z"
+            f"M0,{left:g}C60,{left:g} 40,{top:g}"
+            f" 100,{top:g}V{top + thick:g}C40,{top + thick:g} 60,{left + thick:g} 0,{left + thick:g}Z"
         )
         ribbons.append(shape("path", class_=kind, d=curve))
         node = shape("rect", class_=f"{kind} node", x="-5", width="5", height=f"{thick:g}")
@@ -299,29 +290,19 @@ def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
 def _expectations(found: Mapping[str, Any]) -> dict[str, Any]:
     """Results of the owner's expectations of the whole set, in the order of the suite."""
     results = found["expectations"]
-    rows = [
-        (
-            one["words"],
-            "passed" if one["passed"] else f"failed ({one['severity']})",
-            one["seen"],
-            ", ".join(one["places"]),
-        )
-        for one in results
-    ]
+    columns = ["expectation", "result", "found", "rows that violate it"]
+    rows = []
+    for one in results:
+        result = "passed" if one["passed"] else f"failed ({one['severity']})"
+        rows.append((one["words"], result, one["seen"], ", ".join(one["places"])))
     passed = sum(one["passed"] for one in results)
     return {
         "suite": found["suite"],
         "words": (
-            f"{passed} of {many(len(results), 'expectation')} passed on {many(found['rows'], 'kept row')}, evaluated by"
-            " Great Expectations"
+            f"{passed} of {many(len(results), 'expectation')} passed"
+            f" on {many(found['rows'], 'kept row')}, evaluated by Great Expectations"
         ),
-        "table": Table(
-            "Expectations",
-            ["expectation", "result", "found", "rows that violate it"],
-            rows,
-            folded=False,
-            region="Expectations",
-        ),
+        "table": Table("Expectations", columns, rows, folded=False, region="Expectations"),
     }
 
 
@@ -340,8 +321,9 @@ def _similarity(similarity: Mapping[str, Any]) -> dict[str, Any] | None:
 def _histogram(
     title: str, note: str, bins: Sequence[Mapping[str, Any]], key: str, marks: Mapping[str, float], size: float = 120
 ) -> Figure:
-    """Bars of equal width, one per bin, with labeled lines at `marks`; on a log
-    scale if counts differ by more than a factor of 100.
+    """Bars of equal width, one per bin, with labeled lines at `marks`.
+
+    On a log scale if counts differ by more than a factor of 100.
 
     The part "near" of a bin's count is drawn in front.
     """
@@ -484,9 +466,8 @@ def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
     """Statistics of the kept rows."""
     diversity = profile.get("diversity") or {}
     spread = (
-        f"entropy {number(profile['entropy'])} bits, equivalent to {number(profile['effective_categories'])}"
-        f" categories of equal size; "
-        f"{number(profile['singletons'])} with one row"
+        f"entropy {number(profile['entropy'])} bits, equivalent to {number(profile['effective_categories'])} categories"
+        f" of equal size; {number(profile['singletons'])} with one row"
         if "entropy" in profile
         else ""
     )
@@ -570,9 +551,8 @@ def _edit(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str, int]]:
     the difference, and number of characters not shown."""
     before, after = entry["before"], entry["after"]
     same = common_prefix(before, after)
-    start = (
-        same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1
-    )  # whole words, if there are any
+    # whole words, if there are any
+    start = same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1
     last = common_prefix(before[same:][::-1], after[same:][::-1])
     step = before.find(" ", len(before) - last) - (len(before) - last) if last else 0
     last -= step if 0 <= step <= 30 else 0

@@ -116,8 +116,10 @@ def _first_rows(rows: Sequence[int], most: int = 6) -> str:
 
 
 def _line(text: str, most: int = 200) -> str:
-    """Text from data on one line, with hidden characters written out: a line
-    break in a name must not start a new line."""
+    """Text from data on one line, with hidden characters written out.
+
+    A line break in a name must not start a new line.
+    """
     shown = " ".join(visible(text[:most].replace("\n", "\\n")).split())
     return shown if len(text) <= most else f"{shown} …"
 
@@ -142,8 +144,8 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     for part, length in profile.get("lengths", {}).items():
         if document["kept"]:
             lines.append(
-                f"{part}: median {length['median']:,.0f}, 95 % up to {length['p95']:,.0f}, longest {length['max']:,}"
-                f" {length['unit']}"
+                f"{part}: median {length['median']:,.0f},"
+                f" 95 % up to {length['p95']:,.0f}, longest {length['max']:,} {length['unit']}"
             )
     boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:

@@ -1,5 +1,7 @@
-"""What is declared for each source, and what of it violates the use policy, as
-tables. Audits and the page of a data set have them."""
+"""What is declared for each source, and what of it violates the use policy, as tables.
+
+Audits and the page of a data set have them.
+"""
 
 from __future__ import annotations
 

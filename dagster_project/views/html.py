@@ -48,8 +48,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture as wide as its column. Horizontal positions are in percent, so
-    that text keeps its size on a narrow screen."""
+    """A picture as wide as its column.
+
+    Horizontal positions are in percent, so that text keeps its size on a narrow screen.
+    """
 
     label: str
     """Description for screen readers."""

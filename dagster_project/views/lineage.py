@@ -75,12 +75,12 @@ def code_text(code: Mapping[str, Any]) -> str:
         return commit_text(code)
     if code.get("shallow"):
         return (
-            f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are in no commit of this"
-            " shallow clone (`git fetch --unshallow`)"
+            f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are"
+            " in no commit of this shallow clone (`git fetch --unshallow`)"
         )
     return (
-        f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after"
-        f" {(code['after'] or 'no commit')[:12]}"
+        f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted,"
+        f" after {(code['after'] or 'no commit')[:12]}"
     )
 
 
@@ -95,19 +95,12 @@ def versions_text(versions: Iterable[Mapping[str, Any]]) -> str:
 def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     records = document["records"]
     trained = (records or {}).get("learnt_by", {}).values()
+    count = "unknown" if document["missing"] or "order_unknown" in document else "0"
+    if records:
+        count = number(records["records"])
     return [
         ("sources", number(len(document["sources"])), ""),
-        (
-            "records",
-            (
-                number(records["records"])
-                if records
-                else "unknown"
-                if document["missing"] or "order_unknown" in document
-                else "0"
-            ),
-            "trained on",
-        ),
+        ("records", count, "trained on"),
         ("steps", number(sum(part["steps"] for part in trained)) if trained else "–", "in total"),
     ]
 
@@ -117,12 +110,8 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", code_text(document["code"]))]
     for base in filter(None, (document["base_model"], *document.get("other_base_models", ()))):
         digest = base["sha256"].get("model.safetensors", "")
-        facts.append(
-            (
-                "base model",
-                f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}",
-            )
-        )
+        text = f"{base['origin']}, {base.get('license', 'unknown')}"
+        facts.append(("base model", f"{text}, sha256 {digest}" if digest else text))
     facts += [("teacher", teacher_text(one)) for one in document.get("teachers", ())]
     if template := document["chat_template"]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
@@ -144,8 +133,8 @@ def teacher_text(teacher: Mapping[str, Any]) -> str:
     weights = {name: digest for name, digest in teacher["sha256"].items() if name.endswith(".safetensors")}
     hashes = ", ".join(f"{name} {digest}" for name, digest in weights.items())
     return (
-        f"{visible(teacher['folder'])}, {visible(teacher['license'])}, learned from by {teacher['training']}, sha256 of"
-        f" {hashes}"
+        f"{visible(teacher['folder'])}, {visible(teacher['license'])},"
+        f" learned from by {teacher['training']}, sha256 of {hashes}"
     )
 
 
@@ -158,8 +147,10 @@ def _policy(verdict: Mapping[str, Any]) -> str:
 
 
 def _diagram(document: Mapping[str, Any]) -> Figure:
-    """Sources at the top, the model at the bottom; each stage is in the row
-    after its last input. Horizontal positions are in percent."""
+    """Sources at the top, the model at the bottom; each stage is in the row after its last input.
+
+    Horizontal positions are in percent.
+    """
     stages = document["stages"]
     parents = {
         name: [path for path in document["sources"] if name in document["read_by"][path]] + stage["parents"]
@@ -229,17 +220,10 @@ def _passed(stage: Mapping[str, Any]) -> str:
 
 def _sources(document: Mapping[str, Any]) -> Table:
     columns = ["source", "rows", "format", "license", "origin", "sha256"]
-    rows = [
-        (
-            path,
-            one["rows"],
-            one["format"],
-            one["license"],
-            one.get("origin", one.get("revision", "")),
-            one.get("sha256", "unknown"),
-        )
-        for path, one in document["sources"].items()
-    ]
+    rows = []
+    for path, one in document["sources"].items():
+        origin, sha256 = one.get("origin", one.get("revision", "")), one.get("sha256", "unknown")
+        rows.append((path, one["rows"], one["format"], one["license"], origin, sha256))
     return _table("Sources", columns, rows)
 
 
@@ -283,15 +267,11 @@ def _rows(document: Mapping[str, Any]) -> tuple[Table, Table]:
 def _records(document: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = ["model", "records", "uses", "steps", "epochs"]
     parts = [(model, *part.values()) for model, part in document["records"]["learnt_by"].items()]
-    rows = [
-        (
-            one["example_id"],
-            f"{one['source'] or 'unknown'}:{'' if one['source_row'] is None else one['source_row']}",
-            one["model"],
-            ", ".join(f"{step} ({epoch})" for step, epoch in zip(one["steps"], one["epochs"], strict=True)),
-        )
-        for one in records[:LISTED]
-    ]
+    rows = []
+    for one in records[:LISTED]:
+        place = f"{one['source'] or 'unknown'}:{'' if one['source_row'] is None else one['source_row']}"
+        steps = ", ".join(f"{step} ({epoch})" for step, epoch in zip(one["steps"], one["epochs"], strict=True))
+        rows.append((one["example_id"], place, one["model"], steps))
     return {
         "models": _nonempty(_table("Models trained on the records", columns, parts)),
         "listed": Table("Records", ["record", "source row", "model", "steps (epochs)"], rows),
@@ -300,18 +280,12 @@ def _records(document: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
 
 
 def _checks(document: Mapping[str, Any]) -> Table:
-    rows = [
-        (
-            f"{stage}, {name}",
-            "passed" if one["passed"] else f"failed ({one['severity']})",
-            one["count"],
-            one.get("dropped", 0),
-            one.get("waived", 0),
-            one.get("note", ""),
-        )
-        for stage, facts in document["stages"].items()
-        for name, one in facts.get("checks", {}).items()
-    ]
+    rows = []
+    for stage, facts in document["stages"].items():
+        for name, one in facts.get("checks", {}).items():
+            result = "passed" if one["passed"] else f"failed ({one['severity']})"
+            dropped, waived = one.get("dropped", 0), one.get("waived", 0)
+            rows.append((f"{stage}, {name}", result, one["count"], dropped, waived, one.get("note", "")))
     return _table("Checks", ["check", "result", "rows", "dropped", "waived", "note"], rows)
 
 

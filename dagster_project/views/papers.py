@@ -88,9 +88,9 @@ def papers_page(document: Mapping[str, Any]) -> str:
 def _facts(
     shows: str, shows_not: str, compared: str, more: list[tuple[str, str]] | None = None
 ) -> list[tuple[str, str]]:
-    checked = (
-        f"{compared}, with files and other papers" if compared else "nothing but its own hash, if the folder is signed"
-    )
+    checked = "nothing but its own hash, if the folder is signed"
+    if compared:
+        checked = f"{compared}, with files and other papers"
     return [("shows", shows), ("does not show", shows_not), ("compared", checked), *(more or [])]
 
 
@@ -105,11 +105,9 @@ def _signature(document: Mapping[str, Any]) -> list[Paper]:
     if not signed or not attested:
         return []
     stages = attested["stages"]
-    remade = (
-        f"made again from the sources before it was signed: {attested['remade']}"
-        if attested["remade"]
-        else "that these commands give these bytes: nobody made the model again before this was signed"
-    )
+    remade = "that these commands give these bytes: nobody made the model again before this was signed"
+    if attested["remade"]:
+        remade = f"made again from the sources before it was signed: {attested['remade']}"
     return [
         (
             signed["file"],

@@ -30,27 +30,19 @@ def _parts(row: Mapping[str, Any], color: bool) -> list[tuple[str, str]]:
     place = f"row {row['row']}  {visible(row['place'])}"
     dropped = [f"would be dropped: {row['outcome'].removeprefix('dropped:')}"] if row["outcome"] != "kept" else []
     if "problem" in row:
-        reason = visible(row["problem"])
-        return [
-            (
-                "  ".join([place, *dropped]),
-                f"{RED}cannot be rendered: {reason}{PLAIN}" if color else f"cannot be rendered: {reason}",
-            )
-        ]
+        text = f"cannot be rendered: {visible(row['problem'])}"
+        return [("  ".join([place, *dropped]), f"{RED}{text}{PLAIN}" if color else text)]
     parts = []
     for i, example in enumerate(row["examples"], 1):
-        which = (
-            [example["side"]]
-            if "side" in example
-            else [f"example {i} of {len(row['examples'])}"]
-            if len(row["examples"]) > 1
-            else []
-        )
-        counted = "tokens" in example
-        tokens = (
-            [f"{many(example['tokens'], 'token')}, {number(example['trained_tokens'])} in the loss"] if counted else []
-        )
-        parts.append(("  ".join([place, *which, *tokens, *dropped]), _marked_text(example["pieces"], color)))
+        heading = [place]
+        if "side" in example:
+            heading.append(example["side"])
+        elif len(row["examples"]) > 1:
+            heading.append(f"example {i} of {len(row['examples'])}")
+        if "tokens" in example:
+            trained = number(example["trained_tokens"])
+            heading.append(f"{many(example['tokens'], 'token')}, {trained} in the loss")
+        parts.append(("  ".join([*heading, *dropped]), _marked_text(example["pieces"], color)))
     return parts
 
 

@@ -36,6 +36,9 @@ def suspects_page(document: Mapping[str, Any]) -> str:
 def suspect_row(one: Mapping[str, Any]) -> dict[str, Any]:
     """A record as templates print it."""
     group, opposed, length = one["group"], one["opposition"], one["length"]
+    harm = []
+    if "harm" in one:
+        harm = [f"harm to validation answers {one['harm']['value']:.4g}, rank {one['harm']['rank']}"]
     return {
         "rank": one["rank"],
         "place": place_text(one["source"], one["source_row"]),
@@ -43,11 +46,7 @@ def suspect_row(one: Mapping[str, Any]) -> dict[str, Any]:
             f"score {one['score']:.5f}",
             f"opposition {opposed['value']:.4g}, rank {opposed['rank']}",
             f"length {length['value']:.4g}, rank {length['rank']}",
-            *(
-                [f"harm to validation answers {one['harm']['value']:.4g}, rank {one['harm']['rank']}"]
-                if "harm" in one
-                else []
-            ),
+            *harm,
             one["example_id"][:8],
         ],
         "group": f"cosine {group['cosine']:+.3f} with {many(group['records'] - 1, 'other')}: {group['name']}",

@@ -110,8 +110,10 @@ def _relative(labels: Sequence[int], weights: Sequence[float] | None) -> list[fl
 
 
 def _texts(tokenizer: Tokenizer, ids: Sequence[int], lengths: Sequence[int]) -> list[str]:
-    """Text of consecutive runs of tokens. Beginnings of the whole are decoded,
-    because some tokenizers drop a run's first space."""
+    """Text of consecutive runs of tokens.
+
+    Beginnings of the whole are decoded, because some tokenizers drop a run's first space.
+    """
     texts, stop, before = [], 0, ""
     for i, length in enumerate(lengths):
         stop += length
@@ -189,8 +191,10 @@ def _records(splits: Path, audit: Sequence[Mapping[str, Any]]) -> dict[str, dict
 def _with_tokens(
     tokenized: Path, examples: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Mapping[str, Any]], list[list[float] | None]]:
-    """The examples with their `input_ids` and `labels`, and the weight of each
-    token, (tokens,); None for an example that is not in data/tokenized."""
+    """The examples with their `input_ids` and `labels`, and the weight of each token, (tokens,).
+
+    None for an example that is not in data/tokenized.
+    """
     complete = [*examples]
     found: list[list[float] | None] = [None] * len(examples)
     for split in {one["split"] for one in examples if "sha256" in one or "input_ids" in one}:
@@ -207,8 +211,10 @@ def _with_tokens(
 
 
 def _packed(path: Path, wanted: set[str]) -> Iterable[tuple[str, list[int], list[int], list[float]]]:
-    """(example_id, input_ids, labels, weights) of each wanted example in a
-    split of packed rows. Reads a few rows at a time."""
+    """(example_id, input_ids, labels, weights) of each wanted example in a split of packed rows.
+
+    Reads a few rows at a time.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

@@ -20,7 +20,9 @@ PLOT_HEIGHT = 170
 
 def draw_training(documents: Documents) -> None:
     """Write data/pages/adapter/<variant>/training.html: curves, memory, trained weights, tokens in the loss, settings.
-    An adapter that is merged of others has none."""
+
+    An adapter that is merged of others has none.
+    """
     training, run = documents.read(documents.out / "training.json"), documents.read(documents.pages / "run.json")
     history = documents.read(documents.pages / "history.json")
     if training is None or run is None or history is None or "merge_of" in training:
@@ -70,26 +72,20 @@ def _key_figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> 
     """Of a training command some are unknown."""
     loss, validation = training.get("loss"), training["validation"]
     losses = [("loss", loss["first"], loss["last"])] if loss else []
-    losses += (
-        [("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"])] if validation else []
-    )
+    if validation:
+        losses.append(("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"]))
+    steps = number(training["steps"]) if "steps" in training else "unknown"
+    planned = f"of {number(training['planned_steps'])}" if "planned_steps" in training else ""
+    tokens, speed = ("tokens", "unknown", ""), ("speed", "–", "")
+    if "tokens" in training:
+        tokens = ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss")
+    if "tokens_per_second" in measured:
+        speed = ("speed", number(round(measured["tokens_per_second"])), "tokens/s")
     return [
-        (
-            "steps",
-            number(training["steps"]) if "steps" in training else "unknown",
-            f"of {number(training['planned_steps'])}" if "planned_steps" in training else "",
-        ),
-        (
-            ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss")
-            if "tokens" in training
-            else ("tokens", "unknown", "")
-        ),
+        ("steps", steps, planned),
+        tokens,
         *((name, f"{last:.3f}", f"from {first:.3f}") for name, first, last in losses),
-        (
-            ("speed", number(round(measured["tokens_per_second"])), "tokens/s")
-            if "tokens_per_second" in measured
-            else ("speed", "–", "")
-        ),
+        speed,
         ("memory", f"{measured['peak_memory_bytes'] / 1e6:,.0f}", "MB at the peak"),
     ]
 
@@ -171,8 +167,8 @@ def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
     last = validation[-1][1]
     if (since := overfitting_since(curve)) is not None:
         return (
-            f"Overfitting since step {since:,}: the validation loss rose from {lowest:.3f} to {last:.3f} while the"
-            " training loss kept falling. "
+            f"Overfitting since step {since:,}:"
+            f" the validation loss rose from {lowest:.3f} to {last:.3f} while the training loss kept falling. "
             + (
                 "Train fewer epochs, or keep the best weights (load_best_model_at_end: true)."
                 if kept is None
@@ -188,8 +184,8 @@ def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
         trend = "it has converged" if flat else "it was still falling at the end: more steps may help"
         return f"No overfitting: the validation loss fell from {validation[0][1]:.3f} to {last:.3f}, and {trend}."
     return (
-        f"Unstable: the validation loss was lowest at step {best:,} ({lowest:.3f}) and ended at {last:.3f}, and the"
-        " training loss rose with it."
+        f"Unstable: the validation loss was lowest at step {best:,}"
+        f" ({lowest:.3f}) and ended at {last:.3f}, and the training loss rose with it."
     )
 
 
@@ -336,11 +332,9 @@ def _memory(predicted: Mapping[str, int] | None, peak: int, kind_of_memory: str)
             shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
             shape("rect", class_=kind, x="0", y=y + 21, width=f"{100 * size / most:.3f}%", height="7", rx="2"),
         ]
-    note = (
-        f"{100 * (total / peak - 1):+.1f} % compared with the measurement"
-        if predicted
-        else "not predictable for this method"
-    )
+    note = "not predictable for this method"
+    if predicted:
+        note = f"{100 * (total / peak - 1):+.1f} % compared with the measurement"
     table = Table("Memory", ["", "bytes"], [(name, number(size)) for name, size in bars])
     plot = Plot(f"Memory: {peak / 1e6:,.0f} MB measured; {note}", 36 * len(bars), body)
     return Figure("Peak memory", f"predicted by part, {kind_of_memory}; {note}", plot, table)

@@ -35,8 +35,8 @@ def why_page(document: Mapping[str, Any]) -> str:
             "distance",
             f"{spread['z_of_first']:.1f}",
             (
-                f"robust standard deviations above the median; the {'tenth' if document['records'] >= 10 else 'last'}"
-                f" record {spread['z_of_tenth']:.1f}"
+                "robust standard deviations above the median;"
+                f" the {'tenth' if document['records'] >= 10 else 'last'} record {spread['z_of_tenth']:.1f}"
             ),
         ),
     ]
@@ -117,8 +117,8 @@ def _distribution(spread: Mapping[str, Any], records: int) -> Figure:
         shapes.append(shape("text", brief(value), class_="tick", x=f"{x:.1f}%", y=HEIGHT + 16, text_anchor=anchor))
     rows = [(f"{edges[i]:.3f} to {edges[i + 1]:.3f}", count) for i, count in enumerate(counts) if count]
     note = (
-        "similarity of the gradient of each record to that of the question; directions that many records share count"
-        " little; below 0: opposed"
+        "similarity of the gradient of each record to that of the question;"
+        " directions that many records share count little; below 0: opposed"
     )
     plot = Plot(
         f"Scores of {many(records, 'record')} from {low:.3f} to {high:.3f}, median {spread['median']:.3f}",
@@ -155,8 +155,8 @@ def _proof_figure(proof: Mapping[str, Any]) -> Figure:
         shapes.append(shape("text", brief(value), class_="tick", x=x(value), y=tall + 14, text_anchor="middle"))
     bounds = f"95 % interval {proof['interval'][0]:.2f} to {proof['interval'][1]:.2f}"
     note = (
-        f"nats by which the asked tokens became less likely without {many(proof['left_out'], 'record')}; difference"
-        f" {proof['difference']:.2f}, {bounds}"
+        f"nats by which the asked tokens became less likely without {many(proof['left_out'], 'record')};"
+        f" difference {proof['difference']:.2f}, {bounds}"
     )
     rows = [(name, f"{change:+.3f}") for name, change in changes]
     return Figure(

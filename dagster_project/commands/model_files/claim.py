@@ -100,7 +100,8 @@ class ClaimingFile:
 
 
 def read(path: Path) -> ClaimingFile | None:
-    """The claim in a GGUF or safetensors file, or in a folder with such files;
+    """The claim in a GGUF or safetensors file, or in a folder with such files.
+
     None if there is nothing of the kind, or it has no claim.
 
     Raises:

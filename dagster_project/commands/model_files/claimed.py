@@ -29,8 +29,8 @@ VERDICTS = {
         "NOT VERIFIED: files, or what they say about their origin, differ from what this project recorded for the model"
     ),
     "claimed": (
-        "not verified: the project's history has the model that the file names; whether the file was made from it was"
-        " not compared"
+        "not verified: the project's history has the model that the file names;"
+        " whether the file was made from it was not compared"
     ),
     "unknown": "NOT VERIFIED: this project's history has no such model",
     "unverified": "not verified: there is no project here to compare with; this is only what the file says",
@@ -100,8 +100,10 @@ def _subject(index: Index, claim: Claim) -> lineage.Subject | None:
 def _compared_claims(
     root: Path, claim: Claim, subject: lineage.Subject, found: Mapping[str, Any]
 ) -> dict[str, bool | None]:
-    """Claim -> whether the history confirms it; claims that the file does not
-    make are left out. None: it could not be compared."""
+    """Claim -> whether the history confirms it; claims that the file does not make are left out.
+
+    None: it could not be compared.
+    """
     results: dict[str, bool | None] = {}
     addresses = {run.address for run in subject.index.runs_by_output[claim.model]}
     results |= {"stage": claim.stage in addresses} if claim.stage else {}
@@ -128,8 +130,9 @@ def _is_recorded_at(root: Path, commit: str, model: str) -> bool | None:
 
 
 def _differing_files(index: Index, subject: lineage.Subject, folder: Path) -> list[str] | None:
-    """Files that are not as recorded, missing or added; None if the record of single files is not available here. Of
-    one file: the file itself, if no file of the model is the same.
+    """Files that are not as recorded, missing or added; None if the record of single files is not available here.
+
+    Of one file: the file itself, if no file of the model is the same.
 
     A copy has all files of the model, apart from tables of records; so its hash as a whole is the recorded one where
     there are no such tables. Links to folders, devices and the like are in no record.

@@ -41,8 +41,8 @@ state per head, instead of by `head_dim`."""
 UNUSED = 5
 """Type of a token that only fills the vocabulary."""
 NEXT = (
-    "the file would not be served as the model was trained, and is not written; export the model with --format"
-    " safetensors"
+    "the file would not be served as the model was trained,"
+    " and is not written; export the model with --format safetensors"
 )
 
 
@@ -64,7 +64,9 @@ def further_fields(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, bool 
 
 def _adds_bos(tokenizer: Any, prompts: Sequence[Prompt]) -> bool:
     """Whether a server must put the beginning-of-text token before a prompt.
-    Servers remove it from the beginning of the rendered text first."""
+
+    Servers remove it from the beginning of the rendered text first.
+    """
     return adds_bos(tokenizer) and all(prompt.text.startswith(tokenizer.bos_token) for prompt in prompts)
 
 
@@ -115,8 +117,8 @@ def refuse_lost_window(file: Path, config: Any, context: int) -> None:
     fields = gguf_metadata.read(file).fields
     if not any(name.endswith(WINDOW) for name in fields) or fields[ARCHITECTURE].value in WITHOUT_WINDOW:
         raise InputError(
-            f"llama.cpp does not support the sliding window of this model ({window:,} tokens): it would compute texts"
-            f" of more tokens, up to {longest:,}, differently",
+            f"llama.cpp does not support the sliding window of this model ({window:,} tokens):"
+            f" it would compute texts of more tokens, up to {longest:,}, differently",
             f"export it with --format safetensors, or set base_model.max_length to {window} and train again",
         )
 

@@ -121,17 +121,8 @@ def convert(folder: Path, name: str, target: Path, form: str) -> None:
     staged.mkdir()
     for path in _needed(folder):
         (staged / path.name).symlink_to(path.resolve())
-    arguments = [
-        str(script),
-        str(staged.absolute()),
-        "--outfile",
-        str(target.absolute()),
-        "--outtype",
-        form,
-        "--model-name",
-        name,
-    ]
-    done = run_python(arguments)
+    options = ["--outfile", str(target.absolute()), "--outtype", form, "--model-name", name]
+    done = run_python([str(script), str(staged.absolute()), *options])
     if done.returncode < 0:
         raise InputError(
             f"{name}: llama.cpp's converter did not end: {reason(done)}",

@@ -244,8 +244,8 @@ def as_text(document: Mapping[str, Any]) -> str:
             else f"equal for {checked['prompts']} prompts"
         )
         lines.append(
-            f"checked: {checked['vocabulary']} tokens, special tokens and chat template are the tokenizer's; token ids"
-            f" {prompts}"
+            f"checked: {checked['vocabulary']} tokens,"
+            f" special tokens and chat template are the tokenizer's; token ids {prompts}"
         )
         lines.append(f"logits of a prompt: {_logits_as_text(document)}")
     else:

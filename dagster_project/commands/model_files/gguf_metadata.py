@@ -1,5 +1,6 @@
-"""The metadata at the beginning of a GGUF file: read within bounds, because
-such files come from anywhere, and written into a copy. Needs no library.
+"""The metadata at the beginning of a GGUF file.
+
+Read within bounds, because such files come from anywhere, and written into a copy. Needs no library.
 
 Layout: magic, version, numbers of weights and fields; the fields; name, shape, type and place of each weight; the
 weights, aligned. Places count from the first weight, so that fields can be added without a change of what follows them.
@@ -168,8 +169,9 @@ class _Reader:
 
 
 def with_fields(source: Path, target: Path, fields: Mapping[str, str | bool | int]) -> None:
-    """Copy a GGUF file with more fields; a field that it has already is
-    replaced. The list of weights and the weights are copied byte for byte.
+    """Copy a GGUF file with more fields; a field that it has already is replaced.
+
+    The list of weights and the weights are copied byte for byte.
 
     Args:
         source: a complete file of our own.

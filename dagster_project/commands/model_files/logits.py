@@ -40,10 +40,10 @@ def refuse_others(file: Path, folder: Path, name: str, form: str, ids: Sequence[
     found = float(distances(_expected(folder, ids), served).mean())
     if not found <= ROUNDING[form]:  # also NaN
         raise InputError(
-            f"{name}: llama.cpp computes other logits than the model: they differ by {found:.0%} for a prompt of"
-            f" {len(ids)} tokens, and rounding explains {ROUNDING[form]:.0%}",
-            "llama.cpp or its converter does not support a setting in the model's config.json; export the model with"
-            " --format safetensors",
+            f"{name}: llama.cpp computes other logits than the model: they differ"
+            f" by {found:.0%} for a prompt of {len(ids)} tokens, and rounding explains {ROUNDING[form]:.0%}",
+            "llama.cpp or its converter does not support a setting in the model's config.json;"
+            " export the model with --format safetensors",
         )
     return found
 

@@ -33,14 +33,11 @@ class Parts:
         given = list(messages)
         if self.default_system and given[0]["role"] != "system":
             given = [{"role": "system", "content": self.default_system}, *given]
-        return (
-            "".join(
-                before + message["content"] + after
-                for message in given
-                for before, after in [getattr(self, message["role"])]
-            )
-            + self.answer
-        )
+        text = ""
+        for message in given:
+            before, after = getattr(self, message["role"])
+            text += before + message["content"] + after
+        return text + self.answer
 
 
 def parts_of(tokenizer: Any) -> Parts | None:
@@ -58,12 +55,8 @@ def _parts_of(tokenizer: Any) -> Parts | None:
     again = render(tokenizer, [system, user, assistant, user], False)
     opened = render(tokenizer, [system, user], True)
     first = render(tokenizer, [system], False)
-    if not (
-        asked.startswith(first)
-        and answered.startswith(asked)
-        and again.startswith(answered)
-        and opened.startswith(asked)
-    ):
+    continued = ((asked, first), (answered, asked), (again, answered), (opened, asked))
+    if not all(longer.startswith(text) for longer, text in continued):
         return None
     pieces = (first, again.removeprefix(answered), answered.removeprefix(asked))
     if any(piece.count(_WORDS[role]) != 1 for piece, role in zip(pieces, ROLES, strict=True)):
@@ -76,11 +69,8 @@ def _parts_of(tokenizer: Any) -> Parts | None:
         rest = Parts(parts.system, parts.user, parts.assistant, parts.answer).text([user])
         default = alone.removeprefix(before).removesuffix(after + rest)
         parts = Parts(parts.system, parts.user, parts.assistant, parts.answer, default)
-    if any(
-        mark in text
-        for text in (*parts.system, *parts.user, *parts.assistant, parts.answer, parts.default_system)
-        for mark in ("{{", '"""')
-    ):
+    texts = (*parts.system, *parts.user, *parts.assistant, parts.answer, parts.default_system)
+    if any(mark in text for text in texts for mark in ("{{", '"""')):
         return None
     probes = ([user], [system, user], [system, user, assistant, user], [user, assistant, user])
     return parts if all(parts.text(probe) == render(tokenizer, probe, True) for probe in probes) else None
@@ -92,17 +82,15 @@ def modelfile(tokenizer: Any, file: str) -> str:
     parts = parts_of(tokenizer)
     if parts is None:
         lines.append(
-            "# The model's chat template is in the file. It cannot be written in Ollama's language of templates: check"
-            " what Ollama makes of it."
+            "# The model's chat template is in the file."
+            " It cannot be written in Ollama's language of templates: check what Ollama makes of it."
         )
     else:
         lines.append(f'TEMPLATE """{_template(parts)}"""')
         lines += [f'SYSTEM """{parts.default_system}"""'] if parts.default_system else []
     lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in end_tokens(tokenizer)]
-    lines += [
-        "PARAMETER temperature 0",
-        "PARAMETER repeat_penalty 1",
-    ]  # as in evaluation; by itself, Ollama penalizes repetitions by 1.1
+    # as in evaluation; by itself, Ollama penalizes repetitions by 1.1
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return "\n".join(lines) + "\n"
 
 

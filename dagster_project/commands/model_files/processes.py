@@ -1,5 +1,7 @@
-"""Processes of llama.cpp and its converter: without the user's tokens, and
-offline for the Hub's libraries. They end with this process."""
+"""Processes of llama.cpp and its converter: without the user's tokens, and offline for the Hub's libraries.
+
+They end with this process.
+"""
 
 from __future__ import annotations
 

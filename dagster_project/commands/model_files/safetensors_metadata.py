@@ -70,15 +70,10 @@ def md5_without_pedigree(path: Path) -> str | None:
     with path.open("rb") as file:
         header = _header(file, path)
         kept = {key: value for key, value in header[METADATA].items() if not key.startswith(NAMESPACE)}
-        digest.update(
-            _encoded(
-                {
-                    name: kept if name == METADATA else value
-                    for name, value in header.items()
-                    if kept or name != METADATA
-                }
-            )
-        )
+        before = {name: kept if name == METADATA else value for name, value in header.items()}
+        if not kept:
+            del before[METADATA]
+        digest.update(_encoded(before))
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -105,8 +100,10 @@ def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Readers differ in which of two values of a key they
-    take, so that a file with a key twice has no one meaning."""
+    """An object of JSON.
+
+    Readers differ in which of two values of a key they take, so that a file with a key twice has no one meaning.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key twice")

@@ -48,8 +48,10 @@ def parts_of(answer: str) -> list[str]:
 
 
 def asked_parts(answers: Sequence[str]) -> list[tuple[int, str]]:
-    """The questions: number of an answer and a part of it. Of more than `MOST`,
-    those of answers that are drawn at random, always the same."""
+    """The questions: number of an answer and a part of it.
+
+    Of more than `MOST`, those of answers that are drawn at random, always the same.
+    """
     numbers = list(range(len(answers)))
     random.Random(0).shuffle(numbers)
     return [(i, part) for i in numbers for part in parts_of(answers[i])][:MOST]
@@ -65,8 +67,10 @@ class Calibration:
     """Number of the validation record that each question is about, the same for near-copies; (questions,)."""
 
     def excess(self, scores: np.ndarray) -> float:
-        """How far the scores are above the highest of the questions: the root of the sum of the squares over the
-        records for which they are. One record that is far above counts as much as several that are less far above.
+        """How far the scores are above the highest of the questions.
+
+        The root of the sum of the squares over the records for which they are. One record that is far above counts as
+        much as several that are less far above.
 
         Args:
             scores: of another question, (records,).

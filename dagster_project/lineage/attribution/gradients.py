@@ -27,17 +27,9 @@ if TYPE_CHECKING:
 OWN_WEIGHTS = ("full", "bitfit")
 """Methods that train the base model's own weights, whose folders are complete models."""
 REFUSED = {
-    "prefix_tuning": (
-        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
-    ),
-    "prompt_tuning": (
-        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
-    ),
-    "p_tuning": (
-        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
-    ),
-    "cartridge": (
-        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare"
+    **dict.fromkeys(
+        ("prefix_tuning", "prompt_tuning", "p_tuning", "cartridge"),
+        "it trains virtual tokens and leaves every weight as it is, so there is no gradient of a weight to compare",
     ),
     "adaption_prompt": "it trains prompts inside the attention and leaves every weight as it is",
     "feature_extraction": (
@@ -187,15 +179,15 @@ class TrainedModel:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), found, strict=True)
         }
-        return (
-            gradients
-            if self.scales is None
-            else {name: gradient * self.scales[name] for name, gradient in gradients.items()}
-        )
+        if self.scales is None:
+            return gradients
+        return {name: gradient * self.scales[name] for name, gradient in gradients.items()}
 
     def sum_of_losses(self, records: Sequence[Sequence[Example]]) -> torch.Tensor:
-        """Sum of the losses of several records, in one packed row. A loss is the weighted mean over the tokens, as in
-        `trainers/sft/sft.py`; 0 if none has a weight."""
+        """Sum of the losses of several records, in one packed row.
+
+        A loss is the weighted mean over the tokens, as in `trainers/sft/sft.py`; 0 if none has a weight.
+        """
         scaled = []
         for examples in records:
             total = max(sum(weight for example in examples for weight in _counted(example)), 1e-30)

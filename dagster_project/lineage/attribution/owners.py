@@ -48,9 +48,8 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
         owned = [file.parent for file in sorted((root / GRADIENTS).glob(f"*/{OWNER}")) if owner_of(file) == run.address]
         if not owned or md5_on_disk(folder) != run.md5:
             continue
-        for store in (
-            place for home in owned for place in (home, home / END, *sorted(home.glob("step-*")))
-        ):  # also at all of the adapter, and at points of the training
+        # also at all of the adapter, and at points of the training
+        for store in (place for home in owned for place in (home, home / END, *sorted(home.glob("step-*")))):
             manifest = _manifest(store)
             if manifest and manifest["identity"].get("adapter") == run.md5:
                 total = manifest["records"]

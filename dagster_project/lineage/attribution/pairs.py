@@ -47,8 +47,8 @@ def pair_records(
     names = sorted(seen_ids(trained))
     if lost := [name for name in names if name not in pairs]:
         raise InputError(
-            f"{len(lost)} of {len(names)} pairs of the training are not in {preferences.name}: it is not the data of"
-            " this training",
+            f"{len(lost)} of {len(names)} pairs of the training are not in {preferences.name}:"
+            " it is not the data of this training",
             "restore it with `dvc checkout --force`, then run the same command again",
         )
     encoded = both(tokenizer, [pairs[name] for name in names])
@@ -155,8 +155,10 @@ def gradients_of_pairs(model: AlignedModel, projection: Projection, pairs: Seque
 
 @dataclass(frozen=True)
 class RewardedModel:
-    """A reward model. Its adapter was merged when it was saved, so the gradient
-    is that of the weights that the adapter was on."""
+    """A reward model.
+
+    Its adapter was merged when it was saved, so the gradient is that of the weights that the adapter was on.
+    """
 
     model: Any
     weights: Mapping[str, torch.Tensor]
@@ -203,14 +205,18 @@ class RewardedModel:
         return self._gradient(loss)
 
     def of_answer(self, example: Example) -> tuple[float, dict[str, torch.Tensor]]:
-        """Reward of an answer, and the gradient of its negative: a cosine above
-        0 with that of a pair means that a step on the pair raises it."""
+        """Reward of an answer, and the gradient of its negative.
+
+        A cosine above 0 with that of a pair means that a step on the pair raises it.
+        """
         reward = self.reward(example)
         return float(reward.detach()), self._gradient(-reward)
 
     def reward(self, example: Example) -> torch.Tensor:
-        """Reward of an answer after its prompt, read at its last token, as in
-        training: what the chat template writes after it is left out."""
+        """Reward of an answer after its prompt, read at its last token, as in training.
+
+        What the chat template writes after it is left out.
+        """
         import torch
 
         end = max(i for i, label in enumerate(example.labels) if label != IGNORE) + 1
@@ -226,8 +232,9 @@ class RewardedModel:
 
 
 def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
-    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer. PEFT itself
-    finds them, in a copy of the model without values.
+    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer.
+
+    PEFT itself finds them, in a copy of the model without values.
 
     Args:
         peft: keys of LoRA.

@@ -1,5 +1,6 @@
-"""Projected gradients of many records: for plain LoRA from packed passes, for
-other methods one record at a time. Both give the same numbers, up to rounding.
+"""Projected gradients of many records: for plain LoRA from packed passes, for other methods one record at a time.
+
+Both give the same numbers, up to rounding.
 
 The gradients of A and B of a LoRA layer (Hu et al. 2021, section 4.1) are sums
 over tokens of outer products of what enters and what returns:
@@ -33,6 +34,7 @@ def projected_gradients(
     trained: TrainedModel, projection: Projection, records: Sequence[Sequence[Example]]
 ) -> torch.Tensor:
     """Projected gradient of the loss of each record, (records, width) float32.
+
     A row depends on the other records by rounding only.
 
     Args:
@@ -103,16 +105,16 @@ def _of_pass(
 
     def add(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example.
+
         Factors are projected before, unless the gradient itself is needed, because its numbers are scaled.
         """
         first, rows, columns = places[name]
         for owner, (start, stop) in segments:
             product = left[start:stop].T @ right[start:stop]
-            part = (
-                product.flatten()
-                if trained.scales is None
-                else projection.of_weight(name, product * trained.scales[name])
-            )
+            if trained.scales is None:
+                part = product.flatten()
+            else:
+                part = projection.of_weight(name, product * trained.scales[name])
             found[owner, first : first + rows * columns] += part.cpu()
 
     hooks = [layer.module.register_forward_hook(_Capture(layer, trained, projection, add)) for layer in layers]

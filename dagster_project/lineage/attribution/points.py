@@ -1,6 +1,9 @@
-"""Points of a training at which gradients are taken: the trained weights there, and the second moments of its
-optimizer, in files beside the gradients of the model. Scores are then averaged over the points, after TracIn (Pruthi et
-al. 2020, arXiv 2002.08484), which sums inner products weighted by the learning rate."""
+"""Points of a training at which gradients are taken.
+
+The trained weights there, and the second moments of its optimizer, in files beside the gradients of the model. Scores
+are then averaged over the points, after TracIn (Pruthi et al. 2020, arXiv 2002.08484), which sums inner products
+weighted by the learning rate.
+"""
 
 from __future__ import annotations
 

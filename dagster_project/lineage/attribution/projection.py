@@ -1,5 +1,6 @@
-"""Seeded random projections of gradients: each weight's gradient G becomes P G
-Q^T, as LoGRA does (Choe et al. 2024, arXiv 2405.13954, section 3).
+"""Seeded random projections of gradients.
+
+Each weight's gradient G becomes P G Q^T, as LoGRA does (Choe et al. 2024, arXiv 2405.13954, section 3).
 
 Entries of P and Q are +1 or -1, divided by the root of the number of rows, so inner
 products of projected gradients are unbiased estimates of those of the gradients (Achlioptas
@@ -31,8 +32,9 @@ class Projection:
     _sides: dict[tuple[str, int, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of the projected gradient of a weight. Its narrow
-        side, such as the rank of LoRA, is kept as it is, up to `KEPT`.
+        """Rows and columns of the projected gradient of a weight.
+
+        Its narrow side, such as the rank of LoRA, is kept as it is, up to `KEPT`.
 
         >>> Projection().shape((16, 576)), Projection().shape((576, 8))
         ((16, 16), (32, 8))
@@ -68,8 +70,9 @@ class Projection:
         return (matrix if right is None else matrix @ right.T).flatten()
 
     def sides(self, name: str, weight: tuple[int, ...], device: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """P (rows, rows of the weight) and Q (columns, columns of the weight)
-        in float32; None for a side that is not projected.
+        """P (rows, rows of the weight) and Q (columns, columns of the weight) in float32.
+
+        None for a side that is not projected.
 
         Args:
             weight: its shape.

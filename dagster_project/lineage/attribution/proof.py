@@ -1,5 +1,8 @@
-"""A test of an attribution: the loss weights of some records are set to zero
-where they are, so that a training differs from the original in nothing else."""
+"""A test of an attribution.
+
+The loss weights of some records are set to zero where they are, so that a training differs from the original in nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,9 @@ TRAIN = "train.parquet"
 
 
 def zero_weights(tokenized: Path, out: Path, names: Collection[str]) -> None:
-    """Copy tokenized data, with a loss weight of 0 for all tokens of some
-    records of the training split. Order, packing, tokens and labels stay.
+    """Copy tokenized data, with a loss weight of 0 for all tokens of some records of the training split.
+
+    Order, packing, tokens and labels stay.
 
     The loss of a forward pass is the mean over its tokens by weight, so the
     other examples of a row share the weight that these had.
@@ -86,8 +90,9 @@ def _keep_some(rows: Sequence[Sequence[str]], left_out: set[str]) -> bool:
 
 
 def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path) -> Iterator[list[str]]:
-    """Different sets of as many random records as `top`, none of which is in
-    it. The same seed gives the same sets, but for those that are skipped.
+    """Different sets of as many random records as `top`, none of which is in it.
+
+    The same seed gives the same sets, but for those that are skipped.
 
     A set that came before would make the spread of the changes too small, and so the interval too narrow.
 
@@ -105,9 +110,8 @@ def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path
         )
     others, rows = [name for name in pool if name not in taken], _rows(tokenized)
     for number in range(2 * TRIES):
-        among = (
-            pool if number < TRIES else others
-        )  # hardly any set of a seventh of all records is without those in `top`
+        # hardly any set of a seventh of all records is without those in `top`
+        among = pool if number < TRIES else others
         found = sorted(random.Random(f"{seed}:{len(taken)}:{number}").sample(among, len(taken)))
         if taken.isdisjoint(found) and name_of(found) not in earlier and _keep_some(rows, {*found}):
             earlier.add(name_of(found))

@@ -32,8 +32,9 @@ BLOCK = 16 * 2**20
 
 
 def float32_blocks(gradients: Rows) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the gradients of some records at a time as float32, and the numbers
-    of these records. Each block is in the memory of the one before.
+    """Yield the gradients of some records at a time as float32, and the numbers of these records.
+
+    Each block is in the memory of the one before.
 
     Args:
         gradients: (records, width) float16; or other numbers of them.
@@ -63,8 +64,9 @@ def products(gradients: Rows, rows: np.ndarray) -> np.ndarray:
 
 
 def cosines(gradients: Rows, questions: np.ndarray) -> np.ndarray:
-    """Cosines of the gradients of questions with that of every record,
-    (questions, records) float32; 0 where a gradient is 0.
+    """Cosines of the gradients of questions with that of every record, (questions, records) float32.
+
+    0 where a gradient is 0.
 
     Args:
         gradients: of length 1, (records, width) float16.
@@ -74,8 +76,10 @@ def cosines(gradients: Rows, questions: np.ndarray) -> np.ndarray:
 
 
 def robust_z(scores: np.ndarray) -> np.ndarray:
-    """Distance of each score from the median, in standard deviations estimated
-    by the median absolute deviation; 0 if all are equal."""
+    """Distance of each score from the median, in standard deviations estimated by the median absolute deviation.
+
+    0 if all are equal.
+    """
     import numpy as np
 
     away = scores - np.median(scores)
@@ -152,11 +156,9 @@ class Ranking:
         import numpy as np
 
         words = prompt + part  # the score of a query is the sum of those of its words
-        by_gradient, by_words = (
-            ranks(gradient),
-            np.where(words > 0, ranks(words), len(words)),
-        )  # without a word in common: last
-        return cls(gradient, robust_z(gradient), words, by_gradient, by_words, ranks(totals(gradient, prompt, part)))
+        by_words = np.where(words > 0, ranks(words), len(words))  # without a word in common: last
+        by_both = ranks(totals(gradient, prompt, part))
+        return cls(gradient, robust_z(gradient), words, ranks(gradient), by_words, by_both)
 
     def order(self) -> list[int]:
         """Numbers of the records, the first first."""

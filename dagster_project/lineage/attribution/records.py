@@ -24,8 +24,10 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainedRecord:
-    """A record and its examples: one, or several if it was split or has one for
-    each answer. Copies of an example are one."""
+    """A record and its examples: one, or several if it was split or has one for each answer.
+
+    Copies of an example are one.
+    """
 
     example_id: str
     examples: tuple[Example, ...]
@@ -55,8 +57,8 @@ def trained_records(adapter: Path, tokenized: Path) -> list[TrainedRecord]:
                 found.setdefault(name, {})[Example(*parts)] = None
     if lost := seen - found.keys():
         raise InputError(
-            f"{len(lost)} of {len(seen)} records of the training are not in {tokenized.name}: it is not the data of"
-            " this training",
+            f"{len(lost)} of {len(seen)} records of the training are not in {tokenized.name}:"
+            " it is not the data of this training",
             "restore it with `dvc checkout --force`, then run the same command again",
         )
     return [TrainedRecord(name, tuple(found[name])) for name in sorted(found)]

@@ -1,5 +1,7 @@
-"""Repeats a training to store its checkpoints. Nothing is stored unless the
-final weights equal those of the adapter byte for byte."""
+"""Repeats a training to store its checkpoints.
+
+Nothing is stored unless the final weights equal those of the adapter byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,10 @@ SPARE = 3
 
 
 class ParamsWithCheckpoints(AdapterParams):
-    """An entry whose training writes a checkpoint at some steps. They are part of its identity, so a training
-    interrupted with others is not resumed."""
+    """An entry whose training writes a checkpoint at some steps.
+
+    They are part of its identity, so a training interrupted with others is not resumed.
+    """
 
     checkpoint_steps: tuple[int, ...] = ()
 
@@ -85,8 +89,8 @@ class Retraining:
             )
         if scaled and optim not in WITH_MOMENTS:
             raise InputError(
-                f"--second-moments: {optim}, the optimizer of {where}, is not supported:"
-                f" {' and '.join(WITH_MOMENTS)} are",
+                f"--second-moments: {optim}, the optimizer of {where},"
+                f" is not supported: {' and '.join(WITH_MOMENTS)} are",
                 "leave it out",
             )
 
@@ -98,10 +102,8 @@ class Retraining:
             CheckFailed: the final weights differ.
         """
         self.refuse_unsupported(any(point.scaled for point in points))
-        scratch, steps = (
-            points[0].model_store / POINTS / ".training",
-            [point.step for point in points],
-        )  # it survives an interruption
+        scratch = points[0].model_store / POINTS / ".training"  # it survives an interruption
+        steps = [point.step for point in points]
         fitted = self._train(steps, scratch)
         if any(_verified(scratch, step) is None for step in steps):  # damaged, or removed after many interruptions
             remove(scratch)
@@ -172,8 +174,10 @@ class Retraining:
 
 
 def optimizer_order(model: torch.nn.Module) -> list[str]:
-    """Names of the trained weights in the order of the optimizer's state: first
-    those with weight decay, as transformers groups them."""
+    """Names of the trained weights in the order of the optimizer's state.
+
+    First those with weight decay, as transformers groups them.
+    """
     from transformers import Trainer
 
     decayed = {*Trainer.get_decay_parameter_names(None, model)}

@@ -1,5 +1,7 @@
-"""Scores of all records for a question. Of many records, the gradients of few
-are read: of those whose sketches or words are most like the question."""
+"""Scores of all records for a question.
+
+Of many records, the gradients of few are read: of those whose sketches or words are most like the question.
+"""
 
 from __future__ import annotations
 

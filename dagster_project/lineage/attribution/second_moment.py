@@ -47,7 +47,9 @@ class Damped(Protocol):
 
 def scores(moment: Damped, gradients: Rows, questions: np.ndarray) -> np.ndarray:
     """Scores of all records for each question, (questions, records) float32; from -1 to 1, and 0 where a gradient is 0.
-    Arguments are those of `Damped.directions`."""
+
+    Arguments are those of `Damped.directions`.
+    """
     return products(gradients, moment.directions(gradients, questions))
 
 

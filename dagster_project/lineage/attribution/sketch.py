@@ -34,7 +34,9 @@ def sketches(rows: np.ndarray) -> np.ndarray:
 
 def in_bytes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of whole numbers from -127 to 127, (rows, NUMBERS) int8, and what each is multiplied by, (rows,) float32.
-    What is rounded away is a hundredth of the error of a sketch."""
+
+    What is rounded away is a hundredth of the error of a sketch.
+    """
     import numpy as np
 
     scales = np.abs(rows).max(1) / 127

@@ -1,7 +1,9 @@
-"""Projected gradients of all records of a training, in a folder of .dvc/tmp/pedigree/gradients. A cache: it can be
-deleted at any time, and is checked by hash whenever it is read. Its name is the hash of all that it was computed from,
-so it can never be taken for that of another model; those of earlier points of the training are in folders within it,
-and are identified by their manifests."""
+"""Projected gradients of all records of a training, in a folder of .dvc/tmp/pedigree/gradients.
+
+A cache: it can be deleted at any time, and is checked by hash whenever it is read. Its name is the hash of all that it
+was computed from, so it can never be taken for that of another model; those of earlier points of the training are in
+folders within it, and are identified by their manifests.
+"""
 
 from __future__ import annotations
 
@@ -302,8 +304,10 @@ def _is_intact(path: Path, known: Mapping[str, str]) -> bool:
 
 
 def probes_of(records: int) -> np.ndarray:
-    """Numbers of records at equal distances that are not in the sample. What is
-    damped was made from that, so its scores are smaller."""
+    """Numbers of records at equal distances that are not in the sample.
+
+    What is damped was made from that, so its scores are smaller.
+    """
     import numpy as np
 
     is_other = np.ones(records, bool)

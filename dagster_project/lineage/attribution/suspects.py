@@ -1,5 +1,7 @@
-"""Scores of records whose gradients do not fit those of the others: the queue
-of `pedigree why --suspects`. Measured: docs/why.md."""
+"""Scores of records whose gradients do not fit those of the others: the queue of `pedigree why --suspects`.
+
+Measured: docs/why.md.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,9 @@ def form_of(answer: Message | None) -> str:
         found = json.loads(answer.get("content") or "")
     except (ValueError, RecursionError):  # also thousands of brackets
         return "text"
-    return (
-        f"JSON with {', '.join(sorted(found))}"
-        if isinstance(found, dict)
-        else "JSON"
-        if isinstance(found, list)
-        else "text"
-    )
+    if isinstance(found, dict):
+        return f"JSON with {', '.join(sorted(found))}"
+    return "JSON" if isinstance(found, list) else "text"
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,9 @@ def members(own: Sequence[Group], chosen: Sequence[Group]) -> list[np.ndarray]:
 
 
 def agreement(gradients: Rows, own: Sequence[Group], chosen: Sequence[Group]) -> np.ndarray:
-    """Cosine of each record's gradient with the mean direction of the others of
-    its chosen group, (records,) float32; 0 without others.
+    """Cosine of each record's gradient with the mean direction of the others of its chosen group, (records,) float32.
+
+    0 without others.
 
     Args:
         gradients: of length 1, (records, width) float16.
@@ -116,9 +115,10 @@ def _sum(gradients: Rows, numbers: np.ndarray) -> np.ndarray:
 
 
 def opposition(gradients: Rows, lengths: np.ndarray) -> np.ndarray:
-    """How strongly steps on other records would undo a step on each record, (records,)
-    float32: the sum of its negative inner products with the gradients of the others,
-    with the sign changed. Of more than `OTHERS` records, that many stand for all.
+    """How strongly steps on other records would undo a step on each record, (records,) float32.
+
+    The sum of its negative inner products with the gradients of the others, with the sign changed. Of more than
+    `OTHERS` records, that many stand for all.
 
     Args:
         gradients: of length 1, (records, width) float16.

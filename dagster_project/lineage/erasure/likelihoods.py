@@ -1,5 +1,7 @@
-"""Losses of erased records next to those of records that a model never saw. A
-low one can be a trace of the record; no value proves that there is none."""
+"""Losses of erased records next to those of records that a model never saw.
+
+A low one can be a trace of the record; no value proves that there is none.
+"""
 
 from __future__ import annotations
 
@@ -87,14 +89,14 @@ def _verdict(places: Sequence[str]) -> str:
     below, above, n = places.count(BELOW), places.count(ABOVE), len(places)
     if below:
         return (
-            f"outside the range: {below} of {n} are more likely to the model than {HIGH:.0%} of the records that it"
-            f" never saw (by chance, {LOW * n:.1f} would be): the texts are easier than those, or the model saw them or"
-            " something like them"
+            f"outside the range: {below} of {n} are more likely to the model than {HIGH:.0%} of the records"
+            f" that it never saw (by chance, {LOW * n:.1f} would be):"
+            " the texts are easier than those, or the model saw them or something like them"
         )
     if above:
         return (
-            f"outside the range: {above} of {n} are less likely to the model than {HIGH:.0%} of the records that it"
-            " never saw, and none more likely"
+            f"outside the range: {above} of {n} are less likely"
+            f" to the model than {HIGH:.0%} of the records that it never saw, and none more likely"
         )
     return "within the range"
 
@@ -109,6 +111,6 @@ def sensitivity(before: Mapping[str, Any]) -> str:
     if found:
         return f"of the model before, which was trained on them, it finds {found} of {n} below the range"
     return (
-        f"of the model before, which was trained on them, it finds none of {n} below the range: it cannot tell these"
-        " records from unseen ones"
+        f"of the model before, which was trained on them, it finds none of {n} below the range:"
+        " it cannot tell these records from unseen ones"
     )

@@ -1,5 +1,7 @@
 """Texts and ids of erased records -> byte patterns that find them in any file.
-Reports where they were found, never the text."""
+
+Reports where they were found, never the text.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ those beyond ASCII, which is searched for too."""
 
 
 def fragments(text: str) -> list[str]:
-    """Parts of a text that are searched for: consecutive pieces of LONGEST
-    characters; shorter runs of at least SHORTEST as they are."""
+    """Parts of a text that are searched for.
+
+    Consecutive pieces of LONGEST characters; shorter runs of at least SHORTEST as they are.
+    """
     found: list[str] = []
     for run in (part.strip() for piece in PIECES.findall(text) for part in re.split(r"\s{2,}", piece)):
         if len(run) >= LONGEST:
@@ -44,7 +48,9 @@ class Needles:
 
     def patterns(self) -> dict[str, int | None]:
         """Pattern -> position of its fragment in `texts`, None for an id.
-        Patterns are bytes in Latin-1, which polars searches for all at once."""
+
+        Patterns are bytes in Latin-1, which polars searches for all at once.
+        """
         texts = {shown: number for number, text in enumerate(self.texts) for shown in _encoded(text)}
         ids = [shown for one in self.ids for shown in (one, one.upper(), bytes.fromhex(one).decode("latin-1"))]
         return {**texts, **dict.fromkeys(ids)}
@@ -74,9 +80,8 @@ def _encoded(text: str) -> Iterator[str]:
         escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
         escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
         yield escaped
-        yield re.sub(
-            r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped
-        )  # as .NET and others write it
+        # as .NET and others write it
+        yield re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped)
 
 
 def _surrogates(code: int) -> str:

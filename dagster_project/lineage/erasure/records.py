@@ -276,10 +276,10 @@ class Finder:
             found.written += written
             if not matched and not written:
                 raise InputError(
-                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}: no record found in the available"
-                    " versions of raw_examples and raw_preferences",
-                    "check the request with `pedigree impact`; if the source is new, run `dvc repro raw_examples"
-                    " raw_preferences` first",
+                    f"--{kind} {visible(value) if kind != 'containing' else 'TEXT'}:"
+                    " no record found in the available versions of raw_examples and raw_preferences",
+                    "check the request with `pedigree impact`; if the source is new,"
+                    " run `dvc repro raw_examples raw_preferences` first",
                 )
             found.asked.append(
                 {
@@ -304,9 +304,8 @@ class Finder:
         if not (path and row.isdecimal()):
             path, row = value, ""
         for name in filter(None, names_of(path, self.root.absolute())):
-            named = [
-                raw for raw in self.raws if is_within(raw.source.removeprefix("./"), name)
-            ]  # "./": as earlier versions recorded it
+            # "./": as earlier versions recorded it
+            named = [raw for raw in self.raws if is_within(raw.source.removeprefix("./"), name)]
             if found := [raw for raw in named if not row or (raw.current and int(row) in raw.rows)]:
                 return found
         return []
@@ -479,10 +478,8 @@ class Finder:
                 derived = (
                     [one for one in self._children([raw.example_id]) if one not in kept_ids | kept_made] if made else []
                 )
-                marks = [
-                    *own[1:],
-                    *(record_mark(self.key, one) for one in derived),
-                ]  # a repaired record is that record, too
+                # a repaired record is that record, too
+                marks = [*own[1:], *(record_mark(self.key, one) for one in derived)]
                 stones.setdefault(own[0], {"record": own[0], "texts": marks})
         found.tombstones = [stones[name] for name in sorted(stones)]
         found.made = list(dict.fromkeys([one for one in made if one not in kept_ids | kept_made] + found.written))

@@ -1,5 +1,8 @@
-"""Takes rows out of a file of examples. Text files keep the bytes of all other rows; Parquet and gzip files are written
-again. Either way the rows read from the result are compared with the original ones."""
+"""Takes rows out of a file of examples.
+
+Text files keep the bytes of all other rows; Parquet and gzip files are written again. Either way the rows read from the
+result are compared with the original ones.
+"""
 
 from __future__ import annotations
 
@@ -170,8 +173,10 @@ def _parquet(content: bytes, rows: Rows) -> bytes:
 
 
 def _arrow(content: bytes, rows: Rows) -> bytes:
-    """The table without the rows, with its schema, as a file or stream as it
-    was, and without compression: the file does not say which it had."""
+    """The table without the rows, with its schema, as a file or stream as it was, and without compression.
+
+    The file does not say which it had.
+    """
     import pyarrow as pa
 
     is_file = content.startswith(b"ARROW1")
@@ -185,7 +190,9 @@ def _arrow(content: bytes, rows: Rows) -> bytes:
 
 def _filtered(table: Any, rows: Rows) -> Any:
     """A table without rows, and without their values in what its columns share.
-    Views, which share too, are written out."""
+
+    Views, which share too, are written out.
+    """
     import pyarrow as pa
 
     kept = [number not in rows for number in range(table.num_rows)]

@@ -1,5 +1,8 @@
-"""Searches files of any kind for erased records: as bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz,
-Zstandard and LZ4. UTF-16 is read as text. SQLite stores text as it is."""
+"""Searches files of any kind for erased records.
+
+As bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4. UTF-16 is read as text. SQLite
+stores text as it is.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,10 @@ other text can be meant: an id, or two fragments of one text."""
 
 
 class Scanner:
-    """Searches bytes for some needles. To prepare thousands of patterns takes
-    longer than to search a small file, so many are searched at once."""
+    """Searches bytes for some needles.
+
+    To prepare thousands of patterns takes longer than to search a small file, so many are searched at once.
+    """
 
     def __init__(self, needles: Needles) -> None:
         self.needles = needles
@@ -53,8 +58,10 @@ class Scanner:
         self._waiting_bytes = 0
 
     def files(self, paths: Iterable[Path]) -> list[set[str] | OSError]:
-        """Kinds of what each file holds: TEXT, ID, SURE; or why it cannot be
-        read. A file that ends to exist meanwhile holds nothing."""
+        """Kinds of what each file holds: TEXT, ID, SURE; or why it cannot be read.
+
+        A file that ends to exist meanwhile holds nothing.
+        """
         found = [self._file(path) for path in paths]
         self._search_waiting()
         return [one if isinstance(one, OSError) else self._kinds(one) for one in found]
@@ -293,8 +300,10 @@ class Walk:
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a file is safetensors: numbers, which have no text. Which models
-    saw a record is known from lineage, not from a search."""
+    """Whether a file is safetensors: numbers, which have no text.
+
+    Which models saw a record is known from lineage, not from a search.
+    """
     with path.open("rb") as file:
         head = file.read(9)
     return (

@@ -140,8 +140,9 @@ class Matches:
         }
 
     def match_sources(self, outputs_of: Mapping[str, frozenset[str] | None]) -> None:
-        """Match all records of some sources: those that name one of them, and
-        those to which their rows contributed. A record counts once.
+        """Match all records of some sources: those that name one of them, and those to which their rows contributed.
+
+        A record counts once.
 
         Args:
             outputs_of: name of a source -> hashes of outputs, of which one must
@@ -166,13 +167,8 @@ class Matches:
             for name in names:
                 keys -= index.keys_of_source([*data], name, keys) if keys else keys
             summaries = [index.training_summary(run, name) for name in names]
-            if keys and (
-                lost := [
-                    data[out]
-                    for out in data
-                    if any(out in rows_of[name] for name in names) and not index.has_ledger(out)
-                ]
-            ):
+            with_rows = [out for out in data if any(out in rows_of[name] for name in names)] if keys else []
+            if lost := [data[out] for out in with_rows if not index.has_ledger(out)]:
                 self.without_ledger[run.id] = lost
             elif keys:
                 rows += Counter(use.split for out in data for use in uses[out] if use.split and use.key in keys)

@@ -118,8 +118,10 @@ class ExposedModels:
         return list(by_hash.values())
 
     def _are_measured(self, run: StageRun, exposure: Exposure) -> bool | None:
-        """Whether answers to any of the queried tasks were measured; None if the
-        table of these answers is unavailable. Of a source or a hash: any may be."""
+        """Whether answers to any of the queried tasks were measured; None if the table of these answers is unavailable.
+
+        Of a source or a hash: any may be.
+        """
         if not self._matches.record_ids:
             return True
         md5 = (self._index.files(run.md5) or {}).get(SAMPLES)

@@ -33,16 +33,10 @@ def near_copies(index: Index, keys: Iterable[bytes], text: str | None, record: s
                 if isinstance(turns, list):
                     texts |= {f"{part}, prompt": prompt_text(turns), f"{part}, response": response_text(turns)}
                     texts |= {f"{part}, {name}": text for name, text in _fields(turns).items()}
-    queries = (
-        [text]
-        if text
-        else [
-            text_of_part
-            for identity, texts in texts_of.items()
-            if record_key(identity) in excluded
-            for text_of_part in texts.values()
-        ]
-    )
+    queries = [text] if text else []
+    if not text:
+        for identity, texts in texts_of.items():
+            queries += texts.values() if record_key(identity) in excluded else []
     if record is not None and not queries:
         raise InputError(
             f"--near: no available data set contains the record {record}, so its text cannot be compared",

@@ -41,25 +41,15 @@ def impact(
     """The models that saw a record, a text, a source, or a file or folder by its hash. Exactly one of these is given.
 
     Args:
-        text: text of a message: its content, its reasoning, the arguments of a
-            call as JSON, or one text in them; case and whitespace are ignored.
+        text: of a message: content, reasoning, or arguments of a call; case and whitespace are ignored.
         source: a file, or a folder and its contents, as named in the records.
         content: md5 or sha256, or a prefix of one, of a source, an output, or a file of an output.
         near: also search for near-copies of the record or text (curation/similarity/overlap.py).
-        containing: part of a message (lineage/search.py).
-        regex: `containing` is a regular expression.
+        containing: part of a message (lineage/search.py); with `regex`, a regular expression.
     Returns:
-        {"asked", "published", "erased", "verdict", "records", "models", "watched", "near", "matches", "read_by",
-        "unknown", "looked_at", ...}. `models`, in the order of history, have the splits and training steps, the parent
-        that saw the record, the commits at which this holds, and the registered versions of the model, if it has any;
-        `watched`, if not empty: those that did not see it, but were measured by one that did; `unknown` lists models
-        that cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was
-        asked for; `erased`: the day, if it was erased: models that were deleted then are not listed; `erasure`:
-        "unfinished" if one of the project is, else "done". The verdict is "yes", "no" only if everything was looked
-        at, or else "cannot tell".
+        The document of `pedigree impact --json` (docs/audit.md).
     Raises:
-        InputError: the question cannot be answered: no such source or hash was
-            ever recorded, the id is malformed, or there is nothing to look at.
+        InputError: no such source or hash was ever recorded, the id is malformed, or there is nothing to look at.
     """
     _refuse_question(record, text, near, containing, regex)
     index = Index(root)

@@ -27,33 +27,25 @@ def known_source(index: Index, source: str) -> str:
     path = Path(source).absolute()
     relative = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
     candidates = [candidate for candidate in names_of(source, root) if candidate]
-    recorded = (
-        one for candidate in candidates for one in (candidate, f"./{candidate}") if index.knows_source(one)
-    )  # "./": of earlier versions
-    found = next(recorded, None) or next(
-        (candidate for candidate in candidates if stages_reading(index, candidate)), None
-    )
-    if found:
+    # "./": of earlier versions
+    recorded = (one for candidate in candidates for one in (candidate, f"./{candidate}") if index.knows_source(one))
+    read = (candidate for candidate in candidates if stages_reading(index, candidate))
+    if found := next(recorded, None) or next(read, None):
         return found
-    if outs := [
-        run
-        for run in index.runs.values()
-        if run.path and (is_within(relative, run.path) or is_within(run.path, relative))
-    ]:
+    made = [run for run in index.runs.values() if run.path]
+    if outs := [run for run in made if is_within(relative, run.path) or is_within(run.path, relative)]:
         raise InputError(
             f"--source {visible(source)}: an output of {outs[-1].address}, not a source",
             f"ask for one version of it by its md5, such as `--hash {outs[-1].md5}`",
         )
     file = root / name if (root / name).exists() else path
-    known = (
-        sorted({one for run in index.runs.values() for one in index.sources_of(run) or ()})
-        if len(index.runs) < 1000
-        else []
-    )
+    known = list[str]()
+    if len(index.runs) < 1000:
+        known = sorted({one for run in index.runs.values() for one in index.sources_of(run) or ()})
     same = sorted(index.outputs_by_source_hash(sha256_of_file(file))) if file.is_file() else []
-    if same := same or [
-        one for one in known if file.exists() and os.path.realpath(root / one) == os.path.realpath(file)
-    ]:
+    if not same and file.exists():
+        same = [one for one in known if os.path.realpath(root / one) == os.path.realpath(file)]
+    if same:
         raise InputError(
             f"--source {visible(source)}: not a name that a run read it by",
             f"ask for --source {same[0]}, which is or was the same file",

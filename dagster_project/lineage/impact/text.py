@@ -29,8 +29,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines.append(f"match   {match['example_id']}  {match['role']}, {match['field']}  {visible(match['excerpt'])}")
     for copy in result.get("near", [])[:SHOWN]:
         lines.append(
-            f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f} "
-            f" {visible(' '.join(copy['text'].split())[:80])}"
+            f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f}"
+            f"  {visible(' '.join(copy['text'].split())[:80])}"
         )
     for name in ("matches", "near"):
         if (more := len(result.get(name, ())) - SHOWN) > 0:
@@ -46,8 +46,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
         if missing := model.get("missing"):
             lines.append(
-                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch:"
-                f" {model['fetch']}"
+                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at;"
+                f" fetch: {model['fetch']}"
             )
     lines += [""] if versions else []
     lines += _watched_text(result.get("watched", []), result["shallow"])
@@ -61,15 +61,15 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines.append("no model is known any more to have seen it" if forgotten else answers[result["verdict"]])
     if "erased" in result:
         lines.append(
-            f"it was erased on {result['erased']}: data/erasures lists the models that had seen it, and which of them"
-            " were deleted"
+            f"it was erased on {result['erased']}:"
+            " data/erasures lists the models that had seen it, and which of them were deleted"
             if result["erasure"] == "done"
             else f"it was taken out of the sources on {result['erased']}, but {NOTE}"
         )
     lines.append(
-        f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows) in"
-        f" {seen['commits']} commits with a dvc.lock, {seen['commits_in_reflog']} more in the reflog, the workspace and"
-        f" {seen['cached_runs']} entries of DVC's run cache"
+        f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows)"
+        f" in {seen['commits']} commits with a dvc.lock, {seen['commits_in_reflog']} more in the reflog,"
+        f" the workspace and {seen['cached_runs']} entries of DVC's run cache"
     )
     if unknown := result["unknown"]:
         lines.append(
@@ -82,18 +82,13 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines.append("  " + listed([f"{model['stage']} {model['md5'][:12]}" for model in models], SHOWN))
             absent = dict.fromkeys([output["path"] for model in models for output in model["missing"]])
             absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
-            lines.append(
-                f"    missing: {', '.join(absent)}; fetch: {command}"
-                if command != NOTHING_RECORDED
-                else f"    {command}"
-            )
+            missing = f"missing: {', '.join(absent)}; fetch: "
+            lines.append(f"    {'' if command == NOTHING_RECORDED else missing}{command}")
     if result["unreadable"]:
         names = [
-            (
-                name
-                if name.startswith(("run cache", "the history"))
-                else f"the dvc.lock of {name if ' ' in name else name[:12]}"
-            )
+            name
+            if name.startswith(("run cache", "the history"))
+            else f"the dvc.lock of {name if ' ' in name else name[:12]}"
             for name in result["unreadable"]
         ]
         lines.append(f"cannot be read: {listed(names, SHOWN)}")
@@ -168,6 +163,6 @@ def _not_learned(seen: Mapping[str, Any]) -> str:
     if seen["measured"] is None:
         return "not trained on; whether answers to it were measured before and after training is unknown"
     return (
-        "not trained on, but among the tasks whose answers are measured before and after training (the first `samples`"
-        " of the split)"
+        "not trained on, but among the tasks whose answers are measured before and after training"
+        " (the first `samples` of the split)"
     )

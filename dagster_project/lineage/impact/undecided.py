@@ -59,8 +59,9 @@ class UndecidedModels:
         self._matches, self._index = matches, matches.index
 
     def models(self, runs: Sequence[StageRun] | None = None) -> list[dict[str, Any]]:
-        """Models that cannot be decided, because an output is unavailable or nothing records how it was made. Of
-        several runs that made a model, what is missing of any.
+        """Models that cannot be decided, because an output is unavailable or nothing records how it was made.
+
+        Of several runs that made a model, what is missing of any.
 
         Args:
             runs: of models; None: all.
@@ -71,12 +72,10 @@ class UndecidedModels:
             for upstream in closure([run], self._index.parents):
                 if not self._index.is_copy(upstream):
                     found.reports |= {one["path"]: one for one in self._missing_reports(upstream)}
-                    found.missing |= {
-                        absent.md5: absent for absent in ([] if self._matches.complete else self._missing(upstream))
-                    }
-                    found.unexplained |= dict.fromkeys(
-                        path for one in self._relevant(upstream) for path in self._index.unexplained(one)
-                    )
+                    if not self._matches.complete:
+                        found.missing |= {absent.md5: absent for absent in self._missing(upstream)}
+                    for one in self._relevant(upstream):
+                        found.unexplained |= dict.fromkeys(self._index.unexplained(one))
                     found.unexplained |= {"": None} if upstream.place == "cache" else {}
                 elif not self._index.parents(upstream):
                     candidates = self._index.unavailable_originals(upstream)
@@ -85,8 +84,10 @@ class UndecidedModels:
         return [found.described(self._index.runs_by_output[md5][0]) for md5, found in unknown.items() if found]
 
     def _relevant(self, run: StageRun) -> list[StageRun]:
-        """The model and the runs upstream whose inputs must be known to decide
-        about it: which texts a data set with splits contains is known without."""
+        """The model and the runs upstream whose inputs must be known to decide about it.
+
+        Which texts a data set with splits contains is known without.
+        """
         if self._matches.derived or self._matches.sources or self._matches.complete:
             return [run, *self._index.ancestors(run).values()]
         return [run, *(upstream for upstream in self._index.data(run).values() if not self._index.is_split(upstream))]

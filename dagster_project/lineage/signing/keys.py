@@ -1,5 +1,7 @@
-"""Keys of signatures: Ed25519 or P-256, as PEM. A private key is read from a
-file or the environment; none is ever created, copied or logged."""
+"""Keys of signatures: Ed25519 or P-256, as PEM.
+
+A private key is read from a file or the environment; none is ever created, copied or logged.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ KEY_VARIABLE = "PEDIGREE_SIGNING_KEY"
 PASSWORD_VARIABLE = "PEDIGREE_SIGNING_KEY_PASSWORD"
 """Environment variable with the password of an encrypted private key."""
 CREATE = (
-    "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private key, `openssl pkey -in key.pem -pubout -out"
-    " key.pub` its public key"
+    "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private key,"
+    " `openssl pkey -in key.pem -pubout -out key.pub` its public key"
 )
 KINDS = "Ed25519 and P-256 keys are supported"
 

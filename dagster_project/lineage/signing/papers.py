@@ -104,8 +104,10 @@ def _md5(value: str) -> str:
 
 
 def _license(value: str | None) -> str:
-    """A declared license as it is compared: without case, and in the forms of
-    all documents. `markdown` writes it on one line."""
+    """A declared license as it is compared: without case, and in the forms of all documents.
+
+    `markdown` writes it on one line.
+    """
     text = " ".join(visible(value or "").replace("`", "").split()).lower()
     return text if text and text not in ("*missing*", "none") else UNKNOWN
 
@@ -219,9 +221,8 @@ def _spdx(content: bytes) -> Iterator[Claim]:
             subject = f"{'stage' if made else 'source'} {one['name']}"
             yield from ((subject, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
             yield subject, "rows_out" if made else "rows", str(one["dataset_datasetSize"])
-            if not made and "LicenseRef-" not in (
-                license := declared[one["spdxId"]]
-            ):  # other names are not written as they were declared
+            # other names are not written as they were declared
+            if not made and "LicenseRef-" not in (license := declared[one["spdxId"]]):
                 yield subject, "license", _license(license)
 
 
@@ -245,8 +246,10 @@ def _openlineage(content: bytes) -> Iterator[Claim]:
 
 
 def _rows(text: str, columns: int) -> Iterator[list[str]]:
-    """The rows of the tables with so many columns in a Markdown document, without escapes. Linear in the length of a
-    line, as everything that reads a document here."""
+    """The rows of the tables with so many columns in a Markdown document, without escapes.
+
+    Linear in the length of a line, as everything that reads a document here.
+    """
     for line in text.split("\n"):
         if line.startswith("| ") and line.endswith(" |") and len(cells := line[2:-2].split(" | ")) == columns:
             yield [re.sub(r"\\(.)", r"\1", cell).strip("`") for cell in cells]
@@ -414,8 +417,10 @@ def compared_in(name: str) -> str:
 
 
 def read(name: str, content: bytes) -> list[Claim] | None:
-    """The claims of a document; None if it does not have the form that `pedigree
-    export` writes. One that lists all sources also claims which these are."""
+    """The claims of a document; None if it does not have the form that `pedigree export` writes.
+
+    One that lists all sources also claims which these are.
+    """
     try:
         found = [(subject, key, value) for subject, key, value in READERS[name][0](content) if isinstance(value, str)]
     except (SignatureError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
@@ -464,15 +469,14 @@ def contradictions(stated: Mapping[str, Iterable[Claim]]) -> tuple[dict[str, str
     wrong, compared = dict[str, str](), 0
     for name, claims in stated.items():
         for subject, key, value in claims:
-            value_before, before = known.setdefault(
-                (visible(subject), key), (value, name)
-            )  # as `markdown` writes names
+            # as `markdown` writes names
+            value_before, before = known.setdefault((visible(subject), key), (value, name))
             compared += before != name
             if value != value_before:
                 unit = key.replace("_", " ")
                 finding = (
-                    f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here, and"
-                    f" {value_before[:SHORT]} there"
+                    f"contradicts {before}: {subject[:SHORT]} has {unit} {value[:SHORT]} here,"
+                    f" and {value_before[:SHORT]} there"
                 )
                 wrong.setdefault(name, finding)
     return wrong, compared

@@ -112,8 +112,10 @@ def _descriptors(files: Files, paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _teacher(record: StageRecord) -> list[dict[str, Any]]:
-    """The files of a larger model that was learned from, whose hashes the stage
-    compared: DVC does not know them, so they have no name in dvc.lock."""
+    """The files of a larger model that was learned from, whose hashes the stage compared.
+
+    DVC does not know them, so they have no name in dvc.lock.
+    """
     teacher = teacher_of(record.address, record.entry)
     if teacher is None:
         return []

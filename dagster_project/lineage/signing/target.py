@@ -103,8 +103,10 @@ class Target:
 
 
 def folders_naming(root: Path, paths: Iterable[str]) -> list[Path]:
-    """Folders of `SIGNATURES` with attestations that state the hash of one of
-    these files, sorted. No key is needed to read them."""
+    """Folders of `SIGNATURES` with attestations that state the hash of one of these files, sorted.
+
+    No key is needed to read them.
+    """
     names = [json.dumps(path).encode() for path in paths]
     found = set()
     for file in (root / SIGNATURES).rglob(ATTESTATIONS):
@@ -189,8 +191,10 @@ def find(root: Path, model: str) -> Target:
 
 
 def _recorded(project: Path) -> tuple[dict[str, Any], str]:
-    """The stages of a project's dvc.lock and its text, both from one reading;
-    empty if the folder is not a project with results."""
+    """The stages of a project's dvc.lock and its text, both from one reading.
+
+    Empty if the folder is not a project with results.
+    """
     if not ((project / "dvc.yaml").is_file() and (project / LOCK).is_file()):
         return {}, ""
     revision = Revision(project, None)

@@ -1,5 +1,7 @@
-"""Pedigree's pipeline -> Dagster: the assets of dagster_dvc with Pedigree's
-names, jobs and executor. Also the instance in a project's folder."""
+"""Pedigree's pipeline -> Dagster: the assets of dagster_dvc with Pedigree's names, jobs and executor.
+
+Also the instance in a project's folder.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,10 @@ def build_definitions(
     Args:
         project_dir: the folder with `dvc.yaml`. The current folder does not matter.
         pipeline: its stages.
-        key_prefix: first parts of all asset keys, e.g. `"support"` or `["ml",
-            "support"]`. Names of jobs, schedule, sensor and pools follow from it.
+        key_prefix: first parts of all asset keys, from which names of jobs, schedule, sensor and pools follow.
         group_name: group that contains the project's groups; default: the prefix.
-        whole_location: whether the code location and the Dagster instance have no other
-            assets. Then the project's executor also runs assets that are materialized
-            without a job, and every run of a killed process is marked as failed.
+        whole_location: whether code location and Dagster instance have no other assets. Then the project's executor
+            also runs assets that are materialized without a job, and every run of a killed process is marked as failed.
     Raises:
         InputError: no DVC project in the folder, or invalid dvc.yaml or params.yaml.
     """
@@ -74,12 +74,8 @@ def _partial_jobs(
     """Jobs of the stages of data, and of each variant."""
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
     upstream = {name for address in data for name in dvc.ancestors(states, address)}
-    selected = {
-        "data": (
-            [a for a in states if a in data or a in upstream],
-            "Data stages only: from sources to splits and preferences.",
-        )
-    }
+    of_data = [address for address in states if address in data or address in upstream]
+    selected = {"data": (of_data, "Data stages only: from sources to splits and preferences.")}
     for variant, name in names_of_jobs({address.partition("@")[2] for address in states} - {""}).items():
         selected[name] = ([a for a in states if a.endswith(f"@{variant}")], f"Train, merge and evaluate {variant}.")
     return [

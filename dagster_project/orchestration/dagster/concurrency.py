@@ -49,8 +49,11 @@ def placement_variables(on: str) -> dict[str, str]:
 
 
 def default_limits(prefix: str = "") -> dict[str, int]:
-    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all
-    threads. The driver of a stage on a cluster takes 0.5 GB of this machine's memory while it waits."""
+    """Limit of each pool, until the user sets another one.
+
+    A stage that trains or generates uses a whole GPU, or all threads. The driver of a stage on a cluster takes 0.5 GB
+    of this machine's memory while it waits.
+    """
     return {prefix + GPU: 1, prefix + CPU: os.cpu_count() or 1, prefix + RAY: 8}
 
 
@@ -81,9 +84,8 @@ def build_executor(project: PedigreeProject) -> dg.ExecutorDefinition:
     def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
         """Runs independent stages at once, each in a process, within the limits
         of the pools `gpu`, `cpu` and `ray`. Other runs use one process."""
-        reap(
-            init_context.instance, project.owns_instance
-        )  # frees the slots of killed runs: without a daemon, nothing else does
+        # frees the slots of killed runs: without a daemon, nothing else does
+        reap(init_context.instance, project.owns_instance)
         limits = set_default_limits(init_context.instance, project.pool_prefix)
         config = dict(init_context.executor_config)
         if "multiprocess" not in config:
@@ -133,10 +135,8 @@ class StagesExecutor(dg.Executor):
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         keys = plan_context.job.get_definition().asset_layer.selected_asset_keys
         tags = plan_context.dagster_run.tags
-        options = {
-            step: _mapping(_mapping(one).get("config"))
-            for step, one in _mapping(plan_context.run_config.get("ops")).items()
-        }
+        ops = _mapping(plan_context.run_config.get("ops"))
+        options = {step: _mapping(_mapping(one).get("config")) for step, one in ops.items()}
         try:
             forced = is_forced(tags) or any(one.get("force") for one in options.values())
             states = self.project.read()
@@ -154,8 +154,11 @@ class StagesExecutor(dg.Executor):
 
 
 def set_pools(plan: Any, pools: Mapping[str, str]) -> None:
-    """Put the steps of a run's plan into these pools, by key. Those of the definitions follow from params.yaml as it
-    was when Dagster loaded it, and do not include the run's own placement."""
+    """Put the steps of a run's plan into these pools, by key.
+
+    Those of the definitions follow from params.yaml as it was when Dagster loaded it, and do not include the run's own
+    placement.
+    """
     assert isinstance(plan, private_module("dagster._core.execution.plan.plan").ExecutionPlan)
     for handle, step in list(plan.step_dict.items()):
         plan.step_dict[handle] = plan.step_dict_by_key[step.key] = step._replace(pool=pools.get(step.key, step.pool))

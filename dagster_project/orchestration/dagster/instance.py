@@ -69,9 +69,8 @@ def _unusable_server(file: Path, error: Exception) -> InputError | None:
     if type(error).__name__ != "DagsterPostgresException":  # of an optional package
         return None
     cause = error.__cause__ or error
-    text = (
-        str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
-    )  # the driver's message, without SQLAlchemy's links
+    # the driver's message, without SQLAlchemy's links
+    text = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
     return InputError(
         f"the Postgres server that {file} names cannot be used: {text}",
         "start the server, or correct its address, user, database or password",
@@ -93,8 +92,10 @@ def _invalid(file: Path, text: str) -> InputError:
 
 @contextmanager
 def _retries_unlogged() -> Iterator[None]:
-    """Suppress the log of dagster-postgres about failed attempts to connect
-    (five in ten seconds): our message contains the last failure."""
+    """Suppress the log of dagster-postgres about failed attempts to connect (five in ten seconds).
+
+    Our message contains the last failure.
+    """
 
     def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Retrying failed database connection")

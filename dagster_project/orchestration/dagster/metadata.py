@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     }
     metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
     if (folder := pages_of(root, state.address)).is_dir():
-        metadata["pages"] = dg.MetadataValue.path(
-            str(folder)
-        )  # for readers without `pedigree ui`, which serves the pages
+        # for readers without `pedigree ui`, which serves the pages
+        metadata["pages"] = dg.MetadataValue.path(str(folder))
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
@@ -82,8 +81,10 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
-    """Rows of a table; empty if there is none. Labels may have line breaks,
-    also those that the csv module does not quote."""
+    """Rows of a table; empty if there is none.
+
+    Labels may have line breaks, also those that the csv module does not quote.
+    """
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -96,32 +97,26 @@ def _measured(root: Path, address: str) -> dict[str, Any]:
     execution = found.pop("execution", None)
     if execution is None:
         return found
-    return {
-        **found,
-        "execution": dg.MetadataValue.json(execution),
-        "dashboard": dg.MetadataValue.url(execution["dashboard"]),
-    }
+    found["execution"] = dg.MetadataValue.json(execution)
+    found["dashboard"] = dg.MetadataValue.url(execution["dashboard"])
+    return found
 
 
 def _lineage(root: Path, state: StageState) -> dict[str, Any]:
-    """Metadata of a model: its inputs, the number of records it was trained on,
-    and the command that verifies it. Writes its audit as a page."""
+    """Metadata of a model: its inputs, the number of records it was trained on, and the command that verifies it.
+
+    Writes its audit as a page.
+    """
     if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.output_problem:
         return {}
     subject = lineage.find(Index(root), state.address)
     audited = lineage.document(subject)
     records, _ = lineage.trained_on(subject)
     write_text(pages_of(root, state.address) / "audit.html", lineage_page(audited, lineage.listed(records)))
-    rows = [
-        [
-            name,
-            one["md5"][:12],
-            one.get("rows_in", ""),
-            one.get("rows_out", ""),
-            sum(one.get("dropped", {}).values()) or "",
-        ]
-        for name, one in audited["stages"].items()
-    ]
+    rows = []
+    for name, one in audited["stages"].items():
+        dropped = sum(one.get("dropped", {}).values()) or ""
+        rows.append([name, one["md5"][:12], one.get("rows_in", ""), one.get("rows_out", ""), dropped])
     trained_on = {"records": dg.MetadataValue.int(audited["records"]["records"])} if audited["records"] else {}
     return {
         "lineage": dg.MetadataValue.md(table(["stage", "md5", "rows in", "rows out", "dropped"], rows)),
@@ -136,11 +131,8 @@ def live(root: Path, address: str) -> dict[str, float]:
     for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
         with suppress(FileNotFoundError):  # a new run removes the tables of the previous run
             newest = list(csv.DictReader(path.read_text("utf-8").splitlines()))[-1]
-            values = {
-                **values,
-                "step": max(int(newest["step"]), int(values.get("step", 0))),
-                path.stem: float(newest[path.stem]),
-            }
+            values["step"] = max(int(newest["step"]), int(values.get("step", 0)))
+            values[path.stem] = float(newest[path.stem])
     return values
 
 
@@ -171,42 +163,40 @@ def _cell(value: Any) -> str | float:
 
 
 def severity_of(check: Mapping[str, Any]) -> str | None:
-    """Severity of a check result, the same as on the data-quality page. Dagster
-    has no severity for remarks: they pass."""
+    """Severity of a check result, the same as on the data-quality page.
+
+    Dagster has no severity for remarks: they pass.
+    """
     return shown(check["severity"], check["passed"], check["count"])
 
 
 def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts of a check in a report, the places of the rows that it found, and a
-    link to the page that shows them. Dagster keeps metadata for good, so it never
-    has text of a row, not even where the report of an earlier version quotes one."""
+    """Counts of a check in a report, the places of the rows that it found, and a link to the page that shows them.
+
+    Dagster keeps metadata for good, so it never has text of a row, not even where the report of an earlier version
+    quotes one.
+    """
     metadata: dict[str, Any] = {
         **{name: check.get(name, 0) for name in ("count", "dropped", "waived")},
         **({"fixed": check["fixed"]} if check.get("fixed") else {}),
     }
     if "matches" in check:
-        columns = ("place", "other", "part", "rule", "score")
-        metadata["pairs"] = dg.MetadataValue.table(
-            [dg.TableRecord({c: _cell(match[c]) for c in columns}) for match in check["matches"]]
-        )
+        metadata["pairs"] = _table(check["matches"], "place", "other", "part", "rule", "score")
     if "violations" in check:
-        metadata["violations"] = dg.MetadataValue.table(
-            [
-                dg.TableRecord({name: _cell(one[name]) for name in ("source", "rows", "rule", "why")})
-                for one in check["violations"]
-            ]
-        )
+        metadata["violations"] = _table(check["violations"], "source", "rows", "rule", "why")
     if "rows" in check:
-        metadata["rows"] = dg.MetadataValue.table(
-            [dg.TableRecord({"source row": visible(row)}) for row in check["rows"]]
-        )
+        rows = [dg.TableRecord({"source row": visible(row)}) for row in check["rows"]]
+        metadata["rows"] = dg.MetadataValue.table(rows)
     if "details" in check:
-        metadata["details"] = dg.MetadataValue.table(
-            [dg.TableRecord({"details": visible(line)}) for line in check["details"]]
-        )
+        lines = [dg.TableRecord({"details": visible(line)}) for line in check["details"]]
+        metadata["details"] = dg.MetadataValue.table(lines)
     if link := pages(root, address).get("report"):
         metadata["full report"] = page_url(root, link)
     return metadata
+
+
+def _table(rows: Iterable[Mapping[str, Any]], *columns: str) -> dg.TableMetadataValue:
+    return dg.MetadataValue.table([dg.TableRecord({name: _cell(row[name]) for name in columns}) for row in rows])
 
 
 def _png(figure: Any) -> str:
@@ -232,12 +222,8 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     training = out / "training.json"
     validation = json.loads(training.read_text("utf-8"))["validation"] if training.is_file() else []
     if validation:
-        figure.axes[0].plot(
-            [p["step"] for p in validation],
-            [p["validation_loss"] for p in validation],
-            marker="o",
-            label="validation_loss",
-        )
+        steps, losses = zip(*((p["step"], p["validation_loss"]) for p in validation), strict=True)
+        figure.axes[0].plot(steps, losses, marker="o", label="validation_loss")
         for text in figure.axes[0].legend().get_texts():
             text.set_parse_math(False)
     return _png(figure)
@@ -256,17 +242,12 @@ def _draw_confusion(rows: list[dict[str, str]], _: Path) -> str:
     axes.set_xticks(range(len(names)), ticks, rotation=45, ha="right", parse_math=False)
     axes.set_yticks(range(len(names)), ticks, parse_math=False)
     axes.set(xlabel="predicted", ylabel="actual")
+    highest = max(map(max, counts))
     for i, row in enumerate(counts):
         for j, count in enumerate(row):
             if count:
-                axes.text(
-                    j,
-                    i,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    color="white" if count > max(map(max, counts)) / 2 else "black",
-                )
+                color = "white" if count > highest / 2 else "black"
+                axes.text(j, i, str(count), ha="center", va="center", color=color)
     return _png(figure)
 
 
@@ -276,12 +257,8 @@ def _draw_calibration(rows: list[dict[str, str]], _: Path) -> str:
     figure = Figure(figsize=(4, 4))
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
-    axes.plot(
-        [float(row["confidence"]) for row in rows],
-        [float(row["accuracy"]) for row in rows],
-        marker="o",
-        label="held-out pairs",
-    )
+    confidence, accuracy = [float(row["confidence"]) for row in rows], [float(row["accuracy"]) for row in rows]
+    axes.plot(confidence, accuracy, marker="o", label="held-out pairs")
     axes.set(xlabel="confidence of the reward model", ylabel="accuracy")
     axes.legend()
     return _png(figure)

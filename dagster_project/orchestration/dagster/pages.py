@@ -131,10 +131,8 @@ class Handler(BaseHTTPRequestHandler):
         """Status, content type, policy and body."""
         requested = urlsplit(self.path)
         port = self.request.getsockname()[1]
-        if self.headers.get("Host") not in {
-            f"{HOST}:{port}",
-            f"localhost:{port}",
-        }:  # DNS rebinding: a web site whose name resolves to loopback
+        # DNS rebinding: a web site whose name resolves to loopback
+        if self.headers.get("Host") not in {f"{HOST}:{port}", f"localhost:{port}"}:
             return self._refusal(HTTPStatus.FORBIDDEN, "this server answers on loopback only")
         project = parse_qs(requested.query).get("project", [identity(self.root)])
         if project != [identity(self.root)]:
@@ -158,14 +156,10 @@ class Handler(BaseHTTPRequestHandler):
             body = path.read_bytes()
         except OSError as error:
             return self._refusal(HTTPStatus.NOT_FOUND, f"cannot be read: {error.strerror}")
-        own = POLICY.search(body[:HEAD]) if path.suffix == ".html" else None
         policy = DATA_DOCS_POLICY if path.parent.name == DATA_DOCS else DENY_ALL
-        return (
-            HTTPStatus.OK,
-            TYPES.get(path.suffix, "application/octet-stream"),
-            own[1].decode("latin-1") if own else policy,
-            body,
-        )
+        if path.suffix == ".html" and (own := POLICY.search(body[:HEAD])):
+            policy = own[1].decode("latin-1")
+        return HTTPStatus.OK, TYPES.get(path.suffix, "application/octet-stream"), policy, body
 
     def _refusal(self, status: HTTPStatus, why: str) -> tuple[HTTPStatus, str, str, bytes]:
         return status, "text/plain; charset=utf-8", DENY_ALL, f"{why}\n".encode()
@@ -177,23 +171,20 @@ class Handler(BaseHTTPRequestHandler):
 def _listing(base: Path, folder: Path) -> str:
     """Page with links to the content of a folder, without hidden files and symbolic links."""
     inside = [path for path in folder.iterdir() if path.name[0] != "." and not path.is_symlink()]
-    names = sorted(
-        [f"{path.name}/" for path in inside if path.is_dir()] + [path.name for path in inside if path.is_file()]
-    )
+    folders, files = [path for path in inside if path.is_dir()], [path for path in inside if path.is_file()]
+    names = sorted([f"{path.name}/" for path in folders] + [path.name for path in files])
     where = "/".join(["data/pages", *folder.relative_to(base).parts])
     prefix = quote("/".join(["", *folder.relative_to(base).parts, ""]))
-    items = (
-        "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names)
-        or "<li>empty</li>"
-    )
-    return _page(where, items)
+    items = "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names)
+    return _page(where, items or "<li>empty</li>")
 
 
 def _page(where: str, items: str) -> str:
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta'
-        f' charset="utf-8"><title>{escape(where)}</title><style>body{{font:1rem'
-        f" sans-serif;margin:2rem}}</style></head><body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en">'
+        f'<head><meta charset="utf-8"><title>{escape(where)}</title>'
+        "<style>body{font:1rem sans-serif;margin:2rem}</style></head>"
+        f"<body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"
     )
 
 

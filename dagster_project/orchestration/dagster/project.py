@@ -61,8 +61,11 @@ class PedigreeProject(DvcProject):
     config_type: ClassVar[type[DvcRunConfig]] = RunConfig
 
     def load(self) -> dict[str, StageState]:
-        """As DvcProject.load. Other code than code.lock.yaml records is a warning here, so that other assets of the
-        code location are shown, and an error of each stage that is materialized."""
+        """As DvcProject.load.
+
+        Other code than code.lock.yaml records is a warning here, so that other assets of the code location are shown,
+        and an error of each stage that is materialized.
+        """
         states = super().load()
         try:
             code_lock.refuse_other_code(self.root)
@@ -128,9 +131,11 @@ class PedigreeProject(DvcProject):
     def check_results(
         self, address: str, state: StageState | None, report: Mapping[str, Any]
     ) -> list[dg.AssetCheckResult]:
-        """Results with the same severity as on the data-quality page. Whether a check
-        blocks was decided when the stage ran. Dagster requires a result of every
-        check of the asset, also of those that a complete report does not have."""
+        """Results with the same severity as on the data-quality page.
+
+        Whether a check blocks was decided when the stage ran. Dagster requires a result of every check of the asset,
+        also of those that a complete report does not have.
+        """
         found: dict[str, Any] = report.get("checks", {})
         if found and not self.blocks(report):
             found = dict.fromkeys(self.pipeline.check_descriptions(address.partition("@")[0]), NOT_IN_REPORT) | found

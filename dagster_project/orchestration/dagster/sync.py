@@ -32,8 +32,9 @@ def sync(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE
 
 
 def sync_after(last: LastSync, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE) -> list[str]:
-    """Mark runs as failed whose process was killed, and report DVC's state to Dagster. If there is nothing to report,
-    and no run that could end or be killed, the state of the files is remembered.
+    """Mark runs as failed whose process was killed, and report DVC's state to Dagster.
+
+    If there is nothing to report, and no run that could end or be killed, the state of the files is remembered.
 
     Returns:
         One line for each event.
@@ -42,10 +43,8 @@ def sync_after(last: LastSync, instance: dg.DagsterInstance, pipeline: Pipeline 
     project = PedigreeProject(last.root, last.key_prefix, pipeline=pipeline)
     snapshot = dagster_dvc.read(project, instance)
     lines += snapshot.lines + dagster_dvc.mirror(project, instance, snapshot)
-    if (
-        not lines
-        and not instance.get_runs(UNFINISHED, limit=1)
-        and not instance.event_log_storage.get_concurrency_run_ids()
-    ):
+    if lines or instance.get_runs(UNFINISHED, limit=1):
+        return lines
+    if not instance.event_log_storage.get_concurrency_run_ids():
         last.remember(stamped_paths(snapshot.states))
     return lines

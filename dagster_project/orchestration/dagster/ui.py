@@ -41,18 +41,8 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
     sync_if_changed(root)
-    command = [
-        sys.executable,
-        "-m",
-        webserver.__name__,
-        "dev",
-        "-w",
-        str(root / "workspace.yaml"),
-        "-h",
-        host,
-        "-p",
-        str(port),
-    ]
+    options = ["-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
+    command = [sys.executable, "-m", webserver.__name__, "dev", *options]
     hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))
     environment = os.environ | command_environment(
         {"DAGSTER_HOME": str(folder), "PEDIGREE_PROJECT": str(root), webserver.HOSTS: hosts}
@@ -60,9 +50,8 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     pages.start(root, listener)
     listener.close()
     os.chdir(root)
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # shells without job control start background processes with it ignored; Dagster then ignores SIGTERM
+    # shells without job control start background processes with it ignored; Dagster then ignores SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execve(command[0], command, environment)
 
 

@@ -28,8 +28,9 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware. Refuses requests that another website made, or that
-    reached the server under a name which is not its own.
+    """ASGI middleware.
+
+    Refuses requests that another website made, or that reached the server under a name which is not its own.
 
     Without it any website could launch runs (a GET of GraphQL can be a mutation) and, by a name that it lets resolve to
     this host (DNS rebinding), read everything. It does not authenticate anybody.

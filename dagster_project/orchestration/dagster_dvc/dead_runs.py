@@ -1,5 +1,7 @@
-"""Dagster runs whose process is dead. Dagster's default launcher does not
-check, so a killed run would keep the status "started". Also processes whose run is canceled."""
+"""Dagster runs whose process is dead, and processes whose run is canceled.
+
+Dagster's default launcher does not check, so a killed run would keep the status "started".
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,8 @@ def reap(instance: dg.DagsterInstance, owned: bool = True) -> list[str]:
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:  # it ended meanwhile
             continue
-        instance.event_log_storage.free_concurrency_slots_for_run(
-            run.run_id
-        )  # first: a run that has failed is not examined again
+        # first: a run that has failed is not examined again
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         lines.append(f"run {run.run_id[:8]} ({run.job_name}): its process {last[0]} was killed; marked as failed")
         instance.report_run_failed(
             run, f"Process {last[0]} of this run was killed. Launch the run again: finished stages are not run twice."
@@ -74,8 +75,9 @@ def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 
 
 def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) -> None:
-    """If this is a step process, end it when the process of the run ends. An
-    orphan would record results of a killed run.
+    """If this is a step process, end it when the process of the run ends.
+
+    An orphan would record results of a killed run.
 
     Args:
         owned: whether the run's process is surely on this machine. Otherwise it counts only if it started this one.

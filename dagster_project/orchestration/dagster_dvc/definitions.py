@@ -57,19 +57,16 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
         *zip(states, names, strict=True),
         *((path, project.source_key(path).to_python_identifier()) for path in sources),
     ]
-    invalid = [
-        one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)
-    ]  # Dagster makes names of inputs from the paths of sources
+    # Dagster makes names of inputs from the paths of sources
+    invalid = [one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)]
     if invalid or len(set(keys)) < len(keys) or len(set(names)) < len(names):
-        what = (
-            f"{', '.join(invalid)} cannot be a name in Dagster"
-            if invalid
-            else "two stages or sources have the same name in Dagster"
-        )
+        what = "two stages or sources have the same name in Dagster"
+        if invalid:
+            what = f"{', '.join(invalid)} cannot be a name in Dagster"
         raise InputError(
             f"{project.root / 'dvc.yaml'}: {what}",
-            "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources; names"
-            " must differ in more than these marks",
+            "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources;"
+            " names must differ in more than these marks",
         )
     return [
         *(
@@ -94,11 +91,8 @@ def _definition(project: DvcProject, address: str) -> dg.AssetSpec:
 
 def _hidden_asset_key() -> str:
     """Metadata key of assets that Dagster's UI hides."""
-    return str(
-        private_module(
-            "dagster._core.definitions.assets.definition.asset_spec"
-        ).SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET
-    )
+    asset_spec = private_module("dagster._core.definitions.assets.definition.asset_spec")
+    return str(asset_spec.SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
 
 
 def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDefinition:

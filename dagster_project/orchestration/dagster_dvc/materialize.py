@@ -67,9 +67,8 @@ def bring_up_to_date(
         if not states[address].frozen and (states[address].changed or force):
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
-                after = _read_when_idle(
-                    context, project, address, own=True
-                )  # a forced run of it may have waited for this one
+                # a forced run of it may have waited for this one
+                after = _read_when_idle(context, project, address, own=True)
                 states = after.states
                 if not states[address].differs:
                     break
@@ -113,8 +112,10 @@ def _planned_checks(context: dg.AssetExecutionContext, key: dg.AssetKey) -> list
 
 
 def _states_before(context: dg.AssetExecutionContext, project: DvcProject, address: str) -> dict[str, StageState]:
-    """State of all stages, mirrored to the instance. It is read and mirrored
-    again only if a file changed since this run last did."""
+    """State of all stages, mirrored to the instance.
+
+    It is read and mirrored again only if a file changed since this run last did.
+    """
     mirrored = _mirrored[context.instance]
     known = mirrored.get(project)
     known = known if known and known.run_id == context.run_id else None
@@ -141,7 +142,8 @@ def _read(context: dg.AssetExecutionContext, project: DvcProject) -> Snapshot:
 def _read_when_idle(
     context: dg.AssetExecutionContext, project: DvcProject, address: str, own: bool = False
 ) -> Snapshot:
-    """State of all stages, once no other process writes inputs of `address`:
+    """State of all stages, once no other process writes inputs of `address`.
+
     DVC removes outputs for a moment even if it then restores them.
 
     Args:
@@ -163,9 +165,8 @@ def _read_when_idle(
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     """Why a stage cannot run yet, and the next step; empty if all of its inputs are up to date."""
-    running = {
-        name: replace(state, inputs=()) if state.frozen else state for name, state in states.items()
-    }  # as DVC's graph
+    # as DVC's graph
+    running = {name: replace(state, inputs=()) if state.frozen else state for name, state in states.items()}
     upstream = dvc.ancestors(running, address)
     for name in [*upstream, address]:
         for source in running[name].inputs:
@@ -184,8 +185,10 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
 
 
 class MessageReader(dg.PipesTempFileMessageReader):
-    """Dagster's reader of a file. Only the count is new: Dagster marks its
-    default as a preview, and warns in each run that uses it."""
+    """Dagster's reader of a file.
+
+    Only the count is new: Dagster marks its default as a preview, and warns in each run that uses it.
+    """
 
     @property
     def expected_writer_count(self) -> int:

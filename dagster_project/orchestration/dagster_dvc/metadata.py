@@ -48,8 +48,8 @@ def damaged_report(root: Path, state: StageState) -> str:
     if not path.is_file() or path.suffix not in dvc.DOCUMENTS or dvc.load_document(path) is not None:
         return ""
     return (
-        f"{state.report} cannot be read; restore it with `git checkout HEAD {state.report}`, or make it again with `dvc"
-        f" repro {state.address}`"
+        f"{state.report} cannot be read; restore it with `git checkout HEAD {state.report}`,"
+        f" or make it again with `dvc repro {state.address}`"
     )
 
 

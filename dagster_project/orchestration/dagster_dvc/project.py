@@ -45,8 +45,10 @@ def is_forced(tags: Mapping[str, str]) -> bool:
 
 @dataclass(frozen=True)
 class DvcProject:
-    """A folder with `.dvc` and `dvc.yaml`. Everything that is known of a stage
-    comes from these files; the methods below `Hooks` add to it."""
+    """A folder with `.dvc` and `dvc.yaml`.
+
+    Everything that is known of a stage comes from these files; the methods below `Hooks` add to it.
+    """
 
     root: Path
     key_prefix: tuple[str, ...] = ()
@@ -69,11 +71,9 @@ class DvcProject:
 
     def address_of(self, key: dg.AssetKey) -> str | None:
         """The stage of an asset; None if it is of another project."""
-        return (
-            keys.address_of(key, self.key_prefix)
-            if tuple(key.path[: len(self.key_prefix)]) == self.key_prefix
-            else None
-        )
+        if tuple(key.path[: len(self.key_prefix)]) != self.key_prefix:
+            return None
+        return keys.address_of(key, self.key_prefix)
 
     def name(self, name: str) -> str:
         """Name of a job, schedule or sensor."""
@@ -172,8 +172,10 @@ class DvcProject:
         return results
 
     def blocks(self, report: Mapping[str, Any]) -> bool:
-        """Whether the report is that of a failed attempt, whose output is not to be used. In general such a stage ends
-        with an exit code, and DVC records nothing."""
+        """Whether the report is that of a failed attempt, whose output is not to be used.
+
+        In general such a stage ends with an exit code, and DVC records nothing.
+        """
         return False
 
     def describe(self, state: StageState) -> dict[str, Any]:

@@ -21,8 +21,10 @@ INPUT_TAG_PREFIX = "dagster/input_data_version/"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of all stages, and of the event log before they were read: events
-    that a run reports meanwhile are newer."""
+    """State of all stages, and of the event log before they were read.
+
+    Events that a run reports meanwhile are newer.
+    """
 
     states: dict[str, StageState]
     lines: list[str]
@@ -105,8 +107,10 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
 def _source(
     project: DvcProject, instance: dg.DagsterInstance, key: dg.AssetKey, version: str, latest: dg.EventLogRecord | None
 ) -> list[str]:
-    """Report a source, or the definition of a stage. Dagster calls such assets
-    external: something else writes them, and reports it."""
+    """Report a source, or the definition of a stage.
+
+    Dagster calls such assets external: something else writes them, and reports it.
+    """
     names, known = _tag_names(), latest.asset_materialization if latest else None
     if known and (known.tags or {}).get(names.DATA_VERSION_TAG) == version:
         return []
@@ -134,11 +138,11 @@ def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
         names.CODE_VERSION_TAG: code,
         names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
     }
+    # of several outputs of one stage, one that changed comes last
+    ordered = sorted(state.inputs, key=lambda i: i.now != i.recorded)
     inputs = {
         project.asset_key(i.producer) if i.producer else project.source_key(i.path): i.recorded or "unrecorded"
-        for i in sorted(
-            state.inputs, key=lambda i: i.now != i.recorded
-        )  # of several outputs of one stage, one that changed comes last
+        for i in ordered
     }
     inputs[project.definition_key(state.address)] = state.definition_recorded or "unrecorded"
     for key, version in inputs.items():
@@ -179,23 +183,26 @@ def _materialize(
         compared = {tag: value for tag, value in compared.items() if tag not in unrecorded}
     if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
         return []
-    # of an output that is not as recorded, metrics, plots and dvc.lock may be of another version, e.g. after `git
-    # checkout` without `dvc checkout`
-    metadata = (
-        {"path": ", ".join(state.outs), "data_version": state.version} if state.differs else project.describe(state)
-    )
+    if state.differs:  # metrics, plots and dvc.lock may be of another version, e.g. without `dvc checkout`
+        metadata = {"path": ", ".join(state.outs), "data_version": state.version}
+    else:
+        metadata = project.describe(state)
     instance.report_runless_asset_event(
         dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=metadata)
     )
     return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
 
 
-def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
-    """Report each check result that differs from the latest one, or that
-    Dagster would not show because it evaluates an earlier materialization.
+def _is_queued(instance: dg.DagsterInstance, run_id: str) -> bool:
+    run = instance.get_run_by_id(run_id)
+    return run is not None and run.status == dg.DagsterRunStatus.QUEUED
 
-    The report of another version than the output on disk has none of this output: Dagster shows its checks as not
-    evaluated.
+
+def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
+    """Report each check result that differs from the latest one, or that evaluates an earlier materialization.
+
+    Dagster would not show the latter. The report of another version than the output on disk has none of this output:
+    Dagster shows its checks as not evaluated.
     """
     reports = {
         address: None if state.report_of_other else read_report(project.root, state)
@@ -221,23 +228,15 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
         event = record.event.dagster_event if record and record.event else None
         evaluation = event.event_specific_data if event else None
         if record and isinstance(evaluation, dg.AssetCheckEvaluation):
-            if evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _evaluates(
-                record, evaluation, latest
-            ):
+            is_same = evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG]
+            if is_same and _evaluates(record, evaluation, latest):
                 continue
-        elif (
-            record
-            and (planned := instance.get_run_by_id(record.run_id))
-            and planned.status == dg.DagsterRunStatus.QUEUED
-        ):
+        elif record and _is_queued(instance, record.run_id):
             continue  # a run is about to report it
-        target = (
-            _target_type()(
-                storage_id=latest.storage_id, run_id=latest.event_log_entry.run_id, timestamp=latest.timestamp
-            )
-            if latest
-            else None
-        )
+        target = None
+        if latest:
+            run_id = latest.event_log_entry.run_id
+            target = _target_type()(storage_id=latest.storage_id, run_id=run_id, timestamp=latest.timestamp)
         instance.report_runless_asset_event(
             dg.AssetCheckEvaluation(
                 asset_key=key.asset_key,

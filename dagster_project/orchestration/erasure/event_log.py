@@ -1,5 +1,7 @@
-"""Takes what holds an erased record out of Dagster's home: rows of its SQLite
-files, and log files. The event log is a view, which a sync fills again."""
+"""Takes what holds an erased record out of Dagster's home: rows of its SQLite files, and log files.
+
+The event log is a view, which a sync fills again.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +46,8 @@ def clean(path: Path, scanner: Scanner, only_sure: bool) -> None:
         with closing(sqlite3.connect(path, timeout=LONGEST_WAIT, isolation_level=None)) as db:
             db.execute("PRAGMA secure_delete = ON")
             db.execute("BEGIN IMMEDIATE")
-            tables = [
-                name
-                for (name,) in db.execute(
-                    "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-                )
-            ]
-            for name in tables:
+            tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+            for (name,) in db.execute(tables).fetchall():
                 _clean_table(db, name, scanner, only_sure)
             db.execute("COMMIT")
             db.execute("VACUUM")

@@ -1,5 +1,7 @@
-"""Keeps other processes out while `pedigree erase` changes a project: a second
-erasure is refused, and stages wait until a step has ended."""
+"""Keeps other processes out while `pedigree erase` changes a project.
+
+A second erasure is refused, and stages wait until a step has ended.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,8 @@ def one_erasure(root: Path) -> Iterator[None]:
         states = dvc.read_stages(root)
         if writer := rwlock.writer_of(root, [out for state in states.values() for out in state.outs]):
             raise Busy(f"a stage is being run by {writer}", "wait for it to end, or stop it")
-        given, sys.argv = (
-            sys.argv,
-            COMMAND.split(),
-        )  # DVC writes it to its table of locked paths, which a kill leaves behind
+        # DVC writes it to its table of locked paths, which a kill leaves behind
+        given, sys.argv = sys.argv, COMMAND.split()
         try:
             yield
         finally:

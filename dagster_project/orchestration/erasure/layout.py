@@ -1,5 +1,7 @@
-"""Which place of a project a file is in: the place decides whether an erasure
-may delete the file. All paths are resolved before they are compared."""
+"""Which place of a project a file is in: the place decides whether an erasure may delete the file.
+
+All paths are resolved before they are compared.
+"""
 
 from __future__ import annotations
 

@@ -55,17 +55,17 @@ def trained_records(root: Path, ids: Sequence[str], key: bytes, models: Iterable
     for kind in DATA:
         for row in (row for row in _split(root, kind, "train") if row["example_id"] in wanted):
             by = [address for address, those in learned.items() if those is None or row["example_id"] in those]
-            found += (
-                [{"mark": record_mark(key, row["example_id"]), "kind": kind, "models": by, **_measurable(row)}]
-                if by
-                else []
-            )
+            if by:
+                mark = record_mark(key, row["example_id"])
+                found.append({"mark": mark, "kind": kind, "models": by, **_measurable(row)})
     return found
 
 
 def _learned(root: Path, address: str) -> set[str] | None:
-    """Ids of the records in the training steps of a model and of those that it was made from: training can end before
-    others of its split, or leave them out. None if unknown."""
+    """Ids of the records in the training steps of a model and of those that it was made from.
+
+    Training can end before others of its split, or leave them out. None if unknown.
+    """
     index = Index(root)
     try:
         subject = find(index, address)
@@ -144,12 +144,10 @@ def _measure(
             address,
         )
         [losses] = LocalProcesses(1).map(_losses, work, [[_measurable(row) for row in (*records, *controls)]])
-    except (PedigreeError, OSError, ValueError, RuntimeError) as error:
-        return {
-            "not measured": error.what
-            if isinstance(error, PedigreeError)
-            else f"the model cannot be loaded: {type(error).__name__}"
-        }
+    except PedigreeError as error:
+        return {"not measured": error.what}
+    except (OSError, ValueError, RuntimeError) as error:
+        return {"not measured": f"the model cannot be loaded: {type(error).__name__}"}
     of_records, of_controls = losses[: len(records)], losses[len(records) :]
     return compare(
         {record["mark"]: loss for record, loss in zip(records, of_records, strict=True) if loss},
@@ -176,8 +174,9 @@ def _controls(root: Path, address: str, kind: str, erased: set[str]) -> list[dic
 
 
 def _losses(work: Work, records: Sequence[Mapping[str, Any]]) -> list[Loss | None]:
-    """Loss of each record in nats per token of its answers; None where the
-    model cannot read it, or no token is an answer.
+    """Loss of each record in nats per token of its answers.
+
+    None where the model cannot read it, or no token is an answer.
 
     Raises:
         InputError: the model predicts labels only.

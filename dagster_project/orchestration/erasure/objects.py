@@ -1,6 +1,8 @@
-"""Which objects of DVC's cache and remotes an erasure removes: those of this project that hold the record, all files of
-outputs with one, and all files of retired outputs. A cache or remote can have objects of other projects, so only what
-the history of this one names is removed."""
+"""Which objects of DVC's cache and remotes an erasure removes.
+
+Those of this project that hold the record, all files of outputs with one, and all files of retired outputs. A cache or
+remote can have objects of other projects, so only what the history of this one names is removed.
+"""
 
 from __future__ import annotations
 

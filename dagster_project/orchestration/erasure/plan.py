@@ -1,5 +1,7 @@
-"""The plan of an erasure: rows, relatives, models, places. A document on disk,
-by which an interrupted erasure goes on; it is deleted at the end."""
+"""The plan of an erasure: rows, relatives, models, places.
+
+A document on disk, by which an interrupted erasure goes on; it is deleted at the end.
+"""
 
 from __future__ import annotations
 
@@ -102,8 +104,8 @@ def usable_key(root: Path) -> bytes:
     key = read_key(root)
     if hashlib.sha256(key).hexdigest() == SAMPLE_KEY:
         raise InputError(
-            f"{RECORD_KEY} is the key of the sample project, which is public: keyed hashes of erased records would hide"
-            " nothing",
+            f"{RECORD_KEY} is the key of the sample project, which is public:"
+            " keyed hashes of erased records would hide nothing",
             f"create a key of your own: `{CREATE}`",
         )
     return key
@@ -205,8 +207,8 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
         if address in states and (states[address].recorded or is_used) and states[address].changed:
             raise InputError(
-                f"{address} is not up to date ({states[address].changed[0]}), so its rows may not be those of the"
-                " sources",
+                f"{address} is not up to date ({states[address].changed[0]}),"
+                " so its rows may not be those of the sources",
                 f"run `dvc repro {address}`, then ask again",
             )
 
@@ -217,8 +219,8 @@ def _refuse_without_tombstone(found: Found, key: bytes) -> None:
     """
     if kept := found.without_tombstone(key):
         raise InputError(
-            f"{kept[0]}: its source cannot be changed from here, and it cannot be left out, because a row that stays"
-            " has the same text, or it has no text",
+            f"{kept[0]}: its source cannot be changed from here,"
+            " and it cannot be left out, because a row that stays has the same text, or it has no text",
             "erase its copies, too (leave out --not copies), or have its owner take it out, and set the new `revision`",
         )
 
@@ -234,8 +236,8 @@ def refuse_empty(raws: Iterable[Raw], found: Found) -> None:
     if emptied := sorted({raw.stage for raw in current} - kept):
         raise InputError(
             f"{emptied[0]}: no row would be left, and the stages after it need one",
-            f"give it other sources in params.yaml, `dvc repro {emptied[0]}`, then ask again: earlier versions are"
-            " searched, too",
+            f"give it other sources in params.yaml, `dvc repro {emptied[0]}`,"
+            " then ask again: earlier versions are searched, too",
         )
 
 
@@ -251,23 +253,21 @@ def _revision(root: Path, path: str) -> str:
 
 
 def _hashes_when_read(root: Path) -> dict[str, str]:
-    """sha256 of each source file that the raw data sets were read from, by
-    their reports: row numbers are those of these versions."""
+    """sha256 of each source file that the raw data sets were read from, by their reports.
+
+    Row numbers are those of these versions.
+    """
     found: dict[str, str] = {}
     for address in (EXAMPLES, PAIRS):
         path = f"data/reports/{address}.json"
-        report = (
-            read_document(root / path, path, f"make it again with `dvc repro {address}`")
-            if (root / path).is_file()
-            else {}
-        )
+        if not (root / path).is_file():
+            continue
+        report = read_document(root / path, path, f"make it again with `dvc repro {address}`")
         for name, facts in report.get("sources", {}).items():
-            files = facts.get("files")
-            found |= (
-                {name: facts["sha256"]}
-                if files is None
-                else {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
-            )
+            if (files := facts.get("files")) is None:
+                found[name] = facts["sha256"]
+            else:
+                found |= {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
     return found
 
 
@@ -326,8 +326,8 @@ def _refuse_reason(reason: str, request: Request, found: Found) -> None:
     parts = [*request.containing, *request.records, *ids, *texts]
     if any(part and part in said for part in (" ".join(one.casefold().split()) for one in parts)):
         raise InputError(
-            "--reason: it repeats what was requested, or a text or id of the records, and is written to files that git"
-            " tracks",
+            "--reason: it repeats what was requested,"
+            " or a text or id of the records, and is written to files that git tracks",
             "name the request by a number of your own",
         )
 

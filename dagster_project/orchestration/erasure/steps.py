@@ -1,5 +1,8 @@
-"""Carries out the plan of an erasure, step by step. What a step removes is written to the plan before anything is
-removed, so that an interrupted erasure goes on with the same lists, and ends in the same state and certificate."""
+"""Carries out the plan of an erasure, step by step.
+
+What a step removes is written to the plan before anything is removed, so that an interrupted erasure goes on with the
+same lists, and ends in the same state and certificate.
+"""
 
 from __future__ import annotations
 
@@ -81,11 +84,8 @@ class Erasure:
         for step in steps:
             if step.__name__ not in self.plan["done"]:
                 log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
-                with (
-                    nullcontext()
-                    if step == self.pipeline
-                    else no_stage_runs(self.root, self.plan["stages"], waits=True)
-                ):
+                runs_stages = step == self.pipeline
+                with nullcontext() if runs_stages else no_stage_runs(self.root, self.plan["stages"], waits=True):
                     step()
                 self.plan["done"].append(step.__name__)
                 save(self.root, self.plan)
@@ -204,9 +204,8 @@ class Erasure:
         folder = storage / "files" / "md5"
         hits = (hit for hit in found.places.get(place, ()) if hit.sure and hit.path.is_relative_to(folder))
         holding = {name for hit in hits if (name := name_of(hit.path))}
-        holding |= {
-            change["md5"] for change in self.plan["sources"].values() if "md5" in change
-        }  # whatever a search finds in a short text
+        # whatever a search finds in a short text
+        holding |= {change["md5"] for change in self.plan["sources"].values() if "md5" in change}
         gone = to_remove(listings(folder), holding, retired, needed, own)
         return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
 
@@ -221,9 +220,8 @@ class Erasure:
             Path(self.root, path).unlink(missing_ok=True)
         for name in OWN_SCRATCH:
             remove(self.root / ".dvc" / "tmp" / "pedigree" / name)
-        remove(
-            self.root / WHY
-        )  # also pages with a short text, which no search finds: they have the beginning of an id alone
+        # also pages with a short text, which no search finds: they have the beginning of an id alone
+        remove(self.root / WHY)
 
     def index(self) -> None:
         """Remove the records from the index of audits."""

@@ -1,5 +1,6 @@
-"""Where a stage computes. `run_stage` passes it to an executor; nothing else
-depends on the machine that a stage runs on.
+"""Where a stage computes.
+
+`run_stage` passes it to an executor; nothing else depends on the machine that a stage runs on.
 
 The driver (run_stage.py) is the process that DVC starts on this host for `python -m dagster_project run STAGE`. Only
 the driver verifies inputs, holds the stage's lock, applies the gate and publishes; only DVC records. Where a stage runs

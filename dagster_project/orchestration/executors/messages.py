@@ -1,5 +1,7 @@
 """Messages from a worker to its driver: marked JSON lines in the job's log.
-Also the versions that must be equal on both."""
+
+Also the versions that must be equal on both.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _lock = threading.Lock()
 
 def send(kind: str, content: Any) -> None:
     """Write one message to the log of the job, which is this process's stdout.
-    Kinds: hello, log, live, error, damaged."""
+
+    Kinds: hello, log, live, error, damaged.
+    """
     line = f"{MARK}{json.dumps([kind, content])}\n"
     with _lock:
         sys.stdout.write(line)
@@ -40,8 +44,10 @@ def send(kind: str, content: Any) -> None:
 
 
 def received(text: str) -> Iterator[tuple[str, Any]]:
-    """The messages in a part of a job's log that ends with a whole line; any
-    other line, e.g. of Ray, is of the kind "raw"."""
+    """The messages in a part of a job's log that ends with a whole line.
+
+    Any other line, e.g. of Ray, is of the kind "raw".
+    """
     for line in text.splitlines():
         if line.startswith(MARK):
             try:
@@ -83,7 +89,7 @@ def refuse_other_versions(expected: Mapping[str, str]) -> None:
     """
     if differences := different(expected, versions()):
         raise InputError(
-            f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's"
-            " version)",
+            f"node {platform.node()} would not compute the same result:"
+            f" it has {'; '.join(differences)} (the driver's version)",
             "install the driver's versions on the nodes, or start the driver in their environment",
         )

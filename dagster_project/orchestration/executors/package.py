@@ -1,5 +1,7 @@
-"""The project as files, for a worker: all that git does not ignore, i.e. the
-commit and every uncommitted change. Data under DVC travels by hash."""
+"""The project as files, for a worker: all that git does not ignore, i.e. the commit and every uncommitted change.
+
+Data under DVC travels by hash.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ LIMIT = 100_000_000
 
 @contextmanager
 def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Path]:
-    """A folder with the project's files. `.dvc` is left out: its configuration may contain credentials. So are links to
-    anything that is not one of these files or a folder with some: Ray sends what a link points to.
+    """A folder with the project's files.
+
+    `.dvc` is left out: its configuration may contain credentials. So are links to anything that is not one of these
+    files or a folder with some: Ray sends what a link points to.
 
     Args:
         folder: where to create it; removed afterwards. A folder left by a killed driver is replaced.
@@ -61,8 +65,9 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
 
 
 def _size(root: Path, name: str, known: Set[str]) -> int | None:
-    """Size of a file, or of the file that a link points to; None if it vanished,
-    or is something else than a file or a link to one of the known paths.
+    """Size of a file, or of the file that a link points to.
+
+    None if it vanished, or is something else than a file or a link to one of the known paths.
 
     Args:
         known: files and folders, relative to the project.

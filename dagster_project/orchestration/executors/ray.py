@@ -100,9 +100,8 @@ def connect(address: str) -> tuple[Any, str]:
     # Ray reads the mode when it is imported. Its client lets the other variables override the address that it is given.
     with _environment(RAY_AUTH_MODE="token" if token else None, RAY_API_SERVER_ADDRESS=None, RAY_ADDRESS=None):
         try:
-            with lean_imports(
-                "rfc3987_syntax"
-            ):  # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
+            # jsonschema, which Ray imports, builds its grammar for a second; Ray does not use it
+            with lean_imports("rfc3987_syntax"):
                 from ray.dashboard.utils import get_address_for_submission_client
                 from ray.exceptions import AuthenticationError, RayError
                 from ray.job_submission import JobSubmissionClient
@@ -111,10 +110,8 @@ def connect(address: str) -> tuple[Any, str]:
                 "Ray is not installed",
                 "`pip install 'pedigree-llm[ray]'`, or run the stage here: PEDIGREE_EXECUTION=local",
             ) from None
-        for name in (
-            "ray.dashboard.modules.dashboard_sdk",
-            "ray._private.runtime_env.packaging",
-        ):  # notes on each upload
+        # notes on each upload
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.WARNING)
         hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
         url = address
@@ -122,20 +119,15 @@ def connect(address: str) -> tuple[Any, str]:
             if "://" not in address or address.startswith("ray://"):
                 url = get_address_for_submission_client("auto" if address in LOCAL_NAMES else address)
             _refuse_unsafe(url, by_token)
-            return JobSubmissionClient(
-                url, headers={"Authorization": f"Bearer {token}"} if token else None
-            ), url.rstrip("/")
+            headers = {"Authorization": f"Bearer {token}"} if token else None
+            return JobSubmissionClient(url, headers=headers), url.rstrip("/")
         except AuthenticationError:
             raise TokenRefused(
                 f"the Ray cluster at {url} requires another token",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token",
             ) from None
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            RayError,
-        ) as error:  # RayError: HOST:PORT, or a local cluster that was killed
+        # RayError: HOST:PORT, or a local cluster that was killed
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
 
@@ -153,8 +145,8 @@ def _refuse_unsafe(url: str, by_token: bool) -> None:
         )
     if not by_token and not _is_loopback(parts.hostname):
         raise InputError(
-            f"execution.address: {parts.hostname} is not this machine, and token authentication is off: anyone who"
-            " reaches the cluster could run code",
+            f"execution.address: {parts.hostname} is not this machine, and token authentication is off:"
+            " anyone who reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
 
@@ -167,8 +159,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _token() -> str:
-    """Ray's token, from the same variables and files as in Ray; "" if token authentication is off. As with `ray start`,
-    an existing token is used unless RAY_AUTH_MODE is another mode."""
+    """Ray's token, from the same variables and files as in Ray; "" if token authentication is off.
+
+    As with `ray start`, an existing token is used unless RAY_AUTH_MODE is another mode.
+    """
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return ""
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -273,8 +267,11 @@ class _Run:
         raise AssertionError
 
     def _tidy(self, result: StageResult) -> None:
-        """Remove the result and checkpoints from the remote. A result that DVC records next stays for the next driver
-        of the stage: until dvc.lock is written, this process or DVC may be killed."""
+        """Remove the result and checkpoints from the remote.
+
+        A result that DVC records next stays for the next driver of the stage: until dvc.lock is written, this process
+        or DVC may be killed.
+        """
         stays = result.exit_code == 0 and "DVC_STAGE" in os.environ and not is_temporary(self.job.ctx.root)
         try:
             self.store.remove(self.at("checkpoints") if stays else self.at())
@@ -300,8 +297,8 @@ class _Run:
                     raise kind(self.error["what"], self.error["hint"])
                 if details is not None and str(details.error_type) == NEVER_STARTED:
                     log.info(
-                        f"{self.address}: Ray gave up job {self.name}, which waited for resources; it is submitted"
-                        " again"
+                        f"{self.address}: Ray gave up job {self.name},"
+                        " which waited for resources; it is submitted again"
                     )
                     continue
                 lost, self.submitted = lost + 1, None
@@ -423,10 +420,8 @@ class _Run:
             if details is None:
                 return None
             ended, self.node_id = details.status.is_terminal(), details.driver_node_id or ""
-            with (
-                suppress(RuntimeError, OSError),
-                self._authenticated(),
-            ):  # the log does not exist yet, or its node was lost
+            # the log does not exist yet, or its node was lost
+            with suppress(RuntimeError, OSError), self._authenticated():
                 text: str = self.client.get_job_logs(self.name)
                 whole = len(text) if ended else text.rfind("\n") + 1
                 for kind, content in received(text[read:whole]):
@@ -437,8 +432,8 @@ class _Run:
             if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_LOG_SECONDS:
                 noted = time.monotonic()
                 log.info(
-                    f"{self.address}: waiting for {self._resources()} on the cluster for"
-                    f" {noted - (self.submitted or noted):,.0f} s"
+                    f"{self.address}: waiting for {self._resources()}"
+                    f" on the cluster for {noted - (self.submitted or noted):,.0f} s"
                 )
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
 
@@ -489,8 +484,8 @@ class _Run:
         except AuthenticationError:
             raise TokenRefused(
                 f"{self.address}: the Ray cluster at {self.url} no longer accepts the token that the run began with",
-                "nothing was recorded; set RAY_AUTH_TOKEN_PATH to the new token and run the stage again: a job that"
-                " went on is found by its inputs",
+                "nothing was recorded; set RAY_AUTH_TOKEN_PATH to the new token and run the stage again:"
+                " a job that went on is found by its inputs",
             ) from None
 
     def _request(self, send: Callable[[], T]) -> T:
@@ -515,10 +510,10 @@ class _Run:
                     ) from None
                 if time.monotonic() > until:
                     raise ClusterGone(
-                        f"{self.address}: the Ray cluster at {self.url} has not answered for"
-                        f" {self.executor.patience:.0f} s ({reason})",
-                        "nothing was recorded; run the stage again when the cluster is back: a job that went on"
-                        " meanwhile is found by its inputs",
+                        f"{self.address}: the Ray cluster at {self.url} has not answered"
+                        f" for {self.executor.patience:.0f} s ({reason})",
+                        "nothing was recorded; run the stage again when the cluster is back:"
+                        " a job that went on meanwhile is found by its inputs",
                     ) from None
                 time.sleep(POLL)
 
@@ -577,6 +572,7 @@ class _Run:
         cost = (
             sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * (total + self.lost_seconds) / 3600
         )
+        on_node = seconds.get("pull_seconds", 0.0) + seconds.get("push_seconds", 0.0)
         return {
             "on": "ray",
             "node": result["node"],
@@ -588,13 +584,7 @@ class _Run:
             "queue_seconds": self.queued,
             "compute_seconds": seconds.get("compute_seconds"),
             **({"lost_seconds": round(self.lost_seconds, 1)} if self.lost_seconds else {}),
-            "transfer_seconds": round(
-                self.push_seconds
-                + self.fetch_seconds
-                + seconds.get("pull_seconds", 0.0)
-                + seconds.get("push_seconds", 0.0),
-                3,
-            ),
+            "transfer_seconds": round(self.push_seconds + self.fetch_seconds + on_node, 3),
             "transfer_bytes": self.bytes_sent + fetched + sum(result["bytes"].values()),
             **({"cost": round(cost, 6)} if prices else {}),
         }

@@ -23,8 +23,10 @@ WAITING = 60.0
 
 
 class RayTasks:
-    """Tasks get the project's files with the job (its runtime environment). A
-    task whose node is lost is run again by Ray."""
+    """Tasks get the project's files with the job (its runtime environment).
+
+    A task whose node is lost is run again by Ray.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count

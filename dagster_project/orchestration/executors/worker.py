@@ -1,12 +1,14 @@
-"""The worker of a Ray job: runs one stage's command in a scratch folder of a
-node. Inputs and outputs travel by hash through DVC's remote.
+"""The worker of a Ray job: runs one stage's command in a scratch folder of a node.
 
-    python -m dagster_project.orchestration.executors.worker '{"address":
-    "adapter@lora", ...}'      in the folder with the project's files
+Inputs and outputs travel by hash through DVC's remote.
 
-It pulls the inputs into the node's cache, runs the command of dvc.yaml there as DVC
-would, pushes the outputs, and writes the result last. It records nothing: a job
-whose driver is gone leaves a result that only a driver with the same inputs takes.
+In the folder with the project's files:
+
+    python -m dagster_project.orchestration.executors.worker '{"address": "adapter@lora", ...}'
+
+It pulls the inputs into the node's cache, runs the command of dvc.yaml there as DVC would, pushes the outputs, and
+writes the result last. It records nothing: a job whose driver is gone leaves a result that only a driver with the same
+inputs takes.
 """
 
 from __future__ import annotations
@@ -106,8 +108,8 @@ class Work:
         if changed := sorted(path for path, value in self.job["inputs"].items() if now.get(path) != value):
             raise InputError(
                 f"{self.address}: {', '.join(changed)}: not the same on worker and driver",
-                "files that a stage reads must be in git or in DVC: `git add` or `dvc add` them, and change nothing"
-                " while a stage runs",
+                "files that a stage reads must be in git or in DVC:"
+                " `git add` or `dvc add` them, and change nothing while a stage runs",
             )
 
     def _command(self) -> int:
@@ -205,6 +207,7 @@ class Work:
         """Push outputs, pages and report; the result last."""
         report, measured = self.root / report_of(self.address), measured_path(self.root, self.address)
         document = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+        stated = {key: value for key, value in document.items() if key not in {"passed", "output_sha256"}}
         outs: dict[str, str] = {}
         with self._timed("push_seconds"):
             if code == 0:
@@ -215,11 +218,7 @@ class Work:
             self.at("result.json"),
             {
                 "exit_code": code,
-                "report": (
-                    {key: value for key, value in document.items() if key not in {"passed", "output_sha256"}}
-                    if document
-                    else None
-                ),
+                "report": stated if document else None,
                 "output_sha256": document.get("output_sha256"),
                 "measured": json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {},
                 "outs": outs,
@@ -243,8 +242,9 @@ class Work:
 
 @contextmanager
 def scratch_folder() -> Iterator[tuple[Path, Path]]:
-    """A scratch folder of this worker, and the cache of its node. Scratch folders
-    of workers that were killed, and what they had fetched in part, are removed.
+    """A scratch folder of this worker, and the cache of its node.
+
+    Scratch folders of workers that were killed, and what they had fetched in part, are removed.
 
     Raises:
         InputError: the folder of the node belongs to another user.
@@ -264,9 +264,8 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
             lock.unlink(missing_ok=True)
     for part in (base / "cache" / "files" / "md5").rglob(".*"):
         with suppress(OSError):
-            if (
-                time.time() - part.lstat().st_ctime > ABANDONED_SECONDS
-            ):  # a link to an older output has that one's time of modification
+            # a link to an older output has that one's time of modification
+            if time.time() - part.lstat().st_ctime > ABANDONED_SECONDS:
                 part.unlink()
     name = f"work-{os.getpid()}-{time.time_ns()}"
     with (base / f".{name}").open("a") as file:

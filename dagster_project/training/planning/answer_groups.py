@@ -61,6 +61,7 @@ def answer_passes(
     ledger: Any, prepared: PreparedModel, base: Any, groups: AnswerPass, checkpointing: bool, passes: int
 ) -> None:
     """Run the passes of training/trainers/alignment/trl_trainers/answer_groups.py over the answers on the meta device.
+
     Sampling them needs less memory: no activations are kept.
 
     Args:
@@ -71,9 +72,8 @@ def answer_passes(
 
     model = prepared.model
     prompts = [[number] * size for number, (size, *sizes) in enumerate(groups.lengths) for _ in sizes]
-    answers = [
-        [number] * size for _, *sizes in groups.lengths for number, size in enumerate(sizes)
-    ]  # which begin with different tokens
+    # which begin with different tokens
+    answers = [[number] * size for _, *sizes in groups.lengths for number, size in enumerate(sizes)]
     keeps = groups.keeps_graph and not checkpointing
 
     def log_probabilities(entropies: bool) -> Any:

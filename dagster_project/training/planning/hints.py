@@ -54,8 +54,10 @@ class Forecast:
 
 
 def forecast(ctx: StageContext) -> Forecast | None:
-    """Predict the memory of a stage that trains an adapter; None for other
-    stages, and for an adapter that is merged of others."""
+    """Predict the memory of a stage that trains an adapter.
+
+    None for other stages, and for an adapter that is merged of others.
+    """
     if ctx.stage != "adapter":
         return None
     params, compute = ctx.variant_params("adapter", AdapterParams), ctx.compute
@@ -115,9 +117,8 @@ def forecast_training(
             f"training {where.removeprefix('adapter.')}: gradient checkpointing is on:"
             f" {without.needed / 1e6:,.0f} MB predicted without it, {free / 1e6:,.0f} MB free"
         )
-    return Forecast(
-        ExecutionHints(on, partial(_remedy, replace(spec), free)), predicted
-    )  # a copy, to free the prediction
+    # a copy, to free the prediction
+    return Forecast(ExecutionHints(on, partial(_remedy, replace(spec), free)), predicted)
 
 
 def training_spec(

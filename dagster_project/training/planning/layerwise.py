@@ -117,8 +117,10 @@ def repetition(layers: Sequence[Any]) -> tuple[int, int] | None:
 
 
 def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
-    """The trace of a model with `times` more periods than that of `long`; None
-    if the one that `long` adds to `short` does not repeat."""
+    """The trace of a model with `times` more periods than that of `long`.
+
+    None if the one that `long` adds to `short` does not repeat.
+    """
     events = repeated(short.events, long.events, times)
     if events is None:
         return None
@@ -131,8 +133,10 @@ def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
 
 
 def repeated(short: list[Any], long: list[Any], times: int) -> list[Any] | None:
-    """`long` with the runs that `short` lacks inserted `times` times more; None
-    if a run differs from what precedes it."""
+    """`long` with the runs that `short` lacks inserted `times` times more.
+
+    None if a run differs from what precedes it.
+    """
     events: list[Any] = []
     here = there = 0
     while left := len(long) - there - len(short) + here:
@@ -164,7 +168,9 @@ def _skeleton(base_model: Path) -> Any:
 
 def _layers(model: Any, n: int) -> list[Any]:
     """Signature of each of a model's n layers: classes, settings and shapes.
-    Empty if the layers cannot be identified."""
+
+    Empty if the layers cannot be identified.
+    """
     import torch
 
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == n]

@@ -212,15 +212,8 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             elif spec.pair_lengths:
                 pair_passes(ledger, prepared, base, spec.pair_lengths, spec.counted, passes)
             else:
-                _passes(
-                    ledger,
-                    prepared,
-                    base,
-                    spec.rows * spec.lengths,
-                    spec.rows * spec.counted,
-                    passes,
-                    not spec.sharding,
-                )
+                lengths, counted = spec.rows * spec.lengths, spec.rows * spec.counted
+                _passes(ledger, prepared, base, lengths, counted, passes, not spec.sharding)
             ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if spec.timed and not prepared.fit:
@@ -262,8 +255,10 @@ LORA = {"r": 16, "target_modules": "all-linear"}
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """Everything that a prediction depends on. `method`, `options`,
-    `quantization` and `optim` are those of the variant's entry in params.yaml."""
+    """Everything that a prediction depends on.
+
+    `method`, `options`, `quantization` and `optim` are those of the variant's entry in params.yaml.
+    """
 
     device: str
     """"cpu" or "cuda", the device of the training; it need not exist on this machine."""
@@ -396,8 +391,8 @@ def _needs_no_weights(spec: TrainingSpec) -> Iterator[None]:
         yield
     except RuntimeError as error:  # a value was read from a meta tensor
         raise Unpredictable(
-            f"{place_of(spec.where, 'method')}: the memory of {spec.method} cannot be predicted without weights"
-            f" ({str(error).splitlines()[0][:80]})",
+            f"{place_of(spec.where, 'method')}:"
+            f" the memory of {spec.method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
             "leave this --method out" if spec.where.startswith("--") else "list the variants to plan, without this one",
         ) from None
 
@@ -430,13 +425,8 @@ def read_config(base_model: Path) -> Any:
         raise InputError(f"{base_model}: no config.json", "give the folder of a model or its config.json")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # transformers fails where it first uses a wrong value
+    # transformers fails where it first uses a wrong value
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{file}: transformers does not support this configuration: {why}", "use another model"
@@ -650,8 +640,10 @@ class _Ledger:
         return out
 
     def mode(self) -> Any:
-        """A context in which every operation is recorded. The only value that
-        is read is whether a batch is not packed."""
+        """A context in which every operation is recorded.
+
+        The only value that is read is whether a batch is not packed.
+        """
         return intercepted(False, self.run)
 
     @contextmanager

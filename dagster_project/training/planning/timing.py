@@ -29,8 +29,10 @@ class Shape:
     """False: on the CPU whatever the device, e.g. scalars and sequence bounds."""
 
     def filled(self, device: Any) -> Any:
-        """A tensor of ones, which are fast in every kernel and valid pivots of
-        a matrix; of zeros for dtypes that may be indices."""
+        """A tensor of ones, which are fast in every kernel and valid pivots of a matrix.
+
+        Of zeros for dtypes that may be indices.
+        """
         import torch
 
         tensor = torch.empty_strided(

@@ -16,8 +16,9 @@ TORCH = ">=2.9,<3"
 def intercepted(
     value: Any, run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)
 ) -> Any:
-    """A context in which reading the value of a meta tensor, which has none, gives `value`. torch's notes on extending
-    it document TorchDispatchMode, but its module is private.
+    """A context in which reading the value of a meta tensor, which has none, gives `value`.
+
+    torch's notes on extending it document TorchDispatchMode, but its module is private.
 
     Args:
         run: called for every other operation, with the operation, its arguments and keywords.
@@ -39,8 +40,10 @@ _results: dict[Any, tuple[Any, Any, Any]] = {}
 
 
 def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the meta device, where computing the shape of the result takes half of a step's time: it is
-    computed once for each set of arguments, if the result is a new tensor."""
+    """Run an operation on the meta device, where computing the shape of the result takes half of a step's time.
+
+    It is computed once for each set of arguments, if the result is a new tensor.
+    """
     import torch
 
     def described(value: Any) -> Any:
