@@ -24,7 +24,7 @@ from dagster_project.commands import ending
 from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.lineage import lineage
 from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.lineage.erasure.unfinished import FILE
+from dagster_project.lineage.unfinished_erasure import FILE
 
 INTERRUPTED = {130, -signal.SIGINT}
 """Exit codes; a shell reports both as 130."""

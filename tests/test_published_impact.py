@@ -18,12 +18,12 @@ from dagster_project.cli.arguments import warn_of_erasure
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.curation.sources.erased import key_id, record_mark
 from dagster_project.lineage.erasure import tombstones
-from dagster_project.lineage.erasure.unfinished import FILE
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.published import key_files
+from dagster_project.lineage.unfinished_erasure import FILE
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
 ROWS = [

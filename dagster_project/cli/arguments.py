@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.erasure.unfinished import NOTE, is_unfinished
+from dagster_project.lineage.unfinished_erasure import NOTE, is_unfinished
 
 log = logging.getLogger("pedigree")
 

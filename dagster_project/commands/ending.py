@@ -196,7 +196,7 @@ def _interrupted(command: str, project: Path) -> Interrupted:
     if command in ELSEWHERE:
         return Interrupted("interrupted; a part may have been written", "run the same command again")
     if command == "erase":
-        from dagster_project.lineage.erasure.unfinished import is_unfinished
+        from dagster_project.lineage.unfinished_erasure import is_unfinished
 
         if is_unfinished(project):
             return Interrupted(

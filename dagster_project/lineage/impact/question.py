@@ -11,7 +11,6 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import uncollected
 from dagster_project.core.text import visible
-from dagster_project.lineage.erasure.unfinished import is_unfinished
 from dagster_project.lineage.impact.matching import Matches
 from dagster_project.lineage.impact.models import ExposedModels
 from dagster_project.lineage.impact.near_copies import near_copies
@@ -23,6 +22,7 @@ from dagster_project.lineage.registered import registered
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.search import search
 from dagster_project.lineage.sources import stages_reading
+from dagster_project.lineage.unfinished_erasure import is_unfinished
 
 RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_project.core.text import listed, many, visible
-from dagster_project.lineage.erasure.unfinished import NOTE
 from dagster_project.lineage.impact.undecided import NOTHING_RECORDED
+from dagster_project.lineage.unfinished_erasure import NOTE
 
 SHOWN = 12
 """Most steps, records and missing outputs shown; `--json` lists all."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from dagster_project.core.errors import InputError
 from dagster_project.core.progress import Progress
 from dagster_project.lineage.erasure.scan import SURE, Hit, Scanner, Walk, is_weights
-from dagster_project.lineage.erasure.unfinished import PLAN
 from dagster_project.lineage.history import is_in_repository
+from dagster_project.lineage.unfinished_erasure import PLAN
 from dagster_project.orchestration.erasure.git_objects import (
     LARGE_FILES,
     GitSearch,

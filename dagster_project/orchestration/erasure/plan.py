@@ -30,12 +30,12 @@ from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
 from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request, rows_of_notes
 from dagster_project.lineage.erasure.scan import Scanner
-from dagster_project.lineage.erasure.unfinished import FILE, PLAN, is_unfinished
 from dagster_project.lineage.history import Objects, is_within
 from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 from dagster_project.lineage.signing.target import folders_naming
+from dagster_project.lineage.unfinished_erasure import FILE, PLAN, is_unfinished
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure.layout import dagster_home
 from dagster_project.orchestration.erasure.objects import own_objects

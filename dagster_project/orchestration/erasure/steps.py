@@ -24,9 +24,9 @@ from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
-from dagster_project.lineage.erasure.unfinished import PLAN
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
+from dagster_project.lineage.unfinished_erasure import PLAN
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure import event_log, membership
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs
