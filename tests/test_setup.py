@@ -76,7 +76,7 @@ def test_the_top_level_is_the_designs() -> None:
         "tests", "workspace.yaml", "docs", "deploy", "examples", "benchmarks", ".ci", "CHANGELOG.md", ".dvc",
         ".dvcignore", ".gitattributes", ".gitignore", "LICENSE", "requirements.lock", "CONTRIBUTING.md", "SECURITY.md",
         "CODE_OF_CONDUCT.md", "CITATION.cff", "AGENTS.md", "Dockerfile", ".dockerignore", "mkdocs.yml", ".github",
-        ".pre-commit-config.yaml",
+        ".pre-commit-config.yaml", ".git-blame-ignore-revs",
     }  # fmt: skip
 
 

@@ -45,16 +45,12 @@ def aligned(ctx: StageContext) -> Report:
         str(ctx.variant),
         values,
         Compute(threads=1, dtype="float32"),
-        ctx.root / "data/preferences",
-        None,
-        ctx.root / "data/merged/lora",
+        stage.Sources(ctx.root / "data/preferences", None, ctx.root / "data/merged/lora"),
         ctx.out,
         ctx.plot("aligned"),
         ctx.checkpoints,
         ctx.live,
         ctx.pages,
-        None,
-        None,
     )
 
 
