@@ -600,24 +600,16 @@ def test_one_file_of_a_model_is_found_by_its_hash_or_by_what_it_says(
     assert "no output in history contains these files" in capsys.readouterr().err
 
 
+def export_safetensors(capsys: pytest.CaptureFixture[str], root: Path, out: Path) -> None:
+    form = ["--format", "safetensors", "--out", str(out)]
+    assert ask(capsys, "export", "merged@lora", *form, "--project", str(root))[0] == 0
+
+
 def test_a_fresh_clone_verifies_by_the_hash_of_the_whole_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
-    assert (
-        ask(
-            capsys,
-            "export",
-            "merged@lora",
-            "--format",
-            "safetensors",
-            "--out",
-            str(copy),
-            "--project",
-            str(project.root),
-        )[0]
-        == 0
-    )
+    export_safetensors(capsys, project.root, copy)
     git(tmp_path, "clone", "-q", str(project.root), str(tmp_path / "clone"))
     code, found = ask(capsys, "audit", str(copy), "--project", str(tmp_path / "clone"))
     assert (
@@ -652,20 +644,7 @@ def test_an_altered_copy_is_never_verified(
     alter: Callable[[Path], Any], differs: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project, copy = recorded(tmp_path / "project", folder), tmp_path / "copy"
-    assert (
-        ask(
-            capsys,
-            "export",
-            "merged@lora",
-            "--format",
-            "safetensors",
-            "--out",
-            str(copy),
-            "--project",
-            str(project.root),
-        )[0]
-        == 0
-    )
+    export_safetensors(capsys, project.root, copy)
     alter(copy)
     code, found = ask(capsys, "audit", str(copy), "--project", str(project.root))
     assert code == 1 and found["verdict"] == "different" and found["verified"] is False and found["differs"] == differs
@@ -860,20 +839,7 @@ def test_the_claim_is_what_git_and_dvc_record(folder: Path, tmp_path: Path) -> N
 
 
 def exported(project: Project, copy: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert (
-        ask(
-            capsys,
-            "export",
-            "merged@lora",
-            "--format",
-            "safetensors",
-            "--out",
-            str(copy),
-            "--project",
-            str(project.root),
-        )[0]
-        == 0
-    )
+    export_safetensors(capsys, project.root, copy)
     return copy
 
 
