@@ -47,7 +47,6 @@ def materialize(root: Path, instance: Any, addresses: Iterable[str], **tags: str
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("warm")
 def test_a_project_without_preferences_runs_through_to_a_release(without_preferences: Path, instance: Any) -> None:
     """With DVC; then with Dagster, which runs again what reads preferences, and
     restores all else from DVC's run cache."""
