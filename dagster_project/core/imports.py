@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,49 @@ def hidden(*names: str) -> Iterator[None]:
     finally:
         for name in added:
             sys.modules.pop(name, None)
+
+
+@contextmanager
+def absent(*names: str) -> Iterator[None]:
+    """While open, these packages are not installed for imports, unless they were imported before. In contrast to
+    `hidden`, also for compiled modules, and with the usual message."""
+    finder = _Absent(names)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Absent:
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@cache
+def use_arrow_without_pandas() -> None:
+    """pyarrow imports pandas at its first conversion, to find out whether values are objects of pandas, which those of
+    this project are not. Where pandas is asked for later, pyarrow imports it then."""
+    import pyarrow as pa
+
+    with absent("pandas"):
+        pa.array([])
+
+
+@cache
+def import_pandera() -> Any:
+    """`pandera.polars`, imported without pandas, and without hypothesis, by which it can make up tables."""
+    with lean_imports(), absent("pandas", "hypothesis"):
+        import pandera.polars
+        import polars as pl
+        from pandera.backends.register_checks import register_default_check_backends
+
+        register_default_check_backends(pl.LazyFrame)  # otherwise the first check imports pandas
+    return pandera.polars
 
 
 class _Deferred(ModuleType):

@@ -20,6 +20,7 @@ import orjson
 from dagster_project.core import messages as message_fields
 from dagster_project.core import workers
 from dagster_project.core.chat import is_text
+from dagster_project.core.imports import use_arrow_without_pandas
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.stored_rows import StoredRows, decode
 
@@ -208,6 +209,7 @@ def write_table(path: Path | io.BytesIO, rows: Iterable[dict[str, Any]], schema:
     """Write rows to one Parquet file, on disk or in memory; the same rows give the same bytes."""
     import pyarrow as pa
 
+    use_arrow_without_pandas()
     write_tables(path, (pa.Table.from_pylist(part, schema=schema) for part in _batches(rows)), schema)
 
 
@@ -217,6 +219,7 @@ def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    use_arrow_without_pandas()
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
     parts, size = [schema.empty_table()], 0

@@ -24,10 +24,11 @@ from dagster_project.core import faults
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
-from dagster_project.core.imports import import_transformers, lean_imports
+from dagster_project.core.imports import import_transformers
 from dagster_project.core.named_templates import written_for
 from dagster_project.core.params import Licensed, inside
 from dagster_project.core.records import Report
+from dagster_project.core.torch_imports import lean_torch_imports
 
 log = logging.getLogger("pedigree")
 
@@ -96,7 +97,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     """Fetch, verify and convert the model; write it to `out`."""
     # scipy is for losses of object detection, boto3 for a command of accelerate; once loaded, transformers relies on
     # what it found
-    with lean_imports(*(() if "transformers" in sys.modules else ("scipy", "boto3"))):
+    with lean_torch_imports(*(() if "transformers" in sys.modules else ("scipy", "boto3"))):
         import_transformers()
         import torch
         import transformers.modeling_utils  # noqa: F401  (otherwise the first model imports it)

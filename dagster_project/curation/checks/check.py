@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
+from dagster_project.core.imports import import_pandera
 from dagster_project.core.messages import Message, argument_texts, calls
 from dagster_project.core.records import prompt_text, response_text, subject_text
 from dagster_project.core.stored_rows import StoredRows
@@ -172,7 +173,7 @@ class DataSet(Shared):
 
 def is_null(limits: Limits, name: str) -> pa.Column:
     """The fact is text that describes a fault, or null."""
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     return pa.Column(
@@ -183,7 +184,7 @@ def is_null(limits: Limits, name: str) -> pa.Column:
 
 
 def is_true(limits: Limits, name: str) -> pa.Column:
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     return pa.Column(pl.Boolean, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key)), name=name))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from dagster_project.core import row_cache
+from dagster_project.core.imports import import_pandera
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.records import uncollected
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
@@ -145,7 +146,7 @@ class Rules(profiles.Limits):
 
 def length_schema(most: float) -> pa.DataFrameSchema:
     """Schema of a table with one row: the share of pairs whose chosen response is the longer one."""
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     return pa.DataFrameSchema(
@@ -527,7 +528,7 @@ def _size(message: Message) -> int:
 
 
 def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: dict[str, str]) -> dict[str, str]:
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     try:

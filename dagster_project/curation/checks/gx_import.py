@@ -4,16 +4,14 @@ use, and half of the time is pydantic copying fields of models."""
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from dagster_project.core.imports import deferred, lean_imports
+from dagster_project.core.postponed import postponed
 
 _OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
 """Optional libraries by which Great Expectations reads tables of data bases and
@@ -27,38 +25,15 @@ def quick_import() -> Iterator[None]:
     """While open, `import great_expectations` loads no drivers of data bases,
     and libraries that single expectations use are imported on first use."""
     # scipy.stats: three of its expectations load it when they are evaluated; altair draws charts of one expectation on
-    # its own pages
+    # its own pages; requests sends notifications
     with (
         lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"),
         deferred("scipy", "stats"),
-        on_first_use("altair"),
+        postponed("altair"),
+        postponed("requests"),
         direct_copies(),
     ):
         yield
-
-
-class _OnFirstUse(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by whoever looks through all modules
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), name)
-
-
-@contextmanager
-def on_first_use(name: str) -> Iterator[None]:
-    """While open, `import name` gives a module that is imported when it is first used; importing a module inside it
-    raises ModuleNotFoundError. Nothing is changed if it was imported before, or if it is not installed."""
-    if name in sys.modules or find_spec(name) is None:
-        yield
-        return
-    sys.modules[name] = placeholder = _OnFirstUse(name)
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is placeholder:
-            del sys.modules[name]
 
 
 @contextmanager

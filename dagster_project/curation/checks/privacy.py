@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from dagster_project.core.imports import lean_imports
+from dagster_project.core.postponed import postponed
 from dagster_project.curation.checks import text_search
 from dagster_project.curation.checks.personal_data import (
     GAP,
@@ -517,9 +518,8 @@ key, prefix, and pattern of the rest."""
 @cache
 def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
-    with lean_imports(
-        "chardet"
-    ):  # detect-secrets imports requests, which would import it, to ask services whether a key is valid
+    # detect-secrets imports requests to ask services whether a key is valid, which is never done here
+    with lean_imports(), postponed("requests"):
         from detect_secrets.filters.heuristic import is_templated_secret
         from detect_secrets.plugins import (
             aws,

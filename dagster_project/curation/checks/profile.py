@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from dagster_project.core import row_cache
+from dagster_project.core.imports import import_pandera
 from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
@@ -556,13 +557,13 @@ def _readability(scores: pl.Series) -> dict[str, Any]:
 def set_schema(limits: Limits) -> pa.DataFrameSchema:
     """Schema of the `shares` of a set. Each check has the name under which it is reported; null is a share that does
     not apply."""
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
-    def at_most(limit: float | None, check: str) -> pa.Column:
+    def at_most(limit: float | None, check: str) -> Any:
         return pa.Column(pl.Float64, pa.Check.le(limit, error=check) if limit is not None else None, nullable=True)
 
-    def at_least(limit: float, check: str) -> pa.Column:
+    def at_least(limit: float, check: str) -> Any:
         return pa.Column(pl.Float64, pa.Check.ge(limit, error=check), nullable=True)
 
     return pa.DataFrameSchema(
@@ -607,7 +608,7 @@ def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None =
 
 def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
     """Check -> the fault with its figures, for failed checks on the set."""
-    import pandera.polars as pa
+    pa = import_pandera()
 
     try:
         set_schema(limits).validate(shares(profile, limits, near_copies), lazy=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 from dagster_project.core import row_cache
+from dagster_project.core.imports import import_pandera
 from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text, is_trained
 from dagster_project.core.stored_rows import Selected, decode
 from dagster_project.curation.checks.check import Check, DataSet, Limits, Rows, is_true, kinds, named_text_of
@@ -48,7 +49,7 @@ def row_schema(limits: Limits) -> pa.DataFrameSchema:
 
 
 def _schema(checks: Sequence[Check], limits: Limits) -> pa.DataFrameSchema:
-    import pandera.polars as pa
+    pa = import_pandera()
 
     return pa.DataFrameSchema({check.name: check.holds(limits, check.name) for check in checks}, strict=True)
 
@@ -69,7 +70,7 @@ def gather(rows: Rows, schema: pa.DataFrameSchema) -> pl.DataFrame:
 def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, dict[int, Any]]:
     """Check name -> index of each row that violates it, in order -> its fact. The frame is eager, because pandera skips
     data checks on lazy frames."""
-    import pandera.polars as pa
+    pa = import_pandera()
 
     found: dict[str, dict[int, Any]] = {}
     try:
@@ -318,14 +319,14 @@ def _response_tokens(rows: Rows, _: str) -> list[int | None]:
 
 
 def _at_most_max_tokens(limits: Limits, name: str) -> pa.Column:
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     return pa.Column(pl.Int64, pa.Check.le(limits.max_tokens, error=name), nullable=True)
 
 
 def _at_least_min_response_tokens(limits: Limits, name: str) -> pa.Column:
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     return pa.Column(pl.Int64, pa.Check.ge(limits.min_response_tokens, error=name), nullable=True)

@@ -18,8 +18,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.imports import hidden
 from dagster_project.curation.similarity.engine import BINS, Array, Constants, Gates
 
-with hidden("scipy"):  # it would be loaded for linear algebra, which these loops do not use
+with hidden("scipy", "cffi"):  # for linear algebra and for functions in C, which these loops do not use
     import numba
+    import numba.core.typing.cffi_utils
     import numba.np.arraymath
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import row_cache
+from dagster_project.core.imports import import_pandera
 from dagster_project.core.records import read_arrow, uncollected
 from dagster_project.core.stored_rows import SelectedTexts
 from dagster_project.core.strings import StringIndex, Strings, digests
@@ -468,7 +469,7 @@ def _rows_of(column: Sequence[Any], values: set[Any]) -> dict[Any, list[int]]:
 
 def straddling(groups: Sequence[str], splits: Sequence[str]) -> list[str]:
     """Groups with rows in more than one split, found by a pandera check of the table (group, number of splits)."""
-    import pandera.polars as pa
+    pa = import_pandera()
     import polars as pl
 
     column = pl.Series("group", groups.arrow() if isinstance(groups, Strings) else groups, pl.String)

@@ -27,13 +27,21 @@ def attention_for(device: torch.device, dtype: torch.dtype | None = None) -> str
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    # not compiled, because the sizes differ from example to example
-    for name, attend in (("by_example", torch.compiler.disable(_attend_by_example)), ("varlen", _attend_at_once)):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, window_alone)
+    for name, attend in (("by_example", _attend_by_example), ("varlen", _attend_at_once)):
+        if name not in AttentionInterface():  # `leave_uncompiled` may have changed it
+            AttentionInterface.register(name, attend)
+            AttentionMaskInterface.register(name, window_alone)
     if device.type == "cpu":
         return "by_example"
     return "varlen" if dtype == torch.bfloat16 and _has_varlen(device) else "sdpa"
+
+
+def leave_uncompiled() -> None:
+    """Keep torch.compile out of the attention per example: its sizes differ from example to example."""
+    import torch
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("by_example", torch.compiler.disable(_attend_by_example))
 
 
 def attention_of(model: Any) -> str:

@@ -1012,14 +1012,13 @@ class _AdaptiveRanks:
         class Ranks(TrainerCallback):
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 """Update the ranks. Gradients still exist here, and global_step does not yet include this step."""
-                strict = torch.are_deterministic_algorithms_enabled()
-                torch.use_deterministic_algorithms(
-                    False
-                )  # kthvalue's index is nondeterministic on GPUs; only its value is used
+                strict = torch.get_deterministic_debug_mode()
+                # kthvalue's index is nondeterministic on GPUs; only its value is used
+                torch.set_deterministic_debug_mode("default")
                 try:
                     tuner.update_and_allocate(state.global_step + 1)
                 finally:
-                    torch.use_deterministic_algorithms(strict)
+                    torch.set_deterministic_debug_mode(strict)
 
         return Ranks()
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import waiting
-from dagster_project.core.imports import hidden, import_transformers, lean_imports
+from dagster_project.core.imports import hidden, import_transformers
 from dagster_project.core.params import Compute
+from dagster_project.core.torch_imports import lean_torch_imports
 from dagster_project.core.versions import require_version
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     torch.set_num_threads(compute.threads)
     waiting.follow(compute.threads)
     set_seed(compute.seed)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` imports the compiler, too
     # a debugging aid that fills every new tensor; no kernel here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +51,7 @@ def import_libraries() -> None:
     # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3
     # for a command, and transformers scipy for losses of object detection; once loaded, transformers relies on what it
     # found
-    with lean_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
+    with lean_torch_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
         import_transformers()
         import peft  # noqa: F401
         import transformers.trainer_utils  # noqa: F401

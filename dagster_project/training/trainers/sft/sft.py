@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
+from dagster_project.core.torch_imports import load_compiler
+from dagster_project.training.methods.attention import leave_uncompiled
 from dagster_project.training.methods.build import PreparedModel, causal, decoder_layers
 from dagster_project.training.methods.hardware import memory_trimmer
 from dagster_project.training.methods.logits import logits_of
@@ -457,6 +459,11 @@ def _accelerated(session: SftSession) -> Iterator[None]:
 
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer separately, for rows of any length. The names of the weights do not change."""
+    import torch
+
+    load_compiler()
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler, too
+    leave_uncompiled()
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 

@@ -19,10 +19,9 @@ BY_PAIR = "by_pair"
 @contextmanager
 def attending_by_pair(model: Any) -> Iterator[None]:
     """While open, a transformers model reads batches of `collate_shared`, and no others."""
-    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(BY_PAIR, torch.compiler.disable(_attend_by_pair))
+    AttentionInterface.register(BY_PAIR, _attend_by_pair)
     AttentionMaskInterface.register(BY_PAIR, window_alone)
     before = attention_of(model)
     model.set_attn_implementation(BY_PAIR)
