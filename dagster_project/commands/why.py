@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dagster_project.commands.nearest_records import TRAIN, cut
 from dagster_project.commands.why_checkpoints import at_points, steps_at
 from dagster_project.commands.why_checkpoints import index as index_points
 from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
-from dagster_project.commands.why_pairs import PairTarget
+from dagster_project.commands.why_pairs import PairTarget, asked_of
 from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import lines_of_proof, prove, refuse_draws
 from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
@@ -29,7 +30,8 @@ from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, stands_out
 from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.attribution.search import Found, Search, search
-from dagster_project.lineage.lineage import trained_on
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import find, trained_on
 from dagster_project.training.methods.hardware import import_libraries
 
 log = logging.getLogger("pedigree")
@@ -79,12 +81,15 @@ def ask(
     """As `answer_why` without the check. Returns: the document, and what the check goes on with."""
     if not options.prompt.strip():
         raise InputError("--prompt: empty", "give the text of a question")
-    found = asked_model(root, model)
-    _refuse_unanswerable(found, options, proves)
-    indexed = index_points(found, options.points) if with_index else None
-    stored = [target.store.read() for target in at_points(found, options.points)]
-    known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, options.points)])
-    import_libraries()  # before a tokenizer imports them in more time
+    subject = find(Index(root), model)
+    with ThreadPoolExecutor(1) as pool:
+        imported = pool.submit(import_libraries)  # while files are hashed and read
+        found = asked_of(root, model, subject)
+        _refuse_unanswerable(found, options, proves)
+        indexed = index_points(found, options.points) if with_index else None
+        stored = [target.store.read() for target in at_points(found, options.points)]
+        known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, options.points)])
+        imported.result()
     texts = Texts(found)
     system, notes = _system(texts, options)
     asked = question(found, options, system, texts.tokenizer)

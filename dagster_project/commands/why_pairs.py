@@ -24,7 +24,7 @@ from dagster_project.lineage.attribution.pairs import (
 from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.attribution.store import GradientStore, identity_of
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import find
+from dagster_project.lineage.lineage import Subject, find
 
 if TYPE_CHECKING:
     import torch
@@ -110,14 +110,16 @@ class PairTarget(Target):
 
 
 def asked(root: Path, model: str) -> Target:
+    """As `asked_of`, for the name, folder or hash of a model, as for `pedigree audit`."""
+    return asked_of(root, model, find(Index(root), model))
+
+
+def asked_of(root: Path, model: str, subject: Subject) -> Target:
     """What a question about a model is compared with: its pairs, if it was trained on pairs last, else as `target`.
 
-    Args:
-        model: its name, folder or hash, as for `pedigree audit`.
     Raises:
         InputError: its answers cannot be attributed, or the files of its training are not in the workspace.
     """
-    subject = find(Index(root), model)
     trained = [run for run in subject.models if run.address.partition("@")[0] in (ALIGNED, REWARD_MODEL)]
     if not trained:
         return target_of(root, model, subject)
