@@ -66,11 +66,12 @@ def test_any_other_use_imports_everything_once(package: str, use: str) -> None:
 
 
 def test_a_module_that_is_kept_from_before_its_import_finds_all_names(package: str) -> None:
-    postpone({package: {}})
+    postpone({package: {"MARK": None}})
     early = importlib.import_module(package)
     late = loaded(package)
     assert early is not late
     assert early.VALUE == late.VALUE == 7
+    assert vars(early)["VALUE"] == 7 and early.MARK is late.MARK
     assert loaded(package) is late
     assert imports(package) == (1, 1)
 
@@ -128,6 +129,8 @@ program = torch.export.export(torch.nn.Linear(4, 2), (torch.ones(1, 4),))
 assert program.module()(torch.ones(1, 4)).shape == (1, 2)
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 with TransformGetItemToIndex(): pass
+from accelerate.utils.other import is_compiled_module
+assert is_compiled_module(torch.compile(torch.nn.Linear(2, 2))) and not is_compiled_module(torch.nn.Linear(2, 2))
 """)
     assert out.strip() == "1"
 

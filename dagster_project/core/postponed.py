@@ -61,7 +61,10 @@ class Postponed:
                     del sys.modules[name]
 
     def load(self, name: str) -> ModuleType:
+        """Import a module, and with it the others: whoever holds the waiting ones gets the names of the real ones."""
         self.remove()
+        for one, waiting in self.modules.items():
+            waiting.__dict__.update({key: value for key, value in vars(import_module(one)).items() if key[:2] != "__"})
         return import_module(name)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

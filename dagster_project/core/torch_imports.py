@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from dagster_project.core.imports import lean_imports
@@ -32,11 +33,12 @@ def _postpone_compiler() -> None:
     """Import torch's compiler and torch.export only when something of them is used.
 
     torch and transformers import the compiler to mark functions that it shall leave as they are. These marks are left
-    out until it is imported, see `load_compiler`.
+    out until it is imported, see `load_compiler`. accelerate asks it whether a model is compiled: none is until then.
     """
-    marks = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result", "graph_break"), _mark)
+    names = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result", "graph_break"), _mark)
+    compiled = {"eval_frame": SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))}
     traced = "TransformGetItemToIndex"  # a class that transformers imports
-    postpone({COMPILER: marks, _TRACING: {traced: lambda: getattr(loaded(_TRACING), traced)()}})
+    postpone({COMPILER: names | compiled, _TRACING: {traced: lambda: getattr(loaded(_TRACING), traced)()}})
     postpone({"torch.export": {}})
 
 
