@@ -23,12 +23,12 @@ from dagster_project.pipeline import STAGES
 
 COMPUTES = {"torch", "transformers", "datasets"}
 SCORES = {*COMPUTES, "peft"}
-TRAINS = {*SCORES, "trl"}
+TRAINS = {*SCORES, "trl", "pandas"}
 CHECKS = {"polars", "pandera"}
 NEEDED: dict[str, set[str]] = {
     "base_model": COMPUTES,
     "raw_examples": set(),
-    "instructions": {*CHECKS, "great_expectations", "scipy"},
+    "instructions": {*CHECKS, "great_expectations", "pandas", "scipy"},
     "splits": CHECKS,
     "tokenized": {"transformers"},
     "adapter": TRAINS,
@@ -38,7 +38,7 @@ NEEDED: dict[str, set[str]] = {
     "reward_model": TRAINS,
     "aligned": TRAINS,
     "merged_aligned": SCORES,
-    "baselines": {*SCORES, "sklearn", "scipy"},
+    "baselines": {*SCORES, "pandas", "sklearn", "scipy"},
     "evaluation": SCORES,
     "evaluation_aligned": SCORES,
     "comparison": set(),
@@ -61,6 +61,7 @@ LARGE = {
     "ray",
     "rfc3987_syntax",
     "altair",
+    "hypothesis",
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import use_arrow_without_pandas
 from dagster_project.core.layout import RECORD_KEY
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def published_id(key: bytes, example_id: str) -> str:
 def published_table(key: bytes, table: pa.Table) -> pa.Table:
     """A table of training evidence with every text column replaced: all of them are ids of records."""
     import pyarrow as pa
+
+    use_arrow_without_pandas()
 
     def published(column: pa.Array) -> pa.Array:
         encoded = column.dictionary_encode()
