@@ -199,6 +199,8 @@ REWARD_MODEL = "reward_model"
 OF_REWARDS = ("accuracy", "accuracy_interval", "pairs", "by_category")
 """Figures in the report of a reward model that measure it on held-out pairs."""
 NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
+NO_CATEGORIES = {"(none)", "(others)"}
+"""Names in `by_category` of examples without a category, and of those in rare ones (evaluation/evaluator.py)."""
 
 
 def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
@@ -281,7 +283,11 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
                 f"Accuracy is the share of {figures['pairs']['test']} held-out pairs, from the same sources as the"
                 " training data, whose chosen answer has the higher reward. On other data: unknown."
             )
-        scored = {name: group for name, group in figures.get("by_category", {}).items() if "accuracy" in group}
+        scored = {
+            name: group
+            for name, group in figures.get("by_category", {}).items()
+            if "accuracy" in group and name not in NO_CATEGORIES
+        }
         if scored:
             worst = min(scored, key=lambda name: (scored[name]["accuracy"], name))
             what = "pairs" if "pairs" in scored[worst] else "answered"
