@@ -502,7 +502,10 @@ def test_the_time_of_a_variant_is_that_of_the_trainings_whose_tokens_are_counted
     ran("aligned@kto", 10.0, 1e9, adapter="both")
     ran("adapter@unknown", 0, 1e9)
     ran("aligned@lost", 10.0, 1e9, adapter="unknown")
+    ran("aligned@damaged", 10.0, 1e9, adapter="lora")
+    (tmp_path / report_of("aligned@damaged")).write_text("{")
     documents = Documents(tmp_path, "comparison", tmp_path, tmp_path, {})
+    assert _measured(documents, "aligned@damaged") == {}
     found = {
         address: tuple(_measured(documents, address).values())
         for address in ("adapter@lora", "adapter@both", "aligned@dpo", "aligned@kto", "aligned@lost", "adapter@new")

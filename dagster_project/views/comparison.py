@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.context import Documents, measured
+from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import report_of
 from dagster_project.core.messages import Message, is_plain
@@ -80,7 +81,10 @@ def _measured(documents: Documents, address: str) -> dict[str, float]:
 
 def _trainings(documents: Documents, address: str) -> list[str]:
     """The training of a variant and those that it started from: the SFT variant's, or those of merged adapters."""
-    report = documents.read(documents.root / report_of(address)) or {}
+    try:
+        report = documents.read(documents.root / report_of(address)) or {}
+    except InputError:  # its time and memory are unknown, too
+        return [address]
     if address.startswith("aligned@"):
         return [*(_trainings(documents, f"adapter@{report['adapter']}") if "adapter" in report else []), address]
     parents = report.get("merge_of") or ()
