@@ -304,6 +304,21 @@ def test_limits_say_on_how_much_each_measure_rests(figures: dict[str, Any], word
     )
 
 
+def test_the_card_of_an_aligned_model_states_the_training_before_it() -> None:
+    sft = {"method": "lora", "steps": 384, "tokens": 89058, "environment": {}}
+    reports = {
+        "base_model": {"origin": "models/tiny", "sha256": {}},
+        "adapter@lora": sft,
+        "merged@lora": {},
+        "aligned@dpo": {"method": "dpo", "adapter": "lora", "steps": 27, "tokens": 42293, "environment": {}},
+    }
+    card = model_card(from_reports("merged_aligned@dpo", reports))
+    assert "- steps: 27\n- tokens: 42,293\n- started from: adapter@lora, whose training is not counted here:" in card
+    assert "method lora, steps 384, tokens 89,058\n" in card
+    supervised = {name: reports[name] for name in ("base_model", "adapter@lora")}
+    assert "started from" not in model_card(from_reports("merged@lora", supervised))
+
+
 def test_examples_without_a_category_are_not_the_weakest_one() -> None:
     figures = {"(none)": 0.25, "(others)": 0.1, "login": 0.5, "bug": 0.75}
     for named, said in ((("login", "bug"), ["Weakest category: login, accuracy 0.500 on 4 answers."]), ((), [])):

@@ -37,8 +37,9 @@ def from_reports(
     Returns:
         {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics",
         "checks_of_metrics", "untuned", "advice"}, as in `export.summarize`; and "use_policy", the verdict, if the
-        project has a use policy; "teachers", the larger models that alignments learned from, and "own_answers", the
-        alignments that learned from answers of the model that they trained, if any.
+        project has a use policy; "teachers", the larger models that alignments learned from, "own_answers", the
+        alignments that learned from answers of the model that they trained, and "started_from", the training before an
+        alignment, if any.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -88,6 +89,7 @@ def from_reports(
         "advice": [] if address == REWARD_MODEL else reports.get("comparison", {}).get("advice", []),
         **({"teachers": taught} if taught else {}),
         **({"own_answers": online} if online else {}),
+        **_started_from(training, reports),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
 
@@ -100,6 +102,14 @@ def _training(address: str, variant: str, reports: Mapping[str, Mapping[str, Any
         (trained[name] for name in (address, f"aligned@{variant}", f"adapter@{variant}") if name in trained), None
     )
     return own or next(reversed(trained.values()), {})
+
+
+def _started_from(training: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the training of the SFT variant took that an alignment started from; empty for other trainings."""
+    name = f"adapter@{training.get('adapter')}"
+    before = reports.get(name, {})
+    taken = {key: before[key] for key in ("method", "steps", "tokens") if key in before}
+    return {"started_from": {"training": name, **taken}} if taken else {}
 
 
 def _is_complete(address: str, own: Mapping[str, Any]) -> bool:
