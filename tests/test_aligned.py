@@ -995,9 +995,13 @@ def test_the_page_does_not_call_equal_answers_better() -> None:
 
     same = {"sft": 1.0, "aligned": 1.0}
     watch = {"reward": same, "win_rate": {"value": 0.5}, "tokens": same, "distinct": same, "kl_per_token": 0.0}
-    assert ("win rate", "50%", "over the SFT model, by the reward model; a tie counts half") in _key_figures(
+    assert ("win rate", "50.0 %", "over the SFT model, by the reward model; a tie counts half") in _key_figures(
         {"watch": watch}
     )
+    nearly = {"accuracy": {"sft": 0.004, "aligned": 0.9961}}
+    assert ("agreement", "99.6 %", "of held-out pairs, from 0.4 %") in _key_figures(
+        {"watch": watch, "preference": nearly}
+    ), "neither all nor none"
 
 
 def test_paired_means_have_a_paired_interval() -> None:

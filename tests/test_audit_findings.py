@@ -29,7 +29,7 @@ from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
-from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
+from dagster_project.lineage.lineage import audit, document, find, listed, trained_on, training_lines
 from dagster_project.lineage.runs import Entry, Resolver, StageRun
 from dagster_project.training.trainers.alignment.preference import METHODS
 from dagster_project.views.lineage import lineage_page
@@ -449,6 +449,13 @@ def test_a_lock_that_a_stage_replaces_while_a_question_waits_is_not_indexed_as_t
     assert stages(impact(made.root, record=identity("cats"))) == ["adapter@lora", "merged@lora"]
 
 
+def test_one_epoch_is_not_written_in_the_plural() -> None:
+    for epochs, words in ((1, "2 steps and 1 epoch"), (3, "2 steps and 3 epochs")):
+        seen = {"records": 2, "views": 2, "steps": 2, "epochs": epochs}
+        [line] = training_lines({"records": {"learnt_by": {"aligned@dpo": seen}}})
+        assert line == f"aligned@dpo: 2 records, 2 times in {words}"
+
+
 def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Project) -> None:
     first = made.trained(made.curated(ROWS), TRAINED)
     made.commit(first)
@@ -456,7 +463,7 @@ def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Proje
     made.commit(second)
     no = impact(made.root, record=identity("nobody"))
     assert no["verdict"] == "no" and no["looked_at"] == {**no["looked_at"], "commits": 2, "models": 4, "data_sets": 6}
-    assert "looked at 4 models and 6 data sets" in as_text(no)
+    assert "looked at 4 models and 6 other outputs (6 rows in splits)" in as_text(no), "two rows of train are others"
     made.collect_garbage(second)
     Path(made.root / ".dvc/tmp/pedigree/index.sqlite3").unlink()
     unsure = impact(made.root, record=identity("nobody"))

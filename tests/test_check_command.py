@@ -838,6 +838,13 @@ def test_a_set_in_which_longer_answers_always_win_is_reported_as_biased(check: C
     assert "length_bias" not in check(jsonl(Path("a.jsonl"), *half), "--json").findings
 
 
+def test_a_median_between_two_lengths_is_not_rounded_to_one_of_them(check: Check) -> None:
+    for lengths, median in (([1, 2], "1.5"), ([2, 3], "2.5"), ([3, 3], "3")):
+        rows = [{"prompt": f"why{i} " * n, "response": "Because."} for i, n in enumerate(lengths)]
+        said = check(jsonl(Path("a.jsonl"), *rows)).out
+        assert f"prompt: median {median}, 95 % up to {lengths[1]}, longest {lengths[1]} words" in said
+
+
 def test_examples_have_no_check_for_pairs_or_questions(check: Check) -> None:
     found = check(jsonl(Path("a.jsonl"), *many(30)), "--json").document
     assert {*found["notes"], *(finding["check"] for finding in found["findings"])} <= checks_of("examples").keys()

@@ -15,6 +15,7 @@ import pytest
 from dagster_project.__main__ import main
 from dagster_project.cli.parser import parser
 from dagster_project.core.context import Documents
+from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import write_json, write_records
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
@@ -22,7 +23,7 @@ from dagster_project.evaluation.paired.bootstrap import FEWEST
 from dagster_project.evaluation.samples import sample
 from dagster_project.lineage.attribution.gradients import REFUSED
 from dagster_project.training.inference.answers import Answer
-from dagster_project.views.comparison import NOT_ASKED, Sample, Why, _why, comparison_page, draw_comparison
+from dagster_project.views.comparison import NOT_ASKED, Sample, Why, _measured, _why, comparison_page, draw_comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -484,6 +485,39 @@ def test_the_command_has_the_system_prompt_of_the_test_question_and_is_understoo
     view = _why(Documents(tmp_path, "comparison", out, pages, {}), {"trained": trained})
     assert view.models == {"lora": "lora"}
     assert REFUSED.keys() == NOT_ASKED, "methods that the command refuses have none on the page"
+
+
+def test_the_time_of_a_variant_is_that_of_the_trainings_whose_tokens_are_counted(tmp_path: Path) -> None:
+    """An aligned variant starts from an SFT variant, and a merged one from its parents."""
+
+    def ran(address: str, seconds: float, memory: float, **report: Any) -> None:
+        write_json(tmp_path / report_of(address), {"output_sha256": "0", **report})
+        times = {"training_seconds": seconds} if seconds else {}
+        write_json(measured_path(tmp_path, address), {"output_sha256": "0", "peak_memory_bytes": memory, **times})
+
+    ran("adapter@lora", 620.2, 3e9)
+    ran("adapter@dora", 100.0, 4e9)
+    write_json(tmp_path / report_of("adapter@both"), {"output_sha256": "0", "merge_of": {"dora": 1, "lora": 1}})
+    ran("aligned@dpo", 260.7, 2e9, adapter="lora")
+    ran("aligned@kto", 10.0, 1e9, adapter="both")
+    ran("adapter@unknown", 0, 1e9)
+    ran("aligned@lost", 10.0, 1e9, adapter="unknown")
+    ran("aligned@damaged", 10.0, 1e9, adapter="lora")
+    (tmp_path / report_of("aligned@damaged")).write_text("{")
+    documents = Documents(tmp_path, "comparison", tmp_path, tmp_path, {})
+    assert _measured(documents, "aligned@damaged") == {}
+    found = {
+        address: tuple(_measured(documents, address).values())
+        for address in ("adapter@lora", "adapter@both", "aligned@dpo", "aligned@kto", "aligned@lost", "adapter@new")
+    }
+    assert found == {
+        "adapter@lora": (620.2, 3e9),
+        "adapter@both": (pytest.approx(720.2), 4e9),
+        "aligned@dpo": (pytest.approx(880.9), 3e9),
+        "aligned@kto": (pytest.approx(730.2), 4e9),
+        "aligned@lost": (1e9,),
+        "adapter@new": (),
+    }
 
 
 def test_without_answers_the_page_compares_perplexities() -> None:

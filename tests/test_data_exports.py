@@ -522,7 +522,9 @@ def test_labels_that_examples_and_pairs_share_are_added_up() -> None:
         "sources": {"a": {"format": "messages"}},
         "data_sets": {name: {"profile": {"categories": found}} for name, found in counted.items()},
     }
-    assert eu_summary_module._content(summary).endswith("; labels: refund 7, other 1")
+    assert eu_summary_module._content(summary).endswith(
+        "; labels of all checked records, those of test splits included: refund 7, other 1"
+    )
 
 
 def test_a_category_is_denied_only_if_every_source_declares_another() -> None:

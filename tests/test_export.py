@@ -304,6 +304,34 @@ def test_limits_say_on_how_much_each_measure_rests(figures: dict[str, Any], word
     )
 
 
+def test_the_card_of_an_aligned_model_states_the_training_before_it() -> None:
+    sft = {"method": "lora", "steps": 384, "tokens": 89058, "environment": {}}
+    reports = {
+        "base_model": {"origin": "models/tiny", "sha256": {}},
+        "adapter@lora": sft,
+        "merged@lora": {},
+        "aligned@dpo": {"method": "dpo", "adapter": "lora", "steps": 27, "tokens": 42293, "environment": {}},
+    }
+    card = model_card(from_reports("merged_aligned@dpo", reports))
+    assert "- steps: 27\n- tokens: 42,293\n- started from: adapter@lora, whose training is not counted here:" in card
+    assert "method lora, steps 384, tokens 89,058\n" in card
+    supervised = {name: reports[name] for name in ("base_model", "adapter@lora")}
+    assert "started from" not in model_card(from_reports("merged@lora", supervised))
+
+
+def test_examples_without_a_category_are_not_the_weakest_one() -> None:
+    figures = {"(none)": 0.25, "(others)": 0.1, "login": 0.5, "bug": 0.75}
+    for named, said in ((("login", "bug"), ["Weakest category: login, accuracy 0.500 on 4 answers."]), ((), [])):
+        groups = {name: {"accuracy": figures[name], "answered": 4} for name in ("(none)", "(others)", *named)}
+        summary = {
+            "metrics": {"evaluation@lora": {"by_category": groups}},
+            "untuned": {},
+            "stages": {},
+            "licenses": {"problems": []},
+        }
+        assert [line for line in limits(summary) if "category" in line] == said
+
+
 def test_checks_of_its_evaluation_that_did_not_pass_are_limits_of_a_model() -> None:
     passed = {"passed": True, "severity": "error", "count": 0}
     seen = {"passed": False, "severity": "error", "count": 2, "note": "2 test examples were trained on"}

@@ -544,6 +544,9 @@ def test_an_unknown_cost_is_left_out_and_never_counted_as_nothing(tmp_path: Path
         variant = comparison.Variant(tmp_path, tmp_path / "model", tmp_path / "training.json")
         costs.append(comparison._cost("x", {}, tmp_path, {"x": variant}))
     assert costs == [{"bytes": 0, "steps": 3}, {"bytes": 0, "tokens": 9, "trained_tokens": 3, "steps": 1}]
+    (tmp_path / "aligned.json").write_text(json.dumps({"tokens": 5, "steps": 2}))
+    aligned = comparison.Variant(tmp_path, tmp_path / "model", tmp_path / "aligned.json", tmp_path / "training.json")
+    assert comparison._cost("x", {}, tmp_path, {"x": aligned}) == {"bytes": 0, "tokens": 14, "steps": 3}
 
 
 def test_a_plan_says_that_a_command_is_unpredictable(root: Path, tiny_model: Path) -> None:

@@ -10,7 +10,15 @@ import pytest
 
 from dagster_project.training.trainers.harness.curve import Point
 from dagster_project.views import html
-from dagster_project.views.training import RISE, axis, curve_figure, diagnosis, overfitting_since, smoothed
+from dagster_project.views.training import (
+    RISE,
+    _key_figures,
+    axis,
+    curve_figure,
+    diagnosis,
+    overfitting_since,
+    smoothed,
+)
 
 
 def course(validation: dict[int, float], losses: list[float]) -> list[Point]:
@@ -38,6 +46,14 @@ def test_a_single_validation_loss_is_not_called_missing() -> None:
     """A training command may report one."""
     assert diagnosis(course({4: 1.0}, [2.0] * 4)).startswith("The validation loss was measured once")
     assert diagnosis(course({}, [2.0] * 4)).startswith("There is no validation loss")
+
+
+def test_the_validation_loss_is_that_of_the_kept_weights() -> None:
+    validation = [{"step": step, "validation_loss": loss} for step, loss in ((0, 3.0), (4, 1.5), (8, 2.0))]
+    training = {"validation": validation, "steps": 8}
+    for best, shown in (({}, "2.000"), ({"best_step": 4}, "1.500"), ({"best_step": None}, "2.000")):
+        figures = _key_figures({**training, **best}, {"peak_memory_bytes": 1e9})
+        assert ("validation loss", shown, "from 3.000") in figures
 
 
 @pytest.mark.parametrize(

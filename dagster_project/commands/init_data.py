@@ -97,7 +97,7 @@ class Found:
     longest_pair: int = 0
     """Tokens of the longest preference pair's prompt and longer answer."""
     answer: int = 0
-    """Tokens of an answer with its trace and calls; 95 % are shorter."""
+    """Tokens of an answer with its trace and calls; 95 % have at most as many."""
     estimated: bool = True
     """Whether tokens are estimated from bytes, because the base model's tokenizer is not here yet."""
     task: Mapping[str, Any] | None = None

@@ -212,7 +212,7 @@ def _evaluation(found: Found, watched: Mapping[str, Any]) -> list[str]:
         section["task"] = found.task
     section |= watched
     if found.answer:
-        needed = max(16, 16 * math.ceil(found.margin * found.answer / 16))
+        needed = 16 * (math.floor(found.margin * found.answer / 16) + 1)  # and a token for the end of the answer
         section["max_new_tokens"] = min(MAX_NEW_TOKENS, needed)
         notes["max_new_tokens"] = (
             "   # longest answer; 95 % of the examples have fewer"

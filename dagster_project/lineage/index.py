@@ -406,7 +406,8 @@ class Index(RunIndex):
         return rows
 
     def looked_at(self) -> dict[str, int]:
-        """What a negative answer rests on."""
+        """What a negative answer rests on. `data_sets` are all outputs that are not models, also those of evaluations;
+        `rows` are those of splits, each version of a split once."""
         runs = self.runs.values()
         (records,) = self._db.execute("SELECT count(*) FROM content").fetchone()
         return {

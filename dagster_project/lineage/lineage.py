@@ -18,7 +18,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
-from dagster_project.core.text import visible
+from dagster_project.core.text import many, visible
 from dagster_project.curation.left_out import LEFT_OUT
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
@@ -802,7 +802,7 @@ def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
     stages: dict[str, list[str]] = {}
     for stage, one in machines.items():
         used, gpu = one["instruction_set"], one.get("cuda")
-        text = f"{one['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'}), {one['threads']} threads"
+        text = f"{one['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'}), {many(one['threads'], 'thread')}"
         text += f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""
         text += f", packages sha256 {one['packages'][:16]}" if "packages" in one else ""
         stages.setdefault(text, []).append(stage)
@@ -922,7 +922,7 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
         return ["unknown: see below"] if audited["missing"] else unordered
     trained = [
         f"{model}: {part['records']} records,"
-        f" {part['views']} times in {part['steps']} steps and {part['epochs']} epochs"
+        f" {part['views']} times in {part['steps']} steps and {many(part['epochs'], 'epoch')}"
         for model, part in audited["records"]["learnt_by"].items()
     ]
     rewarded = [

@@ -298,7 +298,8 @@ def _differences(
 
 TAKEN = ("tokens", "trained_tokens", "steps")
 """What a training takes; of an adapter that is merged of others, their
-trainings. A training command may not record it."""
+trainings. A training command may not record it, and alignment counts no
+`trained_tokens`."""
 
 
 def _cost(
@@ -310,8 +311,7 @@ def _cost(
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
     files = [file for file in (variants[name].before, variants[name].training) if file]
     trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    unknown = {key for one in trainings if {"command", "merge_of"} & one.keys() for key in TAKEN if key not in one}
-    taken = {key: sum(one.get(key, 0) for one in trainings) for key in TAKEN if key not in unknown}
+    taken = {key: sum(one[key] for one in trainings) for key in TAKEN if all(key in one for one in trainings)}
     return {**prompt, "bytes": _size(variants[name].model), **taken}
 
 

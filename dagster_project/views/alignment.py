@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_project.core.context import Documents
 from dagster_project.core.records import read_table, write_text
-from dagster_project.views.html import Table, render
+from dagster_project.views.html import Table, render, share
 from dagster_project.views.training import curve_figure, overfitting_since
 
 PLOTS = (
@@ -72,17 +72,17 @@ def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     watch, figures = metrics["watch"], []
     if "preference" in metrics:
         agreement = metrics["preference"]["accuracy"]
-        figures = [("agreement", f"{agreement['aligned']:.0%}", f"of held-out pairs, from {agreement['sft']:.0%}")]
+        figures = [("agreement", share(agreement["aligned"]), f"of held-out pairs, from {share(agreement['sft'])}")]
     if "reward" in watch:
         by = "the rewards" if "held_out" in metrics else "the reward model"
         figures += [
             ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
-            ("win rate", f"{watch['win_rate']['value']:.0%}", f"over the SFT model, by {by}; a tie counts half"),
+            ("win rate", share(watch["win_rate"]["value"]), f"over the SFT model, by {by}; a tie counts half"),
         ]
     return [
         *figures,
         ("length", f"{watch['tokens']['aligned']:.0f}", f"tokens, from {watch['tokens']['sft']:.0f}"),
-        ("distinct word runs", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
+        ("distinct word runs", share(watch["distinct"]["aligned"]), f"from {share(watch['distinct']['sft'])}"),
         (
             "KL",
             f"{watch['kl_per_token']:.3f}",

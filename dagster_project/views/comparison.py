@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.context import Documents, measured
+from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import report_of
 from dagster_project.core.messages import Message, is_plain
@@ -60,13 +61,34 @@ def draw_comparison(documents: Documents) -> None:
     if document is None or view is None:
         return
     samples = [Sample(**sample) for sample in view["samples"]]
-    measurements = {
-        variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()
-    }
+    measurements = {variant: _measured(documents, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
     write_text(
         documents.pages / "comparison.html",
         comparison_page({**document, "headline": view["headline"]}, samples, measurements, _why(documents, view)),
     )
+
+
+def _measured(documents: Documents, address: str) -> dict[str, float]:
+    """Seconds and peak memory of all trainings whose tokens `comparison` adds up for a variant; nothing if those of
+    one are unknown."""
+    found = [measured(documents.root, one) for one in _trainings(documents, address)]
+    return {
+        name: together(one[name] for one in found)
+        for name, together in (("training_seconds", sum), ("peak_memory_bytes", max))
+        if all(name in one for one in found)
+    }
+
+
+def _trainings(documents: Documents, address: str) -> list[str]:
+    """The training of a variant and those that it started from: the SFT variant's, or those of merged adapters."""
+    try:
+        report = documents.read(documents.root / report_of(address)) or {}
+    except InputError:  # its time and memory are unknown, too
+        return [address]
+    if address.startswith("aligned@"):
+        return [*(_trainings(documents, f"adapter@{report['adapter']}") if "adapter" in report else []), address]
+    parents = report.get("merge_of") or ()
+    return [one for parent in parents for one in _trainings(documents, f"adapter@{parent}")] or [address]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ rows, the best overlaps and the next step."""
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.text import many, visible
+from dagster_project.core.text import many, number, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -144,8 +145,8 @@ def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     for part, length in profile.get("lengths", {}).items():
         if document["kept"]:
             lines.append(
-                f"{part}: median {length['median']:,.0f},"
-                f" 95 % up to {length['p95']:,.0f}, longest {length['max']:,} {length['unit']}"
+                f"{part}: median {number(length['median'])},"
+                f" 95 % up to {math.ceil(length['p95']):,}, longest {length['max']:,} {length['unit']}"
             )
     boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:

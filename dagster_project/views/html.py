@@ -127,7 +127,7 @@ def brief(value: float) -> str:
     return f"{value:.3g}"
 
 
-def share(part: int, whole: int) -> str:
+def share(part: float, whole: int = 1) -> str:
     """A percentage that is shown as 0 or 100 only if it is exactly that."""
     percent = 100 * part / max(1, whole)
     return "<0.1 %" if 0 < percent < 0.1 else ">99.9 %" if 99.9 < percent < 100 else f"{percent:.1f} %"

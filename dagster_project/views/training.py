@@ -69,11 +69,12 @@ def training_page(
 
 
 def _key_figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Of a training command some are unknown."""
+    """Of a training command some are unknown. The validation loss is that of the weights that were kept."""
     loss, validation = training.get("loss"), training["validation"]
     losses = [("loss", loss["first"], loss["last"])] if loss else []
     if validation:
-        losses.append(("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"]))
+        kept = next((point for point in validation if point["step"] == training.get("best_step")), validation[-1])
+        losses.append(("validation loss", validation[0]["validation_loss"], kept["validation_loss"]))
     steps = number(training["steps"]) if "steps" in training else "unknown"
     planned = f"of {number(training['planned_steps'])}" if "planned_steps" in training else ""
     tokens, speed = ("tokens", "unknown", ""), ("speed", "–", "")

@@ -454,9 +454,10 @@ def _check_set(
     notes = profiles.notes(profile, rules, near_copies) | failures
     if kind == "preferences" and kept:
         profile |= (length := _length(kept))
-        share = length["length_rule_accuracy"]
+        share, longer = length["length_rule_accuracy"], length["chosen_longer_share"]
+        often = "that often" if share == longer else f"in {share:.0%}, counting half of those of equal length"
         notes["length_bias"] = (
-            f'chosen is longer in {share:.0%} of pairs, so "the longer one wins" would be right that often'
+            f'chosen is longer in {longer:.0%} of pairs, so "the longer one wins" would be right {often}'
         )
         failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
     return profile, notes, failures

@@ -134,7 +134,8 @@ def _content(summary: Mapping[str, Any]) -> str:
     categories: Counter[str] = Counter()
     for found in summary["data_sets"].values():
         categories.update({name: n for name, n in found["profile"].get("categories", {}).items() if name != "(none)"})
-    labels = f"; labels: {', '.join(f'{markdown(name)} {n}' for name, n in categories.items())}" if categories else ""
+    named = ", ".join(f"{markdown(name)} {n}" for name, n in categories.items())
+    labels = f"; labels of all checked records, those of test splits included: {named}" if categories else ""
     return f"records for fine-tuning, layouts of the sources: {', '.join(layouts)}{labels}"
 
 

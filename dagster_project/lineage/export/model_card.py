@@ -150,6 +150,11 @@ def _training(summary: Mapping[str, Any]) -> list[str]:
     """How it was made, in which versions, and what was only compared with it."""
     code = summary.get("code", {})
     settings = [(key.replace("_", " "), markdown(_value(value))) for key, value in summary["training"].items()]
+    if before := summary.get("started_from"):
+        taken = ", ".join(f"{key} {_value(value)}" for key, value in before.items() if key != "training")
+        settings.append(
+            ("started from", markdown(f"{before['training']}, whose training is not counted here: {taken}"))
+        )
     parts = ["## How it was made", _lines(settings)]
     if summary["environment"]:
         parts.append(f"With {', '.join(f'{name} {version}' for name, version in summary['environment'].items())}.")

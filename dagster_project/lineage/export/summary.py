@@ -37,8 +37,9 @@ def from_reports(
     Returns:
         {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics",
         "checks_of_metrics", "untuned", "advice"}, as in `export.summarize`; and "use_policy", the verdict, if the
-        project has a use policy; "teachers", the larger models that alignments learned from, and "own_answers", the
-        alignments that learned from answers of the model that they trained, if any.
+        project has a use policy; "teachers", the larger models that alignments learned from, "own_answers", the
+        alignments that learned from answers of the model that they trained, and "started_from", the training before an
+        alignment, if any.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -88,6 +89,7 @@ def from_reports(
         "advice": [] if address == REWARD_MODEL else reports.get("comparison", {}).get("advice", []),
         **({"teachers": taught} if taught else {}),
         **({"own_answers": online} if online else {}),
+        **_started_from(training, reports),
         **judged([report for name, report in reports.items() if name not in measured], waivers),
     }
 
@@ -100,6 +102,14 @@ def _training(address: str, variant: str, reports: Mapping[str, Mapping[str, Any
         (trained[name] for name in (address, f"aligned@{variant}", f"adapter@{variant}") if name in trained), None
     )
     return own or next(reversed(trained.values()), {})
+
+
+def _started_from(training: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the training of the SFT variant took that an alignment started from; empty for other trainings."""
+    name = f"adapter@{training.get('adapter')}"
+    before = reports.get(name, {})
+    taken = {key: before[key] for key in ("method", "steps", "tokens") if key in before}
+    return {"started_from": {"training": name, **taken}} if taken else {}
 
 
 def _is_complete(address: str, own: Mapping[str, Any]) -> bool:
@@ -199,6 +209,8 @@ REWARD_MODEL = "reward_model"
 OF_REWARDS = ("accuracy", "accuracy_interval", "pairs", "by_category")
 """Figures in the report of a reward model that measure it on held-out pairs."""
 NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
+NO_CATEGORIES = {"(none)", "(others)"}
+"""Names in `by_category` of examples without a category, and of those in rare ones (evaluation/evaluator.py)."""
 
 
 def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
@@ -281,7 +293,11 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
                 f"Accuracy is the share of {figures['pairs']['test']} held-out pairs, from the same sources as the"
                 " training data, whose chosen answer has the higher reward. On other data: unknown."
             )
-        scored = {name: group for name, group in figures.get("by_category", {}).items() if "accuracy" in group}
+        scored = {
+            name: group
+            for name, group in figures.get("by_category", {}).items()
+            if "accuracy" in group and name not in NO_CATEGORIES
+        }
         if scored:
             worst = min(scored, key=lambda name: (scored[name]["accuracy"], name))
             what = "pairs" if "pairs" in scored[worst] else "answered"

@@ -67,7 +67,8 @@ def as_text(result: Mapping[str, Any]) -> str:
             else f"it was taken out of the sources on {result['erased']}, but {NOTE}"
         )
     lines.append(
-        f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows)"
+        f"looked at {many(seen['models'], 'model')} and {many(seen['data_sets'], 'other output')}"
+        f" ({many(seen['rows'], 'row')} in splits)"
         f" in {seen['commits']} commits with a dvc.lock, {seen['commits_in_reflog']} more in the reflog,"
         f" the workspace and {seen['cached_runs']} entries of DVC's run cache"
     )
