@@ -718,6 +718,30 @@ def test_a_prompt_repeated_in_both_completions_is_removed(tmp_path: Path) -> Non
     ]
 
 
+def test_pairs_in_the_columns_of_alpaca_are_those_of_the_preference_layout(tmp_path: Path) -> None:
+    more = {"system": "Be brief.", "margin": 2, "category": "zoo", "stars": 4}
+    rows = [
+        {"instruction": "Name it.", "input": "A bird.", "chosen": "Wren", "rejected": "Dog", **more},
+        {"instruction": "Name it.", "input": "", "chosen": "Wren", "rejected": "Dog", **more},
+        {"instruction": "Name it.", "chosen": answer("Wren"), "rejected": answer("Dog"), **more},
+    ]
+    same = [{"prompt": "Name it.", "chosen": "Wren", "rejected": "Dog", **more}] * 3
+    same[0] = {**same[0], "prompt": "Name it.\n\nA bird."}
+    found = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")
+    assert found == to_pairs(jsonl(tmp_path / "b.jsonl", *same), "a.jsonl")
+    assert found[0] == "preference" and json.loads(found[1][0]["meta"]) == {"stars": 4}
+
+
+def test_pairs_of_messages_with_two_answers_are_those_of_the_preference_layout(tmp_path: Path) -> None:
+    asked, good, bad = user("Hi", "Hello", "Bye"), answer("Bye!"), answer("What?")
+    rows = [{"chosen": good[0], "rejected": bad[0]}, {"chosen": [*asked, *good], "rejected": [*asked, *bad]}]
+    found = to_pairs(jsonl(tmp_path / "a.jsonl", *[{"messages": asked, **row} for row in rows]), "a.jsonl")
+    same = to_pairs(jsonl(tmp_path / "b.jsonl", *[{"prompt": asked, **row} for row in rows]), "a.jsonl")
+    assert found == same and [sides(pair) for pair in found[1]] == [(asked, good, bad)] * 2
+    whole = {"messages": [*asked, *good], "chosen": [*asked, *good], "rejected": [*asked, *bad]}
+    assert problem_of(pairs_of(tmp_path, whole)[0]), "the prompt has an answer already"
+
+
 def test_a_system_prompt_that_only_the_completions_have_is_that_of_the_prompt(tmp_path: Path) -> None:
     system, other = ({"role": "system", "content": text} for text in ("Be brief.", "Be long."))
     row = {"prompt": "Hi", "chosen": [system, *user("Hi", "Hello")], "rejected": [system, *user("Hi", "What?")]}

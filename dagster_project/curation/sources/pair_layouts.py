@@ -124,6 +124,11 @@ def _preference(
     return pairs
 
 
+def _alpaca_pair(row: dict[str, Any]) -> list[Pair]:
+    """LLaMA-Factory's pairs in Alpaca's columns."""
+    return _preference("instruction", "chosen", "rejected")({**row, "instruction": instruction(row, "input")})
+
+
 def _flat_input(row: dict[str, Any]) -> dict[str, Any]:
     """{"input": {"messages": [...], "tools": [...]}, ...}  ->  {"input.messages": [...], "input.tools": [...], ...}"""
     if not isinstance(row["input"], dict):
@@ -314,6 +319,20 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
         _preference("prompt", "chosen", "rejected"),
         "system margin",
         turns=_messages_in("prompt chosen rejected"),
+        variants=(
+            _pair_layout(
+                "instruction chosen rejected",
+                _alpaca_pair,
+                "input system margin",
+                turns=_messages_in("chosen rejected"),
+            ),
+            _pair_layout(
+                "messages chosen rejected",
+                _preference("messages", "chosen", "rejected", ("margin",)),
+                "margin",
+                turns=_messages_in("messages chosen rejected"),
+            ),
+        ),
     ),
     "sharegpt": _pair_layout(
         "conversations chosen rejected",
