@@ -1019,6 +1019,38 @@ def test_what_a_canonical_message_cannot_hold_makes_its_row_malformed(
     assert problem(read({"messages": messages})[0]) == reason
 
 
+@pytest.mark.parametrize(
+    ("role", "canonical"),
+    [
+        ("developer", "system"),
+        ("human", "user"),
+        ("model", "assistant"),
+        ("bot", "assistant"),
+        ("ai", "assistant"),
+        ("function", "tool"),
+        ("narrator", "narrator"),
+    ],
+)
+def test_roles_of_other_tools_have_their_canonical_names(
+    role: str, canonical: str, read: Callable[..., Any], one: Callable[..., Any]
+) -> None:
+    more = {"name": "x"}
+    assert one({"role": role, "content": "Hi"}) == one({"role": canonical, "content": "Hi"})
+    assert one({"role": role, "content": "Hi", **more}) == one({"role": canonical, "content": "Hi", **more})
+    turns = [read({"conversations": [{"from": name, "value": "Hi", **more}]}) for name in (role, canonical)]
+    assert turns[0] == turns[1] == read({"conversations": [{"role": canonical, "content": "Hi", **more}]})
+
+
+@pytest.mark.parametrize("who", ["gpt", "chatgpt", "bing", "bard"])
+def test_assistants_of_sharegpt_are_the_assistant(who: str, read: Callable[..., Any]) -> None:
+    assert read({"conversations": [{"from": who, "value": "Hi"}]})[0]["messages"] == [answer("Hi")]
+
+
+def test_weights_of_a_model_and_calls_of_a_bot_are_those_of_the_assistant(one: Callable[..., Any]) -> None:
+    assert one({"role": "model", "content": "x", "weight": 0}) == [answer("x", weight=0.0)]
+    assert one({"role": "bot", "content": None, "tool_calls": [call()]}) == [answer(tool_calls=[call()])]
+
+
 def test_reasoning_inside_reasoning_is_part_of_the_trace(one: Callable[..., Any]) -> None:
     parts = [{"type": "thinking", "thinking": [{"type": "thinking", "thinking": "x"}]}, {"type": "text", "text": "y"}]
     assert one(answer(parts)) == [answer("y", reasoning_content="x")]
