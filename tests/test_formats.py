@@ -113,6 +113,18 @@ def test_other_columns_are_kept_in_meta_and_the_category_in_a_column(tmp_path: P
     )
 
 
+def test_turns_of_wildchat_and_lmsys_are_messages_and_their_other_fields_are_named(tmp_path: Path) -> None:
+    plain = LAYOUT_ROWS["messages"][0]["messages"]
+    more = {"country": "Norway", "toxic": False, "turn_identifier": 7, "language": None}
+    row = {"conversation_hash": "a1", "model": "gpt-4", "turn": 1, "conversation": [{**m, **more} for m in plain]}
+    layout, (record,) = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")
+    same = to_records(jsonl(tmp_path / "b.jsonl", {"messages": plain}), "a.jsonl")[1][0]
+    assert layout == "conversation"
+    assert (record["messages"], record["example_id"]) == (same["messages"], same["example_id"])
+    assert json.loads(record["meta"]) == {"conversation_hash": "a1", "model": "gpt-4", "turn": 1}
+    assert record["ignored"] == [f"conversation[].{name}" for name in ("country", "toxic", "turn_identifier")]
+
+
 def test_an_empty_category_is_none_as_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion,category\nHi,Hello,\nHo,Hello,zoo\n")
     assert [record["category"] for record in to_records(tmp_path / "rows.csv", "rows.csv")[1]] == [None, "zoo"]
@@ -313,6 +325,7 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
         ANY,
         lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]},
     ),
+    "conversation": (ANY, lambda messages: {"conversation": messages}),
     "dolly": (SINGLE, single("instruction", "response")),
     "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
     "prompt_response": (SINGLE | WITH_SYSTEM, single("prompt", "response")),

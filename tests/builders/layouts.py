@@ -18,6 +18,10 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
     ),
+    "conversation": (
+        {"conversation": [{"content": "Hi", "role": "user"}, {"content": "Hello", "role": "assistant"}], "turn": 1},
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
     "dolly": (
         {"instruction": "Name it.", "context": "A bird.", "response": "Wren"},
         [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],

@@ -47,6 +47,7 @@ LAYOUTS: dict[str, Make] = {
     "sharegpt": lambda prompt, answer: {
         "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
     },
+    "conversation": lambda prompt, answer: {"conversation": messages(prompt, answer)["messages"]},
     "dolly": lambda prompt, answer: {"instruction": prompt, "context": "", "response": answer},
     "prompt_completion": lambda prompt, answer: {"prompt": prompt, "completion": answer},
     "prompt_response": lambda prompt, answer: {"prompt": prompt, "response": answer},

@@ -101,6 +101,10 @@ def sharegpt(row: dict[str, Any]) -> Messages:
     return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversations", "turn"))]
 
 
+def _conversation(row: dict[str, Any]) -> Messages:
+    return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversation", "turn"))]
+
+
 def _ultrachat(row: dict[str, Any]) -> Messages:
     return as_turns(
         None, *((("user", "assistant")[i % 2], as_text(text)) for i, text in enumerate(as_list(row, "data", "turn")))
@@ -244,6 +248,7 @@ LAYOUTS: dict[str, Layout] = {
     "alpaca": _layout("instruction output", alpaca, "input system", meta=_input),
     "messages": _layout("messages", openai, turns={"messages": read_message}),
     "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
+    "conversation": _layout("conversation", _conversation, "system", turns={"conversation": read_turn}),
     "dolly": _layout("instruction response", _dolly, "context"),
     "instances": _layout("instruction instances", alpaca, "input output system", meta=_input, parts=_instances),
     "prompt_completion": _layout(
