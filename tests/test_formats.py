@@ -291,6 +291,7 @@ def tree(*said: str) -> dict[str, Any]:
 
 
 FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
+GEMINI_ROLES = {"assistant": "model", "tool": "function"}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SINGLE = st.lists(TEXT, min_size=2, max_size=2).map(lambda said: user(*said))
 WITH_SYSTEM = st.tuples(TEXT, SINGLE).map(lambda both: [{"role": "system", "content": both[0]}, *both[1]])
@@ -326,6 +327,21 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
         lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]},
     ),
     "conversation": (ANY, lambda messages: {"conversation": messages}),
+    "gemini": (
+        ANY,
+        lambda messages: {
+            "contents": [
+                {"role": GEMINI_ROLES.get(m["role"], m["role"]), "parts": [{"text": m["content"]}]} for m in messages
+            ]
+        },
+    ),
+    "bedrock": (
+        ANY,
+        lambda messages: {
+            "schemaVersion": "bedrock-conversation-2024",
+            "messages": [{**m, "content": [{"text": m["content"]}]} for m in messages],
+        },
+    ),
     "dolly": (SINGLE, single("instruction", "response")),
     "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
     "prompt_response": (SINGLE | WITH_SYSTEM, single("prompt", "response")),
@@ -698,6 +714,17 @@ def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[
         ],
         "openai_dpo": [
             {"input": {"messages": asked}, "preferred_output": answer(good), "non_preferred_output": answer(bad)}
+        ],
+        "gemini": [
+            {
+                "contents": [
+                    {"role": GEMINI_ROLES.get(m["role"], m["role"]), "parts": [{"text": m["content"]}]} for m in asked
+                ],
+                "completions": [
+                    {"score": score, "completion": {"role": "model", "parts": [{"text": said}]}}
+                    for score, said in ((1, good), (0.0, bad))
+                ],
+            }
         ],
         "oasst": [{"message_tree_id": "t", "prompt": node}],
         **(

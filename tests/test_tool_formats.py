@@ -4,6 +4,7 @@ layout -> canonical messages; nothing of them is dropped silently."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -1371,3 +1372,206 @@ def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(t
     assert [record.get("tools") for record in read] == [record.get("tools") for record in expected]
     for one, other in zip(read, expected, strict=True):
         assert one["messages"] == [{**message, "content": message["content"].strip()} for message in other["messages"]]
+
+
+# Gemini and Amazon Bedrock
+
+PLAIN: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "Be brief.\n\nBe kind."},
+        {"role": "user", "content": "Is it cold in Oslo and Rome?"},
+        answer(
+            "Wait.",
+            reasoning_content="I need both.",
+            tool_calls=[call(identity="c1"), call("weather", {"city": "Rome"}, "c2")],
+        ),
+        {"role": "tool", "content": '{"celsius": -3}', "tool_call_id": "c1"},
+        {"role": "tool", "content": "mild", "tool_call_id": "c2"},
+        {"role": "user", "content": "And now?"},
+        answer("Only in Oslo."),
+    ],
+    "tools": [WEATHER, {"type": "function", "function": {"name": "clock", "description": "The time."}}],
+}
+"""A conversation in OpenAI's form."""
+
+
+def test_a_gemini_conversation_is_that_of_openais_form(read: Callable[..., Any]) -> None:
+    city = {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}, "required": ["city"]}
+    row = {
+        "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}, {"text": "Be kind."}]},
+        "contents": [
+            {"parts": {"text": "Is it cold in Oslo and Rome?"}},
+            {
+                "role": "model",
+                "parts": [
+                    {"text": "I need ", "thought": True},
+                    {"text": "both.", "thought": True},
+                    {"text": "Wait."},
+                    {"functionCall": {"id": "c1", "name": "weather", "args": {"city": "Oslo"}}},
+                    {"functionCall": {"id": "c2", "name": "weather", "args": {"city": "Rome"}}},
+                ],
+            },
+            {
+                "role": "user",
+                "parts": [
+                    {"functionResponse": {"id": "c1", "response": {"celsius": -3}}},
+                    {"functionResponse": {"id": "c2", "response": "mild"}},
+                    {"text": "And "},
+                    {"text": "now?"},
+                ],
+            },
+            {"role": "model", "parts": [{"text": "Only in Oslo."}]},
+        ],
+        "tools": [
+            {"functionDeclarations": [{"name": "weather", "parameters": city}]},
+            {"functionDeclarations": [{"name": "clock", "description": "The time."}], "googleSearch": None},
+        ],
+    }
+    snake = json.dumps(row)
+    for name in ("systemInstruction", "functionCall", "functionResponse", "functionDeclarations"):
+        snake = snake.replace(name, re.sub("[A-Z]", lambda found: f"_{found[0].lower()}", name))
+    assert "function_call" in snake and read(row) == read(json.loads(snake)) == read(PLAIN)
+    assert set(read(row)[0]) == set(read(PLAIN)[0]), "no field is ignored"
+
+
+def test_a_bedrock_conversation_is_that_of_openais_form(read: Callable[..., Any]) -> None:
+    weather = {"name": "weather", "inputSchema": {"json": WEATHER["function"]["parameters"]}}
+    row = {
+        "schemaVersion": "bedrock-conversation-2024",
+        "system": [{"text": "Be brief."}, {"text": "Be kind."}],
+        "toolConfig": {
+            "tools": [{"toolSpec": weather}, {"toolSpec": {"name": "clock", "description": "The time."}}],
+        },
+        "messages": [
+            {"role": "user", "content": [{"text": "Is it cold in "}, {"text": "Oslo and Rome?"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"reasoningContent": {"reasoningText": {"text": "I need both."}}},
+                    {"text": "Wait."},
+                    {"toolUse": {"toolUseId": "c1", "name": "weather", "input": {"city": "Oslo"}}},
+                    {"toolUse": {"toolUseId": "c2", "name": "weather", "input": {"city": "Rome"}}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"toolResult": {"toolUseId": "c1", "content": [{"json": {"celsius": -3}}]}},
+                    {"toolResult": {"toolUseId": "c2", "content": [{"text": "mi"}, {"text": "ld"}]}},
+                    {"text": "And now?"},
+                ],
+            },
+            {"role": "assistant", "content": [{"text": "Only in Oslo."}]},
+        ],
+    }
+    assert read(row) == read(PLAIN)
+    chosen = {**row, "toolConfig": {**row["toolConfig"], "toolChoice": {"auto": {}}}}
+    (record,) = read(chosen)
+    assert record["tools"] == read(PLAIN)[0]["tools"]
+    assert json.loads(record["meta"]) == {"toolConfig": chosen["toolConfig"]}, "what is not a tool is kept"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_parts_of_a_table_have_all_keys_and_only_those_with_a_value_count(suffix: str, tmp_path: Path) -> None:
+    rows = [
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"functionCall": {"name": name, "args": {key: 1}}}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": name, "response": {key: 2}}}]},
+            ]
+        }
+        for name, key in (("f", "a"), ("g", "b"))
+    ]
+    FILE_WRITERS[suffix](tmp_path / f"a{suffix}", rows)
+    found = to_records(tmp_path / f"a{suffix}", "a")
+    assert found == to_records(jsonl(tmp_path / "a.jsonl", *rows), "a")
+    assert [record["messages"][1]["tool_calls"] for record in found[1]] == [
+        [call("f", {"a": 1})],
+        [call("g", {"b": 1})],
+    ]
+
+
+GEMINI_HI = {"role": "user", "parts": [{"text": "Hi"}]}
+BEDROCK: dict[str, Any] = {"schemaVersion": "bedrock-conversation-2024"}
+BEDROCK_HI = {"role": "user", "content": [{"text": "Hi"}]}
+
+
+def gemini(*parts: Any, role: str = "model", **more: Any) -> dict[str, Any]:
+    return {"contents": [GEMINI_HI, {"role": role, "parts": [*parts], **more}]}
+
+
+def bedrock(*blocks: Any, role: str = "assistant", **row: Any) -> dict[str, Any]:
+    return {**BEDROCK, "messages": [BEDROCK_HI, {"role": role, "content": [*blocks]}], **row}
+
+
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        (gemini({"text": "x", "thoughtSignature": "s"}), "contents[].parts[].thoughtSignature"),
+        (gemini({"functionCall": {"name": "f", "willContinue": True}}), "contents[].parts[].functionCall.willContinue"),
+        (gemini({"functionCall": {"name": "f"}}, {"text": "y"}), "contents[].parts[].order of text and calls"),
+        (gemini({"text": "x"}, finishReason="STOP"), "contents[].finishReason"),
+        (gemini({"text": "x"}, content="y"), "contents[].content"),
+        (
+            {**gemini({"text": "x"}), "systemInstruction": {"parts": [{"text": "y"}], "etag": "z"}},
+            "systemInstruction[].etag",
+        ),
+        (bedrock({"text": "x"}, {"cachePoint": {"type": "default"}}), "messages[].content[].cachePoint"),
+        (bedrock({"text": "x"}, system=[{"text": "y"}, {"cachePoint": {"type": "default"}}]), "system[].cachePoint"),
+        (
+            bedrock({"reasoningContent": {"reasoningText": {"text": "x", "signature": "y"}}}, {"text": "z"}),
+            "messages[].content[].reasoningContent.signature",
+        ),
+        (
+            bedrock({"toolResult": {"toolUseId": "c1", "content": [{"text": "x"}], "status": "error"}}, role="user"),
+            "messages[].content[].toolResult.status",
+        ),
+    ],
+)
+def test_what_is_not_used_of_parts_is_reported(row: dict[str, Any], ignored: str, read: Callable[..., Any]) -> None:
+    (record,) = read(row)
+    assert record["messages"] and record["ignored"] == [ignored]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (gemini({"inlineData": {"mimeType": "image/png", "data": "x"}}, role="user"), "image in a message"),
+        (gemini({"file_data": {"mime_type": "application/pdf", "file_uri": "x"}}, role="user"), "file in a message"),
+        (gemini({"executableCode": {"code": "1"}}), "a content part that is neither text nor reasoning"),
+        (
+            gemini({"text": "x", "functionCall": {"name": "f"}}),
+            "a content part with several contents: text, functionCall",
+        ),
+        (gemini({"text": "x"}, {"text": "y", "thought": True}), "a part with reasoning after text"),
+        (gemini({"functionCall": {"args": {}}}), "a tool call has no name"),
+        (gemini({"functionCall": {"name": "f"}}, role="user"), "tool calls in a message that is not the assistant's"),
+        (gemini({"functionResponse": {"name": "f"}}), "the result of a tool in a message of the assistant"),
+        (gemini("x"), "expected a content part, found str"),
+        ({"contents": [{"role": "user", "parts": 1}]}, "parts must be a list of parts, found int"),
+        ({"contents": "Hi"}, "`contents` must be a list with at least one message"),
+        (
+            {**gemini({"text": "x"}), "systemInstruction": "a", "system_instruction": "b"},
+            "both systemInstruction and system_instruction",
+        ),
+        (bedrock({"image": {"format": "png"}}, role="user"), "image in a message"),
+        (bedrock({"guardContent": {}}), "a content part that is neither text nor reasoning"),
+        (bedrock({"toolResult": {"content": [{"image": {}}]}}, role="user"), "image in a message"),
+        (bedrock({"text": "x"}, system=7), "expected a system prompt, found int"),
+        (bedrock({"text": "x"}, toolConfig={"tools": [{"cachePoint": {}}]}), "tools holds a function without a name"),
+    ],
+)
+def test_parts_that_cannot_be_read_make_their_row_malformed(
+    row: dict[str, Any], reason: str, read: Callable[..., Any]
+) -> None:
+    assert (
+        problem(read(row, gemini({"text": "x"}), layout="bedrock" if "schemaVersion" in row else "gemini")[0]) == reason
+    )
+
+
+def test_completions_of_gemini_need_a_better_one(tmp_path: Path) -> None:
+    said = [{"score": score, "completion": {"role": "model", "parts": [{"text": "x"}]}} for score in (1, 1, 0)]
+    rows = [{"contents": [GEMINI_HI], "completions": said[:2]}, {"contents": [GEMINI_HI], "completions": said}]
+    pairs = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")[1]
+    assert {problem(pair) for pair in pairs} == {"completions must be two, with different scores"}

@@ -786,7 +786,9 @@ def _table_text(row: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call")
+CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call", "toolConfig")
+PARTS = ("functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult")
+"""Keys of parts of a message of Gemini or Bedrock for calls and results."""
 
 
 def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
@@ -801,7 +803,14 @@ def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
             for message in value:
                 if isinstance(message, dict) and any(message.get(name) for name in CALL_COLUMNS):
                     message |= {name: _without_nulls(message[name]) for name in CALL_COLUMNS if name in message}
+                for part in _parts_of(message):
+                    part |= {name: _without_nulls(part[name]) for name in PARTS if name in part}
     return row
+
+
+def _parts_of(message: Any) -> list[dict[str, Any]]:
+    parts = (message.get("parts") or message.get("content")) if isinstance(message, dict) else None
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
 def _are_functions(value: Any) -> bool:

@@ -19,6 +19,14 @@ from dagster_project.curation.sources.message import (
     read_message,
     read_turn,
 )
+from dagster_project.curation.sources.part_messages import (
+    instruction_of,
+    read_bedrock_instruction,
+    read_bedrock_message,
+    read_content,
+    read_gemini_instruction,
+    spread,
+)
 
 TurnReader = Callable[[Any], Parsed]
 
@@ -49,6 +57,13 @@ class Layout:
     one. `messages` gets them as canonical messages."""
     tool_keys: tuple[str, ...] = tools.TOOL_KEYS
     """Keys for tool definitions. The first that holds any is read; the others are kept in `meta`."""
+
+
+GEMINI_SYSTEM = ("systemInstruction", "system_instruction")
+GEMINI_TURNS: dict[str, TurnReader] = {
+    **dict.fromkeys(GEMINI_SYSTEM, read_gemini_instruction),
+    "contents": read_content,
+}
 
 
 def as_label(value: Any) -> str:
@@ -103,6 +118,20 @@ def sharegpt(row: dict[str, Any]) -> Messages:
 
 def _conversation(row: dict[str, Any]) -> Messages:
     return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversation", "turn"))]
+
+
+def gemini(row: dict[str, Any]) -> Messages:
+    return [*instruction_of(row, *GEMINI_SYSTEM), *spread(as_list(row, "contents", "message"))]
+
+
+def _bedrock(row: dict[str, Any]) -> Messages:
+    return [*instruction_of(row, "system"), *spread(as_list(row, "messages", "message"))]
+
+
+def _tool_choice(row: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of tools as it was, if it holds more than their definitions."""
+    given = row.get("toolConfig")
+    return {"toolConfig": given} if isinstance(given, dict) and set(given) - {"tools"} else {}
 
 
 def _ultrachat(row: dict[str, Any]) -> Messages:
@@ -249,6 +278,15 @@ LAYOUTS: dict[str, Layout] = {
     "messages": _layout("messages", openai, turns={"messages": read_message}),
     "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
     "conversation": _layout("conversation", _conversation, "system", turns={"conversation": read_turn}),
+    "gemini": _layout("contents", gemini, " ".join(GEMINI_SYSTEM), turns=GEMINI_TURNS),
+    "bedrock": _layout(
+        "schemaVersion messages",
+        _bedrock,
+        "system",
+        meta=_tool_choice,
+        turns={"system": read_bedrock_instruction, "messages": read_bedrock_message},
+        tool_keys=("toolConfig", *tools.TOOL_KEYS),
+    ),
     "dolly": _layout("instruction response", _dolly, "context"),
     "instances": _layout("instruction instances", alpaca, "input output system", meta=_input, parts=_instances),
     "prompt_completion": _layout(

@@ -31,6 +31,8 @@ MEDIA = {
     "file": "file", "input_file": "file", "files": "file", "document": "file",
 }  # fmt: skip
 """Type of a content part, or key of a message -> kind of content."""
+ORDER_OF_CALLS = "order of text and calls"
+"""Reported as an ignored field where a message has text after a call: chat templates write text before calls."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing. 0 and false are not among them."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})

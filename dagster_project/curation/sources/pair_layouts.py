@@ -10,9 +10,13 @@ from itertools import takewhile
 from typing import Any
 
 from dagster_project.curation.sources.layouts import (
+    GEMINI_SYSTEM,
+    GEMINI_TURNS,
     TurnReader,
     alpaca,
     as_conversation,
+    as_list,
+    gemini,
     instruction,
     merged,
     oasst_turn,
@@ -21,6 +25,7 @@ from dagster_project.curation.sources.layouts import (
     sharegpt,
 )
 from dagster_project.curation.sources.message import Messages, as_text, as_turns, read_message, read_turn
+from dagster_project.curation.sources.part_messages import read_completion, spread
 from dagster_project.curation.sources.tools import TOOL_KEYS
 
 
@@ -146,6 +151,17 @@ def _answer(value: Any) -> Messages:
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a turn, found {type(value).__name__}")
     return value
+
+
+def _gemini_pair(row: dict[str, Any]) -> list[Pair]:
+    """Gemini's preference tuning: two completions, of which one has the higher score."""
+    best, *others = sorted(as_list(row, "completions", "completion"), key=lambda one: -_number(one["score"]))
+    if len(others) != 1 or _number(best["score"]) == _number(others[0]["score"]):
+        raise ValueError("completions must be two, with different scores")
+    chosen, rejected = spread([best]), spread(others)
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise ValueError("a completion that is not the model's")
+    return [Pair(gemini(row), chosen, rejected)]
 
 
 def _transcript(text: str) -> Messages:
@@ -350,6 +366,12 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
         turns=_messages_in("input.messages preferred_output non_preferred_output"),
         tool_keys=tuple(f"input.{key}" for key in TOOL_KEYS) + TOOL_KEYS,
         flat=_flat_input,
+    ),
+    "gemini": _pair_layout(
+        "contents completions",
+        _gemini_pair,
+        " ".join(GEMINI_SYSTEM),
+        turns={**GEMINI_TURNS, "completions": read_completion},
     ),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
     "kto": _kto_layout(),
