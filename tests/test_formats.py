@@ -342,6 +342,7 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
             "messages": [{**m, "content": [{"text": m["content"]}]} for m in messages],
         },
     ),
+    "anthropic": (WITH_SYSTEM, lambda messages: {"system": messages[0]["content"], "messages": messages[1:]}),
     "dolly": (SINGLE, single("instruction", "response")),
     "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
     "prompt_response": (SINGLE | WITH_SYSTEM, single("prompt", "response")),

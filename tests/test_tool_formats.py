@@ -986,7 +986,8 @@ def hermes(*calls: str) -> dict[str, Any]:
             {"messages": [ASKED, answer([{"type": "thinking", "thinking": "y", "text": "x"}])]},
             "messages[].content[].text",
         ),
-        ({"messages": [ASKED, answer("x")], "system": "Be kind."}, "system"),
+        ({"messages": [ASKED, answer("x")], "system": 7}, "system"),
+        ({"messages": [{"role": "system", "content": "x"}, ASKED, answer("y")], "system": "z"}, "system"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "history"),
     ],
 )
@@ -1374,7 +1375,7 @@ def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(t
         assert one["messages"] == [{**message, "content": message["content"].strip()} for message in other["messages"]]
 
 
-# Gemini and Amazon Bedrock
+# Gemini, Amazon Bedrock and Anthropic
 
 PLAIN: dict[str, Any] = {
     "messages": [
@@ -1471,6 +1472,40 @@ def test_a_bedrock_conversation_is_that_of_openais_form(read: Callable[..., Any]
     assert json.loads(record["meta"]) == {"toolConfig": chosen["toolConfig"]}, "what is not a tool is kept"
 
 
+def test_an_anthropic_conversation_is_that_of_openais_form(read: Callable[..., Any]) -> None:
+    weather = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+    row = {
+        "system": [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}],
+        "tools": [weather, {"name": "clock", "description": "The time."}],
+        "messages": [
+            {"role": "user", "content": "Is it cold in Oslo and Rome?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "I need both."},
+                    {"type": "text", "text": "Wait."},
+                    {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Oslo"}},
+                    {"type": "tool_use", "id": "c2", "name": "weather", "input": {"city": "Rome"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "c1", "content": '{"celsius": -3}', "is_error": False},
+                    {"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "mild"}]},
+                    {"type": "text", "text": "And now?"},
+                ],
+            },
+            {"role": "assistant", "content": "Only in Oslo."},
+        ],
+    }
+    assert read(row) == read(PLAIN) == read({**row, "system": "Be brief.\n\nBe kind."})
+    own = {"messages": PLAIN["messages"], "tools": PLAIN["tools"]}
+    assert read({**own, "system": "Be brief.\n\nBe kind."}) == read({**own, "system": None}) == read(PLAIN)
+    (record,) = read({**own, "system": "Be long."})
+    assert (record["messages"], json.loads(record["meta"])) == (PLAIN["messages"], {"system": "Be long."})
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_parts_of_a_table_have_all_keys_and_only_those_with_a_value_count(suffix: str, tmp_path: Path) -> None:
     rows = [
@@ -1522,6 +1557,18 @@ def bedrock(*blocks: Any, role: str = "assistant", **row: Any) -> dict[str, Any]
         (
             bedrock({"reasoningContent": {"reasoningText": {"text": "x", "signature": "y"}}}, {"text": "z"}),
             "messages[].content[].reasoningContent.signature",
+        ),
+        (
+            {"system": "", "messages": [ASKED, answer([{"type": "tool_use", "name": "f", "cache_control": {"a": 1}}])]},
+            "messages[].content[].cache_control",
+        ),
+        (
+            {"system": "", "messages": [ASKED, answer([{"type": "redacted_thinking", "data": "x"}])]},
+            "messages[].content[].data",
+        ),
+        (
+            {"system": [{"type": "text", "text": "x", "cache_control": {"a": 1}}], "messages": [ASKED]},
+            "system[].cache_control",
         ),
         (
             bedrock({"toolResult": {"toolUseId": "c1", "content": [{"text": "x"}], "status": "error"}}, role="user"),

@@ -43,6 +43,16 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         },
         [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
     ),
+    "anthropic": (
+        {
+            "system": "Be brief.",
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]},
+            ],
+        },
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
     "dolly": (
         {"instruction": "Name it.", "context": "A bird.", "response": "Wren"},
         [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],

@@ -61,6 +61,7 @@ LAYOUTS: dict[str, Make] = {
             {"role": "assistant", "content": [{"text": answer}]},
         ],
     },
+    "anthropic": lambda prompt, answer: {"system": "Be brief.", **messages(prompt, answer)},
     "dolly": lambda prompt, answer: {"instruction": prompt, "context": "", "response": answer},
     "prompt_completion": lambda prompt, answer: {"prompt": prompt, "completion": answer},
     "prompt_response": lambda prompt, answer: {"prompt": prompt, "response": answer},

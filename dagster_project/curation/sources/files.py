@@ -821,8 +821,8 @@ def _table_text(row: Any) -> str:
 
 
 CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call", "toolConfig")
-PARTS = ("functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult")
-"""Keys of parts of a message of Gemini or Bedrock for calls and results."""
+PARTS = ("functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult", "input")
+"""Keys of parts of a message of Gemini, Bedrock or Anthropic for calls and results."""
 
 
 def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:

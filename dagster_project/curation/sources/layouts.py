@@ -21,6 +21,8 @@ from dagster_project.curation.sources.message import (
 )
 from dagster_project.curation.sources.part_messages import (
     instruction_of,
+    read_anthropic_instruction,
+    read_anthropic_message,
     read_bedrock_instruction,
     read_bedrock_message,
     read_content,
@@ -126,6 +128,22 @@ def gemini(row: dict[str, Any]) -> Messages:
 
 def _bedrock(row: dict[str, Any]) -> Messages:
     return [*instruction_of(row, "system"), *spread(as_list(row, "messages", "message"))]
+
+
+def _anthropic(row: dict[str, Any]) -> Messages:
+    """A system prompt in a column of its own, unless the messages begin with one."""
+    messages = spread(as_list(row, "messages", "message"))
+    system = [] if _other_system(row) else instruction_of(row, "system")
+    return messages if system == messages[:1] else [*system, *messages]
+
+
+def _other_system(row: dict[str, Any]) -> dict[str, Any]:
+    """A column `system` that is not the system prompt: it is no text, or the messages begin with another one."""
+    given, first = row.get("system"), spread(row["messages"][:1])
+    if isinstance(given, list) or given in EMPTY:
+        return {}
+    is_prompt = isinstance(given, str) and (first[0]["role"] != "system" or first[0]["content"] == given)
+    return {} if is_prompt else {"system": given}
 
 
 def _tool_choice(row: dict[str, Any]) -> dict[str, Any]:
@@ -286,6 +304,12 @@ LAYOUTS: dict[str, Layout] = {
         meta=_tool_choice,
         turns={"system": read_bedrock_instruction, "messages": read_bedrock_message},
         tool_keys=("toolConfig", *tools.TOOL_KEYS),
+    ),
+    "anthropic": _layout(
+        "messages system",
+        _anthropic,
+        meta=_other_system,
+        turns={"system": read_anthropic_instruction, "messages": read_anthropic_message},
     ),
     "dolly": _layout("instruction response", _dolly, "context"),
     "instances": _layout("instruction instances", alpaca, "input output system", meta=_input, parts=_instances),

@@ -1,4 +1,4 @@
-"""Messages of Gemini and Amazon Bedrock, whose content is a list of parts -> canonical messages.
+"""Messages of Gemini, Amazon Bedrock and Anthropic, whose content is a list of parts -> canonical messages.
 
 A message of a user may hold the results of several tools and a text, each of which is a canonical message. So the
 readers return {"messages": [...]}, and `spread` joins these lists.
@@ -256,14 +256,57 @@ def _bedrock_part(part: dict[str, Any], unused: list[str]) -> Part:
     return found
 
 
+# --- Anthropic
+# ---------------------------------------------------------------------------------------------------------------------
+
+BLOCKS = frozenset({"tool_use", "tool_result", "redacted_thinking"})
+"""Types of parts that a message in OpenAI's form does not have."""
+
+
+def read_anthropic_message(message: Any) -> Parsed:
+    """A message in the form of Anthropic's API; one without its blocks is read as in OpenAI's form."""
+    content = message.get("content") if isinstance(message, dict) else None
+    blocks = content if isinstance(content, list) else []
+    if any(isinstance(block, dict) and block.get("type") in BLOCKS for block in blocks):
+        return _read(message, "content", _anthropic_part)
+    found, unused = read_message(message)
+    return {"messages": [found]}, unused
+
+
+def read_anthropic_instruction(block: Any) -> Parsed:
+    """One of the blocks of a system prompt: {"type": "text", "text": "Be brief."}"""
+    found, unused = _read_system({"system": [block]}, "system", _anthropic_part)
+    return found, tuple(name.removeprefix("system[].") for name in unused)
+
+
+def _anthropic_part(part: dict[str, Any], unused: list[str]) -> Part:
+    kind = part.pop("type", "text")
+    if kind in MEDIA:
+        raise UnsupportedContent(f"{MEDIA[kind]} in a message")
+    if kind == "tool_use":
+        found = _call(part, "input", "id")
+    elif kind == "tool_result":
+        found = _result(_result_of(part.pop("content", None)), part.pop("tool_use_id", None))
+    elif kind in {"text", "thinking"}:
+        found = Part("text" if kind == "text" else "thought", as_text(part.pop(kind)))
+    elif kind == "redacted_thinking":
+        found = Part("")
+    else:
+        raise ValueError(NOT_TEXT)
+    unused += [name for name, value in part.items() if value not in (*EMPTY, False)]
+    return found
+
+
 def _result_of(content: Any) -> Any:
     """The result of a tool: a JSON value, or texts joined."""
     blocks = [content] if isinstance(content, str | dict) else content or []
     held = [{"text": block} if isinstance(block, str) else _object(block, "a result of a tool") for block in blocks]
     values = []
     for block in held:
-        given = {name: value for name, value in block.items() if value is not None}
-        if media := next((name for name in given if name in MEDIA), None):
+        given = {
+            name: value for name, value in block.items() if value is not None and (name, value) != ("type", "text")
+        }
+        if media := next((name for name in (*given, given.get("type")) if name in MEDIA), None):
             raise UnsupportedContent(f"{MEDIA[media]} in a message")
         if len(given) != 1 or not given.keys() <= {"text", "json"}:
             raise ValueError("a result of a tool that is neither text nor JSON")
