@@ -776,6 +776,32 @@ def test_pairs_in_the_columns_of_alpaca_are_those_of_the_preference_layout(tmp_p
     assert found[0] == "preference" and json.loads(found[1][0]["meta"]) == {"stars": 4}
 
 
+def test_the_history_of_llama_factory_is_the_beginning_of_the_conversation(tmp_path: Path) -> None:
+    row = {
+        "system": "Be brief.",
+        "instruction": "Name it.",
+        "input": "A bird.",
+        "history": [["Hi", "Hello"], ["Bye", "No!"]],
+    }
+    system, before = (
+        {"role": "system", "content": "Be brief."},
+        user("Hi", "Hello", "Bye", "No!", "Name it.\n\nA bird."),
+    )
+    (record,) = to_records(jsonl(tmp_path / "a.jsonl", {**row, "output": "Wren"}), "a.jsonl")[1]
+    same = {"messages": [system, *before, *answer("Wren")]}
+    assert record["example_id"] == to_records(jsonl(tmp_path / "b.jsonl", same), "a.jsonl")[1][0]["example_id"]
+    assert (record["messages"], json.loads(record["meta"])) == (same["messages"], {"input": "A bird."})
+    assert "ignored" not in record
+    expected = ([system, *before], answer("Wren"), answer("Dog"))
+    (pair,) = pairs_of(tmp_path, {**row, "chosen": "Wren", "rejected": "Dog"})
+    kto = [{**row, "output": said, "kto_tag": good} for said, good in (("Dog", False), ("Wren", True))]
+    assert sides(pair) == expected == sides(pairs_of(tmp_path, *kto)[0])
+    odd = {**row, "history": "Hi", "chosen": "Wren", "rejected": "Dog"}
+    assert problem_of(pairs_of(tmp_path, odd)[0]) == "history must be a list of pairs of texts"
+    empty = to_records(jsonl(tmp_path / "a.jsonl", {"instruction": "Hi", "history": [], "output": "Hello"}), "a.jsonl")
+    assert turns(empty[1][0]) == [("user", "Hi"), ("assistant", "Hello")]
+
+
 def test_pairs_of_messages_with_two_answers_are_those_of_the_preference_layout(tmp_path: Path) -> None:
     asked, good, bad = user("Hi", "Hello", "Bye"), answer("Bye!"), answer("What?")
     rows = [{"chosen": good[0], "rejected": bad[0]}, {"chosen": [*asked, *good], "rejected": [*asked, *bad]}]

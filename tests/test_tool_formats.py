@@ -988,7 +988,8 @@ def hermes(*calls: str) -> dict[str, Any]:
         ),
         ({"messages": [ASKED, answer("x")], "system": 7}, "system"),
         ({"messages": [{"role": "system", "content": "x"}, ASKED, answer("y")], "system": "z"}, "system"),
-        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "history"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b", "c"]]}, "history"),
+        ({"instruction": "x", "output": "y", "history": "a"}, "history"),
     ],
 )
 def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: Callable[..., Any]) -> None:

@@ -98,12 +98,29 @@ def instruction(row: dict[str, Any], context: str) -> str:
     return as_text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
 
 
+def alpaca_prompt(row: dict[str, Any]) -> Messages:
+    """The turns before the answer: those in LLaMA-Factory's `history`, [["Hi", "Hello"]], and the question."""
+    rounds = row["history"] if has_rounds(row) else []
+    earlier = [turn for asked, said in rounds for turn in (("user", asked), ("assistant", said))]
+    return as_turns(row.get("system"), *earlier, ("user", instruction(row, "input")))
+
+
 def alpaca(row: dict[str, Any]) -> Messages:
-    return as_turns(row.get("system"), ("user", instruction(row, "input")), ("assistant", as_text(row["output"])))
+    return [*alpaca_prompt(row), {"role": "assistant", "content": as_text(row["output"])}]
 
 
-def _input(row: dict[str, Any]) -> dict[str, Any]:
-    return {"input": row["input"]} if row.get("input") else {}
+def has_rounds(row: dict[str, Any]) -> bool:
+    """Whether `history` is a list of pairs of texts. Any other one is not read."""
+    rounds = row.get("history")
+    return isinstance(rounds, list) and all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one) for one in rounds
+    )
+
+
+def _alpaca_meta(row: dict[str, Any]) -> dict[str, Any]:
+    """The input, by which a repair finds it in the question, and a history that is not read."""
+    other = {} if has_rounds(row) or row.get("history") in EMPTY else {"history": row["history"]}
+    return ({"input": row["input"]} if row.get("input") else {}) | other
 
 
 def _dolly(row: dict[str, Any]) -> Messages:
@@ -292,7 +309,7 @@ def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "alpaca": _layout("instruction output", alpaca, "input system", meta=_input),
+    "alpaca": _layout("instruction output", alpaca, "input system history", meta=_alpaca_meta),
     "messages": _layout("messages", openai, turns={"messages": read_message}),
     "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
     "conversation": _layout("conversation", _conversation, "system", turns={"conversation": read_turn}),
@@ -312,7 +329,9 @@ LAYOUTS: dict[str, Layout] = {
         turns={"system": read_anthropic_instruction, "messages": read_anthropic_message},
     ),
     "dolly": _layout("instruction response", _dolly, "context"),
-    "instances": _layout("instruction instances", alpaca, "input output system", meta=_input, parts=_instances),
+    "instances": _layout(
+        "instruction instances", alpaca, "input output system history", meta=_alpaca_meta, parts=_instances
+    ),
     "prompt_completion": _layout(
         "prompt completion", _prompt_completion, "system", turns={"prompt": read_message, "completion": read_message}
     ),

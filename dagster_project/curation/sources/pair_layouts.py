@@ -14,9 +14,11 @@ from dagster_project.curation.sources.layouts import (
     GEMINI_TURNS,
     TurnReader,
     alpaca,
+    alpaca_prompt,
     as_conversation,
     as_list,
     gemini,
+    has_rounds,
     instruction,
     merged,
     oasst_turn,
@@ -24,7 +26,7 @@ from dagster_project.curation.sources.layouts import (
     replies,
     sharegpt,
 )
-from dagster_project.curation.sources.message import Messages, as_text, as_turns, read_message, read_turn
+from dagster_project.curation.sources.message import EMPTY, Messages, as_text, as_turns, read_message, read_turn
 from dagster_project.curation.sources.part_messages import read_completion, spread
 from dagster_project.curation.sources.tools import TOOL_KEYS
 
@@ -131,7 +133,14 @@ def _preference(
 
 def _alpaca_pair(row: dict[str, Any]) -> list[Pair]:
     """LLaMA-Factory's pairs in Alpaca's columns."""
-    return _preference("instruction", "chosen", "rejected")({**row, "instruction": instruction(row, "input")})
+    asked = alpaca_prompt(_with_rounds(row))
+    return _preference("instruction", "chosen", "rejected", ("margin",))({**row, "instruction": asked})
+
+
+def _with_rounds(row: dict[str, Any]) -> dict[str, Any]:
+    if row.get("history") not in EMPTY and not has_rounds(row):
+        raise ValueError("history must be a list of pairs of texts")
+    return row
 
 
 def _flat_input(row: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +330,12 @@ def _kto_forms() -> Iterator[PairLayout]:
         )
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
-    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", **more)
+    yield _pair_layout(
+        "instruction output kto_tag",
+        _kto("kto_tag", _last_turn(lambda row: alpaca(_with_rounds(row)))),
+        "input system history",
+        **more,
+    )
 
 
 def _kto_layout() -> PairLayout:
@@ -339,7 +353,7 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
             _pair_layout(
                 "instruction chosen rejected",
                 _alpaca_pair,
-                "input system margin",
+                "input system history margin",
                 turns=_messages_in("chosen rejected"),
             ),
             _pair_layout(
