@@ -674,6 +674,9 @@ def test_examples_are_not_taken_for_preferences(layout: str, tmp_path: Path) -> 
         ([{**PAIR, "label": True}] + [PAIR] * 2, "examples"),
         ([{**PAIR, "chosen": None, "rejected": None}], "examples"),
         ([{"messages": user("Hi", "Hello"), **PAIR_ROWS["preference"][0]}], "preferences"),
+        ([{"messages": user("Hi", "Hello"), "system": "Be brief.", "label": True}], "preferences"),
+        ([{"messages": user("Hi", "Hello"), "system": "Be brief.", "kto_tag": False}], "preferences"),
+        ([{"messages": user("Hi", "Hello"), "system": "Be brief.", "label": "spam"}], "examples"),
         ([{"x": 1}], "examples"),
     ],
 )

@@ -325,9 +325,11 @@ def _kto_forms() -> Iterator[PairLayout]:
     )
     for judged in ("label", "kto_tag"):
         more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
-        yield _pair_layout(
+        form = _pair_layout(
             f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more
         )
+        yield replace(form, keys=form.keys | {"system"})  # first: it has more keys than the examples of `anthropic`
+        yield form
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
     yield _pair_layout(
