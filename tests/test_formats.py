@@ -722,6 +722,14 @@ def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[
         "openai_dpo": [
             {"input": {"messages": asked}, "preferred_output": answer(good), "non_preferred_output": answer(bad)}
         ],
+        "alpaca_dpo": [
+            {
+                "history": [list(turns) for turns in zip(prompt[:-1:2], prompt[1::2], strict=True)],
+                "instruction": prompt[-1],
+                "chosen": good,
+                "rejected": bad,
+            }
+        ],
         "gemini": [
             {
                 "contents": [
@@ -775,8 +783,8 @@ def test_pairs_in_the_columns_of_alpaca_are_those_of_the_preference_layout(tmp_p
     same = [{"prompt": "Name it.", "chosen": "Wren", "rejected": "Dog", **more}] * 3
     same[0] = {**same[0], "prompt": "Name it.\n\nA bird."}
     found = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")
-    assert found == to_pairs(jsonl(tmp_path / "b.jsonl", *same), "a.jsonl")
-    assert found[0] == "preference" and json.loads(found[1][0]["meta"]) == {"stars": 4}
+    assert found[1] == to_pairs(jsonl(tmp_path / "b.jsonl", *same), "a.jsonl")[1]
+    assert found[0] == "alpaca_dpo" and json.loads(found[1][0]["meta"]) == {"stars": 4}
 
 
 def test_the_history_of_llama_factory_is_the_beginning_of_the_conversation(tmp_path: Path) -> None:
@@ -810,7 +818,9 @@ def test_pairs_of_messages_with_two_answers_are_those_of_the_preference_layout(t
     rows = [{"chosen": good[0], "rejected": bad[0]}, {"chosen": [*asked, *good], "rejected": [*asked, *bad]}]
     found = to_pairs(jsonl(tmp_path / "a.jsonl", *[{"messages": asked, **row} for row in rows]), "a.jsonl")
     same = to_pairs(jsonl(tmp_path / "b.jsonl", *[{"prompt": asked, **row} for row in rows]), "a.jsonl")
-    assert found == same and [sides(pair) for pair in found[1]] == [(asked, good, bad)] * 2
+    assert (found[0], found[1]) == ("sharegpt", same[1]) and [sides(pair) for pair in found[1]] == [
+        (asked, good, bad)
+    ] * 2
     whole = {"messages": [*asked, *good], "chosen": [*asked, *good], "rejected": [*asked, *bad]}
     assert problem_of(pairs_of(tmp_path, whole)[0]), "the prompt has an answer already"
 

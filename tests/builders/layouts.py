@@ -133,6 +133,7 @@ PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
             "non_preferred_output": [{"role": "assistant", "content": "What?"}],
         }
     ],
+    "alpaca_dpo": [{"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "What?"}],
     "gemini": [
         {
             "contents": [{"role": "user", "parts": [{"text": "Hi"}]}],

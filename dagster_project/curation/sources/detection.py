@@ -170,7 +170,7 @@ def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout
 
 
 _OTHERS: list[Layout | PairLayout] = [
-    *(layout for layout in LAYOUTS.values() if not layout.labels),
+    *(layout for name, layout in LAYOUTS.items() if not layout.labels and name not in {"conversation", "gemini"}),
     *PAIR_LAYOUTS.values(),
 ]
 """Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""

@@ -312,6 +312,20 @@ LAYOUTS: dict[str, Layout] = {
     "alpaca": _layout("instruction output", alpaca, "input system history", meta=_alpaca_meta),
     "messages": _layout("messages", openai, turns={"messages": read_message}),
     "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
+    "dolly": _layout("instruction response", _dolly, "context"),
+    "instances": _layout(
+        "instruction instances", alpaca, "input output system history", meta=_alpaca_meta, parts=_instances
+    ),
+    "prompt_completion": _layout(
+        "prompt completion", _prompt_completion, "system", turns={"prompt": read_message, "completion": read_message}
+    ),
+    "prompt_response": _layout("prompt response", _single("prompt", "response"), "system"),
+    "question_answer": _layout("question answer", _single("question", "answer"), "system"),
+    "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
+    "ultrachat": _layout("data", _ultrachat),
+    "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
+    "glaive": _layout("system chat", _glaive, turns={"chat": read_turn}),
+    "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
     "conversation": _layout("conversation", _conversation, "system", turns={"conversation": read_turn}),
     "gemini": _layout("contents", gemini, " ".join(GEMINI_SYSTEM), turns=GEMINI_TURNS),
     "bedrock": _layout(
@@ -328,20 +342,6 @@ LAYOUTS: dict[str, Layout] = {
         meta=_other_system,
         turns={"system": read_anthropic_instruction, "messages": read_anthropic_message},
     ),
-    "dolly": _layout("instruction response", _dolly, "context"),
-    "instances": _layout(
-        "instruction instances", alpaca, "input output system history", meta=_alpaca_meta, parts=_instances
-    ),
-    "prompt_completion": _layout(
-        "prompt completion", _prompt_completion, "system", turns={"prompt": read_message, "completion": read_message}
-    ),
-    "prompt_response": _layout("prompt response", _single("prompt", "response"), "system"),
-    "question_answer": _layout("question answer", _single("question", "answer"), "system"),
-    "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
-    "ultrachat": _layout("data", _ultrachat),
-    "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
-    "glaive": _layout("system chat", _glaive, turns={"chat": read_turn}),
-    "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
     "classification": _layout(
         "text label",
         _classification,

@@ -328,7 +328,8 @@ def _kto_forms() -> Iterator[PairLayout]:
         form = _pair_layout(
             f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more
         )
-        yield replace(form, keys=form.keys | {"system"})  # first: it has more keys than the examples of `anthropic`
+        for key in ("system", "schemaVersion"):  # first: more keys than the examples of `anthropic` and `bedrock`
+            yield replace(form, keys=form.keys | {key})
         yield form
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
@@ -351,13 +352,13 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
         _preference("prompt", "chosen", "rejected"),
         "system margin",
         turns=_messages_in("prompt chosen rejected"),
+    ),
+    "sharegpt": _pair_layout(
+        "conversations chosen rejected",
+        _sharegpt_pair,
+        "system margin",
+        turns=_turns_in("conversations chosen rejected"),
         variants=(
-            _pair_layout(
-                "instruction chosen rejected",
-                _alpaca_pair,
-                "input system history margin",
-                turns=_messages_in("chosen rejected"),
-            ),
             _pair_layout(
                 "messages chosen rejected",
                 _preference("messages", "chosen", "rejected", ("margin",)),
@@ -366,11 +367,11 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
             ),
         ),
     ),
-    "sharegpt": _pair_layout(
-        "conversations chosen rejected",
-        _sharegpt_pair,
-        "system margin",
-        turns=_turns_in("conversations chosen rejected"),
+    "alpaca_dpo": _pair_layout(
+        "instruction chosen rejected",
+        _alpaca_pair,
+        "input system history margin",
+        turns=_messages_in("chosen rejected"),
     ),
     "transcripts": _pair_layout(
         "chosen rejected", _whole_conversations, "margin", turns=_messages_in("chosen rejected")
