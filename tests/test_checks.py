@@ -104,6 +104,18 @@ def test_a_prompt_that_marks_an_absent_one_is_a_placeholder(text: str) -> None:
     assert judged([ask(text)]).reason == ["placeholder_input"]
 
 
+@pytest.mark.parametrize("text", ["None", "N/A", "no input needed"])
+def test_a_reply_of_the_user_is_no_placeholder(text: str) -> None:
+    said = [
+        ("user", "A table for two."),
+        ("assistant", "Any allergies?"),
+        ("user", text),
+        ("assistant", "It is booked."),
+    ]
+    assert judged([chat(*said)]).reason == [None]
+    assert judged([chat(("user", text), *said[1:2], *said[:1], *said[3:])]).reason == ["placeholder_input"]
+
+
 @pytest.mark.parametrize(
     ("action", "dropped", "passed", "blocking"),
     [("drop", True, True, False), ("warn", False, False, False), ("fail", False, False, True)],

@@ -113,6 +113,18 @@ def test_other_columns_are_kept_in_meta_and_the_category_in_a_column(tmp_path: P
     )
 
 
+def test_turns_of_wildchat_and_lmsys_are_messages_and_their_other_fields_are_named(tmp_path: Path) -> None:
+    plain = LAYOUT_ROWS["messages"][0]["messages"]
+    more = {"country": "Norway", "toxic": False, "turn_identifier": 7, "language": None}
+    row = {"conversation_hash": "a1", "model": "gpt-4", "turn": 1, "conversation": [{**m, **more} for m in plain]}
+    layout, (record,) = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")
+    same = to_records(jsonl(tmp_path / "b.jsonl", {"messages": plain}), "a.jsonl")[1][0]
+    assert layout == "conversation"
+    assert (record["messages"], record["example_id"]) == (same["messages"], same["example_id"])
+    assert json.loads(record["meta"]) == {"conversation_hash": "a1", "model": "gpt-4", "turn": 1}
+    assert record["ignored"] == [f"conversation[].{name}" for name in ("country", "toxic", "turn_identifier")]
+
+
 def test_an_empty_category_is_none_as_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion,category\nHi,Hello,\nHo,Hello,zoo\n")
     assert [record["category"] for record in to_records(tmp_path / "rows.csv", "rows.csv")[1]] == [None, "zoo"]
@@ -279,6 +291,7 @@ def tree(*said: str) -> dict[str, Any]:
 
 
 FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
+GEMINI_ROLES = {"assistant": "model", "tool": "function"}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SINGLE = st.lists(TEXT, min_size=2, max_size=2).map(lambda said: user(*said))
 WITH_SYSTEM = st.tuples(TEXT, SINGLE).map(lambda both: [{"role": "system", "content": both[0]}, *both[1]])
@@ -313,6 +326,23 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
         ANY,
         lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]},
     ),
+    "conversation": (ANY, lambda messages: {"conversation": messages}),
+    "gemini": (
+        ANY,
+        lambda messages: {
+            "contents": [
+                {"role": GEMINI_ROLES.get(m["role"], m["role"]), "parts": [{"text": m["content"]}]} for m in messages
+            ]
+        },
+    ),
+    "bedrock": (
+        ANY,
+        lambda messages: {
+            "schemaVersion": "bedrock-conversation-2024",
+            "messages": [{**m, "content": [{"text": m["content"]}]} for m in messages],
+        },
+    ),
+    "anthropic": (WITH_SYSTEM, lambda messages: {"system": messages[0]["content"], "messages": messages[1:]}),
     "dolly": (SINGLE, single("instruction", "response")),
     "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
     "prompt_response": (SINGLE | WITH_SYSTEM, single("prompt", "response")),
@@ -448,6 +478,9 @@ def test_the_split_of_a_source_overrides_that_of_a_row_which_is_kept_in_meta(tmp
         ("a/b/Test.jsonl.gz", "test"),
         ("data/validation-00000-of-00002.parquet", "validation"),
         ("data/test-00000-of-00001-a09b74b3ef9c3b56.parquet", "test"),
+        ("set/test/data-00000-of-00002.arrow", "test"),
+        ("validation/dataset.arrow", "validation"),
+        ("mine/data-00000-of-00002.arrow", None),
         ("val.csv", "validation"),
         ("training_notes.jsonl", None),
         ("test/a.jsonl", None),
@@ -641,6 +674,9 @@ def test_examples_are_not_taken_for_preferences(layout: str, tmp_path: Path) -> 
         ([{**PAIR, "label": True}] + [PAIR] * 2, "examples"),
         ([{**PAIR, "chosen": None, "rejected": None}], "examples"),
         ([{"messages": user("Hi", "Hello"), **PAIR_ROWS["preference"][0]}], "preferences"),
+        ([{"messages": user("Hi", "Hello"), "system": "Be brief.", "label": True}], "preferences"),
+        ([{"messages": user("Hi", "Hello"), "system": "Be brief.", "kto_tag": False}], "preferences"),
+        ([{"messages": user("Hi", "Hello"), "system": "Be brief.", "label": "spam"}], "examples"),
         ([{"x": 1}], "examples"),
     ],
 )
@@ -686,6 +722,25 @@ def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[
         "openai_dpo": [
             {"input": {"messages": asked}, "preferred_output": answer(good), "non_preferred_output": answer(bad)}
         ],
+        "alpaca_dpo": [
+            {
+                "history": [list(turns) for turns in zip(prompt[:-1:2], prompt[1::2], strict=True)],
+                "instruction": prompt[-1],
+                "chosen": good,
+                "rejected": bad,
+            }
+        ],
+        "gemini": [
+            {
+                "contents": [
+                    {"role": GEMINI_ROLES.get(m["role"], m["role"]), "parts": [{"text": m["content"]}]} for m in asked
+                ],
+                "completions": [
+                    {"score": score, "completion": {"role": "model", "parts": [{"text": said}]}}
+                    for score, said in ((1, good), (0.0, bad))
+                ],
+            }
+        ],
         "oasst": [{"message_tree_id": "t", "prompt": node}],
         **(
             {"alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}]}
@@ -716,6 +771,58 @@ def test_a_prompt_repeated_in_both_completions_is_removed(tmp_path: Path) -> Non
     assert [(sides(pair), pair["margin"]) for pair in pairs_of(tmp_path, row)] == [
         ((user("Hi"), answer("Hello"), answer("What?")), 2.0)
     ]
+
+
+def test_pairs_in_the_columns_of_alpaca_are_those_of_the_preference_layout(tmp_path: Path) -> None:
+    more = {"system": "Be brief.", "margin": 2, "category": "zoo", "stars": 4}
+    rows = [
+        {"instruction": "Name it.", "input": "A bird.", "chosen": "Wren", "rejected": "Dog", **more},
+        {"instruction": "Name it.", "input": "", "chosen": "Wren", "rejected": "Dog", **more},
+        {"instruction": "Name it.", "chosen": answer("Wren"), "rejected": answer("Dog"), **more},
+    ]
+    same = [{"prompt": "Name it.", "chosen": "Wren", "rejected": "Dog", **more}] * 3
+    same[0] = {**same[0], "prompt": "Name it.\n\nA bird."}
+    found = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")
+    assert found[1] == to_pairs(jsonl(tmp_path / "b.jsonl", *same), "a.jsonl")[1]
+    assert found[0] == "alpaca_dpo" and json.loads(found[1][0]["meta"]) == {"stars": 4}
+
+
+def test_the_history_of_llama_factory_is_the_beginning_of_the_conversation(tmp_path: Path) -> None:
+    row = {
+        "system": "Be brief.",
+        "instruction": "Name it.",
+        "input": "A bird.",
+        "history": [["Hi", "Hello"], ["Bye", "No!"]],
+    }
+    system, before = (
+        {"role": "system", "content": "Be brief."},
+        user("Hi", "Hello", "Bye", "No!", "Name it.\n\nA bird."),
+    )
+    (record,) = to_records(jsonl(tmp_path / "a.jsonl", {**row, "output": "Wren"}), "a.jsonl")[1]
+    same = {"messages": [system, *before, *answer("Wren")]}
+    assert record["example_id"] == to_records(jsonl(tmp_path / "b.jsonl", same), "a.jsonl")[1][0]["example_id"]
+    assert (record["messages"], json.loads(record["meta"])) == (same["messages"], {"input": "A bird."})
+    assert "ignored" not in record
+    expected = ([system, *before], answer("Wren"), answer("Dog"))
+    (pair,) = pairs_of(tmp_path, {**row, "chosen": "Wren", "rejected": "Dog"})
+    kto = [{**row, "output": said, "kto_tag": good} for said, good in (("Dog", False), ("Wren", True))]
+    assert sides(pair) == expected == sides(pairs_of(tmp_path, *kto)[0])
+    odd = {**row, "history": "Hi", "chosen": "Wren", "rejected": "Dog"}
+    assert problem_of(pairs_of(tmp_path, odd)[0]) == "history must be a list of pairs of texts"
+    empty = to_records(jsonl(tmp_path / "a.jsonl", {"instruction": "Hi", "history": [], "output": "Hello"}), "a.jsonl")
+    assert turns(empty[1][0]) == [("user", "Hi"), ("assistant", "Hello")]
+
+
+def test_pairs_of_messages_with_two_answers_are_those_of_the_preference_layout(tmp_path: Path) -> None:
+    asked, good, bad = user("Hi", "Hello", "Bye"), answer("Bye!"), answer("What?")
+    rows = [{"chosen": good[0], "rejected": bad[0]}, {"chosen": [*asked, *good], "rejected": [*asked, *bad]}]
+    found = to_pairs(jsonl(tmp_path / "a.jsonl", *[{"messages": asked, **row} for row in rows]), "a.jsonl")
+    same = to_pairs(jsonl(tmp_path / "b.jsonl", *[{"prompt": asked, **row} for row in rows]), "a.jsonl")
+    assert (found[0], found[1]) == ("sharegpt", same[1]) and [sides(pair) for pair in found[1]] == [
+        (asked, good, bad)
+    ] * 2
+    whole = {"messages": [*asked, *good], "chosen": [*asked, *good], "rejected": [*asked, *bad]}
+    assert problem_of(pairs_of(tmp_path, whole)[0]), "the prompt has an answer already"
 
 
 def test_a_system_prompt_that_only_the_completions_have_is_that_of_the_prompt(tmp_path: Path) -> None:

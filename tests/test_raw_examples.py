@@ -124,6 +124,44 @@ def test_hidden_files_of_a_folder_are_not_read_and_named(root: Path, caplog: pyt
     assert caplog.messages == [f"mine: not read, because they are hidden: {', '.join(hidden)}"]
 
 
+def test_a_data_set_that_datasets_saved_has_the_rows_that_it_loads(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    place = root / "data/sources/saved"
+    rows = [{**PAIR, "prompt": f"Question {i}?"} for i in range(6)]
+    splits = {"train": Dataset.from_list(rows[:4]), "test": Dataset.from_list(rows[4:])}
+    DatasetDict(splits).save_to_disk(place, num_shards={"train": 2, "test": 1})
+    (place / "train/data-00000-of-00003.arrow").write_bytes(b"of an earlier save")
+    (place / "train/cache-0123456789abcdef.arrow").write_bytes((place / "train/data-00000-of-00002.arrow").read_bytes())
+    report = read(root, {"path": "data/sources/saved", "split": "from_file_names"})
+    loaded = [(name, row["prompt"]) for name in ("test", "train") for row in load_from_disk(str(place))[name]]
+    records = read_records(root / "out")
+    assert [(json.loads(one["meta"])["split"], one["messages"][0]["content"]) for one in records] == loaded
+    assert {one["source"] for one in records} == {
+        f"data/sources/saved/{name}.arrow"
+        for name in ("test/data-00000-of-00001", "train/data-00000-of-00002", "train/data-00001-of-00002")
+    }
+    left = report.metrics["sources"]["data/sources/saved"]["not_read"]["names"]
+    assert left == [
+        "dataset_dict.json",
+        *(f"test/{name}" for name in ("dataset_info.json", "state.json")),
+        *(f"train/{name}" for name in ("cache-0123456789abcdef.arrow", "data-00000-of-00003.arrow")),
+        *(f"train/{name}" for name in ("dataset_info.json", "state.json")),
+    ]
+    assert caplog.messages == [f"saved: not read, because they are not data of the saved data set: {', '.join(left)}"]
+    (place / "train/data-00001-of-00002.arrow").unlink()
+    with pytest.raises(InputError, match=r"train/state\.json names data-00001-of-00002\.arrow, which is not"):
+        read(root, "data/sources/saved")
+
+
+def test_files_named_like_those_of_a_saved_data_set_are_read_if_they_are_none(root: Path) -> None:
+    for name in ("state.json", "dataset_info.json", "dataset_dict.json"):
+        (root / "data/sources/mine" / name).write_text(json.dumps([PAIR]))
+    assert read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["rows"] == 6
+
+
 def test_renaming_or_editing_a_file_of_a_folder_changes_its_digest(root: Path) -> None:
     digests = [read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["sha256"]]
     (root / "data/sources/mine/train.jsonl").rename(root / "data/sources/mine/training.jsonl")
@@ -329,15 +367,11 @@ def fields_of(report: Report, source: str = "data/sources/a.jsonl") -> dict[str,
 
 
 def count(rows: list[Any]) -> int:
-    """Fields of rows and of the messages in them, counted without looking at layouts."""
-    turns = [
-        turn
-        for row in rows
-        for value in row.values()
-        if isinstance(value, list)
-        for turn in value
-        if isinstance(turn, dict)
-    ]
+    """Fields of rows and of the messages in them, counted without looking at layouts. An object with `parts` is a
+    message, too."""
+    values = [value for row in rows for value in row.values()]
+    lists = [[value] if isinstance(value, dict) and "parts" in value else value for value in values]
+    turns = [turn for value in lists if isinstance(value, list) for turn in value if isinstance(turn, dict)]
     return sum(map(len, rows)) + sum(map(len, turns))
 
 

@@ -627,6 +627,21 @@ def test_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
         run(splits.Params(by="category"), source, tmp_path / "out")
 
 
+def test_a_key_that_a_repair_has_masked_is_refused(tmp_path: Path) -> None:
+    """Of the rows of one customer, only those with personal data in their text have a placeholder."""
+    keys = ["[EMAIL]", "ann@mail.example", "[EMAIL]", "bob@mail.example", "[VIP] 7"]
+    rows = [record(prompt, meta=json.dumps({"who": key})) for prompt, key in zip(some(5), keys, strict=True)]
+    source = written(tmp_path / "in", rows)
+    lines = [{**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows)]
+    for i, checks in ((0, ["pii"]), (2, ["unicode_form", "secrets"]), (3, ["unicode_form"])):
+        lines[i] |= {"source_id": "0" * 64, "repaired": checks}
+    write_ledger(source, lines)
+    with pytest.raises(InputError, match=r"splits\.by: 'who' is masked in 2 rows \(\[EMAIL\]\)") as refused:
+        run(splits.Params(by="key", key="who"), source, tmp_path / "out")
+    assert "hash" in refused.value.hint
+    assert run(splits.Params(), source, tmp_path / "out").rows_in == 5
+
+
 def test_by_key_and_key_need_each_other() -> None:
     with pytest.raises(ValidationError, match="`by: key` requires `key`"):
         splits.Params(by="key")

@@ -4,6 +4,7 @@ layout -> canonical messages; nothing of them is dropped silently."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -985,8 +986,10 @@ def hermes(*calls: str) -> dict[str, Any]:
             {"messages": [ASKED, answer([{"type": "thinking", "thinking": "y", "text": "x"}])]},
             "messages[].content[].text",
         ),
-        ({"messages": [ASKED, answer("x")], "system": "Be kind."}, "system"),
-        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "history"),
+        ({"messages": [ASKED, answer("x")], "system": 7}, "system"),
+        ({"messages": [{"role": "system", "content": "x"}, ASKED, answer("y")], "system": "z"}, "system"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b", "c"]]}, "history"),
+        ({"instruction": "x", "output": "y", "history": "a"}, "history"),
     ],
 )
 def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: Callable[..., Any]) -> None:
@@ -1017,6 +1020,38 @@ def test_what_a_canonical_message_cannot_hold_makes_its_row_malformed(
     messages: list[Any], reason: str, read: Callable[..., Any]
 ) -> None:
     assert problem(read({"messages": messages})[0]) == reason
+
+
+@pytest.mark.parametrize(
+    ("role", "canonical"),
+    [
+        ("developer", "system"),
+        ("human", "user"),
+        ("model", "assistant"),
+        ("bot", "assistant"),
+        ("ai", "assistant"),
+        ("function", "tool"),
+        ("narrator", "narrator"),
+    ],
+)
+def test_roles_of_other_tools_have_their_canonical_names(
+    role: str, canonical: str, read: Callable[..., Any], one: Callable[..., Any]
+) -> None:
+    more = {"name": "x"}
+    assert one({"role": role, "content": "Hi"}) == one({"role": canonical, "content": "Hi"})
+    assert one({"role": role, "content": "Hi", **more}) == one({"role": canonical, "content": "Hi", **more})
+    turns = [read({"conversations": [{"from": name, "value": "Hi", **more}]}) for name in (role, canonical)]
+    assert turns[0] == turns[1] == read({"conversations": [{"role": canonical, "content": "Hi", **more}]})
+
+
+@pytest.mark.parametrize("who", ["gpt", "chatgpt", "bing", "bard"])
+def test_assistants_of_sharegpt_are_the_assistant(who: str, read: Callable[..., Any]) -> None:
+    assert read({"conversations": [{"from": who, "value": "Hi"}]})[0]["messages"] == [answer("Hi")]
+
+
+def test_weights_of_a_model_and_calls_of_a_bot_are_those_of_the_assistant(one: Callable[..., Any]) -> None:
+    assert one({"role": "model", "content": "x", "weight": 0}) == [answer("x", weight=0.0)]
+    assert one({"role": "bot", "content": None, "tool_calls": [call()]}) == [answer(tool_calls=[call()])]
 
 
 def test_reasoning_inside_reasoning_is_part_of_the_trace(one: Callable[..., Any]) -> None:
@@ -1339,3 +1374,252 @@ def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(t
     assert [record.get("tools") for record in read] == [record.get("tools") for record in expected]
     for one, other in zip(read, expected, strict=True):
         assert one["messages"] == [{**message, "content": message["content"].strip()} for message in other["messages"]]
+
+
+# Gemini, Amazon Bedrock and Anthropic
+
+PLAIN: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "Be brief.\n\nBe kind."},
+        {"role": "user", "content": "Is it cold in Oslo and Rome?"},
+        answer(
+            "Wait.",
+            reasoning_content="I need both.",
+            tool_calls=[call(identity="c1"), call("weather", {"city": "Rome"}, "c2")],
+        ),
+        {"role": "tool", "content": '{"celsius": -3}', "tool_call_id": "c1"},
+        {"role": "tool", "content": "mild", "tool_call_id": "c2"},
+        {"role": "user", "content": "And now?"},
+        answer("Only in Oslo."),
+    ],
+    "tools": [WEATHER, {"type": "function", "function": {"name": "clock", "description": "The time."}}],
+}
+"""A conversation in OpenAI's form."""
+
+
+def test_a_gemini_conversation_is_that_of_openais_form(read: Callable[..., Any]) -> None:
+    city = {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}, "required": ["city"]}
+    row = {
+        "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}, {"text": "Be kind."}]},
+        "contents": [
+            {"parts": {"text": "Is it cold in Oslo and Rome?"}},
+            {
+                "role": "model",
+                "parts": [
+                    {"text": "I need ", "thought": True},
+                    {"text": "both.", "thought": True},
+                    {"text": "Wait."},
+                    {"functionCall": {"id": "c1", "name": "weather", "args": {"city": "Oslo"}}},
+                    {"functionCall": {"id": "c2", "name": "weather", "args": {"city": "Rome"}}},
+                ],
+            },
+            {
+                "role": "user",
+                "parts": [
+                    {"functionResponse": {"id": "c1", "response": {"celsius": -3}}},
+                    {"functionResponse": {"id": "c2", "response": "mild"}},
+                    {"text": "And "},
+                    {"text": "now?"},
+                ],
+            },
+            {"role": "model", "parts": [{"text": "Only in Oslo."}]},
+        ],
+        "tools": [
+            {"functionDeclarations": [{"name": "weather", "parameters": city}]},
+            {"functionDeclarations": [{"name": "clock", "description": "The time."}], "googleSearch": None},
+        ],
+    }
+    snake = json.dumps(row)
+    for name in ("systemInstruction", "functionCall", "functionResponse", "functionDeclarations"):
+        snake = snake.replace(name, re.sub("[A-Z]", lambda found: f"_{found[0].lower()}", name))
+    assert "function_call" in snake and read(row) == read(json.loads(snake)) == read(PLAIN)
+    assert set(read(row)[0]) == set(read(PLAIN)[0]), "no field is ignored"
+
+
+def test_a_bedrock_conversation_is_that_of_openais_form(read: Callable[..., Any]) -> None:
+    weather = {"name": "weather", "inputSchema": {"json": WEATHER["function"]["parameters"]}}
+    row = {
+        "schemaVersion": "bedrock-conversation-2024",
+        "system": [{"text": "Be brief."}, {"text": "Be kind."}],
+        "toolConfig": {
+            "tools": [{"toolSpec": weather}, {"toolSpec": {"name": "clock", "description": "The time."}}],
+        },
+        "messages": [
+            {"role": "user", "content": [{"text": "Is it cold in "}, {"text": "Oslo and Rome?"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"reasoningContent": {"reasoningText": {"text": "I need both."}}},
+                    {"text": "Wait."},
+                    {"toolUse": {"toolUseId": "c1", "name": "weather", "input": {"city": "Oslo"}}},
+                    {"toolUse": {"toolUseId": "c2", "name": "weather", "input": {"city": "Rome"}}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"toolResult": {"toolUseId": "c1", "content": [{"json": {"celsius": -3}}]}},
+                    {"toolResult": {"toolUseId": "c2", "content": [{"text": "mi"}, {"text": "ld"}]}},
+                    {"text": "And now?"},
+                ],
+            },
+            {"role": "assistant", "content": [{"text": "Only in Oslo."}]},
+        ],
+    }
+    assert read(row) == read(PLAIN)
+    chosen = {**row, "toolConfig": {**row["toolConfig"], "toolChoice": {"auto": {}}}}
+    (record,) = read(chosen)
+    assert record["tools"] == read(PLAIN)[0]["tools"]
+    assert json.loads(record["meta"]) == {"toolConfig": chosen["toolConfig"]}, "what is not a tool is kept"
+
+
+def test_an_anthropic_conversation_is_that_of_openais_form(read: Callable[..., Any]) -> None:
+    weather = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+    row = {
+        "system": [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}],
+        "tools": [weather, {"name": "clock", "description": "The time."}],
+        "messages": [
+            {"role": "user", "content": "Is it cold in Oslo and Rome?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "I need both."},
+                    {"type": "text", "text": "Wait."},
+                    {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Oslo"}},
+                    {"type": "tool_use", "id": "c2", "name": "weather", "input": {"city": "Rome"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "c1", "content": '{"celsius": -3}', "is_error": False},
+                    {"type": "tool_result", "tool_use_id": "c2", "content": [{"type": "text", "text": "mild"}]},
+                    {"type": "text", "text": "And now?"},
+                ],
+            },
+            {"role": "assistant", "content": "Only in Oslo."},
+        ],
+    }
+    assert read(row) == read(PLAIN) == read({**row, "system": "Be brief.\n\nBe kind."})
+    own = {"messages": PLAIN["messages"], "tools": PLAIN["tools"]}
+    assert read({**own, "system": "Be brief.\n\nBe kind."}) == read({**own, "system": None}) == read(PLAIN)
+    (record,) = read({**own, "system": "Be long."})
+    assert (record["messages"], json.loads(record["meta"])) == (PLAIN["messages"], {"system": "Be long."})
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_parts_of_a_table_have_all_keys_and_only_those_with_a_value_count(suffix: str, tmp_path: Path) -> None:
+    rows = [
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"functionCall": {"name": name, "args": {key: 1}}}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": name, "response": {key: 2}}}]},
+            ]
+        }
+        for name, key in (("f", "a"), ("g", "b"))
+    ]
+    FILE_WRITERS[suffix](tmp_path / f"a{suffix}", rows)
+    found = to_records(tmp_path / f"a{suffix}", "a")
+    assert found == to_records(jsonl(tmp_path / "a.jsonl", *rows), "a")
+    assert [record["messages"][1]["tool_calls"] for record in found[1]] == [
+        [call("f", {"a": 1})],
+        [call("g", {"b": 1})],
+    ]
+
+
+GEMINI_HI = {"role": "user", "parts": [{"text": "Hi"}]}
+BEDROCK: dict[str, Any] = {"schemaVersion": "bedrock-conversation-2024"}
+BEDROCK_HI = {"role": "user", "content": [{"text": "Hi"}]}
+
+
+def gemini(*parts: Any, role: str = "model", **more: Any) -> dict[str, Any]:
+    return {"contents": [GEMINI_HI, {"role": role, "parts": [*parts], **more}]}
+
+
+def bedrock(*blocks: Any, role: str = "assistant", **row: Any) -> dict[str, Any]:
+    return {**BEDROCK, "messages": [BEDROCK_HI, {"role": role, "content": [*blocks]}], **row}
+
+
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        (gemini({"text": "x", "thoughtSignature": "s"}), "contents[].parts[].thoughtSignature"),
+        (gemini({"functionCall": {"name": "f", "willContinue": True}}), "contents[].parts[].functionCall.willContinue"),
+        (gemini({"functionCall": {"name": "f"}}, {"text": "y"}), "contents[].parts[].order of text and calls"),
+        (gemini({"text": "x"}, finishReason="STOP"), "contents[].finishReason"),
+        (gemini({"text": "x"}, content="y"), "contents[].content"),
+        (
+            {**gemini({"text": "x"}), "systemInstruction": {"parts": [{"text": "y"}], "etag": "z"}},
+            "systemInstruction[].etag",
+        ),
+        (bedrock({"text": "x"}, {"cachePoint": {"type": "default"}}), "messages[].content[].cachePoint"),
+        (bedrock({"text": "x"}, system=[{"text": "y"}, {"cachePoint": {"type": "default"}}]), "system[].cachePoint"),
+        (
+            bedrock({"reasoningContent": {"reasoningText": {"text": "x", "signature": "y"}}}, {"text": "z"}),
+            "messages[].content[].reasoningContent.signature",
+        ),
+        (
+            {"system": "", "messages": [ASKED, answer([{"type": "tool_use", "name": "f", "cache_control": {"a": 1}}])]},
+            "messages[].content[].cache_control",
+        ),
+        (
+            {"system": "", "messages": [ASKED, answer([{"type": "redacted_thinking", "data": "x"}])]},
+            "messages[].content[].data",
+        ),
+        (
+            {"system": [{"type": "text", "text": "x", "cache_control": {"a": 1}}], "messages": [ASKED]},
+            "system[].cache_control",
+        ),
+        (
+            bedrock({"toolResult": {"toolUseId": "c1", "content": [{"text": "x"}], "status": "error"}}, role="user"),
+            "messages[].content[].toolResult.status",
+        ),
+    ],
+)
+def test_what_is_not_used_of_parts_is_reported(row: dict[str, Any], ignored: str, read: Callable[..., Any]) -> None:
+    (record,) = read(row)
+    assert record["messages"] and record["ignored"] == [ignored]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (gemini({"inlineData": {"mimeType": "image/png", "data": "x"}}, role="user"), "image in a message"),
+        (gemini({"file_data": {"mime_type": "application/pdf", "file_uri": "x"}}, role="user"), "file in a message"),
+        (gemini({"executableCode": {"code": "1"}}), "a content part that is neither text nor reasoning"),
+        (
+            gemini({"text": "x", "functionCall": {"name": "f"}}),
+            "a content part with several contents: text, functionCall",
+        ),
+        (gemini({"text": "x"}, {"text": "y", "thought": True}), "a part with reasoning after text"),
+        (gemini({"functionCall": {"args": {}}}), "a tool call has no name"),
+        (gemini({"functionCall": {"name": "f"}}, role="user"), "tool calls in a message that is not the assistant's"),
+        (gemini({"functionResponse": {"name": "f"}}), "the result of a tool in a message of the assistant"),
+        (gemini("x"), "expected a content part, found str"),
+        ({"contents": [{"role": "user", "parts": 1}]}, "parts must be a list of parts, found int"),
+        ({"contents": "Hi"}, "`contents` must be a list with at least one message"),
+        (
+            {**gemini({"text": "x"}), "systemInstruction": "a", "system_instruction": "b"},
+            "both systemInstruction and system_instruction",
+        ),
+        (bedrock({"image": {"format": "png"}}, role="user"), "image in a message"),
+        (bedrock({"guardContent": {}}), "a content part that is neither text nor reasoning"),
+        (bedrock({"toolResult": {"content": [{"image": {}}]}}, role="user"), "image in a message"),
+        (bedrock({"text": "x"}, system=7), "expected a system prompt, found int"),
+        (bedrock({"text": "x"}, toolConfig={"tools": [{"cachePoint": {}}]}), "tools holds a function without a name"),
+    ],
+)
+def test_parts_that_cannot_be_read_make_their_row_malformed(
+    row: dict[str, Any], reason: str, read: Callable[..., Any]
+) -> None:
+    assert (
+        problem(read(row, gemini({"text": "x"}), layout="bedrock" if "schemaVersion" in row else "gemini")[0]) == reason
+    )
+
+
+def test_completions_of_gemini_need_a_better_one(tmp_path: Path) -> None:
+    said = [{"score": score, "completion": {"role": "model", "parts": [{"text": "x"}]}} for score in (1, 1, 0)]
+    rows = [{"contents": [GEMINI_HI], "completions": said[:2]}, {"contents": [GEMINI_HI], "completions": said}]
+    pairs = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")[1]
+    assert {problem(pair) for pair in pairs} == {"completions must be two, with different scores"}

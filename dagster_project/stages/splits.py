@@ -67,6 +67,8 @@ CHECK_DESCRIPTIONS = {
 }
 WHOLE = re.compile(r"-?[0-9]+\.0+")
 """A whole number as tables write it in a column of floats."""
+PLACEHOLDER = re.compile(r"\[[A-Z][A-Z0-9_]*\]")
+"""What `pii: fix` and `secrets: fix` write in place of a value."""
 NOTABLE_DEVIATION = 0.01
 """Deviation of a split from its share, as a fraction of all rows, above which it is reported."""
 
@@ -148,6 +150,8 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
 
     paraphrases, sources = _paraphrases(root, params.augment)
     read = _read(params, instructions, scratch=out.parent)
+    before = _kept_lines(instructions)
+    _refuse_masked_keys(params, read.keys, before)
     copies = find_copies(read.texts)
     link = joined(copies.links(read.groups))
     shares = {"test": params.test, "validation": params.validation}
@@ -159,7 +163,6 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     if params.augment:
         held_out = SelectedTexts(read.texts, [i for name in SPLITS[1:] for i in rows[name]])
         added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
-    before = _kept_lines(instructions)
     repaired = "repaired" in before.column_names
     write_tables(out / LEDGER, _ledger(read, before, dealt, rows[TRAIN], added), ledger_schema(repaired))
     known = StringIndex(read.ids)
@@ -321,6 +324,28 @@ def _refuse_missing_key(params: Params, read: Rows) -> None:
         f"params.yaml: splits.key: no row has a field {params.key!r}",
         f"{available}; use one that identifies rows that must stay together",
     )
+
+
+def _refuse_masked_keys(params: Params, keys: Sequence[str | None], before: pa.Table) -> None:
+    """Refuse keys that `instructions` masked: of one value, some rows have a placeholder, as have rows of other values.
+
+    Args:
+        before: lines of the ledger of `instructions`.
+    """
+    if params.by not in {"key", "category"} or "repaired" not in before.column_names:
+        return
+    masked = [
+        found[0]
+        for key, checks in zip(keys, before["repaired"].to_pylist(), strict=True)
+        if key and {"pii", "secrets"} & {*(checks or ())} and (found := PLACEHOLDER.search(key))
+    ]
+    if masked:
+        name = params.key or params.by
+        raise InputError(
+            f"params.yaml: splits.by: {name!r} is masked in {len(masked)} rows ({masked[0]}), because"
+            " instructions.policy is `fix` for `pii` or `secrets`; so rows with the same value cannot stay together",
+            "use a field that holds no personal data, such as a number or a keyed hash of the value",
+        )
 
 
 def _text(value: Any) -> str | None:

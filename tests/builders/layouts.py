@@ -18,6 +18,41 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
     ),
+    "conversation": (
+        {"conversation": [{"content": "Hi", "role": "user"}, {"content": "Hello", "role": "assistant"}], "turn": 1},
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "Hel"}, {"text": "lo"}]},
+            ],
+        },
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "bedrock": (
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": [{"text": "Be brief."}],
+            "messages": [
+                {"role": "user", "content": [{"text": "Hi"}]},
+                {"role": "assistant", "content": [{"text": "Hello"}]},
+            ],
+        },
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "anthropic": (
+        {
+            "system": "Be brief.",
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]},
+            ],
+        },
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
     "dolly": (
         {"instruction": "Name it.", "context": "A bird.", "response": "Wren"},
         [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
@@ -96,6 +131,16 @@ PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
             "input": {"messages": [{"role": "user", "content": "Hi"}], "tools": [], "parallel_tool_calls": True},
             "preferred_output": [{"role": "assistant", "content": "Hello"}],
             "non_preferred_output": [{"role": "assistant", "content": "What?"}],
+        }
+    ],
+    "alpaca_dpo": [{"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "What?"}],
+    "gemini": [
+        {
+            "contents": [{"role": "user", "parts": [{"text": "Hi"}]}],
+            "completions": [
+                {"score": 0, "completion": {"role": "model", "parts": [{"text": "What?"}]}},
+                {"score": 1, "completion": {"role": "model", "parts": [{"text": "Hello"}]}},
+            ],
         }
     ],
     "alpaca_eval": [{"instruction": "Hi", "output_1": "What?", "output_2": "Hello", "preference": 2}],

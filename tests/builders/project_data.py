@@ -47,6 +47,21 @@ LAYOUTS: dict[str, Make] = {
     "sharegpt": lambda prompt, answer: {
         "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
     },
+    "conversation": lambda prompt, answer: {"conversation": messages(prompt, answer)["messages"]},
+    "gemini": lambda prompt, answer: {
+        "contents": [
+            {"role": "user", "parts": [{"text": prompt}]},
+            {"role": "model", "parts": [{"text": answer}]},
+        ]
+    },
+    "bedrock": lambda prompt, answer: {
+        "schemaVersion": "bedrock-conversation-2024",
+        "messages": [
+            {"role": "user", "content": [{"text": prompt}]},
+            {"role": "assistant", "content": [{"text": answer}]},
+        ],
+    },
+    "anthropic": lambda prompt, answer: {"system": "Be brief.", **messages(prompt, answer)},
     "dolly": lambda prompt, answer: {"instruction": prompt, "context": "", "response": answer},
     "prompt_completion": lambda prompt, answer: {"prompt": prompt, "completion": answer},
     "prompt_response": lambda prompt, answer: {"prompt": prompt, "response": answer},

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
@@ -181,7 +182,8 @@ def _has_content(message: Mapping[str, Any]) -> bool:
 
 
 def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> list[str]:
-    """The texts that a user gives: the input of an Alpaca row, which ends a user turn, and the user turns.
+    """The texts that a user gives: the input of an Alpaca row, which ends a user turn, and the user turns before the
+    first answer. A later turn is a reply, and may well be "None".
 
     Args:
         meta: of the record, if it is parsed already.
@@ -189,7 +191,8 @@ def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) 
     meta = (json.loads(record["meta"]) if '"input"' in record["meta"] else {}) if meta is None else meta
     given, turns = meta.get("input"), [m["content"] for m in record["messages"] if m["role"] == "user"]
     is_asked = isinstance(given, str) and any(turn.endswith(f"\n\n{given}") for turn in turns)
-    return [*([given] if is_asked else []), *turns]
+    first = takewhile(lambda message: message["role"] != "assistant", record["messages"])
+    return [*([given] if is_asked else []), *(m["content"] for m in first if m["role"] == "user")]
 
 
 def is_placeholder(text: str) -> bool:

@@ -15,9 +15,8 @@ from typing import Literal, NamedTuple
 
 from dagster_project.core.messages import Message, tool_names
 from dagster_project.curation.sources import tools
-from dagster_project.curation.sources.fields import ORDER_OF_CALLS
 from dagster_project.curation.sources.files import parse_json
-from dagster_project.curation.sources.message import Messages
+from dagster_project.curation.sources.message import ORDER_OF_CALLS, Messages
 from dagster_project.curation.sources.python_values import python_calls, python_value
 from dagster_project.curation.sources.tools import Tools
 

@@ -170,7 +170,7 @@ def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout
 
 
 _OTHERS: list[Layout | PairLayout] = [
-    *(layout for layout in LAYOUTS.values() if not layout.labels),
+    *(layout for name, layout in LAYOUTS.items() if not layout.labels and name not in {"conversation", "gemini"}),
     *PAIR_LAYOUTS.values(),
 ]
 """Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
@@ -225,6 +225,10 @@ def canonical_split(label: Any) -> str | None:
 def split_of_file(path: str) -> str | None:
     """The split in the name of a file: "a/val.jsonl.gz", "a/validation-00000-of-00002.parquet"  ->  "validation".
 
-    On the Hub, older files also have a hash: "validation-00000-of-00001-a09b74b3ef9c3b56.parquet".
+    On the Hub, older files also have a hash: "validation-00000-of-00001-a09b74b3ef9c3b56.parquet". `datasets` saves a
+    split in a folder of this name: "a/test/data-00000-of-00001.arrow"  ->  "test".
     """
-    return canonical_split(re.sub(r"-\d+-of-\d+(-[0-9a-f]{16})?$", "", path.rpartition("/")[2].split(".")[0]))
+    folder, _, name = path.rpartition("/")
+    if re.fullmatch(r"data-\d+-of-\d+\.arrow|dataset\.arrow", name):
+        return canonical_split(folder.rpartition("/")[2])
+    return canonical_split(re.sub(r"-\d+-of-\d+(-[0-9a-f]{16})?$", "", name.split(".")[0]))

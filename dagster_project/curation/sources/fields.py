@@ -9,14 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.records import IGNORED, CheckResult
 from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
-from dagster_project.curation.sources.message import EMPTY
+from dagster_project.curation.sources.message import EMPTY, ORDER_OF_CALLS
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
 """Keys of a message or turn, and those of them that are not used, with those of
 its content parts and calls ("content[].cache_control")."""
 
-ORDER_OF_CALLS = "order of text and calls"
-"""Reported as an ignored field where a message has text after a call: chat templates write text before calls."""
 IMPORTANT = frozenset(
     {
         "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask",

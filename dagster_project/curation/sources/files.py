@@ -214,12 +214,12 @@ def suffix_of(path: File | PurePosixPath) -> str:
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:
-    """Files of the known types in a folder, as (relative path, path), sorted.
-    Hidden ones, such as copies by an editor, are left out.
+    """Files of the known types in a folder, as (relative path, path), sorted. Hidden ones, such as copies by an editor,
+    are left out, and so are files next to the data of a data set that `datasets` saved, such as its caches.
 
     Raises:
-        InputError: there is none, a subfolder cannot be read, or a link points
-            outside the folder, to any file of the machine.
+        InputError: there is none, a subfolder cannot be read, a link points outside the folder, to any file of the
+            machine, or a file of a saved data set is missing.
     """
 
     def refuse(error: OSError) -> None:
@@ -237,7 +237,8 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
                     f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder",
                     "copy the file there instead",
                 )
-        files += [path for path in (Path(parent, name) for name in names) if suffix_of(path) in READERS]
+        kept = _of_saved(Path(parent), names)
+        files += [path for path in (Path(parent, name) for name in kept) if suffix_of(path) in READERS]
     if not files:
         raise InputError(
             f"{folder.absolute().name}: no file of examples in the folder", f"file types: {', '.join(READERS)}"
@@ -245,26 +246,59 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
+def _of_saved(folder: Path, names: list[str]) -> list[str]:
+    """The data files of a data set that `datasets.save_to_disk` wrote to a folder, by its `state.json`; of any other
+    folder all files, except the list of splits above such folders."""
+    state = _json_object(folder / "state.json") if {"state.json", "dataset_info.json"} <= set(names) else {}
+    listed_files = state.get("_data_files")
+    if isinstance(listed_files, list):
+        data = [one.get("filename") for one in listed_files if isinstance(one, dict)]
+        if missing := [str(name) for name in data if name not in names]:
+            raise InputError(
+                f"{folder.name}/state.json names {shortened(missing[0])}, which is not in the folder",
+                "copy all files of the data set, or save it again",
+            )
+        return [name for name in names if name in data]
+    if "dataset_dict.json" in names and isinstance(_json_object(folder / "dataset_dict.json").get("splits"), list):
+        return [name for name in names if name != "dataset_dict.json"]
+    return names
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; empty if there is none."""
+    try:
+        value = parse_json(path.read_text("utf-8")) if path.stat().st_size <= MEGABYTE else {}
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def others_of(folder: Path) -> list[str]:
     """Relative paths of the files in a folder that `files_of` leaves out, as `unread`."""
-    return unread(
-        folder.absolute().name,
-        (
-            PurePosixPath(Path(parent, name).relative_to(folder))
-            for parent, _, names in os.walk(folder)
-            for name in names
-        ),
+    read = {PurePosixPath(name) for name, _ in files_of(folder)}
+    paths = (
+        PurePosixPath(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names
     )
+    return unread(folder.absolute().name, (path for path in paths if path not in read), UNLISTED)
 
 
-def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
-    """The files that are not read, sorted and logged: those of other types, and
-    hidden ones of the known types. Files of DVC are not among them."""
-    found: dict[str, list[str]] = {"because of their types": [], "because they are hidden": []}
+UNLISTED = "because they are not data of the saved data set"
+
+
+def unread(place: str, paths: Iterable[PurePosixPath], unlisted: str = "") -> list[str]:
+    """The files that are not read, sorted and logged: those of other types, and hidden ones of the known types. Files
+    of DVC are not among them.
+
+    Args:
+        unlisted: why other files among the paths are not read; empty if they are.
+    """
+    found: dict[str, list[str]] = {"because of their types": [], "because they are hidden": [], unlisted: []}
     for path in paths:
         known = suffix_of(path) in READERS
         if is_hidden(path) and known:
             found["because they are hidden"].append(visible(str(path)))
+        elif known and unlisted:
+            found[unlisted].append(visible(str(path)))
         elif not is_hidden(path) and not known and path.suffix != ".dvc":
             found["because of their types"].append(visible(str(path)))
     for why, names in found.items():
@@ -786,7 +820,9 @@ def _table_text(row: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call")
+CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call", "toolConfig")
+PARTS = ("functionCall", "function_call", "functionResponse", "function_response", "toolUse", "toolResult", "input")
+"""Keys of parts of a message of Gemini, Bedrock or Anthropic for calls and results."""
 
 
 def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
@@ -801,7 +837,14 @@ def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
             for message in value:
                 if isinstance(message, dict) and any(message.get(name) for name in CALL_COLUMNS):
                     message |= {name: _without_nulls(message[name]) for name in CALL_COLUMNS if name in message}
+                for part in _parts_of(message):
+                    part |= {name: _without_nulls(part[name]) for name in PARTS if name in part}
     return row
+
+
+def _parts_of(message: Any) -> list[dict[str, Any]]:
+    parts = (message.get("parts") or message.get("content")) if isinstance(message, dict) else None
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
 def _are_functions(value: Any) -> bool:

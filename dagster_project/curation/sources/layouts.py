@@ -19,6 +19,16 @@ from dagster_project.curation.sources.message import (
     read_message,
     read_turn,
 )
+from dagster_project.curation.sources.part_messages import (
+    instruction_of,
+    read_anthropic_instruction,
+    read_anthropic_message,
+    read_bedrock_instruction,
+    read_bedrock_message,
+    read_content,
+    read_gemini_instruction,
+    spread,
+)
 
 TurnReader = Callable[[Any], Parsed]
 
@@ -51,6 +61,13 @@ class Layout:
     """Keys for tool definitions. The first that holds any is read; the others are kept in `meta`."""
 
 
+GEMINI_SYSTEM = ("systemInstruction", "system_instruction")
+GEMINI_TURNS: dict[str, TurnReader] = {
+    **dict.fromkeys(GEMINI_SYSTEM, read_gemini_instruction),
+    "contents": read_content,
+}
+
+
 def as_label(value: Any) -> str:
     """Convert a label to text, without surrounding spaces: "spam "  ->  "spam", 1  ->  "1", True  ->  "true"."""
     if isinstance(value, bool):
@@ -81,12 +98,29 @@ def instruction(row: dict[str, Any], context: str) -> str:
     return as_text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
 
 
+def alpaca_prompt(row: dict[str, Any]) -> Messages:
+    """The turns before the answer: those in LLaMA-Factory's `history`, [["Hi", "Hello"]], and the question."""
+    rounds = row["history"] if has_rounds(row) else []
+    earlier = [turn for asked, said in rounds for turn in (("user", asked), ("assistant", said))]
+    return as_turns(row.get("system"), *earlier, ("user", instruction(row, "input")))
+
+
 def alpaca(row: dict[str, Any]) -> Messages:
-    return as_turns(row.get("system"), ("user", instruction(row, "input")), ("assistant", as_text(row["output"])))
+    return [*alpaca_prompt(row), {"role": "assistant", "content": as_text(row["output"])}]
 
 
-def _input(row: dict[str, Any]) -> dict[str, Any]:
-    return {"input": row["input"]} if row.get("input") else {}
+def has_rounds(row: dict[str, Any]) -> bool:
+    """Whether `history` is a list of pairs of texts. Any other one is not read."""
+    rounds = row.get("history")
+    return isinstance(rounds, list) and all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one) for one in rounds
+    )
+
+
+def _alpaca_meta(row: dict[str, Any]) -> dict[str, Any]:
+    """The input, by which a repair finds it in the question, and a history that is not read."""
+    other = {} if has_rounds(row) or row.get("history") in EMPTY else {"history": row["history"]}
+    return ({"input": row["input"]} if row.get("input") else {}) | other
 
 
 def _dolly(row: dict[str, Any]) -> Messages:
@@ -99,6 +133,40 @@ def openai(row: dict[str, Any]) -> Messages:
 
 def sharegpt(row: dict[str, Any]) -> Messages:
     return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversations", "turn"))]
+
+
+def _conversation(row: dict[str, Any]) -> Messages:
+    return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversation", "turn"))]
+
+
+def gemini(row: dict[str, Any]) -> Messages:
+    return [*instruction_of(row, *GEMINI_SYSTEM), *spread(as_list(row, "contents", "message"))]
+
+
+def _bedrock(row: dict[str, Any]) -> Messages:
+    return [*instruction_of(row, "system"), *spread(as_list(row, "messages", "message"))]
+
+
+def _anthropic(row: dict[str, Any]) -> Messages:
+    """A system prompt in a column of its own, unless the messages begin with one."""
+    messages = spread(as_list(row, "messages", "message"))
+    system = [] if _other_system(row) else instruction_of(row, "system")
+    return messages if system == messages[:1] else [*system, *messages]
+
+
+def _other_system(row: dict[str, Any]) -> dict[str, Any]:
+    """A column `system` that is not the system prompt: it is no text, or the messages begin with another one."""
+    given, first = row.get("system"), spread(row["messages"][:1])
+    if isinstance(given, list) or given in EMPTY:
+        return {}
+    is_prompt = isinstance(given, str) and (first[0]["role"] != "system" or first[0]["content"] == given)
+    return {} if is_prompt else {"system": given}
+
+
+def _tool_choice(row: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of tools as it was, if it holds more than their definitions."""
+    given = row.get("toolConfig")
+    return {"toolConfig": given} if isinstance(given, dict) and set(given) - {"tools"} else {}
 
 
 def _ultrachat(row: dict[str, Any]) -> Messages:
@@ -241,11 +309,13 @@ def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "alpaca": _layout("instruction output", alpaca, "input system", meta=_input),
+    "alpaca": _layout("instruction output", alpaca, "input system history", meta=_alpaca_meta),
     "messages": _layout("messages", openai, turns={"messages": read_message}),
     "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
     "dolly": _layout("instruction response", _dolly, "context"),
-    "instances": _layout("instruction instances", alpaca, "input output system", meta=_input, parts=_instances),
+    "instances": _layout(
+        "instruction instances", alpaca, "input output system history", meta=_alpaca_meta, parts=_instances
+    ),
     "prompt_completion": _layout(
         "prompt completion", _prompt_completion, "system", turns={"prompt": read_message, "completion": read_message}
     ),
@@ -256,6 +326,22 @@ LAYOUTS: dict[str, Layout] = {
     "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
     "glaive": _layout("system chat", _glaive, turns={"chat": read_turn}),
     "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
+    "conversation": _layout("conversation", _conversation, "system", turns={"conversation": read_turn}),
+    "gemini": _layout("contents", gemini, " ".join(GEMINI_SYSTEM), turns=GEMINI_TURNS),
+    "bedrock": _layout(
+        "schemaVersion messages",
+        _bedrock,
+        "system",
+        meta=_tool_choice,
+        turns={"system": read_bedrock_instruction, "messages": read_bedrock_message},
+        tool_keys=("toolConfig", *tools.TOOL_KEYS),
+    ),
+    "anthropic": _layout(
+        "messages system",
+        _anthropic,
+        meta=_other_system,
+        turns={"system": read_anthropic_instruction, "messages": read_anthropic_message},
+    ),
     "classification": _layout(
         "text label",
         _classification,

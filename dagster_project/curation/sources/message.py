@@ -17,6 +17,11 @@ class UnsupportedContent(ValueError):
     """Content that a text model cannot be trained on: images, sound, video, files."""
 
 
+ROLES = {
+    "function": "tool", "developer": "system", "model": "assistant", "bot": "assistant", "ai": "assistant",
+    "human": "user",
+}  # fmt: skip
+"""Role of a source -> canonical role. Others are unchanged."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_KEYS = ("weight", "train", "training", "train_on_turn", "loss")
 """Keys that say whether the loss counts a message: 0 or 1, false or true."""
@@ -26,6 +31,8 @@ MEDIA = {
     "file": "file", "input_file": "file", "files": "file", "document": "file",
 }  # fmt: skip
 """Type of a content part, or key of a message -> kind of content."""
+ORDER_OF_CALLS = "order of text and calls"
+"""Reported as an ignored field where a message has text after a call: chat templates write text before calls."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values that say nothing. 0 and false are not among them."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
@@ -48,12 +55,13 @@ def read_message(message: Any) -> Parsed:
     one, UnsupportedContent for images and the like."""
     if type(message) is dict and len(message) == 2:
         role, content = message.get("role"), message.get("content")
-        if type(role) is str and type(content) is str and role != "function":
+        if type(role) is str and type(content) is str and role not in ROLES:
             return {"role": role, "content": content}, ()
     if not isinstance(message, dict):
         raise ValueError(f"expected a message, found {type(message).__name__}")
     rest = dict(message)
     role = as_text(rest.pop("role"))
+    role = ROLES.get(role, role)
     unused: list[str] = []
     for key in [key for key in rest if key in MEDIA]:  # in their order: that of a set differs between processes
         if rest.pop(key) not in (None, "", [], {}):
@@ -64,12 +72,12 @@ def read_message(message: Any) -> Parsed:
     content, thought = _content(rest, role, bool(calls), unused)
     if thought and role != "assistant":
         raise ValueError("a part with reasoning in a message that is not the assistant's")
-    found: Message = {"role": "tool" if role == "function" else role, "content": content}
+    found: Message = {"role": role, "content": content}
     if role == "assistant" and (trace := _reasoning(rest, thought)):
         found["reasoning_content"] = trace
     if calls:
         found["tool_calls"] = calls
-    if found["role"] == "tool" and (identity := rest.pop("tool_call_id", None)) not in (None, ""):
+    if role == "tool" and (identity := rest.pop("tool_call_id", None)) not in (None, ""):
         found["tool_call_id"] = str(identity) if isinstance(identity, int) else as_text(identity)
     if (name := rest.pop("name", None)) not in (None, ""):
         found["name"] = as_text(name)
@@ -105,7 +113,7 @@ def _content(rest: dict[str, Any], role: str, calling: bool, unused: list[str]) 
         return "", ""
     if isinstance(value, list):
         return _joined(value, unused)
-    if isinstance(value, dict) and role in {"tool", "function"}:
+    if isinstance(value, dict) and role == "tool":
         return tools.result_text(value), ""
     return as_text(value), ""
 
@@ -171,14 +179,17 @@ def _weight(rest: dict[str, Any], role: str) -> int:
     return weights.pop() if weights and role == "assistant" else 1
 
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+SHAREGPT_ROLES = {
+    **ROLES, "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "function_call": "assistant", "observation": "tool",
+}  # fmt: skip
 
 
 def read_turn(turn: Any) -> Parsed:
     """A ShareGPT turn, {"from": "gpt", "value": "Hello"}. A `function_call` turn holds calls as JSON."""
     if type(turn) is dict and len(turn) == 2:
         who, value = turn.get("from"), turn.get("value")
-        if type(who) is str and type(value) is str and who not in ("function_call", "function"):
+        if type(who) is str and type(value) is str and who != "function_call":
             return {"role": SHAREGPT_ROLES.get(who, who), "content": value}, ()
     if not isinstance(turn, dict):
         raise ValueError(f"expected a turn, found {type(turn).__name__}")

@@ -10,9 +10,15 @@ from itertools import takewhile
 from typing import Any
 
 from dagster_project.curation.sources.layouts import (
+    GEMINI_SYSTEM,
+    GEMINI_TURNS,
     TurnReader,
     alpaca,
+    alpaca_prompt,
     as_conversation,
+    as_list,
+    gemini,
+    has_rounds,
     instruction,
     merged,
     oasst_turn,
@@ -20,7 +26,8 @@ from dagster_project.curation.sources.layouts import (
     replies,
     sharegpt,
 )
-from dagster_project.curation.sources.message import Messages, as_text, as_turns, read_message, read_turn
+from dagster_project.curation.sources.message import EMPTY, Messages, as_text, as_turns, read_message, read_turn
+from dagster_project.curation.sources.part_messages import read_completion, spread
 from dagster_project.curation.sources.tools import TOOL_KEYS
 
 
@@ -124,6 +131,18 @@ def _preference(
     return pairs
 
 
+def _alpaca_pair(row: dict[str, Any]) -> list[Pair]:
+    """LLaMA-Factory's pairs in Alpaca's columns."""
+    asked = alpaca_prompt(_with_rounds(row))
+    return _preference("instruction", "chosen", "rejected", ("margin",))({**row, "instruction": asked})
+
+
+def _with_rounds(row: dict[str, Any]) -> dict[str, Any]:
+    if row.get("history") not in EMPTY and not has_rounds(row):
+        raise ValueError("history must be a list of pairs of texts")
+    return row
+
+
 def _flat_input(row: dict[str, Any]) -> dict[str, Any]:
     """{"input": {"messages": [...], "tools": [...]}, ...}  ->  {"input.messages": [...], "input.tools": [...], ...}"""
     if not isinstance(row["input"], dict):
@@ -141,6 +160,17 @@ def _answer(value: Any) -> Messages:
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a turn, found {type(value).__name__}")
     return value
+
+
+def _gemini_pair(row: dict[str, Any]) -> list[Pair]:
+    """Gemini's preference tuning: two completions, of which one has the higher score."""
+    best, *others = sorted(as_list(row, "completions", "completion"), key=lambda one: -_number(one["score"]))
+    if len(others) != 1 or _number(best["score"]) == _number(others[0]["score"]):
+        raise ValueError("completions must be two, with different scores")
+    chosen, rejected = spread([best]), spread(others)
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise ValueError("a completion that is not the model's")
+    return [Pair(gemini(row), chosen, rejected)]
 
 
 def _transcript(text: str) -> Messages:
@@ -295,12 +325,20 @@ def _kto_forms() -> Iterator[PairLayout]:
     )
     for judged in ("label", "kto_tag"):
         more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
-        yield _pair_layout(
+        form = _pair_layout(
             f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more
         )
+        for key in ("system", "schemaVersion"):  # first: more keys than the examples of `anthropic` and `bedrock`
+            yield replace(form, keys=form.keys | {key})
+        yield form
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
-    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", **more)
+    yield _pair_layout(
+        "instruction output kto_tag",
+        _kto("kto_tag", _last_turn(lambda row: alpaca(_with_rounds(row)))),
+        "input system history",
+        **more,
+    )
 
 
 def _kto_layout() -> PairLayout:
@@ -320,6 +358,20 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
         _sharegpt_pair,
         "system margin",
         turns=_turns_in("conversations chosen rejected"),
+        variants=(
+            _pair_layout(
+                "messages chosen rejected",
+                _preference("messages", "chosen", "rejected", ("margin",)),
+                "margin",
+                turns=_messages_in("messages chosen rejected"),
+            ),
+        ),
+    ),
+    "alpaca_dpo": _pair_layout(
+        "instruction chosen rejected",
+        _alpaca_pair,
+        "input system history margin",
+        turns=_messages_in("chosen rejected"),
     ),
     "transcripts": _pair_layout(
         "chosen rejected", _whole_conversations, "margin", turns=_messages_in("chosen rejected")
@@ -331,6 +383,12 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
         turns=_messages_in("input.messages preferred_output non_preferred_output"),
         tool_keys=tuple(f"input.{key}" for key in TOOL_KEYS) + TOOL_KEYS,
         flat=_flat_input,
+    ),
+    "gemini": _pair_layout(
+        "contents completions",
+        _gemini_pair,
+        " ".join(GEMINI_SYSTEM),
+        turns={**GEMINI_TURNS, "completions": read_completion},
     ),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
     "kto": _kto_layout(),

@@ -13,8 +13,11 @@ from dagster_project.curation.sources.python_values import json_type, python_val
 Tools = list[dict[str, Any]]
 TOOL_KEYS = ("tools", "functions")
 """Keys of a row for tool definitions. The first that holds any is read."""
-SCHEMA_KEYS = ("input_schema", "inputSchema")
-"""Keys of a tool for its `parameters`: Anthropic's and that of the Model Context Protocol."""
+SCHEMA_KEYS = ("input_schema", "inputSchema", "parametersJsonSchema", "parameters_json_schema")
+"""Keys of a tool for its `parameters`: Anthropic's, that of the Model Context Protocol, and Gemini's for a JSON
+Schema."""
+DECLARATIONS = ("functionDeclarations", "function_declarations", "toolSpec")
+"""Keys of Gemini for the functions of a tool, and of Amazon Bedrock for a tool."""
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 """Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and
 Anthropic's. The first that holds any is read."""
@@ -38,10 +41,31 @@ def definitions(value: Any) -> Tools | None:
     if value is None or value == [] or value == {}:
         return None
     if isinstance(value, dict):
-        value = [value]
+        value = value["tools"] if isinstance(value.get("tools"), list) and "name" not in value else [value]
     if not isinstance(value, list):
         raise ValueError(f"tools must be a list of functions, found {type(value).__name__}")
-    return [_definition(tool) for tool in value]
+    return [_definition(tool) for given in value for tool in _declared(given)] or None
+
+
+def _declared(tool: Any) -> list[Any]:
+    """The functions of one tool of Gemini or Bedrock; any other tool as it is."""
+    key = next((key for key in DECLARATIONS if isinstance(tool, dict) and key in tool), "")
+    if not key:
+        return [tool]
+    if any(value not in (None, "", [], {}) for name, value in tool.items() if name != key):
+        raise ValueError("tools holds a tool that is not a function")
+    given = tool[key] if isinstance(tool[key], list) else [tool[key]]
+    return [_in_json_schema(function) if isinstance(function, dict) else function for function in given]
+
+
+def _in_json_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A function with JSON Schemas: Gemini's types are in capitals, and Bedrock's schema is under `json`."""
+    found = dict(function)
+    for key in ("parameters", "response"):
+        if isinstance(found.get(key), dict):
+            found[key] = with_json_types(found[key])
+    schema = found.get("inputSchema")
+    return {**found, "inputSchema": schema["json"]} if isinstance(schema, dict) and set(schema) == {"json"} else found
 
 
 def _definition(tool: Any) -> dict[str, Any]:
@@ -125,7 +149,7 @@ def with_json_types(schema: Any) -> Any:
             found[key] = {name: with_json_types(one) for name, one in value.items()}
         elif key == "type" and isinstance(value, str):
             found |= json_type(value)[0]
-        elif key == "items" or key == "parameters":
+        elif key in {"items", "parameters", "anyOf"}:
             found[key] = with_json_types(value)
         elif not (key == "required" and value is None):
             found[key] = value
