@@ -182,20 +182,14 @@ def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
     """Raises:
     InputError: the adapter changed meanwhile, or the folder cannot be written.
     """
-    try:
-        with new_folder(place) as made:
-            for name in COPIED:
-                if (target.folder / name).is_file():
-                    shutil.copyfile(target.folder / name, made / name)
-            target.refuse_unrecorded()  # so it did not change while it was read and copied
-            for name, text in texts.items():
-                write_text(made / name, text)
-            files = sorted(path.name for path in made.iterdir())
-    except OSError as error:
-        raise InputError(
-            f"--out {place}: {error.strerror}", "name a folder with enough space that can be written"
-        ) from None
-    return files
+    with new_folder(place) as made:
+        for name in COPIED:
+            if (target.folder / name).is_file():
+                shutil.copyfile(target.folder / name, made / name)
+        target.refuse_unrecorded()  # so it did not change while it was read and copied
+        for name, text in texts.items():
+            write_text(made / name, text)
+        return sorted(path.name for path in made.iterdir())
 
 
 def as_text(document: Mapping[str, Any]) -> str:

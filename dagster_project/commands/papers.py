@@ -82,13 +82,8 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
         root, model, f"--with-model copies a {RELEASE} only", f"name {RELEASE}, or leave out --with-model", folder
     )
     papers_of = _Papers.of(target, model, issued, key)
-    try:
-        with new_folder(folder, "--all") as made:
-            document = papers_of.write(made, _copy(target, made), folder.resolve().name)
-    except OSError as error:
-        raise InputError(
-            f"--all {folder}: {error.strerror}", "name a folder with enough space that can be written"
-        ) from None
+    with new_folder(folder, "--all") as made:
+        document = papers_of.write(made, _copy(target, made), folder.resolve().name)
     return {**document, "folder": str(folder), "page": PAGE}
 
 
