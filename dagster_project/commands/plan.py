@@ -21,6 +21,7 @@ from dagster_project.core.layout import report_of
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
 from dagster_project.core.text import many, visible
+from dagster_project.lineage.notes import read_note
 from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
@@ -101,10 +102,7 @@ class Machine:
             return memory.CUDA_RUNTIME
         versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
         machine = f"{os.cpu_count()} processors, {versions}"
-        try:
-            notes = json.loads(self._notes.read_text()) if self._notes else {}
-        except (OSError, ValueError):
-            notes = {}
+        notes = read_note(self._notes) if self._notes else {}
         if machine not in notes:
             code = "from dagster_project.training.planning.memory import resident; print(resident())"
             env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
