@@ -1,4 +1,4 @@
-"""JSON that commands write for themselves, such as caches, and of which a missing or damaged file is no error."""
+"""Files of which a missing or damaged one is no error, such as those that commands write for themselves."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ def read_note(path: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     return {}
+
+
+def parsed_yaml(content: str | bytes) -> dict[str, Any] | None:
+    """A mapping in YAML; None if it is invalid or something else."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        found = YAML(typ="safe").load(content)
+    except (YAMLError, ValueError, TypeError, RecursionError):  # also an invalid date or an unhashable key
+        return None
+    return found if isinstance(found, dict) else None
