@@ -133,7 +133,8 @@ def choose_engine(served: Served, engine: str | None) -> str:
         ModuleNotFoundError: a library of the extra `serve` is not installed.
     """
     is_gguf = served.folder.suffix == ".gguf"
-    chosen = engine or ("llama.cpp" if is_gguf else "vllm" if _program("vllm") and _has_gpu() else "transformers")
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    chosen = engine or ("llama.cpp" if is_gguf else "vllm" if _program("vllm") and has_gpu else "transformers")
     if is_gguf != (chosen == "llama.cpp"):
         other = "a folder with safetensors" if is_gguf else "a GGUF file"
         raise InputError(
@@ -160,10 +161,6 @@ def choose_engine(served: Served, engine: str | None) -> str:
 def _program(name: str) -> str | None:
     """Path of a program: next to this Python, else on PATH."""
     return shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-
-
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def command_of(engine: str, served: Served, root: Path, links: Path, port: int) -> list[str]:

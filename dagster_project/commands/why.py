@@ -364,15 +364,12 @@ def index_lines(document: Mapping[str, Any]) -> list[str]:
     """What was computed for the question, if anything."""
     if not (index := document.get("index")):
         return []
+    at = f" at the steps {', '.join(map(str, index['steps']))}" if "steps" in index else ""
     return [
-        f"{document['model']['stage']}: gradients of {index['records']} records{_at_steps(index)} in {index['folder']},"
+        f"{document['model']['stage']}: gradients of {index['records']} records{at} in {index['folder']},"
         f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
         + (f"; {index['questions']} questions of the validation split" if index.get("questions") else "")
     ]
-
-
-def _at_steps(index: Mapping[str, Any]) -> str:
-    return f" at the steps {', '.join(map(str, index['steps']))}" if "steps" in index else ""
 
 
 def _question_lines(document: Mapping[str, Any]) -> list[str]:
