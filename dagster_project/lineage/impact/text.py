@@ -37,8 +37,7 @@ def as_text(result: Mapping[str, Any]) -> str:
             lines.append(f"{name:7} {more} more, which --json lists")
     lines.append("")
     for model in result["models"]:
-        aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, result['shallow'])}{aliases}")
+        lines.append(_model_line(model, result["shallow"]))
         if "registered" in model:
             from dagster_project.views.lineage import versions_text
 
@@ -105,8 +104,7 @@ def _watched_text(models: Sequence[Mapping[str, Any]], shallow: bool) -> list[st
         return []
     lines = ["watched by a model that saw it, and not trained on it:"]
     for model in models:
-        aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, shallow)}{aliases}")
+        lines.append(_model_line(model, shallow))
         for one in model["watched_by"]:
             training = f" during {one['training']}" if one["training"] != model["stage"] else ""
             lines += [
@@ -114,6 +112,11 @@ def _watched_text(models: Sequence[Mapping[str, Any]], shallow: bool) -> list[st
                 for seen in one["seen"]
             ]
     return [*lines, ""]
+
+
+def _model_line(model: Mapping[str, Any], shallow: bool) -> str:
+    aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
+    return f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, shallow)}{aliases}"
 
 
 def _where(model: Mapping[str, Any], shallow: bool) -> str:
