@@ -19,11 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from dagster_project.commands.init_data import Found, examine, read
 from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MODEL, params_text
 from dagster_project.commands.init_template import examine_for
+from dagster_project.commands.new_project import rendered
 from dagster_project.commands.pipeline_file import KEEP, current_lock, folders, pipeline_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git, git_bytes
@@ -40,10 +39,6 @@ log = logging.getLogger("pedigree")
 LARGE = 10_000_000
 """Bytes of a file or folder above which DVC tracks it, and not git."""
 INSTALL = f"pip install '{code_lock.DISTRIBUTION}[all]'"
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "new_project"), undefined=StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
 DVC_FILES = {
     ".dvc/config": "[core]\n    analytics = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
@@ -205,8 +200,8 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
         "params.yaml": params,
         "dvc.yaml": pipeline_text(),
         code_lock.FILE: current_lock().text(),
-        "workspace.yaml": _rendered("workspace.yaml"),
-        "README.md": _rendered(
+        "workspace.yaml": rendered("workspace.yaml"),
+        "README.md": rendered(
             "README.md",
             name=name,
             install=INSTALL,
@@ -215,7 +210,7 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
             code_lock=code_lock.FILE,
             placeholder=PLACEHOLDER,
         ),
-        ".gitignore": _rendered("gitignore", outputs=dict.fromkeys(outputs), kept=whole, keep=KEEP, key=RECORD_KEY),
+        ".gitignore": rendered("gitignore", outputs=dict.fromkeys(outputs), kept=whole, keep=KEEP, key=RECORD_KEY),
         ".gitattributes": GITATTRIBUTES,
         **DVC_FILES,
         RECORD_KEY: secrets.token_hex(32) + "\n",
@@ -224,10 +219,6 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
 
 
 GITATTRIBUTES = "# DVC hashes bytes: git must not change line ends in a checkout\n* -text\n"
-
-
-def _rendered(template: str, **values: object) -> str:
-    return TEMPLATES.get_template(f"{template}.jinja").render(values)
 
 
 def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
