@@ -1,0 +1,24 @@
+"""Jinja templates -> texts for the terminal and for text files.
+
+Unlike pages they are printed as they are: `print_result` of the command line writes hidden characters out.
+"""
+
+from __future__ import annotations
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dagster_project.core.text import listed, many, number
+from dagster_project.views.html import FOLDER
+
+
+def text(template: str, /, **values: object) -> str:
+    """A text without a line break at its end. The same arguments give the same text."""
+    return ENVIRONMENT.get_template(f"{template}.txt.jinja").render(values).removesuffix("\n")
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(FOLDER / "templates"), undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+ENVIRONMENT.globals.update(many=many)
+ENVIRONMENT.filters.update(number=number, listed=listed)
