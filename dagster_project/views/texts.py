@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dagster_project.core.text import listed, many, number
+from dagster_project.core.text import listed, many, number, visible
 from dagster_project.views.html import FOLDER
 
 
@@ -21,4 +21,4 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 ENVIRONMENT.globals.update(many=many)
-ENVIRONMENT.filters.update(number=number, listed=listed)
+ENVIRONMENT.filters.update(number=number, listed=listed, visible=visible)
