@@ -5,6 +5,9 @@ Unlike pages they are printed as they are: `print_result` of the command line wr
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dagster_project.core.text import listed, many, number, visible
@@ -21,4 +24,4 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 ENVIRONMENT.globals.update(many=many)
-ENVIRONMENT.filters.update(number=number, listed=listed, visible=visible)
+ENVIRONMENT.filters.update(number=number, listed=listed, visible=visible, json=partial(json.dumps, ensure_ascii=False))
