@@ -24,4 +24,10 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 ENVIRONMENT.globals.update(many=many)
-ENVIRONMENT.filters.update(number=number, listed=listed, visible=visible, json=partial(json.dumps, ensure_ascii=False))
+ENVIRONMENT.filters.update(
+    number=number,
+    listed=listed,
+    visible=visible,
+    json=partial(json.dumps, ensure_ascii=False),
+    fmt=lambda value, form: format(value, str(form)),
+)
