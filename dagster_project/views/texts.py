@@ -30,4 +30,5 @@ ENVIRONMENT.filters.update(
     visible=visible,
     json=partial(json.dumps, ensure_ascii=False),
     fmt=lambda value, form: format(value, str(form)),
+    line=lambda text: str(text).replace("\n", "\\n"),
 )
