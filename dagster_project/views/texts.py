@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -19,16 +20,22 @@ def text(template: str, /, **values: object) -> str:
     return ENVIRONMENT.get_template(f"{template}.txt.jinja").render(values).removesuffix("\n")
 
 
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(FOLDER / "templates"), undefined=StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
-ENVIRONMENT.globals.update(many=many)
-ENVIRONMENT.filters.update(
-    number=number,
-    listed=listed,
-    visible=visible,
-    json=partial(json.dumps, ensure_ascii=False),
-    fmt=lambda value, form: format(value, str(form)),
-    line=lambda text: str(text).replace("\n", "\\n"),
-)
+def environment(folder: Path) -> Environment:
+    """The templates of a folder, with what all of them can call."""
+    made = Environment(
+        loader=FileSystemLoader(folder), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.globals.update(many=many)
+    made.filters.update(
+        number=number,
+        listed=listed,
+        visible=visible,
+        json=partial(json.dumps, ensure_ascii=False),
+        fmt=lambda value, form: format(value, str(form)),
+        line=lambda text: str(text).replace("\n", "\\n"),
+    )
+    return made
+
+
+ENVIRONMENT = environment(FOLDER / "templates")

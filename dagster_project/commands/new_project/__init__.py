@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from dagster_project.core.text import number
+from dagster_project.views.texts import environment
 
 PLAIN = re.compile(r"[A-Za-z_/][\w./@+-]*", re.ASCII)
 RESERVED = {"yes", "no", "on", "off", "true", "false", "null", "y", "n"}
@@ -44,8 +42,5 @@ def _quoted(text: str) -> str:
     )
 
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
-TEMPLATES.filters.update(flow=flow, number=number, one_line=one_line)
+TEMPLATES = environment(Path(__file__).parent)
+TEMPLATES.filters.update(flow=flow, one_line=one_line)
