@@ -167,7 +167,7 @@ def pipeline(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
-    from dagster_project.orchestration.last_sync import sync_if_changed
+    from dagster_project.orchestration.dagster.lean_sync import sync_if_changed
 
     root = project(options)
     warn_of_erasure(root)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.hashing import md5_of_bytes
-from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import config_files
 from dagster_project.lineage.notes import read_note
@@ -103,24 +102,6 @@ class LastSync:
         text = json.dumps({"paths": names, "state": self.now if names == [*self.paths] else None})
         with suppress(OSError):  # the disk is full or read-only: the next sync reads everything again
             write_text(self.root / FILE, text)
-
-
-def sync_if_changed(root: Path, key_prefix: tuple[str, ...] = ()) -> list[str]:
-    """Report DVC's state to Dagster. Neither is loaded if nothing changed since the last sync.
-
-    Args:
-        key_prefix: of the project's asset keys in an instance with other assets.
-    Returns:
-        One line for each event.
-    """
-    last = LastSync.read(root, key_prefix)
-    if last.unchanged:
-        return []
-    with lean_imports():
-        from dagster_project.orchestration.dagster.assets import open_instance
-        from dagster_project.orchestration.dagster.sync import sync_after
-    with open_instance(last.root, shared=bool(key_prefix)) as instance:
-        return sync_after(last, instance)
 
 
 def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str | None:

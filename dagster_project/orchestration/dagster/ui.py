@@ -15,8 +15,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.orchestration import ports
 from dagster_project.orchestration.dagster import pages, webserver
 from dagster_project.orchestration.dagster.home import home
+from dagster_project.orchestration.dagster.lean_sync import sync_if_changed
 from dagster_project.orchestration.dvc_run import command_environment
-from dagster_project.orchestration.last_sync import sync_if_changed
 
 log = logging.getLogger("pedigree")
 
