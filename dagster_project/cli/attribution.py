@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ def why(options: argparse.Namespace) -> int:
     its answer, or list those that fit the others the least."""
     if options.draws is not None and not options.prove:
         raise InputError("why: --draws is only used with --prove", "add --prove, or leave it out")
+    require_suffix("--html", options.html, HTML)
     if options.diff:
         return _why_diff(options)
     if not options.model:
@@ -39,18 +41,13 @@ def why(options: argparse.Namespace) -> int:
     with lean_imports():
         from dagster_project.commands import why as module
         from dagster_project.commands.why_question import Options
+        from dagster_project.views.why import why_page
 
-    if options.html:
-        require_suffix("--html", options.html, HTML)
     asked = Options(options.prompt, options.answer, options.span, options.system, options.top, _points(options))
     document = module.answer_why(
         project(options), options.model, asked, options.index, (options.draws or DRAWS) if options.prove else None
     )
-    if options.html:
-        from dagster_project.views.why import why_page
-
-        _write_page(options, why_page(document))
-    print_result(options, document, module.as_text)
+    _show(options, document, why_page, module.as_text)
     return 1 if options.prove and not document["proof"]["supported"] else 0
 
 
@@ -82,39 +79,29 @@ def _index_gradients(options: argparse.Namespace) -> int:
 def _suspects(options: argparse.Namespace) -> int:
     """List the records whose gradients fit those of the others the least, and write them as a review queue."""
     from dagster_project.commands import why_suspects as module
+    from dagster_project.views.suspects import suspects_page
 
     if given := [name for name in (*QUESTION, "prove") if getattr(options, name)]:
         raise InputError(f"why: --suspects is about all records: not with --{given[0]}", "leave it out")
     _refuse_points(options, "--suspects")
-    if options.html:
-        require_suffix("--html", options.html, HTML)
     document = module.suspects(project(options), options.model, options.top, options.index)
-    if options.html:
-        from dagster_project.views.suspects import suspects_page
-
-        _write_page(options, suspects_page(document))
-    print_result(options, document, module.as_text)
+    _show(options, document, suspects_page, module.as_text)
     return 0
 
 
 def _why_diff(options: argparse.Namespace) -> int:
     """Rank the records of the difference between two versions of a model for each answer that changed."""
     from dagster_project.commands import why_diff as module
+    from dagster_project.views.why_diff import why_diff_page
 
     if given := [name for name in (*QUESTION, "prove", "index", "suspects") if getattr(options, name)]:
         raise InputError(f"why: --diff compares recorded answers: not with --{given[0]}", "leave it out")
     _refuse_points(options, "--diff")
     if options.model:
         raise InputError(f"why: --diff names both models: not with {options.model}", "leave it out")
-    if options.html:
-        require_suffix("--html", options.html, HTML)
     before, after = options.diff
     document = module.answer_diff(project(options), before, after, options.top)
-    if options.html:
-        from dagster_project.views.why_diff import why_diff_page
-
-        _write_page(options, why_diff_page(document))
-    print_result(options, document, module.as_text)
+    _show(options, document, why_diff_page, module.as_text)
     return 0
 
 
@@ -193,19 +180,16 @@ def bisect(options: argparse.Namespace) -> int:
     """Find the first commit whose model no longer gives an expected answer, by
     binary search, and the rows of that commit that are most like it."""
     from dagster_project.commands import bisect as module
+    from dagster_project.views.bisect import bisect_page
 
-    if options.html:
-        require_suffix("--html", options.html, HTML)
+    require_suffix("--html", options.html, HTML)
     asked = module.Asked(options.prompt, options.expect, options.system)
     document = module.bisect(
         project(options), options.model, asked, options.good, options.bad, options.train, options.top
     )
     if options.html:
-        from dagster_project.views.bisect import bisect_page
-
-        _write_page(options, bisect_page(document))
         document["page"] = options.html
-    print_result(options, document, module.as_text)
+    _show(options, document, bisect_page, module.as_text)
     return 0 if document["verdict"] == "found" else 1
 
 
@@ -230,9 +214,12 @@ def _add_bisect(commands: Any) -> None:
     add("--html", type=named, metavar="FILE.html", help="also write one self-contained page")
 
 
-def _write_page(options: argparse.Namespace, page: str) -> None:
-    write("--html", Path(options.html), page)
-    log.info(f"page: {options.html}")
+def _show(options: argparse.Namespace, document: Any, draw: Callable[[Any], str], as_text: Any) -> None:
+    """Print a document, and write its page with --html."""
+    if options.html:
+        write("--html", Path(options.html), draw(document))
+        log.info(f"page: {options.html}")
+    print_result(options, document, as_text)
 
 
 def add_commands(commands: Any) -> None:

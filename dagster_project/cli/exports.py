@@ -64,16 +64,14 @@ def export(options: argparse.Namespace) -> int:
     from dagster_project.lineage.export.export import export as export_model
     from dagster_project.lineage.signing.target import refuse_in_output
 
+    if options.quantization and options.format not in MODEL_FORMATS:
+        raise InputError("--quantization requires --format gguf", "leave it out")
     if options.all is not None:
         return _export_all(options)
     if options.with_model or options.key:
         raise InputError("export: --with-model and --key require --all", "see `pedigree export --help`")
-    if options.format in MODEL_FORMATS:
+    if options.format in (*MODEL_FORMATS, "adapter"):
         return _export_model(options)
-    if options.quantization:
-        raise InputError("--quantization requires --format gguf", "leave it out")
-    if options.format == "adapter":
-        return _export_adapter(options)
     if options.out:
         refuse_in_output(project(options), "--out", Path(options.out), "file")
     text = export_model(project(options), options.model, options.format, options.rev, options.issued)
@@ -85,31 +83,23 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export_adapter(options: argparse.Namespace) -> int:
-    """Write a PEFT folder."""
-    from dagster_project.commands import adapter_folder as module
-
-    if options.rev or options.issued:
-        raise InputError(
-            "--format adapter: not with --rev or --issued: the adapter is that of the workspace",
-            "check out the revision first",
-        )
-    document = module.write_adapter(project(options), options.model, Path(options.out) if options.out else None)
-    print_result(options, document, module.as_text)
-    return 0
-
-
 def _export_model(options: argparse.Namespace) -> int:
-    """Write the model itself for servers, with its pedigree in the metadata of its files."""
-    from dagster_project.commands.model_files import export as module
-
+    """Write the model itself for servers, with its pedigree in the metadata of its files, or an adapter as a folder."""
     if options.rev or options.issued:
+        what = "adapter" if options.format == "adapter" else "model"
         raise InputError(
-            f"--format {options.format}: not with --rev or --issued: the model is that of the workspace",
+            f"--format {options.format}: not with --rev or --issued: the {what} is that of the workspace",
             "check out the revision first",
         )
-    document = module.export(project(options), options.model, options.format, options.quantization, options.out)
-    print_result(options, document, module.as_text)
+    if options.format == "adapter":
+        from dagster_project.commands.adapter_folder import as_text, write_adapter
+
+        document = write_adapter(project(options), options.model, Path(options.out) if options.out else None)
+    else:
+        from dagster_project.commands.model_files.export import as_text, export
+
+        document = export(project(options), options.model, options.format, options.quantization, options.out)
+    print_result(options, document, as_text)
     return 0
 
 
@@ -117,8 +107,6 @@ def _export_all(options: argparse.Namespace) -> int:
     """Write all formats, and a page that lists them."""
     from dagster_project.commands import papers
 
-    if options.quantization:
-        raise InputError("--quantization requires --format gguf", "leave it out")
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
     if options.all == "":

@@ -75,8 +75,8 @@ def require_writable(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: cannot be written", "name a writable file")
 
 
-def require_suffix(option: str, name: str, suffixes: tuple[str, ...]) -> None:
-    if Path(name).suffix.lower() not in suffixes:
+def require_suffix(option: str, name: str | None, suffixes: tuple[str, ...]) -> None:
+    if name and Path(name).suffix.lower() not in suffixes:
         raise InputError(
             f"{option} {name}: its name must end in {' or '.join(suffixes)}",
             "name a new file: an existing one is replaced",

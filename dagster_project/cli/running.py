@@ -167,18 +167,11 @@ def pipeline(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
-    from dagster_project.orchestration.last_sync import LastSync
+    from dagster_project.orchestration.dagster.lean_sync import sync_if_changed
 
     root = project(options)
     warn_of_erasure(root)
-    last = LastSync.read(root, tuple(filter(None, options.key_prefix.split("/"))))
-    lines: list[str] = []
-    if not last.unchanged:
-        with lean_imports():
-            from dagster_project.orchestration.dagster.assets import open_instance
-            from dagster_project.orchestration.dagster.sync import sync_after
-        with open_instance(last.root, shared=bool(last.key_prefix)) as instance:
-            lines = sync_after(last, instance)
+    lines = sync_if_changed(root, tuple(filter(None, options.key_prefix.split("/"))))
     print_result(
         options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report."
     )

@@ -20,6 +20,7 @@ from dagster_project.lineage.export.export import refuse, summarize
 from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
+from dagster_project.views.texts import text
 
 FORMAT = "adapter"
 CONFIG = "adapter_config.json"
@@ -142,35 +143,18 @@ def _how_to_load(facts: Mapping[str, Any], config: Mapping[str, Any], has_templa
     has_template: whether the folder has the chat template of the training,
         which may be another one than the base model's.
     """
-    base, name = facts["base"], facts["model"]["stage"].partition("@")[2]
-    digits = f"trained on it in {facts['quantization']}" if facts["quantization"] != "none" else "unquantized"
-    code = [
-        "base = AutoModelForCausalLM.from_pretrained(BASE)",
-        f'model = PeftModel.from_pretrained(base, FOLDER, adapter_name="{name}")',
-    ]
-    if has_template:
-        code.append("tokenizer = AutoTokenizer.from_pretrained(BASE)")
-        code.append(f'tokenizer.chat_template = Path(FOLDER, "{TEMPLATE}").read_text(encoding="utf-8")')
-    lines = [
-        "## Load it",
-        (
-            f"The base model is `{base['name']}`: `{base['path']}` with md5 `{base['md5']}`, {digits}."
-            " Nothing looks it up by this name: give its folder."
-        ),
-        "\n".join(["```python", *code, "```"]),
-    ]
-    if facts["vllm"]:
-        lines.append(
-            f"vLLM does not load it as one of its `--lora-modules`: it does not support {', '.join(facts['vllm'])}."
+    return (
+        text(
+            "adapter",
+            base=facts["base"],
+            name=facts["model"]["stage"].partition("@")[2],
+            quantization=facts["quantization"],
+            vllm=facts["vllm"],
+            max_rank=_rank(int(config["r"])) if not facts["vllm"] else None,
+            template=TEMPLATE if has_template else "",
         )
-    else:
-        template = f" --chat-template FOLDER/{TEMPLATE}" if has_template else ""
-        command = (
-            f"vllm serve BASE --served-model-name {base['name']}"
-            f" --enable-lora --max-lora-rank {_rank(int(config['r']))} --lora-modules {name}=FOLDER{template}"
-        )
-        lines.append(f"```console\n$ {command}\n```")
-    return "\n\n".join(lines) + "\n"
+        + "\n"
+    )
 
 
 def _rank(rank: int) -> int:
@@ -182,20 +166,14 @@ def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
     """Raises:
     InputError: the adapter changed meanwhile, or the folder cannot be written.
     """
-    try:
-        with new_folder(place) as made:
-            for name in COPIED:
-                if (target.folder / name).is_file():
-                    shutil.copyfile(target.folder / name, made / name)
-            target.refuse_unrecorded()  # so it did not change while it was read and copied
-            for name, text in texts.items():
-                write_text(made / name, text)
-            files = sorted(path.name for path in made.iterdir())
-    except OSError as error:
-        raise InputError(
-            f"--out {place}: {error.strerror}", "name a folder with enough space that can be written"
-        ) from None
-    return files
+    with new_folder(place) as made:
+        for name in COPIED:
+            if (target.folder / name).is_file():
+                shutil.copyfile(target.folder / name, made / name)
+        target.refuse_unrecorded()  # so it did not change while it was read and copied
+        for name, text in texts.items():
+            write_text(made / name, text)
+        return sorted(path.name for path in made.iterdir())
 
 
 def as_text(document: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ def listed(text: str, adapters: Mapping[str, Any]) -> str:
     if _has_merges(adapters):
         reads = _reads(trained, adapters)
         slots = max(map(len, reads.values()))
-        items: Any = {name: {READS: _padded(paths, slots)} for name, paths in reads.items()}
+        items: Any = {name: {READS: paths + paths[-1:] * (slots - len(paths))} for name, paths in reads.items()}
         lines = [f"      {_key(name)}: {{{READS}: [{', '.join(item[READS])}]}}" for name, item in items.items()]
         head = "\n".join([f"    {COMMENT}", "    foreach:", *lines])
         paths = [f"${{item.{READS}[{number}]}}" for number in range(slots)]
@@ -132,10 +132,6 @@ def _reads(trained: Sequence[str], adapters: Mapping[str, Any]) -> dict[str, lis
     return {
         name: reads_of_merge(parents) if (parents := parents_of(adapters, name)) else list(trained) for name in adapters
     }
-
-
-def _padded(paths: Sequence[str], length: int) -> list[str]:
-    return [*paths, *[paths[-1]] * (length - len(paths))]
 
 
 def _key(name: str) -> str:

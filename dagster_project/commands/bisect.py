@@ -22,7 +22,6 @@ from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git
 from dagster_project.core.messages import Message, Messages
-from dagster_project.core.text import listed
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.history import LOCK, Revision, commit_of
@@ -30,6 +29,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, output
 from dagster_project.orchestration import dvc
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -315,34 +315,4 @@ def _found(search: Search, first: int, top: int) -> dict[str, Any]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    versions, count = document["versions"], document["evaluations"]
-    lines = [
-        f"{document['model']}: {len(versions)} versions"
-        f" from {versions[0]['commit'][:12]} to {versions[-1]['commit'][:12]}, {count} asked"
-    ]
-    lines += [
-        f"  {one['commit'][:12]}  {'as expected' if one['as_expected'] else 'NOT as expected'}: {one['answer']}"
-        for one in document["answers"]
-    ]
-    if document["verdict"] == "always":
-        lines += ["every version that was asked gives the expected answer, the newest too: nothing to find"]
-    elif document["verdict"] == "never":
-        lines += ["the oldest version does not give the expected answer either: name a commit that does with --good"]
-    else:
-        first = document["first"]
-        lines += ["", f"first commit without the expected answer: {first['commit'][:12]}  {first['title']}"]
-        lines += [
-            f"  {kind.replace('_', ' ')} differ too: {listed(names, 6)}"
-            for kind, names in document["also_differ"].items()
-        ]
-        if document["records"]:
-            lines += [
-                "its records that are most like the answer,"
-                f" of {document['among']} that only one of the two versions was trained on:"
-            ]
-            lines += record_lines(document["records"])
-        elif document["records"] is not None:
-            lines += ["no record of the difference was trained on by one of the two versions alone"]
-    notes = [f"note: {note}" for note in document["notes"]]
-    page = [f"page: {document['page']}"] if "page" in document else []
-    return "\n".join([*lines, *notes, *page])
+    return text("bisect", **document, record_lines=record_lines)

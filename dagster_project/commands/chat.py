@@ -24,6 +24,7 @@ from dagster_project.core.params import Compute
 from dagster_project.core.rendering import end_ids
 from dagster_project.core.text import shortened, visible
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.notes import read_note
 from dagster_project.pipeline import VARIANTS_OF
 from dagster_project.training.inference.answers import read_answer
 from dagster_project.training.inference.decoding import Choose, decode
@@ -197,10 +198,7 @@ def _refuse_other_kinds(name: str, folder: Path) -> None:
     """Raises:
     InputError: a reward model or a classifier, to which transformers would add an output layer with random weights.
     """
-    try:
-        kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
-    except (OSError, ValueError, AttributeError):  # an adapter, or a damaged file
-        return
+    kinds = read_note(folder / "config.json").get("architectures") or []  # an adapter has none
     if kinds and not any(str(kind).endswith(TEXT_MODELS) for kind in kinds):
         raise InputError(f"{name} does not generate text: {', '.join(map(str, kinds))}", "name a language model")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_project.commands.erase_certificate import BLOBS, certificate, certificate_text, free_name, write
 from dagster_project.core.errors import InputError
-from dagster_project.core.text import listed, many
+from dagster_project.core.text import listed
 from dagster_project.lineage.erasure.kinds import KINDS
 from dagster_project.lineage.erasure.records import Request, read_request
 from dagster_project.lineage.signing.keys import PrivateKey, private_key
@@ -19,6 +19,7 @@ from dagster_project.orchestration.erasure.exclusive import no_stage_runs, one_e
 from dagster_project.orchestration.erasure.places import GIT
 from dagster_project.orchestration.erasure.steps import Erasure, finish
 from dagster_project.orchestration.run_all import last_seconds
+from dagster_project.views.texts import text
 
 SHOWN = 12
 PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "own", "done", "key", "trained")
@@ -159,49 +160,15 @@ def exit_code(document: Mapping[str, Any]) -> int:
 
 def dry_run_text(document: Mapping[str, Any]) -> str:
     """The plan for the terminal."""
-    lines = [f"{document['records']} records to erase, and {document['made']} that the pipeline made from them", ""]
-    lines += [f"  {path}: {many(len(change['rows']), 'row')}" for path, change in document["sources"].items()]
-    lines += [
-        f"  {path}: {many(len(one['rows']), 'row')}, left out from now on; the source still has them"
-        for path, one in document["remote"].items()
-    ]
-    lines += ["", "relatives:"]
-    for kind, names in document["relatives"].items():
-        state = (
-            "erased too" if kind in document["chosen"] or kind == "same row" else f"declined; --also {kind} erases them"
-        )
-        about = KINDS.get(kind, "other records of the same source row")
-        lines.append(
-            f"  {kind:<12} {len(names):>4}  {about}" + (f" ({state}): {listed(names, SHOWN)}" if names else "")
-        )
-    lines += ["", "places that hold their text or ids:"]
-    for place, found in document["places"].items():
-        size = (
-            f"{found['files']} files, {found['bytes']:,} bytes" if "files" in found else f"{len(found['blobs'])} blobs"
-        )
-        lines.append(f"  {place:<14} {size}")
-    by = document["searched by"]
-    lines.append(
-        f"  (searched for {by['texts']} parts of texts and {by['ids']} ids;"
-        f" {by['texts too short or shared']} texts are too short, or other"
+    return text(
+        "erasure_plan",
+        **document,
+        by=document["searched by"],
+        remotes_elsewhere=document["remotes elsewhere"],
+        event_log_elsewhere=document["event log elsewhere"],
+        kinds=KINDS,
+        shown=SHOWN,
     )
-    lines.append("  records have them too: these are found by the id of their record only)")
-    lines += ["", "models that saw them:"]
-    lines += [
-        f"  {model['outcome']:<7} {model['stage']} {model['md5'][:12]}  {', '.join(model['splits'])}"
-        for model in document["models"]
-    ]
-    lines += [f"  unknown {model['stage']} {model['md5'][:12]}  {model['fetch']}" for model in document["unknown"]]
-    lines += [] if document["models"] or document["unknown"] else ["  none"]
-    known = {address: value for address, value in document["cost"]["seconds"].items() if value}
-    took = f"{len(known)} of them took {sum(known.values()):.0f} s the last time"
-    lines += ["", f"{len(document['stages'])} stages are made again; {took}"]
-    lines += [f"deleted: {', '.join(document['papers'])} in data/release"] if document["papers"] else []
-    lines += [f"deleted: the signatures in {', '.join(document['signatures'])}"] if document["signatures"] else []
-    if document["remotes elsewhere"]:
-        lines.append(f"not reached: DVC remotes {', '.join(document['remotes elsewhere'])}")
-    lines += ["not reached: what dagster.yaml keeps outside Dagster's home"] if document["event log elsewhere"] else []
-    return "\n".join([*lines, "nothing was changed; the same command without --dry-run carries this out"])
 
 
 def as_text(document: Mapping[str, Any]) -> str:

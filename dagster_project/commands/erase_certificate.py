@@ -10,12 +10,12 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.records import write_json, write_text
-from dagster_project.core.text import many, number
+from dagster_project.core.text import many
 from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.lineage.erasure.likelihoods import sensitivity
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
@@ -23,6 +23,7 @@ from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, canonical, 
 from dagster_project.lineage.signing.keys import PrivateKey
 from dagster_project.orchestration.erasure.places import GIT
 from dagster_project.orchestration.erasure.plan import KEEP, REMAKE, RETIRE
+from dagster_project.views.texts import text
 
 OUTSIDE_GIT = ".dvc/tmp/pedigree/erased"
 """Folder of lists of git blobs. A guess can be tested by the hash of an old source file, so git does not track it."""
@@ -190,92 +191,13 @@ def write(root: Path, document: Mapping[str, Any], key: PrivateKey | None, name:
 
 def certificate_text(document: Mapping[str, Any]) -> str:
     """The certificate for a reader."""
-    erased, models = document["erased"], document["models"]
-    lines = [f"Erasure of {document['date']}" + (f": {document['reason']}" if document["reason"] else ""), ""]
-    lines += [
-        f"{many(erased['records'], 'record')} {'was' if erased['records'] == 1 else 'were'} taken out"
-        f" of the sources{' or left out of what is read from them' if LEFT_OUT in erased else ''},"
-        f" and {erased['made from them']} that the pipeline had made from them."
-    ]
-    lines += [f"  {path}: {many(rows, 'row')}" for path, rows in erased["rows"].items()]
-    lines += [
-        f"  {path}: {many(rows, 'row')}, left out at each reading: the source still has them"
-        for path, rows in erased.get(LEFT_OUT, {}).items()
-    ]
-    lines += [
-        f"  {kind}: {many(one['rows'], 'row')}, {'erased too' if one['erased'] else 'NOT erased'}"
-        for kind, one in document["relatives"].items()
-        if one["rows"]
-    ]
-    hashes = f"{number(len(document['tombstones']))} keyed {'hash' if len(document['tombstones']) == 1 else 'hashes'}"
-    lines += [
-        "",
-        (
-            f"{hashes} in {TOMBSTONES} {'refuses' if len(document['tombstones']) == 1 else 'refuse'}"
-            " the same text in a later import."
-        ),
-    ]
-    lines += ["", "Found before:", *_place_lines(document["found"]), "Removed:"]
-    for what, count in document["removed"].items():
-        shown = ", ".join(f"{name} {n}" for name, n in count.items()) if isinstance(count, Mapping) else str(count)
-        lines.append(f"  {what}: {shown or 'none'}")
-    lines += ["Left:", *_place_lines(document["left"])]
-    lines += ["", "Models:"]
-    lines += [
-        f"  made again: {one['stage']} {one['before'][:12]} -> {(one['after'] or 'not made')[:12]}"
-        for one in models["made again"]
-    ]
-    for kind, listed in models.items():
-        lines += [
-            f"  {kind}: {one['stage']} {(one.get('before') or one.get('md5'))[:12]}"
-            for one in listed
-            if kind != "made again"
-        ]
-    lines += ["  none"] if not any(models.values()) else []
-    lines += [f"Did a model of the workspace see them? {document['impact']}"]
-    verdicts = document["verify"]
-    lines += [
-        "Made again from the sources and compared: "
-        + (", ".join(f"{a} {v}" for a, v in verdicts.items()) if verdicts else "not done (--verify)")
-    ]
-    lines += ["", "Not searched: " + ", ".join(f"{what} {n}" for what, n in document["not searched"].items())]
-    lines += ["Losses of the records among those of records that the model never saw (this proves nothing by itself):"]
-    lines += [line for one in document["membership"] for line in _membership_lines(one)] or [
-        "  not measured: no model in data/merged or data/merged_aligned was trained on them"
-    ]
-    lines += ["Not reached:", *(f"  {what}" for what in document["not reached"])]
-    if document["git"]["blobs"]:
-        lines += ["", "To rewrite git history (everyone then clones again): commit, then",
-                  f"  git filter-repo --strip-blobs-with-ids {OUTSIDE_GIT}/<this file>.blobs"]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _membership_lines(one: Mapping[str, Any]) -> Iterator[str]:
-    for when, name in (("before", "before"), ("after", "made again")):
-        measured = one[when]
-        yield f"  {one['model']}, {one['of']}, {name}: " + (
-            measured.get("verdict") or f"not measured: {measured['not measured']}"
-        )
-        if "records" in measured:
-            low, high = measured["range of controls"]
-            yield (
-                f"    {measured['controls']} records of the test split,"
-                f" never trained on: {low} to {high} nats per token (5 to 95 %)"
-            )
-        for mark, record in measured.get("records", {}).items():
-            alike = f" of its {record['matched by']}" if record["matched by"] else ""
-            controls = f"{many(record['controls'], 'control')}{alike}"
-            low, high = record["range"]
-            yield (
-                f"    {mark[:12]}: {record['loss']} nats per token,"
-                f" rank {record['rank']} among it and {controls}: {record['place']} {low} to {high}"
-            )
-    yield f"  {one['sensitivity']}"
-
-
-def _place_lines(places: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"  {place}: " + ", ".join(many(count, what.removesuffix("s")) for what, count in facts.items())
-        for place, facts in places.items()
-    ]
-    return lines or ["  nothing"]
+    return text(
+        "certificate",
+        **document,
+        hashes=len(document["tombstones"]),
+        searched_not=document["not searched"],
+        reached_not=document["not reached"],
+        left_out=LEFT_OUT,
+        tombstones_file=TOMBSTONES,
+        outside_git=OUTSIDE_GIT,
+    )

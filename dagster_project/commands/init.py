@@ -22,6 +22,7 @@ from typing import Any
 from dagster_project.commands.init_data import Found, examine, read
 from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MODEL, params_text
 from dagster_project.commands.init_template import examine_for
+from dagster_project.commands.new_project import rendered
 from dagster_project.commands.pipeline_file import KEEP, current_lock, folders, pipeline_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git, git_bytes
@@ -38,13 +39,6 @@ log = logging.getLogger("pedigree")
 LARGE = 10_000_000
 """Bytes of a file or folder above which DVC tracks it, and not git."""
 INSTALL = f"pip install '{code_lock.DISTRIBUTION}[all]'"
-WORKSPACE = """\
-# For `dagster dev`; `pedigree ui` also serves the pages.
-load_from:
-  - python_module:
-      module_name: dagster_project.definitions
-      location_name: pedigree
-"""
 DVC_FILES = {
     ".dvc/config": "[core]\n    analytics = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
@@ -200,14 +194,23 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
     outputs, inputs = folders()
     # read as whole folders, even without variants
     optional = [stage for stage, section in VARIANTS_OF.items() if section == "aligned"]
-    kept = [f"data/{stage}" for stage in optional] + [f"data/reports/{stage}" for stage in optional] + ["data/live"]
+    whole = [f"data/{stage}" for stage in optional]
+    kept = [*whole, *(f"data/reports/{stage}" for stage in optional), "data/live"]
     return {
         "params.yaml": params,
         "dvc.yaml": pipeline_text(),
         code_lock.FILE: current_lock().text(),
-        "workspace.yaml": WORKSPACE,
-        "README.md": _readme(name, found),
-        ".gitignore": _gitignore(outputs, optional),
+        "workspace.yaml": rendered("workspace.yaml"),
+        "README.md": rendered(
+            "README.md",
+            name=name,
+            install=INSTALL,
+            given=found.given,
+            key=RECORD_KEY,
+            code_lock=code_lock.FILE,
+            placeholder=PLACEHOLDER,
+        ),
+        ".gitignore": rendered("gitignore", outputs=dict.fromkeys(outputs), kept=whole, keep=KEEP, key=RECORD_KEY),
         ".gitattributes": GITATTRIBUTES,
         **DVC_FILES,
         RECORD_KEY: secrets.token_hex(32) + "\n",
@@ -216,80 +219,6 @@ def _files(found: Found, params: str, name: str) -> dict[str, str]:
 
 
 GITATTRIBUTES = "# DVC hashes bytes: git must not change line ends in a checkout\n* -text\n"
-
-
-def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:
-    kept = {f"data/{stage}" for stage in optional}
-    folders = [
-        line
-        for path in dict.fromkeys(outputs)
-        for line in ([f"/{path}/*", f"!/{path}/{KEEP}"] if path in kept else [f"/{path}"])
-    ]
-    return "\n".join(
-        [
-            "# environment and caches",
-            "/.venv",
-            "__pycache__/",
-            "# Dagster's home, which `pedigree sync` rebuilds",
-            "/.dagster/",
-            "/dvc_plots/",
-            "# of `pedigree mlflow` with a database here",
-            "/mlflow.db",
-            "/mlruns/",
-            "# outputs stored by DVC (dvc.lock, which git tracks, has their hashes)",
-            *folders,
-            "/data/plots",
-            "# progress of a running stage, and pages, which each run writes again",
-            "/data/live/*",
-            f"!/data/live/{KEEP}",
-            "/data/pages",
-            (
-                "# the secret that keys the ids of records in data/release: keep a copy."
-                " A private repository may track it: remove this line."
-            ),
-            f"/{RECORD_KEY}",
-            "",
-        ]
-    )
-
-
-def _readme(name: str, found: Found) -> str:
-    given = [f"* `{one.name}`: {one.kind}, {one.layout}, {len(one.records):,} rows" for one in found.given]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"A project of Pedigree: LLM fine-tuning in which every model knows its data. `{INSTALL}` installs it.",
-            "",
-            *([*given, ""] if given else []),
-            "| file | content |",
-            "| --- | --- |",
-            "| `params.yaml` | what to train on, how, and how to score it |",
-            "| `data/sources/` | the data, tracked by git; large files by `dvc add` |",
-            f"| `{RECORD_KEY}` | a secret, which git ignores: keep a copy |",
-            (
-                f"| `dvc.yaml`, `{code_lock.FILE}` | the pipeline and the code that it runs with,"
-                " written by `pedigree init` and `pedigree upgrade` |"
-            ),
-            "| `dvc.lock`, `data/reports/` | what the latest run made of it; commit them with `params.yaml` |",
-            "",
-            "```bash",
-            *([] if found.given else [f"# put your data into {PLACEHOLDER}"]),
-            "dvc repro tokenized           # checks, splits and tokenizes the data",
-            "pedigree plan                 # memory and time, before training",
-            "pedigree run --all            # or: dvc repro, or: pedigree ui",
-            "pedigree compare              # was tuning worth it?",
-            "pedigree audit data/release   # or of data/merged/lora",
-            "```",
-            "",
-            (
-                "If the last stage, `release`, fails, tuning did not beat its alternatives,"
-                " or was not measured to: all models and results are kept, and"
-            ),
-            "`data/pages/comparison/comparison.html` shows why. `release.waivers` in `params.yaml` waives a check.",
-            "",
-        ]
-    )
 
 
 def _refuse_existing(folder: Path, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.records import response_text
-from dagster_project.curation.check_files import Kind, LoadedRecords, load
+from dagster_project.curation.check_files import Kind, load
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.detection import split_of_file
@@ -122,7 +122,8 @@ def read(paths: Sequence[str]) -> list[Given]:
     Raises:
         InputError: a file cannot be read, or two have the same name.
     """
-    given = [_given(path, load([path])) for path in paths]
+    read_files = [(path, load([path])) for path in paths]
+    given = [Given(path, one.kind, one.layout, one.records, one.revision) for path, one in read_files]
     if elsewhere := next((one for one in given if one.kind == "benchmark" and not one.is_copied), None):
         raise InputError(
             f"--data: {elsewhere.path}: benchmark questions are read from files", "save them as a file, and name that"
@@ -201,10 +202,6 @@ def _writes_traces(rows: Sequence[Mapping[str, Any]], tokens: Tokens) -> bool:
         {key: value for key, value in message.items() if key != "reasoning_content"} for message in first["messages"]
     ]
     return tokens.rendered(first["messages"], first.get("tools")) != tokens.rendered(plain, first.get("tools"))
-
-
-def _given(path: str, loaded: LoadedRecords) -> Given:
-    return Given(path, loaded.kind, loaded.layout, loaded.records, loaded.revision)
 
 
 def _tokens(record: Mapping[str, Any], tokens: Tokens) -> int:

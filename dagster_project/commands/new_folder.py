@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dagster_project.core.errors import InputError
 
@@ -26,13 +25,12 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
     folder = place.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            yield made
+            made.replace(folder)
     except OSError as error:
-        raise InputError(f"{option} {place}: {error.strerror}", "name a folder that can be written") from None
-    try:
-        made = scratch / "made"
-        made.mkdir()
-        yield made
-        made.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise InputError(
+            f"{option} {place}: {error.strerror or error}", "name a folder with enough space that can be written"
+        ) from None

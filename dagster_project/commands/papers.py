@@ -39,6 +39,7 @@ from dagster_project.lineage.signing.model_signature import (
 )
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
 from dagster_project.views.papers import papers_page
+from dagster_project.views.texts import text
 
 RELEASE = "release"
 NO_KEY = f"neither --key nor {KEY_VARIABLE} was given"
@@ -82,13 +83,8 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
         root, model, f"--with-model copies a {RELEASE} only", f"name {RELEASE}, or leave out --with-model", folder
     )
     papers_of = _Papers.of(target, model, issued, key)
-    try:
-        with new_folder(folder, "--all") as made:
-            document = papers_of.write(made, _copy(target, made), folder.resolve().name)
-    except OSError as error:
-        raise InputError(
-            f"--all {folder}: {error.strerror}", "name a folder with enough space that can be written"
-        ) from None
+    with new_folder(folder, "--all") as made:
+        document = papers_of.write(made, _copy(target, made), folder.resolve().name)
     return {**document, "folder": str(folder), "page": PAGE}
 
 
@@ -350,22 +346,12 @@ def _delete_others(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def _write(folder: Path, texts: Mapping[str, str], document: Mapping[str, Any]) -> None:
-    for name, text in {**texts, PAGE: papers_page(document)}.items():
-        write_text(folder / name, text)
+    for name, content in {**texts, PAGE: papers_page(document)}.items():
+        write_text(folder / name, content)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """What was written, for the terminal."""
-    folder = document["folder"]
-    lines = [f"{folder}/{name}" for name in [*(one["file"] for one in document["exports"]), document["page"]]]
-    if "model_files" in document:
-        lines.insert(0, f"{folder}: {document['model_files']} files of {document['model']['stage']}")
-    if attested := document.get("attestations"):
-        remade = f"made again from the sources: {attested['remade']}" if attested["remade"] else "not made again"
-        lines.append(f"{folder}/{attested['file']}: {len(attested['stages'])} stages; {remade}")
-    if signed := document.get("signature"):
-        lines.append(f"{folder}/{signed['file']}: {signed['files']} files, key sha256 {signed['key'][:16]}")
-        lines.append(f"check it: pedigree verify {shlex.quote(str(folder))} --signatures --key PUB")
-    return "\n".join(
-        [*lines, *(f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"])]
+    return text(
+        "papers", **{"attestations": None, "signature": None, **document}, quoted=shlex.quote(str(document["folder"]))
     )

@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.layout import report_of
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
-from dagster_project.core.text import many, visible
+from dagster_project.lineage.notes import read_note
 from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
@@ -36,6 +36,7 @@ from dagster_project.training.trainers.harness.params import AUTO
 from dagster_project.training.trainers.merging.entry import method_of
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
+from dagster_project.views.texts import text
 
 MARGIN = (0.9, 1.4)
 """Factors from the fastest time of a step's operations, and from their time in new memory, to the least and most time
@@ -101,10 +102,7 @@ class Machine:
             return memory.CUDA_RUNTIME
         versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
         machine = f"{os.cpu_count()} processors, {versions}"
-        try:
-            notes = json.loads(self._notes.read_text()) if self._notes else {}
-        except (OSError, ValueError):
-            notes = {}
+        notes = read_note(self._notes) if self._notes else {}
         if machine not in notes:
             code = "from dagster_project.training.planning.memory import resident; print(resident())"
             env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
@@ -658,113 +656,13 @@ def _requirements(
 
 def as_text(document: dict[str, Any]) -> str:
     """The document of `plan_variants` or `plan_model` as text for the terminal."""
-    machine, lines = document["machine"], _assumptions(document) if "assumptions" in document else []
-    for name, variant in document["variants"].items():
-        lines += _variant_text(name, variant, machine)
-    lines += [f"{name}: not planned: {step}" for name, step in document.get("not_planned", {}).items()]
-    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
-    if any("published_gb" in variant for variant in document["variants"].values()):
-        lines.append(
-            "published figures assume 2,048 tokens in a pass with gradient checkpointing;"
-            " for full training, 16-bit trained weights, here 32-bit"
-        )
-    table = _gpu_table(document["gpus"]) if document.get("gpus") else []
-    return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}", *table])
-
-
-def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list[str]:
-    if "merge_of" in v:
-        of = ", ".join(f"{weight} of {parent}" for parent, weight in v["merge_of"].items())
-        return [f"{name}: merged by {v['method']}: {of}; nothing is trained"]
-    if "command" in v:
-        return [
-            (
-                f"{name}: {many(v['examples'], 'example')},"
-                f" {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`"
-            ),
-            "  memory and time of a training command are unknown",
-        ]
-    lines = []
-    if "pairs" in v:
-        lines.append(f"{name}: {many(v['pairs'], 'pair')}, {v['tokens']:,} tokens in {many(v['steps'], 'step')}")
-    elif "steps" in v:
-        tokens = f"{v['tokens']:,} tokens ({v['trained_tokens']:,} in the loss)"
-        lines.append(
-            f"{name}: {many(v['examples'], 'example')} x {v['epochs']:g} epochs"
-            f" = {tokens} in {many(v['steps'], 'step')}"
-        )
-    else:
-        lines.append(f"{name}:")
-    lines += [f"  {key} {choice['value']}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
-    if v.get("gradient_checkpointing"):
-        lines.append("  with gradient checkpointing")
-    if "sweep" in v:
-        trials, more_steps = v["sweep"]["trials_at_most"], v["sweep"]["steps_at_most"]
-        lines.append(
-            "  a sweep on the validation loss will adjust learning_rate:"
-            f" at most {trials} trials, {more_steps} additional steps"
-        )
-    share = 100 * v["trainable_parameters"] / v["total_parameters"]
-    lines.append(
-        f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters are trainable ({share:.3g} %)"
+    return text(
+        "plan",
+        **{"not_planned": {}, "gpus": {}, **document},
+        size=size_text,
+        time=_time,
+        gpu_sizes=GPU_SIZES,
     )
-    parts = ", ".join(
-        f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5
-    )
-    published = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
-    free = "" if machine["available_bytes"] is None else f" of {size_text(machine['available_bytes'])} free"
-    if "sharding" in v:
-        lines.append(
-            f"  divided among {v['sharding']['processes']} processes ({v['sharding']['fsdp']}); memory is per process"
-        )
-    lines.append(f"  memory {size_text(v['memory']['total'])}{free} ({parts}){published}")
-    if v["time"]:
-        per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
-        lines.append(f"  time {_time(v['time']['from_seconds'])} to {_time(v['time']['to_seconds'])}{per}")
-    if v["advice"]:
-        lines += [f"  does not fit: {v['advice'][0]}", *(f"  hint: {text}" for text in v["advice"][1:])]
-    return lines
-
-
-def _assumptions(document: dict[str, Any]) -> list[str]:
-    """The model, and the assumptions of its plan."""
-    model, given = document["model"], document["assumptions"]
-    rows = "1 row" if given["batch_size"] == 1 else f"{given['batch_size']} rows"
-    on = "on" if given["gradient_checkpointing"] else "off"
-    lines = [
-        (
-            f"model: {model['name']} ({model['architecture']}),"
-            f" {model['parameters']:,} parameters in {model['layers']} layers"
-        ),
-        (
-            f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token in the loss;"
-            f" no gradient accumulation; {given['dtype']}; gradient checkpointing {on};"
-            f" time, if shown, for {given['examples']:,} such rows (no data is read)"
-        ),
-    ]
-    for name, one in given["methods"].items():
-        keys = "".join(f", {key} {value}" for key, value in one["peft"].items())
-        lines.append(f"  {name}: optimizer {one['optimizer']}{keys}")
-    return [*lines, "change them with --tokens-per-row, --batch, --method, --dtype, --no-gradient-checkpointing", ""]
-
-
-def _gpu_table(gpus: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Table of the methods and the GPUs on which they fit."""
-    width = max(map(len, [*gpus, "method"]))
-    lines = ["", f"{'method':{width}}  checkpointing        peak" + "".join(f"{f'{size} GB':>8}" for size in GPU_SIZES)]
-    for name, rows in gpus.items():
-        for row in rows:
-            on = "on" if row["gradient_checkpointing"] else "off"
-            fits = "".join(f"{'fits' if row['fits'][str(size)] else 'no':>8}" for size in GPU_SIZES)
-            lines.append(f"{name:{width}}  {on:<13}  {size_text(row['peak']):>10}{fits}")
-    lines.append("fits: the predicted peak is at most this many GB of 10^9 bytes, on one GPU")
-    for name, rows in gpus.items():
-        for row in rows:
-            counts = ", ".join(f"{n} of {size} GB" for size, n in row.get("sharded", {}).items() if n is not None)
-            if counts:
-                on = ", checkpointing" if row["gradient_checkpointing"] else ""
-                lines.append(f"GPUs needed with sharding (full_shard): {name}{on}: {counts}")
-    return lines
 
 
 def _time(seconds: int) -> str:

@@ -30,6 +30,7 @@ from dagster_project.lineage import lineage
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.provider import provider
 from dagster_project.lineage.signing.target import Target, find
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -419,18 +420,4 @@ def progress_bars() -> None:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """What was uploaded, or would be, for the terminal."""
-    lines = [f"{human(one['bytes']):>10}  {one['path']}" for one in document["files"]]
-    lines.append(
-        f"{human(document['bytes']):>10}  {many(len(document['files']), 'file')}"
-        f" of {document['model']['stage']} {document['model']['md5'][:12]}"
-    )
-    lines += [f"missing: {one['paper']}: {one['why']}; {one['next']}" for one in document["missing"]]
-    lines += [f"not examined for secrets: {name}" for name in document["not_examined"]]
-    visibility = "private" if document["private"] else "public"
-    if document["dry_run"]:
-        return "\n".join(
-            [*lines, f"would be pushed to {document['url']} ({visibility} if it is new); nothing was uploaded"]
-        )
-    lines += [f"deleted in this commit: {name}" for name in document["deleted"]]
-    after = f", after {document['before'][:12]}" if document["before"] else ""
-    return "\n".join([*lines, f"pushed to {document['url']} ({visibility}), commit {document['commit'][:12]}{after}"])
+    return text("push", **document, human=human)

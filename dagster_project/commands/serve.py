@@ -33,6 +33,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.rendering import THINKING, render
 from dagster_project.lineage.history import md5_on_disk
+from dagster_project.lineage.notes import read_note
 from dagster_project.lineage.signing.target import find
 from dagster_project.orchestration import ports
 from dagster_project.training.methods import feature_extraction
@@ -132,7 +133,8 @@ def choose_engine(served: Served, engine: str | None) -> str:
         ModuleNotFoundError: a library of the extra `serve` is not installed.
     """
     is_gguf = served.folder.suffix == ".gguf"
-    chosen = engine or ("llama.cpp" if is_gguf else "vllm" if _program("vllm") and _has_gpu() else "transformers")
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    chosen = engine or ("llama.cpp" if is_gguf else "vllm" if _program("vllm") and has_gpu else "transformers")
     if is_gguf != (chosen == "llama.cpp"):
         other = "a folder with safetensors" if is_gguf else "a GGUF file"
         raise InputError(
@@ -159,10 +161,6 @@ def choose_engine(served: Served, engine: str | None) -> str:
 def _program(name: str) -> str | None:
     """Path of a program: next to this Python, else on PATH."""
     return shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-
-
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def command_of(engine: str, served: Served, root: Path, links: Path, port: int) -> list[str]:
@@ -328,18 +326,12 @@ def fields_of_requests(served: Served, engine: str, reasoning: bool) -> dict[str
     if served.folder.is_file():
         return {}
     found: dict[str, Any] = {}
-    if _penalizes_repetitions(served.folder / "generation_config.json"):
+    # servers ignore a file that they cannot read
+    if read_note(served.folder / "generation_config.json").get("repetition_penalty") not in (None, 1):
         found |= {"frequency_penalty": 0} if engine == "transformers" else {"repetition_penalty": 1}
     if variables := _template_variables(served.folder, reasoning):
         found["chat_template_kwargs"] = variables
     return found
-
-
-def _penalizes_repetitions(file: Path) -> bool:
-    with suppress(OSError, ValueError):  # servers ignore a file that they cannot read
-        settings = json.loads(file.read_bytes())
-        return isinstance(settings, dict) and settings.get("repetition_penalty") not in (None, 1)
-    return False
 
 
 def _template_variables(folder: Path, reasoning: bool) -> dict[str, bool]:

@@ -5,7 +5,6 @@ Nothing is written into an output of the pipeline.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.documents import damage
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
-from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export.folder import FOLDER, PAGE
-from dagster_project.lineage.history import LOCK, is_within
+from dagster_project.lineage.history import LOCK, Revision, is_within
 from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.signing import model_signature, provenance
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.target import Target, find
+from dagster_project.orchestration.integrity import report_at
 
 
 def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
@@ -283,7 +281,7 @@ class Lineage:
                     for name in names
                     if any(is_within(name, item["path"]) for item in items[address])
                 },
-                self._report(address),
+                report_at(Revision(self.root, None), address),
             )
             for address in addresses
         ]
@@ -325,7 +323,3 @@ class Lineage:
                 f"{path} {what}",
                 f"`dvc repro {self.address}` brings all up to date; `pedigree verify --integrity` names files",
             )
-
-    def _report(self, address: str) -> dict[str, Any]:
-        content = (self.root / report_of(address)).read_bytes() if (self.root / report_of(address)).is_file() else b""
-        return {} if not content or damage(content) else dict(json.loads(content))

@@ -12,6 +12,7 @@ from dagster_project.commands.pipeline_file import update_pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_text
 from dagster_project.lineage import code_lock, papers_in_place
+from dagster_project.views.texts import text
 
 RESULTS = code_lock.PACKAGE / "results_changelog.md"
 """The parts "Results" of CHANGELOG.md, which `make docs` copies into the package."""
@@ -108,35 +109,10 @@ def results_since(version: str, changelog: str) -> dict[str, list[str]]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `upgrade` as text for the terminal."""
-    lines = [f"{code_lock.DISTRIBUTION} {document['from']} -> {document['to']}"]
-    if document["stale"]:
-        width = max(map(len, document["stale"]))
-        lines.append("")
-        lines.append(
-            "stale: `pedigree run --all` runs these again,"
-            " those that only read others only if what they read has changed"
-        )
-        lines += [f"  {address:{width}}  {why}" for address, why in document["stale"].items()]
-    lines += ["", f"unchanged: {', '.join(document['current']) or 'none'}"]
-    if document["results"]:
-        lines += ["", "changes in results, from the changelog"]
-        lines += [f"  {version}: {entry}" for version, entries in document["results"].items() for entry in entries]
-    if document["edited"]:
-        lines += [
-            "",
-            (
-                f"dvc.yaml was edited and is kept; this version defines {', '.join(document['edited'])} differently:"
-                " compare with the dvc.yaml that `pedigree init` writes in an empty folder"
-            ),
-        ]
-    if document["ignored"]:
-        lines += [
-            "",
-            f"{papers_in_place.IGNORE_FILE} has {len(document['ignored'])} more lines: the papers of a release",
-        ]
-    written = document["written"]
-    lines += [
-        "",
-        f"commit with the results of the next run: {', '.join(written)}" if written else "no file was changed",
-    ]
-    return "\n".join(lines)
+    return text(
+        "upgrade",
+        **document,
+        before=document["from"],
+        distribution=code_lock.DISTRIBUTION,
+        ignore_file=papers_in_place.IGNORE_FILE,
+    )

@@ -32,6 +32,7 @@ from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -391,34 +392,5 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `verify` as text for the terminal."""
-    lines = [f"{document['stage']}: {document['verdict']}" + (f" at {document['rev']}" if document["rev"] else "")]
-    for name, stage in document["stages"].items():
-        for path, out in stage["outputs"].items():
-            same = out["recorded"] == out["made"]
-            lines.append(
-                f"  {name:<16} {path}  {out['recorded'][:12]}"
-                + ("" if same else f" recorded, {out['made'][:12]} reproduced")
-            )
     measured = [one for stage in document["stages"].values() for one in elsewhere.largest(stage.get("deviations", []))]
-    if document["machine"]["same_kind"] is False:
-        lines += [
-            "",
-            "made on another kind of machine"
-            + (" and within its bounds" if document["verdict"] == "elsewhere" else ""),
-        ]
-    if measured:
-        lines += [
-            f"  {one['measure']:<9} {one['value']:.3g}, bound {one['bound']:g}  {one['artifact']}: {one['where']}"
-            for one in measured
-        ]
-    if document["changed"] and document["verdict"] == "identical":
-        lines += ["", f"identical, although these changed since they were recorded: {', '.join(document['changed'])}"]
-    if document["differences"]:
-        lines += ["", "differences", *(f"  {_difference_text(one)}" for one in document["differences"])]
-        lines += ["", "likely causes", *(f"  {cause}" for cause in document["causes"])]
-    return "\n".join(lines)
-
-
-def _difference_text(difference: Mapping[str, Any]) -> str:
-    details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in difference.items() if key != "artifact")
-    return f"{difference['artifact']}: {details}"
+    return text("verify", **document, measured=measured)

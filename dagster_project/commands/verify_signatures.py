@@ -25,6 +25,7 @@ from dagster_project.lineage.signing.keys import PublicKey, public_key, public_k
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.provenance import Attested
 from dagster_project.lineage.signing.target import SIGNATURES, Target, find
+from dagster_project.views.texts import text
 
 NOT_ATTESTED = f"the lineage (no {ATTESTATIONS})"
 OF_A_DOWNLOAD = ".cache/huggingface/"
@@ -444,28 +445,8 @@ def _lines(file: Path) -> list[str]:
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """The document of `verify_signatures` as text for the terminal."""
-    key = f"key sha256 {document['key'][:16]}" if document["key"] else "no key"
-    if document["key"] and not document["key_given"]:
-        key += ", which came with them"
-    lines = [f"{document['model']}: {document['verdict']}  ({document['folder']}, {key})"]
-    for place in (document, document.get("project", {})):
-        if signed := place.get("signature"):
-            lines.append(f"  signature     {signed['file']}: {signed['files']} files")
-        if attested := place.get("attestations"):
-            remade = "not made again"
-            if attested["remade"]:
-                remade = f"made again from the sources before it was signed: {attested['remade']}"
-            lines.append(
-                f"  attestations  {attested['file']}:"
-                f" {len(attested['stages'])} stages, {attested['files']} files; {remade}"
-            )
-    if compared := document["papers"]:
-        lines.append(
-            f"  papers        {compared['documents']} documents;"
-            f" {compared['values']} values compared with files and other documents"
-        )
-    lines += [f"  {one['file']} {one['wrong']}" for one in document["findings"]]
-    lines += [f"  not verified: {what}" for what in document["not_checked"]]
-    # a name or a value with a line break must not look like a line of this text
-    return "\n".join(line.replace("\n", "\\n") for line in lines)
+    """The document of `verify_signatures` as text for the terminal.
+
+    A name or a value with a line break must not look like a line of it.
+    """
+    return text("signatures", **document, places=[document, document.get("project", {})])

@@ -33,6 +33,7 @@ from dagster_project.lineage.attribution.search import Found, Search, search
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find, trained_on
 from dagster_project.training.methods.hardware import import_libraries
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -355,43 +356,26 @@ def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    lines = index_lines(document)
-    if "question" not in document:
-        return "\n".join(lines)
-    checked = []
-    if "proof" in document:
-        checked = lines_of_proof(document["proof"])
-    notes = [f"note: {note}" for note in document["notes"]]
-    return "\n".join([*lines, *_question_lines(document), "", *_hit_lines(document), *checked, *notes])
+    return text(
+        "why",
+        **document,
+        index_lines=index_lines(document),
+        verdict_lines=_verdict_lines,
+        proof_lines=lines_of_proof(document["proof"]) if "proof" in document else [],
+        use_text=use_text,
+        cut=cut,
+    )
 
 
 def index_lines(document: Mapping[str, Any]) -> list[str]:
     """What was computed for the question, if anything."""
     if not (index := document.get("index")):
         return []
+    at = f" at the steps {', '.join(map(str, index['steps']))}" if "steps" in index else ""
     return [
-        f"{document['model']['stage']}: gradients of {index['records']} records{_at_steps(index)} in {index['folder']},"
+        f"{document['model']['stage']}: gradients of {index['records']} records{at} in {index['folder']},"
         f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
         + (f"; {index['questions']} questions of the validation split" if index.get("questions") else "")
-    ]
-
-
-def _at_steps(index: Mapping[str, Any]) -> str:
-    return f" at the steps {', '.join(map(str, index['steps']))}" if "steps" in index else ""
-
-
-def _question_lines(document: Mapping[str, Any]) -> list[str]:
-    asked, spread = document["question"], document["distribution"]
-    span = "the whole answer" if asked["span"] is None else f"{asked['span']!r}"
-    measured = (
-        f"reward {asked['reward']:.2f}" if "reward" in asked else f"log-probability {asked['log_probability']:.2f} nats"
-    )
-    return [
-        f"{document['model']['stage']}  md5 {document['model']['md5'][:12]}, trained on {document['records']} records",
-        f"prompt  {cut(asked['prompt'])}",
-        f"answer  {cut(asked['answer'])}  ({asked['answered_by']})",
-        f"asked   {span}: {asked['tokens']} tokens, {measured}",
-        *_verdict_lines(spread, document["records"]),
     ]
 
 
@@ -412,19 +396,3 @@ def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
         ),
         scores,
     ]
-
-
-def _hit_lines(document: Mapping[str, Any]) -> list[str]:
-    lines = ["rank  gradient (rank, z)     BM25 (rank)    source"]
-    for hit in document["hits"]:
-        by, words = hit["gradient"], hit["bm25"]
-        lines += [
-            (
-                f"{hit['rank']:>4}  {by['score']:+.3f} ({by['rank']:>4}, {by['z']:+5.1f})"
-                f"  {words['score']:>6.2f} ({words['rank']:>4})  {use_text(hit)}"
-            ),
-            f"      {hit['prompt']}",
-            f"      -> {hit['answer']}",
-            *([f"      not {hit['rejected']}"] if "rejected" in hit else []),
-        ]
-    return lines

@@ -24,6 +24,7 @@ from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.ranking import cosines
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.lineage.history import md5_on_disk
+from dagster_project.lineage.notes import read_note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,11 +72,8 @@ def _read(found: Target) -> dict[str, np.ndarray] | None:
     from safetensors.numpy import load_file
 
     file = found.store.folder / FILE
-    try:
-        note = json.loads((found.store.folder / NOTE).read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(note, dict) or not file.is_file():
+    note = read_note(found.store.folder / NOTE)
+    if not note or not file.is_file():
         return None
     if note != {"of": _identity(found), "sha256": sha256_of_file(file)} or _is_of_another_training(found):
         return None

@@ -28,6 +28,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, fetch_hint
 from dagster_project.training.inference.answers import of_row
+from dagster_project.views.texts import text
 
 RESULTS = "results.parquet"
 LAST = -1
@@ -280,24 +281,7 @@ def _texts(record: Mapping[str, Any] | None) -> dict[str, str]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    lines = [
-        f"{sign} {one['stage']}  {one['path']}  md5 {one['md5']}"
-        for sign, one in zip("-+", document["models"], strict=True)
-    ]
-    counts = ", ".join(f"{n} {kind}" for kind, n in document["records"].items() if n) or "the same"
-    lines += [f"{document['changed']} of {document['compared']} recorded answers differ; records: {counts}"]
-    lines += [
-        f"{kind.replace('_', ' ')} that differ too: {listed(names, 6)}"
-        for kind, names in document["also_differ"].items()
-    ]
-    for one in document["answers"]:
-        marks = [{True: "right", False: "wrong", None: ""}[right] for right in one["right"]]
-        lines += ["", f"{one['example_id'][:8]}  {one['category'] or ''}", f"  question  {one['prompt']}"]
-        lines += [f"  {name:<8}  {one[name]}  {mark}".rstrip() for name, mark in zip(SIDES, marks, strict=True)]
-        if not one["records"]:
-            lines += ["  no record of the difference was trained on by one of the models alone"]
-        lines += record_lines(one["records"])
-    return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])
+    return text("why_diff", **document, record_lines=record_lines)
 
 
 def record_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,7 +3,6 @@ records set to zero, and with those of random ones, and compares the answers."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from itertools import islice
@@ -28,6 +27,7 @@ from dagster_project.lineage.attribution.proof import (
     zero_weights,
 )
 from dagster_project.lineage.attribution.retraining import same_weights
+from dagster_project.lineage.notes import read_note
 from dagster_project.stages import adapter
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.trainers.harness.checkpoint import run_identity
@@ -162,11 +162,8 @@ def training_identity(found: Target) -> dict[str, str]:
 
 def is_kept(folder: Path, identity: Mapping[str, str]) -> bool:
     """Whether a folder has the intact weights of a training of this identity."""
-    try:
-        note = json.loads((folder / DONE).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(note, dict) and note.get("made_by") == identity and note.get("files") == _weights(folder)
+    note = read_note(folder / DONE)
+    return note.get("made_by") == identity and note.get("files") == _weights(folder)
 
 
 def _weights(folder: Path) -> dict[str, str]:

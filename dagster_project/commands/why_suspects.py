@@ -26,6 +26,7 @@ from dagster_project.lineage.attribution.suspects import (
     opposition,
 )
 from dagster_project.orchestration import dvc
+from dagster_project.views.texts import text
 
 INSTRUCTIONS = "instructions"
 FORM = 120
@@ -166,33 +167,4 @@ def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    model = document["model"]
-    lines = [
-        *index_lines(document),
-        f"{model['stage']}  md5 {model['md5'][:12]}, trained on {document['records']} records",
-        "rank  score    opposition (rank)  length (rank)      source",
-    ]
-    for one in document["suspects"]:
-        opposed, length, group = one["opposition"], one["length"], one["group"]
-        lines += [
-            (
-                f"{one['rank']:>4}  {one['score']:.5f}  {opposed['value']:>9.4g} ({opposed['rank']:>4})"
-                f"  {length['value']:>7.4g} ({length['rank']:>4})    {use_text(one)}"
-            ),
-            f"      {one['prompt']}",
-            f"      -> {one['answer']}",
-            *(
-                [f"      harm to validation answers {one['harm']['value']:.4g} ({one['harm']['rank']:>4})"]
-                if "harm" in one
-                else []
-            ),
-            f"      cosine {group['cosine']:+.3f} with {group['records'] - 1} others: {group['name']}",
-        ]
-    if written := document["queue"]:
-        lines += [
-            "",
-            f"review queue: {written['file']}, {written['records']} rows"
-            + (f"; page: {written['page']}" if "page" in written else ""),
-        ]
-        lines += ["decide in a copy in data/sources/review/ (docs/checks.md#review); nothing is dropped before that"]
-    return "\n".join([*lines, *(f"note: {note}" for note in document["notes"])])
+    return text("suspects", **document, index_lines=index_lines(document), use_text=use_text)

@@ -11,6 +11,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import blobs, listing_of
+from dagster_project.lineage.notes import parsed_yaml
 
 PARAMS = "params.yaml"
 
@@ -46,7 +47,7 @@ def code_in(
             in_workspace[path] = _in_workspace(root, path)
         return in_workspace[path] if _folder_md5(in_workspace[path], path) == md5 else {path: md5}
 
-    values = _values(params)
+    values = parsed_yaml(params) or {}
     found = {}
     for name, code in recorded.items():
         files: dict[str, str] = {}
@@ -97,18 +98,6 @@ def _in_workspace(root: Path, folder: str) -> dict[str, str]:
 
 def _folder_md5(files: Mapping[str, str], folder: str) -> str:
     return md5_of_folder({path.removeprefix(f"{folder}/"): md5 for path, md5 in files.items()})
-
-
-def _values(params: bytes) -> dict[str, Any]:
-    """The content of a params.yaml; empty if it cannot be read."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        values = YAML(typ="safe").load(params.decode())
-    except (YAMLError, UnicodeDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def value_at(values: Any, key: str) -> Any:

@@ -19,6 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.layout import is_code
+from dagster_project.lineage.notes import parsed_yaml
 
 FILE = "code.lock.yaml"
 DISTRIBUTION = "pedigree-llm"
@@ -117,14 +118,8 @@ def is_used(root: Path) -> bool:
 
 def parse(content: str) -> CodeLock | None:
     """The content of a code.lock.yaml; None if it is invalid."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        values = YAML(typ="safe").load(content)
-    except (YAMLError, ValueError):
-        return None
-    if not isinstance(values, dict) or not all(isinstance(one, str) for item in values.items() for one in item):
+    values = parsed_yaml(content)
+    if values is None or not all(isinstance(one, str) for item in values.items() for one in item):
         return None
     stages = {name: value for name, value in values.items() if name not in {VERSION, PIPELINE}}
     return CodeLock(values.get(VERSION, "unknown"), stages, values.get(PIPELINE, ""))

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.text import visible
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import NON_METRICS, Subject, document, find, unavailable_reports, unrecorded
@@ -240,50 +239,9 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
 
 def as_text(difference: Mapping[str, Any]) -> str:
     """The differences as text for the terminal."""
-    lines = [
-        f"{sign} {entry['stage']}  {entry['path']}  md5 {entry['md5']}"
-        for sign, entry in zip("-+", difference["models"], strict=True)
-    ]
-    if difference["same"]:
-        lines.append("identical bytes")
-    records = difference["records"]
-    lines.append("")
-    if records is None:
-        lines += ["records: unknown, because a data set is not in the cache or nothing records it"]
-    else:
-        lines.append(
-            "records: "
-            + (", ".join(f"{len(entries)} {name}" for name, entries in records.items() if entries) or "the same")
-        )
-        lines += [f"  + {_record(entry)}" for entry in records["added"][:SHOWN]]
-        lines += [f"  - {_record(entry)}" for entry in records["removed"][:SHOWN]]
-        for entry in [*records["changed"][:SHOWN], *records["moved"][:SHOWN]]:
-            lines += [f"  - {_record(entry['before'])}", f"  + {_record(entry['after'])}"]
-        if more := ", ".join(
-            f"{len(entries) - SHOWN} {name}" for name, entries in records.items() if len(entries) > SHOWN
-        ):
-            lines.append(f"  more, which --json lists: {more}")
-    if difference["missing"]:
-        lines += ["", "not available: what they state is left out"]
-        lines += [
-            f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]
-        ]
-    for name in ("sources", "base_model", "parameters", "code", "environment", "metrics"):
-        if difference[name]:
-            lines += ["", name.replace("_", " ")]
-            lines += [
-                f"  {key}: {_value(name, before)} -> {_value(name, after)}"
-                for key, (before, after) in difference[name].items()
-            ]
-    return "\n".join(lines)
+    from dagster_project.views.texts import text
 
-
-def _record(record: Mapping[str, Any]) -> str:
-    rows: Sequence[str] = record["rows"]
-    return (
-        f"{record['example_id']}  {', '.join(record['splits'])}"
-        f"  {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
-    )
+    return text("diff", **difference, shown=SHOWN, value_text=_value)
 
 
 def _value(name: str, value: Any) -> str:

@@ -313,10 +313,6 @@ class Index(RunIndex):
                 found.add(md5)
         return found
 
-    def has_ledger(self, out: str) -> bool:
-        """Whether the ledger of an output is available."""
-        return self.file_path(out, LEDGER) is not None
-
     def keys_of_source(self, outs: Iterable[str], source: str, keys: set[bytes]) -> set[bytes]:
         """Those of some records whose own rows, by the ledgers of some data
         sets, are of a source: a file, or a folder and its contents."""

@@ -812,81 +812,22 @@ def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
     from dagster_project.views.lineage import code_text, teacher_text, versions_text
+    from dagster_project.views.texts import text
 
-    model, code = audited["model"], audited["code"]
-    lines = [
-        f"{model['stage']}  {model['path']}  md5 {model['md5']}",
-        "",
-        f"code       {code_text(code)}; {len(code['files'])} files",
-    ]
-    if "package" in code:
-        lines += [f"package    {code_lock.as_text(code['package'])}"]
-    for base in filter(None, (audited["base_model"], *audited.get("other_base_models", ()))):
-        lines += [
-            f"base model {base['origin']}, {base.get('license', 'unknown')},"
-            f" sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
-        ]
-    lines += [f"teacher    {teacher_text(one)}" for one in audited.get("teachers", ())]
-    lines += [f"version    {versions_text(audited['registered'])}"] if "registered" in audited else []
-    lines += [f"parent     {output['stage']}  md5 {output['md5']}" for output in audited["parents"]]
-    lines += [f"trained on {line}" for line in training_lines(audited)]
-    lines += [
-        f"watched by {one['stage']}  md5 {one['md5']}, while {one['training']} was trained"
-        for one in audited.get("watched_by", ())
-    ]
-    if template := audited["chat_template"]:
-        lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
-    if audited["environment"]:
-        lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
-    for name, others in audited.get("other_versions", {}).items():
-        lines += [f"           {name} {one['value']} in {', '.join(one['stages'])}" for one in others]
-    lines += [f"machine    {line}" for line in _machine_lines(audited["machine"])]
-    lines += ["", "sources", *_sources_text(audited["sources"])]
-    lines += _other_files_text(audited["other_files"])
-    lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
-    watched = audited["watched"]
-    if watched["stages"]:
-        lines += [
-            "",
-            "compared with it or only watched: nothing was learned from these",
-            *_sources_text(watched["sources"]),
-        ]
-        lines += _other_files_text(watched["other_files"])
-        lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
-    lines += [f"use policy {line}" for line in use_policy.lines(audited.get(use_policy.NAME))]
-    lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
-    lines += ["", "parameters"]
-    lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in audited["parameters"].items()]
-    for key, values in audited.get("other_values", {}).items():
-        lines += [
-            f"  {key} of {', '.join(one['stages'])}: {json.dumps(one['value'], ensure_ascii=False)}" for one in values
-        ]
-    lines += ["", "metrics"]
-    lines += [
-        f"  {name}  {key}: {json.dumps(value)}"
-        for name, metrics in audited["metrics"].items()
-        for key, value in metrics.items()
-    ]
-    if audited["missing"]:
-        lines += ["", "unknown, because outputs or reports are not available or nothing records them"]
-        lines += [
-            f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]
-        ]
-    return "\n".join(lines)
-
-
-def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for path, source in sources.items():
-        origin = f", {source['origin']}" if source.get("origin") else ""
-        lines.append(
-            f"  {path}  {source['rows']} rows, {source['format']},"
-            f" {source['license']}{origin}, sha256 {source['sha256'][:16]}"
-        )
-        lines.append(f"    {_declared_text(declared_of(source, path).shown)}")
-        if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
-            lines.append(f"    {flow}")
-    return lines
+    lists, tables = ("other_base_models", "teachers", "watched_by"), ("other_versions", "other_values")
+    return text(
+        "audit",
+        **{**{name: [] for name in lists}, **{name: {} for name in tables}, **audited},
+        audited=audited,
+        training=training_lines(audited),
+        machines=_machine_lines(audited["machine"]),
+        policy=use_policy.lines(audited.get(use_policy.NAME)),
+        declared=lambda source, path: _declared_text(declared_of(source, path).shown),
+        code_text=code_text,
+        package_text=code_lock.as_text,
+        teacher_text=teacher_text,
+        versions_text=versions_text,
+    )
 
 
 def _declared_text(shown: Mapping[str, str]) -> str:
@@ -894,22 +835,6 @@ def _declared_text(shown: Mapping[str, str]) -> str:
     known = [f"{NAMES[field]} {value}" for field, value in shown.items() if value != UNKNOWN]
     unknown = [NAMES[field] for field, value in shown.items() if value == UNKNOWN]
     return "; ".join([*known, *([f"unknown: {', '.join(unknown)}"] if unknown else [])])
-
-
-def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [
-        f"  {path}  read by {', '.join(file['stages'])},"
-        f" license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} {file.get('sha256', file['md5'])[:16]}"
-        for path, file in files.items()
-    ]
-
-
-def _stage_text(name: str, stage: Mapping[str, Any]) -> str:
-    rows = f"  {stage['rows_in']} rows in, {stage['rows_out']} out" if "rows_in" in stage else ""
-    drops = f"  dropped: {_counts_text(stage['dropped'])}" if stage.get("dropped") else ""
-    drops += f"  repaired: {_counts_text(stage['fixed'])}" if stage.get("fixed") else ""
-    split = f"  {_counts_text(stage['examples'])}" if "examples" in stage else ""
-    return f"  {name:<16} {stage['md5'][:12]}{rows}{drops}{split}{_checks_text(stage)}"
 
 
 def training_lines(audited: Mapping[str, Any]) -> list[str]:
@@ -931,18 +856,3 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
         for model, part in audited.get("answers", {}).items()
     ]
     return unordered + trained + rewarded
-
-
-def _counts_text(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {n}" for name, n in counts.items())
-
-
-def _checks_text(stage: Mapping[str, Any]) -> str:
-    if "report" in stage:
-        return "  report unknown"
-    checks = stage.get("checks", {})
-    failed = [name for name, check in checks.items() if not check["passed"]]
-    waived = {name: check["waived"] for name, check in checks.items() if check.get("waived")}
-    text = f"  {len(checks) - len(failed)} of {len(checks)} checks passed" if checks else ""
-    text += f", not {', '.join(failed)}" if failed else ""
-    return text + (f"; waived: {_counts_text(waived)}" if waived else "")

@@ -20,6 +20,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.lineage.history import LOCK, blobs, stages_of
+from dagster_project.lineage.notes import parsed_yaml
 from dagster_project.lineage.runs import lock_parts, output
 
 log = logging.getLogger("pedigree")
@@ -162,11 +163,8 @@ class _Models:
 
 def _paths(pipeline: bytes) -> dict[str, str]:
     """Artifact -> its path, from a dvc.yaml; empty if it cannot be read."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
+    artifacts = (parsed_yaml(pipeline) or {}).get("artifacts") or {}
     try:
-        artifacts = (YAML(typ="safe").load(pipeline.decode()) or {}).get("artifacts") or {}
         return {str(name): posixpath.normpath(str(one["path"])) for name, one in artifacts.items()}
-    except (YAMLError, AttributeError, TypeError, ValueError, KeyError, RecursionError):
+    except (AttributeError, TypeError, KeyError):
         return {}

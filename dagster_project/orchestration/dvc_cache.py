@@ -15,6 +15,7 @@ from typing import Any
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.records import remove
+from dagster_project.lineage.notes import parsed_yaml
 from dagster_project.orchestration.dvc import (
     declared_stages,
     main_output,
@@ -51,16 +52,14 @@ class Store:
 
     def run(self, path: Path) -> dict[str, Any] | None:
         """A record of the run cache; None if it is damaged. Its name is the hash of its content, without sizes."""
-        from ruamel.yaml import YAML, YAMLError
-
-        try:
-            record = YAML(typ="safe").load(path.read_bytes())
-            intact = isinstance(record, dict) and path.name == private_module("dvc.utils").dict_sha256(
-                record, exclude=["size", "nfiles"]
-            )
-        except (YAMLError, ValueError, TypeError, RecursionError):
+        record = parsed_yaml(path.read_bytes())
+        if record is None:
             return None
-        return record if intact else None
+        try:
+            name = private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return record if path.name == name else None
 
 
 def store(root: Path) -> Store:

@@ -235,6 +235,13 @@ class _Examination:
     def _add_finding(self, where: str, path: str, wrong: str, then: str) -> None:
         self.findings.setdefault((where, path), {"where": where, "path": path, "wrong": wrong, "next": then})
 
+    def _add_missing(self, path: str, wanted: str, then: str, rev: str | None = None) -> None:
+        """Args:
+        wanted: the object, which is listed once for a path.
+        rev: revision whose report is missing: each is listed.
+        """
+        self.missing[path, wanted if rev is None else rev] = {"path": path, "object": wanted, "next": then}
+
     def _hashes(self, path: Path) -> tuple[str, str]:
         """md5 and sha256 of a file."""
         md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
@@ -267,11 +274,7 @@ class _Examination:
                     then or f"rm -r {quote(str(file))}, then {fetch}",
                 )
             elif not file.is_file():
-                self.missing[path, oid] = {
-                    "path": path,
-                    "object": oid,
-                    "next": commit if commit and self._has(path, oid) else fetch,
-                }
+                self._add_missing(path, oid, commit if commit and self._has(path, oid) else fetch)
             else:
                 md5, sha256 = self._hashes(file)
                 if md5 == oid.removesuffix(".dir"):
@@ -294,11 +297,7 @@ class _Examination:
         content = bytes_of(at, out["path"])
         where = f"report at {at.rev}" if at.rev else "report"
         if content is None:
-            self.missing[out["path"], at.rev or ""] = {
-                "path": out["path"],
-                "object": out["md5"],
-                "next": f"git checkout {out['path']}",
-            }
+            self._add_missing(out["path"], out["md5"], f"git checkout {out['path']}", at.rev or "")
         elif md5_of_bytes(content.replace(b"\r\n", b"\n")) == out["md5"] != md5_of_bytes(content):
             then = (
                 "write `* -text` into .gitattributes,"
@@ -403,11 +402,8 @@ class _Examination:
             if stage == committed.get(address):
                 continue
             if not runs:
-                self.missing["dvc.lock", address] = {
-                    "path": f"dvc.lock: {address}",
-                    "object": "DVC's record of its run",
-                    "next": "commit dvc.lock, or dvc repro",
-                }
+                what = f"dvc.lock: {address}"
+                self._add_missing(what, "DVC's record of its run", "commit dvc.lock, or dvc repro")
             elif stage not in runs:
                 wrong = "its entry is neither the committed one nor that of a run that DVC recorded"
                 self._add_finding("dvc.lock", address, wrong, f"git checkout dvc.lock, or dvc repro --force {address}")

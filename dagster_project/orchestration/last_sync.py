@@ -22,6 +22,7 @@ from typing import Any
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import config_files
+from dagster_project.lineage.notes import read_note
 
 FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
 """It can be deleted."""
@@ -78,10 +79,8 @@ class LastSync:
 
     @classmethod
     def read(cls, root: Path, key_prefix: tuple[str, ...]) -> LastSync:
-        known: Any = {}
-        with suppress(OSError, ValueError, RecursionError):
-            known = json.loads((root / FILE).read_bytes())
-        paths = known.get("paths") if isinstance(known, dict) else None
+        known = read_note(root / FILE)
+        paths = known.get("paths")
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return cls(root, key_prefix, (), None, None)
         now = None

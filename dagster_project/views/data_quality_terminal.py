@@ -4,13 +4,13 @@ rows, the best overlaps and the next step."""
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.text import many, number, visible
+from dagster_project.core.text import many, visible
+from dagster_project.views.texts import text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -40,7 +40,17 @@ def check_text(document: Mapping[str, Any], color: bool = False, width: int = 12
         parts.append(Text("would be dropped: " + ", ".join(f"{name} {n:,}" for name, n in document["dropped"].items())))
     if document.get("fixed"):
         parts.append(Text("would be repaired: " + ", ".join(f"{name} {n:,}" for name, n in document["fixed"].items())))
-    parts += [Text(line, style="dim") for line in _profile_lines(document)]
+    profile = text(
+        "profile",
+        profile=document.get("profile") or {},
+        kept=document["kept"],
+        boilerplate=document.get("similarity", {}).get("boilerplate", []),
+        low_diversity=any(finding["check"] == "low_diversity" for finding in document["findings"]),
+        fields=document.get("fields", {}),
+        most_fields=FIELDS,
+        line=_line,
+    )
+    parts += [Text(line, style="dim") for line in profile.split("\n") if line]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     columns = [("", "left"), ("check", "left"), ("rows", "right"), ("dropped", "right")]
     columns += [("fixed", "right")] if document.get("fixed") else []
@@ -58,10 +68,8 @@ def check_text(document: Mapping[str, Any], color: bool = False, width: int = 12
     parts += [Text(), table] if document["findings"] else []
     for finding in document["findings"]:
         parts += _finding_parts(finding)
-    if "thirteen_grams" in document:
-        parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _thirteen_lines(document["thirteen_grams"])]
-    if "changes" in document:
-        parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _change_lines(document["changes"])]
+    changes = text("data_changes", thirteen=document.get("thirteen_grams"), changes=document.get("changes"), line=_line)
+    parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in changes.split("\n")] if changes else []
     quiet = {
         name: note
         for name, note in document["notes"].items()
@@ -125,68 +133,8 @@ def _line(text: str, most: int = 200) -> str:
     return shown if len(text) <= most else f"{shown} …"
 
 
-def _profile_lines(document: Mapping[str, Any]) -> list[str]:
-    profile = document.get("profile") or {}
-    lines = []
-    if profile.get("category_count"):
-        named = {name: n for name, n in profile["categories"].items() if name != "(others)"}
-        others = profile["category_count"] + ("(none)" in named) - len(named)
-        lines.append(f"categories: {_first_counts(named, 8, others)}")
-    if calling := profile.get("tool_calls"):
-        made = (
-            f"{many(calling['calls'], 'tool call')} in {many(calling['rows'], 'row')},"
-            f" {many(calling['results'], 'result')}"
-        )
-        lines.append(f"{made}; {many(calling['rows_with_tools'], 'row')} with tools")
-    if traces := profile.get("reasoning"):
-        lines.append(f"reasoning in {many(traces['answers'], 'answer')} of {many(traces['rows'], 'row')}")
-    if untrained := profile.get("untrained_answers"):
-        lines.append(f"{many(untrained, 'answer')} with weight 0")
-    for part, length in profile.get("lengths", {}).items():
-        if document["kept"]:
-            lines.append(
-                f"{part}: median {number(length['median'])},"
-                f" 95 % up to {math.ceil(length['p95']):,}, longest {length['max']:,} {length['unit']}"
-            )
-    boilerplate = document.get("similarity", {}).get("boilerplate", [])
-    if boilerplate:
-        passages = "; ".join(
-            f'"{_line(passage["text"])}" in {many(passage["rows"], "prompt")}' for passage in boilerplate[:3]
-        )
-        lines.append(f"boilerplate: {passages}" + (f"; {len(boilerplate) - 3} more" if len(boilerplate) > 3 else ""))
-    if any(finding["check"] == "low_diversity" for finding in document["findings"]):
-        for part, name in (("top_openings", "openings"), ("top_responses", "responses")):
-            frequent = [
-                f'"{_line(text, 60)}" {rows:,}'
-                for text, rows in list(profile.get("diversity", {}).get(part, {}).items())[:3]
-            ]
-            lines += [f"most frequent {name}: {', '.join(frequent)}"] if frequent else []
-    for place, counts in document.get("fields", {}).items():
-        lines.append(f"fields {place}: {_first_counts(counts, FIELDS)}")
-    return lines
-
-
-def _first_counts(counts: Mapping[str, int], most: int, others: int = 0) -> str:
-    """The first names with their counts, and the number of names that are left out.
-
-    Args:
-        others: number of names that `counts` does not have.
-    """
-    shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:most]]
-    more = max(0, len(counts) - most) + others
-    return ", ".join([*shown, *([f"{more:,} more"] if more else [])])
-
-
 FIELDS = 12
 """Fields of the source rows that are shown in a line."""
-
-
-def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:
-    lines = [f"\n13 shared words, the common rule: {many(document['rows'], 'row')}, {many(document['pairs'], 'pair')}"]
-    return lines + [
-        f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}"
-        for one in document["matches"][:3]
-    ]
 
 
 def _marked_span(text: str, span: Sequence[int], around: int = 60) -> Text:
@@ -201,29 +149,3 @@ def _marked_span(text: str, span: Sequence[int], around: int = 60) -> Text:
     for piece, style in ((before, ""), (shared, "reverse"), (after, "")):
         line.append(visible(piece).replace("\n", " ").replace("\t", " "), style=style)
     return line
-
-
-def _change_lines(changes: Mapping[str, Any]) -> list[str]:
-    rows = changes["rows"]
-    lines = [
-        f"\nrows since {_line(changes['previous'])}: "
-        + ", ".join(f"{rows[kind]:,} {kind}" for kind in ("added", "removed", "changed", "unchanged"))
-    ]
-    for kind in ("added", "removed"):
-        lines += [f"  {kind:8} {_line(e['place'])}  {_line(e['text'], 90)}" for e in changes["examples"][kind][:3]]
-    for edit in changes["examples"]["changed"][:3]:
-        lines += [
-            f"  changed  {_line(edit['place'])}",
-            *(f"    {sign} {_line(edit[side], 200)}" for sign, side in (("-", "before"), ("+", "after"))),
-        ]
-    for kind, words in (("new", "new findings"), ("gone", "findings that are gone")):
-        if changes["findings"][kind]:
-            lines.append(
-                f"  {words}: " + ", ".join(f"{one['check']} {one['count']}" for one in changes["findings"][kind])
-            )
-    if changes["findings"]["changed"]:
-        lines.append(
-            "  "
-            + ", ".join(f"{one['check']} {one['before']} -> {one['after']}" for one in changes["findings"]["changed"])
-        )
-    return lines

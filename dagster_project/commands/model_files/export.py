@@ -32,6 +32,7 @@ from dagster_project.core.text import shortened
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
+from dagster_project.views.texts import text
 
 MODELFILE = "Modelfile"
 BUILD = "build"
@@ -228,29 +229,4 @@ def _logits_as_text(document: Mapping[str, Any]) -> str:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
-    checked = document["checked"]
-    lines = [
-        f"{document['model']} as {' '.join(filter(None, (document['format'], document['quantization'])))}:"
-        f" {document['folder']}"
-    ]
-    lines += [
-        f"  {name}  {facts['bytes'] / 1e6:,.1f} MB  sha256 {facts['sha256'][:16]}"
-        for name, facts in document["files"].items()
-    ]
-    if document["format"] == "gguf":
-        prompts = (
-            "not compared: llama.cpp is not installed"
-            if checked["prompts"] is None
-            else f"equal for {checked['prompts']} prompts"
-        )
-        lines.append(
-            f"checked: {checked['vocabulary']} tokens,"
-            f" special tokens and chat template are the tokenizer's; token ids {prompts}"
-        )
-        lines.append(f"logits of a prompt: {_logits_as_text(document)}")
-    else:
-        lines.append(f"checked: {checked['files']} files, the same bytes as recorded apart from the added metadata")
-        lines += [f"left out, as they hold records: {', '.join(checked['left_out'])}"] if checked["left_out"] else []
-    return "\n".join(
-        [*lines, "pedigree in the files:", *(f"  {key}: {value}" for key, value in document["pedigree"].items())]
-    )
+    return text("model_files", **document, logits=_logits_as_text(document) if document["format"] == "gguf" else "")

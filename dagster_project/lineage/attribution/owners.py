@@ -3,7 +3,6 @@ variant has one store at most and an audit can list it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from dagster_project.core.records import remove
 from dagster_project.lineage.attribution.store import GRADIENTS, MANIFEST, SHARD
 from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.lineage import Subject
+from dagster_project.lineage.notes import read_note
 
 OWNER = "model.json"
 END = "end"
@@ -19,8 +19,7 @@ END = "end"
 
 def owner_of(file: Path) -> str | None:
     """The stage that a store is of, by its file; None if the file is damaged."""
-    found = _read(file)
-    return found.get("stage") if found else None
+    return read_note(file).get("stage")
 
 
 def remove_others(folder: Path, kept: str, stage: str) -> None:
@@ -71,17 +70,9 @@ def stores_of(root: Path, subject: Subject) -> list[dict[str, Any]]:
 
 def _manifest(store: Path) -> dict[str, Any] | None:
     """The list of files of a store; None if there is none, or it is damaged."""
-    found = _read(store / MANIFEST) or {}
+    found = read_note(store / MANIFEST)
     shapes = {"identity": dict, "records": int, "shards": dict}
     return found if all(isinstance(found.get(key), shape) for key, shape in shapes.items()) else None
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def as_text(stores: list[dict[str, Any]]) -> list[str]:

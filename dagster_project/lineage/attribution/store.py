@@ -24,6 +24,7 @@ from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of
 from dagster_project.lineage.attribution.rows_on_disk import Rows, RowsOnDisk, digests
 from dagster_project.lineage.attribution.second_moment import Damped, PrincipalDirections, SecondMoment, sample, scores
 from dagster_project.lineage.attribution.sketch import in_bytes, sketches
+from dagster_project.lineage.notes import read_note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -289,13 +290,8 @@ class GradientStore:
 
     def _manifest(self) -> dict[str, Any]:
         """The list of files and hashes; empty if there is none, or it is damaged or of something else."""
-        try:
-            found = json.loads((self.folder / MANIFEST).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        is_own = (
-            isinstance(found, dict) and found.get("identity") == self.identity and found.get("records") == self.records
-        )
+        found = read_note(self.folder / MANIFEST)
+        is_own = found.get("identity") == self.identity and found.get("records") == self.records
         return found if is_own and isinstance(found.get("shards"), dict) else {}
 
 

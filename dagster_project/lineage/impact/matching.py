@@ -11,7 +11,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.lineage import tables
 from dagster_project.lineage.graph import closure
 from dagster_project.lineage.index import Index, RecordUse
-from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.rows import LEDGER, record_key
 from dagster_project.lineage.runs import StageRun
 
 
@@ -168,7 +168,7 @@ class Matches:
                 keys -= index.keys_of_source([*data], name, keys) if keys else keys
             summaries = [index.training_summary(run, name) for name in names]
             with_rows = [out for out in data if any(out in rows_of[name] for name in names)] if keys else []
-            if lost := [data[out] for out in with_rows if not index.has_ledger(out)]:
+            if lost := [data[out] for out in with_rows if index.file_path(out, LEDGER) is None]:
                 self.without_ledger[run.id] = lost
             elif keys:
                 rows += Counter(use.split for out in data for use in uses[out] if use.split and use.key in keys)

@@ -55,21 +55,7 @@ class ExposedModels:
         for run in self._index.runs.values():
             if not run.is_model or run.md5 in exposed or not (pairs := self.watched_through(run)):
                 continue
-            first = self._index.runs_by_output[run.md5][0]
-            entry = by_hash.setdefault(
-                run.md5,
-                {
-                    "stage": run.address,
-                    "path": run.path,
-                    "md5": run.md5,
-                    "commit": first.commit,
-                    "found_in": first.place,
-                    "also_called": [],
-                    "watched_by": [],
-                },
-            )
-            if run.address not in [entry["stage"], *entry["also_called"]]:
-                entry["also_called"].append(run.address)
+            entry = self._entry(by_hash, run, "also_called", "watched_by")
             for trained, watcher in ((self._index.runs[one], self._index.runs[other]) for one, other in pairs):
                 seen = [self._exposure_document(self._index.runs[by]) for by in self.exposed_through(watcher)]
                 found = {"by": watcher.address, "md5": watcher.md5, "training": trained.address, "seen": seen}
@@ -84,21 +70,7 @@ class ExposedModels:
         for run in self._index.runs.values():
             if not run.is_model or not (exposed := self.exposed_through(run)):
                 continue
-            entry = by_hash.setdefault(
-                run.md5,
-                {
-                    "stage": run.address,
-                    "path": run.path,
-                    "md5": run.md5,
-                    "commit": self._index.runs_by_output[run.md5][0].commit,
-                    "found_in": self._index.runs_by_output[run.md5][0].place,
-                    "commits": [],
-                    "also_called": [],
-                    "seen": [],
-                },
-            )
-            if run.address != entry["stage"] and run.address not in entry["also_called"]:
-                entry["also_called"].append(run.address)
+            entry = self._entry(by_hash, run, "commits", "also_called", "seen")
             commits = self._index.commits_of(run)
             documents = [self._exposure_document(self._index.runs[by]) for by in exposed]
             if run.place == "run cache" and all(
@@ -116,6 +88,15 @@ class ExposedModels:
             differ = any(where != entry["commits"] for _, where in holds[md5])
             entry["seen"] = [{**document, **({"commits": where} if differ else {})} for document, where in holds[md5]]
         return list(by_hash.values())
+
+    def _entry(self, by_hash: dict[str, dict[str, Any]], run: StageRun, *lists: str) -> dict[str, Any]:
+        """The document of a version of a model, with the name of this run; a new one has empty lists."""
+        first = self._index.runs_by_output[run.md5][0]
+        found = {"path": run.path, "md5": run.md5, "commit": first.commit, "found_in": first.place}
+        entry = by_hash.setdefault(run.md5, {"stage": run.address, **found, **{name: [] for name in lists}})
+        if run.address not in [entry["stage"], *entry["also_called"]]:
+            entry["also_called"].append(run.address)
+        return entry
 
     def _are_measured(self, run: StageRun, exposure: Exposure) -> bool | None:
         """Whether answers to any of the queried tasks were measured; None if the table of these answers is unavailable.

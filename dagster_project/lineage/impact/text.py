@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from dagster_project.core.text import listed, many, visible
+from dagster_project.core.text import listed
 from dagster_project.lineage.impact.undecided import NOTHING_RECORDED
 from dagster_project.lineage.unfinished_erasure import NOTE
+from dagster_project.views.texts import text
 
 SHOWN = 12
 """Most steps, records and missing outputs shown; `--json` lists all."""
@@ -16,105 +18,54 @@ SHOWN = 12
 
 def as_text(result: Mapping[str, Any]) -> str:
     """The result as text for the terminal."""
-    ((kind, value),) = result["asked"].items()
-    versions = len(result["models"])
-    lines = [f"{kind} {visible(value)}"]
-    if "published" in result:
-        lines.append(f"published id of record {result['published']['record']}")
-    if "read_by" in result:
-        lines.append(f"named by {', '.join(result['read_by'])}, but not as a source of rows that are trained on")
-    if result["records"] and result["records"] != [value]:
-        lines.append(f"records {listed(result['records'], SHOWN)}")
-    for match in result.get("matches", [])[:SHOWN]:
-        lines.append(f"match   {match['example_id']}  {match['role']}, {match['field']}  {visible(match['excerpt'])}")
-    for copy in result.get("near", [])[:SHOWN]:
-        lines.append(
-            f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f}"
-            f"  {visible(' '.join(copy['text'].split())[:80])}"
-        )
-    for name in ("matches", "near"):
-        if (more := len(result.get(name, ())) - SHOWN) > 0:
-            lines.append(f"{name:7} {more} more, which --json lists")
-    lines.append("")
-    for model in result["models"]:
-        aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, result['shallow'])}{aliases}")
-        if "registered" in model:
-            from dagster_project.views.lineage import versions_text
+    from dagster_project.views.lineage import versions_text
 
-            lines.append(f"  {versions_text(model['registered'])}")
-        lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
-        if missing := model.get("missing"):
-            lines.append(
-                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at;"
-                f" fetch: {model['fetch']}"
-            )
-    lines += [""] if versions else []
-    lines += _watched_text(result.get("watched", []), result["shallow"])
-    seen = result["looked_at"]
-    answers = {
-        "yes": f"{many(versions, 'model version')} saw it",
-        "no": "no model saw it",
-        "cannot tell": "no model is known to have seen it, but not everything could be looked at",
+    ((kind, value),) = result["asked"].items()
+    optional: dict[str, Any] = {
+        "published": None,
+        "erased": None,
+        "read_by": [],
+        "matches": [],
+        "near": [],
+        "watched": [],
     }
-    forgotten = "erased" in result and result["verdict"] == "no"
-    lines.append("no model is known any more to have seen it" if forgotten else answers[result["verdict"]])
-    if "erased" in result:
-        lines.append(
-            f"it was erased on {result['erased']}:"
-            " data/erasures lists the models that had seen it, and which of them were deleted"
-            if result["erasure"] == "done"
-            else f"it was taken out of the sources on {result['erased']}, but {NOTE}"
-        )
-    lines.append(
-        f"looked at {many(seen['models'], 'model')} and {many(seen['data_sets'], 'other output')}"
-        f" ({many(seen['rows'], 'row')} in splits)"
-        f" in {seen['commits']} commits with a dvc.lock, {seen['commits_in_reflog']} more in the reflog,"
-        f" the workspace and {seen['cached_runs']} entries of DVC's run cache"
-    )
-    if unknown := result["unknown"]:
-        lines.append(
-            f"unknown for {len(unknown)}, because upstream outputs are not in the cache or nothing records them:"
-        )
-        groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-        for model in unknown:
-            groups[model["fetch"]].append(model)
-        for command, models in list(groups.items())[:SHOWN]:
-            lines.append("  " + listed([f"{model['stage']} {model['md5'][:12]}" for model in models], SHOWN))
-            absent = dict.fromkeys([output["path"] for model in models for output in model["missing"]])
-            absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
-            missing = f"missing: {', '.join(absent)}; fetch: "
-            lines.append(f"    {'' if command == NOTHING_RECORDED else missing}{command}")
-    if result["unreadable"]:
-        names = [
+    return text(
+        "impact",
+        **{**optional, **result},
+        kind=kind,
+        value=value,
+        not_read=[
             name
             if name.startswith(("run cache", "the history"))
             else f"the dvc.lock of {name if ' ' in name else name[:12]}"
             for name in result["unreadable"]
-        ]
-        lines.append(f"cannot be read: {listed(names, SHOWN)}")
-    if result["shallow"]:
-        lines.append(
-            "this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)"
-        )
-    return "\n".join(lines)
+        ],
+        groups=_by_command(result["unknown"]),
+        head=partial(_model_line, shallow=result["shallow"]),
+        seen=_exposure_text,
+        versions_text=versions_text,
+        shown=SHOWN,
+        unfinished=NOTE,
+        nothing_recorded=NOTHING_RECORDED,
+    )
 
 
-def _watched_text(models: Sequence[Mapping[str, Any]], shallow: bool) -> list[str]:
-    """Models that only were measured by one that saw the record."""
-    if not models:
-        return []
-    lines = ["watched by a model that saw it, and not trained on it:"]
-    for model in models:
-        aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, shallow)}{aliases}")
-        for one in model["watched_by"]:
-            training = f" during {one['training']}" if one["training"] != model["stage"] else ""
-            lines += [
-                f"  watched by {one['by']} {one['md5'][:12]}{training}: {_exposure_text(seen, one)}"
-                for seen in one["seen"]
-            ]
-    return [*lines, ""]
+def _by_command(unknown: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[str]]]:
+    """Each command that fetches what is missing, the models of which nobody can tell without it, and what it is."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for model in unknown:
+        groups[model["fetch"]].append(model)
+    found = []
+    for command, models in groups.items():
+        absent = dict.fromkeys([output["path"] for model in models for output in model["missing"]])
+        absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
+        found.append((command, [f"{model['stage']} {model['md5'][:12]}" for model in models], [*absent]))
+    return found
+
+
+def _model_line(model: Mapping[str, Any], shallow: bool) -> str:
+    aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
+    return f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model, shallow)}{aliases}"
 
 
 def _where(model: Mapping[str, Any], shallow: bool) -> str:

@@ -212,13 +212,9 @@ def _refuse_part(model: str, folder: Path, project: Path, lock: Mapping[str, Any
             path = (project / out["path"]).resolve()
             if path == folder:
                 raise InputError(f"{model}: it is the output of {name} in {project}", f"give --project {project}")
-            if path.is_relative_to(folder):
+            if path.is_relative_to(folder) or folder.is_relative_to(path):
+                where = "contains" if path.is_relative_to(folder) else "lies in"
                 raise InputError(
-                    f"{model}: it contains {out['path']}, an output of {name}",
-                    "name that stage, or a copy of the folder",
-                )
-            if folder.is_relative_to(path):
-                raise InputError(
-                    f"{model}: it lies in {out['path']}, an output of {name}",
+                    f"{model}: it {where} {out['path']}, an output of {name}",
                     "name that stage, or a copy of the folder",
                 )

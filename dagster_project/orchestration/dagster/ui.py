@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.imports import lean_imports
 from dagster_project.orchestration import ports
 from dagster_project.orchestration.dagster import pages, webserver
 from dagster_project.orchestration.dagster.home import home
+from dagster_project.orchestration.dagster.lean_sync import sync_if_changed
 from dagster_project.orchestration.dvc_run import command_environment
-from dagster_project.orchestration.last_sync import LastSync
 
 log = logging.getLogger("pedigree")
 
@@ -40,7 +39,8 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     announce()
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
-    sync_if_changed(root)
+    for line in sync_if_changed(root):
+        log.info(line)
     options = ["-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
     command = [sys.executable, "-m", webserver.__name__, "dev", *options]
     hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))
@@ -53,16 +53,3 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     # shells without job control start background processes with it ignored; Dagster then ignores SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execve(command[0], command, environment)
-
-
-def sync_if_changed(root: Path) -> None:
-    """Report DVC's state to Dagster. Neither is loaded if nothing changed since the last sync."""
-    last = LastSync.read(root, ())
-    if last.unchanged:
-        return
-    with lean_imports():
-        from dagster_project.orchestration.dagster.assets import open_instance
-        from dagster_project.orchestration.dagster.sync import sync_after
-    with open_instance(root) as instance:
-        for line in sync_after(last, instance):
-            log.info(line)

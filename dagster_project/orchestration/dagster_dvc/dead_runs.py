@@ -36,7 +36,8 @@ def reap(instance: dg.DagsterInstance, owned: bool = True) -> list[str]:
     lines = []
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
         last = _process(instance, run.run_id)
-        if not _is_here(run, owned) or last is None or is_running(*last):
+        machine = run.tags.get(MACHINE_TAG, platform.node() if owned else None)
+        if machine != platform.node() or last is None or is_running(*last):
             continue
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:  # it ended meanwhile
@@ -49,10 +50,6 @@ def reap(instance: dg.DagsterInstance, owned: bool = True) -> list[str]:
         )
     _free_slots_of_ended_runs(instance, owned)
     return lines
-
-
-def _is_here(run: dg.DagsterRun, owned: bool) -> bool:
-    return run.tags.get(MACHINE_TAG, platform.node() if owned else None) == platform.node()
 
 
 def _free_slots_of_ended_runs(instance: dg.DagsterInstance, owned: bool) -> None:
