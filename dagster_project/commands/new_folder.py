@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
         place: a folder that does not exist, or is empty.
         option: the option that names it, for messages.
     Raises:
-        InputError: nothing can be written there.
+        InputError: nothing can be written there, or another process wrote there meanwhile.
     """
     folder = place.resolve()
     try:
@@ -33,6 +34,13 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
         made = scratch / "made"
         made.mkdir()
         yield made
-        made.replace(folder)
+        try:
+            made.replace(folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                raise
+            raise InputError(
+                f"{option} {place}: another process wrote files there meanwhile", "name another folder"
+            ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
