@@ -33,10 +33,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     ending.replace_closed_streams()
-    if arguments is None:
-        own_process.prepare(sys.argv[1:])
     try:
         with ending.interrupts() as interrupts:
+            if arguments is None:
+                own_process.prepare(sys.argv[1:])
             return _main(arguments, interrupts)
     except KeyboardInterrupt:  # before or after the command
         print(ending.INTERRUPTED, file=sys.stderr)

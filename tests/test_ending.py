@@ -60,6 +60,17 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(root: Path, command: st
         assert error in {"interrupted; nothing was recorded\n", part, ""}
 
 
+def test_ctrl_c_while_a_stage_prepares_its_process_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("import signal; signal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "dagster_project", "run", "tokenized"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in INTERRUPTED and done.stderr == "interrupted; nothing was recorded\n"
+
+
 def test_ctrl_c_while_a_compiled_module_starts_waits_for_its_end() -> None:
     """orjson, in Rust, imports modules while it is initialized, and crashes if that fails."""
     script = """

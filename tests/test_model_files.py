@@ -38,6 +38,7 @@ from dagster_project.commands.model_files import (
 )
 from dagster_project.commands.model_files.claim import Claim
 from dagster_project.commands.model_files.modelfile import modelfile, parts_of
+from dagster_project.commands.new_folder import new_folder
 from dagster_project.core.errors import InputError
 from dagster_project.core.rendering import render
 from dagster_project.lineage.history import Revision
@@ -603,6 +604,15 @@ def test_one_file_of_a_model_is_found_by_its_hash_or_by_what_it_says(
 def export_safetensors(capsys: pytest.CaptureFixture[str], root: Path, out: Path) -> None:
     form = ["--format", "safetensors", "--out", str(out)]
     assert ask(capsys, "export", "merged@lora", *form, "--project", str(root))[0] == 0
+
+
+def test_a_folder_that_another_export_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    other = tmp_path / "model" / "config.json"
+    with pytest.raises(InputError, match="another process wrote files there"), new_folder(other.parent) as made:
+        (made / "config.json").write_text("ours")
+        other.parent.mkdir()
+        other.write_text("theirs")
+    assert other.read_text() == "theirs" and [*tmp_path.iterdir()] == [other.parent]
 
 
 def test_a_fresh_clone_verifies_by_the_hash_of_the_whole_folder(

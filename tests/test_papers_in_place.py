@@ -22,6 +22,7 @@ from builders.small_pipeline import commit
 from conftest import dvc, edit_params, pedigree, run, tool
 
 from dagster_project.__main__ import main
+from dagster_project.commands import papers as commands_papers
 from dagster_project.commands.init import DVC_FILES
 from dagster_project.commands.sign import attest, sign
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
@@ -32,7 +33,7 @@ from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.export.registry import find, formats
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
-from dagster_project.orchestration import integrity
+from dagster_project.orchestration import integrity, locks
 from dagster_project.orchestration.dvc import outputs
 from dagster_project.orchestration.erasure.steps import Erasure
 
@@ -410,6 +411,27 @@ def test_bad_input_is_one_message_and_changes_nothing(
     monkeypatch.chdir(finished)
     assert main(["export", "release", "--all", RELEASE, *ISSUED]) == 0, "the folder may be named"
     assert names(finished / "data") > before
+
+
+def test_while_the_release_is_being_run_or_exported_no_papers_are_written(
+    signed: Path, keys: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(holder: str) -> None:
+        raise AssertionError(holder)
+
+    before = names(signed / RELEASE)
+    with locks.hold(signed, "release", refuse, "dvc repro"):
+        assert write_papers(signed, "--key", keys[0]) == 1
+    assert "is being used by process" in capsys.readouterr().err
+
+    def remove_release(root: Path) -> None:
+        (root / RELEASE).rename(root / "data" / "removed")  # as DVC does before it starts the stage
+
+    monkeypatch.setattr(commands_papers, "delete", remove_release)
+    assert write_papers(signed, "--key", keys[0]) == 1
+    assert "is being used by DVC" in capsys.readouterr().err and not (signed / RELEASE).exists()
+    (signed / "data" / "removed").rename(signed / RELEASE)
+    assert names(signed / RELEASE) == before
 
 
 def test_data_can_be_on_another_file_system_than_scratch_files(signed: Path, keys: tuple[str, str]) -> None:

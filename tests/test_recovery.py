@@ -393,6 +393,19 @@ def test_a_dagster_home_of_another_project_is_refused(
     home(other)  # nobody's any more
 
 
+def test_a_dagster_home_that_is_named_through_a_link_is_that_of_the_project(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    monkeypatch.setenv("DAGSTER_HOME", str(link / ".dagster"))
+    home(root)
+    assert (root / ".dagster" / "pedigree_project").read_text() == f"{root}\n"
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "elsewhere"))
+    home(link)
+    home(root)
+
+
 def test_schedule_and_freshness_are_examples_that_are_off(root: Path) -> None:
     from dagster_project.orchestration.dagster.home import DAGSTER_YAML
 

@@ -114,6 +114,15 @@ def test_an_interrupt_ends_every_process_and_loses_nothing(root: Path) -> None:
     assert dvc(root, "repro").returncode == 0, "no lock is left"
 
 
+def test_a_stage_that_the_system_kills_says_so_with_the_next_step(root: Path) -> None:
+    process, pids = start_until_both_adapters_run(root, "small_pipeline.py", "run-all", "2", SLOW_SECONDS="5")
+    os.kill(pids["adapter@lora"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    error = json.loads(output)["stages"]["adapter@lora"]["error"]
+    assert "exited with -9" in error and "as the system does when memory runs out" in error
+    assert "its own message above" not in error, "it could not write any"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("victim", ["whole", "one stage"])
 def test_after_a_kill_no_process_is_left_and_the_next_run_recovers(root: Path, victim: str) -> None:

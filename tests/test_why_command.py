@@ -270,7 +270,10 @@ def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_su
     assert len(kept) == 4 and adapter in kept
     assert (root / "data/adapter/x/adapter_model.safetensors").read_bytes() == adapter
 
+    left = next((root / ".dvc/tmp/pedigree/proofs").glob("*/*/")).with_suffix(".training")
+    left.mkdir()  # the command was killed before it removed this
     assert why(root, *QUESTION, "--top", "2", "--prove", "--draws", "2") == code
+    assert not left.exists()
     shown = capsys.readouterr()
     assert "0 of 4 trainings" in shown.err, "those of the first question are kept"
     assert ("NOT supported" in shown.out) == (not proof["supported"])
@@ -283,6 +286,20 @@ def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_su
     assert why(root, *QUESTION, "--top", "2", "--prove", "--draws", "2") == code
     assert "2 of 4 trainings" in capsys.readouterr().err, "a damaged one, and one by other code, are run again"
     assert damaged.read_bytes() == intact and "other" not in note.read_text()
+
+
+def test_data_that_an_interrupted_check_copied_are_removed_with_this_version_of_the_model(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(why_prove.adapter, "produce", interrupted)
+    assert why(root, *QUESTION, "--top", "2", "--prove") == 130
+    proofs = root / ".dvc/tmp/pedigree/proofs"
+    assert [*proofs.glob("*/*.training/tokenized/*.parquet")]
+    why_prove.remove_others(proofs, "a later version", MODEL)
+    assert not [*proofs.iterdir()]
 
 
 def test_the_check_waits_for_nobody_and_trains_nothing_while_the_stage_is_in_use(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
         place: a folder that does not exist, or is empty.
         option: the option that names it, for messages.
     Raises:
-        InputError: nothing can be written there.
+        InputError: nothing can be written there, or another process wrote there meanwhile.
     """
     folder = place.resolve()
     try:
@@ -29,7 +30,14 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
             made = Path(scratch, "made")
             made.mkdir()
             yield made
-            made.replace(folder)
+            try:
+                made.replace(folder)
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                    raise
+                raise InputError(
+                    f"{option} {place}: another process wrote files there meanwhile", "name another folder"
+                ) from None
     except OSError as error:
         raise InputError(
             f"{option} {place}: {error.strerror or error}", "name a folder with enough space that can be written"

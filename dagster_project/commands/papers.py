@@ -17,7 +17,7 @@ from typing import Any
 
 from dagster_project.commands.extras import missing_extra
 from dagster_project.commands.new_folder import new_folder
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.folder import FOLDER, PAGE, all_formats
@@ -38,6 +38,7 @@ from dagster_project.lineage.signing.model_signature import (
     together,
 )
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
+from dagster_project.orchestration import locks
 from dagster_project.views.papers import papers_page
 from dagster_project.views.texts import text
 
@@ -99,6 +100,7 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
         As `hand_over`.
     Raises:
         InputError: as `hand_over`, or DVC would report the papers as a change of the release.
+        Busy: the release is being run, or another export writes its papers.
     """
     key, only = _key(key_file), f"--all without a folder writes beside the files of a {RELEASE} only"
     target = _release(root, model, only, "name a folder: --all FOLDER")
@@ -114,16 +116,23 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
     scratch_of_project = root / ".dvc" / "tmp" / "pedigree"
     try:
         scratch_of_project.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="papers.", dir=scratch_of_project) as scratch:
+        with (
+            locks.hold(root, target.address, _refuse_busy),
+            tempfile.TemporaryDirectory(prefix="papers.", dir=scratch_of_project) as scratch,
+        ):
             document = papers_of.write(
                 Path(scratch), contents(target.folder, (*IGNORED, *NAMES)), target.folder.name, target.folder
             )
             delete(root)
+            if not target.folder.is_dir():  # DVC removes an output before its stage takes the lock
+                _refuse_busy("DVC")
             # last: without it, nothing passes for signed
             for name in (*(name for name in NAMES if name != SIGNATURE), SIGNATURE):
                 if (Path(scratch) / name).exists():
                     shutil.move(Path(scratch) / name, target.folder / name)  # data/ can be on another file system
     except OSError as error:
+        if not target.folder.exists():
+            _refuse_busy("DVC")
         raise InputError(
             f"{target.path}: {error.strerror}", "make space, or see who may write there; then run the command again"
         ) from None
@@ -133,6 +142,10 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
         delete(root)
         raise
     return {**document, "folder": target.path, "page": PAGE}
+
+
+def _refuse_busy(holder: str) -> None:
+    raise Busy(f"{RELEASE_FOLDER} is being used by {holder}", "wait for it to end, then run the same command again")
 
 
 def is_release(root: Path, model: str, folder: str) -> bool:

@@ -319,7 +319,7 @@ class _Clone:
             kind = InputError if code == 2 else CheckFailed
             raise kind(
                 f"{name} could not be reproduced: its command failed",
-                "see its own message above; the project was not changed",
+                f"{processes.next_step(code)}; the project was not changed",
             )
 
     def settle(self, name: str, outs: Mapping[str, Mapping[str, str]]) -> None:

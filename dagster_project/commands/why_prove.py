@@ -89,6 +89,8 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
     sets |= {f"random set {i + 1} of {count} left out": names for i, names in enumerate(chosen)}
     identity = training_identity(found)
     kept = {what for what, names in sets.items() if is_kept(_folder(found, names), identity)}
+    for what in kept:
+        remove(_scratch(_folder(found, sets[what])))  # of a check that was killed just before it did so
     log.info(
         f"why: {len(sets) - len(kept)} of {len(sets)} trainings of {found.run.address} to run;"
         " those of earlier questions are kept"
@@ -123,7 +125,8 @@ def train_without(found: Target, names: Collection[str], what: str, identity: Ma
     """
     folder = _folder(found, names)
     remove(folder)
-    scratch = folder.with_name(f"{folder.name}.training")  # its checkpoints survive an interruption
+    scratch = _scratch(folder)  # its checkpoints survive an interruption
+    write_json(folder.parent / OWNER, {"stage": found.run.address})
     remove(scratch / "tokenized")
     remove(scratch / "adapter")
     scratch.mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,6 @@ def train_without(found: Target, names: Collection[str], what: str, identity: Ma
     write_json(out / DONE, {"left_out": len(names), "made_by": dict(identity), "files": _weights(out)})
     out.replace(folder)
     remove(scratch)
-    write_json(folder.parent / OWNER, {"stage": found.run.address})
     return folder
 
 
@@ -172,6 +174,10 @@ def _weights(folder: Path) -> dict[str, str]:
 
 def _folder(found: Target, names: Collection[str]) -> Path:
     return found.root / PROOFS / found.store.folder.name / name_of(names)
+
+
+def _scratch(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.training")
 
 
 def _log_probability(found: Target, question: Question, folder: Path) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +18,14 @@ from pathlib import Path
 from dagster_project.core.errors import CheckFailed
 from dagster_project.orchestration.dvc import open_repo
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
+from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, next_step
 
 FORCED = "PEDIGREE_FORCED"
 """Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
+EXIT_CODE = re.compile(r", exited with (-?\d+)$")
+"""In DVC's error about a stage command, which has it only in its text."""
 PRELOAD = [
     "dvc.repo.reproduce",
     "dvc.parsing",
@@ -84,8 +87,10 @@ def reproduce(
         except (reproduction_error, lock_error) as error:
             cause = error if isinstance(error, lock_error) else error.__cause__
             if not isinstance(cause, lock_error):
+                code = EXIT_CODE.search(str(cause))
                 raise CheckFailed(
-                    f"{address} failed: {cause or error}", "see its own message above; nothing was recorded"
+                    f"{address} failed: {cause or error}",
+                    f"{next_step(int(code[1]) if code else 1)}; nothing was recorded",
                 ) from None
             if not notified:
                 on_wait(str(cause).partition("\n\nIf there are no")[0])

@@ -123,6 +123,24 @@ def _exit_with(ancestor: psutil.Process) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def next_step(code: int) -> str:
+    """What to do after a stage command that failed.
+
+    Args:
+        code: its exit code, or that of its shell.
+    """
+    number = -code if code < 0 else code - 128
+    if number == signal.SIGINT or number not in {*signal.Signals}:
+        return "see its own message above"
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
+        return (
+            f"{name} ended it, as the system does when memory runs out (`dmesg` shows it):"
+            " let it use less memory, or end other programs, then run it again"
+        )
+    return f"{name} ended it: run it again, and if that repeats, see its own messages above"
+
+
 @contextlib.contextmanager
 def ended_with_its_children(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """After an exception, such as an interrupt, which a shell may not pass on, a process and all that it started are

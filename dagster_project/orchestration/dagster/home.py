@@ -39,7 +39,9 @@ def home(root: Path, shared: bool = False) -> Path:
         owner = folder / OWNER
         unclaimed = folder.parent if (folder.parent / "dvc.yaml").is_file() else root
         other = Path(os.fsdecode(owner.read_bytes().strip())) if owner.is_file() else unclaimed
-        if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
+        real = root.resolve()  # a path of the same folder can lead through a link
+        is_own = other.resolve() == real or folder.resolve().is_relative_to(real)
+        if not is_own and (other / "dvc.yaml").is_file():
             raise InputError(
                 f"Dagster's home {folder} belongs to the project in {other}",
                 f"unset DAGSTER_HOME, or set it to a folder of this project, e.g. {root / '.dagster'}",
