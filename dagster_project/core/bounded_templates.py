@@ -23,8 +23,10 @@ MEMORY = 1 << 30
 
 
 class TemplateLimit(PedigreeError):
-    """A chat template takes too much time or memory. It ends the command: the
-    same template would do so for the next conversation."""
+    """A chat template takes too much time or memory.
+
+    It ends the command: the same template would do so for the next conversation.
+    """
 
     exit_code = 2
 

@@ -287,14 +287,18 @@ def _refuse_lost_traces(messages: Messages, examples: Sequence[Pieces]) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer prepends its beginning-of-text token by default, as
-    its model expects. Templates must write it explicitly."""
+    """Whether the tokenizer prepends its beginning-of-text token by default, as its model expects.
+
+    Templates must write it explicitly.
+    """
     return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
 
 
 def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int]]]:
-    """Token ids of each piece of each text. Pieces are tokenized separately, so
-    that a prompt has the same ids in training and generation."""
+    """Token ids of each piece of each text.
+
+    Pieces are tokenized separately, so that a prompt has the same ids in training and generation.
+    """
     texts = list(texts)
     number = {text: i for i, text in enumerate(dict.fromkeys(text for parts in texts for text, _ in parts))}
     ids = tokenizer(list(number), add_special_tokens=False, return_attention_mask=False)["input_ids"] if number else []
@@ -302,8 +306,10 @@ def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int
 
 
 def encode(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of a conversation, both (tokens,). A label equals the
-    id if the token is trained on, else -100."""
+    """(input_ids, labels) of a conversation, both (tokens,).
+
+    A label equals the id if the token is trained on, else -100.
+    """
     return _with_labels(tokenizer, pieces(tokenizer, messages, tools))
 
 
@@ -420,8 +426,9 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def packed_rows(lengths: Sequence[int], room: int) -> array[int]:
-    """Pack examples into rows of at most `room` tokens by first fit, in the
-    given order. A longer example gets a separate row.
+    """Pack examples into rows of at most `room` tokens by first fit, in the given order.
+
+    A longer example gets a separate row.
 
     A tree over the rows, whose nodes hold the maximum free space below them,
     finds the first row that fits: O(n log n) for n examples.
@@ -431,9 +438,8 @@ def packed_rows(lengths: Sequence[int], room: int) -> array[int]:
     """
     row_of, rows = array("q"), 0
     leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    most_room = array("q", [room]) * (
-        2 * leaves
-    )  # node k has children 2k and 2k + 1; leaves are rows, including empty ones
+    # node k has children 2k and 2k + 1; leaves are rows, including empty ones
+    most_room = array("q", [room]) * (2 * leaves)
     for length in lengths:
         node = 1
         if length > room:

@@ -1,5 +1,7 @@
-"""Contexts of a stage: StageContext for a run, ValidationContext to check its parameters. Pipeline: the stages, for
-orchestration."""
+"""Contexts of a stage: StageContext for a run, ValidationContext to check its parameters.
+
+Pipeline: the stages, for orchestration.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class StageContext:
     @property
     def pages(self) -> Path:
         """Folder for pages and files to be edited by hand, data/pages/<stage>[/<variant>].
-        Kept even if a blocking check fails; not tracked."""
+
+        Kept even if a blocking check fails; not tracked.
+        """
         return self.scratch / "data" / "pages" / self.stage / (self.variant or "")
 
     @property
@@ -198,9 +202,8 @@ def measured(root: Path, address: str) -> dict[str, float]:
     if damage(report.read_bytes()):
         return {}
     measurements, report_document = (json.loads(path.read_text(encoding="utf-8")) for path in (measured_file, report))
-    is_current = measurements.pop("output_sha256", "") == report_document.get(
-        "output_sha256"
-    )  # else of another version
+    # else of another version
+    is_current = measurements.pop("output_sha256", "") == report_document.get("output_sha256")
     return measurements if is_current else {}
 
 

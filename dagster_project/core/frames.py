@@ -1,5 +1,7 @@
-"""Parquet files -> polars, for commands that work without Arrow, such as
-`audit` and `impact`. Stages read with core/records.py."""
+"""Parquet files -> polars, for commands that work without Arrow, such as `audit` and `impact`.
+
+Stages read with core/records.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open, because polars would take `*` and `[` in a path as a
-    pattern. Errors of polars are raised as ValueError."""
+    """The file, open, because polars would take `*` and `[` in a path as a pattern.
+
+    Errors of polars are raised as ValueError.
+    """
     import polars as pl
 
     with path.open("rb") as file:

@@ -58,8 +58,10 @@ class _Deferred(ModuleType):
 
 @contextmanager
 def deferred(package: str, name: str) -> Iterator[None]:
-    """While open, `from package import name` gives a module that is imported when it is first used. Nothing is changed
-    if it was imported before, or if there is no such package."""
+    """While open, `from package import name` gives a module that is imported when it is first used.
+
+    Nothing is changed if it was imported before, or if there is no such package.
+    """
     full = f"{package}.{name}"
     if full in sys.modules or find_spec(package) is None:
         yield

@@ -1,5 +1,7 @@
-"""The canonical message. In addition to `role` and `content` it may have reasoning, tool calls, the id of a tool
-result, a name and a loss weight.
+"""The canonical message.
+
+In addition to `role` and `content` it may have reasoning, tool calls, the id of a tool result, a name and a loss
+weight.
 
     {"role": "assistant", "content": "", "reasoning_content": "I need the weather.", "tool_calls":
         [{"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}

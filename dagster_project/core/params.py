@@ -172,8 +172,8 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
                 lines.append(f"{file}: {key_path}: missing")
             else:
                 lines.append(
-                    f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got"
-                    f" {_SHORT.repr(problem['input'])})"
+                    f"{file}:"
+                    f" {key_path}: {problem['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(problem['input'])})"
                 )
         raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"fix {file} and run again") from None
 

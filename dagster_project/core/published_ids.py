@@ -40,8 +40,8 @@ def read_key(root: Path) -> bytes:
     if not path.is_file():
         raise InputError(
             f"{RECORD_KEY} does not exist: it keys the ids of records in data/release",
-            "copy it from the clone in which the project was made; or create another, with which records get other ids"
-            f" there: `{CREATE}`",
+            "copy it from the clone in which the project was made;"
+            f" or create another, with which records get other ids there: `{CREATE}`",
         )
     key = parse_key(path.read_bytes())
     if key is None:

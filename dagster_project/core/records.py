@@ -212,8 +212,10 @@ def write_table(path: Path | io.BytesIO, rows: Iterable[dict[str, Any]], schema:
 
 
 def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """As `write_table`, of rows in tables of this schema. However they are
-    divided into tables, the bytes are the same."""
+    """As `write_table`, of rows in tables of this schema.
+
+    However they are divided into tables, the bytes are the same.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -234,8 +236,9 @@ def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa
 
 
 def read_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
-    """Fields of rows that `stored_rows` encoded, by column, without Python
-    objects for them. Those that a row lacks are null.
+    """Fields of rows that `stored_rows` encoded, by column, without Python objects for them.
+
+    Those that a row lacks are null.
 
     Args:
         schema: of texts, integers, and lists and objects of them; without the columns of `rich_schema`.
@@ -268,8 +271,9 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def write_records(
     folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None, rich: bool | None = None
 ) -> None:
-    """Write a data set to a folder of shards, records-00000.parquet and so on,
-    in the given order. Default schema: the canonical record.
+    """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order.
+
+    Default schema: the canonical record.
 
     Args:
         rows: only one shard of them is kept in memory.

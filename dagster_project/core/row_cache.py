@@ -1,4 +1,5 @@
 """Facts about single rows, and about whole sets, that an earlier run computed.
+
 A cache beside the outputs: without it, results are the same and take longer.
 
 A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted,
@@ -190,8 +191,10 @@ class _Store:
         self._files: list[Path] = []
 
     def read(self) -> pl.DataFrame | None:
-        """All facts, one row per key; None without any. Files that are damaged,
-        or of another kind, are removed and count as missing."""
+        """All facts, one row per key; None without any.
+
+        Files that are damaged, or of another kind, are removed and count as missing.
+        """
         import polars as pl
 
         frames: list[pl.DataFrame] = []

@@ -111,8 +111,10 @@ class StoredRows(LazySequence[dict[str, Any]]):
             self.append(row)
 
     def with_changes(self, changed: Iterable[tuple[int, bytes]]) -> StoredRows:
-        """The same rows with some of them replaced, given as index and encoded
-        row. Nothing may be appended to either later."""
+        """The same rows with some of them replaced, given as index and encoded row.
+
+        Nothing may be appended to either later.
+        """
         new = copy(self)
         new._lines = self._lines.with_changes(changed)
         return new
@@ -170,8 +172,10 @@ ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(row: dict[str, Any]) -> bytes:
-    """JSON in ASCII, which can represent unpaired surrogates. It ends with a space if orjson cannot represent the row:
-    the largest integers, which it would read as floats."""
+    """JSON in ASCII, which can represent unpaired surrogates.
+
+    It ends with a space if orjson cannot represent the row: the largest integers, which it would read as floats.
+    """
     line = ENCODER.encode(row).encode()
     try:
         orjson.dumps(row)

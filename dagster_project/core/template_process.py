@@ -86,8 +86,8 @@ def compiled(chat_template: str) -> Any:
         def check(name: Any) -> None:
             if isinstance(name, str) and name.startswith("_"):
                 raise SecurityError(
-                    f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}."
-                    " Please rename the attribute."
+                    "Chat templates cannot store underscore-prefixed attributes on a namespace,"
+                    f" but got {name!r}. Please rename the attribute."
                 )
 
     class SafeDict:

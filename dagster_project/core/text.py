@@ -42,8 +42,10 @@ and non-characters. Excludes the two joiners that some scripts need."""
 
 
 def visible(text: str) -> str:
-    """The text with every hidden character written out: ESC as \\x1b, a
-    right-to-left override as \\u202e. Encodes as UTF-8."""
+    """The text with every hidden character written out: ESC as \\x1b, a right-to-left override as \\u202e.
+
+    Encodes as UTF-8.
+    """
     return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 

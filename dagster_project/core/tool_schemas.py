@@ -49,8 +49,10 @@ class ArgumentsSchema:
 
 
 def call_problem(call: Call, tools: Tools) -> str | None:
-    """Why a call does not fit the tools; None if it does. A tool without a
-    schema, or with a broken one, accepts any object."""
+    """Why a call does not fit the tools; None if it does.
+
+    A tool without a schema, or with a broken one, accepts any object.
+    """
     functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
     if call.name not in functions:
         return f"unknown tool {call.name!r}"
@@ -67,8 +69,10 @@ def _cached_schema(parameters: str) -> ArgumentsSchema:
 
 
 def counted(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
-    """How often each call is made, by name and arguments. Two answers make the
-    same calls, in any order, if these are equal."""
+    """How often each call is made, by name and arguments.
+
+    Two answers make the same calls, in any order, if these are equal.
+    """
     return Counter((call.name, json.dumps(_canonical_value(call.arguments), sort_keys=True)) for call in calls)
 
 
@@ -94,9 +98,8 @@ def arguments_schema(parameters: Any) -> ArgumentsSchema:
         schema = _standard(parameters)
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
-        return ArgumentsSchema(
-            _with_cheap_patterns(kind)(schema, registry=REGISTRY)
-        )  # without a registry, jsonschema would download remote references
+        # without a registry, jsonschema would download remote references
+        return ArgumentsSchema(_with_cheap_patterns(kind)(schema, registry=REGISTRY))
     except SchemaError as error:
         return ArgumentsSchema(None, f"{error.json_path}: {error.message}")
     except RecursionError:

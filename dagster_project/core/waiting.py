@@ -46,8 +46,9 @@ def choose(environment: MutableMapping[str, str], computes: bool, stat: Path = S
 
 
 def follow(threads: int) -> None:
-    """From now on, let threads wait as suits what else runs. Nothing happens if
-    `choose` did not choose to spin, or if this was called before.
+    """From now on, let threads wait as suits what else runs.
+
+    Nothing happens if `choose` did not choose to spin, or if this was called before.
 
     Args:
         threads: that torch uses.
@@ -115,9 +116,11 @@ class Contention:
 
 
 class Sleepers:
-    """Threads that each keep a team of OpenMP threads, all asleep. While a process has more
-    OpenMP threads than CPUs, those that wait spin a thirtieth as long (manual of libgomp,
-    GOMP_SPINCOUNT), which is as good as sleeping. Other OpenMP libraries do not change."""
+    """Threads that each keep a team of OpenMP threads, all asleep.
+
+    While a process has more OpenMP threads than CPUs, those that wait spin a thirtieth as long (manual of libgomp,
+    GOMP_SPINCOUNT), which is as good as sleeping. Other OpenMP libraries do not change.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

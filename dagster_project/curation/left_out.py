@@ -1,5 +1,7 @@
-"""Erased records in sources that cannot be edited from here: on the Hub and in S3. Their rows are left out at reading;
-a row of a file is refused (docs/erase.md)."""
+"""Erased records in sources that cannot be edited from here: on the Hub and in S3.
+
+Their rows are left out at reading; a row of a file is refused (docs/erase.md).
+"""
 
 from __future__ import annotations
 

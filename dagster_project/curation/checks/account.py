@@ -60,8 +60,10 @@ def why(judged: Judgement, i: int, record: Mapping[str, Any]) -> str:
 
 
 def count_groups(judged: Judgement) -> int:
-    """Number of clusters of near-duplicates that have kept rows. Two with the
-    same key, the `example_id` of their first row, count once."""
+    """Number of clusters of near-duplicates that have kept rows.
+
+    Two with the same key, the `example_id` of their first row, count once.
+    """
     import numpy as np
 
     assert judged.identities is not None

@@ -145,8 +145,10 @@ class Rows(Shared):
 
 
 class DataSet(Shared):
-    """All records, for facts that depend on several records. Records are
-    decoded when they are read; features are in memory."""
+    """All records, for facts that depend on several records.
+
+    Records are decoded when they are read; features are in memory.
+    """
 
     def __init__(
         self,

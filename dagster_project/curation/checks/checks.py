@@ -417,17 +417,18 @@ def _spared(
         for link in overlaps.links[name]:
             earlier[link.row].append(link.other)
         rows = [i for i in broken[name] if i not in gone and gone.issuperset(earlier[i])]
-        if (
-            name == "conflicting_responses"
-        ):  # those with the same earlier row conflict with each other, so one of them is left
+        # those with the same earlier row conflict with each other, so one of them is left
+        if name == "conflicting_responses":
             rows = [*{earlier[i][0]: i for i in reversed(rows)}.values()]
         spared[name] = set(rows)
     return spared
 
 
 def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
-    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted. The earlier one
-    need not be nearly the same: a third row may link both."""
+    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted.
+
+    The earlier one need not be nearly the same: a third row may link both.
+    """
     repeats = {link.row for link in overlaps.links["exact_duplicates"]}
     exempt = {*waived.rows.get("near_duplicates", ()), *overlaps.waived.get("near_duplicates", ())}
     count, seen = 0, set[int]()

@@ -602,9 +602,8 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
 
 def _find_cut_end(one: Exchange) -> Match | None:
     text = one.said.rstrip()
-    if (
-        not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1]))
-    ):  # an answer with a tool call continues after the result
+    # an answer with a tool call continues after the result
+    if not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1])):
         return None
     tail = text[-40:]
     if text.count("```") % 2:
@@ -868,8 +867,8 @@ _FREQUENT = {
     code: frozenset(words.split())
     for code, words in {
         "en": (
-            "the of and to that are you for with what how this it he she his they there has have from each can will not"
-            " would their but if when which more than i is a in"
+            "the of and to that are you for with what how this it he she his they there has have"
+            " from each can will not would their but if when which more than i is a in"
         ),
         "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
         "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",

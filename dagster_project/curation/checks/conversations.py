@@ -39,8 +39,10 @@ def chosen(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The messages of a record, in canonical form, except that arguments are text. For a preference pair `messages` is
-    the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
+    """The messages of a record, in canonical form, except that arguments are text.
+
+    For a preference pair `messages` is the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are
+    not in the document.
     """
     messages, prompt = record["messages"], record.get("asked")
     prompt = len(messages) if prompt is None else prompt

@@ -125,13 +125,14 @@ def _first_faults(
 
 @cache
 def _damage_hint() -> str:
-    """Matches every damaged text. Looser than ftfy's own expression, but without matches in plain Cyrillic, Greek and
-    French, and supported by Rust."""
+    """Matches every damaged text.
+
+    Looser than ftfy's own expression, but without matches in plain Cyrillic, Greek and French, and supported by Rust.
+    """
     from ftfy.badness import MOJIBAKE_CATEGORIES as SETS
 
-    characters = "".join(
-        chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair"
-    )  # texts are passed with U+FFFD in its place
+    # texts are passed with U+FFFD in its place
+    characters = "".join(chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair")
     letters = SETS["lower_common"] + SETS["upper_common"]  # of Cyrillic and Greek
     marks = "".join(chars for kind, chars in SETS.items() if not kind.endswith("_common")) + "À-ɏ√‚†®´¥µø"
     broken = SETS["bad"] + SETS["upper_accented"]
@@ -276,8 +277,8 @@ _ENDS = re.compile("(?i)(?<![a-z])(?:end|eo[dmst])(?![a-z])|endof|</s>")
 _STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
 _SENTENCE = re.compile("</?s>")
 _BOILERPLATE = re.compile(
-    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that describes a"
-    " task|A chat between a curious (?:user|human) and an artificial intelligence assistant"
+    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction"
+    " that describes a task|A chat between a curious (?:user|human) and an artificial intelligence assistant"
 )
 """Plural "### Instructions:" and "### Input:" head the parts of recipes and programming tasks."""
 _ASKS = re.compile(r"(?m:^)[ \t>*]*(Human|HUMAN|User|USER)(?:\*\*)?:")
@@ -302,8 +303,10 @@ def _marks(text: str, own: re.Pattern[str] | None) -> str | None:
 
 
 def _sentence(text: str) -> re.Match[str] | None:
-    """<s> or </s>, except pairs around a part of the text, which are HTML's strike-through. A pair around the whole
-    text is a sequence."""
+    """<s> or </s>, except pairs around a part of the text, which are HTML's strike-through.
+
+    A pair around the whole text is a sequence.
+    """
     whole = text.strip()
     at, pairs = 0, _STRIKE.finditer(whole)
     for pair in pairs:

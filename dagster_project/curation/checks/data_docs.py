@@ -1,5 +1,6 @@
-"""Great Expectations' own Data Docs of an evaluated suite, as the library builds them. The data-quality page shows the
-same results.
+"""Great Expectations' own Data Docs of an evaluated suite, as the library builds them.
+
+The data-quality page shows the same results.
 
 These pages load their styles and scripts from the web, and contain the time of the run. Values from the data are
 escaped before the library renders them.

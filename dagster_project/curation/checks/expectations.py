@@ -303,8 +303,8 @@ def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tup
         if named and not named & set(frame[column].dropna()):
             plural = "categories" if column == "category" else "sources"
             found.append(
-                f"the suite names {len(named)} {plural} that no row has: {name} was written for other data, edit it or"
-                " leave out instructions.expectations"
+                f"the suite names {len(named)} {plural} that no row has:"
+                f" {name} was written for other data, edit it or leave out instructions.expectations"
             )
     return tuple(found)
 
@@ -490,9 +490,8 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
             continue
         # A NumPy bool is not JSON to the library's own pages.
         one.success = bool(one.success)
-        found = json.loads(
-            json.dumps(convert_to_json_serializable(one.result))
-        )  # a NumPy float passes for JSON with the library
+        # a NumPy float passes for JSON with the library
+        found = json.loads(json.dumps(convert_to_json_serializable(one.result)))
         rows: list[int] = []
         one.result = found
         if "element_count" in found:

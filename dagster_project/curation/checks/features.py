@@ -103,8 +103,9 @@ def _places(column: pl.Series) -> np.ndarray:
 
 
 def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """The definitions of the functions that the assistant may call, in a normal form; "" for none. Like a system
-    prompt, they are context and not part of the question.
+    """The definitions of the functions that the assistant may call, in a normal form; "" for none.
+
+    Like a system prompt, they are context and not part of the question.
     """
     given = record.get("tools") or meta.get("tools") or meta.get("functions")
     if isinstance(given, str):
@@ -139,8 +140,10 @@ def _context(messages: Messages, tools: str) -> list[Any]:
 
 
 def _key(message: Message) -> Any:
-    """The compared part of a message: its content and, if present, its reasoning and calls. Ids of calls are ignored,
-    because they are arbitrary."""
+    """The compared part of a message: its content and, if present, its reasoning and calls.
+
+    Ids of calls are ignored, because they are arbitrary.
+    """
     made = [[call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)] for call in calls(message)]
     reasoning = message.get("reasoning_content")
     return [message["content"], reasoning or "", made] if reasoning or made else message["content"]

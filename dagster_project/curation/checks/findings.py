@@ -97,8 +97,10 @@ def references(
 
 
 class RowNumbers:
-    """Source rows of a set, numbered consecutively across sources. A row may
-    yield several records, and two rows one."""
+    """Source rows of a set, numbered consecutively across sources.
+
+    A row may yield several records, and two rows one.
+    """
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         rows: dict[str, int] = {}
@@ -219,8 +221,9 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
 def _gaps(
     before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]
 ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """The rows that only one version has, for each version, by the number of shared rows before them. Copies count
-    individually.
+    """The rows that only one version has, for each version, by the number of shared rows before them.
+
+    Copies count individually.
 
     Args:
         before, after: index and `example_id` of each row.

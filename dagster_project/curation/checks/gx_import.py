@@ -1,5 +1,7 @@
-"""The import of Great Expectations in less time. It loads whatever it could
-use, and half of the time is pydantic copying fields of models."""
+"""The import of Great Expectations in less time.
+
+It loads whatever it could use, and half of the time is pydantic copying fields of models.
+"""
 
 from __future__ import annotations
 

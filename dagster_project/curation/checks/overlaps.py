@@ -306,9 +306,8 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
 def _long_response(record: dict[str, Any]) -> str:
     """The response, or "" if it is too short to be compared."""
     response = response_text(record["messages"])
-    return (
-        response if is_long(response[:400]) or is_long(response) else ""
-    )  # the first 400 characters almost always suffice, and are faster
+    # the first 400 characters almost always suffice, and are faster
+    return response if is_long(response[:400]) or is_long(response) else ""
 
 
 def _questions(held_out: Sequence[Item]) -> list[str]:

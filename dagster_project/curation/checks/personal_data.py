@@ -95,8 +95,10 @@ def ibans(text: str) -> Iterator[Span]:
 
 @cache
 def national_ids() -> tuple[tuple[Local, Callable[[str], bool]], ...]:
-    """Ids with a distinctive format, or with check digits and a date. Bare runs of 9 to 11 digits are excluded: too
-    many are not ids."""
+    """Ids with a distinctive format, or with check digits and a date.
+
+    Bare runs of 9 to 11 digits are excluded: too many are not ids.
+    """
     from stdnum.br import cpf
     from stdnum.cn import ric
     from stdnum.es import dni, nie

@@ -101,11 +101,12 @@ def scan(texts: Sequence[str]) -> list[Hit]:
 
 
 def mask(text: str) -> str:
-    """The text with every value that `scan` finds replaced by its kind:
-    "[e-mail]", "[aws key]". Masking again changes nothing."""
-    while found := _find(
-        text
-    ):  # repeated, because replacements change positions, and rules use a few preceding characters
+    """The text with every value that `scan` finds replaced by its kind: "[e-mail]", "[aws key]".
+
+    Masking again changes nothing.
+    """
+    # repeated, because replacements change positions, and rules use a few preceding characters
+    while found := _find(text):
         text = "".join(_split_at_values(text, found))
     return text
 
@@ -269,9 +270,8 @@ def _spans_near(text: str, masked: Sequence[tuple[int, int, int]]) -> list[tuple
     nothing has changed, and the time stays linear."""
     areas: list[list[int]] = []
     for start, end, _ in masked:
-        last = (
-            min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)
-        )  # nothing follows the rest of a text
+        # nothing follows the rest of a text
+        last = min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)
         if areas and start - NEAR <= areas[-1][1]:
             areas[-1][1] = last
         else:
@@ -355,7 +355,9 @@ _NPM_HEAD, _NPM_NAME = r"\/\/.+\/:_authToken=", "/:_authToken="
 
 def _npm_tokens(plugin: Any) -> Callable[[str], Iterator[Span]]:
     """The first group of each match of the plugin's pattern: an address, the name, a token and the rest of its line.
-    Found line by line from the names in it, because the pattern needs quadratic time for many slashes."""
+
+    Found line by line from the names in it, because the pattern needs quadratic time for many slashes.
+    """
     (pattern,) = plugin.denylist
     assert pattern.pattern.startswith(_NPM_HEAD), "another version of detect-secrets"
     tail = re.compile(pattern.pattern.removeprefix(_NPM_HEAD))
@@ -380,8 +382,10 @@ _AWS = re.compile("aws", re.IGNORECASE)
 
 
 def _aws_secrets(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
-    """The first group of each match. The patterns begin with the word, and are
-    tried only there, because they look far ahead."""
+    """The first group of each match.
+
+    The patterns begin with the word, and are tried only there, because they look far ahead.
+    """
 
     def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
         end = 0
@@ -401,8 +405,10 @@ _JWT_REST = re.compile(r"[A-Za-z0-9_\-.=]*")
 
 
 def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
-    """Matches whose parts decode, with the signature, which the plugin's pattern excludes. Parts are found one by one,
-    because the pattern needs quadratic time for long texts without a dot."""
+    """Matches whose parts decode, with the signature, which the plugin's pattern excludes.
+
+    Parts are found one by one, because the pattern needs quadratic time for long texts without a dot.
+    """
 
     def find(text: str) -> Iterator[Span]:
         at = end = 0  # where the next one may begin, and the end of the last one
@@ -517,9 +523,8 @@ key, prefix, and pattern of the rest."""
 @cache
 def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
-    with lean_imports(
-        "chardet"
-    ):  # detect-secrets imports requests, which would import it, to ask services whether a key is valid
+    # detect-secrets imports requests, which would import it, to ask services whether a key is valid
+    with lean_imports("chardet"):
         from detect_secrets.filters.heuristic import is_templated_secret
         from detect_secrets.plugins import (
             aws,

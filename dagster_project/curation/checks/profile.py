@@ -220,8 +220,10 @@ def _traces(record: Mapping[str, Any]) -> list[str]:
 
 
 def _counted(record: Mapping[str, Any], traces: int) -> str:
-    """What `_Counts` adds up, as JSON: category, source, roles, names of tools
-    that are called, and `OF_RECORD`. Equal for many records."""
+    """What `_Counts` adds up, as JSON: category, source, roles, names of tools that are called, and `OF_RECORD`.
+
+    Equal for many records.
+    """
     messages = record["messages"]
     names = [call.name for message in messages for call in calls(message)]
     numbers = [
@@ -252,8 +254,11 @@ def _most_frequent(counts: Mapping[str, int]) -> list[str]:
 
 
 def _masked(names: Sequence[str]) -> dict[str, str]:
-    """Name -> the name as it is shown. Names come from the data, so addresses in them are masked; those that would look
-    alike are numbered: "[e-mail]", "[e-mail] 2"."""
+    """Name -> the name as it is shown.
+
+    Names come from the data, so addresses in them are masked; those that would look alike are numbered: "[e-mail]",
+    "[e-mail] 2".
+    """
     shown = dict[str, str]()
     for name in names:
         text, taken = mask(name), {*shown.values()}
@@ -554,8 +559,10 @@ def _readability(scores: pl.Series) -> dict[str, Any]:
 
 
 def set_schema(limits: Limits) -> pa.DataFrameSchema:
-    """Schema of the `shares` of a set. Each check has the name under which it is reported; null is a share that does
-    not apply."""
+    """Schema of the `shares` of a set.
+
+    Each check has the name under which it is reported; null is a share that does not apply.
+    """
     import pandera.polars as pa
     import polars as pl
 
@@ -658,12 +665,12 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "scripts": "scripts: " + ", ".join(f"{name} {n:,}" for name, n in islice(profile["scripts"].items(), 3)),
         "top_opening_share": f"{diversity['openings']:,} openings, {begin}",
         "distinct_2": (
-            f"{diversity['distinct_2']:.0%} of the pairs of words in {diversity['sampled_words']:,} words of prompts"
-            " are distinct"
+            f"{diversity['distinct_2']:.0%} of the pairs of words"
+            f" in {diversity['sampled_words']:,} words of prompts are distinct"
         ),
         "template_share": (
-            f"{diversity['template_share']:.0%} of the pairs of words in prompts stand in more than {TEMPLATE:.0%} of"
-            " the prompts each"
+            f"{diversity['template_share']:.0%} of the pairs"
+            f" of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each"
         ),
         "top_response_share": (
             f"{diversity['top_response_share']:.0%} of the rows have the same long response"
@@ -681,8 +688,10 @@ def _largest(counts: Mapping[str, int]) -> tuple[str, int]:
 
 
 def _volume(words: int) -> str:
-    """What this amount of text can teach. Rules of thumb, not measurements: it depends on how far the task is from the
-    model's knowledge."""
+    """What this amount of text can teach.
+
+    Rules of thumb, not measurements: it depends on how far the task is from the model's knowledge.
+    """
     if words < 1_000:
         return "teaches form more than knowledge; a prompt or retrieval may do"
     if words <= 10_000:

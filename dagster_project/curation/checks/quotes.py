@@ -1,5 +1,7 @@
-"""Findings with references to rows -> findings with the texts that people read,
-masked. Only views and the terminal get them."""
+"""Findings with references to rows -> findings with the texts that people read, masked.
+
+Only views and the terminal get them.
+"""
 
 from __future__ import annotations
 

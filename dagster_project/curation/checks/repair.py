@@ -1,5 +1,7 @@
-"""records -> records, repaired where the policy of a check is `fix`. A row that a repair does not fix is left
-unchanged."""
+"""records -> records, repaired where the policy of a check is `fix`.
+
+A row that a repair does not fix is left unchanged.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Decisions of people on single rows: waivers in params.yaml, and the review file. Both name rows and give a reason;
-reports count them."""
+"""Decisions of people on single rows: waivers in params.yaml, and the review file.
+
+Both name rows and give a reason; reports count them.
+"""
 
 from __future__ import annotations
 
@@ -256,8 +258,8 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
             problems.append(f"{path.name}: row {number}: {decision!r} is none of {', '.join(get_args(Decide))}")
         elif key[1] not in {*checks, REVIEWED}:
             problems.append(
-                f"{path.name}: row {number}: {key[1]!r} is no check of this set; for what no check found, write"
-                f" {REVIEWED}"
+                f"{path.name}: row {number}: {key[1]!r} is no check of this set;"
+                f" for what no check found, write {REVIEWED}"
             )
         elif decision == "accept" and key[1] == REVIEWED:
             problems.append(f"{path.name}: row {number}: accept, but {REVIEWED} is no check that the row could violate")
@@ -283,8 +285,10 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
 
 
 def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRows, dict[int, str]]:
-    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`, and
-    as `source_id` that of the row as it was read."""
+    """The records with the edits applied, and index -> reason of each edit.
+
+    An edited row gets a new `example_id`, and as `source_id` that of the row as it was read.
+    """
     edits: dict[str, Decision] = {}
     for d in decisions:
         if d.decision == "edit":  # a row may be edited in the lines of several checks
@@ -304,8 +308,11 @@ def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRo
 
 
 def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
-    """The record with new texts. A new prompt replaces the last question; in a pair, whose answers may have questions
-    too, that of its prompt. A new response that is a label is the category, too."""
+    """The record with new texts.
+
+    A new prompt replaces the last question; in a pair, whose answers may have questions too, that of its prompt. A new
+    response that is a label is the category, too.
+    """
     messages = [dict(message) for message in record["messages"]]
     for role, text, end in (("user", edit.new_prompt, record.get("asked")), ("assistant", edit.new_response, None)):
         at = max((k for k, message in enumerate(messages[:end]) if message["role"] == role), default=None)

@@ -1,5 +1,7 @@
-"""Records -> one table with a fact per check and row, and the schema that validates it. Each check on rows is one
-object in `ROW_CHECKS`."""
+"""Records -> one table with a fact per check and row, and the schema that validates it.
+
+Each check on rows is one object in `ROW_CHECKS`.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,10 @@ def gather(rows: Rows, schema: pa.DataFrameSchema) -> pl.DataFrame:
 
 
 def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, dict[int, Any]]:
-    """Check name -> index of each row that violates it, in order -> its fact. The frame is eager, because pandera skips
-    data checks on lazy frames."""
+    """Check name -> index of each row that violates it, in order -> its fact.
+
+    The frame is eager, because pandera skips data checks on lazy frames.
+    """
     import pandera.polars as pa
 
     found: dict[str, dict[int, Any]] = {}
@@ -297,9 +301,10 @@ def sides(record: Mapping[str, Any]) -> list[Messages]:
 
 
 def _response_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each last response; null if it is empty, certainly long enough, has reasoning or calls a tool. A token
-    of prose
-    has at most 16 characters."""
+    """Tokens of each last response; null if it is empty, certainly long enough, has reasoning or calls a tool.
+
+    A token of prose has at most 16 characters.
+    """
     counted: list[int | None] = [None] * len(rows.responses)
     more = {
         i
@@ -358,8 +363,10 @@ def marks(rows: Rows) -> list[str | None]:
 
 
 def _control_tokens(rows: Rows, _: str) -> list[str | None]:
-    """Control tokens and boilerplate of chat templates. Quoted transcripts ("Human: ... Assistant: ...") are allowed:
-    people write them."""
+    """Control tokens and boilerplate of chat templates.
+
+    Quoted transcripts ("Human: ... Assistant: ...") are allowed: people write them.
+    """
     return [None if mark and mark.startswith("transcript") else mark for mark in rows.shared(marks)]
 
 
@@ -369,8 +376,10 @@ def _transcripts_note(data: DataSet, _: Sequence[str]) -> list[str]:
 
 
 def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
-    """The reason that each conversation does not fit the chat template. A template's behavior depends on roles and on
-    white space around the contents."""
+    """The reason that each conversation does not fit the chat template.
+
+    A template's behavior depends on roles and on white space around the contents.
+    """
     import polars as pl
 
     if data.limits.tokens.misfit is None:
@@ -439,8 +448,8 @@ def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
         note = [f"boilerplate, which is not compared: {first.words} words in {first.texts} prompts{more}"]
     if grouped := overlaps.links[GROUPED]:
         note.append(
-            f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not"
-            " reported"
+            f"{len(grouped):,} pairs are less similar, or have another question:"
+            " they share a group_id and are not reported"
         )
     return note
 

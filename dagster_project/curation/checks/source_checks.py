@@ -39,8 +39,8 @@ SOURCE_CHECKS = (
         fields.NAME,
         fields.DESCRIPTION,
         "info",
-        "Rename the field to one that the layout reads, or use a `mapping`; docs/sources.md lists the fields of each"
-        " layout.",
+        "Rename the field to one that the layout reads, or use a `mapping`;"
+        " docs/sources.md lists the fields of each layout.",
         "warn",
         column=_ignored,
         quotes=True,

@@ -142,8 +142,10 @@ def text_column(texts: Sequence[str]) -> pl.Series:
 
 
 def _without_surrogates(text: str) -> str:
-    """The text with U+FFFD in place of each half of a surrogate pair. A regular
-    expression takes half a second for a million of them."""
+    """The text with U+FFFD in place of each half of a surrogate pair.
+
+    A regular expression takes half a second for a million of them.
+    """
     import numpy as np
 
     content = np.frombuffer(bytearray(text, "utf-8", "surrogatepass"), np.uint8)  # a copy that can be written

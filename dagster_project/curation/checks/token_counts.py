@@ -114,9 +114,11 @@ def load_tokenizer(base_model: Path) -> Any:
 
 
 def tokens_of(base_model: Path) -> Tokens:
-    """Functions of the tokenizer in a model's folder. A conversation fits its chat template if the template renders it,
-    keeps earlier turns unchanged when a later one follows, writes all of the assistant's text, and ends it with the
-    end-of-turn token (`chat.pieces`)."""
+    """Functions of the tokenizer in a model's folder.
+
+    A conversation fits its chat template if the template renders it, keeps earlier turns unchanged when a later one
+    follows, writes all of the assistant's text, and ends it with the end-of-turn token (`chat.pieces`).
+    """
     tokenizer = load_tokenizer(base_model)
 
     def count(texts: Sequence[str]) -> list[int]:

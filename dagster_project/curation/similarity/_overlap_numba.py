@@ -1,5 +1,6 @@
-"""The loops behind overlap.py, over flat integer arrays. Imported on first use:
-numba takes a second to load and more to compile.
+"""The loops behind overlap.py, over flat integer arrays.
+
+Imported on first use: numba takes a second to load and more to compile.
 
 Words, runs of words, whole texts are all *spans* of an array, and each span is named by the first span that equals it.
 A hash only locates candidates: spans are equal if their elements are, so a hash collision cannot create a pair. Only

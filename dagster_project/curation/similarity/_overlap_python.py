@@ -1,5 +1,7 @@
-"""The rule of overlap.py in plain Python: for few texts, and where numba is not
-installed. Same results as _overlap_numba.py."""
+"""The rule of overlap.py in plain Python: for few texts, and where numba is not installed.
+
+Same results as _overlap_numba.py.
+"""
 
 from __future__ import annotations
 

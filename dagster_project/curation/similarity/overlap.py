@@ -267,10 +267,8 @@ def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, i
 
     number = {word: i for i, word in enumerate(dict.fromkeys(right))}
     theirs = np.array([number[word] for word in right], np.int32)
-    best, before = (
-        (0, 0, 0),
-        np.zeros(len(right) + 1, np.int32),
-    )  # words in common up to each of theirs, and the last of mine
+    # words in common up to each of theirs, and the last of mine
+    best, before = ((0, 0, 0), np.zeros(len(right) + 1, np.int32))
     for i, word in enumerate(left):
         now = np.zeros(len(right) + 1, np.int32)
         if word in number:

@@ -93,10 +93,8 @@ class _Corpus:
 
     def __init__(self, size: int, within: bool, constants: Constants, sizes: Sizes, processes: workers.Workers) -> None:
         self.size, self.within, self.constants, self.sizes, self.workers = size, within, constants, sizes, processes
-        self.words, self.classes = (
-            Column(np.int32),
-            Column(np.uint8),
-        )  # of the different texts: ids, class of the shingle that starts there
+        # of the different texts: ids, class of the shingle that starts there
+        self.words, self.classes = (Column(np.int32), Column(np.uint8))
         self.offsets = np.zeros(1, np.int64)  # of the different texts, in both
 
     def read(self, texts: Iterator[str]) -> None:

@@ -116,8 +116,10 @@ def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency:
 
 
 def _size(content: frozenset[str]) -> float:
-    """Number of words. Of Chinese, Japanese and Korean the words are
-    characters, two of which are about as much as a word."""
+    """Number of words.
+
+    Of Chinese, Japanese and Korean the words are characters, two of which are about as much as a word.
+    """
     return sum([0.5 if len(word) == 1 and word >= "\u3040" else 1 for word in content])
 
 

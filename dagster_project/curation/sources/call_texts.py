@@ -149,8 +149,10 @@ ARGUMENTS, QUOTED_END = re.compile(r"""("arguments":\s*)'"""), re.compile(r"'(\s
 
 
 def _split_at_tags(text: str, opening: str, closing: re.Pattern[str]) -> list[str]:
-    """Parts of a text outside of tags, at even indices, and inside, without
-    white space around them. Needs linear time for any text."""
+    """Parts of a text outside of tags, at even indices, and inside, without white space around them.
+
+    Needs linear time for any text.
+    """
     parts, at = [], 0
     while (start := text.find(opening, at)) >= 0 and (end := closing.search(text, start + len(opening))):
         parts += [text[at:start], text[start + len(opening) : end.start()].strip()]
@@ -207,9 +209,8 @@ def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> 
     if not (calls := [call for found, _ in read for call in found]):
         return message
     unused += [name for _, names in read for name in names]
-    unused += (
-        [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []
-    )  # a message has its text before its calls
+    # a message has its text before its calls
+    unused += [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []
     return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 

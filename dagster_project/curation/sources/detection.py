@@ -77,8 +77,8 @@ def detect(
     best = examples if layouts is LAYOUTS else pairs
     if layouts is LAYOUTS and _preferred(examples, pairs):
         raise InputError(
-            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to"
-            " imitate",
+            f"{name}: the rows are preferences ({pairs.name}:"
+            f" {', '.join(sorted(pairs.keys))}), not examples to imitate",
             "list the file under raw_preferences"
             + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
         )

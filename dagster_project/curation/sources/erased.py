@@ -35,8 +35,10 @@ def key_id(key: bytes) -> str:
 
 
 def record_mark(key: bytes, example_id: str) -> str:
-    """Keyed hash of an id. It differs from the id under which a release
-    publishes the record, so the two cannot be matched without the key."""
+    """Keyed hash of an id.
+
+    It differs from the id under which a release publishes the record, so the two cannot be matched without the key.
+    """
     return hmac.digest(key, b"erased record\0" + example_id.encode(), "sha256").hex()
 
 
@@ -124,8 +126,8 @@ def read_erased(root: Path) -> Erased:
             ) from None
         if of_key != key_id(key):
             raise InputError(
-                f"{TOMBSTONES}, line {number}: made with another key than {RECORD_KEY}, so erased records cannot be"
-                " recognized",
+                f"{TOMBSTONES}, line {number}: made with another key"
+                f" than {RECORD_KEY}, so erased records cannot be recognized",
                 f"restore the key with which records were erased: `git log -- {RECORD_KEY}` lists its versions",
             )
         marks |= found

@@ -1,5 +1,7 @@
-"""Where each field of a source row goes: used by its layout, kept in `meta`, or
-ignored. Fields of messages count as `messages[].name`."""
+"""Where each field of a source row goes: used by its layout, kept in `meta`, or ignored.
+
+Fields of messages count as `messages[].name`.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,10 @@ class Turns(NamedTuple):
 
 
 def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
-    """Read the messages of a row. Values that are neither a list nor a message
-    are unchanged. Raises errors like a `TurnReader`."""
+    """Read the messages of a row.
+
+    Values that are neither a list nor a message are unchanged. Raises errors like a `TurnReader`.
+    """
     shapes: dict[str, list[TurnShape]] = {}
     ignored: list[str] = []
     for key, read in readers.items():

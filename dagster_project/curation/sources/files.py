@@ -1,5 +1,7 @@
-"""Files -> rows. One reader per file type; an unreadable row keeps its index
-and has a problem, with its line number."""
+"""Files -> rows.
+
+One reader per file type; an unreadable row keeps its index and has a problem, with its line number.
+"""
 
 from __future__ import annotations
 
@@ -215,6 +217,7 @@ def suffix_of(path: File | PurePosixPath) -> str:
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:
     """Files of the known types in a folder, as (relative path, path), sorted.
+
     Hidden ones, such as copies by an editor, are left out.
 
     Raises:
@@ -258,8 +261,10 @@ def others_of(folder: Path) -> list[str]:
 
 
 def unread(place: str, paths: Iterable[PurePosixPath]) -> list[str]:
-    """The files that are not read, sorted and logged: those of other types, and
-    hidden ones of the known types. Files of DVC are not among them."""
+    """The files that are not read, sorted and logged: those of other types, and hidden ones of the known types.
+
+    Files of DVC are not among them.
+    """
     found: dict[str, list[str]] = {"because of their types": [], "because they are hidden": []}
     for path in paths:
         known = suffix_of(path) in READERS
@@ -444,8 +449,10 @@ def _elements(text: _Window) -> Iterator[tuple[int, Row]]:
 
 
 def _element(text: _Window) -> Row:
-    """Consume one element. One that does not parse may be incomplete, so more
-    is read; one that is too long is skipped."""
+    """Consume one element.
+
+    One that does not parse may be incomplete, so more is read; one that is too long is skipped.
+    """
     while True:
         start, end, row, flaw = text.at, 0, Row(0, None, _too_long()), None
         try:
@@ -479,7 +486,9 @@ QUOTED, UNQUOTED = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["\[\]{},]')
 
 def _skip(text: _Window) -> int:
     """Consume an element by brackets and quotes, without keeping it in memory.
-    Returns its length in characters, 0 if it has no end."""
+
+    Returns its length in characters, 0 if it has no end.
+    """
     start, depth, quoted = text.chars + text.at, 0, False
     while True:
         while found := (QUOTED if quoted else UNQUOTED).search(text.text, text.at):
@@ -504,8 +513,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError(
-            f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} is duplicated in one"
-            " object"
+            f"key {Counter(name for name, _ in pairs).most_common(1)[0][0][:LONGEST_NAME]!r} is duplicated"
+            " in one object"
         )
     return value
 
@@ -726,8 +735,10 @@ def _table_blocks(path: File, kind: str, batches: Iterable[Any]) -> Iterator[Blo
 
 
 class _Batches(list[Any]):
-    """Arrow record batches. A part of a larger one would be sent to another
-    process with all of it, except in Arrow's own format."""
+    """Arrow record batches.
+
+    A part of a larger one would be sent to another process with all of it, except in Arrow's own format.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         import pyarrow as pa

@@ -1,5 +1,7 @@
-"""Rows -> canonical records and preference pairs. Layouts are in layouts.py and
-pair_layouts.py; every row and every field is accounted for."""
+"""Rows -> canonical records and preference pairs.
+
+Layouts are in layouts.py and pair_layouts.py; every row and every field is accounted for.
+"""
 
 from __future__ import annotations
 
@@ -139,8 +141,9 @@ def pairs_of(
     mapping: Mapping[str, str] | None = None,
     split: str | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """As `records_of`, for preference pairs. Every row is in the `source_rows`
-    of at least one pair; a tree may give several, and two KTO rows form one:
+    """As `records_of`, for preference pairs.
+
+    Every row is in the `source_rows` of at least one pair; a tree may give several, and two KTO rows form one:
 
     {"prompt": "Hi", "completion": "Hello", "label": true}   ->  {"source_rows": [0, 1],
     "margin": None, "prompt": [user "Hi"], {"prompt": "Hi", "completion": "What?", "label":

@@ -1,5 +1,7 @@
 """A split of a data set on the Hugging Face Hub, at one commit -> rows.
-`datasets` downloads and caches; code of data sets is never run."""
+
+`datasets` downloads and caches; code of data sets is never run.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from dagster_project.curation.sources.detection import canonical_split
 from dagster_project.curation.sources.files import Block, Row, as_parsed, rows_of, table_rows
 
 NEXT = (
-    "check the name, the revision, the network and, for a gated data set, HF_TOKEN; "
-    "rows that `datasets` cannot read can be saved as a file in data/sources/"
+    "check the name, the revision, the network and, for a gated data set, HF_TOKEN;"
+    " rows that `datasets` cannot read can be saved as a file in data/sources/"
 )
 
 
@@ -48,8 +50,8 @@ class HubSplit:
             return f"{self.hub!r} is not a data set name: use org/name"
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             return (
-                f"revision {self.revision!r} is not a commit: 40 hex digits are required, because branches and tags"
-                " move"
+                f"revision {self.revision!r} is not a commit:"
+                " 40 hex digits are required, because branches and tags move"
             )
         if not re.fullmatch(r"\w+(\.\w+)*", self.split):
             return f"split {self.split!r} is not a split name: use e.g. train"
@@ -145,8 +147,10 @@ def _end_stalled_requests() -> None:
 
 
 def _cached_builder(folder: Path, repository: str) -> Any:
-    """Builder of a data set that is already in a cache folder. `datasets` has
-    no public way to load from its cache without network."""
+    """Builder of a data set that is already in a cache folder.
+
+    `datasets` has no public way to load from its cache without network.
+    """
     require_version("datasets", ">=5.2,<6", "datasets.packaged_modules.cache.cache.Cache")
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -228,8 +232,10 @@ ROW = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")
 
 
 def held_out_label(source: HubSplit) -> str | None:
-    """Split label of the rows. Test and validation splits of the data set stay
-    held out; its train split has no label and may be split."""
+    """Split label of the rows.
+
+    Test and validation splits of the data set stay held out; its train split has no label and may be split.
+    """
     label = canonical_split(source.split)
     return None if label == "train" else label
 

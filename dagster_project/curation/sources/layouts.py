@@ -1,5 +1,7 @@
-"""Layouts of examples: a row -> messages. One function per layout; layouts are
-detected by the keys of the rows (detection.py)."""
+"""Layouts of examples: a row -> messages.
+
+One function per layout; layouts are detected by the keys of the rows (detection.py).
+"""
 
 from __future__ import annotations
 
@@ -131,16 +133,16 @@ GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "
 
 
 def _glaive(row: dict[str, Any]) -> Messages:
-    """Glaive's transcripts. Tools in the system prompt and calls are read from
-    the text, as in other layouts (call_texts.py).
+    """Glaive's transcripts.
+
+    Tools in the system prompt and calls are read from the text, as in other layouts (call_texts.py).
 
     {"system": "SYSTEM: Be brief.", "chat": "USER: Hi\n\n\nASSISTANT: Hello
     <|endoftext|>"}  ->  system "Be brief.", user "Hi", assistant "Hello"
     """
     chat = as_text(row["chat"]).strip()
-    between = (
-        r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"
-    )  # a line may quote a role; rows of one line have no other mark
+    # a line may quote a role; rows of one line have no other mark
+    between = r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"
     before, *parts = re.split(rf"(?:^|{between})({'|'.join(GLAIVE_ROLES)}):", chat)
     if before.strip() or not parts:
         raise ValueError("expected a chat that begins with `USER:` or `ASSISTANT:`")
@@ -173,8 +175,10 @@ def _instances(row: dict[str, Any]) -> list[Any]:
 
 
 def merged(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with further values. Values of the row that differ from those go to
-    `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}"""
+    """A row with further values.
+
+    Values of the row that differ from those go to `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}
+    """
     hidden = {key: row[key] for key in more if key in row and row[key] != more[key]}
     if hidden and "row" in row:
         hidden["row"] = row["row"]

@@ -44,8 +44,10 @@ def as_turns(system: Any, *turns: tuple[str, str]) -> Messages:
 
 
 def read_message(message: Any) -> Parsed:
-    """A message in OpenAI's form. Raises KeyError or ValueError if it is not
-    one, UnsupportedContent for images and the like."""
+    """A message in OpenAI's form.
+
+    Raises KeyError or ValueError if it is not one, UnsupportedContent for images and the like.
+    """
     if type(message) is dict and len(message) == 2:
         role, content = message.get("role"), message.get("content")
         if type(role) is str and type(content) is str and role != "function":

@@ -109,9 +109,8 @@ def _preference(
         system = row.get("system") if "system" in more else None
         context = [*as_turns(system), *as_conversation(row[prompt], "user")]
         good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
-        if (
-            context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system"
-        ):  # only the answers have it
+        # only the answers have it
+        if context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system":
             context = [good[0], *context]
         if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
             good, bad = good[len(context) :], bad[len(context) :]

@@ -1,5 +1,7 @@
-"""Rows -> preference pairs. Two rows of KTO, which have one answer each, form a
-pair; that is decided when all rows are read."""
+"""Rows -> preference pairs.
+
+Two rows of KTO, which have one answer each, form a pair; that is decided when all rows are read.
+"""
 
 from __future__ import annotations
 

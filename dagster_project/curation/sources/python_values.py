@@ -1,5 +1,7 @@
-"""Values and types in Python's notation, as some function-calling sets have
-them. Text is parsed and never evaluated."""
+"""Values and types in Python's notation, as some function-calling sets have them.
+
+Text is parsed and never evaluated.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +117,9 @@ TYPES = {
 
 
 def json_type(text: str) -> tuple[dict[str, Any], bool]:
-    """The JSON Schema of a type in Python's notation, and whether it is
-    optional. What has no counterpart is in `x-type`, as it was written.
+    """The JSON Schema of a type in Python's notation, and whether it is optional.
+
+    What has no counterpart is in `x-type`, as it was written.
 
     "List[int], optional"  ->  ({"type": "array", "items": {"type": "integer"}}, True)
     "np.ndarray"           ->  ({"x-type": "np.ndarray"}, False)

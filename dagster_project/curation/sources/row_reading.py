@@ -58,9 +58,8 @@ def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow
     unused: list[str] = []
     found = []
     for pair in pairs:
-        sides = [
-            split_traces(side, think) for side in (pair.prompt, pair.chosen, pair.rejected)
-        ]  # first: a trace may quote calls
+        # first: a trace may quote calls
+        sides = [split_traces(side, think) for side in (pair.prompt, pair.chosen, pair.rejected)]
         if form.turns and any(map(is_marked, sides)):
             prompted = prompted_tools(sides[0])
             tools = tools or prompted.tools
@@ -120,8 +119,10 @@ def raw_text(row: Row) -> dict[str, str]:
 
 
 def category_of(row: Row, key: str) -> str | None:
-    """The category as text: a whole number, true and false as in a CSV file. An
-    empty one, as in a cell of a CSV file, is none."""
+    """The category as text: a whole number, true and false as in a CSV file.
+
+    An empty one, as in a cell of a CSV file, is none.
+    """
     category = (row.value or {}).get(key)
     if isinstance(category, int):
         return as_label(category)

@@ -1,5 +1,6 @@
-"""Objects under a prefix of an S3 bucket -> files. The list of objects is
-pinned, and no object is read in another version than the listed one.
+"""Objects under a prefix of an S3 bucket -> files.
+
+The list of objects is pinned, and no object is read in another version than the listed one.
 
 Credentials, region and address (AWS_ENDPOINT_URL) come from the environment or
 the role of the machine, as in all AWS tools.
@@ -43,8 +44,8 @@ def problem_of(url: str, revision: str | None) -> str:
         return f"{url!r} is not an address of objects: use s3://BUCKET/PREFIX"
     if revision is not None and not re.fullmatch(r"[0-9a-f]{64}", revision):
         return (
-            f"revision {revision!r} is not the digest of a list of objects: 64 hex digits are required; without it, a"
-            " run prints it"
+            f"revision {revision!r} is not the digest of a list of objects:"
+            " 64 hex digits are required; without it, a run prints it"
         )
     return ""
 
@@ -221,8 +222,8 @@ def require_revision(objects: Sequence[S3Object], url: str, revision: str | None
         return
     where, size = f"params.yaml: {section}.sources: {url}", sum(one.size for one in objects)
     there = (
-        f"{len(objects)} object{'s' if len(objects) > 1 else ''} ({size} bytes) that"
-        f" {'are' if len(objects) > 1 else 'is'} there now"
+        f"{len(objects)} object{'s' if len(objects) > 1 else ''}"
+        f" ({size} bytes) that {'are' if len(objects) > 1 else 'is'} there now"
     )
     if revision is None:
         raise InputError(
@@ -234,8 +235,8 @@ def require_revision(objects: Sequence[S3Object], url: str, revision: str | None
         recent = sorted(objects, key=lambda one: one.modified, reverse=True)[:SHOWN]
         last = ", ".join(f"{one.path} ({one.modified})" if one.modified else one.path for one in recent)
         raise InputError(
-            f"{where}: the objects have changed since the revision in params.yaml, which no report lists; modified"
-            f" last: {last}",
+            f"{where}: the objects have changed since the revision in params.yaml,"
+            f" which no report lists; modified last: {last}",
             hint,
         )
     here = {one.path: one for one in objects}

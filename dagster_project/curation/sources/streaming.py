@@ -1,5 +1,7 @@
 """Files of a source -> rows in a scratch file -> canonical records or pairs.
-Only a few parts of a file are in memory, in any number of processes."""
+
+Only a few parts of a file are in memory, in any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -185,15 +187,18 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
         rows = block.rows()
     except InputError as error:
         return ParsedBlock(file, error=error)
+    # no reader yields infinite numbers
     lines = [
         encode_finite({"value": row.value, "problem": row.problem, "line": row.line, "raw": row.raw}) for row in rows
-    ]  # no reader yields infinite numbers
+    ]
     return ParsedBlock(file, lines, shapes_of(rows), rows[0].problem if rows else "")
 
 
 def _items(files: Sequence[SourceFile]) -> Iterator[tuple[int, Block | InputError | None]]:
-    """The parts of all files. Errors are passed on in their place: those of
-    files before come first, in any number of processes."""
+    """The parts of all files.
+
+    Errors are passed on in their place: those of files before come first, in any number of processes.
+    """
     for number, file in enumerate(files):
         try:
             for block in file.blocks:
@@ -359,7 +364,9 @@ class _Adding:
 
     def _keep(self, part: ConvertedPart, index: int) -> bool:
         """Store a record, or a half of a pair, unless it is beyond the limit.
-        The number of a half that is not stored is -1."""
+
+        The number of a half that is not stored is -1.
+        """
         number, half = -1 if self.is_full else len(self._records), part.halves.get(index)
         partner = self._halves.partner(half, number) if half else None
         if partner is None and number >= 0:

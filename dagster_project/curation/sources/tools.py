@@ -66,9 +66,8 @@ def _definition(tool: Any) -> dict[str, Any]:
     if "parameters" not in function and (given := next((key for key in SCHEMA_KEYS if key in function), "")):
         function = {("parameters" if key == given else key): value for key, value in function.items()}
     parameters = function.get("parameters")
-    if isinstance(parameters, str) and isinstance(
-        parsed := _json_or_none(parameters), dict
-    ):  # a table has one type for all schemas
+    # a table has one type for all schemas
+    if isinstance(parameters, str) and isinstance(parsed := _json_or_none(parameters), dict):
         function, parameters = {**function, "parameters": parsed}, parsed
     if isinstance(parameters, dict) and _is_untyped(parameters):
         function = {**function, "parameters": _schema(parameters)}
@@ -188,8 +187,10 @@ def _call(call: Any, unused: list[str]) -> dict[str, Any]:
 
 
 def call_of(name: str, arguments: Any, identity: Any = None) -> dict[str, Any]:
-    """A canonical call. Arguments are an object; where they are none, their
-    text, which the check invalid_tool_call reports."""
+    """A canonical call.
+
+    Arguments are an object; where they are none, their text, which the check invalid_tool_call reports.
+    """
     if identity is not None and not isinstance(identity, str | int):
         raise ValueError(f"the id of a tool call must be text, found {type(identity).__name__}")
     known = {} if identity is None or identity == "" else {"id": str(identity)}

@@ -1,5 +1,6 @@
-"""The use policy: what a release may rest on. Judges what is declared for the
-sources that a model was made from, and its base model's license.
+"""The use policy: what a release may rest on.
+
+Judges what is declared for the sources that a model was made from, and its base model's license.
 
 `raw_examples` warns, `release` refuses (docs/decisions/032). A date decides
 only if it is given: nothing here reads the clock.
@@ -38,8 +39,8 @@ LISTED = 5
 def _expression(text: str) -> str:
     if _parsed(text) is None:
         raise ValueError(
-            "not an SPDX license or expression; for terms of your own write LicenseRef-NAME, here and as the license of"
-            " the source"
+            "not an SPDX license or expression;"
+            " for terms of your own write LicenseRef-NAME, here and as the license of the source"
         )
     return text
 

@@ -1,5 +1,6 @@
-"""Train rows -> copies with another prompt: typing errors, another case, supplied paraphrases. The response never
-changes.
+"""Train rows -> copies with another prompt: typing errors, another case, supplied paraphrases.
+
+The response never changes.
 
 A copy depends only on the seed and its row: adding a row does not change the copies of other rows.
 """

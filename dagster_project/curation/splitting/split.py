@@ -104,8 +104,9 @@ def joined(links: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def units(groups: Sequence[str], keys: Sequence[str | None]) -> Sequence[str]:
-    """The unit of each row: all rows connected by shared groups or keys, named
-    by the smallest group. Units are not divided.
+    """The unit of each row: all rows connected by shared groups or keys, named by the smallest group.
+
+    Units are not divided.
 
     groups a b b c, keys 1 1 None 2  ->  a a a c
     """
@@ -167,10 +168,8 @@ def assign_splits(
     named, largest = set(by_label), 0
     unnamed = {name: share for name, share in shares.items() if name not in named and share}
     splits, labelled = list(by_label), set[int]()
-    for top_up in (
-        False,
-        True,
-    ):  # units that are larger than the share of every stratum would leave a split without rows
+    # units that are larger than the share of every stratum would leave a split without rows
+    for top_up in (False, True):
         splits, labelled = list(by_label), {i for i, name in enumerate(by_label) if name in SPLITS}
         for pool, pool_shares in ((OPEN, shares), (TRAIN, unnamed)):
             rows = array(
