@@ -1,5 +1,4 @@
-"""Errors of the operating system, and of libraries that pass them on, as one
-message with path, reason and next step."""
+"""Errors of the operating system, also through libraries -> one message with path, reason and next step."""
 
 from __future__ import annotations
 
@@ -63,7 +62,8 @@ def explained(error: BaseException, where: Path) -> PedigreeError | None:
         if code == errno.ENOENT and os.sep not in path:  # no path, or a program that is not installed
             continue
         place = path or str(_fullest(where) if code == errno.ENOSPC else where)
-        return (PedigreeError if code in RESOURCES else InputError)(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])
+        kind = PedigreeError if code in RESOURCES else InputError
+        return kind(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])
     return None
 
 

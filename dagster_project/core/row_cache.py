@@ -87,8 +87,7 @@ def facts(
 
 
 def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-    """`compute()`, a table with one row about a whole set of texts, unless an
-    earlier run had exactly these texts, in this order.
+    """`compute()`, one row about a set of texts, unless an earlier run had exactly these texts, in this order.
 
     Args:
         name: of the fact.
@@ -103,9 +102,8 @@ def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFr
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     halves = np.frombuffer(digest.digest(), "<u8")
-    return _looked_up(
-        name, (), pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)}), lambda _: compute()
-    )
+    keys = pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)})
+    return _looked_up(name, (), keys, lambda _: compute())
 
 
 def _looked_up(
@@ -123,9 +121,10 @@ def _looked_up(
     assert folder
     store, requested = _Store(folder / _digest(name, code, *identity)), keys.with_row_index("row")
     stored = store.read()
-    cached = (
-        requested.select("row").clear() if stored is None else requested.join(stored, on=KEYS, how="inner").drop(KEYS)
-    )
+    if stored is None:
+        cached = requested.select("row").clear()
+    else:
+        cached = requested.join(stored, on=KEYS, how="inner").drop(KEYS)
     is_missing = np.ones(len(keys), np.bool_)
     is_missing[cached["row"].to_numpy()] = False
     missing = np.flatnonzero(is_missing)
@@ -273,16 +272,11 @@ def _code(changed: bool = False) -> str:
     """
     if not changed:
         return _CODE_AT_IMPORT
-    files = (
-        file
-        for part in ("core", "curation")
-        for file in sorted((PACKAGE / part).rglob("*"))
-        if "__pycache__" not in file.parts
-    )
+    own: list[str | bytes] = []
     try:
-        own = [
-            value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())
-        ]
+        for file in [*sorted((PACKAGE / "core").rglob("*")), *sorted((PACKAGE / "curation").rglob("*"))]:
+            if "__pycache__" not in file.parts and file.is_file():
+                own += [str(file.relative_to(PACKAGE)), file.read_bytes()]
     except OSError:  # someone removes a file, or it cannot be read: like no other code
         return os.urandom(32).hex()
     libraries = sorted({entry.name for path in LIBRARIES if path.is_dir() for entry in path.glob("*.dist-info")})

@@ -44,8 +44,7 @@ def read(stream: IO[bytes]) -> bytes | None:
 
 
 def compiled(chat_template: str) -> Any:
-    """A chat template in the environment that transformers gives it: sandboxed,
-    with the same options, filters, functions and tags.
+    """A chat template in the environment of transformers: sandboxed, with the same options, filters and functions.
 
     Raises:
         jinja2.TemplateError: it is not a template.
@@ -171,8 +170,8 @@ def main(seconds: float, memory: int) -> None:
     """Reply to requests until stdin ends.
 
     Args:
-        seconds: processor time that templates may take. A longer one ends this
-            process by SIGPROF, also in the middle of an operation.
+        seconds: processor time that templates may take. A longer one ends this process by SIGPROF, also in the middle
+            of an operation.
         memory: in bytes.
     """
     import jinja2.sandbox  # noqa: F401  before the limits apply

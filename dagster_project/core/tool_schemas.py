@@ -112,13 +112,15 @@ exponentially many, so those that could are not checked."""
 
 
 def is_cheap(pattern: str, length: int) -> bool:
-    """Whether a text of this length is matched in a limited number of steps: no
-    repeated group, and few repetitions without a limit.
+    """Whether a text of this length is matched in a limited number of steps.
+
+    A cheap pattern repeats no group, and few parts without a limit.
 
     >>> is_cheap("^[^@]+@[^@]+$", 100), is_cheap("^(a+)+$", 100)
     (True, False)
     """
-    repetitions, optional = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern)), len(re.findall(r"(?<![(*+?}\\])\?", pattern))
+    repetitions = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern))
+    optional = len(re.findall(r"(?<![(*+?}\\])\?", pattern))
     steps = (length + 1) ** repetitions * 2**optional * (pattern.count("|") + 1) ** (pattern.count("(") + 1)
     return not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) and steps <= MAX_STEPS
 
@@ -141,14 +143,12 @@ def _with_cheap_patterns(kind: Any) -> Any:
         return checked
 
     names = ("patternProperties", "additionalProperties", "unevaluatedProperties")
-    return extend(
-        kind, {"pattern": pattern} | {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS}
-    )
+    checks = {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS}
+    return extend(kind, {"pattern": pattern, **checks})
 
 
 def _standard(schema: Any) -> Any:
-    """A schema with JSON Schema's names of types: {"type": "dict", "properties": {"n": {"type": "int, optional"}}}
-    ->  {"type": "object", "properties": {"n": {"type": "integer"}}}. Unknown types are unchanged."""
+    """A schema with JSON Schema's names of types: {"type": "dict"} -> {"type": "object"}. Unknown types are kept."""
     if isinstance(schema, list):
         return [_standard(one) for one in schema]
     if not isinstance(schema, dict):

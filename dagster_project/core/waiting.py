@@ -1,5 +1,4 @@
-"""How threads of OpenMP wait for each other: they spin briefly on a quiet
-machine, and sleep almost at once beside other work.
+"""How threads of OpenMP wait for each other: they spin briefly on a quiet machine, and sleep beside other work.
 
 A spinning thread takes the CPU from the thread that it waits for; a sleeping one needs time to wake, thousands of times
 in a step. What is computed does not depend on it.
@@ -34,8 +33,8 @@ def choose(environment: MutableMapping[str, str], computes: bool, stat: Path = S
 
     Args:
         environment: of this process and those that it starts.
-        computes: whether this process will call `follow`; otherwise, and where
-            the kernel does not count what runs, threads sleep.
+        computes: whether this process will call `follow`; otherwise, and where the kernel does not count what runs,
+            threads sleep.
     """
     if OURS in environment:
         environment.pop(environment.pop(OURS), None)
@@ -58,8 +57,7 @@ def follow(threads: int) -> None:
 
 
 def settle(environment: MutableMapping[str, str], threads: int) -> None:
-    """Let threads sleep if other processes use their CPUs now: for a program of
-    the user, which cannot call `follow`."""
+    """Let threads sleep if others use their CPUs now: for a program of the user, which cannot call `follow`."""
     if environment.get(OURS) == SPINS and threads > 1:
         contention = Contention(threads)
         time.sleep(INTERVAL / 10)
@@ -81,16 +79,12 @@ def _own_cpus() -> set[int]:
 
 
 def busy_ticks(cpus: set[int], stat: Path = STAT) -> int:
-    """Ticks in which these CPUs ran any thread since the start of the machine
-    (proc_stat(5)). 0: the kernel does not say."""
+    """Ticks in which these CPUs ran any thread since the machine started (proc_stat(5)); 0: the kernel does not say."""
     with suppress(OSError, ValueError, IndexError):
         lines = [line.split() for line in stat.read_text().splitlines() if line.startswith("cpu")]
+        own = [values for name, *values in lines if name[3:].isdigit() and int(name[3:]) in cpus]
         # user, nice, system, idle, iowait, irq, softirq
-        return sum(
-            sum(map(int, [*values[:3], *values[5:7]]))
-            for name, *values in lines
-            if name[3:].isdigit() and int(name[3:]) in cpus
-        )
+        return sum(sum(map(int, [*values[:3], *values[5:7]])) for values in own)
     return 0
 
 
