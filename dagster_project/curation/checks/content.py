@@ -181,55 +181,50 @@ def _holds(text: str, phrase: str) -> bool:
 
 
 # --- refusals
-# ----------------------------------------------------------------------------------------------------------------------
 
 REFUSES_WITHIN = 400
 """Characters at the beginning of an answer that are searched for a refusal."""
 _NOT_ABLE = "unable|not able|not (?:allowed|permitted|designed|programmed|capable)"
 _CANNOT = (
-    rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})|do(?:n['’]t| not) "
-    r"(?:currently |actually |really |yet )?(?:have (?:the |any"
-    r" )?(?:ability|abilities|capabilit(?:y|ies)|access|means|tools?"
-    r"|function(?:ality)?|real-?time)|feel comfortable))"
+    rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})"
+    r"|do(?:n['’]t| not) (?:currently |actually |really |yet )?(?:have (?:the |any )?(?:ability|abilities"
+    r"|capabilit(?:y|ies)|access|means|tools?|function(?:ality)?|real-?time)|feel comfortable))"
 )
 _OPENS = (
-    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)|(?:my )?(?:sincere"
-    r" )?apologies"
-    r"|(?:I|we) (?:sincerely |do |must )?apologi[sz]e(?: for [^.,\n]{1,60})?|(?:so )?sorry|unfortunately|regrettably"
+    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)"
+    r"|(?:my )?(?:sincere )?apologies|(?:I|we) (?:sincerely |do |must )?apologi[sz]e(?: for [^.,\n]{1,60})?"
+    r"|(?:so )?sorry|unfortunately|regrettably"
 )
 _SERVES = (
-    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do"
-    r" (?:that|this|so)|share|offer"
-    r"|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag|respond|produc"
-    r"|give you"
-    r"|tell you|process|execute|search|predict|display|retriev)"
+    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do (?:that|this|so)"
+    r"|share|offer|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag"
+    r"|respond|produc|give you|tell you|process|execute|search|predict|display|retriev)"
 )
 _FLATLY = r"(?:I|we)(?: also| really| just| simply| still| currently| personally)? ?"
 _REFUSALS = (
     re.compile(
-        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?{_FLATLY}{_CANNOT}(?: to)?"
-        rf" ?(?P<what>{_SERVES})?",
+        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?"
+        rf"{_FLATLY}{_CANNOT}(?: to)? ?(?P<what>{_SERVES})?",
         re.IGNORECASE,
     ),
     re.compile(rf"\A\W*{_FLATLY}{_CANNOT}(?: to)? (?P<what>{_SERVES})", re.IGNORECASE),
     re.compile(
-        r"\bAs an? (?:[A-Za-z-]+ ){0,3}(?P<what>AI|artificial intelligence|language"
-        rf" model|assistant|chatbot)\b[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
+        r"\bAs an? (?:[A-Za-z-]+ ){0,3}(?P<what>AI|artificial intelligence|language model|assistant|chatbot)\b"
+        rf"[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
         r"|\bI (?:must|have to|will have to|need to) (?:respectfully |politely )?(?:decline|refuse)"
         r" (?P<what2>to|this|that|your)\b"
         rf"|\bI(?:['’]m| am)? ?{_CANNOT} (?:to )?(?P<what3>assist|help you|help) with (?:that|this|your|such|any|the)\b"
-        r"|\A\W*(?:It|That|This) (?:is|would be) (?:not"
-        r" (?:appropriate|ethical|possible)|inappropriate|unethical|impossible) "
-        r"(?:for me )?to (?P<what4>provide|create|generate|write|answer|assist|help|determine|fulfil)"
-        r"|\b(?:against|violates?|outside) (?P<what5>my"
-        r" (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
+        r"|\A\W*(?:It|That|This) (?:is|would be)"
+        r" (?:not (?:appropriate|ethical|possible)|inappropriate|unethical|impossible)"
+        r" (?:for me )?to (?P<what4>provide|create|generate|write|answer|assist|help|determine|fulfil)"
+        r"|\b(?:against|violates?|outside)"
+        r" (?P<what5>my (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
         re.IGNORECASE,
     ),
     re.compile(
-        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)|Lo siento,?"
-        r" (?:pero )?(?:no puedo|como)"
-        r"|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto"
-        r" muito|Lamento),? (?:mas )?(?:eu )?não posso"
+        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)"
+        r"|Lo siento,? (?:pero )?(?:no puedo|como)|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)"
+        r"|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto muito|Lamento),? (?:mas )?(?:eu )?não posso"
         r"|(?:К сожалению|Извините),? (?:но )?я не могу|Helaas kan ik|Het spijt me,? (?:maar )?ik kan"
         r"|(?:很?抱歉|对不起|對不起)[,，。]?\s*(?:但)?(?:作为[^,，]{0,20}[,，])?\s*我(?:无法|不能|不會|不会|無法)"
         r"|申し訳(?:ありませんが|ございませんが)|すみませんが)",
@@ -241,8 +236,7 @@ answer."""
 _SALUTATION = re.compile(r"\A\W*(?:Dear|Subject:|Hi|Hello|To whom)\b[^\n]*\n", re.IGNORECASE)
 _WRITTEN_FOR_OTHERS = re.compile(
     r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y"
-    r"|ies)|poems?|speech"
-    r"|note|rewrite|paraphrase|rephrase|sentence|respond to|role|customer|tweet|act as|pretend)\b",
+    r"|ies)|poems?|speech|note|rewrite|paraphrase|rephrase|sentence|respond to|role|customer|tweet|act as|pretend)\b",
     re.IGNORECASE,
 )
 
@@ -261,32 +255,31 @@ def _refusal(one: Exchange) -> Match | None:
 
 
 # --- boilerplate and identity
-# ------------------------------------------------------------------------------------------------------
 
 _MACHINE = (
-    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence|(?:large"
-    r" )?language model|LLM"
+    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence"
+    r"|(?:large )?language model|LLM"
 )
 _BOILERPLATE = re.compile(
-    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)(?=[,.;]|"
-    r" (?:I|developed|created|trained|designed|made|my)\b)"
+    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)"
+    r"(?=[,.;]| (?:I|developed|created|trained|designed|made|my)\b)"
     rf"|\bI(?:['’]m| am) (?:just |only |merely |simply |actually )?an? (?:[A-Za-z-]+ ){{0,2}}?{_MACHINE})\b"
     r"(?! (?:engineer|researcher|expert|student|scientist|enthusiast|developer|consultant|specialist|startup|company))"
     r"|\bmy (?:knowledge|training)(?: data)? (?:cut-?off|only goes|ends|extends|is limited to)"
-    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent) (?:knowledge |training"
-    r" )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
-    r"|\bI do(?:n['’]t| not) have (?:any )?(?:personal"
-    r" (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
+    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent)"
+    r" (?:knowledge |training )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
+    r"|\bI do(?:n['’]t| not) have (?:any )?"
+    r"(?:personal (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
     r"|real-?time (?:data|information|access))"
     r"|作为(?:一个|一名)?(?:AI|人工智能)(?:语言)?(?:模型|助手)|\bals KI(?:-Sprachmodell|-Assistent)?,"
-    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),|\ben tant qu['’](?:IA|intelligence"
-    r" artificielle|assistant virtuel)",
+    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),"
+    r"|\ben tant qu['’](?:IA|intelligence artificielle|assistant virtuel)",
     re.IGNORECASE,
 )
 _ASKS_WHO = re.compile(
     r"\b(?:who|what) (?:are|r|is|made|created|built|trained) (?:you|u)\b|\bare you (?:an?|the|really|human|chat)"
-    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b|\byou(?:'re| are) (?:just )?an?"
-    r" (?:AI|bot|robot|machine|language model)"
+    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b"
+    r"|\byou(?:'re| are) (?:just )?an? (?:AI|bot|robot|machine|language model)"
     r"|\b(?:introduce|about|describe) yourself",
     re.IGNORECASE,
 )
@@ -305,40 +298,38 @@ def _boilerplate(one: Exchange) -> Match | None:
 
 
 _MODELS = (
-    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE"
-    r" Bot|HuggingChat|InternLM|ChatGLM\w*"
-    r"|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
+    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE Bot|HuggingChat"
+    r"|InternLM|ChatGLM\w*|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
 )
 _ALSO_WORDS = (
-    r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command"
-    r" R|Falcon|Dolly|Koala|Doubao"
+    r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command R"
+    r"|Falcon|Dolly|Koala|Doubao"
 )
 """Models whose names are also words or names of people: they count only if the text identifies them as a model."""
 _MAKERS = (
-    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?:"
-    r" AI)?|DeepSeek|Baidu"
-    r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?:"
-    r" AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
+    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?: AI)?"
+    r"|DeepSeek|Baidu|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?: AI)?|Tencent"
+    r"|ByteDance|LMSYS|Inflection(?: AI)?"
 )
 _MADE = r"(?:created|developed|trained|made|built|designed|programmed|powered|provided|fine-?tuned|produced|maintained)"
 _CALLED = r"(?:I(?:['’]m| am)(?: called| named)?|(?i:my name is|call me|this is|you can call me))"
 _IDENTITY = re.compile(
     rf"\b{_CALLED} (?:{_MODELS})\b(?! (?:engineer|user|expert|developer))"
-    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?(?:(?:[A-Za-z-]+"
-    r" ){0,4}"
-    rf"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))|{_MADE} by"
-    rf" (?:{_MAKERS})\b)"
-    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the"
-    r" )?(?:(?:team|people|researchers|engineers|company) )?"
-    rf"(?:(?:at|of|from) )?(?:{_MAKERS})\b"
-    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?)"
-    rf" (?:{_MAKERS})\b"
-    rf"|\b(?i:as) (?:{_MODELS}),? I\b|\b(?i:as an?) (?:[A-Za-z-]+ ){{0,3}}(?:AI|model|assistant)(?: (?:language"
-    r" )?(?:model|assistant))?,? "
+    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?"
+    r"(?:(?:[A-Za-z-]+ ){0,4}"
+    r"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))"
+    rf"|{_MADE} by (?:{_MAKERS})\b)"
+    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the )?"
+    rf"(?:(?:team|people|researchers|engineers|company) )?(?:(?:at|of|from) )?(?:{_MAKERS})\b"
+    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b"
+    rf"|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?) (?:{_MAKERS})\b"
+    rf"|\b(?i:as) (?:{_MODELS}),? I\b"
+    r"|\b(?i:as an?) (?:[A-Za-z-]+ ){0,3}(?:AI|model|assistant)(?: (?:language )?(?:model|assistant))?,? "
     rf"(?:{_MADE} )?(?:by|from) (?:{_MAKERS})\b"
-    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+"
-    r" ){0,3}(?:model|assistant|AI|chatbot)"
-    r"|我(?:是|叫)(?:一个)?(?:由)?\s*(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
+    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+ ){{0,3}}"
+    r"(?:model|assistant|AI|chatbot)"
+    r"|我(?:是|叫)(?:一个)?(?:由)?\s*"
+    r"(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
     rf"|\b(?i:ich bin|je suis|yo soy|soy|sono|eu sou|sou|ik ben) (?:{_MODELS})\b"
 )
 _FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|sou|sono|ben)\b|我", re.IGNORECASE)
@@ -351,8 +342,8 @@ def _identity(one: Exchange) -> Match | None:
         return None
     named = _NAMED.search(match.group())
     if named and re.search(
-        r"(?i)\b(?:you(?: are|['’]re|r name is)|act"
-        rf" as|pretend|imagine|role|persona|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
+        r"(?i)\b(?:you(?: are|['’]re|r name is)|act as|pretend|imagine|role|persona"
+        rf"|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
         one.before,
     ):
         return None
@@ -360,7 +351,6 @@ def _identity(one: Exchange) -> Match | None:
 
 
 # --- placeholders
-# ------------------------------------------------------------------------------------------------------------------
 
 _EMPTY_ANSWERS = frozenset(
     {
@@ -372,18 +362,18 @@ _EMPTY_ANSWERS = frozenset(
 )  # fmt: skip
 _WRAPPING = " \n\t\"'<>[](){}*`.!"
 _PERSONS = (
-    r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date"
-    r" of|teacher|professor|manager|boss"
+    r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date of|teacher|professor"
+    r"|manager|boss"
 )
 _THINGS = (
-    r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title|position"
-    r"|job title|topic|number|amount|link|url|x{2,}"
+    r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title"
+    r"|position|job title|topic|number|amount|link|url|x{2,}"
 )
 _INSERT = re.compile(r"[\[<{]insert\b[^\]>}\n]{0,60}[\]>}]|\blorem ipsum\b", re.IGNORECASE)
 _SLOT = re.compile(
     r"[\[<{](?:please )?(?:insert|fill in|enter|add|put|type)\b[^\]>}\n]{0,60}[\]>}]|\(insert\b[^)\n]{0,60}\)"
-    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()|\{{\{{ ?[a-z_]+"
-    r" ?\}\}|\blorem ipsum\b",
+    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()"
+    r"|\{\{ ?[a-z_]+ ?\}\}|\blorem ipsum\b",
     re.IGNORECASE,
 )
 _SLOT_WORDS = (
@@ -458,7 +448,6 @@ def _placeholder(one: Exchange) -> Match | None:
 
 
 # --- echo
-# ----------------------------------------------------------------------------------------------------------------------
 
 ECHO = 16
 """Minimum number of characters of a prompt whose copy counts. It also needs
@@ -469,8 +458,7 @@ _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
 _WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b|重复|重複|复述|照抄|繰り返", re.IGNORECASE)
 _WANTS_EDIT = re.compile(
     r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat"
-    r"|rephrase|spell|extend|add)\b"
-    r"|改写|翻译|续写|继续|补全|润色|修改|纠正|校对|扩写|翻訳|書き直|添削|続き",
+    r"|rephrase|spell|extend|add)\b|改写|翻译|续写|继续|补全|润色|修改|纠正|校对|扩写|翻訳|書き直|添削|続き",
     re.IGNORECASE,
 )
 _AROUND_ECHO = " \n\t#*>\"'“”`"
@@ -512,7 +500,6 @@ def _echo(one: Exchange) -> Match | None:
 
 
 # --- cut ends
-# ----------------------------------------------------------------------------------------------------------------------
 
 PROSE, LONG = 8, 30
 """Minimum number of words of a line of prose, as opposed to a title or an item; and of a response that should end with
@@ -661,7 +648,6 @@ def _is_code(line: str) -> bool:
 
 
 # --- loops
-# ----------------------------------------------------------------------------------------------------------------------
 
 LOOPS = 4
 """Minimum number of repetitions of a line, a sentence or a run of words in a loop."""
@@ -728,12 +714,10 @@ def _is_sentence(text: str) -> bool:
 
 
 # --- markup
-# ----------------------------------------------------------------------------------------------------------------------
 
 _TAG = re.compile(
     r"</?(?:div|span|p|br|li|ul|ol|table|tr|td|th|font|center|img|h[1-6]|strong|em|blockquote|iframe|section"
-    r"|a)(?:\s+[a-z-]+"
-    r" ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
+    r"|a)(?:\s+[a-z-]+ ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
     re.IGNORECASE | re.DOTALL,
 )
 _ENTITY = re.compile(
@@ -810,9 +794,8 @@ _OWN_ROLES = r"(?:Assistant|ASSISTANT|ChatGPT|GPT|AI|Bot)"
 _ROLE_IN_RESPONSE = re.compile(rf"(?:\A|\n)[ \t>*#]*(?:{_ROLES}|{_OWN_ROLES})(?:\*\*)?:")
 _ROLE_IN_PROMPT = re.compile(rf"\A[ \t>*#]*{_ROLES}(?:\*\*)?:|\n[ \t>*#]*{_OWN_ROLES}(?:\*\*)?:\s*\Z")
 _ABOUT_MARKUP = re.compile(
-    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web"
-    r" ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b|\bphp\b|\bentit|escape"
-    r"|\bvue\b|angular|\bdom\b|\bcode\b|\bregex|pars(?:e|ing)|scrap(?:e|ing)|beautifulsoup",
+    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b"
+    r"|\bphp\b|\bentit|escape|\bvue\b|angular|\bdom\b|\bcode\b|\bregex|pars(?:e|ing)|scrap(?:e|ing)|beautifulsoup",
     re.IGNORECASE,
 )
 _WANTS_TALK = re.compile(
@@ -853,7 +836,6 @@ def _markup(one: Exchange) -> Match | None:
 
 
 # --- language
-# ----------------------------------------------------------------------------------------------------------------------
 
 LETTERS, SCRIPT_LETTERS = 25, 10
 """Minimum number of letters to identify a text's language; the second one applies if prompt and response differ in
@@ -887,16 +869,12 @@ _QUOTES = re.compile(r"[\n:\"“”«»]+")
 _NAMES_A_LANGUAGE = re.compile(
     r"translat|translit|\b(?:foreign |other |which |what |another |native )?languages?\b|multilingual|bilingual"
     r"|\b(?:english|spanish|french|german|italian|portuguese|dutch|russian|chinese|mandarin|cantonese|japanese|korean"
-    r"|arabic|hindi|turkish|polish|swedish"
-    r"|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian|ukrainian|czech|hungarian|romanian"
-    r"|persian|farsi|urdu|bengali|tamil|catalan"
-    r"|esperanto|swahili|malay|tagalog|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque"
-    r"|galician)\b"
-    r"|übersetz|auf"
-    r" (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán|anglais"
-    r"|français|espagnol|allemand"
-    r"|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод|английск|по-русски|翻译|翻譯|英语|英文|中文|日语"
-    r"|法语|英語|日本語|訳|번역|영어|한국어",
+    r"|arabic|hindi|turkish|polish|swedish|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian"
+    r"|ukrainian|czech|hungarian|romanian|persian|farsi|urdu|bengali|tamil|catalan|esperanto|swahili|malay|tagalog"
+    r"|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque|galician)\b|übersetz"
+    r"|auf (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán"
+    r"|anglais|français|espagnol|allemand|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод"
+    r"|английск|по-русски|翻译|翻譯|英语|英文|中文|日语|法语|英語|日本語|訳|번역|영어|한국어",
     re.IGNORECASE,
 )
 _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})

@@ -120,7 +120,6 @@ def _first_faults(
 
 
 # --- characters
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -249,7 +248,6 @@ def _unmojibake(line: str) -> str:
 
 
 # --- templates
-# -------------------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
     r"<\|[A-Za-z][\w.:/-]{0,39}\|>"  # ChatML, Llama 3, Phi, Zephyr, Qwen, <|endoftext|>
@@ -285,9 +283,8 @@ _ASKS = re.compile(r"(?m:^)[ \t>*]*(Human|HUMAN|User|USER)(?:\*\*)?:")
 _ANSWERS = re.compile(r"(?m:^)[ \t>*]*(Assistant|ASSISTANT|AI|Bot|GPT)(?:\*\*)?:|\s(ASSISTANT):")
 _MARK_HINT = (
     r"<\|[A-Za-z]|<｜|\[/?INST\]|SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|MODEL_SETTINGS|CALL_ID|ARGS)\]"
-    r"|_of_turn>|<(?:bos|eos|s|/s)>"
-    r"|### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that|A chat between a curious"
-    r"|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
+    r"|_of_turn>|<(?:bos|eos|s|/s)>|### ?(?:Instruction|Response|Human|Assistant|User|System):"
+    r"|Below is an instruction that|A chat between a curious|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
 )
 
 

@@ -299,14 +299,13 @@ def _merged(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
 
 
 # --- secrets
-# ---------------------------------------------------------------------------------------------------------------------
 
 _AFTER_TOKEN = re.compile(r"[A-Za-z0-9_\-]*")
 _AWS_SECRET = re.compile(r"(?i:aws.{0,20}?(?:key|secret).{0,20}?[=:]\s*)([0-9a-zA-Z/+]{40})(?![0-9a-zA-Z/+=])")
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"']+:([^\s/@\"']+)@")
 _NO_PASSWORD = re.compile(
-    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z"
-    r" _-]+\]"
+    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+"
+    r"|\[[a-z _-]+\]"
 )
 """Placeholders for a password in a URL."""
 
@@ -450,8 +449,8 @@ def _openai_keys(text: str) -> Iterator[Span]:
 
 _KEY_GAP = r"(?:[\s>|\"'+,]|\\[nrt])*"
 _KEY_LINE = re.compile(
-    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})|[A-Za-z]+-[A-Za-z]+:"
-    r" ?[^\n\\]*|Comment: ?[^\n\\]*)"
+    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})"
+    r"|[A-Za-z]+-[A-Za-z]+: ?[^\n\\]*|Comment: ?[^\n\\]*)"
 )
 _KEY_END = re.compile(rf"{_KEY_GAP}-{{4,}} ?END [A-Z0-9 ]+-*")
 

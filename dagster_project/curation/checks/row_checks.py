@@ -106,7 +106,6 @@ def set_violations(data: DataSet) -> dict[str, dict[int, Any]]:
 
 
 # --- messages
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _problem(rows: Rows, _: str) -> list[str | None]:
@@ -217,7 +216,6 @@ def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Row
 
 
 # --- pairs
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _sides_differ(record: Mapping[str, Any]) -> bool:
@@ -261,7 +259,6 @@ def _code_form(text: str) -> str:
 
 
 # --- tokens and template
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
@@ -410,7 +407,6 @@ def _misfits(tokens: Tokens, lines: Sequence[bytes]) -> pl.DataFrame:
 
 
 # --- values and overlaps
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _private_values(rows: Rows) -> dict[bool, list[str | None]]:

@@ -51,8 +51,8 @@ class Prompted(NamedTuple):
 
 HERMES_TOOLS, HERMES_TOOLS_END = re.compile(r"<tools>(?=\s*[\[{])"), "</tools>"
 HERMES_START = re.compile(
-    r"You are a function calling AI model|You are provided with function signatures|# Tools\s+You may call one or more"
-    r" functions"
+    r"You are a function calling AI model|You are provided with function signatures"
+    r"|# Tools\s+You may call one or more functions"
 )
 TOOLACE_TOOLS = "list of functions in JSON format"
 TOOLACE_START, TOOLACE_END = "You are an expert in composing functions", "MUST be included."
@@ -235,7 +235,6 @@ def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:
 
 
 # --- traces
-# ----------------------------------------------------------------------------------------------------------------------
 
 OPENING, CLOSING = "<think>", "</think>"
 THOUGHT, THOUGHT_END = "<|begin_of_thought|>", "<|end_of_thought|>"

@@ -200,7 +200,6 @@ def _as_input_error(name: str) -> Iterator[None]:
 
 
 # --- the pin
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def digest_of(objects: Sequence[S3Object]) -> str:
