@@ -171,9 +171,9 @@ def _prose(text: str) -> str:
 def _is_quoted(text: str, at: int) -> bool:
     """Whether the place is inside quotation marks."""
     before = text[:at]
-    return (
-        before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
-    )
+    if before.count('"') % 2:
+        return True
+    return before.count("“") > before.count("”") or before.count("「") > before.count("」")
 
 
 def _holds(text: str, phrase: str) -> bool:
@@ -287,12 +287,9 @@ _ASKS_WHO = re.compile(
 
 def _boilerplate(one: Exchange) -> Match | None:
     match = first_match(_BOILERPLATE, _prose(one.said))
-    if (
-        match is None
-        or _is_quoted(one.said, one.said.find(match.group()))
-        or _holds(one.before, match.group())
-        or first_match(_ASKS_WHO, one.asked)
-    ):
+    if match is None or _is_quoted(one.said, one.said.find(match.group())):
+        return None
+    if _holds(one.before, match.group()) or first_match(_ASKS_WHO, one.asked):
         return None
     return "speaks as an AI", match.group().strip()
 
@@ -334,6 +331,7 @@ _IDENTITY = re.compile(
 )
 _FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|sou|sono|ben)\b|我", re.IGNORECASE)
 _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
+_PLAYS = r"(?i)\b(?:you(?: are|['’]re|r name is)|act as|pretend|imagine|role|persona|play)\b[^\n]{0,60}\b"
 
 
 def _identity(one: Exchange) -> Match | None:
@@ -341,11 +339,7 @@ def _identity(one: Exchange) -> Match | None:
     if match is None or _is_quoted(one.said, one.said.find(match.group())):
         return None
     named = _NAMED.search(match.group())
-    if named and re.search(
-        r"(?i)\b(?:you(?: are|['’]re|r name is)|act as|pretend|imagine|role|persona"
-        rf"|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
-        one.before,
-    ):
+    if named and re.search(rf"{_PLAYS}{re.escape(named.group())}\b", one.before):
         return None
     return "identity", match.group().strip()
 
@@ -376,42 +370,15 @@ _SLOT = re.compile(
     r"|\{\{ ?[a-z_]+ ?\}\}|\blorem ipsum\b",
     re.IGNORECASE,
 )
+_IN_ANY_BRACKET = (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")
+_IN_BRACKETS = (
+    "first last full name date time address location city phone email e-mail signature title position job topic number"
+    " amount link url xx"
+)
 _SLOT_WORDS = (
-    *(
-        f"{bracket}{word}"
-        for bracket in "[<{"
-        for word in (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")
-    ),
-    "(insert",
-    "{{",
-    "lorem ipsum",
-    *(
-        f"[{word}"
-        for word in [
-            "first",
-            "last",
-            "full",
-            "name",
-            "date",
-            "time",
-            "address",
-            "location",
-            "city",
-            "phone",
-            "email",
-            "e-mail",
-            "signature",
-            "title",
-            "position",
-            "job",
-            "topic",
-            "number",
-            "amount",
-            "link",
-            "url",
-            "xx",
-        ]
-    ),
+    *(f"{bracket}{word}" for bracket in "[<{" for word in _IN_ANY_BRACKET),
+    *("(insert", "{{", "lorem ipsum"),
+    *(f"[{word}" for word in _IN_BRACKETS.split()),
 )
 _WANTS_SLOTS = re.compile(
     r"template|placeholder|boilerplate|fill[- ]in|\bblanks?\b|lorem|variable|\bform\b|\bmad libs?\b|regex|format",
@@ -420,18 +387,17 @@ _WANTS_SLOTS = re.compile(
 
 
 def _is_only_placeholder(text: str) -> bool:
-    return len(text) < 40 and (
-        (bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS
-    )
+    if len(text) >= 40:
+        return False
+    bare = text.strip().casefold()
+    return bare in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS
 
 
 def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
     empty = [i for i in short if _is_only_placeholder(texts.said[i])]
-    return [
-        *empty,
-        *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list(),
-    ]
+    slots = _contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"])
+    return [*empty, *slots.arg_true().to_list()]
 
 
 def _placeholder(one: Exchange) -> Match | None:
@@ -491,10 +457,9 @@ def _echo(one: Exchange) -> Match | None:
             return "the response is the prompt", ""
         if not said.startswith(part):
             continue
-        first_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
-        if (part == asked and (part[-1] in "?!.:。？！" or first_line == part)) or (
-            first_line == part and not first_match(_WANTS_EDIT, one.asked)
-        ):
+        is_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO) == part
+        is_whole = part == asked and (is_line or part[-1] in "?!.:。？！")
+        if is_whole or (is_line and not first_match(_WANTS_EDIT, one.asked)):
             return "the response begins with the prompt", ""
     return None
 
@@ -506,63 +471,13 @@ PROSE, LONG = 8, 30
 a period."""
 _CLOSED = frozenset(".!?…。！？\"'”’」)]}>`*_|%$€£°~=\\0123456789")
 """Characters at which a text may end."""
-_GOES_ON = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "and",
-        "or",
-        "but",
-        "with",
-        "from",
-        "by",
-        "into",
-        "because",
-        "if",
-        "than",
-        "their",
-        "its",
-        "your",
-        "our",
-        "my",
-        "which",
-        "such",
-        "these",
-        "his",
-        "her",
-        "is",
-        "are",
-        "was",
-        "were",
-        "has",
-        "have",
-        "had",
-        "would",
-        "could",
-        "should",
-        "will",
-        "can",
-        "may",
-        "might",
-        "must",
-        "that",
-        "to",
-        "for",
-        "in",
-        "on",
-        "at",
-        "as",
-        "while",
-        "when",
-        "where",
-        "although",
-        "however",
-        "between",
-        "without",
-    ]
+_GOES_ON = (
+    "the a an of and or but with from by into because if than their its your our my which such these his her is are"
+    " was were has have had would could should will can may might must that to for in on at as while when where"
+    " although however between without"
 )
+"""Words at which no sentence ends."""
+_UNFINISHED = frozenset(_GOES_ON.split())
 _BULLET = r"(?:[-*•+–]|\d{1,3}[.)])"
 _EMPTY_ITEM = re.compile(rf"(?:\A|\n)[ \t]*(?:{_BULLET}|#{{1,6}})(?:[ \t]+\*{{1,2}})?\Z")
 _ITEM = re.compile(rf"(?<![ \t])[ \t]*+(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
@@ -598,11 +513,8 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if (
-        not prose
-        or prose[-1] != text[-1]
-        or not (_has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE)
-    ):
+    is_long = _has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE
+    if prose[-1:] != text[-1] or not is_long:
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
@@ -626,7 +538,7 @@ def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
     """
     if not _STOP.search(prose):
         return False
-    if word in _GOES_ON and _has_words(last, 3):
+    if word in _UNFINISHED and _has_words(last, 3):
         return True
     if not _has_words(prose, LONG):
         return False
@@ -693,20 +605,23 @@ def _loop(one: Exchange) -> Match | None:
         return "one character over and over", match.group()
     text = _prose(one.said[:LOOKED_THROUGH])
     tokens = _TOKEN.findall(text.casefold())
-    shared = [
-        max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)
-    ]
-    if shared[0] < LOOPS or first_match(_WANTS_LOOPS, one.asked):
+    if _most_repeated(tokens, 3) < LOOPS or first_match(_WANTS_LOOPS, one.asked):
         return None
     units = Counter(_COUNTER.sub("", unit).strip() for unit in _SENTENCE.split(text))
     again = {unit: times * len(unit) for unit, times in units.items() if times >= LOOPS and _is_sentence(unit)}
     if again and 3 * sum(again.values()) >= len(text):
         return "sentences or lines over and over", max(again, key=lambda unit: again[unit])
-    words = "".join([f"{token} " for token in tokens]) if shared[1] >= LOOPS else ""
+    words = "".join([f"{token} " for token in tokens]) if _most_repeated(tokens, 4) >= LOOPS else ""
     for pattern in _RUNS:
         if (match := pattern.search(words)) and not match[1].replace(" ", "").isdigit():
             return "one run of words over and over", ""
     return None
+
+
+def _most_repeated(tokens: Sequence[str], size: int) -> int:
+    """How often the most frequent run of tokens occurs."""
+    runs = Counter(zip(*(tokens[start:] for start in range(size)), strict=False))
+    return max(runs.values(), default=0)
 
 
 def _is_sentence(text: str) -> bool:
@@ -724,70 +639,16 @@ _ENTITY = re.compile(
     r"&(?:nbsp|amp|lt|gt|quot|apos|[rl][sd]quo|[mn]dash|hellip|bull|copy|reg|trade|euro|#\d{2,5}|#x[0-9a-f]{2,5});",
     re.IGNORECASE,
 )
+_TAG_NAMES = (
+    "div span p> br li ul ol table tr td th font center img h1 h2 h3 h4 h5 h6 strong em blockquote iframe section !--"
+)
+_ENTITY_NAMES = "nbsp amp lt gt quot apos rsquo lsquo rdquo ldquo mdash ndash hellip bull copy reg trade euro"
+_ROLE_NAMES = "human user assistant chatgpt gpt ai bot"
 _MARKUP_WORDS = (
-    *(
-        f"<{tag}"
-        for tag in [
-            "div",
-            "span",
-            "p>",
-            "br",
-            "li",
-            "ul",
-            "ol",
-            "table",
-            "tr",
-            "td",
-            "th",
-            "font",
-            "center",
-            "img",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "strong",
-            "em",
-            "blockquote",
-            "iframe",
-            "section",
-            "!--",
-        ]
-    ),
-    "<a ",
-    "<p ",
-    "</",
-    *(
-        f"&{name};"
-        for name in [
-            "nbsp",
-            "amp",
-            "lt",
-            "gt",
-            "quot",
-            "apos",
-            "rsquo",
-            "lsquo",
-            "rdquo",
-            "ldquo",
-            "mdash",
-            "ndash",
-            "hellip",
-            "bull",
-            "copy",
-            "reg",
-            "trade",
-            "euro",
-        ]
-    ),
+    *(f"<{tag}" for tag in (*_TAG_NAMES.split(), "a ", "p ", "/")),
+    *(f"&{name};" for name in _ENTITY_NAMES.split()),
     "&#",
-    *(
-        f"{who}{colon}"
-        for who in ("human", "user", "assistant", "chatgpt", "gpt", "ai", "bot")
-        for colon in (":", "**:", ":**")
-    ),
+    *(f"{role}{colon}" for role in _ROLE_NAMES.split() for colon in (":", "**:", ":**")),
 )
 _ROLES = r"(?:Human|User|HUMAN|USER)"
 _OWN_ROLES = r"(?:Assistant|ASSISTANT|ChatGPT|GPT|AI|Bot)"
@@ -808,8 +669,10 @@ _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNOREC
 
 
 def _without_open_comments(text: str) -> str:
-    """Comments that are not closed, without their marks: from each of them, a
-    search for its end would go through the whole text."""
+    """The text without the marks of comments that are not closed.
+
+    From each of them, a search for its end would go through the whole text.
+    """
     end = text.rfind("-->") + 1
     return text[:end] + text[end:].replace("<!--", "<!  ")
 
@@ -824,15 +687,18 @@ def _markup(one: Exchange) -> Match | None:
         return "role label", match.group().strip()
     if (match := first_match(_ROLE_IN_PROMPT, asked)) and not first_match(_MENTIONS_TALK, asked):
         return "role label", match.group().strip()
-    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and first_match(_ABOUT_MARKUP, before):
+    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and _is_about_markup(before):
         return None
     for text in (said, asked):
         for kind, pattern in (("HTML tag", _TAG), ("HTML entity", _ENTITY)):
-            if (match := first_match(pattern, text)) and not any(
-                first_match(_ABOUT_MARKUP, without_matches(pattern, words)) for words in {before, text}
-            ):
+            match = first_match(pattern, text)
+            if match and not any(_is_about_markup(without_matches(pattern, words)) for words in {before, text}):
                 return kind, match.group()
     return None
+
+
+def _is_about_markup(text: str) -> bool:
+    return first_match(_ABOUT_MARKUP, text) is not None
 
 
 # --- language
@@ -882,13 +748,12 @@ _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
 
 
 def _language_pretest(texts: Texts) -> Iterable[int]:
-    long = (texts.asked_column.str.len_bytes() >= SCRIPT_LETTERS) & (
-        texts.said_column.str.len_bytes() >= SCRIPT_LETTERS
-    )
+    asked, said = texts.asked_column.str, texts.said_column.str
+    is_long = (asked.len_bytes() >= SCRIPT_LETTERS) & (said.len_bytes() >= SCRIPT_LETTERS)
     words = "|".join(_FREQUENT["en"])
     twice = rf"(?i)[\s(\"](?:{words})[\s,.?](?s:.)*?[\s(\"](?:{words})[\s,.?]"
-    english = [column.str.slice(0, READ).str.contains(twice) for column in (texts.asked_column, texts.said_column)]
-    return (long & ~(english[0] & english[1])).arg_true().to_list()
+    is_english = asked.slice(0, READ).str.contains(twice) & said.slice(0, READ).str.contains(twice)
+    return (is_long & ~is_english).arg_true().to_list()
 
 
 def _language(one: Exchange) -> Match | None:
@@ -900,9 +765,8 @@ def _language(one: Exchange) -> Match | None:
         return None
     wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
     if wrote[0] != wrote[1]:
-        if any(name.startswith("(") for name in wrote) or (
-            letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}
-        ):
+        is_short = letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}
+        if is_short or any(name.startswith("(") for name in wrote):
             return None
         differ = f"{wrote[0]} asked, {wrote[1]} answered"
     elif wrote[0] in _SHARED_SCRIPTS and letters >= LETTERS and (languages := _languages(asked, said)):
@@ -922,17 +786,14 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
         return None
     expected = _language_probabilities(asked)
     (prompted, probability), *_ = expected.items()
-    if (
-        prompted in {language, "zxx"}
-        or probability < LIKELY
-        or expected.get(language, 0) > UNLIKELY
-        or answered.get(prompted, 0) > UNLIKELY
-    ):
+    if prompted in {language, "zxx"} or probability < LIKELY:
+        return None
+    if expected.get(language, 0) > UNLIKELY or answered.get(prompted, 0) > UNLIKELY:
         return None
     for part in _QUOTES.split(asked):  # a prompt may quote a text in another language
-        if _language_of_frequent_words(part) == language or (
-            len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY
-        ):
+        if _language_of_frequent_words(part) == language:
+            return None
+        if len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY:
             return None
     return prompted, language
 
@@ -940,9 +801,8 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
 def _language_of_frequent_words(text: str) -> str | None:
     """The language with the most frequent words in the text; None if there are several."""
     words = {*_WORDS.findall(text.casefold())}
-    (most, language), (second, _) = sorted(
-        ((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True
-    )[:2]
+    counts = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)
+    (most, language), (second, _), *_ = counts
     return language if most > second else None
 
 

@@ -1,5 +1,7 @@
 """Text -> spans of personal data: e-mail addresses, cards, accounts, national ids, phone numbers, IP addresses.
-privacy.py has the rules that use them."""
+
+privacy.py has the rules that use them.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,6 @@ def cards(text: str) -> Iterator[Span]:
 
 
 _IBAN = Local("A-Za-z0-9", "[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}", overlapping=True)
-
-
 _IBAN_DIGITS = str.maketrans({letter: str(i) for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 10)})
 
 
@@ -167,9 +167,14 @@ _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "A
 
 
 def phones(text: str) -> Iterator[Span]:
-    """International numbers; national ones in the usual format of the US, Britain, Germany and France, or after a word
-    for a phone."""
+    """International numbers, and national ones.
+
+    The latter in the usual format of the US, Britain, Germany and France, or after a word for a phone.
+    """
     is_personal = _NumberingPlans().is_personal
+
+    def is_personal_abroad(written: str, region: str) -> bool | None:
+        return is_personal(f"+{written[2:]}", region)
 
     def international() -> Iterator[Span]:
         for match in matches(_INTERNATIONAL, text, MOST_LOOKED_UP):
@@ -177,9 +182,7 @@ def phones(text: str) -> Iterator[Span]:
 
     def abroad() -> Iterator[Span]:
         for match in matches(_ABROAD, text, MOST_LOOKED_UP):
-            yield from _phone(
-                match.group(), match.start(), ("ZZ",), lambda written, region: is_personal(f"+{written[2:]}", region)
-            )
+            yield from _phone(match.group(), match.start(), ("ZZ",), is_personal_abroad)
 
     def american() -> Iterator[Span]:
         for match in matches(_AMERICAN, text, MOST_LOOKED_UP):
@@ -204,8 +207,7 @@ def _has_date(written: str) -> bool:
 
 
 def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
-    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two
-    or more pairs next to them that are not numbers themselves."""
+    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two more next to them that are no numbers."""
     if not _PAIRS.fullmatch(text, start, end):
         return False
     before = _PAIRS_BEFORE.search(text, max(0, start - SERIES), start)
