@@ -11,10 +11,9 @@ from dagster_project.curation.sources import fields
 
 def _unsupported(rows: Rows, _: str) -> list[str | None]:
     """The content of a row on which a text model cannot be trained, else null."""
-    return [
-        meta["problem"] if not record["messages"] and meta.get("unsupported") is True and "problem" in meta else None
-        for record, meta in zip(rows.records, rows.metas, strict=True)
-    ]
+    read = zip(rows.records, rows.metas, strict=True)
+    unsupported = (not record["messages"] and meta.get("unsupported") is True for record, meta in read)
+    return [meta.get("problem") if one else None for one, meta in zip(unsupported, rows.metas, strict=True)]
 
 
 def _ignored(rows: Rows, _: str) -> list[str | None]:
