@@ -29,9 +29,9 @@ from dagster_project.curation.sources.benchmarks import (
     read_item,
 )
 from dagster_project.curation.sources.files import (
-    Found,
     Row,
     files_of,
+    found_in,
     others_of,
     read_blocks,
     read_rows,
@@ -188,8 +188,7 @@ def _objects(url: str) -> Iterator[tuple[str, list[Row], str]]:
         revision = digest_of(objects)
         for one in objects:
             rows = rows_of(read_blocks(one))
-            read = sum(row.value is not None for row in rows)
-            require_rows(one.name, Found(len(rows), read, rows[0].problem if rows else ""))
+            require_rows(one.name, found_in(rows))
             yield one.name, rows, revision
 
 

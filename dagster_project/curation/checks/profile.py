@@ -281,7 +281,7 @@ def _shape(roles: tuple[str, ...]) -> str:
 
 
 def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """One row per record: example_id, script, prompt_words, response_words, opening, response (a hash), reading_ease."""
+    """A row per record: example_id, script, prompt_words, response_words, opening, response (a hash), reading_ease."""
     import polars as pl
 
     prompt, response = pl.col("prompt").str, pl.col("response").str

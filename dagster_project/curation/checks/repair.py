@@ -65,7 +65,7 @@ def repair(
     special_tokens: Collection[str] = (),
     earlier: RepairResult | None = None,
 ) -> RepairResult:
-    """Repair each row that violates one of the checks, in the given order: a later repair applies to an earlier's result.
+    """Repair each row that violates one of the checks, in the given order, each on the result of the one before.
 
     Args:
         records: canonical records or pairs; they are not modified.

@@ -11,9 +11,11 @@ from dagster_project.curation.sources import fields
 
 def _unsupported(rows: Rows, _: str) -> list[str | None]:
     """The content of a row on which a text model cannot be trained, else null."""
-    read = zip(rows.records, rows.metas, strict=True)
-    unsupported = (not record["messages"] and meta.get("unsupported") is True for record, meta in read)
-    return [meta.get("problem") if one else None for one, meta in zip(unsupported, rows.metas, strict=True)]
+    facts: list[str | None] = []
+    for record, meta in zip(rows.records, rows.metas, strict=True):
+        is_unsupported = not record["messages"] and meta.get("unsupported") is True
+        facts.append(meta.get("problem") if is_unsupported else None)
+    return facts
 
 
 def _ignored(rows: Rows, _: str) -> list[str | None]:

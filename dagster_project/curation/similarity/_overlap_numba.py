@@ -56,8 +56,7 @@ class Index(NamedTuple):
 
 
 def compiled(function: Function) -> Function:
-    """Compile on first call, and keep the result beside the module or in the user's cache; if neither is writable, in
-    memory."""
+    """Compile on first call, and keep the result beside the module, in the user's cache, or else in memory."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -154,14 +153,12 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     hashes = hash_spans(values, starts, lengths)
     names, counts = np.empty(len(starts), np.int32), np.zeros(PARTS, np.int64)
     _count_parts(hashes, counts)
+
+    def name(part: int) -> None:
+        _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = np.flatnonzero(counts).tolist()
-        list(
-            pool.map(
-                lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names),
-                parts,
-            )
-        )
+        list(pool.map(name, np.flatnonzero(counts).tolist()))
     return names
 
 
@@ -434,7 +431,7 @@ def near_texts(
         left, right: texts on the left and right side of a pair.
         within: whether a pair is given once, smaller text first.
         scores: (BINS, 2), incremented by the compared pairs: those that are not near-copies, and near-copies. Complete
-        above half of the thresholds.
+            above half of the thresholds.
         boilerplate: gets the passages in more than `rare` texts, the most frequent first, as (start, length, texts).
     Yields:
         (text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out.

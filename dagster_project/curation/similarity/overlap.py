@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from dagster_project.core.words import SPACED_MARKS
 
@@ -112,9 +112,8 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
     Equal texts count once in the frequencies of runs, so a text is found however often it is repeated.
 
     Args:
-        texts, against: read in order, a few of them once more at the end. Large
-            ones are compared in rounds (rounds.py), which
-        changes memory and time only.
+        texts, against: read in order, a few of them once more at the end. Large ones are compared in rounds
+            (rounds.py), which changes memory and time only.
         count_words: whether to fill `Comparison.frequency`.
     """
     from dagster_project.curation.similarity.engine import Constants, Gates
@@ -162,22 +161,12 @@ def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Cons
         side[numbers[numbers >= 0]] = True
     scores = np.zeros((BINS, 2), np.int64)
     frequent: list[tuple[int, int, int]] = []
-    near = [
-        *compiled.near_texts(
-            tokens,
-            offsets[first],
-            offsets[first + 1],
-            left,
-            right,
-            against is None,
-            constants=constants,
-            scores=scores,
-            boilerplate=frequent,
-        )
-    ]
+    low, high = offsets[first], offsets[first + 1]
+    outputs: dict[str, Any] = {"scores": scores, "boilerplate": frequent}
+    near = [*compiled.near_texts(tokens, low, high, left, right, against is None, constants=constants, **outputs)]
     word_counts: dict[int, list[int]] = {}
     if count_words:
-        spread = compiled.spread(tokens, offsets[first], offsets[first + 1])
+        spread = compiled.spread(tokens, low, high)
         for text in sorted({text for a, b, _, _ in near for text in (a, b)}):
             row = int(first[text])
             word_counts[text] = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
@@ -227,8 +216,7 @@ def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | Non
 
 
 def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of `texts` and `against` that share a run of 13 words, in
-    order: the common test of benchmark leakage, for comparison.
+    """Pairs of `texts` and `against` that share a run of 13 words, in order: the common test of benchmark leakage.
 
     Brown et al., Language Models are Few-Shot Learners (2020), appendix C.
     """
@@ -247,8 +235,7 @@ def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterato
 
 
 def shared_span(left: str, right: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Position of the longest common run of words in both texts, as (start,
-    end) in characters; (0, 0) if there is none.
+    """Position of the longest common run of words in both texts, as (start, end) in characters; (0, 0) for none.
 
     "He said: Good Morning!" and "good morning, Ann" -> (9, 21), (0, 12)
     """
@@ -267,8 +254,8 @@ def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, i
 
     number = {word: i for i, word in enumerate(dict.fromkeys(right))}
     theirs = np.array([number[word] for word in right], np.int32)
-    # words in common up to each of theirs, and the last of mine
-    best, before = ((0, 0, 0), np.zeros(len(right) + 1, np.int32))
+    best = 0, 0, 0
+    before = np.zeros(len(right) + 1, np.int32)  # words in common up to each of theirs, and the last of mine
     for i, word in enumerate(left):
         now = np.zeros(len(right) + 1, np.int32)
         if word in number:

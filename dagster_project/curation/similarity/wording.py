@@ -1,8 +1,7 @@
 """Whether two near-copies also share the words that carry their meaning.
 
-`overlap` finds texts that share runs of words. In short texts such a run is
-often a common phrase ("Which of the following is true of
-..."), and the one different word is the subject. docs/decisions/006 has the measurements.
+`overlap` finds texts that share runs of words. In short texts such a run is often a common phrase ("Which of the
+following is true of ..."), and the one different word is the subject. docs/decisions/006 has the measurements.
 """
 
 from __future__ import annotations
@@ -85,8 +84,7 @@ def is_near_duplicate(left: str, right: str, frequency: Mapping[str, int]) -> bo
 
 
 def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency: Mapping[str, int]) -> Severity | None:
-    """Severity of an overlap with a held-out text: `error` for a copy, `warn`
-    for a part, None if only a common phrase is shared.
+    """Severity of an overlap with a held-out text: `error` for a copy, `warn` for a part, None for a common phrase.
 
     Args:
         text: prompt or response of a row.
@@ -124,11 +122,10 @@ def _size(content: frozenset[str]) -> float:
 
 
 def _distinguishes(edited: frozenset[str], shared: frozenset[str], frequency: Mapping[str, int]) -> bool:
-    """Whether an edit changes the subject of a short text: it changes a number,
-    or a word as rare as the rarest shared one."""
-    return any(map(_is_number, edited)) or min(frequency.get(word, 1) for word in edited) <= min(
-        frequency.get(word, 1) for word in shared
-    )
+    """Whether an edit changes the subject of a short text: a number, or a word as rare as the rarest shared one."""
+    if any(map(_is_number, edited)):
+        return True
+    return min(frequency.get(word, 1) for word in edited) <= min(frequency.get(word, 1) for word in shared)
 
 
 def _is_number(word: str) -> bool:

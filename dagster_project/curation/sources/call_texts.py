@@ -1,10 +1,11 @@
 """Tools, calls, results and reasoning that a source writes inside the text of its messages -> fields of their own.
 
-Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
-ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
-Glaive: definitions one after another at the end of the system prompt, calls after
-<functioncall>, with arguments as text in single quotes. Traces: "<think>...</think>"
-(DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an answer.
+- Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
+- ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
+- Glaive: definitions one after another at the end of the system prompt, calls after <functioncall>, with arguments as
+  text in single quotes.
+- Traces: "<think>...</think>" (DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an
+  answer.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ MARKS = ("functions in JSON format", "access to the following functions")
 
 def is_marked(messages: Messages) -> bool:
     """Whether any of the texts may hold what the functions here read, which is cheap to see."""
-    return any(
-        "<" in m["content"] or (m["role"] == "system" and any(mark in m["content"] for mark in MARKS)) for m in messages
-    )
+    for message in messages:
+        text = message["content"]
+        if "<" in text or (message["role"] == "system" and any(mark in text for mark in MARKS)):
+            return True
+    return False
 
 
 class Prompted(NamedTuple):
@@ -110,9 +113,8 @@ def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
         parse_json(text[start:end])
-        defined = [
-            {**tool, "function": tools.with_json_types(tool["function"])} for tool in tools.definitions(value) or ()
-        ]
+        given = tools.definitions(value) or ()
+        defined = [{**tool, "function": tools.with_json_types(tool["function"])} for tool in given]
     except (ValueError, RecursionError):
         return None
     begin = text.rfind(TOOLACE_START, 0, marker)
@@ -181,15 +183,19 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused
         tag = next((tag for tag in ("<tool_call>", "<functioncall>") if tag in message["content"]), "")
         if message["role"] == "assistant" and "tool_calls" not in message and tag:
             found.append(_tagged_call(message, tag, bool(style or defined), unused))
-        elif (
-            message["role"] == "tool"
-            and len(parts := _split_at_tags(message["content"], "<tool_response>", END_OF_RESPONSE)) > 1
-            and not "".join(parts[::2]).strip()
-        ):
-            found += [{**message, "content": result} for result in parts[1::2]]
+        elif message["role"] == "tool":
+            found += _tagged_results(message)
         else:
             found.append(message)
     return found
+
+
+def _tagged_results(message: Message) -> Messages:
+    """A message for each result in tags; the message itself if it has none, or text outside of them."""
+    parts = _split_at_tags(message["content"], "<tool_response>", END_OF_RESPONSE)
+    if len(parts) == 1 or "".join(parts[::2]).strip():
+        return [message]
+    return [{**message, "content": result} for result in parts[1::2]]
 
 
 def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> Message:
@@ -280,9 +286,5 @@ def _with(message: Message, trace: str, answer: str) -> Message:
     if "reasoning_content" in message and trace.strip() not in {"", message["reasoning_content"].strip()}:
         raise ValueError("two different traces of reasoning in one message")
     more = {key: value for key, value in message.items() if key not in {"role", "content"}}
-    return {
-        "role": message["role"],
-        "content": answer,
-        **({"reasoning_content": trace} if trace.strip() else {}),
-        **more,
-    }
+    traced = {"reasoning_content": trace} if trace.strip() else {}
+    return {"role": message["role"], "content": answer, **traced, **more}

@@ -73,10 +73,8 @@ def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
             message, unused = read(turn)
             messages.append(message)
             found.append((tuple(turn), unused))
-            if unused:
-                ignored += [
-                    f"{key}[].{name}"[:MAX_NAME] for name in unused if "[]" in name or turn.get(name) not in EMPTY
-                ]
+            held = [name for name in unused if "[]" in name or turn.get(name) not in EMPTY]
+            ignored += [f"{key}[].{name}"[:MAX_NAME] for name in held]
         row = {**row, key: messages}
     return Turns(row, shapes, ignored)
 
@@ -86,16 +84,13 @@ def read_tree(row: dict[str, Any]) -> Turns:
     messages = [row["prompt"]]
     for message in messages:
         messages += message.get("replies") or []
-    unused = [tuple([key for key in message if key not in OASST_KEYS]) for message in messages]
-    ignored = [
-        f"prompt[].{key}"[:MAX_NAME]
-        for message, keys in zip(messages, unused, strict=True)
-        for key in keys
-        if message[key] not in EMPTY
-    ]
-    return Turns(
-        row, {"prompt": [(tuple(message), keys) for message, keys in zip(messages, unused, strict=True)]}, ignored
-    )
+    shapes: list[TurnShape] = []
+    ignored: list[str] = []
+    for message in messages:
+        unused = tuple([key for key in message if key not in OASST_KEYS])
+        shapes.append((tuple(message), unused))
+        ignored += [f"prompt[].{key}"[:MAX_NAME] for key in unused if message[key] not in EMPTY]
+    return Turns(row, {"prompt": shapes}, ignored)
 
 
 def important(kept: Mapping[str, Any]) -> list[str]:
@@ -131,10 +126,10 @@ class FieldAccount:
         if (found := self._known.get(shape)) is None:
             found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
         fields, total = found
-        if (present := len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])) != total:
-            raise AssertionError(
-                f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})"
-            )
+        present = len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])
+        if present != total:
+            keys = ", ".join(row)
+            raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {keys})")
         return fields
 
 
@@ -174,9 +169,8 @@ def _fields_in(value: Any, messages: int) -> int:
     """
     if isinstance(value, list):
         return sum(map(len, value))
-    return len(value) + (
-        sum([_fields_in(reply, messages) for reply in value.get("replies") or ()]) if messages > 1 else 0
-    )
+    replies = value.get("replies") or () if messages > 1 else ()
+    return len(value) + sum([_fields_in(reply, messages) for reply in replies])
 
 
 def kept_whole(row: Mapping[str, Any] | None) -> Fields:
@@ -244,8 +238,7 @@ def severity(ignored: Iterable[str]) -> Literal["warn", "info"]:
 
 
 def note(ignored: Iterable[Iterable[str]]) -> list[str]:
-    """Number of rows with each field: [["messages[].id"], ["messages[].id",
-    "images"]]  ->  ["messages[].id 2, images 1"]"""
+    """Number of rows with each field: [["id"], ["id", "images"]]  ->  ["id 2, images 1"]"""
     text = _note(Counter(name for names in ignored for name in names))
     return [text] if text else []
 
@@ -277,7 +270,6 @@ class IgnoredFields:
             self._details.append(", ".join(names))
 
     def check(self) -> CheckResult:
-        text = _note(self._names)
         return CheckResult(
             NAME,
             not self._rows,
@@ -285,7 +277,7 @@ class IgnoredFields:
             count=self._rows,
             rows=self._places,
             details=self._details,
-            note=text,
+            note=_note(self._names),
         )
 
 

@@ -109,9 +109,8 @@ def _preference(
         system = row.get("system") if "system" in more else None
         context = [*as_turns(system), *as_conversation(row[prompt], "user")]
         good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
-        # only the answers have it
         if context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system":
-            context = [good[0], *context]
+            context = [good[0], *context]  # only the answers have a system prompt
         if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
             good, bad = good[len(context) :], bad[len(context) :]
         if not good or not bad:
@@ -152,8 +151,7 @@ def _transcript(text: str) -> Messages:
 
 
 def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
-    """Convert two whole conversations; their common beginning, up to a turn
-    that the assistant answers, is the prompt."""
+    """Convert two whole conversations, whose common beginning up to a turn that is answered is the prompt."""
     good, bad = (
         _transcript(row[key]) if isinstance(row[key], str) else as_conversation(row[key], "assistant")
         for key in ("chosen", "rejected")
@@ -176,14 +174,8 @@ def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
         raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
     outputs = [as_conversation(as_text(row[key]), "assistant") for key in ("output_1", "output_2")]
     chosen, rejected = outputs if preference <= TIE else reversed(outputs)
-    return [
-        Pair(
-            as_turns(row.get("system"), ("user", instruction(row, "input"))),
-            chosen,
-            rejected,
-            2 * abs(preference - TIE),
-        )
-    ]
+    prompt = as_turns(row.get("system"), ("user", instruction(row, "input")))
+    return [Pair(prompt, chosen, rejected, 2 * abs(preference - TIE))]
 
 
 TIE = 1.5
@@ -193,9 +185,8 @@ TIE = 1.5
 def judgement(value: Any) -> bool | None:
     """Parse true, false, 1 or 0, which are text in a CSV file; None for other values."""
     if isinstance(value, str):
-        return {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}.get(
-            value.strip().lower()
-        )
+        spellings = {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}
+        return spellings.get(value.strip().lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
@@ -229,9 +220,8 @@ def _shown(value: Any) -> str:
 
 
 def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
-    return [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")], as_conversation(
-        row["completion"], "assistant"
-    )
+    prompt = [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")]
+    return prompt, as_conversation(row["completion"], "assistant")
 
 
 def _last_turn(
@@ -257,11 +247,9 @@ def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
         threads += [[*thread, reply] for reply in found]
         ranked = [reply for reply in found if reply.get("rank") is not None and reply["role"] == "assistant"]
         prompt = [oasst_turn(message) for message in thread]
-        pairs += [
-            Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(reply["rank"] - ranked[0]["rank"]))
-            for reply in ranked[1:]
-            if reply["rank"] > ranked[0]["rank"]
-        ]
+        for reply in ranked[1:]:
+            if (margin := reply["rank"] - ranked[0]["rank"]) > 0:
+                pairs.append(Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(margin)))
     if not pairs:
         raise ValueError("the tree has no two replies of different rank to the same message")
     return pairs
@@ -283,20 +271,13 @@ def _turns_in(keys: str) -> dict[str, TurnReader]:
 
 def _kto_forms() -> Iterator[PairLayout]:
     """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
+    more: dict[str, Any] = {"judged": "label", "judged_by_number": True}
     turns = _messages_in("prompt completion")
-    yield _pair_layout(
-        "prompt completion label",
-        _kto("label", _completion),
-        "system",
-        judged="label",
-        judged_by_number=True,
-        turns=turns,
-    )
+    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", turns=turns, **more)
     for judged in ("label", "kto_tag"):
-        more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
-        yield _pair_layout(
-            f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more
-        )
+        more = {"judged": judged, "judged_by_number": judged == "kto_tag"}
+        turns = _messages_in("messages")
+        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), turns=turns, **more)
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
     yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", **more)

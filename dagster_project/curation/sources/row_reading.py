@@ -80,8 +80,8 @@ def _named(unused: list[str], layout: Layout | PairLayout) -> list[str]:
 def _tools_of(value: Mapping[str, Any], layout: Layout | PairLayout) -> tuple[Tools | None, tuple[str, ...]]:
     """Tool definitions of a row, and the keys that were read for them.
 
-    In a layout of conversations a value that is not a definition makes the row
-    malformed; elsewhere `tools` may be any column.
+    In a layout of conversations a value that is not a definition makes the row malformed; elsewhere `tools` may be any
+    column.
     """
     keys: list[str] = []
     for key in layout.tool_keys:
@@ -131,10 +131,11 @@ def category_of(row: Row, key: str) -> str | None:
 
 def kept_of(row: Row, layout: Layout | PairLayout, tool_keys: tuple[str, ...]) -> dict[str, Any]:
     """Values that are in no other column, including a category that is a fraction, a list or an object."""
-    elsewhere = layout.used | (
-        {layout.category} if isinstance((row.value or {}).get(layout.category), str | int | None) else set()
-    )
-    return {key: value for key, value in (row.value or {}).items() if key not in elsewhere and key not in tool_keys}
+    values = row.value or {}
+    elsewhere = {*layout.used, *tool_keys}
+    if isinstance(values.get(layout.category), str | int | None):
+        elsewhere.add(layout.category)
+    return {key: value for key, value in values.items() if key not in elsewhere}
 
 
 def noted(

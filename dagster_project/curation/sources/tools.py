@@ -66,9 +66,8 @@ def _definition(tool: Any) -> dict[str, Any]:
     if "parameters" not in function and (given := next((key for key in SCHEMA_KEYS if key in function), "")):
         function = {("parameters" if key == given else key): value for key, value in function.items()}
     parameters = function.get("parameters")
-    # a table has one type for all schemas
     if isinstance(parameters, str) and isinstance(parsed := _json_or_none(parameters), dict):
-        function, parameters = {**function, "parameters": parsed}, parsed
+        function, parameters = {**function, "parameters": parsed}, parsed  # a table has one type for all schemas
     if isinstance(parameters, dict) and _is_untyped(parameters):
         function = {**function, "parameters": _schema(parameters)}
     return wrapped if function is wrapped["function"] else {**wrapped, "function": function}
@@ -83,17 +82,15 @@ def _json_or_none(text: str) -> Any:
 
 def _is_untyped(parameters: Mapping[str, Any]) -> bool:
     """Whether parameters are listed by name, as in xLAM's data, and not in a JSON Schema."""
-    return bool(parameters) and all(
-        isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values()
-    )
+    typed = [isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values()]
+    return bool(typed) and all(typed)
 
 
 def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A JSON Schema for parameters with Python's types:
 
-    {"n": {"type": "int"}, "unit": {"type": "str, optional", "description": "cm or in"}}  ->
-    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type":
-    "string", "description": "cm or in"}}, "required": ["n"]}
+    {"n": {"type": "int"}, "unit": {"type": "str, optional"}}  ->
+    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type": "string"}}, "required": ["n"]}
 
     What JSON Schema cannot say is kept as `x-type` and `x-required`.
     """
@@ -102,11 +99,8 @@ def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         kind, optional = json_type(parameter["type"])
         declared = parameter.get("required")
         odd = {} if isinstance(declared, bool | None) else {"x-required": declared}
-        properties[name] = {
-            **kind,
-            **odd,
-            **{key: value for key, value in parameter.items() if key not in {"type", "required"}},
-        }
+        rest = {key: value for key, value in parameter.items() if key not in {"type", "required"}}
+        properties[name] = {**kind, **odd, **rest}
         if declared is True or (declared is None and not optional and "default" not in parameter):
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
@@ -135,8 +129,8 @@ def calls(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Tool calls in OpenAI's form, and the keys of calls that are not used.
 
     Args:
-        value: a list of calls or one call, or JSON text of these. A call is
-            {"function": {"name", "arguments"}} or {"name", "arguments"}.
+        value: a list of calls or one call, or JSON text of these. A call is {"function": {"name", "arguments"}} or
+            {"name", "arguments"}.
     Raises:
         ValueError: anything else.
     """
