@@ -24,8 +24,8 @@ IGNORE = -100
 """Label of a token that is ignored by the loss."""
 
 Reasoning = Literal["template", "keep", "strip", "last"]
-"""Which traces are rendered: what the template does by itself, all (or the
-record is refused), none, that of the last answer."""
+"""Which traces are rendered: what the template does by itself, all (or the record is refused), none, that of the last
+answer."""
 
 Pieces = list[tuple[str, bool]]
 """A text split into (text, whether it is trained on)."""
@@ -188,8 +188,8 @@ def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Seque
 def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
     """Split the rendered conversation into (text, whether it is trained on).
 
-    Assistant content and the end-of-turn token are trained on; template
-    headers, all other turns and answers of weight 0 are not:
+    Assistant content and the end-of-turn token are trained on; template headers, all other turns and answers of weight
+    0 are not:
 
         [{"user": "Hi"}, {"assistant": "Yes?"}]  ->  ("...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", False),
                                                      ("Yes?<|im_end|>", True), ("\\n", False)
@@ -242,8 +242,8 @@ def with_reasoning(messages: Messages, policy: Reasoning) -> Messages:
 def examples_of(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning = "template") -> list[Pieces]:
     """The training examples of a record: one, or one per trained answer if the template rewrites earlier turns.
 
-    Each is rendered as the model gets to read it when it is served. Plain text
-    uses no template: the text and the end-of-text token are trained on.
+    Each is rendered as the model gets to read it when it is served. Plain text uses no template: the text and the
+    end-of-text token are trained on.
 
     Raises:
         InputError: as `turn_of`; or a trace is to be kept and the template does not write it.
@@ -370,8 +370,8 @@ def has_field(answer: str, name: str) -> bool:
 def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> list[int]:
     """Token ids of the prompt, including the assistant header.
 
-    They equal the ids before the last answer in training: earlier turns are
-    split into the same pieces, and the header is the same.
+    They equal the ids before the last answer in training: earlier turns are split into the same pieces, and the header
+    is the same.
 
     Args:
         reasoning: whether an answer with a trace is expected, so that the template may open one.
@@ -419,8 +419,8 @@ def packed_rows(lengths: Sequence[int], room: int) -> array[int]:
 
     A longer example gets a separate row.
 
-    A tree over the rows, whose nodes hold the maximum free space below them,
-    finds the first row that fits: O(n log n) for n examples.
+    A tree over the rows, whose nodes hold the maximum free space below them, finds the first row that fits: O(n log n)
+    for n examples.
 
     Returns:
         The row of each example.

@@ -49,8 +49,8 @@ class StageContext:
     """Stages before this one, in flow order."""
     hints: ExecutionHints = ExecutionHints()
     recorded: Callable[[], Mapping[str, Path]] = dict
-    """Files of the stage's output as recorded before this run, by path within
-    the output. Only for pages that show changes, never for an output."""
+    """Files of the stage's output as recorded before this run, by path within the output. Only for pages that show
+    changes, never for an output."""
 
     @property
     def address(self) -> str:

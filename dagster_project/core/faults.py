@@ -40,8 +40,8 @@ NEXT_STEPS = {
     errno.ELOOP: f"remove the link that leads to itself, {AGAIN}",
     errno.ENAMETOOLONG: "use shorter names",
 }
-"""Codes that are explained, because their cause is outside of the program.
-Those of the network are explained where they arise."""
+"""Codes that are explained, because their cause is outside of the program. Those of the network are explained where
+they arise."""
 RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 """Something has run out or failed: exit code 1. With all others, the project cannot be used as it is: exit code 2."""
 

@@ -77,8 +77,8 @@ def deferred(package: str, name: str) -> Iterator[None]:
 def import_transformers() -> None:
     """Import transformers with its package of models, without reading the files of all models a second time.
 
-    To list the names that they define, transformers reads these files when it
-    is imported, and again when its package of models is.
+    To list the names that they define, transformers reads these files when it is imported, and again when its package
+    of models is.
     """
     import transformers
     from transformers.utils import import_utils

@@ -77,8 +77,8 @@ def tool_names(tools: Tools) -> list[str]:
 def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
     """Everything in a conversation that affects training, for its content hash.
 
-    A plain message gives [role, content], one with further fields [role,
-    content, {field: value}]; tools follow as an object.
+    A plain message gives [role, content], one with further fields [role, content, {field: value}]; tools follow as an
+    object.
     """
     parts: list[Any] = []
     for message in messages:

@@ -26,8 +26,8 @@ ALPACA = (
     "{{ raise_exception('a system turn must come first') }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
     "{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
-"""The prompt of Stanford Alpaca (Taori et al. 2023), its turns repeated for a
-conversation; the end-of-text token ends every response."""
+"""The prompt of Stanford Alpaca (Taori et al. 2023), its turns repeated for a conversation; the end-of-text token ends
+every response."""
 
 HERMES = (
     "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{% if system or tools %}"

@@ -52,9 +52,9 @@ class Compute(Section):
     """CPU threads that torch uses. Part of a model's identity, because another number of threads gives different
     bits."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is
-    bfloat16 where the hardware multiplies it natively (AMX, AVX512-BF16, GPUs from Ampere
-    on), otherwise float32; GPUs before Ampere (Turing, Volta) have no native bfloat16."""
+    """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is bfloat16 where the hardware
+    multiplies it natively (AMX, AVX512-BF16, GPUs from Ampere on), otherwise float32; GPUs before Ampere (Turing,
+    Volta) have no native bfloat16."""
     processes: int = Field(default=1, ge=1)
     """Processes that train one adapter together, one GPU each; on a CPU each process uses its own `threads`. An
     optimizer step then covers this many times more rows. See docs/methods.md."""
@@ -68,8 +68,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxdict = _SHORT.maxlist = 20
 _SHORT.maxlevel = 3
 TAG = "form:"
-"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the
-location of an error, and `parse` removes it."""
+"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the location of an error, and `parse` removes
+it."""
 
 
 def read(root: Path) -> dict[str, Any]:

@@ -539,8 +539,8 @@ LEDGER = "ledger.parquet"
 
 
 REWARD_METHODS = frozenset({"rloo", "grpo", "online_dpo", "ppo"})
-"""Alignment methods that learn from the rewards of their own answers. The
-others only measure themselves by a reward model."""
+"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward
+model."""
 
 
 def learns_from_reward_model(aligned: Mapping[str, Any]) -> bool:
@@ -606,8 +606,8 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: list[CheckResult] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
-    """Resources used by this run: bytes, seconds, tokens per second. Never in a
-    tracked file, because it differs between runs."""
+    """Resources used by this run: bytes, seconds, tokens per second. Never in a tracked file, because it differs
+    between runs."""
 
     def __post_init__(self) -> None:
         if self.rows_in is None or self.rows_out is None:

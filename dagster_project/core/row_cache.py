@@ -38,13 +38,13 @@ NUMBER = re.compile(rb'\{"source_row":\d+,')
 KEYS = ("key_0", "key_1")
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(Path(path) for path in sys.path)
-"""Folders of installed libraries. Later entries of `sys.path` do not count:
-setuptools appends its own copies of libraries when it is imported."""
+"""Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of
+libraries when it is imported."""
 
 _folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
 _known: WeakKeyDictionary[StoredRows | Selected, np.ndarray] = WeakKeyDictionary()
-"""Hashes of rows that are in use: several kinds of facts are about the same
-rows, which can be appended to, and not changed."""
+"""Hashes of rows that are in use: several kinds of facts are about the same rows, which can be appended to, and not
+changed."""
 
 
 @contextmanager

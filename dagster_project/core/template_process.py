@@ -19,8 +19,8 @@ from typing import IO, Any
 TEXT, ERROR, LIMIT = b"t", b"e", b"l"
 """Kind of a reply: the rendered text, why the template refuses the conversation, or why it is never rendered again."""
 SECONDS_PER_REQUEST, SECONDS_PER_BYTE = 0.05, 1e-6
-"""Processor seconds by which the remaining time grows with each request, up to
-the limit. Templates of models take about a hundredth."""
+"""Processor seconds by which the remaining time grows with each request, up to the limit. Templates of models take
+about a hundredth."""
 MAX_TEMPLATE = 1 << 20
 """Maximum characters of a template. Those of models have up to 30,000."""
 MAX_GROWTH, FREE_TEXT = 16, 1 << 20

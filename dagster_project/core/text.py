@@ -37,8 +37,8 @@ _HIDDEN = re.compile(
     + "".join(chr(plane * 0x10000 + last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF))
     + "]"
 )
-"""Controls, bidirectional controls, characters without a glyph, lone surrogates
-and non-characters. Excludes the two joiners that some scripts need."""
+"""Controls, bidirectional controls, characters without a glyph, lone surrogates and non-characters. Excludes the two
+joiners that some scripts need."""
 
 
 def visible(text: str) -> str:

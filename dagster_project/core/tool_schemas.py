@@ -107,8 +107,8 @@ def arguments_schema(parameters: Any) -> ArgumentsSchema:
 
 
 MAX_STEPS = 10**7
-"""Maximum steps of matching a pattern, estimated. A pattern may need
-exponentially many, so those that could are not checked."""
+"""Maximum steps of matching a pattern, estimated. A pattern may need exponentially many, so those that could are not
+checked."""
 
 
 def is_cheap(pattern: str, length: int) -> bool:

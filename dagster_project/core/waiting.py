@@ -15,16 +15,16 @@ from pathlib import Path
 
 POLICY, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 OURS = "PEDIGREE_WAITING"
-"""Names the variable that a process of Pedigree set, and the user did not:
-processes that it starts decide for themselves."""
+"""Names the variable that a process of Pedigree set, and the user did not: processes that it starts decide for
+themselves."""
 SHORT_SPIN = "3000"
 """About 40 microseconds: as fast as endless spinning if nothing else runs (docs/time.md)."""
 STAT = Path("/proc/stat")
 INTERVAL = 1.0
 """Seconds between two looks at what else runs."""
 CONTENDED, FREE = 0.25, 0.1
-"""CPUs that other processes use, of those that our threads need: above the
-first our threads sleep, up to the second they spin again."""
+"""CPUs that other processes use, of those that our threads need: above the first our threads sleep, up to the second
+they spin again."""
 NAME = "waiting"
 
 

@@ -18,8 +18,8 @@ from dagster_project.curation.sources import formats
 FORMS = [form for layout in formats.PAIR_LAYOUTS.values() for form in layout.forms]
 LAYOUTS: list[formats.Layout | formats.PairLayout] = [*formats.LAYOUTS.values(), *FORMS]
 RESERVED = frozenset({"meta", *formats.TOOL_KEYS}).union(*(layout.keys | layout.used for layout in LAYOUTS))
-"""Keys that identify a layout or that it reads. A row is written with those of
-its own layout only; others go to `meta`."""
+"""Keys that identify a layout or that it reads. A row is written with those of its own layout only; others go to
+`meta`."""
 
 
 def refuse_overwriting(outputs: Mapping[str, Path], inputs: Sequence[Path], report: Path | None = None) -> None:

@@ -416,8 +416,8 @@ def _placeholder(one: Exchange) -> Match | None:
 # --- echo
 
 ECHO = 16
-"""Minimum number of characters of a prompt whose copy counts. It also needs
-three words; half of the characters suffice if they are of `WITHOUT_SPACES`."""
+"""Minimum number of characters of a prompt whose copy counts. It also needs three words; half of the characters suffice
+if they are of `WITHOUT_SPACES`."""
 _UNSPACED = re.compile(f"[{WITHOUT_SPACES}]")
 _LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
 _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)

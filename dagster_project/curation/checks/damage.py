@@ -30,8 +30,8 @@ right after a black flag they name a region (Scotland's flag), anywhere else the
 """
 
 _WRITTEN_WITH = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
-"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a
-zero-width space marks where a word ends."""
+"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a zero-width space marks where a word
+ends."""
 _PLAIN = "\x00-\u024f\u200b-\u200d\u2060\ufeff"
 """Characters next to which a joiner or non-joiner has no effect; emoji, Persian and the scripts of India need both."""
 _HIDDEN = re.compile(
@@ -163,8 +163,8 @@ def _mojibake(text: str) -> str | None:
 
 
 MOST_UNFIXED = 10_000
-"""Different lines that seem to be broken and cannot be fixed, after which the
-rest of a text is not examined: fixing is slow."""
+"""Different lines that seem to be broken and cannot be fixed, after which the rest of a text is not examined: fixing is
+slow."""
 
 
 def _broken_lines(text: str) -> Iterator[tuple[int, str]]:

@@ -18,8 +18,8 @@ from typing import Any
 from dagster_project.core.imports import deferred, lean_imports
 
 _OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
-"""Optional libraries by which Great Expectations reads tables of data bases and
-clouds. The table of a set is a data frame."""
+"""Optional libraries by which Great Expectations reads tables of data bases and clouds. The table of a set is a data
+frame."""
 _ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType})
 """Types whose objects `copy.deepcopy` returns as they are."""
 

@@ -17,8 +17,8 @@ MOST_LOOKED_UP = 10_000
 """Candidates of one pattern in a text after which the rest of it counts as a value, if they take a check of digits or a
 lookup in a numbering plan; of all others `MOST_CANDIDATES`."""
 MOST_LOOK_UPS = 25_000
-"""Lookups in numbering plans after which the rest of a text counts as a value:
-for a number, several beginnings in several countries are looked up."""
+"""Lookups in numbering plans after which the rest of a text counts as a value: for a number, several beginnings in
+several countries are looked up."""
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _AT = re.compile("@")
@@ -160,8 +160,8 @@ _DATE = re.compile(
 _FRENCH = re.compile(
     r"\(?(?!...(?:0[1-9]|1[0-2]).[0-9]{2}.(?:[01][0-9]|2[0-3]).[0-5])0[1-9]([.-])[0-9]{2}(?:\1[0-9]{2}){3}"
 )
-"""Five pairs of digits with points or hyphens between all of them, unless they
-may be a date and a time. The first three alone could be a date."""
+"""Five pairs of digits with points or hyphens between all of them, unless they may be a date and a time. The first
+three alone could be a date."""
 _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
 """Countries whose national numbers are recognized after a word such as "phone"."""
 

@@ -32,11 +32,11 @@ from dagster_project.curation.checks.text_search import (
 CONTEXT = 24
 """Characters of masked text on each side of a hit in its excerpt."""
 MOST_ROUNDS = 64
-"""Searches after which the whole lines of the values that are found last count
-as values: in ordinary texts fewer follow each other."""
+"""Searches after which the whole lines of the values that are found last count as values: in ordinary texts fewer
+follow each other."""
 MOST_VALUES = 5_000
-"""Keys, and pieces of personal data, in a text after which the rest of it
-counts as a value: ordinary texts have fewer."""
+"""Keys, and pieces of personal data, in a text after which the rest of it counts as a value: ordinary texts have
+fewer."""
 NEAR, SEEN = 4096, 64
 """Characters around a masked value that are searched again in longer texts, and those of context that rules look at."""
 
@@ -424,8 +424,8 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
 _OPENAI_CORE = re.compile("[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}")
 _OPENAI_KINDS = ("sk-proj-", "sk-svcacct-", "sk-admin-")
 _OPENAI_KIND_CORE = re.compile(r"[A-Za-z0-9_\-]{20}T3BlbkFJ[A-Za-z0-9_\-]{20}")
-"""Keys of projects, service accounts and administrators have _ and - at any
-place, which the plugin does not expect around the core."""
+"""Keys of projects, service accounts and administrators have _ and - at any place, which the plugin does not expect
+around the core."""
 _TOKEN = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -506,8 +506,8 @@ _FORMATS = (
     ("replicate token", "r8_", r"[A-Za-z0-9]{37}"),
     ("xai key", "xai-", r"[A-Za-z0-9]{80}"),
 )
-"""Published formats of keys for which detect-secrets has no plugin: name of the
-key, prefix, and pattern of the rest."""
+"""Published formats of keys for which detect-secrets has no plugin: name of the key, prefix, and pattern of the
+rest."""
 
 
 @cache

@@ -87,8 +87,8 @@ class Limits(Section):
     """Limits of the shares of a set."""
 
     min_rows: int = Field(default=100, ge=0)
-    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely
-    learns more than the format from them."""
+    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely learns more than the format from
+    them."""
     balance_ratio: float = Field(default=5.0, ge=1)
     """Largest allowed ratio of the most frequent to the least frequent category. Models neglect rare categories."""
     max_source_share: float | None = Field(default=None, ge=0, le=1)
@@ -100,9 +100,9 @@ class Limits(Section):
     """Smallest share of distinct pairs of neighboring words among all such pairs in 20,000 words of prompts. Prompts
     written by people have more than 0.6."""
     max_template_share: float = Field(default=0.3, ge=0, le=1)
-    """Largest share of these word pairs that may each occur in more than a twentieth of the prompts. Prompts written
-    by people have 0.1 or less. Filled-in templates have more, including templates with so many gaps that few
-    pairs repeat."""
+    """Largest share of these word pairs that may each occur in more than a twentieth of the prompts. Prompts written by
+    people have 0.1 or less. Filled-in templates have more, including templates with so many gaps that few pairs
+    repeat."""
     max_response_share: float = Field(default=0.2, ge=0, le=1)
     """Largest share of rows that may have the same response of 8 words or more. A model learns to give such a response
     to any prompt."""
@@ -423,10 +423,9 @@ def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[s
     does not depend on the order of rows.
 
     distinct_1, distinct_2: Li et al., A diversity-promoting objective function for neural conversation models (2016):
-    share of distinct words (pairs of neighboring words within a prompt).
-    effective_words: the Hill number of order 1 (Hill, Diversity and evenness, 1973), 2 to the power of the entropy of
-    the words: the number of equally frequent words with the same diversity.
-    template_share: share of pairs that occur in more than `TEMPLATE` of the prompts.
+    share of distinct words (pairs of neighboring words within a prompt). effective_words: the Hill number of order 1
+    (Hill, Diversity and evenness, 1973), 2 to the power of the entropy of the words: the number of equally frequent
+    words with the same diversity. template_share: share of pairs that occur in more than `TEMPLATE` of the prompts.
     """
     import polars as pl
 

@@ -24,14 +24,14 @@ MOST_CANDIDATES = 50_000
 LONG = 20_000
 """Characters up to which a text is searched as a whole."""
 PIECE, REACH = 512, 160
-"""Characters of the pieces of a longer text, and those that a match of a
-`Local` pattern has at most, with what follows it."""
+"""Characters of the pieces of a longer text, and those that a match of a `Local` pattern has at most, with what follows
+it."""
 WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
 r"""\w of Python in Rust's syntax, in the oldest version of Unicode of a supported Python: newer ones have more letters,
 so it finds too many pieces, not too few."""
 BESIDE_VALUES = rf"{WITHOUT_SPACES}\u3005-\u3007\uac00-\ud7af"
-"""Characters of scripts without spaces, and Hangul, whose particles follow a
-word: a value may begin and end next to them."""
+"""Characters of scripts without spaces, and Hangul, whose particles follow a word: a value may begin and end next to
+them."""
 
 
 Span = tuple[int, int]

@@ -35,8 +35,8 @@ class Tokens:
     """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself
     without a template."""
     folder: Path | None = None
-    """The base model's folder. Another process gets the small files in it,
-    because functions of a tokenizer cannot be sent."""
+    """The base model's folder. Another process gets the small files in it, because functions of a tokenizer cannot be
+    sent."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:

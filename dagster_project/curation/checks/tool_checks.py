@@ -141,8 +141,8 @@ def _results_without_call(rows: Rows, _: str) -> list[str | None]:
 
 
 WITH, WITHOUT = 1, 2
-"""Values of the feature `reasoning`: an answer has reasoning; there is an
-answer, and none has. 0 for rows without answers."""
+"""Values of the feature `reasoning`: an answer has reasoning; there is an answer, and none has. 0 for rows without
+answers."""
 
 
 def has_reasoning(record: Mapping[str, Any]) -> bool:

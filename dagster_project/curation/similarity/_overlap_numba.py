@@ -113,8 +113,8 @@ def _count_parts(hashes: Array, counts: Array) -> None:
 def _name_part(
     hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, count: int, names: Array
 ) -> None:
-    """Name the `count` spans whose hash belongs to `part`, in a table by linear
-    probing of (half a hash, first span + 1)."""
+    """Name the `count` spans whose hash belongs to `part`, in a table by linear probing of (half a hash, first span +
+    1)."""
     size = count + count // 2 + 1
     table = np.zeros(size, np.uint64)
     for k in range(len(hashes)):
@@ -164,8 +164,8 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
 
 @compiled
 def grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
-    """Starts of the runs of n words in the texts low[t]:high[t], and the text
-    of each; only of runs whose every shingle is `shared`."""
+    """Starts of the runs of n words in the texts low[t]:high[t], and the text of each; only of runs whose every shingle
+    is `shared`."""
     total = 0
     for text in range(len(low)):
         total += max(0, high[text] - low[text] - n + 1)
@@ -301,8 +301,8 @@ def judge(
     a: int, b: int, by_run: bool, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array,
     gates: Gates
 ) -> tuple[int, float, int]:  # fmt: skip
-    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and
-    bin of containment (-1: not counted) of two texts.
+    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and bin of containment (-1: not counted) of
+    two texts.
 
     Args:
         by_run: whether they share a rare run of words.
@@ -397,8 +397,8 @@ def passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Ar
 
 
 def split(rows: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
-    """Words of `rows`: their folded bytes, start and length of each word in
-    them, and the bounds of each row's words."""
+    """Words of `rows`: their folded bytes, start and length of each word in them, and the bounds of each row's
+    words."""
     bounds = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
     data = np.frombuffer(bytearray().join(rows), np.uint8)

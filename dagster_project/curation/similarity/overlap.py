@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 RUN = 5
 """Words in the run two texts must share to be compared. Texts with fewer words match only if equal."""
 SHINGLE = 3
-"""Words in the runs that similarity is measured over (Broder, On the
-resemblance and containment of documents, 1997)."""
+"""Words in the runs that similarity is measured over (Broder, On the resemblance and containment of documents,
+1997)."""
 BINS = 20
 RARE = 50
 """A run or shingle in more different texts than this is boilerplate and is ignored."""
 JACCARD, CONTAINMENT = 0.3, 0.6
-"""Texts are near-copies from this share of common shingles, of their union or,
-where they share a run, of the smaller text."""
+"""Texts are near-copies from this share of common shingles, of their union or, where they share a run, of the smaller
+text."""
 FIRM, IN_ORDER, LONG = 0.5, 0.7, 40
-"""Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must
-also have this share of the shorter one's words in the same order: an edit leaves the
-rest in place, while "Explain the concept of ..." is a common opening and no copy."""
+"""Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must also have this share of the
+shorter one's words in the same order: an edit leaves the rest in place, while "Explain the concept of ..." is a common
+opening and no copy."""
 FEW, WHOLE = 10, 0.8
 """A text of fewer than `FEW` shingles must be contained nearly whole: half of a short text is a common phrase."""
 SHORT = 15
-"""Two texts of fewer words may lack a common run after one or two edits: any
-common shingle makes them candidates for `JACCARD`."""
+"""Two texts of fewer words may lack a common run after one or two edits: any common shingle makes them candidates for
+`JACCARD`."""
 EDITED = 8
 """One edit may leave two texts of fewer words without enough common shingles: they also match if they are the same once
 a word is left out of one or each of them (the index of deletions known from SymSpell, over words)."""
 
 SMALL, ALONE = 400_000, 20_000_000
-"""Characters of texts that plain Python compares (_overlap_python.py): in less
-time than numba takes to load; and without numba."""
+"""Characters of texts that plain Python compares (_overlap_python.py): in less time than numba takes to load; and
+without numba."""
 _SAMPLE = 1000
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"

@@ -30,8 +30,8 @@ from dagster_project.curation.similarity.overlap import encode
 from dagster_project.curation.similarity.shuffle import Column, Shuffle
 
 IN_MEMORY = 100_000_000
-"""Characters of texts that one process compares in its memory, which takes
-about 0.7 GB. More are compared in rounds."""
+"""Characters of texts that one process compares in its memory, which takes about 0.7 GB. More are compared in
+rounds."""
 SEVERAL = 40_000_000
 """The same if there are several workers. With two, this is where the time saved exceeds that of starting them."""
 BLOCK = 4_000_000

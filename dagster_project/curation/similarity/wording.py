@@ -17,8 +17,8 @@ Severity = Literal["error", "warn"]
 FEW_CONTENT = 10
 """In a text with fewer different content words, one of them can change what the text is about."""
 QUOTED_CONTENT = 3
-"""Content words of a held-out question that a row must quote word for word to
-be an `error`; fewer are a common phrase."""
+"""Content words of a held-out question that a row must quote word for word to be an `error`; fewer are a common
+phrase."""
 FIRM_JACCARD, FIRM_CONTAINMENT = 0.6, 0.8
 """From here on an overlap of texts with at least `FEW_CONTENT` content words is a copy, and an `error`."""
 

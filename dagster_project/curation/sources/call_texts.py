@@ -23,8 +23,8 @@ from dagster_project.curation.sources.python_values import python_calls, python_
 from dagster_project.curation.sources.tools import Tools
 
 Think = Literal["auto", "keep", "split"]
-"""Traces at the beginning of an answer: `auto` moves those between both tags,
-`split` also those without the opening tag, `keep` none."""
+"""Traces at the beginning of an answer: `auto` moves those between both tags, `split` also those without the opening
+tag, `keep` none."""
 
 
 MARKS = ("functions in JSON format", "access to the following functions")

@@ -19,8 +19,8 @@ from dagster_project.core.records import with_license
 
 UNKNOWN = "unknown"
 DECLARED = "declared"
-"""Key of a source's facts in reports and audits. Reports contain what is given;
-audits and summaries say `unknown` for the rest."""
+"""Key of a source's facts in reports and audits. Reports contain what is given; audits and summaries say `unknown` for
+the rest."""
 Category = Literal["public", "licensed", "third_party", "crawled", "user", "synthetic"]
 NAMES = {
     "category": "category",
@@ -74,14 +74,14 @@ class Declared(Licensed):
     license: str = UNKNOWN
     """License of the text, an SPDX expression if it has one. Audits and model cards show it."""
     category: Category | None = None
-    """Where the text comes from: `public` data sets, `licensed` from rights holders, obtained
-    from a `third_party` otherwise, `crawled` from the web, from `user`s of a service, or
-    `synthetic`, i.e. written by a model. null: unknown. Not the category of a row."""
+    """Where the text comes from: `public` data sets, `licensed` from rights holders, obtained from a `third_party`
+    otherwise, `crawled` from the web, from `user`s of a service, or `synthetic`, i.e. written by a model. null:
+    unknown. Not the category of a row."""
     collected: Period | None = None
     """Period in which the text was collected, e.g. `{from: "2024-01-01", to: "2024-06-30"}`. null: unknown."""
     generator: Text | None = None
-    """What wrote synthetic text, e.g. the name and version of a model. A source
-    with a generator is synthetic, whatever its category. null: unknown."""
+    """What wrote synthetic text, e.g. the name and version of a model. A source with a generator is synthetic, whatever
+    its category. null: unknown."""
     permission: Text | None = None
     """What permits the use of the text, in words, e.g. a contract or a consent. null: unknown."""
     retain_until: Date | None = None

@@ -24,8 +24,8 @@ class Shape(NamedTuple):
     judged: tuple[str, ...]
     """Keys of a judgement whose value is true or false."""
     numbers: tuple[tuple[str, bool | None], ...]
-    """Keys of a judgement with another value: true for 1, false for 0, None for
-    any other. Missing values are not among them."""
+    """Keys of a judgement with another value: true for 1, false for 0, None for any other. Missing values are not among
+    them."""
 
 
 Shapes = Counter[Shape]

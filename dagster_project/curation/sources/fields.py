@@ -14,8 +14,8 @@ from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
 from dagster_project.curation.sources.message import EMPTY
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
-"""Keys of a message or turn, and those of them that are not used, with those of
-its content parts and calls ("content[].cache_control")."""
+"""Keys of a message or turn, and those of them that are not used, with those of its content parts and calls
+("content[].cache_control")."""
 
 ORDER_OF_CALLS = "order of text and calls"
 """Reported as an ignored field where a message has text after a call: chat templates write text before calls."""
@@ -29,8 +29,8 @@ IMPORTANT = frozenset(
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
 MAX_NAME, MAX_NAMES = 80, 200
-"""Characters of a field's name, and names of a source, that a report shows.
-Both are above what a set that is meant to be read has."""
+"""Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to
+be read has."""
 NAME = "ignored_fields"
 DESCRIPTION = "Every field of the source rows is used or kept."
 

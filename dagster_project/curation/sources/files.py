@@ -29,8 +29,8 @@ from dagster_project.curation.sources.table_limits import bounded, decoded_bytes
 
 MEGABYTE = 2**20
 MAX_ROW_BYTES = 16 * MEGABYTE
-"""Maximum bytes of a line, paragraph, CSV row, list element or table row. A
-longer one is malformed; its text is never kept in memory."""
+"""Maximum bytes of a line, paragraph, CSV row, list element or table row. A longer one is malformed; its text is never
+kept in memory."""
 MAX_DEPTH = 200
 """Maximum nesting of lists and objects in a row, well below Python's recursion limit."""
 MAX_GZIP_RATIO = 200
@@ -55,15 +55,15 @@ class Row(NamedTuple):
     """One row of a source, parsed or not."""
 
     source_row: int
-    """0-based: the element of a list or table, the line of a JSONL file (blank
-    lines are not rows), the paragraph of a text."""
+    """0-based: the element of a list or table, the line of a JSONL file (blank lines are not rows), the paragraph of a
+    text."""
     value: dict[str, Any] | None
     problem: str = ""
     line: int = 0
     """Number of its last line, from 1; 0 for files without lines."""
     raw: str = ""
-    """Text of a row without a value, with escapes such as `\\xe9` for bytes
-    that are not UTF-8; empty if it is too long or a table cannot be decoded."""
+    """Text of a row without a value, with escapes such as `\\xe9` for bytes that are not UTF-8; empty if it is too long
+    or a table cannot be decoded."""
 
 
 class Block(NamedTuple):

@@ -147,8 +147,8 @@ def pairs_of(
     {"prompt": "Hi", "completion": "Hello", "label": true}, {"prompt": "Hi", "completion": "What?", "label": false}  ->
     {"source_rows": [0, 1], "prompt": [user "Hi"], "chosen": [assistant "Hello"], "rejected": [assistant "What?"], ...}
 
-    An unreadable row has no messages, and a KTO row without a counterpart has
-    one empty side. `meta.problem` has the reason.
+    An unreadable row has no messages, and a KTO row without a counterpart has one empty side. `meta.problem` has the
+    reason.
     """
     how = conversion_of(shapes_of(rows), True, name, source, layout, mapping, split)
     entries = list(converted(how, _consumed(rows)))

@@ -35,8 +35,8 @@ class Layout:
     messages: Callable[[dict[str, Any]], Messages]
     """Converts a row to a conversation. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
-    """Keys that went into the messages; the others are kept in `meta`, except
-    for tool definitions (`tools`, `functions`)."""
+    """Keys that went into the messages; the others are kept in `meta`, except for tool definitions (`tools`,
+    `functions`)."""
     meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
     """Entries of `meta` in addition to the unused keys."""
     category: str = "category"

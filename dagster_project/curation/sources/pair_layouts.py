@@ -44,13 +44,13 @@ class PairLayout:
     pairs: Callable[[dict[str, Any]], list[Pair]]
     """Converts a row to pairs. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
-    """Keys that went into the pairs; the others are kept in `meta`, except for
-    tool definitions (`tools`, `functions`)."""
+    """Keys that went into the pairs; the others are kept in `meta`, except for tool definitions (`tools`,
+    `functions`)."""
     judged: str = ""
     """Key of a boolean in each row. With another value the row is in another layout."""
     judged_by_number: bool = False
-    """Whether 0 and 1 show this layout, too, if a file has both and no other
-    numbers or texts. Otherwise they may be a class."""
+    """Whether 0 and 1 show this layout, too, if a file has both and no other numbers or texts. Otherwise they may be a
+    class."""
     category: str = "category"
     """Key of the pair's category."""
     variants: tuple[PairLayout, ...] = ()

@@ -22,8 +22,8 @@ from dagster_project.curation.sources.pair_layouts import MISMATCH, Pair, PairLa
 from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, raw_text, read, read_pairs
 
 HALF = "half"
-"""Key of an entry with one answer: {"same", "side", "other", "category"}.
-Entries with equal `same` and opposite sides form a pair."""
+"""Key of an entry with one answer: {"same", "side", "other", "category"}. Entries with equal `same` and opposite sides
+form a pair."""
 
 
 def entries_of(

@@ -2,8 +2,8 @@
 
 The list of objects is pinned, and no object is read in another version than the listed one.
 
-Credentials, region and address (AWS_ENDPOINT_URL) come from the environment or
-the role of the machine, as in all AWS tools.
+Credentials, region and address (AWS_ENDPOINT_URL) come from the environment or the role of the machine, as in all AWS
+tools.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dagster_project.curation.sources.files import MEGABYTE, READERS, is_hidden,
 SCHEME = "s3://"
 READ_AHEAD = 8 * MEGABYTE
 SEEKING = (".parquet", ".arrow", ".feather")
-"""Types of files that are not read from beginning to end. Such an object is
-copied to a scratch file while it is read."""
+"""Types of files that are not read from beginning to end. Such an object is copied to a scratch file while it is
+read."""
 NEXT = "check the address, AWS_ENDPOINT_URL, and the credentials in the environment (docs/sources.md)"
 SHOWN = 5
 

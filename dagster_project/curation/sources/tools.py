@@ -16,8 +16,8 @@ TOOL_KEYS = ("tools", "functions")
 SCHEMA_KEYS = ("input_schema", "inputSchema")
 """Keys of a tool for its `parameters`: Anthropic's and that of the Model Context Protocol."""
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and
-Anthropic's. The first that holds any is read."""
+"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and Anthropic's. The first that holds any is
+read."""
 
 
 def definitions(value: Any) -> Tools | None:

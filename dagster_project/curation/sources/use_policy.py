@@ -2,8 +2,8 @@
 
 Judges what is declared for the sources that a model was made from, and its base model's license.
 
-`raw_examples` warns, `release` refuses (docs/decisions/032). A date decides
-only if it is given: nothing here reads the clock.
+`raw_examples` warns, `release` refuses (docs/decisions/032). A date decides only if it is given: nothing here reads the
+clock.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Policy(Section):
     """What a release may rest on. What is unknown is not allowed where a rule asks for it. See docs/checks.md."""
 
     licenses: list[Expression] | None = None
-    """Licenses that sources may have, as SPDX expressions. Of `A OR B` one must
-    be allowed, of `A AND B` both. null: any."""
+    """Licenses that sources may have, as SPDX expressions. Of `A OR B` one must be allowed, of `A AND B` both. null:
+    any."""
     base_licenses: list[Expression] | None = None
     """The same for the license of the base model. null: any."""
     require_permission: bool = False

@@ -42,8 +42,8 @@ class Augment(Declared):
     """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
     copy with that last user turn."""
     license: str = UNKNOWN
-    """License of the paraphrases; audits and model cards show it. The keys
-    below declare the same facts for the paraphrases."""
+    """License of the paraphrases; audits and model cards show it. The keys below declare the same facts for the
+    paraphrases."""
 
     @field_validator("paraphrases")
     @classmethod

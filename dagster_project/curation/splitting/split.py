@@ -48,8 +48,8 @@ class Copies:
     def links(self, groups: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield pairs of different groups that contain near-copies of each other.
 
-        `instructions` formed the groups before it dropped rows. A run of words
-        that was boilerplate there can be rare here.
+        `instructions` formed the groups before it dropped rows. A run of words that was boilerplate there can be rare
+        here.
 
         Args:
             groups: group of each text.
@@ -342,9 +342,9 @@ WHYS = {"copy": "near-copies", "group": "the same group", "id": "the same exampl
 def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: Path | None = None) -> Verification:
     """Read the shards of all splits back and find copies and near-copies in different splits.
 
-    Near-copies are those of `find_copies` over the whole set, because a new search
-    would consider other runs boilerplate. Texts that it did not include, which
-    only rows added to train have, are compared with the held-out texts here.
+    Near-copies are those of `find_copies` over the whole set, because a new search would consider other runs
+    boilerplate. Texts that it did not include, which only rows added to train have, are compared with the held-out
+    texts here.
 
     Args:
         folder: output of `write_records`, one folder per split.
