@@ -329,10 +329,10 @@ def _encoded_shard(schema: pa.Schema, shard: _Shard) -> bytes:
 
     file = io.BytesIO()
     if shard.rich:
-        rows = [
-            decode(line) | {name: values[i] for name, values in shard.more.items()}
-            for i, line in enumerate(shard.lines)
-        ]
+        rows = [decode(line) for line in shard.lines]
+        for name, values in shard.more.items():
+            for row, value in zip(rows, values, strict=True):
+                row[name] = value
         write_table(file, map(_stored, rows), rich_schema(schema))
         return file.getvalue()
     table = read_lines(shard.lines, schema)

@@ -98,8 +98,7 @@ def _content_facts(rows: Rows) -> dict[str, list[str | None]]:
 
 
 def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """Check -> for each record the fault in the first answer that violates the check ("HTML tag: '...<br>...'",
-    masked), else null.
+    """Check -> for each record the fault in its first answer with one ("HTML tag: '...<br>...'", masked), else null.
 
     Args:
         records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to check.
@@ -711,22 +710,20 @@ READ = 300
 SURE, LIKELY, UNLIKELY = 0.8, 0.5, 0.05
 """Minimum probability of a response's language, of a prompt's language, and maximum probability of the other text's
 language in each."""
-_FREQUENT = {
-    code: frozenset(words.split())
-    for code, words in {
-        "en": (
-            "the of and to that are you for with what how this it he she his they there has have"
-            " from each can will not would their but if when which more than i is a in"
-        ),
-        "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
-        "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",
-        "es": "el la los las y es de que en un una por con para como del se su son",
-        "pt": "o os as e é de que em um uma por com para como do da não se são",
-        "it": "il lo gli e è di che un una per con come non del della sono si la",
-        "nl": "de het een en is van dat niet met voor op zijn wat hoe ik te in",
-        "ru": "и в не на что с как это по для я из от но к",
-    }.items()
+_FREQUENT_WORDS = {
+    "en": (
+        "the of and to that are you for with what how this it he she his they there has have"
+        " from each can will not would their but if when which more than i is a in"
+    ),
+    "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
+    "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",
+    "es": "el la los las y es de que en un una por con para como del se su son",
+    "pt": "o os as e é de que em um uma por com para como do da não se são",
+    "it": "il lo gli e è di che un una per con come non del della sono si la",
+    "nl": "de het een en is van dat niet met voor op zijn wat hoe ik te in",
+    "ru": "и в не на что с как это по для я из от но к",
 }
+_FREQUENT = {code: frozenset(words.split()) for code, words in _FREQUENT_WORDS.items()}
 """ISO 639 code -> frequent short words. If those of one language are the most frequent on both sides, the pair is not
 examined further."""
 _LETTER = re.compile(r"[^\W\d_]")

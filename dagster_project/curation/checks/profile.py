@@ -610,11 +610,8 @@ def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None
         if wrong := [case for case in cases if case[0] not in JUDGED]:
             raise AssertionError(f"the table of shares itself is wrong: {wrong}") from None
         said, failed = _notes(profile, limits, near_copies), dict(cases)
-        return {
-            check: "; ".join(said[column] for name, column in cases if name == check)
-            for check in JUDGED
-            if check in failed
-        }
+        faults = {check: [said[column] for name, column in cases if name == check] for check in JUDGED}
+        return {check: "; ".join(faults[check]) for check in JUDGED if check in failed}
     return {}
 
 

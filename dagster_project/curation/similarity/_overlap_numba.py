@@ -113,8 +113,7 @@ def _count_parts(hashes: Array, counts: Array) -> None:
 def _name_part(
     hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, count: int, names: Array
 ) -> None:
-    """Name the `count` spans whose hash belongs to `part`, in a table by linear probing of (half a hash, first span +
-    1)."""
+    """Name the `count` spans with a hash in `part`, in a table by linear probing of (half a hash, first span + 1)."""
     size = count + count // 2 + 1
     table = np.zeros(size, np.uint64)
     for k in range(len(hashes)):
@@ -164,8 +163,7 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
 
 @compiled
 def grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
-    """Starts of the runs of n words in the texts low[t]:high[t], and the text of each; only of runs whose every shingle
-    is `shared`."""
+    """Starts and texts of the runs of n words in the texts low[t]:high[t] whose every shingle is `shared`."""
     total = 0
     for text in range(len(low)):
         total += max(0, high[text] - low[text] - n + 1)
@@ -238,8 +236,7 @@ def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -
 
 @compiled
 def shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: int) -> tuple[Array, Array, Array]:
-    """Number of different shingles of each text that are not boilerplate, and those of them that other texts contain,
-    sorted."""
+    """Number of different shingles of each text, without boilerplate, and those that other texts contain, sorted."""
     sizes, bounds, shingles = np.zeros(size, np.int32), np.zeros(size + 1, np.int64), np.empty(len(names), np.int32)
     used, k = 0, 0
     for text in range(size):
@@ -340,8 +337,7 @@ def _compare(
     first: int, last: int, left: Array, within: bool, runs: Index, short: Index, edited: Index,
     sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates,
 ) -> tuple[list[tuple[int, int, float, int]], Array]:  # fmt: skip
-    """Near-copies of the texts first:last as (text, text, similarity, rule); and the number of compared pairs by `BINS`
-    of containment."""
+    """Near-copies of the texts first:last as (text, text, similarity, rule); and compared pairs by `BINS`."""
     found = [(0, 0, 0.0, 0)]
     found.pop()
     scores = np.zeros((BINS, 2), np.int64)
@@ -397,8 +393,7 @@ def passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Ar
 
 
 def split(rows: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
-    """Words of `rows`: their folded bytes, start and length of each word in them, and the bounds of each row's
-    words."""
+    """Words of `rows`: folded bytes, start and length of each word in them, and the bounds of each row's words."""
     bounds = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
     data = np.frombuffer(bytearray().join(rows), np.uint8)

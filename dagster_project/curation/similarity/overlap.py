@@ -202,12 +202,10 @@ def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | Non
     repeated = np.diff(bounds) > within
     repeated[list(near)] = True
     for i in np.flatnonzero((number[:size] >= 0) & repeated[number[:size]]) if len(repeated) else ():
-        copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
-        others = sorted(
-            (int(j), similarity, rule)
-            for text, similarity, rule in copies
-            for j in by_text[bounds[text] : bounds[text + 1]]
-        )
+        others: list[tuple[int, float, int]] = []
+        for text, similarity, rule in [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]:
+            others += [(int(j), similarity, rule) for j in by_text[bounds[text] : bounds[text + 1]]]
+        others.sort()
         pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
     passages = [Passage(int(found.first[text]), start, length, count) for text, start, length, count in found.passages]
     scores = found.scores[:BINS].copy()

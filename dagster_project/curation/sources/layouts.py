@@ -160,8 +160,10 @@ def _calls_with_more(row: Mapping[str, Any], column: str | None) -> dict[str, An
 
 
 def _instances(row: dict[str, Any]) -> list[Any]:
-    """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
-    ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
+    """One row per instance, with its number.
+
+    {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}  ->
+    [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
 
     Values of the row whose key the instance has too go to `row`. An instance that is not an object is unchanged.
     """

@@ -152,10 +152,8 @@ def _transcript(text: str) -> Messages:
 
 def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
     """Convert two whole conversations, whose common beginning up to a turn that is answered is the prompt."""
-    good, bad = (
-        _transcript(row[key]) if isinstance(row[key], str) else as_conversation(row[key], "assistant")
-        for key in ("chosen", "rejected")
-    )
+    sides = (row["chosen"], row["rejected"])
+    good, bad = (_transcript(one) if isinstance(one, str) else as_conversation(one, "assistant") for one in sides)
     shared = len([*takewhile(lambda both: both[0] == both[1], zip(good[:-1], bad[:-1], strict=False))])
     while shared and good[shared - 1]["role"] not in {"user", "tool"}:
         shared -= 1
