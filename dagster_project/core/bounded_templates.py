@@ -23,8 +23,10 @@ MEMORY = 1 << 30
 
 
 class TemplateLimit(PedigreeError):
-    """A chat template takes too much time or memory. It ends the command: the
-    same template would do so for the next conversation."""
+    """A chat template takes too much time or memory.
+
+    It ends the command: the same template would do so for the next conversation.
+    """
 
     exit_code = 2
 
@@ -42,17 +44,16 @@ class _Renderer:
         self.replied = False
         self.numbers: dict[str, int] = {}
         """Of the templates that it has."""
+        # no tokens and keys; what an interpreter may need to start
+        environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self.process = subprocess.Popen(
             [sys.executable, "-P", template_process.__file__, str(self.seconds), str(self.memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is for the command, which may ignore it, as after `&` in a script
-            # no tokens and keys; what an interpreter may need to start
-            env={
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ},
-            },
+            env=environment,
         )
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:

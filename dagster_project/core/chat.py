@@ -24,27 +24,23 @@ IGNORE = -100
 """Label of a token that is ignored by the loss."""
 
 Reasoning = Literal["template", "keep", "strip", "last"]
-"""Which traces are rendered: what the template does by itself, all (or the
-record is refused), none, that of the last answer."""
+"""Which traces are rendered: what the template does by itself, all (or the record is refused), none, that of the last
+answer."""
 
 Pieces = list[tuple[str, bool]]
 """A text split into (text, whether it is trained on)."""
 
 
 def is_text(record: Mapping[str, Any]) -> bool:
-    """Whether a record is plain text instead of a conversation: a single
-    assistant message, with `{"kind": "text"}` in its meta."""
+    """Whether a record is plain text: a single message of the assistant, with `{"kind": "text"}` in its meta."""
     meta = record.get("meta") or ""
-    return (
-        '"text"' in meta
-        and [m["role"] for m in record["messages"]] == ["assistant"]
-        and json.loads(meta).get("kind") == "text"
-    )
+    if '"text"' not in meta or [m["role"] for m in record["messages"]] != ["assistant"]:
+        return False
+    return json.loads(meta).get("kind") == "text"
 
 
 class RewritesEarlierTurnsError(InputError):
-    """The template renders a conversation in another way once a further turn
-    follows, so one rendering has no room for all labels."""
+    """The template renders turns in another way once a further one follows: no single rendering takes all labels."""
 
 
 class Turn(NamedTuple):
@@ -81,12 +77,11 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
     refuse_unwritten(tokenizer, messages, tools, range(checked, len(prompt)), header.removeprefix(written))
     position = end_of_answer(tokenizer, message, len(messages), text)
     ends = end_tokens(tokenizer)
+    text_without = text
     if any(end in part for _, part in field_texts(message) for end in ends):
         text_without, position = _without_ends(tokenizer, messages, tools, text, ends)
-    else:
-        text_without = text
-    if found_ends := [(text_without.find(end, position), end) for end in ends if text_without.find(end, position) >= 0]:
-        stop = min(start + len(end) for start, end in found_ends)
+    if stops := [found + len(end) for end in ends if (found := text_without.find(end, position)) >= 0]:
+        stop = min(stops)
         return Turn(header, text[:stop], text[stop:])
     if end := _following_end(tokenizer, messages, tools, ends):
         return Turn(header, text + end, "")
@@ -97,8 +92,7 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
 
 
 def _without_ends(tokenizer: Any, messages: Messages, tools: Tools, text: str, ends: Sequence[str]) -> tuple[str, int]:
-    """The text of an answer that quotes end-of-turn tokens, with letters
-    instead of these, and the end of what the assistant says in it.
+    """An answer that quotes end-of-turn tokens, with letters instead, and the end of what the assistant says in it.
 
     Raises:
         InputError: the template writes them in another spelling, so the end of the turn cannot be told from them.
@@ -123,11 +117,9 @@ def _replaced(value: Any, quoted: re.Pattern[str]) -> Any:
         return _letters(quoted, value)
     if isinstance(value, list):
         return [_replaced(one, quoted) for one in value]
-    return (
-        {_letters(quoted, key): _replaced(one, quoted) for key, one in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
+    if isinstance(value, dict):
+        return {_letters(quoted, key): _replaced(one, quoted) for key, one in value.items()}
+    return value
 
 
 def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]:
@@ -137,40 +129,39 @@ def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]
         InputError: the template opens the answer in a way in which the rendered answer does not begin.
     """
     prompt, header, rendered = messages[:-1], "", ""
-    for thinking in (None, bool(messages[-1].get("reasoning_content"))) if _thinks(tokenizer) else (None,):
+    said = messages[-1].get("reasoning_content") or "", messages[-1]["content"]
+    for thinking in (None, bool(said[0])) if _thinks(tokenizer) else (None,):
         header = render(tokenizer, prompt, True, tools, thinking)
         rendered = render(tokenizer, messages, False, tools, thinking)
-        if rendered.startswith(header):
-            text = rendered[len(header) :]
-            opening = form_of(tokenizer).opening
-            if opening and text.startswith(opening) and header == render(tokenizer, prompt, False, tools, thinking):
-                # DiffusionGemma opens an answer to a tool result, but not in the prompt: the model does not get to read
-                # it.
-                said = (messages[-1].get("reasoning_content") or "", messages[-1]["content"])
-                text = text if any(part.lstrip().startswith(opening) for part in said) else text.removeprefix(opening)
-            return header, text
+        if not rendered.startswith(header):
+            continue
+        text = rendered[len(header) :]
+        opening = form_of(tokenizer).opening
+        # DiffusionGemma opens an answer to a tool result, but not in the prompt: the model does not get to read it
+        is_opened = opening and text.startswith(opening) and not any(part.lstrip().startswith(opening) for part in said)
+        if is_opened and header == render(tokenizer, prompt, False, tools, thinking):
+            text = text.removeprefix(opening)
+        return header, text
     before = render(tokenizer, prompt, False, tools)
     opening = header.removeprefix(before) if header.startswith(before) else ""
-    start = (
-        -1
-        if rendered.startswith(before) or not opening
-        else rendered.rfind(opening, 0, _same_until(tokenizer, messages, tools, rendered))
-    )
+    start = -1
+    if opening and not rendered.startswith(before):
+        start = rendered.rfind(opening, 0, _same_until(tokenizer, messages, tools, rendered))
     if start < 0:
         raise InputError(
             "the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE
         )
-    # An answer makes the template rewrite turns before it (gpt-oss drops the trace of a call): the model gets to read
-    # them as they were.
+    # an answer makes the template rewrite earlier turns (gpt-oss drops the trace of a call), which the model reads as
+    # they were
     return header, rendered[start + len(opening) :]
 
 
 def _same_until(tokenizer: Any, messages: Messages, tools: Tools, rendered: str) -> int:
     """Length of what the rendered conversation has in common with one whose last message says something else."""
-    fields = {"content", *({"reasoning_content"} if messages[-1].get("reasoning_content") else ())}
-    other: Message = {"role": "assistant", **dict.fromkeys(sorted(fields), "\x00")}
-    changed = render(tokenizer, [*messages[:-1], other], False, tools)
-    return common_prefix(rendered, changed)
+    other: Message = {"role": "assistant", "content": "\x00"}
+    if messages[-1].get("reasoning_content"):
+        other["reasoning_content"] = "\x00"
+    return common_prefix(rendered, render(tokenizer, [*messages[:-1], other], False, tools))
 
 
 def _thinks(tokenizer: Any) -> bool:
@@ -180,11 +171,11 @@ def _thinks(tokenizer: Any) -> bool:
 def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Sequence[str]) -> str:
     """The end-of-turn token with which the template begins the next turn, as GLM does; "" if it begins with none."""
     messages = with_reasoning(messages, "strip")  # which a further turn may remove
-    message = messages[-1]
-    reply = {"role": "tool", "content": "x"} if message.get("tool_calls") else {"role": "user", "content": "x"}
-    if message.get("tool_calls"):
-        call = message["tool_calls"][0]
-        reply |= {"name": call["function"]["name"]} | ({"tool_call_id": call["id"]} if "id" in call else {})
+    reply = {"role": "user", "content": "x"}
+    if made := messages[-1].get("tool_calls"):
+        reply = {"role": "tool", "content": "x", "name": made[0]["function"]["name"]}
+        if "id" in made[0]:
+            reply["tool_call_id"] = made[0]["id"]
     try:
         rendered = render(tokenizer, messages, False, tools)
         further = render(tokenizer, [*messages, reply], False, tools)
@@ -197,8 +188,8 @@ def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Seque
 def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
     """Split the rendered conversation into (text, whether it is trained on).
 
-    Assistant content and the end-of-turn token are trained on; template
-    headers, all other turns and answers of weight 0 are not:
+    Assistant content and the end-of-turn token are trained on; template headers, all other turns and answers of weight
+    0 are not:
 
         [{"user": "Hi"}, {"assistant": "Yes?"}]  ->  ("...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", False),
                                                      ("Yes?<|im_end|>", True), ("\\n", False)
@@ -224,8 +215,7 @@ def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
 
 
 def last_turn_pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
-    """As `pieces`, up to the last answer; if the template rewrites earlier
-    turns, with everything before that answer in one piece."""
+    """As `pieces`, up to the last answer; all before it is one piece if the template rewrites earlier turns."""
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     try:
@@ -252,8 +242,8 @@ def with_reasoning(messages: Messages, policy: Reasoning) -> Messages:
 def examples_of(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning = "template") -> list[Pieces]:
     """The training examples of a record: one, or one per trained answer if the template rewrites earlier turns.
 
-    Each is rendered as the model gets to read it when it is served. Plain text
-    uses no template: the text and the end-of-text token are trained on.
+    Each is rendered as the model gets to read it when it is served. Plain text uses no template: the text and the
+    end-of-text token are trained on.
 
     Raises:
         InputError: as `turn_of`; or a trace is to be kept and the template does not write it.
@@ -287,14 +277,18 @@ def _refuse_lost_traces(messages: Messages, examples: Sequence[Pieces]) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer prepends its beginning-of-text token by default, as
-    its model expects. Templates must write it explicitly."""
+    """Whether the tokenizer prepends its beginning-of-text token by default, as its model expects.
+
+    Templates must write it explicitly.
+    """
     return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
 
 
 def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int]]]:
-    """Token ids of each piece of each text. Pieces are tokenized separately, so
-    that a prompt has the same ids in training and generation."""
+    """Token ids of each piece of each text.
+
+    Pieces are tokenized separately, so that a prompt has the same ids in training and generation.
+    """
     texts = list(texts)
     number = {text: i for i, text in enumerate(dict.fromkeys(text for parts in texts for text, _ in parts))}
     ids = tokenizer(list(number), add_special_tokens=False, return_attention_mask=False)["input_ids"] if number else []
@@ -302,8 +296,10 @@ def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int
 
 
 def encode(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of a conversation, both (tokens,). A label equals the
-    id if the token is trained on, else -100."""
+    """(input_ids, labels) of a conversation, both (tokens,).
+
+    A label equals the id if the token is trained on, else -100.
+    """
     return _with_labels(tokenizer, pieces(tokenizer, messages, tools))
 
 
@@ -359,8 +355,7 @@ def last_trained(messages: Messages) -> str:
 
 
 def trimmed(answer: str) -> list[str]:
-    """An answer as it is, and as templates trim it: white space (Llama) or line
-    breaks (Qwen3), at both ends or at one."""
+    """An answer as it is, and as templates trim it: white space (Llama) or line breaks (Qwen3), at one end or both."""
     if not (answer[:1].isspace() or answer[-1:].isspace()):
         return [answer]
     from_left = (answer, answer.lstrip("\n"), answer.lstrip())
@@ -375,8 +370,8 @@ def has_field(answer: str, name: str) -> bool:
 def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> list[int]:
     """Token ids of the prompt, including the assistant header.
 
-    They equal the ids before the last answer in training: earlier turns are
-    split into the same pieces, and the header is the same.
+    They equal the ids before the last answer in training: earlier turns are split into the same pieces, and the header
+    is the same.
 
     Args:
         reasoning: whether an answer with a trace is expected, so that the template may open one.
@@ -420,20 +415,20 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def packed_rows(lengths: Sequence[int], room: int) -> array[int]:
-    """Pack examples into rows of at most `room` tokens by first fit, in the
-    given order. A longer example gets a separate row.
+    """Pack examples into rows of at most `room` tokens by first fit, in the given order.
 
-    A tree over the rows, whose nodes hold the maximum free space below them,
-    finds the first row that fits: O(n log n) for n examples.
+    A longer example gets a separate row.
+
+    A tree over the rows, whose nodes hold the maximum free space below them, finds the first row that fits: O(n log n)
+    for n examples.
 
     Returns:
         The row of each example.
     """
     row_of, rows = array("q"), 0
     leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    most_room = array("q", [room]) * (
-        2 * leaves
-    )  # node k has children 2k and 2k + 1; leaves are rows, including empty ones
+    # node k has children 2k and 2k + 1; leaves are rows, including empty ones
+    most_room = array("q", [room]) * (2 * leaves)
     for length in lengths:
         node = 1
         if length > room:

@@ -1,5 +1,7 @@
-"""Contexts of a stage: StageContext for a run, ValidationContext to check its parameters. Pipeline: the stages, for
-orchestration."""
+"""Contexts of a stage: StageContext for a run, ValidationContext to check its parameters.
+
+Pipeline: the stages, for orchestration.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ class StageContext:
     """Stages before this one, in flow order."""
     hints: ExecutionHints = ExecutionHints()
     recorded: Callable[[], Mapping[str, Path]] = dict
-    """Files of the stage's output as recorded before this run, by path within
-    the output. Only for pages that show changes, never for an output."""
+    """Files of the stage's output as recorded before this run, by path within the output. Only for pages that show
+    changes, never for an output."""
 
     @property
     def address(self) -> str:
@@ -62,15 +64,17 @@ class StageContext:
     @property
     def pages(self) -> Path:
         """Folder for pages and files to be edited by hand, data/pages/<stage>[/<variant>].
-        Kept even if a blocking check fails; not tracked."""
+
+        Kept even if a blocking check fails; not tracked.
+        """
         return self.scratch / "data" / "pages" / self.stage / (self.variant or "")
 
     @property
     def live(self) -> Path:
-        """Folder for tables that are appended to during the run,
-        data/live/<stage>[/<variant>], one per metric, for `dvc plots` and Dagster.
+        """Folder for tables that are appended to during the run, data/live/<stage>[/<variant>], one per metric.
 
-        The only folder written directly, outside `scratch`. Not tracked; nothing depends on it.
+        `dvc plots` and Dagster show them. The only folder written directly, outside `scratch`. Not tracked; nothing
+        depends on it.
         """
         return self.root / "data" / "live" / self.stage / (self.variant or "")
 
@@ -93,11 +97,12 @@ class StageContext:
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """Reports of all stages before this one, by address, in flow order."""
-        addresses = [
-            f"{stage}@{variant}" if variant else stage
-            for stage in self.earlier
-            for variant in (self.values[self.variants_of[stage]] if stage in self.variants_of else [None])
-        ]
+        addresses: list[str] = []
+        for stage in self.earlier:
+            if stage in self.variants_of:
+                addresses += [f"{stage}@{variant}" for variant in self.values[self.variants_of[stage]]]
+            else:
+                addresses.append(stage)
         return {address: self.report(address) for address in addresses}
 
     def report(self, address: str) -> dict[str, Any]:
@@ -187,8 +192,7 @@ class ValidationContext:
 
 
 def measured(root: Path, address: str) -> dict[str, float]:
-    """Time (seconds) and memory (bytes) of the run that produced a stage's
-    current output; empty if unknown on this machine."""
+    """Time (seconds) and memory (bytes) of the run that made a stage's output; empty if unknown on this machine."""
     measured_file, report = measured_path(root, address), root / report_of(address)
     if not measured_file.is_file() or not report.is_file():
         return {}
@@ -198,10 +202,8 @@ def measured(root: Path, address: str) -> dict[str, float]:
     if damage(report.read_bytes()):
         return {}
     measurements, report_document = (json.loads(path.read_text(encoding="utf-8")) for path in (measured_file, report))
-    is_current = measurements.pop("output_sha256", "") == report_document.get(
-        "output_sha256"
-    )  # else of another version
-    return measurements if is_current else {}
+    is_current = measurements.pop("output_sha256", "") == report_document.get("output_sha256")
+    return measurements if is_current else {}  # those of another version say nothing
 
 
 @dataclass(frozen=True)
@@ -236,11 +238,10 @@ class Pipeline:
                 f"unknown stage {stage!r}: pipeline.py does not list it",
                 f"stages, in flow order: {', '.join(self.stages)}; add it to pipeline.py, or remove it from dvc.yaml",
             )
-        if bool(variant) != (stage in self.variants_of):
-            raise InputError(
-                f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
-                f"write {stage}@VARIANT" if not variant else f"write {stage}",
-            )
+        if variant and stage not in self.variants_of:
+            raise InputError(f"{address}: {stage} has no variants", f"write {stage}")
+        if not variant and stage in self.variants_of:
+            raise InputError(f"{address}: {stage} has variants", f"write {stage}@VARIANT")
         if variant and not params.is_variant_name(variant):
             raise InputError(
                 f"{address}: a variant's name may contain letters, digits, - and _", f"write {stage}@VARIANT"

@@ -9,8 +9,8 @@ Point = dict[str, float]
 """{"step": 3, "loss": 2.1, ...}: the metrics of one step."""
 
 POINTS = 1000
-"""Number of points of a thinned curve, give or take one, so that the cost of
-writing or drawing is independent of training length."""
+"""Number of points of a thinned curve, give or take one, so that the cost of writing or drawing is independent of
+training length."""
 
 
 def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:

@@ -1,5 +1,4 @@
-"""JSON documents of the project, which git tracks or a user may edit: a merge,
-an editor or a full disk can damage them."""
+"""JSON documents that git tracks or a user may edit: a merge, an editor or a full disk can damage them."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ def read_document(path: Path, name: str, hint: str) -> dict[str, Any]:
     content = path.read_bytes()
     if why := damage(content):
         raise InputError(f"{name} cannot be read: {why}", hint)
-    document: dict[str, Any] = json.loads(content)
-    return document
+    return json.loads(content)
 
 
 def read_report(root: Path, address: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Exceptions and exit codes: bad input (2), a failed check or a busy resource
-(1), an interrupt (130). Each states what is wrong, where, and the next step."""
+"""Exceptions and exit codes: bad input (2), a failed check or a busy resource (1), an interrupt (130).
+
+Each states what is wrong, where, and the next step.
+"""
 
 from __future__ import annotations
 

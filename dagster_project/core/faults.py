@@ -1,5 +1,4 @@
-"""Errors of the operating system, and of libraries that pass them on, as one
-message with path, reason and next step."""
+"""Errors of the operating system, also through libraries -> one message with path, reason and next step."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ NEXT_STEPS = {
     errno.ELOOP: f"remove the link that leads to itself, {AGAIN}",
     errno.ENAMETOOLONG: "use shorter names",
 }
-"""Codes that are explained, because their cause is outside of the program.
-Those of the network are explained where they arise."""
+"""Codes that are explained, because their cause is outside of the program. Those of the network are explained where
+they arise."""
 RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 """Something has run out or failed: exit code 1. With all others, the project cannot be used as it is: exit code 2."""
 
@@ -63,7 +62,8 @@ def explained(error: BaseException, where: Path) -> PedigreeError | None:
         if code == errno.ENOENT and os.sep not in path:  # no path, or a program that is not installed
             continue
         place = path or str(_fullest(where) if code == errno.ENOSPC else where)
-        return (PedigreeError if code in RESOURCES else InputError)(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])
+        kind = PedigreeError if code in RESOURCES else InputError
+        return kind(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])
     return None
 
 

@@ -1,5 +1,7 @@
-"""Parquet files -> polars, for commands that work without Arrow, such as
-`audit` and `impact`. Stages read with core/records.py."""
+"""Parquet files -> polars, for commands that work without Arrow, such as `audit` and `impact`.
+
+Stages read with core/records.py.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open, because polars would take `*` and `[` in a path as a
-    pattern. Errors of polars are raised as ValueError."""
+    """The file, open, because polars would take `*` and `[` in a path as a pattern.
+
+    Errors of polars are raised as ValueError.
+    """
     import polars as pl
 
     with path.open("rb") as file:
         try:
             yield file
-        except (
-            pl.exceptions.PolarsError,
-            pl.exceptions.PanicException,
-        ) as error:  # a panic is no Exception; some damage leads to one
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            # some damage leads to a panic, which is no Exception
             raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
@@ -70,8 +72,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def placed_records(folder: Path) -> Iterator[bytes]:
-    """The output of `raw_examples`: each record with its `source_row` and the
-    `ignored` fields that its ledger lists, as `stored_rows` encodes it.
+    """The output of `raw_examples`: each record as `stored_rows` encodes it, with `source_row` and `ignored`.
 
     Raises:
         OSError: a file cannot be read.
@@ -85,11 +86,8 @@ def placed_records(folder: Path) -> Iterator[bytes]:
         lines = ledger[start : start + len(records)]
         start += len(records)
         if "tools" in records.columns or lines["why"].str.starts_with(IGNORED).any():
-            placed = zip(records.iter_rows(named=True), lines.iter_rows(named=True), strict=True)
-            yield from (
-                encode({"source_row": line["source_row"], **loaded(record), **ignored_in(line)})
-                for record, line in placed
-            )
+            for record, line in zip(records.iter_rows(named=True), lines.iter_rows(named=True), strict=True):
+                yield encode({"source_row": line["source_row"], **loaded(record), **ignored_in(line)})
         else:
             yield from encoded(pl.concat([lines.select("source_row"), records], how="horizontal", strict=True))
     if start != len(ledger):

@@ -16,8 +16,7 @@ from typing import Any
 
 @contextmanager
 def lean_imports(*unused: str) -> Iterator[None]:
-    """Import libraries without garbage collection, and without optional
-    packages that this project does not use through them.
+    """Import libraries without garbage collection, and without optional packages that the project does not use.
 
     Collections search all objects of the libraries again and again, and find nothing: a fifth of the time of an import.
 
@@ -102,8 +101,10 @@ class _Deferred(ModuleType):
 
 @contextmanager
 def deferred(package: str, name: str) -> Iterator[None]:
-    """While open, `from package import name` gives a module that is imported when it is first used. Nothing is changed
-    if it was imported before, or if there is no such package."""
+    """While open, `from package import name` gives a module that is imported when it is first used.
+
+    Nothing is changed if it was imported before, or if there is no such package.
+    """
     full = f"{package}.{name}"
     if full in sys.modules or find_spec(package) is None:
         yield
@@ -120,8 +121,8 @@ def deferred(package: str, name: str) -> Iterator[None]:
 def import_transformers() -> None:
     """Import transformers with its package of models, without reading the files of all models a second time.
 
-    To list the names that they define, transformers reads these files when it
-    is imported, and again when its package of models is.
+    To list the names that they define, transformers reads these files when it is imported, and again when its package
+    of models is.
     """
     import transformers
     from transformers.utils import import_utils
@@ -142,12 +143,13 @@ def import_transformers() -> None:
 
 
 def without_prefix(prefix: str, structure: Mapping[Any, Mapping[str, Iterable[str]]]) -> dict[Any, dict[str, set[str]]]:
-    """The modules of an import structure of transformers (required packages ->
-    module -> names) whose name has a prefix, without it."""
-    found = {
-        required: {
-            module.removeprefix(prefix): set(names) for module, names in modules.items() if module.startswith(prefix)
-        }
-        for required, modules in structure.items()
-    }
-    return {required: modules for required, modules in found.items() if modules}
+    """The modules of an import structure of transformers whose name has a prefix, without it.
+
+    Args:
+        structure: required packages -> module -> names.
+    """
+    found = {}
+    for required, modules in structure.items():
+        if chosen := [module for module in modules if module.startswith(prefix)]:
+            found[required] = {module.removeprefix(prefix): set(modules[module]) for module in chosen}
+    return found

@@ -1,5 +1,7 @@
-"""The canonical message. In addition to `role` and `content` it may have reasoning, tool calls, the id of a tool
-result, a name and a loss weight.
+"""The canonical message.
+
+In addition to `role` and `content` it may have reasoning, tool calls, the id of a tool result, a name and a loss
+weight.
 
     {"role": "assistant", "content": "", "reasoning_content": "I need the weather.", "tool_calls":
         [{"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
@@ -58,8 +60,7 @@ def calls(message: Mapping[str, Any]) -> list[Call]:
 
 
 def readable(value: Any) -> str:
-    """A call's arguments or a tool's definition for display: text unchanged, everything else as JSON, indented if it is
-    long."""
+    """A call's arguments or a tool's definition for display: text as it is, all else as JSON, indented if long."""
     if isinstance(value, str):
         return value
     try:
@@ -76,8 +77,8 @@ def tool_names(tools: Tools) -> list[str]:
 def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
     """Everything in a conversation that affects training, for its content hash.
 
-    A plain message gives [role, content], one with further fields [role,
-    content, {field: value}]; tools follow as an object.
+    A plain message gives [role, content], one with further fields [role, content, {field: value}]; tools follow as an
+    object.
     """
     parts: list[Any] = []
     for message in messages:
@@ -122,8 +123,7 @@ def full_text(messages: Messages) -> str:
 
 
 def argument_texts(arguments: Any) -> Iterator[tuple[str, str | int | float]]:
-    """(key, value) of each text and number in the arguments of a call, in
-    order; arguments that are not JSON are one text.
+    """(key, value) of each text and number in the arguments of a call, in order; what is not JSON is one text.
 
     {"city": "Oslo", "days": [1, 2]}  ->  ("city", "Oslo"), ("days", 1), ("days", 2)
     """
@@ -139,11 +139,13 @@ def argument_texts(arguments: Any) -> Iterator[tuple[str, str | int | float]]:
 
 
 def conversation_text(messages: Messages, tools: Tools = None) -> str:
-    """Everything that the model reads: definitions of tools, then of each message reasoning, content, and calls as
-    JSON."""
+    """All that the model reads: definitions of tools, then of each message reasoning, content, and calls as JSON."""
     parts = [JSON.encode(list(tools))] if tools else []
     for message in messages:
-        parts += [message["reasoning_content"]] if message.get("reasoning_content") else []
         made = [JSON.encode({"name": call.name, "arguments": call.arguments}) for call in calls(message)]
-        parts += [*([message["content"]] if message["content"] or not made else []), *made]
+        if message.get("reasoning_content"):
+            parts.append(message["reasoning_content"])
+        if message["content"] or not made:
+            parts.append(message["content"])
+        parts += made
     return "\n".join(parts)

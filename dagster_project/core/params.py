@@ -52,9 +52,9 @@ class Compute(Section):
     """CPU threads that torch uses. Part of a model's identity, because another number of threads gives different
     bits."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is
-    bfloat16 where the hardware multiplies it natively (AMX, AVX512-BF16, GPUs from Ampere
-    on), otherwise float32; GPUs before Ampere (Turing, Volta) have no native bfloat16."""
+    """Number format of the computation: `auto`, `bfloat16` or `float32`. `auto` is bfloat16 where the hardware
+    multiplies it natively (AMX, AVX512-BF16, GPUs from Ampere on), otherwise float32; GPUs before Ampere (Turing,
+    Volta) have no native bfloat16."""
     processes: int = Field(default=1, ge=1)
     """Processes that train one adapter together, one GPU each; on a CPU each process uses its own `threads`. An
     optimizer step then covers this many times more rows. See docs/methods.md."""
@@ -68,8 +68,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxdict = _SHORT.maxlist = 20
 _SHORT.maxlevel = 3
 TAG = "form:"
-"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the
-location of an error, and `parse` removes it."""
+"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the location of an error, and `parse` removes
+it."""
 
 
 def read(root: Path) -> dict[str, Any]:
@@ -87,22 +87,15 @@ def read(root: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         count = _values_in(values, "", {})
-    except (
-        YAMLError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RecursionError,
-    ) as error:  # also not UTF-8, an invalid date, too many brackets
-        raise InputError(
-            f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line named in the message"
-        ) from None
+    except (YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
+        # also not UTF-8, an invalid date, too many brackets
+        what = f"params.yaml is not valid YAML: {' '.join(str(error).split())}"
+        raise InputError(what, "fix the line named in the message") from None
     if not isinstance(values, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
     if count > MOST_VALUES:
-        raise InputError(
-            f"params.yaml has {count:,} values with its aliases written out", f"the most is {MOST_VALUES:,}"
-        )
+        what = f"params.yaml has {count:,} values with its aliases written out"
+        raise InputError(what, f"the most is {MOST_VALUES:,}")
     return values
 
 
@@ -128,10 +121,10 @@ def _values_in(value: Any, where: str, known: dict[int, int | None]) -> int:
             raise InputError(f"params.yaml: {where}: an alias contains itself", "write the values out")
         return count
     known[id(value)] = None
+    total = 0
     if isinstance(value, list):
         total = sum(_values_in(item, where, known) for item in value)
     else:
-        total = 0
         for key, item in value.items():
             if not isinstance(key, str):
                 name, kind = str(key).lower(), type(key).__name__
@@ -160,21 +153,17 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
     except ValidationError as error:
         lines, hints = [], []
         for problem in error.errors():
-            key_path = _dotted(where, problem["loc"])
+            location, reason = problem["loc"], problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "extra_forbidden":
-                lines.append(f"{file}: {key_path}: unknown key")
-                parent = _dotted(where, problem["loc"][:-1])
-                keys = (
-                    field.alias or name for name, field in _model_at(model, problem["loc"][:-1]).model_fields.items()
-                )
-                hints.append(f"keys of {parent}: {', '.join(keys)}")
+                parent = location[:-1]
+                keys = [field.alias or name for name, field in _model_at(model, parent).model_fields.items()]
+                hints.append(f"keys of {_dotted(where, parent)}: {', '.join(keys)}")
+                reason = "unknown key"
             elif problem["type"] == "missing":
-                lines.append(f"{file}: {key_path}: missing")
+                reason = "missing"
             else:
-                lines.append(
-                    f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got"
-                    f" {_SHORT.repr(problem['input'])})"
-                )
+                reason = f"{reason} (got {_SHORT.repr(problem['input'])})"
+            lines.append(f"{file}: {_dotted(where, location)}: {reason}")
         raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"fix {file} and run again") from None
 
 
@@ -182,10 +171,9 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
     """The model that parses a location inside `model`: ("sources", 0) -> Source."""
     annotation: Any = None
     for name in location:
-        if str(name).startswith(TAG):  # the alternative with this tag
-            annotation = next(
-                (a for a in _inside(annotation) if Tag(str(name)) in getattr(a, "__metadata__", ())), annotation
-            )
+        if str(name).startswith(TAG):
+            tagged = (a for a in _inside(annotation) if Tag(str(name)) in getattr(a, "__metadata__", ()))
+            annotation = next(tagged, annotation)
         elif name in model.model_fields:
             annotation = model.model_fields[str(name)].annotation
         else:
@@ -214,9 +202,8 @@ def inside(root: Path, path: str, where: str) -> Path:
         exists = full.exists()
     except (ValueError, OSError, RuntimeError) as error:  # it has a null character, is too long, or is a link to itself
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"params.yaml: {where}: {path[:100]!r} is not a path: {reason}", "use the path of a file"
-        ) from None
+        what = f"params.yaml: {where}: {path[:100]!r} is not a path: {reason}"
+        raise InputError(what, "use the path of a file") from None
     if not full.is_relative_to(root.resolve()):
         raise InputError(
             f"params.yaml: {where}: {path} is outside the project", "copy it into data/sources/ and use that path"

@@ -1,9 +1,10 @@
-"""Ids of records as they leave the project: HMACs of the content hashes, so
-that hashing a guessed text confirms nothing (docs/decisions/022)."""
+"""Ids of records as they leave the project: HMACs of the content hashes.
+
+Hashing a guessed text therefore confirms nothing (docs/decisions/022).
+"""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_bytes
 from dagster_project.core.imports import use_arrow_without_pandas
 from dagster_project.core.layout import RECORD_KEY
 
@@ -20,14 +22,12 @@ if TYPE_CHECKING:
 CREATE = f"mkdir -p {Path(RECORD_KEY).parent} && openssl rand -hex 32 > {RECORD_KEY}"
 SAMPLE_KEY = "c37eb4f2451882a0daad312fa1534e8db8cdab531bebd60c2d46cb42a8e26f5c"
 """sha256 of the key that comes with the sample project."""
-SAMPLE_SOURCES = frozenset(
-    {
-        "6789bf53d415f8a3949c928cbf051342685662990a8185c4a9ba6658618e67a7",  # triage_alpaca.json
-        "77a1a0d25929cd51bde854bf0e74c707d3fb72f2588091debb8686e5109f1480",  # triage_messages.jsonl
-        "25251f7ba71f94aad19e53f44f566f09acd0b113de36868f82d1bb28631e6ea0",  # replies_messages.jsonl
-        "d8f099bcb21770015e4844d083a8878b0deb76f1f9c44d3f59f7b23523e8259d",  # preferences.jsonl
-    }
-)
+SAMPLE_SOURCES = {
+    "6789bf53d415f8a3949c928cbf051342685662990a8185c4a9ba6658618e67a7",  # triage_alpaca.json
+    "77a1a0d25929cd51bde854bf0e74c707d3fb72f2588091debb8686e5109f1480",  # triage_messages.jsonl
+    "25251f7ba71f94aad19e53f44f566f09acd0b113de36868f82d1bb28631e6ea0",  # replies_messages.jsonl
+    "d8f099bcb21770015e4844d083a8878b0deb76f1f9c44d3f59f7b23523e8259d",  # preferences.jsonl
+}
 """sha256 of the files that the sample project trains on."""
 
 
@@ -41,8 +41,8 @@ def read_key(root: Path) -> bytes:
     if not path.is_file():
         raise InputError(
             f"{RECORD_KEY} does not exist: it keys the ids of records in data/release",
-            "copy it from the clone in which the project was made; or create another, with which records get other ids"
-            f" there: `{CREATE}`",
+            "copy it from the clone in which the project was made;"
+            f" or create another, with which records get other ids there: `{CREATE}`",
         )
     key = parse_key(path.read_bytes())
     if key is None:
@@ -83,8 +83,10 @@ def published_table(key: bytes, table: pa.Table) -> pa.Table:
 
 
 def is_own(key: bytes, sources: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a key may protect these sources: the sample project's key is
-    public and protects nothing but its own files, which are public too."""
-    return hashlib.sha256(key).hexdigest() != SAMPLE_KEY or all(
-        source.get("sha256") in SAMPLE_SOURCES for source in sources
-    )
+    """Whether a key may protect these sources.
+
+    The sample project's key is public and protects nothing but its own files, which are public too.
+    """
+    if sha256_of_bytes(key) != SAMPLE_KEY:
+        return True
+    return all(source.get("sha256") in SAMPLE_SOURCES for source in sources)

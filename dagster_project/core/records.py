@@ -33,8 +33,7 @@ T = TypeVar("T")
 
 
 def uncollected(function: Callable[P, T]) -> Callable[P, T]:
-    """Disable Python's cyclic garbage collector during a call: it would
-    repeatedly traverse millions of rows that have no cycles."""
+    """Disable Python's cyclic garbage collector during a call: it would traverse millions of rows without cycles."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -54,16 +53,15 @@ def record_schema() -> pa.Schema:
     """The canonical record."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("example_id", pa.string()),  # content hash of the canonical messages: the same on every machine
-            ("source", pa.string()),  # path of the file it came from, relative to the project
-            ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-            ("category", pa.string()),  # nullable
-            ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
-            ("meta", pa.string()),  # JSON: the fields of the source row other than the messages
-        ]
-    )
+    columns = [
+        ("example_id", pa.string()),  # content hash of the canonical messages: the same on every machine
+        ("source", pa.string()),  # path of the file it came from, relative to the project
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("category", pa.string()),  # nullable
+        ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
+        ("meta", pa.string()),  # JSON: the fields of the source row other than the messages
+    ]
+    return pa.schema(columns)
 
 
 @cache
@@ -72,19 +70,18 @@ def pair_schema() -> pa.Schema:
     import pyarrow as pa
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    return pa.schema(
-        [
-            ("example_id", pa.string()),  # content hash of prompt, chosen and rejected
-            ("source", pa.string()),
-            ("prompt", messages),  # ends with a user turn
-            ("chosen", messages),  # the turns after the prompt, beginning with the assistant
-            ("rejected", messages),
-            ("margin", pa.float64()),  # nullable: how much better `chosen` is, in the source's unit
-            ("category", pa.string()),  # nullable
-            ("group_id", pa.string()),  # cluster of pairs with nearly the same prompt; null until `preferences` sets it
-            ("meta", pa.string()),  # JSON: the other fields of the source row
-        ]
-    )
+    columns = [
+        ("example_id", pa.string()),  # content hash of prompt, chosen and rejected
+        ("source", pa.string()),
+        ("prompt", messages),  # ends with a user turn
+        ("chosen", messages),  # the turns after the prompt, beginning with the assistant
+        ("rejected", messages),
+        ("margin", pa.float64()),  # nullable: how much better `chosen` is, in the source's unit
+        ("category", pa.string()),  # nullable
+        ("group_id", pa.string()),  # cluster of pairs with nearly the same prompt; null until `preferences` sets it
+        ("meta", pa.string()),  # JSON: the other fields of the source row
+    ]
+    return pa.schema(columns)
 
 
 @cache
@@ -129,23 +126,21 @@ def _canonical(parts: list[Any], is_plain: bool) -> bytes:
     """Canonical JSON in UTF-8.
 
     Args:
-        is_plain: whether all values are texts, which orjson writes as `CANONICAL` does.
+        is_plain: whether all values are texts, which orjson writes as `JSON` does.
     """
     if is_plain:
         try:
             return orjson.dumps(parts)
         except orjson.JSONEncodeError:  # an unpaired surrogate
             pass
-    return CANONICAL.encode(parts).encode("utf-8", "surrogatepass")
+    return message_fields.JSON.encode(parts).encode("utf-8", "surrogatepass")
 
 
 def pair_id(prompt: Messages, chosen: Messages, rejected: Messages, tools: Tools = None) -> str:
     """Content hash of a preference pair."""
-    sides = {"chosen": chosen, "rejected": rejected}
-    return example_id(
-        [*prompt, *({"role": side, "content": CANONICAL.encode(_ordered(turns))} for side, turns in sides.items())],
-        tools,
-    )
+    turns = {"chosen": chosen, "rejected": rejected}
+    sides = [{"role": side, "content": message_fields.JSON.encode(_ordered(said))} for side, said in turns.items()]
+    return example_id([*prompt, *sides], tools)
 
 
 def _ordered(messages: Messages) -> list[dict[str, Any]]:
@@ -162,9 +157,6 @@ def content_id(record: Mapping[str, Any]) -> str:
     if prompt_length is None:
         return example_id(messages, tools, is_text(record))
     return pair_id(messages[:prompt_length], messages[prompt_length:], record["rejected"], tools)
-
-
-CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def prompt_text(messages: Messages) -> str:
@@ -188,14 +180,18 @@ def subject_text(messages: Messages) -> str:
 
 
 def _shards(rows: Iterable[T], id_of: Callable[[T], str]) -> Iterator[list[T]]:
-    """The rows of each shard. A boundary depends only on the row before it, so that a local edit changes few shards."""
+    """The rows of each shard; one without rows if there are none.
+
+    A boundary depends only on the row before it, so that a local edit changes few shards.
+    """
     shard: list[T] = []
+    is_first = True
     for row in rows:
         shard.append(row)
         if (len(shard) >= 256 and int(id_of(row)[:4] or "0", 16) % 1024 == 0) or len(shard) >= 8192:
             yield shard
-            shard = []
-    if shard:
+            shard, is_first = [], False
+    if shard or is_first:
         yield shard
 
 
@@ -214,8 +210,10 @@ def write_table(path: Path | io.BytesIO, rows: Iterable[dict[str, Any]], schema:
 
 
 def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """As `write_table`, of rows in tables of this schema. However they are
-    divided into tables, the bytes are the same."""
+    """As `write_table`, of rows in tables of this schema.
+
+    However they are divided into tables, the bytes are the same.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,8 +235,9 @@ def write_tables(path: Path | io.BytesIO, tables: Iterable[pa.Table], schema: pa
 
 
 def read_lines(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
-    """Fields of rows that `stored_rows` encoded, by column, without Python
-    objects for them. Those that a row lacks are null.
+    """Fields of rows that `stored_rows` encoded, by column, without Python objects for them.
+
+    Those that a row lacks are null.
 
     Args:
         schema: of texts, integers, and lists and objects of them; without the columns of `rich_schema`.
@@ -271,8 +270,9 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def write_records(
     folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None, rich: bool | None = None
 ) -> None:
-    """Write a data set to a folder of shards, records-00000.parquet and so on,
-    in the given order. Default schema: the canonical record.
+    """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order.
+
+    Default schema: the canonical record.
 
     Args:
         rows: only one shard of them is kept in memory.
@@ -282,8 +282,8 @@ def write_records(
     schema = schema or record_schema()
     rich = any(is_rich(row) for row in rows) if rich is None else rich
     schema = rich_schema(schema) if rich else schema
-    for number, shard in enumerate(_shards(rows, lambda row: row["example_id"]) if len(rows) else [[]]):
-        write_table(_shard_path(folder, number), [_stored(row) for row in shard] if rich else shard, schema)
+    for number, shard in enumerate(_shards(rows, lambda row: row["example_id"])):
+        write_table(_shard_path(folder, number), map(_stored, shard) if rich else shard, schema)
 
 
 class StoredPart(NamedTuple):
@@ -310,7 +310,7 @@ def write_stored_records(rows: StoredRows, ids: Sequence[str], schema: pa.Schema
         for part in parts:
             part.folder.mkdir(parents=True, exist_ok=True)
             start = 0
-            for number, shard in enumerate(_shards(part.indices, ids.__getitem__) if len(part.indices) else [[]]):
+            for number, shard in enumerate(_shards(part.indices, ids.__getitem__)):
                 paths.append(_shard_path(part.folder, number))
                 more = {name: [*values[start : start + len(shard)]] for name, values in part.more.items()}
                 start += len(shard)
@@ -332,10 +332,10 @@ def _encoded_shard(schema: pa.Schema, shard: _Shard) -> bytes:
 
     file = io.BytesIO()
     if shard.rich:
-        rows = [
-            decode(line) | {name: values[i] for name, values in shard.more.items()}
-            for i, line in enumerate(shard.lines)
-        ]
+        rows = [decode(line) for line in shard.lines]
+        for name, values in shard.more.items():
+            for row, value in zip(rows, values, strict=True):
+                row[name] = value
         write_table(file, map(_stored, rows), rich_schema(schema))
         return file.getvalue()
     table = read_lines(shard.lines, schema)
@@ -361,13 +361,8 @@ def rich_schema(schema: pa.Schema) -> pa.Schema:
     """
     import pyarrow as pa
 
-    types = {
-        "reasoning_content": pa.string(),
-        "tool_calls": pa.string(),
-        "tool_call_id": pa.string(),
-        "name": pa.string(),
-    }
-    message = pa.struct([("role", pa.string()), ("content", pa.string()), *types.items(), ("weight", pa.float64())])
+    texts = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+    message = pa.struct([*((name, pa.string()) for name in texts), ("weight", pa.float64())])
     columns: list[tuple[str, pa.DataType]] = []
     for column in schema:
         columns.append((column.name, pa.list_(message) if column.name in CONVERSATIONS else column.type))
@@ -378,9 +373,8 @@ def rich_schema(schema: pa.Schema) -> pa.Schema:
 
 def is_rich(row: Mapping[str, Any]) -> bool:
     """Whether a row needs the columns of `rich_schema`."""
-    return bool(row.get("tools")) or not all(
-        message_fields.is_plain(row[name] or ()) for name in CONVERSATIONS if name in row
-    )
+    conversations = (row[name] or () for name in CONVERSATIONS if name in row)
+    return bool(row.get("tools")) or not all(map(message_fields.is_plain, conversations))
 
 
 def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,12 +413,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     """
     import pyarrow.parquet as pq
 
-    names = (
-        None
-        if columns is None
-        else [name for name in columns if name != "tools" or "tools" in pq.read_schema(path).names]
-    )
-    table = read_arrow(path, names)
+    if columns and "tools" in columns and "tools" not in pq.read_schema(path).names:
+        columns = [name for name in columns if name != "tools"]
+    table = read_arrow(path, columns)
     rows = table.to_pylist()
     return [loaded(row) for row in rows] if "tools" in table.column_names else rows
 
@@ -457,11 +448,10 @@ PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "tools", "margin", "
 
 @uncollected
 def read_preferences(folder: Path) -> list[dict[str, Any]]:
-    """The pairs of a split of `preferences`, in TRL's conversational form:
+    """The pairs of a split of `preferences`, in TRL's conversational form.
 
-    {"example_id": "5d41...", "prompt": [user "Hi"], "chosen": [assistant
-    "Hello"], "rejected": [assistant "What?"], "margin": None,
-     "category": None, "group_id": "5d41..."}
+    {"example_id": "5d41...", "prompt": [user "Hi"], "chosen": [assistant "Hello"], "rejected": [assistant "What?"],
+     "margin": None, "category": None, "group_id": "5d41..."}
     """
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard, PREFERENCE)]
 
@@ -481,8 +471,7 @@ READ, JOINED = "read", "joined"
 
 
 def iter_pairs(folder: Path) -> Iterator[dict[str, Any]]:
-    """The output of `raw_preferences`: the pairs in order, each with its
-    `source_rows` from the ledger and the first of them as `source_row`."""
+    """The pairs that `raw_preferences` wrote, each with its `source_rows` and the first of them as `source_row`."""
     return with_source_rows(iter_records(folder), iter_ledger(folder))
 
 
@@ -518,9 +507,13 @@ def ledger_table(columns: Mapping[str, Any], repaired: bool = False) -> pa.Table
     arrays = []
     for name, type_ in zip(schema.names, schema.types, strict=True):
         values = columns.get(name)
-        if values is None or isinstance(values, str):
-            values = pa.nulls(size, type_) if values is None else pa.repeat(pa.scalar(values, type_), size)
-        arrays.append(values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, type_))
+        if values is None:
+            values = pa.nulls(size, type_)
+        elif isinstance(values, str):
+            values = pa.repeat(pa.scalar(values, type_), size)
+        elif not isinstance(values, pa.Array | pa.ChunkedArray):
+            values = pa.array(values, type_)
+        arrays.append(values)
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -549,8 +542,8 @@ LEDGER = "ledger.parquet"
 
 
 REWARD_METHODS = frozenset({"rloo", "grpo", "online_dpo", "ppo"})
-"""Alignment methods that learn from the rewards of their own answers. The
-others only measure themselves by a reward model."""
+"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward
+model."""
 
 
 def learns_from_reward_model(aligned: Mapping[str, Any]) -> bool:
@@ -596,6 +589,12 @@ class CheckResult:
     violations: list[dict[str, Any]] = field(default_factory=list)
     """Violated rules of the use policy: source, rows, rule and why (curation/sources/use_policy.py)."""
 
+    def document(self) -> dict[str, Any]:
+        """The fields other than the name, without empty ones."""
+        optional = {"dropped", "waived", "fixed"}
+        values = {key: value for key, value in asdict(self).items() if key != "name" and value not in ([], "")}
+        return {key: value for key, value in values.items() if value or key not in optional}
+
 
 @dataclass
 class Report:
@@ -610,15 +609,13 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: list[CheckResult] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
-    """Resources used by this run: bytes, seconds, tokens per second. Never in a
-    tracked file, because it differs between runs."""
+    """Resources used by this run: bytes, seconds, tokens per second. Never in a tracked file, because it differs
+    between runs."""
 
     def __post_init__(self) -> None:
-        if (
-            self.rows_in is not None
-            and self.rows_out is not None
-            and self.rows_in != self.rows_out + sum(self.dropped.values())
-        ):
+        if self.rows_in is None or self.rows_out is None:
+            return
+        if self.rows_in != self.rows_out + sum(self.dropped.values()):
             raise AssertionError(f"rows lost: {self.rows_in} in, {self.rows_out} out, dropped {self.dropped}")
 
     @property
@@ -627,21 +624,15 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """The JSON document, without empty parts; checks keyed by name."""
-        rows = (
-            {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped}
-            if self.rows_in is not None
-            else {}
-        )
-        rows |= {"fixed": self.fixed} if self.fixed else {}
-        checks = {
-            c.name: {
-                k: v
-                for k, v in asdict(c).items()
-                if k != "name" and v not in ([], "") and not (v == 0 and k in {"dropped", "waived", "fixed"})
-            }
-            for c in self.checks
-        }
-        return {**rows, **self.metrics, **({"checks": checks} if checks else {})}
+        document: dict[str, Any] = {}
+        if self.rows_in is not None:
+            document |= {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped}
+        if self.fixed:
+            document["fixed"] = self.fixed
+        document |= self.metrics
+        if self.checks:
+            document["checks"] = {check.name: check.document() for check in self.checks}
+        return document
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -96,34 +96,24 @@ def _probe(tokenizer: Any) -> TemplateForm:
     keys = ("reasoning_content", "thinking", "reasoning")
     answer = {"role": "assistant", "content": "Yes", "reasoning_content": _WORD}
     reasoning = next((key for key in keys if _WORD in text(TemplateForm(parts, key), [_USER, answer])), "")
-    form = next(
-        (form for form in _forms_of_calls(parts, reasoning) if _writes_call(text(form, [_USER, _CALL], [_TOOL]))),
-        TemplateForm(parts, reasoning),
-    )
+    writing = (form for form in _forms_of_calls(parts, reasoning) if _writes_call(text(form, [_USER, _CALL], [_TOOL])))
+    form = next(writing, TemplateForm(parts, reasoning))
     tools = _NAME in text(form, [_USER], [_TOOL])
     result = {"role": "tool", "content": _KEY, "tool_call_id": "a1b2c3d4e", "name": "f"}
     call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": {"name": "f", "arguments": {"a": "x"}}}]}
     if not reasoning and form.calls:  # as Gemma 4, which writes only the traces of calls
         thought = {**call, "reasoning_content": _WORD}
         reasoning = next((key for key in keys if _WORD in text(replace(form, reasoning=key), [_USER, thought])), "")
-    results = any(
-        _KEY in text(form, [_USER, before, result]) for before in (call, {"role": "assistant", "content": "Yes"})
-    )
+        form = replace(form, reasoning=reasoning)
+    answers = (call, {"role": "assistant", "content": "Yes"})
+    results = any(_KEY in text(form, [_USER, before, result]) for before in answers)
     second = {**_CALL["tool_calls"][0], "id": "b1b2c3d4e", "function": {"name": "g", "arguments": {"x": _NAME}}}
     parallel = form.calls and _NAME in text(form, [_USER, {**_CALL, "tool_calls": [*_CALL["tool_calls"], second]}])
     both = text(form, [_USER, {**_CALL, "content": _NAME}]) if form.calls else ""
     with_content = _NAME in both and _writes_call(both)
     asked, opened = text(form, [_USER]), text(form, [_USER], generate=True)
     opening = opened.removeprefix(asked) if opened.startswith(asked) else ""
-    return replace(
-        form,
-        reasoning=reasoning,
-        parallel=parallel,
-        with_content=with_content,
-        tools=tools,
-        results=results,
-        opening=opening,
-    )
+    return replace(form, parallel=parallel, with_content=with_content, tools=tools, results=results, opening=opening)
 
 
 def _forms_of_calls(parts: bool, reasoning: str) -> Iterator[TemplateForm]:
@@ -133,8 +123,7 @@ def _forms_of_calls(parts: bool, reasoning: str) -> Iterator[TemplateForm]:
 
 
 def _writes_call(text: str) -> bool:
-    """Whether a text has the call of the probe, and its arguments not as a
-    Python dictionary, which models are not trained to read."""
+    """Whether a text has the call of the probe, but no Python dictionary, which models are not trained to read."""
     return _WORD in text and _KEY in text.partition(_WORD)[2] and f"{{'{_KEY}'" not in text
 
 
@@ -154,14 +143,8 @@ def render(
         InputError: the template rejects the conversation or fails on it.
         TemplateLimit: it takes too much time or memory.
     """
-    return _render(
-        tokenizer,
-        form_of(tokenizer),
-        messages,
-        tools,
-        add_generation_prompt,
-        {} if thinking is None else THINKING[thinking],
-    )
+    variables = {} if thinking is None else THINKING[thinking]
+    return _render(tokenizer, form_of(tokenizer), messages, tools, add_generation_prompt, variables)
 
 
 def _render(
@@ -172,28 +155,23 @@ def _render(
     add_generation_prompt: bool = False,
     variables: dict[str, Any] | None = None,
 ) -> str:
-    """The text by the template, rendered with limits; by the tokenizer's own
-    method if it has one, as those of Mistral, which read no template."""
-    options: dict[str, Any] = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
+    """The text by the template, with limits; by the tokenizer's method if it has its own, which reads no template.
+
+    The tokenizers of Mistral have one.
+    """
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **(variables or {})}
+    if tools:
+        options["tools"] = list(tools)
     read = [_as_read(message, form) for message in messages]
     try:
         if _has_own_renderer(tokenizer):
-            return str(
-                tokenizer.apply_chat_template(
-                    read, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-                )
-            )
+            return str(tokenizer.apply_chat_template(read, tokenize=False, **options))
         template = str(tokenizer.get_chat_template(tools=options.get("tools")))
         if "strftime_now" in template:
             template = with_constant_date(template)
         if not read:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-        given = {
-            "messages": [*map(_normalized, read)],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        given = {"messages": [*map(_normalized, read)], "tools": None, "documents": None}
         return bounded_templates.render(template, {**tokenizer.special_tokens_map, **given, **options})
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -207,8 +185,7 @@ def _has_own_renderer(tokenizer: Any) -> bool:
 
 
 def _normalized(message: Message) -> Message:
-    """A message as transformers 5.24 gives it to a template: no keys with null,
-    and a trace under the two names that templates read."""
+    """A message as transformers 5.24 gives it to a template: without nulls, and with a trace under both its names."""
     present = {key: value for key, value in message.items() if value is not None}
     trace = next((present[key] for key in ("reasoning_content", "thinking", "reasoning") if key in present), None)
     return present if trace is None else {"thinking": trace, **present, "reasoning_content": trace}
@@ -218,8 +195,7 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 
 def with_constant_date(template: str) -> str:
-    """A template with `DATE` wherever it writes today's date, so that the same
-    conversation gives the same text on every day."""
+    """A template with `DATE` in place of today's date, so that a conversation gives the same text on every day."""
     return _CLOCK.sub(lambda call: json.dumps(DATE.strftime(call[1] or call[2] or "")), template)
 
 
@@ -245,15 +221,12 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
 
 
 def end_tokens(tokenizer: Any) -> list[str]:
-    """The tokens at which generation stops: the tokenizer's end-of-text token
-    and those of the model's generation_config.json."""
+    """The tokens at which generation stops: the tokenizer's end-of-text token and those of generation_config.json."""
     folder = str(getattr(tokenizer, "name_or_path", ""))
     settings = Path(folder) / "generation_config.json"
     found = _end_ids(settings, settings.stat().st_mtime_ns) if folder and settings.is_file() else ()
-    further = [
-        token for token in (tokenizer.backend_tokenizer.id_to_token(number) for number in found) if token is not None
-    ]
-    return list(dict.fromkeys([str(tokenizer.eos_token), *further]))
+    further = map(tokenizer.backend_tokenizer.id_to_token, found)
+    return list(dict.fromkeys([str(tokenizer.eos_token), *(token for token in further if token is not None)]))
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
@@ -301,12 +274,11 @@ def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: ra
                 )
         if (found := text.find(content, position)) >= 0:
             position = found + len(content)
-        elif not (message["role"] == "tool" and _is_respelled(content, text)) and not (
-            content in text and _is_elsewhere(tokenizer, messages[: turns.stop], tools, i)
-        ):
-            raise InputError(
-                f"the chat template leaves out what the {message['role']} says in turn {i + 1}", ANOTHER_TEMPLATE
-            )
+            continue
+        is_respelled = message["role"] == "tool" and _is_respelled(content, text)
+        if not is_respelled and not (content in text and _is_elsewhere(tokenizer, messages[: turns.stop], tools, i)):
+            what = f"the chat template leaves out what the {message['role']} says in turn {i + 1}"
+            raise InputError(what, ANOTHER_TEMPLATE)
 
 
 def _is_elsewhere(tokenizer: Any, messages: Messages, tools: Tools, turn: int) -> bool:
@@ -316,8 +288,9 @@ def _is_elsewhere(tokenizer: Any, messages: Messages, tools: Tools, turn: int) -
 
 
 def end_of_answer(tokenizer: Any, message: Message, turn: int, text: str) -> int:
-    """End of what the assistant says in its rendered message: the trace, then
-    content and calls with their arguments, in either order.
+    """End of what the assistant says in its rendered message.
+
+    The trace comes first, then content and calls with their arguments, in either order.
 
     Args:
         turn: number of the message, from 1.
@@ -372,17 +345,12 @@ def _refuse_calls(form: TemplateForm, message: Message, turn: int) -> None:
 def _end_of_argument(value: str, text: str, start: int) -> int:
     """End of an argument in a text from `start` on, as it is, as JSON or as Python writes it; -1 if it is not there."""
     escaped = json.dumps(value)[1:-1]
-    spellings = {
-        value,
-        value.strip(),
-        escaped,
-        json.dumps(value, ensure_ascii=False)[1:-1],
-        json.dumps(escaped)[1:-1],
-        repr(value)[1:-1],
-    }
+    quoted = (json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(escaped)[1:-1], repr(value)[1:-1])
+    spellings = {value, value.strip(), escaped, *quoted}
     if ends := [found + len(one) for one in spellings if (found := text.find(one, start)) >= 0]:
         return min(ends)
-    return start if (words := re.findall(r"\w+", value)) and all(text.find(word, start) >= 0 for word in words) else -1
+    words = re.findall(r"\w+", value)
+    return start if words and all(text.find(word, start) >= 0 for word in words) else -1
 
 
 def _is_respelled(result: str, text: str) -> bool:

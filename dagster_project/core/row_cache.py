@@ -1,4 +1,5 @@
 """Facts about single rows, and about whole sets, that an earlier run computed.
+
 A cache beside the outputs: without it, results are the same and take longer.
 
 A fact is found by the hash of the row without its number in the source, so rows keep theirs when others are inserted,
@@ -37,13 +38,13 @@ NUMBER = re.compile(rb'\{"source_row":\d+,')
 KEYS = ("key_0", "key_1")
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(Path(path) for path in sys.path)
-"""Folders of installed libraries. Later entries of `sys.path` do not count:
-setuptools appends its own copies of libraries when it is imported."""
+"""Folders of installed libraries. Later entries of `sys.path` do not count: setuptools appends its own copies of
+libraries when it is imported."""
 
 _folder: ContextVar[Path | None] = ContextVar("row_cache", default=None)
 _known: WeakKeyDictionary[StoredRows | Selected, np.ndarray] = WeakKeyDictionary()
-"""Hashes of rows that are in use: several kinds of facts are about the same
-rows, which can be appended to, and not changed."""
+"""Hashes of rows that are in use: several kinds of facts are about the same rows, which can be appended to, and not
+changed."""
 
 
 @contextmanager
@@ -86,8 +87,7 @@ def facts(
 
 
 def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-    """`compute()`, a table with one row about a whole set of texts, unless an
-    earlier run had exactly these texts, in this order.
+    """`compute()`, one row about a set of texts, unless an earlier run had exactly these texts, in this order.
 
     Args:
         name: of the fact.
@@ -102,9 +102,8 @@ def fact_of_set(name: str, texts: Iterable[str], compute: Callable[[], pl.DataFr
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     halves = np.frombuffer(digest.digest(), "<u8")
-    return _looked_up(
-        name, (), pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)}), lambda _: compute()
-    )
+    keys = pl.DataFrame({key: halves[i : i + 1] for i, key in enumerate(KEYS)})
+    return _looked_up(name, (), keys, lambda _: compute())
 
 
 def _looked_up(
@@ -122,9 +121,10 @@ def _looked_up(
     assert folder
     store, requested = _Store(folder / _digest(name, code, *identity)), keys.with_row_index("row")
     stored = store.read()
-    cached = (
-        requested.select("row").clear() if stored is None else requested.join(stored, on=KEYS, how="inner").drop(KEYS)
-    )
+    if stored is None:
+        cached = requested.select("row").clear()
+    else:
+        cached = requested.join(stored, on=KEYS, how="inner").drop(KEYS)
     is_missing = np.ones(len(keys), np.bool_)
     is_missing[cached["row"].to_numpy()] = False
     missing = np.flatnonzero(is_missing)
@@ -190,8 +190,10 @@ class _Store:
         self._files: list[Path] = []
 
     def read(self) -> pl.DataFrame | None:
-        """All facts, one row per key; None without any. Files that are damaged,
-        or of another kind, are removed and count as missing."""
+        """All facts, one row per key; None without any.
+
+        Files that are damaged, or of another kind, are removed and count as missing.
+        """
         import polars as pl
 
         frames: list[pl.DataFrame] = []
@@ -270,16 +272,11 @@ def _code(changed: bool = False) -> str:
     """
     if not changed:
         return _CODE_AT_IMPORT
-    files = (
-        file
-        for part in ("core", "curation")
-        for file in sorted((PACKAGE / part).rglob("*"))
-        if "__pycache__" not in file.parts
-    )
+    own: list[str | bytes] = []
     try:
-        own = [
-            value for file in files if file.is_file() for value in (str(file.relative_to(PACKAGE)), file.read_bytes())
-        ]
+        for file in [*sorted((PACKAGE / "core").rglob("*")), *sorted((PACKAGE / "curation").rglob("*"))]:
+            if "__pycache__" not in file.parts and file.is_file():
+                own += [str(file.relative_to(PACKAGE)), file.read_bytes()]
     except OSError:  # someone removes a file, or it cannot be read: like no other code
         return os.urandom(32).hex()
     libraries = sorted({entry.name for path in LIBRARIES if path.is_dir() for entry in path.glob("*.dist-info")})

@@ -10,8 +10,8 @@ Shown = Literal["error", "warn", "info"]
 def shown(severity: Shown, passed: bool, count: int) -> Shown | None:
     """Displayed severity of a finding.
 
-    A check passes if no row that violates it remains, because all were dropped
-    or repaired. Its findings are still shown, errors as warnings.
+    A check passes if no row that violates it remains, because all were dropped or repaired. Its findings are still
+    shown, errors as warnings.
 
     Args:
         severity: of the check.

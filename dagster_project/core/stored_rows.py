@@ -111,8 +111,10 @@ class StoredRows(LazySequence[dict[str, Any]]):
             self.append(row)
 
     def with_changes(self, changed: Iterable[tuple[int, bytes]]) -> StoredRows:
-        """The same rows with some of them replaced, given as index and encoded
-        row. Nothing may be appended to either later."""
+        """The same rows with some of them replaced, given as index and encoded row.
+
+        Nothing may be appended to either later.
+        """
         new = copy(self)
         new._lines = self._lines.with_changes(changed)
         return new
@@ -170,8 +172,10 @@ ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(row: dict[str, Any]) -> bytes:
-    """JSON in ASCII, which can represent unpaired surrogates. It ends with a space if orjson cannot represent the row:
-    the largest integers, which it would read as floats."""
+    """JSON in ASCII, which can represent unpaired surrogates.
+
+    It ends with a space if orjson cannot represent the row: the largest integers, which it would read as floats.
+    """
     line = ENCODER.encode(row).encode()
     try:
         orjson.dumps(row)
@@ -189,25 +193,22 @@ def encode_finite(row: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    row: dict[str, Any]
     if not line.endswith(b" "):
         try:
-            row = orjson.loads(line)
+            return orjson.loads(line)
         except orjson.JSONDecodeError:  # infinity, or an unpaired surrogate
             pass
-        else:
-            return row
-    row = json.loads(line.decode())  # json.loads would detect the encoding of bytes
-    return row
+    return json.loads(line.decode())  # json.loads would detect the encoding of bytes
 
 
 def encoded(table: pl.DataFrame) -> list[bytes]:
-    """As `encode` of each row of a table of texts, integers and lists and objects
-    of them, without Python objects for the values. Text is not escaped."""
+    """As `encode` of each row of a table of texts, integers and lists and objects of them.
+
+    No value becomes a Python object. Text is not escaped.
+    """
     import polars as pl
 
-    lines: list[bytes] = table.select(pl.struct(pl.all()).struct.json_encode()).to_series().cast(pl.Binary).to_list()
-    return lines
+    return table.select(pl.struct(pl.all()).struct.json_encode()).to_series().cast(pl.Binary).to_list()
 
 
 class Selected(LazySequence[dict[str, Any]]):
@@ -233,11 +234,10 @@ class Selected(LazySequence[dict[str, Any]]):
         return self._change(at, self._rows[at]) if self._change else self._rows[at]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = (
-            map(decode, self._rows.encoded(self._indices))
-            if isinstance(self._rows, StoredRows)
-            else map(self._rows.__getitem__, self._indices)
-        )
+        if isinstance(self._rows, StoredRows):
+            rows = map(decode, self._rows.encoded(self._indices))
+        else:
+            rows = map(self._rows.__getitem__, self._indices)
         return map(self._change, self._indices, rows) if self._change else rows
 
     @property
@@ -286,11 +286,9 @@ class SelectedTexts(LazySequence[str]):
         return self._texts[self._indices[index]]
 
     def __iter__(self) -> Iterator[str]:
-        return (
-            self._texts.chosen(self._indices)
-            if isinstance(self._texts, StoredTexts)
-            else map(self._texts.__getitem__, self._indices)
-        )
+        if isinstance(self._texts, StoredTexts):
+            return self._texts.chosen(self._indices)
+        return map(self._texts.__getitem__, self._indices)
 
 
 class Chained(LazySequence[str]):

@@ -56,8 +56,8 @@ class Strings(LazySequence[str]):
 class StringIndex:
     """Different strings, numbered in the order in which they first appear.
 
-    Only hashes of 128 bits are kept, 32 bytes for each string: two strings with
-    the same hash are not expected in any data set.
+    Only hashes of 128 bits are kept, 32 bytes for each string: two strings with the same hash are not expected in any
+    data set.
     """
 
     def __init__(self, strings: Iterable[str | None]) -> None:

@@ -19,8 +19,8 @@ from typing import IO, Any
 TEXT, ERROR, LIMIT = b"t", b"e", b"l"
 """Kind of a reply: the rendered text, why the template refuses the conversation, or why it is never rendered again."""
 SECONDS_PER_REQUEST, SECONDS_PER_BYTE = 0.05, 1e-6
-"""Processor seconds by which the remaining time grows with each request, up to
-the limit. Templates of models take about a hundredth."""
+"""Processor seconds by which the remaining time grows with each request, up to the limit. Templates of models take
+about a hundredth."""
 MAX_TEMPLATE = 1 << 20
 """Maximum characters of a template. Those of models have up to 30,000."""
 MAX_GROWTH, FREE_TEXT = 16, 1 << 20
@@ -44,8 +44,7 @@ def read(stream: IO[bytes]) -> bytes | None:
 
 
 def compiled(chat_template: str) -> Any:
-    """A chat template in the environment that transformers gives it: sandboxed,
-    with the same options, filters, functions and tags.
+    """A chat template in the environment of transformers: sandboxed, with the same options, filters and functions.
 
     Raises:
         jinja2.TemplateError: it is not a template.
@@ -86,8 +85,8 @@ def compiled(chat_template: str) -> Any:
         def check(name: Any) -> None:
             if isinstance(name, str) and name.startswith("_"):
                 raise SecurityError(
-                    f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}."
-                    " Please rename the attribute."
+                    "Chat templates cannot store underscore-prefixed attributes on a namespace,"
+                    f" but got {name!r}. Please rename the attribute."
                 )
 
     class SafeDict:
@@ -171,8 +170,8 @@ def main(seconds: float, memory: int) -> None:
     """Reply to requests until stdin ends.
 
     Args:
-        seconds: processor time that templates may take. A longer one ends this
-            process by SIGPROF, also in the middle of an operation.
+        seconds: processor time that templates may take. A longer one ends this process by SIGPROF, also in the middle
+            of an operation.
         memory: in bytes.
     """
     import jinja2.sandbox  # noqa: F401  before the limits apply

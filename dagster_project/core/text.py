@@ -32,18 +32,20 @@ TITLES = {
 """Display names of the measures in the comparison table."""
 
 _HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff"
-    "\U000e0000-\U000e0fff"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff\U000e0000-\U000e0fff"
     + "".join(chr(plane * 0x10000 + last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF))
     + "]"
 )
-"""Controls, bidirectional controls, characters without a glyph, lone surrogates
-and non-characters. Excludes the two joiners that some scripts need."""
+"""Controls, bidirectional controls, characters without a glyph, lone surrogates and non-characters. Excludes the two
+joiners that some scripts need."""
 
 
 def visible(text: str) -> str:
-    """The text with every hidden character written out: ESC as \\x1b, a
-    right-to-left override as \\u202e. Encodes as UTF-8."""
+    """The text with every hidden character written out: ESC as \\x1b, a right-to-left override as \\u202e.
+
+    Encodes as UTF-8.
+    """
     return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
@@ -72,8 +74,10 @@ def markdown(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text of the data for a cell of a CSV file: a spreadsheet would run one that
-    begins like a formula, so it gets an apostrophe. Numbers keep their sign."""
+    """Text of the data for a cell of a CSV file, with an apostrophe if a spreadsheet would run it as a formula.
+
+    Numbers keep their sign.
+    """
     return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} and not _NUMBER.fullmatch(text) else text
 
 
@@ -92,21 +96,19 @@ def listed(names: Sequence[object], most: int) -> str:
 
 def place_text(source: str | None, row: int | None) -> str:
     """Place of a row, such as `data/sources/a.jsonl:3`."""
-    return "source unknown" if not source else source if row is None else f"{source}:{row}"
+    if not source:
+        return "source unknown"
+    return source if row is None else f"{source}:{row}"
 
 
 def commit_text(code: Mapping[str, Any]) -> str:
     """ "commit 1234abcd5678, clean"."""
     if code["commit"] is None:
         return f"uncommitted, after {code['after'][:12]}" if code.get("after") else "uncommitted"
-    earlier = (
-        " or earlier (this clone is shallow: `git fetch --unshallow` brings the rest)" if code.get("or_earlier") else ""
-    )
+    commit, state = f"commit {code['commit'][:12]}", "clean"
+    if code.get("or_earlier"):
+        commit += " or earlier (this clone is shallow: `git fetch --unshallow` brings the rest)"
+    if differs := code.get("differs"):
+        state = f"dirty: it contains {', '.join(differs[:5])}{' and more' if len(differs) > 5 else ''} otherwise"
     same = f"; the same bytes before, at {code['same_bytes_at'][:12]}" if code.get("same_bytes_at") else ""
-    differs = code.get("differs", [])
-    clean = (
-        "clean"
-        if not differs
-        else f"dirty: it contains {', '.join(differs[:5])}{' and more' if len(differs) > 5 else ''} otherwise"
-    )
-    return f"commit {code['commit'][:12]}{earlier}, {clean}{same}"
+    return f"{commit}, {state}{same}"

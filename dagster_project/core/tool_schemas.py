@@ -49,8 +49,10 @@ class ArgumentsSchema:
 
 
 def call_problem(call: Call, tools: Tools) -> str | None:
-    """Why a call does not fit the tools; None if it does. A tool without a
-    schema, or with a broken one, accepts any object."""
+    """Why a call does not fit the tools; None if it does.
+
+    A tool without a schema, or with a broken one, accepts any object.
+    """
     functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
     if call.name not in functions:
         return f"unknown tool {call.name!r}"
@@ -67,8 +69,10 @@ def _cached_schema(parameters: str) -> ArgumentsSchema:
 
 
 def counted(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
-    """How often each call is made, by name and arguments. Two answers make the
-    same calls, in any order, if these are equal."""
+    """How often each call is made, by name and arguments.
+
+    Two answers make the same calls, in any order, if these are equal.
+    """
     return Counter((call.name, json.dumps(_canonical_value(call.arguments), sort_keys=True)) for call in calls)
 
 
@@ -94,9 +98,8 @@ def arguments_schema(parameters: Any) -> ArgumentsSchema:
         schema = _standard(parameters)
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
-        return ArgumentsSchema(
-            _with_cheap_patterns(kind)(schema, registry=REGISTRY)
-        )  # without a registry, jsonschema would download remote references
+        # without a registry, jsonschema would download remote references
+        return ArgumentsSchema(_with_cheap_patterns(kind)(schema, registry=REGISTRY))
     except SchemaError as error:
         return ArgumentsSchema(None, f"{error.json_path}: {error.message}")
     except RecursionError:
@@ -104,18 +107,20 @@ def arguments_schema(parameters: Any) -> ArgumentsSchema:
 
 
 MAX_STEPS = 10**7
-"""Maximum steps of matching a pattern, estimated. A pattern may need
-exponentially many, so those that could are not checked."""
+"""Maximum steps of matching a pattern, estimated. A pattern may need exponentially many, so those that could are not
+checked."""
 
 
 def is_cheap(pattern: str, length: int) -> bool:
-    """Whether a text of this length is matched in a limited number of steps: no
-    repeated group, and few repetitions without a limit.
+    """Whether a text of this length is matched in a limited number of steps.
+
+    A cheap pattern repeats no group, and few parts without a limit.
 
     >>> is_cheap("^[^@]+@[^@]+$", 100), is_cheap("^(a+)+$", 100)
     (True, False)
     """
-    repetitions, optional = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern)), len(re.findall(r"(?<![(*+?}\\])\?", pattern))
+    repetitions = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern))
+    optional = len(re.findall(r"(?<![(*+?}\\])\?", pattern))
     steps = (length + 1) ** repetitions * 2**optional * (pattern.count("|") + 1) ** (pattern.count("(") + 1)
     return not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) and steps <= MAX_STEPS
 
@@ -138,14 +143,12 @@ def _with_cheap_patterns(kind: Any) -> Any:
         return checked
 
     names = ("patternProperties", "additionalProperties", "unevaluatedProperties")
-    return extend(
-        kind, {"pattern": pattern} | {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS}
-    )
+    checks = {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS}
+    return extend(kind, {"pattern": pattern, **checks})
 
 
 def _standard(schema: Any) -> Any:
-    """A schema with JSON Schema's names of types: {"type": "dict", "properties": {"n": {"type": "int, optional"}}}
-    ->  {"type": "object", "properties": {"n": {"type": "integer"}}}. Unknown types are unchanged."""
+    """A schema with JSON Schema's names of types: {"type": "dict"} -> {"type": "object"}. Unknown types are kept."""
     if isinstance(schema, list):
         return [_standard(one) for one in schema]
     if not isinstance(schema, dict):

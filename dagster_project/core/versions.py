@@ -22,7 +22,6 @@ def require_version(library: str, supported: str, feature: str) -> None:
     installed = version(library)
     if not SpecifierSet(supported).contains(installed, prereleases=True):
         raise AssertionError(
-            f"{feature} is not a documented part of {library}: the code was written for {supported}, found"
-            f" {installed}\nhint: install {library}{supported}, or check that {feature} still behaves the same and"
-            " widen the range"
+            f"{feature} is not a documented part of {library}: the code was written for {supported}, found {installed}"
+            f"\nhint: install {library}{supported}, or check that {feature} still behaves the same and widen the range"
         )

@@ -1,5 +1,4 @@
-"""How threads of OpenMP wait for each other: they spin briefly on a quiet
-machine, and sleep almost at once beside other work.
+"""How threads of OpenMP wait for each other: they spin briefly on a quiet machine, and sleep beside other work.
 
 A spinning thread takes the CPU from the thread that it waits for; a sleeping one needs time to wake, thousands of times
 in a step. What is computed does not depend on it.
@@ -16,16 +15,16 @@ from pathlib import Path
 
 POLICY, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 OURS = "PEDIGREE_WAITING"
-"""Names the variable that a process of Pedigree set, and the user did not:
-processes that it starts decide for themselves."""
+"""Names the variable that a process of Pedigree set, and the user did not: processes that it starts decide for
+themselves."""
 SHORT_SPIN = "3000"
 """About 40 microseconds: as fast as endless spinning if nothing else runs (docs/time.md)."""
 STAT = Path("/proc/stat")
 INTERVAL = 1.0
 """Seconds between two looks at what else runs."""
 CONTENDED, FREE = 0.25, 0.1
-"""CPUs that other processes use, of those that our threads need: above the
-first our threads sleep, up to the second they spin again."""
+"""CPUs that other processes use, of those that our threads need: above the first our threads sleep, up to the second
+they spin again."""
 NAME = "waiting"
 
 
@@ -34,8 +33,8 @@ def choose(environment: MutableMapping[str, str], computes: bool, stat: Path = S
 
     Args:
         environment: of this process and those that it starts.
-        computes: whether this process will call `follow`; otherwise, and where
-            the kernel does not count what runs, threads sleep.
+        computes: whether this process will call `follow`; otherwise, and where the kernel does not count what runs,
+            threads sleep.
     """
     if OURS in environment:
         environment.pop(environment.pop(OURS), None)
@@ -46,8 +45,9 @@ def choose(environment: MutableMapping[str, str], computes: bool, stat: Path = S
 
 
 def follow(threads: int) -> None:
-    """From now on, let threads wait as suits what else runs. Nothing happens if
-    `choose` did not choose to spin, or if this was called before.
+    """From now on, let threads wait as suits what else runs.
+
+    Nothing happens if `choose` did not choose to spin, or if this was called before.
 
     Args:
         threads: that torch uses.
@@ -57,8 +57,7 @@ def follow(threads: int) -> None:
 
 
 def settle(environment: MutableMapping[str, str], threads: int) -> None:
-    """Let threads sleep if other processes use their CPUs now: for a program of
-    the user, which cannot call `follow`."""
+    """Let threads sleep if others use their CPUs now: for a program of the user, which cannot call `follow`."""
     if environment.get(OURS) == SPINS and threads > 1:
         contention = Contention(threads)
         time.sleep(INTERVAL / 10)
@@ -80,16 +79,12 @@ def _own_cpus() -> set[int]:
 
 
 def busy_ticks(cpus: set[int], stat: Path = STAT) -> int:
-    """Ticks in which these CPUs ran any thread since the start of the machine
-    (proc_stat(5)). 0: the kernel does not say."""
+    """Ticks in which these CPUs ran any thread since the machine started (proc_stat(5)); 0: the kernel does not say."""
     with suppress(OSError, ValueError, IndexError):
         lines = [line.split() for line in stat.read_text().splitlines() if line.startswith("cpu")]
+        own = [values for name, *values in lines if name[3:].isdigit() and int(name[3:]) in cpus]
         # user, nice, system, idle, iowait, irq, softirq
-        return sum(
-            sum(map(int, [*values[:3], *values[5:7]]))
-            for name, *values in lines
-            if name[3:].isdigit() and int(name[3:]) in cpus
-        )
+        return sum(sum(map(int, [*values[:3], *values[5:7]])) for values in own)
     return 0
 
 
@@ -115,9 +110,11 @@ class Contention:
 
 
 class Sleepers:
-    """Threads that each keep a team of OpenMP threads, all asleep. While a process has more
-    OpenMP threads than CPUs, those that wait spin a thirtieth as long (manual of libgomp,
-    GOMP_SPINCOUNT), which is as good as sleeping. Other OpenMP libraries do not change."""
+    """Threads that each keep a team of OpenMP threads, all asleep.
+
+    While a process has more OpenMP threads than CPUs, those that wait spin a thirtieth as long (manual of libgomp,
+    GOMP_SPINCOUNT), which is as good as sleeping. Other OpenMP libraries do not change.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

@@ -16,8 +16,8 @@ _SPACED = (
     range(0xA66F, 0xA9E0),
     range(0xAAE0, 0xAC00),
 )
-"""Ranges of code points with combining marks, in scripts that put spaces
-between words. Excluded: Thai to Burmese, Khmer and a few others."""
+"""Ranges of code points with combining marks, in scripts that put spaces between words. Excluded: Thai to Burmese,
+Khmer and a few others."""
 SPACED_MARKS = "".join(c for c in map(chr, chain(*_SPACED)) if unicodedata.category(c) in {"Mn", "Mc"})
 r"""Vowel signs, viramas, points and accents of these scripts. They are part of a word, and Python's \w lacks them:
 \u0926\u093e\u0928 and \u0926\u093f\u0928 are two words of Hindi."""

@@ -38,8 +38,8 @@ class Workers(Protocol):
 
         Args:
             work: a function of a module. Its result depends on its arguments only.
-            shared: what all items have in common. It is sent with each of them,
-                so large values should be cheap to load again.
+            shared: what all items have in common. It is sent with each of them, so large values should be cheap to load
+                again.
             items: read only as far as there are free processes.
         """
         ...
@@ -90,10 +90,8 @@ class _Started:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise PedigreeError(
-                "a process of the stage ended, for example because it used too much memory",
-                "use fewer `workers` in `execution`",
-            ) from None
+            what = "a process of the stage ended, for example because it used too much memory"
+            raise PedigreeError(what, "use fewer `workers` in `execution`") from None
         finally:
             for future in waiting:
                 future.cancel()
@@ -108,8 +106,10 @@ class _Started:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone: killed, it cannot
-    end its workers, and they would wait for items forever."""
+    """End this process when the one that started it is gone.
+
+    If that one is killed, it cannot end its workers, and they would wait for items forever.
+    """
     parent = multiprocessing.parent_process()
     assert parent
 
@@ -132,7 +132,9 @@ def current() -> Workers:
 def using(workers: Workers) -> Iterator[None]:
     """While open, `workers` are the processes of the stage that runs. Those of this host are started once."""
     with ExitStack() as stack:
-        token = _current.set(stack.enter_context(workers.started()) if isinstance(workers, LocalProcesses) else workers)
+        if isinstance(workers, LocalProcesses):
+            workers = stack.enter_context(workers.started())
+        token = _current.set(workers)
         try:
             yield
         finally:

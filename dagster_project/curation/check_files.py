@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.frames import read_ledger, read_pairs, read_records
 from dagster_project.core.messages import calls
 from dagster_project.core.params import parse
-from dagster_project.core.records import example_id, ignored_in, prompt_text, response_text
+from dagster_project.core.records import example_id, ignored_in, prompt_text, response_text, subject_text
 from dagster_project.curation.checks import findings, quotes, references
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
@@ -29,9 +29,9 @@ from dagster_project.curation.sources.benchmarks import (
     read_item,
 )
 from dagster_project.curation.sources.files import (
-    Found,
     Row,
     files_of,
+    found_in,
     others_of,
     read_blocks,
     read_rows,
@@ -90,20 +90,14 @@ def check_paths(
     Raises:
         InputError: a file is missing, empty or in an unknown format, or the files are of different kinds.
     """
-    rules = rules or Rules()
+    rules, name = rules or Rules(), ", ".join(paths)
     loaded = load(paths, layout, mapping)
-    if loaded.kind == "benchmark" and (out or dropped):
-        raise InputError(
-            f"{', '.join(paths)}: holds benchmark questions", "--out and --dropped write examples and preference pairs"
-        )
-    if loaded.kind == "benchmark" and show:
-        raise InputError(
-            f"{', '.join(paths)}: holds benchmark questions", "--show renders examples and preference pairs"
-        )
+    if loaded.kind == "benchmark" and (out or dropped or show):
+        options = "--out and --dropped write" if out or dropped else "--show renders"
+        raise InputError(f"{name}: holds benchmark questions", f"{options} examples and preference pairs")
     held_out = [item for path in against for item in _items(path)]
     counted = fields.taken(loaded.records)
     judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
-    name = ", ".join(paths)
     document = {"fixed": {}, **findings.document(name, loaded.layout, judged, held_out)}
     if counted:
         document["fields"] = counted
@@ -112,9 +106,8 @@ def check_paths(
     if since:
         before = load(since, layout, mapping)
         if before.kind != loaded.kind:
-            raise InputError(
-                f"{previous} holds {before.kind}, {name} {loaded.kind}", "use an earlier version of the same data"
-            )
+            kinds = f"{previous} holds {before.kind}, {name} {loaded.kind}"
+            raise InputError(kinds, "use an earlier version of the same data")
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
         old = findings.references(previous, before.layout, was, held_out, matches=0)
         document["changes"] = {
@@ -159,24 +152,19 @@ def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] 
     parts = [part for path in paths for part in _load(path, layout, mapping)]
     kinds = {part.kind: part.records[0]["source"] for part in parts if part.records}
     if len(kinds) > 1:
-        raise InputError(
-            f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}",
-            "check them one by one",
-        )
+        held = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
+        raise InputError(f"different kinds of data: {held}", "check them one by one")
     layouts = ", ".join(dict.fromkeys(part.layout for part in parts))
-    return LoadedRecords(
-        parts[0].kind, layouts, [record for part in parts for record in part.records], parts[0].revision
-    )
+    records = [record for part in parts for record in part.records]
+    return LoadedRecords(parts[0].kind, layouts, records, parts[0].revision)
 
 
 def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[LoadedRecords]:
     if hub := parse_spec(path):
         return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
     if path.startswith(SCHEME):
-        return [
-            replace(_rows(rows, name, layout, mapping=mapping), revision=revision)
-            for name, rows, revision in _objects(path)
-        ]
+        parts = ((_rows(rows, name, layout, mapping=mapping), revision) for name, rows, revision in _objects(path))
+        return [replace(part, revision=revision) for part, revision in parts]
     place = _existing_path(path)
     if layout == "auto" and not mapping and _is_canonical(place):
         return [_load_output(place)]
@@ -200,9 +188,7 @@ def _objects(url: str) -> Iterator[tuple[str, list[Row], str]]:
         revision = digest_of(objects)
         for one in objects:
             rows = rows_of(read_blocks(one))
-            require_rows(
-                one.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else "")
-            )
+            require_rows(one.name, found_in(rows))
             yield one.name, rows, revision
 
 
@@ -273,15 +259,12 @@ def _kind(rows: Sequence[Row], name: str, layout: str) -> tuple[Kind, str]:
         except InputError as error:
             raise InputError(error.what, "leave --format out, or set the layout of the rows") from None
     if layout != "auto":
-        owners: list[Kind] = [
-            kind  # type: ignore[misc]
-            for kind, table in (
-                ("examples", formats.LAYOUTS),
-                ("preferences", formats.PAIR_LAYOUTS),
-                ("benchmark", BENCHMARKS),
-            )
-            if layout in table
-        ]
+        tables: dict[Kind, Collection[str]] = {
+            "examples": formats.LAYOUTS,
+            "preferences": formats.PAIR_LAYOUTS,
+            "benchmark": BENCHMARKS,
+        }
+        owners = [kind for kind, table in tables.items() if layout in table]
         return (formats.kind(rows) if len(owners) > 1 else owners[0]), layout
     benchmark = benchmark_of(rows)
     if benchmark and benchmark != "gsm8k":
@@ -303,16 +286,13 @@ def _load_output(folder: Path) -> LoadedRecords:
     try:
         records = read_records(folder)
         if records and "chosen" in records[0]:
-            loaded = LoadedRecords(
-                "preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)]
-            )
+            pairs = [formats.as_record(pair) for pair in read_pairs(folder)]
+            loaded = LoadedRecords("preferences", "canonical pairs", pairs)
         else:
             kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
-            numbered = [
-                {**record, "source_row": entry["source_row"], **ignored_in(entry)}
-                for record, entry in zip(records, kept, strict=True)
-            ]
-            loaded = LoadedRecords("examples", "canonical records", numbered)
+            for record, entry in zip(records, kept, strict=True):
+                record |= {"source_row": entry["source_row"], **ignored_in(entry)}
+            loaded = LoadedRecords("examples", "canonical records", records)
         if invalid := [references.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -323,17 +303,9 @@ def _load_output(folder: Path) -> LoadedRecords:
 
 
 def _is_valid(record: Mapping[str, Any]) -> bool:
-    texts = [
-        record["example_id"],
-        record["source"],
-        *(
-            text
-            for message in [*record["messages"], *record.get("rejected", ())]
-            for text in (message["role"], message["content"])
-        ),
-    ]
-    made = [call for message in [*record["messages"], *record.get("rejected", ())] for call in calls(message)]
-    texts += [call.name for call in made]
+    texts, messages = [record["example_id"], record["source"]], [*record["messages"], *record.get("rejected", ())]
+    texts += [text for message in messages for text in (message["role"], message["content"])]
+    texts += [call.name for message in messages for call in calls(message)]
     return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
 
 
@@ -364,8 +336,7 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
 
 
 def _items(path: str) -> list[Item]:
-    """Questions and answers of a held-out file or folder of benchmark
-    questions, prompts or examples, also on the Hub or in S3.
+    """Questions and answers of held-out benchmark questions, prompts or examples: files, a folder, on the Hub or in S3.
 
     Raises:
         InputError: a row cannot be read, and so cannot be checked for leakage.
@@ -389,33 +360,26 @@ def _items_of(rows: list[Row], source: str) -> list[Item]:
 
 
 def _held_out(found: LoadedRecords) -> list[Item]:
+    items = []
     for record in found.records:
-        if not record["messages"]:
-            raise InputError(
-                f"{references.place(record)}: {quotes.excerpt(record)}",
-                "fix the row, or remove it from the held-out data",
-            )
-    return [
-        Item(
-            references.place(record),
-            prompt_text(record["messages"]) or response_text(record["messages"]),
-            text=response_text(record["messages"]),
-        )
-        for record in found.records
-    ]
+        place, messages = references.place(record), record["messages"]
+        if not messages:
+            raise InputError(f"{place}: {quotes.excerpt(record)}", "fix the row, or remove it from the held-out data")
+        items.append(Item(place, subject_text(messages), text=response_text(messages)))
+    return items
 
 
 def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> dict[str, Any]:
     """Leakage by the common rule of any 13 shared words, for comparison."""
-    texts, questions = [prompt_text(record["messages"]) for record in records], [item.question for item in held_out]
+    texts = [prompt_text(record["messages"]) for record in records]
+    questions = [item.question for item in held_out]
     pairs = list(thirteen_gram_pairs(texts, questions))
     matches = []
     for i, j in pairs[: findings.ROWS]:
         text = mask(texts[i][: 10 * quotes.WIDTH])
-        span, _ = shared_span(text, mask(questions[j][: 10 * quotes.WIDTH]))
-        matches.append(
-            {"place": references.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]}
-        )
+        (start, end), _ = shared_span(text, mask(questions[j][: 10 * quotes.WIDTH]))
+        place, other = references.place(records[i]), held_out[j].place
+        matches.append({"place": place, "other": other, "shared": text[start:end][:300]})
     return {"rows": len({i for i, _ in pairs}), "pairs": len(pairs), "matches": matches}
 
 

@@ -1,5 +1,7 @@
-"""Erased records in sources that cannot be edited from here: on the Hub and in S3. Their rows are left out at reading;
-a row of a file is refused (docs/erase.md)."""
+"""Erased records in sources that cannot be edited from here: on the Hub and in S3.
+
+Their rows are left out at reading; a row of a file is refused (docs/erase.md).
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,9 @@ class LeftOut:
 
     def kept(self, count: int) -> Sequence[int]:
         """Numbers of the records that stay, of so many."""
-        return (
-            array("q", (number for number in range(count) if number not in self.places))
-            if self.places
-            else range(count)
-        )
+        if not self.places:
+            return range(count)
+        return array("q", (number for number in range(count) if number not in self.places))
 
     def write(self, out: Path, rows_of: Callable[[int], Iterable[int]] | None = None) -> None:
         """Write which rows were left out, if any were.
@@ -53,17 +53,11 @@ class LeftOut:
         Args:
             rows_of: number of a pair -> all its rows; None: one.
         """
-        lines = [
-            {
-                "source": source,
-                "source_row": row,
-                "example_id": "",
-                "outcome": ERASED,
-                "why": f"a tombstone in {TOMBSTONES}",
-            }
-            for number, (source, first) in self.places.items()
-            for row in (rows_of(number) if rows_of else [first])
-        ]
+        line = {"example_id": "", "outcome": ERASED, "why": f"a tombstone in {TOMBSTONES}"}
+        lines: list[dict[str, Any]] = []
+        for number, (source, first) in self.places.items():
+            rows = rows_of(number) if rows_of else [first]
+            lines += [{"source": source, "source_row": row, **line} for row in rows]
         if lines:
             write_table(out / LEFT_OUT, lines, ledger_schema(repaired=False))
 

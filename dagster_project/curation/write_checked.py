@@ -18,8 +18,8 @@ from dagster_project.curation.sources import formats
 FORMS = [form for layout in formats.PAIR_LAYOUTS.values() for form in layout.forms]
 LAYOUTS: list[formats.Layout | formats.PairLayout] = [*formats.LAYOUTS.values(), *FORMS]
 RESERVED = frozenset({"meta", *formats.TOOL_KEYS}).union(*(layout.keys | layout.used for layout in LAYOUTS))
-"""Keys that identify a layout or that it reads. A row is written with those of
-its own layout only; others go to `meta`."""
+"""Keys that identify a layout or that it reads. A row is written with those of its own layout only; others go to
+`meta`."""
 
 
 def refuse_overwriting(outputs: Mapping[str, Path], inputs: Sequence[Path], report: Path | None = None) -> None:
@@ -34,18 +34,14 @@ def refuse_overwriting(outputs: Mapping[str, Path], inputs: Sequence[Path], repo
     """
     for option, path in outputs.items():
         if path.suffix.lower() != ".jsonl":
-            raise InputError(
-                f"{option} {path}: the file name must end in .jsonl",
-                "use a new file, because an existing one is replaced",
-            )
+            hint = "use a new file, because an existing one is replaced"
+            raise InputError(f"{option} {path}: the file name must end in .jsonl", hint)
         if path.is_dir():
             raise InputError(f"{option} {path}: is a folder", "use a file")
         for other in inputs:
             if _same(path, other) or (other.is_dir() and path.resolve().is_relative_to(other.resolve())):
-                raise InputError(
-                    f"{option} {path}: {other} is read, and would be overwritten or read again",
-                    "use a file in another folder",
-                )
+                what = f"{option} {path}: {other} is read, and would be overwritten or read again"
+                raise InputError(what, "use a file in another folder")
     written: list[tuple[str, Path]] = [*outputs.items(), *([("--report", report)] if report else [])]
     for i, (option, path) in enumerate(written):
         for earlier, there in written[:i]:
@@ -85,9 +81,8 @@ def write_rows(judged: Judgement, out: Path | None, dropped: Path | None) -> Non
         for partial, path in scratch:
             partial.replace(path)
     except OSError as error:
-        raise InputError(
-            f"--out or --dropped {path}: cannot be written: {error.strerror}", "use another file"
-        ) from None
+        what = f"--out or --dropped {path}: cannot be written: {error.strerror}"
+        raise InputError(what, "use another file") from None
     finally:
         for partial, _ in scratch:
             partial.unlink(missing_ok=True)
@@ -104,20 +99,18 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record in the `messages` layout or a pair in the `preference` layout,
-    with its category and other fields of its source row."""
-    asked, meta = record.get("asked"), json.loads(record["meta"])
+    """A record in the `messages` layout or a pair in the `preference` layout, with other fields of its source row."""
+    messages, asked, meta = record["messages"], record.get("asked"), json.loads(record["meta"])
     if asked is None:
-        row: dict[str, Any] = {"messages": record["messages"]}
+        row: dict[str, Any] = {"messages": messages}
     else:
-        row = {
-            "prompt": record["messages"][:asked],
-            "chosen": record["messages"][asked:],
-            "rejected": record["rejected"],
-        }
-        row |= {} if record.get("margin") is None else {"margin": record["margin"]}
-    row |= {"tools": record["tools"]} if record.get("tools") else {}
-    row |= {} if record["category"] is None else {"category": record["category"]}
+        row = {"prompt": messages[:asked], "chosen": messages[asked:], "rejected": record["rejected"]}
+        if record.get("margin") is not None:
+            row["margin"] = record["margin"]
+    if record.get("tools"):
+        row["tools"] = record["tools"]
+    if record["category"] is not None:
+        row["category"] = record["category"]
     extra = {key: value for key, value in meta.items() if key not in RESERVED and key not in row}
     rest = {key: value for key, value in meta.items() if key not in extra}
     return {**row, **extra, **({"meta": rest} if rest else {})}

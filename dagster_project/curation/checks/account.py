@@ -1,5 +1,7 @@
-"""Outputs of the checks in a stage: findings and all overlaps in its output; changes and the review file in its folder
-of pages."""
+"""Outputs of the checks in a stage.
+
+Findings and all overlaps are in its output; changes and the review file are in its folder of pages.
+"""
 
 from __future__ import annotations
 
@@ -48,20 +50,17 @@ def write_account(
 
 
 def why(judged: Judgement, i: int, record: Mapping[str, Any]) -> str:
-    """Reason of a row's outcome in the ledger: the reviewer's comment or the description of the violated check; and the
-    checks it was repaired for."""
-    check = judged.reason[i]
-    repaired = record.get("repaired")
-    parts = [
-        judged.said.get(i) or (CHECKS[check].description if check else ""),
-        f"repaired: {', '.join(repaired)}" if repaired else "",
-    ]
-    return "; ".join(part for part in parts if part)
+    """Reason of a row's outcome in the ledger: a reviewer's comment or the violated check; and the repairs."""
+    check, repaired = judged.reason[i], record.get("repaired")
+    said = judged.said.get(i) or (CHECKS[check].description if check else "")
+    return "; ".join(filter(None, [said, f"repaired: {', '.join(repaired)}" if repaired else ""]))
 
 
 def count_groups(judged: Judgement) -> int:
-    """Number of clusters of near-duplicates that have kept rows. Two with the
-    same key, the `example_id` of their first row, count once."""
+    """Number of clusters of near-duplicates that have kept rows.
+
+    Two with the same key, the `example_id` of their first row, count once.
+    """
     import numpy as np
 
     assert judged.identities is not None
@@ -75,18 +74,17 @@ def overlap_schema() -> pa.Schema:
     """All overlaps, including those that the report omits."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("check", pa.string()),
-            ("source", pa.string()),
-            ("source_row", pa.int64()),
-            ("example_id", pa.string()),
-            ("other", pa.string()),  # example_id of the earlier row, or "<file>:<row>" of the benchmark item
-            ("part", pa.string()),  # prompt, response, reasoning_content or tool_calls
-            ("rule", pa.string()),  # equal, jaccard, containment, one_word
-            ("score", pa.float64()),
-        ]
-    )
+    columns = [
+        ("check", pa.string()),
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("example_id", pa.string()),
+        ("other", pa.string()),  # example_id of the earlier row, or "<file>:<row>" of the benchmark item
+        ("part", pa.string()),  # prompt, response, reasoning_content or tool_calls
+        ("rule", pa.string()),  # equal, jaccard, containment, one_word
+        ("score", pa.float64()),
+    ]
+    return pa.schema(columns)
 
 
 def _overlaps(judged: Judgement) -> Iterator[dict[str, Any]]:

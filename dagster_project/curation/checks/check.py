@@ -1,5 +1,4 @@
-"""A check: one object with its fact about each row, the condition on it, severity, hint, and the content of its
-findings."""
+"""A check: one object with its fact about each row, the condition on it, severity, hint, and content of findings."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from dagster_project.core.imports import import_pandera
@@ -32,44 +32,44 @@ T = TypeVar("T")
 
 def text_of(record: Mapping[str, Any]) -> str:
     """All messages of a record, or both sides of a pair: contents, reasoning and the texts in arguments of calls."""
-    sides = (record["messages"], record.get("rejected") or ())
-    return "\n".join([text for side in sides for m in side for text in ([m["content"]] if len(m) == 2 else _texts(m))])
+    parts: list[str] = []
+    for message in (*record["messages"], *(record.get("rejected") or ())):
+        parts.append(message["content"])
+        if len(message) > 2:
+            parts += [message["reasoning_content"]] if message.get("reasoning_content") else []
+            parts += _argument_texts(message)
+    return "\n".join(parts)
 
 
-def _texts(message: Message) -> list[str]:
-    given = [text for call in calls(message) for _, text in argument_texts(call.arguments) if isinstance(text, str)]
-    return [message["content"], *([message["reasoning_content"]] if message.get("reasoning_content") else []), *given]
+def _argument_texts(message: Message) -> list[str]:
+    """The texts in the arguments of a message's calls."""
+    return [text for call in calls(message) for _, text in argument_texts(call.arguments) if isinstance(text, str)]
 
 
 def named_text_of(record: Mapping[str, Any]) -> str:
-    """As `text_of`, with the names of speakers, and with the name of each argument before its value, because it
-    identifies the kind of value: "phone: 0151 123456"."""
+    """As `text_of`, with the names of speakers and arguments.
+
+    The name of an argument comes before its value, because it identifies the kind of value: "phone: 0151 123456".
+    """
     parts = []
     for message in (*record["messages"], *(record.get("rejected") or ())):
         parts += [message["content"], *(message[key] for key in ("reasoning_content", "name") if message.get(key))]
-        parts += [
-            f"{key}: {text}" if key else str(text)
-            for call in calls(message)
-            for key, text in argument_texts(call.arguments)
-        ]
+        for call in calls(message):
+            parts += [f"{key}: {text}" if key else str(text) for key, text in argument_texts(call.arguments)]
     return "\n".join(parts)
 
 
 def part_text(record: Mapping[str, Any], part: str) -> str:
-    """A part of a record that is compared separately: its "prompt", its "response", or all of its "reasoning_content"
-    or "tool_calls"."""
+    """A part of a record that is compared separately.
+
+    Args:
+        part: "prompt", "response", or all of "reasoning_content" or "tool_calls".
+    """
     messages = record["messages"]
     if part == "reasoning_content":
         return "\n".join(message[part] for message in messages if message.get(part))
     if part == "tool_calls":
-        given = [
-            text
-            for m in messages
-            for call in calls(m)
-            for _, text in argument_texts(call.arguments)
-            if isinstance(text, str)
-        ]
-        return "\n".join(given)
+        return "\n".join(text for message in messages for text in _argument_texts(message))
     return response_text(messages) if part == "response" else subject_text(messages)
 
 
@@ -86,9 +86,8 @@ class Limits:
     @property
     def identity(self) -> tuple[object, ...] | None:
         """What facts about one row depend on besides the row; None if that is unknown."""
-        return (
-            None if self.tokens.identity is None else (self.tokens.identity, self.max_tokens, self.min_response_tokens)
-        )
+        tokens = self.tokens.identity
+        return None if tokens is None else (tokens, self.max_tokens, self.min_response_tokens)
 
 
 class Shared:
@@ -101,8 +100,7 @@ class Shared:
         """`compute(self)`, computed on the first call."""
         if compute not in self._shared:
             self._shared[compute] = compute(self)
-        result: T = self._shared[compute]
-        return result
+        return self._shared[compute]
 
 
 class Rows(Shared):
@@ -110,9 +108,8 @@ class Rows(Shared):
 
     def __init__(self, records: Sequence[dict[str, Any]], limits: Limits) -> None:
         """Args:
-        records: canonical records with `source` and `source_row`; pairs have
-            `rejected` (messages), `asked` (number of `messages` in the
-        prompt), `margin` and `same_prompt`; benchmark questions have `labelled`.
+        records: canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (number of
+            `messages` in the prompt), `margin` and `same_prompt`; benchmark questions have `labelled`.
         """
         super().__init__()
         self.records, self.limits = records, limits
@@ -125,12 +122,12 @@ class Rows(Shared):
     @cached_property
     def rich(self) -> list[int]:
         """Indices of the records with tools, or with a message that has more than role and content."""
-        return [
-            i
-            for i, record in enumerate(self.records)
-            if record.get("tools")
-            or any(len(m) > 2 for side in (record["messages"], record.get("rejected") or ()) for m in side)
-        ]
+        found = []
+        for i, record in enumerate(self.records):
+            messages = chain(record["messages"], record.get("rejected") or ())
+            if record.get("tools") or any(len(message) > 2 for message in messages):
+                found.append(i)
+        return found
 
     @cached_property
     def texts(self) -> list[str]:
@@ -146,8 +143,10 @@ class Rows(Shared):
 
 
 class DataSet(Shared):
-    """All records, for facts that depend on several records. Records are
-    decoded when they are read; features are in memory."""
+    """All records, for facts that depend on several records.
+
+    Records are decoded when they are read; features are in memory.
+    """
 
     def __init__(
         self,
@@ -163,12 +162,8 @@ class DataSet(Shared):
         dropped: indices of the records that checks of single records drop.
         """
         super().__init__()
-        self.records = records
-        self.features = features
-        self.held_out = held_out
-        self.waived = waived
-        self.limits = limits
-        self.dropped = dropped
+        self.records, self.features, self.held_out = records, features, held_out
+        self.waived, self.limits, self.dropped = waived, limits, dropped
 
 
 def is_null(limits: Limits, name: str) -> pa.Column:

@@ -1,5 +1,4 @@
-"""The data-quality checks: their names (the same in code, reports, UI and
-command line), pandera schemas, and policy."""
+"""The data-quality checks: names (the same in code, reports, UI and command line), pandera schemas, and policy."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from operator import eq, gt
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -41,47 +39,45 @@ if TYPE_CHECKING:
     import pandera.polars as pa
     import polars as pl
 
-SET_CHECKS = {
-    check.name: check
-    for check in (
-        Check(
-            "schema",
-            "The set has rows, and each column the canonical type.",
-            "error",
-            "See the rows dropped by the checks above.",
-            "fail",
-        ),
-        Check(
-            "small_dataset",
-            "The set is large enough to learn from.",
-            "warn",
-            "Add examples, or compare with a good prompt first.",
-            "warn",
-        ),
-        Check(
-            "unbalanced_categories",
-            "No category is far more frequent than another.",
-            "warn",
-            "Add rows of rare categories, or remove rows of frequent ones.",
-            "warn",
-        ),
-        Check(
-            "low_diversity",
-            "Tasks, wording and answers vary.",
-            "warn",
-            "Vary the wording of the examples: from copies of one template a model learns the template.",
-            "warn",
-        ),
-        Check(
-            "length_bias",
-            "Response length does not predict the chosen response.",
-            "warn",
-            "Add pairs in which the shorter response was chosen.",
-            "warn",
-            kind="preferences",
-        ),
-    )
-}
+_SET_CHECKS = (
+    Check(
+        "schema",
+        "The set has rows, and each column the canonical type.",
+        "error",
+        "See the rows dropped by the checks above.",
+        "fail",
+    ),
+    Check(
+        "small_dataset",
+        "The set is large enough to learn from.",
+        "warn",
+        "Add examples, or compare with a good prompt first.",
+        "warn",
+    ),
+    Check(
+        "unbalanced_categories",
+        "No category is far more frequent than another.",
+        "warn",
+        "Add rows of rare categories, or remove rows of frequent ones.",
+        "warn",
+    ),
+    Check(
+        "low_diversity",
+        "Tasks, wording and answers vary.",
+        "warn",
+        "Vary the wording of the examples: from copies of one template a model learns the template.",
+        "warn",
+    ),
+    Check(
+        "length_bias",
+        "Response length does not predict the chosen response.",
+        "warn",
+        "Add pairs in which the shorter response was chosen.",
+        "warn",
+        kind="preferences",
+    ),
+)
+SET_CHECKS = {check.name: check for check in _SET_CHECKS}
 CHECKS: dict[str, Check] = {**ROW_CHECKS, **SET_CHECKS}
 
 
@@ -105,8 +101,7 @@ class Rules(profiles.Limits):
     """Responses with fewer tokens fail `short_response`."""
     near_duplicate_similarity: float = Field(default=0.65, ge=0, le=1)
     """Jaccard index of three-word shingles at or above which two prompts fail `near_duplicates`. Near-copies from 0.3
-    on share
-    a `group_id` and stay in one split, reported or not."""
+    on share a `group_id` and stay in one split, reported or not."""
     max_longer_share: float = Field(default=0.65, ge=0.5, le=1)
     """Preferences: largest share of pairs whose chosen response may be the longer one; above it `length_bias` fails.
     0.5 means no bias."""
@@ -243,7 +238,7 @@ def judge(
         tokens: the base model's tokenizer and template.
         decisions: the filled-in lines of the review file.
         divide: assigns the rows to keep, given by index, to splits; returns index -> reason for those dropped by
-        `split_leakage`.
+            `split_leakage`.
     """
     stored = records if isinstance(records, StoredRows) else StoredRows(records)
     limits = Limits(tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
@@ -254,11 +249,8 @@ def judge(
         for table in (found, broken):
             table[name] = [i for i in table[name] if i not in spared]
     reason, why = _drop(records, broken, rules, decisions)
-    comments = {
-        **{i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()},
-        **{i: f"edited: {text}" for i, text in edits.items()},
-        **why,
-    }
+    comments = {i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()}
+    comments |= {i: f"edited: {text}" for i, text in edits.items()} | why
     kept = [i for i, check in enumerate(reason) if check is None]
     if divide and kept:
         leaking = divide(records, overlaps, kept)
@@ -268,17 +260,11 @@ def judge(
         for table in (found, broken):
             table["split_leakage"] = sorted({*table.get("split_leakage", ()), *leaking})
         kept = [i for i in kept if i not in leaking]
-    waiting = [
-        (i, name)
-        for name in ROW_CHECKS
-        if rules.action(name) == "review"
-        for i in broken.get(name, [])
-        if reason[i] is None
-    ]
+    reviewed = [name for name in ROW_CHECKS if rules.action(name) == "review"]
+    waiting = [(i, name) for name in reviewed for i in broken.get(name, []) if reason[i] is None]
 
-    profile, notes, failures = _check_set(
-        Selected(records, kept), _near_copies(overlaps, waived, reason), rules, tokens, kind
-    )
+    near_copies = _near_copies(overlaps, waived, reason)
+    profile, notes, failures = _check_set(Selected(records, kept), near_copies, rules, tokens, kind)
     notes |= facts.notes
     fixed, dropped = repaired.counts(reason), Counter(check for check in reason if check)
     verdicts = {}
@@ -342,14 +328,12 @@ def _row_facts(
         notes[name] = "; ".join(check.note(data, [*of_rows, *repaired.found.get(name, {}).values()]))
     if waived.unknown:
         notes["schema"] = f"waived or reviewed, but not in the set: {', '.join(sorted(set(waived.unknown))[:5])}"
-    return _RowFacts(
-        data.features, data.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note}
-    )
+    notes = {name: note for name, note in notes.items() if note}
+    return _RowFacts(data.features, data.shared(find_overlaps), found, broken, notes)
 
 
 def _block_facts(limits: Limits, lines: Sequence[bytes]) -> pl.DataFrame:
-    """The `features.columns` of a block of records, given in encoded form, and
-    `found`: the facts by which a record violates checks, as JSON."""
+    """The `features.columns` of a block of encoded records, and `found`: the facts that violate checks, as JSON."""
     import polars as pl
 
     rows = Rows([decode(line) for line in lines], limits)
@@ -389,7 +373,8 @@ def _drop(
     comments = {}
     by_id = {d.example_id: d for d in decisions if d.decision == "drop"}
     for i, record in enumerate(records) if by_id else ():
-        if (decision := next((by_id[one] for one in ids_of(record) if one in by_id), None)) and reason[i] is None:
+        decision = next((by_id[one] for one in ids_of(record) if one in by_id), None)
+        if decision and reason[i] is None:
             reason[i], comments[i] = decision.check, f"dropped: {decision.reason}"
     return reason, comments
 
@@ -405,8 +390,10 @@ def _spared(
     rules: Rules,
     decisions: Sequence[Decision],
 ) -> dict[str, set[int]]:
-    """Of those of `REPEATS` that drop rows or leave them to a person, the rows whose earlier rows are all dropped for
-    other reasons: nothing is left that they repeat."""
+    """The rows that repeat nothing that is left, by check: all their earlier rows are dropped for other reasons.
+
+    Only of those of `REPEATS` that drop rows or leave them to a person.
+    """
     deciding = [name for name in REPEATS if rules.action(name) in {"drop", "review"} and broken.get(name)]
     if not deciding:
         return {}
@@ -418,17 +405,18 @@ def _spared(
         for link in overlaps.links[name]:
             earlier[link.row].append(link.other)
         rows = [i for i in broken[name] if i not in gone and gone.issuperset(earlier[i])]
-        if (
-            name == "conflicting_responses"
-        ):  # those with the same earlier row conflict with each other, so one of them is left
+        if name == "conflicting_responses":
+            # those with the same earlier row conflict with each other, so one of them is left
             rows = [*{earlier[i][0]: i for i in reversed(rows)}.values()]
         spared[name] = set(rows)
     return spared
 
 
 def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
-    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted. The earlier one
-    need not be nearly the same: a third row may link both."""
+    """Kept rows that share a cluster with an earlier one, exact repeats and waived rows not counted.
+
+    The earlier one need not be nearly the same: a third row may link both.
+    """
     repeats = {link.row for link in overlaps.links["exact_duplicates"]}
     exempt = {*waived.rows.get("near_duplicates", ()), *overlaps.waived.get("near_duplicates", ())}
     count, seen = 0, set[int]()
@@ -443,12 +431,9 @@ def _check_set(
     kept: Selected, near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
-    is_counted = 0 < len(kept) <= COUNTED and not tokens.estimated
-    counts = (
-        row_cache.facts(_count_block, tokens, kept, tokens.identity and [tokens.identity])["tokens"]
-        if is_counted
-        else None
-    )
+    counts = None
+    if 0 < len(kept) <= COUNTED and not tokens.estimated:
+        counts = row_cache.facts(_count_block, tokens, kept, tokens.identity and [tokens.identity])["tokens"]
     profile = profiles.profile(kept, counts)
     failures = profiles.failures(profile, rules, near_copies) if kept else {"schema": "no rows are left"}
     notes = profiles.notes(profile, rules, near_copies) | failures
@@ -466,8 +451,7 @@ def _check_set(
 def _prepared(
     records: StoredRows, held_out: Sequence[Item], rules: Rules, tokens: Tokens, decisions: Sequence[Decision]
 ) -> tuple[StoredRows, dict[int, str], Waived, RepairResult]:
-    """The records to check: with the edits of the review file and, unless waived, the repairs; and the reasons of the
-    edits.
+    """The records to check, with the edits of the review file and, unless waived, repairs; and the edits' reasons.
 
     The review file shows rows as they were repaired, so edits are looked up before the repair and after it, and edited
     rows are repaired as well.
@@ -486,16 +470,15 @@ def _prepared(
 
 def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) -> Severity:
     """Severity by the rules. By default, overlaps with held-out text are a warning if none of them is a copy."""
-    overlaps, decided = facts.overlaps, name in rules.severity or rules.action(name) == "fail"
-    if (worst := CHECKS[name].worst) and rows and not decided:
+    if not rows or name in rules.severity or rules.action(name) == "fail":
+        return rules.severity_of(name)
+    if worst := CHECKS[name].worst:
         return worst([facts.found[name][i] for i in rows])
-    copied = (
-        {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial}
-        if name == "benchmark_leakage"
-        else set()
-    )
-    decided = decided or name != "benchmark_leakage"
-    return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
+    if name == "benchmark_leakage":
+        copied = {link.row for link in facts.overlaps.links[name] if not link.partial}
+        if copied.isdisjoint(rows):
+            return "warn"
+    return rules.severity_of(name)
 
 
 def _count_block(tokens: Tokens, lines: Sequence[bytes]) -> pl.DataFrame:
@@ -512,12 +495,15 @@ any size."""
 
 
 def _length(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Share of pairs whose chosen response has more characters; and the accuracy of "the longer one wins", with half a
-    point for equal lengths."""
-    sides = [
-        [sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs
-    ]
-    longer, equal = (sum(of(*lengths) for lengths in sides) for of in (gt, eq))
+    """Share of pairs whose chosen response has more characters; and the accuracy of "the longer one wins".
+
+    Equal lengths count as half a point.
+    """
+    longer = equal = 0
+    for pair in pairs:
+        chosen, rejected = (sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"]))
+        longer += chosen > rejected
+        equal += chosen == rejected
     return {
         "chosen_longer_share": round(longer / len(pairs), 4),
         "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4),

@@ -98,8 +98,7 @@ def _content_facts(rows: Rows) -> dict[str, list[str | None]]:
 
 
 def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """Check -> for each record the fault in the first answer that violates the check ("HTML tag: '...<br>...'",
-    masked), else null.
+    """Check -> for each record the fault in its first answer with one ("HTML tag: '...<br>...'", masked), else null.
 
     Args:
         records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to check.
@@ -171,9 +170,9 @@ def _prose(text: str) -> str:
 def _is_quoted(text: str, at: int) -> bool:
     """Whether the place is inside quotation marks."""
     before = text[:at]
-    return (
-        before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
-    )
+    if before.count('"') % 2:
+        return True
+    return before.count("“") > before.count("”") or before.count("「") > before.count("」")
 
 
 def _holds(text: str, phrase: str) -> bool:
@@ -181,55 +180,50 @@ def _holds(text: str, phrase: str) -> bool:
 
 
 # --- refusals
-# ----------------------------------------------------------------------------------------------------------------------
 
 REFUSES_WITHIN = 400
 """Characters at the beginning of an answer that are searched for a refusal."""
 _NOT_ABLE = "unable|not able|not (?:allowed|permitted|designed|programmed|capable)"
 _CANNOT = (
-    rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})|do(?:n['’]t| not) "
-    r"(?:currently |actually |really |yet )?(?:have (?:the |any"
-    r" )?(?:ability|abilities|capabilit(?:y|ies)|access|means|tools?"
-    r"|function(?:ality)?|real-?time)|feel comfortable))"
+    rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})"
+    r"|do(?:n['’]t| not) (?:currently |actually |really |yet )?(?:have (?:the |any )?(?:ability|abilities"
+    r"|capabilit(?:y|ies)|access|means|tools?|function(?:ality)?|real-?time)|feel comfortable))"
 )
 _OPENS = (
-    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)|(?:my )?(?:sincere"
-    r" )?apologies"
-    r"|(?:I|we) (?:sincerely |do |must )?apologi[sz]e(?: for [^.,\n]{1,60})?|(?:so )?sorry|unfortunately|regrettably"
+    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)"
+    r"|(?:my )?(?:sincere )?apologies|(?:I|we) (?:sincerely |do |must )?apologi[sz]e(?: for [^.,\n]{1,60})?"
+    r"|(?:so )?sorry|unfortunately|regrettably"
 )
 _SERVES = (
-    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do"
-    r" (?:that|this|so)|share|offer"
-    r"|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag|respond|produc"
-    r"|give you"
-    r"|tell you|process|execute|search|predict|display|retriev)"
+    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do (?:that|this|so)"
+    r"|share|offer|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag"
+    r"|respond|produc|give you|tell you|process|execute|search|predict|display|retriev)"
 )
 _FLATLY = r"(?:I|we)(?: also| really| just| simply| still| currently| personally)? ?"
 _REFUSALS = (
     re.compile(
-        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?{_FLATLY}{_CANNOT}(?: to)?"
-        rf" ?(?P<what>{_SERVES})?",
+        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?"
+        rf"{_FLATLY}{_CANNOT}(?: to)? ?(?P<what>{_SERVES})?",
         re.IGNORECASE,
     ),
     re.compile(rf"\A\W*{_FLATLY}{_CANNOT}(?: to)? (?P<what>{_SERVES})", re.IGNORECASE),
     re.compile(
-        r"\bAs an? (?:[A-Za-z-]+ ){0,3}(?P<what>AI|artificial intelligence|language"
-        rf" model|assistant|chatbot)\b[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
+        r"\bAs an? (?:[A-Za-z-]+ ){0,3}(?P<what>AI|artificial intelligence|language model|assistant|chatbot)\b"
+        rf"[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
         r"|\bI (?:must|have to|will have to|need to) (?:respectfully |politely )?(?:decline|refuse)"
         r" (?P<what2>to|this|that|your)\b"
         rf"|\bI(?:['’]m| am)? ?{_CANNOT} (?:to )?(?P<what3>assist|help you|help) with (?:that|this|your|such|any|the)\b"
-        r"|\A\W*(?:It|That|This) (?:is|would be) (?:not"
-        r" (?:appropriate|ethical|possible)|inappropriate|unethical|impossible) "
-        r"(?:for me )?to (?P<what4>provide|create|generate|write|answer|assist|help|determine|fulfil)"
-        r"|\b(?:against|violates?|outside) (?P<what5>my"
-        r" (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
+        r"|\A\W*(?:It|That|This) (?:is|would be)"
+        r" (?:not (?:appropriate|ethical|possible)|inappropriate|unethical|impossible)"
+        r" (?:for me )?to (?P<what4>provide|create|generate|write|answer|assist|help|determine|fulfil)"
+        r"|\b(?:against|violates?|outside)"
+        r" (?P<what5>my (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
         re.IGNORECASE,
     ),
     re.compile(
-        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)|Lo siento,?"
-        r" (?:pero )?(?:no puedo|como)"
-        r"|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto"
-        r" muito|Lamento),? (?:mas )?(?:eu )?não posso"
+        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)"
+        r"|Lo siento,? (?:pero )?(?:no puedo|como)|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)"
+        r"|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto muito|Lamento),? (?:mas )?(?:eu )?não posso"
         r"|(?:К сожалению|Извините),? (?:но )?я не могу|Helaas kan ik|Het spijt me,? (?:maar )?ik kan"
         r"|(?:很?抱歉|对不起|對不起)[,，。]?\s*(?:但)?(?:作为[^,，]{0,20}[,，])?\s*我(?:无法|不能|不會|不会|無法)"
         r"|申し訳(?:ありませんが|ございませんが)|すみませんが)",
@@ -241,8 +235,7 @@ answer."""
 _SALUTATION = re.compile(r"\A\W*(?:Dear|Subject:|Hi|Hello|To whom)\b[^\n]*\n", re.IGNORECASE)
 _WRITTEN_FOR_OTHERS = re.compile(
     r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y"
-    r"|ies)|poems?|speech"
-    r"|note|rewrite|paraphrase|rephrase|sentence|respond to|role|customer|tweet|act as|pretend)\b",
+    r"|ies)|poems?|speech|note|rewrite|paraphrase|rephrase|sentence|respond to|role|customer|tweet|act as|pretend)\b",
     re.IGNORECASE,
 )
 
@@ -261,32 +254,31 @@ def _refusal(one: Exchange) -> Match | None:
 
 
 # --- boilerplate and identity
-# ------------------------------------------------------------------------------------------------------
 
 _MACHINE = (
-    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence|(?:large"
-    r" )?language model|LLM"
+    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence"
+    r"|(?:large )?language model|LLM"
 )
 _BOILERPLATE = re.compile(
-    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)(?=[,.;]|"
-    r" (?:I|developed|created|trained|designed|made|my)\b)"
+    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)"
+    r"(?=[,.;]| (?:I|developed|created|trained|designed|made|my)\b)"
     rf"|\bI(?:['’]m| am) (?:just |only |merely |simply |actually )?an? (?:[A-Za-z-]+ ){{0,2}}?{_MACHINE})\b"
     r"(?! (?:engineer|researcher|expert|student|scientist|enthusiast|developer|consultant|specialist|startup|company))"
     r"|\bmy (?:knowledge|training)(?: data)? (?:cut-?off|only goes|ends|extends|is limited to)"
-    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent) (?:knowledge |training"
-    r" )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
-    r"|\bI do(?:n['’]t| not) have (?:any )?(?:personal"
-    r" (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
+    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent)"
+    r" (?:knowledge |training )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
+    r"|\bI do(?:n['’]t| not) have (?:any )?"
+    r"(?:personal (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
     r"|real-?time (?:data|information|access))"
     r"|作为(?:一个|一名)?(?:AI|人工智能)(?:语言)?(?:模型|助手)|\bals KI(?:-Sprachmodell|-Assistent)?,"
-    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),|\ben tant qu['’](?:IA|intelligence"
-    r" artificielle|assistant virtuel)",
+    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),"
+    r"|\ben tant qu['’](?:IA|intelligence artificielle|assistant virtuel)",
     re.IGNORECASE,
 )
 _ASKS_WHO = re.compile(
     r"\b(?:who|what) (?:are|r|is|made|created|built|trained) (?:you|u)\b|\bare you (?:an?|the|really|human|chat)"
-    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b|\byou(?:'re| are) (?:just )?an?"
-    r" (?:AI|bot|robot|machine|language model)"
+    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b"
+    r"|\byou(?:'re| are) (?:just )?an? (?:AI|bot|robot|machine|language model)"
     r"|\b(?:introduce|about|describe) yourself",
     re.IGNORECASE,
 )
@@ -294,55 +286,51 @@ _ASKS_WHO = re.compile(
 
 def _boilerplate(one: Exchange) -> Match | None:
     match = first_match(_BOILERPLATE, _prose(one.said))
-    if (
-        match is None
-        or _is_quoted(one.said, one.said.find(match.group()))
-        or _holds(one.before, match.group())
-        or first_match(_ASKS_WHO, one.asked)
-    ):
+    if match is None or _is_quoted(one.said, one.said.find(match.group())):
+        return None
+    if _holds(one.before, match.group()) or first_match(_ASKS_WHO, one.asked):
         return None
     return "speaks as an AI", match.group().strip()
 
 
 _MODELS = (
-    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE"
-    r" Bot|HuggingChat|InternLM|ChatGLM\w*"
-    r"|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
+    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE Bot|HuggingChat"
+    r"|InternLM|ChatGLM\w*|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
 )
 _ALSO_WORDS = (
-    r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command"
-    r" R|Falcon|Dolly|Koala|Doubao"
+    r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command R"
+    r"|Falcon|Dolly|Koala|Doubao"
 )
 """Models whose names are also words or names of people: they count only if the text identifies them as a model."""
 _MAKERS = (
-    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?:"
-    r" AI)?|DeepSeek|Baidu"
-    r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?:"
-    r" AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
+    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?: AI)?"
+    r"|DeepSeek|Baidu|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?: AI)?|Tencent"
+    r"|ByteDance|LMSYS|Inflection(?: AI)?"
 )
 _MADE = r"(?:created|developed|trained|made|built|designed|programmed|powered|provided|fine-?tuned|produced|maintained)"
 _CALLED = r"(?:I(?:['’]m| am)(?: called| named)?|(?i:my name is|call me|this is|you can call me))"
 _IDENTITY = re.compile(
     rf"\b{_CALLED} (?:{_MODELS})\b(?! (?:engineer|user|expert|developer))"
-    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?(?:(?:[A-Za-z-]+"
-    r" ){0,4}"
-    rf"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))|{_MADE} by"
-    rf" (?:{_MAKERS})\b)"
-    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the"
-    r" )?(?:(?:team|people|researchers|engineers|company) )?"
-    rf"(?:(?:at|of|from) )?(?:{_MAKERS})\b"
-    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?)"
-    rf" (?:{_MAKERS})\b"
-    rf"|\b(?i:as) (?:{_MODELS}),? I\b|\b(?i:as an?) (?:[A-Za-z-]+ ){{0,3}}(?:AI|model|assistant)(?: (?:language"
-    r" )?(?:model|assistant))?,? "
+    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?"
+    r"(?:(?:[A-Za-z-]+ ){0,4}"
+    r"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))"
+    rf"|{_MADE} by (?:{_MAKERS})\b)"
+    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the )?"
+    rf"(?:(?:team|people|researchers|engineers|company) )?(?:(?:at|of|from) )?(?:{_MAKERS})\b"
+    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b"
+    rf"|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?) (?:{_MAKERS})\b"
+    rf"|\b(?i:as) (?:{_MODELS}),? I\b"
+    r"|\b(?i:as an?) (?:[A-Za-z-]+ ){0,3}(?:AI|model|assistant)(?: (?:language )?(?:model|assistant))?,? "
     rf"(?:{_MADE} )?(?:by|from) (?:{_MAKERS})\b"
-    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+"
-    r" ){0,3}(?:model|assistant|AI|chatbot)"
-    r"|我(?:是|叫)(?:一个)?(?:由)?\s*(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
+    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+ ){{0,3}}"
+    r"(?:model|assistant|AI|chatbot)"
+    r"|我(?:是|叫)(?:一个)?(?:由)?\s*"
+    r"(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
     rf"|\b(?i:ich bin|je suis|yo soy|soy|sono|eu sou|sou|ik ben) (?:{_MODELS})\b"
 )
 _FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|sou|sono|ben)\b|我", re.IGNORECASE)
 _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
+_PLAYS = r"(?i)\b(?:you(?: are|['’]re|r name is)|act as|pretend|imagine|role|persona|play)\b[^\n]{0,60}\b"
 
 
 def _identity(one: Exchange) -> Match | None:
@@ -350,17 +338,12 @@ def _identity(one: Exchange) -> Match | None:
     if match is None or _is_quoted(one.said, one.said.find(match.group())):
         return None
     named = _NAMED.search(match.group())
-    if named and re.search(
-        r"(?i)\b(?:you(?: are|['’]re|r name is)|act"
-        rf" as|pretend|imagine|role|persona|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
-        one.before,
-    ):
+    if named and re.search(rf"{_PLAYS}{re.escape(named.group())}\b", one.before):
         return None
     return "identity", match.group().strip()
 
 
 # --- placeholders
-# ------------------------------------------------------------------------------------------------------------------
 
 _EMPTY_ANSWERS = frozenset(
     {
@@ -372,56 +355,29 @@ _EMPTY_ANSWERS = frozenset(
 )  # fmt: skip
 _WRAPPING = " \n\t\"'<>[](){}*`.!"
 _PERSONS = (
-    r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date"
-    r" of|teacher|professor|manager|boss"
+    r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date of|teacher|professor"
+    r"|manager|boss"
 )
 _THINGS = (
-    r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title|position"
-    r"|job title|topic|number|amount|link|url|x{2,}"
+    r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title"
+    r"|position|job title|topic|number|amount|link|url|x{2,}"
 )
 _INSERT = re.compile(r"[\[<{]insert\b[^\]>}\n]{0,60}[\]>}]|\blorem ipsum\b", re.IGNORECASE)
 _SLOT = re.compile(
     r"[\[<{](?:please )?(?:insert|fill in|enter|add|put|type)\b[^\]>}\n]{0,60}[\]>}]|\(insert\b[^)\n]{0,60}\)"
-    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()|\{{\{{ ?[a-z_]+"
-    r" ?\}\}|\blorem ipsum\b",
+    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()"
+    r"|\{\{ ?[a-z_]+ ?\}\}|\blorem ipsum\b",
     re.IGNORECASE,
 )
+_IN_ANY_BRACKET = (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")
+_IN_BRACKETS = (
+    "first last full name date time address location city phone email e-mail signature title position job topic number"
+    " amount link url xx"
+)
 _SLOT_WORDS = (
-    *(
-        f"{bracket}{word}"
-        for bracket in "[<{"
-        for word in (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")
-    ),
-    "(insert",
-    "{{",
-    "lorem ipsum",
-    *(
-        f"[{word}"
-        for word in [
-            "first",
-            "last",
-            "full",
-            "name",
-            "date",
-            "time",
-            "address",
-            "location",
-            "city",
-            "phone",
-            "email",
-            "e-mail",
-            "signature",
-            "title",
-            "position",
-            "job",
-            "topic",
-            "number",
-            "amount",
-            "link",
-            "url",
-            "xx",
-        ]
-    ),
+    *(f"{bracket}{word}" for bracket in "[<{" for word in _IN_ANY_BRACKET),
+    *("(insert", "{{", "lorem ipsum"),
+    *(f"[{word}" for word in _IN_BRACKETS.split()),
 )
 _WANTS_SLOTS = re.compile(
     r"template|placeholder|boilerplate|fill[- ]in|\bblanks?\b|lorem|variable|\bform\b|\bmad libs?\b|regex|format",
@@ -430,18 +386,17 @@ _WANTS_SLOTS = re.compile(
 
 
 def _is_only_placeholder(text: str) -> bool:
-    return len(text) < 40 and (
-        (bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS
-    )
+    if len(text) >= 40:
+        return False
+    bare = text.strip().casefold()
+    return bare in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS
 
 
 def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
     empty = [i for i in short if _is_only_placeholder(texts.said[i])]
-    return [
-        *empty,
-        *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list(),
-    ]
+    slots = _contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"])
+    return [*empty, *slots.arg_true().to_list()]
 
 
 def _placeholder(one: Exchange) -> Match | None:
@@ -458,19 +413,17 @@ def _placeholder(one: Exchange) -> Match | None:
 
 
 # --- echo
-# ----------------------------------------------------------------------------------------------------------------------
 
 ECHO = 16
-"""Minimum number of characters of a prompt whose copy counts. It also needs
-three words; half of the characters suffice if they are of `WITHOUT_SPACES`."""
+"""Minimum number of characters of a prompt whose copy counts. It also needs three words; half of the characters suffice
+if they are of `WITHOUT_SPACES`."""
 _UNSPACED = re.compile(f"[{WITHOUT_SPACES}]")
 _LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
 _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
 _WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b|重复|重複|复述|照抄|繰り返", re.IGNORECASE)
 _WANTS_EDIT = re.compile(
     r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat"
-    r"|rephrase|spell|extend|add)\b"
-    r"|改写|翻译|续写|继续|补全|润色|修改|纠正|校对|扩写|翻訳|書き直|添削|続き",
+    r"|rephrase|spell|extend|add)\b|改写|翻译|续写|继续|补全|润色|修改|纠正|校对|扩写|翻訳|書き直|添削|続き",
     re.IGNORECASE,
 )
 _AROUND_ECHO = " \n\t#*>\"'“”`"
@@ -503,79 +456,27 @@ def _echo(one: Exchange) -> Match | None:
             return "the response is the prompt", ""
         if not said.startswith(part):
             continue
-        first_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
-        if (part == asked and (part[-1] in "?!.:。？！" or first_line == part)) or (
-            first_line == part and not first_match(_WANTS_EDIT, one.asked)
-        ):
+        is_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO) == part
+        is_whole = part == asked and (is_line or part[-1] in "?!.:。？！")
+        if is_whole or (is_line and not first_match(_WANTS_EDIT, one.asked)):
             return "the response begins with the prompt", ""
     return None
 
 
 # --- cut ends
-# ----------------------------------------------------------------------------------------------------------------------
 
 PROSE, LONG = 8, 30
 """Minimum number of words of a line of prose, as opposed to a title or an item; and of a response that should end with
 a period."""
 _CLOSED = frozenset(".!?…。！？\"'”’」)]}>`*_|%$€£°~=\\0123456789")
 """Characters at which a text may end."""
-_GOES_ON = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "and",
-        "or",
-        "but",
-        "with",
-        "from",
-        "by",
-        "into",
-        "because",
-        "if",
-        "than",
-        "their",
-        "its",
-        "your",
-        "our",
-        "my",
-        "which",
-        "such",
-        "these",
-        "his",
-        "her",
-        "is",
-        "are",
-        "was",
-        "were",
-        "has",
-        "have",
-        "had",
-        "would",
-        "could",
-        "should",
-        "will",
-        "can",
-        "may",
-        "might",
-        "must",
-        "that",
-        "to",
-        "for",
-        "in",
-        "on",
-        "at",
-        "as",
-        "while",
-        "when",
-        "where",
-        "although",
-        "however",
-        "between",
-        "without",
-    ]
+_GOES_ON = (
+    "the a an of and or but with from by into because if than their its your our my which such these his her is are"
+    " was were has have had would could should will can may might must that to for in on at as while when where"
+    " although however between without"
 )
+"""Words at which no sentence ends."""
+_UNFINISHED = frozenset(_GOES_ON.split())
 _BULLET = r"(?:[-*•+–]|\d{1,3}[.)])"
 _EMPTY_ITEM = re.compile(rf"(?:\A|\n)[ \t]*(?:{_BULLET}|#{{1,6}})(?:[ \t]+\*{{1,2}})?\Z")
 _ITEM = re.compile(rf"(?<![ \t])[ \t]*+(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
@@ -602,9 +503,8 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
 
 def _find_cut_end(one: Exchange) -> Match | None:
     text = one.said.rstrip()
-    if (
-        not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1]))
-    ):  # an answer with a tool call continues after the result
+    # an answer with a tool call continues after the result
+    if not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1])):
         return None
     tail = text[-40:]
     if text.count("```") % 2:
@@ -612,11 +512,8 @@ def _find_cut_end(one: Exchange) -> Match | None:
     if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
         return "open JSON", tail
     prose = _prose(text).rstrip()
-    if (
-        not prose
-        or prose[-1] != text[-1]
-        or not (_has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE)
-    ):
+    is_long = _has_words(prose, 5) or len(_UNSPACED.findall(prose[-10 * PROSE :])) >= 2 * PROSE
+    if prose[-1:] != text[-1] or not is_long:
         return None
     if _EMPTY_ITEM.search(prose):
         return "empty list item", tail
@@ -640,7 +537,7 @@ def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
     """
     if not _STOP.search(prose):
         return False
-    if word in _GOES_ON and _has_words(last, 3):
+    if word in _UNFINISHED and _has_words(last, 3):
         return True
     if not _has_words(prose, LONG):
         return False
@@ -662,7 +559,6 @@ def _is_code(line: str) -> bool:
 
 
 # --- loops
-# ----------------------------------------------------------------------------------------------------------------------
 
 LOOPS = 4
 """Minimum number of repetitions of a line, a sentence or a run of words in a loop."""
@@ -708,20 +604,23 @@ def _loop(one: Exchange) -> Match | None:
         return "one character over and over", match.group()
     text = _prose(one.said[:LOOKED_THROUGH])
     tokens = _TOKEN.findall(text.casefold())
-    shared = [
-        max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)
-    ]
-    if shared[0] < LOOPS or first_match(_WANTS_LOOPS, one.asked):
+    if _most_repeated(tokens, 3) < LOOPS or first_match(_WANTS_LOOPS, one.asked):
         return None
     units = Counter(_COUNTER.sub("", unit).strip() for unit in _SENTENCE.split(text))
     again = {unit: times * len(unit) for unit, times in units.items() if times >= LOOPS and _is_sentence(unit)}
     if again and 3 * sum(again.values()) >= len(text):
         return "sentences or lines over and over", max(again, key=lambda unit: again[unit])
-    words = "".join([f"{token} " for token in tokens]) if shared[1] >= LOOPS else ""
+    words = "".join([f"{token} " for token in tokens]) if _most_repeated(tokens, 4) >= LOOPS else ""
     for pattern in _RUNS:
         if (match := pattern.search(words)) and not match[1].replace(" ", "").isdigit():
             return "one run of words over and over", ""
     return None
+
+
+def _most_repeated(tokens: Sequence[str], size: int) -> int:
+    """How often the most frequent run of tokens occurs."""
+    runs = Counter(zip(*(tokens[start:] for start in range(size)), strict=False))
+    return max(runs.values(), default=0)
 
 
 def _is_sentence(text: str) -> bool:
@@ -729,91 +628,34 @@ def _is_sentence(text: str) -> bool:
 
 
 # --- markup
-# ----------------------------------------------------------------------------------------------------------------------
 
 _TAG = re.compile(
     r"</?(?:div|span|p|br|li|ul|ol|table|tr|td|th|font|center|img|h[1-6]|strong|em|blockquote|iframe|section"
-    r"|a)(?:\s+[a-z-]+"
-    r" ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
+    r"|a)(?:\s+[a-z-]+ ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
     re.IGNORECASE | re.DOTALL,
 )
 _ENTITY = re.compile(
     r"&(?:nbsp|amp|lt|gt|quot|apos|[rl][sd]quo|[mn]dash|hellip|bull|copy|reg|trade|euro|#\d{2,5}|#x[0-9a-f]{2,5});",
     re.IGNORECASE,
 )
+_TAG_NAMES = (
+    "div span p> br li ul ol table tr td th font center img h1 h2 h3 h4 h5 h6 strong em blockquote iframe section !--"
+)
+_ENTITY_NAMES = "nbsp amp lt gt quot apos rsquo lsquo rdquo ldquo mdash ndash hellip bull copy reg trade euro"
+_ROLE_NAMES = "human user assistant chatgpt gpt ai bot"
 _MARKUP_WORDS = (
-    *(
-        f"<{tag}"
-        for tag in [
-            "div",
-            "span",
-            "p>",
-            "br",
-            "li",
-            "ul",
-            "ol",
-            "table",
-            "tr",
-            "td",
-            "th",
-            "font",
-            "center",
-            "img",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "strong",
-            "em",
-            "blockquote",
-            "iframe",
-            "section",
-            "!--",
-        ]
-    ),
-    "<a ",
-    "<p ",
-    "</",
-    *(
-        f"&{name};"
-        for name in [
-            "nbsp",
-            "amp",
-            "lt",
-            "gt",
-            "quot",
-            "apos",
-            "rsquo",
-            "lsquo",
-            "rdquo",
-            "ldquo",
-            "mdash",
-            "ndash",
-            "hellip",
-            "bull",
-            "copy",
-            "reg",
-            "trade",
-            "euro",
-        ]
-    ),
+    *(f"<{tag}" for tag in (*_TAG_NAMES.split(), "a ", "p ", "/")),
+    *(f"&{name};" for name in _ENTITY_NAMES.split()),
     "&#",
-    *(
-        f"{who}{colon}"
-        for who in ("human", "user", "assistant", "chatgpt", "gpt", "ai", "bot")
-        for colon in (":", "**:", ":**")
-    ),
+    *(f"{role}{colon}" for role in _ROLE_NAMES.split() for colon in (":", "**:", ":**")),
 )
 _ROLES = r"(?:Human|User|HUMAN|USER)"
 _OWN_ROLES = r"(?:Assistant|ASSISTANT|ChatGPT|GPT|AI|Bot)"
 _ROLE_IN_RESPONSE = re.compile(rf"(?:\A|\n)[ \t>*#]*(?:{_ROLES}|{_OWN_ROLES})(?:\*\*)?:")
 _ROLE_IN_PROMPT = re.compile(rf"\A[ \t>*#]*{_ROLES}(?:\*\*)?:|\n[ \t>*#]*{_OWN_ROLES}(?:\*\*)?:\s*\Z")
 _ABOUT_MARKUP = re.compile(
-    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web"
-    r" ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b|\bphp\b|\bentit|escape"
-    r"|\bvue\b|angular|\bdom\b|\bcode\b|\bregex|pars(?:e|ing)|scrap(?:e|ing)|beautifulsoup",
+    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b"
+    r"|\bphp\b|\bentit|escape|\bvue\b|angular|\bdom\b|\bcode\b|\bregex|pars(?:e|ing)|scrap(?:e|ing)|beautifulsoup",
     re.IGNORECASE,
 )
 _WANTS_TALK = re.compile(
@@ -826,8 +668,10 @@ _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNOREC
 
 
 def _without_open_comments(text: str) -> str:
-    """Comments that are not closed, without their marks: from each of them, a
-    search for its end would go through the whole text."""
+    """The text without the marks of comments that are not closed.
+
+    From each of them, a search for its end would go through the whole text.
+    """
     end = text.rfind("-->") + 1
     return text[:end] + text[end:].replace("<!--", "<!  ")
 
@@ -842,19 +686,21 @@ def _markup(one: Exchange) -> Match | None:
         return "role label", match.group().strip()
     if (match := first_match(_ROLE_IN_PROMPT, asked)) and not first_match(_MENTIONS_TALK, asked):
         return "role label", match.group().strip()
-    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and first_match(_ABOUT_MARKUP, before):
+    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and _is_about_markup(before):
         return None
     for text in (said, asked):
         for kind, pattern in (("HTML tag", _TAG), ("HTML entity", _ENTITY)):
-            if (match := first_match(pattern, text)) and not any(
-                first_match(_ABOUT_MARKUP, without_matches(pattern, words)) for words in {before, text}
-            ):
+            match = first_match(pattern, text)
+            if match and not any(_is_about_markup(without_matches(pattern, words)) for words in {before, text}):
                 return kind, match.group()
     return None
 
 
+def _is_about_markup(text: str) -> bool:
+    return first_match(_ABOUT_MARKUP, text) is not None
+
+
 # --- language
-# ----------------------------------------------------------------------------------------------------------------------
 
 LETTERS, SCRIPT_LETTERS = 25, 10
 """Minimum number of letters to identify a text's language; the second one applies if prompt and response differ in
@@ -864,22 +710,20 @@ READ = 300
 SURE, LIKELY, UNLIKELY = 0.8, 0.5, 0.05
 """Minimum probability of a response's language, of a prompt's language, and maximum probability of the other text's
 language in each."""
-_FREQUENT = {
-    code: frozenset(words.split())
-    for code, words in {
-        "en": (
-            "the of and to that are you for with what how this it he she his they there has have from each can will not"
-            " would their but if when which more than i is a in"
-        ),
-        "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
-        "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",
-        "es": "el la los las y es de que en un una por con para como del se su son",
-        "pt": "o os as e é de que em um uma por com para como do da não se são",
-        "it": "il lo gli e è di che un una per con come non del della sono si la",
-        "nl": "de het een en is van dat niet met voor op zijn wat hoe ik te in",
-        "ru": "и в не на что с как это по для я из от но к",
-    }.items()
+_FREQUENT_WORDS = {
+    "en": (
+        "the of and to that are you for with what how this it he she his they there has have"
+        " from each can will not would their but if when which more than i is a in"
+    ),
+    "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
+    "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",
+    "es": "el la los las y es de que en un una por con para como del se su son",
+    "pt": "o os as e é de que em um uma por com para como do da não se são",
+    "it": "il lo gli e è di che un una per con come non del della sono si la",
+    "nl": "de het een en is van dat niet met voor op zijn wat hoe ik te in",
+    "ru": "и в не на что с как это по для я из от но к",
 }
+_FREQUENT = {code: frozenset(words.split()) for code, words in _FREQUENT_WORDS.items()}
 """ISO 639 code -> frequent short words. If those of one language are the most frequent on both sides, the pair is not
 examined further."""
 _LETTER = re.compile(r"[^\W\d_]")
@@ -888,16 +732,12 @@ _QUOTES = re.compile(r"[\n:\"“”«»]+")
 _NAMES_A_LANGUAGE = re.compile(
     r"translat|translit|\b(?:foreign |other |which |what |another |native )?languages?\b|multilingual|bilingual"
     r"|\b(?:english|spanish|french|german|italian|portuguese|dutch|russian|chinese|mandarin|cantonese|japanese|korean"
-    r"|arabic|hindi|turkish|polish|swedish"
-    r"|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian|ukrainian|czech|hungarian|romanian"
-    r"|persian|farsi|urdu|bengali|tamil|catalan"
-    r"|esperanto|swahili|malay|tagalog|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque"
-    r"|galician)\b"
-    r"|übersetz|auf"
-    r" (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán|anglais"
-    r"|français|espagnol|allemand"
-    r"|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод|английск|по-русски|翻译|翻譯|英语|英文|中文|日语"
-    r"|法语|英語|日本語|訳|번역|영어|한국어",
+    r"|arabic|hindi|turkish|polish|swedish|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian"
+    r"|ukrainian|czech|hungarian|romanian|persian|farsi|urdu|bengali|tamil|catalan|esperanto|swahili|malay|tagalog"
+    r"|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque|galician)\b|übersetz"
+    r"|auf (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán"
+    r"|anglais|français|espagnol|allemand|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод"
+    r"|английск|по-русски|翻译|翻譯|英语|英文|中文|日语|法语|英語|日本語|訳|번역|영어|한국어",
     re.IGNORECASE,
 )
 _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
@@ -905,13 +745,12 @@ _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
 
 
 def _language_pretest(texts: Texts) -> Iterable[int]:
-    long = (texts.asked_column.str.len_bytes() >= SCRIPT_LETTERS) & (
-        texts.said_column.str.len_bytes() >= SCRIPT_LETTERS
-    )
+    asked, said = texts.asked_column.str, texts.said_column.str
+    is_long = (asked.len_bytes() >= SCRIPT_LETTERS) & (said.len_bytes() >= SCRIPT_LETTERS)
     words = "|".join(_FREQUENT["en"])
     twice = rf"(?i)[\s(\"](?:{words})[\s,.?](?s:.)*?[\s(\"](?:{words})[\s,.?]"
-    english = [column.str.slice(0, READ).str.contains(twice) for column in (texts.asked_column, texts.said_column)]
-    return (long & ~(english[0] & english[1])).arg_true().to_list()
+    is_english = asked.slice(0, READ).str.contains(twice) & said.slice(0, READ).str.contains(twice)
+    return (is_long & ~is_english).arg_true().to_list()
 
 
 def _language(one: Exchange) -> Match | None:
@@ -923,9 +762,8 @@ def _language(one: Exchange) -> Match | None:
         return None
     wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
     if wrote[0] != wrote[1]:
-        if any(name.startswith("(") for name in wrote) or (
-            letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}
-        ):
+        is_short = letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}
+        if is_short or any(name.startswith("(") for name in wrote):
             return None
         differ = f"{wrote[0]} asked, {wrote[1]} answered"
     elif wrote[0] in _SHARED_SCRIPTS and letters >= LETTERS and (languages := _languages(asked, said)):
@@ -945,17 +783,14 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
         return None
     expected = _language_probabilities(asked)
     (prompted, probability), *_ = expected.items()
-    if (
-        prompted in {language, "zxx"}
-        or probability < LIKELY
-        or expected.get(language, 0) > UNLIKELY
-        or answered.get(prompted, 0) > UNLIKELY
-    ):
+    if prompted in {language, "zxx"} or probability < LIKELY:
+        return None
+    if expected.get(language, 0) > UNLIKELY or answered.get(prompted, 0) > UNLIKELY:
         return None
     for part in _QUOTES.split(asked):  # a prompt may quote a text in another language
-        if _language_of_frequent_words(part) == language or (
-            len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY
-        ):
+        if _language_of_frequent_words(part) == language:
+            return None
+        if len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY:
             return None
     return prompted, language
 
@@ -963,9 +798,8 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
 def _language_of_frequent_words(text: str) -> str | None:
     """The language with the most frequent words in the text; None if there are several."""
     words = {*_WORDS.findall(text.casefold())}
-    (most, language), (second, _) = sorted(
-        ((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True
-    )[:2]
+    counts = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)
+    (most, language), (second, _), *_ = counts
     return language if most > second else None
 
 

@@ -1,23 +1,19 @@
-"""Records with tools, calls, reasoning or weights -> the part of the check document that shows them, masked and
-shortened."""
+"""Records with tools, calls, reasoning or weights -> the part of the check document with them, masked and shortened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
-from dagster_project.core.messages import Message, calls, is_plain, readable, tool_names
+from dagster_project.core.messages import Call, Message, calls, is_plain, readable, tool_names
 from dagster_project.curation.checks.privacy import mask
 
 SHOWN, MESSAGES, WIDTH = 5, 40, 2_000
 """Records in a document, messages of each, and characters of each text."""
 
-FEATURES: tuple[Callable[[Mapping[str, Any]], bool], ...] = (
-    lambda record: any("tool_calls" in message for message in record["messages"]),
-    lambda record: any("reasoning_content" in message for message in record["messages"]),
-    lambda record: any("weight" in message for message in record["messages"]),
-)
-"""One record of each kind is shown, if there is any."""
+FEATURES = ("tool_calls", "reasoning_content", "weight")
+"""One record with each of these fields of messages is shown, if there is any."""
 
 
 def is_rich(record: Mapping[str, Any]) -> bool:
@@ -28,19 +24,22 @@ def is_rich(record: Mapping[str, Any]) -> bool:
 def chosen(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The first record with calls, with reasoning and with weights, and further rich records up to SHOWN, in order."""
     first: dict[int, Mapping[str, Any]] = {}
-    kinds: dict[int, int] = {}
+    examples: dict[str, int] = {}
     for i, record in enumerate(filter(is_rich, records)):
-        found = [kind for kind, has in enumerate(FEATURES) if kind not in kinds and has(record)]
-        kinds |= dict.fromkeys(found, i)
-        if found or i < SHOWN:
+        fields = {*chain.from_iterable(record["messages"])}
+        new = [field for field in FEATURES if field in fields and field not in examples]
+        examples |= dict.fromkeys(new, i)
+        if new or i < SHOWN:
             first[i] = record
-    order = dict.fromkeys([*(kinds[kind] for kind in sorted(kinds)), *first])
+    order = dict.fromkeys([*(examples[field] for field in FEATURES if field in examples), *first])
     return [first[i] for i in sorted(list(order)[:SHOWN])]
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The messages of a record, in canonical form, except that arguments are text. For a preference pair `messages` is
-    the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
+    """The messages of a record, in canonical form, except that arguments are text.
+
+    For a preference pair `messages` is the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are
+    not in the document.
     """
     messages, prompt = record["messages"], record.get("asked")
     prompt = len(messages) if prompt is None else prompt
@@ -51,29 +50,25 @@ def shown(record: Mapping[str, Any]) -> dict[str, Any]:
         document |= {side: [_mask_message(message) for message in turns[:MESSAGES]] for side, turns in sides.items()}
     if record.get("tools"):
         tools = record["tools"][:MESSAGES]
-        document["tools"] = [
-            {"name": _shorten(name), "definition": _shorten(readable(tool))}
-            for name, tool in zip(tool_names(tools), tools, strict=True)
-        ]
-    return document | ({"left_out": len(first) - MESSAGES} if len(first) > MESSAGES else {})
+        named = zip(tool_names(tools), tools, strict=True)
+        document["tools"] = [{"name": _shorten(name), "definition": _shorten(readable(tool))} for name, tool in named]
+    if len(first) > MESSAGES:
+        document["left_out"] = len(first) - MESSAGES
+    return document
 
 
 def _mask_message(message: Message) -> Message:
     """A message without secrets and personal data."""
-    shown_message = {
-        key: _shorten(value) if isinstance(value, str) else value
-        for key, value in message.items()
-        if key != "tool_calls"
-    }
-    if "tool_calls" in message:
-        shown_message["tool_calls"] = [
-            {
-                **({} if call.identity is None else {"id": _shorten(call.identity)}),
-                "function": {"name": _shorten(call.name), "arguments": _shorten(readable(call.arguments))},
-            }
-            for call in calls(message)[:MESSAGES]
-        ]
-    return shown_message
+    masked = {key: _shorten(value) if isinstance(value, str) else value for key, value in message.items()}
+    if "tool_calls" in masked:
+        del masked["tool_calls"]  # comes last
+        masked["tool_calls"] = [_mask_call(call) for call in calls(message)[:MESSAGES]]
+    return masked
+
+
+def _mask_call(call: Call) -> dict[str, Any]:
+    function = {"name": _shorten(call.name), "arguments": _shorten(readable(call.arguments))}
+    return {"function": function} if call.identity is None else {"id": _shorten(call.identity), "function": function}
 
 
 def _shorten(text: str) -> str:

@@ -26,13 +26,12 @@ _CHARACTERS = {
 
 Bidirectional controls display text in another order than stored. Arabic and Hebrew do not need them; the marks that
 they do use (U+200E, U+200F, U+061C) are not included, nor is the joiner of emoji. Tag characters are invisible ASCII:
-right after a black
-flag they name a region (Scotland's flag), anywhere else they hide text.
+right after a black flag they name a region (Scotland's flag), anywhere else they hide text.
 """
 
 _WRITTEN_WITH = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
-"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a
-zero-width space marks where a word ends."""
+"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a zero-width space marks where a word
+ends."""
 _PLAIN = "\x00-\u024f\u200b-\u200d\u2060\ufeff"
 """Characters next to which a joiner or non-joiner has no effect; emoji, Persian and the scripts of India need both."""
 _HIDDEN = re.compile(
@@ -54,9 +53,8 @@ def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> 
     """For each text the first of each kind of template mark in it, or None.
 
     - "control token: '<|im_end|>'": a control token of chat templates, or one of `special_tokens`. `<s>` and `</s>`
-    around a part
-      of a text are HTML's strike-through and ignored, unless they are special tokens of the base model, because its
-      tokenizer would encode them as such.
+      around a part of a text are HTML's strike-through and ignored, unless they are special tokens of the base model,
+      because its tokenizer would encode them as such.
     - "instruction template: '### Response:'": the boilerplate of a prompt template.
     - "transcript: 'Human: ... Assistant:'": turns of both sides written as text.
 
@@ -99,13 +97,13 @@ def without_end_marks(text: str, special_tokens: Iterable[str] = ()) -> str:
         special_tokens: of the base model; only those that end a text by their name count.
     """
     ends = (*END_MARKS, *(token for token in special_tokens if _ENDS.search(token)))
-    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _is_partly_struck(
-        text.strip(), at_end=True
-    ):
+    while mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None):
+        if _is_partly_struck(text, at_end=True):
+            break
         text = text.rstrip().removesuffix(mark).rstrip()
-    while (
-        mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)
-    ) and not _is_partly_struck(text, at_end=False):
+    while mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None):
+        if _is_partly_struck(text, at_end=False):
+            break
         text = text.lstrip().removeprefix(mark).lstrip()
     return text
 
@@ -120,18 +118,18 @@ def _first_faults(
 
 
 # --- characters
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @cache
 def _damage_hint() -> str:
-    """Matches every damaged text. Looser than ftfy's own expression, but without matches in plain Cyrillic, Greek and
-    French, and supported by Rust."""
+    """Matches every damaged text.
+
+    Looser than ftfy's own expression, but without matches in plain Cyrillic, Greek and French, and supported by Rust.
+    """
     from ftfy.badness import MOJIBAKE_CATEGORIES as SETS
 
-    characters = "".join(
-        chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair"
-    )  # texts are passed with U+FFFD in its place
+    # texts are passed with U+FFFD in its place
+    characters = "".join(chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair")
     letters = SETS["lower_common"] + SETS["upper_common"]  # of Cyrillic and Greek
     marks = "".join(chars for kind, chars in SETS.items() if not kind.endswith("_common")) + "À-ɏ√‚†®´¥µø"
     broken = SETS["bad"] + SETS["upper_accented"]
@@ -157,14 +155,16 @@ def _damage(text: str) -> str | None:
 
 
 def _mojibake(text: str) -> str | None:
-    """The first sequence that ftfy detects as mojibake, in a line that it can also fix: the sequence alone may be art
-    or mathematics."""
+    """The first sequence that ftfy detects as mojibake, in a line that it can also fix.
+
+    The sequence alone may be art or mathematics.
+    """
     return next((broken for _, broken in _broken_lines(text)), None)
 
 
 MOST_UNFIXED = 10_000
-"""Different lines that seem to be broken and cannot be fixed, after which the
-rest of a text is not examined: fixing is slow."""
+"""Different lines that seem to be broken and cannot be fixed, after which the rest of a text is not examined: fixing is
+slow."""
 
 
 def _broken_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -192,10 +192,10 @@ def _badness(line: str) -> re.Match[str] | None:
 
     if len(line) <= text_search.LONG:
         return BADNESS_RE.search(line)
-    areas = LongText(line).areas(f"(?s:.)(?:{_badness_hint()})")
-    return next(
-        (match for first, last in areas if (match := BADNESS_RE.search(line, first, last + text_search.REACH))), None
-    )
+    for first, last in LongText(line).areas(f"(?s:.)(?:{_badness_hint()})"):
+        if match := BADNESS_RE.search(line, first, last + text_search.REACH):
+            return match
+    return None
 
 
 @cache
@@ -248,7 +248,6 @@ def _unmojibake(line: str) -> str:
 
 
 # --- templates
-# -------------------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
     r"<\|[A-Za-z][\w.:/-]{0,39}\|>"  # ChatML, Llama 3, Phi, Zephyr, Qwen, <|endoftext|>
@@ -264,29 +263,22 @@ END_MARKS = (
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
 """End tokens of texts and turns of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek."""
-START_MARKS = (
-    "<|endoftext|>",
-    "<|begin_of_text|>",
-    "<|startoftext|>",
-    "<bos>",
-    "<s>",
-    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
-)
+_DEEPSEEK_START = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+START_MARKS = ("<|endoftext|>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", _DEEPSEEK_START)
 _ENDS = re.compile("(?i)(?<![a-z])(?:end|eo[dmst])(?![a-z])|endof|</s>")
 _STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
 _SENTENCE = re.compile("</?s>")
 _BOILERPLATE = re.compile(
-    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that describes a"
-    " task|A chat between a curious (?:user|human) and an artificial intelligence assistant"
+    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction"
+    " that describes a task|A chat between a curious (?:user|human) and an artificial intelligence assistant"
 )
 """Plural "### Instructions:" and "### Input:" head the parts of recipes and programming tasks."""
 _ASKS = re.compile(r"(?m:^)[ \t>*]*(Human|HUMAN|User|USER)(?:\*\*)?:")
 _ANSWERS = re.compile(r"(?m:^)[ \t>*]*(Assistant|ASSISTANT|AI|Bot|GPT)(?:\*\*)?:|\s(ASSISTANT):")
 _MARK_HINT = (
     r"<\|[A-Za-z]|<｜|\[/?INST\]|SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|MODEL_SETTINGS|CALL_ID|ARGS)\]"
-    r"|_of_turn>|<(?:bos|eos|s|/s)>"
-    r"|### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that|A chat between a curious"
-    r"|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
+    r"|_of_turn>|<(?:bos|eos|s|/s)>|### ?(?:Instruction|Response|Human|Assistant|User|System):"
+    r"|Below is an instruction that|A chat between a curious|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
 )
 
 
@@ -302,8 +294,10 @@ def _marks(text: str, own: re.Pattern[str] | None) -> str | None:
 
 
 def _sentence(text: str) -> re.Match[str] | None:
-    """<s> or </s>, except pairs around a part of the text, which are HTML's strike-through. A pair around the whole
-    text is a sequence."""
+    """<s> or </s>, except pairs around a part of the text, which are HTML's strike-through.
+
+    A pair around the whole text is a sequence.
+    """
     whole = text.strip()
     at, pairs = 0, _STRIKE.finditer(whole)
     for pair in pairs:

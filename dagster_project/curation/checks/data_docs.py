@@ -1,5 +1,6 @@
-"""Great Expectations' own Data Docs of an evaluated suite, as the library builds them. The data-quality page shows the
-same results.
+"""Great Expectations' own Data Docs of an evaluated suite, as the library builds them.
+
+The data-quality page shows the same results.
 
 These pages load their styles and scripts from the web, and contain the time of the run. Values from the data are
 escaped before the library renders them.
@@ -36,10 +37,8 @@ def write(folder: Path, suite: Any, result: Any, words: Mapping[str, str]) -> No
         one.expectation_config.description = html.escape(words[one.expectation_config.id])
         one.result = _escaped(one.result)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, page in (
-        (INDEX, ValidationResultsPageRenderer().render(result)),
-        (SUITE, ExpectationSuitePageRenderer().render(suite)),
-    ):
+    results, expected = ValidationResultsPageRenderer().render(result), ExpectationSuitePageRenderer().render(suite)
+    for name, page in ((INDEX, results), (SUITE, expected)):
         text = DefaultJinjaPageView().render(page, show_how_to_buttons=False)
         (folder / name).write_text(_linked(text), encoding="utf-8")
 

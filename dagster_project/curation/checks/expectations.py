@@ -1,5 +1,6 @@
-"""Expectations on a whole set, evaluated by Great Expectations: the data owner's file lists them, the data-quality page
-shows the results.
+"""Expectations on a whole set, evaluated by Great Expectations.
+
+The data owner's file lists them, the data-quality page shows the results.
 
 A row check tests one row. An expectation tests whether the set is what its owner expects: how many rows, which
 categories in which shares, how long the texts, from where. The suite file has Great Expectations' own JSON form, so
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,18 +71,8 @@ SEVERITY: dict[str, Literal["error", "warn", "info"]] = {"critical": "error", "w
 """Severity of Great Expectations -> severity of a check. A failed critical expectation blocks."""
 
 _DECODE = json.JSONDecoder().raw_decode
-_NOT_KWARGS = {
-    "id",
-    "meta",
-    "notes",
-    "description",
-    "severity",
-    "rendered_content",
-    "windows",
-    "batch_id",
-    "catch_exceptions",
-}
-_NOT_KWARGS |= {"result_format", "condition_parser"}
+_NOT_KWARGS = {"id", "meta", "notes", "description", "severity", "rendered_content", "windows", "batch_id"}
+_NOT_KWARGS |= {"catch_exceptions", "result_format", "condition_parser"}
 """Fields of an expectation that are not supported in its `kwargs`; a condition given as text would be run as code."""
 _GALLERY = "https://greatexpectations.io/expectations"
 
@@ -131,21 +123,17 @@ def check(outcome: Outcome, places: Mapping[int, str] | None = None) -> CheckRes
     """
     order = ("error", "warn", "info")
     failed = sorted(outcome.failed, key=lambda one: order.index(one.severity))
-    worst = min((order.index(one.severity) for one in failed or outcome.expectations), default=1)
+    worst = order[min((order.index(one.severity) for one in failed or outcome.expectations), default=1)]
+    rows, count = dict.fromkeys(i for one in failed for i in one.rows), len(outcome.expectations)
     return CheckResult(
         name=NAME,
         passed=not failed,
-        severity=order[worst],
-        blocking=order[worst] == "error",
+        severity=worst,
+        blocking=worst == "error",
         count=len(failed),
-        rows=[places[i] for i in dict.fromkeys(i for one in failed for i in one.rows)][:20] if places else [],
+        rows=[places[i] for i in rows][:20] if places else [],
         details=[f"{one.words} Found: {one.seen}." for one in failed],
-        note="; ".join(
-            [
-                f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold",
-                *outcome.foreign,
-            ]
-        ),
+        note="; ".join([f"{count - len(failed)} of {count} expectations hold", *outcome.foreign]),
     )
 
 
@@ -204,31 +192,28 @@ def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
 
     records = [decode(line) for line in lines]
     messages = [record["messages"] for record in records]
-    prompts, responses = [prompt_text(turns) for turns in messages], [response_text(turns) for turns in messages]
+    prompts = [prompt_text(turns) for turns in messages]
+    responses = [response_text(turns) for turns in messages]
+    traces = ["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]
+    digests = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts]
 
     def numbers(values: Iterable[int]) -> pl.Series:
         return pl.Series(list(values), dtype=pl.Int64)
 
-    return pl.DataFrame(
-        {
-            **{key: pl.Series([json.dumps(record[key]) for record in records], dtype=pl.String) for key in OF_DATA},
-            "script": pl.Series(scripts(prompts), dtype=pl.String),
-            "turns": numbers([m["role"] for m in turns].count("assistant") for turns in messages),
-            "prompt": pl.Series(
-                [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts],
-                dtype=pl.Binary,
-            ),
-            "prompt_words": count_words(prompts),
-            "response_words": count_words(responses),
-            "response_is_json": pl.Series([_is_json(text) for text in responses], dtype=pl.Boolean),
-            "trained_turns": numbers(sum(map(is_trained, turns)) for turns in messages),
-            "tools": numbers(len(record.get("tools") or ()) for record in records),
-            "tool_calls": numbers(sum(len(calls(m)) for m in turns) for turns in messages),
-            "reasoning_words": count_words(
-                ["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]
-            ),
-        }
-    )
+    texts = {key: pl.Series([json.dumps(record[key]) for record in records], dtype=pl.String) for key in OF_DATA}
+    measured = {
+        "script": pl.Series(scripts(prompts), dtype=pl.String),
+        "turns": numbers([m["role"] for m in turns].count("assistant") for turns in messages),
+        "prompt": pl.Series(digests, dtype=pl.Binary),
+        "prompt_words": count_words(prompts),
+        "response_words": count_words(responses),
+        "response_is_json": pl.Series([_is_json(text) for text in responses], dtype=pl.Boolean),
+        "trained_turns": numbers(sum(map(is_trained, turns)) for turns in messages),
+        "tools": numbers(len(record.get("tools") or ()) for record in records),
+        "tool_calls": numbers(sum(len(calls(m)) for m in turns) for turns in messages),
+        "reasoning_words": count_words(traces),
+    }
+    return pl.DataFrame(texts | measured)
 
 
 OF_DATA = ("source", "category", "group_id")
@@ -265,9 +250,9 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
 
     Args:
         frame: `table`'s. All rows are evaluated, without sampling: a million rows and twenty expectations take about a
-        second.
-        suite_file: a suite in Great Expectations' JSON form: {"name",
-            "expectations": [{"type", "kwargs", "severity", "description"}]}.
+            second.
+        suite_file: a suite in Great Expectations' JSON form: {"name", "expectations": [{"type", "kwargs", "severity",
+            "description"}]}.
         docs_folder: gets Great Expectations' own Data Docs; None for none.
         name: of the suite file in messages; its path unless given.
     Raises:
@@ -281,30 +266,22 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
         if docs_folder is not None:
             words = {str(i): f"{one.words} ({expectations[i].severity.value})" for i, one in enumerate(judged)}
             data_docs.write(docs_folder, suite, result, words)
-    return Outcome(
-        suite.name,
-        len(frame),
-        judged,
-        data_docs.INDEX if docs_folder is not None else "",
-        _foreign(frame, expectations, name),
-    )
+    page = data_docs.INDEX if docs_folder is not None else ""
+    return Outcome(suite.name, len(frame), judged, page, _foreign(frame, expectations, name))
 
 
 def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tuple[str, ...]:
     """One message if the suite names categories or sources that no row has."""
     found = []
+    given = [one.configuration.kwargs for one in expectations]
     for column in ("category", "source"):
-        named = {
-            value
-            for one in expectations
-            if one.configuration.kwargs.get("column") == column
-            for value in _listed(one.configuration.kwargs.get("value_set"))
-        }
+        sets = [_listed(kwargs.get("value_set")) for kwargs in given if kwargs.get("column") == column]
+        named = {*chain.from_iterable(sets)}
         if named and not named & set(frame[column].dropna()):
             plural = "categories" if column == "category" else "sources"
             found.append(
-                f"the suite names {len(named)} {plural} that no row has: {name} was written for other data, edit it or"
-                " leave out instructions.expectations"
+                f"the suite names {len(named)} {plural} that no row has:"
+                f" {name} was written for other data, edit it or leave out instructions.expectations"
             )
     return tuple(found)
 
@@ -335,11 +312,7 @@ def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not JSON: {error}", "fix the file at this place") from None
     form = '{"name": "...", "expectations": [{"type": "expect_...", "kwargs": {...}, "severity": "warning"}]}'
-    if (
-        not isinstance(document, dict)
-        or not isinstance(document.get("expectations"), list)
-        or not document["expectations"]
-    ):
+    if not isinstance(document, dict) or not _listed(document.get("expectations")):
         raise InputError(f"{name}: not a suite: it needs a list of expectations", f"its form is {form}")
     title = document.get("name")
     problems = [] if isinstance(title, str) and title else [f"{name}: name: must be text"]
@@ -352,50 +325,41 @@ def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
         problems += [f"{name}: expectations[{i}]{kind}: {line}" for line in wrong]
         expectations.append(found)
     if problems:
-        raise InputError(
-            "\n".join(problems), f"arguments of each type: {_GALLERY}; columns and their content: docs/checks.md"
-        )
-    suite = gx.ExpectationSuite(
-        name=str(title), expectations=[one.configuration for one in expectations], notes=document.get("notes")
-    )
-    return suite, expectations
+        hint = f"arguments of each type: {_GALLERY}; columns and their content: docs/checks.md"
+        raise InputError("\n".join(problems), hint)
+    given = [one.configuration for one in expectations]
+    return gx.ExpectationSuite(name=str(title), expectations=given, notes=document.get("notes")), expectations
 
 
 def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list[str]]:
     """One entry of a suite as an expectation, or what is wrong with it."""
     from great_expectations.compatibility.pydantic import ValidationError
     from great_expectations.exceptions import GreatExpectationsError
+    from great_expectations.expectations import registry
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
-    from great_expectations.expectations.registry import (
-        get_expectation_impl,
-        list_registered_expectation_implementations,
-    )
 
     known = ("type", "kwargs", "severity", "description", "notes", "meta", "id")
     if not isinstance(entry, dict):
         return None, [f"must be an object with {', '.join(known)}"]
-    types = sorted(list_registered_expectation_implementations())
+    types = sorted(registry.list_registered_expectation_implementations())
     kind, kwargs = entry.get("type"), entry.get("kwargs", {})
     if kind not in types:
         near = difflib.get_close_matches(str(kind), types, n=3, cutoff=0.5)
-        return None, [
-            f"unknown type {kind!r}; " + (f"similar types: {', '.join(near)}" if near else f"types: {', '.join(types)}")
-        ]
+        others = f"similar types: {', '.join(near)}" if near else f"types: {', '.join(types)}"
+        return None, [f"unknown type {kind!r}; {others}"]
     if not isinstance(kwargs, dict):
         return None, ["kwargs: must be an object"]
-    fields = sorted(set(get_expectation_impl(kind).__fields__) - _NOT_KWARGS)
+    fields = sorted(set(registry.get_expectation_impl(kind).__fields__) - _NOT_KWARGS)
     problems = [f"{key}: unknown key; keys: {', '.join(known)}" for key in entry if key not in known]
     problems += [f"kwargs.{key}: unknown; {kind} takes {', '.join(fields)}" for key in kwargs if key not in fields]
-    problems += (
-        [f"severity: must be one of {', '.join(SEVERITY)}"]
-        if entry.get("severity", "critical") not in list(SEVERITY)
-        else []
-    )
-    problems += ["description: must be text"] if not isinstance(entry.get("description"), str | None) else []
-    problems += ["meta: must be an object"] if not isinstance(entry.get("meta"), dict | None) else []
-    problems += [
-        f"no column {column!r}; columns: {', '.join(columns)}" for column in _columns(kwargs) if column not in columns
-    ]
+    if entry.get("severity", "critical") not in [*SEVERITY]:
+        problems.append(f"severity: must be one of {', '.join(SEVERITY)}")
+    if not isinstance(entry.get("description"), str | None):
+        problems.append("description: must be text")
+    if not isinstance(entry.get("meta"), dict | None):
+        problems.append("meta: must be an object")
+    missing = [column for column in _columns(kwargs) if column not in columns]
+    problems += [f"no column {column!r}; columns: {', '.join(columns)}" for column in missing]
     problems += _empty(kwargs, fields)
     if problems:
         return None, problems
@@ -476,60 +440,18 @@ def _validate(frame: pd.DataFrame, suite: Any) -> Any:
 
 def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[ExpectationResult]:
     """The results as `ExpectationResult`, in the suite's order. Fixes in `result` what Data Docs would not show."""
-    from great_expectations.util import convert_to_json_serializable
-
-    judged: dict[int, ExpectationResult] = {}
+    judged = []
     problems = []
     for one in sorted(result.results, key=lambda one: int(one.expectation_config.id)):
         i, kind = int(one.expectation_config.id), one.expectation_config.type
         raised = [info for info in _infos(one.exception_info) if info["raised_exception"]]
         if raised:
-            problems.append(
-                f"{name}: expectations[{i}] ({kind}): cannot be evaluated: {_line(raised[0]['exception_message'])}"
-            )
+            why = _line(raised[0]["exception_message"])
+            problems.append(f"{name}: expectations[{i}] ({kind}): cannot be evaluated: {why}")
             continue
-        # A NumPy bool is not JSON to the library's own pages.
-        one.success = bool(one.success)
-        found = json.loads(
-            json.dumps(convert_to_json_serializable(one.result))
-        )  # a NumPy float passes for JSON with the library
-        rows: list[int] = []
-        one.result = found
-        if "element_count" in found:
-            rows = (found.pop("unexpected_index_list", None) or [])[:20]
-            found["partial_unexpected_list"] = [
-                (
-                    " / ".join(map(str, value.values() if isinstance(value, dict) else value))
-                    if isinstance(value, dict | list)
-                    else value
-                )
-                for value in found.get("partial_unexpected_list") or []
-                if value is not None
-            ]
-            for key in (
-                "unexpected_list",
-                "unexpected_index_query",
-                "partial_unexpected_index_list",
-                "partial_unexpected_counts",
-            ):
-                found.pop(key, None)
-            if found["element_count"] == (found.get("missing_count") or 0):
-                one.success = False  # an expectation evaluated on no rows does not hold
-        elif any(name in kind for name in _OF_NO_VALUES):
-            values = _values(frame, one.expectation_config.kwargs, nulls="non_null" in kind)
-            if not values:
-                one.success, found["observed_value"] = False, None
-            elif "_distinct_values_" in kind:
-                # The library omits the observed value, and then fails on a count without a percentage.
-                found["observed_value"] = sorted(values)[:100]
-            for key in ("unexpected_count", "missing_count", "partial_unexpected_list", "partial_missing_list"):
-                found.pop(key, None)
-        observed = _plain_data(found)
-        expectation = expectations[i]
-        severity = SEVERITY[expectation.severity.value]
-        judged[i] = ExpectationResult(
-            kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows
-        )
+        rows, observed = _correct(one, frame), _plain_data(one.result)
+        words, severity = _sentence(expectations[i]), SEVERITY[expectations[i].severity.value]
+        judged.append(ExpectationResult(kind, words, one.success, severity, observed, _seen(observed), rows))
     if problems:
         raise InputError("\n".join(problems), f"choose another type or column; arguments of each type: {_GALLERY}")
     statistics = [one.success for one in result.results]
@@ -539,24 +461,61 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
         unsuccessful_expectations=len(statistics) - sum(statistics),
         success_percent=100 * sum(statistics) / len(statistics),
     )
-    return [judged[i] for i in range(len(expectations))]
+    return judged
 
 
+def _correct(one: Any, frame: pd.DataFrame) -> list[int]:
+    """Fix a result of the library where its pages would be wrong or fail; returns the first rows that violate it."""
+    from great_expectations.util import convert_to_json_serializable
+
+    kind, rows = one.expectation_config.type, list[int]()
+    one.success = bool(one.success)  # a NumPy bool is not JSON to the library's own pages
+    # a NumPy float passes for JSON with the library
+    one.result = found = json.loads(json.dumps(convert_to_json_serializable(one.result)))
+    if "element_count" in found:
+        rows = (found.pop("unexpected_index_list", None) or [])[:20]
+        values = [value for value in found.get("partial_unexpected_list") or [] if value is not None]
+        found["partial_unexpected_list"] = [_as_one_value(value) for value in values]
+        for key in _OF_ROWS:
+            found.pop(key, None)
+        if found["element_count"] == (found.get("missing_count") or 0):
+            one.success = False  # an expectation evaluated on no rows does not hold
+    elif any(name in kind for name in _OF_NO_VALUES):
+        values = _values(frame, one.expectation_config.kwargs, nulls="non_null" in kind)
+        if not values:
+            one.success, found["observed_value"] = False, None
+        elif "_distinct_values_" in kind:
+            # The library omits the observed value, and then fails on a count without a percentage.
+            found["observed_value"] = sorted(values)[:100]
+        for key in ("unexpected_count", "missing_count", "partial_unexpected_list", "partial_missing_list"):
+            found.pop(key, None)
+    return rows
+
+
+def _as_one_value(value: Any) -> Any:
+    """The values of several columns as one text; a single value as it is."""
+    values = [*value.values()] if isinstance(value, dict) else value
+    return " / ".join(map(str, values)) if isinstance(values, list) else value
+
+
+_OF_ROWS = (
+    "unexpected_list",
+    "unexpected_index_query",
+    "partial_unexpected_index_list",
+    "partial_unexpected_counts",
+)
+"""What the library adds to a result on rows, and no page needs."""
 _OF_NO_VALUES = ("_distinct_values_", "_sum_", "_unique_value_count_", "_proportion_of_")
 """In the types of expectations that the library evaluates without any value, e.g. to a sum of 0."""
 
 
 def _values(frame: pd.DataFrame, kwargs: Mapping[str, Any], nulls: bool) -> list[Any]:
-    """Different values of the column of an expectation in the rows that meet
-    its condition, with null only if `nulls`."""
+    """Different values of an expectation's column in the rows that meet its condition, with null only if `nulls`."""
     from great_expectations.execution_engine import PandasExecutionEngine
 
-    rows = PandasExecutionEngine(batch_data_dict={"rows": frame}).get_domain_records(
-        {"row_condition": kwargs.get("row_condition")}
-    )
-    column = rows[kwargs["column"]]
-    found: list[Any] = (column if nulls else column.dropna()).unique().tolist()
-    return found
+    engine = PandasExecutionEngine(batch_data_dict={"rows": frame})
+    column = engine.get_domain_records({"row_condition": kwargs.get("row_condition")})[kwargs["column"]]
+    return (column if nulls else column.dropna()).unique().tolist()
 
 
 def _infos(info: dict[str, Any]) -> list[dict[str, Any]]:
@@ -569,11 +528,8 @@ def _plain_data(found: dict[str, Any]) -> Any:
     if "element_count" in found:
         values = {json.dumps(value): value for value in map(_value, found["partial_unexpected_list"])}
         judged = found["element_count"] - (found.get("missing_count") or 0)
-        return {
-            "unexpected": found["unexpected_count"],
-            "of": judged,
-            "values": [values[key] for key in sorted(values)][:10],
-        }
+        shown = [values[key] for key in sorted(values)][:10]
+        return {"unexpected": found["unexpected_count"], "of": judged, "values": shown}
     return _value(found.get("observed_value"))
 
 
@@ -594,15 +550,13 @@ def _value(value: Any) -> Any:
 def _seen(observed: Any) -> str:
     """An observed value as text."""
     if isinstance(observed, dict) and "unexpected" in observed:
-        if not observed["of"]:
+        unexpected, rows = observed["unexpected"], observed["of"]
+        if not rows:
             return "no rows to evaluate"
-        if not observed["unexpected"]:
-            return f"all {observed['of']} rows do"
+        if not unexpected:
+            return f"all {rows} rows do"
         which = ", ".join(_seen(value) for value in observed["values"][:5] if value is not None)
-        share = (
-            f"{observed['unexpected']} of {observed['of']} rows do not"
-            f" ({100 * observed['unexpected'] / observed['of']:.3g} %)"
-        )
+        share = f"{unexpected} of {rows} rows do not ({100 * unexpected / rows:.3g} %)"
         return f"{share}, such as {which}" if which else share
     if isinstance(observed, dict):
         return ", ".join(f"{key}: {_seen(value)}" for key, value in observed.items())

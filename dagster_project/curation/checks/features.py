@@ -30,6 +30,7 @@ DIGESTS = ("identity", "same", "context", "answer", "swapped")
 """Digests of 16 bytes, each in two columns of 64 bits, because of a record: its `example_id`; its messages and tools;
 what was asked, with the tools; what was answered; for pairs the answer with its sides swapped. Two different values
 have the same digest with a probability of 2^-128."""
+DIGEST_COLUMNS = tuple([f"{name}_{half}" for name in DIGESTS for half in (0, 1)])
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ class Features:
 
 
 def columns(rows: Rows) -> pl.DataFrame:
-    """The features of a block of records, one row each: those of `Features.table`; `label` as JSON; `transcript`,
-    `rich` and one column per part of `FIELDS`, which are true or false."""
+    """The features of a block of records, one row each.
+
+    Those of `Features.table`; `label` as JSON; `transcript`, `rich` and one column per part of `FIELDS`, which are true
+    or false.
+    """
     import numpy as np
     import polars as pl
 
@@ -60,24 +64,22 @@ def columns(rows: Rows) -> pl.DataFrame:
         digests += _digests(record, meta)
     words = np.frombuffer(bytes(digests), "<u8").reshape(len(rows.records), 2 * len(DIGESTS))
     labels = [label if isinstance(label := meta.get("split"), str) else None for meta in rows.metas]
+    transcripts = [mark is not None and mark.startswith("transcript") for mark in rows.shared(marks)]
     rich = {*rows.rich}
     long = {part: {i for i in rich if is_long(part_text(rows.records[i], part))} for part in FIELDS}
     size = range(len(rows.records))
-    return pl.DataFrame(
-        {
-            **{f"{name}_{half}": words[:, 2 * i + half] for i, name in enumerate(DIGESTS) for half in (0, 1)},
-            "present": pl.Series([bool(record["messages"]) for record in rows.records], dtype=pl.Boolean),
-            "rank": pl.Series([HELD_OUT.get(label or "", OTHERS) for label in labels], dtype=pl.UInt8),
-            "reasoning": pl.Series([_reasoning(rows, i, i in rich) for i in size], dtype=pl.UInt8),
-            "shape": pl.Series(_shapes(rows), dtype=pl.UInt64),
-            "label": pl.Series([None if label is None else json.dumps(label) for label in labels], dtype=pl.String),
-            "transcript": pl.Series(
-                [mark is not None and mark.startswith("transcript") for mark in rows.shared(marks)], dtype=pl.Boolean
-            ),
-            "rich": pl.Series([i in rich for i in size], dtype=pl.Boolean),
-            **{part: pl.Series([i in found for i in size], dtype=pl.Boolean) for part, found in long.items()},
-        }
-    )
+    table = {
+        **{name: words[:, i] for i, name in enumerate(DIGEST_COLUMNS)},
+        "present": pl.Series([bool(record["messages"]) for record in rows.records], dtype=pl.Boolean),
+        "rank": pl.Series([HELD_OUT.get(label or "", OTHERS) for label in labels], dtype=pl.UInt8),
+        "reasoning": pl.Series([_reasoning(rows, i, i in rich) for i in size], dtype=pl.UInt8),
+        "shape": pl.Series(_shapes(rows), dtype=pl.UInt64),
+        "label": pl.Series([None if label is None else json.dumps(label) for label in labels], dtype=pl.String),
+        "transcript": pl.Series(transcripts, dtype=pl.Boolean),
+        "rich": pl.Series([i in rich for i in size], dtype=pl.Boolean),
+        **{part: pl.Series([i in found for i in size], dtype=pl.Boolean) for part, found in long.items()},
+    }
+    return pl.DataFrame(table)
 
 
 def features(table: pl.DataFrame) -> Features:
@@ -85,9 +87,7 @@ def features(table: pl.DataFrame) -> Features:
     labelled = table["label"].is_not_null().arg_true()
     labels = table["label"].gather(labelled).to_list()
     return Features(
-        table.select(
-            [f"{name}_{half}" for name in DIGESTS for half in (0, 1)] + ["present", "rank", "reasoning", "shape"]
-        ).rechunk(),
+        table.select(*DIGEST_COLUMNS, "present", "rank", "reasoning", "shape").rechunk(),
         {i: sys.intern(json.loads(label)) for i, label in zip(labelled.to_list(), labels, strict=True)},
         _places(table["rich"]),
         {part: _places(table[part]) for part in FIELDS},
@@ -103,8 +103,9 @@ def _places(column: pl.Series) -> np.ndarray:
 
 
 def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """The definitions of the functions that the assistant may call, in a normal form; "" for none. Like a system
-    prompt, they are context and not part of the question.
+    """The definitions of the functions that the assistant may call, in a normal form; "" for none.
+
+    Like a system prompt, they are context and not part of the question.
     """
     given = record.get("tools") or meta.get("tools") or meta.get("functions")
     if isinstance(given, str):
@@ -139,16 +140,20 @@ def _context(messages: Messages, tools: str) -> list[Any]:
 
 
 def _key(message: Message) -> Any:
-    """The compared part of a message: its content and, if present, its reasoning and calls. Ids of calls are ignored,
-    because they are arbitrary."""
+    """The compared part of a message: its content and, if present, its reasoning and calls.
+
+    Ids of calls are ignored, because they are arbitrary.
+    """
     made = [[call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)] for call in calls(message)]
     reasoning = message.get("reasoning_content")
     return [message["content"], reasoning or "", made] if reasoning or made else message["content"]
 
 
 def _tidy(message: Message) -> Message:
-    """The message in Unicode's composed form, with single spaces and none at the ends of lines, so that only other
-    words are another answer. Indents stay, because they have a meaning in code."""
+    """The message in Unicode's composed form, with single spaces and none at the ends of lines.
+
+    So only other words are another answer. Indents stay, because they have a meaning in code.
+    """
     tidied = {key: _tidied(message[key]) for key in ("content", "reasoning_content") if message.get(key)}
     return {**message, **tidied}
 

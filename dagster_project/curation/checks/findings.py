@@ -1,6 +1,7 @@
 """Results of the checks as one document. The terminal, --json, the report, Dagster and the page all show this document.
 
-It names rows by their place and content. Texts are added where people read them (quotes.py)."""
+It names rows by their place and content. Texts are added where people read them (quotes.py).
+"""
 
 from __future__ import annotations
 
@@ -97,8 +98,10 @@ def references(
 
 
 class RowNumbers:
-    """Source rows of a set, numbered consecutively across sources. A row may
-    yield several records, and two rows one."""
+    """Source rows of a set, numbered consecutively across sources.
+
+    A row may yield several records, and two rows one.
+    """
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         rows: dict[str, int] = {}
@@ -108,8 +111,7 @@ class RowNumbers:
         self._starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
 
     def of(self, record: Mapping[str, Any]) -> int:
-        number: int = self._starts[record["source"]] + record["source_row"]
-        return number
+        return self._starts[record["source"]] + record["source_row"]
 
 
 def finding(
@@ -157,9 +159,8 @@ def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) 
     """The finding in short form for a stage's report, which git tracks."""
     found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, places=ROWS)
     done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
-    matches = [
-        {key: one[key] for key in ("row", "place", "other", "part", "rule", "score")} for one in found["matches"]
-    ]
+    shown = ("row", "place", "other", "part", "rule", "score")
+    matches = [{key: one[key] for key in shown} for one in found["matches"]]
     return CheckResult(
         verdict.name,
         verdict.passed,
@@ -203,14 +204,13 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
             changed += zip(gone, come, strict=False)
             removed += gone[len(come) :]
             added += come[len(gone) :]
+    gone_rows, new_rows = Selected(old, removed[:ROWS]), Selected(new, added[:ROWS])
     return {
         "previous": previous,
         "rows": {"added": len(added), "removed": len(removed), "changed": len(changed), "unchanged": unchanged},
         "examples": {
-            "added": [{"place": place(b), "text": excerpt(b, 300)} for b in Selected(new, added[:ROWS])],
-            "removed": [
-                {"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in Selected(old, removed[:ROWS])
-            ],
+            "added": [{"place": place(row), "text": excerpt(row, 300)} for row in new_rows],
+            "removed": [{"place": f"{place(row)} (before)", "text": excerpt(row, 300)} for row in gone_rows],
             "changed": [{"place": place(new[b]), **_edit(old[a], new[b])} for a, b in changed[:ROWS]],
         },
     }
@@ -219,8 +219,9 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
 def _gaps(
     before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]
 ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """The rows that only one version has, for each version, by the number of shared rows before them. Copies count
-    individually.
+    """The rows that only one version has, for each version, by the number of shared rows before them.
+
+    Copies count individually.
 
     Args:
         before, after: index and `example_id` of each row.
@@ -249,10 +250,8 @@ def _gaps(
 
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
     """Both versions of a row, masked and shortened to their difference."""
-    texts = [
-        conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH)
-        for record in (before, after)
-    ]
+    both = (before, after)
+    texts = [conversation_text(row["messages"], row.get("tools")) or excerpt(row, WIDTH) for row in both]
     first = max(0, common_prefix(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
     start = common_prefix(*texts)
@@ -266,12 +265,9 @@ def finding_changes(
 ) -> dict[str, list[dict[str, Any]]]:
     """Checks with new findings, checks without findings any more, and checks with another number of rows."""
     before, after = ({f["check"]: f["count"] for f in found} for found in (old, new))
+    changed = [name for name in after if name in before and after[name] != before[name]]
     return {
         "new": [{"check": name, "count": after[name]} for name in after if name not in before],
         "gone": [{"check": name, "count": before[name]} for name in before if name not in after],
-        "changed": [
-            {"check": name, "before": before[name], "after": after[name]}
-            for name in after
-            if name in before and after[name] != before[name]
-        ],
+        "changed": [{"check": name, "before": before[name], "after": after[name]} for name in changed],
     }

@@ -1,5 +1,7 @@
-"""The import of Great Expectations in less time. It loads whatever it could
-use, and half of the time is pydantic copying fields of models."""
+"""The import of Great Expectations in less time.
+
+It loads whatever it could use, and half of the time is pydantic copying fields of models.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ from dagster_project.core.imports import deferred, lean_imports
 from dagster_project.core.postponed import postponed
 
 _OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
-"""Optional libraries by which Great Expectations reads tables of data bases and
-clouds. The table of a set is a data frame."""
+"""Optional libraries by which Great Expectations reads tables of data bases and clouds. The table of a set is a data
+frame."""
 _ATOMIC = frozenset({type(None), bool, int, float, complex, str, bytes, type, FunctionType, BuiltinFunctionType})
 """Types whose objects `copy.deepcopy` returns as they are."""
 
 
 @contextmanager
 def quick_import() -> Iterator[None]:
-    """While open, `import great_expectations` loads no drivers of data bases,
-    and libraries that single expectations use are imported on first use."""
+    """While open, `import great_expectations` loads no database drivers.
+
+    Libraries that single expectations use are imported on first use.
+    """
     # scipy.stats: three of its expectations load it when they are evaluated; altair draws charts of one expectation on
     # its own pages; requests sends notifications
     with (
@@ -38,12 +42,11 @@ def quick_import() -> Iterator[None]:
 
 @contextmanager
 def direct_copies() -> Iterator[None]:
-    """While open, `copy.deepcopy` copies fields of pydantic's old models
-    (`pydantic.v1`) slot by slot, with the same result.
+    """While open, `copy.deepcopy` copies fields of old pydantic models (`pydantic.v1`) by slots, with the same result.
 
-    Otherwise it asks each for its state, and copies the names of all slots and every
-    None as if they were objects: a class of Great Expectations has copies of the
-    fields of all its bases. Classes with a copying method of their own keep that.
+    Otherwise it asks each for its state, and copies the names of all slots and every None as if they were objects: a
+    class of Great Expectations has copies of the fields of all its bases. Classes with a copying method of their own
+    keep that.
     """
     from pydantic.v1.class_validators import Validator
     from pydantic.v1.fields import FieldInfo, ModelField
@@ -60,23 +63,12 @@ def direct_copies() -> Iterator[None]:
 
 def has_plain_state(kind: type) -> bool:
     """Whether the state of an object is in its slots only, and `copy.deepcopy` would find it there."""
-    own = (
-        "__deepcopy__",
-        "__reduce__",
-        "__reduce_ex__",
-        "__getstate__",
-        "__setstate__",
-        "__getnewargs__",
-        "__getnewargs_ex__",
-        "__setattr__",
-    )
+    methods = ("deepcopy", "reduce", "reduce_ex", "getstate", "setstate", "getnewargs", "getnewargs_ex", "setattr")
+    own = [f"__{name}__" for name in methods]
     slots = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
     named = all(isinstance(names, tuple) and not any(name.startswith("__") for name in names) for names in slots)
-    return (
-        named
-        and kind.__dictoffset__ == 0
-        and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
-    )
+    inherited = all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
+    return named and inherited and kind.__dictoffset__ == 0
 
 
 def _copied(self: Any, memo: dict[int, Any]) -> Any:

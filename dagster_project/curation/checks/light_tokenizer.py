@@ -1,5 +1,4 @@
-"""A model's tokenizer without transformers, whose import loads torch: that took most of the time of
-`pedigree check`.
+"""A model's tokenizer without transformers, whose import loads torch: that took most of the time of `pedigree check`.
 
 Supports only folders whose tokenizer transformers loads from tokenizer.json unchanged; tests compare both.
 """
@@ -107,6 +106,7 @@ def _build(
     template = settings.get("chat_template")
     if (base_model / "chat_template.jinja").is_file():
         template = (base_model / "chat_template.jinja").read_text(encoding="utf-8")
+    others = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
     plain = (
         settings["tokenizer_class"] in PLAIN_CLASSES
         and model["model_type"] in PLAIN_MODELS
@@ -116,10 +116,7 @@ def _build(
         and added.issuperset([*special.values(), *extra])
         and _repeats(settings.get("added_tokens_decoder"), state["added_tokens"])
         and isinstance(template, str | None)
-        and not any(
-            (base_model / name).exists()
-            for name in ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
-        )
+        and not any((base_model / name).exists() for name in others)
     )
     if not plain:
         return None
@@ -127,11 +124,9 @@ def _build(
         backend = Tokenizer.from_file(str(base_model / "tokenizer.json"))
     except Exception:  # noqa: BLE001 tokenizers raises nothing narrower; transformers then reports the fault
         return None
-    return (
-        LightTokenizer(backend, special, extra, template, str(base_model))
-        if backend.get_vocab_size() <= PATCHED_FROM
-        else None
-    )
+    if backend.get_vocab_size() > PATCHED_FROM:
+        return None
+    return LightTokenizer(backend, special, extra, template, str(base_model))
 
 
 def _content(token: Any) -> str:
@@ -144,6 +139,7 @@ def _content(token: Any) -> str:
 
 def _repeats(decoder: Mapping[str, Mapping[str, Any]] | None, added: Sequence[Mapping[str, Any]]) -> bool:
     """Whether `added_tokens_decoder` repeats tokenizer.json and so adds nothing."""
-    return decoder is None or {int(i): {**token} for i, token in decoder.items()} == {
-        token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added
-    }
+    if decoder is None:
+        return True
+    by_id = {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added}
+    return {int(i): {**token} for i, token in decoder.items()} == by_id

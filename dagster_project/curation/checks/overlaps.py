@@ -1,5 +1,4 @@
-"""Rows -> near-copies among them and of held-out items: duplicates, conflicting
-responses, leaks between splits and from benchmarks."""
+"""Rows -> near-copies among them and of held-out items: duplicates, conflicting responses, leaks."""
 
 from __future__ import annotations
 
@@ -66,9 +65,11 @@ class Overlaps:
 
 
 def find_overlaps(data: DataSet) -> Overlaps:
-    """`near_duplicates`: rows with the same or nearly the same user turns, regardless of system prompt and tools, and
-    rows with nearly the same
-    reasoning or arguments of calls. The other checks are described in docs/checks.md."""
+    """All overlaps of a set, by check.
+
+    `near_duplicates`: rows with the same or nearly the same user turns, regardless of system prompt and tools, and rows
+    with nearly the same reasoning or arguments of calls. The other checks are described in docs/checks.md.
+    """
     import numpy as np
 
     records, labels, least = data.records, data.features.labels, data.limits.near_duplicate_similarity
@@ -96,14 +97,15 @@ def find_overlaps(data: DataSet) -> Overlaps:
     passages = [passage._replace(row=int(first[passage.row])) for passage in compared.boilerplate]
     compared = replace(compared, boilerplate=passages)
     overlaps = Overlaps(clusters(len(records), near + copies), compared, common_frames=common_frames)
-    for name, links in {
+    by_check = {
         "exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()],
         "conflicting_responses": [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()],
         "near_duplicates": reported,
         GROUPED: grouped,
         "split_leakage": split,
         "benchmark_leakage": leaks,
-    }.items():
+    }
+    for name, links in by_check.items():
         waived = data.waived.pairs.get(name, set())
         left = [link for link in links if (link.row, link.other) not in waived]
         overlaps.links[name] = sorted(left, key=lambda link: (-link.score, link.row, str(link.other)))
@@ -117,25 +119,18 @@ def _kept_comparison(name: str, texts: Sequence[str], against: Sequence[str] | N
     def compute() -> pl.DataFrame:
         return _as_table(compare(texts, against, count_words=True))
 
-    return _as_comparison(
-        row_cache.fact_of_set(f"comparison: {name}", chain([str(len(texts))], texts, against or ()), compute)
-    )
+    compared = chain([str(len(texts))], texts, against or ())
+    return _as_comparison(row_cache.fact_of_set(f"comparison: {name}", compared, compute))
 
 
 def _as_table(compared: Comparison) -> pl.DataFrame:
     """One row: columns of pairs as lists, the rest as JSON."""
     import polars as pl
 
-    pairs = pl.DataFrame(
-        {
-            "left": pl.Series([pair.left for pair in compared.pairs], dtype=pl.Int64),
-            "right": pl.Series([pair.right for pair in compared.pairs], dtype=pl.Int64),
-            "similarity": pl.Series([pair.similarity for pair in compared.pairs], dtype=pl.Float64),
-            "rule": pl.Series([pair.rule for pair in compared.pairs], dtype=pl.String),
-        }
-    )
+    pairs = [(pair.left, pair.right, pair.similarity, pair.rule) for pair in compared.pairs]
+    schema = {"left": pl.Int64, "right": pl.Int64, "similarity": pl.Float64, "rule": pl.String}
     rest = json.dumps([compared.scores, compared.boilerplate, compared.frequency])
-    return pairs.select(pl.all().implode()).with_columns(rest=pl.lit(rest))
+    return pl.DataFrame(pairs, schema, orient="row").select(pl.all().implode()).with_columns(rest=pl.lit(rest))
 
 
 def _as_comparison(table: pl.DataFrame) -> Comparison:
@@ -188,8 +183,10 @@ def _near_fields(
 
 
 def _repeats(table: pl.DataFrame, dropped: Collection[int]) -> dict[int, int]:
-    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out;
-    one that other checks drop only if they drop all."""
+    """Row -> the kept row with the same messages and tools.
+
+    That is the first, or the first that an upstream label holds out; one that other checks drop only if they drop all.
+    """
     import polars as pl
 
     same = ("same_0", "same_1")
@@ -200,11 +197,10 @@ def _repeats(table: pl.DataFrame, dropped: Collection[int]) -> dict[int, int]:
 
 
 def _conflicts(table: pl.DataFrame, repeats: Mapping[int, int]) -> dict[int, int]:
-    """Row -> an earlier row with the same prompt and tools and a different
-    answer; of pairs, one that prefers the other answer."""
+    """Row -> an earlier row with the same context and a different answer; of pairs, one that prefers the other."""
     import polars as pl
 
-    context, answer, swapped = (["context_0", "context_1"], ["answer_0", "answer_1"], ["swapped_0", "swapped_1"])
+    context, answer, swapped = ([f"{name}_0", f"{name}_1"] for name in ("context", "answer", "swapped"))
     rows = (
         table.lazy()
         .with_row_index("row")
@@ -241,8 +237,11 @@ def _split_leaks(pairs: Iterable[Pair], labels: Mapping[int, str], part: str = "
 def _reported(
     near: Sequence[Pair], records: Sequence[dict[str, Any]], frequency: Mapping[str, int], least: float
 ) -> tuple[list[Link], list[Link]]:
-    """Reported near-copies, and those that only share a cluster: less similar ones, texts contained in a longer one,
-    and conversations that end in different questions."""
+    """Reported near-copies, and those that only share a cluster.
+
+    The latter are less similar ones, texts contained in a longer one, and conversations that end in different
+    questions.
+    """
     reported: list[Link] = []
     grouped: list[Link] = []
     for p in near:
@@ -275,8 +274,10 @@ class _ComparedTexts:
 
 
 def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
-    """Prompts that overlap a held-out question, and responses, reasoning and arguments that overlap its answer or the
-    question itself. Also returns the number of overlaps that are only a common phrase."""
+    """Texts that overlap held-out ones, and the number of overlaps that are only a common phrase.
+
+    Prompts are compared with held-out questions; responses, reasoning and arguments also with their answers.
+    """
     held_out, records = data.held_out, data.records
     if not held_out:
         return [], 0
@@ -294,11 +295,10 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
         severity = leak_severity(mine[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
         frames += severity is None
         if severity:
-            row, part = (
-                (p.left % size, "prompt" if p.left < size else "response")
-                if p.left < 2 * size
-                else more[p.left - 2 * size]
-            )
+            if p.left >= 2 * size:
+                row, part = more[p.left - 2 * size]
+            else:
+                row, part = p.left % size, "prompt" if p.left < size else "response"
             links.append(Link(row, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
     return links, frames
 
@@ -306,14 +306,15 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
 def _long_response(record: dict[str, Any]) -> str:
     """The response, or "" if it is too short to be compared."""
     response = response_text(record["messages"])
-    return (
-        response if is_long(response[:400]) or is_long(response) else ""
-    )  # the first 400 characters almost always suffice, and are faster
+    # the first 400 characters almost always suffice, and are faster
+    return response if is_long(response[:400]) or is_long(response) else ""
 
 
 def _questions(held_out: Sequence[Item]) -> list[str]:
-    """The question of each item; with its choices if the question alone is an instruction, or if other items have it
-    with other choices."""
+    """The question of each item.
+
+    With its choices if the question alone is an instruction, or if other items have it with other choices.
+    """
     choices: dict[str, set[frozenset[str]]] = defaultdict(set)
     for item in held_out:
         if item.choices:

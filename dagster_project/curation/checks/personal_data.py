@@ -1,5 +1,7 @@
 """Text -> spans of personal data: e-mail addresses, cards, accounts, national ids, phone numbers, IP addresses.
-privacy.py has the rules that use them."""
+
+privacy.py has the rules that use them.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,16 @@ MOST_LOOKED_UP = 10_000
 """Candidates of one pattern in a text after which the rest of it counts as a value, if they take a check of digits or a
 lookup in a numbering plan; of all others `MOST_CANDIDATES`."""
 MOST_LOOK_UPS = 25_000
-"""Lookups in numbering plans after which the rest of a text counts as a value:
-for a number, several beginnings in several countries are looked up."""
+"""Lookups in numbering plans after which the rest of a text counts as a value: for a number, several beginnings in
+several countries are looked up."""
 
 _LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _AT = re.compile("@")
 _PARAMETER = re.compile(r"[?&][A-Za-z0-9_.-]{1,40}=([A-Za-z0-9À-ɏ][A-Za-z0-9À-ɏ._+-]*)\Z")
 """A parameter of a URL whose value may be the name of a mailbox."""
 _DOMAIN = re.compile(
-    r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
+    r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?"
+    r"\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
 )
 _FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "pdf", "js", "css", "ts", "json", "py"})
 
@@ -56,8 +59,10 @@ _CARD = Local(
     overlapping=True,
 )
 _ISSUED = re.compile(
-    r"4[0-9]{15}(?:[0-9]{3})?|(?:5[1-5][0-9]{4}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{2})[0-9]{10}"
-    r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}|(?:6011|65[0-9]{2}|64[4-9][0-9]|35(?:2[89]|[3-8][0-9])|62[0-9]{2})[0-9]{12}"
+    r"4[0-9]{15}(?:[0-9]{3})?"
+    r"|(?:5[1-5][0-9]{4}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{2})[0-9]{10}"
+    r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}"
+    r"|(?:6011|65[0-9]{2}|64[4-9][0-9]|35(?:2[89]|[3-8][0-9])|62[0-9]{2})[0-9]{12}"
 )
 """Leading digits and lengths of Visa, Mastercard, American Express, Diners, Discover, JCB and UnionPay."""
 
@@ -72,8 +77,6 @@ def cards(text: str) -> Iterator[Span]:
 
 
 _IBAN = Local("A-Za-z0-9", "[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}", overlapping=True)
-
-
 _IBAN_DIGITS = str.maketrans({letter: str(i) for i, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 10)})
 
 
@@ -95,8 +98,10 @@ def ibans(text: str) -> Iterator[Span]:
 
 @cache
 def national_ids() -> tuple[tuple[Local, Callable[[str], bool]], ...]:
-    """Ids with a distinctive format, or with check digits and a date. Bare runs of 9 to 11 digits are excluded: too
-    many are not ids."""
+    """Ids with a distinctive format, or with check digits and a date.
+
+    Bare runs of 9 to 11 digits are excluded: too many are not ids.
+    """
     from stdnum.br import cpf
     from stdnum.cn import ric
     from stdnum.es import dni, nie
@@ -143,8 +148,9 @@ _PAIRS_BEFORE, _PAIRS_AFTER = re.compile(r"(?<![0-9])(?:[0-9]{2}[ .-])+\Z"), re.
 SERIES = 60
 """Characters before and after a number in which further pairs of digits are looked for."""
 _CUE = re.compile(
-    r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l|t[ée]l[ée]phone|portable"
-    r"|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話|携帯)[^0-9\n+]{0,24}\Z"
+    r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l"
+    r"|t[ée]l[ée]phone|portable|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話"
+    r"|携帯)[^0-9\n+]{0,24}\Z"
 )
 _BEFORE_CUE = re.compile(r"[0-9\n+]")
 _AFTER_CUE = _alone(rf"\(?[0-9](?:{GAP}{{0,2}}[0-9]){{8,13}}")
@@ -154,16 +160,21 @@ _DATE = re.compile(
 _FRENCH = re.compile(
     r"\(?(?!...(?:0[1-9]|1[0-2]).[0-9]{2}.(?:[01][0-9]|2[0-3]).[0-5])0[1-9]([.-])[0-9]{2}(?:\1[0-9]{2}){3}"
 )
-"""Five pairs of digits with points or hyphens between all of them, unless they
-may be a date and a time. The first three alone could be a date."""
+"""Five pairs of digits with points or hyphens between all of them, unless they may be a date and a time. The first
+three alone could be a date."""
 _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
 """Countries whose national numbers are recognized after a word such as "phone"."""
 
 
 def phones(text: str) -> Iterator[Span]:
-    """International numbers; national ones in the usual format of the US, Britain, Germany and France, or after a word
-    for a phone."""
+    """International numbers, and national ones.
+
+    The latter in the usual format of the US, Britain, Germany and France, or after a word for a phone.
+    """
     is_personal = _NumberingPlans().is_personal
+
+    def is_personal_abroad(written: str, region: str) -> bool | None:
+        return is_personal(f"+{written[2:]}", region)
 
     def international() -> Iterator[Span]:
         for match in matches(_INTERNATIONAL, text, MOST_LOOKED_UP):
@@ -171,9 +182,7 @@ def phones(text: str) -> Iterator[Span]:
 
     def abroad() -> Iterator[Span]:
         for match in matches(_ABROAD, text, MOST_LOOKED_UP):
-            yield from _phone(
-                match.group(), match.start(), ("ZZ",), lambda written, region: is_personal(f"+{written[2:]}", region)
-            )
+            yield from _phone(match.group(), match.start(), ("ZZ",), is_personal_abroad)
 
     def american() -> Iterator[Span]:
         for match in matches(_AMERICAN, text, MOST_LOOKED_UP):
@@ -198,8 +207,7 @@ def _has_date(written: str) -> bool:
 
 
 def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
-    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two
-    or more pairs next to them that are not numbers themselves."""
+    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two more next to them that are no numbers."""
     if not _PAIRS.fullmatch(text, start, end):
         return False
     before = _PAIRS_BEFORE.search(text, max(0, start - SERIES), start)

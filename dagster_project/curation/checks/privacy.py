@@ -18,17 +18,7 @@ from typing import Any
 
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.postponed import postponed
-from dagster_project.curation.checks import text_search
-from dagster_project.curation.checks.personal_data import (
-    GAP,
-    addresses,
-    cards,
-    emails,
-    ibans,
-    ids,
-    national_ids,
-    phones,
-)
+from dagster_project.curation.checks import personal_data, text_search
 from dagster_project.curation.checks.text_search import (
     MOST_CANDIDATES,
     Local,
@@ -43,11 +33,11 @@ from dagster_project.curation.checks.text_search import (
 CONTEXT = 24
 """Characters of masked text on each side of a hit in its excerpt."""
 MOST_ROUNDS = 64
-"""Searches after which the whole lines of the values that are found last count
-as values: in ordinary texts fewer follow each other."""
+"""Searches after which the whole lines of the values that are found last count as values: in ordinary texts fewer
+follow each other."""
 MOST_VALUES = 5_000
-"""Keys, and pieces of personal data, in a text after which the rest of it
-counts as a value: ordinary texts have fewer."""
+"""Keys, and pieces of personal data, in a text after which the rest of it counts as a value: ordinary texts have
+fewer."""
 NEAR, SEEN = 4096, 64
 """Characters around a masked value that are searched again in longer texts, and those of context that rules look at."""
 
@@ -90,30 +80,30 @@ def scan(texts: Sequence[str]) -> list[Hit]:
     plain = {row: form for row, text in enumerate(texts) if (form := _plain(text)) is not text}
     others = [*plain]
     rows = sorted({*candidates(texts, hint), *(others[i] for i in candidates([*plain.values()], hint))})
-    near = [texts[row] for row in rows]
-    column = text_column(near)
+    column = text_column([texts[row] for row in rows])
     ranks: list[list[int]] = [[] for _ in rows]
     for rank, rule in enumerate(rules):
         for i in column.str.contains(rule.hint).arg_true():
             ranks[i].append(rank)
-    return [
-        hit for row, text, which in zip(rows, near, ranks, strict=True) for hit in _hits(row, text, _find(text, which))
-    ]
+    hits: list[Hit] = []
+    for row, which in zip(rows, ranks, strict=True):
+        hits += _hits(row, texts[row], _find(texts[row], which))
+    return hits
 
 
 def mask(text: str) -> str:
-    """The text with every value that `scan` finds replaced by its kind:
-    "[e-mail]", "[aws key]". Masking again changes nothing."""
-    while found := _find(
-        text
-    ):  # repeated, because replacements change positions, and rules use a few preceding characters
+    """The text with every value that `scan` finds replaced by its kind: "[e-mail]", "[aws key]".
+
+    Masking again changes nothing.
+    """
+    # repeated, because replacements change positions, and rules use a few preceding characters
+    while found := _find(text):
         text = "".join(_split_at_values(text, found))
     return text
 
 
 def redact(text: str, secret: bool) -> str:
-    """The text with personal data (or, with `secret`, keys and passwords)
-    replaced by typed placeholders; see `placeholder`."""
+    """The text with a `placeholder` for each piece of personal data; with `secret`, for keys and passwords."""
     while found := [one for one in _find(text) if one[2].secret is secret]:  # repeated, as in `mask`
         text = "".join(_split_at_values(text, found, placeholder))
     return text
@@ -125,11 +115,15 @@ def placeholder(kind: str) -> str:
 
 
 def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) -> list[int]:
-    """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines; only these are
-    searched further."""
+    """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines.
+
+    Only these are searched further.
+    """
     strings = text_column(texts)
     found = strings.str.contains(hint)
-    return ((found | strings.str.contains_any(list(literals))) if literals else found).arg_true().to_list()
+    if literals:
+        found |= strings.str.contains_any(list(literals))
+    return found.arg_true().to_list()
 
 
 def _split_at_values(
@@ -204,9 +198,14 @@ _BEFORE_DIGIT = re.compile("（(?=[0-9])")
 
 
 def _plain(text: str) -> str:
-    """The text with no-break spaces and hyphens, full-width digits, letters and signs, and digits of Arabic, Persian,
-    Hindi and Bengali in their usual form. Positions are the same."""
-    return text if text.isascii() or not _OTHER_FORM.search(text) else _BEFORE_DIGIT.sub("(", text.translate(_FORMS))
+    """The text with unusual characters in their usual form; positions are the same.
+
+    These are no-break spaces and hyphens, full-width digits, letters and signs, and digits of Arabic, Persian, Hindi
+    and Bengali.
+    """
+    if text.isascii() or not _OTHER_FORM.search(text):
+        return text
+    return _BEFORE_DIGIT.sub("(", text.translate(_FORMS))
 
 
 def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, int]]:
@@ -247,8 +246,7 @@ _UNMASKED = re.compile(r"[^\[\]]")
 def _with_the_rest(
     text: str, spans: Sequence[tuple[int, int, int]], position: int, rank: int
 ) -> list[tuple[int, int, int]]:
-    """Count everything from a position on as values of a rule, except values of
-    the other sort: keys among personal data, or the reverse."""
+    """Count all from a position on as values of a rule, except keys among personal data, or the reverse."""
     rules = _rules()
     kept = [span for span in spans if span[0] < position or rules[span[2]].secret is not rules[rank].secret]
     rest, at = [], position
@@ -266,25 +264,21 @@ def _whole_lines(text: str, spans: Iterable[tuple[int, int, int]]) -> Iterator[t
 
 
 def _spans_near(text: str, masked: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """As `_spans`, of matches near parts that were just masked: elsewhere
-    nothing has changed, and the time stays linear."""
+    """As `_spans`, of matches near parts that were just masked: nothing else has changed, and the time stays linear."""
     areas: list[list[int]] = []
     for start, end, _ in masked:
-        last = (
-            min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)
-        )  # nothing follows the rest of a text
+        # nothing follows the rest of a text
+        last = min(end + NEAR, len(text)) if end < len(text) else min(start + NEAR, end)
         if areas and start - NEAR <= areas[-1][1]:
             areas[-1][1] = last
         else:
             areas.append([max(start - NEAR, 0), last])
     spans: list[tuple[int, int, int]] = []
     for first, last in areas:
-        spans += [
-            (first + start, first + end, rank)
-            for start, end, rank in _spans(text[first:last])
-            if (start >= SEEN or first == 0)
-            and (last - first - end >= SEEN or last == len(text))  # else the context is cut off
-        ]
+        # context is cut off within `SEEN` characters of an end, unless it is the text's own
+        least, most = SEEN if first else 0, last - first - (0 if last == len(text) else SEEN)
+        found = [span for span in _spans(text[first:last]) if span[0] >= least and span[1] <= most]
+        spans += [(first + start, first + end, rank) for start, end, rank in found]
     return _merged(spans)
 
 
@@ -300,14 +294,13 @@ def _merged(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
 
 
 # --- secrets
-# ---------------------------------------------------------------------------------------------------------------------
 
 _AFTER_TOKEN = re.compile(r"[A-Za-z0-9_\-]*")
 _AWS_SECRET = re.compile(r"(?i:aws.{0,20}?(?:key|secret).{0,20}?[=:]\s*)([0-9a-zA-Z/+]{40})(?![0-9a-zA-Z/+=])")
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"']+:([^\s/@\"']+)@")
 _NO_PASSWORD = re.compile(
-    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z"
-    r" _-]+\]"
+    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+"
+    r"|\[[a-z _-]+\]"
 )
 """Placeholders for a password in a URL."""
 
@@ -330,11 +323,9 @@ def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Spa
 def _local(pattern: re.Pattern[str]) -> re.Pattern[str] | Local:
     """The same pattern for faster searches, if its only lookaround is at its end, and no match is long."""
     body = pattern.pattern.removesuffix(r"(?!\w)")
-    is_local = (
-        body != pattern.pattern
-        and not re.search(r"\(\?|\\[a-zA-Z]|[*+]|,\}|,[0-9]{3,}\}", body)
-        and pattern.flags == re.UNICODE
-    )
+    if body == pattern.pattern or pattern.flags != re.UNICODE:
+        return pattern
+    is_local = not re.search(r"\(\?|\\[a-zA-Z]|[*+]|,\}|,[0-9]{3,}\}", body)
     return Local("", body, after=r"\w") if is_local else pattern
 
 
@@ -356,7 +347,9 @@ _NPM_HEAD, _NPM_NAME = r"\/\/.+\/:_authToken=", "/:_authToken="
 
 def _npm_tokens(plugin: Any) -> Callable[[str], Iterator[Span]]:
     """The first group of each match of the plugin's pattern: an address, the name, a token and the rest of its line.
-    Found line by line from the names in it, because the pattern needs quadratic time for many slashes."""
+
+    Found line by line from the names in it, because the pattern needs quadratic time for many slashes.
+    """
     (pattern,) = plugin.denylist
     assert pattern.pattern.startswith(_NPM_HEAD), "another version of detect-secrets"
     tail = re.compile(pattern.pattern.removeprefix(_NPM_HEAD))
@@ -381,8 +374,10 @@ _AWS = re.compile("aws", re.IGNORECASE)
 
 
 def _aws_secrets(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
-    """The first group of each match. The patterns begin with the word, and are
-    tried only there, because they look far ahead."""
+    """The first group of each match.
+
+    The patterns begin with the word, and are tried only there, because they look far ahead.
+    """
 
     def find(text: str, pattern: re.Pattern[str]) -> Iterator[Span]:
         end = 0
@@ -402,8 +397,10 @@ _JWT_REST = re.compile(r"[A-Za-z0-9_\-.=]*")
 
 
 def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
-    """Matches whose parts decode, with the signature, which the plugin's pattern excludes. Parts are found one by one,
-    because the pattern needs quadratic time for long texts without a dot."""
+    """Matches whose parts decode, with the signature, which the plugin's pattern excludes.
+
+    Parts are found one by one, because the pattern needs quadratic time for long texts without a dot.
+    """
 
     def find(text: str) -> Iterator[Span]:
         at = end = 0  # where the next one may begin, and the end of the last one
@@ -428,14 +425,13 @@ def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
 _OPENAI_CORE = re.compile("[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}")
 _OPENAI_KINDS = ("sk-proj-", "sk-svcacct-", "sk-admin-")
 _OPENAI_KIND_CORE = re.compile(r"[A-Za-z0-9_\-]{20}T3BlbkFJ[A-Za-z0-9_\-]{20}")
-"""Keys of projects, service accounts and administrators have _ and - at any
-place, which the plugin does not expect around the core."""
+"""Keys of projects, service accounts and administrators have _ and - at any place, which the plugin does not expect
+around the core."""
 _TOKEN = re.compile(r"[A-Za-z0-9_\-]+")
 
 
 def _openai_keys(text: str) -> Iterator[Span]:
-    """As the plugin's pattern, `sk-`, any characters of a token and the core,
-    but in linear time; up to the end of the token."""
+    """As the plugin's pattern, `sk-`, any characters of a token and the core, in linear time, up to the token's end."""
     for token in _TOKEN.finditer(text):
         start = text.find("sk-", token.start(), token.end())
         core = _OPENAI_KIND_CORE if text.startswith(_OPENAI_KINDS, max(start, 0)) else _OPENAI_CORE
@@ -445,8 +441,8 @@ def _openai_keys(text: str) -> Iterator[Span]:
 
 _KEY_GAP = r"(?:[\s>|\"'+,]|\\[nrt])*"
 _KEY_LINE = re.compile(
-    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})|[A-Za-z]+-[A-Za-z]+:"
-    r" ?[^\n\\]*|Comment: ?[^\n\\]*)"
+    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})"
+    r"|[A-Za-z]+-[A-Za-z]+: ?[^\n\\]*|Comment: ?[^\n\\]*)"
 )
 _KEY_END = re.compile(rf"{_KEY_GAP}-{{4,}} ?END [A-Z0-9 ]+-*")
 
@@ -511,8 +507,8 @@ _FORMATS = (
     ("replicate token", "r8_", r"[A-Za-z0-9]{37}"),
     ("xai key", "xai-", r"[A-Za-z0-9]{80}"),
 )
-"""Published formats of keys for which detect-secrets has no plugin: name of the
-key, prefix, and pattern of the rest."""
+"""Published formats of keys for which detect-secrets has no plugin: name of the key, prefix, and pattern of the
+rest."""
 
 
 @cache
@@ -520,87 +516,53 @@ def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
     # detect-secrets imports requests to ask services whether a key is valid, which is never done here
     with lean_imports(), postponed("requests"):
+        from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
         from detect_secrets.filters.heuristic import is_templated_secret
-        from detect_secrets.plugins import (
-            aws,
-            azure_storage_key,
-            basic_auth,
-            discord,
-            github_token,
-            gitlab_token,
-            jwt,
-            mailchimp,
-            npm,
-            private_key,
-            pypi_token,
-            sendgrid,
-            slack,
-            square_oauth,
-            stripe,
-            telegram_token,
-            twilio,
-        )
 
-    def token(kind: str, hint: str, plugin: Any, *more: str) -> Rule:
-        return Rule(kind, hint, _tokens([*plugin.denylist, *map(re.compile, more)]), secret=True)
+        plugins: dict[str, Any] = get_mapping_from_secret_type_to_class()
 
-    def password(value: str) -> bool:
+    def secret(kind: str, hint: str, find: Callable[[str], Iterable[Span]]) -> Rule:
+        return Rule(kind, hint, find, secret=True)
+
+    def token(kind: str, hint: str, plugin: str, *more: str) -> Rule:
+        return secret(kind, hint, _tokens([*plugins[plugin].denylist, *map(re.compile, more)]))
+
+    def is_password(value: str) -> bool:
         return not is_templated_secret(value) and not _NO_PASSWORD.fullmatch(value) and not set(value) & set("\"'")
 
-    header = re.compile("BEGIN ENCRYPTED PRIVATE KEY")
-    access_key, secret_key = aws.AWSKeyDetector.denylist
+    keys = [*plugins["Private Key"].denylist, re.compile("BEGIN ENCRYPTED PRIVATE KEY")]
+    passwords = [*plugins["Basic Auth Credentials"].denylist, _URL_PASSWORD]
+    access_key, secret_key = plugins["AWS Access Key"].denylist
     # a sequence of DNA or a protein, or a part of one, is not a key
     alone = re.compile(rf"(?<![A-Z0-9])(?![ACGTUN]+(?![A-Z0-9])){access_key.pattern}(?![A-Z0-9])")
+    aws_secrets = _aws_secrets([secret_key, _AWS_SECRET])
+    slack = ("xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}", "xoxe-[0-9]-[A-Za-z0-9]{40,}")
+    address = r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3}"
     return (
-        Rule(
-            "private key",
-            "PRIVATE KEY|PuTTY-User-Key-File",
-            _private_keys([*private_key.PrivateKeyDetector.denylist, header]),
-            secret=True,
-        ),
-        Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([alone]), secret=True),
-        Rule(
-            "aws key",
-            "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))",
-            _aws_secrets([secret_key, _AWS_SECRET]),
-            secret=True,
-        ),
-        token("azure key", "AccountKey=", azure_storage_key.AzureStorageKeyDetector),
-        token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", discord.DiscordBotTokenDetector),
-        token(
-            "github token", "gh[pousr]_|github_pat_", github_token.GitHubTokenDetector, "github_pat_[A-Za-z0-9_]{40,}"
-        ),
-        token(
-            "gitlab token", "gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|GR1348941", gitlab_token.GitLabTokenDetector
-        ),
-        Rule("jwt", "eyJ", _jwts(jwt.JwtTokenDetector), secret=True),
-        token("mailchimp key", "[0-9a-z]{32}-us[0-9]", mailchimp.MailchimpDetector),
-        Rule("npm token", "_authToken=", _npm_tokens(npm.NpmDetector), secret=True),
-        Rule("openai key", "T3BlbkFJ", _openai_keys, secret=True),
-        token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
-        token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
-        token(
-            "slack token",
-            "(?i:xox[abeposr]-|xapp-|hooks.slack.com/services)",
-            slack.SlackDetector,
-            "xapp-[0-9]-[A-Z0-9]{8,16}-[0-9]{8,16}-[a-z0-9]{32,}",
-            "xoxe-[0-9]-[A-Za-z0-9]{40,}",
-        ),
-        token("square key", "sq0csp-", square_oauth.SquareOAuthDetector),
-        token("stripe key", "[rs]k_live_", stripe.StripeDetector),
-        token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", telegram_token.TelegramBotTokenDetector),
-        token("twilio key", "(?:AC|SK)[a-z0-9]{32}", twilio.TwilioKeyDetector),
-        *(Rule(kind, prefix, _tokens([re.compile(prefix + rest)]), secret=True) for kind, prefix, rest in _FORMATS),
-        Rule(
-            "password in a url",
-            r"://[^\s/]+:[^\s]+@",
-            _values([*basic_auth.BasicAuthDetector.denylist, _URL_PASSWORD], password),
-            secret=True,
-        ),
-        Rule("iban", "[A-Za-z]{2}[0-9]{2}[ -]?[A-Za-z0-9]{4}[ -]?[A-Za-z0-9]{4}", ibans),
-        Rule("card", "[2-6](?:[ -]?[0-9]){13}", cards),
-        Rule("national id", "|".join(pattern.body for pattern, _ in national_ids()), ids),
-        Rule("phone", f"[0-9](?:{GAP}{{0,3}}[0-9]){{6}}", phones),
-        Rule("e-mail", "[^\\s@]@[^\\s@]", emails),
-        Rule("ip address", r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3}", addresses),
+        secret("private key", "PRIVATE KEY|PuTTY-User-Key-File", _private_keys(keys)),
+        secret("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([alone])),
+        secret("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", aws_secrets),
+        token("azure key", "AccountKey=", "Azure Storage Account access key"),
+        token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", "Discord Bot Token"),
+        token("github token", "gh[pousr]_|github_pat_", "GitHub Token", "github_pat_[A-Za-z0-9_]{40,}"),
+        token("gitlab token", "gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|GR1348941", "GitLab Token"),
+        secret("jwt", "eyJ", _jwts(plugins["JSON Web Token"])),
+        token("mailchimp key", "[0-9a-z]{32}-us[0-9]", "Mailchimp Access Key"),
+        secret("npm token", "_authToken=", _npm_tokens(plugins["NPM tokens"])),
+        secret("openai key", "T3BlbkFJ", _openai_keys),
+        token("pypi token", "pypi-A", "PyPI Token"),
+        token("sendgrid key", r"SG\.", "SendGrid API Key"),
+        token("slack token", "(?i:xox[abeposr]-|xapp-|hooks.slack.com/services)", "Slack Token", *slack),
+        token("square key", "sq0csp-", "Square OAuth Secret"),
+        token("stripe key", "[rs]k_live_", "Stripe Access Key"),
+        token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", "Telegram Bot Token"),
+        token("twilio key", "(?:AC|SK)[a-z0-9]{32}", "Twilio API Key"),
+        *(secret(kind, prefix, _tokens([re.compile(prefix + rest)])) for kind, prefix, rest in _FORMATS),
+        secret("password in a url", r"://[^\s/]+:[^\s]+@", _values(passwords, is_password)),
+        Rule("iban", "[A-Za-z]{2}[0-9]{2}[ -]?[A-Za-z0-9]{4}[ -]?[A-Za-z0-9]{4}", personal_data.ibans),
+        Rule("card", "[2-6](?:[ -]?[0-9]){13}", personal_data.cards),
+        Rule("national id", "|".join(pattern.body for pattern, _ in personal_data.national_ids()), personal_data.ids),
+        Rule("phone", f"[0-9](?:{personal_data.GAP}{{0,3}}[0-9]){{6}}", personal_data.phones),
+        Rule("e-mail", "[^\\s@]@[^\\s@]", personal_data.emails),
+        Rule("ip address", address, personal_data.addresses),
     )

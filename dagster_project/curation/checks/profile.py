@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 NONE, OTHERS = "(none)", "(others)"
 SAMPLE_WORDS = 20_000
 """Number of words of prompts over which the vocabulary is measured. Distinct-n falls with the amount of text, so sets
-of different size compare
-only over equal amounts."""
+of different size compare only over equal amounts."""
 SAMPLE_PROMPT = 100
 """Words taken from one prompt, so that long ones do not fill the sample alone."""
 TEMPLATE = 0.05
@@ -89,8 +88,8 @@ class Limits(Section):
     """Limits of the shares of a set."""
 
     min_rows: int = Field(default=100, ge=0)
-    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely
-    learns more than the format from them."""
+    """Minimum number of rows. Smaller sets fail `small_dataset`: a model rarely learns more than the format from
+    them."""
     balance_ratio: float = Field(default=5.0, ge=1)
     """Largest allowed ratio of the most frequent to the least frequent category. Models neglect rare categories."""
     max_source_share: float | None = Field(default=None, ge=0, le=1)
@@ -102,9 +101,9 @@ class Limits(Section):
     """Smallest share of distinct pairs of neighboring words among all such pairs in 20,000 words of prompts. Prompts
     written by people have more than 0.6."""
     max_template_share: float = Field(default=0.3, ge=0, le=1)
-    """Largest share of these word pairs that may each occur in more than a twentieth of the prompts. Prompts written
-    by people have 0.1 or less. Filled-in templates have more, including templates with so many gaps that few
-    pairs repeat."""
+    """Largest share of these word pairs that may each occur in more than a twentieth of the prompts. Prompts written by
+    people have 0.1 or less. Filled-in templates have more, including templates with so many gaps that few pairs
+    repeat."""
     max_response_share: float = Field(default=0.2, ge=0, le=1)
     """Largest share of rows that may have the same response of 8 words or more. A model learns to give such a response
     to any prompt."""
@@ -152,26 +151,27 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
         records: canonical records.
         lengths: tokens of each whole conversation by the base model's tokenizer, if known.
     Returns:
-        rows, category_count, categories, rarest, sources, scripts, roles, lengths,
-        singletons, entropy, effective_categories, diversity, readability; and, if
-        there are any, tool_calls, reasoning and untrained_answers. Counts are of rows,
-        most frequent first, ties by name; entropies are in bits; floats have 4 digits.
+        rows, category_count, categories, rarest, sources, scripts, roles, lengths, singletons, entropy,
+        effective_categories, diversity, readability; and, if there are any, tool_calls, reasoning and
+        untrained_answers. Counts are of rows, most frequent first, ties by name; entropies are in bits; floats have 4
+        digits.
     """
-
     stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
     rows, counts = row_cache.facts(_measure_block, None, stored, ()), _Counts()
     for counted, n in rows["counted"].value_counts().iter_rows():
         counts.add(counted, n)
-    others = counts.others
-    categories = counts.categories
+    others, categories = counts.others, counts.categories
     named = Counter({name: n for name, n in categories.items() if name != NONE}) or categories
     shapes: Counter[str] = Counter()
     for turns, n in counts.roles.items():
         shapes[_shape(turns)] += n
-    calling = {name: others[name] for name in ("rows_with_tools", "rows", "calls", "results")} | {
-        "by_tool": _top(counts.tools, 50)
-    }
-    return {
+    words = {"prompt": rows["prompt_words"], "response": rows["response_words"]}
+    if others["traced"]:
+        words["reasoning"] = rows["trace_words"].drop_nulls()
+    spreads = {name: {"unit": "words", **_spread(column)} for name, column in words.items()}
+    if lengths is not None:
+        spreads["tokens"] = {"unit": "tokens", **_spread(lengths)}
+    document = {
         "rows": len(records),
         "category_count": len(named) if named is not categories else 0,
         "categories": _top(categories, MOST),
@@ -179,40 +179,34 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | pl.Serie
         "sources": _top(counts.sources, 50),
         "scripts": _top(dict(rows["script"].value_counts().iter_rows()), 50),
         "roles": _top(shapes, 20),
-        "lengths": {
-            "prompt": {"unit": "words", **_spread(rows["prompt_words"])},
-            "response": {"unit": "words", **_spread(rows["response_words"])},
-            **(
-                {"reasoning": {"unit": "words", **_spread(rows["trace_words"].drop_nulls())}}
-                if others["traced"]
-                else {}
-            ),
-            **({"tokens": {"unit": "tokens", **_spread(lengths)}} if lengths is not None else {}),
-        },
+        "lengths": spreads,
         "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
         "entropy": round(_entropy(named.values()), 4),
         "effective_categories": round(2 ** _entropy(named.values()), 4) if len(records) else 0.0,
         "diversity": {**_vocabulary(records, rows), **_openings(records, rows), **_responses(records, rows)},
         "readability": _readability(rows["reading_ease"].drop_nulls()),
-        **({"tool_calls": calling} if others["rows_with_tools"] or others["calls"] else {}),
-        **({"reasoning": {"rows": others["traced"], "answers": others["traces"]}} if others["traced"] else {}),
-        **({"untrained_answers": others["untrained"]} if others["untrained"] else {}),
     }
+    if others["rows_with_tools"] or others["calls"]:
+        numbers = {name: others[name] for name in ("rows_with_tools", "rows", "calls", "results")}
+        document["tool_calls"] = {**numbers, "by_tool": _top(counts.tools, 50)}
+    if others["traced"]:
+        document["reasoning"] = {"rows": others["traced"], "answers": others["traces"]}
+    if others["untrained"]:
+        document["untrained_answers"] = others["untrained"]
+    return document
 
 
 def _measure_block(_: None, lines: Sequence[bytes]) -> pl.DataFrame:
-    """The columns of `_measure`; `trace_words`: words of reasoning of a record
-    that has any; `counted`: as `_counted` says it."""
+    """The columns of `_measure`; `trace_words`: words of a record's reasoning, if it has any; `counted`: `_counted`."""
     import polars as pl
 
     records = [decode(line) for line in lines]
     traces = [_traces(record) for record in records]
     words = iter(count_words(["\n".join(own) for own in traces if own]).to_list())
+    counted = [_counted(record, len(own)) for record, own in zip(records, traces, strict=True)]
     return _measure(records).with_columns(
         trace_words=pl.Series([next(words) if own else None for own in traces], dtype=pl.Int64),
-        counted=pl.Series(
-            [_counted(record, len(own)) for record, own in zip(records, traces, strict=True)], dtype=pl.String
-        ),
+        counted=pl.Series(counted, dtype=pl.String),
     )
 
 
@@ -221,8 +215,10 @@ def _traces(record: Mapping[str, Any]) -> list[str]:
 
 
 def _counted(record: Mapping[str, Any], traces: int) -> str:
-    """What `_Counts` adds up, as JSON: category, source, roles, names of tools
-    that are called, and `OF_RECORD`. Equal for many records."""
+    """What `_Counts` adds up, as JSON: category, source, roles, names of tools that are called, and `OF_RECORD`.
+
+    Equal for many records.
+    """
     messages = record["messages"]
     names = [call.name for message in messages for call in calls(message)]
     numbers = [
@@ -253,8 +249,11 @@ def _most_frequent(counts: Mapping[str, int]) -> list[str]:
 
 
 def _masked(names: Sequence[str]) -> dict[str, str]:
-    """Name -> the name as it is shown. Names come from the data, so addresses in them are masked; those that would look
-    alike are numbered: "[e-mail]", "[e-mail] 2"."""
+    """Name -> the name as it is shown.
+
+    Names come from the data, so addresses in them are masked; those that would look alike are numbered: "[e-mail]",
+    "[e-mail] 2".
+    """
     shown = dict[str, str]()
     for name in names:
         text, taken = mask(name), {*shown.values()}
@@ -264,8 +263,10 @@ def _masked(names: Sequence[str]) -> dict[str, str]:
 
 
 def _entropy(counts: Iterable[int]) -> float:
-    """Shannon entropy in bits (A mathematical theory of communication, 1948): 0
-    for one kind, log2(n) for n equally frequent ones."""
+    """Shannon entropy in bits (A mathematical theory of communication, 1948).
+
+    0 for one kind, log2(n) for n equally frequent ones.
+    """
     given = list(counts)
     total = sum(given)
     return math.fsum(n / total * math.log2(total / n) for n in given)
@@ -275,14 +276,13 @@ def _shape(roles: tuple[str, ...]) -> str:
     """system user assistant user assistant  ->  "system user assistant ... (4 turns)" """
     first = roles[:1] if roles[:1] == ("system",) else ()
     turns = roles[len(first) :]
-    if len(turns) > 2 and all(role == turns[i % 2] for i, role in enumerate(turns)):
-        return " ".join([*first, *turns[:2], f"... ({len(turns)} turns)"])
-    return " ".join([*first, *turns[:8], *([f"... ({len(turns)} turns)"] if len(turns) > 8 else [])]) or NONE
+    most = 2 if all(role == turns[i % 2] for i, role in enumerate(turns)) else 8
+    more = [f"... ({len(turns)} turns)"] if len(turns) > most else []
+    return " ".join([*first, *turns[:most], *more]) or NONE
 
 
 def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """One row per record: example_id, script, prompt_words, response_words,
-    opening, response (its hash), reading_ease."""
+    """A row per record: example_id, script, prompt_words, response_words, opening, response (a hash), reading_ease."""
     import polars as pl
 
     prompt, response = pl.col("prompt").str, pl.col("response").str
@@ -302,30 +302,32 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     opened = pl.concat_str(opening, separator=" ", ignore_nulls=True).str.replace_all(r"\S*\d\S*", "#")
     conversations = [record["messages"] for record in records]
     prompts = [prompt_text(messages) for messages in conversations]
-    asked = [
-        next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")[:200] for messages in conversations
-    ]
-    columns = [
-        pl.Series("example_id", [record["example_id"] for record in records], dtype=pl.String),
-        pl.Series("prompt", prompts, dtype=pl.String),
-        pl.Series("response", [response_text(messages) for messages in conversations], dtype=pl.String),
-        pl.Series("asked", asked, dtype=pl.String),
-        pl.Series("script", scripts(prompts), dtype=pl.String),
-    ]
-    table = pl.DataFrame(columns).select("example_id", "script", **counted)
-    # not polars' own hash, which may differ between machines
-    texts = [
-        blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in table["response"].to_list()
-    ]
+    texts = {
+        "example_id": [record["example_id"] for record in records],
+        "prompt": prompts,
+        "response": [response_text(messages) for messages in conversations],
+        "asked": [_last_question(messages)[:200] for messages in conversations],
+        "script": scripts(prompts),
+    }
+    table = pl.DataFrame(texts, dict.fromkeys(texts, pl.String)).select("example_id", "script", **counted)
     return table.select(
         "example_id",
         "script",
         "prompt_words",
         "response_words",
-        pl.Series("response", [int.from_bytes(digest, "big") for digest in texts], dtype=pl.UInt64),
+        pl.Series("response", [_text_hash(text) for text in table["response"].to_list()], dtype=pl.UInt64),
         opening=pl.when(opening[0].is_not_null()).then(opened),
         reading_ease=pl.when(scored).then(ease),
     )
+
+
+def _last_question(messages: Sequence[Mapping[str, Any]]) -> str:
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
+def _text_hash(text: str) -> int:
+    """Not polars' own hash, which may differ between machines."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 UNKNOWN = 255
@@ -333,8 +335,10 @@ UNKNOWN = 255
 
 @cache
 def _known_letters() -> np.ndarray[Any, Any]:
-    """Code point -> index into `_SCRIPTS`, `UNKNOWN` until it occurs: looking
-    up the names of all would take longer than a small edit."""
+    """Code point -> index into `_SCRIPTS`, `UNKNOWN` until it occurs.
+
+    Looking up the names of all would take longer than a small edit.
+    """
     import numpy as np
 
     return np.full(0x110000, UNKNOWN, np.uint8)
@@ -345,8 +349,7 @@ def _letters(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     known = _known_letters()
     for code in {*codes[known[codes] == UNKNOWN].tolist()}:
         known[code] = _script(code)
-    found: np.ndarray[Any, Any] = known[codes]
-    return found
+    return known[codes]
 
 
 def _script(code: int) -> int:
@@ -394,8 +397,7 @@ def _rounded(value: float) -> float | int:
 
 
 def _spread(values: Sequence[int] | pl.Series) -> dict[str, Any]:
-    """total, median, p95 (interpolated), max, and a histogram by powers of two,
-    each bin without its upper end: 0, 1, 2-3, 4-7, ..."""
+    """total, median, p95 (interpolated), max, and a histogram by powers of two: 0, 1, 2-3, 4-7, ..."""
     import numpy as np
 
     given = np.asarray(values, np.int64)
@@ -416,29 +418,24 @@ def _spread(values: Sequence[int] | pl.Series) -> dict[str, Any]:
 
 
 def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
-    """Diversity of words and pairs of words, over a sample: the beginnings of prompts in the order of their content
-    hashes, which is as good as random, needs no seed and does not depend on the order of rows.
+    """Diversity of words and pairs of words, over a sample.
+
+    It has the beginnings of prompts in the order of their content hashes, which is as good as random, needs no seed and
+    does not depend on the order of rows.
 
     distinct_1, distinct_2: Li et al., A diversity-promoting objective function for neural conversation models (2016):
-    share of distinct words (pairs of neighboring words within a prompt).
-    effective_words: the Hill number of order 1 (Hill, Diversity and evenness, 1973), 2 to the power of the entropy of
-    the words: the number of equally frequent words with the same diversity.
-    template_share: share of pairs that occur in more than `TEMPLATE` of the prompts.
+    share of distinct words (pairs of neighboring words within a prompt). effective_words: the Hill number of order 1
+    (Hill, Diversity and evenness, 1973), 2 to the power of the entropy of the words: the number of equally frequent
+    words with the same diversity. template_share: share of pairs that occur in more than `TEMPLATE` of the prompts.
     """
     import polars as pl
 
     beginnings: list[str] = []
     expected = 0
     order = ["example_id", "row"]
-    sample = (
-        rows.lazy()
-        .select("example_id", "prompt_words")
-        .with_row_index("row")
-        .bottom_k(SAMPLE_WORDS, by=order)
-        .sort(order)
-        .collect()
-    )
-    for i, prompt_words in sample.select("row", "prompt_words").iter_rows():
+    indexed = rows.lazy().select("example_id", "prompt_words").with_row_index("row")
+    sample = indexed.bottom_k(SAMPLE_WORDS, by=order).sort(order).select("row", "prompt_words").collect()
+    for i, prompt_words in sample.iter_rows():
         if expected >= SAMPLE_WORDS:
             break
         beginnings.append(prompt_text(records[i]["messages"])[: 20 * SAMPLE_PROMPT])
@@ -446,13 +443,8 @@ def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[s
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     prompts: Counter[tuple[str, str]] = Counter()
-    for found in (
-        pl.Series(beginnings, dtype=pl.String)
-        .str.to_lowercase()
-        .str.extract_all(_WORD)
-        .list.head(SAMPLE_PROMPT)
-        .to_list()
-    ):
+    split = pl.Series(beginnings, dtype=pl.String).str.to_lowercase().str.extract_all(_WORD)
+    for found in split.list.head(SAMPLE_PROMPT).to_list():
         words.update(found)
         pairs.update(pairwise(found))
         prompts.update(set(pairwise(found)))
@@ -468,8 +460,10 @@ def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[s
 
 
 def _openings(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
-    """The variety of tasks, by the first two words of the last question ("write a", "how do"), as in Wang et al.,
-    Self-Instruct (2023), who use verb and noun."""
+    """The variety of tasks, by the first two words of the last question ("write a", "how do").
+
+    As in Wang et al., Self-Instruct (2023), who use verb and noun.
+    """
     import polars as pl
 
     counted = (
@@ -518,13 +512,11 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
         .filter(pl.col("rows") > 1)
         .sort(["rows", "example_id"], descending=[True, False])
     )
-    repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows))
+    repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows)).select("first", "rows")
     long = counted.filter(pl.col("response_words") >= LONG_RESPONSE)["rows"].to_list()
     return {
         "repeated_responses": len(repeated),
-        "top_responses": [
-            _named(records, first, n) for first, n in repeated.head(10).select("first", "rows").iter_rows()
-        ],
+        "top_responses": [_named(records, first, n) for first, n in repeated.head(10).iter_rows()],
         "top_response_share": round(long[0] / len(rows), 4) if long else 0.0,
     }
 
@@ -535,8 +527,10 @@ def response_opening(record: Mapping[str, Any]) -> str:
 
 
 def _readability(scores: pl.Series) -> dict[str, Any]:
-    """Flesch reading ease of prompts, 100 very easy, 0 very hard; `rows` of them were scored; the others are short or
-    in another script. The histogram's first and last bins are open."""
+    """Flesch reading ease of prompts, 100 very easy, 0 very hard.
+
+    `rows` of them were scored; the others are short or in another script. The histogram's first and last bins are open.
+    """
     import numpy as np
 
     if not len(scores):
@@ -555,8 +549,10 @@ def _readability(scores: pl.Series) -> dict[str, Any]:
 
 
 def set_schema(limits: Limits) -> pa.DataFrameSchema:
-    """Schema of the `shares` of a set. Each check has the name under which it is reported; null is a share that does
-    not apply."""
+    """Schema of the `shares` of a set.
+
+    Each check has the name under which it is reported; null is a share that does not apply.
+    """
     pa = import_pandera()
     import polars as pl
 
@@ -566,19 +562,17 @@ def set_schema(limits: Limits) -> pa.DataFrameSchema:
     def at_least(limit: float, check: str) -> Any:
         return pa.Column(pl.Float64, pa.Check.ge(limit, error=check), nullable=True)
 
-    return pa.DataFrameSchema(
-        {
-            "rows": pa.Column(pl.Int64, pa.Check.ge(limits.min_rows, error="small_dataset")),
-            "category_ratio": at_most(limits.balance_ratio, "unbalanced_categories"),
-            "top_source_share": at_most(limits.max_source_share, "unbalanced_categories"),
-            "top_opening_share": at_most(limits.max_opening_share, "low_diversity"),
-            "distinct_2": at_least(limits.min_distinct_2, "low_diversity"),
-            "template_share": at_most(limits.max_template_share, "low_diversity"),
-            "top_response_share": at_most(limits.max_response_share, "low_diversity"),
-            "near_copy_share": at_most(limits.max_near_copy_share, "low_diversity"),
-        },
-        strict=True,
-    )
+    columns = {
+        "rows": pa.Column(pl.Int64, pa.Check.ge(limits.min_rows, error="small_dataset")),
+        "category_ratio": at_most(limits.balance_ratio, "unbalanced_categories"),
+        "top_source_share": at_most(limits.max_source_share, "unbalanced_categories"),
+        "top_opening_share": at_most(limits.max_opening_share, "low_diversity"),
+        "distinct_2": at_least(limits.min_distinct_2, "low_diversity"),
+        "template_share": at_most(limits.max_template_share, "low_diversity"),
+        "top_response_share": at_most(limits.max_response_share, "low_diversity"),
+        "near_copy_share": at_most(limits.max_near_copy_share, "low_diversity"),
+    }
+    return pa.DataFrameSchema(columns, strict=True)
 
 
 OF_DIVERSITY = ("top_opening_share", "distinct_2", "template_share", "top_response_share")
@@ -616,22 +610,17 @@ def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None
         cases = errors.failure_cases.select("check", "column").rows()
         if wrong := [case for case in cases if case[0] not in JUDGED]:
             raise AssertionError(f"the table of shares itself is wrong: {wrong}") from None
-        said = _notes(profile, limits, near_copies)
-        return {
-            check: "; ".join(said[column] for name, column in cases if name == check)
-            for check in JUDGED
-            if check in dict(cases)
-        }
+        said, failed = _notes(profile, limits, near_copies), dict(cases)
+        faults = {check: [said[column] for name, column in cases if name == check] for check in JUDGED}
+        return {check: "; ".join(faults[check]) for check in JUDGED if check in failed}
     return {}
 
 
 def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
     """Check -> note with its figures, for passed checks on the set."""
     said, failed = _notes(profile, limits, near_copies), failures(profile, limits, near_copies)
-    known = [
-        name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None
-    ]
-    diverse = [name for name in (*OF_DIVERSITY, "near_copy_share") if name in known]
+    measured = shares(profile, limits, near_copies).row(0, named=True)
+    diverse = [name for name in (*OF_DIVERSITY, "near_copy_share") if measured[name] is not None]
     balance = ["category_ratio", *(["top_source_share"] if len(profile["sources"]) > 1 else [])]
     parts: dict[str, list[str]] = {
         "small_dataset": ["rows"],
@@ -646,11 +635,11 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
     rows, diversity, count = profile["rows"], profile["diversity"], profile["category_count"]
     words = profile["lengths"]["prompt"]["total"] + profile["lengths"]["response"]["total"]
     source, most = _largest(profile["sources"])
-    begin = (
-        f"{diversity['top_opening_share']:.0%} of the prompts open with the same words"
-        if diversity["top_openings"]
-        else "each in one prompt"
-    )
+    begin, repeats = "each in one prompt", "no long response repeats"
+    if diversity["top_openings"]:
+        begin = f"{diversity['top_opening_share']:.0%} of the prompts open with the same words"
+    if diversity["top_response_share"]:
+        repeats = f"{diversity['top_response_share']:.0%} of the rows have the same long response"
     copies = near_copies or 0
     return {
         "rows": f"{rows:,} {'row' if rows == 1 else 'rows'}, {words:,} words: {_volume(words)}",
@@ -659,18 +648,14 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "scripts": "scripts: " + ", ".join(f"{name} {n:,}" for name, n in islice(profile["scripts"].items(), 3)),
         "top_opening_share": f"{diversity['openings']:,} openings, {begin}",
         "distinct_2": (
-            f"{diversity['distinct_2']:.0%} of the pairs of words in {diversity['sampled_words']:,} words of prompts"
-            " are distinct"
+            f"{diversity['distinct_2']:.0%} of the pairs of words"
+            f" in {diversity['sampled_words']:,} words of prompts are distinct"
         ),
         "template_share": (
-            f"{diversity['template_share']:.0%} of the pairs of words in prompts stand in more than {TEMPLATE:.0%} of"
-            " the prompts each"
+            f"{diversity['template_share']:.0%} of the pairs"
+            f" of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each"
         ),
-        "top_response_share": (
-            f"{diversity['top_response_share']:.0%} of the rows have the same long response"
-            if diversity["top_response_share"]
-            else "no long response repeats"
-        ),
+        "top_response_share": repeats,
         "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
         "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }
@@ -682,8 +667,10 @@ def _largest(counts: Mapping[str, int]) -> tuple[str, int]:
 
 
 def _volume(words: int) -> str:
-    """What this amount of text can teach. Rules of thumb, not measurements: it depends on how far the task is from the
-    model's knowledge."""
+    """What this amount of text can teach.
+
+    Rules of thumb, not measurements: it depends on how far the task is from the model's knowledge.
+    """
     if words < 1_000:
         return "teaches form more than knowledge; a prompt or retrieval may do"
     if words <= 10_000:
@@ -692,7 +679,7 @@ def _volume(words: int) -> str:
 
 
 def _categories(profile: Mapping[str, Any]) -> str:
-    """12 categories (effectively 7.8); login 60 (40 %), rarest bug 1; 2 have one row: bug, idea"""
+    """12 categories (effectively 7.8); login 60 rows (40%), bug 1; 2 with one row: bug, idea"""
     rows, count, single = profile["rows"], profile["category_count"], profile["singletons"]
     name, most = next((item for item in profile["categories"].items() if item[0] not in {NONE, OTHERS}), (NONE, 0))
     rarest, least = _largest(profile["rarest"])

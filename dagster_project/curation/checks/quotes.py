@@ -1,5 +1,7 @@
-"""Findings with references to rows -> findings with the texts that people read,
-masked. Only views and the terminal get them."""
+"""Findings with references to rows -> findings with the texts that people read, masked.
+
+Only views and the terminal get them.
+"""
 
 from __future__ import annotations
 
@@ -38,24 +40,21 @@ MISSING = "(text not shown: the project's data have no row with this place and c
 def quoted(
     document: Mapping[str, Any], find: Callable[[set[Reference]], Found], special: Special, width: int = WIDTH
 ) -> dict[str, Any]:
-    """`findings.references` with texts: `examples`, `conversations`, texts of
-    matches and common phrases, openings and responses of the profile.
+    """`findings.references` with texts.
 
-    Documents of versions that wrote texts into the findings are returned as
-    they are. No secret, address or number is in a text: it is masked.
+    These are `examples`, `conversations`, texts of matches and common phrases, openings and responses of the profile.
+    Documents of versions that wrote texts into the findings are returned as they are. No secret, address or number is
+    in a text: it is masked.
 
     Args:
-        find: returns what it finds of the wanted rows; a row that it does not
-            find is shown as `MISSING`, beside its place.
+        find: returns what it finds of the wanted rows; a row that it does not find is shown as `MISSING`, beside its
+            place.
         width: characters per text of a match.
     """
     found = find({*_wanted(document)})
     diversity = document.get("profile", {}).get("diversity", {})
-    tops = {
-        name: _counted(diversity[name], found, text)
-        for name, text in TOPS.items()
-        if isinstance(diversity.get(name), list)
-    }
+    with_references = {name: text for name, text in TOPS.items() if isinstance(diversity.get(name), list)}
+    tops = {name: _counted(diversity[name], found, text) for name, text in with_references.items()}
     shown = [_conversation(one, found) for one in document.get("conversations", [])]
     common = [_phrase(one, found) for one in document.get("similarity", {}).get("boilerplate", [])]
     return {
@@ -94,18 +93,18 @@ def _reference(entry: Mapping[str, Any]) -> Reference:
 def _finding(finding: Mapping[str, Any], found: Found, special: Special, width: int) -> dict[str, Any]:
     with_texts = {key: value for key, value in finding.items() if key != "shown"}
     if "shown" in finding:
-        rows = [found.get(_reference(one)) for one in finding["shown"]]
-        with_texts["examples"] = [
-            _example(finding["check"], one.get("repaired", False), record, special)
-            if isinstance(record, Mapping)
-            else MISSING
-            for one, record in zip(finding["shown"], rows, strict=True)
-        ]
-        rich = [
-            conversations.shown(row) if isinstance(row, Mapping) and conversations.is_rich(row) else None
-            for row in rows
-        ]
-        with_texts |= {"conversations": rich} if any(rich) else {}
+        with_texts["examples"] = []
+        rich: list[dict[str, Any] | None] = []
+        for one in finding["shown"]:
+            row = found.get(_reference(one))
+            if isinstance(row, Mapping):
+                with_texts["examples"].append(_example(finding["check"], one.get("repaired", False), row, special))
+                rich.append(conversations.shown(row) if conversations.is_rich(row) else None)
+            else:
+                with_texts["examples"].append(MISSING)
+                rich.append(None)
+        if any(rich):
+            with_texts["conversations"] = rich
     answered = finding["check"] == "conflicting_responses"
     with_texts["matches"] = [
         match if "text" in match else {**match, **_match_texts(match, found, width, answered)}
@@ -125,13 +124,10 @@ def _conversation(one: Mapping[str, Any], found: Found) -> dict[str, Any] | None
 def _phrase(one: Mapping[str, Any], found: Found) -> dict[str, Any]:
     if "example_id" not in one:
         return dict(one)
-    record = found.get(_reference(one))
-    passage = Passage(0, one["start"], one["words"], one["rows"])
-    text = (
-        mask(passage.of(subject_text(record["messages"])))
-        if isinstance(record, Mapping)
-        else f"{one['place']} {MISSING}"
-    )
+    record, text = found.get(_reference(one)), f"{one['place']} {MISSING}"
+    if isinstance(record, Mapping):
+        passage = Passage(0, one["start"], one["words"], one["rows"])
+        text = mask(passage.of(subject_text(record["messages"])))
     return {"text": text, "rows": one["rows"]}
 
 
@@ -180,11 +176,7 @@ def _match_texts(match: Mapping[str, Any], found: Found, width: int, answered: b
     other = found.get(Reference(match["other"], match["other_id"]))
     text = _part(record, part, answered) if isinstance(record, Mapping) else MISSING
     if isinstance(other, Item):
-        said = (
-            (other.question, other.with_choices)
-            if part == "prompt"
-            else (other.text, other.question, other.with_choices)
-        )
+        said = [*([] if part == "prompt" else [other.text]), other.question, other.with_choices]
         if part in FIELDS:
             text = _most_similar_part(text, "\n".join(said), SEARCHED)
         theirs = max(said, key=lambda t: _shared(text, t))
@@ -212,10 +204,8 @@ def _most_similar_part(text: str, other: str, size: int) -> str:
     if len(text) <= size:
         return text
     runs = _runs(other)
-    return max(
-        (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2)),
-        key=lambda part: len(_runs(part) & runs),
-    )
+    parts = (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2))
+    return max(parts, key=lambda part: len(_runs(part) & runs))
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

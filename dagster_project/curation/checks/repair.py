@@ -1,5 +1,7 @@
-"""records -> records, repaired where the policy of a check is `fix`. A row that a repair does not fix is left
-unchanged."""
+"""records -> records, repaired where the policy of a check is `fix`.
+
+A row that a repair does not fix is left unchanged.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,7 @@ def repair(
     special_tokens: Collection[str] = (),
     earlier: RepairResult | None = None,
 ) -> RepairResult:
-    """Repair each row that violates one of the checks, in the given order, so that a later repair applies to the result
-    of an earlier one.
+    """Repair each row that violates one of the checks, in the given order, each on the result of the one before.
 
     Args:
         records: canonical records or pairs; they are not modified.
@@ -86,15 +87,9 @@ def repair(
     special = tuple(sorted(special_tokens))
     for names, rows in ((tuple(checks), others), *few.items()):
         table = row_cache.facts(_repair_block, (names, special), Selected(records, rows), (names, special))
-        hit = table["line"].is_not_null().arg_true()
-        indices = [rows[k] for k in hit.to_list()]
-        for i, line, old, faults in zip(
-            indices,
-            table["line"].gather(hit).to_list(),
-            records.encoded(indices),
-            table["faults"].gather(hit).to_list(),
-            strict=True,
-        ):
+        hits = table.with_row_index("row").drop_nulls("line").select("row", "line", "faults").rows()
+        indices = [rows[k] for k, _, _ in hits]
+        for i, old, (_, line, faults) in zip(indices, records.encoded(indices), hits, strict=True):
             changed.append((i, row_cache.numbered(line, old)))
             for name, fault in json.loads(faults).items():
                 new.setdefault(name, {})[i] = fault
@@ -146,12 +141,12 @@ def _add_names(new: Record, old: Record, check: str) -> Record:
 def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
-    """The record with `change` applied to every message, to their copies in `meta`, and to a category that is the
-    response; with `whole` to every text and number in `meta`, to any category, and to the names of speakers.
+    """The record with `change` applied to every message, to copies in `meta`, and to a category that is the response.
 
     Args:
-        argument: changes a text in the arguments of a call or in `meta`, given
-            its name and the text; `change` unless given.
+        whole: apply it also to every text and number in `meta`, to any category, and to the names of speakers.
+        argument: changes a text in the arguments of a call or in `meta`, given its name and the text; `change` unless
+            given.
     """
     given = argument or (lambda _, text: change(text))
     new = {**record, "messages": [_changed_message(m, change, given, whole) for m in record["messages"]]}
@@ -176,11 +171,10 @@ def _changed_message(
     if whole and message.get("name"):
         new["name"] = change(message["name"])
     if message.get("tool_calls"):
-        functions = [(call, call["function"]) for call in message["tool_calls"]]
-        new["tool_calls"] = [
-            {**call, "function": {**function, "arguments": _changed_argument(function["arguments"], argument)}}
-            for call, function in functions
-        ]
+        new["tool_calls"] = []
+        for call in message["tool_calls"]:
+            arguments = _changed_argument(call["function"]["arguments"], argument)
+            new["tool_calls"].append({**call, "function": {**call["function"], "arguments": arguments}})
     return new
 
 
@@ -220,10 +214,8 @@ def _characters(
 
 def _marks(special: Collection[str]) -> tuple[Find, Callable[[Record], Record]]:
     def find(texts: Sequence[str]) -> list[str | None]:
-        return [
-            mark if mark and not mark.startswith("transcript") else None
-            for mark in damage.template_marks(texts, special)
-        ]
+        found = damage.template_marks(texts, special)
+        return [None if mark and mark.startswith("transcript") else mark for mark in found]
 
     return _of_texts(find), lambda record: _rewritten(record, lambda text: damage.without_end_marks(text, special))
 
@@ -242,16 +234,15 @@ def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[R
         return privacy.redact(text, secret)
 
     def argument(name: str, text: str) -> str:
-        """The name of an argument may identify its value: "phone: 0151 1234567" is a phone number, "0151 1234567" may
-        be an order."""
+        """The name may identify the value: "phone: 0151 1234567" is a phone number, "0151 1234567" may be an order."""
         prefix = f"{name}: " if name else ""
         named = redact(f"{prefix}{text}")
         return named.removeprefix(prefix) if named.startswith(prefix) else redact(text)
 
-    return lambda _: (
-        _of_texts(find, named_text_of),
-        lambda record: _rewritten(record, redact, whole=True, argument=argument),
-    )
+    def repaired(record: Record) -> Record:
+        return _rewritten(record, redact, whole=True, argument=argument)
+
+    return lambda _: (_of_texts(find, named_text_of), repaired)
 
 
 def _find_placeholders(records: Sequence[Record]) -> list[str | None]:
@@ -260,25 +251,18 @@ def _find_placeholders(records: Sequence[Record]) -> list[str | None]:
 
 
 def _without_input(record: Record) -> Record:
-    """The record with an empty input: in the Alpaca layout the input follows a blank line at the end of the
-    question."""
+    """The record with an empty input: in the Alpaca layout, the input follows a blank line at the question's end."""
     meta = json.loads(record["meta"])
     given = meta.get("input")
     if not (isinstance(given, str) and is_placeholder(given)):
         return record
-    at = next(
-        (i for i, m in enumerate(record["messages"]) if m["role"] == "user" and m["content"].endswith(f"\n\n{given}")),
-        None,
-    )
-    if at is None:
-        return record
     messages = [dict(message) for message in record["messages"]]
-    messages[at]["content"] = messages[at]["content"].removesuffix(f"\n\n{given}")
-    return {
-        **record,
-        "messages": messages,
-        "meta": _dumped({key: value for key, value in meta.items() if key != "input"}),
-    }
+    for message in messages:
+        if message["role"] == "user" and message["content"].endswith(f"\n\n{given}"):
+            message["content"] = message["content"].removesuffix(f"\n\n{given}")
+            del meta["input"]
+            return {**record, "messages": messages, "meta": _dumped(meta)}
+    return record
 
 
 REPAIRS: dict[str, Repair] = {

@@ -1,5 +1,7 @@
-"""Decisions of people on single rows: waivers in params.yaml, and the review file. Both name rows and give a reason;
-reports count them."""
+"""Decisions of people on single rows: waivers in params.yaml, and the review file.
+
+Both name rows and give a reason; reports count them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -76,13 +78,10 @@ def refuse_expired(waivers: Sequence[Exemption], where: str, today: datetime.dat
     Raises:
         InputError: names every waiver that has expired.
     """
-    expired = [
-        f"{where}.{i}: the waiver for {w.check} expired on {w.expires}"
-        for i, w in enumerate(waivers)
-        if w.expires < today
-    ]
+    expired = [(i, waiver) for i, waiver in enumerate(waivers) if waiver.expires < today]
     if expired:
-        raise InputError("\n".join(expired), "renew it with a new reason and date, or remove it")
+        lines = [f"{where}.{i}: the waiver for {waiver.check} expired on {waiver.expires}" for i, waiver in expired]
+        raise InputError("\n".join(lines), "renew it with a new reason and date, or remove it")
 
 
 def check_waivers(waivers: Sequence[Exemption], ctx: ValidationContext) -> None:
@@ -133,9 +132,8 @@ class RowIndex:
 
     def __init__(self, records: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
         self._places: dict[str, list[int]] = {name: [] for name in names}
-        self._prefixes: dict[str, list[tuple[str, int]]] = {
-            name[:8]: [] for name in self._places if re.fullmatch(r"[0-9a-f]{8,32}", name)
-        }
+        hashes = [name for name in self._places if re.fullmatch(r"[0-9a-f]{8,32}", name)]
+        self._prefixes: dict[str, list[tuple[str, int]]] = {name[:8]: [] for name in hashes}
         for i, record in enumerate(records):
             if (place := f"{record['source']}:{record['source_row']}") in self._places:
                 self._places[place].append(i)
@@ -176,16 +174,11 @@ def resolve(
     unknown: list[str] = []
     if not waivers and not accepted:
         return Waived(rows, pairs, reasons, unknown)
-    named = RowIndex(
-        records,
-        [
-            *(d.example_id for d in accepted),
-            *(name for w in waivers for name in (*w.rows, *(side for pair in w.pairs for side in pair))),
-        ],
-    )
-    for check, name, reason in [(w.check, row, w.reason) for w in waivers for row in w.rows] + [
-        (d.check, d.example_id, d.reason) for d in accepted
-    ]:
+    exempt = [(w.check, row, w.reason) for w in waivers for row in w.rows]
+    exempt += [(d.check, d.example_id, d.reason) for d in accepted]
+    compared = [name for w in waivers for pair in w.pairs for name in pair]
+    named = RowIndex(records, [*(name for _, name, _ in exempt), *compared])
+    for check, name, reason in exempt:
         found = named.rows(name)
         unknown += [] if found else [name]
         rows.setdefault(check, set()).update(found)
@@ -203,8 +196,7 @@ def resolve(
 
 
 def not_found(decisions: Iterable[Decision], *sets: Iterable[dict[str, Any]]) -> list[str]:
-    """The rows to drop or edit that are in none of some sets: those of
-    decisions on an earlier version of a row, or with a typing error."""
+    """The rows to drop or edit that are in none of some sets: of an earlier version, or with a typing error."""
     missing = {d.example_id: True for d in decisions if d.decision != "accept"}
     for records in sets if missing else ():
         for record in records:
@@ -222,90 +214,112 @@ def read_decisions(path: Path, checks: Collection[str]) -> list[Decision]:
         InputError: lists every line with an unknown decision or check, without a reason, with nothing to edit or
             accept, or with more fields than columns.
     """
+    lines = _review_lines(path)
+    missing = {"example_id", "check", "decision", "reason"} - set(lines[0] if lines else COLUMNS)
+    if missing:
+        raise InputError(f"{path.name}: no column {', '.join(sorted(missing))}", f"columns: {', '.join(COLUMNS)}")
+    decisions, problems = [], []
+    earlier = _Earlier({}, {}, {})
+    for number, line in enumerate(lines, 1):
+        values = {name: line.get(name) or "" for name in COLUMNS}
+        decision = values["decision"].strip().lower()
+        if None in line:
+            problem = "more fields than columns; put texts with commas in double quotes"
+        elif not decision:
+            continue
+        else:
+            problem = _decision_problem(values, decision, checks) or earlier.contradiction(values, decision)
+        if problem:
+            problems.append(f"{path.name}: row {number}: {problem}")
+        else:
+            texts = values["reason"].strip(), values["new_prompt"], values["new_response"]
+            key = values["example_id"].strip(), values["check"].strip()
+            decisions.append(Decision(*key, cast(Decide, decision), *texts))
+    if problems:
+        raise InputError("\n".join(problems), "fill in decision (accept, drop or edit) and reason, or leave both empty")
+    return decisions
+
+
+def _review_lines(path: Path) -> list[dict[str | None, Any]]:
     usual = csv.field_size_limit(MAX_ROW_BYTES)  # prompts are as long as rows may be
     try:
         text = path.read_text(encoding="utf-8-sig")
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path.name}: not CSV: {error}", "close every quote; double quotes inside one") from None
     finally:
         csv.field_size_limit(usual)
-    missing = {"example_id", "check", "decision", "reason"} - set(lines[0] if lines else COLUMNS)
-    if missing:
-        raise InputError(f"{path.name}: no column {', '.join(sorted(missing))}", f"columns: {', '.join(COLUMNS)}")
-    decisions, problems = [], []
-    seen: dict[tuple[str, str], str] = {}
-    changes: dict[str, str] = {}
+
+
+def _decision_problem(values: Mapping[str, str], decision: str, checks: Collection[str]) -> str:
+    """What is wrong with a filled-in line by itself; empty if nothing is."""
+    check = values["check"].strip()
+    if decision not in get_args(Decide):
+        return f"{decision!r} is none of {', '.join(get_args(Decide))}"
+    if check not in {*checks, REVIEWED}:
+        return f"{check!r} is no check of this set; for what no check found, write {REVIEWED}"
+    if decision == "accept" and check == REVIEWED:
+        return f"accept, but {REVIEWED} is no check that the row could violate"
+    if not values["reason"].strip():
+        return "no reason"
+    if decision == "edit" and not (values["new_prompt"].strip() or values["new_response"].strip()):
+        return "edit, but new_prompt and new_response are both empty"
+    return ""
+
+
+class _Earlier(NamedTuple):
+    """What earlier lines of a review file decide."""
+
+    decisions: dict[tuple[str, str], str]
+    """(example_id, check) -> decision."""
+    changes: dict[str, str]
     """example_id -> drop or edit."""
-    texts: dict[tuple[str, str], str] = {}
+    texts: dict[tuple[str, str], str]
     """(example_id, column) -> new text."""
-    for number, line in enumerate(lines, 1):
-        values = {name: line.get(name) or "" for name in COLUMNS}
-        if None in line:
-            problems.append(
-                f"{path.name}: row {number}: more fields than columns; put texts with commas in double quotes"
-            )
-            continue
-        decision = values["decision"].strip().lower()
-        if not decision:
-            continue
-        key = (values["example_id"].strip(), values["check"].strip())
-        if decision not in get_args(Decide):
-            problems.append(f"{path.name}: row {number}: {decision!r} is none of {', '.join(get_args(Decide))}")
-        elif key[1] not in {*checks, REVIEWED}:
-            problems.append(
-                f"{path.name}: row {number}: {key[1]!r} is no check of this set; for what no check found, write"
-                f" {REVIEWED}"
-            )
-        elif decision == "accept" and key[1] == REVIEWED:
-            problems.append(f"{path.name}: row {number}: accept, but {REVIEWED} is no check that the row could violate")
-        elif not values["reason"].strip():
-            problems.append(f"{path.name}: row {number}: no reason")
-        elif decision == "edit" and not (values["new_prompt"].strip() or values["new_response"].strip()):
-            problems.append(f"{path.name}: row {number}: edit, but new_prompt and new_response are both empty")
-        elif seen.setdefault(key, decision) != decision:
-            problems.append(f"{path.name}: row {number}: {key[0]} was already decided otherwise for {key[1]}")
-        elif decision != "accept" and changes.setdefault(key[0], decision) != decision:
-            problems.append(f"{path.name}: row {number}: {key[0]} is both dropped and edited")
-        elif decision == "edit" and any(
-            (text := values[column]).strip() and texts.setdefault((key[0], column), text) != text
-            for column in ("new_prompt", "new_response")
-        ):
-            problems.append(f"{path.name}: row {number}: {key[0]} was already edited otherwise")
-        else:
-            texts_given = values["reason"].strip(), values["new_prompt"], values["new_response"]
-            decisions.append(Decision(*key, cast(Decide, decision), *texts_given))
-    if problems:
-        raise InputError("\n".join(problems), "fill in decision (accept, drop or edit) and reason, or leave both empty")
-    return decisions
+
+    def contradiction(self, values: Mapping[str, str], decision: str) -> str:
+        """How a line contradicts earlier ones; empty if it does not, in which case it becomes one of them."""
+        identity, check = values["example_id"].strip(), values["check"].strip()
+        if self.decisions.setdefault((identity, check), decision) != decision:
+            return f"{identity} was already decided otherwise for {check}"
+        if decision != "accept" and self.changes.setdefault(identity, decision) != decision:
+            return f"{identity} is both dropped and edited"
+        for column in ("new_prompt", "new_response") if decision == "edit" else ():
+            text = values[column]
+            if text.strip() and self.texts.setdefault((identity, column), text) != text:
+                return f"{identity} was already edited otherwise"
+        return ""
 
 
 def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRows, dict[int, str]]:
-    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`, and
-    as `source_id` that of the row as it was read."""
+    """The records with the edits applied, and index -> reason of each edit.
+
+    An edited row gets a new `example_id`, and as `source_id` that of the row as it was read.
+    """
     edits: dict[str, Decision] = {}
     for d in decisions:
         if d.decision == "edit":  # a row may be edited in the lines of several checks
             first = edits.get(d.example_id, d)
-            new_prompt, new_response = (
-                new if new.strip() else old
-                for new, old in ((d.new_prompt, first.new_prompt), (d.new_response, first.new_response))
-            )
-            edits[d.example_id] = replace(d, new_prompt=new_prompt, new_response=new_response)
-    changed = {
-        i: _edit(record, edits[record["example_id"]])
-        for i, record in enumerate(records if edits else ())
-        if record["example_id"] in edits
-    }
-    reasons = {i: edits[records[i]["example_id"]].reason for i in changed}
-    return records.with_changes((i, encode(record)) for i, record in changed.items()) if changed else records, reasons
+            prompt = d.new_prompt if d.new_prompt.strip() else first.new_prompt
+            response = d.new_response if d.new_response.strip() else first.new_response
+            edits[d.example_id] = replace(d, new_prompt=prompt, new_response=response)
+    changed: list[tuple[int, bytes]] = []
+    reasons: dict[int, str] = {}
+    for i, record in enumerate(records) if edits else ():
+        if edit := edits.get(record["example_id"]):
+            changed.append((i, encode(_edit(record, edit))))
+            reasons[i] = edit.reason
+    return records.with_changes(changed) if changed else records, reasons
 
 
 def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
-    """The record with new texts. A new prompt replaces the last question; in a pair, whose answers may have questions
-    too, that of its prompt. A new response that is a label is the category, too."""
+    """The record with new texts.
+
+    A new prompt replaces the last question; in a pair, whose answers may have questions too, that of its prompt. A new
+    response that is a label is the category, too.
+    """
     messages = [dict(message) for message in record["messages"]]
     for role, text, end in (("user", edit.new_prompt, record.get("asked")), ("assistant", edit.new_response, None)):
         at = max((k for k, message in enumerate(messages[:end]) if message["role"] == role), default=None)
@@ -321,8 +335,7 @@ def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
 
 
 def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]]) -> str:
-    """The review file for rows that no rule can decide, as CSV: a person fills in `decision`, `reason` and the new
-    texts.
+    """The review file for rows that no rule can decide, as CSV: a person fills in decision, reason and new texts.
 
     Args:
         waiting: (index of a record, check).

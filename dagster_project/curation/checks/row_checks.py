@@ -1,5 +1,7 @@
-"""Records -> one table with a fact per check and row, and the schema that validates it. Each check on rows is one
-object in `ROW_CHECKS`."""
+"""Records -> one table with a fact per check and row, and the schema that validates it.
+
+Each check on rows is one object in `ROW_CHECKS`.
+"""
 
 from __future__ import annotations
 
@@ -59,18 +61,19 @@ def gather(rows: Rows, schema: pa.DataFrameSchema) -> pl.DataFrame:
     """The facts that depend on one record each: one row per record, in order, and one column per check."""
     import polars as pl
 
-    return pl.DataFrame(
-        [
-            pl.Series(check.name, check.column(rows, check.name), dtype=schema.columns[check.name].dtype.type)
-            for check in _ROW_CHECKS
-            if check.column
-        ]
-    )
+    columns = []
+    for check in _ROW_CHECKS:
+        if check.column:
+            dtype = schema.columns[check.name].dtype.type
+            columns.append(pl.Series(check.name, check.column(rows, check.name), dtype=dtype))
+    return pl.DataFrame(columns)
 
 
 def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, dict[int, Any]]:
-    """Check name -> index of each row that violates it, in order -> its fact. The frame is eager, because pandera skips
-    data checks on lazy frames."""
+    """Check name -> index of each row that violates it, in order -> its fact.
+
+    The frame is eager, because pandera skips data checks on lazy frames.
+    """
     pa = import_pandera()
 
     found: dict[str, dict[int, Any]] = {}
@@ -96,41 +99,35 @@ def set_violations(data: DataSet) -> dict[str, dict[int, Any]]:
         facts = dict(sorted(check.of_set(data, check.name).items())) if check.of_set else {}
         if facts:
             rows, texts = [*facts], pl.DataFrame({check.name: pl.Series([*facts.values()], dtype=pl.String)})
-            found |= {
-                name: {rows[i]: fact for i, fact in of.items()}
-                for name, of in violations(texts, _schema([check], data.limits)).items()
-            }
+            for name, of in violations(texts, _schema([check], data.limits)).items():
+                found[name] = {rows[i]: fact for i, fact in of.items()}
     return found
 
 
 # --- messages
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _problem(rows: Rows, _: str) -> list[str | None]:
     """The reason that each source row could not be read, else null."""
-    return [
-        (
-            None
-            if r["messages"] or not r.get("same_prompt", True) or meta.get("unsupported") is True
-            else meta.get("problem")
-        )
-        for r, meta in zip(rows.records, rows.metas, strict=True)
-    ]
+    problems: list[str | None] = []
+    for record, meta in zip(rows.records, rows.metas, strict=True):
+        is_read = record["messages"] or not record.get("same_prompt", True) or meta.get("unsupported") is True
+        problems.append(None if is_read else meta.get("problem"))
+    return problems
 
 
 def _is_half(record: Mapping[str, Any]) -> bool:
     """Whether a pair has only one side: a KTO row without a counterpart."""
-    return (
-        "rejected" in record
-        and bool(record["messages"])
-        and (len(record["messages"]) <= record["asked"] or not record["rejected"])
-    )
+    if "rejected" not in record or not record["messages"]:
+        return False
+    return len(record["messages"]) <= record["asked"] or not record["rejected"]
 
 
 def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]) -> bool:
-    """An optional system turn, then user and assistant alternating, the user first; tool results may follow a turn of
-    the assistant, which then continues. Or plain text."""
+    """Whether it is plain text, or user and assistant take turns, the user first, after an optional system turn.
+
+    Tool results may follow a turn of the assistant, which then continues.
+    """
     return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
 
 
@@ -144,9 +141,8 @@ _BEFORE = {
 
 @lru_cache
 def _in_turns(roles: tuple[str, ...]) -> bool:
-    return set(roles) != {"system"} and all(
-        last in _BEFORE.get(role, ()) for last, role in zip(("", *roles), roles, strict=False)
-    )
+    follow = zip(("", *roles), roles, strict=False)
+    return set(roles) != {"system"} and all(last in _BEFORE.get(role, ()) for last, role in follow)
 
 
 def valid_roles(rows: Rows) -> list[bool]:
@@ -166,14 +162,12 @@ def _have_prompt(rows: Rows, _: str) -> list[bool]:
 
 def _has_response(record: Mapping[str, Any]) -> bool:
     """Whether every answer has content, except for those of weight 0 that others follow: they are not trained on."""
-    sides = (record["messages"][record.get("asked", 0) :], record.get("rejected") or ())
-    answers = [
-        m
-        for side in sides
-        for i, m in enumerate(side, 1)
-        if m["role"] == "assistant" and (is_trained(m) or i == len(side))
-    ]
-    return all(map(_has_content, answers))
+    for side in (record["messages"][record.get("asked", 0) :], record.get("rejected") or ()):
+        for i, message in enumerate(side, 1):
+            is_answer = message["role"] == "assistant" and (is_trained(message) or i == len(side))
+            if is_answer and not _has_content(message):
+                return False
+    return True
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:
@@ -188,7 +182,8 @@ def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) 
     Args:
         meta: of the record, if it is parsed already.
     """
-    meta = (json.loads(record["meta"]) if '"input"' in record["meta"] else {}) if meta is None else meta
+    if meta is None:
+        meta = json.loads(record["meta"]) if '"input"' in record["meta"] else {}
     given, turns = meta.get("input"), [m["content"] for m in record["messages"] if m["role"] == "user"]
     is_asked = isinstance(given, str) and any(turn.endswith(f"\n\n{given}") for turn in turns)
     first = takewhile(lambda message: message["role"] != "assistant", record["messages"])
@@ -217,31 +212,28 @@ def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Row
 
 
 # --- pairs
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _sides_differ(record: Mapping[str, Any]) -> bool:
-    rejected = record.get("rejected")
-    return (
-        not rejected or not record["messages"] or not _sides_are_equal(record["messages"][record["asked"] :], rejected)
-    )
+    messages, rejected = record["messages"], record.get("rejected")
+    return not rejected or not messages or not _sides_are_equal(messages[record["asked"] :], rejected)
 
 
 def _sides_are_equal(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether two sides have the same calls and the same text, except for case, white space, Unicode form and the final
-    period; in code except for white space at line ends."""
+    """Whether two sides have the same calls and the same text.
+
+    Except for case, white space, Unicode form and the final period; in code except for white space at line ends.
+    """
     if len(chosen) != len(rejected):
         return False
     both_sides = [*zip(chosen, rejected, strict=True)]
-    if any(_call_values(a) != _call_values(b) for a, b in both_sides):
+    if any(a["role"] != b["role"] or _call_values(a) != _call_values(b) for a, b in both_sides):
         return False
     texts = [(a["content"], b["content"]) for a, b in both_sides]
     traces = [(a.get("reasoning_content") or "", b.get("reasoning_content") or "") for a, b in both_sides]
     code = any("```" in text for both in texts for text in both) or all(_INDENTED.search(text) for text in texts[-1])
     plain = _code_form if code else _plain_form
-    return all(a["role"] == b["role"] for a, b in both_sides) and all(
-        plain(a) == plain(b) for a, b in (*texts, *traces)
-    )
+    return all(plain(a) == plain(b) for a, b in (*texts, *traces))
 
 
 def _call_values(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -261,22 +253,20 @@ def _code_form(text: str) -> str:
 
 
 # --- tokens and template
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each conversation as the template writes it (for a pair the longer one); null if the text is too short
-    to reach the limit. A token has at least one byte."""
+    """Tokens of each conversation as the template writes it (for a pair the longer one).
+
+    Null if the text is too short to reach the limit: a token has at least one byte.
+    """
     records, most = rows.records, rows.limits.max_tokens
     texts = [_longest(record) for record in records] if any("rejected" in r for r in records) else [*rows.texts]
     for i in rows.rich:
         texts[i] = _longest(records[i])
     counted: list[int | None] = [None] * len(texts)
-    long = [
-        i
-        for i, text in enumerate(texts)
-        if 4 * len(text) >= most and (len(text) >= most or len(text.encode("utf-8", "replace")) >= most)
-    ]
+    possible = [(i, text) for i, text in enumerate(texts) if 4 * len(text) >= most]
+    long = [i for i, text in possible if len(text) >= most or len(text.encode("utf-8", "replace")) >= most]
     for i, count in zip(long, rows.limits.tokens.count([texts[i] for i in long]), strict=True):
         counted[i] = count
     if not (rendered := rows.limits.tokens.rendered):
@@ -301,21 +291,15 @@ def sides(record: Mapping[str, Any]) -> list[Messages]:
 
 
 def _response_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each last response; null if it is empty, certainly long enough, has reasoning or calls a tool. A token
-    of prose
-    has at most 16 characters."""
+    """Tokens of each last response; null if it is empty, certainly long enough, has reasoning or calls a tool.
+
+    A token of prose has at most 16 characters.
+    """
     counted: list[int | None] = [None] * len(rows.responses)
-    more = {
-        i
-        for i in rows.rich
-        for m in rows.records[i]["messages"][-1:]
-        if m.get("reasoning_content") or m.get("tool_calls")
-    }
-    short = [
-        i
-        for i, text in enumerate(rows.responses)
-        if len(text) <= 16 * rows.limits.min_response_tokens and text.strip() and i not in more
-    ]
+    most = 16 * rows.limits.min_response_tokens
+    last = [(i, message) for i in rows.rich for message in rows.records[i]["messages"][-1:]]
+    more = {i for i, message in last if message.get("reasoning_content") or message.get("tool_calls")}
+    short = [i for i, text in enumerate(rows.responses) if len(text) <= most and text.strip() and i not in more]
     for i, n in zip(short, rows.limits.tokens.count([rows.responses[i] for i in short]), strict=True):
         counted[i] = n
     return counted
@@ -336,16 +320,15 @@ def _at_least_min_response_tokens(limits: Limits, name: str) -> pa.Column:
 
 
 def _too_long_note(data: DataSet, counts: Sequence[int]) -> list[str]:
-    most = data.limits.max_tokens
-    return [
-        *([f"{sum(counts):,} tokens in all, {sum(n - most for n in counts):,} beyond {most:,} each"] if counts else []),
-        *_estimated(data),
-    ]
+    most, note = data.limits.max_tokens, _estimated(data)
+    if not counts:
+        return note
+    return [f"{sum(counts):,} tokens in all, {sum(n - most for n in counts):,} beyond {most:,} each", *note]
 
 
 def _short_note(data: DataSet, counts: Sequence[int]) -> list[str]:
-    few = data.limits.min_response_tokens
-    return [*([f"fewer than {few} tokens each, {sum(counts):,} in all"] if counts else []), *_estimated(data)]
+    few, note = data.limits.min_response_tokens, _estimated(data)
+    return [f"fewer than {few} tokens each, {sum(counts):,} in all", *note] if counts else note
 
 
 def _estimated(data: DataSet) -> list[str]:
@@ -362,8 +345,10 @@ def marks(rows: Rows) -> list[str | None]:
 
 
 def _control_tokens(rows: Rows, _: str) -> list[str | None]:
-    """Control tokens and boilerplate of chat templates. Quoted transcripts ("Human: ... Assistant: ...") are allowed:
-    people write them."""
+    """Control tokens and boilerplate of chat templates.
+
+    Quoted transcripts ("Human: ... Assistant: ...") are allowed: people write them.
+    """
     return [None if mark and mark.startswith("transcript") else mark for mark in rows.shared(marks)]
 
 
@@ -373,8 +358,10 @@ def _transcripts_note(data: DataSet, _: Sequence[str]) -> list[str]:
 
 
 def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
-    """The reason that each conversation does not fit the chat template. A template's behavior depends on roles and on
-    white space around the contents."""
+    """The reason that each conversation does not fit the chat template.
+
+    A template's behavior depends on roles and on white space around the contents.
+    """
     import polars as pl
 
     if data.limits.tokens.misfit is None:
@@ -383,34 +370,27 @@ def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
     share = max(1, MAX_RENDERED // max(1, shapes.select(pl.col("shape").n_unique()).collect().item()))
     rows = shapes.filter(pl.int_range(pl.len()).over("shape") < share).collect()["row"].to_list()
     tokens = data.limits.tokens
-    reasons = row_cache.facts(_misfits, tokens, Selected(data.records, rows), tokens.identity and [tokens.identity])[
-        "reason"
-    ].to_list()
-    return {i: json.loads(reason) for i, reason in zip(rows, reasons, strict=True) if reason}
+    facts = row_cache.facts(_misfits, tokens, Selected(data.records, rows), tokens.identity and [tokens.identity])
+    return {i: json.loads(reason) for i, reason in zip(rows, facts["reason"].to_list(), strict=True) if reason}
 
 
 def _misfits(tokens: Tokens, lines: Sequence[bytes]) -> pl.DataFrame:
     """For each record the `reason` that the chat template does not fit, as JSON."""
     import polars as pl
 
-    assert tokens.misfit
-    misfit = tokens.misfit
-    records = map(decode, lines)
-    reasons = [
-        next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None) for record in records
-    ]
-    return pl.DataFrame(
-        {"reason": pl.Series([json.dumps(reason) if reason else None for reason in reasons], dtype=pl.String)}
-    )
+    misfit, reasons = tokens.misfit, []
+    assert misfit
+    for record in map(decode, lines):
+        reason = next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None)
+        reasons.append(json.dumps(reason) if reason else None)
+    return pl.DataFrame({"reason": pl.Series(reasons, dtype=pl.String)})
 
 
 # --- values and overlaps
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _private_values(rows: Rows) -> dict[bool, list[str | None]]:
-    """For each text the first secret (key True) or piece of personal data (key False): its kind, and the words around
-    it, masked."""
+    """For each text the first secret (key True) or personal data (key False): its kind, and masked words around it."""
     found: dict[bool, list[str | None]] = {secret: [None] * len(rows.texts) for secret in (True, False)}
     texts = [*rows.texts]
     for i in rows.rich:
@@ -428,10 +408,8 @@ def _leak_note(data: DataSet, _: Sequence[str]) -> list[str]:
     links, frames = overlaps.links["benchmark_leakage"], overlaps.common_frames
     copied = {link.row for link in links if not link.partial}
     partly = {link.row for link in links} - copied
-    return [
-        *([f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []),
-        *([f"{frames:,} pairs share only a common phrase and are not leaks"] if frames else []),
-    ]
+    note = [f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []
+    return [*note, f"{frames:,} pairs share only a common phrase and are not leaks"] if frames else note
 
 
 def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
@@ -443,8 +421,8 @@ def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
         note = [f"boilerplate, which is not compared: {first.words} words in {first.texts} prompts{more}"]
     if grouped := overlaps.links[GROUPED]:
         note.append(
-            f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not"
-            " reported"
+            f"{len(grouped):,} pairs are less similar, or have another question:"
+            " they share a group_id and are not reported"
         )
     return note
 

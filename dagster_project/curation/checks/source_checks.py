@@ -11,10 +11,11 @@ from dagster_project.curation.sources import fields
 
 def _unsupported(rows: Rows, _: str) -> list[str | None]:
     """The content of a row on which a text model cannot be trained, else null."""
-    return [
-        meta["problem"] if not record["messages"] and meta.get("unsupported") is True and "problem" in meta else None
-        for record, meta in zip(rows.records, rows.metas, strict=True)
-    ]
+    facts: list[str | None] = []
+    for record, meta in zip(rows.records, rows.metas, strict=True):
+        is_unsupported = not record["messages"] and meta.get("unsupported") is True
+        facts.append(meta.get("problem") if is_unsupported else None)
+    return facts
 
 
 def _ignored(rows: Rows, _: str) -> list[str | None]:
@@ -39,8 +40,8 @@ SOURCE_CHECKS = (
         fields.NAME,
         fields.DESCRIPTION,
         "info",
-        "Rename the field to one that the layout reads, or use a `mapping`; docs/sources.md lists the fields of each"
-        " layout.",
+        "Rename the field to one that the layout reads, or use a `mapping`;"
+        " docs/sources.md lists the fields of each layout.",
         "warn",
         column=_ignored,
         quotes=True,

@@ -1,5 +1,4 @@
-"""Searches in texts that may be long: texts as a column for Polars' Rust
-engine, and bounded searches with regular expressions in Python's syntax.
+"""Searches in texts that may be long: columns for Polars' Rust engine, and bounded searches in Python's syntax.
 
 Python's engine needs 15 to 40 ns for each character at which a pattern with a lookbehind can begin, so that a dozen of
 them would take many seconds for the longest texts. Rust's engine has no lookaround and gives no positions, but reads a
@@ -25,14 +24,14 @@ MOST_CANDIDATES = 50_000
 LONG = 20_000
 """Characters up to which a text is searched as a whole."""
 PIECE, REACH = 512, 160
-"""Characters of the pieces of a longer text, and those that a match of a
-`Local` pattern has at most, with what follows it."""
+"""Characters of the pieces of a longer text, and those that a match of a `Local` pattern has at most, with what follows
+it."""
 WORD = r"[\p{L}\p{N}_&&\p{Age=14.0}]"
 r"""\w of Python in Rust's syntax, in the oldest version of Unicode of a supported Python: newer ones have more letters,
 so it finds too many pieces, not too few."""
 BESIDE_VALUES = rf"{WITHOUT_SPACES}\u3005-\u3007\uac00-\ud7af"
-"""Characters of scripts without spaces, and Hangul, whose particles follow a
-word: a value may begin and end next to them."""
+"""Characters of scripts without spaces, and Hangul, whose particles follow a word: a value may begin and end next to
+them."""
 
 
 Span = tuple[int, int]
@@ -89,9 +88,8 @@ class Local:
     def pattern(self) -> re.Pattern[str]:
         behind = _one_of(self.after) * bool(self.after) + f"|[{self.decimals}][0-9]" * bool(self.decimals)
         match = f"(?:{self.body})" + f"(?!{behind})" * bool(behind)
-        ahead = f"(?<!{_one_of(self.before.replace(',', ''))})" * bool(self.before) + "(?<![0-9],)" * (
-            "," in self.before
-        )
+        ahead = f"(?<!{_one_of(self.before.replace(',', ''))})" * bool(self.before)
+        ahead += "(?<![0-9],)" * ("," in self.before)
         return re.compile(ahead + (f"(?=({match}))" if self.overlapping else match))
 
     @cached_property
@@ -119,15 +117,14 @@ class LongText(str):
         return text_column([framed[start : start + PIECE + REACH] for start in range(0, len(self), PIECE)])
 
     def areas(self, hint: str) -> Iterator[tuple[int, int]]:
-        """First and last position (excluded) of the parts in which matches of a regular expression in Rust's syntax
-        begin, in order. Its first character is one before the match."""
+        """First and last position (excluded) of the parts in which matches begin, in order.
+
+        Args:
+            hint: a regular expression in Rust's syntax; its first character is one before the match.
+        """
         found = self.pieces.str.contains(hint).arg_true().to_list()
-        breaks = (
-            [0, *(i for i, (one, next) in enumerate(pairwise(found), 1) if next != one + 1), len(found)]
-            if found
-            else []
-        )
-        for first, last in pairwise(breaks):
+        breaks = [i for i, (one, following) in enumerate(pairwise(found), 1) if following != one + 1]
+        for first, last in pairwise([0, *breaks, len(found)]) if found else ():
             yield found[first] * PIECE, (found[last - 1] + 1) * PIECE
 
 
@@ -142,8 +139,10 @@ def text_column(texts: Sequence[str]) -> pl.Series:
 
 
 def _without_surrogates(text: str) -> str:
-    """The text with U+FFFD in place of each half of a surrogate pair. A regular
-    expression takes half a second for a million of them."""
+    """The text with U+FFFD in place of each half of a surrogate pair.
+
+    A regular expression takes half a second for a million of them.
+    """
     import numpy as np
 
     content = np.frombuffer(bytearray(text, "utf-8", "surrogatepass"), np.uint8)  # a copy that can be written
@@ -171,9 +170,9 @@ def first_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     at = text_column([text]).str.find(looser(pattern))[0]
     if at is None:
         return None
-    return pattern.search(
-        text, at if text.isascii() else len(text.encode("utf-8", "surrogatepass")[:at].decode("utf-8", "surrogatepass"))
-    )
+    if not text.isascii():  # `at` counts bytes
+        at = len(text.encode("utf-8", "surrogatepass")[:at].decode("utf-8", "surrogatepass"))
+    return pattern.search(text, at)
 
 
 _OTHER_CASES = re.compile("[\u0130\u0131]")
@@ -182,18 +181,15 @@ _OTHER_CASES = re.compile("[\u0130\u0131]")
 
 @cache
 def looser(pattern: re.Pattern[str]) -> str:
-    r"""An expression in Rust's syntax that matches, if not more, where a
-    pattern does: without \b and (?!...), and with what (?=...) holds."""
-    parts, at, source = [], 0, pattern.pattern.replace(r"\b", "").replace(r"\Z", r"\z").replace("(?=", "(?:")
+    r"""An expression in Rust's syntax that matches wherever a pattern does: without \b and (?!...), with (?=...)."""
+    source = pattern.pattern.replace(r"\b", "").replace(r"\Z", r"\z").replace("(?=", "(?:")
+    parts, at = [], 0
     while (start := source.find("(?!", at)) >= 0:
         parts.append(source[at:start])
         at = _closing(source, start)
     source = "".join([*parts, source[at:]]).replace(r"\w", WORD).replace(r"\s", r"[\s\x1c-\x1f]")
-    flags = (
-        "i" * bool(pattern.flags & re.IGNORECASE)
-        + "s" * bool(pattern.flags & re.DOTALL)
-        + "m" * bool(pattern.flags & re.MULTILINE)
-    )
+    names = {"i": re.IGNORECASE, "s": re.DOTALL, "m": re.MULTILINE}
+    flags = "".join(name for name, flag in names.items() if pattern.flags & flag)
     return f"(?{flags}){source}" if flags else source
 
 

@@ -35,8 +35,8 @@ class Tokens:
     """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself
     without a template."""
     folder: Path | None = None
-    """The base model's folder. Another process gets the small files in it,
-    because functions of a tokenizer cannot be sent."""
+    """The base model's folder. Another process gets the small files in it, because functions of a tokenizer cannot be
+    sent."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is None:
@@ -47,9 +47,8 @@ class Tokens:
     def identity(self) -> str | None:
         """Hash of the files that the functions compute with, or the name of the estimate; None if it is unknown."""
         if self.folder is not None:
-            return sha256_of_text(
-                json.dumps([(name, sha256_of_bytes(content)) for name, content in _files(self.folder)])
-            )
+            files = [(name, sha256_of_bytes(content)) for name, content in _files(self.folder)]
+            return sha256_of_text(json.dumps(files))
         return "estimated" if self.count is _four_bytes and self.misfit is None and not self.special else None
 
 
@@ -89,15 +88,13 @@ def _from_transformers(base_model: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise InputError(
-            f"{base_model}: reading its tokenizer requires transformers: {error}", "pip install 'pedigree-llm[train]'"
-        ) from None
+        what = f"{base_model}: reading its tokenizer requires transformers: {error}"
+        raise InputError(what, "pip install 'pedigree-llm[train]'") from None
     try:
         return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers any exception
-        raise InputError(
-            f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a complete model"
-        ) from None
+        what = f"{base_model}: the tokenizer cannot be read: {error!r}"
+        raise InputError(what, "name the folder of a complete model") from None
 
 
 def load_tokenizer(base_model: Path) -> Any:
@@ -114,18 +111,20 @@ def load_tokenizer(base_model: Path) -> Any:
 
 
 def tokens_of(base_model: Path) -> Tokens:
-    """Functions of the tokenizer in a model's folder. A conversation fits its chat template if the template renders it,
-    keeps earlier turns unchanged when a later one follows, writes all of the assistant's text, and ends it with the
-    end-of-turn token (`chat.pieces`)."""
+    """Functions of the tokenizer in a model's folder.
+
+    A conversation fits its chat template if the template renders it, keeps earlier turns unchanged when a later one
+    follows, writes all of the assistant's text, and ends it with the end-of-turn token (`chat.pieces`).
+    """
     tokenizer = load_tokenizer(base_model)
 
     def count(texts: Sequence[str]) -> list[int]:
-        backend, step = tokenizer.backend_tokenizer, 4096
-        return [
-            len(encoding.ids)
-            for start in range(0, len(texts), step)
-            for encoding in backend.encode_batch_fast(list(texts[start : start + step]), add_special_tokens=False)
-        ]
+        counts: list[int] = []
+        for start in range(0, len(texts), 4096):
+            block = list(texts[start : start + 4096])
+            encodings = tokenizer.backend_tokenizer.encode_batch_fast(block, add_special_tokens=False)
+            counts += [len(encoding.ids) for encoding in encodings]
+        return counts
 
     def rendered(messages: Messages, tools: Tools) -> int | None:
         try:

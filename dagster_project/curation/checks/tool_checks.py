@@ -21,7 +21,6 @@ _TEXT_CALL = re.compile(r"\{|<\|?\w*call|\w\(|\bAction:")
 
 
 # --- calls
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _invalid_calls(rows: Rows, _: str) -> list[str | None]:
@@ -51,10 +50,8 @@ def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict
         if call.name not in system:  # a system prompt may define the tools in its text
             return _quote("no tools are defined", call.name)
     if not isinstance(call.arguments, dict):
-        return _quote(
-            "arguments are not a JSON object",
-            call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments),
-        )
+        text = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments)
+        return _quote("arguments are not a JSON object", text)
     if (parameters := tools.get(call.name)) is None:
         return None
     key = JSON.encode(parameters)
@@ -74,7 +71,6 @@ def _excerpt(text: str) -> str:
 
 
 # --- results
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -126,35 +122,33 @@ def _unmatched(rows: Rows) -> dict[int, _Unmatched]:
 
 
 def _unanswered(rows: Rows, _: str) -> list[str | None]:
-    found = rows.shared(_unmatched)
-    return [
-        _quote("no result", found[i].calls[0]) if i in found and found[i].calls else None
-        for i in range(len(rows.records))
-    ]
+    facts: list[str | None] = [None] * len(rows.records)
+    for i, found in rows.shared(_unmatched).items():
+        if found.calls:
+            facts[i] = _quote("no result", found.calls[0])
+    return facts
 
 
 def _results_without_call(rows: Rows, _: str) -> list[str | None]:
-    found = rows.shared(_unmatched)
-    return [
-        _quote("answers no call", found[i].results[0]) if i in found and found[i].results else None
-        for i in range(len(rows.records))
-    ]
+    facts: list[str | None] = [None] * len(rows.records)
+    for i, found in rows.shared(_unmatched).items():
+        if found.results:
+            facts[i] = _quote("answers no call", found.results[0])
+    return facts
 
 
 # --- reasoning and weights
-# ---------------------------------------------------------------------------------------------------------
 
 
 WITH, WITHOUT = 1, 2
-"""Values of the feature `reasoning`: an answer has reasoning; there is an
-answer, and none has. 0 for rows without answers."""
+"""Values of the feature `reasoning`: an answer has reasoning; there is an answer, and none has. 0 for rows without
+answers."""
 
 
 def has_reasoning(record: Mapping[str, Any]) -> bool:
     """Whether an answer that is trained on has reasoning."""
-    return any(
-        m["role"] == "assistant" and (m.get("reasoning_content") or "").strip() for m in _trained_messages(record)
-    )
+    answers = (message for message in _trained_messages(record) if message["role"] == "assistant")
+    return any((message.get("reasoning_content") or "").strip() for message in answers)
 
 
 def has_answer(record: Mapping[str, Any]) -> bool:
@@ -162,8 +156,7 @@ def has_answer(record: Mapping[str, Any]) -> bool:
 
 
 def _trained_messages(record: Mapping[str, Any]) -> Sequence[Message]:
-    messages: Sequence[Message] = record["messages"]
-    return messages[record.get("asked", 0) :]
+    return record["messages"][record.get("asked", 0) :]
 
 
 def _reasoning_counts(data: DataSet) -> tuple[int, int]:
@@ -174,8 +167,7 @@ def _reasoning_counts(data: DataSet) -> tuple[int, int]:
 
 
 def _mixed_reasoning(data: DataSet, _: str) -> dict[int, str]:
-    """In a set in which some rows have reasoning, the minority: those with, or those without if the numbers are
-    equal."""
+    """In a set in which some rows have reasoning, the minority: those with, or without if the numbers are equal."""
     reasons, without = data.shared(_reasoning_counts)
     if not reasons:
         return {}

@@ -1,5 +1,6 @@
-"""The loops behind overlap.py, over flat integer arrays. Imported on first use:
-numba takes a second to load and more to compile.
+"""The loops behind overlap.py, over flat integer arrays.
+
+Imported on first use: numba takes a second to load and more to compile.
 
 Words, runs of words, whole texts are all *spans* of an array, and each span is named by the first span that equals it.
 A hash only locates candidates: spans are equal if their elements are, so a hash collision cannot create a pair. Only
@@ -56,8 +57,7 @@ class Index(NamedTuple):
 
 
 def compiled(function: Function) -> Function:
-    """Compile on first call, and keep the result beside the module or in the user's cache; if neither is writable, in
-    memory."""
+    """Compile on first call, and keep the result beside the module, in the user's cache, or else in memory."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -114,8 +114,7 @@ def _count_parts(hashes: Array, counts: Array) -> None:
 def _name_part(
     hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, count: int, names: Array
 ) -> None:
-    """Name the `count` spans whose hash belongs to `part`, in a table by linear
-    probing of (half a hash, first span + 1)."""
+    """Name the `count` spans with a hash in `part`, in a table by linear probing of (half a hash, first span + 1)."""
     size = count + count // 2 + 1
     table = np.zeros(size, np.uint64)
     for k in range(len(hashes)):
@@ -154,21 +153,18 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     hashes = hash_spans(values, starts, lengths)
     names, counts = np.empty(len(starts), np.int32), np.zeros(PARTS, np.int64)
     _count_parts(hashes, counts)
+
+    def name(part: int) -> None:
+        _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = np.flatnonzero(counts).tolist()
-        list(
-            pool.map(
-                lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), int(counts[part]), names),
-                parts,
-            )
-        )
+        list(pool.map(name, np.flatnonzero(counts).tolist()))
     return names
 
 
 @compiled
 def grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
-    """Starts of the runs of n words in the texts low[t]:high[t], and the text
-    of each; only of runs whose every shingle is `shared`."""
+    """Starts and texts of the runs of n words in the texts low[t]:high[t] whose every shingle is `shared`."""
     total = 0
     for text in range(len(low)):
         total += max(0, high[text] - low[text] - n + 1)
@@ -241,8 +237,7 @@ def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -
 
 @compiled
 def shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: int) -> tuple[Array, Array, Array]:
-    """Number of different shingles of each text that are not boilerplate, and those of them that other texts contain,
-    sorted."""
+    """Number of different shingles of each text, without boilerplate, and those that other texts contain, sorted."""
     sizes, bounds, shingles = np.zeros(size, np.int32), np.zeros(size + 1, np.int64), np.empty(len(names), np.int32)
     used, k = 0, 0
     for text in range(size):
@@ -304,8 +299,8 @@ def judge(
     a: int, b: int, by_run: bool, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array,
     gates: Gates
 ) -> tuple[int, float, int]:  # fmt: skip
-    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and
-    bin of containment (-1: not counted) of two texts.
+    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and bin of containment (-1: not counted) of
+    two texts.
 
     Args:
         by_run: whether they share a rare run of words.
@@ -343,8 +338,7 @@ def _compare(
     first: int, last: int, left: Array, within: bool, runs: Index, short: Index, edited: Index,
     sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates,
 ) -> tuple[list[tuple[int, int, float, int]], Array]:  # fmt: skip
-    """Near-copies of the texts first:last as (text, text, similarity, rule); and the number of compared pairs by `BINS`
-    of containment."""
+    """Near-copies of the texts first:last as (text, text, similarity, rule); and compared pairs by `BINS`."""
     found = [(0, 0, 0.0, 0)]
     found.pop()
     scores = np.zeros((BINS, 2), np.int64)
@@ -400,8 +394,7 @@ def passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Ar
 
 
 def split(rows: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
-    """Words of `rows`: their folded bytes, start and length of each word in
-    them, and the bounds of each row's words."""
+    """Words of `rows`: folded bytes, start and length of each word in them, and the bounds of each row's words."""
     bounds = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
     data = np.frombuffer(bytearray().join(rows), np.uint8)
@@ -434,7 +427,7 @@ def near_texts(
         left, right: texts on the left and right side of a pair.
         within: whether a pair is given once, smaller text first.
         scores: (BINS, 2), incremented by the compared pairs: those that are not near-copies, and near-copies. Complete
-        above half of the thresholds.
+            above half of the thresholds.
         boilerplate: gets the passages in more than `rare` texts, the most frequent first, as (start, length, texts).
     Yields:
         (text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out.

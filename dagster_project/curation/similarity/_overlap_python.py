@@ -1,5 +1,7 @@
-"""The rule of overlap.py in plain Python: for few texts, and where numba is not
-installed. Same results as _overlap_numba.py."""
+"""The rule of overlap.py in plain Python: for few texts, and where numba is not installed.
+
+Same results as _overlap_numba.py.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,8 @@ def search(texts: Sequence[str], against: Sequence[str] | None, constants: Const
     counts: dict[int, list[int]] = {}
     if count_words:
         holders = Counter(chain.from_iterable(map(set, rows)))
-        counts = {
-            text: [holders[word] for word in rows[text]]
-            for text in sorted({text for a, b, _, _ in near for text in (a, b)})
-        }
+        alike = sorted({text for a, b, _, _ in near for text in (a, b)})
+        counts = {text: [holders[word] for word in rows[text]] for text in alike}
     return Found(number, np.array(first, np.int64), near, scores, corpus.passages(), counts)
 
 
@@ -88,8 +88,9 @@ class _Corpus:
         return found, scores
 
     def _judge(self, a: int, b: int, by_run: bool, gates: Gates) -> tuple[int, float, int]:
-        """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity,
-        and bin of containment (-1: not counted) of two texts.
+        """Rule, similarity and bin of containment (-1: not counted) of two texts.
+
+        Rules are 0: not near-copies, 1: Jaccard, 2: containment.
 
         Args:
             by_run: whether they share a rare run of words.
@@ -105,18 +106,16 @@ class _Corpus:
             return 0, 0.0, -1
         similar, contained, score = common / (both - common), common / smaller, int((BINS - 1) * common / smaller)
         one, other = self.rows[a], self.rows[b]
-        if similar >= gates.firm or (
-            similar >= gates.jaccard
-            and (min(len(one), len(other)) >= gates.long or _in_order(one, other) >= gates.in_order)
-        ):
-            return 1, similar, score
+        if similar >= gates.jaccard:
+            is_long = similar >= gates.firm or min(len(one), len(other)) >= gates.long
+            if is_long or _in_order(one, other) >= gates.in_order:
+                return 1, similar, score
         if by_run and contained >= (gates.containment if smaller >= gates.few else gates.whole):
             return 2, contained, score
         return 0, 0.0, score
 
     def passages(self) -> list[tuple[int, int, int, int]]:
-        """The longest passages in which every run is boilerplate, the most
-        frequent first: first text, position, words, number of texts."""
+        """The longest passages of boilerplate, most frequent first: first text, position, words, number of texts."""
         run, rare = self.constants.run, self.constants.rare
         if max(self.run_counts.values(), default=0) <= rare:
             return []

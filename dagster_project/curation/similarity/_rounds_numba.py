@@ -73,8 +73,7 @@ def _by_part(hashes: Array, parts: int) -> tuple[Array, Array]:
 
 
 def divide(rows: Array, columns: int, parts: int) -> tuple[Array, Array]:
-    """Order of `rows` (n, width) by partition, which follows from the first
-    `columns`; and the number in each partition."""
+    """Order of `rows` (n, width) by partition, which the first `columns` determine; and the number in each one."""
     width = rows.shape[1]
     hashes = hash_spans(
         np.ascontiguousarray(rows).reshape(-1), np.arange(len(rows)) * width, np.array([columns], np.int32)
@@ -177,8 +176,7 @@ def pair_codes(rows: Array, columns: int, within: bool, rare: int, kind: int) ->
 
 
 def decode_pairs(codes: Array) -> tuple[Array, Array, Array]:
-    """Different pairs of `codes`, ascending: left texts, right texts, and the
-    kinds of keys that they share, as bits."""
+    """Different pairs of `codes`, ascending: left texts, right texts, and kinds of keys that they share, as bits."""
     codes = np.unique(codes)
     pairs, starts = np.unique(codes >> _KIND_BITS, return_index=True)
     kinds = np.left_shift(1, (codes & np.uint64(3)).astype(np.int64))

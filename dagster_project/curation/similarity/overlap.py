@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from dagster_project.core.words import SPACED_MARKS
 
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 RUN = 5
 """Words in the run two texts must share to be compared. Texts with fewer words match only if equal."""
 SHINGLE = 3
-"""Words in the runs that similarity is measured over (Broder, On the
-resemblance and containment of documents, 1997)."""
+"""Words in the runs that similarity is measured over (Broder, On the resemblance and containment of documents,
+1997)."""
 BINS = 20
 RARE = 50
 """A run or shingle in more different texts than this is boilerplate and is ignored."""
 JACCARD, CONTAINMENT = 0.3, 0.6
-"""Texts are near-copies from this share of common shingles, of their union or,
-where they share a run, of the smaller text."""
+"""Texts are near-copies from this share of common shingles, of their union or, where they share a run, of the smaller
+text."""
 FIRM, IN_ORDER, LONG = 0.5, 0.7, 40
-"""Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must
-also have this share of the shorter one's words in the same order: an edit leaves the
-rest in place, while "Explain the concept of ..." is a common opening and no copy."""
+"""Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must also have this share of the
+shorter one's words in the same order: an edit leaves the rest in place, while "Explain the concept of ..." is a common
+opening and no copy."""
 FEW, WHOLE = 10, 0.8
 """A text of fewer than `FEW` shingles must be contained nearly whole: half of a short text is a common phrase."""
 SHORT = 15
-"""Two texts of fewer words may lack a common run after one or two edits: any
-common shingle makes them candidates for `JACCARD`."""
+"""Two texts of fewer words may lack a common run after one or two edits: any common shingle makes them candidates for
+`JACCARD`."""
 EDITED = 8
 """One edit may leave two texts of fewer words without enough common shingles: they also match if they are the same once
 a word is left out of one or each of them (the index of deletions known from SymSpell, over words)."""
 
 SMALL, ALONE = 400_000, 20_000_000
-"""Characters of texts that plain Python compares (_overlap_python.py): in less
-time than numba takes to load; and without numba."""
+"""Characters of texts that plain Python compares (_overlap_python.py): in less time than numba takes to load; and
+without numba."""
 _SAMPLE = 1000
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
@@ -112,9 +112,8 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
     Equal texts count once in the frequencies of runs, so a text is found however often it is repeated.
 
     Args:
-        texts, against: read in order, a few of them once more at the end. Large
-            ones are compared in rounds (rounds.py), which
-        changes memory and time only.
+        texts, against: read in order, a few of them once more at the end. Large ones are compared in rounds
+            (rounds.py), which changes memory and time only.
         count_words: whether to fill `Comparison.frequency`.
     """
     from dagster_project.curation.similarity.engine import Constants, Gates
@@ -162,22 +161,12 @@ def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Cons
         side[numbers[numbers >= 0]] = True
     scores = np.zeros((BINS, 2), np.int64)
     frequent: list[tuple[int, int, int]] = []
-    near = [
-        *compiled.near_texts(
-            tokens,
-            offsets[first],
-            offsets[first + 1],
-            left,
-            right,
-            against is None,
-            constants=constants,
-            scores=scores,
-            boilerplate=frequent,
-        )
-    ]
+    low, high = offsets[first], offsets[first + 1]
+    outputs: dict[str, Any] = {"scores": scores, "boilerplate": frequent}
+    near = [*compiled.near_texts(tokens, low, high, left, right, against is None, constants=constants, **outputs)]
     word_counts: dict[int, list[int]] = {}
     if count_words:
-        spread = compiled.spread(tokens, offsets[first], offsets[first + 1])
+        spread = compiled.spread(tokens, low, high)
         for text in sorted({text for a, b, _, _ in near for text in (a, b)}):
             row = int(first[text])
             word_counts[text] = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
@@ -213,12 +202,10 @@ def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | Non
     repeated = np.diff(bounds) > within
     repeated[list(near)] = True
     for i in np.flatnonzero((number[:size] >= 0) & repeated[number[:size]]) if len(repeated) else ():
-        copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
-        others = sorted(
-            (int(j), similarity, rule)
-            for text, similarity, rule in copies
-            for j in by_text[bounds[text] : bounds[text + 1]]
-        )
+        others: list[tuple[int, float, int]] = []
+        for text, similarity, rule in [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]:
+            others += [(int(j), similarity, rule) for j in by_text[bounds[text] : bounds[text + 1]]]
+        others.sort()
         pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
     passages = [Passage(int(found.first[text]), start, length, count) for text, start, length, count in found.passages]
     scores = found.scores[:BINS].copy()
@@ -227,8 +214,7 @@ def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | Non
 
 
 def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of `texts` and `against` that share a run of 13 words, in
-    order: the common test of benchmark leakage, for comparison.
+    """Pairs of `texts` and `against` that share a run of 13 words, in order: the common test of benchmark leakage.
 
     Brown et al., Language Models are Few-Shot Learners (2020), appendix C.
     """
@@ -247,8 +233,7 @@ def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterato
 
 
 def shared_span(left: str, right: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Position of the longest common run of words in both texts, as (start,
-    end) in characters; (0, 0) if there is none.
+    """Position of the longest common run of words in both texts, as (start, end) in characters; (0, 0) for none.
 
     "He said: Good Morning!" and "good morning, Ann" -> (9, 21), (0, 12)
     """
@@ -267,10 +252,8 @@ def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, i
 
     number = {word: i for i, word in enumerate(dict.fromkeys(right))}
     theirs = np.array([number[word] for word in right], np.int32)
-    best, before = (
-        (0, 0, 0),
-        np.zeros(len(right) + 1, np.int32),
-    )  # words in common up to each of theirs, and the last of mine
+    best = 0, 0, 0
+    before = np.zeros(len(right) + 1, np.int32)  # words in common up to each of theirs, and the last of mine
     for i, word in enumerate(left):
         now = np.zeros(len(right) + 1, np.int32)
         if word in number:

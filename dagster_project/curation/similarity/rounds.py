@@ -1,5 +1,4 @@
-"""The rule of overlap.py in rounds of map and reduce, for texts that do not fit
-into memory or are compared by many processes.
+"""The rule of overlap.py in rounds of map and reduce, for texts that exceed memory or are compared by many processes.
 
 A map round works on blocks of consecutive texts, a reduce round on partitions of keys (words, shingles, runs of words),
 so that each key is counted over all texts. The calling process keeps arrays of numbers per text, and everything else in
@@ -31,8 +30,8 @@ from dagster_project.curation.similarity.overlap import encode
 from dagster_project.curation.similarity.shuffle import Column, Shuffle
 
 IN_MEMORY = 100_000_000
-"""Characters of texts that one process compares in its memory, which takes
-about 0.7 GB. More are compared in rounds."""
+"""Characters of texts that one process compares in its memory, which takes about 0.7 GB. More are compared in
+rounds."""
 SEVERAL = 40_000_000
 """The same if there are several workers. With two, this is where the time saved exceeds that of starting them."""
 BLOCK = 4_000_000
@@ -93,11 +92,8 @@ class _Corpus:
 
     def __init__(self, size: int, within: bool, constants: Constants, sizes: Sizes, processes: workers.Workers) -> None:
         self.size, self.within, self.constants, self.sizes, self.workers = size, within, constants, sizes, processes
-        self.words, self.classes = (
-            Column(np.int32),
-            Column(np.uint8),
-        )  # of the different texts: ids, class of the shingle that starts there
-        self.offsets = np.zeros(1, np.int64)  # of the different texts, in both
+        # of the different texts: ids of words, class of the shingle that starts there, and where a text is in both
+        self.words, self.classes, self.offsets = Column(np.int32), Column(np.uint8), np.zeros(1, np.int64)
 
     def read(self, texts: Iterator[str]) -> None:
         """Number the words of each block, and the different texts."""
@@ -120,10 +116,8 @@ class _Corpus:
     def _sides(self) -> Array:
         """For each text 1 if it is on the left, 2 on the right, 3 on both."""
         sides = np.zeros(len(self.first), np.int32)
-        for side, numbers in (
-            (1, self.number[: self.size]),
-            (2, self.number if self.within else self.number[self.size :]),
-        ):
+        left, right = self.number[: self.size], self.number if self.within else self.number[self.size :]
+        for side, numbers in ((1, left), (2, right)):
             there = np.zeros(len(sides), np.bool_)
             there[numbers[numbers >= 0]] = True
             sides[there] += side
@@ -140,9 +134,8 @@ class _Corpus:
         for names, count in self.workers.map(_number_words, None, map(shuffle.part, range(self.parts))):
             starts.append(self.ids.size)
             if used + count >= 2**31:
-                raise InputError(
-                    "2,147,483,648 different words or more: they cannot be numbered", "compare the files in parts"
-                )
+                what = "2,147,483,648 different words or more: they cannot be numbered"
+                raise InputError(what, "compare the files in parts")
             self.ids.append(names + np.int32(used + 1))
             used += count
         self.id_spans = shuffle.back(starts)
@@ -155,9 +148,8 @@ class _Corpus:
     def count_shingles(self) -> None:
         """Keep the different texts, and find the class of each shingle."""
         shuffle, offsets, at = Shuffle(self.parts, self.constants.shingle + 1), [np.zeros(1, np.int64)], 0
-        for words, lengths, rows, counts in self.workers.map(
-            _shingles, (self.constants, self.parts), self._tokenized()
-        ):
+        found = self.workers.map(_shingles, (self.constants, self.parts), self._tokenized())
+        for words, lengths, rows, counts in found:
             self.words.append(words)
             offsets.append(at + np.cumsum(lengths, dtype=np.int64))
             at = self.words.size
@@ -178,9 +170,8 @@ class _Corpus:
             ids[order] = _read_all(self.ids, self.id_spans[k])
             offsets = np.concatenate(([0], np.cumsum(self.lengths[self.rows[k] : self.rows[k + 1]], dtype=np.int64)))
             firsts = self.first[self.bases[k] : self.bases[k + 1]] - self.rows[k]
-            yield _Tokenized(
-                self.local.read(start, stop), offsets[firsts], offsets[firsts + 1], ids, int(self.bases[k])
-            )
+            words = self.local.read(start, stop)
+            yield _Tokenized(words, offsets[firsts], offsets[firsts + 1], ids, int(self.bases[k]))
 
     def _block(self, k: int) -> _Block:
         base, end = int(self.bases[k]), int(self.bases[k + 1])
@@ -190,14 +181,9 @@ class _Corpus:
     def find_candidates(self) -> None:
         """Collect pairs that share a rare key, by their left texts; and frequent runs, by blocks."""
         columns = (self.constants.run, self.constants.shingle, self.constants.edited - 1)
-        shuffles = [
-            Shuffle(self.parts, columns[0] + 3),
-            Shuffle(self.parts, columns[1] + 2),
-            Shuffle(self.parts, columns[2] + 2),
-        ]
-        blocks = (
-            (self._block(k), _read_all(self.shingle_classes, self.class_spans[k])) for k in range(len(self.rows) - 1)
-        )
+        shuffles = [Shuffle(self.parts, width + more) for width, more in zip(columns, (3, 2, 2), strict=True)]
+        numbers = range(len(self.rows) - 1)
+        blocks = ((self._block(k), _read_all(self.shingle_classes, self.class_spans[k])) for k in numbers)
         for classes, keys in self.workers.map(_keys, (self.constants, self.parts), blocks):
             self.classes.append(classes)
             for shuffle, (rows, counts) in zip(shuffles, keys, strict=True):
@@ -206,11 +192,8 @@ class _Corpus:
         self.bucket = max(self.sizes.bucket, -(-len(self.first) // MOST_PARTITIONS))
         buckets = np.arange(0, len(self.first) + self.bucket, self.bucket, dtype=np.int64)
         self.candidates, self.frequent = Shuffle(len(buckets) - 1, 1, np.uint64), Shuffle(len(self.rows) - 1, 2)
-        parts = (
-            (shuffle.part(part), columns[kind], kind)
-            for kind, shuffle in enumerate(shuffles)
-            for part in range(self.parts)
-        )
+        by_kind = [*enumerate(shuffles)]
+        parts = ((of.part(part), columns[kind], kind) for kind, of in by_kind for part in range(self.parts))
         for codes, frequent in self.workers.map(_candidates, (self.constants, self.within), parts):
             self.candidates.add(codes, np.diff(np.searchsorted(codes, buckets.astype(np.uint64) << np.uint64(33))))
             if len(frequent):
@@ -220,19 +203,17 @@ class _Corpus:
         """Near-copies among the candidates, and scores (`Found`)."""
         near: list[tuple[int, int, float, int]] = []
         scores = np.zeros((BINS, 2), np.int64)
-        for left, right, similarities, rules, counted in self.workers.map(
-            _judge, self.constants, self._candidate_pairs()
-        ):
+        judged = self.workers.map(_judge, self.constants, self._candidate_pairs())
+        for left, right, similarities, rules, counted in judged:
             near.extend(zip(left.tolist(), right.tolist(), similarities.tolist(), rules.tolist(), strict=True))
             scores += counted
         return near, scores
 
     def _candidate_pairs(self) -> Iterator[_Candidates]:
+        lengths = np.diff(self.offsets)
         for bucket in range(self.candidates.parts):
             left, right, kinds = loops.decode_pairs(self.candidates.part(bucket).reshape(-1))
-            ends = np.cumsum(
-                self.offsets[left + 1] - self.offsets[left] + self.offsets[right + 1] - self.offsets[right]
-            )
+            ends = np.cumsum(lengths[left] + lengths[right])
             for pairs in _slices(ends, self.sizes.pairs):
                 texts = np.unique(np.concatenate((left[pairs], right[pairs])))
                 low, high = self.offsets[texts], self.offsets[texts + 1]
@@ -242,9 +223,8 @@ class _Corpus:
     def passages(self) -> list[tuple[int, int, int, int]]:
         """The most frequent passages (`Found`)."""
         shuffle = Shuffle(self.parts, _PASSAGE)
-        blocks = (
-            (self._block(k), frequent) for k in range(len(self.rows) - 1) if len(frequent := self.frequent.part(k))
-        )
+        runs = ((k, self.frequent.part(k)) for k in range(len(self.rows) - 1))
+        blocks = ((self._block(k), frequent) for k, frequent in runs if len(frequent))
         for rows, counts in self.workers.map(_passages, (self.constants, self.parts), blocks):
             shuffle.add(rows, counts)
         found: list[tuple[int, int, int, int]] = []
@@ -266,10 +246,8 @@ class _Corpus:
         for there in self.workers.map(_word_counts, wanted, map(self._block, range(len(self.rows) - 1))):
             counts += there
         ends = np.cumsum(high - low)
-        return {
-            int(text): counts[places[end - size : end]].tolist()
-            for text, end, size in zip(texts, ends, high - low, strict=True)
-        }
+        spans = zip(texts, ends, high - low, strict=True)
+        return {int(text): counts[places[end - size : end]].tolist() for text, end, size in spans}
 
 
 def _read_all(column: Column, spans: Sequence[tuple[int, int]]) -> Array:
@@ -402,14 +380,12 @@ def _classify(constants: Constants, rows: Array) -> Array:
     """Class of each shingle of a partition."""
     names = loops.name_rows(rows, constants.shingle)
     counts = frequency(names, np.ascontiguousarray(rows[:, constants.shingle]), len(names))[names]
-    return np.where(
-        counts > constants.rare, loops.BOILERPLATE, np.where(counts > 1, loops.SHARED, loops.UNIQUE)
-    ).astype(np.uint8)
+    classes = np.where(counts > 1, loops.SHARED, loops.UNIQUE)
+    return np.where(counts > constants.rare, loops.BOILERPLATE, classes).astype(np.uint8)
 
 
 def _keys(shared: tuple[Constants, int], item: tuple[_Block, Array]) -> tuple[Array, list[tuple[Array, Array]]]:
-    """Classes of the shingles of a block by position; and its runs, shingles of short texts and texts without a word,
-    by partition."""
+    """Classes of a block's shingles by position; and by partition its runs, short shingles, and shortened texts."""
     (constants, parts), (block, answers) = shared, item
     words, offsets, base, sides = block
     run, shingle, short, edited, _, _ = constants
@@ -431,8 +407,9 @@ def _candidates(shared: tuple[Constants, bool], item: tuple[Array, int, int]) ->
     """Codes of the pairs of a partition; and if it is one of runs, the (text, position) of those in too many texts."""
     (constants, within), (rows, columns, kind) = shared, item
     codes, counts = loops.pair_codes(rows, columns, within, constants.rare, kind)
-    frequent = rows[counts > constants.rare] if kind == 0 else rows[:0]
-    return codes, np.ascontiguousarray(frequent[:, [columns, columns + 2]]) if kind == 0 else np.empty((0, 2), np.int32)
+    if kind:
+        return codes, np.empty((0, 2), np.int32)
+    return codes, np.ascontiguousarray(rows[counts > constants.rare][:, [columns, columns + 2]])
 
 
 def _judge(constants: Constants, item: _Candidates) -> tuple[Array, Array, Array, Array, Array]:

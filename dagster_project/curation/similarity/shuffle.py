@@ -48,10 +48,8 @@ class Column:
         breaks = (low[1:] - high[:-1] > GAP // width) | (low[1:] * width // SPAN != low[:-1] * width // SPAN)
         taken = []
         for first, last in _runs(breaks):
-            start = int(low[first])
-            taken.append(
-                take(self.read(start, int(high[last])), low[first : last + 1] - start, high[first : last + 1] - start)
-            )
+            start, run = int(low[first]), slice(first, last + 1)
+            taken.append(take(self.read(start, int(high[last])), low[run] - start, high[run] - start))
         return np.concatenate(taken)
 
 
@@ -87,19 +85,12 @@ class Shuffle:
 
     def part(self, part: int) -> Array:
         """Rows of a partition (n, width), in the order of the blocks."""
-        blocks = [
-            self._rows.read(int(starts[part]) * self._width, int(starts[part + 1]) * self._width)
-            for starts in self._starts
-        ]
-        return (
-            np.concatenate(blocks).reshape(-1, self._width)
-            if blocks
-            else self._rows.read(0, 0).reshape(-1, self._width)
-        )
+        width = self._width
+        blocks = [self._rows.read(int(at[part]) * width, int(at[part + 1]) * width) for at in self._starts]
+        return np.concatenate(blocks or [self._rows.read(0, 0)]).reshape(-1, width)
 
     def back(self, answers: Sequence[int]) -> list[list[tuple[int, int]]]:
-        """For each block the (start, stop) of its answers in a column that has
-        those of all partitions, one after the other.
+        """For each block the (start, stop) of its answers in a column that has those of all partitions, in order.
 
         Args:
             answers: start of each partition in the column.

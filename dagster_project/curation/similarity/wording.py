@@ -1,8 +1,7 @@
 """Whether two near-copies also share the words that carry their meaning.
 
-`overlap` finds texts that share runs of words. In short texts such a run is
-often a common phrase ("Which of the following is true of
-..."), and the one different word is the subject. docs/decisions/006 has the measurements.
+`overlap` finds texts that share runs of words. In short texts such a run is often a common phrase ("Which of the
+following is true of ..."), and the one different word is the subject. docs/decisions/006 has the measurements.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ Severity = Literal["error", "warn"]
 FEW_CONTENT = 10
 """In a text with fewer different content words, one of them can change what the text is about."""
 QUOTED_CONTENT = 3
-"""Content words of a held-out question that a row must quote word for word to
-be an `error`; fewer are a common phrase."""
+"""Content words of a held-out question that a row must quote word for word to be an `error`; fewer are a common
+phrase."""
 FIRM_JACCARD, FIRM_CONTAINMENT = 0.6, 0.8
 """From here on an overlap of texts with at least `FEW_CONTENT` content words is a copy, and an `error`."""
 
@@ -85,8 +84,7 @@ def is_near_duplicate(left: str, right: str, frequency: Mapping[str, int]) -> bo
 
 
 def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency: Mapping[str, int]) -> Severity | None:
-    """Severity of an overlap with a held-out text: `error` for a copy, `warn`
-    for a part, None if only a common phrase is shared.
+    """Severity of an overlap with a held-out text: `error` for a copy, `warn` for a part, None for a common phrase.
 
     Args:
         text: prompt or response of a row.
@@ -116,17 +114,18 @@ def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency:
 
 
 def _size(content: frozenset[str]) -> float:
-    """Number of words. Of Chinese, Japanese and Korean the words are
-    characters, two of which are about as much as a word."""
+    """Number of words.
+
+    Of Chinese, Japanese and Korean the words are characters, two of which are about as much as a word.
+    """
     return sum([0.5 if len(word) == 1 and word >= "\u3040" else 1 for word in content])
 
 
 def _distinguishes(edited: frozenset[str], shared: frozenset[str], frequency: Mapping[str, int]) -> bool:
-    """Whether an edit changes the subject of a short text: it changes a number,
-    or a word as rare as the rarest shared one."""
-    return any(map(_is_number, edited)) or min(frequency.get(word, 1) for word in edited) <= min(
-        frequency.get(word, 1) for word in shared
-    )
+    """Whether an edit changes the subject of a short text: a number, or a word as rare as the rarest shared one."""
+    if any(map(_is_number, edited)):
+        return True
+    return min(frequency.get(word, 1) for word in edited) <= min(frequency.get(word, 1) for word in shared)
 
 
 def _is_number(word: str) -> bool:

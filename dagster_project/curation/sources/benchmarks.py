@@ -40,8 +40,7 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """Prompt for a language model, in the wording of lm-evaluation-harness
-        for ARC, PIQA and `mmlu_continuation`."""
+        """Prompt for a model, in the wording of lm-evaluation-harness for ARC, PIQA and `mmlu_continuation`."""
         return self.question if self.continues else f"Question: {self.question}\nAnswer:"
 
     @property
@@ -71,27 +70,25 @@ _PYTHON_LIST = re.compile(rf"\[\s*{_LITERAL}(?:[\s,]+{_LITERAL})*\s*\]")
 
 
 def _listed(value: Any) -> Any:
-    """Parse a list of texts in a CSV cell, in JSON or as printed by Python or
-    NumPy (without commas); other values are unchanged."""
+    """Parse a list of texts in a CSV cell, in JSON or as Python or NumPy print it; other values are unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         pass
+    if not _PYTHON_LIST.fullmatch(value.strip()):
+        return value
     try:
-        return (
-            [ast.literal_eval(literal) for literal in re.findall(_LITERAL, value)]
-            if _PYTHON_LIST.fullmatch(value.strip())
-            else value
-        )
+        return [ast.literal_eval(literal) for literal in re.findall(_LITERAL, value)]
     except (ValueError, SyntaxError):
         return value
 
 
 def _index(label: Any, names: Sequence[str]) -> int | None:
-    """Index of a label in the choices: its place among their names ("C", or 3 of "1" to "4"), or else the number itself
-    (2, "2"); None for no label (missing, "", -1).
+    """Index of a label in the choices; None for no label (missing, "", -1).
+
+    That is its place among their names ("C", or 3 of "1" to "4"), or else the number itself (2, "2").
 
     Raises:
         ValueError: there is no such choice.
@@ -100,12 +97,8 @@ def _index(label: Any, names: Sequence[str]) -> int | None:
         return None
     if str(label) in names:
         return names.index(str(label))
-    if (
-        isinstance(label, int | str)
-        and not isinstance(label, bool)
-        and str(label).isdecimal()
-        and int(label) < len(names)
-    ):
+    is_number = isinstance(label, int | str) and not isinstance(label, bool) and str(label).isdecimal()
+    if is_number and int(label) < len(names):
         return int(label)
     raise ValueError(f"the answer {label!r} is not one of the {len(names)} choices")
 
@@ -144,8 +137,7 @@ def _mmlu_pro(row: Mapping[str, Any]) -> Item:
 
 
 def _agieval(row: Mapping[str, Any]) -> Item:
-    """Read a question with or without a passage, with one or several correct
-    choices, or with a free-text answer (`options` is null)."""
+    """Read a question with or without a passage; it has one or several correct choices or, without `options`, text."""
     question = "\n\n".join(part for part in (row.get("passage"), _text(row, "question")) if part)
     label = _listed(row["label"])
     if not row["options"]:
@@ -155,21 +147,19 @@ def _agieval(row: Mapping[str, Any]) -> Item:
     if not isinstance(label, list):
         return _chosen(row, question, choices, label, _letters(choices))
     correct = [index for letter in label if (index := _index(letter, _letters(choices))) is not None]
-    return Item(
-        "", question, choices, correct[0] if len(correct) == 1 else None, "\n".join(choices[index] for index in correct)
-    )
+    text = "\n".join(choices[index] for index in correct)
+    return Item("", question, choices, correct[0] if len(correct) == 1 else None, text)
 
 
 def _unlettered(options: tuple[str, ...]) -> tuple[str, ...]:
     """("(A)2", "(B)4")  ->  ("2", "4")"""
-    matches = [
-        re.match(rf"\s*\({letter}\)\s*", option) for letter, option in zip(_letters(options), options, strict=True)
-    ]
-    return (
-        tuple(option[match.end() :] for match, option in zip(matches, options, strict=True) if match)
-        if all(matches)
-        else options
-    )
+    texts = []
+    for letter, option in zip(_letters(options), options, strict=True):
+        match = re.match(rf"\s*\({letter}\)\s*", option)
+        if not match:
+            return options
+        texts.append(option[match.end() :])
+    return tuple(texts)
 
 
 def _ifeval(row: Mapping[str, Any]) -> Item:
@@ -305,16 +295,14 @@ def items_of(rows: Sequence[Row], name: str, source: str) -> list[Item]:
             items.append(read_item(layout, row, source))
         except (ValueError, TypeError, KeyError) as error:
             problem = f"no key {error}" if isinstance(error, KeyError) else error
-            raise InputError(
-                f"{name}: row {row.source_row} is not a {layout} question: {problem}", "fix or remove the row"
-            ) from None
+            what = f"{name}: row {row.source_row} is not a {layout} question: {problem}"
+            raise InputError(what, "fix or remove the row") from None
     return items
 
 
 def _shapes() -> Iterator[str]:
-    yield from (
-        f"{name} ({' or '.join(', '.join(sorted(form.keys)) for form in forms)})" for name, forms in BENCHMARKS.items()
-    )
+    for name, forms in BENCHMARKS.items():
+        yield f"{name} ({' or '.join(', '.join(sorted(form.keys)) for form in forms)})"
     yield f"{PROMPTS} ({' or '.join(PROMPT_COLUMNS)})"
 
 
@@ -326,14 +314,13 @@ def read_multiple_choice(path: Path) -> list[Item]:
     """
     items = read_items(path, path.name)
     for item in items:
-        if not item.choices or item.answer is None:
-            problem = (
-                "has several correct choices"
-                if item.text
-                else "is unlabelled: no score can be computed without the correct choice"
-            )
-            raise InputError(
-                f"{item.place} {problem if item.choices else 'has no choices'}",
-                "use the split of the benchmark that has labels, of multiple-choice questions",
-            )
+        if item.choices and item.answer is not None:
+            continue
+        problem = "is unlabelled: no score can be computed without the correct choice"
+        if not item.choices:
+            problem = "has no choices"
+        elif item.text:
+            problem = "has several correct choices"
+        hint = "use the split of the benchmark that has labels, of multiple-choice questions"
+        raise InputError(f"{item.place} {problem}", hint)
     return items

@@ -1,10 +1,11 @@
 """Tools, calls, results and reasoning that a source writes inside the text of its messages -> fields of their own.
 
-Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
-ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
-Glaive: definitions one after another at the end of the system prompt, calls after
-<functioncall>, with arguments as text in single quotes. Traces: "<think>...</think>"
-(DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an answer.
+- Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
+- ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
+- Glaive: definitions one after another at the end of the system prompt, calls after <functioncall>, with arguments as
+  text in single quotes.
+- Traces: "<think>...</think>" (DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an
+  answer.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dagster_project.curation.sources.python_values import python_calls, python_
 from dagster_project.curation.sources.tools import Tools
 
 Think = Literal["auto", "keep", "split"]
-"""Traces at the beginning of an answer: `auto` moves those between both tags,
-`split` also those without the opening tag, `keep` none."""
+"""Traces at the beginning of an answer: `auto` moves those between both tags, `split` also those without the opening
+tag, `keep` none."""
 
 
 MARKS = ("functions in JSON format", "access to the following functions")
@@ -31,9 +32,11 @@ MARKS = ("functions in JSON format", "access to the following functions")
 
 def is_marked(messages: Messages) -> bool:
     """Whether any of the texts may hold what the functions here read, which is cheap to see."""
-    return any(
-        "<" in m["content"] or (m["role"] == "system" and any(mark in m["content"] for mark in MARKS)) for m in messages
-    )
+    for message in messages:
+        text = message["content"]
+        if "<" in text or (message["role"] == "system" and any(mark in text for mark in MARKS)):
+            return True
+    return False
 
 
 class Prompted(NamedTuple):
@@ -50,8 +53,8 @@ class Prompted(NamedTuple):
 
 HERMES_TOOLS, HERMES_TOOLS_END = re.compile(r"<tools>(?=\s*[\[{])"), "</tools>"
 HERMES_START = re.compile(
-    r"You are a function calling AI model|You are provided with function signatures|# Tools\s+You may call one or more"
-    r" functions"
+    r"You are a function calling AI model|You are provided with function signatures"
+    r"|# Tools\s+You may call one or more functions"
 )
 TOOLACE_TOOLS = "list of functions in JSON format"
 TOOLACE_START, TOOLACE_END = "You are an expert in composing functions", "MUST be included."
@@ -109,9 +112,8 @@ def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
         parse_json(text[start:end])
-        defined = [
-            {**tool, "function": tools.with_json_types(tool["function"])} for tool in tools.definitions(value) or ()
-        ]
+        given = tools.definitions(value) or ()
+        defined = [{**tool, "function": tools.with_json_types(tool["function"])} for tool in given]
     except (ValueError, RecursionError):
         return None
     begin = text.rfind(TOOLACE_START, 0, marker)
@@ -148,8 +150,10 @@ ARGUMENTS, QUOTED_END = re.compile(r"""("arguments":\s*)'"""), re.compile(r"'(\s
 
 
 def _split_at_tags(text: str, opening: str, closing: re.Pattern[str]) -> list[str]:
-    """Parts of a text outside of tags, at even indices, and inside, without
-    white space around them. Needs linear time for any text."""
+    """Parts of a text outside of tags, at even indices, and inside, without white space around them.
+
+    Needs linear time for any text.
+    """
     parts, at = [], 0
     while (start := text.find(opening, at)) >= 0 and (end := closing.search(text, start + len(opening))):
         parts += [text[at:start], text[start + len(opening) : end.start()].strip()]
@@ -178,15 +182,19 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused
         tag = next((tag for tag in ("<tool_call>", "<functioncall>") if tag in message["content"]), "")
         if message["role"] == "assistant" and "tool_calls" not in message and tag:
             found.append(_tagged_call(message, tag, bool(style or defined), unused))
-        elif (
-            message["role"] == "tool"
-            and len(parts := _split_at_tags(message["content"], "<tool_response>", END_OF_RESPONSE)) > 1
-            and not "".join(parts[::2]).strip()
-        ):
-            found += [{**message, "content": result} for result in parts[1::2]]
+        elif message["role"] == "tool":
+            found += _tagged_results(message)
         else:
             found.append(message)
     return found
+
+
+def _tagged_results(message: Message) -> Messages:
+    """A message for each result in tags; the message itself if it has none, or text outside of them."""
+    parts = _split_at_tags(message["content"], "<tool_response>", END_OF_RESPONSE)
+    if len(parts) == 1 or "".join(parts[::2]).strip():
+        return [message]
+    return [{**message, "content": result} for result in parts[1::2]]
 
 
 def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> Message:
@@ -206,9 +214,8 @@ def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> 
     if not (calls := [call for found, _ in read for call in found]):
         return message
     unused += [name for _, names in read for name in names]
-    unused += (
-        [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []
-    )  # a message has its text before its calls
+    # a message has its text before its calls
+    unused += [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []
     return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 
@@ -233,7 +240,6 @@ def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:
 
 
 # --- traces
-# ----------------------------------------------------------------------------------------------------------------------
 
 OPENING, CLOSING = "<think>", "</think>"
 THOUGHT, THOUGHT_END = "<|begin_of_thought|>", "<|end_of_thought|>"
@@ -279,9 +285,5 @@ def _with(message: Message, trace: str, answer: str) -> Message:
     if "reasoning_content" in message and trace.strip() not in {"", message["reasoning_content"].strip()}:
         raise ValueError("two different traces of reasoning in one message")
     more = {key: value for key, value in message.items() if key not in {"role", "content"}}
-    return {
-        "role": message["role"],
-        "content": answer,
-        **({"reasoning_content": trace} if trace.strip() else {}),
-        **more,
-    }
+    traced = {"reasoning_content": trace} if trace.strip() else {}
+    return {"role": message["role"], "content": answer, **traced, **more}

@@ -1,8 +1,7 @@
-"""What people declare for a source, in params.yaml: license, category, period
-of collection, generator, permission, retention, purposes.
+"""What people declare for a source: license, category, period, generator, permission, retention, purposes.
 
-No row depends on it. The report of the stage that reads the source states it,
-so a model's declarations are those of its own runs.
+No row depends on it. The report of the stage that reads the source states it, so a model's declarations are those of
+its own runs.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from dagster_project.core.records import with_license
 
 UNKNOWN = "unknown"
 DECLARED = "declared"
-"""Key of a source's facts in reports and audits. Reports contain what is given;
-audits and summaries say `unknown` for the rest."""
+"""Key of a source's facts in reports and audits. Reports contain what is given; audits and summaries say `unknown` for
+the rest."""
 Category = Literal["public", "licensed", "third_party", "crawled", "user", "synthetic"]
 NAMES = {
     "category": "category",
@@ -75,14 +74,14 @@ class Declared(Licensed):
     license: str = UNKNOWN
     """License of the text, an SPDX expression if it has one. Audits and model cards show it."""
     category: Category | None = None
-    """Where the text comes from: `public` data sets, `licensed` from rights holders, obtained
-    from a `third_party` otherwise, `crawled` from the web, from `user`s of a service, or
-    `synthetic`, i.e. written by a model. null: unknown. Not the category of a row."""
+    """Where the text comes from: `public` data sets, `licensed` from rights holders, obtained from a `third_party`
+    otherwise, `crawled` from the web, from `user`s of a service, or `synthetic`, i.e. written by a model. null:
+    unknown. Not the category of a row."""
     collected: Period | None = None
     """Period in which the text was collected, e.g. `{from: "2024-01-01", to: "2024-06-30"}`. null: unknown."""
     generator: Text | None = None
-    """What wrote synthetic text, e.g. the name and version of a model. A source
-    with a generator is synthetic, whatever its category. null: unknown."""
+    """What wrote synthetic text, e.g. the name and version of a model. A source with a generator is synthetic, whatever
+    its category. null: unknown."""
     permission: Text | None = None
     """What permits the use of the text, in words, e.g. a contract or a consent. null: unknown."""
     retain_until: Date | None = None
@@ -92,8 +91,7 @@ class Declared(Licensed):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What is declared besides the license, as in reports: {"declared":
-        {"category": "public"}}; empty if nothing is."""
+        """What is declared besides the license, as in reports: {"declared": {"category": "public"}}, or empty."""
         values = self.model_dump(mode="json", by_alias=True, include=set(NAMES), exclude_none=True)
         return {DECLARED: values} if values else {}
 
@@ -118,20 +116,16 @@ def declared_of(facts: Mapping[str, Any], name: str = "a source") -> Declared:
     Raises:
         InputError: they declare what this version does not know.
     """
-    declared = facts.get(DECLARED, {})
-    values = (
-        {key: value for key, value in declared.items() if value != UNKNOWN}
-        if isinstance(declared, Mapping)
-        else {DECLARED: declared}
-    )
+    declared, values = facts.get(DECLARED, {}), {"license": str(with_license(facts).get("license") or UNKNOWN)}
+    if isinstance(declared, Mapping):
+        values |= {key: value for key, value in declared.items() if value != UNKNOWN}
+    else:
+        values[DECLARED] = declared
     try:
-        return parse(
-            Declared, {"license": str(with_license(facts).get("license") or UNKNOWN), **values}, name, file="report"
-        )
+        return parse(Declared, values, name, file="report")
     except InputError as error:
-        raise InputError(
-            error.what, "restore the report with git, or use the version of pedigree-llm that wrote it"
-        ) from None
+        hint = "restore the report with git, or use the version of pedigree-llm that wrote it"
+        raise InputError(error.what, hint) from None
 
 
 def with_unknown(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -148,8 +142,8 @@ def declared_sources(document: Mapping[str, Any]) -> dict[str, Declared]:
     """Source -> what is declared for it, for the sources that a model was made from.
 
     Args:
-        document: of `lineage.document`, `export.summarize` or `summary.from_reports`,
-            whose sources are those that the reports of the model's own runs state.
+        document: of `lineage.document`, `export.summarize` or `summary.from_reports`, whose sources are those that the
+            reports of the model's own runs state.
     Raises:
         InputError: as `declared_of`.
     """

@@ -24,8 +24,8 @@ class Shape(NamedTuple):
     judged: tuple[str, ...]
     """Keys of a judgement whose value is true or false."""
     numbers: tuple[tuple[str, bool | None], ...]
-    """Keys of a judgement with another value: true for 1, false for 0, None for
-    any other. Missing values are not among them."""
+    """Keys of a judgement with another value: true for 1, false for 0, None for any other. Missing values are not among
+    them."""
 
 
 Shapes = Counter[Shape]
@@ -40,17 +40,12 @@ def _shape(keys: tuple[str, ...], row: Mapping[str, Any]) -> Shape:
     nullable, judging = _looked_at(keys)
     null = tuple([key for key in nullable if row[key] is None])
     judged = tuple([key for key in judging if is_boolean(row[key])])
-    return Shape(
-        keys,
-        null,
-        judged,
-        tuple([(key, judgement(row[key])) for key in judging if key not in judged and row[key] not in (None, "")]),
-    )
+    others = [key for key in judging if key not in judged and row[key] not in (None, "")]
+    return Shape(keys, null, judged, tuple([(key, judgement(row[key])) for key in others]))
 
 
 def _looked_at(keys: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The keys of a row whose value can matter, as in a table with examples and
-    pairs: those of pair layouts, and those of judgements."""
+    """The keys of a row whose value can matter, as in a table of examples and pairs: of pair layouts, of judgements."""
     return [key for key in keys if key in _PAIR_KEYS], [key for key in keys if key in _JUDGEMENTS]
 
 
@@ -76,23 +71,21 @@ def detect(
     examples, pairs = _best(shapes, LAYOUTS), _best(shapes, PAIR_LAYOUTS, look=layouts is LAYOUTS)
     best = examples if layouts is LAYOUTS else pairs
     if layouts is LAYOUTS and _preferred(examples, pairs):
-        raise InputError(
-            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to"
-            " imitate",
-            "list the file under raw_preferences"
-            + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
-        )
+        hint = "list the file under raw_preferences"
+        if examples.rows:
+            hint += f"; to imitate all of it nevertheless, set format: {examples.name}"
+        keys = ", ".join(sorted(pairs.keys))
+        raise InputError(f"{name}: the rows are preferences ({pairs.name}: {keys}), not examples to imitate", hint)
     if layouts is PAIR_LAYOUTS and examples.rows and not pairs.rows:
-        raise InputError(
-            f"{name}: the rows are examples ({examples.name}: {', '.join(sorted(examples.keys))}), not preferences",
-            "list the file under raw_examples",
-        )
+        keys = ", ".join(sorted(examples.keys))
+        what = f"{name}: the rows are examples ({examples.name}: {keys}), not preferences"
+        raise InputError(what, "list the file under raw_examples")
     if not best.rows:
-        keys = _first_keys(shapes)
+        keys = ", ".join(_first_keys(shapes)) or "none"
         mapping = "{prompt: q, response: a}" if layouts is LAYOUTS else "{prompt: q, chosen: good, rejected: bad}"
         expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
-            f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
+            f"{name}: unknown format (keys of the first row: {keys})",
             f"for other columns set a mapping, e.g. `mapping: {mapping}` in params.yaml or `pedigree check --mapping`;"
             f" known formats and their keys: {expected}",
         )
@@ -111,8 +104,7 @@ def is_known(rows: Sequence[Row]) -> bool:
 
 
 def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
-    """Kind of the rows: preferences if most rows have the keys of a pair layout
-    that has more keys than any layout of examples.
+    """Preferences if most rows have the keys of a pair layout that has more keys than any layout of examples.
 
     {"prompt", "completion"}                 ->  examples
     {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
@@ -143,11 +135,11 @@ def _best(shapes: Shapes, layouts: Mapping[str, L], look: bool = False) -> _Fit:
         look: require the values of a pair of rows that have the keys of a pair layout.
     """
     fits = []
-    binary = {
-        key
-        for key in _JUDGEMENTS
-        if {one for shape in shapes for name, one in shape.numbers if name == key} == {False, True}
-    }
+    numbers: dict[str, set[bool | None]] = {}
+    for shape in shapes:
+        for key, number in shape.numbers:
+            numbers.setdefault(key, set()).add(number)
+    binary = {key for key, found in numbers.items() if found == {False, True}}
     for name, layout in layouts.items():
         forms = {keys: _forms(layout, keys) for keys in dict.fromkeys(shape.keys for shape in shapes)}
         counts: Counter[frozenset[str]] = Counter()
@@ -203,17 +195,13 @@ def choose(shapes: Shapes, name: str, layout: str, layouts: Mapping[str, L], map
     if layout != "auto":
         raise InputError(f"{name}: both a format ({layout}) and a mapping", "leave one of them out")
     if not any(mapped.keys <= set(shape.keys) for shape in shapes):
-        columns = _first_keys(shapes)
-        raise InputError(
-            f"{name}: mapping: no row has the columns {', '.join(sorted(mapped.keys))}",
-            f"columns of the first row: {', '.join(columns) or 'none'}",
-        )
+        what = f"{name}: mapping: no row has the columns {', '.join(sorted(mapped.keys))}"
+        raise InputError(what, f"columns of the first row: {', '.join(_first_keys(shapes)) or 'none'}")
     return "mapping", mapped
 
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"
-)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 """Spelling of a split -> canonical name."""
 
 

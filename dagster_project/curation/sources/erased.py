@@ -1,8 +1,7 @@
-"""Records that were erased: data/sources/erasures.jsonl has keyed hashes of
-them, and a row that would bring one back is refused (docs/erase.md).
+"""Records that were erased: a row that would bring one back is refused (docs/erase.md).
 
-The file is in data/sources/, a dependency of the stages that read sources: it
-becomes one of their inputs when it exists, and changes nothing before.
+data/sources/erasures.jsonl has keyed hashes of them. It is in data/sources/, a dependency of the stages that read
+sources: it becomes one of their inputs when it exists, and changes nothing before.
 """
 
 from __future__ import annotations
@@ -35,14 +34,18 @@ def key_id(key: bytes) -> str:
 
 
 def record_mark(key: bytes, example_id: str) -> str:
-    """Keyed hash of an id. It differs from the id under which a release
-    publishes the record, so the two cannot be matched without the key."""
+    """Keyed hash of an id.
+
+    It differs from the id under which a release publishes the record, so the two cannot be matched without the key.
+    """
     return hmac.digest(key, b"erased record\0" + example_id.encode(), "sha256").hex()
 
 
 def text_marks(key: bytes, record: Mapping[str, Any]) -> list[str]:
-    """Keyed hashes of the text of a record, or of both sides of a pair: of all turns of user and assistant, without
-    differences of case, compatible characters (NFKC) and white space."""
+    """Keyed hashes of the text of a record, or of both sides of a pair.
+
+    Of all turns of user and assistant, without differences of case, compatible characters (NFKC) and white space.
+    """
     if "prompt" in record:
         sides = [(record["prompt"], record[side] or ()) for side in ("chosen", "rejected")]
     else:
@@ -50,22 +53,16 @@ def text_marks(key: bytes, record: Mapping[str, Any]) -> list[str]:
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         sides = [(messages[:last], messages[last:])]
     texts = ["\0".join(map(_normalized, side)) for side in starmap(_turns, sides) if side]
-    return list(
-        dict.fromkeys(
-            hmac.digest(key, b"erased text\0" + text.encode("utf-8", "surrogatepass"), "sha256").hex() for text in texts
-        )
-    )
+    encoded = [b"erased text\0" + text.encode("utf-8", "surrogatepass") for text in dict.fromkeys(texts)]
+    return [hmac.digest(key, text, "sha256").hex() for text in encoded]
 
 
 def _turns(prompt: Sequence[Mapping[str, Any]], answer: Sequence[Mapping[str, Any]]) -> list[str]:
     """Texts of the turns; empty if the answer says nothing in words: many records may share a prompt."""
     if not any(message["role"] == "assistant" and (message["content"] or "").strip() for message in answer):
         return []
-    return [
-        message["content"]
-        for message in (*prompt, *answer)
-        if message["role"] != "system" and (message["content"] or "").strip()
-    ]
+    said = [message["content"] for message in (*prompt, *answer) if message["role"] != "system"]
+    return [text for text in said if (text or "").strip()]
 
 
 def _normalized(text: str) -> str:
@@ -81,9 +78,9 @@ class Erased:
 
     def includes(self, record: Mapping[str, Any]) -> bool:
         """Whether a record or pair is one that was erased."""
-        return record_mark(self.key, record["example_id"]) in self.marks or any(
-            mark in self.marks for mark in text_marks(self.key, record)
-        )
+        if record_mark(self.key, record["example_id"]) in self.marks:
+            return True
+        return not self.marks.isdisjoint(text_marks(self.key, record))
 
     def check(self, records: Iterable[Mapping[str, Any]]) -> CheckResult:
         """The blocking check of the stages that read sources.
@@ -119,13 +116,12 @@ def read_erased(root: Path) -> Erased:
             entry = json.loads(line)
             found, of_key = {entry["record"], *entry["texts"]}, entry["key"]
         except (ValueError, TypeError, KeyError):
-            raise InputError(
-                f"{TOMBSTONES}, line {number}: not a tombstone", f"restore it: `git checkout {TOMBSTONES}`"
-            ) from None
+            what = f"{TOMBSTONES}, line {number}: not a tombstone"
+            raise InputError(what, f"restore it: `git checkout {TOMBSTONES}`") from None
         if of_key != key_id(key):
             raise InputError(
-                f"{TOMBSTONES}, line {number}: made with another key than {RECORD_KEY}, so erased records cannot be"
-                " recognized",
+                f"{TOMBSTONES}, line {number}: made with another key"
+                f" than {RECORD_KEY}, so erased records cannot be recognized",
                 f"restore the key with which records were erased: `git log -- {RECORD_KEY}` lists its versions",
             )
         marks |= found
@@ -133,8 +129,7 @@ def read_erased(root: Path) -> Erased:
 
 
 def erased_on(root: Path, keys: Iterable[bytes], example_id: str) -> str | None:
-    """The day on which a record, or all that it was made from, was erased; None
-    if it was not, or no key is the one of its tombstone.
+    """The day on which a record, or all that it was made from, was erased; None if it was not, or the key is unknown.
 
     Args:
         keys: of the project, now and before.

@@ -1,5 +1,7 @@
-"""Where each field of a source row goes: used by its layout, kept in `meta`, or
-ignored. Fields of messages count as `messages[].name`."""
+"""Where each field of a source row goes: used by its layout, kept in `meta`, or ignored.
+
+Fields of messages count as `messages[].name`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
 from dagster_project.curation.sources.message import EMPTY, ORDER_OF_CALLS
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
-"""Keys of a message or turn, and those of them that are not used, with those of
-its content parts and calls ("content[].cache_control")."""
+"""Keys of a message or turn, and those of them that are not used, with those of its content parts and calls
+("content[].cache_control")."""
 
 IMPORTANT = frozenset(
     {
@@ -25,8 +27,8 @@ IMPORTANT = frozenset(
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
 MAX_NAME, MAX_NAMES = 80, 200
-"""Characters of a field's name, and names of a source, that a report shows.
-Both are above what a set that is meant to be read has."""
+"""Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to
+be read has."""
 NAME = "ignored_fields"
 DESCRIPTION = "Every field of the source rows is used or kept."
 
@@ -51,8 +53,10 @@ class Turns(NamedTuple):
 
 
 def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
-    """Read the messages of a row. Values that are neither a list nor a message
-    are unchanged. Raises errors like a `TurnReader`."""
+    """Read the messages of a row.
+
+    Values that are neither a list nor a message are unchanged. Raises errors like a `TurnReader`.
+    """
     shapes: dict[str, list[TurnShape]] = {}
     ignored: list[str] = []
     for key, read in readers.items():
@@ -67,10 +71,8 @@ def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
             message, unused = read(turn)
             messages.append(message)
             found.append((tuple(turn), unused))
-            if unused:
-                ignored += [
-                    f"{key}[].{name}"[:MAX_NAME] for name in unused if "[]" in name or turn.get(name) not in EMPTY
-                ]
+            held = [name for name in unused if "[]" in name or turn.get(name) not in EMPTY]
+            ignored += [f"{key}[].{name}"[:MAX_NAME] for name in held]
         row = {**row, key: messages}
     return Turns(row, shapes, ignored)
 
@@ -80,16 +82,13 @@ def read_tree(row: dict[str, Any]) -> Turns:
     messages = [row["prompt"]]
     for message in messages:
         messages += message.get("replies") or []
-    unused = [tuple([key for key in message if key not in OASST_KEYS]) for message in messages]
-    ignored = [
-        f"prompt[].{key}"[:MAX_NAME]
-        for message, keys in zip(messages, unused, strict=True)
-        for key in keys
-        if message[key] not in EMPTY
-    ]
-    return Turns(
-        row, {"prompt": [(tuple(message), keys) for message, keys in zip(messages, unused, strict=True)]}, ignored
-    )
+    shapes: list[TurnShape] = []
+    ignored: list[str] = []
+    for message in messages:
+        unused = tuple([key for key in message if key not in OASST_KEYS])
+        shapes.append((tuple(message), unused))
+        ignored += [f"prompt[].{key}"[:MAX_NAME] for key in unused if message[key] not in EMPTY]
+    return Turns(row, {"prompt": shapes}, ignored)
 
 
 def important(kept: Mapping[str, Any]) -> list[str]:
@@ -125,10 +124,10 @@ class FieldAccount:
         if (found := self._known.get(shape)) is None:
             found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
         fields, total = found
-        if (present := len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])) != total:
-            raise AssertionError(
-                f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})"
-            )
+        present = len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])
+        if present != total:
+            keys = ", ".join(row)
+            raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {keys})")
         return fields
 
 
@@ -168,9 +167,8 @@ def _fields_in(value: Any, messages: int) -> int:
     """
     if isinstance(value, list):
         return sum(map(len, value))
-    return len(value) + (
-        sum([_fields_in(reply, messages) for reply in value.get("replies") or ()]) if messages > 1 else 0
-    )
+    replies = value.get("replies") or () if messages > 1 else ()
+    return len(value) + sum([_fields_in(reply, messages) for reply in replies])
 
 
 def kept_whole(row: Mapping[str, Any] | None) -> Fields:
@@ -238,8 +236,7 @@ def severity(ignored: Iterable[str]) -> Literal["warn", "info"]:
 
 
 def note(ignored: Iterable[Iterable[str]]) -> list[str]:
-    """Number of rows with each field: [["messages[].id"], ["messages[].id",
-    "images"]]  ->  ["messages[].id 2, images 1"]"""
+    """Number of rows with each field: [["id"], ["id", "images"]]  ->  ["id 2, images 1"]"""
     text = _note(Counter(name for names in ignored for name in names))
     return [text] if text else []
 
@@ -271,7 +268,6 @@ class IgnoredFields:
             self._details.append(", ".join(names))
 
     def check(self) -> CheckResult:
-        text = _note(self._names)
         return CheckResult(
             NAME,
             not self._rows,
@@ -279,7 +275,7 @@ class IgnoredFields:
             count=self._rows,
             rows=self._places,
             details=self._details,
-            note=text,
+            note=_note(self._names),
         )
 
 

@@ -1,5 +1,7 @@
-"""Rows -> canonical records and preference pairs. Layouts are in layouts.py and
-pair_layouts.py; every row and every field is accounted for."""
+"""Rows -> canonical records and preference pairs.
+
+Layouts are in layouts.py and pair_layouts.py; every row and every field is accounted for.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +99,7 @@ def _validated(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str
 
 
 def converted(how: Conversion, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-    """Convert every row to canonical records with their `source_row`, or to
-    entries of pairs (`pairing.entries_of`); nothing is dropped.
+    """Convert every row to canonical records, or to entries of pairs (`pairing.entries_of`); nothing is dropped.
 
     An unreadable row has no messages, and `meta.problem`:
     {"instruction": "Hi", "output": 3}  ->  messages [], meta {"problem": "expected text, found int (line 1)"}
@@ -139,15 +140,15 @@ def pairs_of(
     mapping: Mapping[str, str] | None = None,
     split: str | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """As `records_of`, for preference pairs. Every row is in the `source_rows`
-    of at least one pair; a tree may give several, and two KTO rows form one:
+    """As `records_of`, for preference pairs.
 
-    {"prompt": "Hi", "completion": "Hello", "label": true}   ->  {"source_rows": [0, 1],
-    "margin": None, "prompt": [user "Hi"], {"prompt": "Hi", "completion": "What?", "label":
-    false}       "chosen": [assistant "Hello"], "rejected": [assistant "What?"], ...}
+    Every row is in the `source_rows` of at least one pair; a tree may give several, and two KTO rows form one:
 
-    An unreadable row has no messages, and a KTO row without a counterpart has
-    one empty side. `meta.problem` has the reason.
+    {"prompt": "Hi", "completion": "Hello", "label": true}, {"prompt": "Hi", "completion": "What?", "label": false}  ->
+    {"source_rows": [0, 1], "prompt": [user "Hi"], "chosen": [assistant "Hello"], "rejected": [assistant "What?"], ...}
+
+    An unreadable row has no messages, and a KTO row without a counterpart has one empty side. `meta.problem` has the
+    reason.
     """
     how = conversion_of(shapes_of(rows), True, name, source, layout, mapping, split)
     entries = list(converted(how, _consumed(rows)))
@@ -156,11 +157,11 @@ def pairs_of(
         if HALF in entry and (first := halves.partner(entry[HALF], number)) is not None:
             second[first] = number
     others = set(second.values())
-    return how.layout, [
-        joined(entry, entries[second[number]] if number in second else None)
-        for number, entry in enumerate(entries)
-        if number not in others
-    ]
+    pairs = []
+    for number, entry in enumerate(entries):
+        if number not in others:
+            pairs.append(joined(entry, entries[second[number]] if number in second else None))
+    return how.layout, pairs
 
 
 def _consumed(rows: list[Row]) -> Iterator[Row]:
@@ -184,10 +185,8 @@ def _parts(row: Row, layout: Layout) -> list[Row]:
 
 def _no_instance(row: Row, part: Any, number: int) -> Row:
     where = f" (line {row.line})" if row.line else ""
-    value = {**(row.value or {}), "instances": [part]}
-    return row._replace(
-        value=value, problem=f"instance {number}: expected an object, found {type(part).__name__}{where}"
-    )
+    problem = f"instance {number}: expected an object, found {type(part).__name__}{where}"
+    return row._replace(value={**(row.value or {}), "instances": [part]}, problem=problem)
 
 
 def _record(
@@ -206,20 +205,19 @@ def _record(
             more = {**more, "split": split}
         meta = merged(meta, more)
     tools = {"tools": found.tools} if found and found.tools else {}
-    malformed = (
-        [{"role": "malformed", "content": row.raw or json.dumps(value, ensure_ascii=False, sort_keys=True)}]
-        if not messages
-        else []
-    )
+    hashed, category = messages, category_of(row, layout.category)
+    if not messages:
+        text = row.raw or json.dumps(value, ensure_ascii=False, sort_keys=True)
+        hashed = [{"role": "malformed", "content": text}]
+    elif layout.labels:
+        category = messages[-1]["content"] or None
     return {
-        "example_id": example_id(messages or malformed, tools.get("tools"), is_text(messages, meta)),
+        "example_id": example_id(hashed, tools.get("tools"), is_text(messages, meta)),
         "source": source,
         "source_row": row.source_row,
         "messages": messages,
         **tools,
-        "category": (
-            (messages[-1]["content"] or None) if layout.labels and messages else category_of(row, layout.category)
-        ),
+        "category": category,
         "group_id": None,
         "meta": (ASCII if problem else JSON).encode(meta) if meta else "{}",
         **noted(row, layout, meta, found, account),

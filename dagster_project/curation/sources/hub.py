@@ -1,5 +1,7 @@
 """A split of a data set on the Hugging Face Hub, at one commit -> rows.
-`datasets` downloads and caches; code of data sets is never run."""
+
+`datasets` downloads and caches; code of data sets is never run.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from dagster_project.curation.sources.detection import canonical_split
 from dagster_project.curation.sources.files import Block, Row, as_parsed, rows_of, table_rows
 
 NEXT = (
-    "check the name, the revision, the network and, for a gated data set, HF_TOKEN; "
-    "rows that `datasets` cannot read can be saved as a file in data/sources/"
+    "check the name, the revision, the network and, for a gated data set, HF_TOKEN;"
+    " rows that `datasets` cannot read can be saved as a file in data/sources/"
 )
 
 
@@ -37,9 +39,8 @@ class HubSplit:
     @property
     def name(self) -> str:
         """The `source` of its rows: hub:org/name@0123456789ab/train, or hub:org/name@0123456789ab/config/train."""
-        return "/".join(
-            ["hub:" + self.hub + "@" + self.revision[:12], *([self.config] if self.config else []), self.split]
-        )
+        config = f"{self.config}/" if self.config else ""
+        return f"hub:{self.hub}@{self.revision[:12]}/{config}{self.split}"
 
     @property
     def problem(self) -> str:
@@ -48,14 +49,12 @@ class HubSplit:
             return f"{self.hub!r} is not a data set name: use org/name"
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             return (
-                f"revision {self.revision!r} is not a commit: 40 hex digits are required, because branches and tags"
-                " move"
+                f"revision {self.revision!r} is not a commit:"
+                " 40 hex digits are required, because branches and tags move"
             )
         if not re.fullmatch(r"\w+(\.\w+)*", self.split):
             return f"split {self.split!r} is not a split name: use e.g. train"
-        if self.config is not None and (
-            not re.fullmatch(r"[^<>:/\\|?*\0-\x1f]+", self.config) or self.config.startswith(".")
-        ):
+        if self.config is not None and not re.fullmatch(r"(?!\.)[^<>:/\\|?*\0-\x1f]+", self.config):
             return f"config {self.config!r} is not a configuration name"
         return ""
 
@@ -96,14 +95,12 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         _refuse_unpinned(source, builder)
         builder.download_and_prepare()
         if source.split not in builder.info.splits:
-            raise InputError(
-                f"{source.name}: there is no split {source.split!r}", f"splits: {', '.join(builder.info.splits)}"
-            )
+            what = f"{source.name}: there is no split {source.split!r}"
+            raise InputError(what, f"splits: {', '.join(builder.info.splits)}")
         data = builder.as_dataset(source.split)
     except StopIteration:  # raised by `datasets` for an empty file
-        raise InputError(
-            f"{source.name}: the data set is empty, or its first file is", "use another split or data set"
-        ) from None
+        what = f"{source.name}: the data set is empty, or its first file is"
+        raise InputError(what, "use another split or data set") from None
     except InputError:
         raise
     except Exception as error:  # `datasets` raises errors of many kinds for cards and files that it cannot read
@@ -112,9 +109,8 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         raise InputError(f"{source.name}: {_error_text(error, huggingface_hub.get_token())}", NEXT) from None
     if media := {name: kind for name, feature in data.features.items() for kind in _kinds(feature) - TEXTUAL}:
         columns = ", ".join(f"{name} ({kind})" for name, kind in media.items())
-        raise InputError(
-            f"{source.name}: columns without text: {columns}", "save the other columns as a file in data/sources/"
-        )
+        what = f"{source.name}: columns without text: {columns}"
+        raise InputError(what, "save the other columns as a file in data/sources/")
     if not len(data):
         raise InputError(f"{source.name}: the split is empty", "use another split")
     decode = _decoder(data.features)
@@ -123,8 +119,7 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
 
 
 def _end_stalled_requests() -> None:
-    """Give every request the timeout of downloads: listings of files have none,
-    and wait forever for a server that stops in its answer."""
+    """Give every request the timeout of downloads: listings of files would wait forever for a server that stops."""
     require_version("huggingface-hub", ">=1,<3", "huggingface_hub.utils._http.default_client_factory")
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
@@ -145,8 +140,10 @@ def _end_stalled_requests() -> None:
 
 
 def _cached_builder(folder: Path, repository: str) -> Any:
-    """Builder of a data set that is already in a cache folder. `datasets` has
-    no public way to load from its cache without network."""
+    """Builder of a data set that is already in a cache folder.
+
+    `datasets` has no public way to load from its cache without network.
+    """
     require_version("datasets", ">=5.2,<6", "datasets.packaged_modules.cache.cache.Cache")
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -160,8 +157,7 @@ def _cached_builder(folder: Path, repository: str) -> Any:
 
 
 def _refuse_unpinned(source: HubSplit, builder: Any) -> None:
-    """Refuse another commit, and files from outside the commit: a data set card
-    may list any address, whose content can change."""
+    """Refuse another commit, and files outside of the commit: a card may list any address, whose content can change."""
     if builder.hash != source.revision:
         raise InputError(f"{source.name}: the Hub returned commit {builder.hash}", "set the commit to use")
     files = [file for files in (builder.config.data_files or {}).values() for file in files]
@@ -216,9 +212,8 @@ class RowsDigest:
 
     def update(self, rows: Iterable[Row]) -> None:
         for row in rows:
-            self._digest.update(
-                ROW.encode(row.value if row.value is not None else row.problem).encode("utf-8", "surrogatepass") + b"\n"
-            )
+            text = ROW.encode(row.value if row.value is not None else row.problem)
+            self._digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
@@ -228,8 +223,10 @@ ROW = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")
 
 
 def held_out_label(source: HubSplit) -> str | None:
-    """Split label of the rows. Test and validation splits of the data set stay
-    held out; its train split has no label and may be split."""
+    """Split label of the rows.
+
+    Test and validation splits of the data set stay held out; its train split has no label and may be split.
+    """
     label = canonical_split(source.split)
     return None if label == "train" else label
 
@@ -238,8 +235,7 @@ SPEC = re.compile(r"hub:(?P<hub>[^@:]*)@(?P<revision>[^:]*):(?:(?P<config>[^:]*)
 
 
 def parse_spec(spec: str) -> HubSplit | None:
-    """ "hub:org/name@REVISION:split" or "hub:org/name@REVISION:config:split";
-    None for anything that does not begin with "hub:".
+    """ "hub:org/name@REVISION:split" or "hub:org/name@REVISION:config:split"; None for all that begins otherwise.
 
     Raises:
         InputError: begins with "hub:" but is not a split at a commit.
@@ -249,7 +245,6 @@ def parse_spec(spec: str) -> HubSplit | None:
     match = SPEC.fullmatch(spec)
     source = HubSplit(**match.groupdict()) if match else None
     if source is None or source.problem:
-        raise InputError(
-            f"{spec}: {source.problem if source else 'not a split of a data set'}", "use hub:org/name@REVISION:split"
-        )
+        problem = source.problem if source else "not a split of a data set"
+        raise InputError(f"{spec}: {problem}", "use hub:org/name@REVISION:split")
     return source

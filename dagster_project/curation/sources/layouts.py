@@ -1,11 +1,14 @@
-"""Layouts of examples: a row -> messages. One function per layout; layouts are
-detected by the keys of the rows (detection.py)."""
+"""Layouts of examples: a row -> messages.
+
+One function per layout; layouts are detected by the keys of the rows (detection.py).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 from dagster_project.curation.sources import tools
@@ -42,8 +45,8 @@ class Layout:
     messages: Callable[[dict[str, Any]], Messages]
     """Converts a row to a conversation. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
-    """Keys that went into the messages; the others are kept in `meta`, except
-    for tool definitions (`tools`, `functions`)."""
+    """Keys that went into the messages; the others are kept in `meta`, except for tool definitions (`tools`,
+    `functions`)."""
     meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
     """Entries of `meta` in addition to the unused keys."""
     category: str = "category"
@@ -80,8 +83,7 @@ def as_label(value: Any) -> str:
 def as_list(row: Mapping[str, Any], key: str, item: str) -> list[Any]:
     if not isinstance(row[key], list) or not row[key]:
         raise ValueError(f"`{key}` must be a list with at least one {item}")
-    found: list[Any] = row[key]
-    return found
+    return row[key]
 
 
 def as_conversation(value: Any, role: str) -> Messages:
@@ -170,15 +172,15 @@ def _tool_choice(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ultrachat(row: dict[str, Any]) -> Messages:
-    return as_turns(
-        None, *((("user", "assistant")[i % 2], as_text(text)) for i, text in enumerate(as_list(row, "data", "turn")))
-    )
+    turns = zip(cycle(("user", "assistant")), map(as_text, as_list(row, "data", "turn")), strict=False)
+    return as_turns(None, *turns)
 
 
 def _single(prompt: str, completion: str) -> Callable[[dict[str, Any]], Messages]:
-    return lambda row: as_turns(
-        row.get("system"), ("user", as_text(row[prompt])), ("assistant", as_text(row[completion]))
-    )
+    def messages(row: dict[str, Any]) -> Messages:
+        return as_turns(row.get("system"), ("user", as_text(row[prompt])), ("assistant", as_text(row[completion])))
+
+    return messages
 
 
 def _prompt_completion(row: dict[str, Any]) -> Messages:
@@ -199,16 +201,16 @@ GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "
 
 
 def _glaive(row: dict[str, Any]) -> Messages:
-    """Glaive's transcripts. Tools in the system prompt and calls are read from
-    the text, as in other layouts (call_texts.py).
+    """Glaive's transcripts.
 
-    {"system": "SYSTEM: Be brief.", "chat": "USER: Hi\n\n\nASSISTANT: Hello
-    <|endoftext|>"}  ->  system "Be brief.", user "Hi", assistant "Hello"
+    Tools in the system prompt and calls are read from the text, as in other layouts (call_texts.py).
+
+    {"system": "SYSTEM: Be brief.", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"}  ->
+    system "Be brief.", user "Hi", assistant "Hello"
     """
     chat = as_text(row["chat"]).strip()
-    between = (
-        r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"
-    )  # a line may quote a role; rows of one line have no other mark
+    # a line may quote a role; rows of one line have no other mark
+    between = r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"
     before, *parts = re.split(rf"(?:^|{between})({'|'.join(GLAIVE_ROLES)}):", chat)
     if before.strip() or not parts:
         raise ValueError("expected a chat that begins with `USER:` or `ASSISTANT:`")
@@ -219,12 +221,17 @@ def _glaive(row: dict[str, Any]) -> Messages:
 
 def _calls_with_more(row: Mapping[str, Any], column: str | None) -> dict[str, Any]:
     """The calls of a row as they were, if they have keys that are not used."""
-    return {column: row[column]} if column and row.get(column) not in EMPTY and tools.calls(row[column])[1] else {}
+    if not column or row.get(column) in EMPTY:
+        return {}
+    _, unused = tools.calls(row[column])
+    return {column: row[column]} if unused else {}
 
 
 def _instances(row: dict[str, Any]) -> list[Any]:
-    """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
-    ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
+    """One row per instance, with its number.
+
+    {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}  ->
+    [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
 
     Values of the row whose key the instance has too go to `row`. An instance that is not an object is unchanged.
     """
@@ -241,8 +248,10 @@ def _instances(row: dict[str, Any]) -> list[Any]:
 
 
 def merged(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with further values. Values of the row that differ from those go to
-    `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}"""
+    """A row with further values.
+
+    Values of the row that differ from those go to `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}
+    """
     hidden = {key: row[key] for key in more if key in row and row[key] != more[key]}
     if hidden and "row" in row:
         hidden["row"] = row["row"]
@@ -259,10 +268,11 @@ def oasst_turn(message: dict[str, Any]) -> dict[str, Any]:
 
 def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
-    found = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
-    return sorted(
-        found, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies"))
-    )
+
+    def order(reply: dict[str, Any]) -> tuple[bool, Any, bool]:
+        return reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")
+
+    return sorted((reply for reply in message.get("replies") or [] if not reply.get("deleted")), key=order)
 
 
 def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -288,14 +298,8 @@ def _tree(row: dict[str, Any]) -> dict[str, Any]:
     for message in found:
         found += message.get("replies") or []
     kept, thread = len(_oasst(row)), len(_thread(row))
-    return {
-        "tree": {
-            "messages": len(found),
-            "kept": kept,
-            "unanswered": thread - kept,
-            "other_branches": len(found) - thread,
-        }
-    }
+    others = {"unanswered": thread - kept, "other_branches": len(found) - thread}
+    return {"tree": {"messages": len(found), "kept": kept, **others}}
 
 
 def _classification(row: dict[str, Any]) -> Messages:
@@ -393,13 +397,9 @@ def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = REC
 def mapped(mapping: Mapping[str, str]) -> Layout:
     """Layout of a mapping. If response and category are the same column, responses are labels."""
     labels = "response" in mapping and mapping.get("category") == mapping["response"]
-    required = [
-        mapping[name]
-        for name in ("prompt", "response", "tool_calls")
-        if name in mapping and (name != "tool_calls" or "response" not in mapping)
-    ]
+    required = ("prompt", "response" if "response" in mapping else "tool_calls")
     return Layout(
-        keys=frozenset(required),
+        keys=frozenset(mapping[name] for name in required if name in mapping),
         messages=lambda row: _mapped_messages(row, mapping, labels),
         meta=lambda row: _calls_with_more(row, mapping.get("tool_calls")),
         used=frozenset(mapping.values()) - ({mapping.get("category")} if not labels else set()),

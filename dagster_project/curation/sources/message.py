@@ -51,8 +51,10 @@ def as_turns(system: Any, *turns: tuple[str, str]) -> Messages:
 
 
 def read_message(message: Any) -> Parsed:
-    """A message in OpenAI's form. Raises KeyError or ValueError if it is not
-    one, UnsupportedContent for images and the like."""
+    """A message in OpenAI's form.
+
+    Raises KeyError or ValueError if it is not one, UnsupportedContent for images and the like.
+    """
     if type(message) is dict and len(message) == 2:
         role, content = message.get("role"), message.get("content")
         if type(role) is str and type(content) is str and role not in ROLES:
@@ -168,9 +170,8 @@ def _weight(rest: dict[str, Any], role: str) -> int:
             if not isinstance(value, bool | int | float):
                 raise ValueError(f"{key} must be 0 or 1, found {type(value).__name__}")
             if value not in (0, 1):
-                raise ValueError(
-                    f"{key} must be 0 or 1, found {value:g}" if abs(value) < 1e9 else f"{key} must be 0 or 1"
-                )
+                found = f", found {value:g}" if abs(value) < 1e9 else ""
+                raise ValueError(f"{key} must be 0 or 1{found}")
             weights.add(int(value))
         if role == "assistant" or not value:
             rest.pop(key, None)
@@ -197,9 +198,8 @@ def read_turn(turn: Any) -> Parsed:
         return read_message(turn)
     more = {key: value for key, value in turn.items() if key not in {"from", "value", "role", "content"}}
     role, value = SHAREGPT_ROLES.get(as_text(turn["from"]), turn["from"]), turn["value"]
-    calling = (
-        {"content": None, "tool_calls": value} if turn["from"] == "function_call" and value else {"content": value}
-    )
+    is_call = turn["from"] == "function_call" and value
+    calling = {"content": None, "tool_calls": value} if is_call else {"content": value}
     unused = [key for key in ("role", "content") if key in turn]
     unused += [key for key in more if key in calling]  # further calls beside those in `value`
     message, others = read_message({**more, "role": role, **calling})
@@ -211,11 +211,8 @@ def joined_calls(messages: Messages) -> Messages:
     found: Messages = []
     for message in messages:
         last = found[-1] if found else {}
-        if (
-            _only_calls(message)
-            and _only_calls(last)
-            and all(message.get(key) == last.get(key) for key in ("weight", "name"))
-        ):
+        is_alike = all(message.get(key) == last.get(key) for key in ("weight", "name"))
+        if is_alike and _only_calls(message) and _only_calls(last):
             found[-1] = {**last, "tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
         else:
             found.append(message)

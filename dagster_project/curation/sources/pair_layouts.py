@@ -51,13 +51,13 @@ class PairLayout:
     pairs: Callable[[dict[str, Any]], list[Pair]]
     """Converts a row to pairs. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
-    """Keys that went into the pairs; the others are kept in `meta`, except for
-    tool definitions (`tools`, `functions`)."""
+    """Keys that went into the pairs; the others are kept in `meta`, except for tool definitions (`tools`,
+    `functions`)."""
     judged: str = ""
     """Key of a boolean in each row. With another value the row is in another layout."""
     judged_by_number: bool = False
-    """Whether 0 and 1 show this layout, too, if a file has both and no other
-    numbers or texts. Otherwise they may be a class."""
+    """Whether 0 and 1 show this layout, too, if a file has both and no other numbers or texts. Otherwise they may be a
+    class."""
     category: str = "category"
     """Key of the pair's category."""
     variants: tuple[PairLayout, ...] = ()
@@ -116,10 +116,8 @@ def _preference(
         system = row.get("system") if "system" in more else None
         context = [*as_turns(system), *as_conversation(row[prompt], "user")]
         good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
-        if (
-            context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system"
-        ):  # only the answers have it
-            context = [good[0], *context]
+        if context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system":
+            context = [good[0], *context]  # only the answers have a system prompt
         if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
             good, bad = good[len(context) :], bad[len(context) :]
         if not good or not bad:
@@ -183,12 +181,9 @@ def _transcript(text: str) -> Messages:
 
 
 def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
-    """Convert two whole conversations; their common beginning, up to a turn
-    that the assistant answers, is the prompt."""
-    good, bad = (
-        _transcript(row[key]) if isinstance(row[key], str) else as_conversation(row[key], "assistant")
-        for key in ("chosen", "rejected")
-    )
+    """Convert two whole conversations, whose common beginning up to a turn that is answered is the prompt."""
+    sides = (row["chosen"], row["rejected"])
+    good, bad = (_transcript(one) if isinstance(one, str) else as_conversation(one, "assistant") for one in sides)
     shared = len([*takewhile(lambda both: both[0] == both[1], zip(good[:-1], bad[:-1], strict=False))])
     while shared and good[shared - 1]["role"] not in {"user", "tool"}:
         shared -= 1
@@ -207,14 +202,8 @@ def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
         raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
     outputs = [as_conversation(as_text(row[key]), "assistant") for key in ("output_1", "output_2")]
     chosen, rejected = outputs if preference <= TIE else reversed(outputs)
-    return [
-        Pair(
-            as_turns(row.get("system"), ("user", instruction(row, "input"))),
-            chosen,
-            rejected,
-            2 * abs(preference - TIE),
-        )
-    ]
+    prompt = as_turns(row.get("system"), ("user", instruction(row, "input")))
+    return [Pair(prompt, chosen, rejected, 2 * abs(preference - TIE))]
 
 
 TIE = 1.5
@@ -224,9 +213,8 @@ TIE = 1.5
 def judgement(value: Any) -> bool | None:
     """Parse true, false, 1 or 0, which are text in a CSV file; None for other values."""
     if isinstance(value, str):
-        return {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}.get(
-            value.strip().lower()
-        )
+        spellings = {"true": True, "false": False, "1": True, "1.0": True, "0": False, "0.0": False}
+        return spellings.get(value.strip().lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
@@ -260,9 +248,8 @@ def _shown(value: Any) -> str:
 
 
 def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
-    return [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")], as_conversation(
-        row["completion"], "assistant"
-    )
+    prompt = [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")]
+    return prompt, as_conversation(row["completion"], "assistant")
 
 
 def _last_turn(
@@ -288,11 +275,9 @@ def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
         threads += [[*thread, reply] for reply in found]
         ranked = [reply for reply in found if reply.get("rank") is not None and reply["role"] == "assistant"]
         prompt = [oasst_turn(message) for message in thread]
-        pairs += [
-            Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(reply["rank"] - ranked[0]["rank"]))
-            for reply in ranked[1:]
-            if reply["rank"] > ranked[0]["rank"]
-        ]
+        for reply in ranked[1:]:
+            if (margin := reply["rank"] - ranked[0]["rank"]) > 0:
+                pairs.append(Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(margin)))
     if not pairs:
         raise ValueError("the tree has no two replies of different rank to the same message")
     return pairs
@@ -314,20 +299,13 @@ def _turns_in(keys: str) -> dict[str, TurnReader]:
 
 def _kto_forms() -> Iterator[PairLayout]:
     """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
+    more: dict[str, Any] = {"judged": "label", "judged_by_number": True}
     turns = _messages_in("prompt completion")
-    yield _pair_layout(
-        "prompt completion label",
-        _kto("label", _completion),
-        "system",
-        judged="label",
-        judged_by_number=True,
-        turns=turns,
-    )
+    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", turns=turns, **more)
     for judged in ("label", "kto_tag"):
-        more: dict[str, Any] = {"judged": judged, "judged_by_number": judged == "kto_tag"}
-        form = _pair_layout(
-            f"messages {judged}", _kto(judged, _last_turn(openai)), turns=_messages_in("messages"), **more
-        )
+        more = {"judged": judged, "judged_by_number": judged == "kto_tag"}
+        turns = _messages_in("messages")
+        form = _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), turns=turns, **more)
         for key in ("system", "schemaVersion"):  # first: more keys than the examples of `anthropic` and `bedrock`
             yield replace(form, keys=form.keys | {key})
         yield form

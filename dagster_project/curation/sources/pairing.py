@@ -1,5 +1,7 @@
-"""Rows -> preference pairs. Two rows of KTO, which have one answer each, form a
-pair; that is decided when all rows are read."""
+"""Rows -> preference pairs.
+
+Two rows of KTO, which have one answer each, form a pair; that is decided when all rows are read.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from dagster_project.curation.sources.pair_layouts import MISMATCH, Pair, PairLa
 from dagster_project.curation.sources.row_reading import category_of, kept_of, noted, raw_text, read, read_pairs
 
 HALF = "half"
-"""Key of an entry with one answer: {"same", "side", "other", "category"}.
-Entries with equal `same` and opposite sides form a pair."""
+"""Key of an entry with one answer: {"same", "side", "other", "category"}. Entries with equal `same` and opposite sides
+form a pair."""
 
 
 def entries_of(
@@ -43,22 +45,22 @@ def entries_of(
             side, other = ("chosen", "rejected") if pair.chosen else ("rejected", "chosen")
             messages = {"chosen": pair.chosen, "rejected": pair.rejected}
             half = not problem and not messages[other]
-            missing = f"no {other} completion of the same prompt"
-            meta = unread if problem else {side: kept, "problem": missing} if half else _labelled(kept, label)
+            meta = unread if problem else _labelled(kept, label)
+            if half:
+                meta = {side: kept, "problem": f"no {other} completion of the same prompt"}
             entry = {
                 "source": source,
                 "source_row": row.source_row,
                 "source_rows": [row.source_row],
                 "prompt": pair.prompt,
-            }
-            entry |= {
                 **messages,
                 **tools,
                 "margin": pair.margin,
                 "category": category_of(row, form.category),
                 "group_id": None,
+                "meta": {**meta, **labelled},
+                **counted,
             }
-            entry |= {"meta": {**meta, **labelled}, **counted}
             if half:
                 same = sha256_of_text(json.dumps([label, pair.prompt, *tools.values()], sort_keys=True))[:32]
                 entry[HALF] = {"same": same, "side": side, "other": other, "category": form.category}
@@ -107,11 +109,8 @@ def joined(first: dict[str, Any], second: dict[str, Any] | None = None) -> dict[
         kept = {**kept, column: category}
     first[side] = second[side]
     first["source_rows"] += second["source_rows"]
-    first["meta"] = {
-        other: first["meta"][other],
-        side: kept,
-        **{key: value for key, value in meta.items() if key == "split"},
-    }
+    split = {"split": meta["split"]} if "split" in meta else {}
+    first["meta"] = {other: first["meta"][other], side: kept, **split}
     if "fields" in first:
         first["fields"] += second["fields"]
     if ignored := [*dict.fromkeys([*first.get("ignored", ()), *second.get("ignored", ())])]:

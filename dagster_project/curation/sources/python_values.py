@@ -1,5 +1,7 @@
-"""Values and types in Python's notation, as some function-calling sets have
-them. Text is parsed and never evaluated."""
+"""Values and types in Python's notation, as some function-calling sets have them.
+
+Text is parsed and never evaluated.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,7 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def python_value(text: str) -> Any:
-    """The JSON value that a Python literal stands for: "{'unit': 'cm', 'round':
-    true}"  ->  {"unit": "cm", "round": True}
+    """The JSON value of a Python literal: "{'unit': 'cm', 'round': true}"  ->  {"unit": "cm", "round": True}
 
     Raises:
         ValueError: it is not a literal, or not one that JSON can hold.
@@ -40,9 +41,7 @@ def _value(node: ast.expr) -> Any:
             return CONSTANTS[name]
         case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
             return [_value(part) for part in parts]
-        case ast.Dict(keys=keys, values=values) if all(
-            isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys
-        ):
+        case ast.Dict(keys=keys, values=values) if all(map(_is_text, keys)):
             found = {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
             if len(found) < len(keys):
                 raise ValueError("a key is given twice")
@@ -50,9 +49,12 @@ def _value(node: ast.expr) -> Any:
     raise ValueError("not a literal that JSON can hold")
 
 
+def _is_text(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
 def python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Calls in ToolACE's notation, whose names may contain spaces: "[Get
-    Weather(city='Oslo', days=2)]"  ->  [("Get Weather", {...})]
+    """Calls in ToolACE's notation, whose names may have spaces: "[Get Weather(days=2)]"  ->  [("Get Weather", {...})]
 
     Raises:
         ValueError: it is not a list of calls with named arguments.
@@ -115,8 +117,9 @@ TYPES = {
 
 
 def json_type(text: str) -> tuple[dict[str, Any], bool]:
-    """The JSON Schema of a type in Python's notation, and whether it is
-    optional. What has no counterpart is in `x-type`, as it was written.
+    """The JSON Schema of a type in Python's notation, and whether it is optional.
+
+    What has no counterpart is in `x-type`, as it was written.
 
     "List[int], optional"  ->  ({"type": "array", "items": {"type": "integer"}}, True)
     "np.ndarray"           ->  ({"x-type": "np.ndarray"}, False)
@@ -141,11 +144,8 @@ def _type(name: str) -> tuple[dict[str, Any], bool]:
     """The JSON Schema of a type, and whether it says all that the type does."""
     outer, bracket, inner = name.strip().partition("[")
     kind = outer.strip().removeprefix("typing.").lower()
-    parts = (
-        [part for written in _divided_type(inner.rpartition("]")[0]) if (part := written.strip()) not in {"", "..."}]
-        if bracket
-        else []
-    )
+    written = map(str.strip, _divided_type(inner.rpartition("]")[0])) if bracket else ()
+    parts = [part for part in written if part not in {"", "..."}]
     if kind == "union" and parts:
         read = [_type(part) for part in parts]
         return {"anyOf": [schema for schema, _ in read]}, all(exact for _, exact in read)

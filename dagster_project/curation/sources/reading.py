@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -68,8 +67,7 @@ class Source(Declared):
     @field_validator("path")
     @classmethod
     def _one_spelling(cls, path: str | None) -> str | None:
-        """ "./data//sources/a.jsonl"  ->  "data/sources/a.jsonl": the name by
-        which `impact` and `erase` find a source."""
+        """ "./data//sources/a.jsonl"  ->  "data/sources/a.jsonl": the name by which `impact` and `erase` find it."""
         if not path or path.startswith(s3.SCHEME):
             return path
         return posixpath.normpath(path) + ("/" if path.endswith("/") else "")
@@ -104,10 +102,9 @@ class Source(Declared):
             raise ValueError("config belongs to a hub data set, not to objects in S3")
         if self.path is not None and not self.is_s3 and (self.revision or self.config):
             raise ValueError("revision and config belong to a hub data set, not to a path")
-        if self.path is not None and self.split not in (None, "train", "validation", "test", formats.FROM_FILE_NAMES):
-            raise ValueError(
-                f"split {self.split!r} of a path must be train, validation, test or {formats.FROM_FILE_NAMES}"
-            )
+        splits = ("train", "validation", "test", formats.FROM_FILE_NAMES)
+        if self.path is not None and self.split not in (None, *splits):
+            raise ValueError(f"split {self.split!r} of a path must be {', '.join(splits[:-1])} or {splits[-1]}")
         return self
 
     @property
@@ -170,24 +167,27 @@ def read_sources(
     Returns:
         The records or pairs, and facts about each source for the report.
     Raises:
-        InputError: a source is missing, misnamed, mostly unreadable, held out
-            or read twice, or objects in S3 are not those that are pinned.
+        InputError: a source is missing, misnamed, mostly unreadable, held out or read twice, or objects in S3 are not
+            those that are pinned.
     """
     places = locate_sources(root, sources, f"{section}.sources")
     pinned = _pinned_objects(root, sources, section, scratch)
     records = Records(scratch)
     facts: dict[str, dict[str, Any]] = {}
     for source, path in zip(sources, places, strict=True):
-        how = How(
-            source.name if path is None else path.name, pairs, source.format, source.mapping, source.split, source.think
-        )
-        objects = pinned.get(source.name)
-        read = partial(_from_path, path=path) if path else partial(_from_s3, objects=objects) if objects else _from_hub
-        found, details = read(records, source, how, reading.limit)
+        name = source.name if path is None else path.name
+        how = How(name, pairs, source.format, source.mapping, source.split, source.think)
+        if path:
+            found, details = _from_path(records, source, how, reading.limit, path)
+        elif objects := pinned.get(source.name):
+            found, details = _from_s3(records, source, how, reading.limit, objects)
+        else:
+            found, details = _from_hub(records, source, how, reading.limit)
         _refuse_unreadable(source, found, reading.max_malformed, section)
         origin = {"origin": source.origin} if source.origin else {}
-        rows = found.rows.total()
-        counts = {"pairs": found.records} if pairs else {"examples": found.records} if found.records != rows else {}
+        rows, counts = found.rows.total(), {"pairs" if pairs else "examples": found.records}
+        if not pairs and found.records == rows:
+            counts = {}
         facts[source.name] = {
             "format": found.layout,
             "rows": rows,
@@ -208,29 +208,23 @@ def _from_path(
     if path.is_file():
         facts = records.read([SourceFile(path.name, source.name, read_blocks(path), size_of(path))], how, limit)
         return facts, {"sha256": sha256_of_file(path)}
-    folder, named = source.name.rstrip("/"), files_of(path)
-    facts = records.read(
-        [
-            SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file))
-            for name, file in named
-        ],
-        how,
-        limit,
+    files, folder = files_of(path), source.name.rstrip("/")
+    parts = [
+        SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file)) for name, file in files
+    ]
+    facts = records.read(parts, how, limit)
+    details = listed(
+        {name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in files}
     )
-    others = others_of(path)
-    left = {"not_read": {"files": len(others), "names": others[:SHOWN_FILES]}} if others else {}
-    return facts, listed(
-        {name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named}
-    ) | left
+    if others := others_of(path):
+        details["not_read"] = {"files": len(others), "names": others[:SHOWN_FILES]}
+    return facts, details
 
 
 def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a report says about several files: {"a.jsonl": {"rows": 2, "sha256":
-    ...}}  ->  {"sha256": of the list that `sha256sum` prints, "files"}"""
-    return {
-        "sha256": sha256_of_text("".join(f"{file['sha256']}  {name}\n" for name, file in files.items())),
-        "files": files,
-    }
+    """What a report says about several files, by name: they, and the sha256 of the list that `sha256sum` prints."""
+    lines = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
+    return {"sha256": sha256_of_text(lines), "files": files}
 
 
 def _pinned_objects(root: Path, sources: Sequence[Source], section: str, scratch: Path) -> dict[str, list[S3Object]]:
@@ -250,12 +244,13 @@ def _from_s3(
 ) -> tuple[Facts, dict[str, Any]]:
     """As `_from_path`, for objects in S3."""
     facts = records.read([SourceFile(one.name, one.name, read_blocks(one), one.size) for one in objects], how, limit)
-    files = {
-        one.path: {"rows": facts.rows[one.name], "sha256": one.sha256, "size": one.size, "etag": one.etag}
-        for one in objects
-    }
-    is_one = [one.name for one in objects] == [source.name]
-    return facts, {**listed(files), **({"sha256": objects[0].sha256} if is_one else {}), "revision": source.revision}
+    files = {}
+    for one in objects:
+        files[one.path] = {"rows": facts.rows[one.name], "sha256": one.sha256, "size": one.size, "etag": one.etag}
+    details = listed(files)
+    if [one.name for one in objects] == [source.name]:
+        details["sha256"] = objects[0].sha256
+    return facts, {**details, "revision": source.revision}
 
 
 def _from_hub(records: Records, source: Source, how: How, limit: int | None) -> tuple[Facts, dict[str, Any]]:
@@ -289,15 +284,9 @@ def _refuse_unreadable(source: Source, found: Facts, most: float, section: str) 
     if not empty or (found.unreadable <= most * found.records and empty < found.records):
         return
     count = found.unreadable or found.unsupported
-    raise InputError(
-        "\n".join(
-            [
-                f"{source.name}: {count} of {found.records} rows cannot be read ({found.layout}); the first:",
-                *found.problems[not found.unreadable],
-            ]
-        ),
-        f"fix them, or set the right format; {section}.max_malformed ({most}) is the share that may be unreadable",
-    )
+    what = f"{source.name}: {count} of {found.records} rows cannot be read ({found.layout}); the first:"
+    hint = f"fix them, or set the right format; {section}.max_malformed ({most}) is the share that may be unreadable"
+    raise InputError("\n".join([what, *found.problems[not found.unreadable]]), hint)
 
 
 def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Path | None]:
@@ -316,21 +305,17 @@ def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Pa
     benchmarks = (root / "data/sources/benchmarks").resolve()
     for source, place in zip(sources, places, strict=True):
         if place and place.is_relative_to(benchmarks):
-            raise InputError(
-                f"{where}: {source.name} is held out, because it is in data/sources/benchmarks/", "use other files"
-            )
+            what = f"{where}: {source.name} is held out, because it is in data/sources/benchmarks/"
+            raise InputError(what, "use other files")
         if place and benchmarks.is_relative_to(place):
-            raise InputError(
-                f"{where}: {source.name} is a folder that contains the held-out benchmarks",
-                "use folders next to benchmarks/",
-            )
+            what = f"{where}: {source.name} is a folder that contains the held-out benchmarks"
+            raise InputError(what, "use folders next to benchmarks/")
         for other, there in zip(sources, places, strict=True):
             is_inside = place and there and there.is_relative_to(place)
             is_under = source.is_s3 and other.is_s3 and PurePosixPath(other.name).is_relative_to(source.name)
             if other is not source and (is_inside or is_under):
-                raise InputError(
-                    f"{where}: {other.name} is in {source.name} and would be read twice", "list one of them"
-                )
+                what = f"{where}: {other.name} is in {source.name} and would be read twice"
+                raise InputError(what, "list one of them")
     return places
 
 
@@ -349,7 +334,6 @@ def locate(root: Path, path: str, where: str, folder: str) -> Path:
 def _inside_sources(root: Path, path: str, where: str, folder: str) -> Path:
     full = inside(root, path, where)
     if not full.is_relative_to((root / folder).resolve()):
-        raise InputError(
-            f"params.yaml: {where}: {path} is not inside {folder}/", f"move it to {folder}/, which DVC tracks"
-        )
+        what = f"params.yaml: {where}: {path} is not inside {folder}/"
+        raise InputError(what, f"move it to {folder}/, which DVC tracks")
     return full

@@ -58,9 +58,8 @@ def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow
     unused: list[str] = []
     found = []
     for pair in pairs:
-        sides = [
-            split_traces(side, think) for side in (pair.prompt, pair.chosen, pair.rejected)
-        ]  # first: a trace may quote calls
+        # first: a trace may quote calls
+        sides = [split_traces(side, think) for side in (pair.prompt, pair.chosen, pair.rejected)]
         if form.turns and any(map(is_marked, sides)):
             prompted = prompted_tools(sides[0])
             tools = tools or prompted.tools
@@ -81,8 +80,8 @@ def _named(unused: list[str], layout: Layout | PairLayout) -> list[str]:
 def _tools_of(value: Mapping[str, Any], layout: Layout | PairLayout) -> tuple[Tools | None, tuple[str, ...]]:
     """Tool definitions of a row, and the keys that were read for them.
 
-    In a layout of conversations a value that is not a definition makes the row
-    malformed; elsewhere `tools` may be any column.
+    In a layout of conversations a value that is not a definition makes the row malformed; elsewhere `tools` may be any
+    column.
     """
     keys: list[str] = []
     for key in layout.tool_keys:
@@ -120,8 +119,10 @@ def raw_text(row: Row) -> dict[str, str]:
 
 
 def category_of(row: Row, key: str) -> str | None:
-    """The category as text: a whole number, true and false as in a CSV file. An
-    empty one, as in a cell of a CSV file, is none."""
+    """The category as text: a whole number, true and false as in a CSV file.
+
+    An empty one, as in a cell of a CSV file, is none.
+    """
     category = (row.value or {}).get(key)
     if isinstance(category, int):
         return as_label(category)
@@ -130,10 +131,11 @@ def category_of(row: Row, key: str) -> str | None:
 
 def kept_of(row: Row, layout: Layout | PairLayout, tool_keys: tuple[str, ...]) -> dict[str, Any]:
     """Values that are in no other column, including a category that is a fraction, a list or an object."""
-    elsewhere = layout.used | (
-        {layout.category} if isinstance((row.value or {}).get(layout.category), str | int | None) else set()
-    )
-    return {key: value for key, value in (row.value or {}).items() if key not in elsewhere and key not in tool_keys}
+    values = row.value or {}
+    elsewhere = {*layout.used, *tool_keys}
+    if isinstance(values.get(layout.category), str | int | None):
+        elsewhere.add(layout.category)
+    return {key: value for key, value in values.items() if key not in elsewhere}
 
 
 def noted(

@@ -1,8 +1,9 @@
-"""Objects under a prefix of an S3 bucket -> files. The list of objects is
-pinned, and no object is read in another version than the listed one.
+"""Objects under a prefix of an S3 bucket -> files.
 
-Credentials, region and address (AWS_ENDPOINT_URL) come from the environment or
-the role of the machine, as in all AWS tools.
+The list of objects is pinned, and no object is read in another version than the listed one.
+
+Credentials, region and address (AWS_ENDPOINT_URL) come from the environment or the role of the machine, as in all AWS
+tools.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from dagster_project.curation.sources.files import MEGABYTE, READERS, is_hidden,
 SCHEME = "s3://"
 READ_AHEAD = 8 * MEGABYTE
 SEEKING = (".parquet", ".arrow", ".feather")
-"""Types of files that are not read from beginning to end. Such an object is
-copied to a scratch file while it is read."""
+"""Types of files that are not read from beginning to end. Such an object is copied to a scratch file while it is
+read."""
 NEXT = "check the address, AWS_ENDPOINT_URL, and the credentials in the environment (docs/sources.md)"
 SHOWN = 5
 
@@ -43,8 +44,8 @@ def problem_of(url: str, revision: str | None) -> str:
         return f"{url!r} is not an address of objects: use s3://BUCKET/PREFIX"
     if revision is not None and not re.fullmatch(r"[0-9a-f]{64}", revision):
         return (
-            f"revision {revision!r} is not the digest of a list of objects: 64 hex digits are required; without it, a"
-            " run prints it"
+            f"revision {revision!r} is not the digest of a list of objects:"
+            " 64 hex digits are required; without it, a run prints it"
         )
     return ""
 
@@ -59,17 +60,14 @@ class Reader:
         try:
             import s3fs
         except ImportError:
-            raise InputError(
-                "s3fs is not installed, which reads sources in S3",
-                "`pip install 'pedigree-llm[s3]'` installs it, with dvc-s3",
-            ) from None
+            hint = "`pip install 'pedigree-llm[s3]'` installs it, with dvc-s3"
+            raise InputError("s3fs is not installed, which reads sources in S3", hint) from None
         self._files = s3fs.S3FileSystem(
             skip_instance_cache=True, use_listings_cache=False, default_block_size=READ_AHEAD
         )
 
     def list(self, url: str, scratch: Path) -> list[S3Object]:
-        """All objects of the known file types under a prefix that are not
-        hidden, or the object of that name, sorted by name.
+        """All objects of the known file types under a prefix that are not hidden, or the object of that name, sorted.
 
         Args:
             scratch: folder for scratch files.
@@ -78,19 +76,12 @@ class Reader:
         with _as_input_error(url):
             listed: Mapping[str, Mapping[str, Any]] = self._files.find(place, detail=True)
         names = {key: PurePosixPath(key).name if key == place else key.removeprefix(f"{place}/") for key in listed}
-        objects = [
-            S3Object(
-                self,
-                key,
-                names[key],
-                int(facts["size"]),
-                str(facts["ETag"]).strip('"'),
-                str(facts.get("LastModified", ""))[:10],
-                scratch,
-            )
-            for key, facts in listed.items()
-            if suffix_of(PurePosixPath(key)) in READERS and (key == place or not is_hidden(PurePosixPath(names[key])))
-        ]
+        objects = []
+        for key, facts in listed.items():
+            is_shown = key == place or not is_hidden(PurePosixPath(names[key]))
+            if is_shown and suffix_of(PurePosixPath(key)) in READERS:
+                etag, modified = str(facts["ETag"]).strip('"'), str(facts.get("LastModified", ""))[:10]
+                objects.append(S3Object(self, key, names[key], int(facts["size"]), etag, modified, scratch))
         if not objects:
             raise InputError(f"{url}: no file of examples at this address", f"file types: {', '.join(READERS)}; {NEXT}")
         unread(url, map(PurePosixPath, names.values()))
@@ -199,7 +190,6 @@ def _as_input_error(name: str) -> Iterator[None]:
 
 
 # --- the pin
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def digest_of(objects: Sequence[S3Object]) -> str:
@@ -220,49 +210,38 @@ def require_revision(objects: Sequence[S3Object], url: str, revision: str | None
     if now == revision:
         return
     where, size = f"params.yaml: {section}.sources: {url}", sum(one.size for one in objects)
-    there = (
-        f"{len(objects)} object{'s' if len(objects) > 1 else ''} ({size} bytes) that"
-        f" {'are' if len(objects) > 1 else 'is'} there now"
-    )
+    there = f"{len(objects)} objects ({size} bytes) that are there now"
+    if len(objects) == 1:
+        there = f"1 object ({size} bytes) that is there now"
     if revision is None:
-        raise InputError(
-            f"{where} has no revision, and objects can change", f"to use the {there}, add `revision: {now}`"
-        )
+        what = f"{where} has no revision, and objects can change"
+        raise InputError(what, f"to use the {there}, add `revision: {now}`")
     hint = f"restore them, or use the {there}: `revision: {now}`"
     known = _recorded(root, section, url, revision)
     if known is None:
         recent = sorted(objects, key=lambda one: one.modified, reverse=True)[:SHOWN]
         last = ", ".join(f"{one.path} ({one.modified})" if one.modified else one.path for one in recent)
-        raise InputError(
-            f"{where}: the objects have changed since the revision in params.yaml, which no report lists; modified"
-            f" last: {last}",
-            hint,
-        )
-    here = {one.path: one for one in objects}
+        what = "the objects have changed since the revision in params.yaml, which no report lists"
+        raise InputError(f"{where}: {what}; modified last: {last}", hint)
+    here = {one.path: (one.etag, one.size) for one in objects}
+    there_before = {name: (facts["etag"], facts["size"]) for name, facts in known.items()}
     changes = {
-        "changed": [
-            name
-            for name, facts in known.items()
-            if name in here and (here[name].etag, here[name].size) != (facts["etag"], facts["size"])
-        ],
+        "changed": [name for name, facts in there_before.items() if here.get(name, facts) != facts],
         "new": [name for name in here if name not in known],
         "missing": [name for name in known if name not in here],
     }
-    raise InputError(
-        f"{where}: the objects are not those of the revision in params.yaml: "
-        + "; ".join(f"{kind}: {listed(names, SHOWN)}" for kind, names in changes.items() if names),
-        hint,
-    )
+    named = "; ".join(f"{kind}: {listed(names, SHOWN)}" for kind, names in changes.items() if names)
+    raise InputError(f"{where}: the objects are not those of the revision in params.yaml: {named}", hint)
 
 
 def _recorded(root: Path, section: str, url: str, revision: str) -> Mapping[str, Mapping[str, Any]] | None:
-    """Name -> facts of the objects of a revision, from the stage's report in
-    the workspace or in the latest commit; None if neither has it."""
+    """Name -> facts of the objects of a revision, from the stage's report in the workspace or in the latest commit.
+
+    None if neither has it.
+    """
     path = report_of(section)
-    for text in (
-        (root / path).read_text(encoding="utf-8") if (root / path).is_file() else "",
-        git(root, "show", f"HEAD:./{path}") or "",
-    ):
+    current = (root / path).read_text(encoding="utf-8") if (root / path).is_file() else ""
+    for text in (current, git(root, "show", f"HEAD:./{path}") or ""):
         try:
             facts = json.loads(text)["sources"][url]
             if facts["revision"] == revision:

@@ -1,5 +1,7 @@
 """Files of a source -> rows in a scratch file -> canonical records or pairs.
-Only a few parts of a file are in memory, in any number of processes."""
+
+Only a few parts of a file are in memory, in any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -102,13 +104,13 @@ class Records:
         """All records, in order. Halves of pairs are joined."""
         if not self._has_halves:
             return self._stored
+        return StoredRows(self._pairs(), self._folder)
+
+    def _pairs(self) -> Iterator[dict[str, Any]]:
         others = set(self._second.values())
-        pairs = (
-            joined(entry, self._stored[self._second[number]] if number in self._second else None)
-            for number, entry in enumerate(self._stored)
-            if number not in others
-        )
-        return StoredRows(pairs, self._folder)
+        for number, entry in enumerate(self._stored):
+            if number not in others:
+                yield joined(entry, self._stored[self._second[number]] if number in self._second else None)
 
     def places(self) -> Iterator[tuple[str, int]]:
         """Source and source row of each record, in order."""
@@ -138,9 +140,8 @@ class Records:
         parsed = Parsed(self._folder)
         conversions = parsed.read(files, how)
         if how.split == FROM_FILE_NAMES and not any(each.split for each in conversions):
-            raise InputError(
-                f"{how.name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out"
-            )
+            what = f"{how.name}: no file name contains a split"
+            raise InputError(what, f"use the names {', '.join(SPLITS)}, or leave split out")
         facts = Facts(", ".join(dict.fromkeys(each.layout for each in conversions)))
         pool = workers.current() if parsed.size >= SMALL else workers.THIS_PROCESS
         adding = _Adding(self, self._second, facts, limit)
@@ -155,7 +156,6 @@ class Records:
 
 
 # --- files -> rows
-# -----------------------------------------------------------------------------------------------------------------
 
 
 class ParsedBlock(NamedTuple):
@@ -185,15 +185,16 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
         rows = block.rows()
     except InputError as error:
         return ParsedBlock(file, error=error)
-    lines = [
-        encode_finite({"value": row.value, "problem": row.problem, "line": row.line, "raw": row.raw}) for row in rows
-    ]  # no reader yields infinite numbers
+    fields = [{"value": row.value, "problem": row.problem, "line": row.line, "raw": row.raw} for row in rows]
+    lines = [encode_finite(one) for one in fields]  # no reader yields infinite numbers
     return ParsedBlock(file, lines, shapes_of(rows), rows[0].problem if rows else "")
 
 
 def _items(files: Sequence[SourceFile]) -> Iterator[tuple[int, Block | InputError | None]]:
-    """The parts of all files. Errors are passed on in their place: those of
-    files before come first, in any number of processes."""
+    """The parts of all files.
+
+    Errors are passed on in their place: those of files before come first, in any number of processes.
+    """
     for number, file in enumerate(files):
         try:
             for block in file.blocks:
@@ -237,11 +238,8 @@ class Parsed:
                 shapes, found = Shapes(), Found()
                 continue
             shapes.update(block.shapes)
-            found = Found(
-                found.rows + len(block.lines),
-                found.readable + block.shapes.total(),
-                found.problem if found.rows else block.problem,
-            )
+            rows, readable = found.rows + len(block.lines), found.readable + block.shapes.total()
+            found = Found(rows, readable, found.problem if found.rows else block.problem)
             self._add(block)
         return conversions
 
@@ -265,7 +263,6 @@ class Parsed:
 
 
 # --- rows -> records
-# ---------------------------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -359,7 +356,9 @@ class _Adding:
 
     def _keep(self, part: ConvertedPart, index: int) -> bool:
         """Store a record, or a half of a pair, unless it is beyond the limit.
-        The number of a half that is not stored is -1."""
+
+        The number of a half that is not stored is -1.
+        """
         number, half = -1 if self.is_full else len(self._records), part.halves.get(index)
         partner = self._halves.partner(half, number) if half else None
         if partner is None and number >= 0:

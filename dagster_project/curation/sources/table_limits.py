@@ -40,10 +40,8 @@ def bounded(name: str, size: int, batches: Iterable[Any]) -> Iterator[tuple[int,
         decoded = decoded_bytes(batch)
         out += decoded
         if out > most:
-            raise InputError(
-                f"{name}: its rows are more than {most // 2**20:,} MiB",
-                "write it without compression and dictionary encoding if you trust it",
-            )
+            hint = "write it without compression and dictionary encoding if you trust it"
+            raise InputError(f"{name}: its rows are more than {most // 2**20:,} MiB", hint)
         yield decoded, batch
 
 
@@ -64,8 +62,7 @@ def _limited_memory(additional: int) -> Iterator[None]:
 
 
 def decoded_bytes(array: Any) -> int:
-    """Bytes of an Arrow array, record batch or table whose values are written
-    out: a dictionary stores a repeated one once.
+    """Bytes of an Arrow array, record batch or table with its values written out: a dictionary stores each one once.
 
     Raises:
         pyarrow.ArrowInvalid: a column has a type by which a few bytes can hold any number of values.
@@ -82,10 +79,7 @@ def decoded_bytes(array: Any) -> int:
         raise pa.ArrowInvalid(f"columns of type {kind} are not supported")
     if pa.types.is_dictionary(kind):
         values = array.dictionary
-        if any(
-            test(values.type)
-            for test in (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
-        ):
+        if values.type in (pa.string(), pa.binary(), pa.large_string(), pa.large_binary()):
             return int(pc.sum(pc.take(pc.cast(pc.binary_length(values), pa.int64()), array.indices)).as_py() or 0)
         if not pa.types.is_primitive(values.type):
             raise pa.ArrowInvalid(f"columns of type {kind} are not supported")
@@ -106,8 +100,7 @@ def without_views(batch: Any) -> Any:
 
 
 def written_out(kind: Any) -> Any:
-    """The Arrow type with texts and bytes instead of views of them, at any
-    depth: list<string_view>  ->  list<large_string>"""
+    """The Arrow type with texts and bytes instead of views, at any depth: list<string_view>  ->  list<large_string>"""
     import pyarrow as pa
 
     def inner(field: Any) -> Any:
@@ -132,11 +125,9 @@ def _has_dictionary(fields: Iterable[Any]) -> bool:
     import pyarrow as pa
 
     def inside(kind: Any) -> bool:
-        return (
-            pa.types.is_dictionary(kind)
-            or _shares_values(kind)
-            or any(inside(kind.field(i).type) for i in range(kind.num_fields))
-        )
+        if pa.types.is_dictionary(kind) or _shares_values(kind):
+            return True
+        return any(inside(kind.field(i).type) for i in range(kind.num_fields))
 
     return any(inside(field.type) for field in fields)
 

@@ -19,8 +19,8 @@ Schema."""
 DECLARATIONS = ("functionDeclarations", "function_declarations", "toolSpec")
 """Keys of Gemini for the functions of a tool, and of Amazon Bedrock for a tool."""
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and
-Anthropic's. The first that holds any is read."""
+"""Keys of a call for its arguments: OpenAI's, Llama's, LangChain's and Anthropic's. The first that holds any is
+read."""
 
 
 def definitions(value: Any) -> Tools | None:
@@ -90,10 +90,8 @@ def _definition(tool: Any) -> dict[str, Any]:
     if "parameters" not in function and (given := next((key for key in SCHEMA_KEYS if key in function), "")):
         function = {("parameters" if key == given else key): value for key, value in function.items()}
     parameters = function.get("parameters")
-    if isinstance(parameters, str) and isinstance(
-        parsed := _json_or_none(parameters), dict
-    ):  # a table has one type for all schemas
-        function, parameters = {**function, "parameters": parsed}, parsed
+    if isinstance(parameters, str) and isinstance(parsed := _json_or_none(parameters), dict):
+        function, parameters = {**function, "parameters": parsed}, parsed  # a table has one type for all schemas
     if isinstance(parameters, dict) and _is_untyped(parameters):
         function = {**function, "parameters": _schema(parameters)}
     return wrapped if function is wrapped["function"] else {**wrapped, "function": function}
@@ -108,17 +106,15 @@ def _json_or_none(text: str) -> Any:
 
 def _is_untyped(parameters: Mapping[str, Any]) -> bool:
     """Whether parameters are listed by name, as in xLAM's data, and not in a JSON Schema."""
-    return bool(parameters) and all(
-        isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values()
-    )
+    typed = [isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values()]
+    return bool(typed) and all(typed)
 
 
 def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A JSON Schema for parameters with Python's types:
 
-    {"n": {"type": "int"}, "unit": {"type": "str, optional", "description": "cm or in"}}  ->
-    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type":
-    "string", "description": "cm or in"}}, "required": ["n"]}
+    {"n": {"type": "int"}, "unit": {"type": "str, optional"}}  ->
+    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type": "string"}}, "required": ["n"]}
 
     What JSON Schema cannot say is kept as `x-type` and `x-required`.
     """
@@ -127,11 +123,8 @@ def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         kind, optional = json_type(parameter["type"])
         declared = parameter.get("required")
         odd = {} if isinstance(declared, bool | None) else {"x-required": declared}
-        properties[name] = {
-            **kind,
-            **odd,
-            **{key: value for key, value in parameter.items() if key not in {"type", "required"}},
-        }
+        rest = {key: value for key, value in parameter.items() if key not in {"type", "required"}}
+        properties[name] = {**kind, **odd, **rest}
         if declared is True or (declared is None and not optional and "default" not in parameter):
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
@@ -160,8 +153,8 @@ def calls(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Tool calls in OpenAI's form, and the keys of calls that are not used.
 
     Args:
-        value: a list of calls or one call, or JSON text of these. A call is
-            {"function": {"name", "arguments"}} or {"name", "arguments"}.
+        value: a list of calls or one call, or JSON text of these. A call is {"function": {"name", "arguments"}} or
+            {"name", "arguments"}.
     Raises:
         ValueError: anything else.
     """
@@ -212,8 +205,10 @@ def _call(call: Any, unused: list[str]) -> dict[str, Any]:
 
 
 def call_of(name: str, arguments: Any, identity: Any = None) -> dict[str, Any]:
-    """A canonical call. Arguments are an object; where they are none, their
-    text, which the check invalid_tool_call reports."""
+    """A canonical call.
+
+    Arguments are an object; where they are none, their text, which the check invalid_tool_call reports.
+    """
     if identity is not None and not isinstance(identity, str | int):
         raise ValueError(f"the id of a tool call must be text, found {type(identity).__name__}")
     known = {} if identity is None or identity == "" else {"id": str(identity)}

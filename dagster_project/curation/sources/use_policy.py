@@ -1,8 +1,9 @@
-"""The use policy: what a release may rest on. Judges what is declared for the
-sources that a model was made from, and its base model's license.
+"""The use policy: what a release may rest on.
 
-`raw_examples` warns, `release` refuses (docs/decisions/032). A date decides
-only if it is given: nothing here reads the clock.
+Judges what is declared for the sources that a model was made from, and its base model's license.
+
+`raw_examples` warns, `release` refuses (docs/decisions/032). A date decides only if it is given: nothing here reads the
+clock.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ LISTED = 5
 def _expression(text: str) -> str:
     if _parsed(text) is None:
         raise ValueError(
-            "not an SPDX license or expression; for terms of your own write LicenseRef-NAME, here and as the license of"
-            " the source"
+            "not an SPDX license or expression;"
+            " for terms of your own write LicenseRef-NAME, here and as the license of the source"
         )
     return text
 
@@ -51,8 +52,8 @@ class Policy(Section):
     """What a release may rest on. What is unknown is not allowed where a rule asks for it. See docs/checks.md."""
 
     licenses: list[Expression] | None = None
-    """Licenses that sources may have, as SPDX expressions. Of `A OR B` one must
-    be allowed, of `A AND B` both. null: any."""
+    """Licenses that sources may have, as SPDX expressions. Of `A OR B` one must be allowed, of `A AND B` both. null:
+    any."""
     base_licenses: list[Expression] | None = None
     """The same for the license of the base model. null: any."""
     require_permission: bool = False
@@ -110,15 +111,14 @@ def judge(policy: Policy, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any
     """
     sources = read_by(reports)
     rows = sum(source.rows for source in sources)
-    counts = {
-        kind: sum(source.rows for source in sources if _synthetic(source.declared) == kind)
-        for kind in ("synthetic", "unknown")
-    }
+    counts = {"synthetic": 0, "unknown": 0}
+    for source in sources:
+        if kind := _synthetic(source.declared):
+            counts[kind] += source.rows
     excess = _excess(policy, sum(counts.values()), rows)
     found = [_violations(policy, source, excess) for source in sources]
-    bases = [
-        with_license(report).get("license", "unknown") for report in reports if {"origin", "sha256"} <= report.keys()
-    ]
+    of_bases = [with_license(report) for report in reports if {"origin", "sha256"} <= report.keys()]
+    bases = [facts.get("license", "unknown") for facts in of_bases]
     return {
         "policy": policy.given,
         "sources": len(sources),
@@ -139,18 +139,19 @@ def judged(
         waivers: of checks, as in params.yaml.
         as_of: the day for which `retain_until` is judged, instead of the policy's.
     Returns:
-        {"use_policy": of `judge`, with "waiver" if there is one that has not
-        expired by `as_of`}; empty if no policy was stated.
+        {"use_policy": of `judge`, with "waiver" if there is one that has not expired by `as_of`}; empty if no policy
+        was stated.
     """
     policy = recorded_policy(reports)
     if policy is None:
         return {}
     if as_of:
         policy = policy.model_copy(update={"as_of": as_of})
-    valid = [
-        one for one in waivers if one.get("check") == NAME and (as_of is None or str(one.get("expires")) >= str(as_of))
-    ]
-    return {NAME: {**judge(policy, reports), **({"waiver": dict(valid[0])} if valid else {})}}
+    verdict = judge(policy, reports)
+    own = [one for one in waivers if one.get("check") == NAME]
+    if valid := [one for one in own if as_of is None or str(one.get("expires")) >= str(as_of)]:
+        verdict["waiver"] = dict(valid[0])
+    return {NAME: verdict}
 
 
 def lines(verdict: Mapping[str, Any] | None) -> list[str]:
@@ -177,20 +178,16 @@ def check(verdict: Mapping[str, Any] | None) -> CheckResult:
     """
     if verdict is None:
         return CheckResult(NAME, passed=True, severity="warn", note=NO_POLICY)
-    violations = verdict["violations"]
-    count = verdict["refused_rows"]
-    return CheckResult(
-        NAME, passed=not violations, severity="warn", count=count, note=in_words(verdict), violations=violations
-    )
+    violations, count, note = verdict["violations"], verdict["refused_rows"], in_words(verdict)
+    return CheckResult(NAME, not violations, "warn", count=count, note=note, violations=violations)
 
 
 def in_words(verdict: Mapping[str, Any]) -> str:
     """The verdict in one line: the first violations, each with its source and its rows."""
     day = verdict["policy"].get("as_of")
     if not verdict["violations"]:
-        return f"{many(verdict['sources'], 'source')} with {many(verdict['rows'], 'row')}" + (
-            f", as of {day}" if day else ""
-        )
+        text = f"{many(verdict['sources'], 'source')} with {many(verdict['rows'], 'row')}"
+        return f"{text}, as of {day}" if day else text
     named = [f"{_named(one)}: {one['why']}" for one in verdict["violations"][:LISTED]]
     more = len(verdict["violations"]) - LISTED
     return "; ".join([*named, *([f"and {more} more"] if more > 0 else [])])
@@ -205,7 +202,7 @@ def _refused(verdict: Mapping[str, Any]) -> str:
 
 
 def _named(violation: Mapping[str, Any]) -> str:
-    name: str = violation["source"]
+    name = violation["source"]
     return name if name == BASE else f"{name} ({many(violation['rows'], 'row')})"
 
 
@@ -238,8 +235,7 @@ def _licensing() -> Any:
 
 @cache
 def _parsed(text: str) -> Any:
-    """The tree of an SPDX expression, whose licenses are SPDX identifiers or
-    LicenseRef-...; None for any other text."""
+    """The tree of an SPDX expression, whose licenses are SPDX identifiers or LicenseRef-...; None for other texts."""
     from license_expression import ExpressionError
 
     if len(text) > LONGEST:
@@ -263,21 +259,13 @@ def _violations(policy: Policy, source: ReadSource, excess: str) -> list[dict[st
     if policy.require_permission and declared.permission is None:
         found.append(("require_permission", "no permission is declared"))
     if missing := [purpose for purpose in policy.purposes if purpose not in (declared.purposes or [])]:
-        found.append(
-            (
-                "purposes",
-                "purposes are unknown" if declared.purposes is None else f"may not be used for {', '.join(missing)}",
-            )
-        )
+        refused = f"may not be used for {', '.join(missing)}"
+        found.append(("purposes", "purposes are unknown" if declared.purposes is None else refused))
     if declared.retain_until and (why := _lapsed(policy.as_of, declared.retain_until)):
         found.append(("retain_until", why))
     if excess and source.rows and (kind := _synthetic(declared)):
-        found.append(
-            (
-                "max_synthetic",
-                f"{'synthetic' if kind == 'synthetic' else 'of unknown category, which counts as synthetic'}: {excess}",
-            )
-        )
+        what = "synthetic" if kind == "synthetic" else "of unknown category, which counts as synthetic"
+        found.append(("max_synthetic", f"{what}: {excess}"))
     return [_violation(source.name, source.rows, rule, why) for rule, why in found]
 
 
@@ -289,9 +277,8 @@ def _base_violations(policy: Policy, licenses: Iterable[str]) -> list[dict[str, 
 
 
 def _license_problem(license: str) -> str:
-    return f"license {license} is not allowed" + (
-        "" if _parsed(license) is not None else ", as it is not an SPDX expression"
-    )
+    why = "" if _parsed(license) is not None else ", as it is not an SPDX expression"
+    return f"license {license} is not allowed{why}"
 
 
 def _lapsed(as_of: datetime.date | None, until: datetime.date) -> str:

@@ -1,5 +1,6 @@
-"""Train rows -> copies with another prompt: typing errors, another case, supplied paraphrases. The response never
-changes.
+"""Train rows -> copies with another prompt: typing errors, another case, supplied paraphrases.
+
+The response never changes.
 
 A copy depends only on the seed and its row: adding a row does not change the copies of other rows.
 """
@@ -41,8 +42,8 @@ class Augment(Declared):
     """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
     copy with that last user turn."""
     license: str = UNKNOWN
-    """License of the paraphrases; audits and model cards show it. The keys
-    below declare the same facts for the paraphrases."""
+    """License of the paraphrases; audits and model cards show it. The keys below declare the same facts for the
+    paraphrases."""
 
     @field_validator("paraphrases")
     @classmethod
@@ -137,14 +138,8 @@ def augment(
                 repeats += 1
                 continue
             seen.add(identity)
-            meta = {**json.loads(record["meta"]), "parent": name, "augmented": kind}
-            made.append(
-                (
-                    i,
-                    kind,
-                    {**record, "example_id": identity, "messages": asked, "meta": json.dumps(meta, ensure_ascii=False)},
-                )
-            )
+            meta = json.dumps({**json.loads(record["meta"]), "parent": name, "augmented": kind}, ensure_ascii=False)
+            made.append((i, kind, {**record, "example_id": identity, "messages": asked, "meta": meta}))
     count = len(made)
     while made:  # removing copies makes runs of words rarer, which can make other texts near-copies
         near = {pair.left for pair in near_pairs([prompt_text(record["messages"]) for _, _, record in made], held_out)}
@@ -204,8 +199,7 @@ def _draws(seed: int, kind: str, name: str) -> Draws:
 
 
 def _words(text: str, answer: str, fits: Callable[[str], bool]) -> list[tuple[int, int]]:
-    """Positions of matching words of prose that the answer does not repeat, because it would no longer match the
-    prompt."""
+    """Positions of matching words of prose that the answer does not repeat: it would no longer match the prompt."""
     taken = [match.span() for match in _NOT_PROSE.finditer(text)]
     repeated = set(words(answer))
     found = []
@@ -223,16 +217,14 @@ def _replaced(text: str, spans: Sequence[tuple[int, int]], edit: Callable[[str],
 
 
 def with_typos(text: str, answer: str, draws: Draws) -> str:
-    """The text with one to three typing errors, in words of four or more lower-case letters; unchanged if there are
-    none."""
+    """The text with one to three typing errors, in words of four or more lower-case letters, if there are any."""
     spans = _words(text, answer, lambda word: len(word) >= 4 and word.islower())
     chosen = [spans.pop(next(draws) % len(spans)) for _ in range(min(1 + len(spans) // 8, 3, len(spans)))]
     return _replaced(text, chosen, lambda word: _mistyped(word, draws))
 
 
 def _mistyped(word: str, draws: Draws) -> str:
-    """The word with a letter after the first replaced by an adjacent one on the keyboard, swapped with the next, or
-    omitted."""
+    """The word with a letter after the first replaced by one beside it on the keyboard, swapped, or omitted."""
     kind, at = next(draws) % 3, 1 + next(draws) % (len(word) - 1)
     if kind == 0 and word[at] in _BESIDE:
         beside = _BESIDE[word[at]]

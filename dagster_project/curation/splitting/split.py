@@ -1,5 +1,4 @@
-"""Assign rows to train, validation and test without dividing groups, and verify
-that the finished splits do not overlap."""
+"""Assign rows to train, validation and test without dividing groups, and verify that finished splits do not overlap."""
 
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ class Copies:
     def links(self, groups: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield pairs of different groups that contain near-copies of each other.
 
-        `instructions` formed the groups before it dropped rows. A run of words
-        that was boilerplate there can be rare here.
+        `instructions` formed the groups before it dropped rows. A run of words that was boilerplate there can be rare
+        here.
 
         Args:
             groups: group of each text.
@@ -83,9 +82,8 @@ def _near_copies(texts: Sequence[str]) -> pl.DataFrame:
     for pair in near_pairs(texts):
         left.append(pair.left)
         right.append(pair.right)
-    return pl.DataFrame({"left": np.array(left, np.int32), "right": np.array(right, np.int32)}).select(
-        pl.all().implode()
-    )
+    sides = {"left": np.array(left, np.int32), "right": np.array(right, np.int32)}
+    return pl.DataFrame(sides).select(pl.all().implode())
 
 
 def joined(links: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -105,16 +103,15 @@ def joined(links: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def units(groups: Sequence[str], keys: Sequence[str | None]) -> Sequence[str]:
-    """The unit of each row: all rows connected by shared groups or keys, named
-    by the smallest group. Units are not divided.
+    """The unit of each row: all rows connected by shared groups or keys, named by the smallest group.
+
+    Units are not divided.
 
     groups a b b c, keys 1 1 None 2  ->  a a a c
     """
     first: dict[str, str] = {}
-    link = joined(
-        (first.setdefault(key, group), group) for group, key in zip(groups, keys, strict=True) if key is not None
-    )
-    return renamed(groups, link)
+    keyed = ((key, group) for group, key in zip(groups, keys, strict=True) if key is not None)
+    return renamed(groups, joined((first.setdefault(key, group), group) for key, group in keyed))
 
 
 def renamed(groups: Sequence[str], link: Mapping[str, str]) -> Sequence[str]:
@@ -150,9 +147,9 @@ def assign_splits(
 ) -> Assignment:
     """Assign each row to a split.
 
-    Upstream labels are kept; rows without one are assigned by share. A requested split
-    that no label has is taken from rows without a label and, by the same share, from
-    those labeled train (an upstream split into train and test has no validation rows).
+    Upstream labels are kept; rows without one are assigned by share. A requested split that no label has is taken from
+    rows without a label and, by the same share, from those labeled train (an upstream split into train and test has no
+    validation rows).
 
     Args:
         groups: group of each row; near-copies share one. Never divided.
@@ -168,21 +165,17 @@ def assign_splits(
     named, largest = set(by_label), 0
     unnamed = {name: share for name, share in shares.items() if name not in named and share}
     splits, labelled = list(by_label), set[int]()
-    for top_up in (
-        False,
-        True,
-    ):  # units that are larger than the share of every stratum would leave a split without rows
+    # units that are larger than the share of every stratum would leave a split without rows
+    for top_up in (False, True):
         splits, labelled = list(by_label), {i for i, name in enumerate(by_label) if name in SPLITS}
         for pool, pool_shares in ((OPEN, shares), (TRAIN, unnamed)):
-            rows = array(
-                "q", (i for i, name in enumerate(by_label) if name == pool) if pool_shares and pool in named else ()
-            )
+            is_divided = pool_shares and pool in named
+            rows = array("q", (i for i, name in enumerate(by_label) if name == pool) if is_divided else ())
             names = units(Strings(groups[i] for i in rows), [keys[i] for i in rows])
             largest = max(largest, int(np.bincount(StringIndex(names).numbers).max(initial=0)))
             coarse = top_up or any(keys[i] is not None for i in rows)
-            for i, name in zip(
-                rows, assign(names, [strata[i] for i in rows], pool_shares, seed, top_up=coarse), strict=True
-            ):
+            assigned = assign(names, [strata[i] for i in rows], pool_shares, seed, top_up=coarse)
+            for i, name in zip(rows, assigned, strict=True):
                 splits[i] = name
                 if name != pool:
                     labelled.discard(i)
@@ -197,8 +190,8 @@ def keep_labels(
     """Keep upstream labels, and drop rows that leak between upstream splits.
 
     Test is processed first, then validation, then train. Rows connected to a labeled row (by group or key) get its
-    split if they have no
-    label, and are dropped if they have another one. So held-out rows stay held out. A dropped row connects no others.
+    split if they have no label, and are dropped if they have another one. So held-out rows stay held out. A dropped row
+    connects no others.
 
     Returns:
         Split of each row, `DROPPED`, or `OPEN` if no label applies; and for each dropped row a row it is connected to.
@@ -244,8 +237,7 @@ class _Neighbors:
         if number < 0 or self._returned[number]:
             return []
         self._returned[number] = True
-        found: list[int] = self._rows[self._ends[number] : self._ends[number + 1]].tolist()
-        return found
+        return self._rows[self._ends[number] : self._ends[number + 1]].tolist()
 
 
 def assign(
@@ -259,8 +251,8 @@ def assign(
         shares: split -> share of each stratum's rows, rounded, unless there are so many small strata that this would
             miss the share of all rows; the rest is train.
         seed: determines the assignment. The order of rows does not matter, and a new row changes few others.
-        top_up: for units that are large compared with strata: a missing share is
-            taken from any stratum, and an empty split gets the unit closest in size.
+        top_up: for units that are large compared with strata: a missing share is taken from any stratum, and an empty
+            split gets the unit closest in size.
     """
     import numpy as np
 
@@ -303,8 +295,7 @@ def assign(
 
 
 def _most_frequent(index: StringIndex, strata: Sequence[str]) -> np.ndarray:
-    """The most frequent stratum of each unit, of several the first by name;
-    strata are numbered by name, (units,) int64."""
+    """The most frequent stratum of each unit, of several the first; strata are numbered by name, (units,) int64."""
     import numpy as np
 
     code = {name: k for k, name in enumerate(sorted(set(strata)))}
@@ -314,8 +305,7 @@ def _most_frequent(index: StringIndex, strata: Sequence[str]) -> np.ndarray:
     best = np.lexsort((stratum, -counts, unit))
     first = np.ones(len(best), np.bool_)
     first[1:] = unit[1:] != unit[:-1]  # sorted by unit before and after
-    found: np.ndarray = stratum[best][first]
-    return found
+    return stratum[best][first]
 
 
 # --- verification
@@ -353,9 +343,9 @@ WHYS = {"copy": "near-copies", "group": "the same group", "id": "the same exampl
 def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: Path | None = None) -> Verification:
     """Read the shards of all splits back and find copies and near-copies in different splits.
 
-    Near-copies are those of `find_copies` over the whole set, because a new search
-    would consider other runs boilerplate. Texts that it did not include, which
-    only rows added to train have, are compared with the held-out texts here.
+    Near-copies are those of `find_copies` over the whole set, because a new search would consider other runs
+    boilerplate. Texts that it did not include, which only rows added to train have, are compared with the held-out
+    texts here.
 
     Args:
         folder: output of `write_records`, one folder per split.
@@ -397,10 +387,8 @@ def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: P
 
     left, right = copies.left, copies.right
     crossing = several(splits_of[left] | splits_of[right]) & (splits_of[left] > 0) & (splits_of[right] > 0)
-    same = np.flatnonzero(several(splits_of))
-    sides = [(int(n), int(n)) for n in same] + [
-        (int(a), int(b)) for a, b in zip(left[crossing], right[crossing], strict=True)
-    ]
+    sides = [(int(n), int(n)) for n in np.flatnonzero(several(splits_of))]
+    sides += [(int(a), int(b)) for a, b in zip(left[crossing], right[crossing], strict=True)]
     held_out = np.flatnonzero(splits_of > 1)
     new = list(added)
     against = SelectedTexts(copies.texts, copies.index.first[held_out].tolist())
@@ -475,16 +463,11 @@ def straddling(groups: Sequence[str], splits: Sequence[str]) -> list[str]:
     column = pl.Series("group", groups.arrow() if isinstance(groups, Strings) else groups, pl.String)
     if column.n_unique() == len(column):  # no duplicates
         return []
-    frame = (
-        pl.DataFrame({"group": column, "split": splits})
-        .group_by("group")
-        .agg(pl.col("split").n_unique().cast(pl.Int64))
-    )
-    schema = pa.DataFrameSchema(
-        {"group": pa.Column(pl.String), "split": pa.Column(pl.Int64, pa.Check.eq(1, name="split_leakage"))}, strict=True
-    )
+    counted = pl.col("split").n_unique().cast(pl.Int64)
+    frame = pl.DataFrame({"group": column, "split": splits}).group_by("group").agg(counted)
+    is_one = pa.Column(pl.Int64, pa.Check.eq(1, name="split_leakage"))
     try:
-        schema.validate(frame, lazy=True)
+        pa.DataFrameSchema({"group": pa.Column(pl.String), "split": is_one}, strict=True).validate(frame, lazy=True)
     except pa.errors.SchemaErrors as errors:
         return sorted(frame["group"][int(i)] for i in errors.failure_cases["index"])
     return []
