@@ -1,5 +1,5 @@
-"""Alarms of evaluations that measured nothing: no questions, empty answers, the
-same answer to everything, a measure with one value."""
+"""Alarms of evaluations that measured nothing: no questions, empty answers, the same answer to everything, a measure
+with one value."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def scored_something(answers: Sequence[Answer], likelihoods: Sequence[tuple[floa
 
 
 def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], severity: Literal["error", "warn"]) -> CheckResult:
-    """It does not block, so that the other variants are compared. `comparison`
-    calls no variant with a failed check a gain.
+    """It does not block, so that the other variants are compared.
+
+    `comparison` calls no variant with a failed check a gain.
 
     Args:
         systems: system -> its answers. One that has answers, all of them empty, fails the check.

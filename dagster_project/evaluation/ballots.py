@@ -59,8 +59,9 @@ def export_text(exported: Mapping[str, Any]) -> str:
 def read_votes(
     project: Path, files: Sequence[Path], seed: int, partial: bool
 ) -> tuple[Match, dict[str, dict[str, Choice]]]:
-    """The match that the files vote on, and rater -> pair -> choice. The match
-    is recomputed, because the files do not identify the systems.
+    """The match that the files vote on, and rater -> pair -> choice.
+
+    The match is recomputed, because the files do not identify the systems.
 
     Args:
         seed: seed of the export.
@@ -124,8 +125,8 @@ def _read(file: Path) -> Votes:
 
 
 def outcomes(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, list[Outcome]]:
-    """Pair -> outcome of each rater's choice for the first system, in ballot
-    order; pairs without a vote are left out."""
+    """Pair -> outcome of each rater's choice for the first system, in ballot order; pairs without a vote are left out.
+    """
     by_pair = {
         pair.id: [pair.outcome(choices[pair.id]) for choices in votes.values() if pair.id in choices]
         for pair in ballot.pairs
@@ -182,7 +183,9 @@ def votes_text(found: Mapping[str, Any]) -> str:
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
     """Content of the ballot page: the first n pairs, without system names.
-    `tools` and `messages`, the answers, only where there is more than text."""
+
+    `tools` and `messages`, the answers, only where there is more than text.
+    """
     return {"ballot": ballot.id, "pairs": [_rich_content(pair) for pair in ballot.pairs[:n]]}
 
 

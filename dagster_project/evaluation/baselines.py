@@ -1,5 +1,5 @@
-"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and
-retrieved examples, and a classical classifier."""
+"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and retrieved examples, and a classical classifier.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ NUMBER_ALONE = {
 
 def instruction(task: AnyTask, how: str = ANSWER) -> str:
     """A system prompt that states the whole task, with every allowed value.
-    Empty if a regular expression defines the final answer."""
+
+    Empty if a regular expression defines the final answer.
+    """
     if isinstance(task, FinalAnswer):
         return f"Answer the user's question. {NUMBER_ALONE[how]}" if task.final_answer == NUMBER else ""
     if isinstance(task, LabelSet):
@@ -60,8 +62,8 @@ def prompted(
     """Baseline -> the prompt for each question.
 
     Args:
-        system_prompt: replaces the instruction of the task, and the system
-            prompts of the questions before worked examples.
+        system_prompt: replaces the instruction of the task, and the system prompts of the questions before worked
+            examples.
         shots: worked examples for every question.
         similar: worked examples for each question.
     """
@@ -99,8 +101,8 @@ def _own(record: Record) -> str:
 
 
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:
-    """The prompt for a record: system prompt (unless empty), worked examples as
-    earlier turns, then the conversation up to the answer."""
+    """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up
+    to the answer."""
     turns: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
         turns += _worked_example(shot)
@@ -108,8 +110,8 @@ def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> M
 
 
 def _worked_example(shot: Record) -> Messages:
-    """A worked example: its prompt and response; or the whole conversation if
-    it has tool calls, which only make sense with their results.
+    """A worked example: its prompt and response; or the whole conversation if it has tool calls, which only make sense
+    with their results.
 
     Traces are left out, as chat templates leave them out of earlier turns.
     """
@@ -125,8 +127,8 @@ def _worked_example(shot: Record) -> Messages:
 
 
 def conclusion(answer: str, task: AnyTask) -> str:
-    """The answer after step-by-step reasoning: the last line; for JSON fields
-    the last line that starts with "{", with the further ones of its object."""
+    """The answer after step-by-step reasoning: the last line; for JSON fields the last line that starts with "{", with
+    the further ones of its object."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     opening = [i for i, line in enumerate(lines) if line.startswith("{")] if isinstance(task, Task) else []
     if not opening:
@@ -160,8 +162,8 @@ def nearest(train: Sequence[Record], records: Sequence[Record], n: int) -> list[
 def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Iterator[np.ndarray]:
     """For each query the Okapi BM25 score of every document, (documents,).
 
-    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm
-    (as Lucene does), so that no word lowers a score.
+    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word lowers
+    a score.
     """
     import numpy as np
 

@@ -48,14 +48,14 @@ def _tokens(score: Mapping[str, Any]) -> str:
 
 
 def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapping[str, int]) -> list[str]:
-    """Verdict on each variant with its figures, comparisons between variants,
-    and the next step if the result is inconclusive.
+    """Verdict on each variant with its figures, comparisons between variants, and the next step if the result is
+    inconclusive.
 
     Args:
         compared: variant -> differences to other systems, `perplexity_to_base` and `failed_checks`, each if available.
-        test: numbers of test `examples` and of `answered` ones; of those `decided` by
-            the deciding measure, near-copies counted once, if there are fewer; and of
-            `independent` examples, near-copies counted once, if any are near-copies.
+        test: numbers of test `examples` and of `answered` ones; of those `decided` by the deciding measure, near-copies
+            counted once, if there are fewer; and of `independent` examples, near-copies counted once, if any are
+            near-copies.
     """
     found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
@@ -67,8 +67,10 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
 
 
 def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
-    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding
-    measure covers not all; and near-copies count once.
+    """Test examples that a conclusion rests on.
+
+    Where some references are text and others tool calls, the deciding measure covers not all; and near-copies count
+    once.
 
     Args:
         scores: empty if the conclusion rests on perplexity.

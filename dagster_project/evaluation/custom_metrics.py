@@ -1,5 +1,5 @@
-"""User-defined measures: functions (reference, answer) -> number in Python
-files under data/metrics/, named in params.yaml."""
+"""User-defined measures: functions (reference, answer) -> number in Python files under data/metrics/, named in
+params.yaml."""
 
 from __future__ import annotations
 

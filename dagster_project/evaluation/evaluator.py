@@ -140,13 +140,17 @@ class EvaluatedModel:
 
     @property
     def writes(self) -> bool:
-        """Whether the model generates text. A classifier only predicts labels:
-        it has no perplexity and no benchmark scores."""
+        """Whether the model generates text.
+
+        A classifier only predicts labels: it has no perplexity and no benchmark scores.
+        """
         return self.head is None
 
     def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
         """(negative log-likelihood in nats, tokens) of each record's responses.
-        Records longer than the context are truncated at the end."""
+
+        Records longer than the context are truncated at the end.
+        """
         room = self.tokenizer.model_max_length
         encoded = [encode_record(self.tokenizer, record) for record in records]
         examples = [(ids[:room], labels[:room]) for parts in encoded for ids, labels in parts]
@@ -162,6 +166,7 @@ class EvaluatedModel:
         self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, offers: Sequence[Offer] | None = None
     ) -> list[Answer]:
         """The answer to each prompt; for a classifier the predicted label.
+
         Prompts longer than the context are truncated at the beginning.
 
         Args:
@@ -187,8 +192,8 @@ class EvaluatedModel:
         return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
 
     def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
-        """Whether the chat template refuses a prompt, e.g. a system prompt, or
-        worked examples in which a call has no result."""
+        """Whether the chat template refuses a prompt, e.g. a system prompt, or worked examples in which a call has no
+        result."""
         try:
             self._encode(prompts, offers)
         except InputError as error:
@@ -204,8 +209,9 @@ class EvaluatedModel:
 def select_questions(
     records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
 ) -> tuple[AnyTask | None, list[dict[str, Any]]]:
-    """Select the turns to answer. Returns the task (None for free text) and the
-    questions: test examples that end with the turn.
+    """Select the turns to answer.
+
+    Returns the task (None for free text) and the questions: test examples that end with the turn.
 
     Args:
         records: the test split.
@@ -241,11 +247,11 @@ def select_questions(
 
 
 def turns(record: dict[str, Any], task: AnyTask | None, last: bool) -> list[dict[str, Any]]:
-    """The questions of a test example: itself if its last turn is answered, and
-    its beginning up to each earlier turn with tool calls.
+    """The questions of a test example: itself if its last turn is answered, and its beginning up to each earlier turn
+    with tool calls.
 
-    The calls are in earlier turns, because a conversation goes on with their
-    results. Under a task with labels only last turns are answered.
+    The calls are in earlier turns, because a conversation goes on with their results. Under a task with labels only
+    last turns are answered.
 
     Returns:
         Records that end with the answered turn. Those of earlier turns have the index of its message as `turn`.

@@ -1,5 +1,5 @@
-"""Pairs of answers judged by a language model, over any OpenAI-compatible
-endpoint and in both orders, or by the project's reward model."""
+"""Pairs of answers judged by a language model, over any OpenAI-compatible endpoint and in both orders, or by the
+project's reward model."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 MAX_REPLY_BYTES = 1 << 20
 """Most bytes read from a reply."""
 MAX_TOKENS = 10**9
-"""Most tokens that a reply can have cost. An endpoint that reports more, or
-less than none, counts as one that reports nothing."""
+"""Most tokens that a reply can have cost. An endpoint that reports more, or less than none, counts as one that reports
+nothing."""
 
 Verdict = Choice | Literal["refused", "malformed"]
 
@@ -148,8 +148,10 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
 
 
 def _exchange(opener: urllib.request.OpenerDirector, request: urllib.request.Request, deadline: float) -> bytes:
-    """Send a request and read the reply, up to `MAX_REPLY_BYTES`. The timeout
-    of a socket is that of one operation, so time is looked at between them."""
+    """Send a request and read the reply, up to `MAX_REPLY_BYTES`.
+
+    The timeout of a socket is that of one operation, so time is looked at between them.
+    """
     pieces, size = [], 0
     with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as reply:
         while size < MAX_REPLY_BYTES and time.monotonic() < deadline and (piece := reply.read1(MAX_REPLY_BYTES - size)):
@@ -221,8 +223,10 @@ OUTCOME_OF_ORDERS: dict[tuple[Verdict, Verdict], Outcome] = {
 
 
 def _question(pair: Pair, answers: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages to the judge. The content is JSON, so that an answer cannot
-    imitate the end of its own field. Traces are not judged."""
+    """Messages to the judge.
+
+    The content is JSON, so that an answer cannot imitate the end of its own field. Traces are not judged.
+    """
     tools = {"tools": pair.tools} if pair.tools else {}
     asked = {
         **tools,
@@ -249,8 +253,10 @@ def judge(
     price: tuple[float, float] | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Judge the first n pairs in both orders. A system wins a pair if it wins in both orders; conflicting orders are a
-    tie; a pair without a verdict in one order is excluded.
+    """Judge the first n pairs in both orders.
+
+    A system wins a pair if it wins in both orders; conflicting orders are a tie; a pair without a verdict in one order
+    is excluded.
 
     Args:
         price: per million prompt tokens and per million completion tokens.

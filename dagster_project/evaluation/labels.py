@@ -61,8 +61,8 @@ class LabelSet:
     known: tuple[str, ...]
     """Labels of the training split, or those listed in params.yaml."""
     unseen: tuple[str, ...] = ()
-    """With `auto`: labels that occur only in the test split. No instruction
-    lists them, but answers with them are scored normally."""
+    """With `auto`: labels that occur only in the test split. No instruction lists them, but answers with them are
+    scored normally."""
 
     @cached_property
     def labels(self) -> list[str]:

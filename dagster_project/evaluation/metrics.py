@@ -88,9 +88,10 @@ def is_answer(task: AnyTask, response: str) -> bool:
 
 
 def label(task: AnyTask, answer: str) -> str:
-    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks:
-    the label field, whose case does not count if only one label fits, or else the
-    first label mentioned anywhere, the longest one of several at the same place.
+    """Label or final answer of an answer; NO_LABEL if there is none.
+
+    For JSON tasks: the label field, whose case does not count if only one label fits, or else the first label mentioned
+    anywhere, the longest one of several at the same place.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
@@ -203,8 +204,8 @@ def by_label(task: AnyTask | None, references: Sequence[str], answers: Sequence[
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """exp of the mean negative log-likelihood per token, with equal weight per
-    token; from sums of (nats, tokens), (..., 2) -> (...)."""
+    """exp of the mean negative log-likelihood per token, with equal weight per token; from sums of (nats, tokens),
+    (..., 2) -> (...)."""
     import numpy as np
 
     return np.exp(rate(sums))
@@ -333,7 +334,9 @@ def _field(
 
 def _sacrebleu(name: str, paired: bool = False) -> Measure:
     """A corpus score of sacrebleu with its default settings, 0 to 100, but for the tokenizer of scripts without spaces.
-    Summing sentence statistics is also how sacrebleu bootstraps."""
+
+    Summing sentence statistics is also how sacrebleu bootstraps.
+    """
 
     def metric(**settings: str) -> Any:
         from sacrebleu import metrics

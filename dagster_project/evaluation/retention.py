@@ -110,8 +110,10 @@ def ask(
 
 
 class _LmEvalModel:
-    """Adapter from a loaded model to the interface of lm-eval. Not a torch
-    module, so that lm-eval does not re-tie weights that tuning untied."""
+    """Adapter from a loaded model to the interface of lm-eval.
+
+    Not a torch module, so that lm-eval does not re-tie weights that tuning untied.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.device = model, model.config, model.device
@@ -129,11 +131,11 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Change of accuracy and log-likelihood by tuning, over all questions
-    (`overall`) and by subject; empty without questions.
+    """Change of accuracy and log-likelihood by tuning, over all questions (`overall`) and by subject; empty without
+    questions.
 
-    The log-likelihood is that of the correct choices, in nats per question, so
-    that a change is visible before an answer flips.
+    The log-likelihood is that of the correct choices, in nats per question, so that a change is visible before an
+    answer flips.
 
     Args:
         base, tuned: rows of `retention_schema`.
@@ -169,8 +171,8 @@ def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
 
 
 def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str]:
-    """A warning with remedies, if accuracy fell by more than `forgetting`, or
-    correct answers are significantly and at least two times less likely.
+    """A warning with remedies, if accuracy fell by more than `forgetting`, or correct answers are significantly and at
+    least two times less likely.
 
     Args:
         changes: result of `retained`.

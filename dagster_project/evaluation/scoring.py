@@ -26,8 +26,8 @@ CALLS: dict[str, Same] = {
     "tool_name_accuracy": lambda reference, answer, _: same_names(reference, answer),
     "tool_call_valid": lambda _, answer, tools: is_valid(answer, tools),
 }
-"""Measures over the questions whose reference has calls. The first one decides
-if at least half of the questions are such."""
+"""Measures over the questions whose reference has calls. The first one decides if at least half of the questions are
+such."""
 FALSE_CALL = "false_call"
 """Share of answers with a call, over the questions that offer tools and whose reference has no call."""
 
@@ -85,8 +85,10 @@ class Scoring:
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
         """Contribution of each example that a measure covers to its sums, (examples, k).
-        The turns of one example, and near-copies, are added up, because they are not
-        independent. A bootstrap sample of other examples alone would have the score 0."""
+
+        The turns of one example, and near-copies, are added up, because they are not independent. A bootstrap sample of
+        other examples alone would have the score 0.
+        """
         return summed(
             self.values(name, answers, writes),
             [one for one, counted in zip(self.units, self._covered(name), strict=True) if counted],
@@ -148,8 +150,8 @@ class Scoring:
         return text if not any(self.with_calls) else ALL_MARKS if any(self.with_text) else next(iter(CALLS))
 
     def marks(self, answers: Sequence[Answer], writes: bool = True) -> list[float]:
-        """A score from 0 to 1 for each answer: whether the calls are those of
-        the reference or, for text, accuracy or ROUGE-L."""
+        """A score from 0 to 1 for each answer: whether the calls are those of the reference or, for text, accuracy or
+        ROUGE-L."""
         text = (
             self._by_question("accuracy" if self.task else "rouge_l", answers, writes)[:, 0]
             if any(self.with_text)

@@ -1,5 +1,8 @@
-"""tokenized + base_model -> adapter@X. One variant trained by its entry in params.yaml, with a record of which weights
-changed and which examples were used; or merged of other variants."""
+"""tokenized + base_model -> adapter@X.
+
+One variant trained by its entry in params.yaml, with a record of which weights changed and which examples were used; or
+merged of other variants.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""preferences or splits + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also
-its reference; compares the answers before and after."""
+"""preferences or splits + reward_model + merged@SFT -> aligned@X.
+
+Preference training of an SFT model, which is also its reference; compares the answers before and after.
+"""
 
 from __future__ import annotations
 
@@ -106,45 +108,48 @@ EVALUATION_BATCH = 16
 
 
 class Params(PreferenceParams):
-    """One entry per variant; no adapter may have its name. The name becomes `aligned@NAME`, `merged_aligned@NAME` and
-    `evaluation_aligned@NAME`. `aligned: {}` for none. See docs/alignment.md."""
+    """One entry per variant; no adapter may have its name.
+
+    The name becomes `aligned@NAME`, `merged_aligned@NAME` and `evaluation_aligned@NAME`. `aligned: {}` for none. See
+    docs/alignment.md.
+    """
 
     method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """Name of the SFT variant that training starts from and, but for orpo,
-    simpo, cpo and gkd, uses as its reference. It must be merged."""
+    """Name of the SFT variant that training starts from and, but for orpo, simpo, cpo and gkd, uses as its reference.
+    It must be merged."""
     options: dict[str, Any] = {}
-    """The method's own keys, listed below. For ppo they include learning rate,
-    batch size and checkpoints, which are then refused in the entry itself."""
+    """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are
+    then refused in the entry itself."""
     peft: dict[str, Any] = {}
     """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float | dict[str, Any]] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones
-    that can be verified, with a weight or a mapping of `weight` and their options:
-    exact_match, number_match, regex, json_schema, tool_call, reasoning_format, length_window
-    and unit_tests, see docs/alignment.md. Your own function: data/rewards/FILE.py:FUNCTION."""
+    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones that can be verified,
+    with a weight or a mapping of `weight` and their options: exact_match, number_match, regex, json_schema, tool_call,
+    reasoning_format, length_window and unit_tests, see docs/alignment.md. Your own function:
+    data/rewards/FILE.py:FUNCTION."""
     reward_target: Literal["chosen", "response"] = "chosen"
-    """Online: where prompts come from, and what exact_match, number_match and tool_call compare
-    answers with. chosen: preference pairs, and their chosen answers. response: records of the
-    training split of `splits`, and their responses; answers to records of its validation split
-    are measured before and after. No pair is read then, see docs/alignment.md."""
+    """Online: where prompts come from, and what exact_match, number_match and tool_call compare answers with. chosen:
+    preference pairs, and their chosen answers. response: records of the training split of `splits`, and their
+    responses; answers to records of its validation split are measured before and after. No pair is read then, see
+    docs/alignment.md."""
     reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""
     constant_reward_steps: int | None = Field(default=10, ge=1)
-    """Online: steps (ppo: iterations) in a row after which training stops because there
-    was nothing to learn: all answers to each prompt, for ppo all answers of the iteration,
-    had the same reward. Raise it for rewards that are rare at first. null: never stop."""
+    """Online: steps (ppo: iterations) in a row after which training stops because there was nothing to learn: all
+    answers to each prompt, for ppo all answers of the iteration, had the same reward. Raise it for rewards that are
+    rare at first. null: never stop."""
     trl: dict[str, Any] = {}
     """Further arguments of TRL's configuration of the method, under TRL's names, see docs/alignment.md. Only those that
     are verified to act on Pedigree's passes are accepted; not for ppo."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
-    """Longest of these answers, in tokens. Prompts that leave no room for it in
-    the context are truncated at the beginning."""
+    """Longest of these answers, in tokens. Prompts that leave no room for it in the context are truncated at the
+    beginning."""
 
     def parsed_method(self, where: str, given: Collection[str] = ()) -> AlignmentMethod:
         """The method with its options; `given`: keys that the entry itself names."""
@@ -229,8 +234,10 @@ def run(ctx: StageContext) -> Report:
 
 
 def _is_used(params: Params) -> bool:
-    """Whether the reward model scores answers: those that are learned from, or
-    held-out ones. Tasks are measured by the rewards alone."""
+    """Whether the reward model scores answers: those that are learned from, or held-out ones.
+
+    Tasks are measured by the rewards alone.
+    """
     return params.reward_target != tasks.RESPONSE or bool(params.rewards.get(MODEL))
 
 
@@ -379,8 +386,8 @@ def _sources_in(folders: dict[str, Path]) -> Sources:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, and with `sharding` the
-    passes of the evaluation, without writing anything but parts of checkpoints.
+    """Work of the other processes: the same training, and with `sharding` the passes of the evaluation, without writing
+    anything but parts of checkpoints.
 
     Raises:
         InputError: inputs, code or versions on this host differ from those of the first one.
@@ -598,8 +605,10 @@ def _moved(change: WeightChange, history: TrainingHistory) -> CheckResult:
 
 
 def _rewards_differ(sampled: SampledAnswers, names: Sequence[str], method: AlignmentMethod, where: str) -> CheckResult:
-    """Blocks if nothing could be learned in any step. A training that stopped
-    because its rewards no longer differ keeps its weights."""
+    """Blocks if nothing could be learned in any step.
+
+    A training that stopped because its rewards no longer differ keeps its weights.
+    """
     counts = "{answers} answers to {records} records".format(**sampled.summary())
     if sampled.ever_teaches():
         stalled = sampled.is_stalled() and not method.accepts_constant_rewards
@@ -674,9 +683,10 @@ def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], reward_model: Pat
 
 
 def _examine(sources: Sources, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult | None]:
-    """Whether the reward model can score answers, and the check `reward_model_is_reliable`, if there is one. The check
-    blocks methods that learn from the reward model's scores. Other methods are only monitored with it: they continue
-    and report the failure.
+    """Whether the reward model can score answers, and the check `reward_model_is_reliable`, if there is one.
+
+    The check blocks methods that learn from the reward model's scores. Other methods are only monitored with it: they
+    continue and report the failure.
 
     Raises:
         InputError: the method learns from a reward model of another tokenizer.

@@ -262,8 +262,8 @@ def _refuse_foreign_files(folder: Path) -> None:
     """Everything that the libraries read must be in the folder.
 
     Raises:
-        InputError: a link, an index of weights that names a file elsewhere, or
-            an adapter, which names its base model by itself.
+        InputError: a link, an index of weights that names a file elsewhere, or an adapter, which names its base model
+            by itself.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -289,9 +289,9 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _own_attention(folder: Path) -> dict[str, Any]:
-    """The configuration of a model that names an implementation of attention or
-    experts, without that name: it can be a package that is not installed, or code on
-    the Hub. Stages use implementations of their own, and no saved model names one."""
+    """The configuration of a model that names an implementation of attention or experts, without that name: it can be a
+    package that is not installed, or code on the Hub. Stages use implementations of their own, and no saved model names
+    one."""
     from transformers import AutoConfig
 
     if not re.search(r'"_?(attn|experts)_implementation"', (folder / "config.json").read_text(encoding="utf-8")):
@@ -403,9 +403,10 @@ positions not for StarCoder2, the window not for Phi-3."""
 
 
 def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
-    """How many numbers the weights of a GGUF file consist of, and its SETTINGS. Its fields are read before its reader
-    does, which goes on behind the end of the file for as many elements as an array says that it has, and before a model
-    is built, with as many layers as a field says.
+    """How many numbers the weights of a GGUF file consist of, and its SETTINGS.
+
+    Its fields are read before its reader does, which goes on behind the end of the file for as many elements as an
+    array says that it has, and before a model is built, with as many layers as a field says.
 
     Raises:
         ValueError: as `_GgufFields`, it has fewer weights than layers, or it scales positions.
@@ -448,9 +449,9 @@ def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
 
 
 def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
-    """Check that a model is built with the weights that a GGUF file has: transformers fills
-    weights that no file has with random numbers, and leaves out those that its own class
-    does not have, such as the biases of attention in a file of the architecture llama.
+    """Check that a model is built with the weights that a GGUF file has: transformers fills weights that no file has
+    with random numbers, and leaves out those that its own class does not have, such as the biases of attention in a
+    file of the architecture llama.
 
     Args:
         stored: numbers in the weights of the file.

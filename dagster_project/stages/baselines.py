@@ -106,8 +106,8 @@ def produce(
 
 
 def _likelihoods(model: EvaluatedModel, test: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Those of the base model; empty if its own chat template refuses a test
-    example, where variants are trained with another one."""
+    """Those of the base model; empty if its own chat template refuses a test example, where variants are trained with
+    another one."""
     try:
         return model.likelihood(test, BASE)
     except InputError as error:

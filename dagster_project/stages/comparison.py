@@ -1,5 +1,7 @@
-"""baselines + evaluation@* -> comparison. The comparison table of all variants,
-and advice: whether tuning was worth it, and which variant to use."""
+"""baselines + evaluation@* -> comparison.
+
+The comparison table of all variants, and advice: whether tuning was worth it, and which variant to use.
+"""
 
 from __future__ import annotations
 
@@ -271,8 +273,10 @@ def _to_base(
 def _values(
     scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]
 ) -> dict[str, list[np.ndarray]]:
-    """Measure -> for each system that has it, the contribution of each of its
-    answers. Only measures whose score is a mean over answers."""
+    """Measure -> for each system that has it, the contribution of each of its answers.
+
+    Only measures whose score is a mean over answers.
+    """
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
         for name, paired in scoring.names(writes[system]).items():
@@ -297,8 +301,8 @@ def _differences(
 
 
 TAKEN = ("tokens", "trained_tokens", "steps")
-"""What a training takes; of an adapter that is merged of others, their
-trainings. A training command may not record it."""
+"""What a training takes; of an adapter that is merged of others, their trainings. A training command may not record it.
+"""
 
 
 def _cost(

@@ -1,5 +1,7 @@
-"""raw_examples -> instructions. The validated instruction set: every row is checked, and every dropped row is recorded
-with its reason."""
+"""raw_examples -> instructions.
+
+The validated instruction set: every row is checked, and every dropped row is recorded with its reason.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,8 @@ class Params(Rules):
     expectations: str | None = None
     """Great Expectations suite inside data/expectations/: the data owner's expectations of the whole set."""
     data_docs: bool = False
-    """Also build Great Expectations' own Data Docs, in
-    data/pages/instructions/data_docs. They load styles and scripts from the web."""
+    """Also build Great Expectations' own Data Docs, in data/pages/instructions/data_docs. They load styles and scripts
+    from the web."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

@@ -1,5 +1,7 @@
-"""base_model + adapter@X -> merged@X. A complete model with the same logits as
-base plus adapter; unmergeable variants are copied unchanged."""
+"""base_model + adapter@X -> merged@X.
+
+A complete model with the same logits as base plus adapter; unmergeable variants are copied unchanged.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,8 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
 def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Report:
     """Merge the adapter into the base model's weights, and store them in the base model's number formats.
 
-    The unquantized base model is used even if the adapter was trained on
-    quantized weights; the report then states the difference.
+    The unquantized base model is used even if the adapter was trained on quantized weights; the report then states the
+    difference.
     """
     import torch
     from peft import PeftModel

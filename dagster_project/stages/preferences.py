@@ -1,5 +1,7 @@
-"""raw_preferences -> preferences. Every pair is checked, every dropped pair is recorded with its reason, and the splits
-share no prompt."""
+"""raw_preferences -> preferences.
+
+Every pair is checked, every dropped pair is recorded with its reason, and the splits share no prompt.
+"""
 
 from __future__ import annotations
 

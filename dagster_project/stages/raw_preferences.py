@@ -1,5 +1,8 @@
-"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is
-dropped, but what was erased and cannot be taken out of its source."""
+"""data/sources/* -> raw_preferences.
+
+All preference sources in one canonical form, one row per pair; nothing is dropped, but what was erased and cannot be
+taken out of its source.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class Params(Reading):
     """Pairs of a better and a worse answer. See docs/sources.md."""
 
     sources: list[PairSource] = []
-    """Files, folders, objects in S3 and data sets on the Hub, in order. An
-    empty list means a project without preferences."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order. An empty list means a project without
+    preferences."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

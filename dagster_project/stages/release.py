@@ -1,5 +1,7 @@
-"""comparison + merged@X -> release. The selected model, if it passes the promotion gate: better than baselines,
-knowledge kept, unseen test split, loadable."""
+"""comparison + merged@X -> release.
+
+The selected model, if it passes the promotion gate: better than baselines, knowledge kept, unseen test split, loadable.
+"""
 
 from __future__ import annotations
 
@@ -171,8 +173,8 @@ def produce(
 
 
 def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path], key: bytes, out: Path) -> None:
-    """Write the model card and, under audit/, the lineage of the model and the
-    evidence of each training, with published ids of records."""
+    """Write the model card and, under audit/, the lineage of the model and the evidence of each training, with
+    published ids of records."""
     import pyarrow.parquet as pq
 
     write_text(out / "README.md", model_card(provenance))
@@ -287,8 +289,8 @@ def _keeps_to_policy(verdict: Mapping[str, Any]) -> _CheckOutcome:
 
 
 def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
-    """Compare greedy tokens of the released folder, loaded with plain
-    transformers, with those of the merged model, loaded as in `evaluation`."""
+    """Compare greedy tokens of the released folder, loaded with plain transformers, with those of the merged model,
+    loaded as in `evaluation`."""
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load
 

@@ -1,5 +1,8 @@
-"""preferences + a model -> reward_model. A model that scores answers, trained on preference pairs; tested on held-out
-pairs, and compared with answer length as a predictor."""
+"""preferences + a model -> reward_model.
+
+A model that scores answers, trained on preference pairs; tested on held-out pairs, and compared with answer length as a
+predictor.
+"""
 
 from __future__ import annotations
 
@@ -222,8 +225,8 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, then the passes of the
-    evaluation, without writing anything but parts of checkpoints."""
+    """Work of the other processes: the same training, then the passes of the evaluation, without writing anything but
+    parts of checkpoints."""
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     preferences, folder, checkpoints = (
         Path(work["folders"][name]) for name in ("preferences", "folder", "checkpoints")
@@ -259,8 +262,10 @@ def _train(
     checkpoints: Checkpoints,
     live: Path | None,
 ) -> TrainingHistory | CheckResult:
-    """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a
-    loss or a trained weight is not finite."""
+    """Train the model in place; it is whole in the first process afterwards.
+
+    Returns the failed check `learned` if a loss or a trained weight is not finite.
+    """
     spec = reward_model.trainer_spec(params.center_rewards_coefficient)
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
     try:

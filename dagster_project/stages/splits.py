@@ -1,5 +1,7 @@
-"""instructions -> splits. Related rows stay in one split, upstream split labels
-are kept, and the shards are verified to have no leakage."""
+"""instructions -> splits.
+
+Related rows stay in one split, upstream split labels are kept, and the shards are verified to have no leakage.
+"""
 
 from __future__ import annotations
 
@@ -199,8 +201,8 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
 
 
 def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase], dict[str, dict[str, Any]]]:
-    """The paraphrases that `augment` names, and the facts about their file for
-    the report, as `raw_examples` has them of its sources."""
+    """The paraphrases that `augment` names, and the facts about their file for the report, as `raw_examples` has them
+    of its sources."""
     if settings is None or settings.paraphrases is None:
         return [], {}
     path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
@@ -324,8 +326,10 @@ def _refuse_missing_key(params: Params, read: Rows) -> None:
 
 
 def _text(value: Any) -> str | None:
-    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column
-    of whole numbers with gaps. None if the key is empty."""
+    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column of whole numbers with gaps.
+
+    None if the key is empty.
+    """
     if value in (None, "", [], {}):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -341,8 +345,10 @@ def _label(meta: str) -> str | None:
 
 
 def _kept_lines(instructions: Path) -> pa.Table:
-    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `source_id` and
-    `repaired` if any of them was repaired or edited."""
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order.
+
+    It has `source_id` and `repaired` if any of them was repaired or edited.
+    """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

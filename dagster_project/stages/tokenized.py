@@ -1,5 +1,7 @@
-"""splits -> tokenized. Token ids and labels by a chat template, packed into
-rows, with a ledger of records and an audit of labels."""
+"""splits -> tokenized.
+
+Token ids and labels by a chat template, packed into rows, with a ledger of records and an audit of labels.
+"""
 
 from __future__ import annotations
 
@@ -250,8 +252,10 @@ def _tokenize(params: Params, tokenizer: PortableTokenizer, splits: Path, scratc
 
 
 def _copies(params: Params, found: Splits, seed: int) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Copies of each record of each split, and facts for the report. Records
-    that replay does not need are left out of train."""
+    """Copies of each record of each split, and facts for the report.
+
+    Records that replay does not need are left out of train.
+    """
     train = found["train"]
     columns = zip(train.ids, train.sources, train.categories, map(train.size, range(len(train))), strict=True)
     copies = {split: [int(count > 0) for count in tokens.counts] for split, tokens in found.items()}
@@ -340,8 +344,8 @@ def _check_field_weights(params: Params, train: Path) -> None:
 
 
 def _rendering(params: Params, found: Splits) -> dict[str, Any]:
-    """How records with several answers and with traces were rendered; nothing
-    where one rendering had all labels and there are no traces."""
+    """How records with several answers and with traces were rendered; nothing where one rendering had all labels and
+    there are no traces."""
     facts: dict[str, Any] = {}
     per_answer = [
         count

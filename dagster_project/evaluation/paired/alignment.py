@@ -161,8 +161,7 @@ class Policies:
 
 def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]], has_reference: bool = True) -> dict[str, Any]:
     """On held-out pairs: share in which the chosen answer is more likely per token, before and after; and share in
-    which the policy's implicit reward, the log-ratio to the SFT model, is higher for it (arXiv 2305.18290, section
-    5).
+    which the policy's implicit reward, the log-ratio to the SFT model, is higher for it (arXiv 2305.18290, section 5).
 
     Args:
         has_reference: whether the log-ratio to the SFT model is the policy's implicit reward.
@@ -236,6 +235,7 @@ def samples(
 
 def gamed(watch: Mapping[str, Any]) -> list[str]:
     """Signs of reward hacking, as text: the reward rose, but the answers became longer, more repetitive or unfinished.
+
     Without measured rewards, such changes of the answers are always listed.
     """
     tokens = watch["tokens"]

@@ -34,8 +34,10 @@ def rate(sums: np.ndarray) -> np.ndarray:
 
 
 def summed(statistics: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """The rows of each unit added up, (units, k), in order of their first rows. The turns of one conversation and
-    near-copies are not independent: drawn one by one, they would make an interval too narrow.
+    """The rows of each unit added up, (units, k), in order of their first rows.
+
+    The turns of one conversation and near-copies are not independent: drawn one by one, they would make an interval too
+    narrow.
 
     Args:
         statistics: (n, k).
@@ -85,8 +87,8 @@ def ratio(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[str, A
 
 @lru_cache(maxsize=2)
 def _draws(n: int) -> np.ndarray:
-    """How often each of n examples is drawn, (RESAMPLES, n); the same for every
-    system, so that differences are paired."""
+    """How often each of n examples is drawn, (RESAMPLES, n); the same for every system, so that differences are paired.
+    """
     import numpy as np
 
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))

@@ -219,8 +219,9 @@ def majority(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def tally(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Wins, ties, losses and win rate of the first system, overall and by
-    category. Intervals count near-copies, and turns of one example, as one.
+    """Wins, ties, losses and win rate of the first system, overall and by category.
+
+    Intervals count near-copies, and turns of one example, as one.
 
     Args:
         outcomes: pair id -> outcome; other pairs are ignored.

@@ -100,8 +100,8 @@ def read_parts(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools:
 
 
 def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer | None:
-    """The answer of a text with its special tokens; None if all of it is
-    content: without trace, calls, and the header of a channel."""
+    """The answer of a text with its special tokens; None if all of it is content: without trace, calls, and the header
+    of a channel."""
     reasoning, rest = split_trace(prompt, text)
     library, forms = reader(tokenizer) if tools else Reader(None, ())
     found = _by_library(library, prompt, text, tools) if library and rest.strip() else None
@@ -237,8 +237,8 @@ class Reader(NamedTuple):
     library: Any
     """Tokenizer with a response template; None if there is none, or if it misreads a call that one of `forms` reads."""
     forms: tuple[str, ...]
-    """The forms that read a call rendered by the chat template; empty if the
-    template renders no call that any form reads."""
+    """The forms that read a call rendered by the chat template; empty if the template renders no call that any form
+    reads."""
 
 
 def reader(tokenizer: Any) -> Reader:

@@ -1,5 +1,6 @@
-"""How model families write tool calls in their answers. A new form is one
-function in FORMS, its test and its line in docs/evaluation.md.
+"""How model families write tool calls in their answers.
+
+A new form is one function in FORMS, its test and its line in docs/evaluation.md.
 
     Hermes, Qwen2.5, Qwen3   <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>
     Llama 3.1                {"name": "weather", "parameters": {"city": "Oslo"}}
@@ -220,8 +221,8 @@ QUOTE, NONE = '<|"|>', re.compile(r"(?<=[:,\[])None(?=[,}\]])")
 
 
 def _gemma(text: str, tools: Tools) -> Found | None:
-    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes
-    and transformers parses, and Python's None for null."""
+    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes and transformers parses, and Python's
+    None for null."""
     if "<|tool_call>call:" not in text:
         return None
     from transformers.utils.chat_parsing import parse_response

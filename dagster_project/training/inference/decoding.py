@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 Choose = Callable[["torch.Tensor", Sequence[int], int], list[int]]
-"""(logits (batch, vocabulary), index of each row's prompt, position in the
-answer from 0) -> a token id for each row."""
+"""(logits (batch, vocabulary), index of each row's prompt, position in the answer from 0) -> a token id for each row.
+"""
 
 TOKENS_AT_ONCE = {"cpu": 1024}
-"""Device -> maximum number of prompt tokens, with padding, in a pass: more
-exceed a CPU's caches. A shared prefix does not count."""
+"""Device -> maximum number of prompt tokens, with padding, in a pass: more exceed a CPU's caches. A shared prefix does
+not count."""
 
 
 COUNTS_PADDING = frozenset(
@@ -61,8 +61,8 @@ def decode(
         choose: selects the next tokens.
         longest: maximum number of tokens of an answer.
         ends: end-of-turn tokens.
-        prefix: cache with one row of tokens that precede every prompt. Without
-            `keeps_all_tokens`, only one prompt is supported.
+        prefix: cache with one row of tokens that precede every prompt. Without `keeps_all_tokens`, only one prompt is
+            supported.
     Returns:
         Token ids of each answer, including the end-of-turn token.
     Raises:
@@ -112,8 +112,10 @@ def prefill(model: Any, ids: Sequence[int], prefix: Any = None) -> Any:
 
 
 def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Last hidden state of each row, (batch, hidden). Adds `ids` (batch, seq)
-    to the cache; `mask` (batch, cached + seq) covers both."""
+    """Last hidden state of each row, (batch, hidden).
+
+    Adds `ids` (batch, seq) to the cache; `mask` (batch, cached + seq) covers both.
+    """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     return out.last_hidden_state[:, -1]
@@ -122,8 +124,8 @@ def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch
 def _read_all(
     model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: int, prefix: Any
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Read the prompts: last hidden states (prompts, hidden), mask (prompts,
-    seq), and a cache, preallocated if its layers are plain."""
+    """Read the prompts: last hidden states (prompts, hidden), mask (prompts, seq), and a cache, preallocated if its
+    layers are plain."""
     import torch
     from transformers import DynamicCache
 
@@ -177,8 +179,8 @@ def _has_plain_layers(cache: Any) -> bool:
 
 
 def _empty(model: Any) -> Any:
-    """A cache that keeps every token (sliding windows are applied by the mask),
-    or the model's own cache if it has other state."""
+    """A cache that keeps every token (sliding windows are applied by the mask), or the model's own cache if it has
+    other state."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -196,8 +198,8 @@ def _empty(model: Any) -> Any:
 
 
 def keeps_all_tokens(model: Any) -> bool:
-    """Whether every layer keeps all keys and values, as a shared prefix
-    requires: windows drop tokens, recurrent states ignore padding."""
+    """Whether every layer keeps all keys and values, as a shared prefix requires: windows drop tokens, recurrent states
+    ignore padding."""
     from transformers import DynamicCache
 
     return _has_plain_layers(DynamicCache(config=model.config))

@@ -1,8 +1,8 @@
 """Linear layers of a bfloat16 model on a CPU, prepared for many small products with the same weights.
 
-torch brings a weight into the layout of oneDNN's kernels in every product. With the few rows
-of a decoding step that takes a quarter to a half of the product. LoRA's layers cast their
-weights each time, too. Here both are done once. The kernels and so the bits are the same.
+torch brings a weight into the layout of oneDNN's kernels in every product. With the few rows of a decoding step that
+takes a quarter to a half of the product. LoRA's layers cast their weights each time, too. Here both are done once. The
+kernels and so the bits are the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ AT_MOST = 2**30
 
 @contextmanager
 def packed_weights(model: Any) -> Iterator[None]:
-    """While open, linear layers without bias compute with prepared weights,
-    which do not follow changes and have no gradients."""
+    """While open, linear layers without bias compute with prepared weights, which do not follow changes and have no
+    gradients."""
     from dagster_project.training.methods.fused_lora import applied, is_applied
 
     layers = _layers(model)
@@ -48,8 +48,8 @@ def packed_weights(model: Any) -> Iterator[None]:
 
 
 def _layers(model: Any) -> list[Any]:
-    """The linear layers whose weights can be prepared; none if there is no
-    kernel for it, or the weights are too large."""
+    """The linear layers whose weights can be prepared; none if there is no kernel for it, or the weights are too large.
+    """
     import torch
 
     kernels = torch.ops.mkldnn

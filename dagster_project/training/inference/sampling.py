@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def uniform_numbers(seed: str, answers: Sequence[int], longest: int) -> list[list[float]]:
-    """Numbers in [0, 1) for each answer and position, which depend only on the
-    seed, the number of the answer and the position.
+    """Numbers in [0, 1) for each answer and position, which depend only on the seed, the number of the answer and the
+    position.
 
     So neither the batch nor the maximum length affects what is sampled, except for rounding.
     """
@@ -29,6 +29,7 @@ def sampled(uniform: Sequence[Sequence[float]], temperature: float, top_p: float
 
 def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float, top_p: float = 1.0) -> list[int]:
     """The token at which each row's distribution function exceeds its number.
+
     On the CPU: a cumulative sum on a GPU is not reproducible.
 
     Args:

@@ -145,12 +145,12 @@ UNTRAINED_KEYS = {
 UNREAD_KEYS = {
     "adalora": ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "rank_pattern", "use_qalora", "use_rslora")
 }
-"""Method -> keys that PEFT accepts for it, and computes the same with every
-value of. `init_lora_weights` is read if it is true or false."""
+"""Method -> keys that PEFT accepts for it, and computes the same with every value of. `init_lora_weights` is read if it
+is true or false."""
 
 STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
-"""Values of init_lora_weights that are computed from examples. PEFT leaves the
-start of `eva` random if nobody computes it."""
+"""Values of init_lora_weights that are computed from examples. PEFT leaves the start of `eva` random if nobody computes
+it."""
 
 MINIMUM = {
     "r": 1,
@@ -204,8 +204,10 @@ OWN: dict[str, type[Section]] = {"full": Full, "bitfit": Bitfit, "feature_extrac
 
 @cache
 def _peft_folder() -> Path:
-    """Folder of PEFT's source. It is parsed, not imported: importing PEFT takes
-    seconds, and every command validates params.yaml."""
+    """Folder of PEFT's source.
+
+    It is parsed, not imported: importing PEFT takes seconds, and every command validates params.yaml.
+    """
     require_version("peft", ">=0.21.2,<0.22", "the layout of PEFT's source")
     spec = find_spec("peft")
     assert spec is not None and spec.submodule_search_locations
@@ -262,8 +264,10 @@ def peft_keys(method: str) -> dict[str, ast.expr]:
 
 
 def _fits(value: Any, kind: ast.expr) -> bool:
-    """Whether a value has the annotated type. Types other than plain types and
-    choices between them are left to PEFT."""
+    """Whether a value has the annotated type.
+
+    Types other than plain types and choices between them are left to PEFT.
+    """
     scalars: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     match kind:
         case ast.Constant(value=None):
@@ -384,8 +388,8 @@ def why_not_merged(method: str, options: Mapping[str, Any], quantization: Quanti
 
 
 def place_of(where: str, key: str) -> str:
-    """Where a value was given, as the beginning of a message: in an entry of
-    params.yaml, or by an option such as `--method lora`."""
+    """Where a value was given, as the beginning of a message: in an entry of params.yaml, or by an option such as
+    `--method lora`."""
     return where if where.startswith("--") else f"params.yaml: {where}.{key}"
 
 
@@ -501,8 +505,8 @@ def peft_config(
     total_steps: int | None = None,
     tokenizer: str | None = None,
 ) -> Any:
-    """Build the PEFT configuration of a method from its implied keys, our
-    defaults, and the options, which take precedence.
+    """Build the PEFT configuration of a method from its implied keys, our defaults, and the options, which take
+    precedence.
 
     Args:
         method: PEFT's name or a short name, in any case, e.g. "lora".
@@ -536,8 +540,8 @@ def peft_config(
 
 
 def _attention(base: Any) -> list[str] | None:
-    """Names of the attention projections q, k, v and o; None if the
-    architecture uses other names, which leaves the choice to PEFT."""
+    """Names of the attention projections q, k, v and o; None if the architecture uses other names, which leaves the
+    choice to PEFT."""
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     return [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names] or None
 
@@ -569,8 +573,8 @@ class PreparedModel:
     save: Callable[[Path], None]
     """Write the trained weights to a folder as safetensors, with method.json. Does not change the model."""
     packs: bool = True
-    """Whether a row may contain several examples. False if virtual tokens
-    precede each example: use `collate_padded`."""
+    """Whether a row may contain several examples. False if virtual tokens precede each example: use `collate_padded`.
+    """
     callbacks: list[Any] = field(default_factory=list)
     """TrainerCallbacks of transformers that the method requires."""
     extra_loss: Callable[[Any], torch.Tensor | None] = _no_effect
@@ -754,8 +758,8 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
     """PEFT ignores a name that no module has, if another one is found.
 
     Raises:
-        InputError: a name in the options is that of no module, or a pattern or
-            the number of a layer matches none that is adapted.
+        InputError: a name in the options is that of no module, or a pattern or the number of a layer matches none that
+            is adapted.
     """
     names = [name for name, _ in causal(model).named_modules()]
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -796,9 +800,10 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
 
 
 def _refuse_order(model: Any, config: Any, where: str) -> None:
-    """Of several patterns that match a module, PEFT takes the first. DVC compares
-    parameters without the order of their keys, and the saved configuration has another
-    one, so that the adapter would be loaded with other values than it was trained with.
+    """Of several patterns that match a module, PEFT takes the first.
+
+    DVC compares parameters without the order of their keys, and the saved configuration has another one, so that the
+    adapter would be loaded with other values than it was trained with.
 
     Raises:
         InputError: several patterns with different values match a module.
@@ -880,9 +885,11 @@ def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
 
 
 def _adapts_shared_weight(base: Any) -> bool:
-    """Whether an update is added to word embeddings or output layer alone, although
-    both use one weight. Trained rows of the embeddings (trainable_tokens) are put
-    into both, those of the output layer are not, unless they are the same ones."""
+    """Whether an update is added to word embeddings or output layer alone, although both use one weight.
+
+    Trained rows of the embeddings (trainable_tokens) are put into both, those of the output layer are not, unless they
+    are the same ones.
+    """
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
@@ -916,8 +923,10 @@ def _weights(
     where: str,
     weights: bool,
 ) -> PreparedModel:
-    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in
-    `dtype`; saved in the base model's number formats."""
+    """Train the base model's own weights: all, or those that match a pattern.
+
+    They are float32, computation is in `dtype`; saved in the base model's number formats.
+    """
     import torch
 
     model = load_base(
@@ -996,8 +1005,8 @@ def _head(
 
 
 class _AdaptiveRanks:
-    """The parts of AdaLoRA that a Trainer does not do: removing ranks by
-    importance, and the penalty that keeps P and Q orthogonal."""
+    """The parts of AdaLoRA that a Trainer does not do: removing ranks by importance, and the penalty that keeps P and Q
+    orthogonal."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.tuner = model, model.base_model
@@ -1040,8 +1049,8 @@ class _AdaptiveRanks:
     def synchronize(self) -> None:
         """Set the ranks to save to those of the current weights.
 
-        PEFT updates them only when it removes ranks. In between ranks grow
-        again, and a checkpoint may have restored earlier weights.
+        PEFT updates them only when it removes ranks. In between ranks grow again, and a checkpoint may have restored
+        earlier weights.
         """
         weights = dict(self.tuner.model.named_parameters())
         self.config.rank_pattern = {

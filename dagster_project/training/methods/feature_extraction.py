@@ -1,5 +1,5 @@
-"""feature_extraction: a linear layer that predicts the category from the frozen
-base model's last hidden state of a prompt."""
+"""feature_extraction: a linear layer that predicts the category from the frozen base model's last hidden state of a
+prompt."""
 
 from __future__ import annotations
 
@@ -68,8 +68,10 @@ def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], l
 
 
 def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what: str) -> torch.Tensor:
-    """Last hidden state of the last token of each prompt, (prompts, hidden)
-    float32. Padding is on the right and masked."""
+    """Last hidden state of the last token of each prompt, (prompts, hidden) float32.
+
+    Padding is on the right and masked.
+    """
     import torch
 
     states = torch.zeros(len(prompts), model.config.hidden_size)
@@ -88,8 +90,9 @@ def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what
 def fit(
     inputs: torch.Tensor, targets: torch.Tensor, classes: int, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64
-    from zero. The problem is convex, so the result is unique.
+    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 from zero.
+
+    The problem is convex, so the result is unique.
 
     Args:
         inputs: (n, hidden) features.
@@ -212,8 +215,8 @@ class Classifier:
         return curve + validate(len(losses))
 
     def save(self, folder: Path) -> None:
-        """Write head.safetensors (score.weight, score.bias; float32) and
-        head.json (the labels in order, and the options)."""
+        """Write head.safetensors (score.weight, score.bias; float32) and head.json (the labels in order, and the
+        options)."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""LoRA's update as one custom operation: the result of PEFT's layers, in the
-model's dtype and with fewer passes over memory.
+"""LoRA's update as one custom operation: the result of PEFT's layers, in the model's dtype and with fewer passes over
+memory.
 
 It is registered with torch, so torch.compile does not trace into it. Importing this file imports torch.
 """
@@ -14,8 +14,10 @@ import torch
 
 
 def fuse(model: Any) -> None:
-    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use
-    `update`. Other layers, names and saved files do not change."""
+    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use `update`.
+
+    Other layers, names and saved files do not change.
+    """
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
@@ -52,8 +54,8 @@ def is_applied(module: Any) -> bool:
 
 
 def applied(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's forward pass with its present weights, without gradients: the
-    same operations, with weights that are cast once."""
+    """The layer's forward pass with its present weights, without gradients: the same operations, with weights that are
+    cast once."""
     (adapter,) = layer.lora_A
     dtype = layer.base_layer.weight.dtype
     a, b = (matrices[adapter].weight.detach().to(dtype).T for matrices in (layer.lora_A, layer.lora_B))

@@ -58,8 +58,8 @@ def import_libraries() -> None:
 
 @contextmanager
 def adding_adapters() -> Iterator[None]:
-    """Without the layers of PEFT for quantized weights unless a model has some,
-    and so without bitsandbytes, which imports torch's compiler."""
+    """Without the layers of PEFT for quantized weights unless a model has some, and so without bitsandbytes, which
+    imports torch's compiler."""
     import_libraries()
     from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
@@ -78,8 +78,8 @@ def adding_adapters() -> Iterator[None]:
 def reuse_large_blocks() -> None:
     """Let glibc keep large freed blocks for the next tensor. No effect with another C library.
 
-    The kernel zeroes new blocks page by page, which takes half of a step with
-    logits of many tokens over the whole vocabulary.
+    The kernel zeroes new blocks page by page, which takes half of a step with logits of many tokens over the whole
+    vocabulary.
     """
     if mallopt := _glibc_function("mallopt"):
         mmap_threshold, trim_threshold = -3, -1

@@ -52,8 +52,8 @@ def refuse_mixing(
 
 
 def _depends_on_others(model: Any, hidden_states: Callable[[Mapping[str, Any]], torch.Tensor], several: bool) -> bool:
-    """Whether the first tokens of a text have other states if its end is
-    another one and, with `several`, other texts precede and follow."""
+    """Whether the first tokens of a text have other states if its end is another one and, with `several`, other texts
+    precede and follow."""
     import torch
 
     words, training = model.config.get_text_config().vocab_size, model.training

@@ -88,8 +88,8 @@ def load_base(
 ) -> Any:
     """Load a base model in `dtype`, or with linear layers in 4-bit NormalFloat (QLoRA, arXiv 2305.14314, section 3).
 
-    nf4: blocks of 64 weights, double quantization, products in bfloat16; the
-    output layer and other weights are float32.
+    nf4: blocks of 64 weights, double quantization, products in bfloat16; the output layer and other weights are
+    float32.
 
     Args:
         folder: folder of the model; with `weights` False its config.json is sufficient.
@@ -218,8 +218,8 @@ def _quantize(base: Any, config: Any) -> None:
 def stored_dtypes(folder: Path) -> Callable[[str], torch.dtype]:
     """A function from the name of a weight to the number format in which the model of this folder stores it.
 
-    That is the model's own, except for weights that transformers keeps in
-    float32, such as routers of mixtures of experts.
+    That is the model's own, except for weights that transformers keeps in float32, such as routers of mixtures of
+    experts.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -297,8 +297,8 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
 class VirtualTokenModel:
     """A model with trained virtual tokens and the interface of a model without.
 
-    Virtual tokens affect later tokens only through their keys and values, which
-    are computed once and start every cache.
+    Virtual tokens affect later tokens only through their keys and values, which are computed once and start every
+    cache.
     """
 
     def __init__(self, model: Any) -> None:

@@ -17,8 +17,8 @@ SCALES = (
     "logits_scaling",
     "logits_mup_width_multiplier",
 )
-"""Keys of configurations that change the logits before or after the output
-layer, e.g. of Gemma 4, Cohere and Granite."""
+"""Keys of configurations that change the logits before or after the output layer, e.g. of Gemma 4, Cohere and Granite.
+"""
 
 
 def is_scaled(model: Any) -> bool:
@@ -30,8 +30,8 @@ def is_scaled(model: Any) -> bool:
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (tokens, vocabulary) of last hidden states (tokens, hidden) in the dtype of the output layer.
 
-    The same key divides logits in one model and multiplies them in another, so
-    those of scaled models are computed by their own code.
+    The same key divides logits in one model and multiplies them in another, so those of scaled models are computed by
+    their own code.
     """
     causal = getattr(model, "causal", model)  # inside a VirtualTokenModel
     if is_scaled(causal):
@@ -41,8 +41,8 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def own_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """As `logits_of`, by the end of the model's own forward pass, after which
-    all but the given hidden states is left out."""
+    """As `logits_of`, by the end of the model's own forward pass, after which all but the given hidden states is left
+    out."""
     base, output = model.base_model, _Output(hidden[None])
     own = vars(base).get("forward")
     base.forward = lambda *_, **__: output

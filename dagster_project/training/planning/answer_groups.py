@@ -1,5 +1,5 @@
-"""Online trainings that read a prompt once for all answers to it: their passes
-on the meta device, and which of them is the largest."""
+"""Online trainings that read a prompt once for all answers to it: their passes on the meta device, and which of them is
+the largest."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AnswerPass:
     """Tokens of each prompt, and then of each answer to it."""
     has_reference: bool
     keeps_graph: bool
-    """Whether the policy's first pass, before that of the reference, is the one
-    that is learned from. Not with gradient checkpointing."""
+    """Whether the policy's first pass, before that of the reference, is the one that is learned from. Not with gradient
+    checkpointing."""
 
     @property
     def tokens(self) -> int:

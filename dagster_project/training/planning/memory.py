@@ -51,8 +51,8 @@ measured with `benchmarks/memory.py --tiny`."""
 MOST_GPUS = 1024
 
 CUDA_RUNTIME = 600 * 2**20
-"""Bytes that a process uses on a GPU before its first tensor: context and
-kernels (300 to 550 MB by card and driver), cuBLAS workspace."""
+"""Bytes that a process uses on a GPU before its first tensor: context and kernels (300 to 550 MB by card and driver),
+cuBLAS workspace."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class StepTrace:
         """Memory of a step on "cpu" or "cuda" in a process that uses `runtime` bytes in addition.
 
         Args:
-            sharding: divides the model among `processes` GPUs. `full_shard` gathers two
-                layers at a time (the next one is prefetched) and what is outside the
-                layers; the gradient of a gathered weight exists twice while it is summed.
+            sharding: divides the model among `processes` GPUs. `full_shard` gathers two layers at a time (the next one
+                is prefetched) and what is outside the layers; the gradient of a gathered weight exists twice while it
+                is summed.
         """
         kept = 1 if sharding is None or not sharding.cpu_offload else 0
         account = Account(kept / processes if sharding else 1)
@@ -154,8 +154,8 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
     """Build model and method on the meta device and run one step. The random state of torch does not change.
 
     Raises:
-        InputError: no configuration, an unknown method or key, or one that does
-            not fit the model; Unpredictable if the method needs weights.
+        InputError: no configuration, an unknown method or key, or one that does not fit the model; Unpredictable if the
+            method needs weights.
     """
     import torch
 
@@ -287,21 +287,21 @@ class TrainingSpec:
     trace: Callable[[TrainingSpec], StepTrace] = trace_step
     sharding: Sharding | None = None
     processes: int = 1
-    """Number of GPUs among which `sharding` divides the model. On a CPU each
-    process loads the whole model, and nothing is divided."""
+    """Number of GPUs among which `sharding` divides the model. On a CPU each process loads the whole model, and nothing
+    is divided."""
     pair_lengths: tuple[tuple[int, int, int], ...] = ()
     """Of a training on pairs that reads what two texts have in common once: tokens of that, of the rest of the first
     and of the rest of the second text, for each pair of the largest pass. Then `lengths` are the tokens of the pairs,
     and without `counted` no logits are computed."""
     answers: AnswerPass | None = None
-    """Of an online training that reads a prompt once for all its answers: the
-    largest pass. Then `lengths` are its tokens."""
+    """Of an online training that reads a prompt once for all its answers: the largest pass. Then `lengths` are its
+    tokens."""
     other_weights: int = 0
     """Bytes of a further model that the process holds, e.g. of a reward model.
     Its passes need less memory than those of training."""
     teacher: Path | None = None
-    """Folder of a second model, whose distributions are learned; `lengths` are
-    those of padded texts, which end in equally many counted tokens."""
+    """Folder of a second model, whose distributions are learned; `lengths` are those of padded texts, which end in
+    equally many counted tokens."""
     divergence: float = 0.5
     """With a teacher: `beta` of the loss."""
 
@@ -434,8 +434,8 @@ def read_config(base_model: Path) -> Any:
 
 
 def resident() -> int:
-    """Bytes that a training process uses on a CPU besides tensors: the resident
-    size of this process after the imports of training."""
+    """Bytes that a training process uses on a CPU besides tensors: the resident size of this process after the imports
+    of training."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import psutil
@@ -520,8 +520,8 @@ def _passes(
 def _autocast_on_meta(cached: bool) -> Iterator[None]:
     """Let torch.autocast work on the meta device as on a CPU, which torch does not support.
 
-    A trained weight is converted once per autocast region, everything else at
-    each product (torch's autocast_mode.cpp, cached_cast).
+    A trained weight is converted once per autocast region, everything else at each product (torch's autocast_mode.cpp,
+    cached_cast).
     """
     import torch
 

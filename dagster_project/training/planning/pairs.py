@@ -1,5 +1,5 @@
-"""Trainings on pairs that read what two texts have in common once: their passes
-on the meta device, and which of them is the largest."""
+"""Trainings on pairs that read what two texts have in common once: their passes on the meta device, and which of them
+is the largest."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def pair_passes(
     counted: int,
     passes: int,
 ) -> None:
-    """Run the forward and backward passes of
-    training/trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
+    """Run the forward and backward passes of training/trainers/alignment/trl_trainers/shared_prompts.py on the meta
+    device.
 
     Args:
         ledger: of memory.py; it records them.
@@ -73,8 +73,8 @@ def pair_passes(
 
 
 def largest_pass(sizes: Sequence[int], batch: int, passes: int) -> list[int]:
-    """Numbers of the rows in the largest of so many passes over rows in random
-    order: the median of several such orders.
+    """Numbers of the rows in the largest of so many passes over rows in random order: the median of several such
+    orders.
 
     Args:
         sizes: tokens of each row.

@@ -1,5 +1,5 @@
-"""Time of a training step's operations on this machine, measured by running
-each distinct operation on tensors of its shapes.
+"""Time of a training step's operations on this machine, measured by running each distinct operation on tensors of its
+shapes.
 
 No overall rate of the machine is assumed. A step has thousands of operations but only a few hundred distinct ones,
 because layers repeat, so the measurement takes about as long as one layer.

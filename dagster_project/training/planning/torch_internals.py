@@ -1,5 +1,5 @@
-"""Undocumented parts of torch that the memory and time predictions use, each
-behind one function that checks the version."""
+"""Undocumented parts of torch that the memory and time predictions use, each behind one function that checks the
+version."""
 
 from __future__ import annotations
 

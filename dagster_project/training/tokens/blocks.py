@@ -1,5 +1,5 @@
-"""One shard of records -> its examples and all that the report needs of them: a
-function of the shard, for a stage's workers."""
+"""One shard of records -> its examples and all that the report needs of them: a function of the shard, for a stage's
+workers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The chat template of training: the base model's, a built-in one, or a Jinja file of the project.
 
-It is rendered in another process with limited time and memory
-(`core.bounded_templates`), and first tested on four small conversations.
+It is rendered in another process with limited time and memory (`core.bounded_templates`), and first tested on four
+small conversations.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PROBES = (
     [USER, ANSWER, USER, ANSWER],
     [USER, ANSWER, {"role": "tool", "content": "42"}, ANSWER],
 )
-"""Every template must render the first. It may refuse the others (many refuse
-system or tool turns), but must terminate."""
+"""Every template must render the first. It may refuse the others (many refuse system or tool turns), but must
+terminate."""
 
 
 def locate(root: Path, name: str | None) -> Path | None:
@@ -82,8 +82,8 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
 
 
 def refuse_unsafe(source: str, where: str) -> None:
-    """Refuse templates that access private attributes, which the sandbox
-    renders as nothing, or that are not deterministic.
+    """Refuse templates that access private attributes, which the sandbox renders as nothing, or that are not
+    deterministic.
 
     Today's date in a constant format is replaced before (`rendering.with_constant_date`).
 

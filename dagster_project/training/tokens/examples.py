@@ -253,8 +253,8 @@ def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
 
 
 def windows(encoded: Encoded, room: int) -> list[Encoded]:
-    """Split a plain text into the fewest parts, of nearly equal length; only
-    the last ends with the end-of-text token."""
+    """Split a plain text into the fewest parts, of nearly equal length; only the last ends with the end-of-text token.
+    """
     flat = [(token, trained) for ids, trained in encoded for token in ids]
     n = -(-len(flat) // room)
     bounds = [len(flat) * i // n for i in range(n + 1)]
@@ -289,8 +289,8 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         exchanges[-1].append(message)
 
     def encode(first: int, new: int, stop: int) -> tuple[Encoded, Said] | None:
-        """Exchanges first to stop with labels from `new` on; None if too long,
-        without labels, or if the template refuses them."""
+        """Exchanges first to stop with labels from `new` on; None if too long, without labels, or if the template
+        refuses them."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
         cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, reasoning)
         if isinstance(cut, RecordOutcome) or len(cut) > 1:

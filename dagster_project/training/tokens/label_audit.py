@@ -40,11 +40,11 @@ def find_wrong_labels(
 ) -> dict[int, str]:
     """Find records with wrong labels, independently of the code that created the labels.
 
-    Each contiguous run of labels is decoded and compared with the record's assistant turns, each
-    followed by the end-of-turn token. All turns must be present, in order, with nothing else; the
-    last turn of a truncated record may be cut, and a split record may lack turns. A truncated record
-    with an example for each answer may have both in any turn. Text that a template adds to assistant
-    turns (e.g. an empty <think></think>) is determined from probes and expected in every turn.
+    Each contiguous run of labels is decoded and compared with the record's assistant turns, each followed by the
+    end-of-turn token. All turns must be present, in order, with nothing else; the last turn of a truncated record may
+    be cut, and a split record may lack turns. A truncated record with an example for each answer may have both in any
+    turn. Text that a template adds to assistant turns (e.g. an empty <think></think>) is determined from probes and
+    expected in every turn.
 
     Returns:
         Index of a record -> problem.
@@ -129,8 +129,8 @@ def _compare(
 
 
 def _rest_of_joined(tokenizer: Any, text: str, left: Sequence[Message], expected: TurnMarkup) -> str:
-    """What follows an answer in a run of labels that begins with it and goes on
-    with the next one; "" for other runs."""
+    """What follows an answer in a run of labels that begins with it and goes on with the next one; "" for other runs.
+    """
     ends = [text.find(end) + len(end) for end in expected.ends if end in text] if len(left) > 1 else []
     return next((text[end:] for end in ends if _is_answer(tokenizer, text[:end], left[0], expected, False)), "")
 
@@ -169,8 +169,8 @@ def _returned(tokenizer: Any, texts: Sequence[str]) -> list[str]:
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """Text of the template between a prompt and an answer, after a user turn
-    and after a tool result, as it is and as its tokens decode."""
+    """Text of the template between a prompt and an answer, after a user turn and after a tool result, as it is and as
+    its tokens decode."""
     user = {"role": "user", "content": "Why?"}
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
@@ -229,8 +229,8 @@ def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: 
 
 
 def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Text that the template adds before and after an assistant's content, in
-    first and later turns; ("", "") for most templates."""
+    """Text that the template adds before and after an assistant's content, in first and later turns; ("", "") for most
+    templates."""
     user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     found = []
     for messages in (
@@ -328,8 +328,10 @@ def _share(part: int, whole: int) -> float:
 
 
 def sample(split: str, found: TokenizedSplit, seed: int) -> Iterator[dict[str, Any]]:
-    """The first examples and a random sample of each source, by their place and
-    the sha256 of their tokens. Views show their texts."""
+    """The first examples and a random sample of each source, by their place and the sha256 of their tokens.
+
+    Views show their texts.
+    """
     chosen: dict[int, str] = {}
     drawn: dict[str, list[tuple[bytes, int]]] = defaultdict(
         list

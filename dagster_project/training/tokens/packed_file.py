@@ -111,8 +111,8 @@ TOKEN_COLUMNS = {"input_ids": "int32", "labels": "int32", "weights": "float32"}
 
 
 def _columns(found: TokenizedSplit, examples: np.ndarray, scratch: Path) -> dict[str, pa.Array]:
-    """The columns of tokens, in scratch files that are mapped to memory, so
-    that only parts of them must be there at once."""
+    """The columns of tokens, in scratch files that are mapped to memory, so that only parts of them must be there at
+    once."""
     import numpy as np
     import pyarrow as pa
 

@@ -14,13 +14,15 @@ Files = tuple[tuple[str, bytes], ...]
 """Path in the folder, and content."""
 
 _received: dict[str, tuple[Any, tempfile.TemporaryDirectory[str]]] = {}
-"""The tokenizer that this process got last, and its files, from which the
-model's end-of-text tokens are read later; by hash."""
+"""The tokenizer that this process got last, and its files, from which the model's end-of-text tokens are read later; by
+hash."""
 
 
 class PortableTokenizer:
-    """A tokenizer and the folder that it was loaded from. Pickled, it is the
-    bytes of its files and its chat template."""
+    """A tokenizer and the folder that it was loaded from.
+
+    Pickled, it is the bytes of its files and its chat template.
+    """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer = folder, tokenizer

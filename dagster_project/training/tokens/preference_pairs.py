@@ -1,5 +1,7 @@
-"""Preference pairs -> token ids, with the chat template of the policy. Used by
-all alignment methods and reward models."""
+"""Preference pairs -> token ids, with the chat template of the policy.
+
+Used by all alignment methods and reward models.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,8 @@ def reply(text: str) -> list[Message]:
 
 
 def prompt_ids(tokenizer: Any, pair: Mapping[str, Any]) -> list[int]:
-    """Ids of a pair's prompt for a new answer, including the header, which
-    opens a trace if that of the chosen answer does."""
+    """Ids of a pair's prompt for a new answer, including the header, which opens a trace if that of the chosen answer
+    does."""
     return encode_prompt(tokenizer, pair["prompt"], pair.get("tools"), bool(pair["chosen"][0].get("reasoning_content")))
 
 

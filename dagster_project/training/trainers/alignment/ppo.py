@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 Reward = Callable[[Sequence[int], Sequence[str], Sequence[Sequence[int]]], list[float]]
-"""(numbers of the prompts, the answer to each without special tokens and outer
-blanks, its token ids) -> a finite number for each."""
+"""(numbers of the prompts, the answer to each without special tokens and outer blanks, its token ids) -> a finite
+number for each."""
 
 
 LIVE = (
@@ -148,12 +148,10 @@ class PPOHistory:
 
     curve: list[dict[str, float]] = field(default_factory=list)
     """For each iteration with updates, from 1: reward (mean score, without penalties), kl (nats per answer, of the
-    sampling policy from the reference), kl_coef, entropy (nats per token),
-    response_length (mean, in tokens), unfinished (share of answers without an end), explained_variance (of the returns
-    by the values);
-    policy_loss, value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the sampling policy),
-    grad_norm: means over the updates;
-    updates (optimizer steps), learning_rate, tokens (so far)."""
+    sampling policy from the reference), kl_coef, entropy (nats per token), response_length (mean, in tokens),
+    unfinished (share of answers without an end), explained_variance (of the returns by the values); policy_loss,
+    value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the sampling policy), grad_norm: means
+    over the updates; updates (optimizer steps), learning_rate, tokens (so far)."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
     """(iteration from 1, pass over the prompts from 1, number of the prompt) of each episode."""
     tokens: int = 0
@@ -226,8 +224,8 @@ def train(
         prompts: token ids of each, including the assistant's header.
         checkpoints: where to keep them; None to keep none.
         live: folder for the live curve; None to write none.
-        shared: the model, if it is to be divided among the processes. It is
-            divided here, with the value head, and stays so.
+        shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and
+            stays so.
         begin: called once the model is divided, before its weights change or those of a checkpoint are read.
         sampled_answers: those that `reward` keeps.
     Raises:
@@ -491,8 +489,10 @@ class Training:
 
 
 def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration. Each pass has its own
-    order."""
+    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration.
+
+    Each pass has its own order.
+    """
     first = (step - 1) * settings.batch_size
     episodes = range(first, min(first + settings.batch_size, settings.total_episodes))
     orders = {
@@ -647,8 +647,9 @@ def evaluate(
     shared: ShardedModel | None = None,
     with_entropy: bool = True,
 ) -> TokenValues:
-    """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
-    passes, so equal policies give equal bits.
+    """Evaluation of every token by the policy, or by the reference while the adapter is disabled.
+
+    Both use the same passes, so equal policies give equal bits.
 
     Args:
         shared: the model, if it is divided among the processes.
@@ -678,8 +679,7 @@ def evaluate(
 
 def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
     """KL between a policy and another over whole answers, in nats, estimated on answers sampled from the first one: the
-    mean over episodes of the sum over tokens of
-    the difference of their log-probabilities."""
+    mean over episodes of the sum over tokens of the difference of their log-probabilities."""
     return float((log_probs - others).sum(1).mean())
 
 
@@ -706,8 +706,8 @@ def generalized_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages (arXiv 1506.02438, equation 16) and returns, (episodes, longest answer); zero where there is no token.
 
-    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t +
-    gamma V_{t+1} - V_t, and V = 0 after the last token. Returns are A + V.
+    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the
+    last token. Returns are A + V.
     """
     import torch
 

@@ -64,8 +64,8 @@ class AlignmentRun:
     """Model and data of an alignment."""
 
     shared: ShardedModel
-    """A PeftModel with an adapter that has no effect yet, to be divided among
-    the processes if it has settings for that."""
+    """A PeftModel with an adapter that has no effect yet, to be divided among the processes if it has settings for
+    that."""
     tokenizer: Any
     pairs: Mapping[str, Sequence[Mapping[str, Any]]]
     """Split -> its pairs."""
@@ -152,8 +152,8 @@ class AlignmentMethod(Section):
     drops_out: ClassVar[bool] = False
     """Whether dropout is on in training, as it is by TRL's defaults in methods that sample answers."""
     reads_pairs: ClassVar[bool] = False
-    """Whether a pass reads both answers of its pairs together, see
-    shared_prompts.py, and the reference, if there is one, once."""
+    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is
+    one, once."""
     rows_per_pair: ClassVar[int] = 1
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
@@ -270,8 +270,8 @@ def refuse_other_losses(model: Any, method: str) -> None:
     """Check that TRL's own output layer and loss of a router, which methods with a reference use, fit a model.
 
     Raises:
-        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or
-            reads a key that its configuration does not have (Granite MoE).
+        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or reads a key that its configuration does not
+            have (Granite MoE).
     """
     config, scale = causal(model).config.get_text_config(), "logits_mup_width_multiplier"
     hint = "use ppo, orpo, simpo or cpo, or another model"
@@ -413,9 +413,9 @@ class Kto(TrlMethod):
 
 
 def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
-    """The nearest earlier answer (before the first: the last) with the same label
-    and another prompt: KL is estimated on such answers (arXiv 2402.01306, section
-    4.2). If all prompts are the same, the previous answer with the same label."""
+    """The nearest earlier answer (before the first: the last) with the same label and another prompt: KL is estimated
+    on such answers (arXiv 2402.01306, section 4.2). If all prompts are the same, the previous answer with the same
+    label."""
     for back in range(2, len(answers), 2):
         if answers[i - back]["prompt_ids"] != answers[i]["prompt_ids"]:
             return answers[i - back]
@@ -480,14 +480,14 @@ class Simpo(ReferenceFree):
     name = "simpo"
 
     beta: float = Field(default=2.0, gt=0)
-    """Scale of the reward, which is the mean log-probability of an answer's
-    tokens. The paper uses 2 to 2.5, its authors later 10."""
+    """Scale of the reward, which is the mean log-probability of an answer's tokens. The paper uses 2 to 2.5, its
+    authors later 10."""
     gamma: float = Field(default=1.0, ge=0)
     """Target margin between the rewards of both answers, `simpo_gamma` of TRL.
     The authors tune its ratio to beta; 0.5 is theirs for Llama 3."""
     cpo_alpha: float = Field(default=0.0, ge=0)
-    """Weight of the negative log-likelihood per token of the chosen answer. 0
-    is the paper's loss; 1 is TRL's default, known as CPO-SimPO."""
+    """Weight of the negative log-likelihood per token of the chosen answer. 0 is the paper's loss; 1 is TRL's default,
+    known as CPO-SimPO."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed probability that chosen and rejected are swapped."""
 
@@ -534,11 +534,11 @@ class Gkd(TrlMethod):
     figures = tuple(metrics.values())
 
     teacher: Teacher
-    """The larger model: `folder` inside the project, and `sha256` of each of
-    its files. It must have the SFT model's tokenizer."""
+    """The larger model: `folder` inside the project, and `sha256` of each of its files. It must have the SFT model's
+    tokenizer."""
     lmbda: float = Field(default=0.5, ge=0, le=1)
-    """Share of the forward passes that learn from answers of the policy itself,
-    the paper's lambda; the others learn from chosen answers. 0: none."""
+    """Share of the forward passes that learn from answers of the policy itself, the paper's lambda; the others learn
+    from chosen answers. 0: none."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Divergence: 0 is the KL divergence of the teacher from the policy, 1 that of the policy from the teacher, between
     them the generalized Jensen-Shannon divergence."""
@@ -708,16 +708,16 @@ class Grpo(GroupMethod):
     name = "grpo"
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
-    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's
-    mean (the paper's), dapo and bnpo the mean over all tokens of a forward pass, which is a step
-    without gradient accumulation, dr_grpo the sum divided by answers times max_completion_length;
-    cispo, sapo, luspo and vespo change the clipping, too. A step is the mean over its passes."""
+    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's mean (the paper's),
+    dapo and bnpo the mean over all tokens of a forward pass, which is a step without gradient accumulation, dr_grpo the
+    sum divided by answers times max_completion_length; cispo, sapo, luspo and vespo change the clipping, too. A step is
+    the mean over its passes."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that advantages are divided by: of the group (the
-    paper's), of the batch, or none (Dr. GRPO)."""
+    """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO).
+    """
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With
-    cispo, which requires it, the largest ratio itself; its paper uses 5."""
+    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With cispo, which requires it, the largest
+    ratio itself; its paper uses 5."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which
     makes it GSPO, sapo or luspo; luspo requires it."""

@@ -1,5 +1,5 @@
-"""Ready-made rewards that can be verified: each compares an answer with the
-record's chosen answer, with a pattern or with a schema.
+"""Ready-made rewards that can be verified: each compares an answer with the record's chosen answer, with a pattern or
+with a schema.
 
 A reward is one class below: its fields are its options in params.yaml, its docstring is its line in docs/alignment.md.
 To add one, write its class and list it in READY.
@@ -81,8 +81,8 @@ class ExactMatch(ReadyReward):
 
 
 class NumberMatch(ReadyReward):
-    """1 if the number after `####`, or else the last number of the content, is
-    that of the chosen answer: 1,000.0 is 1000."""
+    """1 if the number after `####`, or else the last number of the content, is that of the chosen answer: 1,000.0 is
+    1000."""
 
     needs: ClassVar[str] = "a chosen answer with a number"
 
@@ -95,8 +95,11 @@ class NumberMatch(ReadyReward):
 
 
 class Regex(ReadyReward):
-    """1 if `pattern` matches somewhere in the content and calls. Rust's regular expressions, whose time is linear in
-    the length of the answer: without look-around and backreferences."""
+    """1 if `pattern` matches somewhere in the content and calls.
+
+    Rust's regular expressions, whose time is linear in the length of the answer: without look-around and
+    backreferences.
+    """
 
     pattern: str = Field(min_length=1)
     """The regular expression; `(?s)` and other flags at its beginning."""
@@ -124,8 +127,10 @@ class Regex(ReadyReward):
 
 
 class JsonSchema(ReadyReward):
-    """1 if the content is JSON that fits a JSON Schema, `schema` or that of
-    `file`. Patterns in it that may take exponential time are not checked."""
+    """1 if the content is JSON that fits a JSON Schema, `schema` or that of `file`.
+
+    Patterns in it that may take exponential time are not checked.
+    """
 
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
     """The schema."""
@@ -212,8 +217,8 @@ class ReasoningFormat(ReadyReward):
 
 
 class LengthWindow(ReadyReward):
-    """1 if the content has from `min_words` to `max_words` words; less in proportion
-    for shorter and longer ones; in scripts without spaces, characters."""
+    """1 if the content has from `min_words` to `max_words` words; less in proportion for shorter and longer ones; in
+    scripts without spaces, characters."""
 
     min_words: int = Field(default=0, ge=0)
     """Fewest words."""
@@ -238,9 +243,9 @@ class LengthWindow(ReadyReward):
 
 
 class UnitTests(ReadyReward):
-    """1 if the answer's code (its last fenced block, or all of it) runs, and then
-    the tests that the record has in `meta`. Only with `reward_target: response`.
-    It runs code that the model wrote: nothing is run unless `run` says how."""
+    """1 if the answer's code (its last fenced block, or all of it) runs, and then the tests that the record has in
+    `meta`. Only with `reward_target: response`. It runs code that the model wrote: nothing is run unless `run` says
+    how."""
 
     needs: ClassVar[str] = "tests in meta that run"
     run: Literal["sandbox", "unprotected"] | None = None
@@ -323,8 +328,9 @@ def refuse_missing_targets(rewards: Mapping[str, ReadyReward], records: Sequence
 
 
 def runs_something(tests: str) -> bool:
-    """Whether code does more than import, assign and define: test functions
-    that nobody calls pass whatever is tested. False if it is not Python.
+    """Whether code does more than import, assign and define: test functions that nobody calls pass whatever is tested.
+
+    False if it is not Python.
 
     >>> runs_something("def check(f): assert f(1) == 2"), runs_something("assert add(1, 1) == 2")
     (False, True)

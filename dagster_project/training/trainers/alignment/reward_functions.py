@@ -1,7 +1,7 @@
 """Custom rewards: functions of Python files in data/rewards/, each called in a process of its own, with a time limit.
 
-A function gets the prompts, the answers and the records of a batch, and returns
-a number for each answer. See docs/alignment.md.
+A function gets the prompts, the answers and the records of a batch, and returns a number for each answer. See
+docs/alignment.md.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ class RewardFunction:
         answers: Sequence[str],
         records: Sequence[Mapping[str, Any]],
     ) -> list[float]:
-        """The reward of each answer. The first call is made twice: equal
-        answers must get equal rewards, or nothing could be made again.
+        """The reward of each answer.
+
+        The first call is made twice: equal answers must get equal rewards, or nothing could be made again.
 
         Raises:
             InputError: the function fails, takes too long, or does not return a finite number for each answer.

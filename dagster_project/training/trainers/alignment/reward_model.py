@@ -1,8 +1,8 @@
 """One number for an answer: by a reward model trained on people's preferences, or by a rule.
 
-A reward model is a language model whose output layer is a single number, read at the last
-token (Bradley-Terry model of pairs: the probability that one answer is preferred is sigmoid
-of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+A reward model is a language model whose output layer is a single number, read at the last token (Bradley-Terry model of
+pairs: the probability that one answer is preferred is sigmoid of the difference of their rewards; Ouyang et al. 2022,
+arXiv 2203.02155, section 3.5).
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def unquantized(model: Any, folder: Path, peft: Mapping[str, Any]) -> Any:
 
 
 def save(model: Any, folder: Path, out: Path) -> None:
-    """Save the reward model as a standalone model with its tokenizer, in the
-    number formats of the model in `folder` that it was trained from."""
+    """Save the reward model as a standalone model with its tokenizer, in the number formats of the model in `folder`
+    that it was trained from."""
     alone = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
     store_as(alone, folder).save_pretrained(out)
     for file in sorted(folder.glob("*")):
@@ -251,8 +251,10 @@ class RewardModel:
         )
 
     def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
-        """The reward of each answer. Texts longer than the context are
-        truncated at the beginning; padding is on the right and masked."""
+        """The reward of each answer.
+
+        Texts longer than the context are truncated at the beginning; padding is on the right and masked.
+        """
         import torch
 
         texts = [[*prompt, *answer][-self.tokenizer.model_max_length :] for prompt, answer in encoded]
@@ -274,8 +276,8 @@ class RewardModel:
 
 
 def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answered:
-    """Encode a generated answer as the template writes it; one that the
-    template refuses, e.g. a call whose arguments are not JSON, as text."""
+    """Encode a generated answer as the template writes it; one that the template refuses, e.g. a call whose arguments
+    are not JSON, as text."""
     tools = pair.get("tools")
     try:
         return answered(tokenizer, [[*pair["prompt"], answer]], [tools])[0]

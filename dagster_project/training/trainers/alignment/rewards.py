@@ -1,5 +1,5 @@
-"""Rewards of online methods: a weighted sum of a reward model, rules,
-ready-made rewards, and functions of the project."""
+"""Rewards of online methods: a weighted sum of a reward model, rules, ready-made rewards, and functions of the project.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ class Rewards:
     def components(
         self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], alone: bool = False
     ) -> dict[str, list[float]]:
-        """Name of a reward -> its value for each generated answer to the prompts
-        of these pairs, without its weight. Answers are messages of the assistant.
+        """Name of a reward -> its value for each generated answer to the prompts of these pairs, without its weight.
+
+        Answers are messages of the assistant.
 
         Args:
             alone: no other process scores answers at the same time.

@@ -29,8 +29,10 @@ Row = dict[str, Any]
 
 
 class SampledAnswers:
-    """The answers so far, in the order in which they were sampled. Several
-    processes that share a training all keep those of all."""
+    """The answers so far, in the order in which they were sampled.
+
+    Several processes that share a training all keep those of all.
+    """
 
     def __init__(self, patience: int | None = None, by_record: bool = True, ends_count: bool = False) -> None:
         """Args:
@@ -78,8 +80,8 @@ class SampledAnswers:
             )
 
     def share(self) -> None:
-        """Give each process the new answers of all, which took turns: the first
-        answer is that of the first process, and so on."""
+        """Give each process the new answers of all, which took turns: the first answer is that of the first process,
+        and so on."""
         parts = distributed.documents(self.rows[self._shared :])
         self.rows[self._shared :] = [row for turn in zip_longest(*parts) for row in turn if row is not None]
         self._shared = len(self.rows)
@@ -106,8 +108,8 @@ class SampledAnswers:
         return any(len(rewards) > 1 for rewards in groups.values())
 
     def is_stalled(self) -> bool:
-        """Whether the last `patience` steps had nothing to learn: the answers
-        that are compared with each other had the same reward."""
+        """Whether the last `patience` steps had nothing to learn: the answers that are compared with each other had the
+        same reward."""
         if self.patience is None:
             return False
         latest = groupby(reversed(self.rows), lambda row: int(row["step"]))
@@ -131,8 +133,8 @@ class SampledAnswers:
         return {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
 
     def means(self, names: Sequence[str]) -> dict[int, dict[str, float]]:
-        """Step -> mean of each component over its answers, and of reward,
-        length and unfinished answers by their names in curves."""
+        """Step -> mean of each component over its answers, and of reward, length and unfinished answers by their names
+        in curves."""
         columns = {"reward": "reward", "response_length": "tokens", "unfinished": "unfinished"} | {
             name: name for name in names
         }
@@ -142,8 +144,10 @@ class SampledAnswers:
         }
 
     def with_components(self, curve: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[dict[str, float]]:
-        """The points of a training's curve with the means of its answers, where the trainer gave none. A step that
-        learns from the answers of an earlier one has their means."""
+        """The points of a training's curve with the means of its answers, where the trainer gave none.
+
+        A step that learns from the answers of an earlier one has their means.
+        """
         means, known, points = self.means(names), dict[str, float](), []
         for point in curve:
             known = means.get(int(point["step"]), known)
@@ -186,6 +190,8 @@ def schema(names: Sequence[str]) -> pa.Schema:
 
 
 def _kept(text: str) -> str:
-    """The first `LONGEST` characters. Parquet holds UTF-8, which has no
-    unpaired surrogates; those of a call's JSON are written out."""
+    """The first `LONGEST` characters.
+
+    Parquet holds UTF-8, which has no unpaired surrogates; those of a call's JSON are written out.
+    """
     return text[:LONGEST].encode("utf-8", "backslashreplace").decode()

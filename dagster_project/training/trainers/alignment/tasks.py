@@ -1,9 +1,9 @@
-"""splits -> tasks: prompts of instruction records, each with the record's
-response as the target of rewards that can be verified.
+"""splits -> tasks: prompts of instruction records, each with the record's response as the target of rewards that can be
+verified.
 
-A task has the form of a preference pair without a rejected answer: its `chosen` answer is the
-response. Training uses those of the training split; answers are measured before and after on
-those of the validation split, so that the test split stays unseen until `evaluation`.
+A task has the form of a preference pair without a rejected answer: its `chosen` answer is the response. Training uses
+those of the training split; answers are measured before and after on those of the validation split, so that the test
+split stays unseen until `evaluation`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Task = dict[str, Any]
 
 
 def tasks_of(splits: Path, rewards: Mapping[str, ReadyReward]) -> tuple[dict[str, list[Task]], dict[str, Any]]:
-    """Tasks by use, and for the report, by split: how many records there are,
-    how many are used, and why others are left out.
+    """Tasks by use, and for the report, by split: how many records there are, how many are used, and why others are
+    left out.
 
     Args:
         splits: folder with a folder for each split that is used.

@@ -1,5 +1,5 @@
-"""A larger local model that a policy learns from by distillation: pinned by
-hashes, and with the vocabulary of the policy."""
+"""A larger local model that a policy learns from by distillation: pinned by hashes, and with the vocabulary of the
+policy."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def locate(teacher: Teacher, root: Path, where: str) -> Path:
     Args:
         where: dotted path of the teacher in params.yaml, for messages.
     Raises:
-        InputError: it is outside the project, an output of a stage or no saved
-            model, names files elsewhere, or a file has no hash.
+        InputError: it is outside the project, an output of a stage or no saved model, names files elsewhere, or a file
+            has no hash.
     """
     folder = inside(root, teacher.folder, f"{where}.folder")
     if any(folder.is_relative_to((root / "data" / stage).resolve()) for stage in MADE_HERE):
@@ -150,8 +150,8 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The teacher, of which every weight is in its files.
 
     Raises:
-        InputError: weights are missing, which transformers would draw at
-            random, do not fit the configuration, or cannot be read.
+        InputError: weights are missing, which transformers would draw at random, do not fit the configuration, or
+            cannot be read.
     """
     import torch
     from safetensors import SafetensorError

@@ -1,8 +1,8 @@
 """Further arguments of TRL's configurations that an entry may pass on with `trl`.
 
-Only arguments that are verified to act on the passes and batches of this package in
-the same way as on TRL's own (tests/test_trl_options.py) are accepted: others could
-be ignored without a message. To add one, add its field here and its case there.
+Only arguments that are verified to act on the passes and batches of this package in the same way as on TRL's own
+(tests/test_trl_options.py) are accepted: others could be ignored without a message. To add one, add its field here and
+its case there.
 """
 
 from __future__ import annotations
@@ -233,9 +233,11 @@ def _refuse_without_effect(
 
 
 def _unclipped(iterations: int, accumulated: int) -> str:
-    """Why no ratio of probabilities is ever clipped; empty if it can be. TRL takes
-    `iterations` passes on each batch of answers, and a step after `accumulated` passes: if no
-    step ends between the passes on a batch, the policy is always the one that wrote it."""
+    """Why no ratio of probabilities is ever clipped; empty if it can be.
+
+    TRL takes `iterations` passes on each batch of answers, and a step after `accumulated` passes: if no step ends
+    between the passes on a batch, the policy is always the one that wrote it.
+    """
     if accumulated % iterations:
         return ""
     settings = (

@@ -1,5 +1,7 @@
-"""What a training command reports about its training: the order of the
-examples, and the curve of the loss. Both are optional."""
+"""What a training command reports about its training: the order of the examples, and the curve of the loss.
+
+Both are optional.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ REWRITE = "write it as docs/own-trainer.md says, or leave it out"
 
 
 def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: str) -> list[dict[str, Any]] | None:
-    """The examples in training order, rows of `weight_audit.seen_schema`, each
-    with the "row" of train.parquet if it is given.
+    """The examples in training order, rows of `weight_audit.seen_schema`, each with the "row" of train.parquet if it is
+    given.
 
     Args:
         examples: of the workspace.
@@ -34,8 +36,8 @@ def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: st
         None if the command wrote none. Without a column epoch, it is the number
         of times that the example, or the row, has been used.
     Raises:
-        InputError: a column is missing, a step is not a number or comes before
-            an earlier one, or an example is not in the training split.
+        InputError: a column is missing, a step is not a number or comes before an earlier one, or an example is not in
+            the training split.
     """
     path = next((path for name in ORDER if (path := output / name).is_file()), None)
     if path is None:
@@ -74,8 +76,8 @@ def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: st
 
 
 def tokens_of(order: Sequence[Mapping[str, Any]], examples: Sequence[tuple[str, int, int]]) -> dict[str, int]:
-    """{"tokens", "trained_tokens"} of a training in this order; empty if an
-    example_id names several rows, so that they are unknown."""
+    """{"tokens", "trained_tokens"} of a training in this order; empty if an example_id names several rows, so that they
+    are unknown."""
     rows = {identity: row for row, (identity, _, _) in enumerate(examples)}
     if len(rows) < len(examples) and any(one["row"] is None for one in order):
         return {}

@@ -1,7 +1,7 @@
 """Trains an adapter by the user's own command, and measures what it did: docs/own-trainer.md.
 
-The command only reads and writes files. That its weights moved, that the base
-model did not, and the validation loss are measured here.
+The command only reads and writes files. That its weights moved, that the base model did not, and the validation loss
+are measured here.
 """
 
 from __future__ import annotations

@@ -56,8 +56,10 @@ def row_schema() -> pa.Schema:
 
 
 def examples_of(packed: Path) -> Iterator[dict[str, Any]]:
-    """The examples of a split, unpacked, in order. The first token of an
-    example has no context, and therefore no label."""
+    """The examples of a split, unpacked, in order.
+
+    The first token of an example has no context, and therefore no label.
+    """
     for row in iter_table(packed):
         start = 0
         for identity, length in zip(row["example_ids"], row["lengths"], strict=True):

@@ -61,8 +61,8 @@ class Checkpoints:
     keep: int = 2
     """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
     sharded: bool = False
-    """Whether each process writes its part. Then only the same number of
-    processes can resume, and another is refused."""
+    """Whether each process writes its part. Then only the same number of processes can resume, and another is refused.
+    """
 
     def save(
         self,
@@ -72,8 +72,10 @@ class Checkpoints:
         documents: Mapping[str, Any],
         parts: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write one checkpoint: a temporary folder, every file flushed, one rename, then the marker. A kill at any time
-        leaves a complete checkpoint or one that `newest` recognizes as incomplete, and never changes the previous one.
+        """Write one checkpoint: a temporary folder, every file flushed, one rename, then the marker.
+
+        A kill at any time leaves a complete checkpoint or one that `newest` recognizes as incomplete, and never changes
+        the previous one.
 
         Args:
             state: any state that `pack` supports.
@@ -240,6 +242,7 @@ def _copy_shared(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def code_of(module: Path, root: Path) -> list[Path]:
     """The file of a module and of every module of this package that it imports, directly or not, in a fixed order.
+
     Args: root: the package's folder; its name is the first part of each import.
     """
     found: set[Path] = set()
@@ -260,8 +263,8 @@ def code_of(module: Path, root: Path) -> list[Path]:
 def run_identity(
     module: Path, compute: Compute, device: torch.device, dtype: torch.dtype, libraries: Sequence[str]
 ) -> dict[str, str]:
-    """The part of a training's identity that every trainer shares: code,
-    threads, processes, dtype, device, library versions.
+    """The part of a training's identity that every trainer shares: code, threads, processes, dtype, device, library
+    versions.
 
     Args:
         module: the stage's own file.
@@ -345,8 +348,9 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor], device: torch.devic
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """The state of a torch optimizer, by the position of each parameter. Its own `state_dict` is not used, because
-    loading converts the state to the parameter's dtype.
+    """The state of a torch optimizer, by the position of each parameter.
+
+    Its own `state_dict` is not used, because loading converts the state to the parameter's dtype.
     """
     groups = optimizer.param_groups
     return {

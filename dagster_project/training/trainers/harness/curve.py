@@ -16,7 +16,9 @@ def write_curve(
     path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")
 ) -> None:
     """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has all of them.
-    The same bytes on every run."""
+
+    The same bytes on every run.
+    """
     lines = [
         ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
         for point in curve

@@ -1,5 +1,7 @@
-"""Arithmetic of a training in several processes (launch.py starts them). With a
-single process, every sum here returns its input."""
+"""Arithmetic of a training in several processes (launch.py starts them).
+
+With a single process, every sum here returns its input.
+"""
 
 from __future__ import annotations
 

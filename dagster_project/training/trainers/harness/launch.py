@@ -44,16 +44,16 @@ STOP = signal.SIGUSR1
 """Sent to the first process to ask it to stop."""
 
 LAUNCHER = "PEDIGREE_LAUNCHER"
-"""Variable that selects the launcher: `ray` for Ray Train, which requires a
-connection to a Ray cluster; else torch elastic."""
+"""Variable that selects the launcher: `ray` for Ray Train, which requires a connection to a Ray cluster; else torch
+elastic."""
 
 WAIT = timedelta(days=30)
-"""The others may wait long for the first process (a sweep, a checkpoint); a
-lost process is noticed by torch elastic, not by a timeout."""
+"""The others may wait long for the first process (a sweep, a checkpoint); a lost process is noticed by torch elastic,
+not by a timeout."""
 
 LINGER = 5.0
-"""Seconds after a failed exchange before a process ends: most likely another
-process was lost, and torch elastic then names that one."""
+"""Seconds after a failed exchange before a process ends: most likely another process was lost, and torch elastic then
+names that one."""
 
 PEDIGREE = "dagster_project."
 """Package of the modules that a process on another host accepts from the first process."""
@@ -117,8 +117,9 @@ class Nodes:
 
 
 def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
-    """Run a module's work in a group of processes and wait for its end. All
-    processes end with this one, even if it is killed.
+    """Run a module's work in a group of processes and wait for its end.
+
+    All processes end with this one, even if it is killed.
 
     Args:
         module: name of a module with `first_process(work) -> JSON document` and `other_process(document)`.
@@ -208,8 +209,8 @@ def refuse_differences(here: Mapping[str, str], first: Mapping[str, str]) -> Non
 
 
 def portable(path: Path) -> str:
-    """A path for the other processes, relative to the project if it is inside
-    it: another host may have the project elsewhere."""
+    """A path for the other processes, relative to the project if it is inside it: another host may have the project
+    elsewhere."""
     full = path.resolve()
     return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
 
@@ -397,8 +398,10 @@ def _line(pipe: Any) -> bytes:
 
 @contextmanager
 def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
-    """Pass SIGINT and SIGTERM on to the first process, which stops where it can
-    resume. Another one, at least a second later, ends all."""
+    """Pass SIGINT and SIGTERM on to the first process, which stops where it can resume.
+
+    Another one, at least a second later, ends all.
+    """
     requests: list[float] = []
 
     def forward(number: int, _: Any) -> None:
@@ -425,8 +428,8 @@ def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """Without torch elastic's own report of a failure, which `_reason`
-    replaces, and without a port for the rendezvous."""
+    """Without torch elastic's own report of a failure, which `_reason` replaces, and without a port for the rendezvous.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
     levels = [logger.level for logger in loggers]
     share = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")

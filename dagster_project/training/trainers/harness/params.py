@@ -166,8 +166,8 @@ class SftParams(TrainingParams):
 
 
 class Sharding(Section):
-    """Divide weights, gradients and optimizer state among `compute.processes`,
-    for a model that does not fit one GPU. See docs/methods.md."""
+    """Divide weights, gradients and optimizer state among `compute.processes`, for a model that does not fit one GPU.
+    See docs/methods.md."""
 
     fsdp: Literal["full_shard", "shard_grad_op"] = "full_shard"
     """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op`
@@ -196,8 +196,8 @@ class PreferenceParams(TrainingParams):
     """Optimizer steps between two checkpoints from which an interrupted training resumes. null: one at the end of each
     epoch."""
     quantization: Quantization = "none"
-    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The
-    adapter is merged into unquantized weights."""
+    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The adapter is merged into unquantized weights.
+    """
     sharding: Sharding | None = None
     """Divide the model among `compute.processes`, see docs/methods.md. null: each process holds a whole model."""
 
@@ -220,8 +220,10 @@ class PreferenceParams(TrainingParams):
 
 
 class AdapterParams(SftParams):
-    """One entry per variant. Its name becomes `adapter@NAME`, `merged@NAME` and `evaluation@NAME`. See
-    docs/methods.md."""
+    """One entry per variant.
+
+    Its name becomes `adapter@NAME`, `merged@NAME` and `evaluation@NAME`. See docs/methods.md.
+    """
 
     method: str = "lora"
     """lora, rslora, dora, qlora, qdora, adalora, ia3, prefix_tuning, prompt_tuning, p_tuning, layernorm, bitfit, full,
@@ -237,9 +239,9 @@ class AdapterParams(SftParams):
     """Make a standalone model of base model and adapter. false: keep the adapter separate, and evaluation loads both;
     required for prefix_tuning, prompt_tuning, p_tuning and feature_extraction."""
     command: str | None = None
-    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It
-    is split into words as a shell does, but not run by a shell. The other keys of
-    the entry that are set are passed on to it. null: Pedigree's own trainer."""
+    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It is split into words as a shell does,
+    but not run by a shell. The other keys of the entry that are set are passed on to it. null: Pedigree's own trainer.
+    """
     files: list[str] = []
     """Files in data/trainers/ that are copied into the folder where `command` runs."""
     options: dict[str, Any] = {}

@@ -1,5 +1,7 @@
-"""Starts the processes of one training by Ray Train, with the same work as launch.py. Ray selects the nodes; the first
-process must be on this one, which has the stage's files. The others read the training's inputs at the same paths.
+"""Starts the processes of one training by Ray Train, with the same work as launch.py.
+
+Ray selects the nodes; the first process must be on this one, which has the stage's files. The others read the
+training's inputs at the same paths.
 
 An interrupt ends the group without a checkpoint: Ray runs the work in a thread, where Python handles no signals.
 """
@@ -32,8 +34,8 @@ log = logging.getLogger("pedigree")
 
 
 def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
-    """As `launch.launch`, on the Ray cluster that this process is connected to,
-    or else on the one of RAY_ADDRESS or a local one.
+    """As `launch.launch`, on the Ray cluster that this process is connected to, or else on the one of RAY_ADDRESS or a
+    local one.
 
     Raises:
         PedigreeError: that of the first process, or another process was lost.

@@ -1,9 +1,9 @@
 """Code shared by all trainers built on transformers' Trainer: exact resume, training history, progress, clean stop,
 divergence.
 
-A `Session` holds the state of one training. `ResumableTrainer` is the mixin that
-routes the Trainer's checkpoints through it, `monitor` the callback that records
-the history and decides when to save and when to stop, and `run_session` trains.
+A `Session` holds the state of one training. `ResumableTrainer` is the mixin that routes the Trainer's checkpoints
+through it, `monitor` the callback that records the history and decides when to save and when to stop, and `run_session`
+trains.
 """
 
 from __future__ import annotations
@@ -383,9 +383,8 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
 @contextmanager
 def stop_on_request() -> Iterator[Callable[[], bool]]:
     """While open, the first SIGINT or SIGTERM only sets a flag, so that the loop stops where it can resume; another
-    one, at least a second later, interrupts. Only the first of several
-    processes receives the request, from its launcher; the others stop with it.
-    """
+    one, at least a second later, interrupts. Only the first of several processes receives the request, from its
+    launcher; the others stop with it."""
     asked: list[float] = []
 
     def ask(number: int, _: Any) -> None:

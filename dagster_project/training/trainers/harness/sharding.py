@@ -1,7 +1,7 @@
 """FSDP2 (torch.distributed.fsdp.fully_shard): each process keeps a part of every weight, gradient and optimizer state.
 
-A layer's weights are gathered while it computes and freed afterwards; gradients
-are summed where their part of the weight is kept.
+A layer's weights are gathered while it computes and freed afterwards; gradients are summed where their part of the
+weight is kept.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _root_class() -> type:
     import torch
 
     class Root(torch.nn.Module):
-        """The root of the sharded modules: whatever computes with a weight
-        outside the layers does it in its forward pass."""
+        """The root of the sharded modules: whatever computes with a weight outside the layers does it in its forward
+        pass."""
 
         def __init__(self, model: Any, *more: Any) -> None:
             super().__init__()
@@ -151,8 +151,8 @@ class ShardedModel:
     def divide(self, *more: Any) -> None:
         """Divide the model, and `more` modules that are trained with it. No effect without settings.
 
-        One pass follows, because torch creates the gathered weights in the
-        first: it has to run with the adapter enabled and outside inference mode.
+        One pass follows, because torch creates the gathered weights in the first: it has to run with the adapter
+        enabled and outside inference mode.
         """
         import torch
 
@@ -200,9 +200,9 @@ class ShardedModel:
 def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Result:
     """The result of a function that uses models without gradients, where each process needs another number of passes.
 
-    A process that has finished its own passes takes part in those of the others, because
-    gathering a layer needs every process. All processes call it at the same time; those without
-    work pass a function that does nothing. At any time, they may use only one of the models.
+    A process that has finished its own passes takes part in those of the others, because gathering a layer needs every
+    process. All processes call it at the same time; those without work pass a function that does nothing. At any time,
+    they may use only one of the models.
     """
     import torch
 
@@ -245,8 +245,11 @@ def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Resul
 
 
 def free_gathered(root: Any) -> None:
-    """Free gathered weights after a forward pass without a backward pass. With `shard_grad_op` they would be kept, and
-    the next pass would use them although the optimizer has changed the parts."""
+    """Free gathered weights after a forward pass without a backward pass.
+
+    With `shard_grad_op` they would be kept, and the next pass would use them although the optimizer has changed the
+    parts.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in root.modules():

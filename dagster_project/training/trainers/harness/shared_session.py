@@ -1,5 +1,5 @@
-"""A training whose steps several processes share, each with a whole model or
-with its part of a divided one (sharding.py)."""
+"""A training whose steps several processes share, each with a whole model or with its part of a divided one
+(sharding.py)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SharedSession(Session):
     Every process walks through the same batches in the same order, as a single process that accumulates all passes of a
     step. It computes its share of them (process n modulo the number of processes computes pass n), and gradients and
     losses are summed before the optimizer steps. So each row is used exactly once, and all processes have the same
-    weights. Dropout in a pass depends only on the seed and the pass. Only the
-    first process writes files, except for the parts of a divided model.
+    weights. Dropout in a pass depends only on the seed and the pass. Only the first process writes files, except for
+    the parts of a divided model.
     """
 
     def __init__(
@@ -141,8 +141,10 @@ class SharedSession(Session):
         self.stop_requested = sharding.asked_first(self.stop_requested)
 
     def compute_loss(self, model: Any, work: Callable[[], Any]) -> Any:
-        """The result of a function that computes a loss, or a tuple that begins
-        with one. That of an idle pass is zero."""
+        """The result of a function that computes a loss, or a tuple that begins with one.
+
+        That of an idle pass is zero.
+        """
         if self.root is None:
             return work()
         result = self.root(work)

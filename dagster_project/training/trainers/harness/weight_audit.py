@@ -67,8 +67,10 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
 
 
 def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names. Tensors are copied to the CPU one at a
-    time."""
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    Tensors are copied to the CPU one at a time.
+    """
     import torch
 
     whole = hashlib.sha256()
@@ -144,8 +146,10 @@ def unmoved(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def ranks(model: Any) -> dict[str, dict[str, int]]:
-    """AdaLoRA's ranks: module -> {"before": initial number of singular values, "after": number of nonzero ones}. Empty
-    for other methods."""
+    """AdaLoRA's ranks: module -> {"before": initial number of singular values, "after": number of nonzero ones}.
+
+    Empty for other methods.
+    """
     return {
         name.removeprefix("base_model.model.").removesuffix(".lora_E.default"): {
             "before": parameter.shape[0],

@@ -31,8 +31,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 EXACT = "cat"
 """The method whose result is the weighted sum of the changes. The default."""
 OF_FACTORS = tuple(name for name in METHODS if name != EXACT and not name.endswith("svd"))
-"""Methods that combine the matrices A with each other and the matrices B with
-each other, so that all need the same rank."""
+"""Methods that combine the matrices A with each other and the matrices B with each other, so that all need the same
+rank."""
 KEYS = {"merge_of", "method", "peft", "merge"}
 """Keys of an entry that merges. All others are those of a training."""
 SAME = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
@@ -53,8 +53,8 @@ UNMERGED = (
     "monteclora_config",
     "velora_config",
 )
-"""Keys of LoRA with which an adapter is more than pairs of matrices A and B of
-one rank: PEFT merges only these, or refuses."""
+"""Keys of LoRA with which an adapter is more than pairs of matrices A and B of one rank: PEFT merges only these, or
+refuses."""
 ADAPTERS = "merge adapters of lora, rslora or qlora"
 
 
@@ -201,8 +201,8 @@ def refuse_misfits(method: str, configs: Mapping[str, Mapping[str, Any]], where:
     Args:
         configs: adapter -> its keys: those of params.yaml, or all of them, of adapter_config.json.
     Raises:
-        InputError: they change other weights, have another base model, or
-            another rank although the method needs the same.
+        InputError: they change other weights, have another base model, or another rank although the method needs the
+            same.
     """
     same = (*SAME, "base_model_name_or_path", *(["r"] if method in OF_FACTORS else []))
     for key in same:

@@ -39,8 +39,8 @@ DESCRIPTION = (
     "Every merged weight is finite, the result changes the model, and with `cat` it is the weighted sum of the changes."
 )
 ROUNDING = 1e-5
-"""Largest difference, relative to the norm of all weighted changes together,
-that is attributed to rounding in float32."""
+"""Largest difference, relative to the norm of all weighted changes together, that is attributed to rounding in float32.
+"""
 TAKEN = ("steps", "tokens", "trained_tokens")
 """What the trainings of the merged adapters took, added up."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
@@ -149,8 +149,8 @@ def _config(folder: Path) -> dict[str, Any]:
 def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_model: Path, where: str) -> Any:
     """The base model with the merged adapter, whose name in PEFT is "default": `save_pretrained` writes this one.
 
-    In float32, also where the base model is stored in bfloat16: PEFT rounds a
-    new adapter to the format of the weights that it is for.
+    In float32, also where the base model is stored in bfloat16: PEFT rounds a new adapter to the format of the weights
+    that it is for.
     """
     import torch
     from peft import PeftModel
@@ -188,8 +188,10 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
 
 
 def _replace_config(out: Path) -> None:
-    """The scale of every adapter is in the merged weights, so that of the result is 1. PEFT keeps `use_rslora` of the
-    first one, by which it would be the square root of the rank."""
+    """The scale of every adapter is in the merged weights, so that of the result is 1.
+
+    PEFT keeps `use_rslora` of the first one, by which it would be the square root of the rank.
+    """
     config = _config(out) | {"use_rslora": False, "lora_dropout": 0.0}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -208,8 +210,8 @@ def _refuse_small_weights(out: Path, where: str) -> None:
 
 
 def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: Path) -> Distance:
-    """Compare files: the change of each weight by the merged adapter with the
-    weighted sum of the changes by the others, in float64."""
+    """Compare files: the change of each weight by the merged adapter with the weighted sum of the changes by the
+    others, in float64."""
     import torch
 
     parts = [(weights[parent], *_factors(folder)) for parent, folder in folders.items()]
@@ -253,8 +255,8 @@ def _change(scale: float, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _document(
     params: AdapterParams, compute: Compute, folders: Mapping[str, Path], out: Path, measured: Distance, where: str
 ) -> dict[str, Any]:
-    """training.json: what was merged and how, and what the trainings of the
-    merged adapters took, unless one of them did not record it."""
+    """training.json: what was merged and how, and what the trainings of the merged adapters took, unless one of them
+    did not record it."""
     assert params.merge_of is not None
     trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in folders.values()]
     return {

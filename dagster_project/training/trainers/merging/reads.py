@@ -31,8 +31,8 @@ def reads_of_merge(parents: list[str]) -> list[str]:
 
 
 def refuse_other_reads(root: Path, name: str, adapters: Mapping[str, Any]) -> None:
-    """Compare dvc.yaml with params.yaml: a merged adapter must be made after
-    those that it is merged of, and again when they change.
+    """Compare dvc.yaml with params.yaml: a merged adapter must be made after those that it is merged of, and again when
+    they change.
 
     Raises:
         InputError: dvc.yaml does not list an adapter, lists one that params.yaml does not have, or lists other inputs.

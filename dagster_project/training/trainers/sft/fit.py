@@ -307,8 +307,9 @@ def _log_start(data: TrainingData, prepared: PreparedModel) -> None:
 def _fit_without_steps(
     data: TrainingData, prepared: PreparedModel, live: Path | None
 ) -> tuple[TrainingHistory, list[list[str]]]:
-    """The history of a method without optimizer steps, because each of its iterations uses all rows. Returns: The
-    history, and the used examples of each row: those with a category.
+    """The history of a method without optimizer steps, because each of its iterations uses all rows.
+
+    Returns: The history, and the used examples of each row: those with a category.
     """
     assert prepared.fit
     train_rows, validation_rows = (

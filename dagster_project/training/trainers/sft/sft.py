@@ -1,5 +1,5 @@
-"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows
-that are already tokenized, labeled and packed."""
+"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows that are already tokenized, labeled and
+packed."""
 
 from __future__ import annotations
 
@@ -165,8 +165,11 @@ class SftSession(SharedSession):
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Weighted mean over a forward pass; in validation the plain mean per token. Logits are computed only for
-        positions with labels: with a large vocabulary the others would be most of the work."""
+        """Weighted mean over a forward pass; in validation the plain mean per token.
+
+        Logits are computed only for positions with labels: with a large vocabulary the others would be most of the
+        work.
+        """
         self.batch.update(inputs)
         loss: torch.Tensor = self.compute_loss(model, partial(self._loss, model, inputs))
         return loss
@@ -345,8 +348,8 @@ def train(
 
     Args:
         prepared: as `methods.build` makes it.
-        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels,
-            weights and lengths, each row a packed row.
+        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed
+            row.
         checkpoints: where to keep them; None to keep none.
         live: folder for the curves so far; None to write none.
     Raises:
@@ -422,8 +425,8 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
 
 @contextmanager
 def _plain_output_layer(model: Any) -> Iterator[None]:
-    """While open, a model shows its output layer without an adapter: TRL 1.16
-    refuses one there, because TRL's loss does not apply it."""
+    """While open, a model shows its output layer without an adapter: TRL 1.16 refuses one there, because TRL's loss
+    does not apply it."""
     layer = model.get_output_embeddings()
     if not hasattr(layer, "base_layer"):
         yield
@@ -462,8 +465,9 @@ def compile_layers(model: Any) -> None:
 
 
 def use_liger_kernels(model: Any) -> None:
-    """Apply Liger's kernels to the existing norms, rotary embeddings and gated MLPs of a model. The loss is not
-    computed by Liger.
+    """Apply Liger's kernels to the existing norms, rotary embeddings and gated MLPs of a model.
+
+    The loss is not computed by Liger.
 
     Raises:
         InputError: Liger has no kernels for this model.
@@ -480,8 +484,8 @@ def use_liger_kernels(model: Any) -> None:
 
 
 def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
-    """Uniform noise of alpha / sqrt(length x width) on each token's embedding
-    while training (NEFTune, arXiv:2310.05914, section 2).
+    """Uniform noise of alpha / sqrt(length x width) on each token's embedding while training (NEFTune,
+    arXiv:2310.05914, section 2).
 
     The length is that of the token's example. transformers' own hook uses the row's length, which would make the noise
     of packed rows too weak.

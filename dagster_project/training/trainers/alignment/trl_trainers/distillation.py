@@ -1,5 +1,5 @@
-"""GKD: TRL's experimental trainer with answers by our own loop, and logits only
-where a token of an answer is predicted."""
+"""GKD: TRL's experimental trainer with answers by our own loop, and logits only where a token of an answer is
+predicted."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def collate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], 
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
-    """Collate rows with `prompt_ids`, `answer_ids` and the number of their
-    `pair`; `prompts` and `pairs` have the first and the last as they are."""
+    """Collate rows with `prompt_ids`, `answer_ids` and the number of their `pair`; `prompts` and `pairs` have the first
+    and the last as they are."""
     prompts = [row["prompt_ids"] for row in rows]
     return {
         **collate(prompts, [row["answer_ids"] for row in rows], pad),
@@ -90,8 +90,10 @@ def student_trainer(base: type) -> type:
         """The current step, and how many of its passes have begun."""
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            """With probability `lmbda` the answers of the pass are the policy's
-            own. Random numbers depend only on seed, step and pass."""
+            """With probability `lmbda` the answers of the pass are the policy's own.
+
+            Random numbers depend only on seed, step and pass.
+            """
             step, number = self.state.global_step, self.batches[1] if self.batches[0] == self.state.global_step else 0
             self.batches = step, number + 1
             prompts, pairs, seed = inputs.pop("prompts"), inputs.pop("pairs"), f"{self.args.seed} {step} {number}"

@@ -1,5 +1,5 @@
-"""Online DPO: answers to the same prompt are ranked by their rewards, and the
-best and the worst one are a pair for the loss of DPO."""
+"""Online DPO: answers to the same prompt are ranked by their rewards, and the best and the worst one are a pair for the
+loss of DPO."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def online_pair_trainer(loss_type: str) -> type:
 
 
 def best_minus_worst(ratios: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """Difference of the log-ratios of the answers with the highest and the
-    lowest reward, for each group whose rewards differ.
+    """Difference of the log-ratios of the answers with the highest and the lowest reward, for each group whose rewards
+    differ.
 
     Args:
         ratios: log-probability under the policy minus that under the reference, (groups, answers).

@@ -1,5 +1,5 @@
-"""Attention for pairs and groups of texts whose common beginning is in a packed
-row once (`shared_prompts.collate_shared`)."""
+"""Attention for pairs and groups of texts whose common beginning is in a packed row once
+(`shared_prompts.collate_shared`)."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def attending_plainly(model: Any) -> Iterator[None]:
 
 
 def can_attend_by_pair(model: Any) -> bool:
-    """Whether a transformers model computes the same for a batch of `collate_shared`
-    as for its texts one by one: tokens meet only in attention, which
-    `_attend_by_pair` computes, and their order is known only from their positions."""
+    """Whether a transformers model computes the same for a batch of `collate_shared` as for its texts one by one:
+    tokens meet only in attention, which `_attend_by_pair` computes, and their order is known only from their positions.
+    """
     config = model.config.get_text_config()
     require_version("transformers", ">=5.24,<6", "_supports_attention_backend, _is_stateful")
     plain_layers = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
@@ -109,8 +109,8 @@ def _attend_by_pair(
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
         attention_mask: from `window_alone`.
-        pair_lengths: for each pair or larger group the tokens of the beginning
-            and of the rest of each text, in this order.
+        pair_lengths: for each pair or larger group the tokens of the beginning and of the rest of each text, in this
+            order.
     Returns:
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
     """

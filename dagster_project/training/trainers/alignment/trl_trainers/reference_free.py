@@ -1,5 +1,5 @@
-"""ORPO and CPO, which includes SimPO: TRL's experimental trainers on rows that
-are tokenized already, with passes that read each pair once."""
+"""ORPO and CPO, which includes SimPO: TRL's experimental trainers on rows that are tokenized already, with passes that
+read each pair once."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def pair_trainer(base: type, trains_prompts: bool) -> type:
 
     Args:
         base: TRL's ORPOTrainer or CPOTrainer.
-        trains_prompts: whether its likelihood is that of prompt and chosen
-            answer, as ORPO's, and not of the answer alone.
+        trains_prompts: whether its likelihood is that of prompt and chosen answer, as ORPO's, and not of the answer
+            alone.
     """
     import torch
 
@@ -47,9 +47,9 @@ def pair_trainer(base: type, trains_prompts: bool) -> type:
             return _columns("chosen", row) | _columns("rejected", row)
 
         def concatenated_forward(self, model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-            """What TRL's loss reads of a batch: log-probability of each chosen and each rejected
-            answer, (pairs) each, divided by its tokens for losses that average; two means of
-            logits, which nobody reads here; and the negative log-likelihood per token."""
+            """What TRL's loss reads of a batch: log-probability of each chosen and each rejected answer, (pairs) each,
+            divided by its tokens for losses that average; two means of logits, which nobody reads here; and the
+            negative log-likelihood per token."""
             if self.session.outputs is None:
                 return super().concatenated_forward(model, batch)
             texts = self.concatenated_inputs(batch)

@@ -1,9 +1,9 @@
 """Pairs, and groups of answers to a prompt -> what TRL's losses need of the model, from one forward pass without
 padding that reads what the answers have in common once.
 
-TRL's trainers read prompts twice, pad to the longest text, and compute logits at every
-position. Here the model gets one packed row, logits are computed where a token of an
-answer is predicted, and what remains of them is the log-probability and its gradient.
+TRL's trainers read prompts twice, pad to the longest text, and compute logits at every position. Here the model gets
+one packed row, logits are computed where a token of an answer is predicted, and what remains of them is the
+log-probability and its gradient.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CHUNK = 256
 
 
 def reads_prompts_once(model: Any, device: str) -> bool:
-    """Whether a model can read pairs in the format of `collate_shared` with the
-    functions below; otherwise TRL's padded batches are used.
+    """Whether a model can read pairs in the format of `collate_shared` with the functions below; otherwise TRL's padded
+    batches are used.
 
     On a GPU padded batches are kept: there is no measurement yet.
 
@@ -46,8 +46,10 @@ def reads_prompts_once(model: Any, device: str) -> bool:
 
 
 def has_router(model: Any) -> bool:
-    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO
-    and GRPO add. Only padded batches give it."""
+    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO and GRPO add.
+
+    Only padded batches give it.
+    """
     return hasattr(causal(model).config.get_text_config(), "output_router_logits")
 
 
@@ -126,8 +128,9 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], trains_prompts: bool = Fals
 
 
 def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
-    """Collate answers into one row, in which those to the same prompt are a group. The row does not depend on the order
-    of the answers, so equal models give equal bits for it.
+    """Collate answers into one row, in which those to the same prompt are a group.
+
+    The row does not depend on the order of the answers, so equal models give equal bits for it.
 
     Returns:
         The arguments of the model as in `collate_shared`, and as in `collate_pairs` indices of the tokens of answers,
@@ -215,13 +218,13 @@ def _log_probability_class() -> Any:
     import torch
 
     class LogProbability(torch.autograd.Function):
-        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an
-        output layer (vocabulary, hidden) that is frozen, at a temperature; and the entropy (n)
-        float32 of each distribution in nats, without a gradient, or (0) if it is not needed.
+        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an output layer (vocabulary,
+        hidden) that is frozen, at a temperature; and the entropy (n) float32 of each distribution in nats, without a
+        gradient, or (0) if it is not needed.
 
-        Its gradient by the hidden state, weight[target] - softmax . weight, is computed
-        with it, so that no logits are kept or computed again. Rounding is that of
-        logits computed in the dtype of the layer, and of the softmax in float32.
+        Its gradient by the hidden state, weight[target] - softmax . weight, is computed with it, so that no logits are
+        kept or computed again. Rounding is that of logits computed in the dtype of the layer, and of the softmax in
+        float32.
         """
 
         @staticmethod

@@ -58,8 +58,8 @@ class TrainerSpec:
     constructor: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the trainer's constructor, e.g. reward functions."""
     outputs: Callable[..., Any] | None = None
-    """Of trainers on pairs: the output of the model for a batch of
-    `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
+    """Of trainers on pairs: the output of the model for a batch of `shared_prompts.collate_pairs`, as the trainer's
+    loss reads it."""
     has_reference: bool = False
     """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
     trains_prompts: bool = False
@@ -89,8 +89,8 @@ class TrlSession(SharedSession):
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
         self.answers_in_use: tuple[int, Any] = (0, None)
-        """Of methods that compare answers: passes so far, and the batch of
-        answers that further ones learn from, as TRL buffers it."""
+        """Of methods that compare answers: passes so far, and the batch of answers that further ones learn from, as TRL
+        buffers it."""
         if self.sampled and self.saved:
             self.sampled.restore(self.state["answers"])
             self.answers_in_use = self.state["answers_in_use"]
@@ -102,8 +102,8 @@ class TrlSession(SharedSession):
         self.reads_groups = spec.answers_in_groups and reads_once and not pads
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
-        """Log-probabilities of the chosen and the rejected answer of each row
-        under the reference; validation rows have negative numbers."""
+        """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have
+        negative numbers."""
         self.rows_validated: list[tuple[int, int, int]] = []
         """Rows, chosen and rejected answers of each pass of the current validation, those of all processes."""
 
@@ -270,8 +270,8 @@ def train(
     """Train a model in place, from its newest checkpoint if it has one.
 
     Args:
-        model: its trainable weights are trained and saved in checkpoints. It is
-            divided here if it has settings for that, and stays so.
+        model: its trainable weights are trained and saved in checkpoints. It is divided here if it has settings for
+            that, and stays so.
         rows: of the training split, with the trainer's columns after tokenization.
         validation_rows: likewise; none: no validation.
         live: folder for the curves so far; None to write none.
@@ -350,8 +350,8 @@ def _build_trainer(
 
 
 def _turn_off_dropout(model: Any) -> None:
-    """Turn off the dropout that is not a layer, which TRL does not: modules
-    apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS)."""
+    """Turn off the dropout that is not a layer, which TRL does not: modules apply it by a rate of their own
+    (GPT-BigCode, BioGPT, Seed-OSS)."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and name.endswith(("dropout", "_pdrop", "layerdrop")):
@@ -359,9 +359,9 @@ def _turn_off_dropout(model: Any) -> None:
 
 
 def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The batch of TRL's collator with the numbers of its rows, "rows" (rows) int64,
-    the reference's log-probabilities as far as they are known, and the arguments of
-    `session.outputs`. The batch of an online method is the list of rows itself."""
+    """The batch of TRL's collator with the numbers of its rows, "rows" (rows) int64, the reference's log-probabilities
+    as far as they are known, and the arguments of `session.outputs`. The batch of an online method is the list of rows
+    itself."""
     import torch
 
     batch = collate(rows)
@@ -383,9 +383,9 @@ def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[
 def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: int) -> dict[int, tuple[float, float]]:
     """Log-probabilities of the answers of all rows under the reference, which is the model without its adapter.
 
-    The batches are those of the first epoch, so that rounding is that of the policy's first
-    pass: before the first step both are equal. Each process computes its share of them, in
-    all processes equally many passes. The state of random generators does not change.
+    The batches are those of the first epoch, so that rounding is that of the policy's first pass: before the first step
+    both are equal. Each process computes its share of them, in all processes equally many passes. The state of random
+    generators does not change.
     """
     import torch
 
