@@ -48,8 +48,7 @@ def packed_weights(model: Any) -> Iterator[None]:
 
 
 def _layers(model: Any) -> list[Any]:
-    """The linear layers whose weights can be prepared; none if there is no kernel for it, or the weights are too large.
-    """
+    """The linear layers whose weights can be prepared; none if there is no kernel for it, or the weights are too large."""
     import torch
 
     kernels = torch.ops.mkldnn

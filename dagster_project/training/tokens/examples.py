@@ -253,8 +253,7 @@ def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
 
 
 def windows(encoded: Encoded, room: int) -> list[Encoded]:
-    """Split a plain text into the fewest parts, of nearly equal length; only the last ends with the end-of-text token.
-    """
+    """Split a plain text into the fewest parts, of nearly equal length; only the last ends with the end-of-text token."""
     flat = [(token, trained) for ids, trained in encoded for token in ids]
     n = -(-len(flat) // room)
     bounds = [len(flat) * i // n for i in range(n + 1)]

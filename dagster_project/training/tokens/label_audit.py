@@ -129,8 +129,7 @@ def _compare(
 
 
 def _rest_of_joined(tokenizer: Any, text: str, left: Sequence[Message], expected: TurnMarkup) -> str:
-    """What follows an answer in a run of labels that begins with it and goes on with the next one; "" for other runs.
-    """
+    """What follows an answer in a run of labels that begins with it and goes on with the next one; "" for other runs."""
     ends = [text.find(end) + len(end) for end in expected.ends if end in text] if len(left) > 1 else []
     return next((text[end:] for end in ends if _is_answer(tokenizer, text[:end], left[0], expected, False)), "")
 

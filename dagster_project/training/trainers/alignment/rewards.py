@@ -1,5 +1,4 @@
-"""Rewards of online methods: a weighted sum of a reward model, rules, ready-made rewards, and functions of the project.
-"""
+"""Rewards of online methods: a weighted sum of a reward model, rules, ready-made rewards, and functions of the project."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Runs a training command: its output is logged line by line, and no process that it started outlives it or the stage.
-"""
+"""Runs a training command: its output is logged line by line, and no process that it started outlives it or the stage."""
 
 from __future__ import annotations
 

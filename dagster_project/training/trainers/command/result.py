@@ -1,5 +1,4 @@
-"""The weights that a training command wrote: read as safetensors, compared with the base model, and put into a model.
-"""
+"""The weights that a training command wrote: read as safetensors, compared with the base model, and put into a model."""
 
 from __future__ import annotations
 

@@ -428,8 +428,7 @@ def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """Without torch elastic's own report of a failure, which `_reason` replaces, and without a port for the rendezvous.
-    """
+    """Without torch elastic's own report of a failure, which `_reason` replaces, and without a port for the rendezvous."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
     levels = [logger.level for logger in loggers]
     share = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
