@@ -50,16 +50,15 @@ def _has_varlen(device: torch.device) -> bool:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters = inspect.signature(varlen_attn).parameters
-    return {"scale", "window_size", "enable_gqa"} <= set(parameters) and torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )
+    has_options = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return has_options and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def window_alone(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
-    """In the place of an attention mask: the tokens of its sliding window, which not every model gives its attention as
-    an argument (PhiMoE)."""
+    """In the place of an attention mask: the tokens of its sliding window.
+
+    Not every model gives these to its attention as an argument (PhiMoE).
+    """
     return local_size
 
 
@@ -101,8 +100,7 @@ def _attend_by_example(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example, computed in float32, whose backward pass is twice as fast as bfloat16 on a
-    CPU.
+    """Causal attention within each example, computed in float32: on a CPU its backward pass is twice as fast.
 
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
@@ -162,16 +160,9 @@ def _attend_at_once(
     bounds = _bounds(cu_seq_lens_q, attention_mask, others)
     dtype = value.dtype  # with 4-bit weights float32, as rotated queries and keys may be
     query, key, value = (states[0].transpose(0, 1).to(torch.bfloat16) for states in (query, key, value))
+    window, grouped = ((sliding_window or attention_mask or 0) - 1, 0), key.shape[1] != query.shape[1]
     output = varlen_attn(
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=((sliding_window or attention_mask or 0) - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
+        query, key, value, bounds, bounds, max_length_q, max_length_q,
+        scale=scaling, window_size=window, enable_gqa=grouped,
+    )  # fmt: skip
     return output[None].to(dtype), None

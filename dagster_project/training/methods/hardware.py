@@ -1,5 +1,4 @@
-"""Device, dtype, threads and determinism, which are part of a run's identity;
-and memory settings, which do not affect results."""
+"""Device, dtype, threads and determinism, which are part of a run's identity, and memory settings, which are not."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
     # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3
-    # for a command, and transformers scipy for losses of object detection; once loaded, transformers relies on what it
-    # found
+    # for a command, and transformers scipy for losses of object detection; once loaded, it relies on what it found
     with lean_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
         import_transformers()
         import peft  # noqa: F401
@@ -58,8 +56,10 @@ def import_libraries() -> None:
 
 @contextmanager
 def adding_adapters() -> Iterator[None]:
-    """Without the layers of PEFT for quantized weights unless a model has some, and so without bitsandbytes, which
-    imports torch's compiler."""
+    """Without PEFT's layers for quantized weights unless a model has some.
+
+    So without bitsandbytes, which imports torch's compiler.
+    """
     import_libraries()
     from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
