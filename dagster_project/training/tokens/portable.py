@@ -28,11 +28,8 @@ class PortableTokenizer:
         self.folder, self.tokenizer = folder, tokenizer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        files = tuple(
-            (str(path.relative_to(self.folder)), path.read_bytes())
-            for path in sorted(self.folder.rglob("*"))
-            if path.suffix in SUFFIXES and path.is_file()
-        )
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+        files = tuple((str(path.relative_to(self.folder)), path.read_bytes()) for path in paths)
         template = self.tokenizer.chat_template
         digest = hashlib.sha256(repr((template, [(name, len(data)) for name, data in files])).encode())
         for _, data in files:
