@@ -33,8 +33,7 @@ def _load(path: Path, name: str) -> tuple[Callable[..., Any] | None, str]:
 
 
 def _reply(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores, or the problem; "example" is the number of the first answer for which the function fails alone, if it
-    does."""
+    """The scores, or the problem, with the number of the first answer for which the function also fails alone."""
     columns = request["prompts"], request["answers"], request["records"]
     try:
         return {"scores": [float(score) for score in function(*columns)]}
