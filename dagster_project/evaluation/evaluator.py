@@ -118,8 +118,9 @@ class EvaluatedModel:
     """A loaded model with the operations that evaluation needs."""
 
     def __init__(self, folder: Path, compute: Compute, settings: Settings, base_model: Path | None = None) -> None:
-        """Args:
-        folder: a complete model; or an adapter or a classification head, which needs `base_model`.
+        """
+        Args:
+            folder: a complete model; or an adapter or a classification head, which needs `base_model`.
         """
         device, dtype = prepare(compute.model_copy(update={"dtype": settings.dtype or compute.dtype}))
         is_head = feature_extraction.is_head(folder)

@@ -222,7 +222,8 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
 
     Args:
         sums: how often each class is true, predicted, and both, (..., 3 * classes).
-    Returns: (...,)
+    Returns:
+        (...,)
     """
     import numpy as np
 

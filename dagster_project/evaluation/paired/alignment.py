@@ -83,8 +83,9 @@ class Policies:
     """The policy and, with its adapter disabled, the SFT model."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        """Args:
-        model: a PeftModel in evaluation mode.
+        """
+        Args:
+            model: a PeftModel in evaluation mode.
         """
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
 

@@ -259,9 +259,9 @@ def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:
     Args:
         units: the ratings of each unit.
     Returns:
-        pairs: units rated more than once. percent: of all pairs of raters on a unit,
-        those that agree. alpha: Krippendorff's, nominal (Krippendorff 2011, "Computing
-        Krippendorff's Alpha-Reliability"); 1 is perfect, 0 is chance. None if undefined.
+        "pairs": units rated more than once; "percent": of all pairs of raters on a unit, those that agree; "alpha":
+        Krippendorff's, nominal (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"), 1 if perfect, 0 by
+        chance. None if undefined.
     """
     shared = [values for values in units if len(values) > 1]
     couples = [a == b for values in shared for a, b in combinations(values, 2)]

@@ -19,12 +19,12 @@ def write_curve(
 
     The same bytes on every run.
     """
-    lines = [
-        ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
-        for point in curve
-        if all(name in point for name in (*columns, "tokens"))
-    ]
-    write_text(path, "\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")
+    lines = [f"step,{','.join(columns)},tokens"]
+    for point in curve:
+        if all(name in point for name in (*columns, "tokens")):
+            values = [f"{point[name]:.6g}" for name in columns]
+            lines.append(",".join([str(point["step"]), *values, str(point["tokens"])]))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def live_writer(folder: Path, every: float = 3.0, names: Sequence[str] = LIVE) -> Callable[..., None]:

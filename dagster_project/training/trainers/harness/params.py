@@ -143,20 +143,14 @@ class SftParams(TrainingParams):
 
     @property
     def trackers(self) -> list[str]:
-        return (
-            []
-            if self.report_to == "none"
-            else [self.report_to]
-            if isinstance(self.report_to, str)
-            else list(self.report_to)
-        )
+        if self.report_to == "none":
+            return []
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
 
     def settings(self) -> dict[str, Any]:
         """The parameters that determine the weights, in the order that training.json keeps."""
         values = self.model_dump(exclude=set(NON_SEMANTIC_PARAMS))
-        return {
-            name: values[name] for name in (*SETTINGS_ORDER, *(name for name in values if name not in SETTINGS_ORDER))
-        }
+        return {name: values[name] for name in dict.fromkeys((*SETTINGS_ORDER, *values))}
 
     def saves_at(self, step: int) -> bool:
         return self.save_strategy == "steps" and step % self.save_steps == 0
@@ -207,9 +201,8 @@ class PreferenceParams(TrainingParams):
         Args:
             ignored: keys that the method does not use.
         """
-        unused = {
-            name for name, value in {"sharding": None, "quantization": "none"}.items() if getattr(self, name) == value
-        }
+        off = {"sharding": None, "quantization": "none"}
+        unused = {name for name, value in off.items() if getattr(self, name) == value}
         return self.model_dump(exclude={*NON_SEMANTIC_PARAMS, *ignored, *unused})
 
     def saves_at(self, step: int) -> bool:
@@ -266,15 +259,12 @@ NON_SEMANTIC_PARAMS = frozenset(
 
 
 def refuse_warmup(params: TrainingParams, where: str) -> None:
-    """Raises: InputError: a warm-up is given for a schedule that has none."""
-    given = (
-        name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set and getattr(params, name)
-    )
-    if params.lr_scheduler_type == "constant" and (name := next(given, None)):
-        raise InputError(
-            f"params.yaml: {where}.{name}: has no effect on the schedule constant",
-            "set lr_scheduler_type: constant_with_warmup",
-        )
+    """Raise InputError if a warm-up is given for a schedule that has none."""
+    given = [name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set]
+    used = [name for name in given if getattr(params, name)]
+    if params.lr_scheduler_type == "constant" and used:
+        problem = f"params.yaml: {where}.{used[0]}: has no effect on the schedule constant"
+        raise InputError(problem, "set lr_scheduler_type: constant_with_warmup")
 
 
 def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
@@ -290,6 +280,5 @@ def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
         raise InputError(f"params.yaml: {where}: there is no adapter.{name}", f"adapters: {', '.join(adapters)}")
     entry = params.parse(AdapterParams, adapters[name], f"adapter.{name}")
     if not entry.merge or why_not_merged(entry.method, entry.peft, entry.quantization):
-        raise InputError(
-            f"params.yaml: {where}: adapter.{name} does not produce a merged model", "choose a variant that is merged"
-        )
+        problem = f"params.yaml: {where}: adapter.{name} does not produce a merged model"
+        raise InputError(problem, "choose a variant that is merged")

@@ -1,5 +1,4 @@
-"""A training whose steps several processes share, each with a whole model or with its part of a divided one
-(sharding.py)."""
+"""A training whose steps several processes share, each with a whole model or its part of a divided one."""
 
 from __future__ import annotations
 
@@ -40,8 +39,9 @@ class SharedSession(Session):
         live: Path | None,
         metrics: Sequence[str],
     ) -> None:
-        """Args:
-        checkpoints: of the first process, which finds the one to resume from for all.
+        """
+        Args:
+            checkpoints: of the first process, which finds the one to resume from for all.
         """
         import torch
 
@@ -55,9 +55,8 @@ class SharedSession(Session):
         """The batch of the current forward pass."""
         self.idles = False
         """Whether the current pass only takes part in that of another process."""
-        self._step_losses: list[
-            torch.Tensor
-        ] = []  # of the passes of the current step; zero for a pass of another process
+        # of the passes of the current step; zero for a pass of another process
+        self._step_losses: list[torch.Tensor] = []
         self._step_rows: list[list[int]] = []
         self._validation_passes = 0
 
@@ -106,8 +105,10 @@ class SharedSession(Session):
         return mine
 
     def end_validation(self, validate: Callable[[], object]) -> None:
-        """Args:
-        validate: computes the loss of a batch; called if others have computed one pass more than this process.
+        """Take part in the last pass of others, if they have computed one pass more than this process.
+
+        Args:
+            validate: computes the loss of a batch.
         """
         import torch
 
@@ -184,8 +185,7 @@ class SharedSession(Session):
 
 
 def newest(checkpoints: Checkpoints | None) -> tuple[Checkpoints | None, SavedCheckpoint | None]:
-    """Folder of this process' checkpoints, and the checkpoint to resume from: all processes use the one that the first
-    process found."""
+    """Folder of this process' checkpoints, and the checkpoint to resume from, which the first process finds for all."""
     import torch
 
     rank = distributed.place().rank
