@@ -62,10 +62,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(kept, ignored))
     gone.write(out, lambda number: pairs[number]["source_rows"])
-    checks = [ignored.check(), gone.check]
-    return Report(
-        rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics={"sources": sources}, checks=checks
-    )
+    metrics, checks = {"sources": sources}, [ignored.check(), gone.check]
+    return Report(rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics=metrics, checks=checks)
 
 
 def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
