@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,11 +125,7 @@ def produce(
     train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
     task, questions = select_questions(test, settings, train)
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
-    results = [baselines, *(variant.evaluation for variant in variants.values())]
-    results_of: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
-    for row in (row for folder in results for row in read_table(folder / "results.parquet")):
-        results_of.setdefault(row["system"], {})[turn_key(row)] = row
-
+    results_of = _results([baselines, *(variant.evaluation for variant in variants.values())])
     answers: dict[str, list[Answer]] = {}
     scores: dict[str, dict[str, Any]] = {}
     writes: dict[str, bool] = {}
@@ -170,11 +166,7 @@ def produce(
     }
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
-    recommendation = document["recommended"]
-    decided = recommendation["sure"] or not recommendation["variant"]
-    last = f"Recommended: {recommendation['variant'] or 'no variant'}." if decided else headline(document)
-    table = board([first, second], scores, compared, test_counts.get("questions"))
-    write_text(out / "board.md", "\n".join([*table, "", *document["advice"], f"{last} {recommendation['why']}"]) + "\n")
+    write_text(out / "board.md", _board(document))
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
     marks = {name: scoring.marks(answers[name], writes[name]) for name in scores}
@@ -187,6 +179,24 @@ def produce(
     shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
     facts = {key: document[key] for key in ("compared", "costs", "recommended", "advice")}
     return Report(metrics={"scores": shown, **facts}, checks=[scores_differ(_values(scoring, answers, writes))])
+
+
+def _results(folders: Iterable[Path]) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
+    """System -> its rows of the results tables, by `turn_key`."""
+    results_of: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for folder in folders:
+        for row in read_table(folder / "results.parquet"):
+            results_of.setdefault(row["system"], {})[turn_key(row)] = row
+    return results_of
+
+
+def _board(document: Mapping[str, Any]) -> str:
+    """The table of scores, the advice and the recommendation, in Markdown."""
+    recommendation = document["recommended"]
+    decided = recommendation["sure"] or not recommendation["variant"]
+    last = f"Recommended: {recommendation['variant'] or 'no variant'}." if decided else headline(document)
+    table = board(document["shown"], document["scores"], document["compared"], document["test"].get("questions"))
+    return "\n".join([*table, "", *document["advice"], f"{last} {recommendation['why']}"]) + "\n"
 
 
 def _test_counts(
