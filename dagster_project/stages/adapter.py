@@ -87,19 +87,8 @@ def run(ctx: StageContext) -> Report:
         work = ctx.scratch / "command"
         folders = Folders(ctx.root, tokenized, base_model, work, ctx.checkpoints, out, curve_file, ctx.pages)
         return train_by_command(variant, params, compute, folders)
-    return produce(
-        variant,
-        params,
-        compute,
-        tokenized,
-        base_model,
-        out,
-        curve_file,
-        ctx.checkpoints,
-        ctx.live,
-        ctx.pages,
-        ctx.hints,
-    )
+    kept = ctx.checkpoints, ctx.live, ctx.pages
+    return produce(variant, params, compute, tokenized, base_model, out, curve_file, *kept, ctx.hints)
 
 
 def produce(

@@ -98,12 +98,12 @@ def _merged_of(adapters: Mapping[str, Any], name: str) -> list[str]:
 
 def _failed_checks(ctx: StageContext, addresses: Sequence[str]) -> list[str]:
     """The failed checks of stages, e.g. "learned of adapter@lora: validation loss 1.2 -> 1.4"."""
-    return [
-        f"{check} of {address}: {result.get('note') or result['count']}"
-        for address in addresses
-        for check, result in ctx.report(address).get("checks", {}).items()
-        if not result["passed"]
-    ]
+    failed: list[str] = []
+    for address in addresses:
+        for check, result in ctx.report(address).get("checks", {}).items():
+            if not result["passed"]:
+                failed.append(f"{check} of {address}: {result.get('note') or result['count']}")
+    return failed
 
 
 def produce(

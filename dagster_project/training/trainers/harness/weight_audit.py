@@ -131,14 +131,14 @@ def grouped(norms: Iterable[tuple[str, float]]) -> dict[str, dict[str, Any]]:
     groups: dict[str, list[float]] = {}
     for name, norm in norms:
         groups.setdefault(kind_of(name), []).append(norm)
-    return {
-        kind: {
-            "tensors": len(norms),
-            "moved": sum(norm > 0 for norm in norms),
-            "norm_of_change": float(f"{sum(norm**2 for norm in norms) ** 0.5:.6g}"),
+    movements: dict[str, dict[str, Any]] = {}
+    for kind, of_kind in sorted(groups.items()):
+        movements[kind] = {
+            "tensors": len(of_kind),
+            "moved": sum(norm > 0 for norm in of_kind),
+            "norm_of_change": float(f"{sum(norm**2 for norm in of_kind) ** 0.5:.6g}"),
         }
-        for kind, norms in sorted(groups.items())
-    }
+    return movements
 
 
 def unmoved(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
