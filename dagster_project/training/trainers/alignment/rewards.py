@@ -100,19 +100,19 @@ class Rewards:
         """
         found = {}
         both = list(zip(pairs, answers, strict=True))
-        prompts, texts = [pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers]
         for name in self.weights:
             if name == MODEL:
                 assert self.model
                 score = partial(self.model.of_answers, pairs, answers)
                 found[name] = score() if alone else in_step([self.model.shared], score)
             elif name in self.functions:
+                prompts, texts = [pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers]
                 records = [{**pair, "answer": answer} for pair, answer in both]
                 found[name] = self.functions[name](prompts, texts, records)
             elif name in self.ready:
                 found[name] = [self.ready[name].score(answer, pair) for pair, answer in both]
             else:
-                found[name] = list(map(RULES[name], texts))
+                found[name] = [RULES[name](judged_text(answer)) for answer in answers]
         return found
 
     def __call__(
