@@ -14,7 +14,8 @@ from pydantic import v1
 from pydantic.v1.class_validators import Validator
 from pydantic.v1.fields import FieldInfo, ModelField
 
-from dagster_project.curation.checks.gx_import import direct_copies, has_plain_state, on_first_use
+from dagster_project.core.postponed import postponed
+from dagster_project.curation.checks.gx_import import direct_copies, has_plain_state
 
 COPIED = (FieldInfo, ModelField, Validator)
 
@@ -109,7 +110,7 @@ def test_only_classes_whose_state_is_in_their_slots_are_copied_directly() -> Non
 def test_a_library_that_is_used_later_is_imported_then(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "drawing_library.py").write_text("VALUE = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with on_first_use("drawing_library"), on_first_use("a_library_that_nobody_has"):
+    with postponed("drawing_library"), postponed("a_library_that_nobody_has"):
         import drawing_library as placeholder  # type: ignore[import-not-found]
 
         assert not hasattr(placeholder, "__file__"), "asked by whoever looks through all modules"

@@ -1,5 +1,4 @@
-"""Alarms of evaluations that measured nothing: no questions, empty answers, the
-same answer to everything, a measure with one value."""
+"""Alarms of evaluations that measured nothing: no questions, empty or equal answers, a measure with one value."""
 
 from __future__ import annotations
 
@@ -23,21 +22,19 @@ def scored_something(answers: Sequence[Answer], likelihoods: Sequence[tuple[floa
     Args:
         likelihoods: (nats, tokens) of the test examples; empty for a classifier.
     """
-    tokens = sum(n for _, n in likelihoods)
-    note = (
-        ""
-        if answers or tokens
-        else "no question was asked and no likelihood measured; set evaluation.task, or add examples with answers"
-    )
-    return CheckResult("scored_something", passed=bool(answers or tokens), blocking=True, note=note)
+    passed = bool(answers or sum(n for _, n in likelihoods))
+    note = "no question was asked and no likelihood measured; set evaluation.task, or add examples with answers"
+    return CheckResult("scored_something", passed=passed, blocking=True, note="" if passed else note)
 
 
 def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], severity: Literal["error", "warn"]) -> CheckResult:
-    """It does not block, so that the other variants are compared. `comparison`
-    calls no variant with a failed check a gain.
+    """A system that has answers, all of them empty, fails the check.
+
+    It does not block, so that the other variants are compared. `comparison` calls no variant with a failed check a
+    gain.
 
     Args:
-        systems: system -> its answers. One that has answers, all of them empty, fails the check.
+        systems: system -> its answers.
     """
     silent = [name for name, answers in systems.items() if answers and not any(map(_is_not_empty, answers))]
     note = (
@@ -57,13 +54,11 @@ def answers_differ(references: Sequence[Answer], answers: Sequence[Answer]) -> C
     """A warning if one answer, which is not empty, is given to all questions, although their references differ."""
     given, expected = ({_content(answer) for answer in some} for some in (answers, references))
     same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1 and _is_not_empty(answers[0])
-    note = (
-        f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are"
-        " right"
-        if same
-        else ""
-    )
-    return CheckResult("answers_differ", passed=not same, severity="warn", count=len(answers) if same else 0, note=note)
+    if not same:
+        return CheckResult("answers_differ", passed=True, severity="warn")
+    asked, right = many(len(answers), "question"), number(len(expected))
+    note = f"all {asked} have the same answer, where {right} different ones are right"
+    return CheckResult("answers_differ", passed=False, severity="warn", count=len(answers), note=note)
 
 
 def _is_not_empty(answer: Answer) -> bool:
@@ -87,14 +82,6 @@ def scores_differ(values: Mapping[str, Sequence[np.ndarray]]) -> CheckResult:
         rows = np.concatenate(list(systems))
         if len(rows) >= FEW and (rows == rows[0]).all():
             constant.append(f"{name} is the same for all {many(len(rows), 'answer')}")
-    return CheckResult(
-        "scores_differ",
-        passed=not constant,
-        severity="warn",
-        count=len(constant),
-        note=(
-            "; ".join([*constant, "it does not distinguish the systems: look at the samples, or use another measure"])
-            if constant
-            else ""
-        ),
-    )
+    advice = ["it does not distinguish the systems: look at the samples, or use another measure"] if constant else []
+    note = "; ".join([*constant, *advice])
+    return CheckResult("scores_differ", passed=not constant, severity="warn", count=len(constant), note=note)

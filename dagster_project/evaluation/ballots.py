@@ -48,19 +48,20 @@ class Votes(Section):
 
 def export_text(exported: Mapping[str, Any]) -> str:
     """Summary of an exported ballot as text for the terminal."""
+    pairs, systems = many(exported["of"], "pair"), " and ".join(exported["systems"])
     return (
-        f"{exported['file']}: {exported['pairs']} of {many(exported['of'], 'pair')} of"
-        f" {' and '.join(exported['systems'])}, seed {exported['seed']}; {exported['identical']} with the same answer"
-        " left out\nsend the page to the raters, then count what they saved with `pedigree ballots import"
-        " votes-*.json`"
+        f"{exported['file']}: {exported['pairs']} of {pairs} of {systems}, seed {exported['seed']};"
+        f" {exported['identical']} with the same answer left out\n"
+        "send the page to the raters, then count what they saved with `pedigree ballots import votes-*.json`"
     )
 
 
 def read_votes(
     project: Path, files: Sequence[Path], seed: int, partial: bool
 ) -> tuple[Match, dict[str, dict[str, Choice]]]:
-    """The match that the files vote on, and rater -> pair -> choice. The match
-    is recomputed, because the files do not identify the systems.
+    """The match that the files vote on, and rater -> pair -> choice.
+
+    The match is recomputed, because the files do not identify the systems.
 
     Args:
         seed: seed of the export.
@@ -80,34 +81,37 @@ def read_votes(
     if ballot is None:
         raise InputError(
             f"{files[0]}: ballot {ids[0]} does not match the current answers of any two systems with seed {seed}",
-            "give the --seed of the export; if the models have changed since, go back with `git checkout` and `dvc"
-            " checkout`",
+            "give the --seed of the export; if the models have changed since,"
+            " go back with `git checkout` and `dvc checkout`",
         )
-    known = {pair.id for pair in ballot.pairs}
-    problems, hints = [], []
-    for file, sheet in sheets.items():
-        counts = Counter(vote.pair for vote in sheet.votes)
-        if unknown := [pair for pair in counts if pair not in known]:
-            problems.append(f"{file}: {many(len(unknown), 'pair')} not on the ballot (first: {unknown[0]})")
-            hints.append("save the votes from the page again")
-        if twice := [pair for pair, count in counts.items() if count > 1]:
-            problems.append(f"{file}: {many(len(twice), 'pair')} voted on more than once (first: {twice[0]})")
-            hints.append("keep one vote for each pair")
-        if len(counts) < sheet.pairs and not partial:
-            problems.append(f"{file}: {sheet.pairs - len(counts)} of {many(sheet.pairs, 'pair')} without a vote")
-            hints.append("finish the ballot, or count incomplete ballots with --partial")
-    for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
-        if count > 1:
-            problems.append(
-                f"{', '.join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)}: all by rater"
-                f" {rater!r}"
-            )
-            hints.append("give one file for each rater")
-    if problems:
-        raise InputError("\n".join(problems), "; ".join(dict.fromkeys(hints)))
+    if problems := _problems(ballot, sheets, partial):
+        messages, hints = zip(*problems, strict=True)
+        raise InputError("\n".join(messages), "; ".join(dict.fromkeys(hints)))
     if not any(sheet.votes for sheet in sheets.values()):
         raise InputError(f"{files[0]}: no vote", "vote on the page, then save")
     return ballot, {sheet.rater: {vote.pair: vote.vote for vote in sheet.votes} for sheet in sheets.values()}
+
+
+def _problems(ballot: Match, sheets: Mapping[Path, Votes], partial: bool) -> list[tuple[str, str]]:
+    """(what is wrong, next step) of each problem in the files."""
+    known = {pair.id for pair in ballot.pairs}
+    found = []
+    for file, sheet in sheets.items():
+        counts = Counter(vote.pair for vote in sheet.votes)
+        if unknown := [pair for pair in counts if pair not in known]:
+            problem = f"{file}: {many(len(unknown), 'pair')} not on the ballot (first: {unknown[0]})"
+            found.append((problem, "save the votes from the page again"))
+        if twice := [pair for pair, count in counts.items() if count > 1]:
+            problem = f"{file}: {many(len(twice), 'pair')} voted on more than once (first: {twice[0]})"
+            found.append((problem, "keep one vote for each pair"))
+        if len(counts) < sheet.pairs and not partial:
+            problem = f"{file}: {sheet.pairs - len(counts)} of {many(sheet.pairs, 'pair')} without a vote"
+            found.append((problem, "finish the ballot, or count incomplete ballots with --partial"))
+    for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
+        if count > 1:
+            by_rater = ", ".join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)
+            found.append((f"{by_rater}: all by rater {rater!r}", "give one file for each rater"))
+    return found
 
 
 def _read(file: Path) -> Votes:
@@ -124,13 +128,12 @@ def _read(file: Path) -> Votes:
 
 
 def outcomes(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, list[Outcome]]:
-    """Pair -> outcome of each rater's choice for the first system, in ballot
-    order; pairs without a vote are left out."""
-    by_pair = {
-        pair.id: [pair.outcome(choices[pair.id]) for choices in votes.values() if pair.id in choices]
-        for pair in ballot.pairs
-    }
-    return {pair: choices for pair, choices in by_pair.items() if choices}
+    """Pair with votes, in ballot order -> outcome of each rater's choice for the first system."""
+    by_pair = {}
+    for pair in ballot.pairs:
+        if chosen := [choices[pair.id] for choices in votes.values() if pair.id in choices]:
+            by_pair[pair.id] = [pair.outcome(choice) for choice in chosen]
+    return by_pair
 
 
 def result(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, Any]:
@@ -154,10 +157,12 @@ def preferences(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> lis
     for pair in ballot.pairs:
         if won.get(pair.id, "tie") != "tie":
             chosen, rejected = pair.turns if won[pair.id] == "win" else reversed(pair.turns)
-            row = {"prompt": pair.prompt, "chosen": [chosen], "rejected": [rejected]} | (
-                {"tools": pair.tools} if pair.tools else {}
-            )
-            rows.append(row | ({"category": pair.category} if pair.category is not None else {}))
+            row: dict[str, Any] = {"prompt": pair.prompt, "chosen": [chosen], "rejected": [rejected]}
+            if pair.tools:
+                row["tools"] = pair.tools
+            if pair.category is not None:
+                row["category"] = pair.category
+            rows.append(row)
     return rows
 
 
@@ -166,15 +171,11 @@ def votes_text(found: Mapping[str, Any]) -> str:
     raters, agreed, places = found["raters"], found["agreement"], found["places"]
     lines = [f"ballot {found['ballot']}: {many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
     if agreed["pairs"]:
-        alpha = (
-            "undefined, because all of these votes have the same outcome"
-            if agreed["alpha"] is None
-            else f"{agreed['alpha']:.2f}"
-        )
-        shared = many(agreed["pairs"], "pair")
+        undefined = "undefined, because all of these votes have the same outcome"
+        alpha = undefined if agreed["alpha"] is None else f"{agreed['alpha']:.2f}"
         lines.append(
-            f"{shared} with several votes: two raters agree in {agreed['percent']} % of cases; Krippendorff's alpha"
-            f" {alpha}"
+            f"{many(agreed['pairs'], 'pair')} with several votes: two raters agree in {agreed['percent']} % of cases;"
+            f" Krippendorff's alpha {alpha}"
         )
     lines.append(f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}")
     return visible("\n".join(lines))
@@ -182,18 +183,18 @@ def votes_text(found: Mapping[str, Any]) -> str:
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
     """Content of the ballot page: the first n pairs, without system names.
-    `tools` and `messages`, the answers, only where there is more than text."""
+
+    `tools` and `messages`, the answers, only where there is more than text.
+    """
     return {"ballot": ballot.id, "pairs": [_rich_content(pair) for pair in ballot.pairs[:n]]}
 
 
 def _rich_content(pair: Pair) -> dict[str, Any]:
-    tools = {"tools": pair.tools} if pair.tools else {}
-    first, second = pair.turns
-    messages = {"messages": [second, first] if pair.swapped else [first, second]} if pair.messages else {}
-    return {
-        "id": pair.id,
-        "prompt": [dict(message) for message in pair.prompt],
-        "answers": list(pair.shown),
-        **tools,
-        **messages,
-    }
+    """A pair on the page; `tools` and `messages`, the answers, only where there is more than text."""
+    prompt = [dict(message) for message in pair.prompt]
+    content: dict[str, Any] = {"id": pair.id, "prompt": prompt, "answers": list(pair.shown)}
+    if pair.tools:
+        content["tools"] = pair.tools
+    if pair.messages:
+        content["messages"] = list(reversed(pair.messages) if pair.swapped else pair.messages)
+    return content

@@ -1,5 +1,4 @@
-"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and
-retrieved examples, and a classical classifier."""
+"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and retrieved examples, a classical classifier."""
 
 from __future__ import annotations
 
@@ -39,7 +38,9 @@ NUMBER_ALONE = {
 
 def instruction(task: AnyTask, how: str = ANSWER) -> str:
     """A system prompt that states the whole task, with every allowed value.
-    Empty if a regular expression defines the final answer."""
+
+    Empty if a regular expression defines the final answer.
+    """
     if isinstance(task, FinalAnswer):
         return f"Answer the user's question. {NUMBER_ALONE[how]}" if task.final_answer == NUMBER else ""
     if isinstance(task, LabelSet):
@@ -60,8 +61,8 @@ def prompted(
     """Baseline -> the prompt for each question.
 
     Args:
-        system_prompt: replaces the instruction of the task, and the system
-            prompts of the questions before worked examples.
+        system_prompt: replaces the instruction of the task, and the system prompts of the questions before worked
+            examples.
         shots: worked examples for every question.
         similar: worked examples for each question.
     """
@@ -76,19 +77,19 @@ def prompted(
     if task and (thinking := instruction(task, THINK)):
         prompts["chain_of_thought"] = [with_shots(thinking, [], record) for record in questions]
     if shots:
-        prompts["few_shot"] = [
-            with_shots(system, shots, record) for system, record in zip(before_shots, questions, strict=True)
-        ]
+        asked = list(zip(before_shots, questions, strict=True))
+        prompts["few_shot"] = [with_shots(system, shots, record) for system, record in asked]
         prompts["retrieved"] = [
-            with_shots(system, some, record)
-            for system, some, record in zip(before_shots, similar, questions, strict=True)
+            with_shots(system, some, record) for (system, record), some in zip(asked, similar, strict=True)
         ]
     return prompts
 
 
 def _have_system_prompts(questions: Sequence[Record], stated: str) -> bool:
-    """Whether questions have system prompts in whose place no other one stands: they differ, and so may say what a
-    question needs, or nothing states the task."""
+    """Whether no other prompt can replace the system prompts of the questions.
+
+    They differ, so they may have what a question needs, or no other prompt states the task.
+    """
     own = {_own(record) for record in questions}
     return any(own) and (len(own) > 1 or not stated)
 
@@ -99,8 +100,7 @@ def _own(record: Record) -> str:
 
 
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:
-    """The prompt for a record: system prompt (unless empty), worked examples as
-    earlier turns, then the conversation up to the answer."""
+    """The prompt for a record: system prompt (unless empty), worked examples as turns, the record up to its answer."""
     turns: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
         turns += _worked_example(shot)
@@ -108,25 +108,21 @@ def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> M
 
 
 def _worked_example(shot: Record) -> Messages:
-    """A worked example: its prompt and response; or the whole conversation if
-    it has tool calls, which only make sense with their results.
+    """A worked example: its prompt and response, or the whole conversation if it has tool calls.
 
-    Traces are left out, as chat templates leave them out of earlier turns.
+    Calls only make sense with their results. Traces are left out, as chat templates leave them out of earlier turns.
     """
-    if not any(message.get("tool_calls") for message in shot["messages"]):
-        texts = {"user": prompt_text(shot["messages"]), "assistant": response_text(shot["messages"])}
-        return [{"role": role, "content": text} for role, text in texts.items()]
+    messages = shot["messages"]
+    if not any(message.get("tool_calls") for message in messages):
+        prompt, response = prompt_text(messages), response_text(messages)
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     left_out = {"reasoning_content", "weight"}
-    return [
-        {key: value for key, value in m.items() if key not in left_out}
-        for m in shot["messages"]
-        if m["role"] != "system"
-    ]
+    shown = [message for message in messages if message["role"] != "system"]
+    return [{key: value for key, value in message.items() if key not in left_out} for message in shown]
 
 
 def conclusion(answer: str, task: AnyTask) -> str:
-    """The answer after step-by-step reasoning: the last line; for JSON fields
-    the last line that starts with "{", with the further ones of its object."""
+    """The answer after step-by-step reasoning: the last line or, for JSON fields, the lines of the last object."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     opening = [i for i, line in enumerate(lines) if line.startswith("{")] if isinstance(task, Task) else []
     if not opening:
@@ -138,9 +134,8 @@ def conclusion(answer: str, task: AnyTask) -> str:
 
 def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) -> list[Record]:
     """`n` examples that cover the labels as evenly as can be, sampled by seed."""
-    order = sorted(
-        range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{records[i]['example_id']}".encode()).digest()
-    )
+    digests = [hashlib.sha256(f"{seed}:{record['example_id']}".encode()).digest() for record in records]
+    order = sorted(range(len(records)), key=digests.__getitem__)
     queues = {name: [i for i in order if labels[i] == name] for name in sorted(set(labels))}
     chosen: list[int] = []
     while len(chosen) < min(n, len(records)):
@@ -160,8 +155,8 @@ def nearest(train: Sequence[Record], records: Sequence[Record], n: int) -> list[
 def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Iterator[np.ndarray]:
     """For each query the Okapi BM25 score of every document, (documents,).
 
-    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm
-    (as Lucene does), so that no word lowers a score.
+    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word lowers
+    a score.
     """
     import numpy as np
 
@@ -177,17 +172,18 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: f
     for query in asked:
         scores = np.zeros(len(documents))
         for word, times in query.items():
-            matching, frequency = (
-                np.array(list(part), dtype=of) for part, of in ((counts[word], int), (counts[word].values(), float))
-            )
+            matching = np.array(list(counts[word]), dtype=int)
+            frequency = np.array(list(counts[word].values()), dtype=float)
             idf = np.log(1 + (len(documents) - len(matching) + 0.5) / (len(matching) + 0.5))
             scores[matching] += times * idf * frequency * (k1 + 1) / (frequency + length_norm[matching])
         yield scores
 
 
 def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[Record], seed: int) -> list[str]:
-    """Predict labels by TF-IDF (unigrams and bigrams) and logistic regression;
-    the most frequent one if no prompt has a word of two letters."""
+    """Labels predicted by TF-IDF (unigrams and bigrams) and logistic regression.
+
+    The most frequent label if there is no other, or if no prompt has a word of two letters.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

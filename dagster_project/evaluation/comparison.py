@@ -20,42 +20,40 @@ def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any], que
         shown: the deciding measure and a second one.
         questions: those that these measures cover, if not all.
     """
-    if scores:
-        first, second = shown
-        some = next(iter(scores.values()))
-        counted = many(questions or some["n"], "answer" if "n_calls" in some else "test example")
-        return [
-            f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
-            "| --- | ---: | :---: | ---: | ---: |",
-        ] + [
-            f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to"
-            f" {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
-            for name, s in sorted(scores.items(), key=lambda item: -item[1][first])
-        ]
-    order = sorted(
-        (name for name in compared if "perplexity_to_base" in compared[name]),
-        key=lambda name: compared[name]["perplexity_to_base"]["ratio"],
-    )
-    return ["| variant | perplexity as a share of the base model's | 95 % interval |", "| --- | ---: | :---: |"] + [
-        f"| **{name}**, tuned | {c['ratio']:.3f} | {c['interval'][0]:.3f} to {c['interval'][1]:.3f} |"
-        for name in order
-        for c in [compared[name]["perplexity_to_base"]]
+    if not scores:
+        return _perplexity_board(compared)
+    first, second = shown
+    some = next(iter(scores.values()))
+    counted = many(questions or some["n"], "answer" if "n_calls" in some else "test example")
+    lines = [
+        f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
+        "| --- | ---: | :---: | ---: | ---: |",
     ]
+    for name, score in sorted(scores.items(), key=lambda item: -item[1][first]):
+        title = NAMES.get(name, f"**{name}**, tuned")
+        low, high = score[f"{first}_interval"]
+        tokens = f"{score['prompt_tokens']:.0f}" if "prompt_tokens" in score else ""
+        lines.append(f"| {title} | {score[first]:.3f} | {low:.3f} to {high:.3f} | {score[second]:.3f} | {tokens} |")
+    return lines
 
 
-def _tokens(score: Mapping[str, Any]) -> str:
-    return f"{score['prompt_tokens']:.0f}" if "prompt_tokens" in score else ""
+def _perplexity_board(compared: Mapping[str, Any]) -> list[str]:
+    ratios = {name: found["perplexity_to_base"] for name, found in compared.items() if "perplexity_to_base" in found}
+    lines = ["| variant | perplexity as a share of the base model's | 95 % interval |", "| --- | ---: | :---: |"]
+    for name in sorted(ratios, key=lambda name: ratios[name]["ratio"]):
+        low, high = ratios[name]["interval"]
+        lines.append(f"| **{name}**, tuned | {ratios[name]['ratio']:.3f} | {low:.3f} to {high:.3f} |")
+    return lines
 
 
 def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapping[str, int]) -> list[str]:
-    """Verdict on each variant with its figures, comparisons between variants,
-    and the next step if the result is inconclusive.
+    """Verdict on each variant, comparisons between variants, and the next step if the result is inconclusive.
 
     Args:
         compared: variant -> differences to other systems, `perplexity_to_base` and `failed_checks`, each if available.
-        test: numbers of test `examples` and of `answered` ones; of those `decided` by
-            the deciding measure, near-copies counted once, if there are fewer; and of
-            `independent` examples, near-copies counted once, if any are near-copies.
+        test: numbers of test `examples` and of `answered` ones; of those `decided` by the deciding measure, near-copies
+            counted once, if there are fewer; and of `independent` examples, near-copies counted once, if any are
+            near-copies.
     """
     found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
@@ -67,8 +65,11 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
 
 
 def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
-    """Test examples that a conclusion rests on. Where some references are text and others tool calls, the deciding
-    measure covers not all; and near-copies count once.
+    """Test examples that a conclusion rests on.
+
+    Where some references are text and others tool calls, the deciding measure does not cover all; near-copies count
+    once.
+
 
     Args:
         scores: empty if the conclusion rests on perplexity.
@@ -86,10 +87,8 @@ MORE = "Add examples, or raise splits.test or evaluation.max_examples in params.
 
 
 def _too_few_examples(answers: int, test: Mapping[str, int]) -> str:
-    return (
-        f"Nothing can be concluded from {many(answers, 'test example')}{counted_once(test)}: at least {FEWEST} are"
-        " needed."
-    )
+    examples = many(answers, "test example") + counted_once(test)
+    return f"Nothing can be concluded from {examples}: at least {FEWEST} are needed."
 
 
 def counted_once(test: Mapping[str, int]) -> str:
@@ -131,13 +130,11 @@ def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gai
     if against:
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
-        words = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
+        words = _points(against[rival], decides, f"the best alternative, {NAMES[rival]}")
         return Gain(rival, gap, low, high, words, measured(against, test))
-    return (
-        Gain("", *_perplexity_gain(found["perplexity_to_base"]), measured({}, test))
-        if "perplexity_to_base" in found
-        else None
-    )
+    if "perplexity_to_base" in found:
+        return Gain("", *_perplexity_gain(found["perplexity_to_base"]), measured({}, test))
+    return None
 
 
 def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], test: Mapping[str, int]) -> str:
@@ -149,20 +146,15 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
     more = beside = ""
     if gained.rival:
         more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
-        if decides == OPEN and (
-            ratio := found.get("perplexity_to_base")
-        ):  # free text has many correct answers; likelihood covers them all
+        # free text has many correct answers; likelihood covers them all
+        if decides == OPEN and (ratio := found.get("perplexity_to_base")):
             beside = f" By likelihood: {_perplexity_gain(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
-        return (
-            f"Nothing can be concluded on tuning {name}: {gained.words}, which so few examples cannot tell from"
-            f" chance.{checks}"
-        )
+        chance = "which so few examples cannot tell from chance"
+        return f"Nothing can be concluded on tuning {name}: {gained.words}, {chance}.{checks}"
     if gained.sure and failed:
-        return (
-            f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} Look into them before you"
-            " use it."
-        )
+        step = "Look into them before you use it."
+        return f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} {step}"
     if gained.sure:
         return f"Tuning {name} is worth it: {gained.words}.{beside}"
     if gained.high < 0:
@@ -177,24 +169,22 @@ def recommended(
     cost: Mapping[str, Mapping[str, float]],
     test: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The variant to use, if any, and the reason: the best one that is significantly better than the best alternative
-    and passed its checks; of variants whose difference may be chance, the cheapest.
+    """The variant to use, if any, and the reason.
+
+    It is the best one that is significantly better than the best alternative and passed its checks; of variants whose
+    difference may be chance, the cheapest.
 
     Args:
         cost: system -> costs, compared in the order of COSTS.
         test: as in `advice`.
     Returns:
-        {"variant": name or None, "sure": significantly better than the best
-        alternative, with no failed check, "instead": the best alternative, "why"}
+        {"variant": name or None, "sure": significantly better than the best alternative, with no failed check,
+        "instead": the best alternative, "why"}
     """
     gains = {name: found for name in compared if (found := gain(decides, compared[name], test))}
     if not gains:
-        return {
-            "variant": None,
-            "sure": False,
-            "instead": None,
-            "why": "No variant has answers or a perplexity to compare.",
-        }
+        why = "No variant has answers or a perplexity to compare."
+        return {"variant": None, "sure": False, "instead": None, "why": why}
     better = {name: found for name, found in gains.items() if found.sure}
     sure = {name: found for name, found in better.items() if not compared[name].get("failed_checks")}
     best = max(sure or better or gains, key=lambda name: gains[name].gap)
@@ -202,43 +192,29 @@ def recommended(
     common: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
     if not gains[best].enough:
         return {**common, "variant": None, "why": f"{_too_few_examples(gains[best].examples, test)} {MORE}"}
+    if not better and gains[best].gap <= 0:
+        return {**common, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
     if not better:
-        if gains[best].gap <= 0:
-            return {**common, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
-        return {
-            **common,
-            "why": f"It has the best score, but is not surely better than {rival}, which costs no training.",
-        }
+        why = f"It has the best score, but is not surely better than {rival}, which costs no training."
+        return {**common, "why": why}
     if not sure:
-        return {
-            **common,
-            "why": (
-                f"It is surely better than {rival}, but its checks failed:"
-                f" {'; '.join(compared[best]['failed_checks'])}."
-            ),
-        }
-    dearer = {name: tuple(cost.get(name, {}).get(what, 0) for what in COSTS) for name in sure}
-    alike = [name for name in sure if name == best or _may_be_chance(compared[best], name, decides)]
-    cheapest = min(alike, key=lambda name: (dearer[name], name != best))
+        failed = "; ".join(compared[best]["failed_checks"])
+        return {**common, "why": f"It is surely better than {rival}, but its checks failed: {failed}."}
     why = f"It is surely better than {rival}, the best alternative to tuning"
+    alike = [name for name in sure if name == best or _may_be_chance(compared[best], name, decides)]
+    costs = {name: tuple(cost.get(name, {}).get(what, 0) for what in COSTS) for name in alike}
+    cheapest = min(alike, key=lambda name: (costs[name], name != best))
     if cheapest != best:
-        gap = compared[best]["to"][cheapest][decides]
-        low, high = gap["interval"]
-        figures = _points(gap["difference"], low, high, decides, cheapest)
-        return {
-            **common,
-            "variant": cheapest,
-            "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more.",
-        }
-    others = ", ".join(name for name in alike if name != best)
-    if others:
+        figures = _points(compared[best]["to"][cheapest][decides], decides, cheapest)
+        why += f". {best} scores more, but perhaps by chance ({figures}), and costs more."
+        return {**common, "variant": cheapest, "why": why}
+    if others := ", ".join(name for name in alike if name != best):
         return {**common, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
-    among = (
-        "the best of the variants"
-        if gains[best].rival
-        else "has the lowest perplexity of the variants, which were not compared with each other"
-    )
-    return {**common, "why": f"{why}{f', and {among}' if len(compared) > 1 else ''}."}
+    if len(compared) > 1 and gains[best].rival:
+        why += ", and the best of the variants"
+    elif len(compared) > 1:
+        why += ", and has the lowest perplexity of the variants, which were not compared with each other"
+    return {**common, "why": f"{why}."}
 
 
 def headline(document: Mapping[str, Any]) -> str:
@@ -253,9 +229,9 @@ def headline(document: Mapping[str, Any]) -> str:
     if name is None:
         few = measured(document["scores"], document["test"]) < FEWEST
         return "No conclusion." if few else "Use no variant."
-    return (
-        f"Failed checks: look into {name} first." if compared[name].get("failed_checks") else f"No sure gain: {name}."
-    )
+    if compared[name].get("failed_checks"):
+        return f"Failed checks: look into {name} first."
+    return f"No sure gain: {name}."
 
 
 COSTS = ("prompt_tokens", "bytes", "tokens")
@@ -275,11 +251,10 @@ def _perplexity_gain(ratio: Mapping[str, Any]) -> tuple[float, float, float, str
     return gap, low, high, f"perplexity {value} % {where} the base model's (95 % interval {first} to {last} %)"
 
 
-def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
-    return (
-        f"{100 * gap:+.1f} points of {TITLES[decides]} over {rival} (95 % interval {100 * low:+.1f} to"
-        f" {100 * high:+.1f})"
-    )
+def _points(gap: Mapping[str, Any], decides: str, rival: str) -> str:
+    low, high = gap["interval"]
+    interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * gap['difference']:+.1f} points of {TITLES[decides]} over {rival} ({interval})"
 
 
 def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
@@ -294,6 +269,6 @@ def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[
 
 
 def _between(best: str, other: str, decides: str, found: Mapping[str, Any]) -> str:
-    gap, (low, high) = found["to"][other][decides]["difference"], found["to"][other][decides]["interval"]
-    verdict = "is better" if low > 0 else "shows no sure gain"
-    return f"{best} {verdict}: {_points(gap, low, high, decides, other)}."
+    gap = found["to"][other][decides]
+    verdict = "is better" if gap["interval"][0] > 0 else "shows no sure gain"
+    return f"{best} {verdict}: {_points(gap, decides, other)}."

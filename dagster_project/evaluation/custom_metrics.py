@@ -1,5 +1,4 @@
-"""User-defined measures: functions (reference, answer) -> number in Python
-files under data/metrics/, named in params.yaml."""
+"""User-defined measures: functions (reference, answer) -> number in Python files under data/metrics/."""
 
 from __future__ import annotations
 
@@ -57,23 +56,21 @@ def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequen
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         import numpy as np
 
-        values = []
-        for reference, answer in zip(references, answers, strict=True):
-            try:
-                value = function(reference, answer)
-                is_number = isinstance(value, Real) and math.isfinite(
-                    value
-                )  # OverflowError: an integer above the largest float
-            except (Exception, SystemExit) as error:  # noqa: BLE001  as above
-                problem = f"fails: {type(error).__name__}: {error}"
-            else:
-                if is_number:
-                    values.append((float(value), 1))
-                    continue
-                problem = f"returns {value!r}, which is not a finite number"
-            raise InputError(
-                f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/"
-            )
+        pairs = zip(references, answers, strict=True)
+        values = [(_value(name, function, reference, answer), 1) for reference, answer in pairs]
         return np.array(values, dtype=float).reshape(-1, 2)
 
     return statistics
+
+
+def _value(name: str, function: Callable[[str, str], Any], reference: str, answer: str) -> float:
+    try:
+        value = function(reference, answer)
+        finite = isinstance(value, Real) and math.isfinite(value)  # OverflowError: an integer above the largest float
+    except (Exception, SystemExit) as error:  # noqa: BLE001  as above
+        problem = f"fails: {type(error).__name__}: {error}"
+    else:
+        if finite:
+            return float(value)
+        problem = f"returns {value!r}, which is not a finite number"
+    raise InputError(f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/")

@@ -50,21 +50,18 @@ def result_schema(rich: bool = False) -> pa.Schema:
         ("reasoning", pa.string()),  # trace before the answer; null if there is none
         ("tool_calls", pa.string()),  # calls of the answer as JSON; null if there are none
     ]
-    return pa.schema(
-        [
-            ("system", pa.string()),  # zero_shot, few_shot, ..., or a variant's name
-            ("example_id", pa.string()),
-            *(more if rich else []),
-            ("answer", pa.string()),  # generated answer without trace and calls; null if none was generated
-            ("label", pa.string()),  # label or final answer of the answer; null for free text
-            ("prompt_tokens", pa.int64()),  # tokens of the prompt; null for systems other than language models
-            (
-                "nll",
-                pa.float64(),
-            ),  # nats, summed over the reference response; null for systems other than language models
-            ("tokens", pa.int64()),  # of the reference response
-        ]
-    )
+    columns = [
+        ("system", pa.string()),  # zero_shot, few_shot, ..., or a variant's name
+        ("example_id", pa.string()),
+        *(more if rich else []),
+        ("answer", pa.string()),  # generated answer without trace and calls; null if none was generated
+        ("label", pa.string()),  # label or final answer of the answer; null for free text
+        # null for systems other than language models:
+        ("prompt_tokens", pa.int64()),
+        ("nll", pa.float64()),  # nats, summed over the reference response
+        ("tokens", pa.int64()),  # of the reference response
+    ]
+    return pa.schema(columns)
 
 
 BASE = "base"
@@ -79,27 +76,24 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _task_kind(value: Any) -> str:
     """Tag of the kind of `task` that a value specifies."""
-    if isinstance(value, FinalAnswer) or (isinstance(value, dict) and "final_answer" in value):
-        return f"{TAG}final_answer"
-    return (
-        f"{TAG}labels"
-        if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value)
-        else f"{TAG}fields"
-    )
+    for key, kind in (("final_answer", FinalAnswer), ("labels", LabelTask)):
+        if isinstance(value, kind) or (isinstance(value, dict) and key in value):
+            return TAG + key
+    return f"{TAG}fields"
+
+
+SomeTask = Annotated[
+    Annotated[Task, Tag(f"{TAG}fields")]
+    | Annotated[LabelTask, Tag(f"{TAG}labels")]
+    | Annotated[FinalAnswer, Tag(f"{TAG}final_answer")],
+    Discriminator(_task_kind),
+]
 
 
 class Settings(Section):
     """How answers are scored, the same for every variant. See docs/evaluation.md."""
 
-    task: (
-        Annotated[
-            Annotated[Task, Tag(f"{TAG}fields")]
-            | Annotated[LabelTask, Tag(f"{TAG}labels")]
-            | Annotated[FinalAnswer, Tag(f"{TAG}final_answer")],
-            Discriminator(_task_kind),
-        ]
-        | None
-    ) = None
+    task: SomeTask | None = None
     """What a correct answer looks like: a label (`labels`), one JSON object (`fields` and `score`), or text that ends
     in an answer (`final_answer`). null, or no test example with such an answer: answers are free text."""
     metrics: list[str] = []
@@ -124,71 +118,70 @@ class EvaluatedModel:
     """A loaded model with the operations that evaluation needs."""
 
     def __init__(self, folder: Path, compute: Compute, settings: Settings, base_model: Path | None = None) -> None:
-        """Args:
-        folder: a complete model; or an adapter or a classification head, which needs `base_model`.
+        """
+        Args:
+            folder: a complete model; or an adapter or a classification head, which needs `base_model`.
         """
         device, dtype = prepare(compute.model_copy(update={"dtype": settings.dtype or compute.dtype}))
-        incomplete = feature_extraction.is_head(folder) or (folder / "adapter_config.json").is_file()
+        is_head = feature_extraction.is_head(folder)
+        incomplete = is_head or (folder / "adapter_config.json").is_file()
         self.tokenizer = load_tokenizer(base_model if base_model and incomplete else folder, folder)
-        self.head = (
-            feature_extraction.load(folder, base_model, device, dtype)
-            if base_model and feature_extraction.is_head(folder)
-            else None
-        )
-        self.model = None if self.head else load(folder, base_model, device, dtype)
+        self.head = self.model = None
+        if base_model and is_head:
+            self.head = feature_extraction.load(folder, base_model, device, dtype)
+        else:
+            self.model = load(folder, base_model, device, dtype)
         self.settings = settings
 
     @property
     def writes(self) -> bool:
-        """Whether the model generates text. A classifier only predicts labels:
-        it has no perplexity and no benchmark scores."""
+        """Whether the model generates text.
+
+        A classifier only predicts labels: it has no perplexity and no benchmark scores.
+        """
         return self.head is None
 
     def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
         """(negative log-likelihood in nats, tokens) of each record's responses.
-        Records longer than the context are truncated at the end."""
-        room = self.tokenizer.model_max_length
+
+        Records longer than the context are truncated at the end.
+        """
+        room, pad = self.tokenizer.model_max_length, self.tokenizer.pad_token_id
         encoded = [encode_record(self.tokenizer, record) for record in records]
         examples = [(ids[:room], labels[:room]) for parts in encoded for ids, labels in parts]
-        scores = iter(
-            negative_log_likelihood(
-                self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity"
-            )
-        )
-        of_records = [list(islice(scores, len(parts))) for parts in encoded]
+        scores = negative_log_likelihood(self.model, pad, examples, self.settings.batch_size, f"{what}: perplexity")
+        in_order = iter(scores)
+        of_records = [list(islice(in_order, len(parts))) for parts in encoded]
         return [(sum(nats for nats, _ in parts), sum(tokens for _, tokens in parts)) for parts in of_records]
 
     def answer(
         self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, offers: Sequence[Offer] | None = None
     ) -> list[Answer]:
         """The answer to each prompt; for a classifier the predicted label.
+
         Prompts longer than the context are truncated at the beginning.
 
         Args:
             thinking_tokens: additional tokens for reasoning before the answer.
             offers: what is offered with each prompt.
         """
+        offers = offers or [Offer()] * len(prompts)
+        tools, what = [offer.tools for offer in offers], f"{what}: answers"
         if self.head is not None:
-            given = offers or [Offer()] * len(prompts)
-            tools, reasoning = [offer.tools for offer in given], [offer.reasoning for offer in given]
-            return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers", tools, reasoning)]
+            reasoning = [offer.reasoning for offer in offers]
+            return [Answer(predicted) for predicted in self.head.predict(prompts, what, tools, reasoning)]
         longest = self.settings.max_new_tokens + thinking_tokens
         room = max(1, self.tokenizer.model_max_length - longest)
         ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]
-        generated = generate_ids(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
-        tools = [offer.tools for offer in offers or [Offer()] * len(prompts)]
-        return [
-            read_answer(self.tokenizer, prompt, new, some)
-            for prompt, new, some in zip(ids, generated, tools, strict=True)
-        ]
+        generated = generate_ids(self.model, self.tokenizer, ids, longest, self.settings.batch_size, what)
+        return [read_answer(self.tokenizer, *parts) for parts in zip(ids, generated, tools, strict=True)]
 
     def prompt_tokens(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None = None) -> list[int] | None:
         """Tokens of each prompt; None for a classifier, which is not prompted."""
         return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
 
     def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
-        """Whether the chat template refuses a prompt, e.g. a system prompt, or
-        worked examples in which a call has no result."""
+        """Whether the chat template refuses a prompt, e.g. a system prompt, or worked examples with an open call."""
         try:
             self._encode(prompts, offers)
         except InputError as error:
@@ -204,31 +197,25 @@ class EvaluatedModel:
 def select_questions(
     records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
 ) -> tuple[AnyTask | None, list[dict[str, Any]]]:
-    """Select the turns to answer. Returns the task (None for free text) and the
-    questions: test examples that end with the turn.
+    """Select the turns to answer.
 
     Args:
         records: the test split.
         train: the training split, whose responses are the labels of `labels: auto`.
+    Returns:
+        The task (None for free text) and the questions: test examples that end with the turn.
     """
     task: AnyTask | None
     if isinstance(settings.task, LabelTask):
-        task = label_set(
-            settings.task,
-            *(
-                list(filter(None, (response_text(r["messages"]) for r in with_prompt_and_response(s))))
-                for s in (train, records)
-            ),
-        )
+        task = label_set(settings.task, _responses(train), _responses(records))
     else:
         task = settings.task
     answerable = with_task_answers(records, task)
     if task and not isinstance(task, LabelSet) and records and not answerable:
-        form = (
-            f"a JSON object with the fields {', '.join(task.fields)} and allowed values"
-            if isinstance(task, Task)
-            else f"a text with a final answer ({task.final_answer})"
-        )
+        if isinstance(task, Task):
+            form = f"a JSON object with the fields {', '.join(task.fields)} and allowed values"
+        else:
+            form = f"a text with a final answer ({task.final_answer})"
         log.warning(
             f"params.yaml: evaluation.task: none of {len(records)} test answers is {form}; answers are scored as free"
             " text. Remove evaluation.task, or describe your own answers"
@@ -240,23 +227,28 @@ def select_questions(
     return task, [question for question in questions if question["example_id"] in chosen]
 
 
+def _responses(records: Sequence[dict[str, Any]]) -> list[str]:
+    texts = [response_text(record["messages"]) for record in with_prompt_and_response(records)]
+    return [text for text in texts if text]
+
+
 def turns(record: dict[str, Any], task: AnyTask | None, last: bool) -> list[dict[str, Any]]:
-    """The questions of a test example: itself if its last turn is answered, and
-    its beginning up to each earlier turn with tool calls.
+    """The questions of a test example: up to each earlier turn with tool calls, and the whole example.
 
-    The calls are in earlier turns, because a conversation goes on with their
-    results. Under a task with labels only last turns are answered.
+    The calls are in earlier turns, because a conversation goes on with their results. Under a task with labels only
+    last turns are answered.
 
+    Args:
+        last: whether the last turn is answered.
     Returns:
         Records that end with the answered turn. Those of earlier turns have the index of its message as `turn`.
     """
-    messages = record["messages"]
-    earlier = (
-        []
-        if isinstance(task, Task | LabelSet)
-        else [i for i, message in enumerate(messages[:-1]) if i and _calls_in_training(message)]
-    )
-    return [*({**record, "messages": messages[: i + 1], "turn": i} for i in earlier), *([record] if last else [])]
+    questions = []
+    if not isinstance(task, Task | LabelSet):
+        messages = record["messages"]
+        earlier = [i for i in range(1, len(messages) - 1) if _calls_in_training(messages[i])]
+        questions = [{**record, "messages": messages[: i + 1], "turn": i} for i in earlier]
+    return [*questions, record] if last else questions
 
 
 def _calls_in_training(message: Mapping[str, Any]) -> bool:
@@ -293,6 +285,7 @@ def result_rows(
 ) -> list[dict[str, Any]]:
     """A system's rows of the results table, with null for missing answers, prompts or likelihoods."""
     nothing = [None] * len(records)
+    columns = (records, answers or nothing, prompt_tokens or nothing, likelihoods or [(None, None)] * len(records))
     return [
         {
             "system": system,
@@ -304,13 +297,7 @@ def result_rows(
             "nll": nll,
             "tokens": n,
         }
-        for record, answer, length, (nll, n) in zip(
-            records,
-            answers or nothing,
-            prompt_tokens or nothing,
-            likelihoods or [(None, None)] * len(records),
-            strict=True,
-        )
+        for record, answer, length, (nll, n) in zip(*columns, strict=True)
     ]
 
 
@@ -341,13 +328,11 @@ def slices(
         "by_category": [name if name in most else OTHERS for name in categories],
         "by_prompt_words": thirds([len(split_words(subject_text(record["messages"]))) for record in records]),
     }
-    return {
-        grouping: {
-            name: _slice([i for i, other in enumerate(names) if other == name], records, likelihoods, scored, values)
-            for name in sorted(set(names))
-        }
-        for grouping, names in groupings.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for grouping, names in groupings.items():
+        members = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
+        found[grouping] = {name: _slice(some, records, likelihoods, scored, values) for name, some in members.items()}
+    return found
 
 
 def _slice(
@@ -361,24 +346,17 @@ def _slice(
 
     scores = [values[records[i]["example_id"]] for i in members if records[i]["example_id"] in values]
     counted = [likelihoods[i] for i in members if likelihoods[i][1]] if likelihoods else []
-    return {
-        "n": len(members),
-        **({"perplexity": rounded(perplexity(np.array(counted).sum(0)))} if counted else {}),
-        **({"answered": len(scores), scored: rounded(sum(scores) / len(scores))} if scores else {}),
-    }
+    found: dict[str, Any] = {"n": len(members)}
+    if counted:
+        found["perplexity"] = rounded(perplexity(np.array(counted).sum(0)))
+    if scores:
+        found |= {"answered": len(scores), scored: rounded(sum(scores) / len(scores))}
+    return found
 
 
 def thirds(lengths: Sequence[int]) -> list[str]:
     """Name of the tercile (short, medium, long) of each length, with its bounds."""
     ordered = sorted(lengths)
     low, high = (ordered[max(0, len(ordered) * k // 3 - 1)] for k in (1, 2))
-    return [
-        (
-            f"short, up to {low}"
-            if n <= low
-            else f"medium, {low + 1} to {high}"
-            if n <= high
-            else f"long, {high + 1} and more"
-        )
-        for n in lengths
-    ]
+    names = (f"short, up to {low}", f"medium, {low + 1} to {high}", f"long, {high + 1} and more")
+    return [names[(n > low) + (n > high)] for n in lengths]

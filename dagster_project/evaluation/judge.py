@@ -1,5 +1,7 @@
-"""Pairs of answers judged by a language model, over any OpenAI-compatible
-endpoint and in both orders, or by the project's reward model."""
+"""Pairs of answers judged by a language model or by the project's reward model.
+
+The language model is asked over any OpenAI-compatible endpoint, about each pair in both orders.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 MAX_REPLY_BYTES = 1 << 20
 """Most bytes read from a reply."""
 MAX_TOKENS = 10**9
-"""Most tokens that a reply can have cost. An endpoint that reports more, or
-less than none, counts as one that reports nothing."""
+"""Most tokens that a reply can have cost. An endpoint that reports more, or less than none, counts as one that reports
+nothing."""
 
 Verdict = Choice | Literal["refused", "malformed"]
 
@@ -61,24 +63,16 @@ class Endpoint:
         try:
             parts = urlsplit(self.url)
             (parts.hostname or "").encode("idna")  # as the connection does: a label of a host has 1 to 63 characters
-            plain = (
-                parts.scheme in {"http", "https"}
-                and parts.hostname
-                and (parts.port or 1)
-                and self.url.isascii()
-                and self.url.isprintable()
-            )
+            host = parts.scheme in {"http", "https"} and parts.hostname and (parts.port or 1)
         except ValueError:
-            plain = False
-        if not plain or " " in self.url or parts.query or parts.fragment or "@" in parts.netloc:
-            raise InputError(
-                "--endpoint: not a valid endpoint URL",
-                "write https://host/v1; put the key into an environment variable",
-            )
+            host = False
+        plain = self.url.isascii() and self.url.isprintable() and " " not in self.url
+        if not host or not plain or parts.query or parts.fragment or "@" in parts.netloc:
+            hint = "write https://host/v1; put the key into an environment variable"
+            raise InputError("--endpoint: not a valid endpoint URL", hint)
         if self.key_env and parts.scheme == "http" and parts.hostname not in LOOPBACK:
-            raise InputError(
-                f"--endpoint {self.url}: the key would travel unencrypted", "use https, or leave --key-env out"
-            )
+            problem = f"--endpoint {self.url}: the key would travel unencrypted"
+            raise InputError(problem, "use https, or leave --key-env out")
 
     def headers(self) -> dict[str, str]:
         """HTTP headers of a request.
@@ -117,10 +111,9 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
     Raises:
         PedigreeError: the request was rejected, or no reply came after all attempts.
     """
+    url = f"{endpoint.url.rstrip('/')}/chat/completions"
     body = json.dumps({"model": endpoint.model, "messages": messages, "temperature": 0}).encode()
-    request = urllib.request.Request(
-        f"{endpoint.url.rstrip('/')}/chat/completions", body, endpoint.headers(), method="POST"
-    )
+    request = urllib.request.Request(url, body, endpoint.headers(), method="POST")
     direct = [urllib.request.ProxyHandler({})] if urlsplit(endpoint.url).hostname in LOOPBACK else []
     opener = urllib.request.build_opener(_NoRedirect, *direct)
     for attempt in range(endpoint.attempts):
@@ -131,9 +124,8 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
             error.close()
             problem = f"HTTP {error.code}"
             if error.code != 429 and error.code < 500:
-                raise PedigreeError(
-                    f"{endpoint.url}: {problem}", STATUS_HINTS.get(error.code, "check --endpoint and --model")
-                ) from None
+                hint = STATUS_HINTS.get(error.code, "check --endpoint and --model")
+                raise PedigreeError(f"{endpoint.url}: {problem}", hint) from None
             after = error.headers.get("Retry-After", "")
             pause = float(after) if after.isascii() and after.isdecimal() else pause
         except (OSError, HTTPException) as error:
@@ -141,15 +133,15 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
         if attempt + 1 < endpoint.attempts:
             log.info(f"judge: {problem}, retrying")
             wait(min(pause, 60.0))
-    raise PedigreeError(
-        f"{endpoint.url}: no reply after {endpoint.attempts} attempts ({problem})",
-        "check the endpoint, or try again later",
-    )
+    problem = f"{endpoint.url}: no reply after {endpoint.attempts} attempts ({problem})"
+    raise PedigreeError(problem, "check the endpoint, or try again later")
 
 
 def _exchange(opener: urllib.request.OpenerDirector, request: urllib.request.Request, deadline: float) -> bytes:
-    """Send a request and read the reply, up to `MAX_REPLY_BYTES`. The timeout
-    of a socket is that of one operation, so time is looked at between them."""
+    """Send a request and read the reply, up to `MAX_REPLY_BYTES`.
+
+    The timeout of a socket is that of one operation, so time is looked at between them.
+    """
     pieces, size = [], 0
     with opener.open(request, timeout=max(deadline - time.monotonic(), 0.001)) as reply:
         while size < MAX_REPLY_BYTES and time.monotonic() < deadline and (piece := reply.read1(MAX_REPLY_BYTES - size)):
@@ -187,9 +179,10 @@ def _within(seconds: float, exchange: Callable[[float], bytes]) -> bytes:
     return result
 
 
-STATUS_HINTS = dict.fromkeys(
-    (401, 403), "check the key in the environment variable named by --key-env"
-) | dict.fromkeys((301, 302, 303, 307, 308), "use the URL that it redirects to; the key is not forwarded")
+STATUS_HINTS = {
+    **dict.fromkeys((401, 403), "check the key in the environment variable named by --key-env"),
+    **dict.fromkeys((301, 302, 303, 307, 308), "use the URL that it redirects to; the key is not forwarded"),
+}
 """HTTP status -> hint."""
 
 
@@ -221,15 +214,12 @@ OUTCOME_OF_ORDERS: dict[tuple[Verdict, Verdict], Outcome] = {
 
 
 def _question(pair: Pair, answers: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages to the judge. The content is JSON, so that an answer cannot
-    imitate the end of its own field. Traces are not judged."""
-    tools = {"tools": pair.tools} if pair.tools else {}
-    asked = {
-        **tools,
-        "prompt": pair.prompt,
-        "answer_a": _answer_content(answers[0]),
-        "answer_b": _answer_content(answers[1]),
-    }
+    """Messages to the judge.
+
+    The content is JSON, so that an answer cannot imitate the end of its own field. Traces are not judged.
+    """
+    shown = {"answer_a": _answer_content(answers[0]), "answer_b": _answer_content(answers[1])}
+    asked = {**({"tools": pair.tools} if pair.tools else {}), "prompt": pair.prompt, **shown}
     return [
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": json.dumps(asked, ensure_ascii=False)},
@@ -249,8 +239,10 @@ def judge(
     price: tuple[float, float] | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Judge the first n pairs in both orders. A system wins a pair if it wins in both orders; conflicting orders are a
-    tie; a pair without a verdict in one order is excluded.
+    """Judge the first n pairs in both orders.
+
+    A system wins a pair if it wins in both orders; conflicting orders are a tie; a pair without a verdict in one order
+    is excluded.
 
     Args:
         price: per million prompt tokens and per million completion tokens.
@@ -281,10 +273,8 @@ def judge(
             disagreed += (verdicts[0], verdicts[1]) not in OUTCOME_OF_ORDERS
         progress.advance()
     if not outcomes:
-        raise CheckFailed(
-            f"{endpoint.model}: no verdict on {many(len(pairs), 'pair')} ({_invalid_text(invalid)})",
-            "use another model",
-        )
+        problem = f"{endpoint.model}: no verdict on {many(len(pairs), 'pair')} ({_invalid_text(invalid)})"
+        raise CheckFailed(problem, "use another model")
     cost = (tokens["prompt"] * price[0] + tokens["completion"] * price[1]) / 1e6 if price and not unmetered else None
     return {
         "systems": list(match.systems),
@@ -322,9 +312,8 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     failed = "; ".join(f"{name}: {note}" for name, note in failed_checks(folder).items())
     if not (folder / "config.json").is_file():
         if (folder / QUALITY).is_file():
-            raise InputError(
-                f"data/reward_model: no weights were saved: {failed}", "change reward_model in params.yaml"
-            )
+            problem = f"data/reward_model: no weights were saved: {failed}"
+            raise InputError(problem, "change reward_model in params.yaml")
         raise InputError("data/reward_model: there is no reward model yet", "run `dvc repro reward_model`")
     if failed:
         log.warning(f"the reward model failed its checks: {failed}")
@@ -332,31 +321,26 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     asked = [{"prompt": pair.prompt, "tools": pair.tools} for pair in pairs for _ in pair.turns]
     answers = [answer for pair in pairs for answer in pair.turns]
     rewards = RewardModel(folder, torch.device("cpu"), torch.float32).of_answers(asked, answers, what="judge")
-    by_pair = zip(rewards[::2], rewards[1::2], strict=True)
-    outcomes: dict[str, Outcome] = {
-        pair.id: "win" if first > second else "loss" if first < second else "tie"
-        for pair, (first, second) in zip(pairs, by_pair, strict=True)
-    }
+    outcomes: dict[str, Outcome] = {}
+    for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
+        outcomes[pair.id] = "win" if first > second else "loss" if first < second else "tie"
     mean = {name: round(sum(rewards[i::2]) / len(pairs), 4) for i, name in enumerate(match.systems)} if pairs else {}
     same = len(pairs) > 1 and len(set(rewards)) == 1
-    alarm = (
-        f"all {len(rewards)} answers have the same reward: the rewards do not depend on the answers" if same else None
-    )
+    alarm = f"all {len(rewards)} answers have the same reward: the rewards do not depend on the answers"
     return {
         "systems": list(match.systems),
         "model": "the reward model",
         **tally(pairs, outcomes),
         "mean_reward": mean,
-        "alarm": alarm,
+        "alarm": alarm if same else None,
     }
 
 
 def by_reward_text(result: Mapping[str, Any]) -> str:
     """The result as text for the terminal."""
     means = ", ".join(f"{name} {value:.3f}" for name, value in result["mean_reward"].items())
-    return visible(
-        "\n".join([f"judged by {result['model']}", *as_text(result), f"mean reward: {means}", *_alarm_text(result)])
-    )
+    lines = [f"judged by {result['model']}", *as_text(result), f"mean reward: {means}", *_alarm_text(result)]
+    return visible("\n".join(lines))
 
 
 def _alarm_text(result: Mapping[str, Any]) -> list[str]:
@@ -366,17 +350,10 @@ def _alarm_text(result: Mapping[str, Any]) -> list[str]:
 def _usage(reply: Any) -> dict[str, int]:
     """Token counts from the endpoint; empty if it reports none that are possible."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
-    prompt, completion = (
-        usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion")
-    )
-    if (
-        type(prompt) is int
-        and type(completion) is int
-        and min(prompt, completion) >= 0
-        and max(prompt, completion) <= MAX_TOKENS
-    ):
-        return {"prompt": prompt, "completion": completion}
-    return {}
+    if not isinstance(usage, dict):
+        return {}
+    counts: dict[str, Any] = {name: usage.get(f"{name}_tokens") for name in ("prompt", "completion")}
+    return counts if all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts.values()) else {}
 
 
 def _invalid_text(counts: Mapping[str, int]) -> str:
@@ -385,19 +362,18 @@ def _invalid_text(counts: Mapping[str, int]) -> str:
 
 def judge_text(result: Mapping[str, Any]) -> str:
     """The result as text for the terminal."""
-    tokens, positions = result["tokens"], result["places"]
-    usage = (
-        f"{tokens['prompt']:,} + {tokens['completion']:,} tokens" if tokens else "tokens not counted by the endpoint"
-    )
+    tokens, positions, disagreed = result["tokens"], result["places"], many(result["disagreed"], "pair")
+    usage = "tokens not counted by the endpoint"
+    if tokens:
+        usage = f"{tokens['prompt']:,} + {tokens['completion']:,} tokens"
+    if result["cost"] is not None:
+        usage += f", cost {result['cost']:.4f}"
     lines = [
         f"judged by {result['model']}, each pair in both orders",
         *as_text(result),
-        (
-            f"the orders disagree on {many(result['disagreed'], 'pair')}, a tie each; without a verdict:"
-            f" {_invalid_text(result)}"
-        ),
+        f"the orders disagree on {disagreed}, a tie each; without a verdict: {_invalid_text(result)}",
         f"places chosen: A {positions['a']}, B {positions['b']}, tie {positions['tie']}",
-        usage + (f", cost {result['cost']:.4f}" if result["cost"] is not None else ""),
+        usage,
         *_alarm_text(result),
     ]
     return visible("\n".join(lines))

@@ -35,9 +35,8 @@ class LabelTask(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _auto_or_texts(cls, value: Any) -> Any:
-        if value != "auto" and not (
-            isinstance(value, list) and value and all(isinstance(name, str) and name.strip() for name in value)
-        ):
+        named = isinstance(value, list) and value and all(isinstance(name, str) and name.strip() for name in value)
+        if value != "auto" and not named:
             raise ValueError('must be `auto`, or a list of labels as text; quote numbers, true and false: ["0", "1"]')
         return value
 
@@ -61,8 +60,8 @@ class LabelSet:
     known: tuple[str, ...]
     """Labels of the training split, or those listed in params.yaml."""
     unseen: tuple[str, ...] = ()
-    """With `auto`: labels that occur only in the test split. No instruction
-    lists them, but answers with them are scored normally."""
+    """With `auto`: labels that occur only in the test split. No instruction lists them, but answers with them are
+    scored normally."""
 
     @cached_property
     def labels(self) -> list[str]:
@@ -126,9 +125,8 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
                 " for answers without a label",
                 "rename it in the source",
             )
-    return LabelSet(
-        *(tuple(sorted(_most_frequent_spelling(found) for found in names.values())) for names in (spellings, others))
-    )
+    known, unseen = (tuple(sorted(map(_most_frequent_spelling, names.values()))) for names in (spellings, others))
+    return LabelSet(known, unseen)
 
 
 def per_label(labels: LabelSet, sums: Sequence[float]) -> dict[str, dict[str, float]]:

@@ -44,10 +44,9 @@ class Task(Section):
     def _labels_exist(self) -> Task:
         if not self.fields.get(self.score):
             raise ValueError(f"score: {self.score!r} must be one of `fields` and list its labels")
+        # macro-F1 would count it as often
         if repeated := [name for name, count in Counter(self.labels).items() if count > 1]:
-            raise ValueError(
-                f"fields: {self.score} lists {', '.join(map(repr, repeated))} more than once"
-            )  # macro-F1 would count it as often
+            raise ValueError(f"fields: {self.score} lists {', '.join(map(repr, repeated))} more than once")
         return self
 
     @property
@@ -66,13 +65,11 @@ def parse(answer: str) -> dict[str, Any] | None:
 
 def follows(task: Task, value: dict[str, Any] | None) -> bool:
     """Whether a value has exactly the task's fields, each with an allowed value."""
-    return (
-        value is not None
-        and value.keys() == task.fields.keys()
-        and all(
-            isinstance(value[name], str) and (not allowed or value[name] in allowed)
-            for name, allowed in task.fields.items()
-        )
+    if value is None or value.keys() != task.fields.keys():
+        return False
+    return all(
+        isinstance(value[name], str) and (not allowed or value[name] in allowed)
+        for name, allowed in task.fields.items()
     )
 
 
@@ -84,13 +81,16 @@ def is_answer(task: AnyTask, response: str) -> bool:
     """Whether a reference response is an answer to the task."""
     if isinstance(task, FinalAnswer):
         return task.extract(response) is not None
-    return task.of_response(response) is not None if isinstance(task, LabelSet) else follows(task, parse(response))
+    if isinstance(task, LabelSet):
+        return task.of_response(response) is not None
+    return follows(task, parse(response))
 
 
 def label(task: AnyTask, answer: str) -> str:
-    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks:
-    the label field, whose case does not count if only one label fits, or else the
-    first label mentioned anywhere, the longest one of several at the same place.
+    """Label or final answer of an answer; NO_LABEL if there is none.
+
+    For JSON tasks: the label field, whose case does not count if only one label fits, or else the first label mentioned
+    anywhere, the longest one of several at the same place.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
@@ -102,11 +102,10 @@ def label(task: AnyTask, answer: str) -> str:
     given = (parse(answer) or {}).get(task.score)
     if given in task.labels:
         return str(given)
-    if (
-        isinstance(given, str)
-        and len(same := [name for name in task.labels if name and normalized(name) == normalized(given)]) == 1
-    ):
-        return same[0]
+    if isinstance(given, str):
+        same = [name for name in task.labels if name and normalized(name) == normalized(given)]
+        if len(same) == 1:
+            return same[0]
     positions = {name: match.start() for name in task.labels if name and (match := _mention(name).search(answer))}
     return min(positions, key=lambda name: (positions[name], -len(name)), default=NO_LABEL)  # "bug report", not "bug"
 
@@ -146,29 +145,19 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
     text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **custom}
     if task is None:
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
+    same = _mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual))
+    accuracy = Measure(same, paired=True)
     if isinstance(task, FinalAnswer):
-        final = {
-            "accuracy": Measure(
-                _mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True
-            ),
-            "no_final_answer": Measure(_mean_statistics(lambda _, actual: task.extract(actual) is None), paired=True),
-        }
-        return {**final, "exact_match": exact, "rouge_l": rouge, **text} if writes else {}
-    named = {
-        "macro_f1": Measure(lambda expected, actual: _label_counts(task, expected, actual), macro_f1, paired=True),
-        "accuracy": Measure(
-            _mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True
-        ),
-    }
+        none = Measure(_mean_statistics(lambda _, actual: task.extract(actual) is None), paired=True)
+        final = {"accuracy": accuracy, "no_final_answer": none, "exact_match": exact, "rouge_l": rouge, **text}
+        return final if writes else {}
+    macro = Measure(lambda expected, actual: _label_counts(task, expected, actual), macro_f1, paired=True)
+    named = {"macro_f1": macro, "accuracy": accuracy}
     if not writes:
         return named
     if isinstance(task, LabelSet):
-        return {
-            **named,
-            "valid_label": Measure(_mean_statistics(lambda _, actual: label(task, actual) != NO_LABEL)),
-            "exact_match": exact,
-            **custom,
-        }
+        valid = Measure(_mean_statistics(lambda _, actual: label(task, actual) != NO_LABEL))
+        return {**named, "valid_label": valid, "exact_match": exact, **custom}
     fields: dict[str, Measure] = {}
     for name, allowed in task.fields.items():
         if allowed:
@@ -203,8 +192,7 @@ def by_label(task: AnyTask | None, references: Sequence[str], answers: Sequence[
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """exp of the mean negative log-likelihood per token, with equal weight per
-    token; from sums of (nats, tokens), (..., 2) -> (...)."""
+    """exp of the mean negative log-likelihood per token, from sums of (nats, tokens): (..., 2) -> (...)."""
     import numpy as np
 
     return np.exp(rate(sums))
@@ -221,12 +209,11 @@ def perplexity_interval(scores: Sequence[tuple[float, int]], units: Sequence[str
     """
     import numpy as np
 
-    counted = [(score, of) for score, of in zip(scores, units, strict=True) if score[1]]
+    counted = [(score, unit) for score, unit in zip(scores, units, strict=True) if score[1]]
     if not counted:
         return {}
-    value, interval = estimate(
-        perplexity, summed(np.array([score for score, _ in counted], dtype=float), [of for _, of in counted])
-    )
+    sums = np.array([score for score, _ in counted], dtype=float)
+    value, interval = estimate(perplexity, summed(sums, [unit for _, unit in counted]))
     return {"perplexity": value, "perplexity_interval": interval}
 
 
@@ -235,7 +222,8 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
 
     Args:
         sums: how often each class is true, predicted, and both, (..., 3 * classes).
-    Returns: (...,)
+    Returns:
+        (...,)
     """
     import numpy as np
 
@@ -249,28 +237,25 @@ def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Seq
     """One-hot true class, predicted class (zeros for NO_LABEL) and their agreement per example, (n, 3 * classes)."""
     import numpy as np
 
-    true, predicted = (
-        np.array(
-            [
-                [predicted_label == name for name in task.labels]
-                for predicted_label in (label(task, text) for text in texts)
-            ]
-        ).reshape(-1, len(task.labels))
-        for texts in (references, answers)
-    )
+    def one_hot(texts: Sequence[str]) -> np.ndarray:
+        labels = [label(task, text) for text in texts]
+        return np.array([[given == name for name in task.labels] for given in labels]).reshape(-1, len(task.labels))
+
+    true, predicted = one_hot(references), one_hot(answers)
     return np.concatenate([true, predicted, true & predicted], axis=1).astype(float)
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation; of
-    characters in scripts without spaces. Of texts without words, such as emoji: whether they are equal."""
+    """F1 of the longest common subsequence of `words` (ROUGE-L; Lin 2004, section 3).
+
+    Of texts without words, such as emoji: whether they are equal.
+    """
     reference_words, answer_words = words(reference), words(answer)
     bits: dict[str, int] = {}
     for i, word in enumerate(reference_words):
         bits[word] = bits.get(word, 0) | 1 << i
-    row = full = (
-        1 << len(reference_words)
-    ) - 1  # one bit per reference word; bits that end a longer subsequence become 0 (Hyyrö 2004)
+    # one bit per reference word; bits that end a longer subsequence become 0 (Hyyrö 2004)
+    row = full = (1 << len(reference_words)) - 1
     for word in answer_words:
         row = ((row + (row & bits.get(word, 0))) | (row & ~bits.get(word, 0))) & full
     shared = len(reference_words) - row.bit_count()
@@ -295,8 +280,10 @@ def _token_f1_counts(expected: Any, actual: Any) -> tuple[float, int]:
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case, each letter with its accents one character where
-    Unicode has it; in scripts without spaces between words, each character."""
+    """Words in lower case without punctuation; in scripts without spaces between words, each character.
+
+    A letter with its accents is one character where Unicode has it.
+    """
     return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
@@ -310,9 +297,8 @@ def _mean_statistics(value: Callable[[str, str], float]) -> Callable[[Sequence[s
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         import numpy as np
 
-        return np.array(
-            [(value(reference, answer), 1) for reference, answer in zip(references, answers, strict=True)], dtype=float
-        ).reshape(-1, 2)
+        pairs = zip(references, answers, strict=True)
+        return np.array([(value(reference, answer), 1) for reference, answer in pairs], dtype=float).reshape(-1, 2)
 
     return statistics
 
@@ -333,7 +319,9 @@ def _field(
 
 def _sacrebleu(name: str, paired: bool = False) -> Measure:
     """A corpus score of sacrebleu with its default settings, 0 to 100, but for the tokenizer of scripts without spaces.
-    Summing sentence statistics is also how sacrebleu bootstraps."""
+
+    Summing sentence statistics is also how sacrebleu bootstraps.
+    """
 
     def metric(**settings: str) -> Any:
         from sacrebleu import metrics
@@ -356,13 +344,14 @@ def _sacrebleu(name: str, paired: bool = False) -> Measure:
 
 
 def _tokenizer(texts: Sequence[str]) -> str:
-    """sacrebleu's tokenizer for BLEU: its default, 13a; or, if most words are of scripts without spaces, in which a
-    whole sentence would be one token, zh for Chinese and char for the others."""
+    """sacrebleu's tokenizer for BLEU: its default, 13a, unless most words are of scripts without spaces.
+
+    In these a whole sentence would be one token: zh for Chinese, and char for the others. Japanese has syllables
+    between its Chinese characters.
+    """
     found = [word for text in texts for word in words(text)]
     unspaced = [word for word in found if re.match(f"[{WITHOUT_SPACES}]", word)]
     if 2 * len(unspaced) <= len(found):
         return "13a"
     chinese = sum("\u3400" <= word <= "\u9fff" for word in unspaced)
-    return (
-        "zh" if 10 * chinese >= 9 * len(unspaced) else "char"
-    )  # Japanese has syllables between its Chinese characters
+    return "zh" if 10 * chinese >= 9 * len(unspaced) else "char"

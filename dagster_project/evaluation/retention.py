@@ -33,15 +33,14 @@ def retention_schema() -> pa.Schema:
     """One row per benchmark question, for one model."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("benchmark", pa.string()),  # file name without extension
-            ("question", pa.int64()),  # row in the file, from 0
-            ("subject", pa.string()),  # the row's subject or category; else the benchmark
-            ("gold_logprob", pa.float64()),  # nats, summed over the tokens of the correct choice
-            ("correct", pa.bool_()),  # the correct choice is the most likely one: lm-eval's `acc`
-        ]
-    )
+    columns = [
+        ("benchmark", pa.string()),  # file name without extension
+        ("question", pa.int64()),  # row in the file, from 0
+        ("subject", pa.string()),  # the row's subject or category; else the benchmark
+        ("gold_logprob", pa.float64()),  # nats, summed over the tokens of the correct choice
+        ("correct", pa.bool_()),  # the correct choice is the most likely one: lm-eval's `acc`
+    ]
+    return pa.schema(columns)
 
 
 def read_benchmarks(root: Path, paths: Sequence[str]) -> dict[str, list[Item]]:
@@ -54,10 +53,8 @@ def read_benchmarks(root: Path, paths: Sequence[str]) -> dict[str, list[Item]]:
     for path in paths:
         name = Path(path).stem
         if name in benchmarks:
-            raise InputError(
-                f"params.yaml: evaluation.benchmarks: two files are named {name}",
-                "rename one: scores are reported by this name",
-            )
+            problem = f"params.yaml: evaluation.benchmarks: two files are named {name}"
+            raise InputError(problem, "rename one: scores are reported by this name")
         benchmarks[name] = read_multiple_choice(inside(root, path, "evaluation.benchmarks"))
     return benchmarks
 
@@ -76,12 +73,8 @@ def ask(
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns about a model object instead of a name
-    scorer = HFLM(
-        pretrained=_LmEvalModel(model),
-        tokenizer=tokenizer,
-        batch_size=min(batch_size, MAX_BATCH),
-        softmax_dtype="float32",
-    )
+    most = min(batch_size, MAX_BATCH)
+    scorer = HFLM(pretrained=_LmEvalModel(model), tokenizer=tokenizer, batch_size=most, softmax_dtype="float32")
     log.setLevel(level)
     rows = []
     for benchmark, items in benchmarks.items():
@@ -96,22 +89,18 @@ def ask(
             scores = iter(scorer.loglikelihood(requests, disable_tqdm=True))
             for item in batch:
                 nats = [next(scores)[0] for _ in item.choices]
-                rows.append(
-                    {
-                        "benchmark": benchmark,
-                        "question": item.row,
-                        "subject": item.subject or benchmark,
-                        "gold_logprob": nats[item.answer or 0],
-                        "correct": nats.index(max(nats)) == item.answer,
-                    }
-                )
+                gold, correct = nats[item.answer or 0], nats.index(max(nats)) == item.answer
+                question = {"benchmark": benchmark, "question": item.row, "subject": item.subject or benchmark}
+                rows.append({**question, "gold_logprob": gold, "correct": correct})
             progress.advance(len(batch))
     return rows
 
 
 class _LmEvalModel:
-    """Adapter from a loaded model to the interface of lm-eval. Not a torch
-    module, so that lm-eval does not re-tie weights that tuning untied."""
+    """Adapter from a loaded model to the interface of lm-eval.
+
+    Not a torch module, so that lm-eval does not re-tie weights that tuning untied.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.device = model, model.config, model.device
@@ -129,11 +118,10 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Change of accuracy and log-likelihood by tuning, over all questions
-    (`overall`) and by subject; empty without questions.
+    """Change of accuracy and log-likelihood by tuning, `overall` and by subject; empty without questions.
 
-    The log-likelihood is that of the correct choices, in nats per question, so
-    that a change is visible before an answer flips.
+    The log-likelihood is that of the correct choices, in nats per question, so that a change is visible before an
+    answer flips.
 
     Args:
         base, tuned: rows of `retention_schema`.
@@ -142,35 +130,33 @@ def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
 
     if not base or not tuned:
         return {}
-    of_base = {(row["benchmark"], row["question"]): row for row in base}
-    pairs = [(of_base[row["benchmark"], row["question"]], row) for row in tuned]
-    groups = {"overall": pairs} | {
-        subject: [pair for pair in pairs if pair[1]["subject"] == subject]
-        for subject in sorted({row["subject"] for row in tuned} - {"overall"})
-    }
+    by_question = {(row["benchmark"], row["question"]): row for row in base}
+    pairs = [(by_question[row["benchmark"], row["question"]], row) for row in tuned]
+    groups = {"overall": pairs}
+    for subject in sorted({row["subject"] for row in tuned} - {"overall"}):
+        groups[subject] = [pair for pair in pairs if pair[1]["subject"] == subject]
 
-    def statistics(members: Sequence[tuple[Mapping[str, Any], ...]], side: int, column: str) -> np.ndarray:
-        return np.array([(pair[side][column], 1) for pair in members], dtype=float)
+    def statistics(members: Sequence[tuple[Mapping[str, Any], ...]], column: str) -> list[np.ndarray]:
+        return [np.array([(pair[side][column], 1) for pair in members], dtype=float) for side in (0, 1)]
 
     changes: dict[str, Any] = {}
     for name, members in groups.items():
-        correct, nats = (
-            [statistics(members, side, column) for side in (0, 1)] for column in ("correct", "gold_logprob")
-        )
+        before, after = statistics(members, "correct")
+        shares = {"base": rounded(rate(before.sum(0))), "tuned": rounded(rate(after.sum(0)))}
+        nats_before, nats_after = statistics(members, "gold_logprob")
         changes[name] = {
-            "accuracy": {
-                **{system: rounded(rate(sums.sum(0))) for system, sums in zip(("base", "tuned"), correct, strict=True)},
-                **difference(rate, correct[1], correct[0]),
-            },
-            "gold_log_likelihood": difference(rate, nats[1], nats[0]),
+            "accuracy": {**shares, **difference(rate, after, before)},
+            "gold_log_likelihood": difference(rate, nats_after, nats_before),
             "questions": len(members),
         }
     return changes
 
 
 def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str]:
-    """A warning with remedies, if accuracy fell by more than `forgetting`, or
-    correct answers are significantly and at least two times less likely.
+    """A warning with remedies, if the variant forgot what the benchmarks ask.
+
+    That is, accuracy fell by more than `forgetting`, or correct answers are significantly and at least two times less
+    likely.
 
     Args:
         changes: result of `retained`.

@@ -11,8 +11,10 @@ from dagster_project.training.inference.answers import Answer
 
 
 def sample(record: Mapping[str, Any], answers: Mapping[str, Answer], marks: Mapping[str, float]) -> dict[str, Any]:
-    """The texts of a question. Only where there is more than text: the
-    `conversation` before the answer, and `messages` with traces or calls."""
+    """The texts of a question.
+
+    Only where there is more than text: the `conversation` before the answer, and `messages` with traces or calls.
+    """
     *prompt, response = record["messages"]
     tools = {"tools": record["tools"]} if record.get("tools") else {}
     rich = {name: answer.message for name, answer in answers.items() if answer.calls or answer.reasoning}

@@ -1,10 +1,13 @@
-"""Scores of a system's answers to the questions: text measures on references with text, call measures on references
-with tool calls, and those of final answers on references with one."""
+"""Scores of a system's answers to the questions.
+
+Text measures cover references with text, call measures those with tool calls, and final answers those with one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
@@ -26,8 +29,8 @@ CALLS: dict[str, Same] = {
     "tool_name_accuracy": lambda reference, answer, _: same_names(reference, answer),
     "tool_call_valid": lambda _, answer, tools: is_valid(answer, tools),
 }
-"""Measures over the questions whose reference has calls. The first one decides
-if at least half of the questions are such."""
+"""Measures over the questions whose reference has calls. The first one decides if at least half of the questions are
+such."""
 FALSE_CALL = "false_call"
 """Share of answers with a call, over the questions that offer tools and whose reference has no call."""
 
@@ -60,9 +63,8 @@ class Scoring:
             text and (not isinstance(task, FinalAnswer) or is_answer(task, reference.content))
             for text, reference in zip(self.with_text, self.references, strict=True)
         ]
-        self.could_call = [
-            bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)
-        ]
+        tools_and_calls = zip(self.offers, self.with_calls, strict=True)
+        self.could_call = [bool(offer.tools) and not calls for offer, calls in tools_and_calls]
 
     def names(self, writes: bool = True) -> dict[str, bool]:
         """Measure -> whether it is paired. The first one is deciding, the second one is shown next to it.
@@ -70,11 +72,9 @@ class Scoring:
         Args:
             writes: False for a classifier, which generates no text.
         """
-        text = {
-            name: measure.paired
-            for name, measure in self._text(writes).items()
-            if any(self._covered(name)) or not self.references
-        }
+        text = {name: measure.paired for name, measure in self._text(writes).items()}
+        if self.references:
+            text = {name: paired for name, paired in text.items() if any(self._covered(name))}
         called = dict.fromkeys(CALLS, True) if any(self.with_calls) and writes else {}
         false = {FALSE_CALL: True} if any(self.could_call) and writes else {}
         return {**called, **text, **false} if self.calls_decide else {**text, **called, **false}
@@ -85,12 +85,11 @@ class Scoring:
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
         """Contribution of each example that a measure covers to its sums, (examples, k).
-        The turns of one example, and near-copies, are added up, because they are not
-        independent. A bootstrap sample of other examples alone would have the score 0."""
-        return summed(
-            self.values(name, answers, writes),
-            [one for one, counted in zip(self.units, self._covered(name), strict=True) if counted],
-        )
+
+        The turns of one example, and near-copies, are added up, because they are not independent. A bootstrap sample of
+        other examples alone would have the score 0.
+        """
+        return summed(self.values(name, answers, writes), list(compress(self.units, self._covered(name))))
 
     def values(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
         """Contribution of each question that a measure covers, (questions, k)."""
@@ -100,11 +99,13 @@ class Scoring:
         """Whether a measure covers each question."""
         if name in OF_FINAL_ANSWERS:
             return self.with_answer
-        return self.with_calls if name in CALLS else self.could_call if name == FALSE_CALL else self.with_text
+        if name in CALLS:
+            return self.with_calls
+        return self.could_call if name == FALSE_CALL else self.with_text
 
     def examples_of(self, name: str) -> int:
         """Number of test examples that a measure covers; near-copies count once."""
-        return len({one for one, counted in zip(self.units, self._covered(name), strict=True) if counted})
+        return len(set(compress(self.units, self._covered(name))))
 
     def questions_of(self, name: str) -> int:
         """Number of questions that a measure covers."""
@@ -115,15 +116,12 @@ class Scoring:
 
         if name in CALLS or name == FALSE_CALL:
             same: Same = CALLS.get(name, lambda _, answer, __: bool(answer.calls))
-            counted = self._covered(name)
-            triples = zip(self.references, answers, (offer.tools for offer in self.offers), strict=True)
-            return np.array(
-                [(n and same(*one), n) for n, one in zip(counted, triples, strict=True)], dtype=float
-            ).reshape(-1, 2)
-        kept = np.flatnonzero(self.with_text)
+            parts = zip(self._covered(name), self.references, answers, self.offers, strict=True)
+            shares = [(n and same(reference, answer, offer.tools), n) for n, reference, answer, offer in parts]
+            return np.array(shares, dtype=float).reshape(-1, 2)
         found = self._text(writes)[name].statistics(self.texts(self.references), self.texts(answers))
         values = np.zeros((len(answers), found.shape[1]))
-        values[kept] = found
+        values[np.flatnonzero(self.with_text)] = found
         return values
 
     def combine(self, name: str, writes: bool = True) -> Any:
@@ -136,31 +134,31 @@ class Scoring:
         if any(self.with_calls):
             scores |= {"n_text": sum(self.with_text), "n_calls": sum(self.with_calls)}
         for name in self.names(writes):
-            scores[name], scores[f"{name}_interval"] = estimate(
-                self.combine(name, writes), self.statistics(name, answers, writes)
-            )
+            sums = self.statistics(name, answers, writes)
+            scores[name], scores[f"{name}_interval"] = estimate(self.combine(name, writes), sums)
         return scores | by_label(self.task, self.texts(self.references), self.texts(answers))
 
     @property
     def mark_name(self) -> str:
         """What `marks` are."""
-        text = "accuracy" if self.task else "rouge_l"
-        return text if not any(self.with_calls) else ALL_MARKS if any(self.with_text) else next(iter(CALLS))
+        if not any(self.with_calls):
+            return self._text_mark
+        return ALL_MARKS if any(self.with_text) else next(iter(CALLS))
+
+    @property
+    def _text_mark(self) -> str:
+        return "accuracy" if self.task else "rouge_l"
 
     def marks(self, answers: Sequence[Answer], writes: bool = True) -> list[float]:
-        """A score from 0 to 1 for each answer: whether the calls are those of
-        the reference or, for text, accuracy or ROUGE-L."""
-        text = (
-            self._by_question("accuracy" if self.task else "rouge_l", answers, writes)[:, 0]
-            if any(self.with_text)
-            else [0.0] * len(answers)
-        )
-        called = self._by_question(next(iter(CALLS)), answers, writes)[:, 0]
-        return [float(call if calls else said) for calls, call, said in zip(self.with_calls, called, text, strict=True)]
+        """A score from 0 to 1 for each answer: for a reference with calls whether they are equal, else `_text_mark`."""
+        text = self._by_question(self._text_mark, answers, writes) if any(self.with_text) else None
+        called = self._by_question(next(iter(CALLS)), answers, writes)
+        marks = zip(self.with_calls, called, called if text is None else text, strict=True)
+        return [float(call[0] if calls else said[0]) for calls, call, said in marks]
 
     def texts(self, answers: Sequence[Answer]) -> list[str]:
         """Contents of the answers to questions with a reference text."""
-        return [answer.content for answer, text in zip(answers, self.with_text, strict=True) if text]
+        return [answer.content for answer in compress(answers, self.with_text)]
 
     def _text(self, writes: bool) -> dict[str, Measure]:
         return measures(self.task, self.custom, writes)

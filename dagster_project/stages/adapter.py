@@ -1,5 +1,8 @@
-"""tokenized + base_model -> adapter@X. One variant trained by its entry in params.yaml, with a record of which weights
-changed and which examples were used; or merged of other variants."""
+"""tokenized + base_model -> adapter@X.
+
+One variant trained by its entry in params.yaml, with a record of which weights changed and which examples were used; or
+merged of other variants.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -62,51 +64,31 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     refuse_warmup(params, ctx.section)
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.refuse_untrained(entry.peft, ctx.section)
-    methods.check(
-        entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True
-    )
+    checkpointed = entry.gradient_checkpointing is True
+    methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, checkpointed)
     sharding.check(entry, ctx.compute, ctx.section, entry.method)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":
-        raise InputError(
-            f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to"
-            " share",
-            "set it to 1",
-        )
+        problem = f"{ctx.section} uses feature_extraction, which has no optimizer steps to share"
+        raise InputError(f"params.yaml: compute.processes: {problem}", "set it to 1")
 
 
 def run(ctx: StageContext) -> Report:
-    params, inputs = ctx.variant_params("adapter", Params), (ctx.output_of("tokenized"), ctx.output_of("base_model"))
+    variant, params, compute = str(ctx.variant), ctx.variant_params("adapter", Params), ctx.compute
+    tokenized, base_model = ctx.output_of("tokenized"), ctx.output_of("base_model")
+    out, curve_file = ctx.out, ctx.plot("loss")
     if params.merge_of is not None:
         pages = pages_of(ctx.root, ctx.address)
         for earlier in (ctx.live, pages / "training.html", pages / "history.json"):  # of a training under this name
             remove(earlier)
-        return merging.merge_adapters(
-            str(ctx.variant),
-            params,
-            ctx.compute,
-            ctx.outputs_of("adapter"),
-            inputs[1],
-            out=ctx.out,
-            curve_file=ctx.plot("loss"),
-        )
+        adapters = ctx.outputs_of("adapter")
+        return merging.merge_adapters(variant, params, compute, adapters, base_model, out, curve_file)
     if params.command is not None:
         remove(ctx.live)  # the curves of an earlier training
-        folders = Folders(
-            ctx.root, *inputs, ctx.scratch / "command", ctx.checkpoints, ctx.out, ctx.plot("loss"), ctx.pages
-        )
-        return train_by_command(str(ctx.variant), params, ctx.compute, folders)
-    return produce(
-        str(ctx.variant),
-        params,
-        ctx.compute,
-        *inputs,
-        out=ctx.out,
-        curve_file=ctx.plot("loss"),
-        checkpoints=ctx.checkpoints,
-        live=ctx.live,
-        pages=ctx.pages,
-        hints=ctx.hints,
-    )
+        work = ctx.scratch / "command"
+        folders = Folders(ctx.root, tokenized, base_model, work, ctx.checkpoints, out, curve_file, ctx.pages)
+        return train_by_command(variant, params, compute, folders)
+    kept = ctx.checkpoints, ctx.live, ctx.pages
+    return produce(variant, params, compute, tokenized, base_model, out, curve_file, *kept, ctx.hints)
 
 
 def produce(
@@ -122,21 +104,16 @@ def produce(
     pages: Path | None = None,
     hints: ExecutionHints = NO_HINTS,
 ) -> Report:
-    """Args:
-    checkpoints: the variant's folder, which survives a killed run. It is removed once no check blocks.
-    live: folder for the curves so far; None to write none.
-    pages: folder for the documents that its page is drawn from.
+    """Train one variant, in several processes if the parameters say so.
+
+    Args:
+        checkpoints: the variant's folder, which survives a killed run. It is removed once no check blocks.
+        live: folder for the curves so far; None to write none.
+        pages: folder for the documents that its page is drawn from.
     """
     if compute.processes > 1 and place().size == 1:
-        folders = {
-            "tokenized": tokenized,
-            "base_model": base_model,
-            "out": out,
-            "curve_file": curve_file,
-            "checkpoints": checkpoints,
-            "live": live,
-            "pages": pages,
-        }
+        written = {"out": out, "curve_file": curve_file, "checkpoints": checkpoints, "live": live, "pages": pages}
+        folders = {"tokenized": tokenized, "base_model": base_model, **written}
         return _produce_in_processes(variant, params, compute, folders, hints)
     claim_gpu()
     device, dtype = prepare(compute)
@@ -148,9 +125,8 @@ def produce(
     if warning := unreached_rate(steps(len(rows), settled.params, compute.processes), settled.params):
         log.warning(f"params.yaml: {data.where}.{warning}")
     if settled.params.gradient_checkpointing == AUTO:
-        settled = replace(
-            settled, params=settled.params.model_copy(update={"gradient_checkpointing": hints.gradient_checkpointing})
-        )
+        decided = {"gradient_checkpointing": hints.gradient_checkpointing}
+        settled = replace(settled, params=settled.params.model_copy(update=decided))
     libraries = (*LIBRARIES, *(["liger-kernel"] if settled.params.use_liger_kernel else []))
     identity = data.identity() | run_identity(Path(__file__), compute, device, dtype, libraries)
     advised = partial(advice_on_memory, hints.advice)
@@ -194,15 +170,8 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
     """
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
-    return report_document(
-        produce(
-            work["variant"],
-            params,
-            compute,
-            **folders,
-            hints=ExecutionHints(gradient_checkpointing=work["gradient_checkpointing"]),
-        )
-    )
+    hints = ExecutionHints(gradient_checkpointing=work["gradient_checkpointing"])
+    return report_document(produce(work["variant"], params, compute, **folders, hints=hints))
 
 
 def _document(
@@ -211,10 +180,9 @@ def _document(
     """training.json: the trained parameters, the settings, and the first and last losses."""
     params, history, prepared = fitted.params, fitted.history, fitted.prepared
     ranks = weight_audit.ranks(prepared.model)
-    points = [
-        {"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None}
-        for rate, loss in fitted.trials.items()
-    ]
+    trials = {rate: loss if math.isfinite(loss) else None for rate, loss in fitted.trials.items()}
+    points = [{"learning_rate": rate, "validation_loss": loss} for rate, loss in trials.items()]
+    taken = {"warmup_steps": warmup(fitted.total, params), "optim": prepared.optim or params.optim}
     return {
         "trained": fitted.change.groups,
         "frozen": fitted.change.frozen,
@@ -226,9 +194,7 @@ def _document(
         "trained_tokens": history.trained_tokens,
         "loss": {"first": history.losses[0], "last": history.losses[-1]},
         "validation": [{"step": step, "validation_loss": loss} for step, loss in history.validation],
-        "settings": (
-            params.settings() | {"warmup_steps": warmup(fitted.total, params), "optim": prepared.optim or params.optim}
-        ),
+        "settings": params.settings() | taken,
         **({"chosen": {name: vars(choice) for name, choice in fitted.chosen.items()}} if fitted.chosen else {}),
         **({"sweep": points} if points else {}),
         "seed": compute.seed,
@@ -246,51 +212,44 @@ def _report(
 ) -> Report:
     history, prepared = fitted.history, fitted.prepared
     finite = all(bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
-    return Report(
-        metrics={
-            "method": fitted.params.method,
-            "trainable_parameters": prepared.trainable,
-            "trainable_percent": round(100 * prepared.trainable / prepared.total, 4),
-            "steps": history.step,
-            "tokens_per_epoch": tokens_per_epoch,
-            "tokens": history.tokens,
-            "trained_tokens": history.trained_tokens,
-            "dtype": document["dtype"],
-            "device": document["device"],
-            "loss": round(history.losses[-1], 4),
-            "environment": {
-                **weight_audit.versions(()),
-                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-            },
-            "validation_loss": [round(loss, 4) for _, loss in history.validation],
-            **({"best_step": history.best_step} if fitted.params.load_best_model_at_end else {}),
-            **({"chosen": {name: choice.value for name, choice in fitted.chosen.items()}} if fitted.chosen else {}),
-        },
-        checks=[_learned(history, finite), _moved(fitted.change, history)],
-        measured=measured,
-    )
+    metrics = {
+        "method": fitted.params.method,
+        "trainable_parameters": prepared.trainable,
+        "trainable_percent": round(100 * prepared.trainable / prepared.total, 4),
+        "steps": history.step,
+        "tokens_per_epoch": tokens_per_epoch,
+        "tokens": history.tokens,
+        "trained_tokens": history.trained_tokens,
+        "dtype": document["dtype"],
+        "device": document["device"],
+        "loss": round(history.losses[-1], 4),
+        "environment": weight_audit.versions(weight_audit.REPORTED),
+        "validation_loss": [round(loss, 4) for _, loss in history.validation],
+        **({"best_step": history.best_step} if fitted.params.load_best_model_at_end else {}),
+        **({"chosen": {name: choice.value for name, choice in fitted.chosen.items()}} if fitted.chosen else {}),
+    }
+    checks = [_learned(history, finite), _moved(fitted.change, history)]
+    return Report(metrics=metrics, checks=checks, measured=measured)
 
 
 def _measured(history: TrainingHistory, device: str) -> dict[str, float]:
     """Memory and time of this run."""
     measured: dict[str, float] = {"peak_memory_bytes": peak_memory(device)}
     if history.seconds:
-        measured |= {
-            "training_seconds": round(history.seconds, 1),
-            "tokens_per_second": round(history.tokens / history.seconds, 1),
-        }
+        measured["training_seconds"] = round(history.seconds, 1)
+        measured["tokens_per_second"] = round(history.tokens / history.seconds, 1)
     return measured
 
 
 def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
     """Evaluates the weights that are kept: the last ones, or the best ones."""
-    watched = history.validation
-    kept = next((loss for step, loss in watched if step == history.best_step), watched[-1][1] if watched else math.nan)
-    return CheckResult(
-        "learned",
-        passed=finite and all(map(math.isfinite, history.losses)) and (len(watched) < 2 or kept < watched[0][1]),
-        note=f"validation loss {watched[0][1]:.3f} -> {kept:.3f}" if watched else "no validation split",
-    )
+    finite = finite and all(map(math.isfinite, history.losses))
+    if not history.validation:
+        return CheckResult("learned", passed=finite, note="no validation split")
+    first, last = history.validation[0][1], history.validation[-1][1]
+    kept = next((loss for step, loss in history.validation if step == history.best_step), last)
+    fell = len(history.validation) < 2 or kept < first
+    return CheckResult("learned", passed=finite and fell, note=f"validation loss {first:.3f} -> {kept:.3f}")
 
 
 def _moved(change: weight_audit.WeightChange, history: TrainingHistory) -> CheckResult:
@@ -300,9 +259,9 @@ def _moved(change: weight_audit.WeightChange, history: TrainingHistory) -> Check
     if not weight_audit.unmoved(change.groups) or acting > 1:
         return check
     reason = (
-        f"{acting} of {history.step} steps had a learning rate above 0, which the first step of a warm-up has not, and"
-        " weights that begin at zero, such as lora_B, keep others from moving in the first such step; train for more"
-        " steps"
+        f"{acting} of {history.step} steps had a learning rate above 0, which the first step of a warm-up has not,"
+        " and weights that begin at zero, such as lora_B, keep others from moving in the first such step;"
+        " train for more steps"
     )
     return replace(check, note=f"{check.note}; {reason}")
 
@@ -311,11 +270,7 @@ def _diverged(diverged: Diverged, example_ids: list[list[str]]) -> Report:
     """Failing report of a training that diverged (NaN or infinity); lists the examples of that step."""
     examples = [identity for row in diverged.rows for identity in example_ids[row]]
     note = f"{diverged}; lower learning_rate or max_grad_norm, and look at the examples of that step"
-    return Report(
-        checks=[
-            CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note),
-            CheckResult(
-                "trained_what_it_should", passed=False, blocking=True, note="not checked: the training did not end"
-            ),
-        ]
-    )
+    unchecked = "not checked: the training did not end"
+    learned = CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)
+    moved = CheckResult("trained_what_it_should", passed=False, blocking=True, note=unchecked)
+    return Report(checks=[learned, moved])

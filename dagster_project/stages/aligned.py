@@ -1,5 +1,7 @@
-"""preferences or splits + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also
-its reference; compares the answers before and after."""
+"""preferences or splits + reward_model + merged@SFT -> aligned@X.
+
+Preference training of an SFT model, which is also its reference; compares the answers before and after.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ from dagster_project.training.trainers.alignment.preference import (
     AlignmentRun,
     StoppedHistory,
 )
-from dagster_project.training.trainers.alignment.ready_rewards import refuse_missing_targets
+from dagster_project.training.trainers.alignment.ready_rewards import ReadyReward, refuse_missing_targets
 from dagster_project.training.trainers.alignment.reward_functions import (
     FOLDER,
     TIME_KEY,
@@ -106,45 +108,48 @@ EVALUATION_BATCH = 16
 
 
 class Params(PreferenceParams):
-    """One entry per variant; no adapter may have its name. The name becomes `aligned@NAME`, `merged_aligned@NAME` and
-    `evaluation_aligned@NAME`. `aligned: {}` for none. See docs/alignment.md."""
+    """One entry per variant; no adapter may have its name.
+
+    The name becomes `aligned@NAME`, `merged_aligned@NAME` and `evaluation_aligned@NAME`. `aligned: {}` for none. See
+    docs/alignment.md.
+    """
 
     method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """Name of the SFT variant that training starts from and, but for orpo,
-    simpo, cpo and gkd, uses as its reference. It must be merged."""
+    """Name of the SFT variant that training starts from and, but for orpo, simpo, cpo and gkd, uses as its reference.
+    It must be merged."""
     options: dict[str, Any] = {}
-    """The method's own keys, listed below. For ppo they include learning rate,
-    batch size and checkpoints, which are then refused in the entry itself."""
+    """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are
+    then refused in the entry itself."""
     peft: dict[str, Any] = {}
     """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float | dict[str, Any]] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones
-    that can be verified, with a weight or a mapping of `weight` and their options:
-    exact_match, number_match, regex, json_schema, tool_call, reasoning_format, length_window
-    and unit_tests, see docs/alignment.md. Your own function: data/rewards/FILE.py:FUNCTION."""
+    rules score an answer's content and its calls, as JSON, without the trace. Ready-made ones that can be verified,
+    with a weight or a mapping of `weight` and their options: exact_match, number_match, regex, json_schema, tool_call,
+    reasoning_format, length_window and unit_tests, see docs/alignment.md. Your own function:
+    data/rewards/FILE.py:FUNCTION."""
     reward_target: Literal["chosen", "response"] = "chosen"
-    """Online: where prompts come from, and what exact_match, number_match and tool_call compare
-    answers with. chosen: preference pairs, and their chosen answers. response: records of the
-    training split of `splits`, and their responses; answers to records of its validation split
-    are measured before and after. No pair is read then, see docs/alignment.md."""
+    """Online: where prompts come from, and what exact_match, number_match and tool_call compare answers with. chosen:
+    preference pairs, and their chosen answers. response: records of the training split of `splits`, and their
+    responses; answers to records of its validation split are measured before and after. No pair is read then, see
+    docs/alignment.md."""
     reward_seconds: float = Field(default=60.0, gt=0, le=86_400)
     """Longest time that a function in data/rewards may take for the answers of one call, in seconds."""
     constant_reward_steps: int | None = Field(default=10, ge=1)
-    """Online: steps (ppo: iterations) in a row after which training stops because there
-    was nothing to learn: all answers to each prompt, for ppo all answers of the iteration,
-    had the same reward. Raise it for rewards that are rare at first. null: never stop."""
+    """Online: steps (ppo: iterations) in a row after which training stops because there was nothing to learn: all
+    answers to each prompt, for ppo all answers of the iteration, had the same reward. Raise it for rewards that are
+    rare at first. null: never stop."""
     trl: dict[str, Any] = {}
     """Further arguments of TRL's configuration of the method, under TRL's names, see docs/alignment.md. Only those that
     are verified to act on Pedigree's passes are accepted; not for ppo."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
-    """Longest of these answers, in tokens. Prompts that leave no room for it in
-    the context are truncated at the beginning."""
+    """Longest of these answers, in tokens. Prompts that leave no room for it in the context are truncated at the
+    beginning."""
 
     def parsed_method(self, where: str, given: Collection[str] = ()) -> AlignmentMethod:
         """The method with its options; `given`: keys that the entry itself names."""
@@ -177,29 +182,23 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     methods.refuse_untrained(params.peft, where)
     methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
-    trl_options.refuse(
-        params.method, params.trl, method.model_dump(), params.optim, f"{where}.trl", params.gradient_accumulation_steps
-    )
+    options, accumulated = method.model_dump(), params.gradient_accumulation_steps
+    trl_options.refuse(params.method, params.trl, options, params.optim, f"{where}.trl", accumulated)
     if params.sharding and not method.can_shard:
         reason = "needs the whole model in each process" if method.learns_from_rewards else "does not support it"
-        raise InputError(
-            f"params.yaml: {where}.sharding: {params.method} {reason}",
-            "use dpo, kto or ppo, or leave it out",
-        )
+        problem = f"params.yaml: {where}.sharding: {params.method} {reason}"
+        raise InputError(problem, "use dpo, kto or ppo, or leave it out")
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
     if method.given_teacher:
         teacher.locate(method.given_teacher, ctx.root, f"{where}.options.teacher")
     if method.learns_from_rewards:
         check(params.rewards, f"{where}.rewards", ctx.root)
         if "unit_tests" in params.rewards and params.reward_target != tasks.RESPONSE:
-            raise InputError(
-                f"params.yaml: {where}.rewards.unit_tests: pairs have no tests", "set reward_target: response"
-            )
+            problem = f"params.yaml: {where}.rewards.unit_tests: pairs have no tests"
+            raise InputError(problem, "set reward_target: response")
         if params.rewards.get(MODEL) and MODEL not in ctx.values:
-            raise InputError(
-                f"params.yaml: {where}.rewards: {params.method} learns from {MODEL}, and there is no such section",
-                "add it, or reward by rules alone: rewards: {distinct: 1.0}",
-            )
+            problem = f"params.yaml: {where}.rewards: {params.method} learns from {MODEL}, and there is no such section"
+            raise InputError(problem, "add it, or reward by rules alone: rewards: {distinct: 1.0}")
     elif unused := next((key for key in ONLINE_KEYS if key in ctx.value), None):
         raise InputError(f"params.yaml: {where}.{unused}: {params.method} learns from pairs alone", "leave it out")
 
@@ -208,29 +207,23 @@ def run(ctx: StageContext) -> Report:
     params = ctx.variant_params("aligned", Params)
     where = f"aligned.{ctx.variant}"
     given = params.parsed_method(where).given_teacher
-    return produce(
-        str(ctx.variant),
-        params,
-        ctx.compute,
-        Sources(
-            ctx.output_of("preferences"),
-            ctx.output_of("reward_model") if MODEL in ctx.values and _is_used(params) else None,
-            ctx.outputs_of("merged") / params.adapter,
-            functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
-            larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
-            splits=ctx.output_of("splits") if params.reward_target == tasks.RESPONSE else None,
-        ),
-        ctx.out,
-        ctx.plot("alignment"),
-        ctx.checkpoints,
-        ctx.live,
-        ctx.pages,
+    sources = Sources(
+        ctx.output_of("preferences"),
+        ctx.output_of("reward_model") if MODEL in ctx.values and _is_used(params) else None,
+        ctx.outputs_of("merged") / params.adapter,
+        functions=ctx.root / FOLDER if reads_files(params.rewards) else None,
+        larger=teacher.locate(given, ctx.root, f"{where}.options.teacher") if given else None,
+        splits=ctx.output_of("splits") if params.reward_target == tasks.RESPONSE else None,
     )
+    places = ctx.out, ctx.plot("alignment"), ctx.checkpoints, ctx.live, ctx.pages
+    return produce(str(ctx.variant), params, ctx.compute, sources, *places)
 
 
 def _is_used(params: Params) -> bool:
-    """Whether the reward model scores answers: those that are learned from, or
-    held-out ones. Tasks are measured by the rewards alone."""
+    """Whether the reward model scores answers: those that are learned from, or held-out ones.
+
+    Tasks are measured by the rewards alone.
+    """
     return params.reward_target != tasks.RESPONSE or bool(params.rewards.get(MODEL))
 
 
@@ -245,8 +238,10 @@ def produce(
     live: Path | None = None,
     pages: Path | None = None,
 ) -> Report:
-    """Args:
-    checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
+    """Train one variant, in several processes if the parameters say so.
+
+    Args:
+        checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
     takes_part = params.sharding or params.parsed_method(where).shares_processes
@@ -304,29 +299,28 @@ def produce(
     prepared.save(out)
     sampled.write(out / FOLDER_OF_ANSWERS, names)
     document = document_of(history, change, _settings(params, method), compute, device, dtype) | _begun(start, method)
-    _write_training(
-        document, history, [*method.figures, *names], _ids(pairs["train"], method), sources.sft, out, curve_file
-    )
+    figures, ids = [*method.figures, *names], _ids(pairs["train"], method)
+    _write_training(document, history, figures, ids, sources.sft, out, curve_file)
     if pages:
         components = {"components": names} if rewards else {}
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **components})
     has_routers = has_router(prepared.model)
     starts = [_starts_as_the_reference(start, history, method, has_routers)] if method.has_reference else []
+    metrics = _metrics(params, method, history, prepared, sources)
+    if rewards or sampled.rows:
+        metrics["sampled"] = sampled.summary()
+    checks = [
+        *starts,
+        _learned(history, prepared),
+        _moved(change, history),
+        _improved(measured, len(pairs["test"])),
+        _not_gamed(signs, measured["watch"], sources.reward_model),
+        *differ,
+        *([reliable] if reliable else []),
+    ]
     report = Report(
-        metrics=_metrics(params, method, history, prepared, sources)
-        | ({"sampled": sampled.summary()} if rewards or sampled.rows else {})
-        | counts
-        | measured
-        | {"environment": document["versions"]},
-        checks=[
-            *starts,
-            _learned(history, prepared),
-            _moved(change, history),
-            _improved(measured, len(pairs["test"])),
-            _not_gamed(signs, measured["watch"], sources.reward_model),
-            *differ,
-            *([reliable] if reliable else []),
-        ],
+        metrics={**metrics, **counts, **measured, "environment": document["versions"]},
+        checks=checks,
         measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
     )
     if not report.failures:
@@ -345,18 +339,12 @@ def _start_others(
 ) -> None:
     """Start this stage in the other processes of a group, if there is one."""
     inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items() if path}
-    start_others(
-        {**settings_document(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__
-    )
+    given = {"folders": inputs, "scored": usable, "identity": identity}
+    start_others({**settings_document(params, compute), **given}, __name__)
 
 
 def _identity(
-    params: Params,
-    compute: Compute,
-    method: AlignmentMethod,
-    sources: Sources,
-    device: torch.device,
-    dtype: torch.dtype,
+    params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: Any
 ) -> dict[str, str]:
     judges = {"reward model": sources.reward_model} if method.learns_from_rewards and sources.reward_model else {}
     models = {"SFT model": sources.sft, **judges}
@@ -379,8 +367,9 @@ def _sources_in(folders: dict[str, Path]) -> Sources:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, and with `sharding` the
-    passes of the evaluation, without writing anything but parts of checkpoints.
+    """Work of the other processes: the same training, and with `sharding` the passes of the evaluation.
+
+    They write nothing but parts of checkpoints.
 
     Raises:
         InputError: inputs, code or versions on this host differ from those of the first one.
@@ -392,9 +381,8 @@ def other_process(work: Mapping[str, Any]) -> None:
     if not is_first_host():
         if missing := next((path for path in vars(sources).values() if path and not path.is_dir()), None):
             raise InputError(f"this host has no {missing}", "fetch it with `dvc pull`")
-        refuse_differences(
-            _identity(params, compute, params.parsed_method("aligned"), sources, device, dtype), work["identity"]
-        )
+        here = _identity(params, compute, params.parsed_method("aligned"), sources, device, dtype)
+        refuse_differences(here, work["identity"])
     reuse_large_blocks()
     method = params.parsed_method("aligned")
     _, shared = _policy(sources.sft, params, device, dtype, "aligned")
@@ -410,17 +398,9 @@ def other_process(work: Mapping[str, Any]) -> None:
 
     sampled = method.sampled_answers(params.constant_reward_steps)
     run = AlignmentRun(
-        shared,
-        tokenizer_of(sources.sft),
-        pairs,
-        rewards,
-        params,
-        compute,
-        Checkpoints(checkpoints, {}),
-        begin=begin,
-        sampled=sampled,
-        trl=params.trl,
-    )
+        shared, tokenizer_of(sources.sft), pairs, rewards, params, compute, Checkpoints(checkpoints, {}),
+        begin=begin, sampled=sampled, trl=params.trl,
+    )  # fmt: skip
     with suppress(Diverged, Interrupted):  # the first process reports it
         method.train(run)
         judge = judge or load_judge()
@@ -494,9 +474,8 @@ def _refuse_full_disk(
     prepared: PreparedModel, params: Params, method: AlignmentMethod, checkpoints: Path, out: Path, where: str
 ) -> None:
     size = sum(weight.nbytes for weight in weight_audit.trainable(prepared.model).values())
-    refuse_full_disk(
-        {checkpoints: size * (1 + method.checkpoint_size * (params.save_total_limit + 1)), out: 2 * size}, where
-    )
+    kept = method.checkpoint_size * (params.save_total_limit + 1)
+    refuse_full_disk({checkpoints: size * (1 + kept), out: 2 * size}, where)
 
 
 def _write_training(
@@ -535,8 +514,10 @@ def _evaluate(
     method: AlignmentMethod,
     out: Path,
 ) -> dict[str, Any]:
-    """Preferences of policy and SFT model on held-out pairs or rewards on held-out tasks, and differences of their
-    answers; writes samples.parquet."""
+    """Compare policy and SFT model on held-out pairs or tasks: preferences or rewards, and answers.
+
+    Writes samples.parquet.
+    """
     prompts = list({str(pair["prompt"]): pair for pair in pairs}.values())[: params.samples]
     rows, watch = alignment.samples(policies, prompts, cast("RewardModel | None", judge), params.max_new_tokens)
     write_table(out / "samples.parquet", rows, alignment.sample_schema())
@@ -572,9 +553,8 @@ def _learned(history: TrainingHistory, prepared: PreparedModel) -> CheckResult:
     finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     note = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
-    if isinstance(
-        history, StoppedHistory
-    ):  # the weights are the last finite ones; the reader of the report decides whether to use them
+    # the weights are the last finite ones; the reader of the report decides whether to use them
+    if isinstance(history, StoppedHistory):
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
 
@@ -582,11 +562,9 @@ def _learned(history: TrainingHistory, prepared: PreparedModel) -> CheckResult:
 def _moved(change: WeightChange, history: TrainingHistory) -> CheckResult:
     """`trained_what_it_should`. If a group did not move because too few steps could move it, the note says so."""
     check = change.check()
-    acting = sum(
-        point.get("updates", 1)
-        for point in history.curve
-        if "loss" in point and point["learning_rate"] > 0 and point["grad_norm"] > 0
-    )
+    points = [point for point in history.curve if "loss" in point]
+    able = [point for point in points if point["learning_rate"] > 0 and point["grad_norm"] > 0]
+    acting = sum(point.get("updates", 1) for point in able)
     if not unmoved(change.groups) or acting > 1:
         return check
     reason = (
@@ -598,42 +576,35 @@ def _moved(change: WeightChange, history: TrainingHistory) -> CheckResult:
 
 
 def _rewards_differ(sampled: SampledAnswers, names: Sequence[str], method: AlignmentMethod, where: str) -> CheckResult:
-    """Blocks if nothing could be learned in any step. A training that stopped
-    because its rewards no longer differ keeps its weights."""
+    """Blocks if nothing could be learned in any step.
+
+    A training that stopped because its rewards no longer differ keeps its weights.
+    """
     counts = "{answers} answers to {records} records".format(**sampled.summary())
+    accepted = method.accepts_constant_rewards
     if sampled.ever_teaches():
-        stalled = sampled.is_stalled() and not method.accepts_constant_rewards
-        return CheckResult(
-            "rewards_differ", passed=not stalled, severity="warn", note=sampled.stalled_text() if stalled else counts
-        )
+        stalled = sampled.is_stalled() and not accepted
+        note = sampled.stalled_text() if stalled else counts
+        return CheckResult("rewards_differ", passed=not stalled, severity="warn", note=note)
     constant = sampled.constant(names)
     always = [f"{name} was always {value:g}" for name, value in constant.items()]
     always += [f"{name} did not distinguish the answers to a prompt" for name in names if name not in constant]
     note = (
-        f"{counts}, and in no step was there anything to learn: {'; '.join(always)}. Fix {where}.rewards, or sample"
-        " more different answers (temperature, num_generations)"
+        f"{counts}, and in no step was there anything to learn: {'; '.join(always)}."
+        f" Fix {where}.rewards, or sample more different answers (temperature, num_generations)"
     )
-    accepted = method.accepts_constant_rewards
-    severity = "warn" if accepted else "error"
-    return CheckResult(
-        "rewards_differ", passed=False, severity=severity, blocking=not accepted, count=len(sampled.rows), note=note
-    )
+    severity, count = "warn" if accepted else "error", len(sampled.rows)
+    return CheckResult("rewards_differ", False, severity, blocking=not accepted, count=count, note=note)
 
 
 def _starts_as_the_reference(
     start: Mapping[str, float], history: TrainingHistory, method: AlignmentMethod, has_router: bool
 ) -> CheckResult:
     first = history.validation[0][1] if history.validation and history.validation[0][0] == 0 else history.losses[0]
-    expected, note = method.check_first_loss(first, has_router)
-    return CheckResult(
-        "starts_as_the_reference",
-        passed=expected and not any(start.values()),
-        blocking=True,
-        note=(
-            f"KL {start['kl_per_token']:g} nats a token, log-probabilities differ by"
-            f" {start['largest_log_probability_difference']:g}{note}"
-        ),
-    )
+    expected, of_loss = method.check_first_loss(first, has_router)
+    passed, largest = expected and not any(start.values()), start["largest_log_probability_difference"]
+    note = f"KL {start['kl_per_token']:g} nats a token, log-probabilities differ by {largest:g}{of_loss}"
+    return CheckResult("starts_as_the_reference", passed=passed, blocking=True, note=note)
 
 
 def _improved(measured: Mapping[str, Any], examples: int) -> CheckResult:
@@ -642,41 +613,39 @@ def _improved(measured: Mapping[str, Any], examples: int) -> CheckResult:
         return _prefers(measured["preference"]["accuracy"], examples)
     reward, prompts = measured["held_out"]["reward"], measured["watch"]["prompts"]
     low, high = reward["interval"]
-    note = (
-        f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f} on {prompts} held-out tasks (difference {low:+.3f} to"
-        f" {high:+.3f})"
-    )
+    rise = f"reward {reward['sft']:.3f} -> {reward['aligned']:.3f}"
+    note = f"{rise} on {prompts} held-out tasks (difference {low:+.3f} to {high:+.3f})"
     independent = measured["watch"].get("independent", prompts)
     if independent < FEWEST:
         once = f" ({independent} if near-copies count once)" if independent < prompts else ""
         note += f"{once}; nothing can be concluded from fewer than {FEWEST}: raise splits.validation, or add records"
-    return CheckResult(
-        "solves_more_held_out_tasks", passed=low > 0 and independent >= FEWEST, severity="warn", note=note
-    )
+    passed = low > 0 and independent >= FEWEST
+    return CheckResult("solves_more_held_out_tasks", passed=passed, severity="warn", note=note)
 
 
 def _prefers(accuracy: Mapping[str, Any], pairs: int) -> CheckResult:
     low, high = accuracy["aligned_interval"]
-    note = (
-        f"{accuracy['aligned']:.3f} of {pairs} held-out pairs ({low:.3f} to {high:.3f}), {accuracy['sft']:.3f} before"
-    )
+    after, before = accuracy["aligned"], accuracy["sft"]
+    note = f"{after:.3f} of {pairs} held-out pairs ({low:.3f} to {high:.3f}), {before:.3f} before"
     return CheckResult("prefers_as_people_do", passed=low > 0.5, severity="warn", note=note)
 
 
 def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], reward_model: Path | None) -> CheckResult:
-    unmeasured = (
-        "rewards were not measured"
-        if reward_model
-        else "no reward model watches: length, repetition and unfinished answers were compared"
-    )
-    reward_note = "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if "reward" in watch else unmeasured
-    return CheckResult("reward_is_not_gamed", passed=not signs, severity="warn", note="; ".join(signs) or reward_note)
+    note = "no reward model watches: length, repetition and unfinished answers were compared"
+    if signs:
+        note = "; ".join(signs)
+    elif "reward" in watch:
+        note = "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"])
+    elif reward_model:
+        note = "rewards were not measured"
+    return CheckResult("reward_is_not_gamed", passed=not signs, severity="warn", note=note)
 
 
 def _examine(sources: Sources, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult | None]:
-    """Whether the reward model can score answers, and the check `reward_model_is_reliable`, if there is one. The check
-    blocks methods that learn from the reward model's scores. Other methods are only monitored with it: they continue
-    and report the failure.
+    """Whether the reward model can score answers, and the check `reward_model_is_reliable`, if there is one.
+
+    The check blocks methods that learn from the reward model's scores. Other methods are only monitored with it: they
+    continue and report the failure.
 
     Raises:
         InputError: the method learns from a reward model of another tokenizer.
@@ -693,29 +662,23 @@ def _examine(sources: Sources, params: Params, method: AlignmentMethod, where: s
         if learns:
             raise InputError(f"params.yaml: {where}: {problem}", "make it from the same base model: reward_model.model")
         usable, problems = False, [*problems, problem]
-    if not problems:
-        return usable, CheckResult(
-            "reward_model_is_reliable", passed=True, severity="error" if learns else "warn", blocking=learns
-        )
-    failure = f"the reward model failed its checks ({'; '.join(problems)})"
-    if learns:
-        lower = (
-            "lower reward_model.min_accuracy if that accuracy is enough, " if "prefers_as_people_do" in failed else ""
-        )
+    note, failure = "", f"the reward model failed its checks ({'; '.join(problems)})"
+    if problems and learns:
+        lower = "lower reward_model.min_accuracy if that accuracy is enough, "
         note = (
-            f"{params.method} learns from its rewards, and {failure}. In params.yaml: {lower}train a better one"
-            f" (reward_model.model, more pairs in raw_preferences.sources), or reward by rules alone, {where}.rewards:"
-            " {distinct: 1.0}"
+            f"{params.method} learns from its rewards, and {failure}."
+            f" In params.yaml: {lower if 'prefers_as_people_do' in failed else ''}train a better one"
+            " (reward_model.model, more pairs in raw_preferences.sources),"
+            f" or reward by rules alone, {where}.rewards: {{distinct: 1.0}}"
         )
-        return usable, CheckResult(
-            "reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note
-        )
-    scored = (
-        "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
-    )
-    note = f"{params.method} does not learn from the reward model and continued; {scored}; {failure}"
+    elif problems:
+        scored = "no rewards of held-out answers were measured"
+        if usable:
+            scored = "the rewards on held-out answers come from it"
+        note = f"{params.method} does not learn from the reward model and continued; {scored}; {failure}"
+    severity, count = "error" if learns else "warn", len(problems)
     return usable, CheckResult(
-        "reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note
+        "reward_model_is_reliable", not problems, severity, blocking=learns, count=count, note=note
     )
 
 
@@ -723,10 +686,12 @@ def _read(params: Params, sources: Sources, where: str) -> tuple[dict[str, list[
     """Pairs by split, or tasks in their place with what the report says of them."""
     if sources.splits is None:
         return {split: read_preferences(sources.preferences / split) for split in ("train", "validation", "test")}, {}
-    found, counts = tasks.tasks_of(
-        sources.splits, ready(params.rewards, f"{where}.rewards", _root_of(sources.functions))
-    )
+    found, counts = tasks.tasks_of(sources.splits, _ready(params, sources, where))
     return found, {"tasks": counts}
+
+
+def _ready(params: Params, sources: Sources, where: str) -> dict[str, ReadyReward]:
+    return ready(params.rewards, f"{where}.rewards", _root_of(sources.functions))
 
 
 def _examples(
@@ -741,25 +706,21 @@ def _examples(
     if pairs["train"]:
         method.refuse_few_prompts(len(pairs["train"]), params, where)
     if not (sources.sft / "config.json").is_file():
-        raise InputError(
-            f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged"
-        )
+        problem = f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model"
+        raise InputError(problem, "name a variant that is merged")
     if counts:
-        for reward in ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)).values():
+        for reward in _ready(params, sources, where).values():
             reward.probe()
         tasks.refuse_without_tasks(counts["tasks"], where)
         tasks.refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")
         return pairs, counts
     for split in ("train", "test"):
         if not pairs[split]:
-            raise InputError(
-                f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources"
-            )
+            hint = "name more pairs in raw_preferences.sources"
+            raise InputError(f"data/preferences: no pair in the {split} split", hint)
     if method.given_teacher and sources.larger:
         teacher.verify(method.given_teacher, sources.larger, sources.sft, f"{where}.options.teacher")
     if method.learns_from_rewards:
-        refuse_missing_targets(
-            ready(params.rewards, f"{where}.rewards", _root_of(sources.functions)), pairs["train"], f"{where}.rewards"
-        )
+        refuse_missing_targets(_ready(params, sources, where), pairs["train"], f"{where}.rewards")
     refuse_misfits(tokenizer_of(sources.sft), pairs, f"data/merged/{params.adapter}")
     return pairs, counts

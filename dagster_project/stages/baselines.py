@@ -58,10 +58,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    return produce(
-        ctx.root, ctx.params("baselines", Params), ctx.params("evaluation", Settings), ctx.compute,
-        ctx.output_of("base_model"), ctx.output_of("splits"), out=ctx.out,
-    )  # fmt: skip
+    params, settings = ctx.params("baselines", Params), ctx.params("evaluation", Settings)
+    base_model, splits = ctx.output_of("base_model"), ctx.output_of("splits")
+    return produce(ctx.root, params, settings, ctx.compute, base_model, splits, ctx.out)
 
 
 def produce(
@@ -80,18 +79,18 @@ def produce(
     metrics: dict[str, Any] = {BASE: {**_perplexity(likelihoods, test), **accuracies(retention)}}
     prompted_answers: dict[str, list[Answer]] = {}
     if questions:
-        labels = [
-            label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples
-        ]
+        if task and labelled:
+            labels = [label(task, response_text(record["messages"])) for record in examples]
+        else:
+            labels = [record["category"] or "" for record in examples]
         shots = spread(examples, labels, params.few_shot, compute.seed)
         similar = nearest(examples, questions, params.retrieved) if examples else []
         for name, messages in prompted(params.system_prompt, task, questions, shots, similar).items():
             if model.refuses(messages, scoring.offers, name):
                 continue
-            answers = model.answer(
-                messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers
-            )
-            if name == "chain_of_thought" and task and labelled:
+            reasons = name == "chain_of_thought"
+            answers = model.answer(messages, name, params.thinking_tokens if reasons else 0, scoring.offers)
+            if reasons and task and labelled:
                 answers = [replace(answer, content=conclusion(answer.content, task)) for answer in answers]
             prompted_answers[name] = answers
             metrics[name] = scoring.score(answers)
@@ -106,8 +105,10 @@ def produce(
 
 
 def _likelihoods(model: EvaluatedModel, test: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Those of the base model; empty if its own chat template refuses a test
-    example, where variants are trained with another one."""
+    """Those of the base model; empty if its own chat template refuses a test example.
+
+    Variants are then trained with another template.
+    """
     try:
         return model.likelihood(test, BASE)
     except InputError as error:

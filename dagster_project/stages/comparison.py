@@ -1,5 +1,7 @@
-"""baselines + evaluation@* -> comparison. The comparison table of all variants,
-and advice: whether tuning was worth it, and which variant to use."""
+"""baselines + evaluation@* -> comparison.
+
+The comparison table of all variants, and advice: whether tuning was worth it, and which variant to use.
+"""
 
 from __future__ import annotations
 
@@ -62,44 +64,30 @@ FOLDERS = {"adapter": ("evaluation", "merged"), "aligned": ("evaluation_aligned"
 
 
 def run(ctx: StageContext) -> Report:
-    variants = {
-        name: Variant(
-            ctx.outputs_of(evaluation) / name,
-            ctx.outputs_of(merged) / name,
-            ctx.outputs_of(trained) / name / "training.json",
-            ctx.outputs_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None,
-            trained,
-            _failed_checks(
-                ctx,
-                [*_trainings(trained, name, entry, ctx.values["adapter"]), f"{merged}@{name}", f"{evaluation}@{name}"],
-            ),
-        )
-        for trained, (evaluation, merged) in FOLDERS.items()
-        for name, entry in ctx.values[trained].items()
-    }
-    return produce(
-        ctx.root,
-        ctx.params("evaluation", Settings),
-        variants,
-        ctx.output_of("splits"),
-        ctx.output_of("baselines"),
-        ctx.output_of("base_model"),
-        out=ctx.out,
-        scores_file=ctx.plot("scores"),
-        pages=ctx.pages,
-    )
+    variants: dict[str, Variant] = {}
+    for trained, (evaluation, merged) in FOLDERS.items():
+        for name, entry in ctx.values[trained].items():
+            trainings = _trainings(trained, name, entry, ctx.values["adapter"])
+            before = ctx.outputs_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None
+            variants[name] = Variant(
+                evaluation=ctx.outputs_of(evaluation) / name,
+                model=ctx.outputs_of(merged) / name,
+                training=ctx.outputs_of(trained) / name / "training.json",
+                before=before,
+                trained=trained,
+                failed_checks=_failed_checks(ctx, [*trainings, f"{merged}@{name}", f"{evaluation}@{name}"]),
+            )
+    settings, scores_file = ctx.params("evaluation", Settings), ctx.plot("scores")
+    splits, baselines, base_model = ctx.output_of("splits"), ctx.output_of("baselines"), ctx.output_of("base_model")
+    return produce(ctx.root, settings, variants, splits, baselines, base_model, ctx.out, scores_file, ctx.pages)
 
 
 def _trainings(trained: str, name: str, entry: Mapping[str, Any], adapters: Mapping[str, Any]) -> list[str]:
     """Stages that trained a variant; for an aligned one, including those of the SFT variant it started from."""
     if trained == "adapter":
         return [*_merged_of(adapters, name), f"adapter@{name}"]
-    return [
-        *_merged_of(adapters, entry["adapter"]),
-        f"adapter@{entry['adapter']}",
-        f"merged@{entry['adapter']}",
-        f"aligned@{name}",
-    ]
+    first = entry["adapter"]
+    return [*_merged_of(adapters, first), f"adapter@{first}", f"merged@{first}", f"aligned@{name}"]
 
 
 def _merged_of(adapters: Mapping[str, Any], name: str) -> list[str]:
@@ -110,12 +98,12 @@ def _merged_of(adapters: Mapping[str, Any], name: str) -> list[str]:
 
 def _failed_checks(ctx: StageContext, addresses: Sequence[str]) -> list[str]:
     """The failed checks of stages, e.g. "learned of adapter@lora: validation loss 1.2 -> 1.4"."""
-    return [
-        f"{check} of {address}: {result.get('note') or result['count']}"
-        for address in addresses
-        for check, result in ctx.report(address).get("checks", {}).items()
-        if not result["passed"]
-    ]
+    failed: list[str] = []
+    for address in addresses:
+        for check, result in ctx.report(address).get("checks", {}).items():
+            if not result["passed"]:
+                failed.append(f"{check} of {address}: {result.get('note') or result['count']}")
+    return failed
 
 
 def produce(
@@ -137,11 +125,7 @@ def produce(
     train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
     task, questions = select_questions(test, settings, train)
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
-    results = [baselines, *(variant.evaluation for variant in variants.values())]
-    results_of: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
-    for row in (row for folder in results for row in read_table(folder / "results.parquet")):
-        results_of.setdefault(row["system"], {})[turn_key(row)] = row
-
+    results_of = _results([baselines, *(variant.evaluation for variant in variants.values())])
     answers: dict[str, list[Answer]] = {}
     scores: dict[str, dict[str, Any]] = {}
     writes: dict[str, bool] = {}
@@ -153,32 +137,24 @@ def produce(
             cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes[name] else {}
             scores[name] = scoring.score(answers[name], writes[name]) | cost
 
+    units = {record["example_id"]: unit(record) for record in test}
     compared: dict[str, Any] = {}
-    for name in variants:
-        compared[name] = _to_base(
-            results_of[name], results_of[BASE], {record["example_id"]: unit(record) for record in test}
-        )
+    for name, variant in variants.items():
+        compared[name] = _to_base(results_of[name], results_of[BASE], units)
         if name in scores:
-            compared[name]["to"] = {
-                other: _differences(scoring, answers, writes, name, other) for other in scores if other != name
-            }
-        if kept := retained(
-            *(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))
-        ):
+            others = [other for other in scores if other != name]
+            compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in others}
+        of_base, of_variant = (read_table(file / "retention.parquet") for file in (baselines, variant.evaluation))
+        if kept := retained(of_base, of_variant):
             compared[name]["retention"] = kept
-        if variants[name].failed_checks:
-            compared[name]["failed_checks"] = list(variants[name].failed_checks)
+        if variant.failed_checks:
+            compared[name]["failed_checks"] = list(variant.failed_checks)
     first, second, *_ = scoring.names()
-    costs = {
-        name: _cost(name, scores, base_model, variants)
-        for name in (*scores, *(name for name in variants if name not in scores))
-    }
-    test_counts = _test_counts(
-        test, scoring, len(questions), first, {record["group_id"] for record in train + validation}
-    )
-    dearest = {
-        name: ({"tokens": math.inf} if name in variants else {}) | cost for name, cost in costs.items()
-    }  # an unknown cost is no low cost
+    costs = {name: _cost(name, scores, base_model, variants) for name in dict.fromkeys((*scores, *variants))}
+    trained = {record["group_id"] for record in train + validation}
+    test_counts = _test_counts(test, scoring, len(questions), first, trained)
+    unknown = {"tokens": math.inf}  # an unknown cost is no low cost
+    dearest = {name: unknown | cost if name in variants else cost for name, cost in costs.items()}
     document: dict[str, Any] = {
         "test": test_counts,
         "shown": [first, second],
@@ -190,17 +166,7 @@ def produce(
     }
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
-    recommendation = document["recommended"]
-    last = (
-        f"Recommended: {recommendation['variant'] or 'no variant'}."
-        if recommendation["sure"] or not recommendation["variant"]
-        else headline(document)
-    )
-    paragraphs = [*document["advice"], f"{last} {recommendation['why']}"]
-    write_text(
-        out / "board.md",
-        "\n".join([*board([first, second], scores, compared, test_counts.get("questions")), "", *paragraphs]) + "\n",
-    )
+    write_text(out / "board.md", _board(document))
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
     marks = {name: scoring.marks(answers[name], writes[name]) for name in scores}
@@ -215,6 +181,24 @@ def produce(
     return Report(metrics={"scores": shown, **facts}, checks=[scores_differ(_values(scoring, answers, writes))])
 
 
+def _results(folders: Iterable[Path]) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
+    """System -> its rows of the results tables, by `turn_key`."""
+    results_of: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for folder in folders:
+        for row in read_table(folder / "results.parquet"):
+            results_of.setdefault(row["system"], {})[turn_key(row)] = row
+    return results_of
+
+
+def _board(document: Mapping[str, Any]) -> str:
+    """The table of scores, the advice and the recommendation, in Markdown."""
+    recommendation = document["recommended"]
+    decided = recommendation["sure"] or not recommendation["variant"]
+    last = f"Recommended: {recommendation['variant'] or 'no variant'}." if decided else headline(document)
+    table = board(document["shown"], document["scores"], document["compared"], document["test"].get("questions"))
+    return "\n".join([*table, "", *document["advice"], f"{last} {recommendation['why']}"]) + "\n"
+
+
 def _test_counts(
     test: Sequence[Mapping[str, Any]], scoring: Scoring, questions: int, deciding: str, trained: Collection[str]
 ) -> dict[str, int]:
@@ -225,20 +209,17 @@ def _test_counts(
         deciding: the measure that decides.
         trained: groups with examples that were trained on.
     """
-    answered = len(set(scoring.examples))
-    decided = scoring.examples_of(deciding)
-    covered = scoring.questions_of(deciding)
-    independent = len({unit(record) for record in test})
-    return {
-        "examples": len(test),
-        "answered": answered,
-        **(
-            {"decided": decided} if decided < answered else {}
-        ),  # those that the deciding measure covers, near-copies counted once
-        **({"questions": covered} if covered < questions else {}),  # those that the deciding measure covers
-        **({"independent": independent} if independent < len(test) else {}),  # near-copies counted once
-        "seen": sum(record["group_id"] in trained for record in test),
-    }
+    counts = {"examples": len(test), "answered": len(set(scoring.examples))}
+    decided = scoring.examples_of(deciding)  # those that the deciding measure covers, near-copies counted once
+    if decided < counts["answered"]:
+        counts["decided"] = decided
+    covered = scoring.questions_of(deciding)  # those that the deciding measure covers
+    if covered < questions:
+        counts["questions"] = covered
+    independent = len({unit(record) for record in test})  # near-copies counted once
+    if independent < len(test):
+        counts["independent"] = independent
+    return counts | {"seen": sum(record["group_id"] in trained for record in test)}
 
 
 def _to_base(
@@ -258,21 +239,22 @@ def _to_base(
     """
     import numpy as np
 
-    ours, theirs = (
-        np.array([(system[key]["nll"], system[key]["tokens"]) for key in base], dtype=float) for system in (rows, base)
-    )
+    ours = np.array([(rows[key]["nll"], rows[key]["tokens"]) for key in base], dtype=float)
+    theirs = np.array([(row["nll"], row["tokens"]) for row in base.values()], dtype=float)
     counted = theirs[:, 1] > 0
     if np.isnan(ours).any() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
         return {}
     drawn = [units[example] for (example, _), has_tokens in zip(base, counted, strict=True) if has_tokens]
-    return {"perplexity_to_base": ratio(perplexity, *(summed(system[counted], drawn) for system in (ours, theirs)))}
+    return {"perplexity_to_base": ratio(perplexity, summed(ours[counted], drawn), summed(theirs[counted], drawn))}
 
 
 def _values(
     scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool]
 ) -> dict[str, list[np.ndarray]]:
-    """Measure -> for each system that has it, the contribution of each of its
-    answers. Only measures whose score is a mean over answers."""
+    """Measure -> for each system that has it, the contribution of each of its answers.
+
+    Only measures whose score is a mean over answers.
+    """
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
         for name, paired in scoring.names(writes[system]).items():
@@ -286,20 +268,17 @@ def _differences(
 ) -> dict[str, Any]:
     """Paired differences of a variant to another system, by measure."""
     theirs = scoring.names(writes[other])
-    return {
-        key: difference(
-            scoring.combine(key, writes[name]),
-            *(scoring.statistics(key, answers[system], writes[name]) for system in (name, other)),
-        )
-        for key, paired in scoring.names(writes[name]).items()
-        if paired and key in theirs
-    }
+    differences: dict[str, Any] = {}
+    for key, paired in scoring.names(writes[name]).items():
+        if paired and key in theirs:
+            of_both = (scoring.statistics(key, answers[system], writes[name]) for system in (name, other))
+            differences[key] = difference(scoring.combine(key, writes[name]), *of_both)
+    return differences
 
 
 TAKEN = ("tokens", "trained_tokens", "steps")
-"""What a training takes; of an adapter that is merged of others, their
-trainings. A training command may not record it, and alignment counts no
-`trained_tokens`."""
+"""What a training takes; of an adapter that is merged of others, their trainings. A training command may not record it,
+and alignment counts no `trained_tokens`."""
 
 
 def _cost(
@@ -321,19 +300,14 @@ def _size(folder: Path) -> int:
 
 def _plot(decides: str, scores: Mapping[str, Mapping[str, Any]], compared: Mapping[str, Any]) -> str:
     """The scores for `dvc plots`, best first: by the deciding measure, or by perplexity relative to the base model."""
-    rows: Iterable[tuple[str, str, float, Sequence[float]]] = (
-        (name, decides, found[decides], found[f"{decides}_interval"]) for name, found in scores.items()
-    )
-    if not scores:
-        ratios = {
-            name: found["perplexity_to_base"] for name, found in compared.items() if "perplexity_to_base" in found
-        }
-        rows = ((name, "perplexity_to_base", found["ratio"], found["interval"]) for name, found in ratios.items())
-    ordered = sorted(rows, key=lambda row: -row[2] if scores else row[2])
-    return "".join(
-        f"{','.join(map(str, row))}\n"
-        for row in [
-            ("system", "measure", "score", "low", "high"),
-            *((name, measure, value, *interval) for name, measure, value, interval in ordered),
-        ]
-    )
+    rows: list[tuple[str, str, float, float, float]]
+    if scores:
+        rows = [(name, decides, found[decides], *found[f"{decides}_interval"]) for name, found in scores.items()]
+        rows.sort(key=lambda row: -row[2])
+    else:
+        measure = "perplexity_to_base"
+        ratios = {name: found[measure] for name, found in compared.items() if measure in found}
+        rows = [(name, measure, found["ratio"], *found["interval"]) for name, found in ratios.items()]
+        rows.sort(key=lambda row: row[2])
+    lines = [("system", "measure", "score", "low", "high"), *rows]
+    return "".join(f"{','.join(map(str, line))}\n" for line in lines)

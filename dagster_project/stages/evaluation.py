@@ -46,29 +46,18 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     for section in ("adapter", "aligned"):
         for name in ctx.values.get(section) or {}:
             if name in {BASE, *NAMES}:  # results are read by the name of their system
-                raise InputError(
-                    f"params.yaml: {section}.{name}: the base model's scores have this name", "rename the variant"
-                )
+                problem = f"params.yaml: {section}.{name}: the base model's scores have this name"
+                raise InputError(problem, "rename the variant")
     for path in params.benchmarks:
         locate(ctx.root, path, "evaluation.benchmarks", "data/sources/benchmarks")
 
 
 def run(ctx: StageContext) -> Report:
-    merged, confusion = {
-        "evaluation": ("merged", "confusion"),
-        "evaluation_aligned": ("merged_aligned", "confusion_aligned"),
-    }[ctx.stage]
-    return produce(
-        ctx.root,
-        str(ctx.variant),
-        ctx.params("evaluation", Params),
-        ctx.compute,
-        ctx.output_of(merged),
-        ctx.output_of("base_model"),
-        ctx.output_of("splits"),
-        out=ctx.out,
-        confusion_file=ctx.plot(confusion),
-    )
+    suffix = "_aligned" if ctx.stage == "evaluation_aligned" else ""
+    variant, settings = str(ctx.variant), ctx.params("evaluation", Params)
+    merged, base_model, splits = (ctx.output_of(name) for name in (f"merged{suffix}", "base_model", "splits"))
+    confusion_file = ctx.plot(f"confusion{suffix}")
+    return produce(ctx.root, variant, settings, ctx.compute, merged, base_model, splits, ctx.out, confusion_file)
 
 
 def produce(
@@ -84,14 +73,8 @@ def produce(
 ) -> Report:
     train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
     seen = {record["group_id"] for record in train + validation} & {record["group_id"] for record in test}
-    unseen = CheckResult(
-        "test_is_unseen",
-        passed=bool(test) and not seen,
-        blocking=True,
-        count=len(seen),
-        rows=sorted(seen)[:20],
-        note="" if test else "the test split is empty",
-    )
+    passed, shown, note = bool(test) and not seen, sorted(seen)[:20], "" if test else "the test split is empty"
+    unseen = CheckResult("test_is_unseen", passed=passed, blocking=True, count=len(seen), rows=shown, note=note)
     if not unseen.passed:
         return Report(checks=[unseen])
     benchmarks = read_benchmarks(root, settings.benchmarks)

@@ -1,5 +1,7 @@
-"""raw_examples -> instructions. The validated instruction set: every row is checked, and every dropped row is recorded
-with its reason."""
+"""raw_examples -> instructions.
+
+The validated instruction set: every row is checked, and every dropped row is recorded with its reason.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import row_cache
 from dagster_project.core.context import StageContext, ValidationContext
@@ -34,7 +36,7 @@ from dagster_project.curation.checks import account, expectations, findings, ref
 from dagster_project.curation.checks.checks import Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
-from dagster_project.curation.sources.benchmarks import read_items
+from dagster_project.curation.sources.benchmarks import Item, read_items
 from dagster_project.curation.sources.reading import locate
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ class Params(Rules):
     expectations: str | None = None
     """Great Expectations suite inside data/expectations/: the data owner's expectations of the whole set."""
     data_docs: bool = False
-    """Also build Great Expectations' own Data Docs, in
-    data/pages/instructions/data_docs. They load styles and scripts from the web."""
+    """Also build Great Expectations' own Data Docs, in data/pages/instructions/data_docs. They load styles and scripts
+    from the web."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -71,10 +73,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     with row_cache.using(ctx.root, "instructions"):
-        return produce(
-            ctx.root, ctx.params("instructions", Params), ctx.output_of("raw_examples"), ctx.output_of("base_model"),
-            out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
-        )  # fmt: skip
+        params = ctx.params("instructions", Params)
+        raw_examples, base_model = ctx.output_of("raw_examples"), ctx.output_of("base_model")
+        return produce(ctx.root, params, raw_examples, base_model, ctx.out, ctx.pages, ctx.recorded())
 
 
 @uncollected
@@ -87,19 +88,18 @@ def produce(
     pages: Path,
     previous: Mapping[str, Path],
 ) -> Report:
-    """Args:
-    pages: folder for documents about this run (changes.json, expectations.json), review.csv, and, if requested, Data
-    Docs.
-    previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
+    """Check all rows, write those that are kept, and account for the others.
+
+    Args:
+        pages: folder for documents about this run (changes.json, expectations.json), review.csv, and, if requested,
+            Data Docs.
+        previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
-    held_out = [
-        item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)
-    ]
-    decisions = (
-        read_decisions(inside(root, params.review, "instructions.review"), checks_of("examples"))
-        if params.review
-        else []
-    )
+    held_out: list[Item] = []
+    for path in params.benchmarks:
+        held_out += read_items(inside(root, path, "instructions.benchmarks"), path)
+    review = inside(root, params.review, "instructions.review") if params.review else None
+    decisions = read_decisions(review, checks_of("examples")) if review else []
     records = StoredRows(folder=out.parent)
     for line in placed_records(raw_examples):
         records.append_encoded(line)
@@ -109,26 +109,24 @@ def produce(
     kept = Selected(judged.records, left)
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not len(kept):
-        checks.append(
-            CheckResult(
-                expectations.NAME, passed=True, note="no suite is named" if len(kept) else "no rows to evaluate"
-            )
-        )
+        note = "no suite is named" if len(kept) else "no rows to evaluate"
+        checks.append(CheckResult(expectations.NAME, passed=True, note=note))
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
+        data_docs = pages / "data_docs" if params.data_docs else None
+        groups = _groups(judged, left)
         outcome = expectations.run(
-            expectations.table(kept, _groups(judged, left), read=len(records)), suite,
-            pages / "data_docs" if params.data_docs else None, params.expectations,
-        )  # fmt: skip
+            expectations.table(kept, groups, read=len(records)), suite, data_docs, params.expectations
+        )
         places = {i: references.place(kept[i]) for one in outcome.expectations for i in one.rows}
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
     ids, repaired = Strings(), any(judged.repaired.values()) or bool(judged.edited)
     write_tables(out / LEDGER, _ledger(judged, ids, repaired), ledger_schema(repaired))
-    groups = {"group_id": Strings(ids[judged.cluster[i]] for i in left)}
+    added = {"group_id": Strings(ids[judged.cluster[i]] for i in left)}
     is_rich = any(judged.reason[i] is None for i in judged.rich)
-    write_stored_records(judged.records, ids, record_schema(), [StoredPart(out, left, is_rich, groups)])
+    write_stored_records(judged.records, ids, record_schema(), [StoredPart(out, left, is_rich, added)])
     account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
     return Report(
@@ -153,15 +151,16 @@ def _groups(judged: Judgement, rows: Sequence[int]) -> np.ndarray:
 
     assert judged.identities is not None
     identities = judged.identities[np.array(judged.cluster, np.int64)[np.array(rows, np.int64)]]
-    return (
-        identities.with_row_index("row").select(pl.col("row").first().over(identities.columns)).to_series().to_numpy()
-    )
+    first = pl.col("row").first().over(identities.columns)
+    return identities.with_row_index("row").select(first).to_series().to_numpy()
 
 
 def _ledger(judged: Judgement, ids: Strings, repaired: bool) -> Iterator[pa.Table]:
-    """Args:
-    ids: gets the `example_id` of every row.
-    repaired: whether any of the rows was repaired or edited.
+    """Lines of the ledger, by batch.
+
+    Args:
+        ids: gets the `example_id` of every row.
+        repaired: whether any of the rows was repaired or edited.
     """
     import pyarrow as pa
 
@@ -170,23 +169,17 @@ def _ledger(judged: Judgement, ids: Strings, repaired: bool) -> Iterator[pa.Tabl
     for block in judged.records.blocks():
         rows = range(start, start + len(block))
         start += len(block)
-        columns = dict(zip(names, read_lines(block, schema).columns, strict=True))
+        columns: dict[str, Any] = dict(zip(names, read_lines(block, schema).columns, strict=True))
         ids.extend(columns["example_id"].to_pylist())
         repairs = columns["repaired"].to_pylist() if repaired else [None] * len(rows)
         reasons = [judged.reason[i] for i in rows]
-        yield ledger_table(
-            {
-                **columns,
-                "outcome": [f"dropped:{reason}" if reason else "kept" for reason in reasons],
-                "why": [account.why(judged, i, {"repaired": names}) for i, names in zip(rows, repairs, strict=True)],
-            },
-            repaired,
-        )
+        columns["outcome"] = [f"dropped:{reason}" if reason else "kept" for reason in reasons]
+        columns["why"] = [account.why(judged, i, {"repaired": of_row}) for i, of_row in zip(rows, repairs, strict=True)]
+        yield ledger_table(columns, repaired)
 
 
 def _read_kept(scratch: Path, previous: Mapping[str, Path]) -> StoredRows:
     shards = (row for name in sorted(previous) if name.startswith("records-") for row in iter_table(previous[name]))
     placed = (row for row in iter_table(previous["ledger.parquet"]) if row["outcome"] == "kept")
-    return StoredRows(
-        ({**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)), scratch
-    )
+    kept = zip(shards, placed, strict=True)
+    return StoredRows(({**record, "source_row": line["source_row"]} for record, line in kept), scratch)

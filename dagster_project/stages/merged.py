@@ -1,5 +1,7 @@
-"""base_model + adapter@X -> merged@X. A complete model with the same logits as
-base plus adapter; unmergeable variants are copied unchanged."""
+"""base_model + adapter@X -> merged@X.
+
+A complete model with the same logits as base plus adapter; unmergeable variants are copied unchanged.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,8 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
     prepare(compute)
     tuned = AdapterInfo.read(adapter)
     if feature_extraction.is_head(adapter) or not tuned.merge:
-        return _copy_unmerged(
-            base_model, adapter, out, {"merged": False, "why_not": tuned.why_not}, f"not merged: {tuned.why_not}"
-        )
+        metrics = {"merged": False, "why_not": tuned.why_not}
+        return _copy_unmerged(base_model, adapter, out, metrics, f"not merged: {tuned.why_not}")
     if not (adapter / "adapter_config.json").is_file():
         return _copy_unmerged(base_model, adapter, out, {"merged": True}, "the tuned weights are a complete model")
     return _merge(base_model, adapter, tuned, out)
@@ -56,8 +57,8 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
 def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Report:
     """Merge the adapter into the base model's weights, and store them in the base model's number formats.
 
-    The unquantized base model is used even if the adapter was trained on
-    quantized weights; the report then states the difference.
+    The unquantized base model is used even if the adapter was trained on quantized weights; the report then states the
+    difference.
     """
     import torch
     from peft import PeftModel
@@ -96,13 +97,11 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
         shutil.copy(template, out)
     saved = AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
-    rounded, reloaded = dict(model.named_parameters()), dict(saved.named_parameters())
-    mismatched = sorted(
-        name
-        for name in rounded.keys() | reloaded.keys()
-        if name not in rounded or name not in reloaded or not torch.equal(rounded[name], reloaded[name])
     )
+    saved.eval()
+    rounded, reloaded = dict(model.named_parameters()), dict(saved.named_parameters())
+    equal = {name for name in rounded.keys() & reloaded.keys() if torch.equal(rounded[name], reloaded[name])}
+    mismatched = sorted((rounded.keys() | reloaded.keys()) - equal)
     metrics |= {
         "largest_logit_difference": float(f"{difference:.3g}"),
         "largest_adapter_effect": round(effect, 3),
@@ -124,9 +123,8 @@ def _copy_unmerged(base_model: Path, adapter: Path, out: Path, metrics: dict[str
     if metrics["merged"]:
         (out / RECORD).unlink(missing_ok=True)
     if feature_extraction.is_head(out):
-        effect = float(
-            feature_extraction.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max()
-        )
+        layer = feature_extraction.load(out, base_model, cpu, torch.float32).classifier.score
+        effect = float(layer.weight.detach().abs().max())
         note += f"; the layer's largest weight is {effect:.2g}"
     else:
         probes = _probes(base_model, adapter)
@@ -134,9 +132,8 @@ def _copy_unmerged(base_model: Path, adapter: Path, out: Path, metrics: dict[str
         effect = _max_difference(_logits(load(out, base_model, cpu, torch.float32), probes), untuned)
         metrics["largest_adapter_effect"] = round(effect, 3)
         note += f"; it changes logits by up to {effect:.2g}"
-    return Report(
-        metrics=metrics, checks=[CheckResult("merge_is_equal", passed=effect > TOLERANCE, blocking=True, note=note)]
-    )
+    check = CheckResult("merge_is_equal", passed=effect > TOLERANCE, blocking=True, note=note)
+    return Report(metrics=metrics, checks=[check])
 
 
 def _probes(base_model: Path, adapter: Path) -> list[Any]:
@@ -145,11 +142,9 @@ def _probes(base_model: Path, adapter: Path) -> list[Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    texts = [tokenizer(text, return_tensors="pt").input_ids for text in PROBES]
     rows = _trained_rows(adapter)[:MOST_ROWS]
-    return [
-        *(tokenizer(text, return_tensors="pt").input_ids for text in PROBES),
-        *([torch.tensor([rows])] if rows else []),
-    ]
+    return [*texts, torch.tensor([rows])] if rows else texts
 
 
 def _trained_rows(adapter: Path) -> list[int]:

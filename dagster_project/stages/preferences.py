@@ -1,5 +1,7 @@
-"""raw_preferences -> preferences. Every pair is checked, every dropped pair is recorded with its reason, and the splits
-share no prompt."""
+"""raw_preferences -> preferences.
+
+Every pair is checked, every dropped pair is recorded with its reason, and the splits share no prompt.
+"""
 
 from __future__ import annotations
 
@@ -98,17 +100,9 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     with row_cache.using(ctx.root, "preferences"):
-        return produce(
-            ctx.root,
-            ctx.params("preferences", Params),
-            ctx.compute.seed,
-            ctx.output_of("raw_preferences"),
-            ctx.output_of("splits"),
-            ctx.output_of("base_model"),
-            out=ctx.out,
-            pages=ctx.pages,
-            previous=ctx.recorded(),
-        )
+        params, seed = ctx.params("preferences", Params), ctx.compute.seed
+        raw, splits, base_model = (ctx.output_of(name) for name in ("raw_preferences", "splits", "base_model"))
+        return produce(ctx.root, params, seed, raw, splits, base_model, ctx.out, ctx.pages, ctx.recorded())
 
 
 @uncollected
@@ -123,23 +117,20 @@ def produce(
     pages: Path,
     previous: Mapping[str, Path],
 ) -> Report:
-    """Args:
-    splits: of the instructions; no pair of their test split may be trained on.
-    pages: folder for report.html and review.csv.
-    previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
+    """Check all pairs, divide those that are kept into splits, and account for the others.
+
+    Args:
+        splits: of the instructions; no pair of their test split may be trained on.
+        pages: folder for report.html and review.csv.
+        previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
-    benchmarks = [
-        item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)
-    ]
-    decisions = (
-        read_decisions(inside(root, params.review, "preferences.review"), checks_of("preferences"))
-        if params.review
-        else []
-    )
-    test = [
-        {**record, "source": "data/splits/test", "source_row": record["example_id"]}
-        for record in read_records(splits / TEST)
-    ]
+    benchmarks: list[Item] = []
+    for path in params.benchmarks:
+        benchmarks += read_items(inside(root, path, "preferences.benchmarks"), path)
+    review = inside(root, params.review, "preferences.review") if params.review else None
+    decisions = read_decisions(review, checks_of("preferences")) if review else []
+    examples = read_records(splits / TEST)
+    test = [{**example, "source": "data/splits/test", "source_row": example["example_id"]} for example in examples]
     records = StoredRows(map(as_record, iter_pairs(raw_preferences)), out.parent)
     params = params.model_copy(update={"max_tokens": min(params.max_tokens, _context(base_model))})
     division = Division()
@@ -157,14 +148,13 @@ def produce(
     write_ledger(out, _ledger(judged, division))
     _check_splits(judged, out, division, rows, test, splits / TEST, params)
 
-    held_out = [
-        *benchmarks,
-        *(Item(references.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test),
+    held_out = benchmarks + [
+        Item(references.place(record), prompt_text(record["messages"]), text=response_text(record["messages"]))
+        for record in test
     ]
     account.write_account("preferences", judged, held_out, out, pages, previous, _read_kept)
-    length: dict[str, Any] = {
-        key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile
-    }
+    of_length = ("chosen_longer_share", "length_rule_accuracy")
+    length: dict[str, Any] = {key: judged.profile[key] for key in of_length if key in judged.profile}
     return Report(
         rows_in=len(records),
         rows_out=sum(map(len, rows.values())),
@@ -212,11 +202,11 @@ def _divide(
     params: Params,
     seed: int,
 ) -> Division:
-    """Assign the kept pairs to splits as `splits` does: labels of the source are kept, and pairs with nearly the same
-    prompt stay together.
+    """Assign the kept pairs to splits as `splits` does.
 
-    The test split of the instructions counts as pairs labeled test. A pair that belongs to one of its examples goes to
-    test if it has no label, and is dropped if its label is train or validation.
+    Labels of the source are kept, and pairs with nearly the same prompt stay together. The test split of the
+    instructions counts as pairs labeled test. A pair that belongs to one of its examples goes to test if it has no
+    label, and is dropped if its label is train or validation.
     """
     prompts = [subject_text(_prompt(records[i])) for i in kept]
     examples = [subject_text(record["messages"]) for record in test]
@@ -224,9 +214,8 @@ def _divide(
     clusters = [*(records[overlaps.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
     link = joined(copies.links(clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
-    labels = [
-        label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]
-    ]
+    given = [json.loads(records[i]["meta"]).get("split") for i in kept]
+    labels = [label if label in SPLITS else None for label in given]
     split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
     places = [references.place(record) for record in [*(records[i] for i in kept), *test]]
     left = [k for k in range(len(kept)) if split_of[k] != DROPPED]
@@ -239,22 +228,19 @@ def _divide(
         seed,
     )
     out = [k for k in range(len(kept)) if split_of[k] == DROPPED]
+    dropped: dict[int, str] = {}
+    for k in out:
+        keeper = f"{places[because[k]]}, which is {split_of[because[k]]}"
+        dropped[kept[k]] = f"{labels[k]} by the label of its source, but belongs to {keeper}"
+    pairs = near_pairs([prompts[k] for k in out], examples)
+    links = [Link(kept[out[p.left]], places[len(kept) + p.right], "prompt", p.rule, p.similarity) for p in pairs]
     return Division(
-        {kept[k]: split for k, split in zip(left, dealt.splits, strict=True)},
-        {kept[k]: groups[k] for k in left},
-        {kept[left[n]] for n in dealt.labelled if labels[left[n]]},
-        {
-            kept[k]: (
-                f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is"
-                f" {split_of[because[k]]}"
-            )
-            for k in out
-        },
-        [
-            Link(kept[out[p.left]], places[len(kept) + p.right], "prompt", p.rule, p.similarity)
-            for p in near_pairs([prompts[k] for k in out], examples)
-        ],
-        copies,
+        splits={kept[k]: split for k, split in zip(left, dealt.splits, strict=True)},
+        groups={kept[k]: groups[k] for k in left},
+        labelled={kept[left[n]] for n in dealt.labelled if labels[left[n]]},
+        dropped=dropped,
+        links=links,
+        copies=copies,
     )
 
 
@@ -279,14 +265,12 @@ def _check_splits(
         return
     if division.copies is None:
         return
-    known = StringIndex(
-        [*(judged.records[i]["example_id"] for i in division.splits), *(record["example_id"] for record in test)]
-    )
+    assigned = [judged.records[i]["example_id"] for i in division.splits]
+    known = StringIndex([*assigned, *(record["example_id"] for record in test)])
     verification = verify_splits(out, division.copies, known, held_out)
     if verification.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
-        raise AssertionError(
-            f"pairs lost: {rows} assigned, {verification.rows} in the shards, {len(test)} of them of the instructions"
-        )
+        found = f"{verification.rows} in the shards, {len(test)} of them of the instructions"
+        raise AssertionError(f"pairs lost: {rows} assigned, {found}")
     if verification.leaking:
         found = "; ".join(f"{leak.place} and {leak.other}: {leak.why}" for leak in verification.leaks)
         verdicts["split_leakage"] = replace(verdicts["split_leakage"], passed=False, action="fail", note=found)
@@ -315,12 +299,8 @@ def _ledger(judged: Judgement, division: Division) -> Iterator[dict[str, Any]]:
 
 
 def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
-    pairs = {
-        pair["example_id"]: pair
-        for name in sorted(previous)
-        if "/records-" in name
-        for pair in read_table(previous[name])
-    }
+    shards = [previous[name] for name in sorted(previous) if "/records-" in name]
+    pairs = {pair["example_id"]: pair for shard in shards for pair in read_table(shard)}
     rows: dict[str, int] = {}
     for line in read_table(previous["ledger.parquet"]):
         if line["outcome"] in SPLITS:

@@ -1,5 +1,8 @@
-"""data/sources/* -> raw_examples. All sources in one canonical form, one row per example; nothing is dropped, but what
-was erased and cannot be taken out of its source."""
+"""data/sources/* -> raw_examples.
+
+All sources in one canonical form, one row per example; nothing is dropped, but what was erased and cannot be taken out
+of its source.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ class Params(Reading):
     sources: list[Source] = Field(min_length=1)
     """Files, folders, objects in S3 and data sets on the Hub, in order."""
     use_policy: Policy | None = None
-    """What a release may rest on: judged here for these sources, as a warning,
-    and by `release` for all that the model was made from. null: anything."""
+    """What a release may rest on: judged here for these sources, as a warning, and by `release` for all that the model
+    was made from. null: anything."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

@@ -1,5 +1,8 @@
-"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is
-dropped, but what was erased and cannot be taken out of its source."""
+"""data/sources/* -> raw_preferences.
+
+All preference sources in one canonical form, one row per pair; nothing is dropped, but what was erased and cannot be
+taken out of its source.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class Params(Reading):
     """Pairs of a better and a worse answer. See docs/sources.md."""
 
     sources: list[PairSource] = []
-    """Files, folders, objects in S3 and data sets on the Hub, in order. An
-    empty list means a project without preferences."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order. An empty list means a project without
+    preferences."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -59,10 +62,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     ignored = fields.IgnoredFields()
     write_ledger(out, _ledger(kept, ignored))
     gone.write(out, lambda number: pairs[number]["source_rows"])
-    checks = [ignored.check(), gone.check]
-    return Report(
-        rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics={"sources": sources}, checks=checks
-    )
+    metrics, checks = {"sources": sources}, [ignored.check(), gone.check]
+    return Report(rows_in=len(pairs), rows_out=len(kept), dropped=gone.dropped, metrics=metrics, checks=checks)
 
 
 def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:

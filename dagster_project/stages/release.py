@@ -1,5 +1,7 @@
-"""comparison + merged@X -> release. The selected model, if it passes the promotion gate: better than baselines,
-knowledge kept, unseen test split, loadable."""
+"""comparison + merged@X -> release.
+
+The selected model, if it passes the promotion gate: better than baselines, knowledge kept, unseen test split, loadable.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,8 @@ AUTO = "auto"
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 """File extensions of weights in other formats."""
 TRAINING, EXAMPLES = "training.json", "examples.parquet"
-"""Training evidence next to the weights: resolved settings and trained weights;
-every record with its training steps."""
+"""Training evidence next to the weights: resolved settings and trained weights; every record with its training steps.
+"""
 TABLES = "*.parquet"
 """Tables of records and texts next to the weights of a model that stands alone. They are not released as they are."""
 NEW_TOKENS = 24
@@ -78,36 +80,22 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     read_key(ctx.root)
     known = [*ctx.values["adapter"], *ctx.values["aligned"]]
     if params.variant not in {AUTO, *known}:
-        raise InputError(
-            f"params.yaml: release.variant: no variant {params.variant!r}", f"{AUTO}, or one of {', '.join(known)}"
-        )
+        problem = f"params.yaml: release.variant: no variant {params.variant!r}"
+        raise InputError(problem, f"{AUTO}, or one of {', '.join(known)}")
 
 
 def run(ctx: StageContext) -> Report:
-    merged = {
-        name: ctx.outputs_of(folder) / name
-        for section, folder in (("adapter", "merged"), ("aligned", "merged_aligned"))
-        for name in ctx.values[section]
-    }
-    trained = {
-        f"{name}@{variant}": ctx.outputs_of(name) / variant
-        for name in ("adapter", "aligned")
-        for variant in ctx.values[name]
-    }
+    merged: dict[str, Path] = {}
+    trained: dict[str, Path] = {}
+    for stage, folder in (("adapter", "merged"), ("aligned", "merged_aligned")):
+        for name in ctx.values[stage]:
+            merged[name] = ctx.outputs_of(folder) / name
+            trained[f"{stage}@{name}"] = ctx.outputs_of(stage) / name
     trained["reward_model"] = ctx.output_of("reward_model")
     if "reward_model" not in ctx.values:
         ctx = replace(ctx, earlier=tuple(stage for stage in ctx.earlier if stage != "reward_model"))
-    key = read_key(ctx.root)
-    return produce(
-        ctx.params("release", Params),
-        ctx.compute,
-        ctx.output_of("comparison"),
-        merged,
-        trained,
-        ctx.reports(),
-        key,
-        out=ctx.out,
-    )
+    params, comparison, key = ctx.params("release", Params), ctx.output_of("comparison"), read_key(ctx.root)
+    return produce(params, ctx.compute, comparison, merged, trained, ctx.reports(), key, ctx.out)
 
 
 def produce(
@@ -132,9 +120,8 @@ def produce(
     recommended = board["recommended"]
     variant = recommended["variant"] if params.variant == AUTO else params.variant
     if variant is None:
-        note = (
-            f"comparison recommends no variant: {recommended['why']} To release one anyway, name it in release.variant"
-        )
+        remedy = "To release one anyway, name it in release.variant"
+        note = f"comparison recommends no variant: {recommended['why']} {remedy}"
         return Report(checks=[CheckResult("better_than_baselines", passed=False, blocking=True, count=1, note=note)])
     shutil.copytree(merged[variant], out, ignore=shutil.ignore_patterns(TABLES), dirs_exist_ok=True)
     waivers = [waiver.model_dump(mode="json") for waiver in params.waivers]
@@ -151,7 +138,7 @@ def produce(
     checks = [_as_check_result(name, outcome, params) for name, outcome in outcomes.items()]
     checks += [] if verdict else [use_policy.check(None)]
     checks.append(_own_key(key, provenance["sources"]))
-    names = [waiver.check for waiver in params.waivers]
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
     document = {
         "variant": variant,
         "recommended": recommended,
@@ -159,20 +146,21 @@ def produce(
         "waivers": waivers,
         "scores": board["scores"].get(variant, {}),
         "costs": board["costs"][variant],
-        "files": {
-            str(path.relative_to(out)): sha256_of_file(path) for path in sorted(out.rglob("*")) if path.is_file()
-        },
+        "files": {str(path.relative_to(out)): sha256_of_file(path) for path in files},
     }
     write_json(out / "release.json", document)
     _write_provenance(provenance, trained, key, out)
     shown = {name: document["scores"][name] for name in board["shown"] if name in document["scores"]}
-    waived = [check.name for check in checks if not check.passed and check.name in names]
+    exempted = [waiver.check for waiver in params.waivers]
+    waived = [check.name for check in checks if not check.passed and check.name in exempted]
     return Report(metrics={"variant": variant, **shown, "waived": waived, "files": document["files"]}, checks=checks)
 
 
 def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path], key: bytes, out: Path) -> None:
-    """Write the model card and, under audit/, the lineage of the model and the
-    evidence of each training, with published ids of records."""
+    """Write the model card and, under audit/, the lineage of the model and the evidence of each training.
+
+    Tables have published ids of records.
+    """
     import pyarrow.parquet as pq
 
     write_text(out / "README.md", model_card(provenance))
@@ -183,19 +171,15 @@ def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path]
         if (source := trained[name] / TRAINING).is_file():
             shutil.copyfile(source, target / TRAINING)
         if (source := trained[name] / EXAMPLES).is_file():
-            pq.write_table(
-                published_table(key, read_arrow(source)), target / EXAMPLES, compression="zstd", store_schema=True
-            )
+            table = published_table(key, read_arrow(source))
+            pq.write_table(table, target / EXAMPLES, compression="zstd", store_schema=True)
 
 
 def _own_key(key: bytes, sources: Mapping[str, Mapping[str, Any]]) -> CheckResult:
     if is_own(key, sources.values()):
         return CheckResult("own_key", passed=True, severity="warn")
-    note = (
-        "the key is the sample project's, which is public: a guessed text can be confirmed from the published ids;"
-        f" `{CREATE}`"
-    )
-    return CheckResult("own_key", passed=False, severity="warn", count=1, note=note)
+    problem = "the key is the sample project's, which is public: a guessed text can be confirmed from the published ids"
+    return CheckResult("own_key", passed=False, severity="warn", count=1, note=f"{problem}; `{CREATE}`")
 
 
 @dataclass(frozen=True)
@@ -214,40 +198,27 @@ def _as_check_result(name: str, outcome: _CheckOutcome, params: Params) -> Check
     """A failed check blocks the release, unless it is waived: then it is a warning."""
     if outcome.passed:
         return CheckResult(name, passed=True, blocking=True, note=outcome.note)
+    failed = CheckResult(name, passed=False, count=outcome.count, violations=outcome.violations)
     waiver = next((waiver for waiver in params.waivers if waiver.check == name), None)
     if waiver:
         note = f"{outcome.note}; waived until {waiver.expires}: {waiver.reason}"
-        return CheckResult(
-            name,
-            passed=False,
-            severity="warn",
-            count=outcome.count,
-            waived=outcome.count,
-            note=note,
-            violations=outcome.violations,
-        )
+        return replace(failed, severity="warn", waived=outcome.count, note=note)
     note = f"{outcome.note}; {outcome.remedy}, or waive the check in release.waivers"
-    return CheckResult(name, passed=False, blocking=True, count=outcome.count, note=note, violations=outcome.violations)
+    return replace(failed, blocking=True, note=note)
 
 
 def _better(decides: str, compared: Mapping[str, Any], test: Mapping[str, int]) -> _CheckOutcome:
     result = gain(decides, compared, test)
     if result is None:
-        return _CheckOutcome(
-            False,
-            "nothing was compared: it has neither answers nor a perplexity",
-            "name test examples that can be answered",
-        )
+        note = "nothing was compared: it has neither answers nor a perplexity"
+        return _CheckOutcome(False, note, "name test examples that can be answered")
     if not result.enough:
-        note = (
-            f"nothing can be concluded from {result.examples} test examples{counted_once(test)}, {FEWEST} are needed:"
-            f" {result.words}"
-        )
+        examples = f"{result.examples} test examples{counted_once(test)}"
+        note = f"nothing can be concluded from {examples}, {FEWEST} are needed: {result.words}"
         return _CheckOutcome(False, note, "add examples, or raise splits.test or evaluation.max_examples")
     if failed := compared.get("failed_checks"):
-        return _CheckOutcome(
-            False, f"its checks failed: {'; '.join(failed)}; {result.words}", "see what the checks say"
-        )
+        note = f"its checks failed: {'; '.join(failed)}; {result.words}"
+        return _CheckOutcome(False, note, "see what the checks say")
     if result.sure:
         return _CheckOutcome(True, result.words)
     rival = NAMES.get(result.rival, "the base model")
@@ -259,15 +230,10 @@ def _kept_knowledge(retention: Mapping[str, Any], max_forgetting: float) -> _Che
     if not retention:
         return _CheckOutcome(False, "not measured", "name a benchmark in evaluation.benchmarks")
     questions, change = retention["overall"]["questions"], retention["overall"]["accuracy"]["difference"]
-    note = (
-        f"{100 * change:+.1f} points on {questions} benchmark questions, and at most {100 * max_forgetting:.1f} may be"
-        " lost"
-    )
-    return _CheckOutcome(
-        change >= -max_forgetting,
-        note,
-        "lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)",
-    )
+    most = f"and at most {100 * max_forgetting:.1f} may be lost"
+    note = f"{100 * change:+.1f} points on {questions} benchmark questions, {most}"
+    remedy = "lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)"
+    return _CheckOutcome(change >= -max_forgetting, note, remedy)
 
 
 def _unseen(test: Mapping[str, int]) -> _CheckOutcome:
@@ -276,19 +242,17 @@ def _unseen(test: Mapping[str, int]) -> _CheckOutcome:
 
 
 def _keeps_to_policy(verdict: Mapping[str, Any]) -> _CheckOutcome:
-    """Args:
-    verdict: on the reports of the runs that the released model was made from.
-    """
-    violations = verdict["violations"]
+    """Evaluates the verdict on the reports of the runs that the released model was made from."""
+    violations, rows = verdict["violations"], max(1, verdict["refused_rows"])
     remedy = "use other sources or another base model, or declare what is missing if it is true (docs/sources.md)"
-    return _CheckOutcome(
-        not violations, use_policy.in_words(verdict), remedy, max(1, verdict["refused_rows"]), violations
-    )
+    return _CheckOutcome(not violations, use_policy.in_words(verdict), remedy, rows, violations)
 
 
 def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
-    """Compare greedy tokens of the released folder, loaded with plain
-    transformers, with those of the merged model, loaded as in `evaluation`."""
+    """Compare greedy tokens of the released folder and of the merged model.
+
+    The former is loaded with plain transformers, the latter as in `evaluation`.
+    """
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load
 
@@ -301,9 +265,8 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
     if pickled:
         return _CheckOutcome(False, f"weights that are no safetensors: {', '.join(pickled)}", another)
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return _CheckOutcome(
-            False, "it does not stand alone: it is an adapter that was not merged, or a classifier's head", another
-        )
+        note = "it does not stand alone: it is an adapter that was not merged, or a classifier's head"
+        return _CheckOutcome(False, note, another)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -312,13 +275,11 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
     except (OSError, ValueError) as error:
         return _CheckOutcome(False, f"transformers does not load it: {' '.join(str(error).split())[:300]}", another)
 
-    def generated(generator: Any) -> list[list[int]]:
+    def generated(one: Any) -> list[list[int]]:
         texts = [render(tokenizer, [{"role": "user", "content": text}], True) for text in PROBES]
-        ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
+        prompts = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
         with torch.inference_mode():
-            return [
-                generator.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for prompt in ids
-            ]
+            return [one.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for ids in prompts]
 
     tokens = generated(model)
     del model

@@ -1,5 +1,8 @@
-"""preferences + a model -> reward_model. A model that scores answers, trained on preference pairs; tested on held-out
-pairs, and compared with answer length as a predictor."""
+"""preferences + a model -> reward_model.
+
+A model that scores answers, trained on preference pairs; tested on held-out pairs, and compared with answer length as a
+predictor.
+"""
 
 from __future__ import annotations
 
@@ -94,15 +97,12 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     methods.refuse_untrained(params.peft, "reward_model")
     methods.check("lora", params.peft, params.quantization, True, "reward_model")
     if params.peft.get("lora_dropout"):
-        raise InputError(
-            "params.yaml: reward_model.peft.lora_dropout: has no effect, it is trained without dropout", "leave it out"
-        )
+        problem = "has no effect, it is trained without dropout"
+        raise InputError(f"params.yaml: reward_model.peft.lora_dropout: {problem}", "leave it out")
     if params.method == "full":
         if params.peft:
-            raise InputError(
-                "params.yaml: reward_model.peft: full trains every weight, without an adapter",
-                "leave it out, or use method: lora",
-            )
+            problem = "params.yaml: reward_model.peft: full trains every weight, without an adapter"
+            raise InputError(problem, "leave it out, or use method: lora")
         methods.check("full", {}, params.quantization, True, "reward_model")
     sharding.check(params, ctx.compute, "reward_model", params.method)
 
@@ -133,23 +133,19 @@ def produce(
     checkpoints: Path,
     live: Path | None = None,
 ) -> Report:
-    """Args:
-    folder: the model to start from.
-    checkpoints: the stage's folder, which survives a killed run. It is removed at the end.
+    """Train the reward model, in several processes if the parameters say so, and evaluate it on held-out pairs.
 
     No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
+
+    Args:
+        folder: the model to start from.
+        checkpoints: the stage's folder, which survives a killed run. It is removed at the end.
     """
     if params.sharding and compute.processes > 1 and place().size == 1:
-        folders = {
-            "preferences": preferences,
-            "folder": folder,
-            "out": out,
-            "curve_file": curve_file,
-            "calibration_file": calibration_file,
-            "checkpoints": checkpoints,
-            "live": live,
-        }
-        return report_of_group(__name__, params, compute, folders)
+        read = {"preferences": preferences, "folder": folder}
+        written = {"out": out, "curve_file": curve_file, "calibration_file": calibration_file}
+        kept = {"checkpoints": checkpoints, "live": live}
+        return report_of_group(__name__, params, compute, {**read, **written, **kept})
     import_libraries()
     claim_gpu()
     device, dtype = prepare(compute)
@@ -158,10 +154,10 @@ def produce(
     if not any(pairs.values()):
         return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
-    advice = "use base_model.chat_template: hermes, or reward_model.model: merged/NAME with tokenized.chat_template"
-    refuse_misfits(
-        reward_model.tokenizer_of(folder), pairs, params.model, advice if params.model == "base_model" else ""
-    )
+    advice = ""
+    if params.model == "base_model":
+        advice = "use base_model.chat_template: hermes, or reward_model.model: merged/NAME with tokenized.chat_template"
+    refuse_misfits(reward_model.tokenizer_of(folder), pairs, params.model, advice)
     with advice_on_memory():
         shared = _build(params, folder, device, dtype)
     model = shared.model
@@ -173,10 +169,8 @@ def produce(
     identity = preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__))
     resumable = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
     inputs = {"preferences": preferences, "folder": folder, "checkpoints": checkpoints}
-    start_others(
-        settings_document(params, compute) | {"folders": {name: portable(path) for name, path in inputs.items()}},
-        __name__,
-    )
+    folders = {name: portable(path) for name, path in inputs.items()}
+    start_others(settings_document(params, compute) | {"folders": folders}, __name__)
     history = _train(shared, reward_model.tokenizer_of(folder), pairs, params, compute, resumable, live)
     document_from_first({"evaluates": not isinstance(history, CheckResult)})
     if isinstance(history, CheckResult):
@@ -196,23 +190,21 @@ def produce(
     del model, shared
     scorer = reward_model.RewardModel(out, device, dtype, params.sharding)
     quality = sharding.in_step([scorer.shared], lambda: _evaluate(scorer, pairs, calibration_file))
-    report = Report(
-        metrics={
-            "model": params.model,
-            "method": params.method,
-            "steps": history.step,
-            "tokens": history.tokens,
-            "loss": round(history.losses[-1], 4),
-            "pairs": {split: len(of_split) for split, of_split in pairs.items()},
-            **quality,
-            "environment": document["versions"],
-        },
-        checks=_checks(history, change, quality, len(pairs["test"]), params),
-        measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
-    )
-    reward_model.write_quality(out, report.checks)
+    metrics = {
+        "model": params.model,
+        "method": params.method,
+        "steps": history.step,
+        "tokens": history.tokens,
+        "loss": round(history.losses[-1], 4),
+        "pairs": {split: len(of_split) for split, of_split in pairs.items()},
+        **quality,
+        "environment": document["versions"],
+    }
+    checks = _checks(history, change, quality, len(pairs["test"]), params)
+    measured = {"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)}
+    reward_model.write_quality(out, checks)
     remove(checkpoints)
-    return report
+    return Report(metrics=metrics, checks=checks, measured=measured)
 
 
 def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,12 +214,13 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, then the passes of the
-    evaluation, without writing anything but parts of checkpoints."""
+    """Work of the other processes: the same training, then the passes of the evaluation.
+
+    They write nothing but parts of checkpoints.
+    """
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
-    preferences, folder, checkpoints = (
-        Path(work["folders"][name]) for name in ("preferences", "folder", "checkpoints")
-    )
+    folders = {name: Path(path) for name, path in work["folders"].items()}
+    preferences, folder, checkpoints = folders["preferences"], folders["folder"], folders["checkpoints"]
     device, dtype = prepare(compute)
     reuse_large_blocks()
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation")}
@@ -259,8 +252,10 @@ def _train(
     checkpoints: Checkpoints,
     live: Path | None,
 ) -> TrainingHistory | CheckResult:
-    """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a
-    loss or a trained weight is not finite."""
+    """Train the model in place; it is whole in the first process afterwards.
+
+    Returns the failed check `learned` if a loss or a trained weight is not finite.
+    """
     spec = reward_model.trainer_spec(params.center_rewards_coefficient)
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
     try:
@@ -282,29 +277,18 @@ def _checks(
     history: TrainingHistory, change: WeightChange, quality: Mapping[str, Any], test_pairs: int, params: Params
 ) -> list[CheckResult]:
     accuracy, (low, high) = quality["accuracy"], quality["accuracy_interval"]
-    rule, length = quality["length_rule"], quality["length_rule_says"]
+    rule, length, spread = quality["length_rule"], quality["length_rule_says"], quality["reward"]["spread"]
+    fell = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
+    found = f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {test_pairs} pairs"
+    least = f"reward_model.min_accuracy is {params.min_accuracy}"
+    spreads = f"standard deviation {spread:g} of the rewards of held-out answers"
+    by_length = f"accuracy {accuracy:.3f}, at least {low:.3f}; the {length} answer is the chosen one in {rule:.3f}"
     return [
-        CheckResult("learned", passed=True, note=f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"),
+        CheckResult("learned", passed=True, note=fell),
         replace(change.check(), blocking=False),
-        CheckResult(
-            "prefers_as_people_do",
-            passed=accuracy >= params.min_accuracy,
-            note=(
-                f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {test_pairs} pairs, "
-                f"reward_model.min_accuracy is {params.min_accuracy}"
-            ),
-        ),
-        CheckResult(
-            "rewards_differ",
-            passed=quality["reward"]["spread"] > 0,
-            note=f"standard deviation {quality['reward']['spread']:g} of the rewards of held-out answers",
-        ),
-        CheckResult(
-            "better_than_length",
-            passed=low > rule,
-            severity="warn",
-            note=f"accuracy {accuracy:.3f}, at least {low:.3f}; the {length} answer is the chosen one in {rule:.3f}",
-        ),
+        CheckResult("prefers_as_people_do", passed=accuracy >= params.min_accuracy, note=f"{found}, {least}"),
+        CheckResult("rewards_differ", passed=spread > 0, note=spreads),
+        CheckResult("better_than_length", passed=low > rule, severity="warn", note=by_length),
     ]
 
 
@@ -313,10 +297,8 @@ def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Repor
     write_json(out / "training.json", {"pairs": 0})
     write_curve(curve_file, [], CURVE)
     _write_calibration(calibration_file, [])
-    return Report(
-        metrics={"pairs": 0},
-        checks=[CheckResult(name, passed=True, note="there are no preferences") for name in CHECK_DESCRIPTIONS],
-    )
+    checks = [CheckResult(name, passed=True, note="there are no preferences") for name in CHECK_DESCRIPTIONS]
+    return Report(metrics={"pairs": 0}, checks=checks)
 
 
 def _without_weights(failed: CheckResult, out: Path, curve_file: Path, calibration_file: Path) -> Report:
@@ -328,9 +310,7 @@ def _without_weights(failed: CheckResult, out: Path, curve_file: Path, calibrati
 
 
 def _write_calibration(path: Path, bins: Sequence[tuple[float, float, int]]) -> None:
-    """Args:
-    bins: mean confidence, accuracy and number of held-out pairs of each bin that has any.
-    """
+    """Write mean confidence, accuracy and number of held-out pairs of each bin that has any."""
     write_text(path, "\n".join(["confidence,accuracy,pairs", *(f"{c:.4f},{a:.4f},{n}" for c, a, n in bins)]) + "\n")
 
 
@@ -342,28 +322,21 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) ->
     """
     for split in ("train", "test"):
         if not pairs[split]:
-            raise InputError(
-                f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources"
-            )
+            hint = "name more pairs in raw_preferences.sources"
+            raise InputError(f"data/preferences: no pair in the {split} split", hint)
     if not (folder / "config.json").is_file():
-        raise InputError(
-            f"params.yaml: reward_model.model: {params.model} is not a standalone model",
-            "name a variant that is merged, or base_model",
-        )
+        problem = f"params.yaml: reward_model.model: {params.model} is not a standalone model"
+        raise InputError(problem, "name a variant that is merged, or base_model")
     if params.margins and (without := sum(pair["margin"] is None for split in pairs.values() for pair in split)):
         raise InputError(f"params.yaml: reward_model.margins: {without} pairs have no margin", "set margins: false")
 
 
 def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> list[dict[str, Any]]:
-    ids = both(tokenizer, pairs)
-    return [
-        {
-            "chosen_ids": [*prompt, *chosen],
-            "rejected_ids": [*prompt, *rejected],
-            **({"margin": pair["margin"]} if margins else {}),
-        }
-        for pair, (prompt, chosen, rejected) in zip(pairs, ids, strict=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    for pair, (prompt, chosen, rejected) in zip(pairs, both(tokenizer, pairs), strict=True):
+        margin = {"margin": pair["margin"]} if margins else {}
+        rows.append({"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected], **margin})
+    return rows
 
 
 def _evaluate(
@@ -373,11 +346,9 @@ def _evaluate(
     import numpy as np
 
     test = pairs["test"]
-    rewards = model(
-        [[*pair["prompt"], *pair[side]] for side in ("chosen", "rejected") for pair in test],
-        what="reward model, held-out pairs",
-        tools=[pair.get("tools") for pair in test] * 2,
-    )
+    conversations = [[*pair["prompt"], *pair[side]] for side in ("chosen", "rejected") for pair in test]
+    tools = [pair.get("tools") for pair in test] * 2
+    rewards = model(conversations, what="reward model, held-out pairs", tools=tools)
     chosen, rejected = np.array(rewards[: len(test)]), np.array(rewards[len(test) :])
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
 
@@ -399,14 +370,10 @@ def _evaluate(
     accuracy = rounded(right.mean())
     sure = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
     bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    filled = [
-        (float(sure[bins == b].mean()), float(right[bins == b].mean()), int((bins == b).sum()))
-        for b in range(BINS)
-        if (bins == b).any()
-    ]
+    inside = [bins == b for b in range(BINS) if (bins == b).any()]
+    filled = [(float(sure[mask].mean()), float(right[mask].mean()), int(mask.sum())) for mask in inside]
     _write_calibration(calibration_file, filled)
-    categories = sorted({pair["category"] for pair in test if pair["category"]})
-    return {
+    quality: dict[str, Any] = {
         "accuracy": accuracy,
         "accuracy_interval": [rounded(bound) for bound in wilson(accuracy, independent(units))],
         "length_rule": rounded(rule.mean()),
@@ -418,15 +385,9 @@ def _evaluate(
             "rejected": rounded(rejected.mean()),
             "spread": rounded(np.std(rewards)),
         },
-        **(
-            {
-                "by_category": {
-                    name: {"accuracy": rounded(right[mask].mean()), "pairs": int(mask.sum())}
-                    for name in categories
-                    for mask in [np.array([pair["category"] == name for pair in test])]
-                }
-            }
-            if categories
-            else {}
-        ),
     }
+    for name in sorted({pair["category"] for pair in test if pair["category"]}):
+        mask = np.array([pair["category"] == name for pair in test])
+        found = {"accuracy": rounded(right[mask].mean()), "pairs": int(mask.sum())}
+        quality.setdefault("by_category", {})[name] = found
+    return quality

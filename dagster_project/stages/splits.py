@@ -1,5 +1,7 @@
-"""instructions -> splits. Related rows stay in one split, upstream split labels
-are kept, and the shards are verified to have no leakage."""
+"""instructions -> splits.
+
+Related rows stay in one split, upstream split labels are kept, and the shards are verified to have no leakage.
+"""
 
 from __future__ import annotations
 
@@ -98,10 +100,10 @@ class Params(Section):
     def _consistent(self) -> Params:
         if self.test + self.validation >= 1:
             raise ValueError(f"test {self.test} and validation {self.validation} leave nothing to train on")
-        if (self.by == "key") != (self.key is not None):
-            raise ValueError(
-                "`by: key` requires `key`, the field to group by" if self.key is None else "`key` requires `by: key`"
-            )
+        if self.by == "key" and self.key is None:
+            raise ValueError("`by: key` requires `key`, the field to group by")
+        if self.by != "key" and self.key is not None:
+            raise ValueError("`key` requires `by: key`")
         return self
 
 
@@ -112,9 +114,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 def run(ctx: StageContext) -> Report:
     with row_cache.using(ctx.root, "splits"):
-        return produce(
-            ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out
-        )
+        params, instructions = ctx.params("splits", Params), ctx.output_of("instructions")
+        return produce(ctx.root, params, ctx.compute.seed, instructions, out=ctx.out)
 
 
 @dataclass
@@ -170,52 +171,49 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         rows[TRAIN].append(len(read.records))
         _append(read, record)
     schema = record_schema().append(pa.field("split", pa.string()))
-    parts = [
-        StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": [name] * len(rows[name])})
-        for name in SPLITS
-    ]
+    parts: list[StoredPart] = []
+    for name, of_split in rows.items():
+        rich = any(read.rich[i] for i in of_split)
+        parts.append(StoredPart(out / name, of_split, rich, {"split": [name] * len(of_split)}))
     write_stored_records(read.records, read.ids, schema, parts)
 
     verification = verify_splits(out, copies, known)
     if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
-        raise AssertionError(
-            f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards"
-        )
+        found = f"{counts} assigned, {len(added.rows)} added, {verification.rows} in the shards"
+        raise AssertionError(f"rows lost: {found}")
     dropped = dealt.splits.count(DROPPED)
     augmented = Counter(kind for _, kind, _ in added.rows)
+    metrics = {
+        **counts,
+        **({"augmented": dict(sorted(augmented.items()))} if params.augment else {}),
+        **({"augmented_dropped": added.dropped} if added.dropped else {}),
+        **({"sources": sources} if sources else {}),
+    }
+    checks = [
+        _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
+        _schema(params, counts, read.labels, dealt, strata=len(set(read.strata))),
+        _augmented_rows(params, verification, added),
+    ]
     return Report(
         rows_in=len(read),
         rows_out=sum(counts.values()),
         dropped={"split_leakage": dropped} if dropped else {},
-        metrics={
-            **counts,
-            **({"augmented": dict(sorted(augmented.items()))} if params.augment else {}),
-            **({"augmented_dropped": added.dropped} if added.dropped else {}),
-            **({"sources": sources} if sources else {}),
-        },
-        checks=[
-            _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
-            _schema(params, counts, read.labels, dealt, strata=len(set(read.strata))),
-            _augmented_rows(params, verification, added),
-        ],
+        metrics=metrics,
+        checks=checks,
     )
 
 
 def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase], dict[str, dict[str, Any]]]:
-    """The paraphrases that `augment` names, and the facts about their file for
-    the report, as `raw_examples` has them of its sources."""
+    """The paraphrases that `augment` names, and the facts about their file for the report.
+
+    The facts are those that `raw_examples` has of its sources.
+    """
     if settings is None or settings.paraphrases is None:
         return [], {}
     path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
     paraphrases = read_paraphrases(path)
-    facts = {
-        "format": FORMAT,
-        "rows": len(paraphrases),
-        "sha256": sha256_of_file(path),
-        "license": settings.license,
-        **settings.given,
-    }
-    return paraphrases, {settings.paraphrases: facts}
+    of_file = {"format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path)}
+    return paraphrases, {settings.paraphrases: {**of_file, "license": settings.license, **settings.given}}
 
 
 class Facts(NamedTuple):
@@ -234,7 +232,9 @@ class Facts(NamedTuple):
 
 
 def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
-    """Args:
+    """Read the instruction set with the stage's workers.
+
+    Args:
         scratch: folder of the scratch files.
     Raises:
         InputError: no row has a key.
@@ -264,9 +264,7 @@ def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
 
 
 def _facts(params: Params, shard: bytes) -> Facts:
-    """Args:
-    shard: bytes of the file.
-    """
+    """Work of a worker: the rows of a shard, given as the bytes of its file."""
     import polars as pl
 
     stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
@@ -278,19 +276,19 @@ def _facts(params: Params, shard: bytes) -> Facts:
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         lines, rich = encoded(frame), [False] * len(table)
-    columns: dict[str, list[Any]] = {
-        name: table[name].to_pylist() for name in ("example_id", "source", "category", "group_id", "meta")
-    }
+    names = ("example_id", "source", "category", "group_id", "meta")
+    columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in names}
+    strata = [""] * len(table) if stratify_by == "none" else list(map(str, columns[stratify_by]))
     return Facts(
-        lines,
-        subject_texts(table["messages"]),
-        columns["example_id"],
-        columns["group_id"],
-        columns["source"],
-        [str(value) for value in columns[stratify_by]] if stratify_by != "none" else [""] * len(table),
-        _keys(params, columns),
-        [_label(meta) if params.keep_labels and '"split"' in meta else None for meta in columns["meta"]],
-        rich,
+        lines=lines,
+        texts=subject_texts(table["messages"]),
+        ids=columns["example_id"],
+        groups=columns["group_id"],
+        sources=columns["source"],
+        strata=strata,
+        keys=_keys(params, columns),
+        labels=[_label(meta) if params.keep_labels and '"split"' in meta else None for meta in columns["meta"]],
+        rich=rich,
     )
 
 
@@ -311,15 +309,11 @@ def _keys(params: Params, columns: dict[str, list[Any]]) -> list[str | None]:
 
 def _refuse_missing_key(params: Params, read: Rows) -> None:
     if params.key is None:
-        raise InputError(
-            "params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows"
-        )
+        hint = "use `by: group`, or add categories to the rows"
+        raise InputError("params.yaml: splits.by: no row has a category", hint)
     fields = Counter(name for record in read.records[:10_000] for name in json.loads(record["meta"]))
-    available = (
-        f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}"
-        if fields
-        else "the rows have no such fields"
-    )
+    named = ", ".join(name for name, _ in fields.most_common(12))
+    available = f"fields that rows have: {named}" if fields else "the rows have no such fields"
     raise InputError(
         f"params.yaml: splits.key: no row has a field {params.key!r}",
         f"{available}; use one that identifies rows that must stay together",
@@ -349,8 +343,10 @@ def _refuse_masked_keys(params: Params, keys: Sequence[str | None], before: pa.T
 
 
 def _text(value: Any) -> str | None:
-    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column
-    of whole numbers with gaps. None if the key is empty."""
+    """Normal form of a key: 17 equals "17", and 17.0, as tables write a column of whole numbers with gaps.
+
+    None if the key is empty.
+    """
     if value in (None, "", [], {}):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -366,17 +362,16 @@ def _label(meta: str) -> str | None:
 
 
 def _kept_lines(instructions: Path) -> pa.Table:
-    """The lines of the ledger of `instructions` whose rows are in its output, in the same order. It has `source_id` and
-    `repaired` if any of them was repaired or edited."""
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order.
+
+    It has `source_id` and `repaired` if any of them was repaired or edited.
+    """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    names = [
-        name
-        for name in pq.read_schema(instructions / LEDGER).names
-        if name in {"source_row", "outcome", "source_id", "repaired"}
-    ]
-    ledger = read_arrow(instructions / LEDGER, names)
+    used = {"source_row", "outcome", "source_id", "repaired"}
+    stored = pq.read_schema(instructions / LEDGER).names
+    ledger = read_arrow(instructions / LEDGER, [name for name in stored if name in used])
     kept = ledger.filter(pc.invert(pc.starts_with(ledger["outcome"], "dropped")))
     if "source_id" in kept.column_names and kept["source_id"].null_count == len(kept):
         return kept.drop_columns(["repaired", "source_id"])
@@ -393,30 +388,26 @@ def _ledger(
     for start in range(0, len(before), BATCH):
         lines = before.slice(start, BATCH)
         rows = range(start, start + len(lines))
-        yield ledger_table(
-            {
-                "source": read.sources[start : start + BATCH],
-                "source_row": lines["source_row"],
-                "example_id": read.ids[start : start + len(lines)],
-                "outcome": ["dropped:split_leakage" if dealt.splits[i] == DROPPED else dealt.splits[i] for i in rows],
-                "why": [_why(read, dealt, i) for i in rows],
-                **{name: lines[name] for name in repaired},
-            },
-            bool(repaired),
-        )
+        columns = {
+            "source": read.sources[start : start + BATCH],
+            "source_row": lines["source_row"],
+            "example_id": read.ids[start : start + len(lines)],
+            "outcome": ["dropped:split_leakage" if dealt.splits[i] == DROPPED else dealt.splits[i] for i in rows],
+            "why": [_why(read, dealt, i) for i in rows],
+            **{name: lines[name] for name in repaired},
+        }
+        yield ledger_table(columns, bool(repaired))
     if added.rows:
         ledger = before.take(parents)
-        yield ledger_table(
-            {
-                "source": [read.sources[i] for i in parents],
-                "source_row": ledger["source_row"],
-                "example_id": [record["example_id"] for _, _, record in added.rows],
-                "outcome": [f"augmented:{kind}" for _, kind, _ in added.rows],
-                "why": [f"copy of {read.ids[i]}" for i in parents],
-                **{name: ledger[name] for name in repaired},
-            },
-            bool(repaired),
-        )
+        columns = {
+            "source": [read.sources[i] for i in parents],
+            "source_row": ledger["source_row"],
+            "example_id": [record["example_id"] for _, _, record in added.rows],
+            "outcome": [f"augmented:{kind}" for _, kind, _ in added.rows],
+            "why": [f"copy of {read.ids[i]}" for i in parents],
+            **{name: ledger[name] for name in repaired},
+        }
+        yield ledger_table(columns, bool(repaired))
 
 
 def _why(read: Rows, dealt: Assignment, i: int) -> str:
@@ -437,10 +428,8 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
         notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
     if because:
         by_label = Counter(str(read.labels[i]) for i, _ in because)
-        notes.append(
-            "the labels of the source leak:"
-            f" {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}"
-        )
+        dropped = [f"{n} dropped from {name}" for name, n in sorted(by_label.items())]
+        notes.append(f"the labels of the source leak: {', '.join(dropped)}")
     if regrouped:
         notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")
     return CheckResult(
@@ -472,27 +461,18 @@ def _schema(
         unnamed = [name for name in SPLITS if shares[name] and name not in labels]
         if unnamed and not empty:
             notes.append(f"the source names no {' or '.join(unnamed)}: taken from train")
-    missed = [
-        name
-        for name in SPLITS[1:]
-        if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)
-    ]
+    tolerated = max(1, NOTABLE_DEVIATION * total)
+    missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > tolerated]
     for name in missed:
-        notes.append(
-            f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}"
-        )
+        actual = f"{counts[name]} of {total} rows ({counts[name] / total:.1%})"
+        notes.append(f"{name} has {actual} instead of {shares[name]:.1%}")
     if (missed or empty) and dealt.largest > 1:
-        unit = (
-            "group of near-copies"
-            if params.by == "group"
-            else f"{params.key or params.by}, with all that belongs to it,"
-        )
+        key = f"{params.key or params.by}, with all that belongs to it,"
+        unit = "group of near-copies" if params.by == "group" else key
         notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
     elif missed or empty:
-        notes.append(
-            f"there are {total} rows"
-            + (f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else "")
-        )
+        kinds = f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else ""
+        notes.append(f"there are {total} rows{kinds}")
     return CheckResult(
         "schema",
         passed=not empty and not untested,

@@ -1,5 +1,7 @@
-"""splits -> tokenized. Token ids and labels by a chat template, packed into
-rows, with a ledger of records and an audit of labels."""
+"""splits -> tokenized.
+
+Token ids and labels by a chat template, packed into rows, with a ledger of records and an audit of labels.
+"""
 
 from __future__ import annotations
 
@@ -64,15 +66,14 @@ def row_schema() -> pa.Schema:
     """One packed row."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("example_ids", pa.list_(pa.string())),  # the examples in the row, in order
-            ("lengths", pa.list_(pa.int32())),  # tokens of each; they never attend to each other
-            ("input_ids", pa.list_(pa.int32())),
-            ("labels", pa.list_(pa.int32())),  # -100 where ignored by the loss
-            ("weights", pa.list_(pa.float32())),  # loss weight of each token
-        ]
-    )
+    fields = [
+        ("example_ids", pa.list_(pa.string())),  # the examples in the row, in order
+        ("lengths", pa.list_(pa.int32())),  # tokens of each; they never attend to each other
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),  # -100 where ignored by the loss
+        ("weights", pa.list_(pa.float32())),  # loss weight of each token
+    ]
+    return pa.schema(fields)
 
 
 @cache
@@ -125,20 +126,16 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
-    return produce(
-        ctx.root,
-        ctx.params("tokenized", Params),
-        ctx.compute.seed,
-        ctx.output_of("splits"),
-        ctx.output_of("base_model"),
-        out=ctx.out,
-    )
+    params, splits, base_model = ctx.params("tokenized", Params), ctx.output_of("splits"), ctx.output_of("base_model")
+    return produce(ctx.root, params, ctx.compute.seed, splits, base_model, out=ctx.out)
 
 
 def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Path, out: Path) -> Report:
-    """Args:
-    root: the project's folder, which the path of a template is relative to.
-    seed: selects the rows that are repeated or left out, and the examples that the audit shows.
+    """Tokenize, pack and audit the splits.
+
+    Args:
+        root: the project's folder, which the path of a template is relative to.
+        seed: selects the rows that are repeated or left out, and the examples that the audit shows.
     """
     with lean_imports():  # loading it imports the module of its kind
         import_transformers()
@@ -146,16 +143,12 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
 
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     if params.max_length > tokenizer.model_max_length:
-        raise InputError(
-            f"params.yaml: tokenized.max_length: {params.max_length} is more than the model's context of"
-            f" {tokenizer.model_max_length}",
-            "lower it",
-        )
+        problem = f"{params.max_length} is more than the model's context of {tokenizer.model_max_length}"
+        raise InputError(f"params.yaml: tokenized.max_length: {problem}", "lower it")
     template = chat_templates.use(tokenizer, root, params.chat_template)
     if template is None and not all(is_text(record) for split in TOKENIZED for record in iter_records(splits / split)):
-        raise InputError(
-            "data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml"
-        )
+        hint = "name one in params.yaml: tokenized.chat_template, e.g. chatml"
+        raise InputError("data/base_model: it has no chat template", hint)
     _check_field_weights(params, splits / "train")
 
     found = _tokenize(params, PortableTokenizer(base_model, tokenizer), splits, scratch=out.parent)
@@ -165,27 +158,19 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     write_table(out / "categories.parquet", _categories(found), category_schema())
 
     room = params.packed_length or params.max_length
-    written = {"name": params.chat_template or "base_model", "sha256": sha256_of_text(template)} if template else None
-    metrics: dict[str, Any] = {"template": written} if written else {}
+    metrics: dict[str, Any] = {}
+    if template:
+        metrics["template"] = {"name": params.chat_template or "base_model", "sha256": sha256_of_text(template)}
+    audit: dict[str, Any] = dict(metrics)
     vocabulary = base_model / "tokenizer.json"
-    audit: dict[str, Any] = {
-        **metrics,
-        **({"tokenizer": sha256_of_file(vocabulary)} if vocabulary.is_file() else {}),
-        "splits": {},
-        "examples": [],
-    }
+    if vocabulary.is_file():
+        audit["tokenizer"] = sha256_of_file(vocabulary)
+    audit |= {"splits": {}, "examples": []}
     for split, tokens in found.items():
         examples, owners = in_order(tokens, copies[split])
         rows = layout(tokens, examples, room if params.packing else None)
-        write_packed(
-            out / f"{split}.parquet",
-            row_schema(),
-            tokens,
-            examples[rows.order],
-            owners[rows.order],
-            rows.sizes,
-            scratch=out.parent,
-        )
+        path, order = out / f"{split}.parquet", rows.order
+        write_packed(path, row_schema(), tokens, examples[order], owners[order], rows.sizes, scratch=out.parent)
         figures = label_audit.statistics(tokens)
         figures["fill_rate"] = rows.fill_rate(room)
         audit["splits"][split] = figures
@@ -204,12 +189,10 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
 
     metrics |= _lost_tokens(found)
     metrics |= _rendering(params, found)
-    dropped = Counter(
-        outcome.removeprefix("dropped:")
-        for tokens in found.values()
-        for outcome, count in zip(tokens.outcomes, tokens.counts, strict=True)
-        if not count
-    )
+    dropped: Counter[str] = Counter()
+    for tokens in found.values():
+        counted = zip(tokens.outcomes, tokens.counts, strict=True)
+        dropped.update(outcome.removeprefix("dropped:") for outcome, count in counted if not count)
     records = sum(map(len, found.values()))
     return Report(
         rows_in=records,
@@ -232,9 +215,8 @@ def _tokenize(params: Params, tokenizer: PortableTokenizer, splits: Path, scratc
     """
     import pyarrow.parquet as pq
 
-    rules = Rules(
-        params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning
-    )
+    by_example = params.weigh == "example"
+    rules = Rules(params.max_length, params.on_too_long, params.field_weights, by_example, params.reasoning)
     paths = {split: sorted((splits / split).glob("records-*.parquet")) for split in TOKENIZED}
 
     def shards() -> Iterator[Shard]:
@@ -250,8 +232,10 @@ def _tokenize(params: Params, tokenizer: PortableTokenizer, splits: Path, scratc
 
 
 def _copies(params: Params, found: Splits, seed: int) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Copies of each record of each split, and facts for the report. Records
-    that replay does not need are left out of train."""
+    """Copies of each record of each split, and facts for the report.
+
+    Records that replay does not need are left out of train.
+    """
     train = found["train"]
     columns = zip(train.ids, train.sources, train.categories, map(train.size, range(len(train))), strict=True)
     copies = {split: [int(count > 0) for count in tokens.counts] for split, tokens in found.items()}
@@ -279,9 +263,8 @@ def _source_rows(found: Splits, splits: Path) -> dict[str, list[int | None]]:
 
     index = StringIndex(keys())
     row_of: list[int | None] = [*np.array(rows)[np.argsort(index.numbers, kind="stable")].tolist(), None]
-    starts = np.searchsorted(
-        np.sort(index.numbers), np.arange(len(index) + 1)
-    )  # place in `row_of` of the first record of each key
+    # place in `row_of` of the first record of each key
+    starts = np.searchsorted(np.sort(index.numbers), np.arange(len(index) + 1))
     following = starts.copy()
     result: dict[str, list[int | None]] = {split: [] for split in found}
     for split, tokens in found.items():
@@ -305,13 +288,11 @@ def _ledger(
 
 def _categories(found: Splits) -> Iterator[dict[str, Any]]:
     """The category of each example that has one, by id: that of the last record with the id."""
-    values = [category for tokens in found.values() for category in tokens.categories if category]
-    ids = Strings(
-        name
-        for tokens in found.values()
-        for name, category in zip(tokens.ids, tokens.categories, strict=True)
-        if category
-    )
+    ids = Strings()
+    values: list[str] = []
+    for tokens in found.values():
+        values += filter(None, tokens.categories)
+        ids.extend(name for name, category in zip(tokens.ids, tokens.categories, strict=True) if category)
     index = StringIndex(ids)
     last = dict(zip(index.numbers.tolist(), values, strict=True))
     for number, first in enumerate(index.first.tolist()):
@@ -332,34 +313,28 @@ def _check_field_weights(params: Params, train: Path) -> None:
         if not missing:
             return
     if missing and records:
-        raise InputError(
-            "params.yaml: tokenized.field_weights: no answer of the training split is a JSON object with the field"
-            f" {', '.join(missing)}",
-            "remove tokenized.field_weights, or use fields that occur in your answers",
-        )
+        problem = f"no answer of the training split is a JSON object with the field {', '.join(missing)}"
+        hint = "remove tokenized.field_weights, or use fields that occur in your answers"
+        raise InputError(f"params.yaml: tokenized.field_weights: {problem}", hint)
 
 
 def _rendering(params: Params, found: Splits) -> dict[str, Any]:
-    """How records with several answers and with traces were rendered; nothing
-    where one rendering had all labels and there are no traces."""
+    """How records with several answers and with traces were rendered.
+
+    Nothing where one rendering had all labels and there are no traces.
+    """
     facts: dict[str, Any] = {}
-    per_answer = [
-        count
-        for tokens in found.values()
-        for why, count in zip(tokens.whys, tokens.counts, strict=True)
-        if ONE_PER_ANSWER in why
-    ]
+    per_answer: list[int] = []
+    for tokens in found.values():
+        counted = zip(tokens.whys, tokens.counts, strict=True)
+        per_answer += [count for why, count in counted if ONE_PER_ANSWER in why]
     if per_answer:
         facts["one_example_per_answer"] = {"records": len(per_answer), "examples": sum(per_answer)}
     traces = [counts for tokens in found.values() for i, counts in tokens.traces.items() if tokens.kept(i)]
     if traces:
         total, written = (sum(column) for column in zip(*traces, strict=True))
-        facts["reasoning"] = {
-            "policy": params.reasoning,
-            "records": len(traces),
-            "traces": total,
-            "in_the_loss": written,
-        }
+        counts = {"records": len(traces), "traces": total, "in_the_loss": written}
+        facts["reasoning"] = {"policy": params.reasoning, **counts}
     return {"rendering": facts} if facts else {}
 
 
@@ -369,19 +344,22 @@ def _lost_tokens(found: Splits) -> dict[str, Any]:
     for tokens in found.values():
         for i, outcome in enumerate(tokens.outcomes):
             if lost := tokens.lost(i):
-                reason = by_reason.setdefault(
-                    outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0}
-                )
-                reason["rows"] += 1
-                reason["trained_tokens"] += lost
+                of_reason = by_reason.setdefault(_reason(outcome), {"rows": 0, "trained_tokens": 0})
+                of_reason["rows"] += 1
+                of_reason["trained_tokens"] += lost
     return {"lost": dict(sorted(by_reason.items()))} if by_reason else {}
+
+
+def _reason(outcome: str) -> str:
+    """Why a record was dropped or changed, by its outcome in the ledger."""
+    return outcome.removeprefix("dropped:").partition(":")[0]
 
 
 def _violations(tokens: TokenizedSplit) -> Iterator[tuple[str, int, str]]:
     """Check, record and reason of everything that the checks count, in the order of the records."""
     for i, outcome in enumerate(tokens.outcomes):
-        kind = outcome.removeprefix("dropped:").partition(":")[0]
-        name = "too_long" if kind in {"truncated", "split"} else kind
+        reason = _reason(outcome)
+        name = "too_long" if reason in {"truncated", "split"} else reason
         if name in ROW_CHECKS:
             yield name, i, outcome if name == "too_long" else tokens.whys[i]
         if any(tokens.double_bos[k] for k in tokens.of(i)):
@@ -402,39 +380,36 @@ def _checks(params: Params, found: Splits, source_rows: Mapping[str, Sequence[in
             if len(rows[name]) < SHOWN:
                 rows[name].append(f"{tokens.sources[i]}:{source_rows[split][i]}")
     blocking = {"labels"} | ({"template_mismatch"} if params.on_mismatch == "fail" else set())
-    resolved = {"template_mismatch", "no_answer", "too_long"} - blocking
-    """Violations that are no longer in the output."""
-    return [
-        CheckResult(
+    resolved = {"template_mismatch", "no_answer", "too_long"} - blocking  # these are no longer in the output
+    checks: list[CheckResult] = []
+    for name, counted in reasons.items():
+        check = CheckResult(
             name,
-            passed=name in resolved or not reasons[name],
+            passed=name in resolved or not counted,
             severity="warn" if name in {"no_answer", "too_long"} else "error",
             blocking=name in blocking,
-            count=reasons[name].total(),
+            count=counted.total(),
             rows=rows[name],
-            note="; ".join(f"{n} {reason}" for reason, n in reasons[name].most_common(3)),
+            note="; ".join(f"{n} {reason}" for reason, n in counted.most_common(3)),
             dropped=dropped[name],
         )
-        for name in ROW_CHECKS
-    ]
+        checks.append(check)
+    return checks
 
 
 def _trained_tokens(found: Splits) -> CheckResult:
     """Blocks if nothing would be trained on. An emptied validation split is a warning: its loss would be unknown."""
-    labeled = {
-        split: sum(tokens.labeled[k] for i in range(len(tokens)) for k in tokens.of(i))
-        for split, tokens in found.items()
-    }
+    labeled: dict[str, int] = {}
+    for split, tokens in found.items():
+        labeled[split] = sum(tokens.labeled[k] for i in range(len(tokens)) for k in tokens.of(i))
     lost = [split for split, tokens in found.items() if len(tokens) and not labeled[split]]
     warns = labeled["train"] > 0 and bool(lost)
     notes = [f"none of {len(found[split])} records of {split} has a token that the loss counts" for split in lost]
     if not len(found["train"]):
         notes.append("train has no records")
     if notes:
-        notes.append(
-            "see the reasons in the ledger; raise tokenized.max_length, or look at the template and the weights of"
-            " messages"
-        )
+        look = "look at the template and the weights of messages"
+        notes.append(f"see the reasons in the ledger; raise tokenized.max_length, or {look}")
     return CheckResult(
         "trained_tokens",
         passed=not notes,

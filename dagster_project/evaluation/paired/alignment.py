@@ -53,15 +53,10 @@ def paired(before: Sequence[float], after: Sequence[float], units: Sequence[str]
     """
     import numpy as np
 
-    ours, theirs = (
-        summed(np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1), units)
-        for values in (after, before)
-    )
-    return {
-        "sft": rounded(rate(theirs.sum(0))),
-        "aligned": rounded(rate(ours.sum(0))),
-        **difference(rate, ours, theirs),
-    }
+    ones = np.ones(len(units))
+    ours, theirs = (summed(np.stack([np.asarray(values, float), ones], 1), units) for values in (after, before))
+    means = {"sft": rounded(rate(theirs.sum(0))), "aligned": rounded(rate(ours.sum(0)))}
+    return {**means, **difference(rate, ours, theirs)}
 
 
 def _share(right: Sequence[float], units: Sequence[str]) -> dict[str, Any]:
@@ -88,8 +83,9 @@ class Policies:
     """The policy and, with its adapter disabled, the SFT model."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        """Args:
-        model: a PeftModel in evaluation mode.
+        """
+        Args:
+            model: a PeftModel in evaluation mode.
         """
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
 
@@ -102,14 +98,10 @@ class Policies:
         self, who: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], what: str
     ) -> list[tuple[float, int]]:
         """(log-probability in nats, tokens) of each answer."""
+        causal, pad = self.model.get_base_model(), self.tokenizer.pad_token_id
         with self._as(who):
-            found = negative_log_likelihood(
-                self.model.get_base_model(),
-                self.tokenizer.pad_token_id,
-                [labelled(*example) for example in examples],
-                self.batch_size,
-                what,
-            )
+            labels = [labelled(*example) for example in examples]
+            found = negative_log_likelihood(causal, pad, labels, self.batch_size, what)
         return [(-nats, tokens) for nats, tokens in found]
 
     def answer(
@@ -118,10 +110,9 @@ class Policies:
         """Greedy answers to the prompts of pairs. Prompts longer than the context are truncated at the beginning."""
         room = max(1, self.tokenizer.model_max_length - max_new_tokens)
         prompts = [prompt_ids(self.tokenizer, pair)[-room:] for pair in pairs]
+        causal = self.model.get_base_model()
         with self._as(who):
-            generated = generate_ids(
-                self.model.get_base_model(), self.tokenizer, prompts, max_new_tokens, self.batch_size, what
-            )
+            generated = generate_ids(causal, self.tokenizer, prompts, max_new_tokens, self.batch_size, what)
         return [self._read(pair, prompt, ids) for pair, prompt, ids in zip(pairs, prompts, generated, strict=True)]
 
     def _read(self, pair: Mapping[str, Any], prompt: list[int], ids: list[int]) -> PolicyAnswer:
@@ -141,28 +132,29 @@ class Policies:
         causal = self.model.get_base_model()
         with torch.inference_mode():
             for prompt, whole in examples:
-                answer = whole[
-                    : max(0, self.tokenizer.model_max_length - len(prompt))
-                ]  # read again, a text can have more tokens
+                room = max(0, self.tokenizer.model_max_length - len(prompt))
+                answer = whole[:room]  # read again, a text can have more tokens
                 ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
                 logs = []
                 for who in ("aligned", "sft"):
                     with self._as(who):
-                        logs.append(
-                            causal(ids, use_cache=False, logits_to_keep=len(answer) + 1)
-                            .logits[0, :-1]
-                            .float()
-                            .log_softmax(-1)
-                        )
+                        logits = causal(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits
+                    logs.append(logits[0, :-1].float().log_softmax(-1))
                 total += float((logs[0].exp() * (logs[0] - logs[1])).sum())
                 places += len(answer)
         return total / max(1, places)
 
 
+def _right(chosen: Any, rejected: Any) -> Any:
+    """1 where the first value is higher, one half where both are equal."""
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
 def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]], has_reference: bool = True) -> dict[str, Any]:
-    """On held-out pairs: share in which the chosen answer is more likely per token, before and after; and share in
-    which the policy's implicit reward, the log-ratio to the SFT model, is higher for it (arXiv 2305.18290, section
-    5).
+    """How often the chosen answers of held-out pairs are preferred, before and after.
+
+    The accuracy is the share of pairs in which the chosen answer is more likely per token. With a reference there is
+    also the share in which the implicit reward is higher for it (arXiv 2305.18290, section 5).
 
     Args:
         has_reference: whether the log-ratio to the SFT model is the policy's implicit reward.
@@ -171,23 +163,18 @@ def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]], has_refer
 
     ids = both(policies.tokenizer, pairs)
     examples = [(prompt, answer) for prompt, *answers in ids for answer in answers]
-    found = {
-        who: np.array(policies.log_probabilities(who, examples, f"held-out pairs, {who}")) for who in ("sft", "aligned")
-    }
-    per_token = {who: (values[:, 0] / values[:, 1]).reshape(-1, 2) for who, values in found.items()}
-    right = {
-        who: (values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1]) for who, values in per_token.items()
-    }
-    ratio = (found["aligned"][:, 0] - found["sft"][:, 0]).reshape(-1, 2)
-    implied = (ratio[:, 0] > ratio[:, 1]) + 0.5 * (ratio[:, 0] == ratio[:, 1])
+    found, right = {}, {}
+    for who in ("sft", "aligned"):
+        found[who] = np.array(policies.log_probabilities(who, examples, f"held-out pairs, {who}"))
+        right[who] = _right(*(found[who][:, 0] / found[who][:, 1]).reshape(-1, 2).T)
+    chosen, rejected = (found["aligned"][:, 0] - found["sft"][:, 0]).reshape(-1, 2).T
     units = [unit(pair) for pair in pairs]
+    interval = _share(right["aligned"], units)["interval"]
+    accuracy = {**paired(right["sft"], right["aligned"], units), "aligned_interval": interval}
     return {
-        "accuracy": {
-            **paired(right["sft"], right["aligned"], units),
-            "aligned_interval": _share(right["aligned"], units)["interval"],
-        },
-        **({"implicit_reward_accuracy": _share(implied, units)} if has_reference else {}),
-        "log_ratio": {"chosen": rounded(ratio[:, 0].mean()), "rejected": rounded(ratio[:, 1].mean())},
+        "accuracy": accuracy,
+        **({"implicit_reward_accuracy": _share(_right(chosen, rejected), units)} if has_reference else {}),
+        "log_ratio": {"chosen": rounded(chosen.mean()), "rejected": rounded(rejected.mean())},
     }
 
 
@@ -201,41 +188,34 @@ def samples(
         `win_rate`.
     """
     rows = [{"example_id": pair["example_id"], "prompt": pair["prompt"][-1]["content"]} for pair in pairs]
-    after: list[tuple[list[int], list[int]]] = []
+    generated: list[tuple[list[int], list[int]]] = []
     for who in ("sft", "aligned"):
         answers = policies.answer(who, pairs, max_new_tokens, f"answers, {who}")
         rewards = judge.of_answers(pairs, [answer.message for answer in answers]) if judge else [None] * len(answers)
         for row, answer, value in zip(rows, answers, rewards, strict=True):
-            ids = answer.ids
             row |= {
                 f"{who}_answer": answer.text,
                 f"{who}_reward": None if value is None else rounded(value),
-                f"{who}_tokens": len(ids),
+                f"{who}_tokens": len(answer.ids),
                 f"{who}_distinct": rounded(distinct(judged_text(answer.message))),
-                f"{who}_unfinished": not ids or not answer.ended,
+                f"{who}_unfinished": not answer.ids or not answer.ended,
             }
-            if who == "aligned" and ids:
-                after.append((answer.prompt, ids))
+        if who == "aligned":
+            generated = [(answer.prompt, answer.ids) for answer in answers if answer.ids]
 
     units = [unit(pair) for pair in pairs]
-
-    def of(name: str) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for name in (*(["reward"] if judge else []), "tokens", "distinct", "unfinished"):
         before, after = ([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned"))
-        return paired(before, after, units)
-
-    def won(row: Mapping[str, Any]) -> float:
-        return (row["aligned_reward"] > row["sft_reward"]) + 0.5 * (row["aligned_reward"] == row["sft_reward"])
-
-    return rows, {
-        **{name: of(name) for name in (*(["reward"] if judge else []), "tokens", "distinct", "unfinished")},
-        **({"win_rate": _share([won(row) for row in rows], units)} if judge else {}),
-        "kl_per_token": rounded(policies.divergence(after)),
-        "prompts": len(rows),
-    }
+        summary[name] = paired(before, after, units)
+    if judge:
+        summary["win_rate"] = _share([_right(row["aligned_reward"], row["sft_reward"]) for row in rows], units)
+    return rows, {**summary, "kl_per_token": rounded(policies.divergence(generated)), "prompts": len(rows)}
 
 
 def gamed(watch: Mapping[str, Any]) -> list[str]:
     """Signs of reward hacking, as text: the reward rose, but the answers became longer, more repetitive or unfinished.
+
     Without measured rewards, such changes of the answers are always listed.
     """
     tokens = watch["tokens"]

@@ -34,8 +34,10 @@ def rate(sums: np.ndarray) -> np.ndarray:
 
 
 def summed(statistics: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """The rows of each unit added up, (units, k), in order of their first rows. The turns of one conversation and
-    near-copies are not independent: drawn one by one, they would make an interval too narrow.
+    """The rows of each unit added up, (units, k), in order of their first rows.
+
+    The turns of one conversation and near-copies are not independent: drawn one by one, they would make an interval too
+    narrow.
 
     Args:
         statistics: (n, k).
@@ -85,8 +87,10 @@ def ratio(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[str, A
 
 @lru_cache(maxsize=2)
 def _draws(n: int) -> np.ndarray:
-    """How often each of n examples is drawn, (RESAMPLES, n); the same for every
-    system, so that differences are paired."""
+    """How often each of n examples is drawn, (RESAMPLES, n).
+
+    The same for every system, so that differences are paired.
+    """
     import numpy as np
 
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
@@ -102,8 +106,10 @@ def _interval(scores: np.ndarray) -> list[float]:
 
 
 def independent(units: Sequence[str]) -> float:
-    """Number of independent trials that tell as much as these, if all of a unit have the same result: their number
-    where no two share a unit, the number of units where all have the same size (Kish 1965, effective sample size).
+    """Effective sample size (Kish 1965): the number of independent trials that tell as much as these.
+
+    It assumes that all of a unit have the same result. It is the number of trials where no two share a unit, and the
+    number of units where all have the same size.
 
     Args:
         units: unit of each trial.

@@ -126,19 +126,17 @@ def contenders(project: Path) -> tuple[str, str]:
     """
     document = project / "data" / "comparison" / "comparison.json"
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
-    compared = (
-        read_document(document, "data/comparison/comparison.json", hint)["compared"] if document.is_file() else {}
-    )
-    gains = {
-        name: {other: next(iter(against[other].values()))["difference"] for other in PROMPTED if other in against}
-        for name, comparison in compared.items()
-        if (against := comparison.get("to"))
-    }
+    compared: dict[str, Any] = {}
+    if document.is_file():
+        compared = read_document(document, "data/comparison/comparison.json", hint)["compared"]
+    gains: dict[str, dict[str, float]] = {}
+    for name, comparison in compared.items():
+        if against := comparison.get("to"):
+            others = [other for other in PROMPTED if other in against]
+            gains[name] = {other: next(iter(against[other].values()))["difference"] for other in others}
     if not any(gains.values()):
-        raise InputError(
-            "data/comparison/comparison.json: no variant is compared with a prompt to the base model",
-            f"name two systems: {', '.join(answers_of(project))}",
-        )
+        problem = "data/comparison/comparison.json: no variant is compared with a prompt to the base model"
+        raise InputError(problem, f"name two systems: {', '.join(answers_of(project))}")
     best = max(gains, key=lambda name: max(gains[name].values(), default=-math.inf))
     return best, min(gains[best], key=lambda other: gains[best][other])
 
@@ -219,8 +217,9 @@ def majority(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def tally(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Wins, ties, losses and win rate of the first system, overall and by
-    category. Intervals count near-copies, and turns of one example, as one.
+    """Wins, ties, losses and win rate of the first system, overall and by category.
+
+    Intervals count near-copies, and turns of one example, as one.
 
     Args:
         outcomes: pair id -> outcome; other pairs are ignored.
@@ -258,9 +257,9 @@ def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:
     Args:
         units: the ratings of each unit.
     Returns:
-        pairs: units rated more than once. percent: of all pairs of raters on a unit,
-        those that agree. alpha: Krippendorff's, nominal (Krippendorff 2011, "Computing
-        Krippendorff's Alpha-Reliability"); 1 is perfect, 0 is chance. None if undefined.
+        "pairs": units rated more than once; "percent": of all pairs of raters on a unit, those that agree; "alpha":
+        Krippendorff's, nominal (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"), 1 if perfect, 0 by
+        chance. None if undefined.
     """
     shared = [values for values in units if len(values) > 1]
     couples = [a == b for values in shared for a, b in combinations(values, 2)]

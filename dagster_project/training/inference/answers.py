@@ -1,7 +1,7 @@
 """Generated tokens -> an answer: its content, reasoning trace and tool calls, parsed as the model's family writes them.
 
-    <think>I need the weather.</think>Let me look.<tool_call>{"name": "weather", "arguments": {"city":
-    "Oslo"}}</tool_call> ->  Answer("Let me look.", "I need the weather.", (Call("weather", {"city": "Oslo"}, None),))
+    <think>It is cold.</think>Let me look.<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>
+    -> Answer("Let me look.", "It is cold.", (Call("weather", {"city": "Oslo"}, None),))
 
 Calls are parsed by the tokenizer's response template, its own or TRL's for its chat template, and by the forms of
 `call_forms` that read back a call rendered by the chat template; if the template renders no calls, by any form.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
 from dagster_project.core.rendering import end_tokens, render
-from dagster_project.training.inference.call_forms import FORMS, find_calls
+from dagster_project.training.inference.call_forms import FORMS, find_calls, library_calls
 
 TRACES = {
     "<think>": "</think>",
@@ -37,6 +37,8 @@ CHANNEL = re.compile(
     r"(?:<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?|\A\s*to=user)<\|message\|>"
 )
 """What gpt-oss and Muse write before the content of an answer."""
+NEXT_CHANNEL = re.compile(r"\A\s*<\|start\|>assistant(?=<\|channel\|>| to=user)")
+"""What they write after a trace, before the next channel."""
 PROMPT_TAIL = 128
 """Tokens at the end of a prompt that can belong to the assistant's header."""
 
@@ -53,12 +55,12 @@ class Answer:
     @property
     def message(self) -> Message:
         """The canonical message of the assistant."""
-        return {
-            "role": "assistant",
-            "content": self.content,
-            **({"reasoning_content": self.reasoning} if self.reasoning else {}),
-            **({"tool_calls": [_as_dict(call) for call in self.calls]} if self.calls else {}),
-        }
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [_as_dict(call) for call in self.calls]
+        return message
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -100,8 +102,7 @@ def read_parts(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools:
 
 
 def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer | None:
-    """The answer of a text with its special tokens; None if all of it is
-    content: without trace, calls, and the header of a channel."""
+    """The answer of a text with its special tokens; None if it has neither trace nor calls nor a channel's header."""
     reasoning, rest = split_trace(prompt, text)
     library, forms = reader(tokenizer) if tools else Reader(None, ())
     found = _by_library(library, prompt, text, tools) if library and rest.strip() else None
@@ -124,28 +125,17 @@ def split_trace(prompt: str, text: str) -> tuple[str, str]:
     opened = next((name for name in TRACES if prompt.rstrip().endswith(name)), None)
     rest = text
     if opened is None:
-        unopened = next(
-            (
-                end
-                for begin, end in TRACES.items()
-                if end not in {"<|end|>", "<|eom|>"} and end in text and begin not in text
-            ),
-            None,
-        )
+        ends = {begin: end for begin, end in TRACES.items() if end not in {"<|end|>", "<|eom|>"}}
+        unopened = next((end for begin, end in ends.items() if end in text and begin not in text), None)
         if unopened:
             before, _, rest = text.partition(unopened)
             reasoning.append(before)
-    while True:
-        begin = opened or next((name for name in TRACES if rest.lstrip().startswith(name)), None)
-        if begin is None:
-            break
+    while begin := opened or next((name for name in TRACES if rest.lstrip().startswith(name)), None):
         inner = rest if opened else rest.lstrip()[len(begin) :]
         before, _, rest = inner.partition(TRACES[begin])
         reasoning.append(before)
         opened = None
-        rest = re.sub(
-            r"\A\s*<\|start\|>assistant(?=<\|channel\|>| to=user)", "", rest
-        )  # gpt-oss, Muse: the next channel
+        rest = NEXT_CHANNEL.sub("", rest)
     return "\n".join(part.strip() for part in reasoning if part.strip()), rest
 
 
@@ -169,10 +159,7 @@ def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[lis
     """Calls and content by the tokenizer's response template; None if it finds no call that it can read."""
     try:
         message = library.parse_response(text, prefix=prompt, tools=list(tools or ()))
-        made = [
-            Call(call["function"]["name"], call["function"].get("arguments") or {}, None)
-            for call in message.get("tool_calls") or ()
-        ]
+        made = library_calls(message)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # a malformed call
     content = split_trace("", message.get("content") or "")[1]
@@ -208,24 +195,14 @@ def _trl_response_template(chat_template: str) -> Any:
         return None  # not one of TRL's
 
 
-PROBE_TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "probe_tool",
-            "description": "A probe.",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "text": {"type": "string", "description": "Text."},
-                    "count": {"type": "integer", "description": "Count."},
-                    "flag": {"type": "boolean", "description": "Flag."},
-                },
-                "required": ["text"],
-            },
-        },
-    }
-]
+PROBE_ARGUMENTS = {
+    "text": {"type": "string", "description": "Text."},
+    "count": {"type": "integer", "description": "Count."},
+    "flag": {"type": "boolean", "description": "Flag."},
+}
+PROBE_SCHEMA = {"type": "object", "properties": PROBE_ARGUMENTS, "required": ["text"]}
+PROBE_FUNCTION = {"name": "probe_tool", "description": "A probe.", "parameters": PROBE_SCHEMA}
+PROBE_TOOLS = [{"type": "function", "function": PROBE_FUNCTION}]
 EASY_PROBE: dict[str, Any] = {"text": "a probe", "count": 7}
 HARD_PROBE: dict[str, Any] = {"text": "it's a \"probe\", isn't it\n", "count": 7, "flag": False}
 PROBE_QUESTION = "What does the probe say?"
@@ -237,8 +214,8 @@ class Reader(NamedTuple):
     library: Any
     """Tokenizer with a response template; None if there is none, or if it misreads a call that one of `forms` reads."""
     forms: tuple[str, ...]
-    """The forms that read a call rendered by the chat template; empty if the
-    template renders no call that any form reads."""
+    """The forms that read a call rendered by the chat template; empty if the template renders no call that any form
+    reads."""
 
 
 def reader(tokenizer: Any) -> Reader:
@@ -265,12 +242,10 @@ def _reader(template: _Template) -> Reader:
     easy, hard = ((arguments, _rendered_call(tokenizer, arguments)) for arguments in (EASY_PROBE, HARD_PROBE))
     forms = tuple(name for name in FORMS if _form_reads(tokenizer, name, *easy))
     library = _with_response_template(tokenizer)
-    better = (
-        library is not None
-        and any(_form_reads(tokenizer, name, *hard) for name in forms)
-        and not _library_reads(library, *hard)
-    )
-    return Reader(None if better else library, forms)
+    if library is not None and not _library_reads(library, *hard):
+        reads_better = any(_form_reads(tokenizer, name, *hard) for name in forms)
+        library = None if reads_better else library
+    return Reader(library, forms)
 
 
 def _rendered_call(tokenizer: Any, arguments: dict[str, Any]) -> tuple[str, str]:

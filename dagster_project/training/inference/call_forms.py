@@ -1,5 +1,6 @@
-"""How model families write tool calls in their answers. A new form is one
-function in FORMS, its test and its line in docs/evaluation.md.
+"""How model families write tool calls in their answers.
+
+A new form is one function in FORMS, its test and its line in docs/evaluation.md.
 
     Hermes, Qwen2.5, Qwen3   <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>
     Llama 3.1                {"name": "weather", "parameters": {"city": "Oslo"}}
@@ -37,11 +38,9 @@ IDENTITY_KEYS = ("id", "tool_call_id")
 
 def _json_call(value: Any, source: str) -> Call:
     """A call from its JSON object; one without a name or arguments keeps its source."""
-    value = (
-        value.get("function", value) if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
-    )
     if not isinstance(value, dict):
         return Call("", source, None)
+    value = value["function"] if isinstance(value.get("function"), dict) else value
     name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), "")
     identity = next((value[key] for key in IDENTITY_KEYS if isinstance(value.get(key), str)), None)
     arguments = next((value[key] for key in ARGUMENT_KEYS if key in value), None)
@@ -189,9 +188,8 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(one) for one in node.elts]
     if isinstance(node, ast.Dict):
-        return {
-            _literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None
-        }
+        items = zip(node.keys, node.values, strict=True)
+        return {_literal(key): _literal(value) for key, value in items if key is not None}
     try:
         value = ast.literal_eval(node)
     except (TypeError, SyntaxError, MemoryError, RecursionError) as error:
@@ -219,9 +217,17 @@ def _bare_python(text: str, tools: Tools) -> Found | None:
 QUOTE, NONE = '<|"|>', re.compile(r"(?<=[:,\[])None(?=[,}\]])")
 
 
+def library_calls(message: Mapping[str, Any]) -> list[Call]:
+    """The calls of a message that transformers parsed."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    return [Call(function["name"], function.get("arguments") or {}, None) for function in functions]
+
+
 def _gemma(text: str, tools: Tools) -> Found | None:
-    """Gemma 4: JSON with keys and texts in its own marks, which TRL describes
-    and transformers parses, and Python's None for null."""
+    """Gemma 4: JSON with keys and texts in its own marks, and Python's None for null.
+
+    TRL describes the marks and transformers parses them.
+    """
     if "<|tool_call>call:" not in text:
         return None
     from transformers.utils.chat_parsing import parse_response
@@ -233,10 +239,7 @@ def _gemma(text: str, tools: Tools) -> Found | None:
         message = parse_response(QUOTE.join(parts), gemma4_template, prefix="", tools=list(tools or ()))
     except (ValueError, TypeError, RecursionError):
         return Found([Call("", text, None)], "")
-    made = [
-        Call(call["function"]["name"], call["function"].get("arguments") or {}, None)
-        for call in message.get("tool_calls") or ()
-    ]
+    made = library_calls(message)
     return Found(made, message.get("content") or "") if made else None
 
 
@@ -269,9 +272,8 @@ FORMS: dict[str, Form] = {
     "tool_call with JSON": _blocks(r"<tool_call>\s*(?P<body>[{\[].*?)(?:</tool_call>|\Z)", _body),
     "invoke": _blocks(
         r"(?:(?:<\|start\|>assistant)?\s*to=[^\s<]+<\|message\|>)?\s*(?:<(?:\w+:)?function_calls>\s*)?"
-        r"<(?:\w+:)?invoke"
-        r" name=\"(?P<name>[^\"]+)\">(?P<body>.*?)(?:</(?:\w+:)?invoke>(?:\s*</(?:\w+:)?function_calls>)?(?"
-        r":<\|eom\|>)?|\Z)",
+        r"<(?:\w+:)?invoke name=\"(?P<name>[^\"]+)\">(?P<body>.*?)"
+        r"(?:</(?:\w+:)?invoke>(?:\s*</(?:\w+:)?function_calls>)?(?:<\|eom\|>)?|\Z)",
         _tagged(
             r"<(?:\w+:)?parameter name=\"([^\"]+)\">(.*?)</(?:\w+:)?parameter>", lambda match: "invoke>" in match[0]
         ),
@@ -279,8 +281,8 @@ FORMS: dict[str, Form] = {
     "tool_call list": _blocks(r"<\|tool_call\|>\s*(?P<body>\[.*?)(?:<\|/tool_call\|>|\Z)", _body),
     "TOOL_CALLS": _blocks(r"\[TOOL_CALLS\](?P<body>.*?)(?=\[TOOL_CALLS\]|\Z)", _mistral),
     "channels": _blocks(
-        r"(?:<\|start\|>assistant)?\s*(?:<\|channel\|>commentary)?\s*to=(?"
-        r":functions\.)?(?P<name>[^\s<]+)[^{]*?<\|message\|>"
+        r"(?:<\|start\|>assistant)?\s*(?:<\|channel\|>commentary)?\s*"
+        r"to=(?:functions\.)?(?P<name>[^\s<]+)[^{]*?<\|message\|>"
         r"(?P<body>.*?)(?:<\|call\|>|<\|end\|>|(?=<\|start\|>)|\Z)",
         _named_body,
     ),

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 Choose = Callable[["torch.Tensor", Sequence[int], int], list[int]]
-"""(logits (batch, vocabulary), index of each row's prompt, position in the
-answer from 0) -> a token id for each row."""
+"""(logits (batch, vocabulary), index of each row's prompt, position in the answer from 0) -> a token id for each row.
+"""
 
 TOKENS_AT_ONCE = {"cpu": 1024}
-"""Device -> maximum number of prompt tokens, with padding, in a pass: more
-exceed a CPU's caches. A shared prefix does not count."""
+"""Device -> maximum number of prompt tokens, with padding, in a pass: more exceed a CPU's caches. A shared prefix does
+not count."""
 
 
 COUNTS_PADDING = frozenset(
@@ -33,7 +33,8 @@ def groups(lengths: Sequence[int], most: int, device: str) -> Iterator[list[int]
     """Yield the indices of the texts of each pass: similar in length, at most `most`, and within TOKENS_AT_ONCE."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if group and (len(group) == most or lengths[i] * (len(group) + 1) > TOKENS_AT_ONCE.get(device, float("inf"))):
+        tokens = lengths[i] * (len(group) + 1)
+        if group and (len(group) == most or tokens > TOKENS_AT_ONCE.get(device, float("inf"))):
             yield group
             group = []
         group.append(i)
@@ -61,8 +62,8 @@ def decode(
         choose: selects the next tokens.
         longest: maximum number of tokens of an answer.
         ends: end-of-turn tokens.
-        prefix: cache with one row of tokens that precede every prompt. Without
-            `keeps_all_tokens`, only one prompt is supported.
+        prefix: cache with one row of tokens that precede every prompt. Without `keeps_all_tokens`, only one prompt is
+            supported.
     Returns:
         Token ids of each answer, including the end-of-turn token.
     Raises:
@@ -112,8 +113,10 @@ def prefill(model: Any, ids: Sequence[int], prefix: Any = None) -> Any:
 
 
 def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Last hidden state of each row, (batch, hidden). Adds `ids` (batch, seq)
-    to the cache; `mask` (batch, cached + seq) covers both."""
+    """Last hidden state of each row, (batch, hidden).
+
+    Adds `ids` (batch, seq) to the cache; `mask` (batch, cached + seq) covers both.
+    """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     return out.last_hidden_state[:, -1]
@@ -122,29 +125,31 @@ def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch
 def _read_all(
     model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: int, prefix: Any
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Read the prompts: last hidden states (prompts, hidden), mask (prompts,
-    seq), and a cache, preallocated if its layers are plain."""
+    """Read the prompts: last hidden states (prompts, hidden), mask (prompts, seq), and a cache.
+
+    The cache is preallocated if its layers are plain. Equal prompts are read once.
+    """
     import torch
     from transformers import DynamicCache
 
     start = _empty(model) if prefix is None else prefix
     before = prefix.get_seq_length() if prefix is not None else 0
 
-    def mask_of(group: Sequence[int]) -> torch.Tensor:
+    def padded(group: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (group, width) and mask (group, before + width)."""
         width = max(len(prompts[i]) for i in group)
-        return torch.tensor(
-            [[1] * before + [0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=model.device
-        )
+        gaps = [(width - len(prompts[i]), prompts[i]) for i in group]
+        ids = [[pad] * gap + list(prompt) for gap, prompt in gaps]
+        mask = [[1] * before + [0] * gap + [1] * len(prompt) for gap, prompt in gaps]
+        return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
 
     def run(group: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        cache, mask = copy.deepcopy(start), mask_of(group)
+        cache = copy.deepcopy(start)
         if before and len(group) > 1:
             cache.batch_repeat_interleave(len(group))
-        width = mask.shape[1] - before
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=model.device)
-        return _run(model, ids, mask, cache), cache
+        return _run(model, *padded(group), cache), cache
 
-    mask = mask_of(range(len(prompts)))
+    _, mask = padded(range(len(prompts)))
     if not _has_plain_layers(start):
         hidden, cache = run(range(len(prompts)))
         return hidden, mask, cache
@@ -177,27 +182,28 @@ def _has_plain_layers(cache: Any) -> bool:
 
 
 def _empty(model: Any) -> Any:
-    """A cache that keeps every token (sliding windows are applied by the mask),
-    or the model's own cache if it has other state."""
+    """A cache that keeps every token, or the model's own cache if it has other state.
+
+    Sliding windows are applied by the mask.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if model.config.model_type == "minimax":
-        raise InputError(
-            "minimax models have a cache of their own in transformers, which generation does not support",
-            "use another model",
-        )
+        problem = "minimax models have a cache of their own in transformers, which generation does not support"
+        raise InputError(problem, "use another model")
     own = DynamicCache(config=model.config)
     if all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in own.layers):
-        own.layers = [
-            DynamicLayer() for _ in own.layers
-        ]  # not none: a model that runs its layers several times (Dory) adds copies of them
+        # not none: a model that runs its layers several times (Dory) adds copies of them
+        own.layers = [DynamicLayer() for _ in own.layers]
     return own
 
 
 def keeps_all_tokens(model: Any) -> bool:
-    """Whether every layer keeps all keys and values, as a shared prefix
-    requires: windows drop tokens, recurrent states ignore padding."""
+    """Whether every layer keeps all keys and values, as a shared prefix requires.
+
+    Windows drop tokens, and recurrent states ignore padding.
+    """
     from transformers import DynamicCache
 
     return _has_plain_layers(DynamicCache(config=model.config))

@@ -1,7 +1,7 @@
 """Batched greedy generation.
 
-In float32 the answers equal those of single prompts; in bfloat16 some differ
-with the batch size, which is part of a run's identity.
+In float32 the answers equal those of single prompts; in bfloat16 some differ with the batch size, which is part of a
+run's identity.
 """
 
 from __future__ import annotations

@@ -27,26 +27,22 @@ def negative_log_likelihood(
     import torch
     from torch.nn.functional import cross_entropy
 
+    def padded(rows: Sequence[list[int]], filler: int) -> Any:
+        width = max(map(len, rows))
+        return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=model.device)
+
     scores: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
     progress = Progress(what, len(examples), "answer")
     with torch.inference_mode():
         for batch in groups([len(ids) for ids, _ in examples], batch_size, model.device.type):
-            width = max(len(examples[i][0]) for i in batch)
-            ids = torch.tensor(
-                [examples[i][0] + [pad_token_id] * (width - len(examples[i][0])) for i in batch], device=model.device
-            )
-            labels = torch.tensor(
-                [examples[i][1] + [IGNORE] * (width - len(examples[i][1])) for i in batch], device=model.device
-            )[:, 1:]
-            mask = torch.tensor(
-                [[1] * len(examples[i][0]) + [0] * (width - len(examples[i][0])) for i in batch], device=model.device
-            )
+            ids = padded([examples[i][0] for i in batch], pad_token_id)
+            labels = padded([examples[i][1] for i in batch], IGNORE)[:, 1:]
+            mask = padded([[1] * len(examples[i][0]) for i in batch], 0)
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
             counted = labels != IGNORE
             losses = torch.zeros(labels.shape, dtype=torch.float32, device=model.device)
-            losses[counted] = cross_entropy(
-                logits_of(model, hidden[counted]).float(), labels[counted], reduction="none"
-            )
+            logits = logits_of(model, hidden[counted]).float()
+            losses[counted] = cross_entropy(logits, labels[counted], reduction="none")
             for i, loss, n in zip(batch, losses.double().sum(1).tolist(), counted.sum(1).tolist(), strict=True):
                 scores[i] = (loss, n)
             progress.advance(len(batch))

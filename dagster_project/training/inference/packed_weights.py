@@ -1,8 +1,8 @@
 """Linear layers of a bfloat16 model on a CPU, prepared for many small products with the same weights.
 
-torch brings a weight into the layout of oneDNN's kernels in every product. With the few rows
-of a decoding step that takes a quarter to a half of the product. LoRA's layers cast their
-weights each time, too. Here both are done once. The kernels and so the bits are the same.
+torch brings a weight into the layout of oneDNN's kernels in every product. With the few rows of a decoding step that
+takes a quarter to a half of the product. LoRA's layers cast their weights each time, too. Here both are done once. The
+kernels and so the bits are the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ AT_MOST = 2**30
 
 @contextmanager
 def packed_weights(model: Any) -> Iterator[None]:
-    """While open, linear layers without bias compute with prepared weights,
-    which do not follow changes and have no gradients."""
+    """While open, linear layers without bias compute with prepared weights.
+
+    These do not follow changes of the weights and have no gradients.
+    """
     from dagster_project.training.methods.fused_lora import applied, is_applied
 
     layers = _layers(model)
@@ -48,18 +50,14 @@ def packed_weights(model: Any) -> Iterator[None]:
 
 
 def _layers(model: Any) -> list[Any]:
-    """The linear layers whose weights can be prepared; none if there is no
-    kernel for it, or the weights are too large."""
+    """The linear layers whose weights can be prepared; none without a kernel for it, or if they are too large."""
     import torch
 
     kernels = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return []
-    names = (
-        "_is_mkldnn_bf16_supported",
-        "_reorder_linear_weight",
-        "_linear_pointwise",
-    )  # private: without them everything is as before
+    # private: without them everything is as before
+    names = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
     if not (all(hasattr(kernels, name) for name in names) and kernels._is_mkldnn_bf16_supported()):
         return []
     found = [module for module in model.modules() if type(module) is torch.nn.Linear and _is_plain(module)]

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 def uniform_numbers(seed: str, answers: Sequence[int], longest: int) -> list[list[float]]:
-    """Numbers in [0, 1) for each answer and position, which depend only on the
-    seed, the number of the answer and the position.
+    """Numbers in [0, 1) for each answer and position, which depend only on these and the seed.
 
     So neither the batch nor the maximum length affects what is sampled, except for rounding.
     """
@@ -29,6 +28,7 @@ def sampled(uniform: Sequence[Sequence[float]], temperature: float, top_p: float
 
 def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float, top_p: float = 1.0) -> list[int]:
     """The token at which each row's distribution function exceeds its number.
+
     On the CPU: a cumulative sum on a GPU is not reproducible.
 
     Args:
@@ -37,9 +37,8 @@ def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float, top
     """
     import torch
 
-    probabilities = (
-        (logits.cpu().to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(-1).double()
-    )
+    scores = logits.cpu().to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    probabilities = scores.softmax(-1).double()
     if top_p < 1:
         falling, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
         excluded = falling.cumsum(-1) - falling >= top_p

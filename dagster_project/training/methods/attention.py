@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def attention_for(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Choose the attention implementation for training on packed rows: by_example, varlen or sdpa.
 
-    On a CPU attention is computed per example, because most results under a block-diagonal
-    mask are discarded (a third of a training step at 512 tokens a row). On a GPU one call
-    is faster: torch's flash attention for variable lengths if supported, else a mask.
+    On a CPU attention is computed per example, because most results under a block-diagonal mask are discarded (a third
+    of a training step at 512 tokens a row). On a GPU one call is faster: torch's flash attention for variable lengths
+    if supported, else a mask.
 
     Args:
         dtype: dtype of the computation; flash attention supports only bfloat16.
@@ -58,16 +58,15 @@ def _has_varlen(device: torch.device) -> bool:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters = inspect.signature(varlen_attn).parameters
-    return {"scale", "window_size", "enable_gqa"} <= set(parameters) and torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )
+    has_options = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return has_options and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def window_alone(*_: Any, local_size: int | None = None, **__: Any) -> int | None:
-    """In the place of an attention mask: the tokens of its sliding window,
-    which not every model gives its attention as an argument (PhiMoE)."""
+    """In the place of an attention mask: the tokens of its sliding window.
+
+    Not every model gives these to its attention as an argument (PhiMoE).
+    """
     return local_size
 
 
@@ -75,8 +74,8 @@ def _bounds(cu_seq_lens_q: torch.Tensor | None, attention_mask: Any, arguments: 
     """Bounds of the examples, for a model whose attention needs no more than the implementations below compute.
 
     Raises:
-        InputError: the model uses logit soft-capping, attention sinks or a mask of
-            its own (Doge), or does not pass the bounds on (Nemotron, StableLM).
+        InputError: the model uses logit soft-capping, attention sinks or a mask of its own (Doge), or does not pass the
+            bounds on (Nemotron, StableLM).
     """
     if not isinstance(attention_mask, int | None):
         raise InputError(
@@ -109,8 +108,7 @@ def _attend_by_example(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example, computed in float32, whose backward
-    pass is twice as fast as bfloat16 on a CPU.
+    """Causal attention within each example, computed in float32: on a CPU its backward pass is twice as fast.
 
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
@@ -160,24 +158,19 @@ def _attend_at_once(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `_attend_by_example`, in one call of flash attention. Deterministic
-    under torch.use_deterministic_algorithms, which is on."""
+    """As `_attend_by_example`, in one call of flash attention.
+
+    Deterministic under torch.use_deterministic_algorithms, which is on.
+    """
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = _bounds(cu_seq_lens_q, attention_mask, others)
     dtype = value.dtype  # with 4-bit weights float32, as rotated queries and keys may be
     query, key, value = (states[0].transpose(0, 1).to(torch.bfloat16) for states in (query, key, value))
+    window, grouped = ((sliding_window or attention_mask or 0) - 1, 0), key.shape[1] != query.shape[1]
     output = varlen_attn(
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=((sliding_window or attention_mask or 0) - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
+        query, key, value, bounds, bounds, max_length_q, max_length_q,
+        scale=scaling, window_size=window, enable_gqa=grouped,
+    )  # fmt: skip
     return output[None].to(dtype), None

@@ -74,24 +74,9 @@ CANNOT_CHECKPOINT = ("prefix_tuning", "cartridge")
 CANNOT_MERGE_QUANTIZED = ("ia3", "adalora")
 
 CANNOT_QUANTIZE = (
-    "full",
-    "bitfit",
-    "adamss",
-    "deft",
-    "delora",
-    "frod",
-    "glora",
-    "hira",
-    "hra",
-    "loha",
-    "lokr",
-    "osf",
-    "peanut",
-    "psoft",
-    "supertuning",
-    "tinylora",
-    "unilora",
-)
+    "full", "bitfit", "adamss", "deft", "delora", "frod", "glora", "hira", "hra", "loha", "lokr", "osf", "peanut",
+    "psoft", "supertuning", "tinylora", "unilora",
+)  # fmt: skip
 """Methods that compute with the base model's own weights. On 4-bit weights most of them fail in PEFT; hira has no
 effect in evaluation, unilora none at all."""
 
@@ -106,17 +91,9 @@ UNSUPPORTED_METHODS = {
 """Methods of PEFT that are not supported -> reason."""
 
 RESERVED_KEYS = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "runtime_config",
-    "total_step",
-    "tokenizer_name_or_path",
-}
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode",
+    "runtime_config", "total_step", "tokenizer_name_or_path",
+}  # fmt: skip
 """Keys of PEFT that are set by this project, or that belong to loading."""
 
 REFUSED_KEYS = {
@@ -145,24 +122,17 @@ UNTRAINED_KEYS = {
 UNREAD_KEYS = {
     "adalora": ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "rank_pattern", "use_qalora", "use_rslora")
 }
-"""Method -> keys that PEFT accepts for it, and computes the same with every
-value of. `init_lora_weights` is read if it is true or false."""
+"""Method -> keys that PEFT accepts for it, and computes the same with every value of. `init_lora_weights` is read if it
+is true or false."""
 
 STARTS_FROM_DATA = re.compile(r"eva|corda.*|lora_ga", re.IGNORECASE)
-"""Values of init_lora_weights that are computed from examples. PEFT leaves the
-start of `eva` random if nobody computes it."""
+"""Values of init_lora_weights that are computed from examples. PEFT leaves the start of `eva` random if nobody computes
+it."""
 
 MINIMUM = {
-    "r": 1,
     "init_r": 2,
-    "target_r": 1,
-    "num_virtual_tokens": 1,
-    "lora_alpha": 1,
-    "deltaT": 1,
-    "tinit": 0,
-    "tfinal": 0,
-    "lora_dropout": 0,
-    "orth_reg_weight": 0,
+    **dict.fromkeys(("r", "target_r", "num_virtual_tokens", "lora_alpha", "deltaT"), 1),
+    **dict.fromkeys(("tinit", "tfinal", "lora_dropout", "orth_reg_weight"), 0),
 }
 """Key -> minimum value."""
 TOKEN_NUMBERS = ("token_indices", "trainable_token_indices")
@@ -199,13 +169,14 @@ OWN: dict[str, type[Section]] = {"full": Full, "bitfit": Bitfit, "feature_extrac
 
 
 # ---- validation without the model
-# -------------------------------------------------------------------------------------------------------
 
 
 @cache
 def _peft_folder() -> Path:
-    """Folder of PEFT's source. It is parsed, not imported: importing PEFT takes
-    seconds, and every command validates params.yaml."""
+    """Folder of PEFT's source.
+
+    It is parsed, not imported: importing PEFT takes seconds, and every command validates params.yaml.
+    """
     require_version("peft", ">=0.21.2,<0.22", "the layout of PEFT's source")
     spec = find_spec("peft")
     assert spec is not None and spec.submodule_search_locations
@@ -224,9 +195,9 @@ def peft_methods() -> dict[str, tuple[str, str]]:
     """PEFT's table of methods: name -> (configuration class, file that defines it)."""
     table = {}
     for path in sorted(_peft_folder().glob("tuners/*/__init__.py")):
-        for call in (
-            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
-        ):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
             if isinstance(call.func, ast.Name) and call.func.id == "register_peft_method":
                 arguments = {keyword.arg: keyword.value for keyword in call.keywords}
                 name, config = arguments["name"], arguments["config_cls"]
@@ -239,31 +210,28 @@ def peft_methods() -> dict[str, tuple[str, str]]:
 def peft_keys(method: str) -> dict[str, ast.expr]:
     """Key of a PEFT method -> annotated type."""
     name, file = peft_methods()[method]
-    shared = {
-        **_peft_classes("config.py"),
-        **_peft_classes("tuners/lycoris_utils.py"),
-        **_peft_classes("tuners/lora/config.py"),
-    }
+    files = ("config.py", "tuners/lycoris_utils.py", "tuners/lora/config.py", file)
+    classes = {name: node for source in files for name, node in _peft_classes(source).items()}
 
     def fields(class_name: str) -> dict[str, ast.expr]:
-        node = _peft_classes(file).get(class_name) or shared.get(class_name)
-        if node is None:
+        if class_name not in classes:
             return {}
-        inherited = {
-            key: kind for base in node.bases if isinstance(base, ast.Name) for key, kind in fields(base.id).items()
-        }
-        return inherited | {
-            n.target.id: n.annotation
-            for n in node.body
-            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-        }
+        node, found = classes[class_name], dict[str, ast.expr]()
+        for base in node.bases:
+            found |= fields(base.id) if isinstance(base, ast.Name) else {}
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                found[line.target.id] = line.annotation
+        return found
 
     return {key: kind for key, kind in fields(name).items() if key not in RESERVED_KEYS | REFUSED_KEYS.keys()}
 
 
 def _fits(value: Any, kind: ast.expr) -> bool:
-    """Whether a value has the annotated type. Types other than plain types and
-    choices between them are left to PEFT."""
+    """Whether a value has the annotated type.
+
+    Types other than plain types and choices between them are left to PEFT.
+    """
     scalars: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
     match kind:
         case ast.Constant(value=None):
@@ -282,10 +250,8 @@ def _fits(value: Any, kind: ast.expr) -> bool:
             return any(_fits(value, option) for option in kinds)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             allowed = choices.elts if isinstance(choices, ast.Tuple) else [choices]
-            return any(
-                isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value
-                for node in allowed
-            )
+            constants = [node.value for node in allowed if isinstance(node, ast.Constant)]
+            return any(type(constant) is type(value) and constant == value for constant in constants)
         case ast.Subscript(value=ast.Name(id="dict" | "list" as name)):
             return isinstance(value, dict if name == "dict" else list)
     return True
@@ -318,9 +284,8 @@ def check(
     name, keys = _resolve(method, where)
     _check_keys(name, keys, options, where)
     if method.lower() in IMPLIES_NF4 and quantization == "none":
-        raise InputError(
-            f"params.yaml: {where}.quantization: {method} trains on 4-bit weights", "use nf4, or method: lora"
-        )
+        problem = f"params.yaml: {where}.quantization: {method} trains on 4-bit weights"
+        raise InputError(problem, "use nf4, or method: lora")
     quantized = quantization_of(method, quantization) == "nf4"
     if quantized and name in CANNOT_QUANTIZE:
         raise InputError(
@@ -355,9 +320,8 @@ def refuse_untrained(options: Mapping[str, Any], where: str) -> None:
     """
     for key, value in sorted(options.items()):
         if key in UNTRAINED_KEYS and value not in (None, False):
-            raise InputError(
-                f"params.yaml: {where}.peft.{key}: is not supported: it {UNTRAINED_KEYS[key]}", "leave it out"
-            )
+            problem = f"params.yaml: {where}.peft.{key}: is not supported: it {UNTRAINED_KEYS[key]}"
+            raise InputError(problem, "leave it out")
         if key == "init_lora_weights" and isinstance(value, str) and STARTS_FROM_DATA.fullmatch(value):
             raise InputError(
                 f"params.yaml: {where}.peft.{key}: {value} is not supported: it needs a pass over the data before"
@@ -384,24 +348,20 @@ def why_not_merged(method: str, options: Mapping[str, Any], quantization: Quanti
 
 
 def place_of(where: str, key: str) -> str:
-    """Where a value was given, as the beginning of a message: in an entry of
-    params.yaml, or by an option such as `--method lora`."""
+    """Where a value was given, as the beginning of a message: params.yaml, or an option such as `--method lora`."""
     return where if where.startswith("--") else f"params.yaml: {where}.{key}"
 
 
 def _resolve(method: str, where: str) -> tuple[str, dict[str, Any]]:
     """Full name of a method and the keys that its name implies."""
     name, keys = ALIASES.get(method.lower(), (method.lower(), {}))
+    place, hint = place_of(where, "method"), f"methods: {', '.join(methods())}"
     if name in UNSUPPORTED_METHODS:
-        raise InputError(
-            f"{place_of(where, 'method')}: {name} {UNSUPPORTED_METHODS[name]}", f"methods: {', '.join(methods())}"
-        )
+        raise InputError(f"{place}: {name} {UNSUPPORTED_METHODS[name]}", hint)
     if name not in methods():
         near = difflib.get_close_matches(name, methods(), 3, 0.6)
-        raise InputError(
-            f"{place_of(where, 'method')}: unknown method {method!r}",
-            f"methods: {', '.join(methods())}" + (f"; nearest: {' or '.join(near)}" if near else ""),
-        )
+        hint += f"; nearest: {' or '.join(near)}" if near else ""
+        raise InputError(f"{place}: unknown method {method!r}", hint)
     return name, dict(keys)
 
 
@@ -420,18 +380,12 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
             wrong.append(f"{path}: unknown key of {name}")
             hints.append(f"keys of {name}: {', '.join(sorted(known))}")
         elif key == "init_lora_weights" and isinstance(value, str) and value.startswith("pissa_niter"):
-            wrong.append(
-                f"{path}: {value} is not supported: it starts from a random approximation, and a loaded adapter from"
-                " another one"
-            )
+            why = "it starts from a random approximation, and a loaded adapter from another one"
+            wrong.append(f"{path}: {value} is not supported: {why}")
             hints.append("use pissa")
         elif not _fits(value, known[key]):
             wrong.append(f"{path}: must be {ast.unparse(known[key])} (got {value!r})")
-        elif (
-            key in UNREAD_KEYS.get(name, ())
-            and value not in (None, False)
-            and (key != "init_lora_weights" or isinstance(value, str))
-        ):
+        elif key in UNREAD_KEYS.get(name, ()) and _is_set(key, value):
             wrong.append(f"{path}: has no effect with {name}")
             hints.append("set init_r and target_r" if key == "r" else "leave it out, or use method: lora")
         elif key in MINIMUM and isinstance(value, int | float) and value < MINIMUM[key]:
@@ -451,19 +405,17 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
     if isinstance(keys.get("target_modules"), str) and keys.get("layers_to_transform") is not None:
         wrong.append(f"params.yaml: {where}.peft.layers_to_transform: requires a list of target_modules")
         hints.append("list the names of the modules")
-    ranks = DEFAULTS["adalora"] | keys
-    if (
-        name == "adalora"
-        and isinstance(ranks["init_r"], int)
-        and isinstance(ranks["target_r"], int)
-        and ranks["init_r"] <= ranks["target_r"]
-    ):
-        wrong.append(
-            f"params.yaml: {where}.peft.init_r: must be above target_r, so that ranks can be removed (got"
-            f" {ranks['init_r']!r})"
-        )
+    first, last = ((DEFAULTS["adalora"] | keys)[rank] for rank in ("init_r", "target_r"))
+    if name == "adalora" and isinstance(first, int) and isinstance(last, int) and first <= last:
+        path = f"params.yaml: {where}.peft.init_r"
+        wrong.append(f"{path}: must be above target_r, so that ranks can be removed (got {first!r})")
     if wrong:
         raise InputError("\n".join(wrong), "; ".join(dict.fromkeys(hints)) or "correct these values")
+
+
+def _is_set(key: str, value: Any) -> bool:
+    """Whether a key has a value other than off; true is the usual start of weights."""
+    return value not in (None, False) and (key != "init_lora_weights" or isinstance(value, str))
 
 
 def _wrong_loftq(value: Any, keys: Mapping[str, Any]) -> Iterator[str]:
@@ -479,7 +431,6 @@ def _wrong_loftq(value: Any, keys: Mapping[str, Any]) -> Iterator[str]:
 
 
 # ---- building
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def causal(model: Any) -> Any:
@@ -501,8 +452,7 @@ def peft_config(
     total_steps: int | None = None,
     tokenizer: str | None = None,
 ) -> Any:
-    """Build the PEFT configuration of a method from its implied keys, our
-    defaults, and the options, which take precedence.
+    """The PEFT configuration of a method from its implied keys, our defaults, and the options, which take precedence.
 
     Args:
         method: PEFT's name or a short name, in any case, e.g. "lora".
@@ -536,20 +486,15 @@ def peft_config(
 
 
 def _attention(base: Any) -> list[str] | None:
-    """Names of the attention projections q, k, v and o; None if the
-    architecture uses other names, which leaves the choice to PEFT."""
+    """Names of the attention projections q, k, v and o; None, PEFT's choice, if the architecture uses other names."""
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     return [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names] or None
 
 
 def _norms(base: Any) -> list[str] | None:
     """Names of all normalization layers, without their path."""
-    return (
-        sorted(
-            {name.rpartition(".")[2] for name, module in base.named_modules() if type(module).__name__.endswith("Norm")}
-        )
-        or None
-    )
+    norms = [name for name, module in base.named_modules() if type(module).__name__.endswith("Norm")]
+    return sorted({name.rpartition(".")[2] for name in norms}) or None
 
 
 def _no_effect(_: Any) -> None:
@@ -569,8 +514,8 @@ class PreparedModel:
     save: Callable[[Path], None]
     """Write the trained weights to a folder as safetensors, with method.json. Does not change the model."""
     packs: bool = True
-    """Whether a row may contain several examples. False if virtual tokens
-    precede each example: use `collate_padded`."""
+    """Whether a row may contain several examples. False if virtual tokens precede each example: use `collate_padded`.
+    """
     callbacks: list[Any] = field(default_factory=list)
     """TrainerCallbacks of transformers that the method requires."""
     extra_loss: Callable[[Any], torch.Tensor | None] = _no_effect
@@ -601,21 +546,14 @@ class PreparedModel:
         """
         import torch
 
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        network, ids = causal(self.model), inputs["input_ids"]
         if not self.packs:
-            hidden = hidden_states(self.model, inputs["input_ids"], inputs["attention_mask"])
+            hidden = hidden_states(self.model, ids, inputs["attention_mask"])
         else:
-            with torch.autocast(
-                inputs["input_ids"].device.type, dtype=self.autocast, enabled=self.autocast is not None
-            ):
-                hidden = causal.base_model(
-                    input_ids=inputs["input_ids"],
-                    position_ids=inputs["position_ids"],
-                    cu_seq_lens_q=inputs["cu_seq_lens_q"],
-                    max_length_q=inputs["max_length_q"],
-                    use_cache=False,
-                ).last_hidden_state
-        return hidden.to(causal.get_output_embeddings().weight.dtype)
+            read = {name: inputs[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
+            with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                hidden = network.base_model(**read, use_cache=False).last_hidden_state
+        return hidden.to(network.get_output_embeddings().weight.dtype)
 
 
 def build(
@@ -652,24 +590,13 @@ def build(
     check(method, options, quantization, merge, where)
     quantized = quantization_of(method, quantization)
     reason = why_not_merged(method, options, quantization)
-    record = AdapterInfo(
-        method=method.lower(),
-        quantization=quantized,
-        merge=merge,
-        why_not="" if merge else reason or "params.yaml says merge: false",
-    )
+    why_not = "" if merge else reason or "params.yaml says merge: false"
+    record = AdapterInfo(method=method.lower(), quantization=quantized, merge=merge, why_not=why_not)
     optim = "paged_adamw_8bit" if quantized == "nf4" and device.type == "cuda" else None
     name, _ = _resolve(method, where)
     if name == "feature_extraction":
-        return _head(
-            record,
-            parse(feature_extraction.Options, dict(options), f"{where}.peft"),
-            base_model,
-            device,
-            dtype,
-            categories,
-            weights,
-        )
+        settings = parse(feature_extraction.Options, dict(options), f"{where}.peft")
+        return _head(record, settings, base_model, device, dtype, categories, weights)
     if name in {"full", "bitfit"}:
         patterns = [r"\bbias$"] if name == "bitfit" else parse(Full, dict(options), f"{where}.peft").trainable
         return _weights(record, patterns, base_model, device, dtype, where, weights)
@@ -677,19 +604,15 @@ def build(
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
     attention = attention_for(device, dtype if weights else None) if packs and not virtual else "sdpa"
     base = load_base(base_model, device, dtype, quantized, attention, weights)
-    model = _with_adapter(
-        base, peft_config(method, options, where, base, total_steps, str(base_model)), where, merge, weights
-    )
+    config = peft_config(method, options, where, base, total_steps, str(base_model))
+    model = _with_adapter(base, config, where, merge, weights)
     trainable, total = model.get_nb_trainable_parameters()
     if not trainable:
-        raise InputError(
-            f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model",
-            "choose other target_modules",
-        )
+        problem = f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model"
+        raise InputError(problem, "choose other target_modules")
     # trained weights are float32: a bfloat16 weight cannot change by less than 1/256 of its value
-    low = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype != torch.float32
-    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    low = [parameter for parameter in trained if parameter.dtype != torch.float32]
     for parameter in low:
         parameter.data = parameter.data.float()
     fuse(model)
@@ -728,14 +651,8 @@ def _with_adapter(base: Any, config: Any, where: str, merge: bool, weights: bool
     try:
         with adding_adapters():
             model = get_peft_model(base, config)
-    except (
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        LookupError,
-        AssertionError,
-        re.error,
-    ) as error:  # also of a wrong index or pattern
+    # also of a wrong index or pattern
+    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:
         if isinstance(error, NotImplementedError) and not weights:  # raised by the meta device, not by the keys
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
@@ -754,59 +671,59 @@ def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None
     """PEFT ignores a name that no module has, if another one is found.
 
     Raises:
-        InputError: a name in the options is that of no module, or a pattern or
-            the number of a layer matches none that is adapted.
+        InputError: a name in the options is that of no module, or a pattern or the number of a layer matches none that
+            is adapted.
     """
+    place = place_of(where, "peft")
     names = [name for name, _ in causal(model).named_modules()]
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         given = options.get(key)
         for entry in given if isinstance(given, list) else ():
-            if not any(
-                name == entry or name.endswith(entry if key == "modules_to_save" else f".{entry}") for name in names
-            ):
-                near = difflib.get_close_matches(
-                    str(entry), sorted({name.rpartition(".")[2] for name in names}), 3, 0.6
-                )
+            ending = entry if key == "modules_to_save" else f".{entry}"
+            if not any(name == entry or name.endswith(ending) for name in names):
+                last_parts = sorted({name.rpartition(".")[2] for name in names})
+                near = difflib.get_close_matches(str(entry), last_parts, 3, 0.6)
                 hint = f"nearest: {' or '.join(near)}" if near else "correct the name, or leave it out"
-                raise InputError(f"{place_of(where, 'peft')}.{key}: this model has no module {entry!r}", hint)
+                raise InputError(f"{place}.{key}: this model has no module {entry!r}", hint)
     tuner = getattr(model, "base_model", None)
     adapted: list[str] = getattr(tuner, "targeted_module_names", [])
     parameters: list[str] = getattr(tuner, "targeted_parameter_names", [])
     for entry in options.get("target_parameters") or ():
         if not any(name == entry or name.endswith(f".{entry}") for name in parameters):
-            what = (
-                f"{place_of(where, 'peft')}.target_parameters: this model has no weight {entry!r} that can be adapted"
-            )
+            what = f"{place}.target_parameters: this model has no weight {entry!r} that can be adapted"
             raise InputError(what, "correct the name, or leave it out")
+    if not adapted and not parameters:
+        return
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in (options.get(key) or ()) if adapted or parameters else ():
+        for pattern in options.get(key) or ():
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*adapted, *parameters)):
-                raise InputError(
-                    f"{place_of(where, 'peft')}.{key}: {pattern!r} matches no module that is adapted",
-                    "correct it, or leave it out",
-                )
-    layers, numbers = options.get("layers_to_transform"), {part for name in adapted for part in name.split(".")}
-    for layer in (layers if isinstance(layers, list) else [layers] if layers is not None else []) if adapted else ():
+                what = f"{place}.{key}: {pattern!r} matches no module that is adapted"
+                raise InputError(what, "correct it, or leave it out")
+    layers = options.get("layers_to_transform")
+    if not adapted or layers is None:
+        return
+    numbers = {part for name in adapted for part in name.split(".")}
+    for layer in layers if isinstance(layers, list) else [layers]:
         if str(layer) not in numbers:
             count = len(decoder_layers(model))
-            raise InputError(
-                f"{place_of(where, 'peft')}.layers_to_transform: no module of layer {layer} is adapted",
-                f"layers of this model: 0 to {count - 1}" if count else "correct it, or leave it out",
-            )
+            hint = f"layers of this model: 0 to {count - 1}" if count else "correct it, or leave it out"
+            raise InputError(f"{place}.layers_to_transform: no module of layer {layer} is adapted", hint)
 
 
 def _refuse_order(model: Any, config: Any, where: str) -> None:
-    """Of several patterns that match a module, PEFT takes the first. DVC compares
-    parameters without the order of their keys, and the saved configuration has another
-    one, so that the adapter would be loaded with other values than it was trained with.
+    """Of several patterns that match a module, PEFT takes the first.
+
+    DVC compares parameters without the order of their keys, and the saved configuration has another one, so that the
+    adapter would be loaded with other values than it was trained with.
 
     Raises:
         InputError: several patterns with different values match a module.
     """
+    tuner = model.base_model
+    adapted = [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
     for key in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = getattr(config, key, None) or {}
-        tuner = model.base_model
-        for module in (*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())):
+        for module in adapted:
             matching = [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
             if len({repr(patterns[pattern]) for pattern in matching}) > 1:
                 raise InputError(
@@ -823,11 +740,8 @@ def refuse_start(model: Any, config: Any, where: str) -> None:
         InputError: as described.
     """
     start = getattr(config, "init_lora_weights", None)
-    if (
-        isinstance(start, str)
-        and start.lower() == "olora"
-        and any(getattr(module, "fan_in_fan_out", False) for module in model.modules())
-    ):
+    olora = isinstance(start, str) and start.lower() == "olora"
+    if olora and any(getattr(module, "fan_in_fan_out", False) for module in model.modules()):
         raise InputError(
             f"{place_of(where, 'peft')}.init_lora_weights: {start} is not supported for this model: PEFT does not"
             " transpose weights that are stored as (in, out)",
@@ -836,8 +750,10 @@ def refuse_start(model: Any, config: Any, where: str) -> None:
 
 
 def _name_feedforward(model: Any, config: Any, where: str) -> None:
-    """PEFT takes `feedforward_modules` of ia3 from its own table, whatever the target modules are, and does not load an
-    adapter with names that are not among these. Names that no adapted module has are left out of the configuration.
+    """Leave names that no adapted module has out of `feedforward_modules`.
+
+    PEFT takes those of ia3 from its own table, whatever the target modules are, and does not load an adapter with names
+    that are not among these.
 
     Raises:
         InputError: an adapted module has such a name, but target_modules calls it otherwise.
@@ -856,8 +772,10 @@ def _name_feedforward(model: Any, config: Any, where: str) -> None:
 
 
 def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
-    """Raises:
-    InputError: the model has no weights of its own for what is trained.
+    """Check that a trained adapter could be merged.
+
+    Raises:
+        InputError: the model has no weights of its own for what is trained.
     """
     if _adapts_shared_weight(causal(model)):
         raise InputError(
@@ -880,21 +798,20 @@ def _refuse_unmergeable(model: Any, config: Any, where: str) -> None:
 
 
 def _adapts_shared_weight(base: Any) -> bool:
-    """Whether an update is added to word embeddings or output layer alone, although
-    both use one weight. Trained rows of the embeddings (trainable_tokens) are put
-    into both, those of the output layer are not, unless they are the same ones."""
+    """Whether an update is added to word embeddings or output layer alone, although both use one weight.
+
+    Trained rows of the embeddings (trainable_tokens) are put into both, those of the output layer are not, unless they
+    are the same ones.
+    """
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import TrainableTokensWrapper
 
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     rows = [isinstance(layer, TrainableTokensLayer | TrainableTokensWrapper) for layer in ends]
-    adapted = any(isinstance(layer, BaseTunerLayer) and not of_rows for layer, of_rows in zip(ends, rows, strict=True))
-    numbers = [
-        getattr(layer, "token_adapter", layer).token_indices
-        for layer, of_rows in zip(ends, rows, strict=True)
-        if of_rows
-    ]
+    pairs = list(zip(ends, rows, strict=True))
+    adapted = any(isinstance(layer, BaseTunerLayer) for layer, of_rows in pairs if not of_rows)
+    numbers = [getattr(layer, "token_adapter", layer).token_indices for layer, of_rows in pairs if of_rows]
     differ = rows == [False, True] or (all(rows) and numbers[0] != numbers[1])
     return (adapted or differ) and bool(base.config.get_text_config().tie_word_embeddings)
 
@@ -916,42 +833,36 @@ def _weights(
     where: str,
     weights: bool,
 ) -> PreparedModel:
-    """Train the base model's own weights: all, or those that match a pattern. They are float32, computation is in
-    `dtype`; saved in the base model's number formats."""
+    """Train the base model's own weights: all, or those that match a pattern.
+
+    They are float32, computation is in `dtype`; saved in the base model's number formats.
+    """
     import torch
 
-    model = load_base(
-        base_model, device, torch.float32, attention=attention_for(device, dtype if weights else None), weights=weights
-    )
+    attention = attention_for(device, dtype if weights else None)
+    model = load_base(base_model, device, torch.float32, attention=attention, weights=weights)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
         names.setdefault(id(parameter), []).append(name)
     for pattern in patterns:
-        if not any(re.search(pattern, name) for aliases in names.values() for name in aliases):
-            raise InputError(
-                *(
-                    (
-                        f"{place_of(where, 'method')}: bitfit trains biases, and this model has none",
-                        "use method: layernorm",
-                    )
-                    if record.method == "bitfit"
-                    else (
-                        f"params.yaml: {where}.peft.trainable: {pattern!r} matches no weight",
-                        "use the names of the weights in model.safetensors",
-                    )
-                )
-            )
+        if any(re.search(pattern, name) for aliases in names.values() for name in aliases):
+            continue
+        if record.method == "bitfit":
+            problem = f"{place_of(where, 'method')}: bitfit trains biases, and this model has none"
+            raise InputError(problem, "use method: layernorm")
+        problem = f"params.yaml: {where}.peft.trainable: {pattern!r} matches no weight"
+        raise InputError(problem, "use the names of the weights in model.safetensors")
     for parameter in model.parameters():
+        aliases = names[id(parameter)]
         parameter.requires_grad_(
-            not patterns or any(re.search(pattern, name) for pattern in patterns for name in names[id(parameter)])
+            not patterns or any(re.search(pattern, name) for pattern in patterns for name in aliases)
         )
 
     def save(folder: Path) -> None:
-        dtype_of = stored_dtypes(base_model)
-        state = {
-            name: value.to(dtype_of(name)) if value.is_floating_point() else value
-            for name, value in model.state_dict().items()
-        }
+        dtype_of, state = stored_dtypes(base_model), model.state_dict()
+        for name, value in state.items():
+            if value.is_floating_point():
+                state[name] = value.to(dtype_of(name))
         model.save_pretrained(folder, state_dict=state)
         for file in sorted(base_model.iterdir()):  # training does not change the configuration
             if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -990,14 +901,12 @@ def _head(
         record.write(folder)
 
     trainable = sum(parameter.numel() for parameter in classifier.parameters())
-    return PreparedModel(
-        classifier, trainable, trainable + base.num_parameters(), save, packs=False, fit=classifier.fit
-    )
+    total = trainable + base.num_parameters()
+    return PreparedModel(classifier, trainable, total, save, packs=False, fit=classifier.fit)
 
 
 class _AdaptiveRanks:
-    """The parts of AdaLoRA that a Trainer does not do: removing ranks by
-    importance, and the penalty that keeps P and Q orthogonal."""
+    """The parts of AdaLoRA that a Trainer does not do: ranks by importance, and the penalty on P and Q."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.tuner = model, model.base_model
@@ -1023,29 +932,28 @@ class _AdaptiveRanks:
         return Ranks()
 
     def orthogonality(self, _: Any) -> torch.Tensor:
-        """orth_reg_weight times the mean Frobenius norm of (P^T P - I) and (Q
-        Q^T - I), as PEFT's own forward adds it (arXiv 2303.10512, eq. 4)."""
+        """The penalty that keeps P and Q orthogonal, as PEFT's own forward adds it (arXiv 2303.10512, eq. 4).
+
+        It is orth_reg_weight times the mean Frobenius norm of (P^T P - I) and (Q Q^T - I).
+        """
         import torch
 
         terms = []
         for name, weight in self.model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
                 product = weight @ weight.T if ".lora_A." in name else weight.T @ weight
-                terms.append(
-                    torch.linalg.norm(product - torch.eye(len(product), device=product.device, dtype=product.dtype))
-                )
+                identity = torch.eye(len(product), device=product.device, dtype=product.dtype)
+                terms.append(torch.linalg.norm(product - identity))
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
     def synchronize(self) -> None:
         """Set the ranks to save to those of the current weights.
 
-        PEFT updates them only when it removes ranks. In between ranks grow
-        again, and a checkpoint may have restored earlier weights.
+        PEFT updates them only when it removes ranks. In between ranks grow again, and a checkpoint may have restored
+        earlier weights.
         """
-        weights = dict(self.tuner.model.named_parameters())
-        self.config.rank_pattern = {
-            name: (weights[name] != 0).flatten().tolist() for name in self.config.rank_pattern or {}
-        } or None
+        weights, names = dict(self.tuner.model.named_parameters()), self.config.rank_pattern or {}
+        self.config.rank_pattern = {name: (weights[name] != 0).flatten().tolist() for name in names} or None
 
     def state(self) -> dict[str, torch.Tensor]:
         """Smoothed importances, their uncertainties, and the remaining ranks, by name of the weight."""
@@ -1053,17 +961,15 @@ class _AdaptiveRanks:
 
         kept = {"sensitivity": self.allocator.exp_avg_ipt, "uncertainty": self.allocator.exp_avg_unc}
         tensors = {f"{kind}:{name}": value for kind, values in kept.items() for name, value in values.items()}
-        return tensors | {
-            f"ranks:{name}": torch.tensor(mask) for name, mask in (self.config.rank_pattern or {}).items()
-        }
+        ranks = self.config.rank_pattern or {}
+        return tensors | {f"ranks:{name}": torch.tensor(mask) for name, mask in ranks.items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         import torch
 
         def of(kind: str) -> dict[str, torch.Tensor]:
-            return {
-                name.removeprefix(f"{kind}:"): value for name, value in state.items() if name.startswith(f"{kind}:")
-            }
+            names = [name for name in state if name.startswith(f"{kind}:")]
+            return {name.removeprefix(f"{kind}:"): state[name] for name in names}
 
         self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc = of("sensitivity"), of("uncertainty")
         self.allocator.ipt = {name: torch.zeros_like(value) for name, value in of("sensitivity").items()}
@@ -1085,8 +991,7 @@ def save_adapter(model: Any, folder: Path, base_model: str) -> None:
     config["base_model_name_or_path"] = base_model
     if config.get("tokenizer_name_or_path"):
         config["tokenizer_name_or_path"] = base_model
-    config = {
-        key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-        for key, value in config.items()
-    }
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            config[key] = sorted(value)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

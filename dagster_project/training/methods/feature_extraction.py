@@ -1,5 +1,4 @@
-"""feature_extraction: a linear layer that predicts the category from the frozen
-base model's last hidden state of a prompt."""
+"""feature_extraction: a linear layer that predicts the category from the base model's last hidden state of a prompt."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Options(Section):
 def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str], list[tuple[int, int]]]:
     """Extract the prompts of packed rows. Examples without a category are left out.
 
-        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories
-        ["login"]  ->  [[5, 6]], ["login"], [(0, 0)]
+        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories ["login"] -> [[5, 6]], ["login"], [(0, 0)]
 
     Args:
         rows: with input_ids, labels, lengths and categories (one per example, nullable).
@@ -68,8 +66,10 @@ def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], l
 
 
 def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what: str) -> torch.Tensor:
-    """Last hidden state of the last token of each prompt, (prompts, hidden)
-    float32. Padding is on the right and masked."""
+    """Last hidden state of the last token of each prompt, (prompts, hidden) float32.
+
+    Padding is on the right and masked.
+    """
     import torch
 
     states = torch.zeros(len(prompts), model.config.hidden_size)
@@ -77,9 +77,8 @@ def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what
     with torch.inference_mode():
         for batch in batches_by_length(prompts, batch_size):
             ids, mask = pad([prompts[i] for i in batch])
-            hidden = model.base_model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).last_hidden_state
+            read = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            hidden = model.base_model(**read, use_cache=False).last_hidden_state
             states[batch] = hidden[torch.arange(len(batch)), mask.sum(1) - 1].float().cpu()
             progress.advance(len(batch))
     return states.clone()
@@ -88,8 +87,9 @@ def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what
 def fit(
     inputs: torch.Tensor, targets: torch.Tensor, classes: int, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64
-    from zero. The problem is convex, so the result is unique.
+    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 from zero.
+
+    The problem is convex, so the result is unique.
 
     Args:
         inputs: (n, hidden) features.
@@ -107,9 +107,8 @@ def fit(
     balance = len(targets) / (classes * counts.clamp_min(1)) if options.class_weight else None
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=1, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+    exact = {"tolerance_grad": 0, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+    solver = torch.optim.LBFGS([weight, bias], max_iter=1, **exact)
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
@@ -144,12 +143,8 @@ class Classifier:
         return [*self.base.named_parameters(prefix="base"), *self.score.named_parameters(prefix="score")]
 
     def state_dict(self, keep_vars: bool = False) -> dict[str, Any]:
-        stored = {"base": self.base, "score": self.score}
-        return {
-            f"{part}.{name}": value
-            for part, module in stored.items()
-            for name, value in module.state_dict(keep_vars=keep_vars).items()
-        }
+        base, score = (module.state_dict(keep_vars=keep_vars) for module in (self.base, self.score))
+        return {f"base.{name}": base[name] for name in base} | {f"score.{name}": score[name] for name in score}
 
     def fit(
         self, train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
@@ -157,8 +152,8 @@ class Classifier:
         """Train on packed rows, in place.
 
         Returns:
-            The loss curve in the format of `sft.train`: the loss of each
-            iteration, and the validation loss before and after.
+            The loss curve in the format of `sft.train`: the loss of each iteration, and the validation loss before and
+            after.
         Raises:
             InputError: no example has a category, or a validation example has a category that train lacks.
         """
@@ -168,9 +163,8 @@ class Classifier:
         prompts, categories, _ = split_prompts(train)
         validation_prompts, validation_categories, _ = split_prompts(validation)
         if not prompts:
-            raise InputError(
-                "feature_extraction needs categories, and no example has one", "use sources with a `category`"
-            )
+            problem = "feature_extraction needs categories, and no example has one"
+            raise InputError(problem, "use sources with a `category`")
         unknown = sorted({*categories, *validation_categories} - set(self.labels))
         if unknown:
             raise InputError(
@@ -178,33 +172,25 @@ class Classifier:
                 "a class is a category of the training split: add examples of these to raw_examples.sources",
             )
         number = {name: i for i, name in enumerate(self.labels)}
-        targets, validation_targets = (
-            torch.tensor([number[name] for name in names]) for names in (categories, validation_categories)
-        )
-        validation_inputs = (
-            features(self.base, validation_prompts, self.options.batch_size, "validation features")
-            if validation_prompts
-            else None
-        )
+        targets = torch.tensor([number[name] for name in categories])
+        validation_targets = torch.tensor([number[name] for name in validation_categories])
+        size = self.options.batch_size
+        if validation_prompts:
+            validation_inputs = features(self.base, validation_prompts, size, "validation features")
 
         def validate(step: int) -> list[dict[str, float]]:
-            if validation_inputs is None:
+            if not validation_prompts:
                 return []
             with torch.no_grad():
-                return [
-                    {
-                        "step": step,
-                        "validation_loss": float(cross_entropy(self.score(validation_inputs), validation_targets)),
-                    }
-                ]
+                loss = cross_entropy(self.score(validation_inputs), validation_targets)
+            return [{"step": step, "validation_loss": float(loss)}]
 
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
         curve = validate(0)
-        weight, bias, losses = fit(
-            features(self.base, prompts, self.options.batch_size, "features"), targets, len(self.labels), self.options
-        )
+        inputs = features(self.base, prompts, size, "features")
+        weight, bias, losses = fit(inputs, targets, len(self.labels), self.options)
         with torch.no_grad():
             self.score.weight.copy_(weight)
             self.score.bias.copy_(bias)
@@ -212,15 +198,12 @@ class Classifier:
         return curve + validate(len(losses))
 
     def save(self, folder: Path) -> None:
-        """Write head.safetensors (score.weight, score.bias; float32) and
-        head.json (the labels in order, and the options)."""
+        """Write head.safetensors (score.weight, score.bias; float32) and head.json (labels in order, and options)."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {f"score.{name}": value.contiguous() for name, value in sorted(self.score.state_dict().items())},
-            folder / WEIGHTS,
-        )
+        state = {f"score.{name}": value.contiguous() for name, value in sorted(self.score.state_dict().items())}
+        save_file(state, folder / WEIGHTS)
         about = {"labels": self.labels, "options": self.options.model_dump()}
         (folder / LABELS).write_text(json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -269,7 +252,6 @@ def load(folder: Path, base_model: Path, device: torch.device, dtype: torch.dtyp
     about = json.loads((folder / LABELS).read_text())
     base = load_base(base_model, device, dtype, AdapterInfo.read(folder).quantization)
     classifier = Classifier(base, about["labels"], Options.model_validate(about["options"]))
-    classifier.score.load_state_dict(
-        {name.removeprefix("score."): value for name, value in load_file(folder / WEIGHTS).items()}
-    )
+    state = {name.removeprefix("score."): value for name, value in load_file(folder / WEIGHTS).items()}
+    classifier.score.load_state_dict(state)
     return Predictor(classifier, AutoTokenizer.from_pretrained(base_model, trust_remote_code=False))

@@ -1,7 +1,7 @@
-"""LoRA's update as one custom operation: the result of PEFT's layers, in the
-model's dtype and with fewer passes over memory.
+"""LoRA's update as one custom operation: the result of PEFT's layers, with fewer passes over memory.
 
-It is registered with torch, so torch.compile does not trace into it. Importing this file imports torch.
+Products are in the model's dtype. It is registered with torch, so torch.compile does not trace into it. Importing this
+file imports torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import torch
 
 
 def fuse(model: Any) -> None:
-    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use
-    `update`. Other layers, names and saved files do not change."""
+    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use `update`.
+
+    Other layers, names and saved files do not change.
+    """
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
         # embeddings, variants (DoRA) and other classes compute something else
-        if (
-            isinstance(module, LoraLayer)
-            and type(module).__name__ in {"Linear", "Linear4bit"}
-            and not module.lora_variant
-        ):
+        is_linear = isinstance(module, LoraLayer) and type(module).__name__ in {"Linear", "Linear4bit"}
+        if is_linear and not module.lora_variant:
             (adapter,) = module.lora_A
             if module.lora_B[adapter].bias is None:
                 module.forward = MethodType(_forward, module)
@@ -42,18 +41,14 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> t
 
 def is_applied(module: Any) -> bool:
     """Whether a module is a layer of `fuse` whose update has an effect, without dropout."""
-    if (
-        getattr(vars(module).get("forward"), "__func__", None) is not _forward
-        or module.disable_adapters
-        or module.merged
-    ):
+    is_fused = getattr(vars(module).get("forward"), "__func__", None) is _forward
+    if not is_fused or module.disable_adapters or module.merged:
         return False
     return not (module.training and any(getattr(dropout, "p", 0.0) for dropout in module.lora_dropout.values()))
 
 
 def applied(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's forward pass with its present weights, without gradients: the
-    same operations, with weights that are cast once."""
+    """The layer's forward pass without gradients: the same operations with its present weights, which are cast once."""
     (adapter,) = layer.lora_A
     dtype = layer.base_layer.weight.dtype
     a, b = (matrices[adapter].weight.detach().to(dtype).T for matrices in (layer.lora_A, layer.lora_B))
@@ -143,11 +138,8 @@ def _dropout_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
 
     15 random bits per element; torch's dropout draws 64, which on a CPU takes longer than LoRA's products.
     """
-    bits = (
-        torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        .random_(-(2**63), None)
-        .view(torch.int16)[: x.numel()]
-    )
+    random = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = random.view(torch.int16)[: x.numel()]
     below = bits.bitwise_and(2**15 - 1).sub_(round(dropout * 2**15)).bitwise_right_shift_(15)  # the sign: -1 or 0
     return below.bitwise_not_().to(_integer(x)).view(x.shape)
 

@@ -1,5 +1,4 @@
-"""Device, dtype, threads and determinism, which are part of a run's identity;
-and memory settings, which do not affect results."""
+"""Device, dtype, threads and determinism, which are part of a run's identity, and memory settings, which are not."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
     # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3
-    # for a command, and transformers scipy for losses of object detection; once loaded, transformers relies on what it
-    # found
+    # for a command, and transformers scipy for losses of object detection; once loaded, it relies on what it found
     with lean_torch_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
         import_transformers()
         import peft  # noqa: F401
@@ -59,8 +57,10 @@ def import_libraries() -> None:
 
 @contextmanager
 def adding_adapters() -> Iterator[None]:
-    """Without the layers of PEFT for quantized weights unless a model has some,
-    and so without bitsandbytes, which imports torch's compiler."""
+    """Without PEFT's layers for quantized weights unless a model has some.
+
+    So without bitsandbytes, which imports torch's compiler.
+    """
     import_libraries()
     from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
@@ -79,8 +79,8 @@ def adding_adapters() -> Iterator[None]:
 def reuse_large_blocks() -> None:
     """Let glibc keep large freed blocks for the next tensor. No effect with another C library.
 
-    The kernel zeroes new blocks page by page, which takes half of a step with
-    logits of many tokens over the whole vocabulary.
+    The kernel zeroes new blocks page by page, which takes half of a step with logits of many tokens over the whole
+    vocabulary.
     """
     if mallopt := _glibc_function("mallopt"):
         mmap_threshold, trim_threshold = -3, -1

@@ -36,24 +36,18 @@ def refuse_mixing(
         mixes = _depends_on_others(model, hidden_states, several)
     except (AttributeError, TypeError, ValueError) as error:  # of its own code for attention
         what = f"data/base_model: {kind} cannot read packed rows in transformers: {type(error).__name__}: {error}"
-        raise InputError(
-            what, "install it, or use another model" if "install" in str(error).lower() else "use another model"
-        ) from None
+        install = "install it, or " if "install" in str(error).lower() else ""
+        raise InputError(what, f"{install}use another model") from None
     if not mixes:
         return
+    what = f"data/base_model: in training, a token of {kind} would also depend on"
     if several and not _depends_on_others(model, hidden_states, False):
-        raise InputError(
-            f"data/base_model: in training, a token of {kind} would also depend on other texts of its row", hint
-        )
-    raise InputError(
-        f"data/base_model: in training, a token of {kind} would also depend on the tokens that follow",
-        "use another model",
-    )
+        raise InputError(f"{what} other texts of its row", hint)
+    raise InputError(f"{what} the tokens that follow", "use another model")
 
 
 def _depends_on_others(model: Any, hidden_states: Callable[[Mapping[str, Any]], torch.Tensor], several: bool) -> bool:
-    """Whether the first tokens of a text have other states if its end is
-    another one and, with `several`, other texts precede and follow."""
+    """Whether the first tokens of a text have other states if its end and, with `several`, texts around it differ."""
     import torch
 
     words, training = model.config.get_text_config().vocab_size, model.training
@@ -62,9 +56,8 @@ def _depends_on_others(model: Any, hidden_states: Callable[[Mapping[str, Any]], 
         ids = [number % words for text in texts for number in text]
         row = {"input_ids": ids, "labels": ids, "weights": [1.0] * len(ids), "lengths": [len(text) for text in texts]}
         batch = collate_packed([row], SIZES)
-        return hidden_states(
-            {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
-        )[0].float()
+        batch |= {name: value.to(model.device) for name, value in batch.items() if hasattr(value, "to")}
+        return hidden_states(batch)[0].float()
 
     text, with_another_end, before, after = range(8), [*range(4), *range(10, 14)], range(20, 28), range(30, 38)
     model.eval()

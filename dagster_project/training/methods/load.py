@@ -44,8 +44,10 @@ class AdapterInfo(Section):
 
 
 def refuse_pickled_weights(folder: Path) -> None:
-    """`use_safetensors=True` is not enough: transformers opens whatever files an index names, and PEFT
-    adapter_model.bin if there is nothing else.
+    """Check that only safetensors are read.
+
+    `use_safetensors=True` is not enough: transformers opens whatever files an index names, and PEFT adapter_model.bin
+    if there is nothing else.
 
     Raises:
         InputError: weights of the folder would be unpickled.
@@ -88,8 +90,8 @@ def load_base(
 ) -> Any:
     """Load a base model in `dtype`, or with linear layers in 4-bit NormalFloat (QLoRA, arXiv 2305.14314, section 3).
 
-    nf4: blocks of 64 weights, double quantization, products in bfloat16; the
-    output layer and other weights are float32.
+    nf4: blocks of 64 weights, double quantization, products in bfloat16; the output layer and other weights are
+    float32.
 
     Args:
         folder: folder of the model; with `weights` False its config.json is sufficient.
@@ -106,15 +108,11 @@ def load_base(
     except KeyError as error:  # of Falcon and GPT-Neo, which list the names of attention that they know
         if error.args != (attention,):
             raise
-        what = (
-            f"{folder}: the attention of this model cannot be replaced in transformers, which training on packed rows"
-            " needs"
-        )
-        raise InputError(what, "use another model") from None
+        problem = "the attention of this model cannot be replaced in transformers, which training on packed rows needs"
+        raise InputError(f"{folder}: {problem}", "use another model") from None
     if weights:
-        if quantization == "none" and (
-            getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
-        ):
+        is_quantized = any(getattr(base, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        if quantization == "none" and is_quantized:
             raise InputError(
                 f"{folder}: config.json asks for weights that bitsandbytes quantizes, which is not supported",
                 "use the model without quantization; `method: qlora` quantizes it for training",
@@ -135,11 +133,10 @@ def refusing_attention(folder: Path) -> Iterator[None]:
     except ValueError as error:
         if "does not support an attention implementation" not in str(error):
             raise
-        what = (
-            f"{folder}: {str(error).split()[0]} has no attention by torch's scaled_dot_product_attention in"
-            " transformers, which is needed"
-        )
-        raise InputError(what, "use another model") from None
+        name, needed = str(error).split()[0], "attention by torch's scaled_dot_product_attention"
+        raise InputError(
+            f"{folder}: {name} has no {needed} in transformers, which is needed", "use another model"
+        ) from None
 
 
 def _load_base(
@@ -148,22 +145,20 @@ def _load_base(
     import torch
     from transformers import AutoModelForCausalLM
 
-    attn: dict[str, Any] = {"attn_implementation": attention}
-    stored: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, **attn}
+    kind: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    stored: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, **kind}
     if quantization == "none" and weights:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **stored).to(device)
+        return AutoModelForCausalLM.from_pretrained(folder, **stored).to(device)
     nf4 = nf4_config()
     if weights:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=nf4, dtype=dtype, device_map={"": device}, **stored
-        )
+        where = {"": device}
+        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, device_map=where, **stored)
     else:
         from transformers import AutoConfig
 
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype, **attn
-            )
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            base = AutoModelForCausalLM.from_config(config, **kind)
         if quantization == "none":
             return base
         _quantize(base, nf4)
@@ -203,9 +198,8 @@ def _quantize(base: Any, config: Any) -> None:
     output = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
     replace_with_bnb_linear(base, [output], config)
     require_version("bitsandbytes", ">=0.50.2,<1", "Params4bit._quantize")
-    tables = dict(
-        name2qmap
-    )  # quantizing on the meta device adds tables without values, which later models could not use
+    # quantizing on the meta device adds tables without values, which later models could not use
+    tables = dict(name2qmap)
     with torch.device("cpu"):
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -218,8 +212,8 @@ def _quantize(base: Any, config: Any) -> None:
 def stored_dtypes(folder: Path) -> Callable[[str], torch.dtype]:
     """A function from the name of a weight to the number format in which the model of this folder stores it.
 
-    That is the model's own, except for weights that transformers keeps in
-    float32, such as routers of mixtures of experts.
+    That is the model's own, except for weights that transformers keeps in float32, such as routers of mixtures of
+    experts.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -227,9 +221,8 @@ def stored_dtypes(folder: Path) -> Callable[[str], torch.dtype]:
     dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
     if dtype == torch.float32:
         return lambda _: torch.float32
-    empty = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map="meta", use_safetensors=True, trust_remote_code=False
-    )
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    empty = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="meta", **safe)
     found = {name: weight.dtype for name, weight in empty.state_dict().items() if weight.is_floating_point()}
     return lambda name: found.get(name, dtype)
 
@@ -255,9 +248,8 @@ def load(folder: Path, base_model: Path | None, device: torch.device, dtype: tor
     if not (folder / "adapter_config.json").is_file():
         return load_base(folder, device, dtype).eval()
     if base_model is None:
-        raise InputError(
-            f"{folder.name} is an adapter that was not merged, and its base model is missing", "give the base model"
-        )
+        problem = f"{folder.name} is an adapter that was not merged, and its base model is missing"
+        raise InputError(problem, "give the base model")
     from peft import PeftModel
 
     refuse_pickled_weights(folder)
@@ -286,9 +278,8 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     mask = torch.cat((attention_mask.new_ones(batch, virtual), attention_mask), 1)
     trained = model.get_prompt(batch)
     if not isinstance(trained, torch.Tensor):
-        return causal.base_model(
-            input_ids=input_ids, attention_mask=mask, cache=trained, use_cache=False
-        ).last_hidden_state
+        read = {"input_ids": input_ids, "attention_mask": mask, "cache": trained}
+        return causal.base_model(**read, use_cache=False).last_hidden_state
     words = causal.get_input_embeddings()(input_ids)
     rows = torch.cat((trained.to(words.dtype), words), 1)
     return causal.base_model(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state[:, virtual:]
@@ -297,8 +288,8 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
 class VirtualTokenModel:
     """A model with trained virtual tokens and the interface of a model without.
 
-    Virtual tokens affect later tokens only through their keys and values, which
-    are computed once and start every cache.
+    Virtual tokens affect later tokens only through their keys and values, which are computed once and start every
+    cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -325,21 +316,15 @@ class VirtualTokenModel:
         cache.batch_repeat_interleave(batch)
         return cache
 
-    def _extended_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return torch.cat((mask.new_ones(len(mask), self.virtual), mask), 1)
-
     def get_output_embeddings(self) -> Any:
         return self.causal.get_output_embeddings()
 
     def base_model(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
-        return self.causal.base_model(
-            input_ids=input_ids,
-            attention_mask=self._extended_mask(attention_mask),
-            cache=self.new_cache(len(input_ids)),
-            use_cache=use_cache,
-        )
+        import torch
+
+        mask = torch.cat((attention_mask.new_ones(len(attention_mask), self.virtual), attention_mask), 1)
+        cache = self.new_cache(len(input_ids))
+        return self.causal.base_model(input_ids=input_ids, attention_mask=mask, cache=cache, use_cache=use_cache)
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         """Logits (batch, seq, vocabulary) of `input_ids` (batch, seq)."""

@@ -10,15 +10,11 @@ if TYPE_CHECKING:
     import torch
 
 SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
+    "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
     "logits_mup_width_multiplier",
-)
-"""Keys of configurations that change the logits before or after the output
-layer, e.g. of Gemma 4, Cohere and Granite."""
+)  # fmt: skip
+"""Keys of configurations that change the logits before or after the output layer, e.g. of Gemma 4, Cohere and Granite.
+"""
 
 
 def is_scaled(model: Any) -> bool:
@@ -30,8 +26,8 @@ def is_scaled(model: Any) -> bool:
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (tokens, vocabulary) of last hidden states (tokens, hidden) in the dtype of the output layer.
 
-    The same key divides logits in one model and multiplies them in another, so
-    those of scaled models are computed by their own code.
+    The same key divides logits in one model and multiplies them in another, so those of scaled models are computed by
+    their own code.
     """
     causal = getattr(model, "causal", model)  # inside a VirtualTokenModel
     if is_scaled(causal):
@@ -41,8 +37,7 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def own_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """As `logits_of`, by the end of the model's own forward pass, after which
-    all but the given hidden states is left out."""
+    """As `logits_of`, by the model's own forward pass, whose base model is replaced by the given hidden states."""
     base, output = model.base_model, _Output(hidden[None])
     own = vars(base).get("forward")
     base.forward = lambda *_, **__: output
@@ -68,23 +63,18 @@ def refuse_other_logits(model: Any, where: object) -> None:
 
     kind, output = type(model).__name__, model.get_output_embeddings()
     if model.base_model is model:
-        raise InputError(
-            f"{where}: {kind} gives no last hidden states in transformers, which are needed", "use another model"
-        )
+        problem = f"{where}: {kind} gives no last hidden states in transformers, which are needed"
+        raise InputError(problem, "use another model")
     dice = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, output.weight.shape[1], generator=dice).to(output.weight)
     with torch.no_grad():
         own, others = (own_logits(model, states) for states in (hidden, hidden.flip(0)))
         found = logits_of(model, hidden)
-    reads_them = not torch.equal(
-        own, others
-    )  # OPT calls a part of its base model, and so computes the logits of other states here
+    # OPT calls a part of its base model, and so computes the logits of other states here
+    reads_them = not torch.equal(own, others)
     if reads_them and not torch.allclose(own, found, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
-        what = (
-            f"{where}: {kind} changes its last hidden states before the output layer, which training and evaluation do"
-            " not support"
-        )
-        raise InputError(what, "use another model")
+        problem = "changes its last hidden states before the output layer, which training and evaluation do not support"
+        raise InputError(f"{where}: {kind} {problem}", "use another model")
 
 
 class _Output:

@@ -1,5 +1,4 @@
-"""Online trainings that read a prompt once for all answers to it: their passes
-on the meta device, and which of them is the largest."""
+"""The largest pass of online trainings that read a prompt once for all answers, and such passes on the meta device."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ class AnswerPass:
     """Tokens of each prompt, and then of each answer to it."""
     has_reference: bool
     keeps_graph: bool
-    """Whether the policy's first pass, before that of the reference, is the one
-    that is learned from. Not with gradient checkpointing."""
+    """Whether the policy's first pass, before that of the reference, is the one that is learned from. Not with gradient
+    checkpointing."""
 
     @property
     def tokens(self) -> int:
@@ -51,8 +50,7 @@ def answer_pass(method: AnswerGroups, params: PreferenceParams, prompts: Sequenc
     batch, accumulated = method.passes(params)
     answers = [method.max_completion_length] * method.num_generations
     rows = largest_pass([prompt + sum(answers) for prompt in prompts], batch // len(answers), passes)
-    # TRL's GRPO needs log-probabilities before the first update only if weights change between the passes over the same
-    # answers
+    # TRL's GRPO needs log-probabilities before the first update only if weights change between passes over the answers
     keeps_graph = method.name == "rloo" or accumulated % getattr(method, "num_iterations", 1) != 0
     return AnswerPass(tuple((prompts[row], *answers) for row in rows), method.beta > 0, keeps_graph)
 
@@ -71,8 +69,8 @@ def answer_passes(
     import torch
 
     model = prepared.model
+    # the answers to a prompt begin with different tokens
     prompts = [[number] * size for number, (size, *sizes) in enumerate(groups.lengths) for _ in sizes]
-    # which begin with different tokens
     answers = [[number] * size for _, *sizes in groups.lengths for number, size in enumerate(sizes)]
     keeps = groups.keeps_graph and not checkpointing
 

@@ -12,8 +12,7 @@ from dagster_project.training.trainers.alignment.trl_trainers.distillation impor
 def distillation_passes(
     ledger: Any, prepared: PreparedModel, teacher: Any, lengths: Sequence[int], counted: int, beta: float, passes: int
 ) -> None:
-    """Run the forward and backward passes of
-    training/trainers/alignment/trl_trainers/distillation.py on the meta device.
+    """Run the forward and backward passes of trainers/alignment/trl_trainers/distillation.py on the meta device.
 
     Args:
         ledger: of memory.py; it records them.

@@ -44,10 +44,8 @@ class Forecast:
         """Log line with the measured memory and time of a run, and the predicted memory."""
         text = f"memory {measured['peak_memory_bytes'] / 1e6:,.0f} MB at its peak"
         if "predicted_memory_bytes" in measured:
-            text += (
-                f", {measured['predicted_memory_bytes'] / 1e6:,.0f} MB predicted"
-                f" ({measured['prediction_error_percent']:+} %)"
-            )
+            predicted, error = measured["predicted_memory_bytes"], measured["prediction_error_percent"]
+            text += f", {predicted / 1e6:,.0f} MB predicted ({error:+} %)"
         if "tokens_per_second" in measured:
             text += f"; {measured['training_seconds']:,.0f} s, {measured['tokens_per_second']:,.0f} tokens/s"
         return text
@@ -65,14 +63,8 @@ def forecast(ctx: StageContext) -> Forecast | None:
         return None
     if params.command is not None:
         return Forecast(ExecutionHints())  # its memory is unknown
-    return forecast_training(
-        params,
-        ctx.output_of("tokenized"),
-        ctx.output_of("base_model"),
-        compute.processes,
-        prepare(compute),
-        f"adapter.{ctx.variant}",
-    )
+    tokenized, base_model, where = ctx.output_of("tokenized"), ctx.output_of("base_model"), f"adapter.{ctx.variant}"
+    return forecast_training(params, tokenized, base_model, compute.processes, prepare(compute), where)
 
 
 def forecast_training(
@@ -102,9 +94,8 @@ def forecast_training(
     free = available_memory(device.type, processes)
     # without runtime: the libraries are in memory already
     row = memory.largest_row(train, params.method)
-    without = replace(
-        training_spec(params, base_model, row, len(train), device.type, dtype, where, processes), timed=False
-    )
+    timed = training_spec(params, base_model, row, len(train), device.type, dtype, where, processes)
+    without = replace(timed, timed=False)
     try:
         spec = without.checkpointed_beyond(free) if params.gradient_checkpointing == AUTO else without
         predicted = replace(spec.prediction.memory, runtime=runtime)

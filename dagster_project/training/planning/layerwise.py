@@ -69,13 +69,9 @@ class SmallCopies:
         values = json.loads(file.read_text())
         name = self.text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         text = next((part for part in (values, *values.values()) if isinstance(part, dict) and name in part), values)
-        text.update(
-            {
-                key: value[:layers]
-                for key, value in text.items()
-                if isinstance(value, list) and len(value) == self.layers
-            }
-        )
+        for key, value in text.items():
+            if isinstance(value, list) and len(value) == self.layers:
+                text[key] = value[:layers]
         text[name] = layers
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(values))
@@ -84,16 +80,9 @@ class SmallCopies:
 
 def names_layers(options: dict[str, Any]) -> bool:
     """Whether a method's keys can treat layers differently."""
-    known = {
-        "layers_to_transform",
-        "layers_pattern",
-        "layer_replication",
-        "rank_pattern",
-        "alpha_pattern",
-        "exclude_modules",
-        "trainable",
-    }
-    if any(options.get(key) for key in known):
+    layers = ("layers_to_transform", "layers_pattern", "layer_replication")
+    modules = ("rank_pattern", "alpha_pattern", "exclude_modules", "trainable")
+    if any(options.get(key) for key in (*layers, *modules)):
         return True
     targets = options.get("target_modules") or []
     if isinstance(targets, str):
@@ -179,21 +168,10 @@ def _layers(model: Any, n: int) -> list[Any]:
 
 def _signature(layer: Any) -> list[Any]:
     plain = (bool, int, float, str, tuple, type(None))
-    modules = [
-        (
-            name,
-            type(module).__qualname__,
-            sorted(
-                (key, repr(value))
-                for key, value in vars(module).items()
-                if isinstance(value, plain) and key != "layer_idx"
-            ),
-        )
-        for name, module in layer.named_modules()
-    ]
-    tensors = [
-        (name, tuple(tensor.shape), tensor.dtype)
-        for part in (layer.named_parameters(), layer.named_buffers())
-        for name, tensor in part
-    ]
-    return [modules, tensors]
+    modules = []
+    for name, module in layer.named_modules():
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
+        settings.pop("layer_idx", None)
+        modules.append((name, type(module).__qualname__, sorted((key, repr(settings[key])) for key in settings)))
+    named = [*layer.named_parameters(), *layer.named_buffers()]
+    return [modules, [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in named]]

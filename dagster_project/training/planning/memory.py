@@ -51,8 +51,8 @@ measured with `benchmarks/memory.py --tiny`."""
 MOST_GPUS = 1024
 
 CUDA_RUNTIME = 600 * 2**20
-"""Bytes that a process uses on a GPU before its first tensor: context and
-kernels (300 to 550 MB by card and driver), cuBLAS workspace."""
+"""Bytes that a process uses on a GPU before its first tensor: context and kernels (300 to 550 MB by card and driver),
+cuBLAS workspace."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class StepTrace:
         """Memory of a step on "cpu" or "cuda" in a process that uses `runtime` bytes in addition.
 
         Args:
-            sharding: divides the model among `processes` GPUs. `full_shard` gathers two
-                layers at a time (the next one is prefetched) and what is outside the
-                layers; the gradient of a gathered weight exists twice while it is summed.
+            sharding: divides the model among `processes` GPUs. `full_shard` gathers two layers at a time (the next one
+                is prefetched) and what is outside the layers; the gradient of a gathered weight exists twice while it
+                is summed.
         """
         kept = 1 if sharding is None or not sharding.cpu_offload else 0
         account = Account(kept / processes if sharding else 1)
@@ -128,10 +128,9 @@ class StepTrace:
         fragmentation = account.fragmentation if device == "cpu" else 0
         peak = Memory(**account.peak, optimizer=self.optimizer, fragmentation=fragmentation, runtime=runtime)
         if sharding:
-            part = self.gathered
-            gathered = (
-                min(part.root + 2 * part.layer, self.divisible) if sharding.fsdp == "full_shard" else self.divisible
-            )
+            part, gathered = self.gathered, self.divisible
+            if sharding.fsdp == "full_shard":
+                gathered = min(part.root + 2 * part.layer, gathered)
             return replace(
                 peak,
                 weights=peak.weights - self.divisible + gathered + kept * -(-self.divisible // processes),
@@ -154,34 +153,25 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
     """Build model and method on the meta device and run one step. The random state of torch does not change.
 
     Raises:
-        InputError: no configuration, an unknown method or key, or one that does
-            not fit the model; Unpredictable if the method needs weights.
+        InputError: no configuration, an unknown method or key, or one that does not fit the model; Unpredictable if the
+            method needs weights.
     """
     import torch
 
     config = read_config(spec.base_model)
     stored = config.dtype or torch.float32  # read before the model is built, which changes it
+    options = dict(spec.options)
     # initial values that are computed from the weights (pissa, olora, ...) have the same shapes as any others
-    options = {
-        key: value for key, value in spec.options.items() if key != "init_lora_weights" or isinstance(value, bool)
-    }
+    if not isinstance(options.get("init_lora_weights"), bool):
+        options.pop("init_lora_weights", None)
     ledger = _Ledger(config.get_text_config().vocab_size, spec.timed)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), _needs_no_weights(spec):
         with torch.device("meta"), intercepted(0):
             prepared = build(
-                spec.method,
-                options,
-                spec.base_model,
-                torch.device(spec.device),
-                spec.dtype,
-                spec.where,
-                spec.quantization,
-                merge=False,
-                total_steps=100,
-                categories=("one", "other"),
-                weights=False,
+                spec.method, options, spec.base_model, torch.device(spec.device), spec.dtype, spec.where,
+                spec.quantization, merge=False, total_steps=100, categories=("one", "other"), weights=False,
                 packs=spec.teacher is None,
-            )
+            )  # fmt: skip
         model = prepared.model
         network = model.base if prepared.fit else model
         base = causal(network)
@@ -195,26 +185,7 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             batch = parse(Options, options, spec.where).batch_size
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
-            passes = min(2, spec.gradient_accumulation_steps)
-            if spec.teacher:
-                with torch.device("meta"), intercepted(0):
-                    teacher = load_base(spec.teacher, torch.device(spec.device), spec.dtype, weights=False)
-                for tensor in _tensors(teacher):
-                    ledger.born(tensor, "weights")
-                distillation_passes(
-                    ledger, prepared, teacher, spec.rows * spec.lengths, spec.counted, spec.divergence, passes
-                )
-            elif spec.answers:
-                answer_passes(ledger, prepared, base, spec.answers, spec.gradient_checkpointing, passes)
-            elif spec.pair_lengths:
-                pair_passes(ledger, prepared, base, spec.pair_lengths, spec.counted, passes)
-            else:
-                lengths, counted = spec.rows * spec.lengths, spec.rows * spec.counted
-                _passes(ledger, prepared, base, lengths, counted, passes, not spec.sharding)
-            ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
+            _training_passes(ledger, prepared, base, spec)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if spec.timed and not prepared.fit:
         ledger.operations.note_optimizer(trained)
@@ -222,9 +193,8 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
     states = 0 if prepared.fit else sum(_state_bytes(parameter, optim) for parameter in trained)
     if spec.method.lower() == "adalora":
         states += 3 * sum(map(_bytes, trained))  # importance of each weight, its mean and its spread
-    as_stored = stored == (torch.float32 if prepared.autocast else spec.dtype) and not getattr(
-        base, "is_loaded_in_4bit", False
-    )
+    in_4bit = getattr(base, "is_loaded_in_4bit", False)
+    as_stored = stored == (torch.float32 if prepared.autocast else spec.dtype) and not in_4bit
     loading = 0 if spec.device != "cpu" or as_stored else _loading(spec.base_model, base, stored)
     optim = "" if prepared.fit else optim
     return StepTrace(
@@ -233,17 +203,37 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
     )  # fmt: skip
 
 
+def _training_passes(ledger: _Ledger, prepared: PreparedModel, base: Any, spec: TrainingSpec) -> None:
+    """Run the passes of an optimizer step: at most two, which count as often as it has passes."""
+    import torch
+
+    for parameter in prepared.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
+    passes = min(2, spec.gradient_accumulation_steps)
+    lengths = spec.rows * spec.lengths
+    if spec.teacher:
+        with torch.device("meta"), intercepted(0):
+            teacher = load_base(spec.teacher, torch.device(spec.device), spec.dtype, weights=False)
+        for tensor in _tensors(teacher):
+            ledger.born(tensor, "weights")
+        distillation_passes(ledger, prepared, teacher, lengths, spec.counted, spec.divergence, passes)
+    elif spec.answers:
+        answer_passes(ledger, prepared, base, spec.answers, spec.gradient_checkpointing, passes)
+    elif spec.pair_lengths:
+        pair_passes(ledger, prepared, base, spec.pair_lengths, spec.counted, passes)
+    else:
+        _passes(ledger, prepared, base, lengths, spec.rows * spec.counted, passes, not spec.sharding)
+    ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
+
+
 def _gathered(network: Any, layers: Sequence[Any]) -> Gathered:
-    """Args:
-    network: the whole model.
-    layers: its decoder layers.
-    """
+    """What is gathered of a whole model, given its decoder layers."""
 
     def sizes(module: Any, without: frozenset[int] = frozenset()) -> tuple[int, int]:
         parameters = [parameter for parameter in module.parameters() if id(parameter) not in without]
-        return sum(map(_bytes, parameters)), sum(
-            _bytes(parameter) for parameter in parameters if parameter.requires_grad
-        )
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return sum(map(_bytes, parameters)), sum(map(_bytes, trained))
 
     inside = frozenset(id(parameter) for layer in layers for parameter in layer.parameters())
     return Gathered(*max(map(sizes, layers), default=(0, 0)), *sizes(network, inside))
@@ -287,21 +277,21 @@ class TrainingSpec:
     trace: Callable[[TrainingSpec], StepTrace] = trace_step
     sharding: Sharding | None = None
     processes: int = 1
-    """Number of GPUs among which `sharding` divides the model. On a CPU each
-    process loads the whole model, and nothing is divided."""
+    """Number of GPUs among which `sharding` divides the model. On a CPU each process loads the whole model, and nothing
+    is divided."""
     pair_lengths: tuple[tuple[int, int, int], ...] = ()
     """Of a training on pairs that reads what two texts have in common once: tokens of that, of the rest of the first
     and of the rest of the second text, for each pair of the largest pass. Then `lengths` are the tokens of the pairs,
     and without `counted` no logits are computed."""
     answers: AnswerPass | None = None
-    """Of an online training that reads a prompt once for all its answers: the
-    largest pass. Then `lengths` are its tokens."""
+    """Of an online training that reads a prompt once for all its answers: the largest pass. Then `lengths` are its
+    tokens."""
     other_weights: int = 0
     """Bytes of a further model that the process holds, e.g. of a reward model.
     Its passes need less memory than those of training."""
     teacher: Path | None = None
-    """Folder of a second model, whose distributions are learned; `lengths` are
-    those of padded texts, which end in equally many counted tokens."""
+    """Folder of a second model, whose distributions are learned; `lengths` are those of padded texts, which end in
+    equally many counted tokens."""
     divergence: float = 0.5
     """With a teacher: `beta` of the loss."""
 
@@ -313,8 +303,10 @@ class TrainingSpec:
         return Prediction(**vars(trace), memory=trace.peak(self.device, self.runtime, sharding, self.processes))
 
     def gpus_needed(self, room: int) -> int | None:
-        """The smallest number of GPUs with `room` bytes each on which the training fits with `sharding` (by default
-        `full_shard`); None if no number is enough, or the method does not support it."""
+        """The smallest number of GPUs with `room` bytes each on which the training fits with `sharding`.
+
+        By default with `full_shard`. None if no number is enough, or the method does not support it.
+        """
         if self.device != "cuda" or self.method.lower() not in SHARDED_METHODS:
             return None
         settings = self.sharding or Sharding()
@@ -343,10 +335,9 @@ class TrainingSpec:
         """Changes that need less memory, mildest first, as pairs of (text for params.yaml, changed fields)."""
         import torch
 
-        single = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
-        row = (
-            f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {single['gradient_accumulation_steps']}"
-        )
+        passes = self.gradient_accumulation_steps * self.rows
+        single = {"rows": 1, "gradient_accumulation_steps": passes}
+        row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {passes}"
         with_row = f", {row}" if self.rows > 1 else ""
         lora = {"options": LORA, "quantization": None, "gradient_checkpointing": True, **single}
         if not self.gradient_checkpointing and self.can_checkpoint:
@@ -363,10 +354,8 @@ class TrainingSpec:
         if self.method.lower() in ("full", "bitfit", "layernorm"):
             yield f"method: lora with gradient_checkpointing: true{with_row}", {"method": "lora", **lora}
         if self.method.lower() != "qlora":
-            yield (
-                f"method: qlora with gradient_checkpointing: true{with_row}",
-                {"method": "qlora", **lora, "dtype": torch.bfloat16},
-            )
+            least = {"method": "qlora", **lora, "dtype": torch.bfloat16}
+            yield f"method: qlora with gradient_checkpointing: true{with_row}", least
 
     def remedy(self, room: int) -> str:
         """The mildest change that fits into `room` bytes, or else the one that needs least memory."""
@@ -390,11 +379,11 @@ def _needs_no_weights(spec: TrainingSpec) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # a value was read from a meta tensor
-        raise Unpredictable(
-            f"{place_of(spec.where, 'method')}:"
-            f" the memory of {spec.method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
-            "leave this --method out" if spec.where.startswith("--") else "list the variants to plan, without this one",
-        ) from None
+        why = str(error).splitlines()[0][:80]
+        problem = f"the memory of {spec.method} cannot be predicted without weights ({why})"
+        option = spec.where.startswith("--")
+        hint = "leave this --method out" if option else "list the variants to plan, without this one"
+        raise Unpredictable(f"{place_of(spec.where, 'method')}: {problem}", hint) from None
 
 
 def largest_row(rows: Sequence[Mapping[str, Any]], method: str) -> tuple[list[int], int]:
@@ -406,9 +395,11 @@ def largest_row(rows: Sequence[Mapping[str, Any]], method: str) -> tuple[list[in
         Tokens of each example in that row; the largest number of positions that count in the loss of any row.
     """
     padded = CANNOT_MERGE.get(method.lower()) == VIRTUAL
-    largest = max(
-        (row["lengths"] for row in rows), key=lambda row: (len(row) * max(row) if padded else sum(row), len(row))
-    )
+
+    def size(lengths: Sequence[int]) -> tuple[int, int]:
+        return (len(lengths) * max(lengths) if padded else sum(lengths)), len(lengths)
+
+    largest = max((row["lengths"] for row in rows), key=size)
     return list(largest), max(sum(label != IGNORE for label in row["labels"]) for row in rows)
 
 
@@ -428,14 +419,12 @@ def read_config(base_model: Path) -> Any:
     # transformers fails where it first uses a wrong value
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{file}: transformers does not support this configuration: {why}", "use another model"
-        ) from None
+        problem = f"{file}: transformers does not support this configuration: {why}"
+        raise InputError(problem, "use another model") from None
 
 
 def resident() -> int:
-    """Bytes that a training process uses on a CPU besides tensors: the resident
-    size of this process after the imports of training."""
+    """Bytes that a training process uses on a CPU besides tensors: those of this process after training's imports."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import psutil
@@ -520,8 +509,8 @@ def _passes(
 def _autocast_on_meta(cached: bool) -> Iterator[None]:
     """Let torch.autocast work on the meta device as on a CPU, which torch does not support.
 
-    A trained weight is converted once per autocast region, everything else at
-    each product (torch's autocast_mode.cpp, cached_cast).
+    A trained weight is converted once per autocast region, everything else at each product (torch's autocast_mode.cpp,
+    cached_cast).
     """
     import torch
 
@@ -538,11 +527,9 @@ def _autocast_on_meta(cached: bool) -> Iterator[None]:
         return copies[id(value)]
 
     def linear_cast(input: Any, weight: Any, bias: Any = None) -> Any:
-        return (
-            linear(*map(cast, (input, weight, bias)))
-            if torch.is_autocast_enabled("cpu")
-            else linear(input, weight, bias)
-        )
+        if torch.is_autocast_enabled("cpu"):
+            input, weight, bias = map(cast, (input, weight, bias))
+        return linear(input, weight, bias)
 
     def autocast_on_cpu(device_type: str, **options: Any) -> Any:
         return autocast("cpu", **options)
@@ -559,8 +546,9 @@ class Account:
     """Bytes allocated in each part, now and at the peak."""
 
     def __init__(self, gradient_share: float = 1) -> None:
-        """Args:
-        gradient_share: of the gradients that a process keeps.
+        """
+        Args:
+            gradient_share: of the gradients that a process keeps.
         """
         self.gradient_share = gradient_share
         self.live = {"weights": 0, "gradients": 0, "activations": 0, "logits": 0}
@@ -648,10 +636,10 @@ class _Ledger:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """A context in which attention saves what the fused kernel saves:
-        query, key, value, output and log-sum-exp (Dao et al. 2022).
+        """A context in which attention saves what the fused kernel saves (Dao et al. 2022).
 
-        On the meta device torch would choose the implementation that also saves the scores.
+        That is query, key, value, output and log-sum-exp. On the meta device torch would choose the implementation that
+        also saves the scores.
         """
         import torch
 
@@ -661,9 +649,8 @@ class _Ledger:
             @staticmethod
             def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:
                 out = torch.empty_like(query)
-                ctx.save_for_backward(
-                    query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32), bias
-                )
+                log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
+                ctx.save_for_backward(query, key, value, out, log_sum, bias)
                 ctx.causal = causal
                 if ledger.timed:
                     ledger.operations.note(attention, query, key, value, bias, causal)

@@ -1,5 +1,4 @@
-"""Trainings on pairs that read what two texts have in common once: their passes
-on the meta device, and which of them is the largest."""
+"""The largest pass of trainings that read what two texts have in common once, and such passes on the meta device."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def pair_passes(
     counted: int,
     passes: int,
 ) -> None:
-    """Run the forward and backward passes of
-    training/trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
+    """Run the forward and backward passes of trainers/alignment/trl_trainers/shared_prompts.py on the meta device.
 
     Args:
         ledger: of memory.py; it records them.
@@ -73,21 +71,24 @@ def pair_passes(
 
 
 def largest_pass(sizes: Sequence[int], batch: int, passes: int) -> list[int]:
-    """Numbers of the rows in the largest of so many passes over rows in random
-    order: the median of several such orders.
+    """Numbers of the rows in the largest of so many passes: the median of several random orders of the rows.
 
     Args:
         sizes: tokens of each row.
         batch: rows of a pass.
     """
+
+    def tokens(group: Sequence[int]) -> int:
+        return sum(sizes[row] for row in group)
+
     random, found = Random(0), []
     for _ in range(ORDERS):
         rows: list[int] = []
         while len(rows) < batch * passes and len(rows) < MOST_ROWS:
             rows += random.sample(range(len(sizes)), len(sizes))
         groups = [rows[start : start + batch] for start in range(0, min(len(rows), batch * passes), batch)]
-        found.append(max(groups, key=lambda group: sum(sizes[row] for row in group)))
-    return sorted(found, key=lambda group: sum(sizes[row] for row in group))[ORDERS // 2]
+        found.append(max(groups, key=tokens))
+    return sorted(found, key=tokens)[ORDERS // 2]
 
 
 def reads_pairs_once(base_model: Path, device: str, options: Mapping[str, Any], router_loss: bool = False) -> bool:
@@ -100,12 +101,9 @@ def reads_pairs_once(base_model: Path, device: str, options: Mapping[str, Any], 
     import torch
 
     model = load_base(base_model, torch.device("cpu"), torch.bfloat16, weights=False)
-    pads = router_loss and has_router(model)
-    return (
-        not pads
-        and reads_prompts_once(model.requires_grad_(False), device)
-        and "lm_head" not in str(options.get("target_modules"))
-    )
+    if (router_loss and has_router(model)) or "lm_head" in str(options.get("target_modules")):
+        return False
+    return reads_prompts_once(model.requires_grad_(False), device)
 
 
 def lengths_of(pair: Pair) -> tuple[int, int, int]:

@@ -1,5 +1,4 @@
-"""Time of a training step's operations on this machine, measured by running
-each distinct operation on tensors of its shapes.
+"""Time of a training step's operations on this machine, measured on tensors of their shapes.
 
 No overall rate of the machine is assumed. A step has thousands of operations but only a few hundred distinct ones,
 because layers repeat, so the measurement takes about as long as one layer.
@@ -35,9 +34,8 @@ class Shape:
         """
         import torch
 
-        tensor = torch.empty_strided(
-            self.size, self.stride, dtype=self.dtype, device=device if self.on_device else "cpu"
-        )
+        place = device if self.on_device else "cpu"
+        tensor = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=place)
         return tensor.fill_(1 if self.dtype.is_floating_point or self.dtype == torch.int32 else 0)
 
 
@@ -52,13 +50,13 @@ class Operations:
         """Count a call. Its tensors may be on the meta device."""
         import torch
 
+        def shape(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return Shape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.device.type == "meta")
+
         leaves, tree = flatten((arguments, keywords))
-        shapes = [
-            Shape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.device.type == "meta")
-            if isinstance(leaf, torch.Tensor)
-            else leaf
-            for leaf in leaves
-        ]
+        shapes = list(map(shape, leaves))
         key = (run, str(tree), str(shapes))
         self._runs.setdefault(key, (run, tree, shapes))
         self.counts[key] = self.counts.get(key, 0) + times
@@ -104,7 +102,9 @@ def _time(
     import torch
 
     def real(leaf: Any) -> Any:
-        return leaf.filled(device) if isinstance(leaf, Shape) else device if leaf == torch.device("meta") else leaf
+        if isinstance(leaf, Shape):
+            return leaf.filled(device)
+        return device if leaf == torch.device("meta") else leaf
 
     arguments, keywords = unflatten([real(leaf) for leaf in shapes], tree)
     outputs: list[Any] = []  # kept, so that every run allocates new memory
@@ -133,9 +133,8 @@ def attention(query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:
     """Scaled dot product attention, forward."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    return scaled_dot_product_attention(
-        query, key, value, bias, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, bias, is_causal=causal, enable_gqa=grouped)
 
 
 def attention_and_back(query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:

@@ -1,5 +1,4 @@
-"""Undocumented parts of torch that the memory and time predictions use, each
-behind one function that checks the version."""
+"""Undocumented parts of torch that predictions use, each behind one function that checks the version."""
 
 from __future__ import annotations
 
@@ -13,15 +12,13 @@ TORCH = ">=2.9,<3"
 """Versions of torch that this file was written for."""
 
 
-def intercepted(
-    value: Any, run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)
-) -> Any:
+def intercepted(value: Any, run: Callable[[Any, Any, Any], Any] | None = None) -> Any:
     """A context in which reading the value of a meta tensor, which has none, gives `value`.
 
     torch's notes on extending it document TorchDispatchMode, but its module is private.
 
     Args:
-        run: called for every other operation, with the operation, its arguments and keywords.
+        run: called instead of every other operation, with the operation, its arguments and keywords.
     """
     require_version("torch", TORCH, "torch.utils._python_dispatch.TorchDispatchMode, aten::_local_scalar_dense")
     import torch
@@ -31,7 +28,7 @@ def intercepted(
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
                 return value
-            return run(func, args, kwargs or {})
+            return run(func, args, kwargs or {}) if run else func(*args, **(kwargs or {}))
 
     return Interception()
 
@@ -59,10 +56,8 @@ def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     inputs = {id(tensor.untyped_storage()) for tensor in meta_tensors((args, kwargs))}
     if inputs and isinstance(out, torch.Tensor) and id(storage := out.untyped_storage()) not in inputs:
         shape = out.shape, out.stride(), out.dtype
-        if (
-            storage.nbytes()
-            == torch.empty_strided(*shape[:2], dtype=shape[2], device="meta").untyped_storage().nbytes()
-        ):
+        alone = torch.empty_strided(*shape[:2], dtype=shape[2], device="meta")
+        if storage.nbytes() == alone.untyped_storage().nbytes():
             _results[key] = shape
     return out
 

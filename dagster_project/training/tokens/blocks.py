@@ -1,5 +1,4 @@
-"""One shard of records -> its examples and all that the report needs of them: a
-function of the shard, for a stage's workers."""
+"""One shard of records -> its examples and what the report needs of them, for a stage's workers."""
 
 from __future__ import annotations
 
@@ -83,32 +82,22 @@ def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequenc
     ends = list(end_ids(tokenizer))
     found = []
     for i, (record, result) in enumerate(zip(records, results, strict=True)):
-        traces = (
-            sum(bool(m.get("reasoning_content")) and is_trained(m) for m in record["messages"]) if result.kept else 0
-        )
-        found.append(
-            RecordFacts(
-                record["example_id"],
-                record["source"],
-                record["category"],
-                result.outcome,
-                result.why,
-                result.tokens,
-                result.trained,
-                result.stable,
-                [_facts(tokenizer, example, ends) for example in result.examples],
-                traces,
-                count_traces(tokenizer, record, result) if traces else 0,
-                wrong.get(i, ""),
-            )
-        )
+        with_trace = [message for message in record["messages"] if message.get("reasoning_content")]
+        traces = sum(map(is_trained, with_trace)) if result.kept else 0
+        facts = RecordFacts(
+            record["example_id"], record["source"], record["category"],
+            result.outcome, result.why, result.tokens, result.trained, result.stable,
+            examples=[_facts(tokenizer, example, ends) for example in result.examples],
+            traces=traces,
+            traces_in_loss=count_traces(tokenizer, record, result) if traces else 0,
+            wrong=wrong.get(i, ""),
+        )  # fmt: skip
+        found.append(facts)
     return found
 
 
 def _facts(tokenizer: Any, example: Example, ends: Sequence[int]) -> ExampleFacts:
-    """Args:
-    ends: ids of the tokens at which generation stops.
-    """
+    """Facts of an example, given the ids of the tokens at which generation stops."""
     import numpy as np
 
     return ExampleFacts(

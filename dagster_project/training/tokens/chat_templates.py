@@ -1,7 +1,7 @@
 """The chat template of training: the base model's, a built-in one, or a Jinja file of the project.
 
-It is rendered in another process with limited time and memory
-(`core.bounded_templates`), and first tested on four small conversations.
+It is rendered in another process with limited time and memory (`core.bounded_templates`), and first tested on four
+small conversations.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PROBES = (
     [USER, ANSWER, USER, ANSWER],
     [USER, ANSWER, {"role": "tool", "content": "42"}, ANSWER],
 )
-"""Every template must render the first. It may refuse the others (many refuse
-system or tool turns), but must terminate."""
+"""Every template must render the first. It may refuse the others (many refuse system or tool turns), but must
+terminate."""
 
 
 def locate(root: Path, name: str | None) -> Path | None:
@@ -44,9 +44,8 @@ def locate(root: Path, name: str | None) -> Path | None:
     if name is None or name in NAMED:
         return None
     if "/" not in name:
-        raise InputError(
-            f"{WHERE}: {name!r} is not a known template", f"use {', '.join(NAMED)}, or a file in {FOLDER}/ by its path"
-        )
+        hint = f"use {', '.join(NAMED)}, or a file in {FOLDER}/ by its path"
+        raise InputError(f"{WHERE}: {name!r} is not a known template", hint)
     path = inside(root, name, "tokenized.chat_template")
     if not path.is_relative_to((root / FOLDER).resolve()) or not path.is_file():
         raise InputError(f"{WHERE}: {name} is not a file in {FOLDER}/", f"move it to {FOLDER}/, which DVC tracks")
@@ -66,9 +65,8 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
     where = f"{WHERE}: {name}" if name else "data/base_model: its chat template"
     if path is not None:
         try:
-            tokenizer.chat_template = path.read_text(
-                encoding="utf-8-sig"
-            )  # a byte order mark would begin every conversation
+            # without a byte order mark, which would begin every conversation
+            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise InputError(f"{where}: is not UTF-8 text", "save it as UTF-8") from None
     elif name is not None:
@@ -82,8 +80,7 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
 
 
 def refuse_unsafe(source: str, where: str) -> None:
-    """Refuse templates that access private attributes, which the sandbox
-    renders as nothing, or that are not deterministic.
+    """Refuse templates that are not deterministic, or access private attributes, which the sandbox renders as nothing.
 
     Today's date in a constant format is replaced before (`rendering.with_constant_date`).
 
@@ -94,31 +91,25 @@ def refuse_unsafe(source: str, where: str) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    generation = r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}"  # a tag that transformers adds
     try:
-        tree = environment.parse(
-            re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", source)
-        )  # a tag that transformers adds
+        tree = environment.parse(re.sub(generation, "", source))
     except TemplateSyntaxError as error:
         raise InputError(f"{where}: line {error.lineno}: {shortened(str(error.message))}", "fix the template") from None
     except RecursionError:
         raise InputError(f"{where}: is nested too deeply", "fix the template") from None
     accessed = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
-    accessed += [
-        (node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)
-    ]
+    items = tree.find_all(nodes.Getitem)
+    accessed += [(node.lineno, node.arg.value) for node in items if isinstance(node.arg, nodes.Const)]
     called = [(node.lineno, node.node.name) for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name)]
     called += [(node.lineno, node.name) for node in tree.find_all(nodes.Filter)]
     for line, name in sorted((line, name) for line, name in accessed if str(name).startswith("_")):
-        raise InputError(
-            f"{where}: line {line}: accesses the private attribute `{name}`, which templates may not use",
-            "fix the template",
-        )
+        problem = f"line {line}: accesses the private attribute `{name}`, which templates may not use"
+        raise InputError(f"{where}: {problem}", "fix the template")
     for line, name in sorted(called):
         if name == "attr":
-            raise InputError(
-                f"{where}: line {line}: `attr` accesses attributes by name, which templates may not use",
-                "fix the template",
-            )
+            problem = f"line {line}: `attr` accesses attributes by name, which templates may not use"
+            raise InputError(f"{where}: {problem}", "fix the template")
         if name in {"strftime_now", "random", "lipsum"}:
             raise InputError(
                 f"{where}: line {line}: `{name}` is not deterministic, so two runs would not give the same bytes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import IGNORE
@@ -21,15 +21,15 @@ def collate_packed(rows: Sequence[Mapping[str, Any]], multiple: int = 1) -> dict
     Positions restart at 0 for each example, without an attention mask, so every attention implementation isolates the
     examples. The first token of an example has no context, so its label is -100:
 
-        lengths [2] and [1], ids [5, 6] and [7]  ->  position_ids [0, 1, 0],
-        cu_seq_lens_q [0, 2, 3], labels [-100, 6, -100]
+        lengths [2] and [1], ids [5, 6] and [7]
+        -> position_ids [0, 1, 0], cu_seq_lens_q [0, 2, 3], labels [-100, 6, -100]
 
     Args:
         multiple: pad to a multiple of this many tokens with an unlabeled example at the end.
     Returns:
-        input_ids, labels, position_ids (1, seq) int64; weights (1, seq) float32;
-        example bounds `cu_seq_lens_q` (examples + 1) int32 and the longest length
-        `max_length_q`, with flash attention's names; row indices `rows` (rows) int64.
+        input_ids, labels, position_ids (1, seq) int64; weights (1, seq) float32; example bounds `cu_seq_lens_q`
+        (examples + 1) int32 and the longest length `max_length_q`, with flash attention's names; row indices `rows`
+        (rows) int64.
     """
     import torch
 
@@ -53,29 +53,26 @@ def collate_padded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Collate packed rows into one right-padded row per example. A step has the same examples as with `collate_packed`.
 
     Returns:
-        input_ids, labels, attention_mask (examples, seq) int64; weights
-        (examples, seq) float32; row indices `rows` (rows) int64.
+        input_ids, labels, attention_mask (examples, seq) int64; weights (examples, seq) float32; row indices `rows`
+        (rows) int64.
 
-        lengths [2, 1], ids [5, 6, 7]  ->  input_ids [[5, 6], [7, 0]], labels
-        [[-100, 6], [-100, -100]], attention_mask [[1, 1], [1, 0]]
+        lengths [2, 1], ids [5, 6, 7] -> input_ids [[5, 6], [7, 0]], labels [[-100, 6], [-100, -100]],
+        attention_mask [[1, 1], [1, 0]]
     """
     import torch
 
-    examples: list[tuple[list[int], list[int], list[float]]] = []
+    ids, labels, weights = list[list[int]](), list[list[int]](), list[list[float]]()
     for row in rows:
-        start = 0
-        for length in row["lengths"]:
-            ids, labels, weights = (
-                list(row[name][start : start + length]) for name in ("input_ids", "labels", "weights")
-            )
-            examples.append((ids, [IGNORE, *labels[1:]], weights))
-            start += length
-    ids, mask = pad([ids for ids, _, _ in examples])
-    wide = ids.shape[1]
+        for start, stop in pairwise([0, *accumulate(row["lengths"])]):
+            ids.append(list(row["input_ids"][start:stop]))
+            labels.append([IGNORE, *row["labels"][start + 1 : stop]])
+            weights.append(list(row["weights"][start:stop]))
+    padded, mask = pad(ids)
+    wide = padded.shape[1]
     return {
-        "input_ids": ids,
-        "labels": torch.tensor([labels + [IGNORE] * (wide - len(labels)) for _, labels, _ in examples]),
-        "weights": torch.tensor([weights + [0.0] * (wide - len(weights)) for _, _, weights in examples]),
+        "input_ids": padded,
+        "labels": torch.tensor([own + [IGNORE] * (wide - len(own)) for own in labels]),
+        "weights": torch.tensor([own + [0.0] * (wide - len(own)) for own in weights]),
         "attention_mask": mask,
         "rows": torch.tensor([row.get("row", -1) for row in rows]),
     }

@@ -112,28 +112,27 @@ def make(
         for (i, parts), ids in zip(texts, encode_pieces(tokenizer, [parts for _, parts in texts]), strict=True):
             encoded[i].append([(piece, trained) for piece, (_, trained) in zip(ids, parts, strict=True)])
             answers[i].append(_last_answer(parts))
-        checked = [(i, parts) for i, parts in texts if (first + i) % step == 0]
-        whole: dict[int, list[list[int]]] = defaultdict(list)
-        for (i, _), ids in zip(
-            checked,
-            encode_pieces(tokenizer, [[("".join(t for t, _ in parts), True)] for _, parts in checked]),
-            strict=True,
-        ):
-            whole[i].append(ids[0])
+        whole = _whole_texts(tokenizer, [(i, parts) for i, parts in texts if (first + i) % step == 0])
         for i, (record, cut) in enumerate(zip(chunk, cuts, strict=True), start):
             if isinstance(cut, RecordOutcome):
                 outcomes.append(cut)
                 continue
             outcome = _fit(tokenizer, record, encoded[i], answers[i], rules)
-            outcome.tokens = sum(len(ids) for example in encoded[i] for ids, _ in example)
+            outcome.tokens = sum(map(_length, encoded[i]))
             outcome.trained = sum(len(ids) for example in encoded[i] for ids, trained in example if trained)
-            outcome.stable = (
-                whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]]
-                if i in whole
-                else None
-            )
+            if i in whole:
+                outcome.stable = whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]]
             outcomes.append(outcome)
     return outcomes
+
+
+def _whole_texts(tokenizer: Any, texts: Sequence[tuple[int, Pieces]]) -> dict[int, list[list[int]]]:
+    """Number of a record -> ids of each of its texts, tokenized as a whole."""
+    joined = [[("".join(text for text, _ in parts), True)] for _, parts in texts]
+    whole: dict[int, list[list[int]]] = defaultdict(list)
+    for (i, _), ids in zip(texts, encode_pieces(tokenizer, joined), strict=True):
+        whole[i].append(ids[0])
+    return whole
 
 
 def _pieces_or_outcome(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning) -> list[Pieces] | RecordOutcome:
@@ -169,22 +168,18 @@ def _fit(
     said = ("", "") if is_text(record) else (answers[0], last_trained(record["messages"]))
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
-        return RecordOutcome(
-            "kept",
-            f"{after} turns after the last answer left out" if after else "",
-            [_example(tokenizer, encoded[0], said, rules)],
-        )
+        why = f"{after} turns after the last answer left out" if after else ""
+        return RecordOutcome("kept", why, [_example(tokenizer, encoded[0], said, rules)])
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
         if shorter := truncate(tokenizer, encoded[0], rules.room):
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, said, rules)])
         return RecordOutcome("dropped:too_long", f"{why}; the prompt leaves no room")
     if rules.too_long == "split":
-        parts = (
-            [(part, said) for part in windows(encoded[0], rules.room)]
-            if is_text(record)
-            else split(tokenizer, record, rules)
-        )
+        if is_text(record):
+            parts = [(part, said) for part in windows(encoded[0], rules.room)]
+        else:
+            parts = split(tokenizer, record, rules)
         if parts:
             return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, *part, rules) for part in parts])
         return RecordOutcome("dropped:too_long", f"{why}; no answer fits together with its question")
@@ -198,11 +193,11 @@ def _fit_turns(
     contents = [message["content"] for message in record["messages"] if is_trained(message)]
     fitting: list[tuple[Encoded, Said]] = []
     longest = max(map(_length, encoded))
-    for example, *said in zip(encoded, answers, contents, strict=True):
+    for example, said in zip(encoded, zip(answers, contents, strict=True), strict=True):
         if _length(example) <= rules.room:
-            fitting.append((example, (said[0], said[1])))
+            fitting.append((example, said))
         elif rules.too_long == "truncate" and (shorter := truncate(tokenizer, example, rules.room)):
-            fitting.append((shorter, (said[0], said[1])))
+            fitting.append((shorter, said))
     why = f"{longest} tokens, room for {rules.room}"
     if not fitting or (rules.too_long == "drop" and longest > rules.room):
         return RecordOutcome("dropped:too_long", why)
@@ -213,9 +208,8 @@ def _fit_turns(
     how = f"{len(examples)} examples, {ONE_PER_ANSWER}"
     if longest <= rules.room:
         return RecordOutcome("kept", how, examples)
-    return RecordOutcome(
-        "truncated" if rules.too_long == "truncate" else f"split:{len(examples)}", f"{why}; {how}", examples
-    )
+    outcome = "truncated" if rules.too_long == "truncate" else f"split:{len(examples)}"
+    return RecordOutcome(outcome, f"{why}; {how}", examples)
 
 
 def _length(encoded: Encoded) -> int:
@@ -235,8 +229,7 @@ def _example(tokenizer: Any, encoded: Encoded, said: Said, rules: Rules) -> Exam
 
 
 def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
-    """Cut off the end of the last answer, and keep its end-of-turn token; None
-    if the prompt leaves no room for the answer.
+    """Cut off the end of the last answer before its end-of-turn token; None if the prompt leaves no room for it.
 
     Characters are not split: tokens of an incomplete character at the cut are removed too.
 
@@ -253,33 +246,32 @@ def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
 
 
 def windows(encoded: Encoded, room: int) -> list[Encoded]:
-    """Split a plain text into the fewest parts, of nearly equal length; only
-    the last ends with the end-of-text token."""
+    """Split a plain text into the fewest parts, of nearly equal length; only the last has the end-of-text token."""
     flat = [(token, trained) for ids, trained in encoded for token in ids]
     n = -(-len(flat) // room)
     bounds = [len(flat) * i // n for i in range(n + 1)]
-    return [
-        [([token for token, _ in run], trained) for trained, run in groupby(flat[a:b], key=itemgetter(1))]
-        for a, b in pairwise(bounds)
-    ]
+
+    def runs(part: Sequence[tuple[int, bool]]) -> Encoded:
+        return [([token for token, _ in run], trained) for trained, run in groupby(part, key=itemgetter(1))]
+
+    return [runs(flat[a:b]) for a, b in pairwise(bounds)]
 
 
 def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple[Encoded, Said]]:
     """Split a conversation into parts that fit. Every answer is trained on once, in the part where it is new.
 
-    An exchange is a user turn and everything up to the next one. A part has the system
-    turn, as many new exchanges as fit, and before them as many earlier exchanges as
-    still fit, as context. An exchange that does not fit by itself is left out.
+    An exchange is a user turn and everything up to the next one. A part has the system turn, as many new exchanges as
+    fit, and before them as many earlier exchanges as still fit, as context. An exchange that does not fit by itself is
+    left out.
 
-        system, exchanges 1 2 3 4, room for the system turn and three  ->
-        system 1 2 3;  system 2 3 4 with labels on 4 only
+        system, exchanges 1 2 3 4, room for the system turn and three
+        -> system 1 2 3; system 2 3 4 with labels on 4 only
 
     Returns:
         For each part its pieces, and its last answer.
     """
-    messages = with_reasoning(
-        record["messages"], rules.reasoning
-    )  # before the cut: `last` is the last answer of the record, not of a part
+    # before the cut: `last` is the last answer of the record, not of a part
+    messages = with_reasoning(record["messages"], rules.reasoning)
     reasoning: Reasoning = "keep" if rules.reasoning == "keep" else "template"
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[Message]] = []
@@ -289,8 +281,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         exchanges[-1].append(message)
 
     def encode(first: int, new: int, stop: int) -> tuple[Encoded, Said] | None:
-        """Exchanges first to stop with labels from `new` on; None if too long,
-        without labels, or if the template refuses them."""
+        """Exchanges first to stop with labels from `new` on; None if too long, without labels, or refused."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
         cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, reasoning)
         if isinstance(cut, RecordOutcome) or len(cut) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.chat import IGNORE, is_text, trimmed
@@ -40,54 +41,36 @@ def find_wrong_labels(
 ) -> dict[int, str]:
     """Find records with wrong labels, independently of the code that created the labels.
 
-    Each contiguous run of labels is decoded and compared with the record's assistant turns, each
-    followed by the end-of-turn token. All turns must be present, in order, with nothing else; the
-    last turn of a truncated record may be cut, and a split record may lack turns. A truncated record
-    with an example for each answer may have both in any turn. Text that a template adds to assistant
-    turns (e.g. an empty <think></think>) is determined from probes and expected in every turn.
+    Each contiguous run of labels is decoded and compared with the record's assistant turns, each followed by the
+    end-of-turn token. All turns must be present, in order, with nothing else; the last turn of a truncated record may
+    be cut, and a split record may lack turns. A truncated record with an example for each answer may have both in any
+    turn. Text that a template adds to assistant turns (e.g. an empty <think></think>) is determined from probes and
+    expected in every turn.
 
     Returns:
         Index of a record -> problem.
     """
-    runs = [
-        (i, example.labels[a:b].tolist())
-        for i, result in enumerate(results)
-        for example in result.examples
-        for a, b in spans(example.labels)
-    ]
-    found: dict[int, list[list[int]]] = defaultdict(list)
-    for i, ids in runs:
-        found[i].append(ids)
-    said = defaultdict(list)
-    for (i, _), text in zip(runs, decode(tokenizer, [ids for _, ids in runs]), strict=True):
-        said[i].append(text)
+    found = [[ids for example in result.examples for ids in _runs(example)] for result in results]
+    texts = iter(decode(tokenizer, [ids for runs in found for ids in runs]))
+    said = [list(islice(texts, len(runs))) for runs in found]
+    pairs = list(zip(records, results, strict=True))
     expected = TurnMarkup(
-        _frames(tokenizer, [record for record, result in zip(records, results, strict=True) if result.kept]),
-        end_tokens(tokenizer),
+        _frames(tokenizer, [record for record, result in pairs if result.kept]), end_tokens(tokenizer)
     )
+    plain = TurnMarkup([("", "")], [tokenizer.eos_token])
     openings: tuple[str, ...] | None = None
     wrong = {}
-    for i, (record, result) in enumerate(zip(records, results, strict=True)):
+    for i, (record, result) in enumerate(pairs):
         if not result.kept:
             continue
-        answers = [
-            message for message in record["messages"] if message["role"] == "assistant" and message.get("weight") != 0
-        ]
+        answers = [turn for turn in record["messages"] if turn["role"] == "assistant" and turn.get("weight") != 0]
         if any((example.labels == IGNORE).all() for example in result.examples):
             wrong[i] = "an example has no labels"
-        elif any(
-            ((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in result.examples
-        ):
+        elif any(map(_has_other_label, result.examples)):
             wrong[i] = "a label differs from the token at its position"
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
-            if not _matches(
-                tokenizer,
-                text,
-                answers[0]["content"],
-                TurnMarkup([("", "")], [tokenizer.eos_token]),
-                result.outcome == "truncated",
-            ):
+            if not _matches(tokenizer, text, answers[0]["content"], plain, result.outcome == "truncated"):
                 wrong[i] = "labels contain another text than the record"
         elif problem := _compare(tokenizer, said[i], answers, expected, result):
             wrong[i] = problem
@@ -98,9 +81,22 @@ def find_wrong_labels(
     return wrong
 
 
+def _runs(example: Example) -> list[list[int]]:
+    return [example.labels[start:stop].tolist() for start, stop in spans(example.labels)]
+
+
+def _has_other_label(example: Example) -> bool:
+    return bool(((example.labels != IGNORE) & (example.labels != example.input_ids)).any())
+
+
 def decode(tokenizer: Any, many: Sequence[list[int]]) -> list[str]:
     """Text of each list of ids, with special tokens and unchanged spaces."""
     return tokenizer.backend_tokenizer.decode_batch(list(many), skip_special_tokens=False)
+
+
+def _recoded(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Texts as the tokenizer decodes their encodings: in another spelling if it normalizes them, or adds spaces."""
+    return decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
 
 
 def _compare(
@@ -114,9 +110,8 @@ def _compare(
         text = pending.pop(0)
         cut = per_answer or (truncated and not pending)
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
-            if rest := _rest_of_joined(
-                tokenizer, text, left, expected
-            ):  # the template writes nothing between two answers
+            # the template writes nothing between two answers
+            if rest := _rest_of_joined(tokenizer, text, left, expected):
                 pending.insert(0, rest)
                 break
             if not may_lack:
@@ -129,8 +124,7 @@ def _compare(
 
 
 def _rest_of_joined(tokenizer: Any, text: str, left: Sequence[Message], expected: TurnMarkup) -> str:
-    """What follows an answer in a run of labels that begins with it and goes on
-    with the next one; "" for other runs."""
+    """What follows an answer in a run of labels that goes on with the next answer; "" for other runs."""
     ends = [text.find(end) + len(end) for end in expected.ends if end in text] if len(left) > 1 else []
     return next((text[end:] for end in ends if _is_answer(tokenizer, text[:end], left[0], expected, False)), "")
 
@@ -143,34 +137,25 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup
         return False
     if cut:
         return True  # any part of it may be kept; only its beginning and end are compared
-    words = [
-        message["content"].strip(),
-        *(call.name for call in calls(message)),
-        *(str(value) for call in calls(message) for _, value in argument_texts(call.arguments)),
-    ]
-    return all(_contains(text, word) for word in words) or all(
-        _contains(text, word) for word in _returned(tokenizer, words)
-    )
+    made = calls(message)
+    arguments = [str(value) for call in made for _, value in argument_texts(call.arguments)]
+    words = [message["content"].strip(), *(call.name for call in made), *arguments]
+    if all(_contains(text, word) for word in words):
+        return True
+    return all(_contains(text, word.strip()) for word in _recoded(tokenizer, words))
 
 
 def _contains(text: str, word: str) -> bool:
     """Whether a text has a word as it is, or as JSON or Python writes it."""
-    return any(
-        spelled in text
-        for spelled in (word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1], repr(word)[1:-1])
-    )
-
-
-def _returned(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Texts as the tokenizer decodes their encodings: in another spelling if it normalizes them, or adds spaces."""
-    return [
-        text.strip() for text in decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
-    ]
+    quoted = (json.dumps(word, ensure_ascii=False), json.dumps(word), repr(word))
+    return word in text or any(spelled[1:-1] in text for spelled in quoted)
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """Text of the template between a prompt and an answer, after a user turn
-    and after a tool result, as it is and as its tokens decode."""
+    """Text of the template between a prompt and an answer, as it is and as its tokens decode.
+
+    After a user turn and after a tool result.
+    """
     user = {"role": "user", "content": "Why?"}
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
@@ -184,29 +169,22 @@ def _openings(tokenizer: Any) -> tuple[str, ...]:
             except InputError:
                 continue  # a template without tools
             found.append(header.removeprefix(before) if header.startswith(before) else "")
-    return tuple(
-        dict.fromkeys(
-            [*found, *decode(tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in found])]
-        )
-    )
+    return tuple(dict.fromkeys([*found, *_recoded(tokenizer, found)]))
 
 
 def _starts_right(tokenizer: Any, example: Example, openings: tuple[str, ...]) -> bool:
     """Whether every run of labels follows one of the openings."""
     ids = example.input_ids.tolist()
-    return all(
-        text.endswith(openings) for text in decode(tokenizer, [ids[:start] for start, _ in spans(example.labels)])
-    )
+    before = decode(tokenizer, [ids[:start] for start, _ in spans(example.labels)])
+    return all(text.endswith(openings) for text in before)
 
 
 def count_traces(tokenizer: Any, record: Mapping[str, Any], outcome: RecordOutcome) -> int:
     """Number of a record's traces that are labeled in its examples."""
     labeled = [[token for token in example.labels.tolist() if token != IGNORE] for example in outcome.examples]
     text = "".join(decode(tokenizer, labeled))
-    traces = [
-        m["reasoning_content"].strip() for m in record["messages"] if m.get("reasoning_content") and is_trained(m)
-    ]
-    return sum(trace in text for trace in traces)
+    traced = [message for message in record["messages"] if message.get("reasoning_content") and is_trained(message)]
+    return sum(message["reasoning_content"].strip() in text for message in traced)
 
 
 def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: bool) -> bool:
@@ -215,27 +193,24 @@ def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: 
     For tokenizers that normalize text, the decoded encoding of the answer counts as well.
     """
     end = next((token for token in expected.ends if text.endswith(token)), tokenizer.eos_token)
-    for before, after in expected.frames:
-        for words in trimmed(answer):
-            if text == before + words + after + end:
-                return True
-            if cut and text.endswith(end) and (before + words + after).startswith(text.removesuffix(end)):
-                return True
-    whole = [before + words + after + end for before, after in expected.frames for words in trimmed(answer)]
-    returned = decode(tokenizer, [tokenizer.encode(form, add_special_tokens=False) for form in whole])
-    return any(
-        text == form or (cut and text.endswith(end) and form.startswith(text.removesuffix(end))) for form in returned
-    )
+    shown = text.removesuffix(end) if cut and text.endswith(end) else None
+    forms = [before + words + after for before, after in expected.frames for words in trimmed(answer)]
+    if any(text == form + end or (shown is not None and form.startswith(shown)) for form in forms):
+        return True
+    returned = _recoded(tokenizer, [form + end for form in forms])
+    return any(text == form or (shown is not None and form.startswith(shown)) for form in returned)
 
 
 def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Text that the template adds before and after an assistant's content, in
-    first and later turns; ("", "") for most templates."""
+    """Text that the template adds before and after an assistant's content; ("", "") for most templates.
+
+    In first and in later turns.
+    """
+    if all(map(is_text, records)):
+        return []
     user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     found = []
-    for messages in (
-        ([user, answer], [user, answer, user, answer]) if any(not is_text(record) for record in records) else ()
-    ):
+    for messages in ([user, answer], [user, answer, user, answer]):
         for thinking in (None, False):
             try:
                 header = render(tokenizer, messages[:-1], add_generation_prompt=True, thinking=thinking)
@@ -251,11 +226,8 @@ def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str
 
 def has_double_bos(tokenizer: Any, example: Example) -> bool:
     """Whether an example begins with two beginning-of-text tokens, one of them from the template."""
-    return (
-        len(example.input_ids) > 1
-        and tokenizer.bos_token_id is not None
-        and bool((example.input_ids[:2] == tokenizer.bos_token_id).all())
-    )
+    bos, ids = tokenizer.bos_token_id, example.input_ids
+    return bos is not None and len(ids) > 1 and bool((ids[:2] == bos).all())
 
 
 def statistics(found: TokenizedSplit) -> dict[str, Any]:
@@ -277,10 +249,8 @@ def statistics(found: TokenizedSplit) -> dict[str, Any]:
         "prefix_stable": _share(sum(checked), len(checked)),
         "padding_without_packing": _share(padded - total, padded),
         "lengths": histogram(lengths),
-        **{
-            name: _by(values, owners, lengths, trained)
-            for name, values in (("category", found.categories), ("source", found.sources))
-        },
+        "category": _by(found.categories, owners, lengths, trained),
+        "source": _by(found.sources, owners, lengths, trained),
     }
 
 
@@ -317,10 +287,8 @@ def histogram(lengths: np.ndarray) -> dict[str, int]:
     if not len(lengths):
         return {}
     powers, n = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
-    return {
-        f"{2 ** (p - 1) + 1}-{2**p}" if p > 1 else f"1-{2**p}": count
-        for p, count in zip(powers.tolist(), n.tolist(), strict=True)
-    }
+    first = [2 ** (p - 1) + 1 if p > 1 else 1 for p in powers.tolist()]
+    return {f"{a}-{2**p}": count for a, p, count in zip(first, powers.tolist(), n.tolist(), strict=True)}
 
 
 def _share(part: int, whole: int) -> float:
@@ -328,12 +296,13 @@ def _share(part: int, whole: int) -> float:
 
 
 def sample(split: str, found: TokenizedSplit, seed: int) -> Iterator[dict[str, Any]]:
-    """The first examples and a random sample of each source, by their place and
-    the sha256 of their tokens. Views show their texts."""
+    """The first examples and a random sample of each source, by their place and the sha256 of their tokens.
+
+    Views show their texts.
+    """
     chosen: dict[int, str] = {}
-    drawn: dict[str, list[tuple[bytes, int]]] = defaultdict(
-        list
-    )  # source -> the records with the lowest random numbers
+    # source -> the records with the lowest random numbers
+    drawn: dict[str, list[tuple[bytes, int]]] = defaultdict(list)
     for i, name in enumerate(found.ids):
         if not found.kept(i):
             continue

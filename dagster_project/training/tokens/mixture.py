@@ -49,9 +49,8 @@ def mix(rows: Iterable[Row], how: Balance, replay: Replay | None, seed: int) -> 
     copies = [int(row.tokens > 0) for row in rows]
     kept = [i for i, row in enumerate(rows) if row.tokens]
     own = [i for i in kept if not (replay and _is_in(rows[i].source, replay.sources))]
-    for i, n in zip(
-        own, balance([rows[i].category for i in own], [rows[i].example_id for i in own], how, seed), strict=True
-    ):
+    counts = balance([rows[i].category for i in own], [rows[i].example_id for i in own], how, seed)
+    for i, n in zip(own, counts, strict=True):
         copies[i] = n
     share = {}
     if replay:
@@ -80,13 +79,11 @@ def _refuse_empty(sources: Collection[str], named: Sequence[str], others: bool) 
     where = "params.yaml: tokenized.replay.sources"
     for name in named:
         if not any(_is_in(source, [name]) for source in sources):
-            raise InputError(
-                f"{where}: no train row comes from {name}", f"sources of train: {', '.join(sorted(sources)) or 'none'}"
-            )
+            known = ", ".join(sorted(sources)) or "none"
+            raise InputError(f"{where}: no train row comes from {name}", f"sources of train: {known}")
     if not others:
-        raise InputError(
-            f"{where}: all of train comes from them", "list only the general data, which is mixed into the rest"
-        )
+        hint = "list only the general data, which is mixed into the rest"
+        raise InputError(f"{where}: all of train comes from them", hint)
 
 
 def draw_number(name: str, seed: int) -> bytes:
@@ -98,18 +95,17 @@ def draw_order(ids: Sequence[str], seed: int) -> list[int]:
     """Indices in a random order that depends only on the seed and the ids, not on the order of the rows."""
     import numpy as np
 
-    order: list[int] = np.argsort(
-        np.frombuffer(b"".join(draw_number(name, seed) for name in ids), "S32"), kind="stable"
-    ).tolist()
+    numbers = np.frombuffer(b"".join(draw_number(name, seed) for name in ids), "S32")
+    order: list[int] = np.argsort(numbers, kind="stable").tolist()
     return order
 
 
 def balance(categories: Sequence[str | None], ids: Sequence[str], how: Balance, seed: int) -> list[int]:
     """Copies of each row, at least one. Rows without a category form a category.
 
-    With n rows in a category and m in the largest, it gets m copies in all by `category`, and
-    sqrt(n m) by `sqrt`: halfway between, on a logarithmic scale (temperature 2; Arivazhagan
-    et al. 2019, section 4). Copies are distributed evenly, the remainder by seed.
+    With n rows in a category and m in the largest, it gets m copies in all by `category`, and sqrt(n m) by `sqrt`:
+    halfway between, on a logarithmic scale (temperature 2; Arivazhagan et al. 2019, section 4). Copies are distributed
+    evenly, the remainder by seed.
 
         bug 4 rows, login 1  ->  by category 4 and 4 copies, by sqrt 4 and 2
     """

@@ -95,13 +95,10 @@ def write_packed(
                     "lengths": pa.array(lengths[chosen].astype(np.int32)),
                     **_columns(found, examples[chosen], scratch),
                 }
-                bounds = {
-                    name: (by_token if name in TOKEN_COLUMNS else by_example)[first : last + 1] for name in values
-                }
-                columns = [
-                    pa.ListArray.from_arrays(pa.array((bounds[name] - bounds[name][0]).astype(np.int32)), values[name])
-                    for name in values
-                ]
+                columns = []
+                for name, column in values.items():
+                    bounds = (by_token if name in TOKEN_COLUMNS else by_example)[first : last + 1]
+                    columns.append(pa.ListArray.from_arrays(pa.array((bounds - bounds[0]).astype(np.int32)), column))
                 parts.append(pa.Table.from_arrays(columns, schema=schema))
                 first = last
             writer.write_table(pa.concat_tables(parts), row_group_size=ROW_GROUP)
@@ -111,8 +108,7 @@ TOKEN_COLUMNS = {"input_ids": "int32", "labels": "int32", "weights": "float32"}
 
 
 def _columns(found: TokenizedSplit, examples: np.ndarray, scratch: Path) -> dict[str, pa.Array]:
-    """The columns of tokens, in scratch files that are mapped to memory, so
-    that only parts of them must be there at once."""
+    """The columns of tokens, in scratch files that are mapped to memory, of which only parts are read at once."""
     import numpy as np
     import pyarrow as pa
 

@@ -14,23 +14,22 @@ Files = tuple[tuple[str, bytes], ...]
 """Path in the folder, and content."""
 
 _received: dict[str, tuple[Any, tempfile.TemporaryDirectory[str]]] = {}
-"""The tokenizer that this process got last, and its files, from which the
-model's end-of-text tokens are read later; by hash."""
+"""The tokenizer that this process got last, and its files, from which the model's end-of-text tokens are read later; by
+hash."""
 
 
 class PortableTokenizer:
-    """A tokenizer and the folder that it was loaded from. Pickled, it is the
-    bytes of its files and its chat template."""
+    """A tokenizer and the folder that it was loaded from.
+
+    Pickled, it is the bytes of its files and its chat template.
+    """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer = folder, tokenizer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        files = tuple(
-            (str(path.relative_to(self.folder)), path.read_bytes())
-            for path in sorted(self.folder.rglob("*"))
-            if path.suffix in SUFFIXES and path.is_file()
-        )
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+        files = tuple((str(path.relative_to(self.folder)), path.read_bytes()) for path in paths)
         template = self.tokenizer.chat_template
         digest = hashlib.sha256(repr((template, [(name, len(data)) for name, data in files])).encode())
         for _, data in files:

@@ -1,5 +1,7 @@
-"""Preference pairs -> token ids, with the chat template of the policy. Used by
-all alignment methods and reward models."""
+"""Preference pairs -> token ids, with the chat template of the policy.
+
+Used by all alignment methods and reward models.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,15 @@ Answered = tuple[list[int], list[int]]
 def answered(tokenizer: Any, conversations: Sequence[Messages], tools: Sequence[Tools] | None = None) -> list[Answered]:
     """Encode conversations that end with an answer. Text that the template adds after the end of the turn is left out.
 
-        [user "Hi", assistant "Yes?"]  ->  ids of
-        "...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", ids of "Yes?<|im_end|>"
+        [user "Hi", assistant "Yes?"] -> ids of "...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n" and "Yes?<|im_end|>"
 
     Args:
         tools: of each conversation; None if none has any.
     Raises:
         InputError: the template refuses a conversation, or its turns cannot be separated.
     """
-    defined = tools or [None] * len(conversations)
-    cuts = [
-        last_turn_pieces(tokenizer, _unweighted(turns), known)
-        for turns, known in zip(conversations, defined, strict=True)
-    ]
+    offered = zip(conversations, tools or [None] * len(conversations), strict=True)
+    cuts = [last_turn_pieces(tokenizer, _unweighted(turns), known) for turns, known in offered]
     encoded = []
     for cut, ids in zip(cuts, encode_pieces(tokenizer, cuts), strict=True):
         last = max(i for i, (_, trained) in enumerate(cut) if trained)
@@ -48,8 +46,7 @@ def reply(text: str) -> list[Message]:
 
 
 def prompt_ids(tokenizer: Any, pair: Mapping[str, Any]) -> list[int]:
-    """Ids of a pair's prompt for a new answer, including the header, which
-    opens a trace if that of the chosen answer does."""
+    """Ids of a pair's prompt with the header of a new answer, which opens a trace if that of the chosen answer does."""
     return encode_prompt(tokenizer, pair["prompt"], pair.get("tools"), bool(pair["chosen"][0].get("reasoning_content")))
 
 
@@ -85,10 +82,9 @@ def refuse_misfits(
                 both(tokenizer, [pair])
             except InputError as error:
                 what = (
-                    f"data/preferences: pair {pair['example_id']} ({split}) does not fit the chat template of {model}:"
-                    f" {error.what}"
+                    f"data/preferences: pair {pair['example_id']} ({split}) does not fit the chat template of {model}"
                 )
-                raise InputError(what, next_step or error.hint) from None
+                raise InputError(f"{what}: {error.what}", next_step or error.hint) from None
 
 
 def _with_one_prompt(chosen: Answered, rejected: Answered) -> tuple[list[int], list[int], list[int]]:

@@ -24,8 +24,9 @@ class TokenizedSplit:
     """A split after tokenization. Columns have one value for each record or example; equal texts are one object."""
 
     def __init__(self, scratch: Path | None = None) -> None:
-        """Args:
-        scratch: folder of the scratch file; None: the folder for temporary files.
+        """
+        Args:
+            scratch: folder of the scratch file; None: the folder for temporary files.
         """
         self.ids = Strings()
         self.sources: list[str] = []

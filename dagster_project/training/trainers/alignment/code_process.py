@@ -1,5 +1,6 @@
-"""The process that runs an answer's code and the record's tests. It is run as a file, by an interpreter without
-site-packages, and imports the standard library alone.
+"""The process that runs an answer's code and the record's tests.
+
+It is run as a file, by an interpreter without site-packages, and imports the standard library alone.
 
 Its standard input has one JSON document: {"code", "tests", "sandbox", "seconds", "wait", "memory"}. Its exit status
 says whether all tests passed. Code and tests run in a child, of which this process reads a few bytes and which it kills
@@ -21,8 +22,8 @@ from typing import Any
 PASSED, FAILED, UNABLE = 40, 41, 42
 """Exit statuses; with UNABLE, the sandbox cannot be set up, for the reason on standard output."""
 NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
-"""CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET: mounts,
-queues, users, processes and network of its own."""
+"""CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET: mounts, queues, users, processes and network of
+its own."""
 MS_REC, MS_PRIVATE, AT_RECURSIVE = 0x4000, 0x40000, 0x8000
 READ_ONLY = 1 | 2 | 4
 """MOUNT_ATTR_RDONLY, _NOSUID and _NODEV: a device can be written on a mount that is read-only."""
@@ -51,10 +52,13 @@ def _called(name: str, *arguments: Any) -> None:
 
 
 def _refuse_calls() -> None:
-    """Refuse calls that reach past the namespaces and limits. Sockets with a path, such as docker.sock, are outside of
-    the network namespace, and can be written on a mount that is read-only; root may start processes in spite of the
-    limit; prctl and a user namespace undo the end with the parent, and the latter can mount memory to write to; System
-    V's memory is not part of the address space; keys of the user's session can be read."""
+    """Refuse calls that reach past the namespaces and limits.
+
+    Sockets with a path, such as docker.sock, are outside of the network namespace, and can be written on a mount that
+    is read-only; root may start processes in spite of the limit; prctl and a user namespace undo the end with the
+    parent, and the latter can mount memory to write to; System V's memory is not part of the address space; keys of the
+    user's session can be read.
+    """
     processor, numbers = PROCESSORS[os.uname().machine]
     refused = [*numbers, IO_URING_SETUP, CLONE3]
     steps = [
@@ -73,8 +77,9 @@ def _refuse_calls() -> None:
 
 
 def _isolate() -> None:
-    """No network, no other processes, and no file that can be written. The
-    caller has to fork: only its children are in the new process namespace.
+    """No network, no other processes, and no file that can be written.
+
+    The caller has to fork: only its children are in the new process namespace.
 
     Raises:
         OSError: the system does not allow it.

@@ -1,5 +1,7 @@
-"""Runs code that a model wrote, and the tests of a record, in a process of their own (code_process.py) that has limits
-and, with `sandbox`, no network, no other processes and no file that it can write."""
+"""Runs code that a model wrote, and the tests of a record, in a process of their own (code_process.py).
+
+The process has limits and, with `sandbox`, no network, no other processes and no file that it can write.
+"""
 
 from __future__ import annotations
 
@@ -48,28 +50,23 @@ def passes(code: str, tests: str, sandbox: bool, seconds: int, memory: int) -> b
     command = [sys.executable, "-I", "-S", "-B", code_process.__file__]
     with (
         tempfile.TemporaryDirectory(prefix="pedigree-code-") as folder,
+        # no tokens and keys in its environment
         subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0"},  # no tokens and keys
-            cwd=folder,
-            start_new_session=True,
+            command, cwd=folder, env={"PYTHONHASHSEED": "0"}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as process,
-    ):
+    ):  # fmt: skip
         said = b""
         try:
-            said, _ = process.communicate(json.dumps(work).encode(), timeout=wait + STARTS)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                said, _ = process.communicate(json.dumps(work).encode(), timeout=wait + STARTS)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # without a sandbox, what it started may still run
     if process.returncode == code_process.UNABLE:
         raise InputError(
             f"unit_tests: there is no sandbox here: {said.decode('utf-8', 'replace').strip()}",
-            "allow user namespaces (docs/security.md), or set run: unprotected in a container that has no secrets and"
-            " no network",
+            "allow user namespaces (docs/security.md),"
+            " or set run: unprotected in a container that has no secrets and no network",
         )
     return process.returncode == code_process.PASSED

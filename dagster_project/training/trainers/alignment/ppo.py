@@ -1,5 +1,4 @@
-"""Proximal policy optimization: a policy is trained on rewards of its own answers, and kept close to the policy that it
-started from.
+"""Proximal policy optimization: a policy is trained on rewards of its answers, and kept close to its first state.
 
 One iteration (`Training.run_iteration`):
 
@@ -7,16 +6,16 @@ One iteration (`Training.run_iteration`):
    is an action.
 2. **reward**: a score for each whole answer; lower if the answer did not end.
 3. **evaluate**: log-probabilities of every token under pi and under the reference pi_ref, and the values V before each
-   token, in one forward pass each. pi_ref is the same network with the adapter
-   disabled, so they are equal at the start.
+   token, in one forward pass each. pi_ref is the same network with the adapter disabled, so they are equal at the
+   start.
 4. **advantages**: a token's reward is -beta (log pi - log pi_ref), plus the score for the last one; the advantage
    compares the rewards with V.
 5. **update**: a few passes over the episodes in mini-batches, with clipped ratios, until pi is too far from the policy
    that sampled them.
 
-Sources: PPO arXiv 1707.06347, GAE 1506.02438, the penalty per token and its controller
-1909.08593 (sections 2 and 2.2), what implementations add to both (rewards at the end, whitening,
-clipped values, the EOS penalty) 2403.17031. Estimates of KL: joschu.net/blog/kl-approx.html.
+Sources: PPO arXiv 1707.06347, GAE 1506.02438, the penalty per token and its controller 1909.08593 (sections 2 and 2.2),
+what implementations add to both (rewards at the end, whitening, clipped values, the EOS penalty) 2403.17031. Estimates
+of KL: joschu.net/blog/kl-approx.html.
 """
 
 from __future__ import annotations
@@ -60,22 +59,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 Reward = Callable[[Sequence[int], Sequence[str], Sequence[Sequence[int]]], list[float]]
-"""(numbers of the prompts, the answer to each without special tokens and outer
-blanks, its token ids) -> a finite number for each."""
+"""(numbers of the prompts, the answer to each without special tokens and outer blanks, its token ids) -> a finite
+number for each."""
 
 
 LIVE = (
-    "reward",
-    "kl",
-    "kl_coef",
-    "entropy",
-    "response_length",
-    "policy_loss",
-    "value_loss",
-    "clip_fraction",
-    "learning_rate",
-    "grad_norm",
-)
+    "reward", "kl", "kl_coef", "entropy", "response_length", "policy_loss", "value_loss", "clip_fraction",
+    "learning_rate", "grad_norm",
+)  # fmt: skip
 """Metrics of the live curve."""
 
 
@@ -148,12 +139,10 @@ class PPOHistory:
 
     curve: list[dict[str, float]] = field(default_factory=list)
     """For each iteration with updates, from 1: reward (mean score, without penalties), kl (nats per answer, of the
-    sampling policy from the reference), kl_coef, entropy (nats per token),
-    response_length (mean, in tokens), unfinished (share of answers without an end), explained_variance (of the returns
-    by the values);
-    policy_loss, value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the sampling policy),
-    grad_norm: means over the updates;
-    updates (optimizer steps), learning_rate, tokens (so far)."""
+    sampling policy from the reference), kl_coef, entropy (nats per token), response_length (mean, in tokens),
+    unfinished (share of answers without an end), explained_variance (of the returns by the values); policy_loss,
+    value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the sampling policy), grad_norm: means
+    over the updates; updates (optimizer steps), learning_rate, tokens (so far)."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
     """(iteration from 1, pass over the prompts from 1, number of the prompt) of each episode."""
     tokens: int = 0
@@ -226,8 +215,8 @@ def train(
         prompts: token ids of each, including the assistant's header.
         checkpoints: where to keep them; None to keep none.
         live: folder for the live curve; None to write none.
-        shared: the model, if it is to be divided among the processes. It is
-            divided here, with the value head, and stays so.
+        shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and
+            stays so.
         begin: called once the model is divided, before its weights change or those of a checkpoint are read.
         sampled_answers: those that `reward` keeps.
     Raises:
@@ -242,18 +231,8 @@ def train(
         causal(model).set_attn_implementation(attention_for(shared.device, model.dtype))
         states = partial(last_hidden_states, causal(model).base_model)
         refuse_mixing(model, states, settings.mini_batch_size > 1, "set mini_batch_size: 1")
-    training = Training(
-        shared,
-        tokenizer,
-        prompts,
-        reward,
-        settings,
-        compute,
-        checkpoints,
-        live,
-        begin,
-        sampled_answers or SampledAnswers(),
-    )
+    answers = sampled_answers or SampledAnswers()
+    training = Training(shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin, answers)
     with stop_on_request() as requested:
         stop_requested = requested if shared.root is None else sharding.asked_first(requested)
         for step in range(training.done + 1, training.total + 1):
@@ -264,9 +243,8 @@ def train(
             if checkpoints and (step % settings.save_steps == 0 or last or stop):
                 training.save(checkpoints, step)
             if stop and not last:
-                raise Interrupted(
-                    f"interrupted at iteration {step}; the next run resumes from there", "run the same command again"
-                )
+                problem = f"interrupted at iteration {step}; the next run resumes from there"
+                raise Interrupted(problem, "run the same command again")
     causal(model).set_attn_implementation(attention)
     training.show(training.history.curve, now=True)
     return training.history
@@ -307,12 +285,8 @@ class Training:
         """Resume from the newest checkpoint, if there is one. Arguments are those of `train`."""
         import torch
 
-        self.shared = shared
-        self.model = shared.model
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.reward = reward
-        self.sampled_answers = sampled_answers
+        self.shared, self.model, self.tokenizer = shared, shared.model, tokenizer
+        self.prompts, self.reward, self.sampled_answers = prompts, reward, sampled_answers
         self.settings, self.seed, self.total = settings, compute.seed, iterations(settings)
         self.head = value_head(self.model)
         for weight in self._trained().values():
@@ -329,10 +303,8 @@ class Training:
         self.show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        return {
-            **trainable(self.model),
-            **{f"value_head.{name}": weight for name, weight in self.head.named_parameters()},
-        }
+        head = {f"value_head.{name}": weight for name, weight in self.head.named_parameters()}
+        return {**trainable(self.model), **head}
 
     def _resume(self, checkpoints: Checkpoints | None) -> int:
         """Iteration of the newest checkpoint of the first process, which every process loads; 0 without one."""
@@ -350,11 +322,12 @@ class Training:
             _set_weights(self.weights, saved.tensors("weights"))
         else:
             parts = sharding.join_optimizer(self.optimizer, state["optimizer"])
-            sharding.read(
-                saved.folder, parts | sharding.named("weights", self.weights) | sharding.named("good", self.good)
-            )
+            sharding.read(saved.folder, parts | self._named_weights())
         log.info(f"ppo: resuming from the checkpoint of iteration {saved.step} of {self.total}")
         return saved.step
+
+    def _named_weights(self) -> dict[str, torch.Tensor]:
+        return sharding.named("weights", self.weights) | sharding.named("good", self.good)
 
     def run_iteration(self, step: int) -> None:
         """Learn from one iteration. After a collapse, restore the last good weights and record the reason."""
@@ -365,9 +338,8 @@ class Training:
             figures = self._update(step, experience, advantages, returns)
         except Collapsed as collapsed:
             _set_weights(self.weights, self.good)
-            self.history.seen = [
-                seen for seen in self.history.seen if seen[0] < self.good_step
-            ]  # what the kept weights learned from
+            # what the kept weights learned from
+            self.history.seen = [seen for seen in self.history.seen if seen[0] < self.good_step]
             self.history.stopped = (
                 f"ppo: iteration {step}: {collapsed}. The weights at the start of iteration {self.good_step} are kept;"
                 " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
@@ -414,11 +386,7 @@ class Training:
         return whitened(advantages, rollout.mask) if settings.whiten_advantages else advantages, returns
 
     def _update(
-        self,
-        step: int,
-        experience: Experience,
-        advantages: torch.Tensor,
-        returns: torch.Tensor,
+        self, step: int, experience: Experience, advantages: torch.Tensor, returns: torch.Tensor
     ) -> dict[str, float]:
         """Step 5: change the weights.
 
@@ -471,7 +439,7 @@ class Training:
         optimizer, parts = checkpoint.optimizer_state(self.optimizer), dict[str, torch.Tensor]()
         if self.shared.root is not None:
             optimizer, parts = sharding.split_optimizer(optimizer)
-            parts |= sharding.named("weights", self.weights) | sharding.named("good", self.good)
+            parts |= self._named_weights()
         state = {
             "optimizer": optimizer,
             "kl_coef": self.kl_coef,
@@ -487,12 +455,13 @@ class Training:
 
 
 # ---- 1. roll out
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration. Each pass has its own
-    order."""
+    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration.
+
+    Each pass has its own order.
+    """
     first = (step - 1) * settings.batch_size
     episodes = range(first, min(first + settings.batch_size, settings.total_episodes))
     orders = {
@@ -531,9 +500,8 @@ def roll_out(
         for number, batch in enumerate(batches_by_length(prompts, settings.rollout_batch_size)):
             if here.does(number):
                 choose = sampled(uniform_numbers(seed, batch, longest), settings.temperature)
-                batch_answers = decode(
-                    causal(model), [prompts[e] for e in batch], choose, longest, ends, tokenizer.pad_token_id
-                )
+                some = [prompts[e] for e in batch]
+                batch_answers = decode(causal(model), some, choose, longest, ends, tokenizer.pad_token_id)
                 for e, answer in zip(batch, batch_answers, strict=True):
                     tokens[e, : len(answer)] = torch.tensor(answer, device=device)
                     lengths[e] = len(answer)
@@ -548,7 +516,6 @@ def roll_out(
 
 
 # ---- 2. reward
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: Settings, first: bool) -> torch.Tensor:
@@ -583,18 +550,15 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
 
 
 # ---- 3. evaluate
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def value_head(model: Any) -> Any:
     """A linear layer from the last hidden state to one number, zero at first, in float32 or better."""
     import torch
 
-    base = causal(model)
-    output = base.get_output_embeddings().weight
-    head = torch.nn.Linear(
-        output.shape[1], 1, device=output.device, dtype=torch.promote_types(output.dtype, torch.float32)
-    )
+    output = causal(model).get_output_embeddings().weight
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    head = torch.nn.Linear(output.shape[1], 1, device=output.device, dtype=dtype)
     with torch.no_grad():
         for weight in head.parameters():
             weight.zero_()
@@ -604,11 +568,11 @@ def value_head(model: Any) -> Any:
 def forward(
     model: Any, head: Any, rollout: Rollout, episodes: Sequence[int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass over episodes as one packed row, without padding between them:
-    log-probabilities of their answers' tokens, values before them, and logits.
+    """One pass over episodes as one packed row, without padding between them.
 
-    (tokens), (tokens) and (tokens, vocabulary): only of answers, concatenated in the given order.
-    `rollout.mask[episodes]` separates them.
+    Returns:
+        Log-probabilities of their answers' tokens (tokens), values before them (tokens), and logits (tokens,
+        vocabulary): only of answers, concatenated in the given order. `rollout.mask[episodes]` separates them.
     """
     from torch.nn.functional import cross_entropy
 
@@ -647,8 +611,9 @@ def evaluate(
     shared: ShardedModel | None = None,
     with_entropy: bool = True,
 ) -> TokenValues:
-    """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
-    passes, so equal policies give equal bits.
+    """Evaluation of every token by the policy, or by the reference while the adapter is disabled.
+
+    Both use the same passes, so equal policies give equal bits.
 
     Args:
         shared: the model, if it is divided among the processes.
@@ -677,23 +642,24 @@ def evaluate(
 
 
 def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
-    """KL between a policy and another over whole answers, in nats, estimated on answers sampled from the first one: the
-    mean over episodes of the sum over tokens of
-    the difference of their log-probabilities."""
+    """KL between a policy and another over whole answers, in nats, estimated on answers sampled from the first one.
+
+    It is the mean over episodes of the sum over tokens of the difference of their log-probabilities.
+    """
     return float((log_probs - others).sum(1).mean())
 
 
 # ---- 4. advantages
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def rewards_per_token(
     log_ratio: torch.Tensor, rollout: Rollout, scores: torch.Tensor, kl_coef: float, settings: Settings
 ) -> torch.Tensor:
-    """r_t = -beta (log pi - log pi_ref), plus the score at the last token (arXiv 1909.08593, equation 2), minus the
-    penalty if the answer has no end.
+    """r_t = -beta (log pi - log pi_ref), plus the score at the last token (arXiv 1909.08593, equation 2).
 
-    beta 0.1, log pi - log pi_ref [0.5, -1.0], score 2, penalty 1, no end  ->  [-0.05, 0.1 + 2 - 1]
+    The score is lowered by the penalty if the answer has no end.
+
+        beta 0.1, log pi - log pi_ref [0.5, -1.0], score 2, penalty 1, no end -> [-0.05, 0.1 + 2 - 1]
     """
     rewards = -kl_coef * log_ratio
     for e, answer in enumerate(rollout.answers):
@@ -706,8 +672,8 @@ def generalized_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages (arXiv 1506.02438, equation 16) and returns, (episodes, longest answer); zero where there is no token.
 
-    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t +
-    gamma V_{t+1} - V_t, and V = 0 after the last token. Returns are A + V.
+    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the
+    last token. Returns are A + V.
     """
     import torch
 
@@ -729,8 +695,10 @@ def whitened(values: torch.Tensor, mask: torch.Tensor, shift: bool = True) -> to
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, settings: Settings) -> float:
-    """beta for the next iteration (arXiv 1909.08593, section 2.2): times 1 + K e, where e = (KL - target) / target
-    within 0.2 of zero and K = episodes / horizon."""
+    """beta for the next iteration (arXiv 1909.08593, section 2.2).
+
+    It is multiplied by 1 + K e, where e = (KL - target) / target within 0.2 of zero and K = episodes / horizon.
+    """
     if settings.target_kl is None:
         return kl_coef
     error = min(max(kl / settings.target_kl - 1, -0.2), 0.2)
@@ -744,11 +712,12 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
 
 
 # ---- 5. update
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    return settings.learning_rate * (1 - (step - 1) / total if settings.lr_scheduler_type == "linear" else 1)
+    if settings.lr_scheduler_type == "linear":
+        return settings.learning_rate * (1 - (step - 1) / total)
+    return settings.learning_rate
 
 
 def update(
@@ -764,8 +733,7 @@ def update(
     seed: str,
     shared: ShardedModel | None = None,
 ) -> dict[str, float]:
-    """Update the policy on an iteration's episodes, in several passes, each in its own order and divided into
-    mini-batches.
+    """Update the policy on an iteration's episodes, in several passes in mini-batches, each in its own order.
 
     The loss of an optimizer step is the mean over its tokens, independent of the number of passes and processes.
 
@@ -821,11 +789,9 @@ def update(
         optimizer.step()
         taken.append([policy_loss, value_loss, clip_fraction, approx_kl, norm])
     optimizer.zero_grad(set_to_none=True)
+    names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm")
     means = [sum(column) / len(taken) for column in zip(*taken, strict=True)]
-    return {
-        **dict(zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), means, strict=True)),
-        "updates": len(taken),
-    }
+    return {**dict(zip(names, means, strict=True)), "updates": len(taken)}
 
 
 def losses(
@@ -859,36 +825,31 @@ def mini_batches(count: int, per_step: int, epochs: int, seed: str) -> Iterator[
 
 
 # ---- validation before training
-# -------------------------------------------------------------------------------------------------------------
 
 
 def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Settings) -> None:
-    """Raises:
-    InputError: no prompts, prompts too long for the context, or no end of turn.
-    """
+    """Raise InputError if there are no prompts, prompts too long for the context, or no end of turn."""
     if not prompts:
         raise InputError("ppo: there are no prompts", "add preferences, or lower the shares of the held-out splits")
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            "ppo: the tokenizer has no end of turn, so no answer would ever end",
-            "name its eos_token in data/base_model",
-        )
+        problem = "ppo: the tokenizer has no end of turn, so no answer would ever end"
+        raise InputError(problem, "name its eos_token in data/base_model")
     refuse_long_prompts("ppo", model, tokenizer, prompts, settings.response_length, "response_length")
 
 
 def refuse_long_prompts(
     name: str, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest: int, key: str
 ) -> None:
-    """Args:
+    """Check that each prompt and an answer fit into the context together.
+
+    Args:
         name: of the method.
         longest: tokens of an answer, by the option `key`.
     Raises:
-        InputError: a prompt and an answer do not fit into the context together.
+        InputError: they do not.
     """
-    context = min(
-        tokenizer.model_max_length,
-        getattr(causal(model).config.get_text_config(), "max_position_embeddings", None) or math.inf,
-    )
+    positions = getattr(causal(model).config.get_text_config(), "max_position_embeddings", None)
+    context = min(tokenizer.model_max_length, positions or math.inf)
     if long := [row for row, prompt in enumerate(prompts) if len(prompt) > context - longest]:
         raise InputError(
             f"{name}: {len(long)} of {len(prompts)} prompts leave no room for {longest} tokens in a context of"
@@ -898,9 +859,11 @@ def refuse_long_prompts(
 
 
 def refuse_silence(texts: Sequence[str], first: bool) -> None:
-    """Raises:
-    InputError: in the first iteration, all answers are empty.
-    Collapsed: in a later one.
+    """Check that not all answers are empty.
+
+    Raises:
+        InputError: in the first iteration, all are.
+        Collapsed: in a later one.
     """
     if any(texts):
         return
@@ -915,9 +878,7 @@ def refuse_silence(texts: Sequence[str], first: bool) -> None:
 def refuse_other_reference(
     log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    """Raises:
-    InputError: the policy differs from the reference at the start.
-    """
+    """Raise InputError if the policy differs from the reference at the start."""
     import torch
 
     apart = float((log_probs - reference).abs()[mask].mean())
@@ -930,15 +891,12 @@ def refuse_other_reference(
 
 
 def refuse_explosion(kl: float, settings: Settings) -> None:
-    """Raises:
-    Collapsed: KL is too large, or NaN.
-    """
+    """Raise Collapsed if KL is too large, or NaN."""
     if not kl <= settings.explode_kl:
         raise Collapsed(f"KL is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
 
 
 # ---- helpers
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

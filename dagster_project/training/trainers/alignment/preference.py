@@ -1,5 +1,7 @@
-"""Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO) or
-from rewards of its own answers (RLOO, GRPO and Online DPO through TRL, PPO by ppo.py), or by a larger model (GKD).
+"""Alignment methods: an SFT model is trained on preferences, or by a larger model.
+
+It learns from pairs (DPO, KTO; without a reference ORPO, SimPO, CPO), from rewards of its own answers (RLOO, GRPO and
+Online DPO through TRL, PPO by ppo.py) or from the distributions of a larger model (GKD).
 
 A method is one class below: its fields are its options; training, reports and planning use only its attributes and
 functions. To add one, write its class and list it in METHODS. docs/alignment.md says what each learns from. Sources:
@@ -64,8 +66,8 @@ class AlignmentRun:
     """Model and data of an alignment."""
 
     shared: ShardedModel
-    """A PeftModel with an adapter that has no effect yet, to be divided among
-    the processes if it has settings for that."""
+    """A PeftModel with an adapter that has no effect yet, to be divided among the processes if it has settings for
+    that."""
     tokenizer: Any
     pairs: Mapping[str, Sequence[Mapping[str, Any]]]
     """Split -> its pairs."""
@@ -152,8 +154,8 @@ class AlignmentMethod(Section):
     drops_out: ClassVar[bool] = False
     """Whether dropout is on in training, as it is by TRL's defaults in methods that sample answers."""
     reads_pairs: ClassVar[bool] = False
-    """Whether a pass reads both answers of its pairs together, see
-    shared_prompts.py, and the reference, if there is one, once."""
+    """Whether a pass reads both answers of its pairs together, see shared_prompts.py, and the reference, if there is
+    one, once."""
     rows_per_pair: ClassVar[int] = 1
     """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
@@ -182,14 +184,10 @@ class AlignmentMethod(Section):
         return self.learns_from_rewards
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
-        """Raises:
-        InputError: options that contradict each other, or the entry.
-        """
+        """Raise InputError if options contradict each other, or the entry."""
 
     def refuse_few_prompts(self, prompts: int, params: PreferenceParams, where: str) -> None:
-        """Raises:
-        InputError: the training split has fewer prompts than a forward pass takes.
-        """
+        """Raise InputError if the training split has fewer prompts than a forward pass takes."""
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         """Train the model in place, from its newest checkpoint if it has one."""
@@ -270,23 +268,18 @@ def refuse_other_losses(model: Any, method: str) -> None:
     """Check that TRL's own output layer and loss of a router, which methods with a reference use, fit a model.
 
     Raises:
-        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or
-            reads a key that its configuration does not have (Granite MoE).
+        InputError: TRL 1.16 leaves out a scale of its logits (Inkling), or reads a key that its configuration does not
+            have (Granite MoE).
     """
     config, scale = causal(model).config.get_text_config(), "logits_mup_width_multiplier"
     hint = "use ppo, orpo, simpo or cpo, or another model"
+    what = f"data/base_model: TRL's trainer of {method}"
     if getattr(config, scale, None) not in (None, 1):
-        raise InputError(
-            f"data/base_model: TRL's trainer of {method} leaves out {scale} of {config.model_type}: its loss is wrong",
-            hint,
-        )
-    experts = [key for key in ("num_experts", "num_experts_per_tok") if not hasattr(config, key)]
-    if method != OnlineDpo.name and shared_prompts.has_router(model) and experts:
-        what = (
-            f"TRL's trainer of {method} cannot compute the router's loss of {config.model_type}, which has no"
-            f" {experts[0]}"
-        )
-        raise InputError(f"data/base_model: {what}", hint)
+        raise InputError(f"{what} leaves out {scale} of {config.model_type}: its loss is wrong", hint)
+    missing = [key for key in ("num_experts", "num_experts_per_tok") if not hasattr(config, key)]
+    if method != OnlineDpo.name and shared_prompts.has_router(model) and missing:
+        problem = f"cannot compute the router's loss of {config.model_type}, which has no {missing[0]}"
+        raise InputError(f"{what} {problem}", hint)
 
 
 def _pair_rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -333,17 +326,13 @@ class Dpo(TrlMethod):
     (arXiv 2404.19733)."""
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        place = f"params.yaml: {where}.options.label_smoothing"
         if self.loss_type == "exo_pair" and not self.label_smoothing:
-            raise InputError(
-                f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper uses 0.001"
-            )
-        if self.label_smoothing and self.loss_type not in (
-            smoothed := ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
-        ):
-            raise InputError(
-                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}",
-                f"leave it out, or use {', '.join(smoothed)}",
-            )
+            raise InputError(f"{place}: exo_pair needs it above 0", "its paper uses 0.001")
+        smoothed = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+        if self.label_smoothing and self.loss_type not in smoothed:
+            hint = f"leave it out, or use {', '.join(smoothed)}"
+            raise InputError(f"{place}: has no effect on the loss {self.loss_type}", hint)
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
@@ -357,15 +346,8 @@ class Dpo(TrlMethod):
             losses["sft"] = self.rpo_alpha
         weights = {"loss_weights": [*losses.values()]} if len(losses) > 1 else {}
         arguments = {**self.model_dump(exclude={"rpo_alpha"}), "loss_type": [*losses], **weights, "max_length": None}
-        return TrainerSpec(
-            self.name,
-            trl.DPOTrainer,
-            trl.DPOConfig,
-            arguments,
-            self.metrics,
-            outputs=shared_prompts.log_probabilities,
-            has_reference=True,
-        )
+        spec = TrainerSpec(self.name, trl.DPOTrainer, trl.DPOConfig, arguments, self.metrics)
+        return replace(spec, outputs=shared_prompts.log_probabilities, has_reference=True)
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return _pair_rows(tokenizer, pairs)
@@ -395,27 +377,26 @@ class Kto(TrlMethod):
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
 
-        return TrainerSpec(
-            self.name, trl.KTOTrainer, trl.KTOConfig, {**self.model_dump(), "max_length": None}, self.metrics
-        )
+        arguments = {**self.model_dump(), "max_length": None}
+        return TrainerSpec(self.name, trl.KTOTrainer, trl.KTOConfig, arguments, self.metrics)
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = [
-            {"prompt_ids": prompt, "completion_ids": answer, "label": label, "pair": i}
-            for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs))
-            for answer, label in ((chosen, True), (rejected, False))
-        ]
-        rooms = [max(1, tokenizer.model_max_length - len(row["prompt_ids"])) for row in answers]
-        return [
-            {**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"][: rooms[i]]}
-            for i, row in enumerate(answers)
-        ]
+        rows: list[dict[str, Any]] = []
+        for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs)):
+            rows.append({"prompt_ids": prompt, "completion_ids": chosen, "label": True, "pair": i})
+            rows.append({"prompt_ids": prompt, "completion_ids": rejected, "label": False, "pair": i})
+        for i, row in enumerate(rows):
+            room = max(1, tokenizer.model_max_length - len(row["prompt_ids"]))
+            row["KL_completion_ids"] = _unmatched(rows, i)["completion_ids"][:room]
+        return rows
 
 
 def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
-    """The nearest earlier answer (before the first: the last) with the same label
-    and another prompt: KL is estimated on such answers (arXiv 2402.01306, section
-    4.2). If all prompts are the same, the previous answer with the same label."""
+    """The nearest earlier answer (before the first: the last) with the same label and another prompt.
+
+    KL is estimated on such answers (arXiv 2402.01306, section 4.2). If all prompts are the same, it is the previous
+    answer with the same label.
+    """
     for back in range(2, len(answers), 2):
         if answers[i - back]["prompt_ids"] != answers[i]["prompt_ids"]:
             return answers[i - back]
@@ -433,19 +414,11 @@ class ReferenceFree(TrlMethod):
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         trainer, config = self.trl_classes()
-        arguments = {**self.trl_arguments(), "max_length": UNLIMITED}
-        measured = {
-            theirs: ours for theirs, ours in self.metrics.items() if ours != "nll" or arguments.get("cpo_alpha") != 0
-        }  # TRL logs 0
-        return TrainerSpec(
-            self.name,
-            pair_trainer(trainer, self.trains_prompts),
-            config,
-            arguments,
-            measured,
-            outputs=shared_prompts.log_probabilities,
-            trains_prompts=self.trains_prompts,
-        )
+        arguments, measured = {**self.trl_arguments(), "max_length": UNLIMITED}, dict(self.metrics)
+        if arguments.get("cpo_alpha") == 0:
+            del measured["nll_loss"]  # TRL logs 0
+        spec = TrainerSpec(self.name, pair_trainer(trainer, self.trains_prompts), config, arguments, measured)
+        return replace(spec, outputs=shared_prompts.log_probabilities, trains_prompts=self.trains_prompts)
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return _pair_rows(tokenizer, pairs)
@@ -480,14 +453,14 @@ class Simpo(ReferenceFree):
     name = "simpo"
 
     beta: float = Field(default=2.0, gt=0)
-    """Scale of the reward, which is the mean log-probability of an answer's
-    tokens. The paper uses 2 to 2.5, its authors later 10."""
+    """Scale of the reward, which is the mean log-probability of an answer's tokens. The paper uses 2 to 2.5, its
+    authors later 10."""
     gamma: float = Field(default=1.0, ge=0)
     """Target margin between the rewards of both answers, `simpo_gamma` of TRL.
     The authors tune its ratio to beta; 0.5 is theirs for Llama 3."""
     cpo_alpha: float = Field(default=0.0, ge=0)
-    """Weight of the negative log-likelihood per token of the chosen answer. 0
-    is the paper's loss; 1 is TRL's default, known as CPO-SimPO."""
+    """Weight of the negative log-likelihood per token of the chosen answer. 0 is the paper's loss; 1 is TRL's default,
+    known as CPO-SimPO."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed probability that chosen and rejected are swapped."""
 
@@ -515,10 +488,8 @@ class Cpo(ReferenceFree):
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.loss_type != "sigmoid" and self.label_smoothing:
-            raise InputError(
-                f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}",
-                "leave it out, or use sigmoid",
-            )
+            problem = f"params.yaml: {where}.options.label_smoothing: has no effect on the loss {self.loss_type}"
+            raise InputError(problem, "leave it out, or use sigmoid")
 
     def trl_classes(self) -> tuple[type, type]:
         cpo = experimental("cpo")
@@ -534,11 +505,11 @@ class Gkd(TrlMethod):
     figures = tuple(metrics.values())
 
     teacher: Teacher
-    """The larger model: `folder` inside the project, and `sha256` of each of
-    its files. It must have the SFT model's tokenizer."""
+    """The larger model: `folder` inside the project, and `sha256` of each of its files. It must have the SFT model's
+    tokenizer."""
     lmbda: float = Field(default=0.5, ge=0, le=1)
-    """Share of the forward passes that learn from answers of the policy itself,
-    the paper's lambda; the others learn from chosen answers. 0: none."""
+    """Share of the forward passes that learn from answers of the policy itself, the paper's lambda; the others learn
+    from chosen answers. 0: none."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Divergence: 0 is the KL divergence of the teacher from the policy, 1 that of the policy from the teacher, between
     them the generalized Jensen-Shannon divergence."""
@@ -561,27 +532,20 @@ class Gkd(TrlMethod):
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         assert run.teacher
-        constructor = {
-            "teacher_model": run.teacher(),
-            "data_collator": partial(collate_rows, pad=run.tokenizer.pad_token_id),
-        }
+        collate = partial(collate_rows, pad=run.tokenizer.pad_token_id)
+        constructor = {"teacher_model": run.teacher(), "data_collator": collate}
         arguments, gkd = {**self.model_dump(exclude={"teacher"}), "max_length": None}, experimental("gkd")
-        spec = TrainerSpec(
-            self.name, student_trainer(gkd.GKDTrainer), gkd.GKDConfig, arguments, self.metrics, constructor
-        )
+        trainer = student_trainer(gkd.GKDTrainer)
+        spec = TrainerSpec(self.name, trainer, gkd.GKDConfig, arguments, self.metrics, constructor)
         return replace(spec, sampled=run.sampled, keep=run.keep) if self.samples_answers else spec
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {"prompt_ids": prompt, "answer_ids": chosen, "pair": i}
-            for i, (prompt, chosen, _) in enumerate(both(tokenizer, pairs))
-        ]
+        encoded = enumerate(both(tokenizer, pairs))
+        return [{"prompt_ids": prompt, "answer_ids": chosen, "pair": i} for i, (prompt, chosen, _) in encoded]
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
         if self.samples_answers:
-            ppo.refuse_long_prompts(
-                self.name, run.shared.model, run.tokenizer, run.prompts, self.max_new_tokens, "max_new_tokens"
-            )
+            refuse_long_prompts(self.name, run, self.max_new_tokens, "max_new_tokens")
         return super().train(run)
 
     def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
@@ -617,45 +581,26 @@ class AnswerGroups(TrlMethod):
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         batch, group = params.per_device_train_batch_size, self.num_generations
         if batch % group:
-            raise InputError(
-                f"params.yaml: {where}.per_device_train_batch_size: {batch} answers cannot be divided into groups of"
-                f" {group}",
-                f"use a multiple of num_generations, e.g. {group * max(1, batch // group)}",
-            )
+            problem = f"{batch} answers cannot be divided into groups of {group}"
+            hint = f"use a multiple of num_generations, e.g. {group * max(1, batch // group)}"
+            raise InputError(f"params.yaml: {where}.per_device_train_batch_size: {problem}", hint)
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
-        def reward(
-            completions: Sequence[str],
-            completion_ids: Sequence[Sequence[int]],
-            row: Sequence[int],
-            trainer_state: Any,
-            **_: Any,
-        ) -> list[float]:
+        def reward(completions: Any, completion_ids: Any, row: Any, trainer_state: Any, **_: Any) -> list[float]:
             run.sampled.step = trainer_state.global_step + 1
             return run.reward(row, completions, completion_ids)
 
         arguments = {**self.trl_arguments(), "steps_per_generation": 1}
-        return TrainerSpec(
-            self.name,
-            *self.trl_classes(),
-            arguments,
-            self.metrics,
-            {"reward_funcs": reward},
-            answers_in_groups=True,
-            sampled=run.sampled,
-        )
+        spec = TrainerSpec(self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward})
+        return replace(spec, answers_in_groups=True, sampled=run.sampled)
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
-        longest = self.max_completion_length
-        ppo.refuse_long_prompts(
-            self.name, run.shared.model, run.tokenizer, run.prompts, longest, "max_completion_length"
-        )
+        refuse_long_prompts(self.name, run, self.max_completion_length, "max_completion_length")
         history = super().train(run)
         if not run.sampled.is_stalled():
             return history
-        return StoppedHistory(
-            **vars(history), stopped=f"{self.name}: step {history.step}: {run.sampled.stalled_text()}"
-        )
+        stopped = f"{self.name}: step {history.step}: {run.sampled.stalled_text()}"
+        return StoppedHistory(**vars(history), stopped=stopped)
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
@@ -708,16 +653,16 @@ class Grpo(GroupMethod):
     name = "grpo"
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
-    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's
-    mean (the paper's), dapo and bnpo the mean over all tokens of a forward pass, which is a step
-    without gradient accumulation, dr_grpo the sum divided by answers times max_completion_length;
-    cispo, sapo, luspo and vespo change the clipping, too. A step is the mean over its passes."""
+    """How the losses of tokens become one loss, as named by TRL: grpo is the mean of each answer's mean (the paper's),
+    dapo and bnpo the mean over all tokens of a forward pass, which is a step without gradient accumulation, dr_grpo the
+    sum divided by answers times max_completion_length; cispo, sapo, luspo and vespo change the clipping, too. A step is
+    the mean over its passes."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that advantages are divided by: of the group (the
-    paper's), of the batch, or none (Dr. GRPO)."""
+    """Standard deviation that advantages are divided by: of the group (the paper's), of the batch, or none (Dr. GRPO).
+    """
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With
-    cispo, which requires it, the largest ratio itself; its paper uses 5."""
+    """Upper end of the clipping range; by default epsilon. DAPO uses 0.28. With cispo, which requires it, the largest
+    ratio itself; its paper uses 5."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether a ratio of probabilities is of a token, or of a whole answer: sequence requires the loss_type grpo, which
     makes it GSPO, sapo or luspo; luspo requires it."""
@@ -732,19 +677,16 @@ class Grpo(GroupMethod):
                 " itself, and must be above 1",
                 "set it, e.g. to 5, as its paper does",
             )
-        unread = {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"], "vespo": ["epsilon", "epsilon_high"]}.get(
-            self.loss_type, []
-        )
-        if useless := next((name for name in unread if name in self.model_fields_set), None):
-            raise InputError(
-                f"params.yaml: {where}.options.{useless}: has no effect on the loss {self.loss_type}", "leave it out"
-            )
+        unread = {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"], "vespo": ["epsilon", "epsilon_high"]}
+        useless = [name for name in unread.get(self.loss_type, []) if name in self.model_fields_set]
+        if useless:
+            problem = f"params.yaml: {where}.options.{useless[0]}: has no effect on the loss {self.loss_type}"
+            raise InputError(problem, "leave it out")
         level, needed = self.importance_sampling_level, {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
         if needed and level != needed:
+            problem = f"{self.loss_type} is defined for ratios of a {needed}"
             raise InputError(
-                f"params.yaml: {where}.options.importance_sampling_level: {self.loss_type} is defined for ratios of a"
-                f" {needed}",
-                f"set it to {needed}",
+                f"params.yaml: {where}.options.importance_sampling_level: {problem}", f"set it to {needed}"
             )
         if level == "sequence" and self.loss_type in {"bnpo", "dr_grpo", "dapo", "cispo"}:
             raise InputError(
@@ -795,15 +737,12 @@ class Ppo(AlignmentMethod, ppo.Settings):
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.target_kl is not None and self.horizon <= 0.2 * min(self.batch_size, self.total_episodes):
-            raise InputError(
-                f"params.yaml: {where}.options.horizon: {self.horizon:g} would move beta below zero at"
-                f" {self.batch_size} answers an iteration",
-                f"use more than a fifth of them, e.g. {10 * self.batch_size}",
-            )
+            problem = f"{self.horizon:g} would move beta below zero at {self.batch_size} answers an iteration"
+            hint = f"use more than a fifth of them, e.g. {10 * self.batch_size}"
+            raise InputError(f"params.yaml: {where}.options.horizon: {problem}", hint)
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
-        """Returns the history in the format of the other methods: an iteration is a step, and the policy's loss is the
-        loss.
+        """Train by ppo.py, whose iterations are the steps of the history, and the policy's loss the loss.
 
         Raises:
             InputError: it stopped before the first update.
@@ -849,6 +788,11 @@ else:
     MethodName = Literal[tuple(METHODS)]
 
 
+def refuse_long_prompts(method: str, run: AlignmentRun, longest: int, key: str) -> None:
+    """As in ppo.py, for the prompts of a run."""
+    ppo.refuse_long_prompts(method, run.shared.model, run.tokenizer, run.prompts, longest, key)
+
+
 @dataclass
 class StoppedHistory(TrainingHistory):
     """Record of a training that stopped early, with the last good weights."""
@@ -871,14 +815,13 @@ def parse_method(
     if ignored := sorted((method.ignored_params - NON_SEMANTIC_PARAMS) & set(given)):
         known = f"its options: {', '.join(METHODS[name].model_fields)}"
         raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} sets its steps in its options", known)
-    if not method.can_train_output_layer and "lm_head" in str(getattr(params, "peft", {}).get("target_modules")):
-        raise InputError(
-            f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head", "leave it out"
-        )
-    if not method.drops_out and getattr(params, "peft", {}).get("lora_dropout"):
-        raise InputError(
-            f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout", "leave it out"
-        )
+    peft = getattr(params, "peft", {})
+    if not method.can_train_output_layer and "lm_head" in str(peft.get("target_modules")):
+        problem = f"params.yaml: {where}.peft.target_modules: TRL's trainer of {name} does not train lm_head"
+        raise InputError(problem, "leave it out")
+    if not method.drops_out and peft.get("lora_dropout"):
+        problem = f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout"
+        raise InputError(problem, "leave it out")
     method.refuse_contradictions(params, where)
     return method
 
@@ -900,8 +843,7 @@ def policy(
         adapter: name of the SFT variant; the adapter's configuration names its model by the path in dvc.yaml.
     """
     assert re.fullmatch(r"[\w-]+", adapter)
-    prepared = build.build(
-        "lora", peft, sft, device, dtype, where, quantization, packs=False, named=f"data/merged/{adapter}"
-    )
+    named = f"data/merged/{adapter}"
+    prepared = build.build("lora", peft, sft, device, dtype, where, quantization, packs=False, named=named)
     build.refuse_unmatched(prepared.model, peft, where)
     return prepared

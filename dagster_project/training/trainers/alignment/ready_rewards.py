@@ -1,5 +1,4 @@
-"""Ready-made rewards that can be verified: each compares an answer with the
-record's chosen answer, with a pattern or with a schema.
+"""Ready-made rewards that can be verified, by the record's chosen answer, a pattern, a schema or tests.
 
 A reward is one class below: its fields are its options in params.yaml, its docstring is its line in docs/alignment.md.
 To add one, write its class and list it in READY.
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Message, calls
+from dagster_project.core.messages import Call, Message, Tools, calls
 from dagster_project.core.params import Section, inside, parse
 from dagster_project.core.tool_schemas import ArgumentsSchema, arguments_schema, call_problem, counted
 from dagster_project.core.words import split_words
@@ -51,7 +50,7 @@ class ReadyReward(Section):
         return True
 
     def probe(self) -> None:
-        """Raises: InputError: it cannot work on this machine."""
+        """Raise InputError if it cannot work on this machine."""
 
     def loaded(self, root: Path, where: str) -> ReadyReward:
         """The reward with the files that it names.
@@ -81,8 +80,8 @@ class ExactMatch(ReadyReward):
 
 
 class NumberMatch(ReadyReward):
-    """1 if the number after `####`, or else the last number of the content, is
-    that of the chosen answer: 1,000.0 is 1000."""
+    """1 if the number after `####`, or else the last number of the content, is that of the chosen answer: 1,000.0 is
+    1000."""
 
     needs: ClassVar[str] = "a chosen answer with a number"
 
@@ -95,8 +94,11 @@ class NumberMatch(ReadyReward):
 
 
 class Regex(ReadyReward):
-    """1 if `pattern` matches somewhere in the content and calls. Rust's regular expressions, whose time is linear in
-    the length of the answer: without look-around and backreferences."""
+    """1 if `pattern` matches somewhere in the content and calls.
+
+    Rust's regular expressions, whose time is linear in the length of the answer: without look-around and
+    backreferences.
+    """
 
     pattern: str = Field(min_length=1)
     """The regular expression; `(?s)` and other flags at its beginning."""
@@ -116,16 +118,17 @@ class Regex(ReadyReward):
             self._matches("")
         except PolarsError as error:
             reason = " ".join(str(error).split()).removeprefix("regex error: ")
-            hint = (
-                "Rust's syntax has neither look-around nor backreferences; a function in data/rewards/ can use Python's"
-            )
+            python = "a function in data/rewards/ can use Python's"
+            hint = f"Rust's syntax has neither look-around nor backreferences; {python}"
             raise InputError(f"params.yaml: {where}.pattern: not a regular expression: {reason}", hint) from None
         return self
 
 
 class JsonSchema(ReadyReward):
-    """1 if the content is JSON that fits a JSON Schema, `schema` or that of
-    `file`. Patterns in it that may take exponential time are not checked."""
+    """1 if the content is JSON that fits a JSON Schema, `schema` or that of `file`.
+
+    Patterns in it that may take exponential time are not checked.
+    """
 
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
     """The schema."""
@@ -134,10 +137,8 @@ class JsonSchema(ReadyReward):
 
     def loaded(self, root: Path, where: str) -> ReadyReward:
         if (self.definition is None) == (self.file is None):
-            raise InputError(
-                f"params.yaml: {where}: requires either schema or file",
-                f"schema: {{type: object}}, or file: {FOLDER}/NAME.json",
-            )
+            hint = f"schema: {{type: object}}, or file: {FOLDER}/NAME.json"
+            raise InputError(f"params.yaml: {where}: requires either schema or file", hint)
         schema = self.definition if self.file is None else self._read(root, where)
         checked = JsonSchema.model_construct(weight=self.weight, definition=schema)
         if checked.validator.broken:
@@ -146,27 +147,19 @@ class JsonSchema(ReadyReward):
 
     def _read(self, root: Path, where: str) -> dict[str, Any]:
         assert self.file
-        path = inside(root, self.file, f"{where}.file")
+        path, what = inside(root, self.file, f"{where}.file"), f"params.yaml: {where}.file: {self.file}"
         if not path.is_relative_to((root / FOLDER).resolve()):
-            raise InputError(
-                f"params.yaml: {where}.file: {self.file} is not in {FOLDER}/", "DVC watches only files there: move it"
-            )
+            raise InputError(f"{what} is not in {FOLDER}/", "DVC watches only files there: move it")
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise InputError(
-                f"params.yaml: {where}.file: {self.file} cannot be read: {error.strerror}",
-                "name a JSON file that is there",
-            ) from None
+            raise InputError(f"{what} cannot be read: {error.strerror}", "name a JSON file that is there") from None
         try:
             schema = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"params.yaml: {where}.file: {self.file} is not JSON: {error}", "fix the file") from None
+            raise InputError(f"{what} is not JSON: {error}", "fix the file") from None
         if not isinstance(schema, dict):
-            raise InputError(
-                f"params.yaml: {where}.file: {self.file}: expected an object, found {type(schema).__name__}",
-                "fix the file",
-            )
+            raise InputError(f"{what}: expected an object, found {type(schema).__name__}", "fix the file")
         return schema
 
     @cached_property
@@ -188,19 +181,18 @@ class ToolCall(ReadyReward):
     needs: ClassVar[str] = "tools, and a chosen answer whose calls fit them"
 
     def score(self, answer: Message, record: Record) -> float:
-        tools, made = record.get("tools"), calls(answer)
+        made = calls(answer)
         try:
-            return float(
-                counted(made) == counted(calls(target(record)))
-                and all(call_problem(call, tools) is None for call in made)
-            )
+            return float(counted(made) == counted(calls(target(record))) and _all_fit(made, record.get("tools")))
         except RecursionError:  # nested too deep
             return 0.0
 
     def has_target(self, record: Record) -> bool:
-        return bool(record.get("tools")) and all(
-            call_problem(call, record["tools"]) is None for call in calls(target(record))
-        )
+        return bool(record.get("tools")) and _all_fit(calls(target(record)), record["tools"])
+
+
+def _all_fit(made: Sequence[Call], tools: Tools) -> bool:
+    return all(call_problem(call, tools) is None for call in made)
 
 
 class ReasoningFormat(ReadyReward):
@@ -212,8 +204,8 @@ class ReasoningFormat(ReadyReward):
 
 
 class LengthWindow(ReadyReward):
-    """1 if the content has from `min_words` to `max_words` words; less in proportion
-    for shorter and longer ones; in scripts without spaces, characters."""
+    """1 if the content has from `min_words` to `max_words` words; less in proportion for shorter and longer ones; in
+    scripts without spaces, characters."""
 
     min_words: int = Field(default=0, ge=0)
     """Fewest words."""
@@ -224,10 +216,8 @@ class LengthWindow(ReadyReward):
         if self.max_words is None and not self.min_words:
             raise InputError(f"params.yaml: {where}: requires min_words, max_words or both", "e.g. {max_words: 50}")
         if self.max_words is not None and self.max_words < self.min_words:
-            raise InputError(
-                f"params.yaml: {where}.max_words: {self.max_words} is below min_words {self.min_words}",
-                "raise max_words",
-            )
+            problem = f"params.yaml: {where}.max_words: {self.max_words} is below min_words {self.min_words}"
+            raise InputError(problem, "raise max_words")
         return self
 
     def score(self, answer: Message, record: Record) -> float:
@@ -238,9 +228,9 @@ class LengthWindow(ReadyReward):
 
 
 class UnitTests(ReadyReward):
-    """1 if the answer's code (its last fenced block, or all of it) runs, and then
-    the tests that the record has in `meta`. Only with `reward_target: response`.
-    It runs code that the model wrote: nothing is run unless `run` says how."""
+    """1 if the answer's code (its last fenced block, or all of it) runs, and then the tests that the record has in
+    `meta`. Only with `reward_target: response`. It runs code that the model wrote: nothing is run unless `run` says
+    how."""
 
     needs: ClassVar[str] = "tests in meta that run"
     run: Literal["sandbox", "unprotected"] | None = None
@@ -307,7 +297,7 @@ def parse_ready(name: str, entry: float | Mapping[str, Any], where: str, root: P
 
 
 def refuse_missing_targets(rewards: Mapping[str, ReadyReward], records: Sequence[Record], where: str) -> None:
-    """Raises: InputError: a record lacks what a reward compares answers with."""
+    """Raise InputError if a record lacks what a reward compares answers with."""
     for name, reward in rewards.items():
         missing = [record["example_id"] for record in records if not reward.has_target(record)]
         if missing:
@@ -319,12 +309,12 @@ def refuse_missing_targets(rewards: Mapping[str, ReadyReward], records: Sequence
 
 
 # ---- tests
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def runs_something(tests: str) -> bool:
-    """Whether code does more than import, assign and define: test functions
-    that nobody calls pass whatever is tested. False if it is not Python.
+    """Whether code does more than import, assign and define: test functions that nobody calls pass whatever is tested.
+
+    False if it is not Python.
 
     >>> runs_something("def check(f): assert f(1) == 2"), runs_something("assert add(1, 1) == 2")
     (False, True)
@@ -336,16 +326,8 @@ def runs_something(tests: str) -> bool:
     return any(not isinstance(one, PASSIVE) and not _is_text(one) and not _is_of_a_program(one) for one in statements)
 
 
-PASSIVE = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.ClassDef,
-    ast.Import,
-    ast.ImportFrom,
-    ast.Assign,
-    ast.AnnAssign,
-    ast.Pass,
-)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+PASSIVE = (*DEFINITIONS, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass)
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -1,7 +1,7 @@
 """Custom rewards: functions of Python files in data/rewards/, each called in a process of its own, with a time limit.
 
-A function gets the prompts, the answers and the records of a batch, and returns
-a number for each answer. See docs/alignment.md.
+A function gets the prompts, the answers and the records of a batch, and returns a number for each answer. See
+docs/alignment.md.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ HINT = f"fix it in {FOLDER}/"
 TIME_KEY = "reward_seconds"
 """Key of an entry of `aligned` with the time limit."""
 
+Record = Mapping[str, Any]
+Prompt = Sequence[Mapping[str, Any]]
+
 
 def is_function(name: str) -> bool:
     """Whether the name of a reward is that of a function in a file, `data/rewards/exact.py:correct`."""
@@ -56,45 +59,36 @@ def check(root: Path, name: str, where: str) -> None:
         raise InputError(f"{relative} is not Python: {error}", f"fix the file, or remove it from {where}") from None
     except OSError as error:
         raise InputError(f"{relative} cannot be read: {error.strerror}", "name a Python file") from None
-    defined = {
-        name.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for name in node.targets
-        if isinstance(name, ast.Name)
-    }
-    defined |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    defined |= {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    if function not in defined:
-        raise InputError(
-            f"params.yaml: {where}: {relative} has no function {function!r}",
-            "define it there, or name another function",
-        )
+    if function not in _defined(tree):
+        problem = f"params.yaml: {where}: {relative} has no function {function!r}"
+        raise InputError(problem, "define it there, or name another function")
+
+
+def _defined(tree: ast.AST) -> set[str]:
+    """The names that code defines, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
 
 
 def sha256_of_functions(folder: Path) -> str:
     """sha256 over all files that functions may read: those of the folder except notes (.md)."""
-    files = (
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
-    )
-    return sha256_of_files(sorted(files))
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
+    return sha256_of_files(sorted(path for path in files if "__pycache__" not in path.parts))
 
 
 def _parts(root: Path, name: str, where: str) -> tuple[Path, str]:
     """The file and the name of the function."""
     found = FORM.fullmatch(name)
     if not found:
-        raise InputError(
-            f"params.yaml: {where}: {name!r} is not a reward",
-            f"name a function of a Python file: {FOLDER}/exact.py:correct",
-        )
+        hint = f"name a function of a Python file: {FOLDER}/exact.py:correct"
+        raise InputError(f"params.yaml: {where}: {name!r} is not a reward", hint)
     return inside(root, found[1], where), found[2]
 
 
@@ -102,11 +96,12 @@ class RewardFunction:
     """A function of the project, in its process, which starts with the first call and ends with this object."""
 
     def __init__(self, folder: Path, name: str, seconds: float, where: str) -> None:
-        """Args:
-        folder: `FOLDER` in the project.
-        name: as in params.yaml.
-        seconds: wall time that loading the file, or the answers of one call, may take.
-        where: dotted path of the rewards in params.yaml, for messages.
+        """
+        Args:
+            folder: `FOLDER` in the project.
+            name: as in params.yaml.
+            seconds: wall time that loading the file, or the answers of one call, may take.
+            where: dotted path of the rewards in params.yaml, for messages.
         Raises:
             InputError: there is no such function, or its file raises an exception.
         """
@@ -114,27 +109,19 @@ class RewardFunction:
         self.repeats = True
         root = folder.resolve().parents[1]
         path, function = _parts(root, name, where)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", reward_process.__file__, str(path), function, str(seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # DVC watches the folder
-            cwd=root,
-        )
+        command = [sys.executable, "-P", reward_process.__file__, str(path), function, str(seconds)]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # DVC watches the folder
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, cwd=root)
         weakref.finalize(self, _end, self.process)
         if problem := self._reply("its file").get("problem"):
-            raise InputError(
-                f"{name.partition(':')[0]} {problem}", f"fix the file, or remove it from params.yaml: {where}"
-            )
+            hint = f"fix the file, or remove it from params.yaml: {where}"
+            raise InputError(f"{name.partition(':')[0]} {problem}", hint)
 
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[Mapping[str, Any]]],
-        answers: Sequence[str],
-        records: Sequence[Mapping[str, Any]],
-    ) -> list[float]:
-        """The reward of each answer. The first call is made twice: equal
-        answers must get equal rewards, or nothing could be made again.
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str], records: Sequence[Record]) -> list[float]:
+        """The reward of each answer.
+
+        The first call is made twice: equal answers must get equal rewards, or nothing could be made again.
 
         Raises:
             InputError: the function fails, takes too long, or does not return a finite number for each answer.
@@ -145,35 +132,29 @@ class RewardFunction:
         if self.repeats:
             self.repeats = False
             again = self._scores(prompts, answers, records)
-            if changed := [number for number, (one, two) in enumerate(zip(scores, again, strict=True)) if one != two]:
-                first = changed[0]
-                self._refuse(f"gave {scores[first]:g} and then {again[first]:g} for the same answer", records, first)
+            for number, (one, two) in enumerate(zip(scores, again, strict=True)):
+                if one != two:
+                    self._refuse(f"gave {one:g} and then {two:g} for the same answer", records, number)
         return scores
 
-    def _scores(
-        self,
-        prompts: Sequence[Sequence[Mapping[str, Any]]],
-        answers: Sequence[str],
-        records: Sequence[Mapping[str, Any]],
-    ) -> list[float]:
+    def _scores(self, prompts: Sequence[Prompt], answers: Sequence[str], records: Sequence[Record]) -> list[float]:
         request = {"prompts": prompts, "answers": answers, "records": records}
         assert self.process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the missing reply says so
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the missing reply says so
         reply = self._reply(f"{len(answers)} answers")
         if problem := reply.get("problem"):
             self._refuse(f"fails: {problem}", records, reply.get("example"))
         scores: list[float] = reply["scores"]
         if len(scores) != len(answers):
             self._refuse(f"returns {len(scores)} numbers for {len(answers)} answers", records, None)
-        if wrong := [number for number, score in enumerate(scores) if not math.isfinite(score)]:
-            self._refuse(f"returns {scores[wrong[0]]}, which is not a finite number", records, wrong[0])
+        for number, score in enumerate(scores):
+            if not math.isfinite(score):
+                self._refuse(f"returns {score}, which is not a finite number", records, number)
         return scores
 
-    def _refuse(self, problem: str, records: Sequence[Mapping[str, Any]], example: int | None) -> NoReturn:
+    def _refuse(self, problem: str, records: Sequence[Record], example: int | None) -> NoReturn:
         which = "" if example is None else f"; for the answer to example {records[example].get('example_id')}"
         raise InputError(f"{self.where}: {self.name} {problem}{which}", HINT)
 
@@ -186,10 +167,8 @@ class RewardFunction:
             while not line.endswith(b"\n"):
                 if not selector.select(max(0.0, end - time.monotonic())):
                     self.process.kill()
-                    raise InputError(
-                        f"{self.where}: {self.name} took longer than {self.seconds:g} s for {work}",
-                        f"make it faster, or raise {TIME_KEY}",
-                    )
+                    problem = f"{self.where}: {self.name} took longer than {self.seconds:g} s for {work}"
+                    raise InputError(problem, f"make it faster, or raise {TIME_KEY}")
                 part = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not part:
                     code = self.process.wait()

@@ -1,8 +1,8 @@
 """One number for an answer: by a reward model trained on people's preferences, or by a rule.
 
-A reward model is a language model whose output layer is a single number, read at the last
-token (Bradley-Terry model of pairs: the probability that one answer is preferred is sigmoid
-of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+A reward model is a language model whose output layer is a single number, read at the last token (Bradley-Terry model of
+pairs: the probability that one answer is preferred is sigmoid of the difference of their rewards; Ouyang et al. 2022,
+arXiv 2203.02155, section 3.5).
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def trainer_spec(center_rewards_coefficient: float | None) -> TrainerSpec:
     import trl
 
     options = {"max_length": None, "center_rewards_coefficient": center_rewards_coefficient}
-    return TrainerSpec(
-        "reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES, outputs=shared_prompts.rewards
-    )
+    outputs = shared_prompts.rewards
+    return TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES, outputs=outputs)
 
 
 def build(
@@ -100,11 +99,11 @@ def build(
     held = torch.float32 if peft is None else dtype
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # the new output layer is intended
-    quantized = (
-        {"quantization_config": nf4_config(["score"]), "device_map": {"": device}} if quantization == "nf4" else {}
-    )
-    model = _load(folder, held, **quantized)
-    model = frozen_4bit(model) if quantized else model.to(device)
+    if quantization == "nf4":
+        keys = {"quantization_config": nf4_config(["score"]), "device_map": {"": device}}
+        model = frozen_4bit(_load(folder, held, **keys))
+    else:
+        model = _load(folder, held).to(device)
     logging.set_verbosity(said)
     model.config.pad_token_id = tokenizer_of(folder).pad_token_id
     if peft is None:
@@ -115,20 +114,13 @@ def build(
     try:
         with adding_adapters():
             model = get_peft_model(model, config)
-    except (
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        LookupError,
-        AssertionError,
-        re.error,
-    ) as error:  # as in `build`
+    # as in methods/build.py
+    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     refuse_start(model, config, where)
     refuse_unmatched(model, peft, where)
-    for (
-        parameter
-    ) in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
+    # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
@@ -145,23 +137,15 @@ def _load(folder: Path, dtype: torch.dtype, **keys: Any) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-    what = (
-        f"{folder}: transformers has no reward model of type {kind}: a {kind} model whose output layer `score` gives"
-        " one number"
-    )
-    hint = (
-        "set reward_model.model to a model of another architecture, or reward answers by rules, without a reward model"
-    )
+    missing = f"a {kind} model whose output layer `score` gives one number"
+    what = f"{folder}: transformers has no reward model of type {kind}: {missing}"
+    another = "set reward_model.model to a model of another architecture"
+    hint = f"{another}, or reward answers by rules, without a reward model"
+    keys |= {"num_labels": 1, "dtype": dtype, "attn_implementation": "sdpa"}
     try:
         with refusing_attention(folder):
             model = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                num_labels=1,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                **keys,
+                folder, use_safetensors=True, trust_remote_code=False, **keys
             )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
@@ -186,8 +170,11 @@ def unquantized(model: Any, folder: Path, peft: Mapping[str, Any]) -> Any:
 
 
 def save(model: Any, folder: Path, out: Path) -> None:
-    """Save the reward model as a standalone model with its tokenizer, in the
-    number formats of the model in `folder` that it was trained from."""
+    """Save the reward model as a standalone model with its tokenizer.
+
+    Args:
+        folder: the model that it was trained from, whose number formats it gets.
+    """
     alone = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
     store_as(alone, folder).save_pretrained(out)
     for file in sorted(folder.glob("*")):
@@ -209,10 +196,11 @@ class RewardModel:
     def __init__(
         self, folder: Path, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
     ) -> None:
-        """Args:
-        folder: of the model. With `sharding`, the other processes only need a
-            folder with a model of the same architecture.
-        sharding: divides the model among the processes, which all create it at the same time.
+        """
+        Args:
+            folder: of the model. With `sharding`, the other processes only need a folder with a model of the same
+                architecture.
+            sharding: divides the model among the processes, which all create it at the same time.
         """
         self.tokenizer, self.device = tokenizer_of(folder), device
         self.model = _load(folder, dtype).eval()
@@ -246,13 +234,14 @@ class RewardModel:
         Args:
             what: as for `__call__`.
         """
-        return self._score(
-            [_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)], what=what
-        )
+        both = zip(pairs, answers, strict=True)
+        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in both], what=what)
 
     def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
-        """The reward of each answer. Texts longer than the context are
-        truncated at the beginning; padding is on the right and masked."""
+        """The reward of each answer.
+
+        Texts longer than the context are truncated at the beginning; padding is on the right and masked.
+        """
         import torch
 
         texts = [[*prompt, *answer][-self.tokenizer.model_max_length :] for prompt, answer in encoded]
@@ -263,9 +252,8 @@ class RewardModel:
                 ids, mask = pad([texts[i] for i in batch])
                 # the mask hides padding, but the model uses the id to find the last token
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id)
-                found = self.model(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-                ).logits
+                ids, mask = ids.to(self.device), mask.to(self.device)
+                found = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 for i, value in zip(batch, found[:, 0].float().tolist(), strict=True):
                     rewards[i] = value
                 if progress:
@@ -274,17 +262,18 @@ class RewardModel:
 
 
 def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answered:
-    """Encode a generated answer as the template writes it; one that the
-    template refuses, e.g. a call whose arguments are not JSON, as text."""
+    """Encode a generated answer as the template writes it, or as text if the template refuses it.
+
+    It refuses e.g. a call whose arguments are not JSON.
+    """
     tools = pair.get("tools")
     try:
         return answered(tokenizer, [[*pair["prompt"], answer]], [tools])[0]
     except InputError:
         prompt = encode_prompt(tokenizer, pair["prompt"], tools, bool(answer.get("reasoning_content")))
         ids: list[int] = tokenizer(conversation_text([answer]), add_special_tokens=False)["input_ids"]
-        [(_, plain)] = answered(
-            tokenizer, [[*pair["prompt"], *reply("Yes")]], [tools]
-        )  # which ends as turns of the template end
+        # which ends as turns of the template end
+        [(_, plain)] = answered(tokenizer, [[*pair["prompt"], *reply("Yes")]], [tools])
         return prompt, [*ids, plain[-1]]
 
 
@@ -294,7 +283,6 @@ def judged_text(answer: Message) -> str:
 
 
 # ---- rules
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def valid_json(answer: str) -> float:

@@ -1,8 +1,9 @@
-"""The process that calls a reward function of the project. It is run as a file,
-and imports what the function's file imports.
+"""The process that calls a reward function of the project.
 
-Requests and replies are lines of JSON, in the standard input and output that
-the process began with. What the function prints goes to the log.
+It is run as a file, and imports what the function's file imports.
+
+Requests and replies are lines of JSON, in the standard input and output that the process began with. What the function
+prints goes to the log.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ def _load(path: Path, name: str) -> tuple[Callable[..., Any] | None, str]:
 
 
 def _reply(function: Callable[..., Any], request: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores, or the problem; "example" is the number of the first answer
-    for which the function fails alone, if it does."""
+    """The scores, or the problem, with the number of the first answer for which the function also fails alone."""
     columns = request["prompts"], request["answers"], request["records"]
     try:
         return {"scores": [float(score) for score in function(*columns)]}

@@ -1,5 +1,4 @@
-"""Rewards of online methods: a weighted sum of a reward model, rules,
-ready-made rewards, and functions of the project."""
+"""Rewards of online methods: a weighted sum of a reward model, rules, ready-made rewards and functions."""
 
 from __future__ import annotations
 
@@ -22,21 +21,19 @@ Entry = float | dict[str, Any]
 
 
 def check(rewards: Mapping[str, Entry], where: str, root: Path) -> None:
-    """Raises: InputError: a reward is unknown or has wrong options, or there is none."""
+    """Raise InputError if a reward is unknown or has wrong options, or there is none."""
     functions = {name for name in rewards if is_function(name)}
     known = [MODEL, *RULES, *READY]
     unknown = sorted(rewards.keys() - {*known} - functions)
     close = [near for name in unknown for near in get_close_matches(name, known, 1)]
-    hint = (
-        f"{f'did you mean {close[0]}? ' if close else ''}rewards, each with its weight: {', '.join(known)}, or your own"
-        f" function, {FOLDER}/FILE.py:FUNCTION"
-    )
+    guess = f"did you mean {close[0]}? " if close else ""
+    own = f"your own function, {FOLDER}/FILE.py:FUNCTION"
+    hint = f"{guess}rewards, each with its weight: {', '.join(known)}, or {own}"
     if unknown:
         raise InputError(f"params.yaml: {where}: unknown: {', '.join(unknown)}", hint)
     if mapped := sorted(name for name, entry in rewards.items() if isinstance(entry, Mapping) and name not in READY):
-        raise InputError(
-            f"params.yaml: {where}.{mapped[0]}: it has no options", f"write its weight: {{{mapped[0]}: 1.0}}"
-        )
+        problem = f"params.yaml: {where}.{mapped[0]}: it has no options"
+        raise InputError(problem, f"write its weight: {{{mapped[0]}: 1.0}}")
     for name in sorted(functions):
         check_function(root, name, where)
     ready(rewards, where, root)
@@ -46,10 +43,11 @@ def check(rewards: Mapping[str, Entry], where: str, root: Path) -> None:
 
 def weights_of(rewards: Mapping[str, Entry]) -> dict[str, float]:
     """Name -> weight."""
-    return {
-        name: float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else entry
-        for name, entry in rewards.items()
-    }
+
+    def weight(entry: Entry) -> float:
+        return float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else entry
+
+    return {name: weight(entry) for name, entry in rewards.items()}
 
 
 def ready(rewards: Mapping[str, Entry], where: str, root: Path) -> dict[str, ReadyReward]:
@@ -78,12 +76,13 @@ class Rewards:
         root: Path = Path(),
         where: str = "aligned",
     ) -> None:
-        """Args:
-        rewards: as in an entry of params.yaml. Those with weight 0 are left out.
-        model: required if they name it.
-        functions: those that they name.
-        root: of the project, for files that they name.
-        where: dotted path of the entry in params.yaml, for messages.
+        """
+        Args:
+            rewards: as in an entry of params.yaml. Those with weight 0 are left out.
+            model: required if they name it.
+            functions: those that they name.
+            root: of the project, for files that they name.
+            where: dotted path of the entry in params.yaml, for messages.
         """
         self.weights, self.model = {name: weight for name, weight in weights_of(rewards).items() if weight}, model
         self.functions = {function.name: function for function in functions}
@@ -92,27 +91,26 @@ class Rewards:
     def components(
         self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message], alone: bool = False
     ) -> dict[str, list[float]]:
-        """Name of a reward -> its value for each generated answer to the prompts
-        of these pairs, without its weight. Answers are messages of the assistant.
+        """Name of a reward -> its value for each generated answer to the prompts of these pairs, without its weight.
+
+        Answers are messages of the assistant.
 
         Args:
             alone: no other process scores answers at the same time.
         """
         found = {}
+        both = list(zip(pairs, answers, strict=True))
         for name in self.weights:
             if name == MODEL:
                 assert self.model
                 score = partial(self.model.of_answers, pairs, answers)
                 found[name] = score() if alone else in_step([self.model.shared], score)
             elif name in self.functions:
-                records = [{**pair, "answer": answer} for pair, answer in zip(pairs, answers, strict=True)]
-                found[name] = self.functions[name](
-                    [pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers], records
-                )
+                prompts, texts = [pair["prompt"] for pair in pairs], [judged_text(answer) for answer in answers]
+                records = [{**pair, "answer": answer} for pair, answer in both]
+                found[name] = self.functions[name](prompts, texts, records)
             elif name in self.ready:
-                found[name] = [
-                    self.ready[name].score(answer, pair) for pair, answer in zip(pairs, answers, strict=True)
-                ]
+                found[name] = [self.ready[name].score(answer, pair) for pair, answer in both]
             else:
                 found[name] = [RULES[name](judged_text(answer)) for answer in answers]
         return found

@@ -1,5 +1,7 @@
-"""The answers that an online method, or a distillation, samples and learns from, with the rewards that they got, if
-any: a table in the variant's output, and part of each checkpoint."""
+"""The answers that an online method or a distillation samples and learns from, with their rewards, if any.
+
+They are a table in the variant's output, and part of each checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,17 @@ Row = dict[str, Any]
 
 
 class SampledAnswers:
-    """The answers so far, in the order in which they were sampled. Several
-    processes that share a training all keep those of all."""
+    """The answers so far, in the order in which they were sampled.
+
+    Several processes that share a training all keep those of all.
+    """
 
     def __init__(self, patience: int | None = None, by_record: bool = True, ends_count: bool = False) -> None:
-        """Args:
-        patience: steps in a row without anything to learn after which training stops; None: never.
-        by_record: whether only answers to the same prompt are compared with each other.
-        ends_count: whether the method also rewards an answer for its end.
+        """
+        Args:
+            patience: steps in a row without anything to learn after which training stops; None: never.
+            by_record: whether only answers to the same prompt are compared with each other.
+            ends_count: whether the method also rewards an answer for its end.
         """
         self.patience, self.by_record, self.ends_count = patience, by_record, ends_count
         self.step = 1
@@ -64,22 +69,20 @@ class SampledAnswers:
         """
         for number, (record, answer, tokens) in enumerate(zip(records, answers, ids, strict=True)):
             trace = answer.get("reasoning_content")
-            self.rows.append(
-                {
-                    "step": self.step,
-                    "example_id": record["example_id"],
-                    "answer": _kept(judged_text(answer)),
-                    "reasoning": _kept(trace) if isinstance(trace, str) and trace else None,
-                    "reward": rewards[number],
-                    **{name: values[number] for name, values in components.items()},
-                    "tokens": len(tokens),
-                    "unfinished": not tokens or tokens[-1] not in ends,
-                }
-            )
+            row = {
+                "step": self.step,
+                "example_id": record["example_id"],
+                "answer": _kept(judged_text(answer)),
+                "reasoning": _kept(trace) if isinstance(trace, str) and trace else None,
+                "reward": rewards[number],
+                **{name: values[number] for name, values in components.items()},
+                "tokens": len(tokens),
+                "unfinished": not tokens or tokens[-1] not in ends,
+            }
+            self.rows.append(row)
 
     def share(self) -> None:
-        """Give each process the new answers of all, which took turns: the first
-        answer is that of the first process, and so on."""
+        """Give each process the new answers of all, which took turns: first one of the first process, and so on."""
         parts = distributed.documents(self.rows[self._shared :])
         self.rows[self._shared :] = [row for turn in zip_longest(*parts) for row in turn if row is not None]
         self._shared = len(self.rows)
@@ -100,18 +103,16 @@ class SampledAnswers:
         """Whether answers that are compared with each other have different rewards."""
         groups: dict[str, set[Any]] = defaultdict(set)
         for row in rows:
-            groups[row["example_id"] if self.by_record else ""].add(
-                (row["reward"], self.ends_count and row["unfinished"])
-            )
+            group = row["example_id"] if self.by_record else ""
+            groups[group].add((row["reward"], self.ends_count and row["unfinished"]))
         return any(len(rewards) > 1 for rewards in groups.values())
 
     def is_stalled(self) -> bool:
-        """Whether the last `patience` steps had nothing to learn: the answers
-        that are compared with each other had the same reward."""
+        """Whether none of the last `patience` steps taught something."""
         if self.patience is None:
             return False
-        latest = groupby(reversed(self.rows), lambda row: int(row["step"]))
-        return sum(1 for _ in takewhile(lambda of_step: not self.teaches([*of_step[1]]), latest)) >= self.patience
+        latest = (list(rows) for _, rows in groupby(reversed(self.rows), lambda row: int(row["step"])))
+        return len(list(takewhile(lambda rows: not self.teaches(rows), latest))) >= self.patience
 
     def stalled_text(self) -> str:
         """Why training stopped, and what to change."""
@@ -131,19 +132,20 @@ class SampledAnswers:
         return {name: next(iter(values)) for name, values in found.items() if len(values) == 1}
 
     def means(self, names: Sequence[str]) -> dict[int, dict[str, float]]:
-        """Step -> mean of each component over its answers, and of reward,
-        length and unfinished answers by their names in curves."""
-        columns = {"reward": "reward", "response_length": "tokens", "unfinished": "unfinished"} | {
-            name: name for name in names
-        }
-        return {
-            step: {name: sum(row[column] for row in rows) / len(rows) for name, column in columns.items()}
-            for step, rows in self.steps()
-        }
+        """Step -> means over its answers: of reward, length and unfinished ones by their names in curves, and of each
+        component."""
+        columns = {"reward": "reward", "response_length": "tokens", "unfinished": "unfinished"}
+        columns |= {name: name for name in names}
+        means = {}
+        for step, rows in self.steps():
+            means[step] = {name: sum(row[column] for row in rows) / len(rows) for name, column in columns.items()}
+        return means
 
     def with_components(self, curve: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[dict[str, float]]:
-        """The points of a training's curve with the means of its answers, where the trainer gave none. A step that
-        learns from the answers of an earlier one has their means."""
+        """The points of a training's curve with the means of its answers, where the trainer gave none.
+
+        A step that learns from the answers of an earlier one has their means.
+        """
         means, known, points = self.means(names), dict[str, float](), []
         for point in curve:
             known = means.get(int(point["step"]), known)
@@ -186,6 +188,8 @@ def schema(names: Sequence[str]) -> pa.Schema:
 
 
 def _kept(text: str) -> str:
-    """The first `LONGEST` characters. Parquet holds UTF-8, which has no
-    unpaired surrogates; those of a call's JSON are written out."""
+    """The first `LONGEST` characters.
+
+    Parquet holds UTF-8, which has no unpaired surrogates; those of a call's JSON are written out.
+    """
     return text[:LONGEST].encode("utf-8", "backslashreplace").decode()

@@ -1,9 +1,8 @@
-"""splits -> tasks: prompts of instruction records, each with the record's
-response as the target of rewards that can be verified.
+"""splits -> tasks: prompts of instruction records, each with its response as the target of rewards.
 
-A task has the form of a preference pair without a rejected answer: its `chosen` answer is the
-response. Training uses those of the training split; answers are measured before and after on
-those of the validation split, so that the test split stays unseen until `evaluation`.
+A task has the form of a preference pair without a rejected answer: its `chosen` answer is the response. Training uses
+those of the training split; answers are measured before and after on those of the validation split, so that the test
+split stays unseen until `evaluation`.
 """
 
 from __future__ import annotations
@@ -29,25 +28,23 @@ Task = dict[str, Any]
 
 
 def tasks_of(splits: Path, rewards: Mapping[str, ReadyReward]) -> tuple[dict[str, list[Task]], dict[str, Any]]:
-    """Tasks by use, and for the report, by split: how many records there are,
-    how many are used, and why others are left out.
+    """Tasks by use, and counts by split for the report.
 
     Args:
         splits: folder with a folder for each split that is used.
         rewards: the ready-made ones, whose targets a record must have.
+    Returns:
+        The counts say how many records there are, how many are used, and why others are left out.
     """
     tasks: dict[str, list[Task]] = {"validation": []}
-    counts = {}
+    counts: dict[str, Any] = {}
     for use, split in SPLITS.items():
         records = read_records(splits / split)
         reasons = [_unusable(record, rewards) for record in records]
         tasks[use] = [_task(record) for record, reason in zip(records, reasons, strict=True) if not reason]
-        left_out = dict(sorted(Counter(filter(None, reasons)).items()))
-        counts[split] = {
-            "records": len(records),
-            "used": len(tasks[use]),
-            **({"left_out": left_out} if left_out else {}),
-        }
+        counts[split] = {"records": len(records), "used": len(tasks[use])}
+        if left_out := Counter(filter(None, reasons)):
+            counts[split]["left_out"] = dict(sorted(left_out.items()))
     return tasks, counts
 
 
@@ -69,21 +66,19 @@ def _unusable(record: Mapping[str, Any], rewards: Mapping[str, ReadyReward]) -> 
 
 
 def refuse_without_tasks(counts: Mapping[str, Any], where: str) -> None:
-    """Raises: InputError: a split has no task."""
+    """Raise InputError if a split has no task."""
+    more = {
+        "train": "add records to raw_examples.sources",
+        "test": "raise splits.validation, whose records are measured before and after",
+    }
     for use, split in SPLITS.items():
-        if not counts[split]["used"]:
-            left_out = counts[split].get("left_out")
-            why = "; left out: " + ", ".join(f"{reason} {n}" for reason, n in left_out.items()) if left_out else ""
-            hint = (
-                "add records to raw_examples.sources"
-                if use == "train"
-                else "raise splits.validation, whose records are measured before and after"
-            )
-            raise InputError(
-                f"params.yaml: {where}.reward_target: of {counts[split]['records']} records of the {split} split none"
-                f" is a task{why}",
-                f"choose rewards whose targets the records have, or {hint}",
-            )
+        if counts[split]["used"]:
+            continue
+        left_out = ", ".join(f"{reason} {n}" for reason, n in counts[split].get("left_out", {}).items())
+        problem = f"of {counts[split]['records']} records of the {split} split none is a task"
+        problem += f"; left out: {left_out}" if left_out else ""
+        hint = f"choose rewards whose targets the records have, or {more[use]}"
+        raise InputError(f"params.yaml: {where}.reward_target: {problem}", hint)
 
 
 def refuse_misfits(tokenizer: Any, tasks: Mapping[str, Sequence[Task]], model: str) -> None:
@@ -99,11 +94,8 @@ def refuse_misfits(tokenizer: Any, tasks: Mapping[str, Sequence[Task]], model: s
             try:
                 answered(tokenizer, [[*task["prompt"], *task["chosen"]]], [task["tools"]])
             except InputError as error:
-                what = (
-                    f"data/splits: record {task['example_id']} ({split}) does not fit the chat template of {model}:"
-                    f" {error.what}"
-                )
-                raise InputError(what, error.hint) from None
+                what = f"data/splits: record {task['example_id']} ({split}) does not fit the chat template of {model}"
+                raise InputError(f"{what}: {error.what}", error.hint) from None
 
 
 class HeldOut:

@@ -1,8 +1,8 @@
 """Further arguments of TRL's configurations that an entry may pass on with `trl`.
 
-Only arguments that are verified to act on the passes and batches of this package in
-the same way as on TRL's own (tests/test_trl_options.py) are accepted: others could
-be ignored without a message. To add one, add its field here and its case there.
+Only arguments that are verified to act on the passes and batches of this package in the same way as on TRL's own
+(tests/test_trl_options.py) are accepted: others could be ignored without a message. To add one, add its field here and
+its case there.
 """
 
 from __future__ import annotations
@@ -58,113 +58,45 @@ OPTIONS: dict[str, type[Section]] = {
 }  # fmt: skip
 """Method -> the arguments that its entry may pass on."""
 
-CONTROLLED = {
-    **dict.fromkeys(
-        ("output_dir", "logging_dir", "push_to_hub", "hub_model_id", "run_name"),
-        "Pedigree decides where files are written",
+CONTROLLED_BY = {
+    "Pedigree decides where files are written": "output_dir logging_dir push_to_hub hub_model_id run_name",
+    "set compute.seed, which all stages share": "seed data_seed full_determinism",
+    "set compute.dtype": "bf16 fp16 tf32 use_cpu model_init_kwargs",
+    "live curves, the page and answers/ have the figures": "report_to logging_steps logging_strategy log_completions",
+    "set save_steps and save_total_limit in the entry: checkpoints are Pedigree's own, and resume to the same bytes": (
+        "save_strategy save_steps save_total_limit resume_from_checkpoint load_best_model_at_end"
     ),
-    **dict.fromkeys(("seed", "data_seed", "full_determinism"), "set compute.seed, which all stages share"),
-    **dict.fromkeys(("bf16", "fp16", "tf32", "use_cpu", "model_init_kwargs"), "set compute.dtype"),
-    **dict.fromkeys(
-        ("report_to", "logging_steps", "logging_strategy", "log_completions"),
-        "live curves, the page and answers/ have the figures",
+    "set it in the entry itself": (
+        "learning_rate lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size optim weight_decay"
+        " max_grad_norm gradient_accumulation_steps gradient_checkpointing"
     ),
-    **dict.fromkeys(
-        ("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "load_best_model_at_end"),
-        "set save_steps and save_total_limit in the entry: checkpoints are Pedigree's own, and resume to"
-        " the same bytes",
+    "set warmup_ratio in the entry itself": "warmup_ratio warmup_steps",
+    "set it in options, if the method has it": (
+        "beta loss_type label_smoothing desirable_weight undesirable_weight num_generations max_completion_length"
+        " temperature top_p epsilon num_iterations scale_rewards importance_sampling_level mask_truncated_completions"
+        " cpo_alpha lmbda max_new_tokens"
     ),
-    **dict.fromkeys(
-        (
-            "learning_rate",
-            "lr_scheduler_type",
-            "num_train_epochs",
-            "max_steps",
-            "per_device_train_batch_size",
-            "optim",
-            "weight_decay",
-            "max_grad_norm",
-            "gradient_accumulation_steps",
-            "gradient_checkpointing",
-        ),
-        "set it in the entry itself",
+    "set options.gamma of the method simpo": "simpo_gamma",
+    "set options.teacher": "teacher_model_name_or_path teacher_model_init_kwargs teacher_model_revision",
+    "set options.rpo_alpha": "loss_weights rpo_alpha",
+    "set the weights in rewards": "reward_weights reward_funcs",
+    "rows are tokenized before training, and none is truncated": "max_length truncation_mode max_prompt_length",
+    "dropout is on only in rloo, grpo and online_dpo: set peft.lora_dropout there": "disable_dropout",
+    "Pedigree makes the batches, see docs/alignment.md#speed": (
+        "padding_free packing pad_to_multiple_of remove_unused_columns dataset_num_proc dataloader_num_workers"
+        " train_sampling_strategy shuffle_dataset"
     ),
-    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "set warmup_ratio in the entry itself"),
-    **dict.fromkeys(
-        (
-            "beta",
-            "loss_type",
-            "label_smoothing",
-            "desirable_weight",
-            "undesirable_weight",
-            "num_generations",
-            "max_completion_length",
-            "temperature",
-            "top_p",
-            "epsilon",
-            "num_iterations",
-            "scale_rewards",
-            "importance_sampling_level",
-            "mask_truncated_completions",
-            "cpo_alpha",
-        ),
-        "set it in options, if the method has it",
+    "the reference is the SFT model, see docs/alignment.md": (
+        "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
     ),
-    "simpo_gamma": "set options.gamma of the method simpo",
-    **dict.fromkeys(("lmbda", "max_new_tokens"), "set it in options, if the method has it"),
-    **dict.fromkeys(
-        ("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_model_revision"), "set options.teacher"
+    "answers are sampled by Pedigree's own loop, with options.temperature and options.top_p": (
+        "top_k min_p repetition_penalty generation_kwargs cache_implementation chat_template_kwargs"
+        " generation_batch_size steps_per_generation use_transformers_paged use_transformers_continuous_batching"
     ),
-    **dict.fromkeys(("loss_weights", "rpo_alpha"), "set options.rpo_alpha"),
-    **dict.fromkeys(("reward_weights", "reward_funcs"), "set the weights in rewards"),
-    **dict.fromkeys(
-        ("max_length", "truncation_mode", "max_prompt_length"),
-        "rows are tokenized before training, and none is truncated",
-    ),
-    "disable_dropout": "dropout is on only in rloo, grpo and online_dpo: set peft.lora_dropout there",
-    **dict.fromkeys(
-        (
-            "padding_free",
-            "packing",
-            "pad_to_multiple_of",
-            "remove_unused_columns",
-            "dataset_num_proc",
-            "dataloader_num_workers",
-            "train_sampling_strategy",
-            "shuffle_dataset",
-        ),
-        "Pedigree makes the batches, see docs/alignment.md#speed",
-    ),
-    **dict.fromkeys(
-        (
-            "precompute_ref_log_probs",
-            "precompute_ref_batch_size",
-            "sync_ref_model",
-            "ref_model_mixup_alpha",
-            "ref_model_sync_steps",
-        ),
-        "the reference is the SFT model, see docs/alignment.md",
-    ),
-    **dict.fromkeys(
-        (
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "generation_kwargs",
-            "cache_implementation",
-            "chat_template_kwargs",
-            "generation_batch_size",
-            "steps_per_generation",
-            "use_transformers_paged",
-            "use_transformers_continuous_batching",
-        ),
-        "answers are sampled by Pedigree's own loop, with options.temperature and options.top_p",
-    ),
-    **dict.fromkeys(
-        ("trust_remote_code", "deepspeed", "fsdp"),
-        "not supported; for models larger than a GPU, set sharding in the entry",
-    ),
+    "not supported; for models larger than a GPU, set sharding in the entry": "trust_remote_code deepspeed fsdp",
 }
+"""Why Pedigree decides arguments, or the key in their place -> these arguments."""
+CONTROLLED = {name: reason for reason, names in CONTROLLED_BY.items() for name in names.split()}
 """Argument that Pedigree decides -> why, or the key in its place."""
 
 
@@ -188,17 +120,14 @@ def refuse(
     valid = f"keys that can be passed on to TRL for {method}: {', '.join(accepted)}"
     for name in (str(name) for name in given if name not in accepted):
         reason = "answers are sampled by Pedigree's own loop, not by vLLM" if "vllm" in name else CONTROLLED.get(name)
-        if not reason and name in options:
-            raise InputError(
-                f"params.yaml: {where}.{name}: it is an option of {method}", f"set options.{name}; {valid}"
-            )
+        place = f"params.yaml: {where}.{name}"
         if reason:
-            raise InputError(f"params.yaml: {where}.{name}: Pedigree decides it", f"{reason}; {valid}")
+            raise InputError(f"{place}: Pedigree decides it", f"{reason}; {valid}")
+        if name in options:
+            raise InputError(f"{place}: it is an option of {method}", f"set options.{name}; {valid}")
         close = get_close_matches(name, [*accepted, *CONTROLLED], 1)
-        raise InputError(
-            f"params.yaml: {where}.{name}: unknown, or not verified to act on Pedigree's passes",
-            f"{f'did you mean {close[0]}? ' if close else ''}{valid}",
-        )
+        guess = f"did you mean {close[0]}? " if close else ""
+        raise InputError(f"{place}: unknown, or not verified to act on Pedigree's passes", guess + valid)
     parse(OPTIONS[method], dict(given), where)
     _refuse_without_effect(given, options, optim, where, accumulated)
 
@@ -212,38 +141,35 @@ CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "luspo"})
 def _refuse_without_effect(
     given: Mapping[str, Any], options: Mapping[str, Any], optim: str, where: str, accumulated: int
 ) -> None:
-    """Raises: InputError: with the other settings of the entry an argument does nothing, or TRL refuses it."""
+    """Raise InputError if with the other settings of the entry an argument does nothing, or TRL refuses it."""
     loss, kind = options.get("loss_type"), given.get("f_divergence_type", "reverse_kl")
     unclipped = _unclipped(int(options.get("num_iterations") or 1), accumulated)
-    problems = {
-        "f_divergence_type": (
-            kind != "reverse_kl" and loss not in DIVERGENCES and f"not implemented for the loss {loss}"
-        ),
-        "f_alpha_divergence_coef": (
-            kind != "alpha_divergence" and "has an effect only with f_divergence_type: alpha_divergence"
-        ),
-        "delta": unclipped if loss in CLIPPED else f"has no effect on the loss {loss}",
-        "epsilon_high": unclipped,
-        "use_bias_correction_kl": not options.get("beta") and "has no effect with options.beta: 0",
-        **dict.fromkeys(Optimizer.model_fields, not optim.startswith("adamw") and f"has no effect with optim: {optim}"),
-    }
+    problems = {"epsilon_high": unclipped, "delta": unclipped}
+    if loss not in CLIPPED:
+        problems["delta"] = f"has no effect on the loss {loss}"
+    if kind != "reverse_kl" and loss not in DIVERGENCES:
+        problems["f_divergence_type"] = f"not implemented for the loss {loss}"
+    if kind != "alpha_divergence":
+        problems["f_alpha_divergence_coef"] = "has an effect only with f_divergence_type: alpha_divergence"
+    if not options.get("beta"):
+        problems["use_bias_correction_kl"] = "has no effect with options.beta: 0"
+    if not optim.startswith("adamw"):
+        problems |= dict.fromkeys(Optimizer.model_fields, f"has no effect with optim: {optim}")
     for name in given:
         if problem := problems.get(name):
             raise InputError(f"params.yaml: {where}.{name}: {problem}", "leave it out, or change that setting")
 
 
 def _unclipped(iterations: int, accumulated: int) -> str:
-    """Why no ratio of probabilities is ever clipped; empty if it can be. TRL takes
-    `iterations` passes on each batch of answers, and a step after `accumulated` passes: if no
-    step ends between the passes on a batch, the policy is always the one that wrote it."""
+    """Why no ratio of probabilities is ever clipped; empty if it can be.
+
+    TRL takes `iterations` passes on each batch of answers, and a step after `accumulated` passes: if no step ends
+    between the passes on a batch, the policy is always the one that wrote it.
+    """
     if accumulated % iterations:
         return ""
-    settings = (
-        "options.num_iterations: 1"
-        if iterations == 1
-        else f"gradient_accumulation_steps: {accumulated} and options.num_iterations: {iterations}"
-    )
-    return (
-        f"has no effect with {settings}: the weights do not change between the passes on a batch of answers, so there"
-        " is nothing to clip"
-    )
+    settings = f"options.num_iterations: {iterations}"
+    if iterations > 1:
+        settings = f"gradient_accumulation_steps: {accumulated} and {settings}"
+    why = "the weights do not change between the passes on a batch of answers, so there is nothing to clip"
+    return f"has no effect with {settings}: {why}"

@@ -1,5 +1,7 @@
-"""What a training command reports about its training: the order of the
-examples, and the curve of the loss. Both are optional."""
+"""What a training command reports about its training: the order of the examples, and the curve of the loss.
+
+Both are optional.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,17 @@ REWRITE = "write it as docs/own-trainer.md says, or leave it out"
 
 
 def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: str) -> list[dict[str, Any]] | None:
-    """The examples in training order, rows of `weight_audit.seen_schema`, each
-    with the "row" of train.parquet if it is given.
+    """The examples in training order.
 
     Args:
         examples: of the workspace.
         where: dotted path of the entry in params.yaml, for messages.
     Returns:
-        None if the command wrote none. Without a column epoch, it is the number
-        of times that the example, or the row, has been used.
+        Rows of `weight_audit.seen_schema`, each with the "row" of train.parquet if it is given; None if the command
+        wrote none. Without a column epoch, it is the number of times that the example, or the row, has been used.
     Raises:
-        InputError: a column is missing, a step is not a number or comes before
-            an earlier one, or an example is not in the training split.
+        InputError: a column is missing, a step is not a number or comes before an earlier one, or an example is not in
+            the training split.
     """
     path = next((path for name in ORDER if (path := output / name).is_file()), None)
     if path is None:
@@ -51,20 +52,16 @@ def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: st
             if row >= len(examples):
                 raise InputError(f"{place}: train.parquet has no row {row}", REWRITE)
             if identity not in (None, "", examples[row][0]):
-                raise InputError(
-                    f"{place}: row {row} is example {examples[row][0]}, not {visible(str(identity))}", REWRITE
-                )
+                problem = f"row {row} is example {examples[row][0]}, not {visible(str(identity))}"
+                raise InputError(f"{place}: {problem}", REWRITE)
             identity = examples[row][0]
         if identity not in known:
             raise InputError(f"{place}: example {visible(str(identity))} is not in the training split", REWRITE)
         if step < step_before:
             raise InputError(f"{place}: step {step} comes after step {step_before}", "write the rows in training order")
-        used[identity if row is None else row] += 1
-        epoch = (
-            used[identity if row is None else row]
-            if line.get("epoch") in (None, "")
-            else _whole(line, "epoch", place, 1)
-        )
+        key = identity if row is None else row
+        used[key] += 1
+        epoch = used[key] if line.get("epoch") in (None, "") else _whole(line, "epoch", place, 1)
         position = position + 1 if step == step_before else 0
         step_before = step
         found.append({"step": step, "epoch": epoch, "position": position, "example_id": identity, "row": row})
@@ -74,8 +71,7 @@ def read_order(output: Path, examples: Sequence[tuple[str, int, int]], where: st
 
 
 def tokens_of(order: Sequence[Mapping[str, Any]], examples: Sequence[tuple[str, int, int]]) -> dict[str, int]:
-    """{"tokens", "trained_tokens"} of a training in this order; empty if an
-    example_id names several rows, so that they are unknown."""
+    """{"tokens", "trained_tokens"} of a training in this order; empty if an example_id names several rows."""
     rows = {identity: row for row, (identity, _, _) in enumerate(examples)}
     if len(rows) < len(examples) and any(one["row"] is None for one in order):
         return {}
@@ -90,18 +86,15 @@ def read_curve(output: Path, where: str) -> list[dict[str, float]]:
         InputError: metrics.csv or trainer_state.json cannot be read.
     """
     if (output / CURVE).is_file():
-        points = [
-            _point(line, f"{where}: {CURVE}, row {number}")
-            for number, line in enumerate(_lines(output / CURVE, where, (("step",),)))
-        ]
+        lines = enumerate(_lines(output / CURVE, where, (("step",),)))
+        points = [_point(line, f"{where}: {CURVE}, row {number}") for number, line in lines]
     elif (output / STATE).is_file():
         try:
             history = json.loads((output / STATE).read_text(encoding="utf-8"))["log_history"]
             points = [_point(entry, f"{where}: {STATE}") for entry in history]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{where}: {STATE} is not the state of a Trainer: {visible(str(error))}", REWRITE
-            ) from None
+            problem = f"{where}: {STATE} is not the state of a Trainer: {visible(str(error))}"
+            raise InputError(problem, REWRITE) from None
     else:
         return []
     return sorted((point for point in points if len(point) > 1), key=lambda point: point["step"])
@@ -151,9 +144,8 @@ def _lines(path: Path, where: str, required: Sequence[Sequence[str]]) -> Iterato
                 for batch in parquet.iter_batches(8192):
                     yield from batch.to_pylist()
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{where}: {path.name} cannot be read: {visible(str(error).splitlines()[0])}", REWRITE
-        ) from None
+        problem = f"{where}: {path.name} cannot be read: {visible(str(error).splitlines()[0])}"
+        raise InputError(problem, REWRITE) from None
 
 
 def _refuse_columns(name: str, columns: Sequence[str] | None, where: str, required: Sequence[Sequence[str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,8 @@ def check_command(params: AdapterParams, compute: Compute, where: str, root: Pat
     """
     if params.command is None:
         if useless := [key for key in COMMAND_KEYS if key in params.model_fields_set and getattr(params, key)]:
-            raise InputError(
-                f"params.yaml: {where}.{useless[0]}: is used by a training command only", "set command, or leave it out"
-            )
+            problem = f"params.yaml: {where}.{useless[0]}: is used by a training command only"
+            raise InputError(problem, "set command, or leave it out")
         return
     words_of(params.command, f"{where}.command")
     for path in params.files:
@@ -44,21 +42,16 @@ def check_command(params: AdapterParams, compute: Compute, where: str, root: Pat
     if params.sharding is not None:
         raise InputError(f"params.yaml: {where}.sharding: a training command starts its own processes", "leave it out")
     if compute.processes > 1:
-        raise InputError(
-            f"params.yaml: compute.processes: {where} has a command, which starts its own processes", "set it to 1"
-        )
+        problem = f"params.yaml: compute.processes: {where} has a command, which starts its own processes"
+        raise InputError(problem, "set it to 1")
     values = given(params) | {f"peft.{key}": value for key, value in params.peft.items()}
     if autos := [key for key, value in values.items() if value == AUTO]:
-        raise InputError(
-            f"params.yaml: {where}.{autos[0]}: auto is resolved by Pedigree's own trainer only",
-            "set a value, or leave it out",
-        )
+        problem = f"params.yaml: {where}.{autos[0]}: auto is resolved by Pedigree's own trainer only"
+        raise InputError(problem, "set a value, or leave it out")
     name = methods.ALIASES.get(params.method.lower(), (params.method.lower(), {}))[0]
     if name in UNSUPPORTED:
-        raise InputError(
-            f"params.yaml: {where}.method: {params.method} is not supported with a command: it {UNSUPPORTED[name]}",
-            "use another method",
-        )
+        problem = f"{params.method} is not supported with a command: it {UNSUPPORTED[name]}"
+        raise InputError(f"params.yaml: {where}.method: {problem}", "use another method")
     methods.check(params.method, params.peft, params.quantization, params.merge, where)
 
 
@@ -85,15 +78,12 @@ def source_of(root: Path, path: str, where: str) -> Path:
     """
     full = inside(root, path, where)
     if not (full.is_relative_to((root / FOLDER).resolve()) and full.is_file()):
-        raise InputError(
-            f"params.yaml: {where}: {path} is not a file in {FOLDER}/", f"move it to {FOLDER}/ and use that path"
-        )
+        problem = f"params.yaml: {where}: {path} is not a file in {FOLDER}/"
+        raise InputError(problem, f"move it to {FOLDER}/ and use that path")
     return full
 
 
 def given(params: AdapterParams) -> dict[str, Any]:
     """The keys of the entry that are set, as the command gets them: without the command and its files."""
-    values: Mapping[str, Any] = params.model_dump(
-        mode="json", exclude_unset=True, exclude={"command", "files"}, warnings=False
-    )
+    values = params.model_dump(mode="json", exclude_unset=True, exclude={"command", "files"}, warnings=False)
     return {"method": params.method, **values}

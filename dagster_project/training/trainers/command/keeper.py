@@ -1,7 +1,7 @@
-"""Runs one command, and ends it with everything that it has started as soon as
-standard input closes: when the stage stops it, or dies itself.
+"""Runs one command, and ends it with everything that it has started as soon as standard input closes.
 
-A script of its own, run as `python -I keeper.py COMMAND...`, with the exit code of the command (128 + n for signal n).
+That is when the stage stops it, or dies itself. A script of its own, run as `python -I keeper.py COMMAND...`, with the
+exit code of the command (128 + n for signal n).
 """
 
 from __future__ import annotations

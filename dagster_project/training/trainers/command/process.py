@@ -1,5 +1,4 @@
-"""Runs a training command: its output is logged line by line, and no process
-that it started outlives it or the stage."""
+"""Runs a training command: its output is logged line by line, and no process of it outlives it or the stage."""
 
 from __future__ import annotations
 
@@ -56,10 +55,8 @@ def run_command(words: Sequence[str], folder: Path, variables: Mapping[str, str]
     """
     program = folder / words[0] if os.sep in words[0] else Path(shutil.which(words[0], path=variables["PATH"]) or "")
     if not (program.is_file() and os.access(program, os.X_OK)):
-        raise InputError(
-            f"params.yaml: {where}: the program {words[0]!r} does not exist or is not executable",
-            "install it, or name a program on PATH, for example python",
-        )
+        problem = f"params.yaml: {where}: the program {words[0]!r} does not exist or is not executable"
+        raise InputError(problem, "install it, or name a program on PATH, for example python")
     keeper = [sys.executable, "-I", str(Path(__file__).with_name("keeper.py"))]
     process = subprocess.Popen(
         [*keeper, *words], cwd=folder, env=dict(variables), start_new_session=True,
@@ -78,10 +75,9 @@ def run_command(words: Sequence[str], folder: Path, variables: Mapping[str, str]
         code = process.wait()
         process.stdout.close()
     if code:
-        how = f"exit code {code}" + (f" ({signal.Signals(code - 128).name})" if code - 128 in {*signal.Signals} else "")
-        shown = "".join(f"\n  {line}" for line in last)
+        by = f" ({signal.Signals(code - 128).name})" if code - 128 in {*signal.Signals} else ""
+        shown = "; its last lines:" + "".join(f"\n  {line}" for line in last) if last else ", without output"
         raise InputError(
-            f"params.yaml: {where}: `{shlex.join(words)}` failed with {how}"
-            + (f"; its last lines:{shown}" if shown else ", without output"),
+            f"params.yaml: {where}: `{shlex.join(words)}` failed with exit code {code}{by}{shown}",
             "correct the command or its files; nothing was recorded",
         )

@@ -1,5 +1,4 @@
-"""The weights that a training command wrote: read as safetensors, compared with
-the base model, and put into a model."""
+"""The weights that a training command wrote: read as safetensors, compared with the base model, put into a model."""
 
 from __future__ import annotations
 
@@ -44,15 +43,14 @@ class Weights:
     """The same tensors before training, if the command wrote them."""
 
     def not_finite(self) -> list[str]:
-        return sorted(
-            name
-            for name, tensor in self.tensors.items()
-            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all())
-        )
+        floats = {name: tensor for name, tensor in self.tensors.items() if tensor.is_floating_point()}
+        return sorted(name for name, tensor in floats.items() if not bool(tensor.float().isfinite().all()))
 
 
 def read_weights(output: Path, where: str) -> Weights:
-    """Args:
+    """The weights in the output of a command.
+
+    Args:
         where: dotted path of the entry in params.yaml, for messages.
     Raises:
         InputError: pickle files; no adapter and no model, or both; a file that cannot be read.
@@ -67,10 +65,8 @@ def read_weights(output: Path, where: str) -> Weights:
     adapter, complete = (output / ADAPTER).is_file(), sorted(output.glob("model*.safetensors"))
     if adapter == bool(complete):
         what = "both an adapter and a complete model" if adapter else f"neither {ADAPTER} nor model.safetensors"
-        raise InputError(
-            f"{where}: the command wrote {what} to output/",
-            "save either, for example with model.save_pretrained('output')",
-        )
+        hint = "save either, for example with model.save_pretrained('output')"
+        raise InputError(f"{where}: the command wrote {what} to output/", hint)
     start = _read([output / START], where) if (output / START).is_file() else None
     if adapter:
         return Weights(_read([output / ADAPTER], where), _config(output / CONFIG, where), start)
@@ -86,29 +82,22 @@ def _read(paths: Iterable[Path], where: str) -> Tensors:
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(
-                f"{where}: {path.name} is not a valid safetensors file: {visible(str(error))}", "write it again"
-            ) from None
+            problem = f"{where}: {path.name} is not a valid safetensors file: {visible(str(error))}"
+            raise InputError(problem, "write it again") from None
     return tensors
 
 
-def _document(path: Path, where: str) -> dict[str, Any]:
+def _config(path: Path, where: str) -> dict[str, Any]:
+    hint = "save the model with PEFT's save_pretrained"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise InputError(
-            f"{where}: {path.name} is missing or not a JSON object", "save the model with PEFT's save_pretrained"
-        )
+        raise InputError(f"{where}: {path.name} is missing or not a JSON object", hint)
+    if not isinstance(document.get("peft_type"), str):
+        raise InputError(f"{where}: {path.name} has no peft_type", hint)
     return document
-
-
-def _config(path: Path, where: str) -> dict[str, Any]:
-    config = _document(path, where)
-    if not isinstance(config.get("peft_type"), str):
-        raise InputError(f"{where}: {path.name} has no peft_type", "save the model with PEFT's save_pretrained")
-    return config
 
 
 @dataclass(frozen=True)
@@ -122,17 +111,15 @@ class Comparison:
     frozen_before: str
 
     def change(self) -> WeightChange:
+        def norm(name: str, start: torch.Tensor) -> float:
+            """In the dtype of the result: rounding alone is no training."""
+            after = self.after[name]
+            return float((after.double() - start.to(after.dtype).double()).norm())
+
         frozen = weight_audit.frozen(self.prepared.model)
-        # in the dtype of the result: rounding alone is no training
-        changes = (
-            (name, self.after[name].double() - start.to(self.after[name].dtype).double())
-            for name, start in self.before.items()
-        )
         hashes = {"sha256_before": self.frozen_before, "sha256_after": weight_audit.sha256_of_tensors(frozen)}
-        return WeightChange(
-            weight_audit.grouped((name, float(change.norm())) for name, change in changes),
-            {"tensors": len(frozen), **hashes},
-        )
+        groups = weight_audit.grouped((name, norm(name, start)) for name, start in self.before.items())
+        return WeightChange(groups, {"tensors": len(frozen), **hashes})
 
     def unknown(self) -> dict[str, int]:
         """Group -> tensors that start at random, so that their change is unknown."""
@@ -153,9 +140,7 @@ class Candidate:
         where: str,
         seed: int,
     ) -> None:
-        """Raises:
-        InputError: the weights are not those of the entry's method on this base model.
-        """
+        """Raise InputError if the weights are not those of the entry's method on this base model."""
         self.weights, self.where = weights, where
         build = partial(_untrained, weights.config, params, base_model, device, dtype, where)
         other = _saved(build(seed + 1)) if weights.config is not None and weights.start is None else {}
@@ -166,24 +151,19 @@ class Candidate:
             _compare(weights.start, expected, self._aliases(), where, START)
             self.before = {name: tensor for name, tensor in weights.start.items() if name in weights.tensors}
         else:
-            self.before = {
-                name: one for name, one in expected.items() if name not in other or bool((one == other[name]).all())
-            }
+            random = {name for name, tensor in other.items() if not bool((expected[name] == tensor).all())}
+            self.before = {name: tensor for name, tensor in expected.items() if name not in random}
         if not self.before:
-            raise InputError(
-                f"{where}: all weights of {params.method} start at random, so nothing shows that they were trained",
-                f"also save them before training, as output/{START}",
-            )
+            problem = f"all weights of {params.method} start at random, so nothing shows that they were trained"
+            raise InputError(f"{where}: {problem}", f"also save them before training, as output/{START}")
 
     def _aliases(self) -> dict[str, str]:
         """Name of a weight -> the first name of the same weight: tied weights are stored once."""
         if self.weights.config is not None:
             return {}
         first: dict[int, str] = {}
-        return {
-            name: first.setdefault(id(tensor), name)
-            for name, tensor in self.prepared.model.state_dict(keep_vars=True).items()
-        }
+        state = self.prepared.model.state_dict(keep_vars=True)
+        return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
     def filled(self) -> Comparison:
         """The model with the weights.
@@ -195,28 +175,19 @@ class Candidate:
         frozen = weight_audit.sha256_of_tensors(weight_audit.frozen(model))
         if self.weights.config is None:
             model.load_state_dict(tensors, strict=False)  # names and shapes were compared, except for tied weights
-            names = {
-                name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
-            }
-            trained = {name for name in self.before if name in names and name in tensors}
-            return Comparison(
-                self.prepared,
-                {name: self.before[name] for name in trained},
-                {name: tensors[name] for name in trained},
-                frozen,
-            )
+            parameters = model.named_parameters(remove_duplicate=False)
+            names = {name for name, parameter in parameters if parameter.requires_grad}
+            trained = [name for name in self.before if name in names and name in tensors]
+            before, after = ({name: of[name] for name in trained} for of in (self.before, tensors))
+            return Comparison(self.prepared, before, after, frozen)
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, dict(tensors))
         restored = _saved(self.prepared)
-        if wrong := sorted(
-            name
-            for name, tensor in tensors.items()
-            if not bool((restored[name] == tensor.to(restored[name].dtype)).all())
-        ):
-            raise InputError(
-                f"{self.where}: PEFT does not restore what the command wrote: {_shortened(wrong)}", CHECKED
-            )
+        same = {name: bool((restored[name] == one.to(restored[name].dtype)).all()) for name, one in tensors.items()}
+        if wrong := sorted(name for name in same if not same[name]):
+            problem = f"{self.where}: PEFT does not restore what the command wrote: {_shortened(wrong)}"
+            raise InputError(problem, CHECKED)
         return Comparison(self.prepared, self.before, tensors, frozen)
 
 
@@ -245,10 +216,8 @@ def _untrained(
     )  # fmt: skip
     if config is None:
         if params.method.lower() not in methods.OWN:
-            raise InputError(
-                f"params.yaml: {where}.method: {params.method}, but the command wrote a complete model",
-                "set method: full",
-            )
+            problem = f"params.yaml: {where}.method: {params.method}, but the command wrote a complete model"
+            raise InputError(problem, "set method: full")
         return method(params.peft)
     options = _options(config, params, where)
     try:
@@ -277,19 +246,15 @@ def _options(config: Mapping[str, Any], params: AdapterParams, where: str) -> di
     kind = config["peft_type"].lower()
     name, implied = methods.ALIASES.get(params.method.lower(), (params.method.lower(), {}))
     if kind != name:
-        raise InputError(
-            f"params.yaml: {where}.method: {params.method}, but the command wrote an adapter of {visible(kind)}",
-            f"set method: {visible(kind)}",
-        )
+        problem = f"{params.method}, but the command wrote an adapter of {visible(kind)}"
+        raise InputError(f"params.yaml: {where}.method: {problem}", f"set method: {visible(kind)}")
     standard = {kind.value.lower(): one for kind, one in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[name]().to_dict()
-    if unknown := sorted(
-        key for key, value in config.items() if key not in standard and value not in (None, False, [], {})
-    ):
+    others = {key: value for key, value in config.items() if key not in standard}
+    if unknown := sorted(key for key, value in others.items() if value not in (None, False, [], {})):
         what = f"{_shortened(unknown)} is unknown to PEFT {version('peft')}, which Pedigree uses"
         raise InputError(f"{where}: {CONFIG}: {what}", "train with this version of PEFT")
-    if refused := sorted(
-        key for key in methods.REFUSED_KEYS if config.get(key) not in (None, False, standard.get(key))
-    ):
+    off = {key: (None, False, standard.get(key)) for key in methods.REFUSED_KEYS}
+    if refused := sorted(key for key in off if config.get(key) not in off[key]):
         reason = methods.REFUSED_KEYS[refused[0]]
         raise InputError(f"{where}: {CONFIG}: {refused[0]} is not supported: it {reason}", "train without it")
     for key, value in {**implied, **params.peft}.items():
@@ -306,8 +271,11 @@ def _plain(value: Any) -> Any:
 def _compare(
     tensors: Mapping[str, Any], expected: Mapping[str, Any], aliases: Mapping[str, str], where: str, what: str
 ) -> None:
-    """Raises:
-    InputError: other names or shapes than those of the base model, or two names of one weight with different values.
+    """Compare weights with those of the model that they are for.
+
+    Raises:
+        InputError: other names or shapes than those of the base model, or two names of one weight with different
+            values.
     """
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise InputError(f"{where}: {what}: the base model has no module for {_shortened(unknown)}", CHECKED)
@@ -319,9 +287,8 @@ def _compare(
         raise InputError(f"{where}: {what}: wrong shape {shapes}: {_shortened(wrong)}", CHECKED)
     for name, first in aliases.items():
         if name != first and name in tensors and first in tensors and not bool((tensors[name] == tensors[first]).all()):
-            raise InputError(
-                f"{where}: {what}: {name} and {first} are one weight in the base model, but differ", CHECKED
-            )
+            problem = f"{name} and {first} are one weight in the base model, but differ"
+            raise InputError(f"{where}: {what}: {problem}", CHECKED)
 
 
 def _shortened(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Trains an adapter by the user's own command, and measures what it did: docs/own-trainer.md.
 
-The command only reads and writes files. That its weights moved, that the base
-model did not, and the validation loss are measured here.
+The command only reads and writes files. That its weights moved, that the base model did not, and the validation loss
+are measured here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,30 +82,19 @@ def train_by_command(name: str, params: AdapterParams, compute: Compute, folders
     device, dtype = prepare(compute)
     target = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     workspace = make_workspace(
-        folders.work,
-        params,
-        compute,
-        folders.root,
-        folders.tokenized,
-        folders.base_model,
-        where,
-        target,
+        folders.work, params, compute, folders.root, folders.tokenized, folders.base_model, where, target,
         folders.checkpoints,
-    )
+    )  # fmt: skip
     if not workspace.examples:
         raise InputError("adapter: the training split is empty", "add sources to raw_examples.sources")
     base_before, started = _base(folders.base_model), time.monotonic()
     words = words_of(str(params.command), f"{where}.command")
-    run_command(
-        words, workspace.folder, environment(compute.threads, compute.seed, workspace.inputs), f"{where}.command"
-    )
+    variables = environment(compute.threads, compute.seed, workspace.inputs)
+    run_command(words, workspace.folder, variables, f"{where}.command")
     seconds = time.monotonic() - started
-    base_after = _base(folders.base_model)
-    if base_after != base_before:
-        raise InputError(
-            f"{where}: the command changed the base model",
-            "run `dvc checkout --force data/base_model`, and save to output/ only",
-        )
+    if _base(folders.base_model) != base_before:
+        hint = "run `dvc checkout --force data/base_model`, and save to output/ only"
+        raise InputError(f"{where}: the command changed the base model", hint)
     weights = read_weights(workspace.output, where)
     if broken := weights.not_finite():
         return _refused(f"NaN or infinity in {len(broken)} trained weights, first in {broken[0]}", len(broken))
@@ -129,7 +117,7 @@ def _base(base_model: Path) -> str:
 
 def _measure(
     weights: Weights, params: AdapterParams, compute: Compute, workspace: Workspace, folders: Folders, where: str
-) -> Measured:  # fmt: skip
+) -> Measured:
     order = claims.read_order(workspace.output, workspace.examples, where)
     curve = claims.read_curve(workspace.output, where)
     candidate = Candidate(weights, params, folders.base_model, *prepare(compute), where, compute.seed)
@@ -156,12 +144,10 @@ def validation_loss(prepared: PreparedModel, rows: Sequence[Mapping[str, Any]]) 
     with torch.no_grad():
         for row in rows:
             batch = collate_packed([row]) if prepared.packs else collate_padded([row])
-            inputs = {
-                key: value.to(prepared.model.device) if hasattr(value, "to") else value for key, value in batch.items()
-            }
-            labels = inputs["labels"][:, 1:]
+            batch |= {key: value.to(prepared.model.device) for key, value in batch.items() if hasattr(value, "to")}
+            labels = batch["labels"][:, 1:]
             counted = labels != IGNORE
-            hidden = prepared.hidden_states(inputs)[:, :-1][counted]
+            hidden = prepared.hidden_states(batch)[:, :-1][counted]
             logits = logits_of(causal(prepared.model), hidden).float()
             nats += float(cross_entropy(logits, labels[counted], reduction="none").double().sum())
             tokens += int(counted.sum())
@@ -208,11 +194,9 @@ def _write(measured: Measured, document: Mapping[str, Any], workspace: Workspace
         rows = [{name: one[name] for name in ("step", "epoch", "position", "example_id")} for one in measured.order]
         write_table(folders.out / "examples.parquet", rows, weight_audit.seen_schema())
     else:
-        given_rows = len({identity for identity, _, _ in workspace.examples})
-        write_json(
-            folders.out / ORDER_UNKNOWN,
-            {"given": given_rows, "why": f"the command wrote no {' or '.join(claims.ORDER)}"},
-        )
+        why = f"the command wrote no {' or '.join(claims.ORDER)}"
+        examples = len({identity for identity, _, _ in workspace.examples})
+        write_json(folders.out / ORDER_UNKNOWN, {"given": examples, "why": why})
     write_json(folders.out / "training.json", document)
     write_json(folders.pages / "history.json", {"curve": [*measured.curve, *measured.validation]})
     points = [point for point in measured.curve if "loss" in point]
@@ -222,29 +206,20 @@ def _write(measured: Measured, document: Mapping[str, Any], workspace: Workspace
 
 
 def _report(measured: Measured, document: Mapping[str, Any], workspace: Workspace) -> Report:
-    prepared = measured.comparison.prepared
-    return Report(
-        metrics={
-            "method": document["settings"]["method"],
-            "trained_by": document["command"],
-            "order": document["order"],
-            "trainable_parameters": prepared.trainable,
-            "trainable_percent": round(100 * prepared.trainable / prepared.total, 4),
-            "tokens_per_epoch": sum(tokens for _, tokens, _ in workspace.examples),
-            **{
-                name: document[name]
-                for name in ("steps", "tokens", "trained_tokens", "dtype", "device")
-                if name in document
-            },
-            **({"loss": round(document["loss"]["last"], 4)} if "loss" in document else {}),
-            "environment": {
-                **weight_audit.versions(()),
-                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-            },
-            "validation_loss": [round(point["validation_loss"], 4) for point in measured.validation],
-        },
-        checks=[_learned(measured), _moved(measured)],
-    )
+    prepared, names = measured.comparison.prepared, ("steps", "tokens", "trained_tokens", "dtype", "device")
+    metrics = {
+        "method": document["settings"]["method"],
+        "trained_by": document["command"],
+        "order": document["order"],
+        "trainable_parameters": prepared.trainable,
+        "trainable_percent": round(100 * prepared.trainable / prepared.total, 4),
+        "tokens_per_epoch": sum(tokens for _, tokens, _ in workspace.examples),
+        **{name: document[name] for name in names if name in document},
+        **({"loss": round(document["loss"]["last"], 4)} if "loss" in document else {}),
+        "environment": weight_audit.versions(weight_audit.REPORTED),
+        "validation_loss": [round(point["validation_loss"], 4) for point in measured.validation],
+    }
+    return Report(metrics=metrics, checks=[_learned(measured), _moved(measured)])
 
 
 def _learned(measured: Measured) -> CheckResult:
@@ -260,22 +235,15 @@ def _moved(measured: Measured) -> CheckResult:
     if not unknown:
         return found
     more = f"not compared, because they start at random: {', '.join(unknown)}"
-    return CheckResult(
-        found.name, found.passed, blocking=found.blocking, count=found.count, note=f"{found.note}; {more}"
-    )
+    return replace(found, note=f"{found.note}; {more}")
 
 
 def _refused(what: str, count: int) -> Report:
     """Failing report of a model that cannot be used."""
-    note = f"{what}; lower the learning rate, and look at the examples"
-    return Report(
-        checks=[
-            CheckResult("learned", passed=False, blocking=True, count=count, note=note),
-            CheckResult(
-                "trained_what_it_should", passed=False, blocking=True, note="not checked: the result is not finite"
-            ),
-        ]
-    )
+    note, unchecked = f"{what}; lower the learning rate, and look at the examples", "the result is not finite"
+    learned = CheckResult("learned", passed=False, blocking=True, count=count, note=note)
+    moved = CheckResult("trained_what_it_should", passed=False, blocking=True, note=f"not checked: {unchecked}")
+    return Report(checks=[learned, moved])
 
 
 def _resources(seconds: float, tokens: int | None) -> dict[str, float]:

@@ -61,8 +61,8 @@ class Checkpoints:
     keep: int = 2
     """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
     sharded: bool = False
-    """Whether each process writes its part. Then only the same number of
-    processes can resume, and another is refused."""
+    """Whether each process writes its part. Then only the same number of processes can resume, and another is refused.
+    """
 
     def save(
         self,
@@ -72,8 +72,10 @@ class Checkpoints:
         documents: Mapping[str, Any],
         parts: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write one checkpoint: a temporary folder, every file flushed, one rename, then the marker. A kill at any time
-        leaves a complete checkpoint or one that `newest` recognizes as incomplete, and never changes the previous one.
+        """Write one checkpoint: a temporary folder, every file flushed, one rename, then the marker.
+
+        A kill at any time leaves a complete checkpoint or one that `newest` recognizes as incomplete, and never changes
+        the previous one.
 
         Args:
             state: any state that `pack` supports.
@@ -97,11 +99,8 @@ class Checkpoints:
                 (scratch / f"{name}.json").write_text(json.dumps(document))
             if parts:
                 parts(scratch)
-            files = {
-                str(path.relative_to(scratch)): sha256_of_file(path)
-                for path in sorted(scratch.rglob("*"))
-                if path.is_file()
-            }
+            paths = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+            files = {str(path.relative_to(scratch)): sha256_of_file(path) for path in paths}
             for name in files:
                 _to_disk(scratch / name)
                 _to_disk((scratch / name).parent)
@@ -143,10 +142,8 @@ class Checkpoints:
         for unfinished in self.folder.glob("step-*.unfinished"):
             remove(unfinished)
         differing: list[str] = []
-        for folder in sorted(
-            (path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), reverse=True
-        ):
-            wrong = ""
+        numbered = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+        for folder in sorted(numbered, reverse=True):
             try:
                 marker = json.loads((folder / MARKER).read_text())
                 step, identity, files = marker["step"], marker["identity"], marker["files"]
@@ -155,9 +152,8 @@ class Checkpoints:
             except (ValueError, KeyError, TypeError):
                 wrong = f"{MARKER} is not readable"
             else:
-                differing = sorted(
-                    part for part in {*identity, *self.identity} if identity.get(part) != self.identity.get(part)
-                )
+                parts = {*identity, *self.identity}
+                differing = sorted(part for part in parts if identity.get(part) != self.identity.get(part))
                 if differing == ["processes"] and self.sharded:
                     raise InputError(
                         f"{folder}: this checkpoint is of {identity['processes']} processes, and a sharded training"
@@ -166,14 +162,7 @@ class Checkpoints:
                     )
                 if differing:
                     break
-                wrong = next(
-                    (
-                        f"{name} was changed"
-                        for name, sha256 in files.items()
-                        if (sha256_of_file(folder / name) if (folder / name).is_file() else "") != sha256
-                    ),
-                    "",
-                )
+                wrong = _changed(folder, files)
             if not wrong:
                 return SavedCheckpoint(folder, step)
             log.warning(f"training: checkpoint {folder.name} is damaged ({wrong}); using the previous one")
@@ -183,10 +172,8 @@ class Checkpoints:
                 remove(stale)
             for folder in self._complete():
                 folder.rename(folder.with_name(f"{folder.name}.stale"))
-            log.warning(
-                f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside,"
-                " starting over"
-            )
+            what = f"the checkpoints are of another training (differs: {', '.join(differing)})"
+            log.warning(f"training: {what}; set aside, starting over")
         return None
 
     def at(self, step: int) -> SavedCheckpoint:
@@ -197,22 +184,27 @@ class Checkpoints:
         """
         folder = self.folder / f"step-{step:08d}"
         if not folder.is_dir():
-            raise PedigreeError(
-                f"the checkpoint {folder} is not on this host",
-                "share the folder among the hosts, or remove it everywhere",
-            )
+            hint = "share the folder among the hosts, or remove it everywhere"
+            raise PedigreeError(f"the checkpoint {folder} is not on this host", hint)
         return SavedCheckpoint(folder, step)
 
     def _complete(self) -> list[Path]:
         """Folders with a marker, newest step first."""
-        return sorted(
-            (path.parent for path in self.folder.glob(f"step-*/{MARKER}") if path.parent.suffix == ""), reverse=True
-        )
+        folders = [path.parent for path in self.folder.glob(f"step-*/{MARKER}")]
+        return sorted((folder for folder in folders if folder.suffix == ""), reverse=True)
+
+
+def _changed(folder: Path, files: Mapping[str, str]) -> str:
+    """What is wrong with the files of a checkpoint, given their hashes; empty if nothing is."""
+    for name, sha256 in files.items():
+        path = folder / name
+        if not path.is_file() or sha256_of_file(path) != sha256:
+            return f"{name} was changed"
+    return ""
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint, its marker first, so that a kill in between cannot leave a partial checkpoint that looks
-    complete."""
+    """Remove a checkpoint, its marker first: a kill in between leaves no partial checkpoint that looks complete."""
     (folder / MARKER).unlink(missing_ok=True)
     remove(folder)
 
@@ -227,8 +219,10 @@ def _to_disk(path: Path) -> None:
 
 
 def _copy_shared(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, copied if two of them share memory, which safetensors refuses (8-bit optimizers share
-    their tables)."""
+    """The tensors on the CPU, copied if two of them share memory, which safetensors refuses.
+
+    8-bit optimizers share their tables.
+    """
     found: dict[str, torch.Tensor] = {}
     taken: set[int] = set()
     for name, tensor in group.items():
@@ -240,7 +234,9 @@ def _copy_shared(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def code_of(module: Path, root: Path) -> list[Path]:
     """The file of a module and of every module of this package that it imports, directly or not, in a fixed order.
-    Args: root: the package's folder; its name is the first part of each import.
+
+    Args:
+        root: the package's folder; its name is the first part of each import.
     """
     found: set[Path] = set()
     waiting = [module]
@@ -260,8 +256,7 @@ def code_of(module: Path, root: Path) -> list[Path]:
 def run_identity(
     module: Path, compute: Compute, device: torch.device, dtype: torch.dtype, libraries: Sequence[str]
 ) -> dict[str, str]:
-    """The part of a training's identity that every trainer shares: code,
-    threads, processes, dtype, device, library versions.
+    """The part of a training's identity that every trainer shares.
 
     Args:
         module: the stage's own file.
@@ -298,16 +293,17 @@ def refuse_full_disk(needs: Mapping[Path, int], what: str) -> None:
     for folder, size in disks.values():
         free = shutil.disk_usage(folder).free
         if size > free:
+            needed, left = f"{size / 2**20:,.0f} MiB", f"{free / 2**20:,.0f} MiB"
             raise PedigreeError(
-                f"{what}: checkpoints and output need about {size / 2**20:,.0f} MiB of disk, and {free / 2**20:,.0f}"
-                f" MiB are free in {folder}",
+                f"{what}: checkpoints and output need about {needed} of disk, and {left} are free in {folder}",
                 "free some space, lower save_total_limit, or set save_strategy: no",
             )
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
-    """A state (of an optimizer, a schedule, a random generator) as plain JSON; its tensors are added to `tensors` under
-    their path in it.
+    """A state (of an optimizer, a schedule, a random generator) as plain JSON.
+
+    Its tensors are added to `tensors` under their path in it.
 
     >>> pack({0: (1.5, None)}, {}, "state")
     {'items': [[0, {'tuple': [1.5, None]}]]}
@@ -345,8 +341,9 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor], device: torch.devic
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """The state of a torch optimizer, by the position of each parameter. Its own `state_dict` is not used, because
-    loading converts the state to the parameter's dtype.
+    """The state of a torch optimizer, by the position of each parameter.
+
+    Its own `state_dict` is not used, because loading converts the state to the parameter's dtype.
     """
     groups = optimizer.param_groups
     return {

@@ -16,13 +16,15 @@ def write_curve(
     path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")
 ) -> None:
     """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has all of them.
-    The same bytes on every run."""
-    lines = [
-        ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
-        for point in curve
-        if all(name in point for name in (*columns, "tokens"))
-    ]
-    write_text(path, "\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")
+
+    The same bytes on every run.
+    """
+    lines = [f"step,{','.join(columns)},tokens"]
+    for point in curve:
+        if all(name in point for name in (*columns, "tokens")):
+            values = [f"{point[name]:.6g}" for name in columns]
+            lines.append(",".join([str(point["step"]), *values, str(point["tokens"])]))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def live_writer(folder: Path, every: float = 3.0, names: Sequence[str] = LIVE) -> Callable[..., None]:

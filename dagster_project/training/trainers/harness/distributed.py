@@ -1,5 +1,7 @@
-"""Arithmetic of a training in several processes (launch.py starts them). With a
-single process, every sum here returns its input."""
+"""Arithmetic of a training in several processes (launch.py starts them).
+
+With a single process, every sum here returns its input.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,9 @@ class ProcessRank:
 def place() -> ProcessRank:
     import torch.distributed as dist
 
-    return (
-        ProcessRank(dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else ProcessRank(0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return ProcessRank(dist.get_rank(), dist.get_world_size())
+    return ProcessRank(0, 1)
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
@@ -147,10 +147,8 @@ def gpus_of(count: int) -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (named.split(",") if named else list(map(str, range(found))))[:found]
     if count > len(gpus):
-        raise InputError(
-            f"params.yaml: compute.processes: {count} processes, and there are {len(gpus)} GPUs",
-            f"set it to {len(gpus)}",
-        )
+        problem = f"params.yaml: compute.processes: {count} processes, and there are {len(gpus)} GPUs"
+        raise InputError(problem, f"set it to {len(gpus)}")
     return gpus[:count]
 
 

@@ -42,9 +42,9 @@ class TrainingHistory:
     def stalled(self, patience: int | None) -> bool:
         """Whether the validation loss has not fallen for `patience` epochs."""
         best = self.best()
-        return (
-            patience is not None and best is not None and sum(step > best[0] for step, _ in self.validation) >= patience
-        )
+        if patience is None or best is None:
+            return False
+        return sum(step > best[0] for step, _ in self.validation) >= patience
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of one training step."""

@@ -44,16 +44,16 @@ STOP = signal.SIGUSR1
 """Sent to the first process to ask it to stop."""
 
 LAUNCHER = "PEDIGREE_LAUNCHER"
-"""Variable that selects the launcher: `ray` for Ray Train, which requires a
-connection to a Ray cluster; else torch elastic."""
+"""Variable that selects the launcher: `ray` for Ray Train, which requires a connection to a Ray cluster; else torch
+elastic."""
 
 WAIT = timedelta(days=30)
-"""The others may wait long for the first process (a sweep, a checkpoint); a
-lost process is noticed by torch elastic, not by a timeout."""
+"""The others may wait long for the first process (a sweep, a checkpoint); a lost process is noticed by torch elastic,
+not by a timeout."""
 
 LINGER = 5.0
-"""Seconds after a failed exchange before a process ends: most likely another
-process was lost, and torch elastic then names that one."""
+"""Seconds after a failed exchange before a process ends: most likely another process was lost, and torch elastic then
+names that one."""
 
 PEDIGREE = "dagster_project."
 """Package of the modules that a process on another host accepts from the first process."""
@@ -80,26 +80,20 @@ class Nodes:
 
     @classmethod
     def from_environment(cls) -> Nodes:
-        """Raises:
-        InputError: a variable is missing or not a number.
-        """
+        """Raise InputError if a variable is missing or not a number."""
         count = os.environ.get("PET_NNODES", "1")
         if not count.isdigit() or int(count) < 1:
-            raise InputError(
-                f"PET_NNODES: {count!r} is not a number of hosts", "set it to a number, such as 2, or unset it"
-            )
+            hint = "set it to a number, such as 2, or unset it"
+            raise InputError(f"PET_NNODES: {count!r} is not a number of hosts", hint)
         if int(count) == 1:
             return cls()
         if os.environ.get("PET_NODE_RANK", "0") != "0":
-            raise InputError(
-                "PET_NODE_RANK: stages run on the first host, 0",
-                "start the other hosts by torchrun, see docs/methods.md",
-            )
+            hint = "start the other hosts by torchrun, see docs/methods.md"
+            raise InputError("PET_NODE_RANK: stages run on the first host, 0", hint)
         endpoint = os.environ.get("PET_RDZV_ENDPOINT", "")
         if not endpoint.rpartition(":")[2].isdigit():
-            raise InputError(
-                "PET_RDZV_ENDPOINT: HOST:PORT of this host is required for PET_NNODES > 1", "for example 10.0.0.1:29400"
-            )
+            problem = "PET_RDZV_ENDPOINT: HOST:PORT of this host is required for PET_NNODES > 1"
+            raise InputError(problem, "for example 10.0.0.1:29400")
         return cls(int(count), endpoint, os.environ.get("PET_RDZV_ID", cls.run_id), os.environ.get("PET_LOCAL_ADDR"))
 
     def share(self, processes: int) -> int:
@@ -109,16 +103,15 @@ class Nodes:
             InputError: they do not divide evenly.
         """
         if processes % self.count:
-            raise InputError(
-                f"params.yaml: compute.processes: {processes} do not divide evenly among {self.count} hosts",
-                "choose a multiple",
-            )
+            problem = f"params.yaml: compute.processes: {processes} do not divide evenly among {self.count} hosts"
+            raise InputError(problem, "choose a multiple")
         return processes // self.count
 
 
 def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
-    """Run a module's work in a group of processes and wait for its end. All
-    processes end with this one, even if it is killed.
+    """Run a module's work in a group of processes and wait for its end.
+
+    All processes end with this one, even if it is killed.
 
     Args:
         module: name of a module with `first_process(work) -> JSON document` and `other_process(document)`.
@@ -135,9 +128,9 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
 
     if os.environ.get(LAUNCHER) == "ray":
         if os.environ.get("PET_NNODES", "1") != "1":
+            problem = "Ray Train would start all processes, and leave those of torchrun waiting"
             raise InputError(
-                f"{LAUNCHER}=ray and PET_NNODES are both set: Ray Train would start all processes, and leave those of"
-                " torchrun waiting",
+                f"{LAUNCHER}=ray and PET_NNODES are both set: {problem}",
                 f"unset PET_NNODES to use the nodes of the Ray cluster, or {LAUNCHER} to use the hosts of torchrun",
             )
         from dagster_project.training.trainers.harness import ray_train
@@ -147,9 +140,8 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     gpus = distributed.gpus_of(nodes.share(processes))
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
         folder = Path(name)
-        (folder / "work.json").write_text(
-            json.dumps({"module": module, "work": work, "gpus": gpus, "hosts": nodes.count})
-        )
+        document = {"module": module, "work": work, "gpus": gpus, "hosts": nodes.count}
+        (folder / "work.json").write_text(json.dumps(document))
         with _quiet_elastic(), relayed_log(folder), _forwarded_requests(folder) as requests:
             try:
                 elastic_launch(_config(nodes, len(gpus), folder), _member)(name)
@@ -162,30 +154,25 @@ def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    settings: dict[str, Any]
     if nodes.count == 1:
-        meeting = {
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": str(folder / "rendezvous"),
-            "rdzv_configs": {"store_type": "file"},
-        }
+        meeting, endpoint, settings = "c10d", str(folder / "rendezvous"), {"store_type": "file"}
     else:  # static: the rank of a host is given, so the first process is on this one
-        meeting = {
-            "rdzv_backend": "static",
-            "rdzv_endpoint": nodes.endpoint,
-            "rdzv_configs": {"rank": 0, "timeout": 900},
-        }
+        meeting, endpoint, settings = "static", nodes.endpoint, {"rank": 0, "timeout": 900}
     return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         nproc_per_node=processes,
         run_id=nodes.run_id,
+        rdzv_backend=meeting,
+        rdzv_endpoint=endpoint,
+        rdzv_configs=settings,
         local_addr=nodes.local_address or ("127.0.0.1" if nodes.count == 1 else None),
         max_restarts=0,  # a training resumes from its checkpoint, in a new run
         start_method=START_METHOD,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "elastic")),
         signals_to_handle="SIGQUIT",  # the others are handled here, so that the first process can write a checkpoint
         shutdown_timeout=10,
-        **meeting,
     )
 
 
@@ -201,17 +188,14 @@ def refuse_differences(here: Mapping[str, str], first: Mapping[str, str]) -> Non
         InputError: something differs; the message names it.
     """
     if differing := sorted(name for name, value in here.items() if first[name] != value):
-        raise InputError(
-            f"this host differs from the first one: {', '.join(differing)}",
-            "use the same commit, versions and data on all hosts",
-        )
+        problem = f"this host differs from the first one: {', '.join(differing)}"
+        raise InputError(problem, "use the same commit, versions and data on all hosts")
 
 
 def portable(path: Path) -> str:
-    """A path for the other processes, relative to the project if it is inside
-    it: another host may have the project elsewhere."""
-    full = path.resolve()
-    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+    """A path for the other processes: relative to the project, which another host may have elsewhere, if inside it."""
+    full, project = path.resolve(), Path.cwd()
+    return str(full.relative_to(project) if full.is_relative_to(project) else full)
 
 
 def report_document(report: Report) -> dict[str, Any]:
@@ -371,12 +355,11 @@ def log_to(folder: Path) -> None:
 def relayed_log(folder: Path) -> Iterator[None]:
     """Log the lines of the first process here."""
     os.mkfifo(folder / "log", 0o600)
-    pipe = os.fdopen(
-        os.open(folder / "log", os.O_RDWR), "r+b", buffering=0
-    )  # open for writing too, so that it has no end
+    # open for writing too, so that it has no end
+    pipe = os.fdopen(os.open(folder / "log", os.O_RDWR), "r+b", buffering=0)
 
     def relay() -> None:
-        for line in iter(lambda: _line(pipe), b"\n"):
+        for line in iter(pipe.readline, b"\n"):
             with suppress(ValueError):  # cut off when the process was killed
                 level, text = json.loads(line)
                 log.log(level, text)
@@ -391,14 +374,12 @@ def relayed_log(folder: Path) -> Iterator[None]:
         pipe.close()
 
 
-def _line(pipe: Any) -> bytes:
-    return bytes(pipe.readline())
-
-
 @contextmanager
 def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
-    """Pass SIGINT and SIGTERM on to the first process, which stops where it can
-    resume. Another one, at least a second later, ends all."""
+    """Pass SIGINT and SIGTERM on to the first process, which stops where it can resume.
+
+    Another one, at least a second later, ends all.
+    """
     requests: list[float] = []
 
     def forward(number: int, _: Any) -> None:
@@ -425,8 +406,7 @@ def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """Without torch elastic's own report of a failure, which `_reason`
-    replaces, and without a port for the rendezvous."""
+    """Without torch elastic's own report of a failure, which `_reason` replaces, and without a port to meet at."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
     levels = [logger.level for logger in loggers]
     share = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
@@ -455,15 +435,16 @@ def _reason(failed: Any, folder: Path, processes: int, asked: bool) -> BaseExcep
     name = f"process {rank + 1} of {processes}"
     if what:
         return PedigreeError(f"{name} failed: {what}" + (f"\nhint: {hint}" if hint else ""), AGAIN)
-    return PedigreeError(
-        f"{name} was killed" if failure.exitcode < 0 else f"{name} ended with exit code {failure.exitcode}", AGAIN
-    )
+    end = "was killed" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
+    return PedigreeError(f"{name} {end}", AGAIN)
 
 
 def error_of(path: Path) -> PedigreeError | None:
     """The error of the first process, if it wrote one."""
-    kind, what, hint = json.loads(path.read_text()) if path.exists() else ("", "", "")
-    return _error_class(kind)(what, hint) if kind else PedigreeError(what, AGAIN) if what else None
+    if not path.exists():
+        return None
+    kind, what, hint = json.loads(path.read_text())
+    return _error_class(kind)(what, hint) if kind else PedigreeError(what, AGAIN)
 
 
 def _error_class(name: str) -> type[PedigreeError]:
@@ -481,8 +462,8 @@ def main() -> None:
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank == 0:
         raise SystemExit(
-            "process 0 is the stage's own: run `pedigree run` on the first host, and torchrun with --node-rank 1 or"
-            " more here"
+            "process 0 is the stage's own: run `pedigree run` on the first host,"
+            " and torchrun with --node-rank 1 or more here"
         )
     gpus = distributed.gpus_of(int(os.environ["LOCAL_WORLD_SIZE"]))
     if gpus[local]:

@@ -143,20 +143,14 @@ class SftParams(TrainingParams):
 
     @property
     def trackers(self) -> list[str]:
-        return (
-            []
-            if self.report_to == "none"
-            else [self.report_to]
-            if isinstance(self.report_to, str)
-            else list(self.report_to)
-        )
+        if self.report_to == "none":
+            return []
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
 
     def settings(self) -> dict[str, Any]:
         """The parameters that determine the weights, in the order that training.json keeps."""
         values = self.model_dump(exclude=set(NON_SEMANTIC_PARAMS))
-        return {
-            name: values[name] for name in (*SETTINGS_ORDER, *(name for name in values if name not in SETTINGS_ORDER))
-        }
+        return {name: values[name] for name in dict.fromkeys((*SETTINGS_ORDER, *values))}
 
     def saves_at(self, step: int) -> bool:
         return self.save_strategy == "steps" and step % self.save_steps == 0
@@ -166,8 +160,8 @@ class SftParams(TrainingParams):
 
 
 class Sharding(Section):
-    """Divide weights, gradients and optimizer state among `compute.processes`,
-    for a model that does not fit one GPU. See docs/methods.md."""
+    """Divide weights, gradients and optimizer state among `compute.processes`, for a model that does not fit one GPU.
+    See docs/methods.md."""
 
     fsdp: Literal["full_shard", "shard_grad_op"] = "full_shard"
     """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op`
@@ -196,8 +190,8 @@ class PreferenceParams(TrainingParams):
     """Optimizer steps between two checkpoints from which an interrupted training resumes. null: one at the end of each
     epoch."""
     quantization: Quantization = "none"
-    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The
-    adapter is merged into unquantized weights."""
+    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The adapter is merged into unquantized weights.
+    """
     sharding: Sharding | None = None
     """Divide the model among `compute.processes`, see docs/methods.md. null: each process holds a whole model."""
 
@@ -207,9 +201,8 @@ class PreferenceParams(TrainingParams):
         Args:
             ignored: keys that the method does not use.
         """
-        unused = {
-            name for name, value in {"sharding": None, "quantization": "none"}.items() if getattr(self, name) == value
-        }
+        off = {"sharding": None, "quantization": "none"}
+        unused = {name for name, value in off.items() if getattr(self, name) == value}
         return self.model_dump(exclude={*NON_SEMANTIC_PARAMS, *ignored, *unused})
 
     def saves_at(self, step: int) -> bool:
@@ -220,8 +213,10 @@ class PreferenceParams(TrainingParams):
 
 
 class AdapterParams(SftParams):
-    """One entry per variant. Its name becomes `adapter@NAME`, `merged@NAME` and `evaluation@NAME`. See
-    docs/methods.md."""
+    """One entry per variant.
+
+    Its name becomes `adapter@NAME`, `merged@NAME` and `evaluation@NAME`. See docs/methods.md.
+    """
 
     method: str = "lora"
     """lora, rslora, dora, qlora, qdora, adalora, ia3, prefix_tuning, prompt_tuning, p_tuning, layernorm, bitfit, full,
@@ -237,9 +232,9 @@ class AdapterParams(SftParams):
     """Make a standalone model of base model and adapter. false: keep the adapter separate, and evaluation loads both;
     required for prefix_tuning, prompt_tuning, p_tuning and feature_extraction."""
     command: str | None = None
-    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It
-    is split into words as a shell does, but not run by a shell. The other keys of
-    the entry that are set are passed on to it. null: Pedigree's own trainer."""
+    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It is split into words as a shell does,
+    but not run by a shell. The other keys of the entry that are set are passed on to it. null: Pedigree's own trainer.
+    """
     files: list[str] = []
     """Files in data/trainers/ that are copied into the folder where `command` runs."""
     options: dict[str, Any] = {}
@@ -264,15 +259,12 @@ NON_SEMANTIC_PARAMS = frozenset(
 
 
 def refuse_warmup(params: TrainingParams, where: str) -> None:
-    """Raises: InputError: a warm-up is given for a schedule that has none."""
-    given = (
-        name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set and getattr(params, name)
-    )
-    if params.lr_scheduler_type == "constant" and (name := next(given, None)):
-        raise InputError(
-            f"params.yaml: {where}.{name}: has no effect on the schedule constant",
-            "set lr_scheduler_type: constant_with_warmup",
-        )
+    """Raise InputError if a warm-up is given for a schedule that has none."""
+    given = [name for name in ("warmup_steps", "warmup_ratio") if name in params.model_fields_set]
+    used = [name for name in given if getattr(params, name)]
+    if params.lr_scheduler_type == "constant" and used:
+        problem = f"params.yaml: {where}.{used[0]}: has no effect on the schedule constant"
+        raise InputError(problem, "set lr_scheduler_type: constant_with_warmup")
 
 
 def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
@@ -288,6 +280,5 @@ def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
         raise InputError(f"params.yaml: {where}: there is no adapter.{name}", f"adapters: {', '.join(adapters)}")
     entry = params.parse(AdapterParams, adapters[name], f"adapter.{name}")
     if not entry.merge or why_not_merged(entry.method, entry.peft, entry.quantization):
-        raise InputError(
-            f"params.yaml: {where}: adapter.{name} does not produce a merged model", "choose a variant that is merged"
-        )
+        problem = f"params.yaml: {where}: adapter.{name} does not produce a merged model"
+        raise InputError(problem, "choose a variant that is merged")

@@ -1,5 +1,7 @@
-"""Starts the processes of one training by Ray Train, with the same work as launch.py. Ray selects the nodes; the first
-process must be on this one, which has the stage's files. The others read the training's inputs at the same paths.
+"""Starts the processes of one training by Ray Train, with the same work as launch.py.
+
+Ray selects the nodes; the first process must be on this one, which has the stage's files. The others read the
+training's inputs at the same paths.
 
 An interrupt ends the group without a checkpoint: Ray runs the work in a thread, where Python handles no signals.
 """
@@ -32,8 +34,7 @@ log = logging.getLogger("pedigree")
 
 
 def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
-    """As `launch.launch`, on the Ray cluster that this process is connected to,
-    or else on the one of RAY_ADDRESS or a local one.
+    """As `launch.launch`, on the connected Ray cluster, or else on that of RAY_ADDRESS or a local one.
 
     Raises:
         PedigreeError: that of the first process, or another process was lost.
@@ -46,21 +47,19 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
         folder = Path(name)
         with relayed_log(folder):
+            gpus = torch.cuda.is_available()
             trainer = TorchTrainer(
                 _member,
                 train_loop_config={"folder": name, "module": module, "work": json.dumps(work)},
                 torch_config=TorchConfig(backend=backend(), timeout_s=int(WAIT.total_seconds())),
-                scaling_config=ScalingConfig(
-                    num_workers=processes, use_gpu=torch.cuda.is_available(), placement_strategy="PACK"
-                ),
+                scaling_config=ScalingConfig(num_workers=processes, use_gpu=gpus, placement_strategy="PACK"),
                 run_config=RunConfig(storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=0)),
             )
             try:
                 trainer.fit()
             except (ray.exceptions.RayError, TrainingFailedError) as error:
-                raise error_of(folder / "error-0.json") or PedigreeError(
-                    f"the processes on Ray failed: {error}", AGAIN
-                ) from None
+                other = PedigreeError(f"the processes on Ray failed: {error}", AGAIN)
+                raise error_of(folder / "error-0.json") or other from None
         return json.loads((folder / "result.json").read_text())
 
 

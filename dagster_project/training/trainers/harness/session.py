@@ -1,9 +1,8 @@
-"""Code shared by all trainers built on transformers' Trainer: exact resume, training history, progress, clean stop,
-divergence.
+"""What all trainers built on transformers' Trainer share: exact resume, history, progress, clean stop, divergence.
 
-A `Session` holds the state of one training. `ResumableTrainer` is the mixin that
-routes the Trainer's checkpoints through it, `monitor` the callback that records
-the history and decides when to save and when to stop, and `run_session` trains.
+A `Session` holds the state of one training. `ResumableTrainer` is the mixin that routes the Trainer's checkpoints
+through it, `monitor` the callback that records the history and decides when to save and when to stop, and `run_session`
+trains.
 """
 
 from __future__ import annotations
@@ -45,9 +44,10 @@ class Diverged(Exception):
     """The loss or the gradient is NaN or infinite. Internal: the stage reports it with the examples of the step."""
 
     def __init__(self, what: str, step: int, rows: Sequence[int]) -> None:
-        """Args:
-        what: e.g. "the loss is nan".
-        rows: rows of the training split in that step.
+        """
+        Args:
+            what: e.g. "the loss is nan".
+            rows: rows of the training split in that step.
         """
         super().__init__(f"{what} at step {step}")
         self.rows = list(rows)
@@ -66,24 +66,21 @@ class Session:
         live: Path | None,
         metrics: Sequence[str],
     ) -> None:
-        """Args:
-        name: for progress lines, e.g. "dpo".
-        model: its trainable weights are trained and saved in checkpoints.
-        checkpoints: where to keep them; None to keep none.
-        saved: the checkpoint to resume from, or None.
-        live: folder for the curves so far; None to write none.
-        metrics: names of the curves.
+        """
+        Args:
+            name: for progress lines, e.g. "dpo".
+            model: its trainable weights are trained and saved in checkpoints.
+            checkpoints: where to keep them; None to keep none.
+            saved: the checkpoint to resume from, or None.
+            live: folder for the curves so far; None to write none.
+            metrics: names of the curves.
         """
         self.name, self.model, self.params, self.checkpoints, self.saved = name, model, params, checkpoints, saved
-        self.state = saved.state(model.device) if saved else {}
-        self.history = (
-            TrainingHistory(
-                **saved.document("course"),
-                seen=[(step, epoch, row) for step, epoch, row in self.state["seen"].tolist()],
-            )
-            if saved
-            else TrainingHistory()
-        )
+        self.state, self.history = {}, TrainingHistory()
+        if saved:
+            self.state = saved.state(model.device)
+            seen = [(step, epoch, row) for step, epoch, row in self.state["seen"].tolist()]
+            self.history = TrainingHistory(**saved.document("course"), seen=seen)
         self._began, self._earlier = time.monotonic(), self.history.seconds
         self.progress = Progress(name, 1, "step")
         self.progress.done, self.progress.start = self.history.step, self.progress.start - self._earlier
@@ -149,8 +146,10 @@ class Session:
         optimizer: Mapping[str, Any],
         parts: Callable[[Path], None] | None = None,
     ) -> None:
-        """Args:
-        parts: writes the parts of all processes into a folder; then weights and further tensors are among them.
+        """Write a checkpoint.
+
+        Args:
+            parts: writes the parts of all processes into a folder; then weights and further tensors are among them.
         """
         import torch
 
@@ -162,18 +161,11 @@ class Session:
             **self.method_state(),
             "seen": torch.tensor(self.history.seen, dtype=torch.int32),
         }
-        checkpoints.save(
-            trainer.state.global_step,
-            state,
-            {} if parts else {"weights": trainable(self.model), **self.method_tensors()},
-            {
-                "course": {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"},
-                "trainer_state": dataclasses.asdict(
-                    dataclasses.replace(trainer.state, log_history=[], stateful_callbacks=None)
-                ),
-            },
-            parts,
-        )
+        tensors = {} if parts else {"weights": trainable(self.model), **self.method_tensors()}
+        course = {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"}
+        trainer_state = dataclasses.replace(trainer.state, log_history=[], stateful_callbacks=None)
+        documents = {"course": course, "trainer_state": dataclasses.asdict(trainer_state)}
+        checkpoints.save(trainer.state.global_step, state, tensors, documents, parts)
 
     def restore_optimizer(self, optimizer: Any) -> None:
         checkpoint.restore_optimizer(optimizer, self.state["optimizer"])
@@ -184,8 +176,7 @@ class Session:
 
 
 class ResumableTrainer:
-    """Mixin for transformers' Trainer: checkpoints are those of the session, complete and hashed, and resume to the
-    same bytes.
+    """Mixin for transformers' Trainer: its checkpoints are those of the session, and resume to the same bytes.
 
     Overrides private methods of transformers 5; `run_session` checks that they exist.
     """
@@ -253,10 +244,9 @@ def _monitor_class() -> type:
             control.should_save = not ends_epoch and (stop or self.session.params.saves_at(state.global_step))
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            last = state.global_step >= state.max_steps
-            control.should_save = self.session.stop_requested() or self.session.params.saves_after_epoch(
-                state.global_step, last
-            )
+            session, step = self.session, state.global_step
+            saves = session.stop_requested() or session.params.saves_after_epoch(step, step >= state.max_steps)
+            control.should_save = saves
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not state.global_step:
@@ -270,10 +260,8 @@ def _monitor_class() -> type:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.session.stop_requested():
-                raise Interrupted(
-                    f"interrupted at step {state.global_step}; the next run resumes from there",
-                    "run the same command again",
-                )
+                problem = f"interrupted at step {state.global_step}; the next run resumes from there"
+                raise Interrupted(problem, "run the same command again")
 
     return Monitor
 
@@ -288,15 +276,9 @@ def training_arguments(
 ) -> dict[str, Any]:
     """Arguments for transformers' TrainingArguments shared by all trainers. The session saves checkpoints."""
     names = (
-        "learning_rate",
-        "lr_scheduler_type",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "optim",
-        "weight_decay",
-        "max_grad_norm",
-    )
+        "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
+        "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm",
+    )  # fmt: skip
     return {
         "output_dir": scratch,
         "seed": compute.seed,
@@ -339,16 +321,12 @@ def run_session(session: Session, trainer: Any, validates: bool) -> None:
 
 
 def check_overrides(trainer: type) -> None:
-    """Raises:
-    AssertionError: transformers no longer has such a method, so the override would never be called.
-    """
+    """Raise AssertionError if transformers has no such method any more, so that the override would never be called."""
     from transformers import Trainer, __version__
 
     names = [name for name in vars(ResumableTrainer) if name.startswith("_") and not name.startswith("__")]
-    if missing := [name for name in names if not hasattr(Trainer, name)]:
-        raise AssertionError(
-            f"written for transformers 5.24: {__version__} has no Trainer.{', Trainer.'.join(missing)}"
-        )
+    if missing := [f"Trainer.{name}" for name in names if not hasattr(Trainer, name)]:
+        raise AssertionError(f"written for transformers 5.24: {__version__} has no {', '.join(missing)}")
 
 
 @contextmanager
@@ -366,25 +344,24 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-            word in str(error).lower() for word in words
-        )
-        if not short:
+        said = any(word in str(error).lower() for word in words)
+        if not said and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         reason = (str(error).splitlines() or [""])[0]
-        raise OutOfMemory(
-            f"training ran out of memory{f' ({reason})' if reason else ''}",
-            (advice and advice())
-            or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a"
-            " variant needs",
-        ) from None
+        general = (
+            "lower per_device_train_batch_size or set gradient_checkpointing: true;"
+            " `pedigree plan` shows what a variant needs"
+        )
+        what = f"training ran out of memory{f' ({reason})' if reason else ''}"
+        raise OutOfMemory(what, (advice and advice()) or general) from None
 
 
 @contextmanager
 def stop_on_request() -> Iterator[Callable[[], bool]]:
-    """While open, the first SIGINT or SIGTERM only sets a flag, so that the loop stops where it can resume; another
-    one, at least a second later, interrupts. Only the first of several
-    processes receives the request, from its launcher; the others stop with it.
+    """While open, the first SIGINT or SIGTERM only sets a flag, so that the loop stops where it can resume.
+
+    Another one, at least a second later, interrupts. Only the first of several processes receives the request, from its
+    launcher; the others stop with it.
     """
     asked: list[float] = []
 
@@ -411,10 +388,8 @@ def put(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     import torch
 
     parameters = trainable(model)
-    if set(parameters) != set(weights):
-        raise AssertionError(
-            f"weights do not match the trainable parameters: {sorted(set(parameters) ^ set(weights))[:5]}"
-        )
+    if differing := sorted(set(parameters) ^ set(weights)):
+        raise AssertionError(f"weights do not match the trainable parameters: {differing[:5]}")
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)

@@ -1,7 +1,7 @@
 """FSDP2 (torch.distributed.fsdp.fully_shard): each process keeps a part of every weight, gradient and optimizer state.
 
-A layer's weights are gathered while it computes and freed afterwards; gradients
-are summed where their part of the weight is kept.
+A layer's weights are gathered while it computes and freed afterwards; gradients are summed where their part of the
+weight is kept.
 """
 
 from __future__ import annotations
@@ -45,28 +45,25 @@ def check(
     if settings is None:
         return
     if compute.processes == 1:
-        raise InputError(
-            f"params.yaml: {where}.sharding: one process has nothing to share", "set compute.processes, or leave it out"
-        )
+        problem = f"params.yaml: {where}.sharding: one process has nothing to share"
+        raise InputError(problem, "set compute.processes, or leave it out")
     optim = optim or entry.optim
     four_bit = quantization_of(method, getattr(entry, "quantization", None)) != "none"
-    refused = {
-        "method": method.lower() not in METHODS
-        and f"{method} is not supported with sharding; use {', '.join(METHODS)}",
-        "optim": optim not in OPTIMIZERS and f"{optim} is not supported with sharding; use {', '.join(OPTIMIZERS)}",
-        "learning_rate": str(entry.learning_rate) == AUTO
-        and "trials run in one process, which the model does not fit; set a number",
-        "compile": getattr(entry, "compile", "none") != "none" and "is not supported with sharding; leave it out",
-        "use_liger_kernel": getattr(entry, "use_liger_kernel", False)
-        and "is not supported with sharding; leave it out",
-        "sharding.cpu_offload": settings.cpu_offload
-        and four_bit
-        and "4-bit weights are not supported on the CPU; leave it out",
-    }
-    for key, why in refused.items():
-        if why:
-            what, _, hint = str(why).partition("; ")
-            raise InputError(f"params.yaml: {where}.{key}: {what}", hint)
+
+    def refuse(key: str, problem: str, hint: str) -> None:
+        raise InputError(f"params.yaml: {where}.{key}: {problem}", hint)
+
+    if method.lower() not in METHODS:
+        refuse("method", f"{method} is not supported with sharding", f"use {', '.join(METHODS)}")
+    if optim not in OPTIMIZERS:
+        refuse("optim", f"{optim} is not supported with sharding", f"use {', '.join(OPTIMIZERS)}")
+    if str(entry.learning_rate) == AUTO:
+        refuse("learning_rate", "trials run in one process, which the model does not fit", "set a number")
+    for key in ("compile", "use_liger_kernel"):
+        if getattr(entry, key, False) not in (False, "none"):
+            refuse(key, "is not supported with sharding", "leave it out")
+    if settings.cpu_offload and four_bit:
+        refuse("sharding.cpu_offload", "4-bit weights are not supported on the CPU", "leave it out")
 
 
 def shard(model: Any, settings: Sharding, device: torch.device, *more: Any) -> Any:
@@ -108,8 +105,7 @@ def _root_class() -> type:
     import torch
 
     class Root(torch.nn.Module):
-        """The root of the sharded modules: whatever computes with a weight
-        outside the layers does it in its forward pass."""
+        """The root of the sharded modules, in whose forward pass weights outside the layers are used."""
 
         def __init__(self, model: Any, *more: Any) -> None:
             super().__init__()
@@ -128,8 +124,8 @@ class ShardedModel:
         """
         Args:
             settings: None for a whole model.
-            device: of the computation. A model to be divided is on the CPU until
-                then, so that it is never whole on a GPU; a quantized one is not.
+            device: of the computation. A model to be divided is on the CPU until then, so that it is never whole on a
+                GPU; a quantized one is not.
         """
         self.model, self.settings, self.device = model, settings, device
         self.root: Any = None
@@ -151,8 +147,8 @@ class ShardedModel:
     def divide(self, *more: Any) -> None:
         """Divide the model, and `more` modules that are trained with it. No effect without settings.
 
-        One pass follows, because torch creates the gathered weights in the
-        first: it has to run with the adapter enabled and outside inference mode.
+        One pass follows, because torch creates the gathered weights in the first: it has to run with the adapter
+        enabled and outside inference mode.
         """
         import torch
 
@@ -167,9 +163,8 @@ class ShardedModel:
     def free(self) -> None:
         """Free gathered weights after passes without a backward pass, see `free_gathered`."""
         free_gathered(self.root)
-        for part in (
-            self._trained
-        ):  # disabling an adapter changes whichever of part and gathered weight is in use at its begin and end
+        # disabling an adapter changes whichever of part and gathered weight is in use at its begin and end
+        for part in self._trained:
             part.requires_grad_(True)
 
     def compute(self, work: Callable[[], Result]) -> Result:
@@ -185,9 +180,8 @@ class ShardedModel:
         import torch
 
         two = torch.arange(2, device=self.device)[None]
-        ends = torch.tensor(
-            [0, 2], dtype=torch.int32, device=self.device
-        )  # for attention per example, see methods/attention.py
+        # for attention per example, see methods/attention.py
+        ends = torch.tensor([0, 2], dtype=torch.int32, device=self.device)
         self.decoder(input_ids=two * 0, position_ids=two, cu_seq_lens_q=ends, max_length_q=2, use_cache=False)
 
     def join(self) -> None:
@@ -200,9 +194,9 @@ class ShardedModel:
 def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Result:
     """The result of a function that uses models without gradients, where each process needs another number of passes.
 
-    A process that has finished its own passes takes part in those of the others, because
-    gathering a layer needs every process. All processes call it at the same time; those without
-    work pass a function that does nothing. At any time, they may use only one of the models.
+    A process that has finished its own passes takes part in those of the others, because gathering a layer needs every
+    process. All processes call it at the same time; those without work pass a function that does nothing. At any time,
+    they may use only one of the models.
     """
     import torch
 
@@ -245,8 +239,11 @@ def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Resul
 
 
 def free_gathered(root: Any) -> None:
-    """Free gathered weights after a forward pass without a backward pass. With `shard_grad_op` they would be kept, and
-    the next pass would use them although the optimizer has changed the parts."""
+    """Free gathered weights after a forward pass without a backward pass.
+
+    With `shard_grad_op` they would be kept, and the next pass would use them although the optimizer has changed the
+    parts.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in root.modules():
@@ -263,22 +260,18 @@ def unshard(model: Any) -> None:
     first = distributed.place().rank == 0
     gathered: dict[int, torch.nn.Parameter | None] = {}
     for module in model.modules():
-        if isinstance(
-            module, FSDPModule
-        ):  # its class extends the module's own; `to` and `float` of it work on parts only
+        # its class extends the module's own; `to` and `float` of it work on parts only
+        if isinstance(module, FSDPModule):
             extended, fsdp, own, *_ = type(module).__mro__
-            assert (extended.__name__, fsdp) == (f"FSDP{own.__name__}", FSDPModule), (
-                f"written for torch 2.13: {torch.__version__}"
-            )
+            known = extended.__name__ == f"FSDP{own.__name__}" and fsdp is FSDPModule
+            assert known, f"written for torch 2.13: {torch.__version__}"
             module.__class__ = own
         for name, part in list(module._parameters.items()):
             if not isinstance(part, DTensor):
                 continue
             if id(part) not in gathered:  # tied weights are one parameter of two modules
                 whole = part.detach().full_tensor()
-                gathered[id(part)] = (
-                    torch.nn.Parameter(whole.cpu(), requires_grad=part.requires_grad) if first else None
-                )
+                gathered[id(part)] = torch.nn.Parameter(whole.cpu(), part.requires_grad) if first else None
             if first:
                 module._parameters[name] = gathered[id(part)]
     if first and getattr(causal(model), "is_loaded_in_4bit", False):
@@ -322,9 +315,8 @@ def write(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:
 
     distributed.document_from_first()
     if not folder.is_dir():
-        raise PedigreeError(
-            f"the folder of checkpoints, {folder.parent}, is not shared with this host", "share it among all hosts"
-        )
+        problem = f"the folder of checkpoints, {folder.parent}, is not shared with this host"
+        raise PedigreeError(problem, "share it among all hosts")
     writer = dcp.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
     dcp.save(dict(parts), storage_writer=writer)
 
@@ -379,7 +371,6 @@ def join_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> dict[str, torch.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, (parameter, keys) in enumerate(zip(parameters, saved["sharded"], strict=True)):
         for key in keys:
-            optimizer.state[parameter][key] = tensors[f"optimizer.{number}.{key}"] = torch.zeros_like(
-                parameter.detach()
-            )
+            empty = torch.zeros_like(parameter.detach())
+            optimizer.state[parameter][key] = tensors[f"optimizer.{number}.{key}"] = empty
     return tensors

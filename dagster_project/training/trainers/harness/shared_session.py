@@ -1,5 +1,4 @@
-"""A training whose steps several processes share, each with a whole model or
-with its part of a divided one (sharding.py)."""
+"""A training whose steps several processes share, each with a whole model or its part of a divided one."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ class SharedSession(Session):
     Every process walks through the same batches in the same order, as a single process that accumulates all passes of a
     step. It computes its share of them (process n modulo the number of processes computes pass n), and gradients and
     losses are summed before the optimizer steps. So each row is used exactly once, and all processes have the same
-    weights. Dropout in a pass depends only on the seed and the pass. Only the
-    first process writes files, except for the parts of a divided model.
+    weights. Dropout in a pass depends only on the seed and the pass. Only the first process writes files, except for
+    the parts of a divided model.
     """
 
     def __init__(
@@ -40,8 +39,9 @@ class SharedSession(Session):
         live: Path | None,
         metrics: Sequence[str],
     ) -> None:
-        """Args:
-        checkpoints: of the first process, which finds the one to resume from for all.
+        """
+        Args:
+            checkpoints: of the first process, which finds the one to resume from for all.
         """
         import torch
 
@@ -55,9 +55,8 @@ class SharedSession(Session):
         """The batch of the current forward pass."""
         self.idles = False
         """Whether the current pass only takes part in that of another process."""
-        self._step_losses: list[
-            torch.Tensor
-        ] = []  # of the passes of the current step; zero for a pass of another process
+        # of the passes of the current step; zero for a pass of another process
+        self._step_losses: list[torch.Tensor] = []
         self._step_rows: list[list[int]] = []
         self._validation_passes = 0
 
@@ -106,8 +105,10 @@ class SharedSession(Session):
         return mine
 
     def end_validation(self, validate: Callable[[], object]) -> None:
-        """Args:
-        validate: computes the loss of a batch; called if others have computed one pass more than this process.
+        """Take part in the last pass of others, if they have computed one pass more than this process.
+
+        Args:
+            validate: computes the loss of a batch.
         """
         import torch
 
@@ -141,8 +142,10 @@ class SharedSession(Session):
         self.stop_requested = sharding.asked_first(self.stop_requested)
 
     def compute_loss(self, model: Any, work: Callable[[], Any]) -> Any:
-        """The result of a function that computes a loss, or a tuple that begins
-        with one. That of an idle pass is zero."""
+        """The result of a function that computes a loss, or a tuple that begins with one.
+
+        That of an idle pass is zero.
+        """
         if self.root is None:
             return work()
         result = self.root(work)
@@ -182,8 +185,7 @@ class SharedSession(Session):
 
 
 def newest(checkpoints: Checkpoints | None) -> tuple[Checkpoints | None, SavedCheckpoint | None]:
-    """Folder of this process' checkpoints, and the checkpoint to resume from: all processes use the one that the first
-    process found."""
+    """Folder of this process' checkpoints, and the checkpoint to resume from, which the first process finds for all."""
     import torch
 
     rank = distributed.place().rank

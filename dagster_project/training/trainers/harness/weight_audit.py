@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors")
 """Libraries whose versions affect the results of a run."""
+REPORTED = LIBRARIES[:4]
+"""Those that reports name."""
 
 
 @cache
@@ -25,14 +27,13 @@ def seen_schema() -> pa.Schema:
     """One row per trained example, in training order."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("step", pa.int32()),  # optimizer step, from 1
-            ("epoch", pa.int32()),  # from 1
-            ("position", pa.int32()),  # position in the step, from 0
-            ("example_id", pa.string()),
-        ]
-    )
+    columns = [
+        ("step", pa.int32()),  # optimizer step, from 1
+        ("epoch", pa.int32()),  # from 1
+        ("position", pa.int32()),  # position in the step, from 0
+        ("example_id", pa.string()),
+    ]
+    return pa.schema(columns)
 
 
 def seen_examples(seen: Sequence[tuple[int, int, int]], example_ids: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -67,8 +68,10 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
 
 
 def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names. Tensors are copied to the CPU one at a
-    time."""
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    Tensors are copied to the CPU one at a time.
+    """
     import torch
 
     whole = hashlib.sha256()
@@ -87,9 +90,8 @@ def kind_of(name: str) -> str:
     >>> kind_of("model.layers.3.input_layernorm.weight"), kind_of("model.layers.3.mlp.up_proj.bias")
     ('input_layernorm', 'up_proj bias')
     """
-    *path, last = [
-        part for part in name.split(".") if not part.isdigit() and part not in {"default", "modules_to_save"}
-    ]
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    *path, last = [part for part in parts if part not in {"default", "modules_to_save"}]
     if last in {"weight", "bias"} and path:
         return path[-1] if last == "weight" else f"{path[-1]} bias"
     return last
@@ -112,11 +114,12 @@ def movement(model: Any, before: Path) -> dict[str, dict[str, Any]]:
     from safetensors import safe_open
 
     with safe_open(before, framework="pt") as stored:
-        changes = (
-            (name, parameter.detach().cpu().double() - stored.get_tensor(name).double())
-            for name, parameter in trainable(model).items()
-        )
-        return grouped((name, float(change.norm())) for name, change in changes)
+
+        def norm(name: str, parameter: torch.Tensor) -> float:
+            change = parameter.detach().cpu().double() - stored.get_tensor(name).double()
+            return float(change.norm())
+
+        return grouped((name, norm(name, parameter)) for name, parameter in trainable(model).items())
 
 
 def grouped(norms: Iterable[tuple[str, float]]) -> dict[str, dict[str, Any]]:
@@ -128,14 +131,14 @@ def grouped(norms: Iterable[tuple[str, float]]) -> dict[str, dict[str, Any]]:
     groups: dict[str, list[float]] = {}
     for name, norm in norms:
         groups.setdefault(kind_of(name), []).append(norm)
-    return {
-        kind: {
-            "tensors": len(norms),
-            "moved": sum(norm > 0 for norm in norms),
-            "norm_of_change": float(f"{sum(norm**2 for norm in norms) ** 0.5:.6g}"),
+    movements: dict[str, dict[str, Any]] = {}
+    for kind, of_kind in sorted(groups.items()):
+        movements[kind] = {
+            "tensors": len(of_kind),
+            "moved": sum(norm > 0 for norm in of_kind),
+            "norm_of_change": float(f"{sum(norm**2 for norm in of_kind) ** 0.5:.6g}"),
         }
-        for kind, norms in sorted(groups.items())
-    }
+    return movements
 
 
 def unmoved(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -144,16 +147,16 @@ def unmoved(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def ranks(model: Any) -> dict[str, dict[str, int]]:
-    """AdaLoRA's ranks: module -> {"before": initial number of singular values, "after": number of nonzero ones}. Empty
-    for other methods."""
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".lora_E.default"): {
-            "before": parameter.shape[0],
-            "after": int((parameter != 0).sum()),
-        }
-        for name, parameter in model.named_parameters()
-        if name.endswith(".lora_E.default")
-    }
+    """AdaLoRA's ranks: module -> {"before": initial number of singular values, "after": number of nonzero ones}.
+
+    Empty for other methods.
+    """
+    found, ending = {}, ".lora_E.default"
+    for name, parameter in model.named_parameters():
+        if name.endswith(ending):
+            module = name.removeprefix("base_model.model.").removesuffix(ending)
+            found[module] = {"before": parameter.shape[0], "after": int((parameter != 0).sum())}
+    return found
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
@@ -177,28 +180,20 @@ class WeightChange:
         """The check `trained_what_it_should`."""
         still = unmoved(self.groups)
         intact = self.frozen["sha256_before"] == self.frozen["sha256_after"]
-        wrong = [
-            *([f"did not move: {', '.join(still)}"] if still else []),
-            *([] if intact else ["a frozen weight changed"]),
-        ]
-        moved = ", ".join(
-            f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in self.groups.items()
-        )
-        return CheckResult(
-            "trained_what_it_should",
-            passed=not wrong,
-            blocking=True,
-            count=len(still) + (not intact),
-            note="; ".join(wrong) or moved,
-        )
+        wrong = [f"did not move: {', '.join(still)}"] if still else []
+        wrong += [] if intact else ["a frozen weight changed"]
+        moved = [f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in self.groups.items()]
+        note, count = "; ".join(wrong) or ", ".join(moved), len(still) + (not intact)
+        return CheckResult("trained_what_it_should", passed=not wrong, blocking=True, count=count, note=note)
 
 
 class WeightAudit:
     """A model's weights before training, for the comparison afterwards."""
 
     def __init__(self, model: Any, folder: Path) -> None:
-        """Args:
-        folder: for a copy of the trainable weights.
+        """
+        Args:
+            folder: for a copy of the trainable weights.
         """
         self.model, self.before = model, folder / "before.safetensors"
         before_training(model, self.before)

@@ -31,30 +31,19 @@ METHODS: dict[str, tuple[str, ...]] = {
 EXACT = "cat"
 """The method whose result is the weighted sum of the changes. The default."""
 OF_FACTORS = tuple(name for name in METHODS if name != EXACT and not name.endswith("svd"))
-"""Methods that combine the matrices A with each other and the matrices B with
-each other, so that all need the same rank."""
+"""Methods that combine the matrices A with each other and the matrices B with each other, so that all need the same
+rank."""
 KEYS = {"merge_of", "method", "peft", "merge"}
 """Keys of an entry that merges. All others are those of a training."""
 SAME = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
 """Keys of LoRA that say which weights an adapter changes. Adapters that are merged must have the same."""
 UNMERGED = (
-    "use_dora",
-    "layer_replication",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "rank_pattern",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-"""Keys of LoRA with which an adapter is more than pairs of matrices A and B of
-one rank: PEFT merges only these, or refuses."""
+    "use_dora", "layer_replication", "modules_to_save", "trainable_token_indices", "target_parameters", "rank_pattern",
+    "lora_bias", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "kasa_config",
+    "monteclora_config", "velora_config",
+)  # fmt: skip
+"""Keys of LoRA with which an adapter is more than pairs of matrices A and B of one rank: PEFT merges only these, or
+refuses."""
 ADAPTERS = "merge adapters of lora, rslora or qlora"
 
 
@@ -76,25 +65,22 @@ def method_of(params: AdapterParams) -> str:
 
 
 def options_of(params: AdapterParams, where: str) -> MergeOptions:
-    """Raises:
-    InputError: unknown method; a key that is wrong, unknown, missing, or that the method does not use.
+    """The keys of the method.
+
+    Raises:
+        InputError: unknown method; a key that is wrong, unknown, missing, or that the method does not use.
     """
     method = method_of(params)
     if method not in METHODS:
-        raise InputError(
-            f"params.yaml: {where}.method: {params.method!r} is not a way to merge adapters",
-            f"methods: {', '.join(METHODS)}",
-        )
+        problem = f"params.yaml: {where}.method: {params.method!r} is not a way to merge adapters"
+        raise InputError(problem, f"methods: {', '.join(METHODS)}")
     options = parse(MergeOptions, params.peft, f"{where}.peft")
     if useless := sorted(options.model_fields_set - {*METHODS[method]}):
-        raise InputError(
-            f"params.yaml: {where}.peft.{useless[0]}: {method} does not use it",
-            f"its keys: {', '.join(METHODS[method]) or 'none'}",
-        )
+        hint = f"its keys: {', '.join(METHODS[method]) or 'none'}"
+        raise InputError(f"params.yaml: {where}.peft.{useless[0]}: {method} does not use it", hint)
     if "density" in METHODS[method] and options.density is None:
-        raise InputError(
-            f"params.yaml: {where}.peft.density: missing: {method} keeps this share of the values", "set it, e.g. 0.5"
-        )
+        problem = f"params.yaml: {where}.peft.density: missing: {method} keeps this share of the values"
+        raise InputError(problem, "set it, e.g. 0.5")
     return options
 
 
@@ -107,55 +93,35 @@ def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str) 
     Raises:
         InputError: the entry, or one of the adapters that it names, is wrong.
     """
-    name = where.partition(".")[2]
+    name, place = where.partition(".")[2], f"params.yaml: {where}.merge_of"
     assert params.merge_of is not None
     if others := sorted(params.model_fields_set - KEYS):
-        raise InputError(
-            f"params.yaml: {where}.{others[0]}: is a key of a training, and an entry with merge_of is not trained",
-            "leave it out",
-        )
+        problem = "is a key of a training, and an entry with merge_of is not trained"
+        raise InputError(f"params.yaml: {where}.{others[0]}: {problem}", "leave it out")
     options_of(params, where)
     if len(params.merge_of) < 2:
-        raise InputError(
-            f"params.yaml: {where}.merge_of: names {len(params.merge_of)} adapter, and merging takes two",
-            "name another one",
-        )
+        raise InputError(f"{place}: names {len(params.merge_of)} adapter, and merging takes two", "name another one")
     for parent, weight in params.merge_of.items():
         if parent not in adapters:
             known = ", ".join(one for one in adapters if one != name)
-            raise InputError(f"params.yaml: {where}.merge_of: there is no adapter.{parent}", f"adapters: {known}")
+            raise InputError(f"{place}: there is no adapter.{parent}", f"adapters: {known}")
         if not math.isfinite(weight) or weight == 0:
-            raise InputError(
-                f"params.yaml: {where}.merge_of.{parent}: the weight is {weight}",
-                "use another number, or leave the adapter out",
-            )
+            hint = "use another number, or leave the adapter out"
+            raise InputError(f"{place}.{parent}: the weight is {weight}", hint)
     refuse_circles(adapters, name, where)
     entries = {parent: parse(AdapterParams, adapters[parent], f"adapter.{parent}") for parent in params.merge_of}
-    for parent, entry in entries.items():
+    trained = {parent: entry for parent, entry in entries.items() if entry.merge_of is None}
+    for parent, entry in trained.items():
         _refuse_other_methods(parent, entry, where)
-    trained = {parent: entry.peft for parent, entry in entries.items() if entry.merge_of is None}
-    refuse_misfits(method_of(params), trained, where)
-    if (
-        len(
-            kinds := {
-                quantization_of(entry.method, entry.quantization)
-                for entry in entries.values()
-                if entry.merge_of is None
-            }
-        )
-        > 1
-    ):
-        raise InputError(
-            f"params.yaml: {where}.merge_of: the adapters are trained against different weights: quantization is"
-            f" {' and '.join(sorted(kinds))}",
-            "merge adapters with the same quantization",
-        )
+    refuse_misfits(method_of(params), {parent: entry.peft for parent, entry in trained.items()}, where)
+    kinds = sorted({quantization_of(entry.method, entry.quantization) for entry in trained.values()})
+    if len(kinds) > 1:
+        problem = f"the adapters are trained against different weights: quantization is {' and '.join(kinds)}"
+        raise InputError(f"{place}: {problem}", "merge adapters with the same quantization")
 
 
 def refuse_circles(adapters: Mapping[str, Any], name: str, where: str) -> None:
-    """Raises:
-    InputError: an adapter is merged of itself, also through others.
-    """
+    """Raise InputError if an adapter is merged of itself, also through others."""
 
     def walk(one: str, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for parent in parents_of(adapters, one):
@@ -165,24 +131,17 @@ def refuse_circles(adapters: Mapping[str, Any], name: str, where: str) -> None:
                 yield from walk(parent, (*path, parent))
 
     if circle := next(walk(name, (name,)), None):
-        raise InputError(
-            f"params.yaml: {where}.merge_of: an adapter would be merged of itself: {' of '.join(circle)}",
-            "leave one out",
-        )
+        problem = f"an adapter would be merged of itself: {' of '.join(circle)}"
+        raise InputError(f"params.yaml: {where}.merge_of: {problem}", "leave one out")
 
 
 def _refuse_other_methods(parent: str, entry: AdapterParams, where: str) -> None:
-    if entry.merge_of is not None:
-        return
+    what = f"params.yaml: {where}.merge_of: adapter.{parent}"
     name, keys = ALIASES.get(entry.method.lower(), (entry.method.lower(), {}))
     if name != "lora":
-        raise InputError(
-            f"params.yaml: {where}.merge_of: adapter.{parent} is trained by {entry.method}, which is not LoRA", ADAPTERS
-        )
+        raise InputError(f"{what} is trained by {entry.method}, which is not LoRA", ADAPTERS)
     if wrong := unmerged({**keys, **entry.peft}):
-        raise InputError(
-            f"params.yaml: {where}.merge_of: adapter.{parent} has {wrong}, which PEFT does not merge", ADAPTERS
-        )
+        raise InputError(f"{what} has {wrong}, which PEFT does not merge", ADAPTERS)
 
 
 def unmerged(config: Mapping[str, Any]) -> str:
@@ -201,8 +160,8 @@ def refuse_misfits(method: str, configs: Mapping[str, Mapping[str, Any]], where:
     Args:
         configs: adapter -> its keys: those of params.yaml, or all of them, of adapter_config.json.
     Raises:
-        InputError: they change other weights, have another base model, or
-            another rank although the method needs the same.
+        InputError: they change other weights, have another base model, or another rank although the method needs the
+            same.
     """
     same = (*SAME, "base_model_name_or_path", *(["r"] if method in OF_FACTORS else []))
     for key in same:
@@ -210,11 +169,7 @@ def refuse_misfits(method: str, configs: Mapping[str, Mapping[str, Any]], where:
         values = {repr(sorted(value) if isinstance(value, list | set) else value) for value in found.values()}
         if len(values) > 1:
             what = "; ".join(f"{name}: {value}" for name, value in found.items())
-            hint = (
-                "cat and the methods with svd merge adapters of different ranks"
-                if key == "r"
-                else "merge adapters of the same weights"
-            )
-            raise InputError(
-                f"params.yaml: {where}.merge_of: {method} cannot merge adapters with different {key} ({what})", hint
-            )
+            ranks = "cat and the methods with svd merge adapters of different ranks"
+            problem = f"{method} cannot merge adapters with different {key} ({what})"
+            hint = ranks if key == "r" else "merge adapters of the same weights"
+            raise InputError(f"params.yaml: {where}.merge_of: {problem}", hint)

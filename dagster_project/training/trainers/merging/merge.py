@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,8 @@ DESCRIPTION = (
     "Every merged weight is finite, the result changes the model, and with `cat` it is the weighted sum of the changes."
 )
 ROUNDING = 1e-5
-"""Largest difference, relative to the norm of all weighted changes together,
-that is attributed to rounding in float32."""
+"""Largest difference, relative to the norm of all weighted changes together, that is attributed to rounding in float32.
+"""
 TAKEN = ("steps", "tokens", "trained_tokens")
 """What the trainings of the merged adapters took, added up."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
@@ -122,23 +121,18 @@ def _refuse_others(method: str, folders: Mapping[str, Path], where: str) -> str:
         if config.get("peft_type") != "LORA":
             raise InputError(f"params.yaml: {where}.merge_of: adapter.{parent} is not LoRA", ADAPTERS)
         if wrong := unmerged(config):
-            raise InputError(
-                f"params.yaml: {where}.merge_of: adapter.{parent} has {wrong}, which PEFT does not merge", ADAPTERS
-            )
+            problem = f"adapter.{parent} has {wrong}, which PEFT does not merge"
+            raise InputError(f"params.yaml: {where}.merge_of: {problem}", ADAPTERS)
         configs[parent] = config
     refuse_misfits(method, configs, where)
-    infos = {parent: AdapterInfo.read(folder).quantization for parent, folder in folders.items()}
-    templates = {
-        (folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file() else ""
-        for folder in folders.values()
-    }
-    for what, found in (("quantization", set(infos.values())), ("chat template", templates)):
-        if len(found) > 1:
-            raise InputError(
-                f"params.yaml: {where}.merge_of: the adapters were trained with different values of {what}",
-                f"train them again with the same {what}",
-            )
-    return next(iter(infos.values()))
+    quantizations = [AdapterInfo.read(folder).quantization for folder in folders.values()]
+    files = [folder / TEMPLATE for folder in folders.values()]
+    templates = [file.read_text(encoding="utf-8") if file.is_file() else "" for file in files]
+    for what, found in (("quantization", quantizations), ("chat template", templates)):
+        if len(set(found)) > 1:
+            problem = f"params.yaml: {where}.merge_of: the adapters were trained with different values of {what}"
+            raise InputError(problem, f"train them again with the same {what}")
+    return quantizations[0]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -149,8 +143,8 @@ def _config(folder: Path) -> dict[str, Any]:
 def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_model: Path, where: str) -> Any:
     """The base model with the merged adapter, whose name in PEFT is "default": `save_pretrained` writes this one.
 
-    In float32, also where the base model is stored in bfloat16: PEFT rounds a
-    new adapter to the format of the weights that it is for.
+    In float32, also where the base model is stored in bfloat16: PEFT rounds a new adapter to the format of the weights
+    that it is for.
     """
     import torch
     from peft import PeftModel
@@ -167,20 +161,13 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
                 else:
                     model.load_adapter(folder, adapter_name=names[parent])
             torch.manual_seed(seed)  # dare_linear and dare_ties draw at random
-            options = options_of(params, where).model_dump()
-            model.add_weighted_adapter(
-                list(names.values()),
-                [params.merge_of[parent] for parent in folders],
-                "default",
-                combination_type=method_of(params),
-                svd_full_matrices=False,
-                **options,
-            )
+            options = {"combination_type": method_of(params), **options_of(params, where).model_dump()}
+            weights = [params.merge_of[parent] for parent in folders]
+            model.add_weighted_adapter([*names.values()], weights, "default", svd_full_matrices=False, **options)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"params.yaml: {where}.merge_of: PEFT cannot merge these adapters: {reason}", ADAPTERS
-        ) from None
+        problem = f"params.yaml: {where}.merge_of: PEFT cannot merge these adapters: {reason}"
+        raise InputError(problem, ADAPTERS) from None
     model.set_adapter("default")
     for name in names.values():
         model.delete_adapter(name)
@@ -188,28 +175,28 @@ def _merged(params: AdapterParams, seed: int, folders: Mapping[str, Path], base_
 
 
 def _replace_config(out: Path) -> None:
-    """The scale of every adapter is in the merged weights, so that of the result is 1. PEFT keeps `use_rslora` of the
-    first one, by which it would be the square root of the rank."""
+    """The scale of every adapter is in the merged weights, so that of the result is 1.
+
+    PEFT keeps `use_rslora` of the first one, by which it would be the square root of the rank.
+    """
     config = _config(out) | {"use_rslora": False, "lora_dropout": 0.0}
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refuse_small_weights(out: Path, where: str) -> None:
-    """Raises:
-    InputError: a weight has fewer rows or columns than the rank of the result.
-        A method with svd then writes factors that PEFT cannot load.
+    """Check that the rank of the result fits each weight. A method with svd writes factors that PEFT cannot load.
+
+    Raises:
+        InputError: a weight has fewer rows or columns.
     """
     rank, smallest = _config(out)["r"], min(pair["A"].shape[0] for pair in _factors(out)[1].values())
     if smallest < rank:
-        raise InputError(
-            f"params.yaml: {where}.peft.svd_rank: the rank is {rank}, and a weight has {smallest} rows or columns",
-            f"set svd_rank to {smallest} or less",
-        )
+        problem = f"the rank is {rank}, and a weight has {smallest} rows or columns"
+        raise InputError(f"params.yaml: {where}.peft.svd_rank: {problem}", f"set svd_rank to {smallest} or less")
 
 
 def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: Path) -> Distance:
-    """Compare files: the change of each weight by the merged adapter with the
-    weighted sum of the changes by the others, in float64."""
+    """Compare the merged change of each weight with the weighted sum of the others' changes, from files, in float64."""
     import torch
 
     parts = [(weights[parent], *_factors(folder)) for parent, folder in folders.items()]
@@ -220,12 +207,13 @@ def distance(folders: Mapping[str, Path], weights: Mapping[str, float], merged: 
         changes = [_change(weight * one(module), found[module]) for weight, one, found in parts if module in found]
         own = _change(scale(module), factors[module]) if module in factors else nothing
         total = sum(changes, nothing)
-        sums = [
-            sum(float((change**2).sum()) for change in changes),
-            *(float((one**2).sum()) for one in (total, own, own - total)),
-        ]
+        sums = [sum(map(_square, changes)), _square(total), _square(own), _square(own - total)]
         squares = [one + more for one, more in zip(squares, sums, strict=True)]
     return Distance(*map(math.sqrt, squares))
+
+
+def _square(change: torch.Tensor) -> float:
+    return float((change**2).sum())
 
 
 def _factors(folder: Path) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
@@ -253,8 +241,7 @@ def _change(scale: float, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _document(
     params: AdapterParams, compute: Compute, folders: Mapping[str, Path], out: Path, measured: Distance, where: str
 ) -> dict[str, Any]:
-    """training.json: what was merged and how, and what the trainings of the
-    merged adapters took, unless one of them did not record it."""
+    """training.json: what was merged and how, and what the trainings took, unless one of them did not record it."""
     assert params.merge_of is not None
     trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in folders.values()]
     return {
@@ -273,19 +260,14 @@ def _document(
 
 
 def _report(params: AdapterParams, document: Mapping[str, Any], out: Path, measured: Distance) -> Report:
-    return Report(
-        metrics={
-            "method": method_of(params),
-            "merge_of": dict(sorted((params.merge_of or {}).items())),
-            "rank": document["rank"],
-            "distance_from_weighted_sum": measured.rounded(3),
-            "environment": {
-                **weight_audit.versions(()),
-                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-            },
-        },
-        checks=[_check(method_of(params), out, measured)],
-    )
+    metrics = {
+        "method": method_of(params),
+        "merge_of": dict(sorted((params.merge_of or {}).items())),
+        "rank": document["rank"],
+        "distance_from_weighted_sum": measured.rounded(3),
+        "environment": weight_audit.versions(weight_audit.REPORTED),
+    }
+    return Report(metrics=metrics, checks=[_check(method_of(params), out, measured)])
 
 
 def _check(method: str, out: Path, measured: Distance) -> CheckResult:

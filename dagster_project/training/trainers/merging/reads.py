@@ -31,8 +31,9 @@ def reads_of_merge(parents: list[str]) -> list[str]:
 
 
 def refuse_other_reads(root: Path, name: str, adapters: Mapping[str, Any]) -> None:
-    """Compare dvc.yaml with params.yaml: a merged adapter must be made after
-    those that it is merged of, and again when they change.
+    """Compare dvc.yaml with params.yaml.
+
+    A merged adapter must be made after those that it is merged of, and again when they change.
 
     Raises:
         InputError: dvc.yaml does not list an adapter, lists one that params.yaml does not have, or lists other inputs.
@@ -46,18 +47,15 @@ def refuse_other_reads(root: Path, name: str, adapters: Mapping[str, Any]) -> No
         return
     if differing := sorted(listed.keys() ^ adapters.keys()):
         one = differing[0]
-        what = (
-            f"does not list adapter.{one} of params.yaml"
-            if one in adapters
-            else f"lists adapter.{one}, which params.yaml does not have"
-        )
+        what = f"lists adapter.{one}, which params.yaml does not have"
+        if one in adapters:
+            what = f"does not list adapter.{one} of params.yaml"
         raise InputError(f"dvc.yaml: the stage adapter {what}", WRITE)
     merged = {path for path in listed[name] if path.startswith(f"{ADAPTER}/")}
     if merged != set(reads_of_merge(parents)[1:]):
         expected = f"merged of {', '.join(parents)}" if parents else "trained"
-        raise InputError(
-            f"dvc.yaml: adapter.{name} is {expected}, and its stage reads {', '.join(listed[name])}", WRITE
-        )
+        problem = f"adapter.{name} is {expected}, and its stage reads {', '.join(listed[name])}"
+        raise InputError(f"dvc.yaml: {problem}", WRITE)
 
 
 def listed_reads(root: Path) -> dict[str, list[str]] | None:
@@ -66,9 +64,8 @@ def listed_reads(root: Path) -> dict[str, list[str]] | None:
     from ruamel.yaml.error import YAMLError
 
     text = (root / "dvc.yaml").read_text(encoding="utf-8", errors="replace")
-    if (
-        "\n  adapter:\n    foreach: ${" in text
-    ):  # parsing takes a tenth of a second, and each process validates all of params.yaml
+    # parsing takes a tenth of a second, and each process validates all of params.yaml
+    if "\n  adapter:\n    foreach: ${" in text:
         return None
     try:
         items = YAML(typ="safe").load(text)["stages"]["adapter"]["foreach"]

@@ -1,5 +1,4 @@
-"""Automatic settings: a number for each `auto` of an adapter's entry, by the size of the data; then the learning rate
-by trials.
+"""Automatic settings: a number for each `auto` of an entry by the size of the data, then the learning rate by trials.
 
 | examples to train on | num_train_epochs | learning_rate | r | examples a step |
 | --- | --- | --- | --- | --- |
@@ -102,7 +101,8 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
 
     Args:
         params: an adapter's entry.
-        examples, rows: of the training split; rows are packed rows. validates: whether there is a validation split.
+        examples, rows: of the training split; rows are packed rows.
+        validates: whether there is a validation split.
         processes: number of processes that share the passes of a step. A trial uses a single one.
     """
     passes = params.gradient_accumulation_steps * processes
@@ -121,24 +121,21 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         if "lora_alpha" not in peft:
             chosen["peft.lora_alpha"] = Choice(2 * r, "twice peft.r")
     if entry["per_device_train_batch_size"] == AUTO:
-        wanted, together = of.at(examples, of.examples_per_step), examples / rows * passes
+        per_row = examples / rows
+        wanted, together = of.at(examples, of.examples_per_step), per_row * passes
         n = min(max(round(wanted / together), 1), rows)
-        chosen["per_device_train_batch_size"] = Choice(
-            n,
-            f"{n * together:.3g} examples a step, a packed row holding {examples / rows:.3g}; guideline {wanted:.3g}"
-            f" for {size}",
-        )
-    by_steps = method.lower() != "feature_extraction"
-    sweeps = entry["learning_rate"] == AUTO and validates and by_steps
+        found = f"{n * together:.3g} examples a step, a packed row holding {per_row:.3g}"
+        chosen["per_device_train_batch_size"] = Choice(n, f"{found}; guideline {wanted:.3g} for {size}")
+    sweeps = False
     if entry["learning_rate"] == AUTO:
-        alone = (
-            ""
-            if sweeps
-            else "; no validation split to correct it by"
-            if by_steps
-            else f"; {method} takes no optimizer steps"
-        )
-        chosen["learning_rate"] = Choice(of.learning_rate, f"guideline for {size}{alone}")
+        why = f"guideline for {size}"
+        if method.lower() == "feature_extraction":
+            why += f"; {method} takes no optimizer steps"
+        elif not validates:
+            why += "; no validation split to correct it by"
+        else:
+            sweeps = True
+        chosen["learning_rate"] = Choice(of.learning_rate, why)
     settled = put(params, chosen)
     return ResolvedParams(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
 
@@ -155,18 +152,21 @@ def put(params: R, chosen: Mapping[str, Choice]) -> R:
 def _trial(params: R, total: int, passes: int) -> R:
     """A shortened training, with its own warm-up and decay."""
     n = min(total, max(LEAST_STEPS, total // 10))
+    keys = dict(params.lr_scheduler_kwargs)
+    for name in STEPS_OF_SCHEDULES & keys.keys():
+        if isinstance(keys[name], int | float):
+            keys[name] = math.ceil(keys[name] * n / total)
     changed = {
         "max_steps": n,
         "warmup_steps": math.ceil(warmup(total, params) * n / total),
+        "lr_scheduler_kwargs": keys,
+        "gradient_accumulation_steps": passes,
         "save_strategy": "no",
         "report_to": "none",
+        "early_stopping_patience": None,
+        "load_best_model_at_end": False,
     }
-    keys = {
-        name: math.ceil(value * n / total) if name in STEPS_OF_SCHEDULES and isinstance(value, int | float) else value
-        for name, value in params.lr_scheduler_kwargs.items()
-    }
-    changed |= {"gradient_accumulation_steps": passes, "lr_scheduler_kwargs": keys}
-    return params.model_copy(update=changed | {"early_stopping_patience": None, "load_best_model_at_end": False})
+    return params.model_copy(update=changed)
 
 
 def rate_at(start: float, place: int) -> float:
@@ -175,23 +175,22 @@ def rate_at(start: float, place: int) -> float:
 
 
 def climb(loss: Callable[[int], float], most: int = MOST_TRIALS) -> dict[int, float]:
-    """Search for the lowest loss from position 0: upwards while it decreases, downwards if the first step up did not
-    help.
+    """Search for the lowest loss from position 0: upwards while it decreases, else downwards.
 
     Args:
-        loss: loss at a position; infinite if training diverged, and then only lower positions are tried. most: maximum
-        number of positions. Returns: Position -> loss, in the order tried.
+        loss: loss at a position; infinite if training diverged, and then only lower positions are tried.
+        most: maximum number of positions.
+    Returns:
+        Position -> loss, in the order tried.
     """
     found = {0: loss(0)}
     for way in (1, -1):
-        place = way
-        while (
-            len(found) < most
-            and min(found.values()) == found[place - way]
-            and not (way > 0 and math.isinf(found[place - way]))
-        ):
-            found[place] = loss(place)
+        place = 0
+        while len(found) < most and min(found.values()) == found[place]:
+            if way > 0 and math.isinf(found[place]):
+                break
             place += way
+            found[place] = loss(place)
     return found
 
 
@@ -202,7 +201,8 @@ def sweep(
 
     Args:
         learn: trains a fresh model.
-        notes: file with the losses, from which a killed sweep resumes. identity: what must be equal to use them.
+        notes: file with the losses, from which a killed sweep resumes.
+        identity: what must be equal to use them.
     Returns:
         Rate -> validation loss, in the order tried; first, as rate 0, the loss before training.
     """
@@ -233,9 +233,8 @@ def _losses_of(trial: R, learn: Callable[[R], TrainingHistory]) -> list[float]:
     except Diverged:
         return [math.inf, math.inf]
     except Interrupted:
-        raise Interrupted(
-            "interrupted in the sweep of learning_rate; finished trials are kept", "run the same command again"
-        ) from None
+        problem = "interrupted in the sweep of learning_rate; finished trials are kept"
+        raise Interrupted(problem, "run the same command again") from None
     finally:
         gc.collect()  # a Trainer and its model are in reference cycles, and the next model needs the memory
     return [loss if math.isfinite(loss) else math.inf for _, loss in (watched[0], watched[-1])]
@@ -254,6 +253,5 @@ def best(trials: Mapping[float, float], trial: SftParams) -> Choice:
         return Choice(min(losses), f"every trial diverged; the lowest {how}")
     near = lowest + (1 - ENOUGH) * max(trials[0.0] - lowest, 0)
     rate = min(rate for rate, loss in losses.items() if loss <= near)
-    return Choice(
-        rate, f"the lowest rate within {1 - ENOUGH:.0%} of the greatest decrease of the validation loss {how}"
-    )
+    decrease = "the greatest decrease of the validation loss"
+    return Choice(rate, f"the lowest rate within {1 - ENOUGH:.0%} of {decrease} {how}")

@@ -63,23 +63,14 @@ class TrainingData:
         from datasets import Dataset
 
         columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
-        rows = {
-            split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns))
-            for split in ("train", "validation")
-        }
+        files = {split: tokenized / f"{split}.parquet" for split in ("train", "validation")}
+        rows = {split: Dataset.from_list(read_table(file, columns)) for split, file in files.items()}
         if not len(rows["train"]):
             raise InputError("adapter: the training split is empty", "add sources to raw_examples.sources")
         tokenizer = load_tokenizer(base_model, tokenized)
         labeled = read_table(tokenized / "categories.parquet") if method.lower() == "feature_extraction" else []
-        return cls(
-            name,
-            compute,
-            tokenized,
-            base_model,
-            tokenizer,
-            rows,
-            {line["example_id"]: line["category"] for line in labeled},
-        )
+        category = {line["example_id"]: line["category"] for line in labeled}
+        return cls(name, compute, tokenized, base_model, tokenizer, rows, category)
 
     @property
     def where(self) -> str:
@@ -96,15 +87,13 @@ class TrainingData:
 
     def identity(self) -> dict[str, str]:
         """The part of a training's identity that its inputs determine."""
+        base = self.base_model
+        tokenizer = sorted(base.glob("tokenizer*")) + sorted(base.glob("special_tokens*"))
         return {
             "tokenized data": sha256_of_files([self.tokenized / f"{split}.parquet" for split in self.rows]),
             "chat template": sha256_of_text(json.dumps(self.tokenizer.chat_template)),
-            "tokenizer": sha256_of_files(
-                sorted(self.base_model.glob("tokenizer*")) + sorted(self.base_model.glob("special_tokens*"))
-            ),
-            "base model": sha256_of_files(
-                sorted([*self.base_model.glob("*.safetensors"), self.base_model / "config.json"])
-            ),
+            "tokenizer": sha256_of_files(tokenizer),
+            "base model": sha256_of_files(sorted([*base.glob("*.safetensors"), base / "config.json"])),
         }
 
     def model(self, params: AdapterParams, total: int) -> PreparedModel:
@@ -121,24 +110,14 @@ class TrainingData:
             device = torch.device("cpu")  # the whole model is never on one GPU
         labels = {self.category[identity] for row in self.example_ids for identity in row if identity in self.category}
         prepared = build(
-            params.method,
-            params.peft,
-            self.base_model,
-            device,
-            dtype,
-            self.where,
-            params.quantization,
-            params.merge,
-            total,
-            sorted(labels),
-        )
+            params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge,
+            total, sorted(labels),
+        )  # fmt: skip
         if hasattr(prepared.model, "named_modules"):  # a classifier's head has none
             refuse_unmatched(prepared.model, params.peft, self.where)
         if params.neftune_noise_alpha and not prepared.packs:
-            raise InputError(
-                f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings",
-                "leave it out",
-            )
+            problem = f"{params.method} does not train word embeddings"
+            raise InputError(f"params.yaml: {self.where}.neftune_noise_alpha: {problem}", "leave it out")
         if device != computing:
             causal(prepared.model).set_attn_implementation(attention_for(computing, dtype))
         if prepared.packs and not params.sharding:
@@ -146,9 +125,8 @@ class TrainingData:
             several = int(params.per_device_train_batch_size) > 1 or any(len(row) > 1 for row in lengths)
             hint = "set tokenized.packing: false and per_device_train_batch_size: 1"
             refuse_mixing(prepared.model, prepared.hidden_states, several, hint)
-        return (
-            replace(prepared, optim=None) if params.sharding else prepared
-        )  # the paged optimizer has no sharded state
+        # the paged optimizer has no sharded state
+        return replace(prepared, optim=None) if params.sharding else prepared
 
     def train(
         self,
@@ -157,16 +135,8 @@ class TrainingData:
         checkpoints: Checkpoints | None = None,
         live: Path | None = None,
     ) -> TrainingHistory:
-        return train(
-            prepared,
-            self.tokenizer,
-            self.rows["train"],
-            self.rows["validation"],
-            params,
-            self.compute,
-            checkpoints,
-            live,
-        )
+        rows, validation_rows = self.rows["train"], self.rows["validation"]
+        return train(prepared, self.tokenizer, rows, validation_rows, params, self.compute, checkpoints, live)
 
 
 @dataclass(frozen=True)
@@ -201,8 +171,9 @@ def fit(
 
     Args:
         settled: the entry without `auto`, except for a learning rate that is still to be swept.
-        identity: what must be equal to resume from a checkpoint, in addition to the parameters. checkpoints: folder
-        that survives a killed run. out: only the free space of its disk is checked.
+        identity: what must be equal to resume from a checkpoint, in addition to the parameters.
+        checkpoints: folder that survives a killed run.
+        out: only the free space of its disk is checked.
     Raises:
         Diverged: a loss or a gradient is not finite.
         InputError, PedigreeError: bad settings; out of memory or disk; interrupted.
@@ -210,13 +181,13 @@ def fit(
     params, chosen, trials = settled.params, dict(settled.chosen), dict[float, float]()
     if settled.trial:
         trial = settled.trial.model_copy(update={"gradient_checkpointing": params.gradient_checkpointing})
+        same = identity | params_identity(trial, data.compute)
+
+        def learn(one: AdapterParams) -> TrainingHistory:
+            return data.train(data.model(one, data.steps(one)), one)
+
         with advised():
-            trials = auto.sweep(
-                trial,
-                lambda one: data.train(data.model(one, data.steps(one)), one),
-                checkpoints / "sweep.json",
-                identity | params_identity(trial, data.compute),
-            )
+            trials = auto.sweep(trial, learn, checkpoints / "sweep.json", same)
         chosen["learning_rate"] = auto.best(trials, trial)
         params = auto.put(params, chosen)
     for name, choice in chosen.items():
@@ -235,10 +206,8 @@ def fit(
         with advised():
             history, example_ids = _fit_without_steps(data, prepared, live)
     else:
-        start_others(
-            {**_shared(data, params, checkpoints), "identity": identity | {"code of the trainer": code_of_trainer()}},
-            __name__,
-        )
+        of_others = identity | {"code of the trainer": code_of_trainer()}
+        start_others({**_shared(data, params, checkpoints), "identity": of_others}, __name__)
         with advised():
             history = data.train(prepared, params, kept, live)
     return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
@@ -268,15 +237,12 @@ def other_process(work: Mapping[str, Any]) -> None:
     total = data.steps(params, compute.processes)
     with suppress(Diverged, Interrupted), advice_on_memory():  # the first process reports it
         prepared = data.model(params, total)
-        data.train(
-            prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {})
-        )
+        silent = params.model_copy(update={"report_to": "none"})
+        data.train(prepared, silent, Checkpoints(Path(work["checkpoints"]), {}))
 
 
 def refuse_other_inputs(data: TrainingData, expected: Mapping[str, str]) -> None:
-    """Raises:
-    InputError: data, code or versions on this host differ from those of the first one.
-    """
+    """Raise InputError if data, code or versions on this host differ from those of the first one."""
     device, dtype = prepare(data.compute)
     names = json.loads(expected["library versions"])
     here = data.identity() | {
@@ -307,41 +273,34 @@ def _log_start(data: TrainingData, prepared: PreparedModel) -> None:
 def _fit_without_steps(
     data: TrainingData, prepared: PreparedModel, live: Path | None
 ) -> tuple[TrainingHistory, list[list[str]]]:
-    """The history of a method without optimizer steps, because each of its iterations uses all rows. Returns: The
-    history, and the used examples of each row: those with a category.
+    """The history of a method without optimizer steps, because each of its iterations uses all rows.
+
+    Returns:
+        The history, and the used examples of each row: those with a category.
     """
     assert prepared.fit
-    train_rows, validation_rows = (
-        [
-            {**row, "categories": [data.category.get(identity) for identity in row["example_ids"]]}
-            for row in data.rows[split]
-        ]
-        for split in ("train", "validation")
-    )
-    curve = [
-        {"learning_rate": 0.0, "grad_norm": 0.0, "tokens": 0, **point} if "loss" in point else point
-        for point in prepared.fit(train_rows, validation_rows)
-    ]
+
+    def with_categories(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {**row, "categories": [data.category.get(identity) for identity in row["example_ids"]]}
+
+    train_rows, validation_rows = (list(map(with_categories, data.rows[split])) for split in ("train", "validation"))
+    fixed = {"learning_rate": 0.0, "grad_norm": 0.0, "tokens": 0}
+    points = prepared.fit(train_rows, validation_rows)
+    curve = [{**fixed, **point} if "loss" in point else point for point in points]
     if live:
         live_writer(live)(curve, now=True)
     prompts, _, places = split_prompts(train_rows)
     read: list[list[str]] = [[] for _ in train_rows]
     for row, place in places:
         read[row].append(train_rows[row]["example_ids"][place])
-    return (
-        TrainingHistory(
-            curve=curve, seen=[(1, 1, row) for row in range(len(train_rows))], tokens=sum(map(len, prompts))
-        ),
-        read,
-    )
+    seen = [(1, 1, row) for row in range(len(train_rows))]
+    return TrainingHistory(curve=curve, seen=seen, tokens=sum(map(len, prompts))), read
 
 
 def _disk(prepared: PreparedModel, params: AdapterParams, checkpoints: Path, out: Path) -> dict[Path, int]:
-    """Folder -> bytes that training will write into it: one checkpoint more than are kept, the initial weights, and the
-    output."""
-    weights = sum(
-        parameter.numel() * parameter.element_size() for parameter in weight_audit.trainable(prepared.model).values()
-    )
+    """Folder -> bytes that training will write into it: initial weights, output, one checkpoint more than are kept."""
+    trained = weight_audit.trainable(prepared.model).values()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     state = int(prepared.trainable * 4 * OPTIMIZER_MEMORY[params.optim])
     one = weights * (2 if params.load_best_model_at_end else 1) + state
     return {checkpoints: weights + one * (params.save_total_limit + 1), out: 2 * weights}

@@ -1,5 +1,4 @@
-"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows
-that are already tokenized, labeled and packed."""
+"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows that are tokenized, labeled and packed."""
 
 from __future__ import annotations
 
@@ -72,11 +71,8 @@ def unreached_rate(total: int, params: SftParams) -> str:
     rises = warmup(total, params)
     if rises < total:
         return ""
-    reached = f"{(total - 1) / rises:.0%}"
-    return (
-        f"warmup_steps: the warm-up of {rises} steps does not end in a training of {total}; the rate reaches {reached}"
-        " of learning_rate"
-    )
+    reached = f"the rate reaches {(total - 1) / rises:.0%} of learning_rate"
+    return f"warmup_steps: the warm-up of {rises} steps does not end in a training of {total}; {reached}"
 
 
 def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
@@ -93,24 +89,16 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
 
     wrong: list[tuple[str, str]] = []
     if mistake := _schedule_mistake(params, steps(len(lengths), params)):
-        wrong.append(
-            (
-                f"{where}.lr_scheduler_kwargs: {mistake}",
-                f"use the keys of transformers' {params.lr_scheduler_type} schedule",
-            )
-        )
+        hint = f"use the keys of transformers' {params.lr_scheduler_type} schedule"
+        wrong.append((f"{where}.lr_scheduler_kwargs: {mistake}", hint))
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(params, key) and not validates:
             wrong.append((f"{where}.{key}: requires a validation split", "set splits.validation"))
     if params.group_by_length and any(len(row) > 1 for row in lengths):
         wrong.append((f"{where}.group_by_length: rows hold several examples", "set tokenized.packing: false"))
-    packages = {
-        "tensorboard": ("tensorboard", "tensorboardX"),
-        "wandb": ("wandb",),
-        "mlflow": ("mlflow", "mlflow_skinny"),
-    }
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow", "mlflow_skinny")}
     for name in params.trackers:
-        if not any(map(find_spec, packages[name])):
+        if not any(map(find_spec, packages.get(name, (name,)))):
             wrong.append((f"{where}.report_to: {name} is not installed", f"pip install {name}, or set report_to: none"))
     if params.use_liger_kernel and not find_spec("liger_kernel"):
         wrong.append((f"{where}.use_liger_kernel: Liger is not installed", "pip install 'pedigree-llm[gpu]'"))
@@ -132,10 +120,8 @@ def _schedule_mistake(params: SftParams, total: int) -> str:
     try:
         schedule = get_scheduler(kind, optimizer, rises, total, keys)
         if kind == "warmup_stable_decay" and keys["num_decay_steps"] > total - rises:
-            return (
-                f"num_decay_steps: {keys['num_decay_steps']}, and {max(total - rises, 0)} of {total} steps follow the"
-                " warm-up"
-            )
+            follow = f"{max(total - rises, 0)} of {total} steps follow the warm-up"
+            return f"num_decay_steps: {keys['num_decay_steps']}, and {follow}"
         factors = [schedule.lr_lambdas[0](step) for step in (*range(0, total, -(-total // 1000)), total)]
         stays = all(0 <= factor <= 1 + 1e-9 for factor in factors)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
@@ -167,8 +153,11 @@ class SftSession(SharedSession):
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Weighted mean over a forward pass; in validation the plain mean per token. Logits are computed only for
-        positions with labels: with a large vocabulary the others would be most of the work."""
+        """Weighted mean over a forward pass; in validation the plain mean per token.
+
+        Logits are computed only for positions with labels: with a large vocabulary the others would be most of the
+        work.
+        """
         self.batch.update(inputs)
         loss: torch.Tensor = self.compute_loss(model, partial(self._loss, model, inputs))
         return loss
@@ -180,12 +169,9 @@ class SftSession(SharedSession):
         labels = inputs["labels"][:, 1:]
         counted = labels != IGNORE
         hidden = self.prepared.hidden_states(inputs)
-        losses = cross_entropy(
-            logits_of(causal(model), hidden[:, :-1][counted]).float(),
-            labels[counted],
-            reduction="none",
-            label_smoothing=self.sft.label_smoothing_factor if model.training else 0.0,
-        )
+        logits = logits_of(causal(model), hidden[:, :-1][counted]).float()
+        smoothing = self.sft.label_smoothing_factor if model.training else 0.0
+        losses = cross_entropy(logits, labels[counted], reduction="none", label_smoothing=smoothing)
         weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
         loss = (losses * weights).sum() / weights.sum()
         if not model.training:
@@ -220,19 +206,15 @@ class SftSession(SharedSession):
         self._recent.append((time.monotonic(), self.history.tokens))
         since, tokens = self._recent[0]
         speed = (self.history.tokens - tokens) / (self._recent[-1][0] - since)
-        note = (
-            "loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point)
-            + f", {speed:.0f} tokens/s"
-        )
+        note = "loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point)
+        note += f", {speed:.0f} tokens/s"
         return {"step": step, **point, "tokens": self.history.tokens, "tokens_per_second": speed}, note
 
     def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
         import torch
 
         self.end_validation(lambda: self.loss(self.model, self.batch))
-        counts = torch.tensor(
-            [self._validation["nats"], self._validation["tokens"]], dtype=torch.float64, device=self.device
-        )
+        counts = torch.tensor([*self._validation.values()], dtype=torch.float64, device=self.device)
         nats, tokens = distributed.summed(counts).tolist()
         self._validation.update(nats=0.0, tokens=0)
         return {"step": step, "validation_loss": nats / tokens}
@@ -245,10 +227,9 @@ class SftSession(SharedSession):
     def validated(self, control: Any) -> None:
         if self.sft.load_best_model_at_end and self.history.best() == self.history.validation[-1]:
             self.best_weights.clear()
-            weights = {name: weight.detach() for name, weight in trainable(self.model).items()}
-            self.best_weights.update(
-                {name: (weight if self.root is not None else weight.cpu()).clone() for name, weight in weights.items()}
-            )
+            for name, weight in trainable(self.model).items():
+                kept = weight.detach() if self.root is not None else weight.detach().cpu()
+                self.best_weights[name] = kept.clone()
             self.history.best_step = self.history.validation[-1][0]
         if self.history.stalled(self.sft.early_stopping_patience):
             control.should_training_stop = True
@@ -266,9 +247,9 @@ class SftSession(SharedSession):
             self.read_parts("best", self.best_weights)
 
     def is_complete(self) -> bool:
-        return self.saved is not None and (
-            self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience)
-        )
+        if self.saved is None:
+            return False
+        return self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience)
 
 
 @cache
@@ -288,9 +269,8 @@ def _trainer_class() -> type:
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             forward_backward = partial(super().training_step, model, inputs, num_items_in_batch)
-            return self.session.training_pass(
-                inputs, self.state.global_step + 1, forward_backward, self.accelerator.sync_gradients
-            )
+            step, last = self.state.global_step + 1, self.accelerator.sync_gradients
+            return self.session.training_pass(inputs, step, forward_backward, last)
 
         def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
             if self.session.validates_here():
@@ -301,9 +281,9 @@ def _trainer_class() -> type:
             return torch.zeros((), device=self.session.device), None, None
 
         def _get_train_sampler(self, *arguments: Any) -> Any:
-            return (
-                self.session.sampler() if self.session.sft.group_by_length else super()._get_train_sampler(*arguments)
-            )
+            if self.session.sft.group_by_length:
+                return self.session.sampler()
+            return super()._get_train_sampler(*arguments)
 
     return PackedTrainer
 
@@ -347,8 +327,8 @@ def train(
 
     Args:
         prepared: as `methods.build` makes it.
-        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels,
-            weights and lengths, each row a packed row.
+        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed
+            row.
         checkpoints: where to keep them; None to keep none.
         live: folder for the curves so far; None to write none.
     Raises:
@@ -387,26 +367,23 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
 
     params, prepared, model = session.sft, session.prepared, session.model
     arguments = training_arguments(params, session.compute, scratch, model.device.type, bool(validation_rows))
-    config = SFTConfig(
-        **arguments
-        | {
-            "report_to": params.trackers or "none",
-            "run_name": session.checkpoints.folder.name if session.checkpoints else None,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-            "max_length": None,
-            "optim": prepared.optim or params.optim,
-            "lr_scheduler_kwargs": params.lr_scheduler_kwargs,
-            "warmup_steps": warmup(session.total, params),
-            "max_steps": session.total,
-            "gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size,
-            "gradient_checkpointing": params.gradient_checkpointing is True,
-        }
-    )
+    arguments |= {
+        "report_to": params.trackers or "none",
+        "run_name": session.checkpoints.folder.name if session.checkpoints else None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "optim": prepared.optim or params.optim,
+        "lr_scheduler_kwargs": params.lr_scheduler_kwargs,
+        "warmup_steps": warmup(session.total, params),
+        "max_steps": session.total,
+        "gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size,
+        "gradient_checkpointing": params.gradient_checkpointing is True,
+    }
     whole = {weight: weight.data for weight in trainable(model).values()}
     with _plain_output_layer(model):
         trainer = _trainer_class()(
             model=model,
-            args=config,
+            args=SFTConfig(**arguments),
             train_dataset=train_rows.add_column("row", list(range(len(train_rows)))),
             eval_dataset=validation_rows or None,
             processing_class=tokenizer,
@@ -416,16 +393,14 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
     # TRL has rounded adapters of 4-bit weights to bfloat16, which represents no step below 1/256 of a weight
     for weight, data in whole.items():
         weight.data = data
-    trainer.model_accepts_loss_kwargs = (
-        False  # the loss is already a mean: the Trainer averages over accumulation steps
-    )
+    # the loss is already a mean: the Trainer averages over accumulation steps
+    trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
 @contextmanager
 def _plain_output_layer(model: Any) -> Iterator[None]:
-    """While open, a model shows its output layer without an adapter: TRL 1.16
-    refuses one there, because TRL's loss does not apply it."""
+    """While open, a model shows its output layer without an adapter, which TRL 1.16 refuses because of its loss."""
     layer = model.get_output_embeddings()
     if not hasattr(layer, "base_layer"):
         yield
@@ -445,8 +420,7 @@ def _accelerated(session: SftSession) -> Iterator[None]:
         use_liger_kernels(causal(model))
     if params.compile == "layers":
         compile_layers(model)
-    # a checkpointed layer frees nearly all of its tensors, and glibc would keep that memory in addition to the next
-    # layer's
+    # a checkpointed layer frees nearly all of its tensors, and glibc would keep their memory besides the next layer's
     if params.gradient_checkpointing is True and model.device.type == "cpu" and params.compile == "none":
         give_back = memory_trimmer()
         hooks += [layer.register_forward_hook(give_back) for layer in decoder_layers(model)]
@@ -469,8 +443,9 @@ def compile_layers(model: Any) -> None:
 
 
 def use_liger_kernels(model: Any) -> None:
-    """Apply Liger's kernels to the existing norms, rotary embeddings and gated MLPs of a model. The loss is not
-    computed by Liger.
+    """Apply Liger's kernels to the existing norms, rotary embeddings and gated MLPs of a model.
+
+    The loss is not computed by Liger.
 
     Raises:
         InputError: Liger has no kernels for this model.
@@ -479,16 +454,13 @@ def use_liger_kernels(model: Any) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise InputError(
-            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}",
-            "leave it out to train without them",
-        )
+        problem = f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}"
+        raise InputError(problem, "leave it out to train without them")
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
-    """Uniform noise of alpha / sqrt(length x width) on each token's embedding
-    while training (NEFTune, arXiv:2310.05914, section 2).
+    """Uniform noise of alpha / sqrt(length x width) on each token's embedding (NEFTune, arXiv:2310.05914, section 2).
 
     The length is that of the token's example. transformers' own hook uses the row's length, which would make the noise
     of packed rows too weak.

@@ -1,5 +1,4 @@
-"""RLOO and GRPO: TRL's trainers with answers by our own loop, and passes that
-read each prompt once for all answers to it."""
+"""RLOO and GRPO: TRL's trainers with answers by our own loop, and passes that read each prompt once."""
 
 from __future__ import annotations
 
@@ -34,8 +33,10 @@ def _sampler_class() -> type:
     from trl.trainer.utils import RepeatSampler
 
     class EpochSampler(RepeatSampler):
-        """The order of an epoch depends only on the seed and the epoch. TRL's
-        generator continues from epoch to epoch, but not in a resumed training."""
+        """The order of an epoch depends only on the seed and the epoch.
+
+        TRL's generator continues from epoch to epoch, but not in a resumed training.
+        """
 
         epoch = 0
 
@@ -73,8 +74,8 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
         batches = (0, 0)
         """The current step, and how many batches of answers were generated in it."""
         kept: tuple[list[Any], torch.Tensor, torch.Tensor] | None = None
-        """Answers, and their log-probabilities and entropies as the policy's
-        first pass computed them, with its graph."""
+        """Answers, and their log-probabilities and entropies as the policy's first pass computed them, with its graph.
+        """
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             group, passes = self.num_generations, self.num_iterations * self.args.steps_per_generation
@@ -82,18 +83,15 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
             return _sampler_class()(rows, group, self.args.generation_batch_size // group, passes, seed=self.args.seed)
 
         def _prepare_inputs(self, batch: Any) -> Any:
-            """With several passes on each batch of answers, a resumed training
-            goes on with the answers of the checkpoint."""
+            """A resumed training goes on with the answers of the checkpoint if these have several passes."""
             if not self._step:
                 self._step, self._buffered_inputs = self.session.answers_in_use
             return super()._prepare_inputs(batch)
 
         def training_step(self, *arguments: Any, **named: Any) -> Any:
             loss = super().training_step(*arguments, **named)
-            self.session.answers_in_use = (
-                self._step,
-                self._buffered_inputs if self._step % self.num_iterations else None,
-            )
+            batch = self._buffered_inputs if self._step % self.num_iterations else None
+            self.session.answers_in_use = (self._step, batch)
             return loss
 
         def _tokenize_prompts(self, prompts: Any) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -101,11 +99,12 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
             return [list(ids) for ids in prompts], None, {}
 
         def _generate_single_turn(self, prompts: list[list[int]], *_: Any, **__: Any) -> Any:
-            """Sampled answers, without dropout. Random numbers depend only on
-            seed, step and the place of an answer in its step."""
-            step, number = self.state.global_step, 0
-            if self.batches[0] == step:
-                number = self.batches[1]
+            """Sampled answers, without dropout.
+
+            Random numbers depend only on seed, step and the place of an answer in its step.
+            """
+            step = self.state.global_step
+            number = self.batches[1] if self.batches[0] == step else 0
             self.batches = step, number + 1
             self.eos_token_ids = sorted(end_ids(self.session.tokenizer))
             answers = _sampled_answers(self, prompts, f"{self.args.seed} {step} {number}")
@@ -115,8 +114,7 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
             self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, *others: Any,
             compute_entropy: bool = False, **named: Any,
         ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-            """Log-probabilities and entropies of the answers' tokens, (answers,
-            longest answer) each; and no loss of a router.
+            """Log-probabilities and entropies of the answers' tokens, (answers, longest answer) each; no router's loss.
 
             If the weights do not change between answering and learning, the pass before the answers are rewarded is the
             one that is learned from: its graph is kept.

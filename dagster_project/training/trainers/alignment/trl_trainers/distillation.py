@@ -1,5 +1,4 @@
-"""GKD: TRL's experimental trainer with answers by our own loop, and logits only
-where a token of an answer is predicted."""
+"""GKD: TRL's experimental trainer with answers by our own loop, and logits only where answers are predicted."""
 
 from __future__ import annotations
 
@@ -39,14 +38,12 @@ def collate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], 
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
-    """Collate rows with `prompt_ids`, `answer_ids` and the number of their
-    `pair`; `prompts` and `pairs` have the first and the last as they are."""
-    prompts = [row["prompt_ids"] for row in rows]
-    return {
-        **collate(prompts, [row["answer_ids"] for row in rows], pad),
-        "prompts": prompts,
-        "pairs": [row["pair"] for row in rows],
-    }
+    """Collate rows with `prompt_ids`, `answer_ids` and the number of their `pair`.
+
+    The batch also has the prompts and numbers as they are, `prompts` and `pairs`.
+    """
+    prompts, pairs = [row["prompt_ids"] for row in rows], [row["pair"] for row in rows]
+    return {**collate(prompts, [row["answer_ids"] for row in rows], pad), "prompts": prompts, "pairs": pairs}
 
 
 def mean_divergence(
@@ -90,9 +87,12 @@ def student_trainer(base: type) -> type:
         """The current step, and how many of its passes have begun."""
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            """With probability `lmbda` the answers of the pass are the policy's
-            own. Random numbers depend only on seed, step and pass."""
-            step, number = self.state.global_step, self.batches[1] if self.batches[0] == self.state.global_step else 0
+            """With probability `lmbda` the answers of the pass are the policy's own.
+
+            Random numbers depend only on seed, step and pass.
+            """
+            step = self.state.global_step
+            number = self.batches[1] if self.batches[0] == step else 0
             self.batches = step, number + 1
             prompts, pairs, seed = inputs.pop("prompts"), inputs.pop("pairs"), f"{self.args.seed} {step} {number}"
             samples = Random(f"{seed} on policy").random() < self.lmbda
@@ -135,8 +135,7 @@ def student_trainer(base: type) -> type:
                 logs["num_tokens"] = self._total_train_tokens
             super().log(logs, *arguments, **named)
 
-    if missing := [
-        name for name in ("generalized_jsd_loss", "training_step", "compute_loss") if not hasattr(base, name)
-    ]:
+    replaced = ("generalized_jsd_loss", "training_step", "compute_loss")
+    if missing := [name for name in replaced if not hasattr(base, name)]:
         raise AssertionError(f"written for trl 1.16: no GKDTrainer.{', '.join(missing)}")
     return StudentTrainer

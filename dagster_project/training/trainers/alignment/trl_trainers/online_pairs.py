@@ -1,5 +1,4 @@
-"""Online DPO: answers to the same prompt are ranked by their rewards, and the
-best and the worst one are a pair for the loss of DPO."""
+"""Online DPO: of the answers to a prompt, those with the best and the worst reward are a pair for the loss of DPO."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ def online_pair_trainer(loss_type: str) -> type:
 
     class OnlinePairTrainer(base):  # type: ignore[misc, valid-type]
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            """TRL shuffles the answers of a batch before it learns from them:
-            each keeps its place, by which groups are found again."""
+            """Keep the place of each answer, by which groups are found again: TRL shuffles the answers of a batch."""
             found: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return {**found, "place": torch.arange(len(inputs), device=found["advantages"].device)}
 
@@ -52,10 +50,8 @@ def online_pair_trainer(loss_type: str) -> type:
             tokens = mask.sum().clamp(min=1)
             figures = {"kl": ratios.detach().sum() / tokens, "entropy": (entropies * mask).sum() / tokens}
             if len(margins):
-                figures |= {
-                    "rewards/accuracies": (margins > 0).float().mean(),
-                    "rewards/margins": self.beta * margins.detach().mean(),
-                }
+                figures["rewards/accuracies"] = (margins > 0).float().mean()
+                figures["rewards/margins"] = self.beta * margins.detach().mean()
             for name, value in figures.items():
                 self._metrics["train"][name].append(float(value))
             return loss / self.current_gradient_accumulation_steps
@@ -64,8 +60,7 @@ def online_pair_trainer(loss_type: str) -> type:
 
 
 def best_minus_worst(ratios: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """Difference of the log-ratios of the answers with the highest and the
-    lowest reward, for each group whose rewards differ.
+    """Log-ratio of the answer with the highest reward minus that of the lowest, for each group whose rewards differ.
 
     Args:
         ratios: log-probability under the policy minus that under the reference, (groups, answers).
@@ -77,8 +72,7 @@ def best_minus_worst(ratios: torch.Tensor, rewards: torch.Tensor) -> torch.Tenso
 
 
 def losses(margins: torch.Tensor, beta: float, loss_type: str) -> torch.Tensor:
-    """Loss of each pair: sigmoid (arXiv 2305.18290, eq. 7) or ipo (arXiv
-    2310.12036, eq. 17, of whole answers, as in TRL's Online DPO).
+    """Loss of each pair: sigmoid (arXiv 2305.18290, eq. 7) or ipo (arXiv 2310.12036, eq. 17, of whole answers).
 
     Args:
         margins: difference of the log-ratios of the chosen and the rejected answer.

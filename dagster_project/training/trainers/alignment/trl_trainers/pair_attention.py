@@ -1,5 +1,4 @@
-"""Attention for pairs and groups of texts whose common beginning is in a packed
-row once (`shared_prompts.collate_shared`)."""
+"""Attention for pairs and groups of texts whose common beginning is in a packed row once (`collate_shared`)."""
 
 from __future__ import annotations
 
@@ -43,18 +42,19 @@ def attending_plainly(model: Any) -> Iterator[None]:
 
 
 def can_attend_by_pair(model: Any) -> bool:
-    """Whether a transformers model computes the same for a batch of `collate_shared`
-    as for its texts one by one: tokens meet only in attention, which
-    `_attend_by_pair` computes, and their order is known only from their positions."""
+    """Whether a transformers model computes the same for a batch of `collate_shared` as for its texts one by one.
+
+    Tokens must meet only in attention, which `_attend_by_pair` computes, and their order be known only from their
+    positions.
+    """
     config = model.config.get_text_config()
     require_version("transformers", ">=5.24,<6", "_supports_attention_backend, _is_stateful")
+    if not model._supports_attention_backend or model._is_stateful:
+        return False
     plain_layers = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
     softcap = getattr(config, "attn_logit_softcapping", None)
-    plain = bool(
-        model._supports_attention_backend and not model._is_stateful and plain_layers and not sinks and softcap is None
-    )
-    return plain and _gets_arguments(model)
+    return plain_layers and not sinks and softcap is None and _gets_arguments(model)
 
 
 class _Reached(Exception):
@@ -62,8 +62,11 @@ class _Reached(Exception):
 
 
 def _gets_arguments(model: Any) -> bool:
-    """Whether the attention of a model gets further arguments of a forward pass, which the layers of some leave out
-    (Nemotron), and no mask of the model's own (Doge, DeepSeek-V3.2). The pass ends there."""
+    """Whether the attention of a model gets further arguments of a forward pass, and no mask of the model's own.
+
+    The layers of some leave the arguments out (Nemotron), others have a mask (Doge, DeepSeek-V3.2). The pass ends at
+    the first attention.
+    """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -77,10 +80,9 @@ def _gets_arguments(model: Any) -> bool:
     before, ids = attention_of(model), torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model.set_attn_implementation("arguments")
     try:
+        read = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pair_lengths": ((0, 1, 0),)}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.base_model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), pair_lengths=((0, 1, 0),), use_cache=False
-            )
+            model.base_model(**read, use_cache=False)
     except _Reached as reached:
         return bool(reached.args[0])
     except (AttributeError, TypeError):  # of its own code for masks
@@ -102,14 +104,14 @@ def _attend_by_pair(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each text of groups whose common beginning is stored once, computed in float32, whose
-    backward pass is twice as fast as bfloat16 on a CPU.
+    """Causal attention within each text of groups whose common beginning is stored once.
+
+    It is computed in float32, whose backward pass is twice as fast as bfloat16 on a CPU.
 
     Args:
         query: (1, heads, seq, head size); key and value may have fewer heads.
         attention_mask: from `window_alone`.
-        pair_lengths: for each pair or larger group the tokens of the beginning
-            and of the rest of each text, in this order.
+        pair_lengths: for each group the tokens of the beginning and of the rest of each text, in this order.
     Returns:
         (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
     """

@@ -1,5 +1,4 @@
-"""ORPO and CPO, which includes SimPO: TRL's experimental trainers on rows that
-are tokenized already, with passes that read each pair once."""
+"""ORPO and CPO, which includes SimPO: TRL's experimental trainers, in passes that read each pair once."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ def pair_trainer(base: type, trains_prompts: bool) -> type:
 
     Args:
         base: TRL's ORPOTrainer or CPOTrainer.
-        trains_prompts: whether its likelihood is that of prompt and chosen
-            answer, as ORPO's, and not of the answer alone.
+        trains_prompts: whether its likelihood is that of prompt and chosen answer, as ORPO's, and not of the answer
+            alone.
     """
     import torch
 
@@ -47,9 +46,12 @@ def pair_trainer(base: type, trains_prompts: bool) -> type:
             return _columns("chosen", row) | _columns("rejected", row)
 
         def concatenated_forward(self, model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-            """What TRL's loss reads of a batch: log-probability of each chosen and each rejected
-            answer, (pairs) each, divided by its tokens for losses that average; two means of
-            logits, which nobody reads here; and the negative log-likelihood per token."""
+            """What TRL's loss reads of a batch.
+
+            Returns:
+                Log-probability of each chosen and each rejected answer, (pairs) each, divided by its tokens for losses
+                that average; two means of logits, which nobody reads here; and the negative log-likelihood per token.
+            """
             if self.session.outputs is None:
                 return super().concatenated_forward(model, batch)
             texts = self.concatenated_inputs(batch)
@@ -68,9 +70,8 @@ def pair_trainer(base: type, trains_prompts: bool) -> type:
 
         def get_batch_loss_metrics(self, model: Any, batch: Mapping[str, Any], train_eval: str = "train") -> Any:
             if train_eval == "train":
-                self._total_train_tokens += sum(
-                    int(batch[f"{side}_attention_mask"].sum()) for side in ("chosen", "rejected")
-                )
+                masks = (batch["chosen_attention_mask"], batch["rejected_attention_mask"])
+                self._total_train_tokens += sum(int(mask.sum()) for mask in masks)
             return super().get_batch_loss_metrics(model, batch, train_eval)
 
         def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
@@ -78,9 +79,8 @@ def pair_trainer(base: type, trains_prompts: bool) -> type:
                 logs["num_tokens"] = self._total_train_tokens
             super().log(logs, *arguments, **named)
 
-    if missing := [
-        name for name in vars(PairTrainer) if not name.startswith("_") and name != "session" and not hasattr(base, name)
-    ]:
+    replaced = [name for name in vars(PairTrainer) if not name.startswith("_") and name != "session"]
+    if missing := [name for name in replaced if not hasattr(base, name)]:
         raise AssertionError(f"written for trl 1.16: no {base.__name__}.{', '.join(missing)}")
     return PairTrainer
 

@@ -1,9 +1,8 @@
-"""Pairs, and groups of answers to a prompt -> what TRL's losses need of the model, from one forward pass without
-padding that reads what the answers have in common once.
+"""Pairs, and groups of answers to a prompt -> what TRL's losses need of the model, from one pass without padding.
 
-TRL's trainers read prompts twice, pad to the longest text, and compute logits at every
-position. Here the model gets one packed row, logits are computed where a token of an
-answer is predicted, and what remains of them is the log-probability and its gradient.
+The pass reads what the answers have in common once. TRL's trainers read prompts twice, pad to the longest text, and
+compute logits at every position. Here the model gets one packed row, logits are computed where a token of an answer is
+predicted, and what remains of them is the log-probability and its gradient.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ CHUNK = 256
 
 
 def reads_prompts_once(model: Any, device: str) -> bool:
-    """Whether a model can read pairs in the format of `collate_shared` with the
-    functions below; otherwise TRL's padded batches are used.
+    """Whether a model can read pairs in the format of `collate_shared` with the functions below.
 
-    On a GPU padded batches are kept: there is no measurement yet.
+    Otherwise TRL's padded batches are used. On a GPU they always are: there is no measurement yet.
 
     Args:
         device: "cpu" or "cuda", that of the training.
@@ -46,15 +44,16 @@ def reads_prompts_once(model: Any, device: str) -> bool:
 
 
 def has_router(model: Any) -> bool:
-    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO
-    and GRPO add. Only padded batches give it."""
+    """Whether a model's configuration has a router, whose loss TRL's DPO, RLOO and GRPO add.
+
+    Only padded batches give it.
+    """
     return hasattr(causal(model).config.get_text_config(), "output_router_logits")
 
 
 @dataclass(frozen=True)
 class SharedTexts:
-    """Where the tokens of texts with a common beginning are in a packed row:
-    the beginning, and the rest of each text in turn."""
+    """Where the tokens of texts with a common beginning are in a packed row: first that, then the rest of each text."""
 
     start: int
     """Index of the first token in the row."""
@@ -67,11 +66,12 @@ class SharedTexts:
 
 
 def collate_shared(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[dict[str, Any], list[SharedTexts]]:
-    """Collate pairs or larger groups of texts into one row without padding
-    between them; tokens with which all texts of a group begin are in it once.
+    """Collate pairs or larger groups of texts into one row without padding between them.
 
-        [5, 6, 7] and [5, 6, 8, 9]  ->  packed_ids [5, 6, 7, 8, 9],
-        packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
+    Tokens with which all texts of a group begin are in it once:
+
+        [5, 6, 7] and [5, 6, 8, 9]
+        -> packed_ids [5, 6, 7, 8, 9], packed_positions [0, 1, 2, 2, 3], pair_lengths [(2, 1, 2)]
 
     Returns:
         The arguments of the model for `attending_by_pair`: packed_ids, packed_positions (1, seq) int64, pair_lengths;
@@ -89,12 +89,12 @@ def collate_shared(groups: Sequence[Sequence[Sequence[int]]]) -> tuple[dict[str,
         ids += [*first, *(token for text in texts[1:] for token in text[shared:])]
         positions += [*range(len(first)), *(i for text in texts[1:] for i in range(shared, len(text)))]
     spare = -len(ids) % SIZES
-    lengths = [group.lengths for group in placed] + ([(spare, 0, 0)] if spare else [])
-    row = {
+    batch = {
         "packed_ids": torch.tensor([ids + [0] * spare]),
         "packed_positions": torch.tensor([[*positions, *range(spare)]]),
+        "pair_lengths": [group.lengths for group in placed] + ([(spare, 0, 0)] if spare else []),
     }
-    return {**row, "pair_lengths": lengths}, placed
+    return batch, placed
 
 
 def collate_pairs(rows: Sequence[Mapping[str, Any]], trains_prompts: bool = False) -> dict[str, Any]:
@@ -126,8 +126,9 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], trains_prompts: bool = Fals
 
 
 def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
-    """Collate answers into one row, in which those to the same prompt are a group. The row does not depend on the order
-    of the answers, so equal models give equal bits for it.
+    """Collate answers into one row, in which those to the same prompt are a group.
+
+    The row does not depend on the order of the answers, so equal models give equal bits for it.
 
     Returns:
         The arguments of the model as in `collate_shared`, and as in `collate_pairs` indices of the tokens of answers,
@@ -151,20 +152,16 @@ def collate_answers(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence
 
 def hidden_states(model: Any, inputs: Mapping[str, Any], at: str) -> Any:
     """Last hidden states (tokens, hidden) of a batch of `collate_pairs` at the tokens of one of its indices."""
-    output = causal(model).base_model(
-        input_ids=inputs["packed_ids"],
-        position_ids=inputs["packed_positions"],
-        pair_lengths=inputs["pair_lengths"],
-        use_cache=False,
-    )
+    packed = {"input_ids": inputs["packed_ids"], "position_ids": inputs["packed_positions"]}
+    output = causal(model).base_model(**packed, pair_lengths=inputs["pair_lengths"], use_cache=False)
     return output.last_hidden_state[0][inputs[at]]
 
 
 def log_probabilities(model: Any, **inputs: Any) -> Any:
-    """The output of a causal language model as TRL's DPO reads it: log-probabilities `log_probs` (2 pairs, longest text
-    - 1) float32 of the tokens of answers, 0 elsewhere.
+    """The output of a causal language model as TRL's DPO reads it.
 
-    TRL also logs entropy, mean logit and accuracy of these tokens, which nobody reads here: they are 0.
+    It has log-probabilities `log_probs` (2 pairs, longest text - 1) float32 of the tokens of answers, 0 elsewhere. TRL
+    also logs entropy, mean logit and accuracy of these tokens, which nobody reads here: they are 0.
     """
     import torch
     from trl.trainer.utils import FusedCausalLMOutput
@@ -186,12 +183,13 @@ def of_answers(
     temperature: float,
     with_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each token of answers, and the entropy in nats of the distribution that it is from, (answers,
-    width) float32, 0 after the end of an answer.
+    """Log-probability of each token of answers, and the entropy in nats of the distribution that it is from.
 
     Args:
         prompts, answers: token ids. An answer that is left out of the loss is empty.
         width: tokens of the longest answer, or more.
+    Returns:
+        Both (answers, width) float32, 0 after the end of an answer.
     """
     inputs, head = collate_answers(prompts, answers, width), causal(model).get_output_embeddings()
     hidden = hidden_states(model, inputs, "predicts").to(head.weight.dtype)
@@ -215,23 +213,19 @@ def _log_probability_class() -> Any:
     import torch
 
     class LogProbability(torch.autograd.Function):
-        """Log-probability (n) float32 of each target under hidden states (n, hidden) times an
-        output layer (vocabulary, hidden) that is frozen, at a temperature; and the entropy (n)
-        float32 of each distribution in nats, without a gradient, or (0) if it is not needed.
+        """Log-probability of each target, and entropy of each distribution in nats, both (n) float32.
 
-        Its gradient by the hidden state, weight[target] - softmax . weight, is computed
-        with it, so that no logits are kept or computed again. Rounding is that of
-        logits computed in the dtype of the layer, and of the softmax in float32.
+        The distributions are those of hidden states (n, hidden) times an output layer (vocabulary, hidden) that is
+        frozen, at a temperature. The entropy has no gradient; it is (0) if it is not needed.
+
+        The gradient of the log-probability by the hidden state, weight[target] - softmax . weight, is computed with it,
+        so that no logits are kept or computed again. Rounding is that of logits computed in the dtype of the layer, and
+        of the softmax in float32.
         """
 
         @staticmethod
         def forward(
-            ctx: Any,
-            hidden: torch.Tensor,
-            weight: torch.Tensor,
-            targets: torch.Tensor,
-            temperature: float,
-            with_entropy: bool,
+            ctx: Any, hidden: Any, weight: Any, targets: Any, temperature: float, with_entropy: bool
         ) -> tuple[torch.Tensor, torch.Tensor]:
             found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
             entropy = found.new_empty(len(hidden) if with_entropy else 0)
@@ -246,9 +240,8 @@ def _log_probability_class() -> Any:
                 if with_entropy:
                     entropy[some] = -torch.linalg.vecdot(scores.exp(), scores)
                 if gradient is not None:
-                    scores.exp_().scatter_add_(
-                        -1, targets[some, None], scores.new_full((1, 1), -1).expand(len(scores), 1)
-                    )
+                    minus_one = scores.new_full((1, 1), -1).expand(len(scores), 1)
+                    scores.exp_().scatter_add_(-1, targets[some, None], minus_one)
                     gradient[some] = scores.neg_().to(weight.dtype) @ weight
             if gradient is not None:
                 ctx.save_for_backward(gradient)

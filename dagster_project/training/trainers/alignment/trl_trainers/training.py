@@ -1,5 +1,4 @@
-"""Train by one of TRL's trainers on rows that are already tokenized: reward model, DPO, KTO, ORPO, SimPO, CPO, RLOO,
-GRPO."""
+"""Train by one of TRL's trainers on rows that are already tokenized."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ class TrainerSpec:
     constructor: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the trainer's constructor, e.g. reward functions."""
     outputs: Callable[..., Any] | None = None
-    """Of trainers on pairs: the output of the model for a batch of
-    `shared_prompts.collate_pairs`, as the trainer's loss reads it."""
+    """Of trainers on pairs: the output of the model for a batch of `shared_prompts.collate_pairs`, as the trainer's
+    loss reads it."""
     has_reference: bool = False
     """Whether the loss of pairs reads log-probabilities under the reference, which are computed once."""
     trains_prompts: bool = False
@@ -89,8 +88,8 @@ class TrlSession(SharedSession):
         super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics, self.tokenizer, self.sampled, self.keep = spec.metrics, tokenizer, spec.sampled, spec.keep
         self.answers_in_use: tuple[int, Any] = (0, None)
-        """Of methods that compare answers: passes so far, and the batch of
-        answers that further ones learn from, as TRL buffers it."""
+        """Of methods that compare answers: passes so far, and the batch of answers that further ones learn from, as TRL
+        buffers it."""
         if self.sampled and self.saved:
             self.sampled.restore(self.state["answers"])
             self.answers_in_use = self.state["answers_in_use"]
@@ -102,8 +101,8 @@ class TrlSession(SharedSession):
         self.reads_groups = spec.answers_in_groups and reads_once and not pads
         """Whether a pass reads the answers to a prompt as a group."""
         self.reference: dict[int, tuple[float, float]] = {}
-        """Log-probabilities of the chosen and the rejected answer of each row
-        under the reference; validation rows have negative numbers."""
+        """Log-probabilities of the chosen and the rejected answer of each row under the reference; validation rows have
+        negative numbers."""
         self.rows_validated: list[tuple[int, int, int]] = []
         """Rows, chosen and rejected answers of each pass of the current validation, those of all processes."""
 
@@ -125,12 +124,11 @@ class TrlSession(SharedSession):
         return {"step": step, **plain, "tokens": self.history.tokens, **metrics}, note
 
     def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
-        metrics = {
-            f"validation_{ours}": logs[f"eval_{theirs}"]
-            for theirs, ours in self.metrics.items()
-            if f"eval_{theirs}" in logs
-        }
-        return {"step": step, "validation_loss": logs["eval_loss"], **metrics}
+        point = {"step": step, "validation_loss": logs["eval_loss"]}
+        for theirs, ours in self.metrics.items():
+            if f"eval_{theirs}" in logs:
+                point[f"validation_{ours}"] = logs[f"eval_{theirs}"]
+        return point
 
 
 @cache
@@ -153,10 +151,8 @@ def _trainer_class(base: type) -> type:
             return super().create_scheduler(num_training_steps, *arguments, **named)
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            session = self.session
-            history = self.session.history
-            step = self.state.global_step + 1
-            epoch = int(self.state.epoch or 0) + 1
+            session, history = self.session, self.session.history
+            step, epoch = self.state.global_step + 1, int(self.state.epoch or 0) + 1
             known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
             rows = [row for row in dict.fromkeys(_take_rows(inputs)) if row not in known]
             history.seen += [(step, epoch, row) for row in rows]
@@ -170,9 +166,8 @@ def _trainer_class(base: type) -> type:
 
         def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             forward = partial(self.session.outputs, model) if self.session.outputs else model
-            compute = partial(
-                self.session.compute_loss, model, partial(super().compute_loss, forward, inputs, *arguments, **named)
-            )
+            loss_of = partial(super().compute_loss, forward, inputs, *arguments, **named)
+            compute = partial(self.session.compute_loss, model, loss_of)
             if not self.session.idles:
                 return compute()
             metrics, tokens = self._metrics, self._total_train_tokens
@@ -182,9 +177,11 @@ def _trainer_class(base: type) -> type:
             return loss
 
         def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            rows = len(_take_rows(inputs))
-            good = int(inputs["label"].sum()) if "label" in inputs else rows
-            self.session.rows_validated.append((rows, good, rows - good if "label" in inputs else rows))
+            rows = good = bad = len(_take_rows(inputs))
+            if "label" in inputs:
+                good = int(inputs["label"].sum())
+                bad = rows - good
+            self.session.rows_validated.append((rows, good, bad))
             if self.session.root is None or self.session.validates_here():
                 return super().prediction_step(model, inputs, *arguments, **named)
             self.session.batch = inputs
@@ -198,8 +195,7 @@ def _trainer_class(base: type) -> type:
             super().log(logs, *arguments, **named)
 
         def _average_over_rows(self) -> None:
-            """Make the metrics of a validation means over rows, as its loss is:
-            TRL's are means over passes, of which the last may be smaller."""
+            """Make the metrics of a validation means over rows, as its loss is; TRL's are means over passes."""
             rows, self.session.rows_validated = self.session.rows_validated, []
             for stored in ("_metrics", "_stored_metrics"):
                 average_over_rows(getattr(self, stored, {}).get("eval", {}), rows)
@@ -270,8 +266,8 @@ def train(
     """Train a model in place, from its newest checkpoint if it has one.
 
     Args:
-        model: its trainable weights are trained and saved in checkpoints. It is
-            divided here if it has settings for that, and stays so.
+        model: its trainable weights are trained and saved in checkpoints. It is divided here if it has settings for
+            that, and stays so.
         rows: of the training split, with the trainer's columns after tokenization.
         validation_rows: likewise; none: no validation.
         live: folder for the curves so far; None to write none.
@@ -311,36 +307,29 @@ def _build_trainer(
     params, model = session.params, session.model
     assert isinstance(params, PreferenceParams)
     arguments = training_arguments(params, session.compute, scratch, device.type, bool(validation_rows))
-    own = {
+    arguments |= {
         "report_to": "none",
         "warmup_steps": params.warmup_ratio,
         "max_steps": params.max_steps or -1,
-        **(
-            {"gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size}
-            if params.sharding
-            else {}
-        ),
         "gradient_checkpointing": params.gradient_checkpointing,
     }
+    if params.sharding:
+        arguments["gradient_accumulation_steps"] = params.gradient_accumulation_steps * session.process.size
+    validation = [{**row, "row": -1 - number} for number, row in enumerate(validation_rows)]
     whole = {weight: weight.data for weight in trainable(model).values()}
     trainer = _trainer_class(spec.trainer)(
         model=model,
-        args=spec.config(**arguments | own | dict(spec.arguments)),
+        args=spec.config(**arguments | dict(spec.arguments)),
         train_dataset=Dataset.from_list([{**row, "row": number} for number, row in enumerate(rows)]),
-        eval_dataset=(
-            Dataset.from_list([{**row, "row": -1 - number} for number, row in enumerate(validation_rows)])
-            if validation_rows
-            else None
-        ),
+        eval_dataset=Dataset.from_list(validation) if validation else None,
         processing_class=tokenizer,
         callbacks=[monitor(session), _stopper_class()(session)],
         **spec.constructor,
     )
     if getattr(trainer.args, "disable_dropout", False):
         _turn_off_dropout(model)
-    if "ref" in getattr(
-        model, "peft_config", {}
-    ):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
+    # TRL's copy of the adapter: with the adapter off, the model is the reference already
+    if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
     for weight, data in whole.items():
         if weight.dtype != data.dtype:  # TRL rounds adapters of 4-bit weights to bfloat16
@@ -350,8 +339,10 @@ def _build_trainer(
 
 
 def _turn_off_dropout(model: Any) -> None:
-    """Turn off the dropout that is not a layer, which TRL does not: modules
-    apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS)."""
+    """Turn off the dropout that is not a layer, which TRL does not.
+
+    Modules apply it by a rate of their own (GPT-BigCode, BioGPT, Seed-OSS).
+    """
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and name.endswith(("dropout", "_pdrop", "layerdrop")):
@@ -359,39 +350,36 @@ def _turn_off_dropout(model: Any) -> None:
 
 
 def _collate(session: TrlSession, collate: Callable[[Any], Any], rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The batch of TRL's collator with the numbers of its rows, "rows" (rows) int64,
-    the reference's log-probabilities as far as they are known, and the arguments of
-    `session.outputs`. The batch of an online method is the list of rows itself."""
+    """The batch of TRL's collator with what the session adds; of an online method it is the list of rows itself.
+
+    These are the numbers of its rows, "rows" (rows) int64, the reference's log-probabilities as far as they are known,
+    and the arguments of `session.outputs`.
+    """
     import torch
 
     batch = collate(rows)
     if isinstance(batch, list):
         return batch
-    numbers = [row["row"] for row in rows]
-    known = {}
+    batch, numbers = dict(batch), [row["row"] for row in rows]
     if session.reference:
         chosen, rejected = zip(*(session.reference[number] for number in numbers), strict=True)
-        known = {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
-    return {
-        **batch,
-        **known,
-        **(shared_prompts.collate_pairs(rows, session.trains_prompts) if session.outputs else {}),
-        "rows": torch.tensor(numbers),
-    }
+        batch |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
+    if session.outputs:
+        batch |= shared_prompts.collate_pairs(rows, session.trains_prompts)
+    return {**batch, "rows": torch.tensor(numbers)}
 
 
 def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: int) -> dict[int, tuple[float, float]]:
     """Log-probabilities of the answers of all rows under the reference, which is the model without its adapter.
 
-    The batches are those of the first epoch, so that rounding is that of the policy's first
-    pass: before the first step both are equal. Each process computes its share of them, in
-    all processes equally many passes. The state of random generators does not change.
+    The batches are those of the first epoch, so that rounding is that of the policy's first pass: before the first step
+    both are equal. Each process computes its share of them, in all processes equally many passes. The state of random
+    generators does not change.
     """
     import torch
 
-    found = torch.zeros(
-        rows + validation_rows, 2, dtype=torch.float64, device=session.device
-    )  # from the end: validation rows
+    # from the end: validation rows
+    found = torch.zeros(rows + validation_rows, 2, dtype=torch.float64, device=session.device)
     model, process = trainer.model.eval(), session.process
     forward = partial(session.outputs, model) if session.outputs else model
     trained = [*trainable(model).values()]
@@ -403,9 +391,8 @@ def _reference(session: TrlSession, trainer: Any, rows: int, validation_rows: in
             logs = session.compute_loss(model, partial(trainer.compute_ref_log_probs, forward, batch))
             if process.rank < len(some):
                 found[taken] = torch.stack(logs, 1).to(found)
-    for weight in (
-        trained
-    ):  # off, an adapter is frozen; on again, only gathered weights are thawed, not the parts of `shard_grad_op`
+    # off, an adapter is frozen; on again, only gathered weights are thawed, not the parts of `shard_grad_op`
+    for weight in trained:
         weight.requires_grad_(True)
     found = distributed.summed(found)
     numbers = [*range(rows), *range(-validation_rows, 0)]
@@ -430,11 +417,9 @@ def average_over_rows(metrics: dict[str, list[float]], passes: Sequence[tuple[in
 
 def _take_rows(inputs: Any) -> list[int]:
     """Numbers of the rows in a batch, which are removed from it."""
-    return (
-        [row["row"] for row in inputs]
-        if isinstance(inputs, list)
-        else [int(row) for row in inputs.pop("rows").tolist()]
-    )
+    if isinstance(inputs, list):
+        return [row["row"] for row in inputs]
+    return [int(row) for row in inputs.pop("rows").tolist()]
 
 
 def preference_identity(
@@ -453,15 +438,11 @@ def preference_identity(
         folders: models that it reads, by their name in messages.
         module: the stage's own file.
     """
-    return {
-        "preferences": sha256_of_files(sorted(data.rglob("*.parquet"))),
-        **{
-            name: sha256_of_files(sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"))
-            for name, folder in folders.items()
-        },
-        **params_identity(params, compute),
-        **run_identity(module, compute, device, dtype, LIBRARIES),
-    }
+    identity = {"preferences": sha256_of_files(sorted(data.rglob("*.parquet")))}
+    for name, folder in folders.items():
+        files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"]
+        identity[name] = sha256_of_files(sorted(files))
+    return identity | params_identity(params, compute) | run_identity(module, compute, device, dtype, LIBRARIES)
 
 
 def document_of(
