@@ -225,7 +225,8 @@ def end_tokens(tokenizer: Any) -> list[str]:
     folder = str(getattr(tokenizer, "name_or_path", ""))
     settings = Path(folder) / "generation_config.json"
     found = _end_ids(settings, settings.stat().st_mtime_ns) if folder and settings.is_file() else ()
-    further = map(tokenizer.backend_tokenizer.id_to_token, found)
+    # one that stands for a template alone has no backend, and no file
+    further = [tokenizer.backend_tokenizer.id_to_token(number) for number in found]
     return list(dict.fromkeys([str(tokenizer.eos_token), *(token for token in further if token is not None)]))
 
 
