@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from builders.history import Project, identity
 
-from dagster_project.commands.erase_certificate import _membership, _membership_lines
+from dagster_project.commands.erase_certificate import _membership, certificate_text
 from dagster_project.core.chat import encode_record
 from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, write_records
@@ -200,17 +200,28 @@ def test_a_model_that_cannot_be_loaded_is_not_measured(tmp_path: Path, now: str,
 def test_the_text_of_a_certificate_shows_losses_ranks_and_what_they_mean() -> None:
     controls = losses([1.0 + i / 100 for i in range(FEWEST)])
     before, after = (compare({"abcdef0123456789": Loss(nats, None, None)}, controls) for nats in (0.2, 1.1))
-    pages = [
-        *_membership_lines(
-            {
-                "model": MODEL,
-                "of": "conversations",
-                "before": before,
-                "after": after,
-                "sensitivity": sensitivity(before),
-            }
-        )
-    ]
+    measured = {
+        "model": MODEL,
+        "of": "conversations",
+        "before": before,
+        "after": after,
+        "sensitivity": sensitivity(before),
+    }
+    empty = {name: {} for name in ("relatives", "found", "removed", "verify", "left", "not searched")}
+    document = {
+        **empty,
+        "date": "2026-01-31",
+        "reason": "",
+        "erased": {"records": 1, "made from them": 0, "rows": {}},
+        "tombstones": ["a"],
+        "models": {"made again": []},
+        "impact": "no",
+        "not reached": [],
+        "membership": [measured],
+        "git": {"blobs": 0},
+    }
+    lines = certificate_text(document).splitlines()
+    pages = lines[next(i for i, line in enumerate(lines) if line.startswith("Losses of the records")) + 1 :]
     assert pages[0].startswith(f"  {MODEL}, conversations, before: outside the range: 1 of 1 are more likely")
     assert pages[2] == f"    abcdef012345: 0.2 nats per token, rank 1 among it and {FEWEST} controls: below 1.0 to 1.2"
     assert pages[3] == f"  {MODEL}, conversations, made again: within the range"

@@ -20,7 +20,7 @@ from dagster_project.__main__ import main
 from dagster_project.commands import init as init_module
 from dagster_project.commands.init import init
 from dagster_project.commands.init_data import Found
-from dagster_project.commands.init_params import SAMPLE_MODEL, _evaluation
+from dagster_project.commands.init_params import SAMPLE_MODEL, params_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.published_ids import read_key
 from dagster_project.curation.check_files import check_paths
@@ -349,7 +349,7 @@ def test_a_limit_below_the_answers_does_not_say_that_it_holds_them(tmp_path: Pat
 
 @pytest.mark.parametrize(("longest", "limit"), [(1, 16), (15, 16), (16, 32), (47, 48), (48, 64)])
 def test_the_limit_of_answers_has_room_for_the_end_of_an_answer(longest: int, limit: int) -> None:
-    lines = _evaluation(Found(answer=longest, estimated=False), {})
+    lines = params_text(Found(answer=longest, estimated=False), SAMPLE_MODEL, "MIT").splitlines()
     assert f"  max_new_tokens: {limit}   # longest answer; 95 % of the examples have fewer" in lines
 
 
