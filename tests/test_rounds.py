@@ -150,7 +150,8 @@ def planted() -> list[str]:
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "curation.py")
     assert spec and spec.loader
     benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    with mock.patch.object(sys, "path", [str(ROOT / "benchmarks"), *sys.path]):
+        spec.loader.exec_module(benchmark)
     texts: list[str] = benchmark.plant(20_000, 20)[0]
     return texts
 
