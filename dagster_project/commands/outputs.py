@@ -17,7 +17,7 @@ from dagster_project.core.layout import REPORTS, is_code, report_of
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.graph import flow_order
-from dagster_project.lineage.history import Revision
+from dagster_project.lineage.history import Revision, bytes_of, report_at
 from dagster_project.lineage.tolerance import Deviation, deviations
 from dagster_project.orchestration import dvc, dvc_cache, integrity
 from dagster_project.pipeline import FLOATING_POINT
@@ -110,7 +110,7 @@ class Outputs:
     def _report(self, path: str, oid: str) -> dict[str, Any] | None:
         """The recorded report, from git, the workspace or the cache; None if it cannot be found."""
         cached = self.store.at(oid)
-        for content in (integrity.bytes_of(self.at, path), cached.read_bytes() if cached.is_file() else None):
+        for content in (bytes_of(self.at, path), cached.read_bytes() if cached.is_file() else None):
             if content is not None and md5_of_bytes(content) == oid:
                 return dict(json.loads(content))
         return None
@@ -166,7 +166,7 @@ class Outputs:
             (
                 (producer, environment)
                 for producer in reversed([*ancestors(self.lock, name), name])
-                if (environment := integrity.report_at(self.at, producer).get("environment"))
+                if (environment := report_at(self.at, producer).get("environment"))
             ),
             (name, {}),
         )

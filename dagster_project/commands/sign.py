@@ -16,13 +16,12 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export.folder import FOLDER, PAGE
-from dagster_project.lineage.history import LOCK, Revision, is_within
+from dagster_project.lineage.history import LOCK, Revision, is_within, report_at
 from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.signing import model_signature, provenance
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.target import Target, find
-from dagster_project.orchestration.integrity import report_at
 
 
 def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:

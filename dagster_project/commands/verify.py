@@ -29,7 +29,7 @@ from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
-from dagster_project.lineage.history import Revision, resolve
+from dagster_project.lineage.history import Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 from dagster_project.views.texts import text
@@ -330,7 +330,7 @@ class _Clone:
                 continue
             remove(self.root / path)
             if path.startswith(REPORTS):
-                (self.root / path).write_bytes(integrity.bytes_of(self.at, path) or b"")
+                (self.root / path).write_bytes(bytes_of(self.at, path) or b"")
             else:
                 self._copy(path, out["recorded"], integrity.published(self.at, self.lock, name, path))
         dvc_cache.add_to_cache(self.root, outs)

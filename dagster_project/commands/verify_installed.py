@@ -28,8 +28,7 @@ from dagster_project.core.documents import restoring
 from dagster_project.core.errors import INNER, InputError
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.history import Revision, resolve
-from dagster_project.orchestration.integrity import report_at
+from dagster_project.lineage.history import Revision, report_at, resolve
 from dagster_project.orchestration.processes import ended_with_its_children
 
 log = logging.getLogger("pedigree")

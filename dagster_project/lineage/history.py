@@ -15,9 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.documents import damage
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git, git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
+from dagster_project.core.layout import report_of
 from dagster_project.core.text import listed
 from dagster_project.lineage.papers_in_place import without_papers
 
@@ -235,6 +237,20 @@ class Revision:
                 f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first"
             )
         return stages
+
+
+def bytes_of(at: Revision, path: str) -> bytes | None:
+    """Content of a file at a revision; None if it does not exist."""
+    if at.rev is None:
+        file = at.root / path
+        return file.read_bytes() if file.is_file() else None
+    return git_bytes(at.root, "show", "--end-of-options", f"{at.rev}:./{path}")
+
+
+def report_at(at: Revision, address: str) -> dict[str, Any]:
+    """The report of a stage at a revision; empty if it is missing or damaged."""
+    content = bytes_of(at, report_of(address))
+    return {} if content is None or damage(content) else dict(json.loads(content))
 
 
 def workspace_lock(root: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_fi
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
-from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
+from dagster_project.lineage.history import LOST_HINT, Revision, bytes_of, lost_entries, lost_text
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
@@ -114,20 +114,6 @@ def _known_hashes(root: Path) -> dict[str, list[int | str]]:
         why = "an entry is not [mtime, inode, size, sha256]"
     set_aside(path, why, "all outputs are hashed again")
     return {}
-
-
-def bytes_of(at: Revision, path: str) -> bytes | None:
-    """Content of a file at a revision; None if it does not exist."""
-    if at.rev is None:
-        file = at.root / path
-        return file.read_bytes() if file.is_file() else None
-    return git_bytes(at.root, "show", "--end-of-options", f"{at.rev}:./{path}")
-
-
-def report_at(at: Revision, address: str) -> dict[str, Any]:
-    """The report of a stage at a revision; empty if it is missing or damaged."""
-    content = bytes_of(at, report_of(address))
-    return {} if content is None or damage(content) else dict(json.loads(content))
 
 
 def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) -> str | None:
