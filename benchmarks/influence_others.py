@@ -39,11 +39,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "TORCHDYNAMO_DISABLE", "1"
-)  # dattri compiles one of its functions, anew for other lengths of texts
 
 SIDE = 16
 """Side of a weight's projected gradient: the default of `bergson trackstar` and of `pedigree why`."""
@@ -468,6 +463,10 @@ def table_of(rows: list[Row], place: str) -> str:
 
 
 def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # dattri compiles one of its functions, anew for other lengths of texts
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=ROOT, help="a project with data/splits and data/base_model")
     parser.add_argument("--work", type=Path, default=Path("/tmp/influence"), help="that of benchmarks/influence.py")
