@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,8 @@ def test_a_stage_that_the_system_kills_says_so_with_the_next_step(root: Path) ->
     os.kill(pids["adapter@lora"], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     error = json.loads(output)["stages"]["adapter@lora"]["error"]
-    assert "exited with -9" in error and "as the system does when memory runs out" in error
+    assert re.search(r"exited with (-9|137)", error), "137 where the shell that DVC starts waits for the command"
+    assert "as the system does when memory runs out" in error
     assert "its own message above" not in error, "it could not write any"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def _run_killed(number: int) -> Callable[[Play], None]:
 def _stage_killed(number: int) -> Callable[[Play], None]:
     def play(at_work: Play) -> None:
         ended = at_work.run("materialize", "instructions", "splits", in_stage=Calls(at_work.root, number))
-        if ended.code != 1 or "exited with -9" not in ended.text:
+        if ended.code != 1 or not re.search(r"exited with (-9|137)", ended.text):
             raise Violation(f"exit code {ended.code}:\n{ended.text[-3000:]}")
         _runs_again(at_work, killed=False)
 
