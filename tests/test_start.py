@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from builders import hub, training_pipeline
+from builders.training import LORA
 from conftest import LOADED, ROOT, run
 
 from dagster_project.commands import own_process
@@ -375,3 +377,21 @@ print(json.dumps({
     found = json.loads(done.stdout)
     assert found["read"] == found["folders"] > 100 and found["equal"]
     assert found["found"] == "transformers.models.auto.modeling_auto"
+
+
+def test_a_training_reports_nothing_to_the_hub(tiny_model: Path, tmp_path: Path) -> None:
+    values = {**LORA, "num_train_epochs": 1, "save_strategy": "no", "load_best_model_at_end": False}
+    project = training_pipeline.make_project(tmp_path / "project", tiny_model, values)
+    silencers = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI"}
+    environment = {name: value for name, value in os.environ.items() if name not in silencers}
+    with hub.serving(hub.Hub()) as hosted:
+        done = subprocess.run(
+            [sys.executable, "training_pipeline.py", "run", "adapter@x"],
+            cwd=project,
+            env={**environment, "HF_ENDPOINT": hosted.url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert hosted.asked == []

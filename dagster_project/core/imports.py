@@ -7,10 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
@@ -92,30 +89,6 @@ def import_pandera() -> Any:
 
         register_default_check_backends(pl.LazyFrame)  # otherwise the first check imports pandas
     return pandera.polars
-
-
-class _Deferred(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self.__name__), name)
-
-
-@contextmanager
-def deferred(package: str, name: str) -> Iterator[None]:
-    """While open, `from package import name` gives a module that is imported when it is first used.
-
-    Nothing is changed if it was imported before, or if there is no such package.
-    """
-    full = f"{package}.{name}"
-    if full in sys.modules or find_spec(package) is None:
-        yield
-        return
-    within = import_module(package).__dict__
-    within[name] = placeholder = _Deferred(full)
-    try:
-        yield
-    finally:
-        if within.get(name) is placeholder:  # otherwise it was imported meanwhile
-            del within[name]
 
 
 def import_transformers() -> None:

@@ -12,7 +12,7 @@ from functools import cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from dagster_project.core.imports import deferred, lean_imports
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.postponed import postponed
 
 _OTHER_PLACES = ("sqlalchemy", "psycopg2", "google", "grpc", "boto3", "botocore")
@@ -32,7 +32,7 @@ def quick_import() -> Iterator[None]:
     # its own pages; requests sends notifications
     with (
         lean_imports(*_OTHER_PLACES, "rfc3987_syntax", "chardet"),
-        deferred("scipy", "stats"),
+        postponed("scipy.stats"),
         postponed("altair"),
         postponed("requests"),
         direct_copies(),

@@ -47,6 +47,7 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
 
 def import_libraries() -> None:
     """Import torch, transformers and PEFT in less time than their first use would take."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers would report each training to the Hub
     # PEFT imports bitsandbytes for a function that is not used here (quantization imports it itself), accelerate boto3
     # for a command, and transformers scipy for losses of object detection; once loaded, it relies on what it found
     with lean_torch_imports("bitsandbytes", "boto3", *(() if "transformers" in sys.modules else ("scipy",))):
