@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +68,33 @@ def test_an_address_of_postgres_that_is_none_is_one_message_without_it(address: 
     with pytest.raises(InputError, match=r"dagster\.yaml: the address of its database is not one") as raised:
         open_at(tmp_path)
     assert "%2F" in without_secret(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (f"https://me:{SECRET}@example.org/x.jsonl", "https:/***@example.org/x.jsonl"),
+        (f"https://{SECRET}@example.org/x.jsonl", "https:/***@example.org/x.jsonl"),
+        (f"s3://me:{SECRET}@bucket/x.jsonl", "s3:/me:***@bucket/x.jsonl"),
+        (f"https://b.example.org/x.jsonl?X-Amz-Signature={SECRET}&a=1", "X-Amz-Signature=***&a=1"),
+        ("data/me:you@example.org/x.jsonl", "data/me:you@example.org/x.jsonl"),  # a path
+    ],
+)
+def test_a_message_has_no_credential_of_an_address(address: str, shown: str, check: Any) -> None:
+    lines = list[str]()
+
+    class OfDagster(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    log, handler = logging.getLogger("pedigree"), OfDagster()
+    log.addHandler(handler)
+    try:
+        done = check(address, "--json")
+    finally:
+        log.removeHandler(handler)
+    assert done.code == 2
+    for text in (done.out, done.err, *lines):
+        assert SECRET not in text
+    assert shown in done.out.replace("//", "/") and shown in done.err.replace("//", "/")
+    assert any(shown in line.replace("//", "/") for line in lines)
