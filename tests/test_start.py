@@ -195,6 +195,20 @@ def test_mlflow_sends_no_telemetry_unless_the_user_turns_it_on(command: str, mon
     assert said == [b"True\n", b"False\n"]
 
 
+def test_programs_of_dvc_that_a_command_starts_send_no_analytics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from dvc.analytics import is_enabled; print(is_enabled())"
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("DVC_")}
+    environment |= {f"DVC_{kind}_CONFIG_DIR": str(tmp_path) for kind in ("GLOBAL", "SYSTEM")}
+    said = [subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=tmp_path)]
+    monkeypatch.setattr(own_process.os, "environ", environment)
+    own_process.prepare(["sweep"])
+    monkeypatch.undo()
+    said.append(subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=tmp_path))
+    assert said == [b"True\n", b"False\n"], "a project that says nothing of them, before and after"
+
+
 def test_threads_sleep_where_the_kernel_does_not_say_what_runs(tmp_path: Path) -> None:
     for stat in (tmp_path / "none", tmp_path / "empty"):
         (tmp_path / "empty").write_text("")
