@@ -52,6 +52,7 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
     handler = ending.LogHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     log.addHandler(handler)
+    log.addFilter(_mask)
     log.setLevel(logging.INFO)
     log.propagate = False
     for chatty in ("bitsandbytes", "httpx"):  # notices about features that are not used here
@@ -74,21 +75,30 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
             print_error(options, explained)
         return explained.exit_code
     finally:
+        log.removeFilter(_mask)
         log.removeHandler(handler)
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     """The options of the command. Wrong usage ends the process, as it does in `argparse`."""
-    from dagster_project.cli.output import print_error, visible_lines
+    from dagster_project.cli.output import print_error, visible_lines, without_credentials
     from dagster_project.cli.parser import parser
     from dagster_project.core.errors import InputError
 
     try:
         return parser().parse_args(arguments)
     except InputError as error:
-        sys.stderr.write(visible_lines(f"error: {error}\n"))
+        sys.stderr.write(visible_lines(without_credentials(f"error: {error}\n")))
         print_error(argparse.Namespace(json="--json" in arguments), error)
         sys.exit(error.exit_code)
+
+
+def _mask(record: logging.LogRecord) -> bool:
+    """Remove credentials from a line of the log, for all who get it: the terminal and a run of Dagster."""
+    from dagster_project.cli.output import without_credentials
+
+    record.msg, record.args = without_credentials(record.getMessage()), ()
+    return True
 
 
 class _Formatter(logging.Formatter):

@@ -283,6 +283,13 @@ def test_the_webserver_of_the_chart_listens_on_a_port_that_any_user_may_open() -
     assert forwarded == [str(port)]
 
 
+def test_no_deployment_sends_telemetry() -> None:
+    assert CHART_VALUES["telemetry"] == {"enabled": False}, "the chart's default is true"
+    assert yaml.safe_load((DEPLOY / "dagster.yaml").read_text())["telemetry"] == {"enabled": False}
+    image = (ROOT / "Dockerfile").read_text()
+    assert all(name in image for name in ("DVC_NO_ANALYTICS=1", "RAY_USAGE_STATS_ENABLED=0"))
+
+
 def test_no_manifest_has_a_secret() -> None:
     for path in (DEPLOY / "kubernetes").glob("*.yaml"):
         assert not re.search(

@@ -12,6 +12,7 @@ import string
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -196,10 +197,22 @@ def test_the_server_downloads_nothing_and_has_no_token(served: dict[str, Any]) -
     assert "HF_HUB_OFFLINE=1" in environment and not any("hf_secret" in one for one in environment)
 
 
-def test_scripts_of_web_pages_may_not_read_answers(served: dict[str, Any]) -> None:
-    request = urllib.request.Request(f"{served['url']}/models", headers={"Origin": "https://example.org"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        assert answer.status == 200 and "Access-Control-Allow-Origin" not in answer.headers
+@pytest.mark.parametrize(
+    ("path", "header", "value"),
+    [
+        ("v1/models", "Origin", "https://example.org"),
+        ("reset", "Origin", "https://example.org"),  # a form of another page can send it, and the model is unloaded
+        ("v1/models", "Host", "example.org"),  # DNS rebinding: a name of another website that leads to loopback
+    ],
+)
+def test_requests_of_web_pages_are_refused(served: dict[str, Any], path: str, header: str, value: str) -> None:
+    method, url = "POST" if path == "reset" else "GET", served["url"].replace("v1", path)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(url, headers={header: value}, method=method), timeout=60)
+    assert refused.value.code == 403 and "Access-Control-Allow-Origin" not in refused.value.headers
+    if method == "GET":
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert answer.status == 200
 
 
 def test_the_printed_example_is_a_request_that_works(served: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from builders import hub, training_pipeline
 from builders.training import LORA
-from conftest import LOADED, ROOT, run
+from conftest import LOADED, ROOT, run, tool
 
 from dagster_project.commands import own_process
 from dagster_project.core import waiting
@@ -179,6 +179,36 @@ def test_threads_of_commands_that_compute_spin_briefly(command: str, monkeypatch
     monkeypatch.setattr(waiting, "busy_ticks", lambda cpus, stat: 1)
     own_process.prepare([command])
     assert ("GOMP_SPINCOUNT" in environment) == (command != "audit")
+
+
+@pytest.mark.parametrize("command", ["run", "mlflow"])
+def test_mlflow_sends_no_telemetry_unless_the_user_turns_it_on(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool("mlflow")
+    code = "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
+    # also without what tells MLflow that it is tested, when it sends none, either
+    own = {name: text for name, text in os.environ.items() if not name.startswith(("MLFLOW_", "CI", "PYTEST_"))}
+    said = []
+    for chosen in ({}, {"MLFLOW_DISABLE_TELEMETRY": "false"}):
+        environment = own | chosen
+        monkeypatch.setattr(own_process.os, "environ", environment)
+        own_process.prepare([command])
+        monkeypatch.undo()
+        said.append(subprocess.check_output([sys.executable, "-c", code], env=environment))
+    assert said == [b"True\n", b"False\n"]
+
+
+def test_programs_of_dvc_that_a_command_starts_send_no_analytics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from dvc.analytics import is_enabled; print(is_enabled())"
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("DVC_")}
+    environment |= {f"DVC_{kind}_CONFIG_DIR": str(tmp_path) for kind in ("GLOBAL", "SYSTEM")}
+    said = [subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=tmp_path)]
+    monkeypatch.setattr(own_process.os, "environ", environment)
+    own_process.prepare(["sweep"])
+    monkeypatch.undo()
+    said.append(subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=tmp_path))
+    assert said == [b"True\n", b"False\n"], "a project that says nothing of them, before and after"
 
 
 def test_threads_sleep_where_the_kernel_does_not_say_what_runs(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +52,8 @@ def print_error(options: argparse.Namespace, error: PedigreeError) -> None:
     printed one. stdout may be full: stderr has the error, too."""
     if options.json and not getattr(options, "printed", False):
         with suppress(PedigreeError):
-            print_result(options, {"error": error.what, "hint": error.hint}, str)
+            texts = {"error": error.what, "hint": error.hint}
+            print_result(options, {name: without_credentials(text) for name, text in texts.items()}, str)
 
 
 def write(option: str, path: Path, text: str) -> None:
@@ -81,6 +83,18 @@ def require_suffix(option: str, name: str | None, suffixes: tuple[str, ...]) -> 
             f"{option} {name}: its name must end in {' or '.join(suffixes)}",
             "name a new file: an existing one is replaced",
         )
+
+
+def without_credentials(text: str) -> str:
+    """A message without passwords and tokens in the addresses that it quotes, also where one was read as a path."""
+    return PARAMETERS.sub(r"\1***", USER.sub(lambda found: f"{found[1] or found[2]}***@", text))
+
+
+USER = re.compile(r"""(\bhttps?:/{1,2})[^\s/?#'"]*@|(\b[\w+.-]+:/{1,2}[^\s/?#:@'"]*:)[^\s/?#'"]*@""")
+PARAMETERS = re.compile(
+    r"""(?i)([?&](?:x-amz-(?:signature|credential|security-token)|sig|signature|(?:access_)?token)=)[^&\s'"]+"""
+)
+"""Of addresses that are signed in advance, e.g. of S3 and Azure."""
 
 
 def visible_lines(text: str) -> str:

@@ -35,7 +35,6 @@ IN_MEMORY = ("", "/", "/:memory:")
 NOT_FETCHED = "dvc:"
 """Beginning of the source of a version whose files are not in MLflow."""
 SET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report every call to its makers
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default it tries for minutes
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }

@@ -25,6 +25,8 @@ def prepare(arguments: Sequence[str]) -> None:
     Args:
         arguments: of the command line, e.g. ["run", "adapter@lora"].
     """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of `mlflow` and of trainings with `report_to: mlflow`
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")  # of the program `dvc`, which `init` and `sweep` start
     waiting.choose(os.environ, computes=bool(COMPUTING & {*arguments[:1]}))
     if arguments[:1] == ["run"] and ONLY_TOKENIZERS & {*arguments}:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it does without torch

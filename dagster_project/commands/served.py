@@ -6,11 +6,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dagster_project.core import params
 from dagster_project.core.params import Compute
 from dagster_project.evaluation.evaluator import Settings
+from dagster_project.orchestration.dagster.webserver import HOSTS, Guard
 from dagster_project.orchestration.processes import end_with_parent
 from dagster_project.training.methods.hardware import prepare
 
@@ -30,7 +33,9 @@ def main(arguments: list[str]) -> None:
     # where the model's id is a link to its folder: transformers lists a model under the path that it was given
     os.chdir(options.links)
     from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
 
+    server.build_server = _guarded(server.build_server)
     Serve(
         force_model=options.model,
         host=options.host,
@@ -38,6 +43,18 @@ def main(arguments: list[str]) -> None:
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _guarded(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that makes the server's application, which then refuses requests of websites in a browser: they
+    could unload the model, load another folder and, by DNS rebinding, read answers."""
+
+    def build_guarded(*arguments: Any, **named: Any) -> Any:
+        app = build(*arguments, **named)
+        app.add_middleware(Guard, hosts=os.environ.get(HOSTS, "").split(","))
+        return app
+
+    return build_guarded
 
 
 if __name__ == "__main__":

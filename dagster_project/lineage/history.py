@@ -451,10 +451,13 @@ class Objects:
             config = configparser.ConfigParser(interpolation=None, strict=False)
             try:
                 config.read(file, encoding="utf-8")
-            except (configparser.Error, UnicodeDecodeError) as error:
-                why = " ".join(str(error).split())
+            except UnicodeDecodeError as error:
+                raise InputError(f"DVC's configuration {file} cannot be read: {error}", "write it as UTF-8") from None
+            except configparser.ParsingError as error:  # its text quotes the line, which may be a credential
+                line = getattr(error, "lineno", None) or error.errors[0][0]
                 raise InputError(
-                    f"DVC's configuration {file} cannot be read: {why}", "fix it; `dvc config --list --show-origin`"
+                    f"DVC's configuration {file} cannot be read: line {line} is neither a section nor an option",
+                    "fix that line",
                 ) from None
             local = _unquoted(config.get("cache", "local", fallback="")) or local
             remotes = [

@@ -51,8 +51,8 @@ def explained(error: Exception, root: Path) -> InputError | None:
             "set the environment variable USER, for example to `user`",
         )
     if isinstance(error, ValueError) and (file := _file_of_git(error)):
-        return InputError(
-            f"{file}: git's configuration cannot be read: {error}", "correct it: `git config --list` names the line"
+        return InputError(  # the error quotes the line, which may be an address with a password
+            f"{file}: git's configuration cannot be read", "correct it: `git config --list` names the line"
         )
     if isinstance(error, UnicodeEncodeError) and (name := _name_that_is_not_utf8(root / "data")):
         return InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file")
@@ -90,9 +90,16 @@ def _of_settings(error: Exception, root: Path) -> InputError:
             dvc_config.Config.validate(dvc_config.Config.load_file(str(path)))
         except dvc_config.ConfigError as wrong:
             if path != tracked:
-                return InputError(f"{path}: {wrong}", "correct it")
+                return InputError(f"{path}: {_without_line(wrong)}", "correct it")
             break
-    return InputError(f"{tracked}: {error}", "restore it with `git checkout HEAD .dvc/config`, or correct it")
+    return InputError(
+        f"{tracked}: {_without_line(error)}", "restore it with `git checkout HEAD .dvc/config`, or correct it"
+    )
+
+
+def _without_line(error: Exception) -> str:
+    """DVC's error in its settings, without the invalid line, which may be a credential."""
+    return re.sub(r"Invalid line \(.*\) \(", "Invalid line (", str(error), flags=re.DOTALL)
 
 
 def _of_a_file(error: Exception, root: Path) -> InputError:

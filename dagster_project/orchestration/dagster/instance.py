@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def open_at(folder: Path) -> dg.DagsterInstance:
     except dg.DagsterInvalidConfigError as error:
         raise _invalid(file, str(error)) from None
     except Exception as error:
-        if explained := _missing_package(file, error) or _unusable_server(file, error):
+        if explained := _missing_package(file, error) or _unusable_server(file, error) or _no_address(file, error):
             raise explained from None
         raise
 
@@ -63,6 +64,15 @@ def _missing_package(file: Path, error: Exception) -> InputError | None:
         f"{file} needs the package {package}, which is not installed",
         "`pip install 'pedigree-llm[cluster]'` installs dagster-postgres; docs/cluster.md names the other packages",
     )
+
+
+def _no_address(file: Path, error: Exception) -> InputError | None:
+    """The error for an address that is not one. It is not repeated: it can have a password, and so has part of it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames[-1].f_globals.get("__name__") != "sqlalchemy.engine.url":
+        return None
+    hint = "write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with / and @ in the password as %2F and %40"
+    return InputError(f"{file}: the address of its database is not one", f"{hint}: {EXAMPLE}")
 
 
 def _unusable_server(file: Path, error: Exception) -> InputError | None:

@@ -21,6 +21,9 @@ from dagster_project.orchestration.private_api import private_module
 HOSTS = "PEDIGREE_UI_HOSTS"
 """Variable with more names under which browsers may reach the server, separated
 by commas: that of a proxy, for example."""
+NOTHING_ELSEWHERE = b"default-src 'self' 'unsafe-inline' data: blob:"
+"""Policy that the browser applies besides Dagster's own, which lets its pages load
+anything from anywhere: a script of dagster.io, unless dagster.yaml turns telemetry off."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -46,7 +49,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reason = self.refuses(scope) if scope["type"] in {"http", "websocket"} else None
         if reason is None:
-            await self.app(scope, receive, _unframed(send) if scope["type"] == "http" else send)
+            await self.app(scope, receive, _confined(send) if scope["type"] == "http" else send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": reason})
         else:
@@ -87,18 +90,21 @@ class Guard:
         return True  # a website can let its name resolve to this host, but then the name stands here
 
 
-def _unframed(send: Send) -> Send:
-    """Answers that no other website can show in a frame, where a user could be made to click."""
+def _confined(send: Send) -> Send:
+    """Answers that load nothing from other websites, and that none can show in a
+    frame, where a user could be made to click."""
 
     async def answer(message: Any) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), (b"x-frame-options", b"SAMEORIGIN")]
+            added = [(b"x-frame-options", b"SAMEORIGIN"), (b"content-security-policy", NOTHING_ELSEWHERE)]
+            message["headers"] = [*message.get("headers", []), *added]
         await send(message)
 
     return answer
 
 
 def main() -> None:
+    os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")  # a DAGSTER_HOME of the user may say nothing of it
     if sys.argv[1:2] != ["dev"]:
         with lean_imports():
             cli = private_module("dagster_webserver.cli")
