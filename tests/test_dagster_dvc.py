@@ -220,9 +220,24 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
     (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, deps: [data/my points.csv]}\n")
     with pytest.raises(InputError, match=r"dvc\.yaml: data/my points\.csv cannot be a name in Dagster"):
         build_dvc_definitions(foreign)
-    (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, meta: {checks: [x]}}\n")
-    with pytest.raises(InputError, match=r"a: meta\.checks is not a mapping"):
+
+
+@pytest.mark.parametrize(
+    "meta",
+    ["checks: [x]", "checks: {c: 1}", "checks: {a b: x}", "checks: {dvc_in_sync: x}", "kinds: python", "kinds: [3]",
+     "kinds: [a b]", "group: my models", "group: 7", "pool: 3", "pool: a b", "stale_after_days: soon",
+     "stale_after_days: 0", "stale_after_days: 1.0e+99", "stale_after_days: true"],
+)  # fmt: skip
+def test_meta_that_dagster_cannot_show_is_refused_with_the_stage_and_the_key(foreign: Path, meta: str) -> None:
+    (foreign / "dvc.yaml").write_text(f"stages:\n  a: {{cmd: echo, meta: {{{meta}}}}}\n")
+    with pytest.raises(InputError, match=rf"dvc\.yaml: a: meta\.{meta.partition(':')[0]} is not a "):
         build_dvc_definitions(foreign)
+
+
+@pytest.mark.parametrize("meta", ["note for another program", "[1]", "{group: null, kinds: null, owner: {name: x}}"])
+def test_meta_for_other_programs_is_not_read(foreign: Path, meta: str) -> None:
+    (foreign / "dvc.yaml").write_text(f"stages:\n  a: {{cmd: echo, meta: {meta}}}\n")
+    assert build_dvc_definitions(foreign).resolve_asset_graph().get(dg.AssetKey(["a"])).kinds == set()
 
 
 @pytest.mark.parametrize(
