@@ -184,6 +184,17 @@ def test_a_failing_command_fails_the_run_and_records_nothing(foreign: Path, inst
     assert (foreign / "dvc.lock").read_bytes() == lock
 
 
+def test_a_stage_that_is_removed_while_it_runs_fails_with_the_next_step(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
+    without = foreign_project.DVC_YAML.partition("  evaluate:")[0]
+    with (foreign / "src/evaluate.py").open("a") as script:
+        script.write(f"Path('dvc.yaml').write_text({without!r})\n")
+    result = materialize(foreign, instance)
+    [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    assert failure and "evaluate is no longer in dvc.yaml. Reload the code location." in failure.message
+
+
 def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materialized(
     foreign: Path, instance: dg.DagsterInstance
 ) -> None:
@@ -319,7 +330,8 @@ def test_the_output_of_a_forced_run_is_read_after_another_one_that_waited_for_it
     writers = ["process 7 (dvc)", ""]
     monkeypatch.setattr(materialize, "_read", lambda *_: snapshots.pop(0))
     monkeypatch.setattr(materialize.rwlock, "writer_of", lambda _, paths: asked.append([*paths]) or writers.pop(0))
-    context: Any = SimpleNamespace(log=SimpleNamespace(info=log.append))
+    monkeypatch.setattr(materialize, "interrupt_if_canceled", lambda *_: None)
+    context: Any = SimpleNamespace(log=SimpleNamespace(info=log.append), instance=None, run_id="")
     project: Any = SimpleNamespace(root=tmp_path)
     assert materialize._read_when_idle(context, project, "a", own=True).states["a"].version == "2"
     assert asked == [["data/a"], ["data/a"]] and log == ["a is waiting: process 7 (dvc) is writing its outputs"]

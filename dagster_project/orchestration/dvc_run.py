@@ -48,12 +48,14 @@ def reproduce(
     environment: Mapping[str, str],
     on_wait: Callable[[str], None],
     on_progress: Callable[[], None] = lambda: None,
+    before_attempt: Callable[[], None] = lambda: None,
 ) -> bool:
     """Bring one stage up to date by DVC; wait while another process uses the same paths.
 
     Args:
         on_wait: called once with a description of the process that has locked the paths.
         on_progress: called every `PROGRESS_INTERVAL` while the stage runs; less often if it runs for long.
+        before_attempt: called before the stage starts, and twice a second while it waits.
     Returns:
         Whether the stage ran or was restored.
     Raises:
@@ -69,6 +71,7 @@ def reproduce(
 
     notified = False
     while True:
+        before_attempt()
         try:
             with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets relative to the current directory
                 # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's

@@ -113,7 +113,14 @@ def _verified(root: Path, address: str, pipeline: Pipeline) -> tuple[Mapping[str
 
 
 def _refuse_changed_inputs(root: Path, address: str, before: Mapping[str, str]) -> None:
-    changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
+    try:
+        changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
+    except InputError as error:  # e.g. its variant was renamed
+        raise CheckFailed(
+            f"{address}: dvc.yaml or params.yaml changed while the stage ran: {error.what}",
+            "undo that change and run the stage again: a training goes on from its latest checkpoint;"
+            " nothing was recorded",
+        ) from None
     if changed:
         raise CheckFailed(
             f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded"

@@ -58,8 +58,7 @@ def bring_up_to_date(
     try:
         project.validate(address, variables)  # first: bad input leaves the log unchanged
         states = _states_before(context, project, address)
-        if address not in states:
-            raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
+        _refuse_removed(states, address)
         if reason := _not_ready(states, address):
             raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
         done = "nothing"
@@ -70,6 +69,7 @@ def bring_up_to_date(
                 # a forced run of it may have waited for this one
                 after = _read_when_idle(context, project, address, own=True)
                 states = after.states
+                _refuse_removed(states, address)
                 if not states[address].differs:
                     break
         else:
@@ -104,6 +104,14 @@ def bring_up_to_date(
     if after is not None:
         mirror(project, instance, after)
         mirrored[project] = MirrorState(context.run_id, states, None)
+
+
+def _refuse_removed(states: Mapping[str, StageState], address: str) -> None:
+    """Raises:
+    Failure: the stage was removed from dvc.yaml, or its variant from params.yaml, since Dagster loaded it.
+    """
+    if address not in states:
+        raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
 
 
 def _planned_checks(context: dg.AssetExecutionContext, key: dg.AssetKey) -> list[str]:
@@ -160,6 +168,7 @@ def _read_when_idle(
         if not logged:
             context.log.info(f"{address} is waiting: {writer} is writing its {'outputs' if own else 'inputs'}")
             logged = True
+        interrupt_if_canceled(context.instance, context.run_id)
         time.sleep(0.5)
 
 
@@ -225,6 +234,7 @@ def _reproduce(
                 {**pipes, "PYTHONUNBUFFERED": "1", **variables},
                 on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
                 on_progress=report_progress,
+                before_attempt=lambda: interrupt_if_canceled(context.instance, context.run_id),
             )
         outcome = "run" if started else "restored" if done else "nothing"
         if Path(session.message_reader_params["path"]).stat().st_size:
