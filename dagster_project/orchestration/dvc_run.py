@@ -22,6 +22,8 @@ from dagster_project.orchestration.processes import command_of_dvc, interrupt_co
 
 FORCED = "PEDIGREE_FORCED"
 """Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
+FAILURE = "pedigree_failure"
+"""Key of the message of a stage command to the Dagster run that started it: why it failed, and the next step."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
 EXIT_CODE = re.compile(r", exited with (-?\d+)$")

@@ -31,6 +31,7 @@ from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import is_within, refuse_lost_entries
 from dagster_project.orchestration import dvc, dvc_cache, integrity, locks, processes
 from dagster_project.orchestration.dvc_errors import MissingParameter
+from dagster_project.orchestration.dvc_run import FAILURE
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.leftovers import remove_leftovers
@@ -324,7 +325,7 @@ def _count_note(check: Mapping[str, Any]) -> str:
 
 @contextmanager
 def streaming_to_dagster() -> Iterator[None]:
-    """Send log lines also to the Dagster run that started this process, if one did."""
+    """Send log lines, and the message of an error, also to the Dagster run that started this process, if one did."""
     if "DAGSTER_PIPES_CONTEXT" not in os.environ:
         yield
         return
@@ -342,6 +343,7 @@ def streaming_to_dagster() -> Iterator[None]:
             yield
         except PedigreeError as error:
             log.error(str(error))
+            pipes.report_custom_message({FAILURE: [visible(error.what), visible(error.hint)]})
             raise
         finally:
             log.removeHandler(handler)

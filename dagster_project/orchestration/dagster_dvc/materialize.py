@@ -15,7 +15,7 @@ import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
 from dagster_project.core import faults
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import CheckFailed, PedigreeError
 from dagster_project.orchestration import dvc, dvc_run, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run, interrupt_if_canceled
 from dagster_project.orchestration.dagster_dvc.metadata import check_result, in_sync, read_report
@@ -222,27 +222,34 @@ def _reproduce(
             context.log_event(dg.AssetObservation(project.asset_key(address), metadata=now))
         latest = now
 
-    with dg.open_pipes_session(
-        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
-    ) as session:
-        pipes = session.get_bootstrap_env_vars()
-        with dvc_run.commands_started() as started:
-            done = dvc_run.reproduce(
-                project.root,
-                address,
-                force,
-                {**pipes, "PYTHONUNBUFFERED": "1", **variables},
-                on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
-                on_progress=report_progress,
-                before_attempt=lambda: interrupt_if_canceled(context.instance, context.run_id),
-            )
-        outcome = "run" if started else "restored" if done else "nothing"
-        if Path(session.message_reader_params["path"]).stat().st_size:
+    try:
+        with dg.open_pipes_session(
+            context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
+        ) as session:
+            pipes = session.get_bootstrap_env_vars()
+            with dvc_run.commands_started() as started:
+                done = dvc_run.reproduce(
+                    project.root,
+                    address,
+                    force,
+                    {**pipes, "PYTHONUNBUFFERED": "1", **variables},
+                    on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
+                    on_progress=report_progress,
+                    before_attempt=lambda: interrupt_if_canceled(context.instance, context.run_id),
+                )
+            outcome = "run" if started else "restored" if done else "nothing"
+            if Path(session.message_reader_params["path"]).stat().st_size:
+                return outcome
+            reader = PipesMappingParamsLoader(pipes)  # the command sent no messages, so they are sent here
+            with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
+                context.log.info(f"{address} {OUTCOMES[outcome]}")
             return outcome
-        reader = PipesMappingParamsLoader(pipes)  # the command sent no messages, so they are sent here
-        with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
-            context.log.info(f"{address} {OUTCOMES[outcome]}")
-        return outcome
+    except CheckFailed:
+        # "see its own message above" would be far above, before the results of all checks
+        said = [one for one in session.get_custom_messages() if isinstance(one, Mapping) and dvc_run.FAILURE in one]
+        if not said:
+            raise
+        raise CheckFailed(*said[-1][dvc_run.FAILURE]) from None
 
 
 OUTCOMES = {
