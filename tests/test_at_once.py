@@ -175,6 +175,15 @@ def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(
     assert agree(root, synced) == set()
 
 
+def test_a_negative_number_of_steps_at_once_is_refused(root: Path, synced: dg.DagsterInstance) -> None:
+    config = {"run_config": {"execution": {"config": {"multiprocess": {"max_concurrent": -1}}}}}
+    (root / "code/adapter.py").write_text("V = 9\n")
+    environment = {**os.environ, "RUN": json.dumps(config)}
+    done = subprocess.run([sys.executable, *AT_ONCE], cwd=root, env=environment, capture_output=True, timeout=90)
+    assert done.returncode == 1
+    assert b"has max_concurrent: -1\nhint: give 1 or more, or leave it out" in done.stderr + done.stdout
+
+
 def test_only_changed_stages_and_their_readers_count_as_work(root: Path) -> None:
     states = read_stages(root)
     assert not can_run_at_once(states, set(states), forced=False), "everything is up to date"
