@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,10 +286,11 @@ def test_a_table_that_is_not_utf_8_or_not_csv_does_not_end_the_sync(tmp_path: Pa
     ("files", "shown"),
     [
         ({"m.json": '{"accuracy": 1, "path": "p", "done": 2}'}, {"accuracy": 1, "m/path": "p", "m/done": 2}),
+        ({"m.json": '{"loss": NaN, "gain": -Infinity}'}, {"loss": "nan", "gain": "-inf"}),
         ({"a/m.json": '{"x": 1}', "b/m.json": '{"x": 2}', "n.json": '{"x": 3}'}, {"a/m/x": 1, "b/m/x": 2, "n/x": 3}),
     ],
 )
-def test_no_metric_takes_the_place_of_another_figure_or_of_the_metadata(
+def test_no_metric_is_blank_or_takes_the_place_of_another_figure_or_of_the_metadata(
     tmp_path: Path, files: dict[str, str], shown: dict[str, Any]
 ) -> None:
     for name, text in files.items():
@@ -297,6 +299,14 @@ def test_no_metric_takes_the_place_of_another_figure_or_of_the_metadata(
     own = {"path": dg.MetadataValue.text("model.bin"), "data_version": dg.MetadataValue.text("1")}
     state: Any = SimpleNamespace(outs=("model.bin",), version="1", metrics=(*files,), plots=())
     assert describe(tmp_path, state) == own | shown
+
+
+def test_a_check_shows_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    state: Any = SimpleNamespace(meta={"checks": {"learned": "The loss falls."}}, report="m.json")
+    [result] = DvcProject(tmp_path).check_results(
+        "a", state, {"checks": {"learned": {"passed": False, "loss": math.nan}}}
+    )
+    assert result.metadata["loss"] == dg.MetadataValue.text("nan")
 
 
 def test_the_docs_show_the_project_that_is_tested() -> None:

@@ -21,7 +21,7 @@ from dagster_project.core.text import visible
 from dagster_project.lineage import lineage
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.dagster.pages import url
-from dagster_project.orchestration.dagster_dvc.metadata import commit_of_lock, read_report, table
+from dagster_project.orchestration.dagster_dvc.metadata import commit_of_lock, finite, read_report, table
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.views.lineage import lineage_page
 
@@ -76,7 +76,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
             name = f"{plot}_curves" if taken else plot
             metadata[name] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = commit_of_lock(root)
-    return {**metadata, **({"git_commit": commit} if commit else {})}
+    return finite({**metadata, **({"git_commit": commit} if commit else {})})
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:

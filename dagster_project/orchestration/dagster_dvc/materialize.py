@@ -18,7 +18,7 @@ from dagster_project.core import faults
 from dagster_project.core.errors import CheckFailed, PedigreeError
 from dagster_project.orchestration import dvc, dvc_run, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run, interrupt_if_canceled
-from dagster_project.orchestration.dagster_dvc.metadata import check_result, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.metadata import check_result, finite, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
 from dagster_project.orchestration.dvc import StageState
@@ -219,7 +219,7 @@ def _reproduce(
         interrupt_if_canceled(context.instance, context.run_id)
         now = project.progress(address)
         if now and now != latest:
-            context.log_event(dg.AssetObservation(project.asset_key(address), metadata=now))
+            context.log_event(dg.AssetObservation(project.asset_key(address), metadata=finite(now)))
         latest = now
 
     try:
