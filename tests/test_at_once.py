@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import dagster as dg
 import psutil
 import pytest
 from builders import small_pipeline
-from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run
+from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run, start_until_tok_runs
 from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -106,6 +107,28 @@ def test_a_run_that_is_marked_as_canceled_ends_its_steps_and_commands(root: Path
     assert agree(root, synced) == BOTH
 
 
+@pytest.mark.parametrize("asset", ["tok", "cmp"])
+def test_a_run_that_waits_for_another_process_ends_when_it_is_marked_as_canceled(
+    root: Path, synced: dg.DagsterInstance, asset: str
+) -> None:
+    """`tok` waits to run the stage that `dvc repro` runs, `cmp` for its input."""
+    other = start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="300")
+    command = [sys.executable, "small_pipeline.py", "materialize", asset]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (found := synced.get_runs(dg.RunsFilter(statuses=ALIVE))) or not any(
+            "is waiting: " in entry.message for entry in synced.all_logs(found[0].run_id)
+        ):
+            assert process.poll() is None
+            time.sleep(0.2)
+        synced.report_run_canceled(found[0])
+        assert process.wait(60) != 0 and other.poll() is None
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        process.kill()
+        other.communicate()
+
+
 def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
     """Whoever waits for the process first gets its exit code; Popen takes a
     missing one for 0, and DVC would record the run."""
@@ -150,6 +173,15 @@ def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(
     [run] = [found for found in synced.get_runs() if found.job_name == "pipeline"]
     assert not [entry for entry in synced.all_logs(run.run_id) if "subprocess" in entry.message]
     assert agree(root, synced) == set()
+
+
+def test_a_negative_number_of_steps_at_once_is_refused(root: Path, synced: dg.DagsterInstance) -> None:
+    config = {"run_config": {"execution": {"config": {"multiprocess": {"max_concurrent": -1}}}}}
+    (root / "code/adapter.py").write_text("V = 9\n")
+    environment = {**os.environ, "RUN": json.dumps(config)}
+    done = subprocess.run([sys.executable, *AT_ONCE], cwd=root, env=environment, capture_output=True, timeout=90)
+    assert done.returncode == 1
+    assert b"has max_concurrent: -1\nhint: give 1 or more, or leave it out" in done.stderr + done.stdout
 
 
 def test_only_changed_stages_and_their_readers_count_as_work(root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,17 @@ def test_a_failing_command_fails_the_run_and_records_nothing(foreign: Path, inst
     assert (foreign / "dvc.lock").read_bytes() == lock
 
 
+def test_a_stage_that_is_removed_while_it_runs_fails_with_the_next_step(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
+    without = foreign_project.DVC_YAML.partition("  evaluate:")[0]
+    with (foreign / "src/evaluate.py").open("a") as script:
+        script.write(f"Path('dvc.yaml').write_text({without!r})\n")
+    result = materialize(foreign, instance)
+    [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    assert failure and "evaluate is no longer in dvc.yaml. Reload the code location." in failure.message
+
+
 def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materialized(
     foreign: Path, instance: dg.DagsterInstance
 ) -> None:
@@ -220,9 +232,24 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
     (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, deps: [data/my points.csv]}\n")
     with pytest.raises(InputError, match=r"dvc\.yaml: data/my points\.csv cannot be a name in Dagster"):
         build_dvc_definitions(foreign)
-    (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, meta: {checks: [x]}}\n")
-    with pytest.raises(InputError, match=r"a: meta\.checks is not a mapping"):
+
+
+@pytest.mark.parametrize(
+    "meta",
+    ["checks: [x]", "checks: {c: 1}", "checks: {a b: x}", "checks: {dvc_in_sync: x}", "kinds: python", "kinds: [3]",
+     "kinds: [a b]", "group: my models", "group: 7", "pool: 3", "pool: a b", "stale_after_days: soon",
+     "stale_after_days: 0", "stale_after_days: 1.0e+99", "stale_after_days: true"],
+)  # fmt: skip
+def test_meta_that_dagster_cannot_show_is_refused_with_the_stage_and_the_key(foreign: Path, meta: str) -> None:
+    (foreign / "dvc.yaml").write_text(f"stages:\n  a: {{cmd: echo, meta: {{{meta}}}}}\n")
+    with pytest.raises(InputError, match=rf"dvc\.yaml: a: meta\.{meta.partition(':')[0]} is not a "):
         build_dvc_definitions(foreign)
+
+
+@pytest.mark.parametrize("meta", ["note for another program", "[1]", "{group: null, kinds: null, owner: {name: x}}"])
+def test_meta_for_other_programs_is_not_read(foreign: Path, meta: str) -> None:
+    (foreign / "dvc.yaml").write_text(f"stages:\n  a: {{cmd: echo, meta: {meta}}}\n")
+    assert build_dvc_definitions(foreign).resolve_asset_graph().get(dg.AssetKey(["a"])).kinds == set()
 
 
 @pytest.mark.parametrize(
@@ -259,10 +286,11 @@ def test_a_table_that_is_not_utf_8_or_not_csv_does_not_end_the_sync(tmp_path: Pa
     ("files", "shown"),
     [
         ({"m.json": '{"accuracy": 1, "path": "p", "done": 2}'}, {"accuracy": 1, "m/path": "p", "m/done": 2}),
+        ({"m.json": '{"loss": NaN, "gain": -Infinity}'}, {"loss": "nan", "gain": "-inf"}),
         ({"a/m.json": '{"x": 1}', "b/m.json": '{"x": 2}', "n.json": '{"x": 3}'}, {"a/m/x": 1, "b/m/x": 2, "n/x": 3}),
     ],
 )
-def test_no_metric_takes_the_place_of_another_figure_or_of_the_metadata(
+def test_no_metric_is_blank_or_takes_the_place_of_another_figure_or_of_the_metadata(
     tmp_path: Path, files: dict[str, str], shown: dict[str, Any]
 ) -> None:
     for name, text in files.items():
@@ -271,6 +299,14 @@ def test_no_metric_takes_the_place_of_another_figure_or_of_the_metadata(
     own = {"path": dg.MetadataValue.text("model.bin"), "data_version": dg.MetadataValue.text("1")}
     state: Any = SimpleNamespace(outs=("model.bin",), version="1", metrics=(*files,), plots=())
     assert describe(tmp_path, state) == own | shown
+
+
+def test_a_check_shows_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    state: Any = SimpleNamespace(meta={"checks": {"learned": "The loss falls."}}, report="m.json")
+    [result] = DvcProject(tmp_path).check_results(
+        "a", state, {"checks": {"learned": {"passed": False, "loss": math.nan}}}
+    )
+    assert result.metadata["loss"] == dg.MetadataValue.text("nan")
 
 
 def test_the_docs_show_the_project_that_is_tested() -> None:
@@ -304,7 +340,8 @@ def test_the_output_of_a_forced_run_is_read_after_another_one_that_waited_for_it
     writers = ["process 7 (dvc)", ""]
     monkeypatch.setattr(materialize, "_read", lambda *_: snapshots.pop(0))
     monkeypatch.setattr(materialize.rwlock, "writer_of", lambda _, paths: asked.append([*paths]) or writers.pop(0))
-    context: Any = SimpleNamespace(log=SimpleNamespace(info=log.append))
+    monkeypatch.setattr(materialize, "interrupt_if_canceled", lambda *_: None)
+    context: Any = SimpleNamespace(log=SimpleNamespace(info=log.append), instance=None, run_id="")
     project: Any = SimpleNamespace(root=tmp_path)
     assert materialize._read_when_idle(context, project, "a", own=True).states["a"].version == "2"
     assert asked == [["data/a"], ["data/a"]] and log == ["a is waiting: process 7 (dvc) is writing its outputs"]

@@ -169,6 +169,24 @@ def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
     assert {"tok"} <= small_pipeline.changed_in_dvc(root)
 
 
+def test_a_stage_that_is_renamed_while_it_runs_is_named_with_the_next_step(root: Path) -> None:
+    process = small_pipeline.start_until_tok_runs(root, "-m", "dvc", "repro", "tok", SLOW_SECONDS="2")
+    (root / "dvc.yaml").write_text(small_pipeline.dvc_yaml().replace('"tok": {', '"other": {'))
+    assert process.wait(30) != 0
+    said = process.stderr.read() if process.stderr else ""
+    assert "changed while the stage ran: tok is not a stage of dvc.yaml\nhint: undo that change and run" in said
+
+
+def test_the_failure_of_a_run_has_the_message_of_its_stage(root: Path, synced: dg.DagsterInstance) -> None:
+    (root / "data/sources/g.txt").write_text("BAD")
+    result = small_pipeline.materialize(root, synced, ["raw", "inst"])
+    [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    assert failure and failure.message.endswith(
+        "inst: 1 blocking check(s) failed. no_bad_rows: 1 rows (first: 0)\n"
+        "hint: fix the rows, or change params.yaml; all findings are in data/reports/inst.json\n"
+    )
+
+
 def test_a_failed_gate_is_never_reported_as_materialized(root: Path, synced: dg.DagsterInstance) -> None:
     event = synced.get_latest_materialization_event(asset_key("inst"))
     (root / "data/sources/g.txt").write_text("BAD")

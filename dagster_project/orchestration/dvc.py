@@ -426,7 +426,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
     return StageState(
         address=stage.name,
         description=stage.desc or "",
-        meta=stage.meta or {},
+        meta=stage.meta if isinstance(stage.meta, Mapping) else {},  # free-form in DVC
         out=others.paths[stage.name],
         outs=tuple(path_of(root, out) for out in _main_outputs(stage)),
         metrics=tuple(path_of(root, out) for out in stage.outs if out.is_metric),

@@ -22,6 +22,8 @@ from dagster_project.orchestration.processes import command_of_dvc, interrupt_co
 
 FORCED = "PEDIGREE_FORCED"
 """Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
+FAILURE = "pedigree_failure"
+"""Key of the message of a stage command to the Dagster run that started it: why it failed, and the next step."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
 EXIT_CODE = re.compile(r", exited with (-?\d+)$")
@@ -48,12 +50,14 @@ def reproduce(
     environment: Mapping[str, str],
     on_wait: Callable[[str], None],
     on_progress: Callable[[], None] = lambda: None,
+    before_attempt: Callable[[], None] = lambda: None,
 ) -> bool:
     """Bring one stage up to date by DVC; wait while another process uses the same paths.
 
     Args:
         on_wait: called once with a description of the process that has locked the paths.
         on_progress: called every `PROGRESS_INTERVAL` while the stage runs; less often if it runs for long.
+        before_attempt: called before the stage starts, and twice a second while it waits.
     Returns:
         Whether the stage ran or was restored.
     Raises:
@@ -69,6 +73,7 @@ def reproduce(
 
     notified = False
     while True:
+        before_attempt()
         try:
             with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets relative to the current directory
                 # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's

@@ -31,6 +31,7 @@ from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import is_within, refuse_lost_entries
 from dagster_project.orchestration import dvc, dvc_cache, integrity, locks, processes
 from dagster_project.orchestration.dvc_errors import MissingParameter
+from dagster_project.orchestration.dvc_run import FAILURE
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.leftovers import remove_leftovers
@@ -113,7 +114,14 @@ def _verified(root: Path, address: str, pipeline: Pipeline) -> tuple[Mapping[str
 
 
 def _refuse_changed_inputs(root: Path, address: str, before: Mapping[str, str]) -> None:
-    changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
+    try:
+        changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
+    except InputError as error:  # e.g. its variant was renamed
+        raise CheckFailed(
+            f"{address}: dvc.yaml or params.yaml changed while the stage ran: {error.what}",
+            "undo that change and run the stage again: a training goes on from its latest checkpoint;"
+            " nothing was recorded",
+        ) from None
     if changed:
         raise CheckFailed(
             f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded"
@@ -317,7 +325,7 @@ def _count_note(check: Mapping[str, Any]) -> str:
 
 @contextmanager
 def streaming_to_dagster() -> Iterator[None]:
-    """Send log lines also to the Dagster run that started this process, if one did."""
+    """Send log lines, and the message of an error, also to the Dagster run that started this process, if one did."""
     if "DAGSTER_PIPES_CONTEXT" not in os.environ:
         yield
         return
@@ -335,6 +343,7 @@ def streaming_to_dagster() -> Iterator[None]:
             yield
         except PedigreeError as error:
             log.error(str(error))
+            pipes.report_custom_message({FAILURE: [visible(error.what), visible(error.hint)]})
             raise
         finally:
             log.removeHandler(handler)

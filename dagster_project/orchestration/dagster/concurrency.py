@@ -92,6 +92,11 @@ def build_executor(project: PedigreeProject) -> dg.ExecutorDefinition:
             return _create(base, init_context, config)
         options: dict[str, Any] = {**_mapping(config["multiprocess"])}
         options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
+        if options["max_concurrent"] < 0:  # Dagster would wait forever for a step to start
+            raise InputError(
+                f"the run configuration has max_concurrent: {options['max_concurrent']}",
+                "give 1 or more, or leave it out",
+            )
         preload = ["dagster_project.orchestration.dagster.assets", *dvc_run.PRELOAD]
         options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": preload}}
         return StagesExecutor(

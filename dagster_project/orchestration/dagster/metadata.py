@@ -21,7 +21,7 @@ from dagster_project.core.text import visible
 from dagster_project.lineage import lineage
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.dagster.pages import url
-from dagster_project.orchestration.dagster_dvc.metadata import commit_of_lock, read_report, table
+from dagster_project.orchestration.dagster_dvc.metadata import commit_of_lock, finite, read_report, table
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.views.lineage import lineage_page
 
@@ -40,10 +40,9 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     for name in ("rows_in", "rows_out"):
         if name in report:
             metadata[name] = dg.MetadataValue.int(report[name])
-    if report.get("dropped"):
-        metadata["dropped"] = dg.MetadataValue.md(table(["check", "rows"], list(report["dropped"].items())))
-    if report.get("fixed"):
-        metadata["fixed"] = dg.MetadataValue.md(table(["check", "rows"], list(report["fixed"].items())))
+    for name in ("dropped", "fixed"):
+        if report.get(name):
+            metadata[name] = dg.MetadataValue.md(table(["check", "rows"], list(report[name].items())))
     metadata |= {
         name: value
         for name, value in report.items()
@@ -77,7 +76,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
             name = f"{plot}_curves" if taken else plot
             metadata[name] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = commit_of_lock(root)
-    return {**metadata, **({"git_commit": commit} if commit else {})}
+    return finite({**metadata, **({"git_commit": commit} if commit else {})})
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
@@ -107,7 +106,7 @@ def _lineage(root: Path, state: StageState) -> dict[str, Any]:
 
     Writes its audit as a page.
     """
-    if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.output_problem:
+    if "safetensors" not in (state.meta.get("kinds") or []) or not state.recorded or state.output_problem:
         return {}
     subject = lineage.find(Index(root), state.address)
     audited = lineage.document(subject)
@@ -184,12 +183,9 @@ def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[s
         metadata["pairs"] = _table(check["matches"], "place", "other", "part", "rule", "score")
     if "violations" in check:
         metadata["violations"] = _table(check["violations"], "source", "rows", "rule", "why")
-    if "rows" in check:
-        rows = [dg.TableRecord({"source row": visible(row)}) for row in check["rows"]]
-        metadata["rows"] = dg.MetadataValue.table(rows)
-    if "details" in check:
-        lines = [dg.TableRecord({"details": visible(line)}) for line in check["details"]]
-        metadata["details"] = dg.MetadataValue.table(lines)
+    for name, column in (("rows", "source row"), ("details", "details")):
+        if name in check:
+            metadata[name] = _table([{column: line} for line in check[name]], column)
     if link := pages(root, address).get("report"):
         metadata["full report"] = page_url(root, link)
     return metadata

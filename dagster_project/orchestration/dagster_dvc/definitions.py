@@ -112,7 +112,7 @@ def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDef
         ],
         description=state.description,
         group_name=project.group_of(address, state),
-        kinds=set(state.meta.get("kinds", [])),
+        kinds=set(state.meta.get("kinds") or []),
         pool=project.pool_of(address, state),
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=timedelta(days=days)) if days else None,
         metadata={

@@ -15,10 +15,10 @@ import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
 from dagster_project.core import faults
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import CheckFailed, PedigreeError
 from dagster_project.orchestration import dvc, dvc_run, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run, interrupt_if_canceled
-from dagster_project.orchestration.dagster_dvc.metadata import check_result, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.metadata import check_result, finite, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
 from dagster_project.orchestration.dvc import StageState
@@ -58,8 +58,7 @@ def bring_up_to_date(
     try:
         project.validate(address, variables)  # first: bad input leaves the log unchanged
         states = _states_before(context, project, address)
-        if address not in states:
-            raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
+        _refuse_removed(states, address)
         if reason := _not_ready(states, address):
             raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
         done = "nothing"
@@ -70,6 +69,7 @@ def bring_up_to_date(
                 # a forced run of it may have waited for this one
                 after = _read_when_idle(context, project, address, own=True)
                 states = after.states
+                _refuse_removed(states, address)
                 if not states[address].differs:
                     break
         else:
@@ -104,6 +104,14 @@ def bring_up_to_date(
     if after is not None:
         mirror(project, instance, after)
         mirrored[project] = MirrorState(context.run_id, states, None)
+
+
+def _refuse_removed(states: Mapping[str, StageState], address: str) -> None:
+    """Raises:
+    Failure: the stage was removed from dvc.yaml, or its variant from params.yaml, since Dagster loaded it.
+    """
+    if address not in states:
+        raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
 
 
 def _planned_checks(context: dg.AssetExecutionContext, key: dg.AssetKey) -> list[str]:
@@ -160,6 +168,7 @@ def _read_when_idle(
         if not logged:
             context.log.info(f"{address} is waiting: {writer} is writing its {'outputs' if own else 'inputs'}")
             logged = True
+        interrupt_if_canceled(context.instance, context.run_id)
         time.sleep(0.5)
 
 
@@ -210,29 +219,37 @@ def _reproduce(
         interrupt_if_canceled(context.instance, context.run_id)
         now = project.progress(address)
         if now and now != latest:
-            context.log_event(dg.AssetObservation(project.asset_key(address), metadata=now))
+            context.log_event(dg.AssetObservation(project.asset_key(address), metadata=finite(now)))
         latest = now
 
-    with dg.open_pipes_session(
-        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
-    ) as session:
-        pipes = session.get_bootstrap_env_vars()
-        with dvc_run.commands_started() as started:
-            done = dvc_run.reproduce(
-                project.root,
-                address,
-                force,
-                {**pipes, "PYTHONUNBUFFERED": "1", **variables},
-                on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
-                on_progress=report_progress,
-            )
-        outcome = "run" if started else "restored" if done else "nothing"
-        if Path(session.message_reader_params["path"]).stat().st_size:
+    try:
+        with dg.open_pipes_session(
+            context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
+        ) as session:
+            pipes = session.get_bootstrap_env_vars()
+            with dvc_run.commands_started() as started:
+                done = dvc_run.reproduce(
+                    project.root,
+                    address,
+                    force,
+                    {**pipes, "PYTHONUNBUFFERED": "1", **variables},
+                    on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
+                    on_progress=report_progress,
+                    before_attempt=lambda: interrupt_if_canceled(context.instance, context.run_id),
+                )
+            outcome = "run" if started else "restored" if done else "nothing"
+            if Path(session.message_reader_params["path"]).stat().st_size:
+                return outcome
+            reader = PipesMappingParamsLoader(pipes)  # the command sent no messages, so they are sent here
+            with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
+                context.log.info(f"{address} {OUTCOMES[outcome]}")
             return outcome
-        reader = PipesMappingParamsLoader(pipes)  # the command sent no messages, so they are sent here
-        with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
-            context.log.info(f"{address} {OUTCOMES[outcome]}")
-        return outcome
+    except CheckFailed:
+        # "see its own message above" would be far above, before the results of all checks
+        said = [one for one in session.get_custom_messages() if isinstance(one, Mapping) and dvc_run.FAILURE in one]
+        if not said:
+            raise
+        raise CheckFailed(*said[-1][dvc_run.FAILURE]) from None
 
 
 OUTCOMES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -67,7 +68,15 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     for path in state.plots:
         metadata |= _plot(root / path, path)
     commit = commit_of_lock(root)
-    return {**metadata, **({"git_commit": commit} if commit else {})}
+    return finite({**metadata, **({"git_commit": commit} if commit else {})})
+
+
+def finite(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with NaN and infinity, e.g. the loss of a diverged training, as texts: Dagster shows them blank."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metadata.items()
+    }
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float | str | bool]]:
@@ -131,7 +140,8 @@ def check_result(
         passed=severity not in {"error", "warn"},
         severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
         metadata={
-            key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()
+            key: dg.MetadataValue.text(value) if isinstance(value, str) else value
+            for key, value in finite(metadata).items()
         },
     )
 

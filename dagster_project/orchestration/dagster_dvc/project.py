@@ -4,7 +4,7 @@ the hooks that a pipeline of its own overrides."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,37 @@ from dagster_project.orchestration.dvc import StageState
 FORCE_TAG = "pedigree/force"
 """Tag of a run: run all of its stages, even if nothing changed."""
 CODE_SUFFIXES = {".py", ".sh", ".r", ".R", ".jl", ".ipynb", ".sql"}
+NAME = "[A-Za-z0-9_]+"
+
+
+def _is(pattern: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+META: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "group": (
+        lambda value: _is(f"{NAME}(/{NAME})*", value),
+        "a name of letters, digits and _, or several of them separated by /",
+    ),
+    "kinds": (
+        lambda value: isinstance(value, list) and all(_is("[A-Za-z0-9_.-]{1,63}", kind) for kind in value),
+        "a list of names of letters, digits, _, - and .",
+    ),
+    "pool": (lambda value: _is(r"\S+", value), "a name without spaces"),
+    "stale_after_days": (
+        lambda value: type(value) in {int, float} and 0.001 <= value <= 100_000,
+        "a number of days, 0.001 or more",
+    ),
+    "checks": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(_is(NAME, name) and isinstance(text, str) for name, text in value.items())
+            and metadata.IN_SYNC not in value
+        ),
+        f"a mapping of names (of letters, digits and _; not {metadata.IN_SYNC}) to descriptions",
+    ),
+}
+"""What Dagster reads of `meta` of a stage: whether it can be used, and what it has to be."""
 
 
 class RunConfig(dg.Config):
@@ -103,7 +134,7 @@ class DvcProject:
         InputError: Dagster does not allow the prefix of keys, or the group.
         """
         for part in [*self.key_prefix, *(() if self.group_name is None else self.group_name.split("/"))]:
-            if not re.fullmatch("[A-Za-z0-9_]+", part):
+            if not _is(NAME, part):
                 raise InputError(
                     f"{part!r} cannot be part of a name in Dagster",
                     "use letters, digits and _ in key_prefix and group_name",
@@ -115,7 +146,15 @@ class DvcProject:
         Raises:
             InputError: invalid dvc.yaml or dvc.lock.
         """
-        return dvc.read_stages(self.root, self.is_definition)
+        states = dvc.read_stages(self.root, self.is_definition)
+        for address, state in states.items():
+            for name, (is_valid, what) in META.items():
+                if state.meta.get(name) is not None and not is_valid(state.meta[name]):
+                    raise InputError(
+                        f"{self.root / 'dvc.yaml'}: {address}: meta.{name} is not {what}",
+                        "correct it, or rename the key if another program reads it",
+                    )
+        return states
 
     # Hooks
 
@@ -141,13 +180,7 @@ class DvcProject:
 
     def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
         """The checks of a stage, each with what it asserts: `meta: {checks: {NAME: DESCRIPTION}}` in dvc.yaml."""
-        found = state.meta.get("checks") or {}
-        if not isinstance(found, Mapping) or not all(isinstance(text, str) for text in found.values()):
-            raise InputError(
-                f"{self.root / 'dvc.yaml'}: {address}: meta.checks is not a mapping",
-                "write NAME: DESCRIPTION for each check",
-            )
-        return found
+        return state.meta.get("checks") or {}
 
     def check_results(self, address: str, state: StageState, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
         """Results of those checks that the report has: `{"checks": {NAME:
