@@ -23,8 +23,7 @@ from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
 from dagster_project.commands import why
-from dagster_project.commands.why import Texts
-from dagster_project.commands.why_prove import lines_of_proof
+from dagster_project.commands.why import Texts, as_text
 from dagster_project.commands.why_question import answering, tokenize
 from dagster_project.core.chat import IGNORE, encode
 from dagster_project.core.errors import InputError
@@ -728,18 +727,17 @@ def test_no_random_set_comes_twice(tmp_path: Path) -> None:
 
 def test_a_change_for_the_better_is_not_called_chance() -> None:
     verdict = proof.Verdict(-40.0, (0.1, -0.2, 0.0))
-    shown = lines_of_proof(
-        {
-            "left_out": 1,
-            "identical": True,
-            "change": verdict.change,
-            "draws": [*verdict.of_draws],
-            "difference": verdict.change - verdict.mean,
-            "interval": [*verdict.interval],
-            "supported": verdict.supported,
-        }
-    )
-    assert "NOT supported" in shown[-1] and "explain" not in shown[-1]
+    checked = {
+        "left_out": 1,
+        "identical": True,
+        "change": verdict.change,
+        "draws": [*verdict.of_draws],
+        "difference": verdict.change - verdict.mean,
+        "interval": [*verdict.interval],
+        "supported": verdict.supported,
+    }
+    *_, shown, note = as_text(a_document(proof=checked)).splitlines()
+    assert "NOT supported" in shown and "explain" not in shown and note == "note: a note"
 
 
 def test_a_random_set_is_called_supported_in_one_of_forty() -> None:

@@ -79,3 +79,11 @@ def day(text: str) -> date:
     if found.year < 1970:  # git has no earlier commit, and some formats no year of three digits
         raise argparse.ArgumentTypeError(f"{text!r} is before 1970")
     return found
+
+
+SYSTEM: dict[str, Any] = {
+    "type": utf8,
+    "metavar": "TEXT",
+    "help": "system prompt; '' for none (default: that of the training records, if all have the same)",
+}
+"""The option `--system` of `why` and `chat`."""

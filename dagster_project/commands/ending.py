@@ -243,7 +243,7 @@ def _mlflow_failed(error: BaseException) -> PedigreeError | None:
 
 
 def _path_not_utf8(error: BaseException, project: Path) -> InputError | None:
-    """DVC and pyarrow encode paths in UTF-8, whatever the locale is."""
+    """DVC and pyarrow encode paths in UTF-8 in every locale."""
     try:
         str(project.absolute()).encode()
     except UnicodeEncodeError:
