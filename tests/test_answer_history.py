@@ -192,6 +192,7 @@ def test_without_a_changed_answer_nothing_is_explained(made: Made, capsys: pytes
     ("arguments", "said"),
     [
         (("--prompt", "x"), "not with --prompt"),
+        (("--system", ""), "not with --system"),
         (("--suspects",), "not with --suspects"),
         ((MODEL,), f"not with {MODEL}"),
         (("--html", "page.txt"), "must end in .html"),

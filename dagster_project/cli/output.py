@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dagster_project.cli.arguments import project
 from dagster_project.commands import ending
 from dagster_project.core.errors import InputError, PedigreeError
 
@@ -81,6 +82,15 @@ def require_suffix(option: str, name: str | None, suffixes: tuple[str, ...]) -> 
             f"{option} {name}: its name must end in {' or '.join(suffixes)}",
             "name a new file: an existing one is replaced",
         )
+
+
+def refuse_page(option: str, name: str | None, options: argparse.Namespace) -> None:
+    """Refuse a page with another suffix, or in an output of the project, before it is computed."""
+    from dagster_project.lineage.signing.target import refuse_in_output
+
+    require_suffix(option, name, HTML)
+    if name:
+        refuse_in_output(project(options), option, Path(name), "file")
 
 
 def visible_lines(text: str) -> str:
