@@ -62,8 +62,7 @@ def named(text: str) -> str:
 
 
 def utf8(text: str) -> str:
-    """A text in UTF-8. Tokenizers cannot read any other, and a search for it
-    finds nothing, although the text may be there."""
+    """A text in UTF-8. Tokenizers cannot read other bytes, and a search for them finds nothing."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -112,7 +112,7 @@ class Search:
         """Position of the first version without the expected answer, provided
         that the oldest has it and the newest has not.
 
-        Where versions are missing, the one in the cache that divides the rest best is asked.
+        If versions are missing from the cache, it asks the cached one that divides the rest most evenly.
         """
         good, bad = 0, len(self.steps) - 1
         while bad - good > 1:

@@ -68,10 +68,8 @@ def _starts_compiled_module(frame: FrameType | None) -> bool:
 
 
 class Interrupts:
-    """Whether SIGINT came.
-
-    Libraries that are interrupted while they are imported may raise any other exception instead.
-    """
+    """Handles SIGINT, and notes that it was received: a library that is interrupted
+    while it is imported may raise any other exception instead of KeyboardInterrupt."""
 
     came = False
     counted = False
