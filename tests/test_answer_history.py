@@ -25,7 +25,7 @@ from dagster_project.commands import bisect as bisect_module
 from dagster_project.commands.bisect import Search, _to_run
 from dagster_project.commands.bisect import as_text as bisect_text
 from dagster_project.commands.why_diff import as_text as why_diff_text
-from dagster_project.commands.why_diff import differing, record_lines, recorded_answers
+from dagster_project.commands.why_diff import differing, recorded_answers
 from dagster_project.commands.why_model import adapter_of
 from dagster_project.core.errors import InputError
 from dagster_project.evaluation.evaluator import write_results
@@ -192,6 +192,7 @@ def test_without_a_changed_answer_nothing_is_explained(made: Made, capsys: pytes
     ("arguments", "said"),
     [
         (("--prompt", "x"), "not with --prompt"),
+        (("--system", ""), "not with --system"),
         (("--suspects",), "not with --suspects"),
         ((MODEL,), f"not with {MODEL}"),
         (("--html", "page.txt"), "must end in .html"),
@@ -365,7 +366,7 @@ def test_names_that_are_left_out_are_counted() -> None:
     assert "file05.py and 8 more\n" in bisect_text(found) + "\n"
     assert "file11.py and 2 more" in why_diff_page({**two, "also_differ": {"code": files}})
     assert "file05.py and 8 more" in why_diff_text({**two, "also_differ": {"code": files}})
-    assert "a:1, a:2, a:3 and 1 more" in record_lines([record])[0]
+    assert "a:1, a:2, a:3 and 1 more" in bisect_text({**found, "also_differ": {}, "records": [record], "among": 1})
     assert "more" not in bisect_text({**found, "also_differ": {"code": files[:6]}})
     assert "file11.py<" in bisect_page({**found, "also_differ": {"code": files[:12]}})
 

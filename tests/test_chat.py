@@ -16,7 +16,7 @@ from conftest import pedigree
 from dagster_project.__main__ import main
 from dagster_project.commands import chat
 from dagster_project.commands.chat import Chat, Decoding, Speaker
-from dagster_project.commands.nearest_records import TrainingRecords, nearest_text
+from dagster_project.commands.nearest_records import TrainingRecords, nearest_text, places_in
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_records, read_table, write_records
@@ -219,7 +219,7 @@ def test_a_conversation_longer_than_the_context_is_refused(speaker: Speaker) -> 
     ("name", "message"),
     [
         ("merged@lora", r"merged@lora: there is no model in data/merged/lora.*dvc repro merged@lora"),
-        ("merged", r"merged: which variant\?.*merged@lora"),
+        ("merged", r"merged: no variant is named.*merged@lora"),
         ("nothing", "there is no such folder with a model"),
         ("merged@../../x", "there is no model in|no such folder"),
         (None, "no model was made here yet"),
@@ -356,6 +356,11 @@ def test_the_release_talks_and_names_the_rows_that_it_was_trained_on(finished: P
     assert "was not trained on records of this project" in nearest_text(
         TrainingRecords(finished).nearest("base_model", "parcel", 3)
     )
+
+
+def test_a_step_with_several_examples_of_a_record_is_listed_once() -> None:
+    uses = [{"example_id": "a", "source": "s.jsonl", "source_row": 3, "step": step} for step in (1, 1, 2, 8, 8)]
+    assert places_in(uses) == {"a": {"source": "s.jsonl", "source_row": 3, "steps": [1, 2, 8]}}
 
 
 def test_the_system_prompt_of_all_training_records_is_the_default(project: Path) -> None:

@@ -774,14 +774,15 @@ def test_stages_that_run_on_a_cluster_are_in_a_pool_of_their_own(root: Path) -> 
 
 
 def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Path) -> None:
-    from dagster_project.commands.where import as_text, where
+    from dagster_project.commands.where import where
     from dagster_project.core.layout import measured_path, report_of
     from dagster_project.core.records import write_json
     from dagster_project.lineage.history import Revision
+    from dagster_project.views.texts import text
 
     lock = Revision(root, None).lock()
     stages = {address: {"md5": stage["outs"][0]["md5"]} for address, stage in lock.items()}
-    assert where(root, stages) == {} and "no run on a cluster is recorded" in "\n".join(as_text({}))
+    assert where(root, stages) == {} and "no run on a cluster is recorded" in text("where", where={})
     ran = {
         "on": "ray",
         "node": "gpu-7",
@@ -797,6 +798,6 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
     write_json(measured_path(root, "inst"), {"output_sha256": "0" * 64, "execution": ran})  # of another output
     assert where(root, stages) == {"tok": ran}
     assert where(root, {"tok": {"md5": "an earlier one"}}) == {}
-    assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in "\n".join(
-        as_text({"tok": ran})
+    assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in text(
+        "where", where={"tok": ran}
     )

@@ -200,7 +200,7 @@ def test_a_database_whose_driver_is_not_installed_is_refused_by_the_driver_s_nam
 def test_changed_files_are_not_uploaded(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     (project.root / "data/merged/lora/config.json").write_text("{} ")
     assert main(["mlflow", "merged@lora", "--tracking-uri", address, "--upload", "--project", str(project.root)]) == 2
-    assert "is not what dvc.lock records" in capsys.readouterr().err
+    assert "not what dvc.lock recorded for" in capsys.readouterr().err
 
 
 def test_the_run_is_in_the_named_experiment(project: Project, address: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +286,7 @@ def test_a_model_that_changes_while_it_is_uploaded_is_not_registered(
 
     monkeypatch.setattr(MlflowClient, "log_artifact", log_artifact)
     assert main(["mlflow", "merged@lora", "--tracking-uri", address, "--upload", "--project", str(project.root)]) == 2
-    assert "is not what dvc.lock records" in capsys.readouterr().err
+    assert "not what dvc.lock recorded for" in capsys.readouterr().err
     client = MlflowClient(address)
     [run] = client.search_runs([client.get_experiment_by_name("pedigree").experiment_id])
     assert run.info.status == "FAILED" and not client.search_registered_models()

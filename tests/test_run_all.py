@@ -26,10 +26,9 @@ from conftest import dvc, run
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
-from dagster_project.commands.run_all import as_text
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import Input, StageState, read_stages
-from dagster_project.orchestration.run_all import Outcome, RunAll, Running, parents, remaining, reproduce_one
+from dagster_project.orchestration.run_all import Outcome, RunAll, Running, as_text, parents, remaining, reproduce_one
 
 BOTH = {"adapter@lora", "adapter@dora"}
 

@@ -25,7 +25,8 @@ from conftest import pedigree, run, tool
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
-from dagster_project.commands.sign import Lineage, attest, sign, sign_text
+from dagster_project.commands.sign import Lineage, attest, sign
+from dagster_project.commands.sign import as_text as signed_text
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.lineage.signing import model_signature
@@ -759,7 +760,7 @@ def test_the_command_that_checks_a_folder_has_its_name_as_one_word() -> None:
         "public_key": "k",
         "key": "0" * 64,
     }
-    assert shlex.split(sign_text(document).partition("check them: ")[2]) == [
+    assert shlex.split(signed_text(document).partition("check them: ")[2]) == [
         "pedigree",
         "verify",
         "my models/#1",

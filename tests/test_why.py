@@ -22,9 +22,9 @@ from builders.gradients import flat
 from builders.tool_calls import weather
 from builders.training import LORA, make_data, train_adapter
 
+from dagster_project.__main__ import main
 from dagster_project.commands import why
-from dagster_project.commands.why import Texts
-from dagster_project.commands.why_prove import lines_of_proof
+from dagster_project.commands.why import Texts, as_text
 from dagster_project.commands.why_question import answering, tokenize
 from dagster_project.core.chat import IGNORE, encode
 from dagster_project.core.errors import InputError
@@ -728,18 +728,17 @@ def test_no_random_set_comes_twice(tmp_path: Path) -> None:
 
 def test_a_change_for_the_better_is_not_called_chance() -> None:
     verdict = proof.Verdict(-40.0, (0.1, -0.2, 0.0))
-    shown = lines_of_proof(
-        {
-            "left_out": 1,
-            "identical": True,
-            "change": verdict.change,
-            "draws": [*verdict.of_draws],
-            "difference": verdict.change - verdict.mean,
-            "interval": [*verdict.interval],
-            "supported": verdict.supported,
-        }
-    )
-    assert "NOT supported" in shown[-1] and "explain" not in shown[-1]
+    checked = {
+        "left_out": 1,
+        "identical": True,
+        "change": verdict.change,
+        "draws": [*verdict.of_draws],
+        "difference": verdict.change - verdict.mean,
+        "interval": [*verdict.interval],
+        "supported": verdict.supported,
+    }
+    *_, shown, note = as_text(a_document(proof=checked)).splitlines()
+    assert "NOT supported" in shown and "explain" not in shown and note == "note: a note"
 
 
 def test_a_random_set_is_called_supported_in_one_of_forty() -> None:
@@ -796,6 +795,35 @@ def test_a_model_whose_files_were_changed_does_not_answer(tmp_path: Path) -> Non
         answering(found)
     run.in_workspace = False
     assert answering(found) == found.folder
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        (("lora", "--suspects"), "--suspects is about all records: not with --system"),
+        (("--diff", "lora", "dora"), "--diff compares recorded answers: not with --system"),
+    ],
+)
+def test_an_option_with_an_empty_value_is_given(
+    capsys: pytest.CaptureFixture[str], mode: tuple[str, ...], reason: str
+) -> None:
+    """`--system ''` asks without a system prompt."""
+    assert main(["why", *mode, "--system", ""]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [("why", "release", "--suspects"), ("bisect", "release", "--prompt=a", "--expect=b")]
+)
+def test_a_page_is_not_written_into_an_output(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    stages = {"release": {"cmd": "x", "outs": [{"path": "data/release", "md5": f"{0:032}.dir"}]}}
+    (tmp_path / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--html", "data/release/page.html"]) == 2
+    assert "--html data/release/page.html: it lies in data/release, an output of release" in capsys.readouterr().err
 
 
 # ---- the page

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dagster_project.commands import why_calibration
-from dagster_project.commands.why import _verdict_lines
+from dagster_project.commands.why import as_text
 from dagster_project.core.records import write_records
 from dagster_project.lineage.attribution import calibration
 from dagster_project.lineage.attribution.calibration import ALPHA, LEAST, Calibration, asked_parts, parts_of
@@ -93,10 +93,25 @@ def test_of_questions_that_are_drawn_alike_a_share_of_alpha_stands_out() -> None
 
 
 def test_a_p_value_that_is_just_above_the_limit_is_not_shown_as_the_limit() -> None:
-    distribution = {"stands_out": False, "first": 0.5, "median": 0.0, "z_of_first": 7.0, "z_of_tenth": 3.0}
-    [verdict, _] = _verdict_lines(
-        distribution | {"compared": {"questions": 96, "excess": 0.1, "p": round(10 / 97, 4)}}, 427
-    )
+    distribution = {
+        "stands_out": False,
+        "first": 0.5,
+        "median": 0.0,
+        "z_of_first": 7.0,
+        "z_of_tenth": 3.0,
+        "compared": {"questions": 96, "excess": 0.1, "p": round(10 / 97, 4)},
+    }
+    question = {
+        "prompt": "Hat?",
+        "answer": "Red.",
+        "answered_by": "given",
+        "span": None,
+        "tokens": 2,
+        "log_probability": -1.0,
+    }
+    model = {"stage": "adapter@lora", "md5": "0" * 32}
+    document = {"model": model, "question": question, "records": 427, "hits": [], "notes": []}
+    [verdict] = [line for line in as_text({**document, "distribution": distribution}).splitlines() if "p 0." in line]
     assert verdict.startswith("nothing stands out") and "p 0.103 (records stand out up to 0.1)" in verdict
 
 

@@ -62,8 +62,7 @@ def named(text: str) -> str:
 
 
 def utf8(text: str) -> str:
-    """A text in UTF-8. Tokenizers cannot read any other, and a search for it
-    finds nothing, although the text may be there."""
+    """A text in UTF-8. Tokenizers cannot read other bytes, and a search for them finds nothing."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -79,3 +78,11 @@ def day(text: str) -> date:
     if found.year < 1970:  # git has no earlier commit, and some formats no year of three digits
         raise argparse.ArgumentTypeError(f"{text!r} is before 1970")
     return found
+
+
+SYSTEM: dict[str, Any] = {
+    "type": utf8,
+    "metavar": "TEXT",
+    "help": "system prompt; '' for none (default: that of the training records, if all have the same)",
+}
+"""The option `--system` of `why` and `chat`."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.cli.arguments import add_command, count, named, project, utf8
-from dagster_project.cli.output import HTML, print_result, require_suffix, write
+from dagster_project.cli.arguments import SYSTEM, add_command, count, named, project, utf8
+from dagster_project.cli.output import print_result, refuse_page, write
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
 
@@ -20,6 +20,8 @@ log = logging.getLogger("pedigree")
 
 QUESTION = ("prompt", "answer", "span", "system")
 """Options of `why` that belong to a question."""
+POINTS = ("checkpoints", "second_moments")
+"""Options of `why` that choose points of the training."""
 DRAWS = 3
 """Sets of random records that `why --prove` leaves out by default."""
 
@@ -29,7 +31,7 @@ def why(options: argparse.Namespace) -> int:
     its answer, or list those that fit the others the least."""
     if options.draws is not None and not options.prove:
         raise InputError("why: --draws is only used with --prove", "add --prove, or leave it out")
-    require_suffix("--html", options.html, HTML)
+    refuse_page("--html", options.html, options)
     if options.diff:
         return _why_diff(options)
     if not options.model:
@@ -57,10 +59,12 @@ def _points(options: argparse.Namespace) -> PointSelection:
     return PointSelection(options.checkpoints or 1, options.second_moments)
 
 
-def _refuse_points(options: argparse.Namespace, other: str) -> None:
-    for name in ("checkpoints", "second_moments"):
-        if getattr(options, name):
-            raise InputError(f"why: {other} does not support --{name.replace('_', '-')}", "leave it out")
+def _refuse(options: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+    """Raises:
+    InputError: one of these options is given.
+    """
+    if given := [name for name in names if getattr(options, name) not in (None, False)]:
+        raise InputError(f"why: {reason} --{given[0].replace('_', '-')}", "leave it out")
 
 
 def _index_gradients(options: argparse.Namespace) -> int:
@@ -81,9 +85,8 @@ def _suspects(options: argparse.Namespace) -> int:
     from dagster_project.commands import why_suspects as module
     from dagster_project.views.suspects import suspects_page
 
-    if given := [name for name in (*QUESTION, "prove") if getattr(options, name)]:
-        raise InputError(f"why: --suspects is about all records: not with --{given[0]}", "leave it out")
-    _refuse_points(options, "--suspects")
+    _refuse(options, (*QUESTION, "prove"), "--suspects is about all records: not with")
+    _refuse(options, POINTS, "--suspects does not support")
     document = module.suspects(project(options), options.model, options.top, options.index)
     _show(options, document, suspects_page, module.as_text)
     return 0
@@ -94,9 +97,8 @@ def _why_diff(options: argparse.Namespace) -> int:
     from dagster_project.commands import why_diff as module
     from dagster_project.views.why_diff import why_diff_page
 
-    if given := [name for name in (*QUESTION, "prove", "index", "suspects") if getattr(options, name)]:
-        raise InputError(f"why: --diff compares recorded answers: not with --{given[0]}", "leave it out")
-    _refuse_points(options, "--diff")
+    _refuse(options, (*QUESTION, "prove", "index", "suspects"), "--diff compares recorded answers: not with")
+    _refuse(options, POINTS, "--diff does not support")
     if options.model:
         raise InputError(f"why: --diff names both models: not with {options.model}", "leave it out")
     before, after = options.diff
@@ -140,12 +142,7 @@ def _add_why(commands: Any) -> None:
         metavar="TEXT",
         help="only this part of the answer, wherever it occurs in it (default: the whole answer)",
     )
-    add(
-        "--system",
-        type=utf8,
-        metavar="TEXT",
-        help="system prompt; '' for none (default: that of the training records, if all have the same)",
-    )
+    add("--system", **SYSTEM)
     add(
         "--top",
         type=count,
@@ -182,7 +179,7 @@ def bisect(options: argparse.Namespace) -> int:
     from dagster_project.commands import bisect as module
     from dagster_project.views.bisect import bisect_page
 
-    require_suffix("--html", options.html, HTML)
+    refuse_page("--html", options.html, options)
     asked = module.Asked(options.prompt, options.expect, options.system)
     document = module.bisect(
         project(options), options.model, asked, options.good, options.bad, options.train, options.top

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.cli.arguments import add_command, count, named, project
-from dagster_project.cli.output import HTML, print_result, require_suffix, write
+from dagster_project.cli.output import print_result, refuse_page, write
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import many
 
@@ -53,7 +53,7 @@ def export_ballot(options: argparse.Namespace) -> int:
 
     ballot = _match(options)
     out = Path(options.out or project(options) / "data" / "pages" / "ballots" / f"{ballot.id}.html")
-    require_suffix("--out", str(out), HTML)
+    refuse_page("--out", str(out), options)
     write("--out", out, ballot_page(document(ballot, options.n)))
     pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
     print_result(

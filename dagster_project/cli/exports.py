@@ -20,42 +20,35 @@ log = logging.getLogger("pedigree")
 
 def sign(options: argparse.Namespace) -> int:
     """Sign a model with a local key, in the form of OpenSSF Model Signing."""
-    from dagster_project.commands.sign import sign as sign_model
-    from dagster_project.commands.sign import sign_text
+    from dagster_project.commands import sign as module
 
-    print_result(options, sign_model(Path(options.project).resolve(), options.model, options.key), sign_text)
+    print_result(options, module.sign(Path(options.project).resolve(), options.model, options.key), module.as_text)
     return 0
 
 
 def attest(options: argparse.Namespace) -> int:
     """Sign how each stage of a model's lineage was run: in-toto statements with SLSA provenance."""
-    from dagster_project.commands.sign import attest as attest_model
-    from dagster_project.commands.sign import attest_text
+    from dagster_project.commands import sign as module
 
-    print_result(options, attest_model(project(options), options.model, options.key, options.remade), attest_text)
+    print_result(options, module.attest(project(options), options.model, options.key, options.remade), module.as_text)
     return 0
 
 
 def _add_signing_commands(commands: Any) -> None:
-    for function in (sign, attest):
+    for function, what in ((sign, "; or any folder"), (attest, "")):
         add = add_command(commands, function).add_argument
-        add(
-            "model",
-            metavar="MODEL",
-            help="name of a stage, path, or content hash" + ("; or any folder" if function is sign else ""),
-        )
+        add("model", metavar="MODEL", help=f"name of a stage, path, or content hash{what}")
         add(
             "--key",
             type=named,
             metavar="FILE",
             help="private key in PEM, Ed25519 or P-256 (default: the text in PEDIGREE_SIGNING_KEY)",
         )
-        if function is attest:
-            add(
-                "--remade",
-                action="store_true",
-                help="first make all stages again from the sources, as `verify --deep`, and state the result",
-            )
+    add(
+        "--remade",
+        action="store_true",
+        help="first make all stages again from the sources, as `verify --deep`, and state the result",
+    )
 
 
 def export(options: argparse.Namespace) -> int:

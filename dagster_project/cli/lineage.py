@@ -17,7 +17,7 @@ log = logging.getLogger("pedigree")
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
     from dagster_project.commands import papers
-    from dagster_project.commands import where as module
+    from dagster_project.commands.where import where
     from dagster_project.lineage import lineage, registered
     from dagster_project.lineage.attribution import owners
     from dagster_project.lineage.diff import as_text, diff
@@ -61,11 +61,10 @@ def audit(options: argparse.Namespace) -> int:
         if options.json and document["records"]:
             document["records"]["list"] = listed
     if options.where:
-        document["where"] = module.where(root, document["stages"])
+        document["where"] = where(root, document["stages"])
     stores = owners.stores_of(root, subject)
     document |= {"gradients": stores} if stores else {}
-    shown = [*owners.as_text(stores), *(module.as_text(document["where"]) if options.where else ())]
-    print_result(options, document, lambda found: "\n".join([lineage.as_text(found), *shown]))
+    print_result(options, document, lineage.as_text)
     verdict = document["use_policy"] if options.as_of else {}
     return 1 if verdict.get("violations") and "waiver" not in verdict else 0
 
@@ -100,8 +99,8 @@ def _audit_exported(options: argparse.Namespace) -> int | None:
 
 
 def _is_recorded_here(root: Path, model: str) -> bool:
-    """Whether it is a stage, whatever folder has its name, or the path of an
-    output: a base model may itself be a file that `export` wrote."""
+    """Whether it is the name of a stage, even if a folder has this name, or the path
+    of an output: a base model may itself be a file that `export` wrote."""
     from dagster_project.lineage.history import workspace_lock
 
     lock = workspace_lock(root)

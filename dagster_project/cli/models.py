@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dagster_project.cli.arguments import add_command, count, day, named, project, utf8
+from dagster_project.cli.arguments import SYSTEM, add_command, count, day, named, project, utf8
 from dagster_project.cli.output import print_result
 from dagster_project.commands import ending
 from dagster_project.core.errors import InputError
@@ -55,12 +55,7 @@ def _add_chat(commands: Any) -> None:
         ),
     )
     add("--compare", type=named, metavar="OTHER", help="another model that answers the same questions")
-    add(
-        "--system",
-        type=utf8,
-        metavar="TEXT",
-        help="system prompt; '' for none (default: that of the training records, if all have the same)",
-    )
+    add("--system", **SYSTEM)
     add(
         "--tools",
         type=named,

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dagster_project.cli.arguments import project
 from dagster_project.commands import ending
 from dagster_project.core.errors import InputError, PedigreeError
 
@@ -95,6 +96,15 @@ PARAMETERS = re.compile(
     r"""(?i)([?&](?:x-amz-(?:signature|credential|security-token)|sig|signature|(?:access_)?token)=)[^&\s'"]+"""
 )
 """Of addresses that are signed in advance, e.g. of S3 and Azure."""
+
+
+def refuse_page(option: str, name: str | None, options: argparse.Namespace) -> None:
+    """Refuse a page with another suffix, or in an output of the project, before it is computed."""
+    from dagster_project.lineage.signing.target import refuse_in_output
+
+    require_suffix(option, name, HTML)
+    if name:
+        refuse_in_output(project(options), option, Path(name), "file")
 
 
 def visible_lines(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    from dagster_project.commands.run_all import as_text, exit_code
-    from dagster_project.orchestration.run_all import run_all
+    from dagster_project.orchestration.run_all import as_text, run_all
     from dagster_project.pipeline import validate
 
     if options.stage:
@@ -94,7 +94,12 @@ def _run_all(options: argparse.Namespace) -> int:
     warn_of_erasure(root)
     document = run_all(root, options.jobs or 1, options.force, validate)
     print_result(options, document, as_text)
-    return exit_code(document)
+    return _exit_code(document)
+
+
+def _exit_code(document: Mapping[str, Any]) -> int:
+    """Of several stages or trials."""
+    return 130 if document["interrupted"] else 0 if document["passed"] else 1
 
 
 def _add_run(commands: Any) -> None:
@@ -114,7 +119,7 @@ def sweep(options: argparse.Namespace) -> int:
         project(options), options.section, options.set, options.jobs, options.to, VARIANTS_OF, validate
     )  # fmt: skip
     print_result(options, document, module.as_text)
-    return 130 if document["interrupted"] else 0 if document["passed"] else 1
+    return _exit_code(document)
 
 
 def _add_sweep(commands: Any) -> None:

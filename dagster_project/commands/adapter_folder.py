@@ -4,15 +4,15 @@ transformers and vLLM load onto the base model that it names by hash."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.model_files import MERGED
 from dagster_project.commands.model_ids import model_id
-from dagster_project.commands.new_folder import new_folder
+from dagster_project.commands.new_folder import new_folder, refuse_used
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_text
 from dagster_project.lineage import lineage
@@ -26,8 +26,6 @@ FORMAT = "adapter"
 CONFIG = "adapter_config.json"
 TEMPLATE = "chat_template.jinja"
 COPIED = ("adapter_model.safetensors", TEMPLATE)
-ADAPTERS = ("adapter", "aligned")
-"""Stages whose output is an adapter."""
 NOT_IN_VLLM = {
     "modules_to_save": "modules_to_save",
     "use_dora": "DoRA",
@@ -66,8 +64,7 @@ def write_adapter(root: Path, model: str, folder: Path | None) -> dict[str, Any]
     base = _base(target, str(config["base_model_name_or_path"]))
     place = Path(model_id(target.address, target.md5)) if folder is None else folder
     refuse_in_output(root, "--out", place)
-    if os.path.lexists(place) and (not place.is_dir() or place.is_symlink() or any(place.iterdir())):
-        raise InputError(f"--out {place}: it exists, and is not an empty folder", "name a new folder")
+    refuse_used("--out", place)
     subject = lineage.find(Index(root), target.address, None)
     refuse(subject, target.address, "model-card")
     trained = json.loads((target.folder / "method.json").read_text(encoding="utf-8"))
@@ -98,16 +95,15 @@ def _config(target: Target) -> dict[str, Any]:
     InputError: it is not an adapter in PEFT's format, or not as dvc.lock recorded it.
     """
     stage, _, variant = target.address.partition("@")
-    if stage not in ADAPTERS:
-        whole = {"merged": "adapter", "merged_aligned": "aligned"}.get(stage)
-        hint = f"name {whole}@{variant}" if whole else "name adapter@VARIANT or aligned@VARIANT"
+    if stage not in MERGED:
+        names = [f"name {adapter}@{variant}" for adapter, merged in MERGED.items() if merged == stage]
+        hint = names[0] if names else "name adapter@VARIANT or aligned@VARIANT"
         raise InputError(f"{target.label} is not an adapter: --format {FORMAT} writes one that PEFT loads", hint)
     target.refuse_unrecorded()
     if not (target.folder / CONFIG).is_file():
-        whole = "merged" if stage == "adapter" else "merged_aligned"
         raise InputError(
             f"{target.label} trained other weights than those of an adapter ({target.path}/{CONFIG} does not exist)",
-            f"the complete model is {whole}@{variant}",
+            f"the complete model is {MERGED[stage]}@{variant}",
         )
     return dict(json.loads((target.folder / CONFIG).read_text(encoding="utf-8")))
 
@@ -178,15 +174,4 @@ def _write(target: Target, place: Path, texts: Mapping[str, str]) -> list[str]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """What was written, for the terminal."""
-    base, refused = document["base"], document["vllm"]
-    lines = [
-        f"{document['folder']}:"
-        f" {document['model']['stage']} {document['model']['md5'][:12]}, {', '.join(document['files'])}"
-    ]
-    lines.append(f"base model {base['name']}: {base['path']}, md5 {base['md5']}")
-    lines.append(
-        f"vLLM does not load it: no support of {', '.join(refused)}"
-        if refused
-        else "PEFT and transformers load it; for vLLM see README.md there"
-    )
-    return "\n".join(lines)
+    return text("adapter_written", **document)

@@ -6,7 +6,6 @@ DVC's loop gives all variants of a stage the same number of dependencies. So the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from dagster_project.commands.new_project import flow
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
@@ -21,6 +21,7 @@ from dagster_project.core.layout import is_code
 from dagster_project.core.records import write_text
 from dagster_project.lineage import code_lock
 from dagster_project.training.trainers.merging.reads import ADAPTER, READS, parents_of, reads_of_merge
+from dagster_project.views.texts import text
 
 LOOP = "foreach: ${adapter}"
 COMMENT = "# what each variant reads, written by `pedigree pipeline`: some are merged of others"
@@ -28,8 +29,6 @@ NOT_A_LOOP = (
     "dvc.yaml: the stage `adapter` is not a loop as Pedigree writes it",
     "compare with the dvc.yaml that `pedigree init` writes",
 )
-NOT_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
-"""Words that YAML does not read as text."""
 WIDTH = 118
 _STAGE = re.compile(r"^  adapter:\n(?:(?:    .*)?\n)+", re.MULTILINE)
 _HEAD = re.compile(r"(?<=^  adapter:\n)(?:.*\n)*?(?=    do:)", re.MULTILINE)
@@ -110,7 +109,7 @@ def listed(text: str, adapters: Mapping[str, Any]) -> str:
         reads = _reads(trained, adapters)
         slots = max(map(len, reads.values()))
         items: Any = {name: {READS: paths + paths[-1:] * (slots - len(paths))} for name, paths in reads.items()}
-        lines = [f"      {_key(name)}: {{{READS}: [{', '.join(item[READS])}]}}" for name, item in items.items()]
+        lines = [f"      {flow(name)}: {flow(item)}" for name, item in items.items()]
         head = "\n".join([f"    {COMMENT}", "    foreach:", *lines])
         paths = [f"${{item.{READS}[{number}]}}" for number in range(slots)]
     else:
@@ -132,12 +131,6 @@ def _reads(trained: Sequence[str], adapters: Mapping[str, Any]) -> dict[str, lis
     return {
         name: reads_of_merge(parents) if (parents := parents_of(adapters, name)) else list(trained) for name in adapters
     }
-
-
-def _key(name: str) -> str:
-    """A variant's name as a key that YAML reads as text."""
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) and name.lower() not in NOT_TEXT
-    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 def _stage(text: str) -> str:
@@ -191,11 +184,4 @@ def _wrapped(deps: Sequence[str]) -> str:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
-    if not document["adapters"]:
-        return "dvc.yaml: no adapter is merged of others" + (
-            ", and the list of what each reads was removed" if document["changed"] else ""
-        )
-    lines = ["dvc.yaml written" if document["changed"] else "dvc.yaml is as it should be"]
-    return "\n".join(
-        [*lines, *(f"  adapter@{name} reads {', '.join(reads)}" for name, reads in document["adapters"].items())]
-    )
+    return text("adapter_reads", **document)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands.nearest_records import opening
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.commands.verify import reproduce
 from dagster_project.commands.why import excerpt
-from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, explained, record_lines
+from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, explained
 from dagster_project.commands.why_model import Target, adapter_of, needed
 from dagster_project.commands.why_version import is_available, place_of, version
 from dagster_project.core import params
@@ -48,10 +49,7 @@ class Asked:
 
     @property
     def messages(self) -> Messages:
-        return [
-            *([{"role": "system", "content": self.system}] if self.system else []),
-            {"role": "user", "content": self.prompt},
-        ]
+        return [*opening(self.system), {"role": "user", "content": self.prompt}]
 
     def accepts(self, message: Message) -> bool:
         """Whether an answer has the expected text."""
@@ -114,7 +112,7 @@ class Search:
         """Position of the first version without the expected answer, provided
         that the oldest has it and the newest has not.
 
-        Where versions are missing, the one in the cache that divides the rest best is asked.
+        If versions are missing from the cache, it asks the cached one that divides the rest most evenly.
         """
         good, bad = 0, len(self.steps) - 1
         while bad - good > 1:
@@ -315,4 +313,4 @@ def _found(search: Search, first: int, top: int) -> dict[str, Any]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    return text("bisect", **document, record_lines=record_lines)
+    return text("bisect", **document)

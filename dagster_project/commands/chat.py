@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.model_files import TEXT_MODELS
-from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text
+from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text, opening
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
 from dagster_project.core.documents import read_report
@@ -176,18 +176,13 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
         return name, folder
     stage, _, variant = name.partition("@")
     if stage not in _MODELS:
-        known = ", ".join(
-            [
-                *(one for one in _MODELS if one not in VARIANTS_OF),
-                *(f"{one}@VARIANT" for one in _MODELS if one in VARIANTS_OF),
-            ]
-        )
+        known = ", ".join(f"{one}@VARIANT" if one in VARIANTS_OF else one for one in _MODELS)
         raise InputError(f"{name}: there is no such folder with a model", f"give a folder, or one of {known}")
     if stage in VARIANTS_OF and not variant:
         names = ", ".join(
             f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False)
         )
-        raise InputError(f"{name}: which variant?", f"give one of {names}")
+        raise InputError(f"{name}: no variant is named", f"name one of {names}")
     raise InputError(
         f"{name}: there is no model in {shown(root, folder)}",
         f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it",
@@ -339,7 +334,7 @@ def begin(root: Path, options: Options) -> tuple[list[Speaker], TrainingRecords,
     speakers, records = [load(root, name, folder) for name, folder in found], TrainingRecords(root)
     system = records.system_prompt() if options.system is None else options.system
     for speaker in speakers:
-        speaker.messages = [{"role": "system", "content": system}] if system else []
+        speaker.messages = opening(system)
         speaker.reasoning = records.have_traces()
     return speakers, records, system or None
 
@@ -373,7 +368,7 @@ def once_text(document: Mapping[str, Any]) -> str:
     lines = []
     for answer in answers:
         lines += [f"[{answer['model']}]"] if len(answers) > 1 else []
-        lines += [text for text in (answer["answer"]["content"],) if text]
+        lines += filter(None, [answer["answer"]["content"]])
         lines += [call_text(call) for call in answer["answer"].get("tool_calls", [])]
     return "\n".join(lines)
 
@@ -467,7 +462,7 @@ class Chat:
         if name == "/reset":
             self._begin([message for message in self.speakers[0].messages[:1] if message["role"] == "system"])
         elif name == "/system":
-            self._begin([{"role": "system", "content": rest}] if rest else [])
+            self._begin(opening(rest))
         elif name == "/data":
             self._data(rest)
         elif name == "/save":

@@ -55,12 +55,8 @@ def compared(recorded: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
     Returns:
         {"recorded", "now", "same_kind"}; "same_kind" is None if either is not recorded.
     """
-    known = recorded is not None and now is not None
-    return {
-        "recorded": recorded,
-        "now": now,
-        "same_kind": not list(differences(recorded or {}, now or {})) if known else None,
-    }
+    same_kind = None if recorded is None or now is None else not any(differences(recorded, now))
+    return {"recorded": recorded, "now": now, "same_kind": same_kind}
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

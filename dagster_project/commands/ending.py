@@ -68,10 +68,8 @@ def _starts_compiled_module(frame: FrameType | None) -> bool:
 
 
 class Interrupts:
-    """Whether SIGINT came.
-
-    Libraries that are interrupted while they are imported may raise any other exception instead.
-    """
+    """Handles SIGINT, and notes that it was received: a library that is interrupted
+    while it is imported may raise any other exception instead of KeyboardInterrupt."""
 
     came = False
     counted = False
@@ -243,7 +241,7 @@ def _mlflow_failed(error: BaseException) -> PedigreeError | None:
 
 
 def _path_not_utf8(error: BaseException, project: Path) -> InputError | None:
-    """DVC and pyarrow encode paths in UTF-8, whatever the locale is."""
+    """DVC and pyarrow encode paths in UTF-8 in every locale."""
     try:
         str(project.absolute()).encode()
     except UnicodeEncodeError:

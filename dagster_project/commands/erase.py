@@ -12,7 +12,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.text import listed
 from dagster_project.lineage.erasure.kinds import KINDS
 from dagster_project.lineage.erasure.records import Request, read_request
-from dagster_project.lineage.signing.keys import PrivateKey, private_key
+from dagster_project.lineage.signing.keys import private_key
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs, one_erasure
@@ -105,48 +105,42 @@ def erase(
     """
     key = None if key_file is None else private_key(key_file)
     with one_erasure(root):
-        return _erase(root, request, plans.chosen_kinds(also, declined), reason, key, validate, verified)
+        plan = _plan(root, request, plans.chosen_kinds(also, declined), reason)
+        erasure = Erasure(root, plan, validate)
+        erasure.run()
+        if verified and "verify" not in plan:
+            from dagster_project.commands.verify import verdicts
+
+            plan["verify"] = verdicts(root, [*plans.models_now(root)])
+            plans.save(root, plan)
+        erasure.left()  # after --verify, which reads and writes too
+        document = certificate(plan)
+        if "certificate" not in plan:  # what goes on after an interrupt writes to the same files
+            plan["certificate"] = free_name(root, document)
+            plans.save(root, plan)
+        written = write(root, document, key, plan["certificate"])
+        finish(root)
+        named = {place: found["paths"] for place, found in plan["left"].items() if "paths" in found}
+        return {**document, "files": written, "left files": named}
 
 
-def _erase(
-    root: Path,
-    request: Request | None,
-    chosen: Sequence[str],
-    reason: str,
-    key: PrivateKey | None,
-    validate: Callable[[Path], Any],
-    verified: bool,
-) -> dict[str, Any]:
+def _plan(root: Path, request: Request | None, chosen: Sequence[str], reason: str) -> dict[str, Any]:
+    """The plan of the unfinished erasure; a new one if there is none."""
     plan = plans.load(root)
-    if request is None and plan is None:
-        raise InputError("--resume: there is no unfinished erasure", "name what to erase")
-    if request is not None:
-        if plan is not None and plan["request"] != plans.fingerprint(request, chosen, plans.usable_key(root)):
-            raise InputError(
-                f"another erasure, of {plan['date']}, is unfinished",
-                "go on with it: `pedigree erase --resume`, or the same command again",
-            )
+    if request is None:
         if plan is None:
-            with no_stage_runs(root, dvc.read_stages(root), waits=False):
-                plan = plans.make(root, request, chosen, reason)
-                plans.save(root, plan)
-    assert plan is not None
-    erasure = Erasure(root, plan, validate)
-    erasure.run()
-    if verified and "verify" not in plan:
-        from dagster_project.commands.verify import verdicts
-
-        plan["verify"] = verdicts(root, [*plans.models_now(root)])
-        plans.save(root, plan)
-    erasure.left()  # after --verify, which reads and writes too
-    document = certificate(plan)
-    if "certificate" not in plan:  # what goes on after an interrupt writes to the same files
-        plan["certificate"] = free_name(root, document)
-        plans.save(root, plan)
-    written = write(root, document, key, plan["certificate"])
-    finish(root)
-    named = {place: found["paths"] for place, found in plan["left"].items() if "paths" in found}
-    return {**document, "files": written, "left files": named}
+            raise InputError("--resume: there is no unfinished erasure", "name what to erase")
+        return plan
+    if plan is None:
+        with no_stage_runs(root, dvc.read_stages(root), waits=False):
+            plan = plans.make(root, request, chosen, reason)
+            plans.save(root, plan)
+    elif plan["request"] != plans.fingerprint(request, chosen, plans.usable_key(root)):
+        raise InputError(
+            f"another erasure, of {plan['date']}, is unfinished",
+            "go on with it: `pedigree erase --resume`, or the same command again",
+        )
+    return plan
 
 
 def exit_code(document: Mapping[str, Any]) -> int:

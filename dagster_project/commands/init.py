@@ -33,6 +33,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOCK
 from dagster_project.lineage.papers_in_place import COMMENT, IGNORE_LINES
 from dagster_project.pipeline import VARIANTS_OF
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -125,10 +126,10 @@ def _write(folder: Path, files: Mapping[str, str], copies: Mapping[str, Path]) -
     Returns:
         Whether git has it, the paths that are large, and those of them that DVC tracks.
     """
-    for name, text in files.items():
+    for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch(mode=0o600 if name == RECORD_KEY else 0o666)
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(content, encoding="utf-8")
     for name, source in copies.items():
         _copy(source, folder / name)
     has_git = git(folder, "rev-parse", "--show-toplevel") is not None or git(folder, "init", "-q") is not None
@@ -271,8 +272,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _stays(name: str) -> bool:
-    """Whether a file or folder in a folder is not copied: hidden ones (of a
-    repository in a repository git has no files), and those of DVC."""
+    """Whether a file or folder in a folder is not copied: hidden ones (git does not
+    track the files of a repository within a repository), and those of DVC."""
     return name.startswith(".") or name.endswith(".dvc")
 
 
@@ -313,13 +314,4 @@ def _next(folder: Path, has_data: bool, untracked: Sequence[str]) -> list[str]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `init` as text for the terminal."""
-    lines = [f"{document['project']}: a new project"]
-    lines += [f"  {one['path']}: {one['kind']}, {one['layout']}, {one['rows']:,} rows" for one in document["sources"]]
-    if document["sources"]:
-        lines.append(f"  {document['kept']:,} examples are kept by the checks; params.yaml has the details")
-    if missing := document["missing"]:
-        lines.append(
-            f"not installed, and needed to run the pipeline: {', '.join(missing)}. `{INSTALL}`"
-            + ("; git by your system" if "git" in missing else "")
-        )
-    return "\n".join([*lines, "next:", *(f"  {command}" for command in document["next"])])
+    return text("init", **document, install=INSTALL)

@@ -25,7 +25,7 @@ from dagster_project.evaluation.labels import MAX_LABELS
 from dagster_project.evaluation.metrics import parse
 
 FEW = 0.25
-"""Distinct values above this share of the rows are no labels."""
+"""Distinct values above this share of the rows are not labels."""
 MAX_VALUES = 30
 """Distinct values of a JSON field that are listed as its allowed values."""
 JSON_SHARE = 0.5
@@ -278,7 +278,7 @@ def _allowed(values: Counter[Any]) -> list[str]:
 
 
 def fitting_length(tokens: float, limit: int) -> int:
-    """The smallest of 256, 512, 1024, ... that holds so many tokens, up to a limit."""
+    """The smallest of 256, 512, 1024, ... that is not less than `tokens`; at most `limit`."""
     length = 256
     while length < tokens:
         length *= 2

@@ -23,15 +23,16 @@ from dagster_project.commands.model_files import claim
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import lineage
 from dagster_project.lineage.export.summary import published_parameters
-from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.papers_in_place import without_papers
+from dagster_project.lineage.signing.target import Target, find
+from dagster_project.views.texts import text
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 IN_MEMORY = ("", "/", "/:memory:")
-"""Paths of SQLite databases that are no files."""
+"""Paths of SQLite databases that are not files."""
 NOT_FETCHED = "dvc:"
 """Beginning of the source of a version whose files are not in MLflow."""
 SET = {
@@ -81,9 +82,9 @@ def register(
     if document["missing"]:
         one = document["missing"][0]
         raise InputError(f"{model}: its lineage is incomplete here: {one['path']} is missing", one["fetch"])
-    folder = root / subject.run.path
-    if upload:
-        _refuse_unrecorded(folder, subject)
+    target = find(root, subject.run.address) if upload else None
+    if target:
+        target.refuse_unrecorded()
     tags = claim.make(root, subject.run.address).as_fields()
     if tags["pedigree.model"] != subject.run.md5:
         raise InputError(
@@ -91,17 +92,7 @@ def register(
             f"check out the commit that has it: {subject.run.commit or 'unknown'}",
         )
     name = name or subject.run.address.replace("@", "-")
-    return _write(where, name, experiment, subject, document, tags, folder if upload else None)
-
-
-def _refuse_unrecorded(folder: Path, subject: lineage.Subject) -> None:
-    """Raises:
-    InputError: the files are not those of the model.
-    """
-    if md5_on_disk(folder) != subject.run.md5:
-        raise InputError(
-            f"{subject.run.path} is not what dvc.lock records", f"`dvc checkout --force {subject.run.path}` restores it"
-        )
+    return _write(where, name, experiment, subject, document, tags, target)
 
 
 def _address(uri: str) -> str:
@@ -132,7 +123,7 @@ def _write(
     subject: lineage.Subject,
     document: Mapping[str, Any],
     tags: Mapping[str, str],
-    folder: Path | None,
+    target: Target | None,
 ) -> dict[str, Any]:
     client: Any
     with _mlflow(uri) as client:
@@ -146,7 +137,7 @@ def _write(
             for one in versions
             if all(one.tags.get(key) == tags[key] for key in ("pedigree.model", "pedigree.audit_sha256"))
         ]
-        same = [one for one in same if not folder or not one.source.startswith(NOT_FETCHED)]
+        same = [one for one in same if not target or not one.source.startswith(NOT_FETCHED)]
         if same:
             return {
                 **result,
@@ -172,13 +163,13 @@ def _write(
         try:
             _log(client, run.info.run_id, document, inputs)
             source = f"{NOT_FETCHED}{subject.run.path}@{subject.run.md5}"
-            if folder:
-                for file in (file for file in sorted(without_papers(folder, folder.rglob("*"))) if file.is_file()):
-                    client.log_artifact(
-                        run.info.run_id, str(file), Path("model", file.parent.relative_to(folder)).as_posix()
-                    )
+            if target:
+                files = sorted(without_papers(target.folder, target.folder.rglob("*")))
+                for file in (file for file in files if file.is_file()):
+                    place = Path("model", file.parent.relative_to(target.folder)).as_posix()
+                    client.log_artifact(run.info.run_id, str(file), place)
                 source = f"{run.info.artifact_uri}/model"
-                _refuse_unrecorded(folder, subject)  # so it did not change while it was uploaded
+                target.refuse_unrecorded()  # so it did not change while it was uploaded
             if not found:
                 client.create_registered_model(name)
             version = client.create_model_version(name, source, run.info.run_id, tags=dict(tags))
@@ -269,11 +260,4 @@ def _log(client: Any, run: str, document: Mapping[str, Any], inputs: list[Any]) 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
-    what = "registered" if document["created"] else "was registered already, nothing was written"
-    lines = [
-        f"{document['name']} version {document['version']}: {what}",
-        f"  run     {document['run']}",
-        f"  source  {document['source']}",
-    ]
-    lines += [f"  {key.removeprefix('pedigree.'):<7} {value}" for key, value in document["tags"].items()]
-    return "\n".join([*lines, f"  inputs  {', '.join(document['inputs'])}"])
+    return text("mlflow", **document)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
-from dagster_project.core.text import place_text
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find, trained_on
+from dagster_project.views.texts import text
 
 TRAIN = "data/splits/train"
 
@@ -46,10 +48,7 @@ class TrainingRecords:
 
     def system_prompt(self) -> str | None:
         """The system prompt that all records begin with, if it is one and the same."""
-        found = {
-            next((m["content"] for m in record["messages"][:1] if m["role"] == "system"), None)
-            for record in self._records
-        }
+        found = {system_of(record["messages"]) for record in self._records}
         return found.pop() if len(found) == 1 else None
 
     def have_traces(self) -> bool:
@@ -70,12 +69,7 @@ class TrainingRecords:
         ]
         if seen is None:
             return Nearest([], notes or [f"{model} was not trained on records of this project"])
-        places: dict[str, dict[str, Any]] = {}
-        for row in seen.iter_rows(named=True):
-            known = places.setdefault(
-                row["example_id"], {"source": row["source"], "source_row": row["source_row"], "steps": []}
-            )
-            known["steps"].append(row["step"])
+        places = places_in(seen.iter_rows(named=True))
         here = [record for record in self._records if record["example_id"] in places]
         if lost := len(places) - len(here):
             notes.append(
@@ -100,18 +94,36 @@ class TrainingRecords:
         return Nearest(found, notes if found else [*notes, "no training record has a word of the question"])
 
 
+def system_of(messages: Messages) -> str | None:
+    """The system prompt that a conversation begins with."""
+    return next((message["content"] for message in messages[:1] if message["role"] == "system"), None)
+
+
+def opening(system: str | None) -> Messages:
+    """The beginning of a conversation with a system prompt, or without one."""
+    return [{"role": "system", "content": system}] if system else []
+
+
+def places_in(uses: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Id of each record of a training -> its source, source row and steps.
+
+    Args:
+        uses: rows of `lineage.trained_on`.
+    """
+    places: dict[str, dict[str, Any]] = {}
+    for row in uses:
+        also = {"also_in": row["also_in"]} if row.get("also_in") else {}
+        known = places.setdefault(
+            row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []}
+        )
+        if row["step"] not in known["steps"][-1:]:  # a step can have several examples of a record
+            known["steps"].append(row["step"])
+    return places
+
+
 def nearest_text(found: Nearest) -> str:
     """The records for the terminal."""
-    lines = []
-    for record in found.records:
-        place = place_text(record["source"], record["source_row"])
-        steps = ", ".join(map(str, record["steps"][:5])) + (", ..." if len(record["steps"]) > 5 else "")
-        lines += [
-            f"{record['score']:.2f}  {place}  step {steps}",
-            f"  {cut(record['prompt'])}",
-            f"  -> {cut(record['response'])}",
-        ]
-    return "\n".join([*lines, *found.notes])
+    return text("nearest", records=found.records, notes=found.notes, cut=cut)
 
 
 def cut(text: str, most: int = 300) -> str:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dagster_project.core.errors import InputError
+
+
+def refuse_used(option: str, place: Path, then: str = "name a new folder") -> None:
+    """Raises:
+    InputError: there is something at this place, and it is not an empty folder.
+    """
+    if os.path.lexists(place) and (not place.is_dir() or place.is_symlink() or any(place.iterdir())):
+        raise InputError(f"{option} {place}: it exists, and is not an empty folder", then)
 
 
 @contextmanager

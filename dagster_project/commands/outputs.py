@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -230,8 +231,6 @@ def ancestors(lock: Mapping[str, Any], address: str) -> list[str]:
 
 
 def _version(library: str) -> str:
-    import platform
-
     try:
         return platform.python_version() if library == "python" else version(library)
     except PackageNotFoundError:

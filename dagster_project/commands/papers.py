@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.extras import missing_extra
-from dagster_project.commands.new_folder import new_folder
+from dagster_project.commands.new_folder import new_folder, refuse_used
 from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export import registry
@@ -267,11 +267,7 @@ def _refuse_place(root: Path, folder: Path) -> None:
     InputError: the folder cannot be a copy of the release.
     """
     refuse_in_output(root, "--all", folder)
-    if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
-        raise InputError(
-            f"--all {folder}: it exists, and is not an empty folder",
-            "name a new folder, so that nothing else is signed",
-        )
+    refuse_used("--all", folder, "name a new folder, so that nothing else is signed")
     if folder.resolve() == Path.cwd().resolve():
         raise InputError(f"--all {folder}: it is the current folder, which cannot be replaced", "name a new folder")
 

@@ -203,10 +203,7 @@ def _adapter(
         train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes
     )
     row = _largest_row(root, values, train, resolved.method)
-    spec = training_spec(
-        resolved, base_model, row, train["rows"], machine.device, machine.dtype, f"adapter.{name}", machine.processes
-    )
-    spec = replace(spec, runtime=machine.runtime)
+    spec = _spec(resolved, base_model, row, train["rows"], machine, f"adapter.{name}", machine.processes)
     if resolved.gradient_checkpointing == AUTO and machine.available is not None:
         spec = spec.checkpointed_beyond(machine.available)
     per_step = resolved.per_device_train_batch_size * resolved.gradient_accumulation_steps * machine.processes
@@ -261,24 +258,10 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     per_step = batch * passes * (1 if method.shares_processes else shared)  # texts
     texts = method.texts_per_epoch(len(lengths), entry)
     all_texts = texts * _passes_over(n, per_epoch, per_step / texts)
-    spec = memory.TrainingSpec(
-        machine.device,
-        machine.dtype,
-        base_model,
-        "lora",
-        entry.peft,
-        [max(lengths)] * batch,
-        batch * max(answer for pair in sequences for _, answer in pair),
-        1,
-        machine.runtime,
-        entry.quantization,
-        entry.gradient_checkpointing,
-        passes,
-        entry.optim,
-        f"aligned.{name}",
-        sharding=entry.sharding,
-        processes=shared,
-    )
+    largest_answer = max(answer for pair in sequences for _, answer in pair)
+    row = [max(lengths)] * batch, batch * largest_answer
+    spec = _spec(entry, base_model, row, 1, machine, f"aligned.{name}", shared)
+    spec = replace(spec, method="lora", gradient_accumulation_steps=passes)
     if isinstance(method, Gkd):
         spec = replace(
             spec, teacher=locate(method.teacher, root, f"aligned.{name}.options.teacher"), divergence=method.beta
@@ -358,12 +341,7 @@ def _tasks(root: Path, entry: Any, name: str, base_model: Path) -> list[tuple[li
     )
     tasks.refuse_without_tasks(counts, f"aligned.{name}")
     conversations = [[*task["prompt"], *task["chosen"]] for task in found["train"]]
-    return [
-        (prompt, answer)
-        for prompt, answer in answered(
-            _tokenizer(root, base_model), conversations, [task["tools"] for task in found["train"]]
-        )
-    ]
+    return answered(_tokenizer(root, base_model), conversations, [task["tools"] for task in found["train"]])
 
 
 def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -> dict[str, Any]:
@@ -383,24 +361,8 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     per_epoch = -(-pairs // per_step)
     n = entry.max_steps or per_epoch * entry.num_train_epochs
     tokens = round(sum(lengths) * _passes_over(n, per_epoch, per_step / pairs))
-    spec = memory.TrainingSpec(
-        machine.device,
-        machine.dtype,
-        base_model,
-        entry.method,
-        entry.peft,
-        [max(lengths)] * batch,
-        batch,
-        1,
-        machine.runtime,
-        entry.quantization,
-        entry.gradient_checkpointing,
-        entry.gradient_accumulation_steps,
-        entry.optim,
-        "reward_model",
-        sharding=entry.sharding,
-        processes=processes,
-    )
+    row = [max(lengths)] * batch, batch
+    spec = _spec(entry, base_model, row, 1, machine, "reward_model", processes)
     work: float = tokens
     if reads_pairs_once(base_model, machine.device, entry.peft):
         spec, share = _reading_pairs_once(
@@ -413,6 +375,14 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
         work *= share
     requirements = _requirements(spec, machine, round(work), processes)
     return {"pairs": pairs, "epochs": round(n / per_epoch, 3), "steps": n, "tokens": tokens, **requirements}
+
+
+def _spec(
+    entry: Any, base_model: Path, row: tuple[list[int], int], rows: int, machine: Machine, where: str, processes: int
+) -> memory.TrainingSpec:
+    """As `training_spec`, on the machine that training is planned for."""
+    spec = training_spec(entry, base_model, row, rows, machine.device, machine.dtype, where, processes)
+    return replace(spec, runtime=machine.runtime)
 
 
 def _reading_pairs_once(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dagster_project.commands.papers import hand_over
+from dagster_project.commands.papers import RELEASE, hand_over
 from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
@@ -34,7 +34,6 @@ from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
-RELEASE = "release"
 TOKEN = "HF_TOKEN"
 """Environment variable with the token, the only place from which it is read."""
 PUBLIC = "https://huggingface.co"
@@ -307,7 +306,7 @@ def upload(to: Destination, files: Mapping[str, Path], sha256: Mapping[str, str]
         if others:
             log.info(f"{to.repo} exists: this is a new commit after {before[:12]}; earlier commits keep their files")
         add = [CommitOperationAdd(name, file) for name, file in files.items()]
-        log.info(f"uploading {many(len(add), 'file')}, {human(sum(file.stat().st_size for file in files.values()))}")
+        log.info(f"uploading {many(len(add), 'file')}, {human(sum(one.upload_info.size for one in add))}")
         message = f"Release {digest[:12]}"
         operations = [*add, *(CommitOperationDelete(name, is_folder=False) for name in deleted)]
         info = api.create_commit(to.repo, operations, commit_message=message, parent_commit=before)

@@ -21,12 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dagster_project.commands.chat import find_model, shown
 from dagster_project.commands.extras import PACKAGES
+from dagster_project.commands.model_files import MERGED
 from dagster_project.commands.model_ids import model_id
-from dagster_project.commands.nearest_records import TrainingRecords
+from dagster_project.commands.nearest_records import TrainingRecords, opening
 from dagster_project.core.bounded_templates import TemplateLimit
 from dagster_project.core.chat import generation_prompt
 from dagster_project.core.errors import InputError, PedigreeError
@@ -38,6 +39,7 @@ from dagster_project.lineage.signing.target import find
 from dagster_project.orchestration import ports
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.load import refuse_pickled_weights
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -117,8 +119,7 @@ def _refuse_not_complete(name: str, folder: Path) -> None:
         raise InputError(f"{name} is a classifier: it does not generate text", "`pedigree compare` shows its scores")
     if (folder / "adapter_config.json").is_file():
         stage, _, variant = name.partition("@")
-        merged = {"adapter": "merged", "aligned": "merged_aligned"}.get(stage)
-        hint = f"serve {merged}@{variant}" if merged and variant else "serve a variant that is merged"
+        hint = f"serve {MERGED[stage]}@{variant}" if stage in MERGED and variant else "serve a variant that is merged"
         raise InputError(
             f"{name} is an adapter, and only complete models are served", f"{hint}; `pedigree chat` talks to it"
         )
@@ -221,7 +222,7 @@ def serve(
         (scratch / "links" / served.id).symlink_to(served.folder)
         command = command_of(chosen, served, root, scratch / "links", port)
         log.info(f"starting {chosen}, which loads {served.id}")
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         server = subprocess.Popen(
             command,
             env=environment_of(scratch),
@@ -242,10 +243,6 @@ def serve(
             log.info("stopped")
         finally:
             _end(server)
-
-
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _end_with_parent() -> Callable[[], None]:
@@ -358,13 +355,8 @@ def _example(url: str, model: str, system: str | None, request: Mapping[str, Any
         request: further fields.
     """
     for given in filter(lambda one: one is not None, (system, "")):
-        messages = [{"role": "system", "content": given}] if given else []
-        body = {
-            "model": model,
-            "temperature": 0,
-            **request,
-            "messages": [*messages, {"role": "user", "content": QUESTION}],
-        }
+        messages = [*opening(given), {"role": "user", "content": QUESTION}]
+        body = {"model": model, "temperature": 0, **request, "messages": messages}
         line = (
             f"curl {url}/chat/completions -H 'Content-Type: application/json'"
             f" -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
@@ -376,16 +368,4 @@ def _example(url: str, model: str, system: str | None, request: Mapping[str, Any
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The text for the terminal once the server answers."""
-    bytes_of = "as dvc.lock recorded" if document["recorded"] else "not an output that dvc.lock records"
-    lines = [
-        (
-            f"{document['url']}  model {document['model']} ({document['folder']}, {bytes_of}),"
-            f" by {document['engine']}. Ctrl-C ends."
-        ),
-        document["example"],
-    ]
-    if document["request"]:
-        lines.insert(
-            1, f"answers as in evaluation need temperature 0 and {json.dumps(document['request'])} in a request"
-        )
-    return "\n".join(lines)
+    return text("serve", **document)

@@ -22,6 +22,7 @@ from dagster_project.lineage.signing import model_signature, provenance
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.target import Target, find
+from dagster_project.views.texts import text
 
 
 def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
@@ -97,21 +98,6 @@ def _written(target: Target, name: str, text: str, key: PrivateKey) -> dict[str,
     }
 
 
-def sign_text(document: Mapping[str, Any]) -> str:
-    return (
-        f"{document['model']}: {document['files']} files of {document['folder']}"
-        f" signed\n{_files_text(document, 'signature')}"
-    )
-
-
-def _files_text(document: Mapping[str, Any], kind: str) -> str:
-    key = f"{document['public_key']}  (sha256 {document['key'][:16]})"
-    return (
-        f"  {kind.replace('_', ' '):<12} {document[kind]}\n  public key   {key}\ncheck them: pedigree verify"
-        f" {shlex.quote(document['model'])} --signatures"
-    )
-
-
 def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -> dict[str, Any]:
     """Sign one statement about each stage of a model's lineage.
 
@@ -180,12 +166,9 @@ def _made_again(root: Path, address: str, records: Sequence[provenance.StageReco
     return document["verdict"], {name: {"verdict": stage["verdict"]} for name, stage in document["stages"].items()}
 
 
-def attest_text(document: Mapping[str, Any]) -> str:
-    remade = f", made again from the sources: {document['remade']}" if document["remade"] else ", not made again"
-    return (
-        f"{document['model']}: {len(document['stages'])} stages"
-        f" attested{remade}\n{_files_text(document, 'attestations')}"
-    )
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document of `sign` or `attest` as text for the terminal."""
+    return text("signed", **document, quoted=shlex.quote(document["model"]))
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,8 @@ def _refuse_untracked(root: Path, states: Iterable[dvc.StageState]) -> None:
         path
         for state in states
         for path in (*state.code, *(i.path for i in state.inputs if i.producer is None))
-        if not is_report(path)
+        if not is_report(path) and "://" not in path
     }
-    read = {path for path in read if "://" not in path}
     untracked = _others(root, [name for path in sorted(read) for name in (path, f"{path}.dvc")])
     _refuse_missing(untracked, "git does not track", "run `git add` for them; a commit is not needed")
     if not (ignored := _others(root, sorted(read), "--ignored")):

@@ -5,7 +5,7 @@ Recorded on the driver's machine only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,3 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
         if stage["md5"] in current.get(address, ())
     }
     return {address: execution for address, execution in executions.items() if execution}
-
-
-def as_text(executions: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    """Lines for the terminal."""
-    yield from ("", "where")
-    if not executions:
-        yield "  no run on a cluster is recorded on this machine"
-    for address, one in executions.items():
-        queue = "" if one["queue_seconds"] is None else f"queue {one['queue_seconds']:.0f} s, "
-        lost = f", lost jobs {one['lost_seconds']:.0f} s" if "lost_seconds" in one else ""
-        cost = f", cost {one['cost']:.4f}" if "cost" in one else ""
-        yield (
-            f"  {address:<16} node {one['node']} ({one['node_id'][:8]}): {queue}transfer {one['transfer_seconds']:.0f}"
-            f" s ({one['transfer_bytes'] / 1e6:,.1f} MB), compute {one['compute_seconds']:.0f} s{lost}{cost}"
-        )

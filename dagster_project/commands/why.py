@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import why_calibration
-from dagster_project.commands.nearest_records import TRAIN, cut
+from dagster_project.commands.nearest_records import TRAIN, cut, places_in, system_of
 from dagster_project.commands.why_checkpoints import at_points, steps_at
 from dagster_project.commands.why_checkpoints import index as index_points
 from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget, asked_of
 from dagster_project.commands.why_pairs import asked as asked_model
-from dagster_project.commands.why_prove import lines_of_proof, prove, refuse_draws
+from dagster_project.commands.why_prove import prove, refuse_draws
 from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
-from dagster_project.core.text import place_text
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
@@ -255,7 +253,7 @@ class Texts:
         None if the split has not all of these records, so that they are not known.
         """
         known = [self.known.get(record.example_id) for record in self.found.records]
-        return {_system_of(one["messages"]) for one in known if one} if all(known) else None
+        return {system_of(one["messages"]) for one in known if one} if all(known) else None
 
     def _decoded(self, examples: Sequence[Example], trained: bool) -> str:
         parts = (
@@ -263,10 +261,6 @@ class Texts:
             for one in examples
         )
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in parts)
-
-
-def _system_of(messages: Messages) -> str | None:
-    return next((message["content"] for message in messages[:1] if message["role"] == "system"), None)
 
 
 def _distribution(ranking: Ranking, known: Calibration | None, scores: Found) -> dict[str, Any]:
@@ -300,16 +294,8 @@ def _distribution(ranking: Ranking, known: Calibration | None, scores: Found) ->
 def places_of(found: Target) -> dict[str, dict[str, Any]]:
     """Id of each record of a training -> its source, source row and steps."""
     seen, _ = trained_on(found.subject)
-    places: dict[str, dict[str, Any]] = {}
-    for row in seen.iter_rows(named=True) if seen is not None else ():
-        if row["model"] == found.run.address:
-            also = {"also_in": row["also_in"]} if row.get("also_in") else {}
-            known = places.setdefault(
-                row["example_id"], {"source": row["source"], "source_row": row["source_row"], **also, "steps": []}
-            )
-            if row["step"] not in known["steps"][-1:]:  # a step can have several examples of a record
-                known["steps"].append(row["step"])
-    return places
+    rows = seen.iter_rows(named=True) if seen is not None else ()
+    return places_in(row for row in rows if row["model"] == found.run.address)
 
 
 def shown_texts(texts: Texts, record: TrainedRecord) -> dict[str, str]:
@@ -322,12 +308,6 @@ def shown_texts(texts: Texts, record: TrainedRecord) -> dict[str, str]:
 def excerpt(text: str, most: int = EXCERPT) -> str:
     """The beginning of a text of the data; secrets and personal data in it are masked."""
     return cut(mask(text[: 20 * EXCERPT]), most)
-
-
-def use_text(hit: Mapping[str, Any]) -> str:
-    """Source and row of a record, its id and the steps that it was trained in."""
-    steps = ", ".join(map(str, hit["steps"][:6])) + (", ..." if len(hit["steps"]) > 6 else "")
-    return f"{place_text(hit['source'], hit['source_row'])}  {hit['example_id'][:8]}  steps {steps}"
 
 
 def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
@@ -356,43 +336,5 @@ def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    return text(
-        "why",
-        **document,
-        index_lines=index_lines(document),
-        verdict_lines=_verdict_lines,
-        proof_lines=lines_of_proof(document["proof"]) if "proof" in document else [],
-        use_text=use_text,
-        cut=cut,
-    )
-
-
-def index_lines(document: Mapping[str, Any]) -> list[str]:
-    """What was computed for the question, if anything."""
-    if not (index := document.get("index")):
-        return []
-    at = f" at the steps {', '.join(map(str, index['steps']))}" if "steps" in index else ""
-    return [
-        f"{document['model']['stage']}: gradients of {index['records']} records{at} in {index['folder']},"
-        f" {index['bytes'] / 1e6:.1f} MB, {index['computed']} computed now"
-        + (f"; {index['questions']} questions of the validation split" if index.get("questions") else "")
-    ]
-
-
-def _verdict_lines(spread: Mapping[str, Any], records: int) -> list[str]:
-    """Whether a record stands out, and by what."""
-    verdict = "a record stands out" if spread["stands_out"] else "nothing stands out"
-    tenth = "tenth" if records >= CROWD else "last"
-    scores = (
-        f"the highest of {records} gradient scores is {spread['first']:.3f}, {spread['z_of_first']:.1f}"
-        f" robust standard deviations above the median, and the {tenth} {spread['z_of_tenth']:.1f}"
-    )
-    if (compared := spread["compared"]) is None:
-        return [f"{verdict}: {scores} (a record stands out from {STANDS_OUT:g}, and {TIMES:g} times the {tenth})"]
-    return [
-        (
-            f"{verdict}: scores are above those that the records have with {compared['questions']} questions of the"
-            f" validation split by {compared['excess']:.2f}, p {compared['p']:.3f} (records stand out up to {ALPHA:g})"
-        ),
-        scores,
-    ]
+    limits = {"alpha": ALPHA, "crowd": CROWD, "z": STANDS_OUT, "times": TIMES}
+    return text("why", **document, limits=limits, cut=cut)

@@ -20,7 +20,6 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message
 from dagster_project.core.records import prompt_text, read_table, response_text
-from dagster_project.core.text import listed
 from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
 from dagster_project.evaluation.metrics import AnyTask, label
 from dagster_project.lineage.diff import diff
@@ -281,18 +280,4 @@ def _texts(record: Mapping[str, Any] | None) -> dict[str, str]:
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    return text("why_diff", **document, record_lines=record_lines)
-
-
-def record_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Ranked records of a difference for the terminal."""
-    lines = []
-    for one in records:
-        lines += [
-            (
-                f"  {one['rank']:>4}  {one['score']:+.3f}  {one['kind']}, trained {one['trained']}"
-                f"  {listed(one['rows'], 3)}  {one['example_id'][:8]}"
-            ),
-            f"        {one.get('prompt', '')} -> {one.get('answer', '')}",
-        ]
-    return lines
+    return text("why_diff", **document)

@@ -183,29 +183,3 @@ def _scratch(folder: Path) -> Path:
 def _log_probability(found: Target, question: Question, folder: Path) -> float:
     model = TrainedModel.load(folder, found.base_model, found.compute, found.run.address)
     return model.log_probability(question.example)
-
-
-def lines_of_proof(proof: Mapping[str, Any]) -> list[str]:
-    """The proof for the terminal."""
-    low, high = proof["interval"]
-    same = (
-        "gives the adapter's very bytes"
-        if proof["identical"]
-        else "gives other bytes than the adapter's (another machine or other code)"
-    )
-    verdict = (
-        "supported: without these records the asked tokens are less likely than without random ones"
-        if proof["supported"]
-        else "NOT supported: without these records the asked tokens are not surely less likely than without random ones"
-    )
-    return [
-        "",
-        (
-            f"check by training again, weights of {proof['left_out']} records set to zero in place"
-            f" (with all records it {same}):"
-        ),
-        f"  without the first {proof['left_out']}: {-proof['change']:+.2f} nats of log-probability",
-        f"  without {proof['left_out']} at random: {', '.join(f'{-change:+.2f}' for change in proof['draws'])} nats",
-        f"  less likely by {proof['difference']:.2f} nats than at random, 95 % interval {low:.2f} to {high:.2f}",
-        f"  {verdict}",
-    ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.nearest_records import cut
+from dagster_project.commands.nearest_records import cut, opening
 from dagster_project.commands.why_model import Target
 from dagster_project.core import params
 from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
@@ -62,10 +62,7 @@ def question(found: Target, options: Options, system: str | None, tokenizer: Any
     Raises:
         InputError: the answer is empty, too long, or does not contain the part that is asked about.
     """
-    prompt: Messages = [
-        *([{"role": "system", "content": system}] if system else []),
-        {"role": "user", "content": options.prompt},
-    ]
+    prompt = [*opening(system), {"role": "user", "content": options.prompt}]
     reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
     if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
         raise InputError(

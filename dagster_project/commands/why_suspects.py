@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_project.commands import why_calibration
 from dagster_project.commands.render import render
-from dagster_project.commands.why import Texts, excerpt, index_lines, model_of, places_of, shown_texts, use_text
+from dagster_project.commands.why import Texts, excerpt, model_of, places_of, shown_texts
 from dagster_project.commands.why_model import Target, at_end, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
@@ -116,22 +116,22 @@ def _listed(
             **places[found.records[i].example_id],
             "split": "train",
             **shown_texts(texts, found.records[i]),
-            "opposition": {
-                "rank": int(ranking.opposition_rank[i]),
-                "value": float(f"{float(ranking.opposition[i]):.4g}"),
-            },
-            "length": {"rank": int(ranking.length_rank[i]), "value": float(f"{float(ranking.length[i]):.4g}")},
-            **_harm(ranking, i),
+            "opposition": _part(ranking.opposition_rank[i], ranking.opposition[i]),
+            "length": _part(ranking.length_rank[i], ranking.length[i]),
+            **(
+                {}
+                if ranking.harm is None or ranking.harm_rank is None
+                else {"harm": _part(ranking.harm_rank[i], ranking.harm[i])}
+            ),
             "group": groups[i],
         }
         for i in ranking.order()[:top]
     ]
 
 
-def _harm(ranking: Suspicion, i: int) -> dict[str, Any]:
-    if ranking.harm is None or ranking.harm_rank is None:
-        return {}
-    return {"harm": {"rank": int(ranking.harm_rank[i]), "value": float(f"{float(ranking.harm[i]):.4g}")}}
+def _part(rank: float, value: float) -> dict[str, Any]:
+    """A part of a score."""
+    return {"rank": int(rank), "value": float(f"{value:.4g}")}
 
 
 def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -151,7 +151,7 @@ def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple
     }
     waiting = [one["example_id"] for one in document["suspects"] if one["example_id"] in kept]
     records = [texts.known[name] | {key: kept[name][key] for key in ("source", "source_row")} for name in waiting]
-    file, page = pages / f"{NAME}.csv", pages / "report.html"
+    file, page = pages / f"{NAME}.csv", (pages / "report.html").relative_to(root).as_posix()
     write_text(file, queue(records, [(i, REVIEWED) for i in range(len(records))]))
     write_json(pages / f"{NAME}.json", {"of": sha256_of_file(data / "findings.json"), **document})
     drawn = render(root, INSTRUCTIONS)["pages"] if INSTRUCTIONS in dvc.read_stages(root) else []
@@ -161,10 +161,10 @@ def _write_queue(root: Path, texts: Texts, document: Mapping[str, Any]) -> tuple
         if left
         else []
     )
-    shown = {"page": page.relative_to(root).as_posix()} if page.relative_to(root).as_posix() in drawn else {}
+    shown = {"page": page} if page in drawn else {}
     return {"file": file.relative_to(root).as_posix(), **shown, "records": len(waiting)}, notes
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """The document for the terminal."""
-    return text("suspects", **document, index_lines=index_lines(document), use_text=use_text)
+    return text("suspects", **document)

@@ -31,7 +31,7 @@ def version(root: Path, subject: Subject, model: str, scratch: Path) -> EndTarge
 
     Args:
         model: as it was named.
-        scratch: folder for a version that is not in the workspace; what it has already is used as it is.
+        scratch: folder for a version that is not in the workspace; files that it already has are not restored again.
     Raises:
         InputError: its answers cannot be attributed, or a file is neither in the workspace nor in the cache.
         CheckFailed: an object of the cache was tampered with.

@@ -34,6 +34,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc, dvc_run, integrity, locks, processes, rwlock
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.leftovers import remove_leftovers
+from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
 
@@ -388,6 +389,14 @@ def _pass_on(output: Connection, prefix: str) -> None:
         for line in lines:
             if text := line.rstrip():
                 log.info(f"{prefix}{text}")
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """One line for each stage that was not up to date, and a summary."""
+    by_outcome: dict[str, list[str]] = {}
+    for address, stage in document["stages"].items():
+        by_outcome.setdefault(stage["outcome"], []).append(address)
+    return text("run_all", **document, by_outcome=by_outcome)
 
 
 def last_seconds(root: Path, address: str) -> float | None:

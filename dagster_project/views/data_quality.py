@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from dagster_project.core.context import Documents
@@ -14,7 +15,7 @@ from dagster_project.core.severity import Shown, shown
 from dagster_project.core.text import common_prefix, many, number, visible
 from dagster_project.views.conversations import conversation
 from dagster_project.views.declared import declared_table, violations_table
-from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
+from dagster_project.views.html import Figure, Plot, Shape, Table, bars, brief, cut, label, render, shape, share
 from dagster_project.views.suspects import suspect_row
 
 PAGE = 20
@@ -30,6 +31,8 @@ LISTED = 20
 """Places listed for a finding."""
 NAMED = 6
 """Checks named in the verdict."""
+WORDS = {"error": "error", "warn": "warning", "info": "remark"}
+"""Severity -> its noun."""
 RANK = {"error": 0, "warn": 1, "info": 2}
 SIGNS = {"error": "✕", "warn": "!", "info": "i"}
 """Symbol of each severity, for readers who cannot distinguish the colors."""
@@ -178,8 +181,7 @@ def _key_figures(
 ) -> list[tuple[str, int, str, Mapping[str, int]]]:
     """Name, number, unit, and the repaired rows by check."""
     rows, kept = document["rows"], document["kept"]
-    words = {"error": "error", "warn": "warning", "info": "remark"}
-    found = {word: sum(_shown_severity(f) == name for f in findings) for name, word in words.items()}
+    found = {word: sum(_shown_severity(f) == name for f in findings) for name, word in WORDS.items()}
     return [
         ("read", rows, "rows", {}),
         ("kept", kept, share(kept, rows), document.get("fixed", {})),
@@ -436,20 +438,16 @@ def _pair_view(number_: int, check: str, match: Mapping[str, Any]) -> dict[str, 
 
 def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: str = "rows") -> Figure:
     """One bar per name, with its label above."""
-    most, body = max([1, *counts.values()]), []
-    for i, (name, n) in enumerate(list(counts.items())[:BARS]):
-        y = 36 * i
-        body += [
-            shape("text", label(name), shape("title", cut(name)), x="0", y=y + 15, class_="name"),
-            shape("text", f"{number(n)} · {share(n, whole)}", x="100%", y=y + 15, class_="soft", text_anchor="end"),
-            shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
-            shape("rect", class_="bar", x="0", y=y + 21, width=f"{100 * n / most:.3f}%", height="7", rx="2"),
-        ]
+    most = max(1, *counts.values())
+    rows = [
+        ((label(name), shape("title", cut(name))), f"{number(n)} · {share(n, whole)}", 100 * n / most, "bar")
+        for name, n in islice(counts.items(), BARS)
+    ]
     more = f"; {len(counts) - BARS} more in the table" if len(counts) > BARS else ""
     first, count = next(iter(counts.items()))
     words = f"{title}: bars of {len(counts)} names, the largest {cut(first)} with {number(count)}"
     table = Table(title, ["", unit, "share"], [(name, number(n), share(n, whole)) for name, n in counts.items()])
-    return Figure(title, f"{note}{more}", Plot(words, 36 * min(BARS, len(counts)), body), table)
+    return Figure(title, f"{note}{more}", bars(words, rows), table)
 
 
 def _sources(reading: Mapping[str, Any]) -> dict[str, Any]:

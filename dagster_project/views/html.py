@@ -85,6 +85,25 @@ def shape(tag: str, *children: Shape | str, **attributes: object) -> Shape:
     return Shape(tag, {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}, children)
 
 
+def bars(words: str, rows: Sequence[tuple[Sequence[Shape | str], str, float, str]]) -> Plot:
+    """Horizontal bars, one below the other.
+
+    Args:
+        words: description for screen readers.
+        rows: name, figure, length in percent, and CSS classes of each bar.
+    """
+    body: list[Shape] = []
+    for i, (name, figure, percent, kind) in enumerate(rows):
+        y = 36 * i
+        body += [
+            shape("text", *name, x="0", y=y + 15, class_="name"),
+            shape("text", figure, x="100%", y=y + 15, class_="soft", text_anchor="end"),
+            shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
+            shape("rect", class_=kind, x="0", y=y + 21, width=f"{percent:.3f}%", height="7", rx="2"),
+        ]
+    return Plot(words, 36 * len(rows), body)
+
+
 def render(template: str, title: str, sections: Mapping[str, Any], script: str = "", **view: Any) -> str:
     """A whole page. The same arguments give the same bytes.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dagster_project.core.text import listed, many, number, visible
+from dagster_project.core.text import listed, many, number, place_text, visible
 from dagster_project.views.html import FOLDER
 
 
@@ -26,7 +26,7 @@ def environment(folder: Path) -> Environment:
         loader=FileSystemLoader(folder), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    made.globals.update(many=many)
+    made.globals.update(many=many, place_text=place_text)
     made.filters.update(
         number=number,
         listed=listed,

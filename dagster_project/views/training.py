@@ -11,7 +11,7 @@ from dagster_project.core.context import Documents
 from dagster_project.core.curves import Point, thinned
 from dagster_project.core.records import write_text
 from dagster_project.core.text import many, number
-from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
+from dagster_project.views.html import Figure, Plot, Shape, Table, bars, brief, render, shape
 from dagster_project.views.trained_examples import TrainedExample, legend, trained_examples
 
 PLOT_HEIGHT = 170
@@ -323,21 +323,17 @@ def _kind_of_memory(training: Mapping[str, Any]) -> str:
 def _memory(predicted: Mapping[str, int] | None, peak: int, kind_of_memory: str) -> Figure:
     """Bars of the predicted parts, their sum, and the measured peak."""
     total = sum((predicted or {}).values())
-    bars = [*(predicted or {}).items(), *([("predicted", total)] if predicted else []), ("measured", peak)]
-    most, body = max(size for _, size in bars), []
-    for i, (name, size) in enumerate(bars):
-        y, kind = 36 * i, "bar" if name == "measured" else "bar all"
-        body += [
-            shape("text", name, x="0", y=y + 15, class_="name"),
-            shape("text", f"{size / 1e6:,.0f} MB", x="100%", y=y + 15, class_="soft", text_anchor="end"),
-            shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
-            shape("rect", class_=kind, x="0", y=y + 21, width=f"{100 * size / most:.3f}%", height="7", rx="2"),
-        ]
+    sizes = [*(predicted or {}).items(), *([("predicted", total)] if predicted else []), ("measured", peak)]
+    most = max(size for _, size in sizes)
+    rows = [
+        ((name,), f"{size / 1e6:,.0f} MB", 100 * size / most, "bar" if name == "measured" else "bar all")
+        for name, size in sizes
+    ]
     note = "not predictable for this method"
     if predicted:
         note = f"{100 * (total / peak - 1):+.1f} % compared with the measurement"
-    table = Table("Memory", ["", "bytes"], [(name, number(size)) for name, size in bars])
-    plot = Plot(f"Memory: {peak / 1e6:,.0f} MB measured; {note}", 36 * len(bars), body)
+    table = Table("Memory", ["", "bytes"], [(name, number(size)) for name, size in sizes])
+    plot = bars(f"Memory: {peak / 1e6:,.0f} MB measured; {note}", rows)
     return Figure("Peak memory", f"predicted by part, {kind_of_memory}; {note}", plot, table)
 
 

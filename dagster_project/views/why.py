@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.core.text import many, number, place_text
+from dagster_project.core.text import listed, many, number, place_text
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
 
 HEIGHT = 160
@@ -74,7 +74,6 @@ def _parts(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
 
 def _record(hit: Mapping[str, Any]) -> dict[str, Any]:
     by, words = hit["gradient"], hit["bm25"]
-    steps = ", ".join(map(str, hit["steps"][:12])) + (", ..." if len(hit["steps"]) > 12 else "")
     return {
         "rank": hit["rank"],
         "place": place_text(hit["source"], hit["source_row"]),
@@ -82,7 +81,7 @@ def _record(hit: Mapping[str, Any]) -> dict[str, Any]:
         "chips": [
             f"gradient {by['score']:+.3f}, rank {by['rank']}, z {by['z']:+.1f}",
             f"BM25 {words['score']:.2f}, rank {words['rank']}",
-            f"{hit['split']}, steps {steps}",
+            f"{hit['split']}, steps {listed(hit['steps'], 12)}",
             hit["example_id"][:8],
         ],
         "prompt": hit["prompt"],

@@ -58,7 +58,7 @@ def record_view(one: Mapping[str, Any]) -> dict[str, Any]:
     """A ranked record of a difference for the macro `record`."""
     return {
         "rank": one["rank"],
-        "place": ", ".join(one["rows"][:3]) + (" and more" if len(one["rows"]) > 3 else ""),
+        "place": listed(one["rows"], 3),
         "chips": [f"score {one['score']:+.3f}", f"{one['kind']}, trained {one['trained']}", one["example_id"][:8]],
         "prompt": one.get("prompt", ""),
         "answer": one.get("answer", ""),

@@ -17,10 +17,10 @@ from typing import Any
 from dagster_project.commands.model_files.claim import RELEASE, TABLES, Claim, ClaimingFile, audit_hash, lock_hash
 from dagster_project.commands.model_files.safetensors_metadata import listing_without_pedigree, md5_without_pedigree
 from dagster_project.core.hashing import md5_of_folder
-from dagster_project.core.text import visible
 from dagster_project.lineage import lineage
 from dagster_project.lineage.history import Revision, commit_of
 from dagster_project.lineage.index import Index
+from dagster_project.views.texts import text
 
 ONE_FILE = "verified: the file is one of those that this project recorded for the model, apart from the added metadata"
 VERDICTS = {
@@ -44,42 +44,42 @@ def examine(root: Path | None, file: ClaimingFile) -> dict[str, Any]:
         {"file", "format", "says": the claim, "verdict": a key of `VERDICTS`, "verified", "means", "compared": what was
         compared, with the result, "differs": files, "lineage": the audit of the model, or None}.
     """
-    document = {
+    verdict, compared, differs, found = _compared(root, file)
+    is_one_file = verdict == "verified" and file.path.is_file()
+    return {
         "file": str(file.path),
         "format": file.form,
         "says": {key: value for key, value in asdict(file.claim).items() if value},
+        "verdict": verdict,
+        "verified": verdict == "verified",
+        "means": ONE_FILE if is_one_file else VERDICTS[verdict],
+        "compared": compared,
+        "differs": differs,
+        "lineage": found,
     }
+
+
+def _compared(
+    root: Path | None, file: ClaimingFile
+) -> tuple[str, dict[str, bool | None], list[str], dict[str, Any] | None]:
+    """Verdict, what was compared with its result, files that differ, and the audit of the model."""
     if root is None:
-        return _judged(document, "unverified")
+        return "unverified", {}, [], None
     index = Index(root)
     subject = _subject(index, file.claim)
     if subject is None:
-        return _judged(document, "unknown")
+        return "unknown", {}, [], None
     found = lineage.document(subject)
+    differs = _differing_files(index, subject, file.path) if file.form == "safetensors" else None
     compared: dict[str, bool | None] = {
         "content hash in history": True,
         **_compared_claims(root, file.claim, subject, found),
+        "weights" if file.form == "gguf" else "file" if file.path.is_file() else "files": (
+            None if differs is None else not differs
+        ),
     }
-    differs = _differing_files(index, subject, file.path) if file.form == "safetensors" else None
-    compared["weights" if file.form == "gguf" else "file" if file.path.is_file() else "files"] = (
-        None if differs is None else not differs
-    )
     verdict = "different" if False in compared.values() else "claimed" if differs is None else "verified"
-    judged = _judged(document, verdict, compared, differs, found)
-    return judged | {"means": ONE_FILE} if judged["verified"] and file.path.is_file() else judged
-
-
-def _judged(
-    document: Mapping[str, Any],
-    verdict: str,
-    compared: Mapping[str, bool | None] | None = None,
-    differs: list[str] | None = None,
-    found: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    return {
-        **document, "verdict": verdict, "verified": verdict == "verified", "means": VERDICTS[verdict],
-        "compared": dict(compared or {}), "differs": differs or [], "lineage": found,
-    }  # fmt: skip
+    return verdict, compared, differs or [], found
 
 
 def _subject(index: Index, claim: Claim) -> lineage.Subject | None:
@@ -159,25 +159,9 @@ def _is_file_or_folder(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and not path.is_symlink())
 
 
-def _line(text: str) -> str:
-    """On one line: a line break in a value must not look like a line of the answer."""
-    return visible(text).replace("\n", "\\n")
-
-
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
-    lines = [f"{_line(document['file'])}  {document['format']}", document["means"], "", "the file says"]
-    lines += [f"  {key}: {_line(value)}" for key, value in document["says"].items()]
-    if document["compared"]:
-        words = {True: "as recorded", False: "NOT as recorded", None: "not compared"}
-        lines += [
-            "compared with this project",
-            *(f"  {name}: {words[result]}" for name, result in document["compared"].items()),
-        ]
-    lines += [f"  differs: {_line(name)}" for name in document["differs"]]
-    if document["lineage"]:
-        lines += ["", "lineage of the model that the file names", "", lineage.as_text(document["lineage"])]
-    return "\n".join(lines)
+    return text("claimed", **document, lineage_text=lineage.as_text)
 
 
 def exit_code(document: Mapping[str, Any]) -> int:

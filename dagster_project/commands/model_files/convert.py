@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.model_files import TEXT_MODELS, llama_cpp, safetensors_metadata
+from dagster_project.commands.model_files import MERGED, TEXT_MODELS, llama_cpp, safetensors_metadata
 from dagster_project.commands.model_files.processes import reason, run_python
 from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
@@ -58,8 +58,8 @@ def refuse_unsupported(folder: Path, name: str) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         stage, _, variant = name.partition("@")
-        merged = {"adapter": "merged", "aligned": "merged_aligned"}.get(stage)
-        hint = f"export {merged}@{variant}" if merged else "set `merge: true` for the variant, and make it again"
+        hint = "set `merge: true` for the variant, and make it again"
+        hint = f"export {MERGED[stage]}@{variant}" if stage in MERGED else hint
         raise InputError(f"{name} is an adapter, and GGUF files have whole models", hint)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(

@@ -217,16 +217,6 @@ def _write_safetensors(target: Target, origin: Claim, made: Path) -> dict[str, A
     return {"files": len(copied), "weights_identical": True, "left_out": left_out}
 
 
-def _logits_as_text(document: Mapping[str, Any]) -> str:
-    checked = document["checked"]
-    if checked["logits"] is not None:
-        before = "" if document["quantization"] in convert.DIRECT else ", before quantization"
-        return f"{checked['logits']:.1%} from those of the model in float32{before}"
-    return "not compared: " + (
-        "memory does not suffice for the model in float32" if llama_cpp.is_installed() else "llama.cpp is not installed"
-    )
-
-
 def as_text(document: Mapping[str, Any]) -> str:
     """For the terminal."""
-    return text("model_files", **document, logits=_logits_as_text(document) if document["format"] == "gguf" else "")
+    return text("model_files", **document, direct=convert.DIRECT, has_llama_cpp=llama_cpp.is_installed())

@@ -123,12 +123,14 @@ class _Reader:
         return self.file.tell()
 
     def _number(self, form: str) -> int | float | bool:
-        length = struct.calcsize(form)
+        value: int | float | bool = struct.unpack(form, self._bytes(struct.calcsize(form)))[0]
+        return value
+
+    def _bytes(self, length: int) -> bytes:
         found = self.file.read(length)
         if len(found) < length:
             raise _Damaged("it is cut short")
-        value: int | float | bool = struct.unpack(form, found)[0]
-        return value
+        return found
 
     def _skip(self, length: int) -> None:
         if length > self.size - self.file.tell():
@@ -142,10 +144,7 @@ class _Reader:
         self.text_bytes += length
         if self.text_bytes > MOST_TEXT:
             raise _Damaged(f"texts of more than {MOST_TEXT:,} bytes")
-        found = self.file.read(length)
-        if len(found) < length:
-            raise _Damaged("it is cut short")
-        return found.decode("utf-8", "replace")
+        return self._bytes(length).decode("utf-8", "replace")
 
     def _value(self, kind: int) -> Value | None:
         if kind in FORMATS:

@@ -37,14 +37,20 @@ def _quantize(source: str, target: str, form: str) -> dict[str, Any]:
     return {}
 
 
-def _tokenize(file: str, texts: Sequence[str], ends: Sequence[int]) -> dict[str, Any]:
+def _loaded(file: str, setting: str, value: int) -> tuple[Any, Any, Any]:
+    """The library, and the model of a file, loaded with one setting that is not the default."""
     ffi, lib = _library()
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
-    params.vocab_only = True
+    setattr(params, setting, value)
     model = lib.llama_model_load_from_file(os.fsencode(file), params)
     if model == ffi.NULL:
         raise SystemExit("error: the file was refused")
+    return ffi, lib, model
+
+
+def _tokenize(file: str, texts: Sequence[str], ends: Sequence[int]) -> dict[str, Any]:
+    ffi, lib, model = _loaded(file, "vocab_only", True)
     vocab = lib.llama_model_get_vocab(model)
 
     def tokens(text: str) -> list[int]:
@@ -61,20 +67,14 @@ def _tokenize(file: str, texts: Sequence[str], ends: Sequence[int]) -> dict[str,
 
 
 def _logits(file: str, ids: Sequence[int], target: str) -> dict[str, Any]:
-    ffi, lib = _library()
-    lib.llama_backend_init()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
-    model = lib.llama_model_load_from_file(os.fsencode(file), params)
-    if model == ffi.NULL:
-        raise SystemExit("the file was refused")
+    ffi, lib, model = _loaded(file, "n_gpu_layers", 0)
     settings = lib.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = max(len(ids), 32)
     if threads := int(os.environ.get("OMP_NUM_THREADS") or 0):
         settings.n_threads = settings.n_threads_batch = threads
     context = lib.llama_init_from_model(model, settings)
     if context == ffi.NULL:
-        raise SystemExit("the context was refused")
+        raise SystemExit("error: the context was refused")
     batch = lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dagster_project.core.errors import InputError
@@ -66,9 +66,8 @@ def _parts_of(tokenizer: Any) -> Parts | None:
     alone = render(tokenizer, [user], True)
     if alone != parts.text([user]):
         before, after = parts.system
-        rest = Parts(parts.system, parts.user, parts.assistant, parts.answer).text([user])
-        default = alone.removeprefix(before).removesuffix(after + rest)
-        parts = Parts(parts.system, parts.user, parts.assistant, parts.answer, default)
+        default = alone.removeprefix(before).removesuffix(after + parts.text([user]))
+        parts = replace(parts, default_system=default)
     texts = (*parts.system, *parts.user, *parts.assistant, parts.answer, parts.default_system)
     if any(mark in text for text in texts for mark in ("{{", '"""')):
         return None

@@ -102,7 +102,7 @@ def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON.
 
-    Readers differ in which of two values of a key they take, so that a file with a key twice has no one meaning.
+    Of two values of a key, some readers take the first and others the last. A file with a key twice is ambiguous.
     """
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -31,7 +31,7 @@ def flow(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """The beginning of a text, as it stands in a comment."""
+    """The beginning of a text, for a comment."""
     return text if PLAIN.fullmatch(text) else _quoted(text[:40])
 
 

@@ -73,13 +73,3 @@ def _manifest(store: Path) -> dict[str, Any] | None:
     found = read_note(store / MANIFEST)
     shapes = {"identity": dict, "records": int, "shards": dict}
     return found if all(isinstance(found.get(key), shape) for key, shape in shapes.items()) else None
-
-
-def as_text(stores: list[dict[str, Any]]) -> list[str]:
-    """The stores for the terminal."""
-    lines = [
-        f"  {one['stage']}: {one['folder']}, {one['records']} of {one['of']} records, {one['bytes'] / 1e6:.1f} MB"
-        + ("" if one["records"] == one["of"] else ", incomplete: --index computes the others")
-        for one in stores
-    ]
-    return ["", "gradients for `pedigree why`", *lines] if lines else []

@@ -113,7 +113,7 @@ def forecast_training(
 
 
 def training_spec(
-    params: AdapterParams,
+    params: Any,
     base_model: Path,
     row: tuple[list[int], int],
     rows: int,
@@ -122,9 +122,10 @@ def training_spec(
     where: str,
     processes: int = 1,
 ) -> memory.TrainingSpec:
-    """What the prediction takes for an adapter, without the runtime.
+    """What the prediction takes for a training, without the runtime.
 
     Args:
+        params: an entry of `adapter` or of `aligned`, or the section `reward_model`.
         row: see `memory.largest_row`.
         rows: number of rows of the training split.
     """
