@@ -161,7 +161,9 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     subject = find(Index(root), model, rev)
     refuse(subject, model, form)
     tables = {"data_sets": data_sets(subject)} if chosen.data_sets else {}
-    return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
+    return chosen.write(
+        summarize(subject) | tables | {"provider": provider(root, subject.rev)}, issued or issue_date(subject)
+    )
 
 
 def refuse(subject: Subject, model: str, form: str | None = None) -> None:
