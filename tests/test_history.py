@@ -30,7 +30,7 @@ from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.export.export import export, summarize
-from dagster_project.lineage.history import stages_of
+from dagster_project.lineage.history import resolve, stages_of
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -322,6 +322,15 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
     (copy / "model.safetensors").write_text("other weights")
     with pytest.raises(InputError, match="no output in history contains these files"):
         audit(made.root, str(copy))
+
+
+def test_a_stage_is_found_beside_an_output_without_a_hash() -> None:
+    """Such as one in S3, which DVC records by its etag."""
+    lock = {
+        "upload": {"outs": [{"path": "s3://bucket/x", "etag": "1"}]},
+        "splits": {"outs": [{"path": "data/splits", "md5": "abcdef12"}]},
+    }
+    assert resolve(lock, "data/splits") == resolve(lock, "abcdef") == "splits"
 
 
 def test_a_file_of_an_output_that_nothing_records_any_more_is_in_no_output(made: Project, tmp_path: Path) -> None:

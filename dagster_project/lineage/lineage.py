@@ -610,19 +610,19 @@ def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, st
     trainings, missing = [], []
     for run in subject.models:
         if index.has_unknown_original(run):
-            missing += [_missing(one) for one in index.unavailable_originals(run)]
+            missing += [missing_output(one) for one in index.unavailable_originals(run)]
             continue
         files = index.files(run.md5)
         data = list(index.data(run).values())
         if files is None:
             if data:  # otherwise it was not trained itself
-                missing.append(_missing(run))
+                missing.append(missing_output(run))
             continue
         if EVIDENCE not in files or index.is_copy(run):
             continue  # a copy of its parent was not trained itself, although the evidence was copied too
         path = index.file_path(run.md5, EVIDENCE)
         if path is None:
-            missing.append(_missing(run))
+            missing.append(missing_output(run))
             continue
         source_rows, unavailable = _source_rows(index, data)
         missing += [output for output in unavailable if output not in missing]
@@ -671,7 +671,7 @@ def _source_rows(
             continue
         path = index.file_path(run.md5, LEDGER)
         if path is None:
-            missing.append(_missing(run))
+            missing.append(missing_output(run))
             continue
         here: dict[str, list[tuple[str, int | None]]] = {}
         lines = tables.read(path, ["source", "source_row", "example_id", "outcome"]).rows(named=True)
@@ -681,7 +681,8 @@ def _source_rows(
     return source_rows, missing
 
 
-def _missing(run: StageRun) -> dict[str, str]:
+def missing_output(run: StageRun) -> dict[str, str]:
+    """An unavailable output, with the commands that fetch it."""
     return {"stage": run.address, "path": run.path, "md5": run.md5, "fetch": fetch_hint([run])}
 
 
