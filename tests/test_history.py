@@ -29,8 +29,8 @@ from dagster_project.lineage import rows as row_index
 from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
-from dagster_project.lineage.export.export import export
-from dagster_project.lineage.history import stages_of
+from dagster_project.lineage.export.export import export, summarize
+from dagster_project.lineage.history import resolve, stages_of
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
@@ -322,6 +322,95 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
     (copy / "model.safetensors").write_text("other weights")
     with pytest.raises(InputError, match="no output in history contains these files"):
         audit(made.root, str(copy))
+
+
+def test_a_stage_is_found_beside_an_output_without_a_hash() -> None:
+    """Such as one in S3, which DVC records by its etag."""
+    lock = {
+        "upload": {"outs": [{"path": "s3://bucket/x", "etag": "1"}]},
+        "splits": {"outs": [{"path": "data/splits", "md5": "abcdef12"}]},
+    }
+    assert resolve(lock, "data/splits") == resolve(lock, "abcdef") == "splits"
+
+
+def test_a_file_of_an_output_that_nothing_records_any_more_is_in_no_output(made: Project, tmp_path: Path) -> None:
+    """The index still lists it: its run was never committed, and the next one replaced it in dvc.lock."""
+    lock = made.lock(ROWS)
+    made.write(lock)
+    shard = Index(made.root).files(lock["splits"]["outs"][0]["md5"])["train/records-00000.parquet"]
+    shutil.copy(made.object(shard), tmp_path / "copy.parquet")
+    assert audit(made.root, str(tmp_path / "copy.parquet"))["model"]["stage"] == "splits"
+    made.commit(made.lock([("frogs", "train", FAQ), *ROWS[1:]]))
+    with pytest.raises(InputError, match="no output in history contains these files"):
+        audit(made.root, str(tmp_path / "copy.parquet"))
+
+
+def test_a_run_of_the_run_cache_alone_is_audited_on_a_branch_without_dvc_lock(made: Project) -> None:
+    lock = made.lock(ROWS)
+    made.commit(made.lock(ROWS, seed=1))
+    for name in lock:
+        made.cache_run(lock[name])
+    git(made.root, "checkout", "-q", "--orphan", "empty")
+    git(made.root, "rm", "-qf", "dvc.lock")
+    md5 = lock["merged@lora"]["outs"][0]["md5"]
+    assert audit(made.root, md5)["model"] == {"stage": "merged@lora", "path": "data/merged/lora", "md5": md5}
+
+
+def trained_again(made: Project, splits: str = "splits") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two versions of dvc.lock, both committed: the second adapter is trained from a copy of the first merged model.
+
+    Args:
+        splits: name of the data set's stage in the second.
+    """
+    first = made.lock(ROWS)
+    first["adapter@lora"]["outs"].append(made.report("adapter/lora", {"environment": {"torch": "1"}, "steps": 2}))
+    first["merged@lora"]["outs"].append(made.report("merged/lora", {"output_sha256": "1" * 64}))
+    made.commit(first)
+    second = {splits: first["splits"], **made.adapter(first, ["dogs"])}
+    previous = {"path": "data/previous", "hash": "md5", "md5": first["merged@lora"]["outs"][0]["md5"]}
+    second["adapter@lora"]["deps"].append(previous)
+    second["adapter@lora"]["outs"].append(made.report("adapter/lora", {"environment": {"torch": "2"}, "steps": 1}))
+    second |= made.merged(second)
+    second["merged@lora"]["outs"].append(made.report("merged/lora", {"output_sha256": "2" * 64}))
+    made.commit(second)
+    return first, second
+
+
+def test_two_trainings_of_one_stage_are_counted_apart(made: Project) -> None:
+    first, _ = trained_again(made)
+    before = f"adapter@lora {first['adapter@lora']['outs'][0]['md5'][:8]}"
+    assert audit(made.root, "merged@lora")["records"] == {
+        "records": 2,
+        "learnt_by": {
+            before: {"records": 2, "views": 2, "steps": 2, "epochs": 1},
+            "adapter@lora": {"records": 1, "views": 1, "steps": 1, "epochs": 1},
+        },
+    }
+    found = listed(trained_on(find(Index(made.root), "merged@lora"))[0])
+    assert [(one["model"], one["steps"]) for one in found] == [(before, [1]), (before, [2]), ("adapter@lora", [1])]
+
+
+def test_an_export_of_a_model_that_was_trained_again_describes_the_later_training(made: Project) -> None:
+    trained_again(made)
+    summary = summarize(find(Index(made.root), "merged@lora"))
+    assert (summary["model"]["sha256"], summary["training"]["steps"]) == ("2" * 64, 1)
+    assert summary["environment"] == {"torch": "2"}
+
+
+def test_a_data_set_that_two_trainings_read_under_two_names_of_its_stage_is_two_stages(made: Project) -> None:
+    trained_again(made, "my_splits")
+    stages = summarize(find(Index(made.root), "merged@lora"))["stages"]
+    assert stages["splits"]["md5"] == stages["my_splits"]["md5"]
+
+
+def test_an_export_of_a_revision_has_its_provider_in_either_notation(made: Project) -> None:
+    params = made.root / "params.yaml"
+    params.write_text("provider: {legal_name: Then Ltd}")
+    commit = made.commit(made.lock(ROWS))
+    params.write_text("provider: {legal_name: Now Ltd}")
+    then = export(made.root, "merged@lora", "eu-summary", rev=commit)
+    assert "**Provider name:** Then Ltd" in then
+    assert export(made.root, f"{commit}:merged@lora", "eu-summary") == then
 
 
 def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:

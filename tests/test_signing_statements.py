@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_signed_statement_of_another_shape_is_read_or_refused_and_nothing_else
             {"x": DIGESTS, "y": DIGESTS},
             {},
         )
-        return json.loads(json.dumps(provenance.statement(record.with_result({"verdict": "identical"}))))
+        return json.loads(json.dumps(provenance.statement(replace(record, remade={"verdict": "identical"}))))
 
     def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         for name in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def attest(root: Path, model: str, key_file: str | None, remade: bool = False) -
     verdict, results = None, dict[str, Any]()
     if remade:
         verdict, results = _made_again(target.root, target.address, records)
-    signed = [provenance.statement(record.with_result(results.get(record.address))) for record in records]
+    signed = [provenance.statement(replace(record, remade=results.get(record.address))) for record in records]
     written = _written(target, ATTESTATIONS, provenance.lines(signed, key), key)
     return {**written, "stages": [record.address for record in records], "remade": verdict}
 

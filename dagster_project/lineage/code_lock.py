@@ -164,11 +164,10 @@ def refuse_other_code(root: Path, stages: Iterable[str] | None = None) -> None:
     differing = [name for name, value in now.items() if recorded.stages.get(name) != value]
     if not set(differing) & set(now if stages is None else stages):
         return
-    here = __version__
     versions = (
-        f"{DISTRIBUTION} {here} is installed, {recorded.version} is recorded"
-        if here != recorded.version
-        else f"both are version {here}"
+        f"{DISTRIBUTION} {__version__} is installed, {recorded.version} is recorded"
+        if __version__ != recorded.version
+        else f"both are version {__version__}"
     )
     raise InputError(
         f"the installed code of {', '.join(differing)} is not that of {FILE} ({versions})",

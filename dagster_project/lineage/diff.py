@@ -12,10 +12,18 @@ from typing import Any
 
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import NON_METRICS, Subject, document, find, unavailable_reports, unrecorded
-from dagster_project.lineage.rows import AUGMENTED
+from dagster_project.lineage.lineage import (
+    NON_METRICS,
+    Subject,
+    document,
+    find,
+    missing_output,
+    unavailable_reports,
+    unrecorded,
+)
+from dagster_project.lineage.rows import AUGMENTED, LEDGER
 from dagster_project.lineage.run_index import SPLIT
-from dagster_project.lineage.runs import StageRun, fetch_hint
+from dagster_project.lineage.runs import StageRun
 
 SHOWN = 20
 """Most records of a kind shown in the terminal; `--json` lists all."""
@@ -51,8 +59,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     old, new = (document(subject) for subject in subjects)
     records, missing = _records(subjects[0], subjects[1])
     reports = [one for subject in subjects for one in unavailable_reports(index, subject.upstream)]
-    lost = [{key: one[key] for key in ("path", "md5", "fetch")} for one in reports]
-    stated = partial(_differing, of_both=bool(lost))
+    stated = partial(_differing, of_both=bool(reports))
     naming = [
         run
         for subject in subjects
@@ -69,10 +76,14 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
-        "missing": list(
-            {(one["path"], one["md5"]): one for one in missing + lost}.values()
-        ),  # both models may need the same
+        "missing": _each_once(missing + reports),
     }
+
+
+def _each_once(missing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Missing outputs and reports, which both models may need."""
+    keys = ("path", "md5", "fetch")
+    return list({(one["path"], one["md5"]): {key: one[key] for key in keys} for one in missing}.values())
 
 
 def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,15 +131,12 @@ def _scores(subject: Subject, audited: Mapping[str, Any]) -> dict[str, Any]:
 def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, Any]]] | None, list[dict[str, str]]]:
     """Differences in records, over the data sets of each model and of the
     models it was derived from; and the missing outputs."""
-    rows_of, missing = [], []
+    rows_of, missing = [], list[dict[str, str]]()
     for subject in (before, after):
         rows, unavailable = _split_rows(subject)
         rows_of.append(rows)
-        missing += [{"path": run.path, "md5": run.md5, "fetch": fetch_hint([run])} for run in unavailable]
-        missing += [
-            {key: one[key] for key in ("path", "md5", "fetch")}
-            for one in unrecorded(subject.index, _up_to_splits(subject))
-        ]
+        missing += map(missing_output, unavailable)
+        missing += unrecorded(subject.index, _up_to_splits(subject))
     if missing:
         return None, missing
     old, new = rows_of
@@ -219,7 +227,7 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
         if len(shards) < len(names):
             unavailable.append(run)
             continue
-        ledger = index.file_path(md5, "ledger.parquet")
+        ledger = index.file_path(md5, LEDGER)
         rows_by_id: dict[str, list[SourceRow]] = {}
         kinds: dict[str, str] = {}
         for row in (

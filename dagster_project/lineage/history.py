@@ -278,7 +278,7 @@ def resolve(lock: dict[str, Any], model: str) -> str:
         address
         for address, stage in lock.items()
         for out in stage.get("outs", [])
-        if out["path"] == target or (len(target) >= 6 and out["md5"].startswith(target))
+        if out["path"] == target or (len(target) >= 6 and out.get("md5", "").startswith(target))
     ]
     if len(set(matches)) == 1:
         return matches[0]
@@ -435,6 +435,8 @@ class Objects:
     """Content by DVC hash: from the cache, or from the workspace if it contains the same bytes."""
 
     root: Path
+    _here: dict[str, dict[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Path of an output -> its current listing. Filled on demand, because hashing a model takes seconds."""
 
     @cached_property
     def cache(self) -> Path:
@@ -483,11 +485,6 @@ class Objects:
             return {}
         with os.scandir(self.cache) as entries:
             return {Path(entry.path): entry.stat().st_mtime_ns for entry in entries if entry.is_dir()}
-
-    @cached_property
-    def _here(self) -> dict[str, dict[str, str]]:
-        """Path of an output -> its current listing. Filled on demand, because hashing a model takes seconds."""
-        return {}
 
     def path(self, md5: str, out: str = "") -> Path | None:
         """Path of a file with this hash; None if it is unavailable.

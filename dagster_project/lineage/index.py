@@ -164,22 +164,16 @@ class Index(RunIndex):
         return [
             producer
             for producer in [*self.data(run).values(), run]
-            if producer.md5 in self._unindexed
+            if producer.md5 in self._with_unread(False)
             or (producer.md5 not in self._listed and (producer is run or self.is_split(producer)))
         ]
 
-    @cached_property
-    def _unindexed(self) -> frozenset[str]:
-        query = (
-            "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name NOT IN (?, ?)"
-        )
-        return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
-
-    @cached_property
-    def _without_contributions(self) -> frozenset[str]:
-        """Outputs with a ledger or table of overlaps that is unavailable."""
-        query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name IN (?, ?)"
-        return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
+    @cached_per_instance
+    def _with_unread(self, contributions: bool) -> frozenset[str]:
+        """Outputs with an unavailable file that tells of contributions (a ledger or table of overlaps), or another."""
+        query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name"
+        rows = self._db.execute(f"{query} {'' if contributions else 'NOT'} IN (?, ?)", (LEDGER, OVERLAPS))
+        return frozenset(out for (out,) in rows)
 
     @cached_property
     def _paths_with_contributions(self) -> frozenset[str]:
@@ -192,7 +186,7 @@ class Index(RunIndex):
         return [
             producer
             for producer in self.ancestors(run).values()
-            if producer.md5 in self._without_contributions
+            if producer.md5 in self._with_unread(True)
             or (
                 producer.md5 not in self._listed
                 and (producer.path in self._paths_with_contributions or producer.path not in self._listed_paths)

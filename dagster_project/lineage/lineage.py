@@ -48,6 +48,10 @@ ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 NOTHING_RECORDS_IT = "no commit and no entry of DVC's run cache has the run that produced it"
 NOWHERE = "in no commit and no cache here"
 SHALLOW = "the commits that this shallow clone lacks (`git fetch --unshallow` brings them)"
+IF_ANY = {
+    "other_base_models", "teachers", "watched_by", "answers", "order_unknown", "other_values", "other_versions",
+}  # fmt: skip
+"""Keys of an audit that are left out where there is nothing to say."""
 NON_METRICS = {"checks", "environment", "machine", "passed", "output_sha256"}
 """Keys of a report that are not metrics."""
 
@@ -59,6 +63,8 @@ class Subject:
     index: Index
     run: StageRun
     lock: Mapping[str, StageRun]
+    rev: str | None = None
+    """The revision that was asked for; None: the workspace, or whichever commit has a content hash."""
 
     @cached_property
     def upstream(self) -> list[StageRun]:
@@ -77,6 +83,26 @@ class Subject:
             if known not in self._contributing and run in self._contributing:
                 order[run.address, run.md5] = run
         return list(order.values())
+
+    def name(self, run: StageRun) -> str:
+        """Name of a run of `upstream` or `models`: the address of its stage, or address and hash.
+
+        Of several versions of a stage, the address alone is that of the model itself, or else of the one in its
+        dvc.lock, or else of the first.
+        """
+        return run.address if self._plain[run.address] == run.md5 else f"{run.address} {run.md5[:8]}"
+
+    @cached_property
+    def _plain(self) -> dict[str, str]:
+        """Address of a stage -> hash of the version that it names alone."""
+        first: dict[str, str] = {}
+        for run in (self.run, *(run for run in self.upstream if self._is_current(run)), *self.upstream, *self.models):
+            first.setdefault(run.address, run.md5)
+        return first
+
+    def _is_current(self, run: StageRun) -> bool:
+        current = self.lock.get(run.address)
+        return current is not None and current.md5 == run.md5
 
     @cached_property
     def contributing(self) -> list[StageRun]:
@@ -124,48 +150,52 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     if absolute.is_relative_to(index.root) and absolute != index.root:
         target = target if target in lock else absolute.relative_to(index.root).as_posix()
     if target in lock:
-        return Subject(index, lock[target], lock)
+        return Subject(index, lock[target], lock, rev)
     matches = [run for run in lock.values() if run.path == target or (len(model) >= 6 and run.md5.startswith(digest))]
     if len(matches) == 1:
-        return Subject(index, matches[0], lock)
+        return Subject(index, matches[0], lock, rev)
     if matches:
         raise InputError(
             f"{model} could be {', '.join(sorted(m.address for m in matches))}",
             "give more of the hash, or the stage's name",
         )
-    is_path = path_exists(Path(model))
-    if is_path:
-        hashes = _outputs_copied_to(index, Path(model))
+    if path_exists(Path(model)):
+        hashes = _originals(index, _outputs_copied_to(index, Path(model)), lock)
     else:
         hashes = index.outputs_with_prefix(digest) if len(model) >= 6 else []
-    if len(hashes) > 1 and is_path:
-        hashes = _originals(index, hashes, lock)
     if len(hashes) > 1:
         raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
-    if hashes:
-        runs = index.runs_by_output[hashes[0]]
-        run = next((run for run in runs if run in lock.values()), runs[0])
-        return Subject(index, run, lock if run in lock.values() else _lock(index, run.commit))
+    if not hashes:
+        raise _not_found(index, model, rev, lock)
+    runs = index.runs_by_output[hashes[0]]
+    run = next((run for run in runs if run in lock.values()), runs[0])
+    if run not in lock.values() and (run.commit or run.in_workspace):
+        lock = _lock(index, run.commit)
+    return Subject(index, run, lock, rev)
+
+
+def _not_found(index: Index, model: str, rev: str | None, lock: Mapping[str, StageRun]) -> InputError:
+    """The error for a name, path or hash that nothing matches: what was looked for, and what there is."""
     former = [run for run in index.runs.values() if model in {run.address, run.path}]
     if former:
         last = next((run for run in reversed(former) if run.commit), former[-1])
-        raise InputError(
+        return InputError(
             f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {last.md5}",
             f"give --rev {last.commit[:12]}, or that hash" if last.commit else "give that hash",
         )
-    shallow = ""
-    if index.history.shallow:
-        shallow = "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history"
+    is_path = path_exists(Path(model))
     what = "no such stage, output path or content hash in dvc.lock"
     if is_path:
         what = "no output in history contains these files"
+    revision, _, name = model.partition(":")
+    if name and not name.startswith("//") and rev is None and not is_path:  # "//": an address such as s3://bucket
+        what = f"there is no revision {visible(revision)} here, and {what}"
     known = "there is no dvc.lock here; of another commit give REV:MODEL or a content hash"
     if lock:
         known = f"known: {', '.join(lock)}"
-    names_revision = colon and name and not name.startswith("//")  # not an address such as s3://bucket
-    if names_revision and rev is None and not path_exists(Path(model)):
-        what = f"there is no revision {visible(revision)} here, and {what}"
-    raise InputError(f"{model}: {what}", f"{known}{shallow}")
+    if index.history.shallow:
+        known += "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history"
+    return InputError(f"{model}: {what}", known)
 
 
 def _has_history_only(index: Index, rev: str | None) -> bool:
@@ -214,7 +244,7 @@ def _outputs_copied_to(index: Index, path_on_disk: Path) -> list[str]:
     if whole in index.runs_by_output:
         return [whole]
     weights = [md5 for name, md5 in listing.items() if name.endswith(WEIGHTS)]
-    holders = [set(index.outputs_with_file(md5)) & index.runs_by_output.keys() for md5 in weights]
+    holders = [set(index.outputs_with_file(md5)) for md5 in weights]
     return _most_like(index, set.intersection(*holders), listing) if holders else []
 
 
@@ -228,9 +258,9 @@ def _most_like(index: Index, hashes: Iterable[str], listing: Mapping[str, str]) 
 
 
 def _originals(index: Index, hashes: Sequence[str], lock: Mapping[str, StageRun]) -> list[str]:
-    """Those of the outputs with the same weights that are not copies of another one of them, as a release is; if there
-    are several, those of the given lock."""
-    runs = {md5: index.runs_by_output[md5] for md5 in hashes if md5 in index.runs_by_output}
+    """Of several outputs with the same weights those that are not copies of another one of them, as a release is; if
+    there are several, those of the given lock."""
+    runs = {md5: index.runs_by_output[md5] for md5 in hashes}
     made = [md5 for md5, found in runs.items() if not any(index.is_copy(run) for run in found)] or [*runs]
     here = [md5 for md5 in made if any(run in lock.values() for run in runs[md5])]
     return sorted(made if len(made) == 1 or not here else here)
@@ -250,38 +280,22 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
     Raises:
         InputError: `as_of` is given, and the model has no use policy.
     """
-    index, run, upstream = subject.index, subject.run, subject.upstream
+    index, run, upstream, name = subject.index, subject.run, subject.upstream, subject.name
     reports = {stage: index.report(stage) for stage in upstream}
-    contributing = subject.contributing
-    names = _stage_names(upstream)
     entries = {stage: index.lock_entry(stage) for stage in upstream}
-    own_name = names[run.path, run.md5]
-    parameters, others = _with_others(
-        _parameters({names[stage.path, stage.md5]: entries[stage] for stage in contributing}), own_name
-    )
-    records, missing = trained_on(subject)
-    missing += unrecorded(index, contributing) + unavailable_reports(index, upstream)
-    unordered = [
-        model.address
-        for model in subject.models
-        if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)
-    ]
-    watched = [stage for stage in upstream if stage not in contributing]
-    made_from = {stage: reports[stage] for stage in contributing}
-    bases = {
-        json.dumps(_origin(one), sort_keys=True): _origin(one)
-        for one in made_from.values()
-        if {"origin", "sha256"} <= one.keys()
-    }
-    base, *other_bases = bases.values() or ({},)
-    latest_first = [
-        (names[stage.path, stage.md5], made_from[stage].get("environment", {})) for stage in reversed(made_from)
-    ]
+    made_from = {stage: reports[stage] for stage in subject.contributing}
+    watched = {stage: reports[stage] for stage in upstream if stage not in made_from}
+    parameters, others = _with_others(_parameters({name(stage): entries[stage] for stage in made_from}), name(run))
     versions, other_versions = _with_others(
-        ((name, *one) for name, installed in latest_first for one in installed.items()), own_name
+        (
+            (name(stage), *version)
+            for stage in reversed(made_from)
+            for version in made_from[stage].get("environment", {}).items()
+        ),
+        name(run),
     )
-    sources, read_by = _sources(index, made_from, names)
-    watched_sources, _ = _sources(index, {stage: reports[stage] for stage in watched}, names, sources)
+    sources, read_by = _sources(subject, made_from)
+    watched_sources, _ = _sources(subject, watched, sources)
     waivers = _waivers(parameters.values())
     waivers += [
         one for one in _waivers(other["value"] for values in others.values() for other in values) if one not in waivers
@@ -291,49 +305,63 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         raise InputError(
             f"{run.address}: its data was read without a use policy", "set raw_examples.use_policy and run `dvc repro`"
         )
-    own_names = {(stage.path, stage.md5): names[stage.path, stage.md5] for stage in contributing}
-    teachers = _teachers({stage.address: entries[stage] for stage in contributing})
-    return {
+    base, *other_bases = _base_models(made_from.values()) or [{}]
+    records, missing = trained_on(subject)
+    missing += unrecorded(index, subject.contributing) + unavailable_reports(index, upstream)
+    found = {
         "model": {"stage": run.address, "path": run.path, "md5": run.md5},
         "sources": sources,
         "read_by": read_by,
-        "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
+        "other_files": other_files(index, {stage: entries[stage] for stage in made_from}, name, sources),
         "base_model": base,
-        **({"other_base_models": other_bases} if other_bases else {}),
-        **({"teachers": teachers} if teachers else {}),
-        "stages": {
-            names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing
-        },
+        "other_base_models": other_bases,
+        "teachers": _teachers({name(stage): entries[stage] for stage in made_from}),
+        "stages": {name(stage): _stage(subject, stage, report, made_from) for stage, report in made_from.items()},
         "watched": {
-            "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
-            "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
+            "stages": {name(stage): _stage(subject, stage, report, upstream) for stage, report in watched.items()},
+            "sources": {source: facts for source, facts in watched_sources.items() if source not in sources},
             "other_files": other_files(
-                index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources
+                index, {stage: entries[stage] for stage in watched}, name, sources | watched_sources
             ),
         },
-        **({"watched_by": watchers} if (watchers := _watchers(subject)) else {}),
+        "watched_by": _watchers(subject),
         "records": _training_counts(records),
-        **({"answers": answers} if (answers := _rewarded(subject)) else {}),
-        **({"order_unknown": unordered} if unordered else {}),
+        "answers": _rewarded(subject),
+        "order_unknown": _unordered(subject),
         "parents": [
             {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)}
             for stage in subject.models[:-1]
         ],
         "parameters": parameters,
-        **({"other_values": others} if others else {}),
+        "other_values": others,
         "waivers": waivers,
         **judged,
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
         "code": _code(subject),
         "environment": versions,
-        **({"other_versions": other_versions} if other_versions else {}),
-        "machine": {
-            names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report
-        },
+        "other_versions": other_versions,
+        "machine": {name(stage): report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
         "missing": missing,
         "shallow": index.history.shallow,
     }
+    return {key: value for key, value in found.items() if value or key not in IF_ANY}
+
+
+def _base_models(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The imported weights that reports state, each once."""
+    found = [_origin(report) for report in reports if {"origin", "sha256"} <= report.keys()]
+    return list({json.dumps(one, sort_keys=True): one for one in found}.values())
+
+
+def _unordered(subject: Subject) -> list[str]:
+    """Models whose training command did not record the order of the examples."""
+    index = subject.index
+    return [
+        subject.name(model)
+        for model in subject.models
+        if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)
+    ]
 
 
 def _waivers(values: Iterable[Any]) -> list[Any]:
@@ -347,7 +375,7 @@ def _teachers(entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _watchers(subject: Subject) -> list[dict[str, str]]:
     return [
-        {"stage": watcher.address, "path": watcher.path, "md5": watcher.md5, "training": model.address}
+        {"stage": watcher.address, "path": watcher.path, "md5": watcher.md5, "training": subject.name(model)}
         for watcher, model in subject.watchers
     ]
 
@@ -368,9 +396,8 @@ def _with_others(
     Args:
         values: (stage, name, value). The value is that of the model's own stage, or else the first in this order.
     """
-    found: dict[
-        str, dict[str, tuple[Any, list[str]]]
-    ] = {}  # name -> value as JSON -> value, and the stages that have it
+    # name -> value as JSON -> value, and the stages that have it
+    found: dict[str, dict[str, tuple[Any, list[str]]]] = {}
     for stage, name, value in values:
         found.setdefault(name, {}).setdefault(json.dumps(value, sort_keys=True), (value, []))[1].append(stage)
     chosen, others = {}, {}
@@ -383,9 +410,8 @@ def _with_others(
 
 
 def _sources(
-    index: Index,
+    subject: Subject,
     reports: Mapping[StageRun, Mapping[str, Any]],
-    names: Mapping[tuple[str, str], str],
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """The sources that reports name, with the outcomes of their rows in every stage.
@@ -406,13 +432,13 @@ def _sources(
             name = source if first.get("sha256") == sha256 else f"{source} {(sha256 or 'unknown')[:8]}"
             sources[name] = with_unknown(facts, source)
             versions.setdefault(source, {}).setdefault(name, set()).add(run)
-    ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
+    ledgers = {stage: _ledger_counts(subject.index, stage) for stage in reports if not stage.is_model}
     read_by: dict[str, list[str]] = {}
     for source, readers in versions.items():
         for name, runs in readers.items():
-            read_by[name] = [names[run.path, run.md5] for run in reports if run in runs]
+            read_by[name] = [subject.name(run) for run in reports if run in runs]
             sources[name]["outcomes"] = {
-                names[stage.path, stage.md5]: counts
+                subject.name(stage): counts
                 for stage, counted in ledgers.items()
                 if ([*readers] == [source] or not runs.isdisjoint(_with_producers(stage)))
                 and (counts := _outcomes_of_source(counted, source))
@@ -429,14 +455,6 @@ def _with_producers(run: StageRun) -> dict[StageRun, None]:
 def _origin(report: Mapping[str, Any]) -> dict[str, Any]:
     facts = with_license(report)
     return {key: facts[key] for key in ORIGIN if key in facts}
-
-
-def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
-    """(path, hash) -> address, with the hash appended where two versions of one stage are upstream."""
-    names: dict[tuple[str, str], str] = {}
-    for run in upstream:
-        names[run.path, run.md5] = f"{run.address} {run.md5[:8]}" if run.address in names.values() else run.address
-    return names
 
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
@@ -480,9 +498,8 @@ def _code(subject: Subject) -> dict[str, Any]:
     """
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
     index, run, order = subject.index, subject.run, subject.upstream
-    names = _stage_names(order)
     for stage in order:
-        by_commit.setdefault(index.first_commit(stage), {})[names[stage.path, stage.md5]] = index.lock_entry(stage)
+        by_commit.setdefault(index.first_commit(stage), {})[subject.name(stage)] = index.lock_entry(stage)
     recorded = {name: code_lock.recorded_in(entry) for entries in by_commit.values() for name, entry in entries.items()}
     code = {
         name: (commit, *found)
@@ -491,7 +508,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     }
     files: dict[str, str] = {}
     stages = {}
-    for name in names.values():
+    for name in map(subject.name, order):
         commit, own, differing = code[name]
         files |= own
         stages[name] = {
@@ -502,7 +519,7 @@ def _code(subject: Subject) -> dict[str, Any]:
     differs = sorted({path for _, _, differing in code.values() for path in differing})
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
     may_be_before = any(
-        _may_be_before(index, stage) for stage in order if stages[names[stage.path, stage.md5]]["commit"] is None
+        _may_be_before(index, stage) for stage in order if stages[subject.name(stage)]["commit"] is None
     )
     return {
         **_commit_facts(index, run),
@@ -527,22 +544,27 @@ def _commit_with_all(index: Index, entries: Mapping[str, Mapping[str, Any]], run
     return commit
 
 
-def _stage(
-    index: Index, run: StageRun, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]
-) -> dict[str, Any]:
+def _stage(subject: Subject, run: StageRun, report: Mapping[str, Any], others: Iterable[StageRun]) -> dict[str, Any]:
+    """A stage with its outputs, inputs and checks.
+
+    Args:
+        others: runs that may be its parents.
+    """
     keys = ("passed", "severity", "blocking", "count", "dropped", "fixed", "waived", "note")
     checks = {
         name: {key: check[key] for key in keys if key in check} for name, check in report.get("checks", {}).items()
     }
-    parents = {names[path, md5] for _, path, md5 in run.inputs if (path, md5) in names}
+    read = {(path, md5) for _, path, md5 in run.inputs}
     splits = {name: report[name] for name in ("train", "validation", "test") if isinstance(report.get(name), int)}
     return {
         "output": run.path,
         "md5": run.md5,
         "inputs": {
-            dep["path"]: dep.get("md5", "") for dep in index.lock_entry(run).get("deps", []) if is_input(dep["path"])
+            dep["path"]: dep.get("md5", "")
+            for dep in subject.index.lock_entry(run).get("deps", [])
+            if is_input(dep["path"])
         },
-        "parents": [name for name in names.values() if name in parents],
+        "parents": [subject.name(one) for one in others if (one.path, one.md5) in read],
         **{key: report[key] for key in ("rows_in", "rows_out", "dropped", "fixed") if key in report},
         **({"examples": splits} if splits else {}),
         **({"checks": checks} if checks else {}),
@@ -585,28 +607,28 @@ def trained_on(subject: Subject) -> tuple[pl.DataFrame | None, list[dict[str, st
     import polars as pl
 
     index = subject.index
-    tables, missing = [], []
+    trainings, missing = [], []
     for run in subject.models:
         if index.has_unknown_original(run):
-            missing += [_missing(one) for one in index.unavailable_originals(run)]
+            missing += [missing_output(one) for one in index.unavailable_originals(run)]
             continue
         files = index.files(run.md5)
         data = list(index.data(run).values())
         if files is None:
             if data:  # otherwise it was not trained itself
-                missing.append(_missing(run))
+                missing.append(missing_output(run))
             continue
         if EVIDENCE not in files or index.is_copy(run):
             continue  # a copy of its parent was not trained itself, although the evidence was copied too
         path = index.file_path(run.md5, EVIDENCE)
         if path is None:
-            missing.append(_missing(run))
+            missing.append(missing_output(run))
             continue
         source_rows, unavailable = _source_rows(index, data)
         missing += [output for output in unavailable if output not in missing]
         copies = index.copies_of_records(index.ancestors(run))
-        tables.append(_with_source_rows(run.address, path, source_rows, copies))
-    return (pl.concat(tables, how="diagonal") if tables else None), missing
+        trainings.append(_with_source_rows(subject.name(run), path, source_rows, copies))
+    return (pl.concat(trainings, how="diagonal") if trainings else None), missing
 
 
 def _with_source_rows(
@@ -649,7 +671,7 @@ def _source_rows(
             continue
         path = index.file_path(run.md5, LEDGER)
         if path is None:
-            missing.append(_missing(run))
+            missing.append(missing_output(run))
             continue
         here: dict[str, list[tuple[str, int | None]]] = {}
         lines = tables.read(path, ["source", "source_row", "example_id", "outcome"]).rows(named=True)
@@ -659,7 +681,8 @@ def _source_rows(
     return source_rows, missing
 
 
-def _missing(run: StageRun) -> dict[str, str]:
+def missing_output(run: StageRun) -> dict[str, str]:
+    """An unavailable output, with the commands that fetch it."""
     return {"stage": run.address, "path": run.path, "md5": run.md5, "fetch": fetch_hint([run])}
 
 
@@ -696,7 +719,7 @@ def _rewarded(subject: Subject) -> dict[str, dict[str, Any]]:
         names = sorted(name for name in files if name.startswith(ANSWERS))
         shards = [path for name in names if (path := index.file_path(run.md5, name))]
         if names and len(shards) == len(names):
-            found[run.address] = rewarded_answers(shards)
+            found[subject.name(run)] = rewarded_answers(shards)
     return found
 
 

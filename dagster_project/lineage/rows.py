@@ -157,11 +157,7 @@ class RowCollector:
     def record_chunks(self) -> Iterator[tuple[bytes, ...]]:
         import numpy as np
 
-        columns = (
-            [np.concatenate(column) for column in zip(*(row[1:] for row in self._records), strict=True)]
-            if self._records
-            else []
-        )
+        columns = [np.concatenate(column) for column in zip(*(row[1:] for row in self._records), strict=True)]
         yield from _chunks(b"".join(row[0] for row in self._records), columns)
 
     def text_chunks(self) -> Iterator[tuple[bytes, ...]]:

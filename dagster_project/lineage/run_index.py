@@ -65,10 +65,9 @@ class RunIndex(Database):
     def _read_locks(self) -> None:
         indexed = {blob for (blob,) in self._db.execute("SELECT blob FROM lock")}
         commits = {**self.history.unreachable, **self.history.first}
-        texts: dict[str, tuple[bytes, str]] = {}
         new = [blob for blob in commits if blob not in indexed]
         contents = blobs(self.root, [*new, *(f"{commits[blob]}:./dvc.yaml" for blob in new)])
-        texts |= {blob: (contents[blob], commits[blob]) for blob in new if blob in contents}
+        texts = {blob: (contents[blob], commits[blob]) for blob in new if blob in contents}
         if self.history.workspace and self.history.workspace not in {*indexed, *commits}:
             texts[self.history.workspace] = self.history.workspace_content, ":"
         if not texts:
@@ -387,17 +386,15 @@ class RunIndex(Database):
 
     def commits_of(self, run: StageRun) -> list[str | None]:
         """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""
-        return [
-            self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in run.locks)
-        ]
+        return self._commits(run.locks)
+
+    def _commits(self, locks: Iterable[int]) -> list[str | None]:
+        return [commit for _, commit in sorted(self._places[lock] for lock in locks)]
 
     @cached_property
-    def _position_of_lock(self) -> dict[int, int]:
-        return {lock: position for position, (lock, _, _) in enumerate(self._locks)}
-
-    @cached_property
-    def _commit_of_lock(self) -> list[str | None]:
-        return [commit for _, commit, _ in self._locks]
+    def _places(self) -> dict[int, tuple[int, str | None]]:
+        """Id of a dvc.lock -> its position in history, and its first commit."""
+        return {lock: (position, commit) for position, (lock, commit, _) in enumerate(self._locks)}
 
     def first_commit_with(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains a run's output; one that
@@ -411,10 +408,7 @@ class RunIndex(Database):
 
     def first_commit_with_all(self, runs: Iterable[StageRun]) -> str | None:
         """The first commit whose dvc.lock contains the entries of all these runs; None if no commit does."""
-        common = set.intersection(*(run.locks for run in runs))
-        commits = (
-            self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in common)
-        )
+        commits = self._commits(set.intersection(*(run.locks for run in runs)))
         return next((commit for commit in commits if commit), None)
 
     @cached_per_instance
@@ -437,7 +431,7 @@ class RunIndex(Database):
         same = self._same_weights(run)
         if not same and (_section(run.address) == RELEASE or run.unresolved or run.place in {"run cache", "cache"}):
             holders = {out for weight in self.weights(run.md5) for out in self.outputs_with_file(weight)} - {run.md5}
-            found = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output]
+            found = [self.runs_by_output[out][0] for out in sorted(holders)]
             same = [one for one in found if one.place != "cache" and _section(one.address) != RELEASE]
         if same or _section(run.address) != RELEASE:
             return list(dict.fromkeys(same or self._models_read(run, in_folders=True)))
@@ -589,8 +583,9 @@ class RunIndex(Database):
         return {out: frozenset(files) for out, files in weights.items()}
 
     def outputs_with_file(self, file: str) -> list[str]:
-        """Outputs that contain a file with this hash."""
-        return [out for (out,) in self._db.execute("SELECT DISTINCT out FROM file WHERE md5 = ?", (file,))]
+        """Outputs of known runs that contain a file with this hash."""
+        query = "SELECT DISTINCT out FROM file WHERE md5 = ?"
+        return [out for (out,) in self._db.execute(query, (file,)) if out in self.runs_by_output]
 
     def outputs_with_prefix(self, prefix: str) -> list[str]:
         """Output hashes with this prefix."""

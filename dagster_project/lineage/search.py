@@ -137,23 +137,18 @@ class Pattern:
     def _matches_of(self, texts: pl.Series) -> list[int]:
         """As `matches_of`, of the texts themselves."""
         if self.regex:
-            normalized_texts = [
-                texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms
-            ]
-            return (
-                reduce(or_, [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in normalized_texts])
-                .arg_true()
-                .to_list()
-            )
+            forms = [texts.str.normalize(form).str.replace_all(r"\s+", " ").str.strip_chars() for form in self.forms]
+            found = [one.str.contains(f"(?i){self.ascii}").fill_null(False) for one in forms]
+            return reduce(or_, found).arg_true().to_list()
         plain = (texts.str.len_bytes() == texts.str.len_chars()).fill_null(True)
-        found = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
+        of_plain = (plain & texts.str.contains(f"(?i){self.ascii}").fill_null(False)).arg_true().to_list()
         others = (~plain).arg_true()
         matching = [
             i
             for i, text in zip(others.to_list(), texts.gather(others).to_list(), strict=True)
             if any(map(self.python.search, _forms(text)))
         ]
-        return [*found, *matching]
+        return [*of_plain, *matching]
 
     def excerpt(self, text: str) -> str:
         """The match in the normalized text, with what is around it."""

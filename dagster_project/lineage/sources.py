@@ -3,7 +3,7 @@ decisions of reviewers, expectations, chat templates, code of metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,14 +18,14 @@ from dagster_project.lineage.runs import StageRun
 def other_files(
     index: Index,
     entries: Mapping[StageRun, Mapping[str, Any]],
-    names: Mapping[tuple[str, str], str],
+    name: Callable[[StageRun], str],
     sources: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Files that the parameters of stages name, besides the sources of rows.
 
     Args:
         entries: the stages' entries of dvc.lock.
-        names: (path of the output, its hash) -> name of the stage.
+        name: the name of each stage.
         sources: the sources of rows, which are left out.
     Returns:
         path -> {"md5", "sha256" if the content is available, "license", "stages"}. Where stages read two versions of a
@@ -46,18 +46,16 @@ def other_files(
             used: Mapping[str, bytes | None] = (
                 {dep: None}
                 if files is None
-                else {name: one for name, one in files.items() if name == dep or _is_named(name, dep, named)}
+                else {file: one for file, one in files.items() if file == dep or _is_named(file, dep, named)}
             )
-            for name, content in used.items():
+            for file, content in used.items():
                 facts = (
                     {"md5": md5}
                     if content is None
                     else {"md5": md5_of_bytes(content), "sha256": sha256_of_bytes(content)}
                 )
-                shown = name if found.get(name, facts)["md5"] == facts["md5"] else f"{name} {facts['md5'][:8]}"
-                found.setdefault(shown, {**facts, "license": "unknown", "stages": []})["stages"].append(
-                    names[run.path, run.md5]
-                )
+                shown = file if found.get(file, facts)["md5"] == facts["md5"] else f"{file} {facts['md5'][:8]}"
+                found.setdefault(shown, {**facts, "license": "unknown", "stages": []})["stages"].append(name(run))
     return found
 
 

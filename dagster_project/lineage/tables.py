@@ -30,7 +30,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Read columns of a table. One of nulls alone has its type in this project.
+    """Read columns of a table. A column of nulls alone gets the type that it has in this project.
 
     Raises:
         InputError: it is not a table, or lacks one of the columns, or one has another type.
@@ -70,15 +70,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def flattened(column: pl.Series) -> tuple[np.ndarray, dict[str, pl.Series]]:
     """Number of objects in each list of a column of lists, (rows,); and field -> its values in all of them, in order.
 
-    No fields: not of objects.
+    Without fields if the items are not objects.
     """
     import polars as pl
 
     sizes = column.list.len().fill_null(0)
     objects = column.filter(sizes > 0).explode()
-    return sizes.to_numpy(), {name: objects.struct.field(name) for name in objects.struct.fields} if isinstance(
-        objects.dtype, pl.Struct
-    ) else {}
+    names = objects.struct.fields if isinstance(objects.dtype, pl.Struct) else []
+    return sizes.to_numpy(), {name: objects.struct.field(name) for name in names}
 
 
 def schema(path: Path) -> dict[str, pl.DataType]:
@@ -114,8 +113,8 @@ def _md5(path: Path, changed: int, size: int) -> str:
 
 
 def _damaged(path: Path, reason: Exception | str) -> PedigreeError:
-    """An error that names the file; that of the operating system, such as a
-    missing permission, does not call it damaged."""
+    """An error that names the file. After an error of the operating system, such as a missing permission, it does not
+    call the file damaged."""
     if isinstance(reason, Exception) and (known := faults.explained(reason, path.parent)):
         return known
     return InputError(

@@ -1,12 +1,13 @@
 """Gradients of models that were trained on preference pairs: of the loss of a
 pair, as training computed it, for policies of DPO and for reward models.
 
-    DPO            -log sigmoid(beta ((log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))))      Rafailov et al. 2023,
-    arXiv 2305.18290, eq. 7 reward model   -log sigmoid(reward(c) - reward(r) - margin)
-    Ouyang et al. 2022, arXiv 2203.02155, section 3.5
+    DPO            -log sigmoid(beta ((log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))))
+                   Rafailov et al. 2023, arXiv 2305.18290, eq. 7
+    reward model   -log sigmoid(reward(c) - reward(r) - margin)
+                   Ouyang et al. 2022, arXiv 2203.02155, section 3.5
 
-c and r are the chosen and the rejected answer. The examples of a pair are these
-two, each after the prompt, in this order.
+c and r are the chosen and the rejected answer. The examples of a pair are these two, each after the prompt, in this
+order.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class DpoLoss:
 class AlignedModel(TrainedModel):
     """A policy of DPO. Its adapter, switched off, leaves the reference."""
 
-    loss: DpoLoss = field(default_factory=lambda: DpoLoss(0.1))
+    loss: DpoLoss
     reference: dict[Example, float] = field(default_factory=dict, repr=False, compare=False)
     """Log-probability of answers under the reference, as far as it was computed."""
 

@@ -230,6 +230,7 @@ class Finder:
 
     def __init__(self, index: Index, key: bytes) -> None:
         self.index, self.root, self.key, self.key_id = index, index.root, key, key_id(key)
+        self._known_marks: dict[int, list[str]] = {}
 
     @cached_property
     def raws(self) -> list[Raw]:
@@ -396,10 +397,6 @@ class Finder:
             own = [record_mark(self.key, raw.example_id)] if raw.example_id else []
             known[id(raw)] = [*own, *text_marks(self.key, raw.record)]
         return known[id(raw)]
-
-    @cached_property
-    def _known_marks(self) -> dict[int, list[str]]:
-        return {}
 
     def _children(self, ids: Iterable[str]) -> list[str]:
         keys = {record_key(one) for one in ids}

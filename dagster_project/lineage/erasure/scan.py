@@ -60,7 +60,7 @@ class Scanner:
     def files(self, paths: Iterable[Path]) -> list[set[str] | OSError]:
         """Kinds of what each file holds: TEXT, ID, SURE; or why it cannot be read.
 
-        A file that ends to exist meanwhile holds nothing.
+        A file that is deleted meanwhile holds nothing.
         """
         found = [self._file(path) for path in paths]
         self._search_waiting()

@@ -10,10 +10,9 @@ from typing import Any
 from dagster_project.core.text import markdown
 from dagster_project.curation.sources.declarations import DECLARED, UNKNOWN
 from dagster_project.lineage.index import PARAPHRASED, PARAPHRASES
+from dagster_project.lineage.rows import AUGMENTED
 
 MISSING = "*missing*"
-AUGMENTED = "augmented:"
-"""Beginning of the outcome, in the ledger of `splits`, of a copy with another prompt."""
 NAMED = 3
 """Sources that an answer names."""
 CATEGORIES = ("public", "licensed", "third_party", "crawled", "user", "synthetic")

@@ -132,14 +132,8 @@ def _labels(summary: Mapping[str, Any]) -> str:
         for stage, found in summary["data_sets"].items()
         if found["profile"].get("categories")
     ]
-    return _escaped(
-        [
-            "The assistant's turns are what a model learns; the column `category` holds labels of the source.".replace(
-                "`", ""
-            ),
-            *lines,
-        ]
-    )
+    learned = "The assistant's turns are what a model learns; the column category holds labels of the source."
+    return _escaped([learned, *lines])
 
 
 def _checks(*names: str) -> Answer:
@@ -165,11 +159,8 @@ def _splits(summary: Mapping[str, Any]) -> str:
 
 
 def _errors(summary: Mapping[str, Any]) -> str:
-    return (
-        _escaped([*(failed_checks(summary) or ["every check of the data passed"])])
-        + "\n\n"
-        + _checks("exact_duplicates", "near_duplicates")(summary)
-    )
+    failed = _escaped(failed_checks(summary) or ["every check of the data passed"])
+    return f"{failed}\n\n{_checks('exact_duplicates', 'near_duplicates')(summary)}"
 
 
 def _sources(summary: Mapping[str, Any]) -> str:

@@ -215,8 +215,6 @@ def _row(path: str, facts: Mapping[str, Any], training: Mapping[str, int]) -> li
 
 def _details(sources: Mapping[str, Mapping[str, Any]], paths: list[str]) -> dict[str, str]:
     """Of the sources of one category: modality, size and period."""
-    if not paths:
-        return {}
     periods = declared(sources, "collected")[0]
     shown = [
         f"{markdown(path)} ({sources[path]['rows']} rows, collected {period(periods.get(path, {}))})" for path in paths

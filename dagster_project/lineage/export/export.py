@@ -77,7 +77,6 @@ def _names_of(runs: Iterable[StageRun], known: Mapping[str, StageRun]) -> list[s
 
 def measuring(subject: Subject) -> list[StageRun]:
     """The runs in the model's dvc.lock that measure it, or what it is compared with, in flow order."""
-    derived = {subject.run.md5}
     candidates = [run for run in subject.lock.values() if run.address.partition("@")[0] in MEASURING]
     candidates += [
         run for run in subject.upstream if run.address.partition("@")[0] in MEASURING and run not in candidates
@@ -87,11 +86,8 @@ def measuring(subject: Subject) -> list[StageRun]:
     for run in sorted(candidates, key=lambda one: MEASURING.index(one.address.partition("@")[0])):
         reads = {producer.md5 for producer in run.producers.values()}
         upstream = {one.md5 for one in Subject(subject.index, run, subject.lock).upstream}
-        if (
-            reads <= known
-            if run.address == "baselines"
-            else run in subject.upstream or not derived.isdisjoint(upstream)
-        ):
+        is_part = run in subject.upstream or subject.run.md5 in upstream
+        if reads <= known if run.address == "baselines" else is_part:
             found.append(run)
     return found
 
@@ -161,7 +157,9 @@ def export(root: Path, model: str, form: str, rev: str | None = None, issued: da
     subject = find(Index(root), model, rev)
     refuse(subject, model, form)
     tables = {"data_sets": data_sets(subject)} if chosen.data_sets else {}
-    return chosen.write(summarize(subject) | tables | {"provider": provider(root, rev)}, issued or issue_date(subject))
+    return chosen.write(
+        summarize(subject) | tables | {"provider": provider(root, subject.rev)}, issued or issue_date(subject)
+    )
 
 
 def refuse(subject: Subject, model: str, form: str | None = None) -> None:

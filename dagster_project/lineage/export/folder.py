@@ -36,7 +36,7 @@ def all_formats(
     subject = find(Index(root), model, rev)
     refuse(subject, model)
     day = issued or issue_date(subject)
-    summary = summarize(subject) | {"data_sets": data_sets(subject), "provider": provider(root, rev)}
+    summary = summarize(subject) | {"data_sets": data_sets(subject), "provider": provider(root, subject.rev)}
     texts, listed, missing = dict[str, str](), [], list[dict[str, str]]()
     for form in registry.formats():
         chosen = registry.find(form)

@@ -87,15 +87,7 @@ def citations(document: Mapping[str, Any], summary: Mapping[str, Any], issued: d
     found = []
     for position, part in enumerate(document["components"]):
         kind, _, name = part["bom-ref"].partition(":")
-        run = (
-            name
-            if kind == "stage"
-            else readers.get(name)
-            if kind == "source"
-            else kind
-            if kind == "base_model"
-            else None
-        )
+        run = {"stage": name, "source": readers.get(name), "base_model": kind}.get(kind)
         if run is not None and run in summary["stages"]:
             found.append(_citation(f"/components/{position}", run, issued, TYPED if "licenses" in part else ""))
     hashed = "hashes" in document["metadata"]["component"] and summary["model"]["stage"] in summary["stages"]

@@ -148,45 +148,45 @@ class _Graph:
         return element
 
     def base_model(self) -> Any:
-        base, types = self.summary["base_model"], self.types
+        base = self.summary["base_model"]
         if not base:
             return None
-        name, _, revision = base.get("origin", UNKNOWN).partition("@")
-        weights = [digest for path, digest in base.get("sha256", {}).items() if path.endswith(".safetensors")]
-        element = self.add(
-            types.ai_AIPackage,
+        origin = base.get("origin", UNKNOWN)
+        name, _, revision = origin.partition("@")
+        return self.origin(
             "base_model",
-            base.get("origin", UNKNOWN),
+            origin,
+            name,
+            revision,
+            base,
+            comment="releaseTime is the issue date of this document: nothing records that of the base model",
+            ai_informationAboutApplication=f"{base['parameters']} parameters" if "parameters" in base else None,
+        )
+
+    def teacher(self, facts: Mapping[str, Any]) -> Any:
+        comment = f"{facts['training']}{DISTILLED} releaseTime is the issue date of this document"
+        return self.origin("teacher", facts["training"], facts["folder"], "", facts, comment=comment)
+
+    def origin(
+        self, group: str, ref: str, name: str, revision: str, facts: Mapping[str, Any], comment: str, **more: Any
+    ) -> Any:
+        """A model of others that the model is derived from."""
+        weights = [digest for path, digest in facts.get("sha256", {}).items() if path.endswith(".safetensors")]
+        element = self.add(
+            self.types.ai_AIPackage,
+            group,
+            ref,
             name,
             suppliedBy=self.unknown,
             releaseTime=self.released,
-            comment="releaseTime is the issue date of this document: nothing records that of the base model",
+            comment=comment,
             software_downloadLocation=NO_ASSERTION,
             software_packageVersion=revision or (weights[0] if weights else UNKNOWN),
-            software_primaryPurpose=types.software_SoftwarePurpose.model,
+            software_primaryPurpose=self.types.software_SoftwarePurpose.model,
             verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
-            ai_informationAboutApplication=f"{base['parameters']} parameters" if "parameters" in base else None,
+            **more,
         )
-        self.license(element, base.get("license"))
-        return element
-
-    def teacher(self, facts: Mapping[str, Any]) -> Any:
-        types = self.types
-        weights = [digest for path, digest in facts["sha256"].items() if path.endswith(".safetensors")]
-        element = self.add(
-            types.ai_AIPackage,
-            "teacher",
-            facts["training"],
-            facts["folder"],
-            suppliedBy=self.unknown,
-            releaseTime=self.released,
-            comment=f"{facts['training']}{DISTILLED} releaseTime is the issue date of this document",
-            software_downloadLocation=NO_ASSERTION,
-            software_packageVersion=weights[0] if weights else UNKNOWN,
-            software_primaryPurpose=types.software_SoftwarePurpose.model,
-            verifiedUsing=[one for digest in weights for one in self.hashes(file=digest)],
-        )
-        self.license(element, facts["license"])
+        self.license(element, facts.get("license"))
         return element
 
     def source(self, path: str, facts: Mapping[str, Any]) -> Any:

@@ -55,13 +55,8 @@ def impact(
     index = Index(root)
     index.read_records()
     query = Matches(index)
-    asked: dict[str, Any] = {
-        "record": record,
-        "text": text,
-        "source": source,
-        "hash": content,
-        "containing": containing,
-    }
+    given = {"record": record, "text": text, "source": source, "hash": content, "containing": containing}
+    asked = {name: value for name, value in given.items() if value is not None}
     copies: list[dict[str, Any]] = []
     matches: list[dict[str, Any]] = []
     published = None
@@ -101,7 +96,7 @@ def impact(
             "run it in the project's folder, or `dvc repro` first",
         )
     return {
-        "asked": {name: value for name, value in asked.items() if value is not None},
+        "asked": asked,
         **({"published": {"id": asked["record"], "record": published}} if published else {}),
         **({"erased": erased, "erasure": "unfinished" if is_unfinished(root) else "done"} if erased else {}),
         "verdict": "yes" if models else "no" if complete else "cannot tell",
@@ -147,6 +142,12 @@ def _refuse_question(record: str | None, text: str | None, near: bool, containin
         )
 
 
+def _matching(index: Index, ids: Sequence[str]) -> Matches:
+    query, names = Matches(index), {record_key(one): one for one in ids}
+    query.match_records([*names], names, derived=True)
+    return query
+
+
 def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """`models` and `unknown` of `impact`, for any of some records and what was made from them.
 
@@ -154,8 +155,7 @@ def exposed_models(index: Index, ids: Sequence[str]) -> tuple[list[dict[str, Any
         index: whose records were read.
         ids: `example_id` of each record.
     """
-    query = Matches(index)
-    query.match_records([record_key(one) for one in ids], {record_key(one): one for one in ids}, derived=True)
+    query = _matching(index, ids)
     models = ExposedModels(query).models()
     decided = {model["md5"] for model in models}
     return models, [model for model in UndecidedModels(query).models() if model["md5"] not in decided]
@@ -169,8 +169,7 @@ def exposed_in_workspace(index: Index, ids: Sequence[str]) -> tuple[list[str], l
     Args:
         index, ids: as for `exposed_models`.
     """
-    query = Matches(index)
-    query.match_records([record_key(one) for one in ids], {record_key(one): one for one in ids}, derived=True)
+    query = _matching(index, ids)
     reached, undecided = ExposedModels(query), UndecidedModels(query)
     models = [run for run in index.runs.values() if run.in_workspace and run.is_model]
     exposed = {run.address for run in models if reached.exposed_through(run)}

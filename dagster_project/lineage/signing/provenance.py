@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -58,9 +58,6 @@ class StageRecord:
     report: Mapping[str, Any]
     remade: Mapping[str, Any] | None = None
     """The result of making it again; None if that was not done."""
-
-    def with_result(self, remade: Mapping[str, Any] | None) -> StageRecord:
-        return replace(self, remade=remade)
 
 
 def lock_texts(text: str) -> dict[str, str]:
