@@ -22,7 +22,7 @@ IMPORTANT = frozenset(
         "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask",
         "reasoning", "reasoning_content", "reasoning_details", "thinking", "tools", "functions", "tool_calls",
         "function_call", "tool_call_id", "images", "image", "audio", "audios", "video", "videos", "files", "system",
-        "history", ORDER_OF_CALLS,
+        "history", "system_prompt", "chat_template_kwargs", ORDER_OF_CALLS,
     }
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
