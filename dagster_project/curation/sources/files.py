@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -264,7 +264,7 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 what = f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder"
                 raise InputError(what, "copy the file there instead")
-        kept = _of_saved(Path(parent), names)
+        kept = of_saved(Path(parent).name, names, partial(_json_object, Path(parent)))
         files += [path for path in (Path(parent, name) for name in kept) if suffix_of(path) in READERS]
     if not files:
         what = f"{folder.absolute().name}: no file of examples in the folder"
@@ -272,29 +272,43 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
-def _of_saved(folder: Path, names: list[str]) -> list[str]:
+def of_saved(folder: str, names: list[str], read: Callable[[str], Mapping[str, Any]]) -> list[str]:
     """The data files of a data set that `datasets.save_to_disk` wrote to a folder, by its `state.json`; of any other
-    folder all files, except the list of splits above such folders."""
-    state = _json_object(folder / "state.json") if {"state.json", "dataset_info.json"} <= set(names) else {}
+    folder all files, except the list of splits above such folders.
+
+    Args:
+        read: returns the object in one of the files; empty if there is none.
+    Raises:
+        InputError: a file that `state.json` names is missing.
+    """
+    state = read("state.json") if {"state.json", "dataset_info.json"} <= set(names) else {}
     listed_files = state.get("_data_files")
     if isinstance(listed_files, list):
         data = [one.get("filename") for one in listed_files if isinstance(one, dict)]
         if missing := [str(name) for name in data if name not in names]:
             raise InputError(
-                f"{folder.name}/state.json names {shortened(missing[0])}, which is not in the folder",
+                f"{folder}/state.json names {shortened(missing[0])}, which is not in the folder",
                 "copy all files of the data set, or save it again",
             )
         return [name for name in names if name in data]
-    if "dataset_dict.json" in names and isinstance(_json_object(folder / "dataset_dict.json").get("splits"), list):
+    if "dataset_dict.json" in names and isinstance(read("dataset_dict.json").get("splits"), list):
         return [name for name in names if name != "dataset_dict.json"]
     return names
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; empty if there is none."""
+def _json_object(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
     try:
-        value = parse_json(path.read_text("utf-8")) if path.stat().st_size <= MEGABYTE else {}
-    except (OSError, ValueError):
+        return json_object(path.read_bytes()) if path.stat().st_size <= MEGABYTE else {}
+    except OSError:
+        return {}
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        value = parse_json(content.decode())
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
