@@ -327,6 +327,23 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
         lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]},
     ),
     "conversation": (ANY, lambda messages: {"conversation": messages}),
+    "openorca": (SINGLE, single("question", "response")),
+    "responses": (
+        ANY.map(lambda messages: [*user("Hi"), *messages]),
+        lambda messages: {
+            "input": messages[0]["content"],
+            "output": [
+                {
+                    "type": "message",
+                    **m,
+                    "content": [
+                        {"type": "output_text" if m["role"] == "assistant" else "input_text", "text": m["content"]}
+                    ],
+                }
+                for m in messages[1:]
+            ],
+        },
+    ),
     "gemini": (
         ANY,
         lambda messages: {
@@ -742,18 +759,37 @@ def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[
             }
         ],
         "oasst": [{"message_tree_id": "t", "prompt": node}],
+        "arena": [
+            {"winner": "model_a", "conversation_a": [*asked, *answer(good)], "conversation_b": [*asked, *answer(bad)]}
+        ],
+        "helpsteer": [{"context": asked, "response1": bad, "response2": good, "overall_preference": 3}],
         **(
-            {"alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}]}
+            {
+                "alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}],
+                "orca_dpo": [{"question": prompt[0], "chosen": good, "rejected": bad}],
+                "pku_saferlhf": [{"prompt": prompt[0], "response_0": good, "response_1": bad, "better_response_id": 0}],
+                "shp": [{"history": prompt[0], "human_ref_A": bad, "human_ref_B": good, "labels": 0}],
+                "nectar": [
+                    {
+                        "prompt": prompt[0],
+                        "answers": [{"answer": bad, "rank": 3}, {"answer": good, "rank": 1}],
+                        "num_responses": 2,
+                    }
+                ],
+            }
             if len(prompt) == 1
             else {}
         ),
     }
 
 
+ONE_TURN = {"alpaca_eval", "orca_dpo", "pku_saferlhf", "shp", "nectar"}
+
+
 @pytest.mark.parametrize("layout", PAIR_LAYOUTS)
 def test_a_pair_written_in_a_layout_is_read_back_equal(layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp(layout)
-    turns_of_prompt = st.lists(TEXT, min_size=1, max_size=5 if layout != "alpaca_eval" else 1).filter(
+    turns_of_prompt = st.lists(TEXT, min_size=1, max_size=1 if layout in ONE_TURN else 5).filter(
         lambda said: len(said) % 2 == 1
     )
 

@@ -301,6 +301,7 @@ def test_an_interrupted_command_can_be_given_again(
         [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
     )
     assert [name for name in left if not name.startswith((".git/", ".dvc/"))] == (["notes.txt"] if existing else [])
+    assert (folder / "data/sources").is_dir() == existing, "folders that were there before stay"
     assert init_module.init(folder, [str(data)], None, "auto", "unknown")["dvc"] == ["data/sources/mine.json"]
 
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -112,6 +113,33 @@ def test_objects_give_the_rows_and_the_hash_of_the_same_files(
         for path in tmp_path.rglob("*")
         if path.is_file() and "sources" not in path.parts and path.parent.parent != tmp_path
     ]
+
+
+def test_a_data_set_that_datasets_saved_has_the_rows_that_it_has_in_a_folder(
+    tmp_path: Path, bucket: S3Server, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from datasets import Dataset, DatasetDict
+
+    folder = tmp_path / "data/sources/saved"
+    splits = {"train": Dataset.from_list(ROWS[:30]), "test": Dataset.from_list(ROWS[30:])}
+    DatasetDict(splits).save_to_disk(folder, num_shards={"train": 2, "test": 1})
+    (folder / "train/cache-0123456789abcdef.arrow").write_bytes(b"a cache")
+    url = upload(bucket, prefix, folder)
+    local = read(tmp_path, "local", {"path": "data/sources/saved", "split": "from_file_names"})
+    (revision,) = re.findall(r"revision: ([0-9a-f]{64})", refusal(tmp_path, {"path": url}).hint)
+    caplog.clear()
+    remote = read(tmp_path, "remote", {"path": url, "revision": revision, "split": "from_file_names"})
+    assert contents(tmp_path / "remote") == contents(tmp_path / "local")
+    facts = remote.metrics["sources"][url]
+    assert facts["sha256"] == local.metrics["sources"]["data/sources/saved"]["sha256"]
+    assert [*facts["files"]] == [
+        "test/data-00000-of-00001.arrow",
+        "train/data-00000-of-00002.arrow",
+        "train/data-00001-of-00002.arrow",
+    ]
+    (said,) = caplog.messages
+    assert "because they are not data of the saved data set: dataset_dict.json, test/dataset_info.json" in said
+    assert check_paths([url])["rows"] == 50
 
 
 def test_one_object_is_a_source_with_the_hash_of_its_content(tmp_path: Path, bucket: S3Server, prefix: str) -> None:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,10 +94,11 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     made = [folder / name for name in (*files, *copies)] + [path for path in by_dvc_add if not path.exists()]
     if not folder.exists():
         made = [folder]
+    before = {parent for path in made for parent in path.parents if parent.is_dir()}
     try:
         has_git, large, by_dvc = _write(folder, files, copies)
     except BaseException:  # also Ctrl-C while a large model is copied: the same command can be given again
-        _undo(folder, made)
+        _undo(made, before)
         raise
     return {
         "project": str(folder),
@@ -142,12 +143,12 @@ def _write(folder: Path, files: Mapping[str, str], copies: Mapping[str, Path]) -
     return has_git, large, by_dvc
 
 
-def _undo(folder: Path, written: Sequence[Path]) -> None:
-    """Remove what an unfinished command wrote, and folders that are empty then."""
+def _undo(written: Sequence[Path], before: Collection[Path]) -> None:
+    """Remove what an unfinished command wrote, and folders that are empty then and were not there before."""
     for path in written:
         remove(path)
         for parent in path.parents:
-            if not parent.is_relative_to(folder) or parent == folder:
+            if parent in before:
                 break
             with suppress(OSError):  # it has other files
                 parent.rmdir()

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from dagster_project.curation.sources.benchmarks import (
     items_of,
     read_item,
 )
+from dagster_project.curation.sources.class_labels import FolderLabels
 from dagster_project.curation.sources.files import (
     Row,
     files_of,
@@ -169,9 +171,10 @@ def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> l
     if layout == "auto" and not mapping and _is_canonical(place):
         return [_load_output(place)]
     if place.is_dir():
-        named = files_of(place)
         others_of(place)
-        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in named]
+        named, labels = files_of(place), FolderLabels(place)
+        rows = ((name, read_rows(file, partial(labels.of, name))) for name, file in named)
+        return [_rows(each, f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, each in rows]
     return [_rows(read_rows(place), path, layout, mapping=mapping)]
 
 
@@ -349,7 +352,9 @@ def _items(path: str) -> list[Item]:
     if _is_canonical(place):
         return _held_out(_load_output(place))
     if place.is_dir():
-        return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
+        labels, base = FolderLabels(place), path.rstrip("/")
+        rows = ((f"{base}/{name}", read_rows(file, partial(labels.of, name))) for name, file in files_of(place))
+        return [item for name, each in rows for item in _items_of(each, name)]
     return _items_of(read_rows(place), path)
 
 

@@ -22,6 +22,26 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"conversation": [{"content": "Hi", "role": "user"}, {"content": "Hello", "role": "assistant"}], "turn": 1},
         [("user", "Hi"), ("assistant", "Hello")],
     ),
+    "openorca": (
+        {"id": "niv.1", "system_prompt": "Be brief.", "question": "Hi?", "response": "Hello"},
+        [SYSTEM, ("user", "Hi?"), ("assistant", "Hello")],
+    ),
+    "responses": (
+        {
+            "instructions": "Be brief.",
+            "input": [{"role": "user", "content": "Hi"}],
+            "output": [
+                {
+                    "id": "msg_1",
+                    "type": "message",
+                    "role": "assistant",
+                    "status": "completed",
+                    "content": [{"type": "output_text", "text": "Hello", "annotations": []}],
+                }
+            ],
+        },
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
     "gemini": (
         {
             "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
@@ -146,6 +166,35 @@ PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
     "alpaca_eval": [{"instruction": "Hi", "output_1": "What?", "output_2": "Hello", "preference": 2}],
     "kto": [{**PAIR, "label": True}, {**PAIR, "completion": "What?", "label": False}],
     "oasst": [LAYOUT_ROWS["oasst"][0]],
+    "orca_dpo": [{"question": "Hi", "chosen": "Hello", "rejected": "What?"}],
+    "arena": [
+        {
+            "winner": "model_b",
+            "conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "What?"}],
+            "conversation_b": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "turn": 1,
+        }
+    ],
+    "helpsteer": [
+        {
+            "context": [{"role": "user", "content": "Hi"}],
+            "response1": "Hello",
+            "response2": "What?",
+            "overall_preference": -2,
+        }
+    ],
+    "nectar": [
+        {
+            "prompt": "\n\nHuman: Hi\n\nAssistant: ",
+            "answers": [
+                {"answer": "What?", "model": "a", "rank": 2.0},
+                {"answer": "Hello", "model": "b", "rank": 1.0},
+            ],
+            "num_responses": 2,
+        }
+    ],
+    "pku_saferlhf": [{"prompt": "Hi", "response_0": "What?", "response_1": "Hello", "better_response_id": 1}],
+    "shp": [{"history": "Hi", "human_ref_A": "Hello", "human_ref_B": "What?", "labels": 1}],
 }
 """One pair in each layout: Hello is better than What? as an answer to Hi."""
 BENCHMARK_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -48,6 +48,11 @@ LAYOUTS: dict[str, Make] = {
         "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
     },
     "conversation": lambda prompt, answer: {"conversation": messages(prompt, answer)["messages"]},
+    "openorca": lambda prompt, answer: {"system_prompt": "", "question": prompt, "response": answer},
+    "responses": lambda prompt, answer: {
+        "input": prompt,
+        "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": answer}]}],
+    },
     "gemini": lambda prompt, answer: {
         "contents": [
             {"role": "user", "parts": [{"text": prompt}]},

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from dagster_project.core.errors import InputError
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.layouts import LAYOUTS, Layout
-from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, PairLayout, is_boolean, judgement
+from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, PairLayout, is_boolean, is_transcript, judgement
 
 L = TypeVar("L", "Layout", "PairLayout")
 
@@ -26,6 +26,8 @@ class Shape(NamedTuple):
     numbers: tuple[tuple[str, bool | None], ...]
     """Keys of a judgement with another value: true for 1, false for 0, None for any other. Missing values are not among
     them."""
+    only: str = ""
+    """The only layout that the row can have by its values (`shown_by_values`)."""
 
 
 Shapes = Counter[Shape]
@@ -41,7 +43,24 @@ def _shape(keys: tuple[str, ...], row: Mapping[str, Any]) -> Shape:
     null = tuple([key for key in nullable if row[key] is None])
     judged = tuple([key for key in judging if is_boolean(row[key])])
     others = [key for key in judging if key not in judged and row[key] not in (None, "")]
-    return Shape(keys, null, judged, tuple([(key, judgement(row[key])) for key in others]))
+    return Shape(keys, null, judged, tuple([(key, judgement(row[key])) for key in others]), shown_by_values(row))
+
+
+def shown_by_values(row: Mapping[str, Any]) -> str:
+    """The only layout that a row can have by its values; empty if these show none.
+
+    {"chosen": "\\n\\nHuman: Hi...", "rejected": "\\n\\nHuman: Hi...", "instruction": "Rate it."}  ->  transcripts
+    """
+    answers = row.get("chosen"), row.get("rejected")
+    if isinstance(answers[0], str) and isinstance(answers[1], str):
+        if all(map(is_transcript, answers)):
+            return "transcripts"
+        has_prompt = not row.keys().isdisjoint({"prompt", "instruction", "messages", "conversations"})
+        return "" if has_prompt or row.keys().isdisjoint({"question", "input"}) else "orca_dpo"
+    items = row.get("output")
+    if "input" in row and isinstance(items, list) and all(isinstance(item, dict) for item in items):
+        return "responses" if any("type" in item or "role" in item for item in items) else ""
+    return ""
 
 
 def _looked_at(keys: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -144,6 +163,8 @@ def _best(shapes: Shapes, layouts: Mapping[str, L], look: bool = False) -> _Fit:
         forms = {keys: _forms(layout, keys) for keys in dict.fromkeys(shape.keys for shape in shapes)}
         counts: Counter[frozenset[str]] = Counter()
         for shape, rows in shapes.items():
+            if shape.only != name and (shape.only or layout.by_value):
+                continue
             fitting = (form for form in forms[shape.keys] if not look or _is_pair(shape, form, binary))
             if form := next(fitting, None):
                 counts[form.keys] += rows
@@ -156,13 +177,17 @@ def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout
     """The variants of a layout whose keys a row has."""
     if isinstance(layout, PairLayout):
         return [form for form in layout.forms if form.keys <= set(shape)]
-    if layout.labels and any(_forms(other, shape) for other in _OTHERS):
+    if layout.labels and any(_forms(other, shape) for other in _OTHERS if not other.by_value):
         return []
     return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
 
 
 _OTHERS: list[Layout | PairLayout] = [
-    *(layout for name, layout in LAYOUTS.items() if not layout.labels and name not in {"conversation", "gemini"}),
+    *(
+        layout
+        for name, layout in LAYOUTS.items()
+        if not layout.labels and name not in {"conversation", "gemini", "responses"}
+    ),
     *PAIR_LAYOUTS.values(),
 ]
 """Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""

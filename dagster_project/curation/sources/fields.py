@@ -22,7 +22,7 @@ IMPORTANT = frozenset(
         "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask",
         "reasoning", "reasoning_content", "reasoning_details", "thinking", "tools", "functions", "tool_calls",
         "function_call", "tool_call_id", "images", "image", "audio", "audios", "video", "videos", "files", "system",
-        "history", ORDER_OF_CALLS,
+        "history", "system_prompt", "chat_template_kwargs", ORDER_OF_CALLS,
     }
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
@@ -39,6 +39,8 @@ class Fields(NamedTuple):
     used: Mapping[str, int]
     kept: Mapping[str, int]
     ignored: Mapping[str, int]
+    class_labels: Mapping[str, int] = {}
+    """Those of them in which names replaced the numbers of classes."""
 
 
 class Turns(NamedTuple):
@@ -109,6 +111,7 @@ class FieldAccount:
         columns: tuple[str, ...],
         kept: Mapping[str, Any],
         shapes: Mapping[str, list[TurnShape]],
+        classes: Sequence[str] = (),
     ) -> Fields:
         """The fields of a row that was read.
 
@@ -117,14 +120,17 @@ class FieldAccount:
             columns: keys that are in columns of the record: the category and tools.
             kept: what is kept of the row.
             shapes: messages that were read, by the key of the row.
+            classes: columns in which names replaced the numbers of classes.
         Raises:
             AssertionError: a field is in none of the places, or a message was not read.
         """
-        shape = (tuple(row), used, columns, tuple(kept), *[(key, _multiset(turns)) for key, turns in shapes.items()])
+        turns = [(key, _multiset(found)) for key, found in shapes.items()]
+        shape = (tuple(row), used, columns, tuple(kept), tuple(classes), *turns)
         if (found := self._known.get(shape)) is None:
-            found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
+            fields, total = _assigned(row, used, columns, kept, shapes)
+            found = self._known[shape] = fields._replace(class_labels=dict.fromkeys(classes, 1)), total
         fields, total = found
-        present = len(row) + sum([_fields_in(row[key], len(turns)) for key, turns in shapes.items()])
+        present = len(row) + sum([_fields_in(row[key], len(read)) for key, read in shapes.items()])
         if present != total:
             keys = ", ".join(row)
             raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {keys})")
@@ -171,16 +177,16 @@ def _fields_in(value: Any, messages: int) -> int:
     return len(value) + sum([_fields_in(reply, messages) for reply in replies])
 
 
-def kept_whole(row: Mapping[str, Any] | None) -> Fields:
+def kept_whole(row: Mapping[str, Any] | None, classes: Sequence[str]) -> Fields:
     """The fields of a row that is malformed: all of it is kept."""
-    return Fields({}, dict.fromkeys(row or {}, 1), {})
+    return Fields({}, dict.fromkeys(row or {}, 1), {}, dict.fromkeys(classes, 1))
 
 
 class FieldCounts:
     """Field -> number, by place, over all rows of a source, for its report."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
+        self._found: dict[str, Counter[str]] = {place: Counter() for place in Fields._fields}
 
     def add(self, fields: Fields, rows: int) -> None:
         """Add the fields of a number of rows of the same shape."""

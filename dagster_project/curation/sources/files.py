@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import listed, shortened, visible
+from dagster_project.curation.sources.class_labels import FolderLabels, Labels, named, of_metadata
 from dagster_project.curation.sources.table_limits import bounded, decoded_bytes, without_views
 
 MEGABYTE = 2**20
@@ -64,6 +65,8 @@ class Row(NamedTuple):
     raw: str = ""
     """Text of a row without a value, with escapes such as `\\xe9` for bytes that are not UTF-8; empty if it is too long
     or a table cannot be decoded."""
+    classes: Sequence[str] = ()
+    """Columns in which names replaced the numbers of classes."""
 
 
 class Block(NamedTuple):
@@ -72,6 +75,8 @@ class Block(NamedTuple):
     parse: Callable[[Any], list[Row]]
     """Function of a module: content -> rows, numbered from 0. Raises InputError like `read_blocks`."""
     content: Any
+    labels: Labels | None = None
+    """Classes in its columns; None if the file does not say."""
 
     @property
     def lines(self) -> int:
@@ -81,7 +86,23 @@ class Block(NamedTuple):
         return len(self.content)
 
     def rows(self) -> list[Row]:
-        return self.parse(self.content)
+        rows = self.parse(self.content)
+        return [with_names(row, self.labels) for row in rows] if self.labels else rows
+
+
+def with_names(row: Row, labels: Labels) -> Row:
+    """A row with names instead of numbers of classes."""
+    if row.value is None or row.problem:
+        return row
+    columns = [column for column in labels if row.value.get(column) is not None]
+    value = dict(row.value)
+    for column in columns:
+        try:
+            value[column] = named(value[column], labels[column])
+        except ValueError as error:
+            problem = f"{shortened(column, LONGEST_NAME)}: {error}"
+            return row._replace(problem=f"{problem} (line {row.line})" if row.line else problem)
+    return row._replace(value=value, classes=columns)
 
 
 class Stored(Protocol):
@@ -106,9 +127,11 @@ def size_of(file: File) -> int:
     return file.stat().st_size if isinstance(file, Path) else file.size
 
 
-def read_blocks(file: File) -> Iterator[Block]:
+def read_blocks(file: File, declared: Callable[[], Labels] = dict) -> Iterator[Block]:
     """Read a file in parts. Only one of them is in memory.
 
+    Args:
+        declared: classes of a file whose own metadata declares none.
     Raises:
         InputError: unknown file type, or a file that cannot be separated into rows.
     """
@@ -118,7 +141,11 @@ def read_blocks(file: File) -> Iterator[Block]:
     size = size_of(file)
     rows, most = 0, max(FREE_ROWS, MAX_ROWS_PER_BYTE * size)
     try:
+        labels: Labels | None = None
         for block in READERS[suffix](file) if size else ():
+            if labels is None:
+                labels = declared() if block.labels is None else block.labels
+            block = block._replace(labels=labels)
             rows += block.lines
             if rows > most:
                 what = f"{file.name}: more than {most:,} rows in {size:,} bytes"
@@ -154,20 +181,23 @@ def require_rows(name: str, found: Found) -> None:
         raise InputError(f"{name}: {what}: {found.problem}", hint if is_encoded else "save the file as UTF-8")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, declared: Callable[[], Labels] = dict) -> list[Row]:
     """Read a file, or all files of the known types in a folder, sorted by relative path and numbered consecutively.
 
     An unreadable row becomes a row with a problem:
     {"prompt": "Hi"}⏎{"prompt": "H  ->  Row(0, {"prompt": "Hi"}), Row(1, None, "line is not JSON: ... (line 2)")
 
+    Args:
+        declared: as in `read_blocks`.
     Raises:
         InputError: unknown file type, empty file, or a file that cannot be separated into rows or contains no JSON.
     """
     if path.is_dir():
-        named = [(name, row) for name, file in files_of(path) for row in read_rows(file)]
-        problems = [row.problem and f"{name}: {row.problem}" for name, row in named]
-        return [row._replace(source_row=i, problem=problems[i]) for i, (_, row) in enumerate(named)]
-    rows = rows_of(read_blocks(path))
+        labels = FolderLabels(path)
+        of_files = [(name, row) for name, file in files_of(path) for row in read_rows(file, partial(labels.of, name))]
+        problems = [row.problem and f"{name}: {row.problem}" for name, row in of_files]
+        return [row._replace(source_row=i, problem=problems[i]) for i, (_, row) in enumerate(of_files)]
+    rows = rows_of(read_blocks(path, declared))
     require_rows(path.name, found_in(rows))
     return rows
 
@@ -234,7 +264,7 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 what = f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder"
                 raise InputError(what, "copy the file there instead")
-        kept = _of_saved(Path(parent), names)
+        kept = of_saved(Path(parent).name, names, partial(_json_object, Path(parent)))
         files += [path for path in (Path(parent, name) for name in kept) if suffix_of(path) in READERS]
     if not files:
         what = f"{folder.absolute().name}: no file of examples in the folder"
@@ -242,29 +272,43 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
-def _of_saved(folder: Path, names: list[str]) -> list[str]:
+def of_saved(folder: str, names: list[str], read: Callable[[str], Mapping[str, Any]]) -> list[str]:
     """The data files of a data set that `datasets.save_to_disk` wrote to a folder, by its `state.json`; of any other
-    folder all files, except the list of splits above such folders."""
-    state = _json_object(folder / "state.json") if {"state.json", "dataset_info.json"} <= set(names) else {}
+    folder all files, except the list of splits above such folders.
+
+    Args:
+        read: returns the object in one of the files; empty if there is none.
+    Raises:
+        InputError: a file that `state.json` names is missing.
+    """
+    state = read("state.json") if {"state.json", "dataset_info.json"} <= set(names) else {}
     listed_files = state.get("_data_files")
     if isinstance(listed_files, list):
         data = [one.get("filename") for one in listed_files if isinstance(one, dict)]
         if missing := [str(name) for name in data if name not in names]:
             raise InputError(
-                f"{folder.name}/state.json names {shortened(missing[0])}, which is not in the folder",
+                f"{folder}/state.json names {shortened(missing[0])}, which is not in the folder",
                 "copy all files of the data set, or save it again",
             )
         return [name for name in names if name in data]
-    if "dataset_dict.json" in names and isinstance(_json_object(folder / "dataset_dict.json").get("splits"), list):
+    if "dataset_dict.json" in names and isinstance(read("dataset_dict.json").get("splits"), list):
         return [name for name in names if name != "dataset_dict.json"]
     return names
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; empty if there is none."""
+def _json_object(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
     try:
-        value = parse_json(path.read_text("utf-8")) if path.stat().st_size <= MEGABYTE else {}
-    except (OSError, ValueError):
+        return json_object(path.read_bytes()) if path.stat().st_size <= MEGABYTE else {}
+    except OSError:
+        return {}
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        value = parse_json(content.decode())
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -697,7 +741,7 @@ def _parquet(path: File) -> Iterator[Block]:
         pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(path.open("rb"))) as file,
     ):
         _named_once(path, file.schema_arrow.names)
-        yield from _table_blocks(path, "Parquet", file.iter_batches(batch_size=BATCH))
+        yield from _table_blocks(path, "Parquet", file.schema_arrow, file.iter_batches(batch_size=BATCH))
 
 
 def _arrow(path: File) -> Iterator[Block]:
@@ -719,7 +763,7 @@ def _arrow(path: File) -> Iterator[Block]:
         file.seek(0)
         reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
         _named_once(path, reader.schema.names)
-        yield from _table_blocks(path, "Arrow", batches(reader))
+        yield from _table_blocks(path, "Arrow", reader.schema, batches(reader))
 
 
 @contextmanager
@@ -735,11 +779,12 @@ def _as_type(name: str, kind: str) -> Iterator[None]:
         raise InputError(f"{name}: not {kind}: {shortened(str(error))}", "write the file again") from None
 
 
-def _table_blocks(path: File, kind: str, batches: Iterable[Any]) -> Iterator[Block]:
+def _table_blocks(path: File, kind: str, schema: Any, batches: Iterable[Any]) -> Iterator[Block]:
+    labels = of_metadata(schema.metadata)
     row = BLOCK_BYTES // BLOCK_ROWS  # a block of batches ends at BLOCK_ROWS too
     sized = ((max(size, row * batch.num_rows), batch) for size, batch in bounded(path.name, size_of(path), batches))
     for block in _blocks(as_parsed, sized):
-        yield Block(partial(_batch_rows, path.name, kind), _Batches(block.content))
+        yield Block(partial(_batch_rows, path.name, kind), _Batches(block.content), labels)
 
 
 class _Batches(list[Any]):

@@ -16,6 +16,7 @@ from typing import Any
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.core.versions import require_version
+from dagster_project.curation.sources.class_labels import of_features
 from dagster_project.curation.sources.detection import canonical_split
 from dagster_project.curation.sources.files import Block, Row, as_parsed, rows_of, table_rows
 
@@ -113,9 +114,11 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         raise InputError(what, "save the other columns as a file in data/sources/")
     if not len(data):
         raise InputError(f"{source.name}: the split is empty", "use another split")
-    decode = _decoder(data.features)
+    is_encoded = any("Json" in _kinds(feature) for feature in data.features.values())
+    decode = data.features.decode_example if is_encoded else None
+    labels = of_features(data.features.to_dict())
     for table in data.with_format("arrow").iter(1024):
-        yield Block(as_parsed, table_rows(table.to_batches(), decode))
+        yield Block(as_parsed, table_rows(table.to_batches(), decode), labels)
 
 
 def _end_stalled_requests() -> None:
@@ -178,21 +181,6 @@ def _kinds(feature: Any) -> set[str]:
     if isinstance(feature, list):
         return {kind for inner in feature for kind in _kinds(inner)}
     return _kinds(feature.feature) if hasattr(feature, "feature") else {type(feature).__name__}
-
-
-def _decoder(features: Any) -> Any:
-    """Function that replaces class labels by their names and parses JSON stored as text; None if there is neither."""
-    names = {name: feature.names for name, feature in features.items() if type(feature).__name__ == "ClassLabel"}
-    stored = any("Json" in _kinds(feature) for feature in features.values())
-
-    def decode(row: dict[str, Any]) -> dict[str, Any]:
-        row = features.decode_example(row) if stored else row
-        return {
-            key: names[key][value] if key in names and value is not None and value >= 0 else value
-            for key, value in row.items()
-        }
-
-    return decode if names or stored else None
 
 
 def _error_text(error: BaseException, token: str | None) -> str:

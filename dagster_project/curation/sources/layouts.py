@@ -23,6 +23,7 @@ from dagster_project.curation.sources.message import (
     read_turn,
 )
 from dagster_project.curation.sources.part_messages import (
+    answered,
     instruction_of,
     read_anthropic_instruction,
     read_anthropic_message,
@@ -30,6 +31,7 @@ from dagster_project.curation.sources.part_messages import (
     read_bedrock_message,
     read_content,
     read_gemini_instruction,
+    read_item,
     spread,
 )
 
@@ -57,6 +59,8 @@ class Layout:
     """Splits a source row with several examples into one row per example. Raises errors like `messages`."""
     labels: bool = False
     """Whether the response is a label, which is also the category. Detected only for rows that fit no other layout."""
+    by_value: bool = False
+    """Detected only if the values of a row show it (`detection.shown_by_values`)."""
     turns: Mapping[str, TurnReader] = field(default_factory=dict)
     """Key whose value is a list of messages or turns -> the function that reads
     one. `messages` gets them as canonical messages."""
@@ -138,7 +142,30 @@ def sharegpt(row: dict[str, Any]) -> Messages:
 
 
 def _conversation(row: dict[str, Any]) -> Messages:
-    return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversation", "turn"))]
+    return [*as_turns(row.get("system")), *joined_calls(spread(as_list(row, "conversation", "turn")))]
+
+
+def _read_round(given: Any) -> Parsed:
+    """A turn, or a round as in Capybara: {"input": "Hi", "output": "Hello"}"""
+    if not isinstance(given, dict) or not given.keys() >= {"input", "output"}:
+        message, unused = read_turn(given)
+        return {"messages": [message]}, unused
+    messages = as_turns(None, ("user", as_text(given["input"])), ("assistant", as_text(given["output"])))
+    return {"messages": messages}, tuple(key for key in given if key not in {"input", "output"})
+
+
+def _responses(row: dict[str, Any]) -> Messages:
+    """A request to OpenAI's Responses API and its answer."""
+    if row.get("previous_response_id") not in EMPTY:
+        raise ValueError("the row has only the end of a conversation (previous_response_id)")
+    asked = row["input"]
+    items = [{"messages": as_turns(None, ("user", asked))}] if isinstance(asked, str) else as_list(row, "input", "item")
+    return [*as_turns(row.get("instructions")), *joined_calls(answered([*items, *as_list(row, "output", "item")]))]
+
+
+def _openorca(row: dict[str, Any]) -> Messages:
+    asked = ("user", as_text(row["question"]))
+    return as_turns(row.get("system_prompt"), asked, ("assistant", as_text(row["response"])))
 
 
 def gemini(row: dict[str, Any]) -> Messages:
@@ -330,7 +357,11 @@ LAYOUTS: dict[str, Layout] = {
     "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
     "glaive": _layout("system chat", _glaive, turns={"chat": read_turn}),
     "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
-    "conversation": _layout("conversation", _conversation, "system", turns={"conversation": read_turn}),
+    "conversation": _layout("conversation", _conversation, "system", turns={"conversation": _read_round}),
+    "openorca": _layout("question response", _openorca, "system_prompt"),
+    "responses": _layout(
+        "input output", _responses, "instructions", turns={"input": read_item, "output": read_item}, by_value=True
+    ),
     "gemini": _layout("contents", gemini, " ".join(GEMINI_SYSTEM), turns=GEMINI_TURNS),
     "bedrock": _layout(
         "schemaVersion messages",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+from dagster_project.core.text import shortened
+from dagster_project.curation.sources.files import parse_json
 from dagster_project.curation.sources.layouts import (
     GEMINI_SYSTEM,
     GEMINI_TURNS,
@@ -26,8 +28,13 @@ from dagster_project.curation.sources.layouts import (
     replies,
     sharegpt,
 )
-from dagster_project.curation.sources.message import EMPTY, Messages, as_text, as_turns, read_message, read_turn
-from dagster_project.curation.sources.part_messages import read_completion, spread
+from dagster_project.curation.sources.message import EMPTY, Messages, Parsed, as_text, as_turns, read_message, read_turn
+from dagster_project.curation.sources.part_messages import (
+    instruction_of,
+    read_anthropic_instruction,
+    read_completion,
+    spread,
+)
 from dagster_project.curation.sources.tools import TOOL_KEYS
 
 
@@ -62,6 +69,8 @@ class PairLayout:
     """Key of the pair's category."""
     variants: tuple[PairLayout, ...] = ()
     """The same layout with other keys."""
+    by_value: bool = False
+    """As in `Layout`."""
     turns: Mapping[str, TurnReader] = field(default_factory=dict)
     """As in `Layout`. A value that is one message becomes a list of one, and text is unchanged."""
     tool_keys: tuple[str, ...] = TOOL_KEYS
@@ -114,7 +123,7 @@ def _preference(
 
     def pairs(row: dict[str, Any]) -> list[Pair]:
         system = row.get("system") if "system" in more else None
-        context = [*as_turns(system), *as_conversation(row[prompt], "user")]
+        context = [*as_turns(system), *_asked(row[prompt])]
         good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
         if context[0]["role"] != "system" and good[:1] == bad[:1] and good[:1] and good[0]["role"] == "system":
             context = [good[0], *context]  # only the answers have a system prompt
@@ -127,6 +136,13 @@ def _preference(
         return [Pair(context, good, bad, _margin(row) if "margin" in more else None)]
 
     return pairs
+
+
+def _asked(prompt: Any) -> Messages:
+    """A prompt: text, messages, or the beginning of a transcript, up to its last `Assistant:`."""
+    if isinstance(prompt, str) and is_transcript(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        return _transcript(prompt.rstrip())[:-1]
+    return as_conversation(prompt, "user")
 
 
 def _alpaca_pair(row: dict[str, Any]) -> list[Pair]:
@@ -180,6 +196,10 @@ def _transcript(text: str) -> Messages:
     return as_turns(None, *((roles[name], text) for name, text in zip(parts[::2], parts[1::2], strict=True)))
 
 
+def is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip(" ").startswith("\n\nHuman:")
+
+
 def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
     """Convert two whole conversations, whose common beginning up to a turn that is answered is the prompt."""
     sides = (row["chosen"], row["rejected"])
@@ -204,6 +224,94 @@ def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
     chosen, rejected = outputs if preference <= TIE else reversed(outputs)
     prompt = as_turns(row.get("system"), ("user", instruction(row, "input")))
     return [Pair(prompt, chosen, rejected, 2 * abs(preference - TIE))]
+
+
+def _compared(
+    prompt: str, answers: tuple[str, str], verdict: str, score: Callable[[Any], float], scaled: bool = False
+) -> Callable[[dict[str, Any]], list[Pair]]:
+    """Reader of rows with a prompt, two answers and which of them is better.
+
+    Args:
+        score: of the verdict; below 0 if the first answer is better, 0 for a tie.
+        scaled: whether the score is also the margin. Otherwise only a tie has one.
+    """
+
+    def pairs(row: dict[str, Any]) -> list[Pair]:
+        value = score(row[verdict])
+        chosen, rejected = answers if value <= 0 else answers[::-1]
+        (pair,) = _preference(prompt, chosen, rejected, ())(row)
+        return [replace(pair, margin=abs(value) if scaled or not value else None)]
+
+    return pairs
+
+
+def _first_if(better: bool) -> Callable[[Any], float]:
+    """Score of a verdict that is true or false, or 1 or 0, and has this value if the first answer is better."""
+
+    def score(value: Any) -> float:
+        if (found := judgement(value)) is None:
+            raise ValueError(f"expected 0 or 1, found {_shown(value)}")
+        return -1 if found is better else 1
+
+    return score
+
+
+def _arena(row: dict[str, Any]) -> list[Pair]:
+    """Battles of Chatbot Arena and MT-Bench: two conversations, of which the first `turn` rounds were judged."""
+    winner = row["winner"]
+    if winner not in ARENA:
+        raise ValueError(f"winner must be {', '.join(ARENA)}, found {shortened(str(winner), 40)}")
+    first, second = (_rounds(row[key], row.get("turn")) for key in ("conversation_a", "conversation_b"))
+    sides = (second, first) if winner == "model_b" else (first, second)
+    return _whole_conversations(dict(zip(("chosen", "rejected"), sides, strict=True), margin=ARENA[winner]))
+
+
+ARENA = {"model_a": None, "model_b": None, "tie": 0.0, "tie (bothbad)": 0.0, "both_bad": 0.0}
+"""Winner -> margin."""
+
+
+def _rounds(conversation: Any, count: Any) -> Messages:
+    messages = as_conversation(conversation, "assistant")
+    asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    is_cut = isinstance(count, int) and not isinstance(count, bool) and 0 < count < len(asked)
+    return messages[: asked[count]] if is_cut else messages
+
+
+def _arena_columns(row: dict[str, Any]) -> list[Pair]:
+    """Battles of LMSYS with the turns of each side as lists of texts, or JSON text of these."""
+    asked, *answers = (_texts(row[key]) for key in ("prompt", "response_a", "response_b"))
+    wins = [judgement(row[key]) for key in ("winner_model_a", "winner_model_b")]
+    if None in wins or all(wins):
+        raise ValueError("winner_model_a and winner_model_b must be 0 or 1, and not both 1")
+    winner = "model_a" if wins[0] else "model_b" if wins[1] else "tie"
+    rounds = [[one for both in zip(asked, texts, strict=True) for one in both] for texts in answers]
+    first, second = ([{"role": ROUND[i % 2], "content": text} for i, text in enumerate(texts)] for texts in rounds)
+    return _arena({"conversation_a": first, "conversation_b": second, "winner": winner})
+
+
+ROUND = ("user", "assistant")
+
+
+def _texts(value: Any) -> list[str]:
+    texts = parse_json(value) if isinstance(value, str) and value.startswith("[") else [value]
+    return [as_text(text) for text in (value if isinstance(value, list) else texts)]
+
+
+def _read_ranked(given: Any) -> Parsed:
+    """An answer of Nectar: {"answer": "Hello", "model": "gpt-4", "rank": 1}"""
+    answer = as_turns(None, ("assistant", as_text(given["answer"])))
+    return {"messages": answer, "rank": _number(given["rank"])}, tuple({*given} - {"answer", "rank"})
+
+
+def _nectar(row: dict[str, Any]) -> list[Pair]:
+    """Pair the best answer with each lower-ranked one. The margin is the difference in rank."""
+    best, *others = sorted(as_list(row, "answers", "answer"), key=lambda answer: answer["rank"])
+    prompt = _asked(row["prompt"])
+    gaps = [(other, other["rank"] - best["rank"]) for other in others]
+    pairs = [Pair(prompt, best["messages"], other["messages"], gap) for other, gap in gaps if gap > 0]
+    if not pairs:
+        raise ValueError("no two answers have different ranks")
+    return pairs
 
 
 TIE = 1.5
@@ -266,6 +374,16 @@ def _last_turn(
     return cut
 
 
+def _after_system(row: dict[str, Any]) -> Messages:
+    """The messages of a row, after the system prompt in a column of its own."""
+    system, messages = instruction_of(row, "system"), openai(row)
+    if system and messages[0]["role"] == "system":
+        if messages[:1] != system:
+            raise ValueError("`system` is not the system prompt that the messages begin with")
+        return messages
+    return [*system, *messages]
+
+
 def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
     """Pair the best reply to each prompter turn with each lower-ranked reply. The margin is the difference in rank."""
     pairs = []
@@ -306,8 +424,15 @@ def _kto_forms() -> Iterator[PairLayout]:
         more = {"judged": judged, "judged_by_number": judged == "kto_tag"}
         turns = _messages_in("messages")
         form = _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), turns=turns, **more)
-        for key in ("system", "schemaVersion"):  # first: more keys than the examples of `anthropic` and `bedrock`
-            yield replace(form, keys=form.keys | {key})
+        # first: more keys than the examples of `anthropic` and `bedrock`
+        yield replace(
+            form,
+            keys=form.keys | {"system"},
+            pairs=_kto(judged, _last_turn(_after_system)),
+            used=form.used | {"system"},
+            turns={**turns, "system": read_anthropic_instruction},
+        )
+        yield replace(form, keys=form.keys | {"schemaVersion"})
         yield form
         turns = _turns_in("conversations")
         yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", turns=turns, **more)
@@ -371,6 +496,49 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
     "kto": _kto_layout(),
     "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
+}
+
+PAIR_LAYOUTS |= {
+    "orca_dpo": _pair_layout(
+        "question chosen rejected",
+        _preference("question", "chosen", "rejected"),
+        "system margin",
+        by_value=True,
+        variants=(
+            _pair_layout(
+                "input chosen rejected", _preference("input", "chosen", "rejected"), "system margin", by_value=True
+            ),
+        ),
+    ),
+    "arena": _pair_layout(
+        "conversation_a conversation_b winner",
+        _arena,
+        "turn",
+        turns=_messages_in("conversation_a conversation_b"),
+        variants=(
+            _pair_layout("prompt response_a response_b winner_model_a winner_model_b", _arena_columns, "winner_tie"),
+        ),
+    ),
+    "helpsteer": _pair_layout(
+        "context response1 response2 overall_preference",
+        _compared("context", ("response1", "response2"), "overall_preference", _number, scaled=True),
+        turns=_messages_in("context"),
+        variants=(
+            _pair_layout(
+                "prompt response_1 response_2 preference_strength",
+                _compared("prompt", ("response_1", "response_2"), "preference_strength", _number, scaled=True),
+            ),
+        ),
+    ),
+    "nectar": _pair_layout("prompt answers num_responses", _nectar, turns={"answers": _read_ranked}),
+    "pku_saferlhf": _pair_layout(
+        "prompt response_0 response_1 better_response_id",
+        _compared("prompt", ("response_0", "response_1"), "better_response_id", _first_if(False)),
+    ),
+    "shp": _pair_layout(
+        "history human_ref_A human_ref_B labels",
+        _compared("history", ("human_ref_A", "human_ref_B"), "labels", _first_if(True)),
+    ),
 }
 
 PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True, "category": False, "tools": False}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dagster_project.core.messages import Message
+from dagster_project.core.text import shortened
 from dagster_project.curation.sources import tools
 from dagster_project.curation.sources.message import (
     EMPTY,
@@ -36,6 +37,7 @@ class Part(NamedTuple):
 
 PartReader = Callable[[dict[str, Any], list[str]], Part]
 """Reads a part, and adds its keys that are not used to the list."""
+NO_ANSWER = "reasoning that no message of the assistant follows"
 NOT_TEXT = "a content part that is neither text nor reasoning"
 
 
@@ -312,3 +314,51 @@ def _result_of(content: Any) -> Any:
             raise ValueError("a result of a tool that is neither text nor JSON")
         values.append(next(iter(given.values())))
     return values[0] if len(values) == 1 else "".join(map(tools.result_text, values))
+
+
+# --- OpenAI's Responses API
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_item(item: Any) -> Parsed:
+    """An item of `input` or `output`: a message, a call of a function, its result, or reasoning (`thought`)."""
+    rest = _object(item, "an item")
+    kind = rest.pop("type", None) or "message"
+    if kind == "reasoning":
+        parts = [_object(part, "a content part") for part in rest.pop("content", None) or ()]
+        return {"messages": [], "thought": "".join(as_text(part["text"]) for part in parts)}, tuple(rest)
+    if kind == "function_call":
+        call = _call(rest, "arguments", "call_id")
+        return {"messages": [{"role": "assistant", "content": "", "tool_calls": [call.value]}]}, tuple(rest)
+    if kind == "function_call_output":
+        given = rest.pop("output", None)
+        content = read_message({"role": "tool", "content": given})[0]["content"] if isinstance(given, list) else given
+        return {"messages": [_result(content, rest.pop("call_id", None)).value]}, tuple(rest)
+    if kind != "message":
+        raise ValueError(f"an item of type {shortened(str(kind))}, which is no message, function call or result of one")
+    if isinstance(rest.get("content"), list):
+        rest["content"] = [_response_part(part) for part in rest["content"]]
+    found, unused = read_message(rest)
+    return {"messages": [found]}, unused
+
+
+def _response_part(part: Any) -> dict[str, Any]:
+    """A content part without empty fields, such as `annotations`; a refusal is text."""
+    held = {name: value for name, value in _object(part, "a content part").items() if value not in EMPTY}
+    return {"type": "text", "text": held["refusal"]} if held.get("type") == "refusal" else {"text": "", **held}
+
+
+def answered(items: Iterable[Mapping[str, Any]]) -> Messages:
+    """The messages of items; reasoning is the trace of the message or call that follows it."""
+    messages: Messages = []
+    thought = ""
+    for item in items:
+        thought += item.get("thought", "")
+        for message in item["messages"]:
+            if thought and message["role"] != "assistant":
+                raise ValueError(NO_ANSWER)
+            messages.append({**message, "reasoning_content": thought} if thought else message)
+            thought = ""
+    if thought:
+        raise ValueError(NO_ANSWER)
+    return messages

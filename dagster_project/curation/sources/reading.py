@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Section, inside
 from dagster_project.curation.sources import formats, s3
+from dagster_project.curation.sources.class_labels import FolderLabels
 from dagster_project.curation.sources.declarations import Declared
 from dagster_project.curation.sources.files import (
     SHOWN_FILES,
@@ -209,8 +211,12 @@ def _from_path(
         facts = records.read([SourceFile(path.name, source.name, read_blocks(path), size_of(path))], how, limit)
         return facts, {"sha256": sha256_of_file(path)}
     files, folder = files_of(path), source.name.rstrip("/")
+    labels = FolderLabels(path)
     parts = [
-        SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file)) for name, file in files
+        SourceFile(
+            f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file, partial(labels.of, name)), size_of(file)
+        )
+        for name, file in files
     ]
     facts = records.read(parts, how, limit)
     details = listed(

@@ -143,7 +143,8 @@ def noted(
 ) -> dict[str, Any]:
     """Where the fields of the row went, and names of those that are ignored though they hold something."""
     if read is None:
-        return {"fields": (fields.kept_whole(row.value),)}
+        return {"fields": (fields.kept_whole(row.value, row.classes),)}
     ignored = [*read.ignored, *fields.important(kept)]
-    found = account.of(row.value or {}, layout.used, (layout.category, *read.tool_keys), kept, read.shapes)
+    columns = (layout.category, *read.tool_keys)
+    found = account.of(row.value or {}, layout.used, columns, kept, read.shapes, row.classes)
     return {"fields": (found,), **({"ignored": [*dict.fromkeys(ignored)]} if ignored else {})}

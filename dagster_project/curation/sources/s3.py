@@ -15,9 +15,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -27,7 +29,16 @@ from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import report_of
 from dagster_project.core.text import listed
-from dagster_project.curation.sources.files import MEGABYTE, READERS, is_hidden, suffix_of, unread
+from dagster_project.curation.sources.files import (
+    MEGABYTE,
+    READERS,
+    UNLISTED,
+    is_hidden,
+    json_object,
+    of_saved,
+    suffix_of,
+    unread,
+)
 
 SCHEME = "s3://"
 READ_AHEAD = 8 * MEGABYTE
@@ -69,6 +80,8 @@ class Reader:
     def list(self, url: str, scratch: Path) -> list[S3Object]:
         """All objects of the known file types under a prefix that are not hidden, or the object of that name, sorted.
 
+        Of data sets that `datasets` saved, only the data, as in a folder.
+
         Args:
             scratch: folder for scratch files.
         """
@@ -82,10 +95,12 @@ class Reader:
             if is_shown and suffix_of(PurePosixPath(key)) in READERS:
                 etag, modified = str(facts["ETag"]).strip('"'), str(facts.get("LastModified", ""))[:10]
                 objects.append(S3Object(self, key, names[key], int(facts["size"]), etag, modified, scratch))
-        if not objects:
+        data = _data_of(objects)
+        if not data:
             raise InputError(f"{url}: no file of examples at this address", f"file types: {', '.join(READERS)}; {NEXT}")
-        unread(url, map(PurePosixPath, names.values()))
-        return sorted(objects, key=lambda one: one.path)
+        paths = {one.path for one in data}
+        unread(url, (PurePosixPath(name) for name in names.values() if name not in paths), UNLISTED)
+        return sorted(data, key=lambda one: one.path)
 
     def open(self, key: str, etag: str) -> BinaryIO:
         """An object in the version with this ETag, which the server requires for each part of it."""
@@ -147,6 +162,25 @@ class S3Object:
             done = self._content.bytes if self._content else 0
             raise InputError(f"{self.name}: {done} of {self.size} bytes were read", "run the stage again")
         return self._content.digest.hexdigest()
+
+
+def _data_of(objects: Sequence[S3Object]) -> list[S3Object]:
+    """The objects without those that are not data of a saved data set."""
+    folders: dict[str, dict[str, S3Object]] = defaultdict(dict)
+    for one in objects:
+        place, _, name = one.key.rpartition("/")
+        folders[place][name] = one
+    found: list[S3Object] = []
+    for place, there in folders.items():
+        kept = of_saved(place.rpartition("/")[2], [*there], partial(_object_in, there))
+        found += [there[name] for name in kept]
+    return found
+
+
+def _object_in(there: Mapping[str, S3Object], name: str) -> dict[str, Any]:
+    one = there[name]
+    with one.reader.open(one.key, one.etag) as file, _as_input_error(one.name):
+        return json_object(file.read()) if one.size <= MEGABYTE else {}
 
 
 class _Content(io.RawIOBase):

@@ -185,7 +185,10 @@ def parse(_: None, item: tuple[int, Block | InputError | None]) -> ParsedBlock:
         rows = block.rows()
     except InputError as error:
         return ParsedBlock(file, error=error)
-    fields = [{"value": row.value, "problem": row.problem, "line": row.line, "raw": row.raw} for row in rows]
+    fields = [
+        {"value": row.value, "problem": row.problem, "line": row.line, "raw": row.raw, "classes": row.classes}
+        for row in rows
+    ]
     lines = [encode_finite(one) for one in fields]  # no reader yields infinite numbers
     return ParsedBlock(file, lines, shapes_of(rows), rows[0].problem if rows else "")
 
