@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -451,21 +452,11 @@ def plan_model(
     Raises:
         InputError: there is no valid configuration, or a method is unknown or unsuitable for the model.
     """
-    if tokens < 2 or rows < 1:
-        raise InputError(
-            f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row"
-        )
-    if rows > MAX_ROWS or rows * tokens > MAX_TOKENS:
-        raise InputError(
-            f"--tokens-per-row {tokens} --batch {rows}: too much for one forward pass",
-            f"give at most {MAX_ROWS:,} rows, and {MAX_TOKENS:,} tokens in all rows",
-        )
+    _refuse_size(tokens, rows)
     _import_libraries(device)
-    from huggingface_hub.errors import StrictDataclassError
-
     machine = Machine(compute, device, None)
     predictions, gpus = {}, {}
-    try:
+    with _building(model):
         copies = layerwise.SmallCopies(model)
         for method in methods:
             spec = memory.TrainingSpec(
@@ -489,17 +480,6 @@ def plan_model(
                 if method in PUBLISHED and 6.5e9 < prediction["total_parameters"] < 7.5e9:
                     prediction["published_gb"] = PUBLISHED[method]
             predictions[method] = prediction
-    except (
-        StrictDataclassError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # raised while the configuration is validated or the model is built
-        if "memory" in str(error):  # of this machine
-            raise
-        raise InputError(
-            f"{model}: cannot build this model: {' '.join(str(error).split())}", "correct the configuration"
-        ) from None
     assumptions = {
         "sequence_length": tokens,
         "batch_size": rows,
@@ -519,6 +499,35 @@ def plan_model(
         "gpus": gpus,
         "machine": machine.summary(),
     }
+
+
+def _refuse_size(tokens: int, rows: int) -> None:
+    if tokens < 2 or rows < 1:
+        raise InputError(
+            f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row"
+        )
+    if rows > MAX_ROWS or rows * tokens > MAX_TOKENS:
+        raise InputError(
+            f"--tokens-per-row {tokens} --batch {rows}: too much for one forward pass",
+            f"give at most {MAX_ROWS:,} rows, and {MAX_TOKENS:,} tokens in all rows",
+        )
+
+
+@contextmanager
+def _building(model: Path) -> Iterator[None]:
+    """Raises:
+    InputError: a wrong value of the configuration, found while it is validated or the model is built.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError) as error:
+        if "memory" in str(error):  # of this machine
+            raise
+        raise InputError(
+            f"{model}: cannot build this model: {' '.join(str(error).split())}", "correct the configuration"
+        ) from None
 
 
 def _import_libraries(device: str) -> None:
