@@ -195,7 +195,11 @@ def stage_named(repo: Any, address: str) -> Any:
             return repo.stage.load_one(str(Path(repo.root_dir, "dvc.yaml")), address)
         except private_module("dvc.stage.exceptions").StageNotFound:
             names = [stage.name for stage in repo.index.stages if not stage.is_data_source]
-            raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}") from None
+            raise _no_stage(address, names) from None
+
+
+def _no_stage(address: str, names: Iterable[str]) -> InputError:
+    return InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
 
 
 @contextmanager
@@ -562,7 +566,7 @@ def verified_fingerprint(root: Path, address: str, refuse: Callable[[Sequence[St
         all_stages = declared_stages(repo)
         names, state_of = _states(root, all_stages, repo, _is_definition)
         if address not in names:
-            raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(names)}")
+            raise _no_stage(address, names)
         refuse([state_of(i.producer) for i in state_of(address).inputs if i.producer])
         now = _inputs_now(root, stage_among(all_stages, address))
         with repo.lock:

@@ -337,8 +337,8 @@ class _Examination:
             files: recorded md5 by path in the output; None if unknown.
         """
         target = self.root / path
-        content = [path for path in without_papers(target, target.rglob("*")) if path.is_file()]
-        present = {path.relative_to(target).as_posix(): path for path in content} if target.is_dir() else {"": target}
+        content = [file for file in without_papers(target, target.rglob("*")) if file.is_file()]
+        present = {file.relative_to(target).as_posix(): file for file in content} if target.is_dir() else {"": target}
         hashes = {name: self._hashes(file) for name, file in present.items()}
         recorded = files or {}
         for name in sorted({*present, *recorded}) if files is not None else []:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dagster_project.core.layout import REPORTS
+from dagster_project.orchestration.last_sync import OBJECTS
 from dagster_project.orchestration.processes import is_running
 from dagster_project.orchestration.rwlock import locks_by_hard_links
 
@@ -19,7 +20,6 @@ log = logging.getLogger("pedigree")
 
 TEMPORARY = re.compile(r".*\.[A-Za-z0-9_-]{22}\.tmp")
 """Names by DVC (dvc_objects.fs.utils.tmp_fname): a prefix, a dot, and 16 random bytes in base64."""
-CACHE = Path(".dvc") / "cache" / "files" / "md5"
 RUNS = Path(".dvc") / "cache" / "runs"
 OWN = re.compile(r"\..+\.(\d+)")
 """Names by core.records.write_text, and of objects that are being fetched (remote_store.py): a dot, the name of the
@@ -66,8 +66,8 @@ def _leftovers(root: Path) -> Iterator[Path]:
     """Temporary files, also those of our own that are in use."""
     swept = (root / SWEPT).stat().st_mtime if (root / SWEPT).is_file() else 0.0
     cache = [
-        root / CACHE,
-        *(Path(entry.path) for entry in _entries(root / CACHE) if entry.is_dir(follow_symlinks=False)),
+        root / OBJECTS,
+        *(Path(entry.path) for entry in _entries(root / OBJECTS) if entry.is_dir(follow_symlinks=False)),
     ]
     folders = [folder for folder in cache if folder.is_dir() and folder.stat().st_mtime >= swept - 2]
     folders += [Path(folder) for start in (RUNS, REPORTS) for folder, _, _ in os.walk(root / start)]

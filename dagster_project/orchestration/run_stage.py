@@ -273,9 +273,8 @@ def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: s
 
     Write the report with the sha256 of the main output.
     """
-    plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
     _share_as_their_folders(ctx.out)
-    for path in [ctx.out, *plots]:
+    for path in [ctx.out, *(ctx.scratch / "data" / "plots").rglob("*.csv")]:
         _move_to_place(root, ctx, path)
     write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
     facts = {**result.measured, **({"execution": result.execution} if result.execution else {})}

@@ -78,18 +78,17 @@ def locks_by_hard_links(root: Path) -> bool:
 def _of_running(table: dict[str, Any]) -> dict[str, Any]:
     """The table without the entries of ended processes."""
     runs = cache(_runs)
-    write = {
-        path: owner for path, owner in table.get("write", {}).items() if runs(owner["pid"], str(owner.get("cmd", "")))
-    }
-    read = {
-        path: [owner for owner in owners if runs(owner["pid"], str(owner.get("cmd", "")))]
-        for path, owners in table.get("read", {}).items()
-    }
-    return {
-        **table,
-        **({"write": write} if "write" in table else {}),
-        **({"read": {p: o for p, o in read.items() if o}} if "read" in table else {}),
-    }
+
+    def is_running(owner: dict[str, Any]) -> bool:
+        return runs(owner["pid"], str(owner.get("cmd", "")))
+
+    kept = dict(table)
+    if "write" in table:
+        kept["write"] = {path: owner for path, owner in table["write"].items() if is_running(owner)}
+    if "read" in table:
+        readers = {path: [owner for owner in owners if is_running(owner)] for path, owners in table["read"].items()}
+        kept["read"] = {path: owners for path, owners in readers.items() if owners}
+    return kept
 
 
 def _runs(pid: int, cmd: str) -> bool:

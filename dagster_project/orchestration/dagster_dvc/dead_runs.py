@@ -65,10 +65,8 @@ def _free_slots_of_ended_runs(instance: dg.DagsterInstance, owned: bool) -> None
 
 def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether the process of a run is known to exist on this machine."""
-    process = _process(instance, run.run_id)
-    return (
-        process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node() and is_running(*process)
-    )
+    process = _process_here(instance, run)
+    return process is not None and is_running(*process)
 
 
 def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) -> None:
@@ -108,8 +106,8 @@ def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
 
 
 def _is_alive(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    process = _process(instance, run.run_id)
-    if process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node():
+    process = _process_here(instance, run)
+    if process is not None:
         return is_running(*process)
     record = instance.get_run_record_by_id(run.run_id)
     latest = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
@@ -138,6 +136,11 @@ def _remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
         else:
             ended.add(event.step_key)
     return {key for key, step in planned.items() if key not in ended and step not in ended}
+
+
+def _process_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float] | None:
+    """As `_process`; None also if it is on another machine."""
+    return _process(instance, run.run_id) if run.tags.get(MACHINE_TAG, platform.node()) == platform.node() else None
 
 
 def _process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:

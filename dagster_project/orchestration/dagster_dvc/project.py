@@ -95,16 +95,18 @@ class DvcProject:
         return keys.asset_key(address, self.key_prefix)
 
     def definition_key(self, address: str) -> dg.AssetKey:
-        return keys.definition_key(address, self.key_prefix)
+        """ "train@small" -> def / train / small: command, parameters and code of the stage."""
+        return dg.AssetKey([*self.key_prefix, "def", *address.split("@")])
 
     def source_key(self, path: str) -> dg.AssetKey:
-        return keys.source_key(path, self.key_prefix)
+        """ "data/raw.csv" -> workspace / data / raw.csv: a file or folder that no stage writes."""
+        return dg.AssetKey([*self.key_prefix, "workspace", *Path(path).parts])
 
     def address_of(self, key: dg.AssetKey) -> str | None:
         """The stage of an asset; None if it is of another project."""
         if tuple(key.path[: len(self.key_prefix)]) != self.key_prefix:
             return None
-        return keys.address_of(key, self.key_prefix)
+        return "@".join(key.path[len(self.key_prefix) :])
 
     def name(self, name: str) -> str:
         """Name of a job, schedule or sensor."""

@@ -50,7 +50,8 @@ def trained_records(root: Path, ids: Sequence[str], key: bytes, models: Iterable
     """The records with some ids that models of the workspace were trained on,
     by keyed hash, with these models and what is needed to measure them."""
     wanted = {*ids}
-    learned = {address: _learned(root, address) for address in models if address.partition("@")[0] in MEASURED}
+    index = Index(root)
+    learned = {address: _learned(index, address) for address in models if address.partition("@")[0] in MEASURED}
     found = []
     for kind in DATA:
         for row in (row for row in _split(root, kind, "train") if row["example_id"] in wanted):
@@ -61,12 +62,11 @@ def trained_records(root: Path, ids: Sequence[str], key: bytes, models: Iterable
     return found
 
 
-def _learned(root: Path, address: str) -> set[str] | None:
+def _learned(index: Index, address: str) -> set[str] | None:
     """Ids of the records in the training steps of a model and of those that it was made from.
 
     Training can end before others of its split, or leave them out. None if unknown.
     """
-    index = Index(root)
     try:
         subject = find(index, address)
     except InputError:  # under another name in the workspace

@@ -134,7 +134,7 @@ def to_remove(
         retired: outputs that were made from it.
         needed: objects of the workspace, which stay.
         own: what content may be removed from.
-    """  # fmt: skip
+    """
     outputs = own.outputs - {*needed}
     holding = {*holding} - own.others
     gone = {

@@ -16,10 +16,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dagster_project.core import params
-from dagster_project.core.documents import read_document
+from dagster_project.core.documents import read_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, sha256_of_bytes, sha256_of_file
-from dagster_project.core.layout import RECORD_KEY
+from dagster_project.core.layout import RECORD_KEY, report_of
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.curation.left_out import is_remote
@@ -241,33 +241,27 @@ def refuse_empty(raws: Iterable[Raw], found: Found) -> None:
         )
 
 
+def _sources_read(root: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name and facts of each source that the raw data sets were read from, by their reports."""
+    for address in (EXAMPLES, PAIRS):
+        if (root / report_of(address)).is_file():
+            yield from read_report(root, address).get("sources", {}).items()
+
+
 def _revision(root: Path, path: str) -> str:
     """The revision of a source on the Hub or in S3, by the reports; empty if none names it."""
-    for address in (EXAMPLES, PAIRS):
-        report = f"data/reports/{address}.json"
-        sources = read_document(root / report, report, "").get("sources", {}) if (root / report).is_file() else {}
-        for name, facts in sources.items():
-            if is_within(path, name.rstrip("/")) and "revision" in facts:
-                return str(facts["revision"])
-    return ""
+    found = (facts for name, facts in _sources_read(root) if is_within(path, name.rstrip("/")))
+    return next((str(facts["revision"]) for facts in found if "revision" in facts), "")
 
 
 def _hashes_when_read(root: Path) -> dict[str, str]:
-    """sha256 of each source file that the raw data sets were read from, by their reports.
-
-    Row numbers are those of these versions.
-    """
+    """sha256 of each source file when it was read. Row numbers are those of these versions."""
     found: dict[str, str] = {}
-    for address in (EXAMPLES, PAIRS):
-        path = f"data/reports/{address}.json"
-        if not (root / path).is_file():
-            continue
-        report = read_document(root / path, path, f"make it again with `dvc repro {address}`")
-        for name, facts in report.get("sources", {}).items():
-            if (files := facts.get("files")) is None:
-                found[name] = facts["sha256"]
-            else:
-                found |= {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
+    for name, facts in _sources_read(root):
+        if (files := facts.get("files")) is None:
+            found[name] = facts["sha256"]
+        else:
+            found |= {f"{name.rstrip('/')}/{one}": of["sha256"] for one, of in files.items()}
     return found
 
 

@@ -350,8 +350,7 @@ class _Run:
     def _metadata(self) -> dict[str, str]:
         return {STAGE: self.address, PROJECT: self.project}
 
-    # ---- a job
-    # ---------------------------------------------------------------------------------------------------------
+    # ---- a job -------------------------------------------------------------------------------------------------------
 
     def _follow(self, folder: Path) -> Any:
         """Run one job, or follow one that is running, and handle its messages until it ends.
