@@ -498,6 +498,7 @@ def test_the_time_of_a_variant_is_that_of_the_trainings_whose_tokens_are_counted
     ran("adapter@lora", 620.2, 3e9)
     ran("adapter@dora", 100.0, 4e9)
     write_json(tmp_path / report_of("adapter@both"), {"output_sha256": "0", "merge_of": {"dora": 1, "lora": 1}})
+    write_json(tmp_path / report_of("adapter@soup"), {"output_sha256": "0", "merge_of": {"both": 1, "lora": 1}})
     ran("aligned@dpo", 260.7, 2e9, adapter="lora")
     ran("aligned@kto", 10.0, 1e9, adapter="both")
     ran("adapter@unknown", 0, 1e9)
@@ -508,11 +509,20 @@ def test_the_time_of_a_variant_is_that_of_the_trainings_whose_tokens_are_counted
     assert _measured(documents, "aligned@damaged") == {}
     found = {
         address: tuple(_measured(documents, address).values())
-        for address in ("adapter@lora", "adapter@both", "aligned@dpo", "aligned@kto", "aligned@lost", "adapter@new")
+        for address in (
+            "adapter@lora",
+            "adapter@both",
+            "adapter@soup",
+            "aligned@dpo",
+            "aligned@kto",
+            "aligned@lost",
+            "adapter@new",
+        )
     }
     assert found == {
         "adapter@lora": (620.2, 3e9),
         "adapter@both": (pytest.approx(720.2), 4e9),
+        "adapter@soup": (pytest.approx(720.2), 4e9),
         "aligned@dpo": (pytest.approx(880.9), 3e9),
         "aligned@kto": (pytest.approx(730.2), 4e9),
         "aligned@lost": (1e9,),

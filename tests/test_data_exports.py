@@ -381,6 +381,19 @@ def test_parts_of_outputs_and_folders_of_outputs_lead_to_the_stages_that_made_th
         assert summary["stages"].get("preferences", {}).get("made_from", []) == []
 
 
+def test_counts_of_rows_include_augmented_copies(finished: Path) -> None:
+    tool("spdx_python_model")
+    summary = summarize(find(Index(finished), MODEL)) | {"provider": {}, "data_sets": {}}
+    splits = summary["stages"]["splits"]
+    summary["stages"]["splits"] = splits | {"augmented": {"typos": 3, "paraphrase": 1}}
+    rows = splits["rows_out"] + 4
+    events = [json.loads(line) for line in openlineage(summary, ISSUED).splitlines()]
+    (output,) = [one for event in events if event["job"]["name"] == "splits" for one in event["outputs"]]
+    assert output["outputFacets"]["outputStatistics"]["rowCount"] == rows
+    (data,) = [one for one in elements(spdx(summary, ISSUED))[1]["dataset_DatasetPackage"] if one.name == "splits"]
+    assert data.dataset_datasetSize == rows
+
+
 # --- public summary and datasheet
 
 TEMPLATE = [

@@ -218,3 +218,14 @@ def test_a_check_works_where_torch_dagster_and_dvc_are_not_installed(tiny_model:
     (document,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert "tokens" in document["profile"]["lengths"], "counted by the tokenizer, not estimated"
     assert (tmp_path / "a.html").is_file()
+
+
+def test_named_templates_of_a_model_are_part_of_the_identity_of_its_counts(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    before = token_counts.tokens_of(model).identity
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/rag.jinja").write_text("{{ messages[0].content }}")
+    tokens = token_counts.tokens_of(model)
+    assert tokens.identity != before
+    make, given = tokens.__reduce__()  # as another process makes it
+    assert make(*given).identity == tokens.identity

@@ -223,6 +223,19 @@ def test_the_same_inputs_give_the_same_files_which_load_as_any_adapter_and_name_
     assert [check.passed for check in report.checks] == [True]
 
 
+def test_a_training_that_two_merged_adapters_share_counts_once(
+    adapters: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from shutil import copytree
+
+    copytree(adapters, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tiny_model, tmp_path / "adapter/soup", **MERGED)
+    merge(tmp_path / "adapter", tiny_model, tmp_path / "adapter/both", merge_of={"soup": 0.5, "a": 0.5})
+    document = json.loads((tmp_path / "adapter/both/training.json").read_text())
+    assert [*document["trainings"]] == ["a", "b"]
+    assert (document["steps"], document["tokens"], document["trained_tokens"]) == (23, 2003, 203)
+
+
 def test_adapters_of_a_quantized_model_give_one_that_says_so_and_one_can_stay_separate(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sklearn.metrics import f1_score
 
+from dagster_project.core.records import write_json
 from dagster_project.evaluation.metrics import (
     NO_LABEL,
     Task,
@@ -286,6 +290,23 @@ def test_a_difference_is_paired_and_changes_sign_with_its_sides() -> None:
 def test_the_perplexity_ratio_of_a_model_to_itself_is_one() -> None:
     scores = np.array([(3.5, 4), (0.2, 1), (40.0, 9)])
     assert ratio(perplexity, scores, scores) == {"ratio": 1, "interval": [1, 1]}
+
+
+def test_a_perplexity_without_a_finite_likelihood_is_null_and_states_why() -> None:
+    found = perplexity_interval([(1.0, 2), (math.nan, 3), (math.inf, 1), (0.0, 0)], ["a", "b", "c", "d"])
+    why = "the likelihood of 2 of 3 test answers is no finite number"
+    assert found == {"perplexity": None, "perplexity_unknown": why}
+
+
+def test_a_document_has_null_instead_of_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    document = {"loss": math.nan, "curve": [{"step": 1, "loss": -math.inf}], "accuracy": 0.5}
+    write_json(tmp_path / "a.json", document)
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "loss": None,
+        "curve": [{"step": 1, "loss": None}],
+        "accuracy": 0.5,
+        "not_finite": {"loss": "nan", "curve[0].loss": "-inf"},
+    }
 
 
 def test_a_perplexity_ratio_is_that_of_the_two_perplexities() -> None:

@@ -253,6 +253,7 @@ def test_bad_output_is_one_message(case: str, root: Path, tiny_model: Path, tmp_
         train(root, model, script.replace("\nconfig =", "\nprint('hello')\nconfig ="))
     assert caught.value.hint and caught.value.exit_code == 2
     assert case != "base" or "dvc checkout --force data/base_model" in caught.value.hint
+    assert ("memory ran out" in caught.value.hint) == (case == "killed")
     assert not [*(root / "out").iterdir()]
 
 

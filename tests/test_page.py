@@ -607,4 +607,4 @@ def test_the_embedded_pairs_are_those_of_the_document() -> None:
 def test_the_verdict_says_how_many_checks_it_does_not_name(checks: int, said: str) -> None:
     reader = Reader(data_quality_page(document(findings=[finding(f"c{i}") for i in range(checks)])))
     words = re.sub(r"\s+", " ", " ".join(reader.words)).replace(" ,", ",").replace(" .", ".")
-    assert f"{checks} warnings to review" in words and said in words
+    assert f"{checks} checks of severity warning to review" in words and said in words

@@ -381,6 +381,11 @@ def test_categories_are_unbalanced_beyond_the_ratio() -> None:
     }
 
 
+def test_a_category_with_one_row_has_one_row() -> None:
+    found = profile([ask("Hi", category="a"), ask("Ho", category="b")])
+    assert "; a 1 row (50%), as every other" in notes(found, LIMITS)["unbalanced_categories"]
+
+
 def test_uncategorised_rows_are_not_a_category_if_there_are_others() -> None:
     found = profile([ask("Hi") for _ in range(50)] + [ask("Ho", category="a"), ask("Ho", category="b")])
     assert "unbalanced_categories" not in failures(found, LIMITS)
@@ -404,6 +409,8 @@ def test_a_varied_set_is_diverse() -> None:
     found = profile(varied(500))
     assert failures(found, LIMITS, near_copies=3) == {}
     assert "3 prompts (1%) are nearly those of earlier rows" in notes(found, LIMITS, near_copies=3)["low_diversity"]
+    (one,) = [note for note in notes(found, LIMITS, near_copies=1)["low_diversity"].split("; ") if "nearly" in note]
+    assert one.startswith("1 prompt (below 1%) is nearly that of an earlier row")
     assert "nearly" not in notes(found, LIMITS)["low_diversity"], "nobody looked"
 
 

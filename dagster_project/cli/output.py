@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -25,18 +24,19 @@ def print_result(options: argparse.Namespace, document: Any, as_text: Any, safe:
     Args:
         safe: whether the text needs no escapes, as they were made earlier, or it is not for a terminal.
     """
-    from dagster_project.core.text import visible, visible_json
+    from dagster_project.core.text import json_text, visible, visible_json
 
     options.printed = True
     encoding = sys.stdout.encoding or "utf-8"
     if options.json:
-        text = visible_json(json.dumps(document, ensure_ascii=False))
+        text = visible_json(json_text(document))
     else:
         text = as_text(document) if safe else visible(as_text(document))
     try:
         text.encode(encoding)
     except UnicodeEncodeError:  # the terminal's encoding is not UTF-8, or a file name is not valid UTF-8
-        text = json.dumps(document) if options.json else text.encode(encoding, "backslashreplace").decode(encoding)
+        plain = text.encode(encoding, "backslashreplace").decode(encoding)
+        text = json_text(document, ensure_ascii=True) if options.json else plain
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the reader, e.g. `head`, closed the pipe; the exit code is kept

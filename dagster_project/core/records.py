@@ -23,6 +23,7 @@ from dagster_project.core.chat import is_text
 from dagster_project.core.imports import use_arrow_without_pandas
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.stored_rows import StoredRows, decode
+from dagster_project.core.text import json_text
 
 if TYPE_CHECKING:
     # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
@@ -636,7 +637,7 @@ class Report:
 
 
 def write_json(path: Path, document: Any) -> None:
-    write_text(path, json.dumps(document, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+    write_text(path, json_text(document, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

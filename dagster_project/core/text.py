@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,6 +88,32 @@ def number(value: float) -> str:
 
 def many(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def json_text(document: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    """The document as JSON, which has no NaN and no infinity: null instead, and why under `not_finite`.
+
+    {"perplexity": nan}  ->  {"perplexity": null, "not_finite": {"perplexity": "nan"}}
+    """
+    try:
+        return json.dumps(document, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        found: dict[str, str] = {}
+        plain = _finite(document, "", found)
+    if isinstance(plain, dict):
+        plain["not_finite"] = found
+    return json.dumps(plain, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _finite(value: Any, place: str, found: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one, f"{place}.{key}".removeprefix("."), found) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one, f"{place}[{i}]", found) for i, one in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        found[place] = str(value)
+        return None
+    return value
 
 
 def listed(names: Sequence[object], most: int) -> str:

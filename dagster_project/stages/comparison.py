@@ -242,7 +242,7 @@ def _to_base(
     ours = np.array([(rows[key]["nll"], rows[key]["tokens"]) for key in base], dtype=float)
     theirs = np.array([(row["nll"], row["tokens"]) for row in base.values()], dtype=float)
     counted = theirs[:, 1] > 0
-    if np.isnan(ours).any() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
+    if not np.isfinite([ours, theirs]).all() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
         return {}
     drawn = [units[example] for (example, _), has_tokens in zip(base, counted, strict=True) if has_tokens]
     return {"perplexity_to_base": ratio(perplexity, summed(ours[counted], drawn), summed(theirs[counted], drawn))}

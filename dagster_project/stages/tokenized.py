@@ -104,7 +104,8 @@ class Params(Section):
     reasoning: Reasoning = "template"
     """Which traces (`reasoning_content`) become part of the text: those that the `template` writes by itself; all
     (`keep`), where a record whose trace the template leaves out does not fit it; none (`strip`); or only that of the
-    `last` answer."""
+    `last` answer. Evaluation does not read this: it asks for a trace where the test answer has one, and perplexity
+    covers the traces that the template writes."""
     weigh: Literal["token", "example"] = "token"
     """What counts equally in the loss: every `token` (the usual choice), or every `example`, so that long answers do
     not outweigh short ones."""

@@ -88,7 +88,8 @@ def _trainings(documents: Documents, address: str) -> list[str]:
     if address.startswith("aligned@"):
         return [*(_trainings(documents, f"adapter@{report['adapter']}") if "adapter" in report else []), address]
     parents = report.get("merge_of") or ()
-    return [one for parent in parents for one in _trainings(documents, f"adapter@{parent}")] or [address]
+    found = [one for parent in parents for one in _trainings(documents, f"adapter@{parent}")]
+    return [*dict.fromkeys(found)] or [address]  # two of the merged adapters may be merged of the same one
 
 
 @dataclass(frozen=True)

@@ -151,19 +151,22 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
     errors = sum(f["severity"] == "error" for f in findings)
     fixed = any(f["severity"] == "error" and f.get("fixed") for f in findings)
     resolved = (
-        f" The rows of {many(errors, 'error')} are {'repaired or dropped' if fixed else 'dropped'}." if errors else ""
+        f" The rows that {many(errors, 'check')} of severity error found are"
+        f" {'repaired or dropped' if fixed else 'dropped'}."
+        if errors
+        else ""
     )
     if not document["kept"]:
         severity, words, why, resolved = "error", "Nothing to train on", "No row is left.", ""
     elif open_["error"]:
         severity = "error"
         words = "Not ready to train on"
-        why = f"{many(len(open_['error']), 'error')} not resolved"
+        why = f"{many(len(open_['error']), 'check')} of severity error not resolved"
         resolved = ""
     elif open_["warn"]:
         severity = "warn"
         words = "Usable, but review the warnings"
-        why = f"{many(len(open_['warn']), 'warning')} to review"
+        why = f"{many(len(open_['warn']), 'check')} of severity warning to review"
     elif findings:
         severity, words = "good", "Ready to train on"
         why = "Every row that violates a check is repaired, dropped or waived, or the finding is only a remark."

@@ -122,6 +122,11 @@ MARKED_POINTS = 40
 """Lines with at most this many points also mark each of them: a single point would be invisible."""
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value of a curve can be drawn. Documents have null instead of NaN and infinity."""
+    return value is not None and math.isfinite(value)
+
+
 def smoothed(curve: Sequence[Point]) -> list[Point]:
     """Exponential moving average of the loss, with bias correction as in Adam.
 
@@ -131,7 +136,7 @@ def smoothed(curve: Sequence[Point]) -> list[Point]:
     points: list[Point] = []
     mean, weight = 0.0, 0.0
     for point in curve:
-        if "loss" in point and math.isfinite(point["loss"]):
+        if _is_finite(point.get("loss")):
             mean = SMOOTHING * mean + (1 - SMOOTHING) * point["loss"]
             weight = SMOOTHING * weight + (1 - SMOOTHING)
             points.append({"step": point["step"], SMOOTHED: mean / weight})
@@ -227,7 +232,7 @@ def curve_figure(title: str, note: str, curve: Sequence[Point], names: Sequence[
 
     Values that are not finite are not drawn, but counted in the note.
     """
-    finite = {name: [point for point in curve if name in point and math.isfinite(point[name])] for name in names}
+    finite = {name: [point for point in curve if _is_finite(point.get(name))] for name in names}
     lines = {name: thinned(points, 500) for name, points in finite.items() if points}
     if not lines:
         return None

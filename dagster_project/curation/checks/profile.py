@@ -21,6 +21,7 @@ from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
+from dagster_project.core.text import many
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.references import Reference
 
@@ -642,7 +643,7 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         repeats = f"{diversity['top_response_share']:.0%} of the rows have the same long response"
     copies = near_copies or 0
     return {
-        "rows": f"{rows:,} {'row' if rows == 1 else 'rows'}, {words:,} words: {_volume(words)}",
+        "rows": f"{many(rows, 'row')}, {many(words, 'word')}: {_volume(words)}",
         "category_ratio": _categories(profile) if count else "no categories",
         "top_source_share": f"{source} holds {most / max(1, rows):.0%} of the rows",
         "scripts": "scripts: " + ", ".join(f"{name} {n:,}" for name, n in islice(profile["scripts"].items(), 3)),
@@ -656,9 +657,17 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
             f" of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each"
         ),
         "top_response_share": repeats,
-        "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
+        "near_copy_share": (
+            f"{many(copies, 'prompt')} ({_percent(copies / max(1, rows))})"
+            f" {'is nearly that of an earlier row' if copies == 1 else 'are nearly those of earlier rows'}"
+        ),
         "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }
+
+
+def _percent(share: float) -> str:
+    """0.25  ->  "25%"; a share that would be rounded to 0  ->  "below 1%" """
+    return "below 1%" if 0 < share <= 0.005 else f"{share:.0%}"
 
 
 def _largest(counts: Mapping[str, int]) -> tuple[str, int]:
@@ -684,7 +693,7 @@ def _categories(profile: Mapping[str, Any]) -> str:
     name, most = next((item for item in profile["categories"].items() if item[0] not in {NONE, OTHERS}), (NONE, 0))
     rarest, least = _largest(profile["rarest"])
     text = f"{count} {'category' if count == 1 else 'categories'} (effectively {profile['effective_categories']:.1f}); "
-    text += f"{name} {most:,} rows ({most / rows:.0%})"
+    text += f"{name} {many(most, 'row')} ({_percent(most / rows)})"
     if count > 1:
         text += f", {rarest} {least:,}" if least < most else ", as every other"
     if single:

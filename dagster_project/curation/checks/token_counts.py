@@ -56,9 +56,10 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
 def _files(folder: Path) -> tuple[tuple[str, bytes], ...]:
-    """Name and content of each file in a model's folder except for weights."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in WEIGHTS]
-    return tuple([(file.name, file.read_bytes()) for file in files])
+    """Name and content of each file in a model's folder except for weights, and of its named chat templates."""
+    files = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = [file for file in sorted(files) if file.is_file() and file.suffix not in WEIGHTS]
+    return tuple([(file.relative_to(folder).as_posix(), file.read_bytes()) for file in files])
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -71,6 +72,7 @@ def _of_files(files: tuple[tuple[str, bytes], ...]) -> Tokens:
     folder = tempfile.TemporaryDirectory(prefix="tokenizer-")
     _FOLDERS.append(folder)
     for name, content in files:
+        Path(folder.name, name).parent.mkdir(exist_ok=True)
         Path(folder.name, name).write_bytes(content)
     return tokens_of(Path(folder.name))
 

@@ -18,7 +18,7 @@ from openlineage.client.serde import Serde
 
 from dagster_project import __version__
 from dagster_project.lineage.export.formulation import parents_of
-from dagster_project.lineage.export.summary import identity
+from dagster_project.lineage.export.summary import identity, rows_written
 
 NAMESPACE = "pedigree"
 ANY_STAGE = True
@@ -59,7 +59,7 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
             InputDataset(NAMESPACE, path, facets=_facets(md5, sums.get(path), producer)) for path, md5 in read.items()
         ]
         rows = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
-            rowCount=stage.get("rows_out"), producer=producer
+            rowCount=rows_written(stage), producer=producer
         )
         outputs = [
             OutputDataset(

@@ -15,7 +15,7 @@ from dagster_project.core.hashing import sha256_of_text
 from dagster_project.curation.sources.declarations import UNKNOWN, declared_of
 from dagster_project.lineage.export.cyclonedx import SUM
 from dagster_project.lineage.export.responsible import collection, processing
-from dagster_project.lineage.export.summary import REWARD_MODEL, identity, limits, results
+from dagster_project.lineage.export.summary import REWARD_MODEL, identity, limits, results, rows_written
 
 FILE = "model.spdx.json"
 SHOWS = "the model, its base, sources and data sets as packages, with hashes and how they depend on each other"
@@ -209,7 +209,8 @@ class _Graph:
     def data_set(self, name: str, stage: Mapping[str, Any]) -> Any:
         built = datetime.combine(date.fromisoformat(stage["date"]), time(), UTC) if stage.get("date") else self.released
         element = self.package(
-            f"stage:{name}", name, built, self.provider, stage["rows_out"], self.hashes(stage["sha256"], stage["md5"]),
+            f"stage:{name}", name, built, self.provider, rows_written(stage) or 0,
+            self.hashes(stage["sha256"], stage["md5"]),
             dataset_dataPreprocessing=[line for line in processing(self.summary) if line.startswith(f"{name}:")],
         )  # fmt: skip
         self.license(element, None)

@@ -224,6 +224,12 @@ def _stage(report: Mapping[str, Any], sources: Iterable[str]) -> dict[str, Any]:
     return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}
 
 
+def rows_written(stage: Mapping[str, Any]) -> int | None:
+    """Rows in the output of a stage, with the copies that `splits.augment` added; None for other outputs."""
+    rows = stage.get("rows_out")
+    return None if rows is None else int(rows) + sum(stage.get("augmented", {}).values())
+
+
 def _checks(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: {key: check[key] for key in ("passed", "count", "note") if key in check}

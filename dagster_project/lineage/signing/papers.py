@@ -15,6 +15,7 @@ from dagster_project.core.layout import PLOTS, REPORTS
 from dagster_project.core.text import visible
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.export.spdx import DISTILLED
+from dagster_project.lineage.export.summary import rows_written
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import SignatureError
@@ -135,6 +136,8 @@ def _audit(content: bytes) -> Iterator[Claim]:
         for key in ("rows_in", "rows_out"):
             if key in stage:
                 yield f"stage {name}", key, str(stage[key])
+        if (rows := rows_written(stage)) is not None:
+            yield f"stage {name}", "rows", str(rows)
         for split in ("train", "validation", "test"):
             if isinstance(stage.get(split), int):
                 copies = sum(stage.get("augmented", {}).values()) if split == "train" else 0
@@ -220,7 +223,7 @@ def _spdx(content: bytes) -> Iterator[Claim]:
             made = "md5" in dict(sums)
             subject = f"{'stage' if made else 'source'} {one['name']}"
             yield from ((subject, "md5" if kind == "md5" else "sha256", value) for kind, value in sums)
-            yield subject, "rows_out" if made else "rows", str(one["dataset_datasetSize"])
+            yield subject, "rows", str(one["dataset_datasetSize"])
             # other names are not written as they were declared
             if not made and "LicenseRef-" not in (license := declared[one["spdxId"]]):
                 yield subject, "license", _license(license)
@@ -238,7 +241,7 @@ def _openlineage(content: bytes) -> Iterator[Claim]:
                 yield subject, "sha256", one["facets"]["contentHash"]["sha256"]
             rows = one["outputFacets"]["outputStatistics"].get("rowCount")
             if rows is not None:
-                yield f"stage {stage}", "rows_out", str(rows)
+                yield f"stage {stage}", "rows", str(rows)
         for one in event["inputs"]:
             digest = one["facets"]["contentHash"].get("sha256")
             if digest and one["name"] not in outputs:

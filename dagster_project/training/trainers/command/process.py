@@ -22,6 +22,10 @@ log = logging.getLogger("pedigree")
 LAST_LINES = 15
 """Lines of its output that a message about a failed command quotes."""
 LONGEST_LINE = 500
+KILLED = (
+    "a SIGKILL comes from outside of the command, most often from the system because memory ran out: `dmesg` says so;"
+    " make its batches smaller, or stop other programs, and run it again"
+)
 OURS = ("DAGSTER_PIPES_", "DVC_")
 """Prefixes of variables by which the stage talks to DVC and Dagster. A command does not get them."""
 
@@ -77,7 +81,8 @@ def run_command(words: Sequence[str], folder: Path, variables: Mapping[str, str]
     if code:
         by = f" ({signal.Signals(code - 128).name})" if code - 128 in {*signal.Signals} else ""
         shown = "; its last lines:" + "".join(f"\n  {line}" for line in last) if last else ", without output"
+        hint = KILLED if code == 128 + signal.SIGKILL else "correct the command or its files"
         raise InputError(
             f"params.yaml: {where}: `{shlex.join(words)}` failed with exit code {code}{by}{shown}",
-            "correct the command or its files; nothing was recorded",
+            f"{hint}; nothing was recorded",
         )

@@ -243,7 +243,10 @@ def _document(
 ) -> dict[str, Any]:
     """training.json: what was merged and how, and what the trainings took, unless one of them did not record it."""
     assert params.merge_of is not None
-    trainings = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in folders.values()]
+    documents = {name: json.loads((folder / "training.json").read_text("utf-8")) for name, folder in folders.items()}
+    trainings: dict[str, dict[str, int]] = {}
+    for name, one in documents.items():  # two merged adapters may have a parent in common, which was trained once
+        trainings |= one.get("trainings", {name: {key: one[key] for key in TAKEN if key in one}})
     return {
         "merge_of": {
             parent: {"weight": params.merge_of[parent], "sha256": sha256_of_file(folder / WEIGHTS)}
@@ -251,7 +254,12 @@ def _document(
         },
         "settings": {"method": method_of(params), **options_of(params, where).model_dump(include={*params.peft})},
         "rank": _config(out)["r"],
-        **{key: sum(one[key] for one in trainings) for key in TAKEN if all(key in one for one in trainings)},
+        "trainings": dict(sorted(trainings.items())),
+        **{
+            key: sum(one[key] for one in trainings.values())
+            for key in TAKEN
+            if all(key in one for one in trainings.values())
+        },
         "distance_from_weighted_sum": measured.rounded(6),
         "seed": compute.seed,
         "threads": compute.threads,

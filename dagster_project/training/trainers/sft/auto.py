@@ -210,7 +210,8 @@ def sweep(
         noted = json.loads(notes.read_text())
     except (OSError, ValueError):  # missing, or truncated
         noted = {}
-    losses: dict[str, list[float]] = noted["losses"] if noted.get("identity") == identity else {}
+    known = noted["losses"] if noted.get("identity") == identity else {}
+    losses = {name: [math.inf if loss is None else loss for loss in found] for name, found in known.items()}
     progress = Progress("sweep of learning_rate", MOST_TRIALS, "trial", every=0)
 
     def loss(place: int) -> float:
