@@ -104,7 +104,7 @@ BAD_LINES = [
     (b'{"prompt": "H\x00"}', "line is not JSON: Invalid control character at: column 14 (line 3)"),
     (b"\x00" * 100, "line is not JSON: Expecting value: column 1 (line 3)"),
     (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15 (line 3)"),
-    (b'{"prompt": "cut \\ud83d off"}', "text holds half of a surrogate pair, which is no character (line 3)"),
+    (b'{"prompt": "cut \\ud83d off"}', "text has half of a surrogate pair, which is not a character (line 3)"),
     (b'{"prompt": "a", "prompt": "b"}', "key 'prompt' is duplicated in one object (line 3)"),
     (b'{"prompt": [{"a": 1, "a": 1}]}', "key 'a' is duplicated in one object (line 3)"),
     (b'{"prompt": NaN}', "NaN is not a number that JSON supports (line 3)"),

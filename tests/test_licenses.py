@@ -114,14 +114,14 @@ def test_the_most_restrictive_license_is_first_and_names_its_owners() -> None:
         (
             "MIT",
             ["unknown"],
-            ["The license of 0.jsonl (unknown) is unknown: whether the model may be used or passed on cannot be told."],
+            ["The license of 0.jsonl (unknown) is unknown: whether the model may be used or passed on is not clear."],
         ),
         (
             None,
             ["MIT"],
             [
                 "The license of base model (unknown) is unknown: whether the model may be used or passed on"
-                " cannot be told."
+                " is not clear."
             ],
         ),
         (

@@ -294,7 +294,7 @@ def test_the_perplexity_ratio_of_a_model_to_itself_is_one() -> None:
 
 def test_a_perplexity_without_a_finite_likelihood_is_null_and_states_why() -> None:
     found = perplexity_interval([(1.0, 2), (math.nan, 3), (math.inf, 1), (0.0, 0)], ["a", "b", "c", "d"])
-    why = "the likelihood of 2 of 3 test answers is no finite number"
+    why = "the likelihood of 2 of 3 test answers is not a finite number"
     assert found == {"perplexity": None, "perplexity_unknown": why}
 
 

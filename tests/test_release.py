@@ -274,7 +274,7 @@ def test_forgetting_beyond_the_parameter_blocks_the_release(tiny_model: Path, tm
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "it does not stand alone"),
         (
             lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"),
-            "weights that are no safetensors: pytorch_model.bin",
+            "weights in another format than safetensors: pytorch_model.bin",
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "transformers does not load it: "),
     ],

@@ -170,7 +170,7 @@ def flush() -> None:
 
 
 def explained(error: BaseException, interrupts: Interrupts, command: str, project: Path) -> PedigreeError | None:
-    """What to tell the user about an exception; None if it is a defect of this program."""
+    """The message to the user about an exception; None if it is a defect of this program."""
     if isinstance(error, Interrupted):  # a training stopped where it can resume
         return error
     if interrupts.came or isinstance(error, KeyboardInterrupt):

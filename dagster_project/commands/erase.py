@@ -145,7 +145,7 @@ def _plan(root: Path, request: Request | None, chosen: Sequence[str], reason: st
 
 def exit_code(document: Mapping[str, Any]) -> int:
     """0: nothing is left but what git history holds; 1: something is left, a model of the workspace saw the record, or
-    `verify` found a difference; 2: of a model of the workspace nobody can tell."""
+    `verify` found a difference; 2: a model of the workspace cannot be decided."""
     remains = {place for place in document["left"] if place != GIT}
     if remains or document["impact"].startswith("yes") or "different" in (document["verify"] or {}).values():
         return 1

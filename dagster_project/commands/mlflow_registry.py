@@ -2,7 +2,7 @@
 registry, with its lineage as tags and its data as inputs of a run.
 
 MLflow gets hashes and figures, and the files of the model with --upload.
-Nothing that a stage reads or writes knows of it.
+Nothing that a stage reads or writes depends on it.
 """
 
 from __future__ import annotations

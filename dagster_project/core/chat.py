@@ -95,7 +95,7 @@ def _without_ends(tokenizer: Any, messages: Messages, tools: Tools, text: str, e
     """An answer that quotes end-of-turn tokens, with letters instead, and the end of what the assistant says in it.
 
     Raises:
-        InputError: the template writes them in another spelling, so the end of the turn cannot be told from them.
+        InputError: the template writes them in another spelling, so the end of the turn cannot be found in them.
     """
     quoted = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))))
     other = _replaced(messages[-1], quoted)

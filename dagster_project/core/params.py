@@ -76,7 +76,7 @@ def read(root: Path) -> dict[str, Any]:
     """All of params.yaml as plain data.
 
     Raises:
-        InputError: the file is missing, is not YAML, or is not a mapping; or a key is no text.
+        InputError: the file is missing, is not YAML, or is not a mapping; or a key is not text.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError

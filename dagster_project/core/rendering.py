@@ -200,7 +200,7 @@ def with_constant_date(template: str) -> str:
 
 
 def _as_read(message: Message, form: TemplateForm) -> Message:
-    """A message as the template reads it. The loss weight is none of its business."""
+    """A message as the template reads it. Without the loss weight, which templates do not use."""
     read = {key: value for key, value in message.items() if key not in {"weight", "reasoning_content", "tool_calls"}}
     if form.parts:
         read["content"] = [{"type": "text", "text": message["content"]}]

@@ -150,7 +150,7 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
         if decides == OPEN and (ratio := found.get("perplexity_to_base")):
             beside = f" By likelihood: {_perplexity_gain(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
-        chance = "which so few examples cannot tell from chance"
+        chance = "which may be chance with so few examples"
         return f"Nothing can be concluded on tuning {name}: {gained.words}, {chance}.{checks}"
     if gained.sure and failed:
         step = "Look into them before you use it."

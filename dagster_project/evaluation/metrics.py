@@ -214,7 +214,7 @@ def perplexity_interval(scores: Sequence[tuple[float, int]], units: Sequence[str
         return {}
     sums = np.array([score for score, _ in counted], dtype=float)
     if unknown := int((~np.isfinite(sums[:, 0])).sum()):
-        why = f"the likelihood of {unknown} of {len(counted)} test answers is no finite number"
+        why = f"the likelihood of {unknown} of {len(counted)} test answers is not a finite number"
         return {"perplexity": None, "perplexity_unknown": why}
     value, interval = estimate(perplexity, summed(sums, [unit for _, unit in counted]))
     return {"perplexity": value, "perplexity_interval": interval}

@@ -24,7 +24,7 @@ from dagster_project.lineage.notes import parsed_yaml
 FILE = "code.lock.yaml"
 DISTRIBUTION = "pedigree-llm"
 VERSION, PIPELINE = "version", "pipeline"
-"""Keys of the file that are no stages: the installed version, and the sha256 of dvc.yaml as it was written."""
+"""Keys of the file other than stages: the installed version, and the sha256 of dvc.yaml as it was written."""
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATE_NAME = "pipeline_template.yaml"
 """dvc.yaml of the clone, which `make docs` copies into the package."""

@@ -170,7 +170,7 @@ class Index(RunIndex):
 
     @cached_per_instance
     def _with_unread(self, contributions: bool) -> frozenset[str]:
-        """Outputs with an unavailable file that tells of contributions (a ledger or table of overlaps), or another."""
+        """Outputs with an unavailable file that records contributions (a ledger or table of overlaps), or another."""
         query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name"
         rows = self._db.execute(f"{query} {'' if contributions else 'NOT'} IN (?, ?)", (LEDGER, OVERLAPS))
         return frozenset(out for (out,) in rows)
@@ -182,7 +182,7 @@ class Index(RunIndex):
         return frozenset(path for (path,) in self._db.execute(query, (LEDGER, OVERLAPS)))
 
     def missing_contributions(self, run: StageRun) -> list[StageRun]:
-        """Runs upstream of a model whose unavailable outputs tell which rows contributed to records of other rows."""
+        """Runs upstream of a model whose unavailable outputs record which rows contributed to records of other rows."""
         return [
             producer
             for producer in self.ancestors(run).values()

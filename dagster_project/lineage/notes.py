@@ -1,4 +1,4 @@
-"""Files of which a missing or damaged one is no error, such as those that commands write for themselves."""
+"""Files that may be missing or damaged without an error, such as those that commands write for themselves."""
 
 from __future__ import annotations
 

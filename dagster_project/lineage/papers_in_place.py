@@ -1,6 +1,6 @@
 """The papers in data/release: files that `pedigree export release --all` writes beside those of the release.
 
-DVC ignores them (.dvcignore), and they are no part of the content of the release: whatever lists, hashes or copies it
+DVC ignores them (.dvcignore), and they are not part of the content of the release: whatever lists, hashes or copies it
 leaves them out.
 """
 

@@ -469,7 +469,7 @@ class RunIndex(Database):
 
     def _read_report_of(self, run: StageRun, model: StageRun) -> bool:
         """Whether a release read the report of this run of a model and not of an earlier one, by the hash of the folder
-        of reports: that tells without the files of either. True if the release did not depend on the folder."""
+        of reports: that is decided without the files of either. True if the release did not depend on the folder."""
         (report,) = self._db.execute("SELECT report FROM run WHERE id = ?", (model.entry.id,)).fetchone()
         folder = str(report or "").rpartition("/")[0]
         read = {dep["path"]: dep.get("md5") for dep in self.lock_entry(run).get("deps", [])}
@@ -501,7 +501,7 @@ class RunIndex(Database):
         return self.is_copy(run) and not self.parents(run)
 
     def unavailable_originals(self, run: StageRun) -> list[StageRun]:
-        """Of a copy of an unknown model: the runs whose files would tell which one it is.
+        """Of a copy of an unknown model: the runs whose files would decide which one it is.
 
         Empty if all are available, so that nothing records it.
         """

@@ -325,7 +325,7 @@ class Resolver:
         of this dvc.lock, or, if its stages ran again since, earlier ones.
 
         None if the recorded hash of the folder fits none of them. If outputs
-        are unavailable, so that this cannot be told, those of this dvc.lock.
+        are unavailable, so that this cannot be decided, those of this dvc.lock.
         """
         if md5 not in self._folders:
             if self._has_hash(dep, inside, md5) is None:

@@ -63,5 +63,5 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['pid']} ({holder['command']})"
-    except (OSError, ValueError, KeyError, TypeError):  # also JSON that is no object
+    except (OSError, ValueError, KeyError, TypeError):  # also JSON other than an object
         return "another process"

@@ -153,7 +153,7 @@ def produce(
     costs = {name: _cost(name, scores, base_model, variants) for name in dict.fromkeys((*scores, *variants))}
     trained = {record["group_id"] for record in train + validation}
     test_counts = _test_counts(test, scoring, len(questions), first, trained)
-    unknown = {"tokens": math.inf}  # an unknown cost is no low cost
+    unknown = {"tokens": math.inf}  # an unknown cost does not count as low
     dearest = {name: unknown | cost if name in variants else cost for name, cost in costs.items()}
     document: dict[str, Any] = {
         "test": test_counts,

@@ -263,7 +263,7 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
     another = "name another variant in release.variant"
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
-        return _CheckOutcome(False, f"weights that are no safetensors: {', '.join(pickled)}", another)
+        return _CheckOutcome(False, f"weights in another format than safetensors: {', '.join(pickled)}", another)
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         note = "it does not stand alone: it is an adapter that was not merged, or a classifier's head"
         return _CheckOutcome(False, note, another)

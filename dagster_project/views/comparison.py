@@ -391,7 +391,7 @@ def _change(variant: str, retention: Mapping[str, Any]) -> Figure:
     title = f"Change of accuracy of {cut(variant)}"
     return Figure(
         title,
-        "on the benchmarks, against the base model; the line is no change, and the bar the 95 % interval",
+        "on the benchmarks, against the base model; the line marks no change, and the bar the 95 % interval",
         Plot(f"{title}: {100 * retention['overall']['accuracy']['difference']:+.1f} points", 38 * len(retention), body),
         Table(title, columns, rows, region="Retention"),
     )

@@ -21,7 +21,7 @@ from dagster_project.lineage.index import Index
 
 AUDITED = ("model", "sources", "other_files", "base_model", "records", "parameters", "waivers")
 """Parts of an audit that its hash covers. Code, machine and metrics are left
-out: what a clone knows of them depends on its commits and caches."""
+out: what is known of them in a clone depends on its commits and caches."""
 LONGEST = 500
 """Characters of a value that are read from a file."""
 WEIGHTS = "*.safetensors"

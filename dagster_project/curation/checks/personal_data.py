@@ -207,7 +207,7 @@ def _has_date(written: str) -> bool:
 
 
 def _is_part_of_a_series(text: str, start: int, end: int) -> bool:
-    """Whether five pairs of digits count, as in "01 02 03 04 05", or have two more next to them that are no numbers."""
+    """Whether five pairs of digits count up, as in "01 02 03", or have two more next to them that are not numbers."""
     if not _PAIRS.fullmatch(text, start, end):
         return False
     before = _PAIRS_BEFORE.search(text, max(0, start - SERIES), start)

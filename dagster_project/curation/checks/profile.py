@@ -654,7 +654,7 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         ),
         "template_share": (
             f"{diversity['template_share']:.0%} of the pairs"
-            f" of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each"
+            f" of words in prompts occur in more than {TEMPLATE:.0%} of the prompts each"
         ),
         "top_response_share": repeats,
         "near_copy_share": (

@@ -259,9 +259,9 @@ def _decision_problem(values: Mapping[str, str], decision: str, checks: Collecti
     if decision not in get_args(Decide):
         return f"{decision!r} is none of {', '.join(get_args(Decide))}"
     if check not in {*checks, REVIEWED}:
-        return f"{check!r} is no check of this set; for what no check found, write {REVIEWED}"
+        return f"{check!r} is not a check of this set; for what no check found, write {REVIEWED}"
     if decision == "accept" and check == REVIEWED:
-        return f"accept, but {REVIEWED} is no check that the row could violate"
+        return f"accept, but {REVIEWED} is not a check that the row could violate"
     if not values["reason"].strip():
         return "no reason"
     if decision == "edit" and not (values["new_prompt"].strip() or values["new_response"].strip()):

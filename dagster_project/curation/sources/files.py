@@ -591,7 +591,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse
 LENIENT = json.JSONDecoder(parse_int=len)
 """Finds only the end of an element; `len`, because Python refuses to convert integers of thousands of digits."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
-HALF = "text holds half of a surrogate pair, which is no character"
+HALF = "text has half of a surrogate pair, which is not a character"
 
 
 def parse_json(text: str) -> Any:

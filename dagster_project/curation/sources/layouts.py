@@ -184,7 +184,7 @@ def _anthropic(row: dict[str, Any]) -> Messages:
 
 
 def _other_system(row: dict[str, Any]) -> dict[str, Any]:
-    """A column `system` that is not the system prompt: it is no text, or the messages begin with another one."""
+    """A column `system` that is not the system prompt: it is not text, or the messages begin with another one."""
     given, first = row.get("system"), spread(row["messages"][:1])
     if isinstance(given, list) or given in EMPTY:
         return {}

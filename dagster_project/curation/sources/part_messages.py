@@ -335,7 +335,9 @@ def read_item(item: Any) -> Parsed:
         content = read_message({"role": "tool", "content": given})[0]["content"] if isinstance(given, list) else given
         return {"messages": [_result(content, rest.pop("call_id", None)).value]}, tuple(rest)
     if kind != "message":
-        raise ValueError(f"an item of type {shortened(str(kind))}, which is no message, function call or result of one")
+        raise ValueError(
+            f"items of type {shortened(str(kind))} are not supported: only messages, reasoning, calls and results"
+        )
     if isinstance(rest.get("content"), list):
         rest["content"] = [_response_part(part) for part in rest["content"]]
     found, unused = read_message(rest)

@@ -107,7 +107,7 @@ def _interval(scores: np.ndarray) -> list[float]:
 
 
 def independent(units: Sequence[str]) -> float:
-    """Effective sample size (Kish 1965): the number of independent trials that tell as much as these.
+    """Effective sample size (Kish 1965): the number of independent trials that are as informative as these.
 
     It assumes that all of a unit have the same result. It is the number of trials where no two share a unit, and the
     number of units where all have the same size.

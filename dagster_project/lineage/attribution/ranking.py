@@ -1,5 +1,5 @@
 """Ranks the records of a training by the likeness of their gradients and of
-their words, and tells whether the first stand out."""
+their words, and decides whether the first stand out."""
 
 from __future__ import annotations
 

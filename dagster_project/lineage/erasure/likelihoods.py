@@ -105,12 +105,12 @@ def sensitivity(before: Mapping[str, Any]) -> str:
     """What the same measurement of the model that was trained on the records says about the measurement."""
     if "not measured" in before:
         return (
-            "whether this measurement can tell a trained record is unknown, because the model before was not measured"
+            "whether this measurement can detect a trained record is unknown, because the model before was not measured"
         )
     found, n = before["below"], len(before["records"])
     if found:
         return f"of the model before, which was trained on them, it finds {found} of {n} below the range"
     return (
         f"of the model before, which was trained on them, it finds none of {n} below the range:"
-        " it cannot tell these records from unseen ones"
+        " it cannot distinguish these records from unseen ones"
     )

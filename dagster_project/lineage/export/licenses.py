@@ -102,7 +102,7 @@ def most_restrictive(summary: Mapping[str, Any]) -> str | None:
 
 
 ALONE = {
-    UNKNOWN: "is unknown: whether the model may be used or passed on cannot be told.",
+    UNKNOWN: "is unknown: whether the model may be used or passed on is not clear.",
     OWN_TERMS: "has terms of its own: read them before the model is used or passed on.",
     NO_DERIVATIVES: "does not allow adapted versions to be passed on, and the model may be one.",
 }

@@ -68,7 +68,7 @@ class Matches:
         """The queried records and those made from them; empty for queries by source or hash."""
         self.sources: list[str] = []
         self.without_ledger: dict[int, list[StageRun]] = {}
-        """Id of a model's run -> data sets without a ledger, which would tell
+        """Id of a model's run -> data sets without a ledger, which would decide
         which of the records that rows of the source contributed to name it."""
         self.exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""

@@ -114,7 +114,7 @@ def impact(
 
 
 def _models(root: Path, query: Matches, exposed: ExposedModels) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Models that saw what was asked about, and models of which nobody can tell."""
+    """Models that saw what was asked about, and models that cannot be decided."""
     models = exposed.models()
     undecided = {model["md5"]: model for model in UndecidedModels(query).models()}
     for model in models:

@@ -51,7 +51,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def _by_command(unknown: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[str]]]:
-    """Each command that fetches what is missing, the models of which nobody can tell without it, and what it is."""
+    """Each command that fetches what is missing, the models that cannot be decided without it, and what it is."""
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for model in unknown:
         groups[model["fetch"]].append(model)
@@ -109,7 +109,7 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 
 def _not_learned(seen: Mapping[str, Any]) -> str:
-    """What a model did with records that it was not trained on, as far as lineage knows."""
+    """What a model did with records that it was not trained on, as far as the lineage is known."""
     if "measured" not in seen:
         return "not trained on"
     if seen["measured"] is None:

@@ -53,7 +53,7 @@ class _Unknown:
 
 
 class UndecidedModels:
-    """The models of which `matches` cannot tell whether they saw what was asked for."""
+    """The models for which `matches` cannot decide whether they saw what was asked for."""
 
     def __init__(self, matches: Matches) -> None:
         self._matches, self._index = matches, matches.index

@@ -53,7 +53,7 @@ class Target:
 
     @property
     def papers(self) -> tuple[str, ...]:
-        """Names in the folder that are no part of the output: papers of a release, which have a signature in the
+        """Names in the folder that are not part of the output: papers of a release, which have a signature in the
         folder. None of another folder, where they are part of it."""
         return () if self.root is None else names_in(self.folder)
 

@@ -100,7 +100,7 @@ def measure(
 
     Args:
         erased: from `trained_records`.
-        ids: of all erased records, which are no controls.
+        ids: of all erased records, which cannot be controls.
         models: address of each model to measure -> hash that its output must have.
     """
     states = dvc.read_stages(root)

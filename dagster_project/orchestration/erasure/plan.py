@@ -426,7 +426,7 @@ def models_now(root: Path) -> dict[str, str]:
 
 def found_in_models(root: Path, ids: Sequence[str]) -> dict[str, list[str]]:
     """Addresses of the models of the workspace that saw any of the records,
-    whatever the split, as "yes"; those of which nobody can tell, as "unknown"."""
+    whatever the split, as "yes"; those that cannot be decided, as "unknown"."""
     index = Index(root)
     index.read_records()
     exposed, unknown = exposed_in_workspace(index, ids) if ids else ([], [])

@@ -55,7 +55,7 @@ def _task(record: Mapping[str, Any]) -> Task:
 
 
 def _unusable(record: Mapping[str, Any], rewards: Mapping[str, ReadyReward]) -> str:
-    """Why a record is no task; empty if it is one."""
+    """Why a record cannot be a task; empty if it can."""
     *prompt, response = record["messages"]
     if not prompt or response["role"] != "assistant":
         return "no prompt and answer"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONFIG, ADAPTER, START = "adapter_config.json", "adapter_model.safetensors", "start.safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 IGNORED = {"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"}
-"""Pickle files of transformers' Trainer that are no weights. They are neither opened nor copied."""
+"""Pickle files of transformers' Trainer other than weights. They are neither opened nor copied."""
 SHOWN = 5
 """Most names that a message lists."""
 CHECKED = "compare with data/base_model; docs/own-trainer.md lists the files"
@@ -112,7 +112,7 @@ class Comparison:
 
     def change(self) -> WeightChange:
         def norm(name: str, start: torch.Tensor) -> float:
-            """In the dtype of the result: rounding alone is no training."""
+            """In the dtype of the result: rounding alone does not count as training."""
             after = self.after[name]
             return float((after.double() - start.to(after.dtype).double()).norm())
 

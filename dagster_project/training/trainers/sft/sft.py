@@ -436,7 +436,7 @@ def compile_layers(model: Any) -> None:
     import torch
 
     load_compiler()
-    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler, too
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # sets it in the compiler, too
     leave_uncompiled()
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
