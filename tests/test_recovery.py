@@ -10,6 +10,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,24 @@ def test_the_failure_of_a_run_has_the_message_of_its_stage(root: Path, synced: d
         "inst: 1 blocking check(s) failed. no_bad_rows: 1 rows (first: 0)\n"
         "hint: fix the rows, or change params.yaml; all findings are in data/reports/inst.json\n"
     )
+
+
+def test_a_run_that_is_refused_has_no_check_results_of_an_earlier_attempt(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
+    def validate(folder: Path) -> dict[str, Any]:
+        if (folder / "refused").exists():
+            raise InputError("minlen must be positive", "give a positive number")
+        return small_pipeline.PIPELINE.validate(folder)
+
+    definitions = build_definitions(root, replace(small_pipeline.PIPELINE, validate=validate))
+    (root / "data/sources/g.txt").write_text("BAD")
+    first = small_pipeline.materialize(root, synced, ["raw", "inst"], definitions)
+    assert [one.passed for one in first.get_asset_check_evaluations() if one.check_name == "no_bad_rows"] == [False]
+    (root / "refused").touch()
+    second = small_pipeline.materialize(root, synced, ["inst"], definitions)
+    assert "minlen must be positive" in failure(second)
+    assert second.get_asset_check_evaluations() == []
 
 
 def test_a_failed_gate_is_never_reported_as_materialized(root: Path, synced: dg.DagsterInstance) -> None:

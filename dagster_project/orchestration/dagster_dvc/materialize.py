@@ -55,6 +55,7 @@ def bring_up_to_date(
     interrupt_if_canceled(instance, context.run_id)
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     mirrored = _mirrored.setdefault(instance, {})
+    reported: tuple[int, ...] | None = None
     try:
         project.validate(address, variables)  # first: bad input leaves the log unchanged
         states = _states_before(context, project, address)
@@ -64,6 +65,7 @@ def bring_up_to_date(
         done = "nothing"
         after: Snapshot | None = None
         if not states[address].frozen and (states[address].changed or force):
+            reported = _report_stamp(project.root, states[address])
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
                 # a forced run of it may have waited for this one
@@ -80,9 +82,10 @@ def bring_up_to_date(
             raise
         with suppress(PedigreeError, KeyError, OSError):  # the stages may be unreadable
             failed = project.read()[address]
-            report = read_report(project.root, failed) or {}
-            results = project.check_results(address, failed, report if project.blocks(report) else {})
-            yield from (one for one in results if one.check_name in _planned_checks(context, key))
+            if reported not in (None, _report_stamp(project.root, failed)):  # otherwise it is of an earlier attempt
+                report = read_report(project.root, failed) or {}
+                results = project.check_results(address, failed, report if project.blocks(report) else {})
+                yield from (one for one in results if one.check_name in _planned_checks(context, key))
         raise dg.Failure(str(known), allow_retries=False) from None
     state = states[address]
     report = read_report(project.root, state) or {}
@@ -104,6 +107,15 @@ def bring_up_to_date(
     if after is not None:
         mirror(project, instance, after)
         mirrored[project] = MirrorState(context.run_id, states, None)
+
+
+def _report_stamp(root: Path, state: StageState) -> tuple[int, ...]:
+    """Identity and time of a stage's report; empty if there is none."""
+    try:
+        found = (root / (state.report or "")).stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _refuse_removed(states: Mapping[str, StageState], address: str) -> None:
