@@ -85,7 +85,7 @@ def test_a_model_that_was_trained_on_a_record_differs_from_one_that_was_not(tmp_
     )
     assert never["below"] == 0 and not never["verdict"].startswith("outside the range: 1 of 1 are more likely")
     assert sensitivity(saw) == "of the model before, which was trained on them, it finds 1 of 1 below the range"
-    assert "cannot tell these records from unseen ones" in sensitivity(never)
+    assert "cannot distinguish these records from unseen ones" in sensitivity(never)
     [one] = _membership({MODEL: {"conversations": saw}}, {MODEL: {"conversations": never}})
     assert one["before"] == saw and one["after"] == never
 

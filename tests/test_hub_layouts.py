@@ -406,7 +406,7 @@ def test_a_log_of_the_responses_api_has_calls_results_and_traces(tmp_path: Path)
     ("more", "problem"),
     [
         ({"previous_response_id": "resp_0"}, "only the end of a conversation"),
-        ({"output": [{"type": "web_search_call", "id": "ws_1"}]}, "an item of type web_search_call"),
+        ({"output": [{"type": "web_search_call", "id": "ws_1"}]}, "items of type web_search_call"),
         ({"output": [SAID, THOUGHT]}, "reasoning that no message of the assistant follows"),
     ],
 )

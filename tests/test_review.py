@@ -145,9 +145,9 @@ def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) ->
         ({"decision": "drop"}, "row 1: no reason"),
         (
             {"decision": "drop", "reason": "x", "check": "typo"},
-            "row 1: 'typo' is no check of this set; for what no check found, write reviewed",
+            "row 1: 'typo' is not a check of this set; for what no check found, write reviewed",
         ),
-        ({"decision": "accept", "reason": "x", "check": "reviewed"}, "row 1: accept, but reviewed is no check"),
+        ({"decision": "accept", "reason": "x", "check": "reviewed"}, "row 1: accept, but reviewed is not a check"),
         ({"decision": "edit", "reason": "x"}, "row 1: edit, but new_prompt and new_response are both empty"),
     ],
 )

@@ -144,7 +144,8 @@ def noted(
     """Where the fields of the row went, and names of those that are ignored though they hold something."""
     if read is None:
         return {"fields": (fields.kept_whole(row.value, row.classes),)}
-    ignored = [*read.ignored, *fields.important(kept)]
+    # of the row only: of a system prompt whose tools are used, a reader keeps the text as `system_prompt`
+    ignored = [*read.ignored, *[key for key in fields.important(kept) if key in (row.value or {})]]
     columns = (layout.category, *read.tool_keys)
     found = account.of(row.value or {}, layout.used, columns, kept, read.shapes, row.classes)
     return {"fields": (found,), **({"ignored": [*dict.fromkeys(ignored)]} if ignored else {})}
