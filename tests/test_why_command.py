@@ -118,13 +118,21 @@ def validation(root: Path, count: int, text: str = "red") -> list[tuple[str, str
     return asked
 
 
+def unsure(found: dict[str, Any]) -> str:
+    """The note on why there is no comparison with the validation split."""
+    [note] = [note for note in found["notes"] if "which is often wrong" in note]
+    return str(note)
+
+
 def test_a_question_is_compared_with_those_of_the_validation_split(
     root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert why(root, *QUESTION, "--json") == 0
     found = document(capsys)
-    assert found["distribution"]["compared"] is None and any("which is often wrong" in note for note in found["notes"])
+    assert found["distribution"]["compared"] is None and "is not the split of the training" in unsure(found)
     asked = validation(root, 12)
+    assert why(root, *QUESTION, "--json") == 0
+    assert "was not compared: --index compares it" in unsure(document(capsys))
     assert why(root, "--index", "--json") == 0
     index = document(capsys)["index"]
     assert index["computed"] == 0 and index["questions"] == len(asked) == 24
@@ -168,6 +176,10 @@ def test_a_question_is_compared_with_those_of_the_validation_split(
         "each stored question is another one of these"
     )
     assert sorted(known.owners.tolist()) == [i // 2 for i in range(24)]
+    note = target.store.folder / why_calibration.NOTE
+    note.write_text(note.read_text().replace('"code": "', '"code": "of another version'))
+    assert why(root, *QUESTION, "--json") == 0
+    assert "another version; --index makes it again" in unsure(document(capsys))
 
 
 def test_many_records_are_answered_from_few_gradients_and_a_note_says_so(

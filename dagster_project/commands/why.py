@@ -39,15 +39,8 @@ EXCERPT = 300
 """Characters of a record's prompt and answer that are shown."""
 BINS = 40
 """Of the distribution of scores."""
-UNCALIBRATED = (
-    "whether a record stands out is judged by its distance from the others alone, which is often wrong:"
-    f" {why_calibration.VALIDATION} has too few questions,"
-    " is not the split of the training, or was not compared by --index"
-)
-UNCALIBRATED_PAIRS = (
-    "whether a record stands out is judged by its distance from the others alone, which is often wrong:"
-    " models of preference pairs are not compared with questions of the validation split"
-)
+UNCALIBRATED = "whether a record stands out is judged by its distance from the others alone, which is often wrong: "
+OF_PAIRS = "models of preference pairs are not compared with questions of the validation split"
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
@@ -127,11 +120,18 @@ def ask(
             *notes,
             *([_about_points(points)] if points else []),
             *estimates,
-            *([] if known else [UNCALIBRATED_PAIRS if isinstance(found, PairTarget) else UNCALIBRATED]),
+            *([] if known else [UNCALIBRATED + _why_uncalibrated(found, options.points)]),
             *_about(found),
         ],
     }
     return document, found, asked
+
+
+def _why_uncalibrated(found: Target, points: PointSelection) -> str:
+    if isinstance(found, PairTarget):
+        return OF_PAIRS
+    missing = [target for target in at_points(found, points) if why_calibration.read(target) is None]
+    return why_calibration.why_not(missing[0])
 
 
 def _about_points(points: Mapping[str, Any]) -> str:

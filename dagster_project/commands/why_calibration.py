@@ -58,6 +58,16 @@ def read(found: Target) -> Calibration | None:
     return None if known is None else Calibration(known["scores"], known["owners"])
 
 
+def why_not(found: Target) -> str:
+    """Why there is no comparison with the validation split, and the next step; for a model for which `read` gives
+    None."""
+    if not _shards(found) or _is_of_another_training(found):
+        return f"{VALIDATION} is not the split of the training"
+    if read_note(found.store.folder / NOTE):
+        return f"the comparison with {VALIDATION} is of other questions or of another version; --index makes it again"
+    return f"{VALIDATION} has too few questions, or was not compared: --index compares it"
+
+
 def cosines_of(found: Target) -> np.ndarray | None:
     """Cosines of the gradients of the same questions with those of all records, (questions, records) float32.
 
