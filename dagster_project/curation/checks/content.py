@@ -726,7 +726,7 @@ _FREQUENT_WORDS = {
 _FREQUENT = {code: frozenset(words.split()) for code, words in _FREQUENT_WORDS.items()}
 """ISO 639 code -> frequent short words. If those of one language are the most frequent on both sides, the pair is not
 examined further."""
-_LETTER = re.compile(r"[^\W\d_]")
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
 _WORDS = re.compile(r"[^\W\d_]+")
 _QUOTES = re.compile(r"[\n:\"“”«»]+")
 _NAMES_A_LANGUAGE = re.compile(
@@ -757,7 +757,7 @@ def _language(one: Exchange) -> Match | None:
     if one.said[:1] in "{[":
         return None
     asked, said = (_prose(text).strip()[:READ] for text in (one.asked, one.said))
-    letters = min(len(_LETTER.findall(asked)), answered := len(_LETTER.findall(said)))
+    letters = min(_count_letters(asked), answered := _count_letters(said))
     if letters < SCRIPT_LETTERS or 5 * answered < 3 * len("".join(said.split())):  # figures, formulas
         return None
     wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
@@ -777,20 +777,18 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
     """The languages (ISO 639) of two texts in one script if they surely differ."""
     if (usual := _language_of_frequent_words(asked)) and usual == _language_of_frequent_words(said):
         return None
-    answered = _language_probabilities(said)
-    (language, probability), *_ = answered.items()
+    language, probability = _identifier().classify(said)
     if language == "zxx" or probability < SURE:  # zxx: no language
         return None
-    expected = _language_probabilities(asked)
-    (prompted, probability), *_ = expected.items()
+    prompted, probability = _identifier().classify(asked)
     if prompted in {language, "zxx"} or probability < LIKELY:
         return None
-    if expected.get(language, 0) > UNLIKELY or answered.get(prompted, 0) > UNLIKELY:
+    if _probability(asked, language) > UNLIKELY or _probability(said, prompted) > UNLIKELY:
         return None
     for part in _QUOTES.split(asked):  # a prompt may quote a text in another language
         if _language_of_frequent_words(part) == language:
             return None
-        if len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY:
+        if _count_letters(part) >= SCRIPT_LETTERS and _probability(part, language) > UNLIKELY:
             return None
     return prompted, language
 
@@ -803,9 +801,13 @@ def _language_of_frequent_words(text: str) -> str | None:
     return language if most > second else None
 
 
-def _language_probabilities(text: str) -> dict[str, float]:
-    """ISO 639 code -> probability, most likely first."""
-    return dict(_identifier().rank(text))
+def _count_letters(text: str) -> int:
+    return len(_NOT_LETTERS.sub("", text))
+
+
+def _probability(text: str, language: str) -> float:
+    """That a text is in a language, given by its ISO 639 code."""
+    return dict(_identifier().rank(text)).get(language, 0)
 
 
 @cache
