@@ -14,6 +14,7 @@ from dagster_project.commands.why_pairs import PairTarget
 from dagster_project.commands.why_question import tokenize, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
+from dagster_project.core.files import replacing
 from dagster_project.core.hashing import md5_of_file, sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import read_records, write_json
@@ -176,8 +177,7 @@ def _computed(found: Target, asked: list[tuple[int, Example]]) -> dict[str, np.n
 def _write(found: Target, known: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
-    scratch = found.store.folder / f".writing-{FILE}"
-    save_file(known, scratch)
-    digest = sha256_of_file(scratch)
-    scratch.replace(found.store.folder / FILE)
+    with replacing(found.store.folder / FILE) as scratch:
+        save_file(known, scratch)
+        digest = sha256_of_file(scratch)
     write_json(found.store.folder / NOTE, {"of": _identity(found), "sha256": digest})

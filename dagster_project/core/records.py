@@ -6,7 +6,6 @@ import gc
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ import orjson
 from dagster_project.core import messages as message_fields
 from dagster_project.core import workers
 from dagster_project.core.chat import is_text
+from dagster_project.core.files import replacing
 from dagster_project.core.imports import use_arrow_without_pandas
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.stored_rows import StoredRows, decode
@@ -641,15 +641,9 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically: a concurrent reader sees either the old or the new text. If it fails, nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write atomically, as `replacing`."""
+    with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def remove(path: Path) -> None:

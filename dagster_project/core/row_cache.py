@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from dagster_project.core import workers
+from dagster_project.core.files import replacing
 from dagster_project.core.stored_rows import Selected, StoredRows
 
 if TYPE_CHECKING:
@@ -224,14 +225,10 @@ class _Store:
         kept.sort(KEYS).write_ipc(file, compression="lz4")
         content = file.getvalue()
         path = self.folder / f"{_digest(self.folder.name, content)}.arrow"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            partial.replace(path)
+            with replacing(path) as scratch:
+                scratch.write_bytes(content)
         except OSError:  # a full or read-only disk makes the next run slower, nothing else
-            with suppress(OSError):
-                partial.unlink()
             return
         for old in self._files if merge else ():
             if old != path:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.files import replacing
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.orchestration.dvc_remote import Remote, is_refusal, open_remote
 
@@ -278,14 +279,9 @@ def _refuse_damaged(oid: str, md5: str) -> None:
 
 
 def _write_object(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         scratch.write_bytes(content)
         scratch.chmod(0o444)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.files import replacing
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
@@ -278,10 +279,9 @@ class GradientStore:
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file
 
-        scratch = self.folder / f".writing-{path.stem}"
-        save_file(arrays, scratch)
-        digest = sha256_of_file(scratch)
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            save_file(arrays, scratch)
+            digest = sha256_of_file(scratch)
         known = self._manifest().get("shards", {}) | {path.name: digest}
         write_json(
             self.folder / MANIFEST,
