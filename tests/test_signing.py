@@ -67,6 +67,20 @@ def oracle(folder: Path, action: str, model: Path, *arguments: str) -> subproces
     return run([sys.executable, "-m", "model_signing", action, "key", str(model), *arguments], folder)
 
 
+def test_a_private_key_that_others_can_read_is_used_with_a_warning(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    private, _ = write_keys(tmp_path / "keys", "ed25519")
+    Path(private).chmod(0o600)
+    sign(tmp_path, str(model), private)
+    assert not caplog.records
+    Path(private).chmod(0o640)
+    sign(tmp_path, str(model), private)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--key {private}: other users of this machine can read this private key; run `chmod 600 {private}`"
+    ]
+
+
 # --- the form of OpenSSF Model Signing
 
 

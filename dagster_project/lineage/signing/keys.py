@@ -6,9 +6,12 @@ A private key is read from a file or the environment; none is ever created, copi
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from dagster_project.core.errors import InputError
@@ -16,6 +19,8 @@ from dagster_project.core.errors import InputError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+log = logging.getLogger("pedigree")
 
 KEY_VARIABLE = "PEDIGREE_SIGNING_KEY"
 """Environment variable with the text of a private key, where --key is not given."""
@@ -157,11 +162,15 @@ def _content(file: str) -> bytes:
         raise InputError("--key takes a file, not the text of a key", f"pass a text in {KEY_VARIABLE}")
     try:
         with Path(file).open("rb") as opened:
-            content = opened.read(LARGEST + 1)
+            content, mode = opened.read(LARGEST + 1), os.fstat(opened.fileno()).st_mode
     except OSError as error:
         raise InputError(f"--key {file}: {error.strerror}", CREATE) from None
     if len(content) > LARGEST:
         raise InputError(f"--key {file}: too large for a key", "name a PEM file")
+    if b"PRIVATE KEY" in content and b"ENCRYPTED" not in content and mode & (stat.S_IRGRP | stat.S_IROTH):
+        log.warning(
+            f"--key {file}: other users of this machine can read this private key; run `chmod 600 {quote(file)}`"
+        )
     return content
 
 
