@@ -528,6 +528,7 @@ def measured(machine: type[TwoFrontEnds], growth: Growth, began: float) -> type[
 
 
 if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DVC runs `python`
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("steps", type=int, nargs="?", default=2000)
     parser.add_argument("seed", type=int, nargs="?", default=random.randrange(2**32))
