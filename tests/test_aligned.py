@@ -955,10 +955,9 @@ def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     rewards = Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
-    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [
-        3.0,
-        0.5,
-    ]
+    texts = ('{"a": 1}', "no no no no", '{"a": NaN}')
+    answers = [{"role": "assistant", "content": text} for text in texts]
+    assert rewards([{}] * 3, answers)[0] == [3.0, 0.5, 1.0]
 
 
 def test_rules_count_characters_in_scripts_without_spaces() -> None:
