@@ -960,6 +960,15 @@ def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     assert rewards([{}] * 3, answers)[0] == [3.0, 0.5, 1.0]
 
 
+def test_rewards_do_not_depend_on_the_order_of_their_keys_which_dvc_does_not_compare() -> None:
+    weights = {"valid_json": 1e16, "distinct": -1e16, "brief": 1.0}
+    answer = [{"role": "assistant", "content": "{}"}]  # of which each rule gives about 1
+    (one, of_one), (other, of_other) = (
+        Rewards(dict(entries), None)([{}], answer) for entries in (weights.items(), reversed(weights.items()))
+    )
+    assert (one, [*of_one.items()]) == (other, [*of_other.items()])
+
+
 def test_rules_count_characters_in_scripts_without_spaces() -> None:
     rewards = Rewards({"distinct": 1.0, "brief": 1.0}, None)
     repeated, short = rewards([{}, {}], [{"role": "assistant", "content": text} for text in ("哈" * 100, "好的。")])[0]
