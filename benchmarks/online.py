@@ -228,6 +228,7 @@ def ppo_by_us(model_folder: Path, judge: Path, prompts: list[list[int]], seed: i
     from dagster_project.training.methods.hardware import prepare, reuse_large_blocks
     from dagster_project.training.trainers.alignment import ppo, preference
     from dagster_project.training.trainers.alignment.reward_model import RewardModel
+    from dagster_project.training.trainers.harness.sharding import ShardedModel
 
     compute = Compute(seed=seed, threads=1, dtype="bfloat16")
     device, dtype = prepare(compute)
@@ -252,8 +253,8 @@ def ppo_by_us(model_folder: Path, judge: Path, prompts: list[list[int]], seed: i
         max_kl=None,
     )
     model = preference.policy(model_folder, LORA, device, dtype, "benchmark", "lora").model
-    began = time.process_time()
-    ppo.train(model, AutoTokenizer.from_pretrained(model_folder), prompts, reward, settings, compute)
+    whole, began = ShardedModel(model, None, device), time.process_time()
+    ppo.train(whole, AutoTokenizer.from_pretrained(model_folder), prompts, reward, settings, compute)
     return time.process_time() - began, statistics.mean(lengths)
 
 

@@ -955,10 +955,18 @@ def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     rewards = Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
-    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")])[0] == [
-        3.0,
-        0.5,
-    ]
+    texts = ('{"a": 1}', "no no no no", '{"a": NaN}')
+    answers = [{"role": "assistant", "content": text} for text in texts]
+    assert rewards([{}] * 3, answers)[0] == [3.0, 0.5, 1.0]
+
+
+def test_rewards_do_not_depend_on_the_order_of_their_keys_which_dvc_does_not_compare() -> None:
+    weights = {"valid_json": 1e16, "distinct": -1e16, "brief": 1.0}
+    answer = [{"role": "assistant", "content": "{}"}]  # of which each rule gives about 1
+    (one, of_one), (other, of_other) = (
+        Rewards(dict(entries), None)([{}], answer) for entries in (weights.items(), reversed(weights.items()))
+    )
+    assert (one, [*of_one.items()]) == (other, [*of_other.items()])
 
 
 def test_rules_count_characters_in_scripts_without_spaces() -> None:

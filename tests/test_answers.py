@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
 from dagster_project.core.named_templates import NAMED
+from dagster_project.core.records import read_table
 from dagster_project.core.rendering import render
+from dagster_project.evaluation.evaluator import result_rows, write_results
 from dagster_project.training.inference.answers import (
     Answer,
     of_message,
@@ -301,6 +303,24 @@ def test_content_beside_a_call_of_glm_is_read(trace: str, tiny_tokenizer: Any) -
 def test_without_tools_an_answer_is_its_text(hermes: Any, text: str) -> None:
     ids = encode(hermes, text)
     assert read_answer(hermes, [], ids) == Answer(hermes.decode(ids, skip_special_tokens=True).strip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stored"),
+    [
+        ('{"city": "\\ud83d Oslo"}', {"city": "\ufffd Oslo"}),
+        ('{"city": "\\ud83d\\ude00"}', {"city": "\U0001f600"}),
+        ('{"days": NaN}', '{"days":NaN}'),
+        ('{"days": [1e999]}', '{"days":[Infinity]}'),
+    ],
+)
+def test_a_call_can_be_stored_as_json_in_utf_8(arguments: str, stored: Any, hermes: Any, tmp_path: Path) -> None:
+    text = f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>'
+    answer = read_answer(hermes, [], encode(hermes, text), TOOLS)
+    assert answer.calls == (Call("weather", stored, None),)
+    write_results(tmp_path / "results.parquet", result_rows("lora", [{"example_id": "1"}], None, [answer]))
+    [row] = read_table(tmp_path / "results.parquet")
+    assert of_row(row) == answer
 
 
 def test_only_the_form_that_the_chat_template_writes_is_a_call(hermes: Any, tiny_tokenizer: Any) -> None:

@@ -25,6 +25,7 @@ from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.load import load, load_base
 from dagster_project.training.trainers.alignment import ppo, preference, reward_model
 from dagster_project.training.trainers.harness.params import SftParams
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.sft.sft import train
 
 COMPUTE = Compute(threads=1, dtype="float32")
@@ -273,4 +274,5 @@ def test_ppo_refuses_a_model_in_which_the_answers_of_a_pass_meet(tiny_tokenizer:
 
     model = get_peft_model(of_kind("mamba"), LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="would also depend on other texts of its row\nhint: set mini_batch_size: 1"):
-        ppo.train(model, tiny_tokenizer, [[5, 6]], lambda rows, *_: [0.0] * len(rows), ppo.Settings(), COMPUTE)
+        whole = ShardedModel(model, None, model.device)
+        ppo.train(whole, tiny_tokenizer, [[5, 6]], lambda rows, *_: [0.0] * len(rows), ppo.Settings(), COMPUTE)

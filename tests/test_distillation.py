@@ -18,12 +18,12 @@ from builders.live_bytes import LiveBytes
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.load import load_base
+from dagster_project.training.methods.load import INDEX, load_base
 from dagster_project.training.planning.memory import TrainingSpec
 from dagster_project.training.trainers.alignment import preference, teacher
 from dagster_project.training.trainers.alignment.preference import AlignmentRun
 from dagster_project.training.trainers.alignment.teacher import Teacher
-from dagster_project.training.trainers.alignment.trl_trainers import distillation, training
+from dagster_project.training.trainers.alignment.trl_trainers import answer_groups, distillation, training
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.sharding import ShardedModel
 
@@ -144,8 +144,8 @@ def test_with_own_answers_the_first_loss_is_the_divergence_on_what_the_policy_sa
         asked.extend(zip(prompts, answers, strict=True))
         return answers
 
-    decode = distillation.decode
-    monkeypatch.setattr(distillation, "decode", noted)
+    decode = answer_groups.decode
+    monkeypatch.setattr(answer_groups, "decode", noted)
     params = PARAMS.model_copy(
         update={"max_steps": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
     )
@@ -256,8 +256,8 @@ def test_any_other_teacher_is_refused_with_a_message(
     elif fault == "not listed":
         del hashes[weights.name]
     elif fault == "index":
-        (folder / teacher.INDEX).write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
-        hashes[teacher.INDEX] = sha256_of_file(folder / teacher.INDEX)
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+        hashes[INDEX] = sha256_of_file(folder / INDEX)
     elif fault == "changed":
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     else:

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from dagster_project.core.records import example_id, write_records
 from dagster_project.training.inference import decoding, packed_weights
-from dagster_project.training.inference.generate import generate
+from dagster_project.training.inference.generate import generate_ids
 
 TOKENS = 12
 QUESTIONS = [
@@ -26,6 +26,11 @@ QUESTIONS = [
 ]
 SYSTEM = "Answer as briefly as you can: "
 """More than 16 tokens, so that it is shared."""
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int) -> list[str]:
+    answers = generate_ids(model, tokenizer, prompts, TOKENS, batch_size, "test")
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
 def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
@@ -54,18 +59,18 @@ def test_batch_size_and_shared_prefix_change_no_answer(
     prompts = [tiny_tokenizer.encode(prefix + question) for question in QUESTIONS]
     wanted = one_by_one(model, tiny_tokenizer, prompts)
     assert len(set(wanted)) == len(prompts), "prompts have the same answer, so nothing is shown"
-    assert generate(model, tiny_tokenizer, prompts, TOKENS, batch_size, "test") == wanted
+    assert generate(model, tiny_tokenizer, prompts, batch_size) == wanted
 
 
 def test_order_of_the_prompts_changes_no_answer(model: Any, tiny_tokenizer: Any) -> None:
     prompts = [tiny_tokenizer.encode(SYSTEM + question) for question in QUESTIONS]
-    forwards = generate(model, tiny_tokenizer, prompts, TOKENS, 4, "test")
-    assert generate(model, tiny_tokenizer, prompts[::-1], TOKENS, 4, "test") == forwards[::-1]
+    forwards = generate(model, tiny_tokenizer, prompts, 4)
+    assert generate(model, tiny_tokenizer, prompts[::-1], 4) == forwards[::-1]
 
 
 def test_equal_prompts_and_a_prompt_that_begins_another_are_answered(model: Any, tiny_tokenizer: Any) -> None:
     prompts = [tiny_tokenizer.encode(SYSTEM + question) for question in ("Hi", "Hi", "Hi there")]
-    assert generate(model, tiny_tokenizer, prompts, TOKENS, 2, "test") == one_by_one(model, tiny_tokenizer, prompts)
+    assert generate(model, tiny_tokenizer, prompts, 2) == one_by_one(model, tiny_tokenizer, prompts)
 
 
 def test_an_answer_ends_at_the_end_of_turn_whatever_its_batch(model: Any, tiny_tokenizer: Any) -> None:
@@ -75,7 +80,7 @@ def test_an_answer_ends_at_the_end_of_turn_whatever_its_batch(model: Any, tiny_t
     ending.eos_token = next(c for c in unended[0][2:] if c.isascii() and c.isprintable())
     ended = one_by_one(model, ending, prompts)
     assert min(map(len, ended)) < max(map(len, ended)) and ended[0] != unended[0]
-    assert generate(model, ending, prompts, TOKENS, 6, "test") == ended
+    assert generate(model, ending, prompts, 6) == ended
 
 
 @pytest.mark.usefixtures("tokens_at_once")
@@ -118,10 +123,10 @@ def test_models_with_other_caches_give_the_same_answers_in_batches(tiny_tokenize
     prompts = [tiny_tokenizer.encode(prefix + question) for question in QUESTIONS]
     wanted = one_by_one(other, tiny_tokenizer, prompts)
     assert len(set(wanted)) > 1, "prompts have the same answer, so nothing is shown"
-    assert generate(other, tiny_tokenizer, prompts, TOKENS, 4, "test") == wanted
+    assert generate(other, tiny_tokenizer, prompts, 4) == wanted
     ending = copy.deepcopy(tiny_tokenizer)
     ending.eos_token_id = tiny_tokenizer.encode(wanted[0])[1]  # so that an answer leaves the batch early
-    assert generate(other, ending, prompts, TOKENS, 4, "test") == one_by_one(other, ending, prompts)
+    assert generate(other, ending, prompts, 4) == one_by_one(other, ending, prompts)
 
 
 def test_batches_are_small_and_of_similar_lengths() -> None:
@@ -132,7 +137,7 @@ def test_batches_are_small_and_of_similar_lengths() -> None:
 
 
 def test_no_prompts_have_no_answers(model: Any, tiny_tokenizer: Any) -> None:
-    assert generate(model, tiny_tokenizer, [], TOKENS, 4, "test") == []
+    assert generate(model, tiny_tokenizer, [], 4) == []
 
 
 def test_prepared_weights_give_the_same_bits_and_leave_no_trace(tiny_model: Path) -> None:

@@ -435,27 +435,27 @@ def test_answers_and_likelihoods_behind_virtual_tokens_are_those_of_peft(
 ) -> None:
     from dagster_project.curation.sources.benchmarks import Item
     from dagster_project.evaluation.retention import ask
-    from dagster_project.training.inference.generate import generate
+    from dagster_project.training.inference.generate import generate_ids
     from dagster_project.training.inference.likelihood import negative_log_likelihood
 
     tunable = make(method, tiny_model)
     steps(tunable, 30, rate=0.1)
     tunable.save(tmp_path)
     model = load(tmp_path, tiny_model, CPU, torch.float32)
-    shared = list(range(60, 80))  # long enough to be shared by `generate`
+    shared = list(range(60, 80))  # long enough to be shared by `generate_ids`
     prompts = [[*shared, 5, 6, 7], [*shared, 9], [*shared, 8, 30, 40, 50, 60]]
 
-    def greedy(prompt: list[int]) -> str:
+    def greedy(prompt: list[int]) -> list[int]:
         ids = list(prompt)
         for _ in range(6):
             ids.append(int(logits(tunable.model, ids)[0, -1].argmax()))
             if ids[-1] == tiny_tokenizer.eos_token_id:
                 break
-        return str(tiny_tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+        return ids[len(prompt) :]
 
     monkeypatch.setitem(decoding.TOKENS_AT_ONCE, "cpu", 6)  # the two shorter ones are read together
-    assert generate(model, tiny_tokenizer, prompts, 6, 3, "test") == [greedy(prompt) for prompt in prompts]
-    assert generate(model, tiny_tokenizer, prompts[:1], 6, 1, "test") == [greedy(prompts[0])]
+    assert generate_ids(model, tiny_tokenizer, prompts, 6, 3, "test") == [greedy(prompt) for prompt in prompts]
+    assert generate_ids(model, tiny_tokenizer, prompts[:1], 6, 1, "test") == [greedy(prompts[0])]
     examples = [(one["input_ids"], one["labels"]) for one in (SHORT_ONE, LONG_ONE)]
     for (found, n), one in zip(
         negative_log_likelihood(model, 0, examples, 2, "test"), (SHORT_ONE, LONG_ONE), strict=True

@@ -224,7 +224,9 @@ def test_labels_are_found_without_spaces_around_them_and_in_another_case(answer:
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "no", "{", '"x"', "[{}]", "null", "[" * 100_000, "1" * 5000], ids=lambda answer: answer[:9]
+    "answer",
+    ["", "no", "{", '"x"', "[{}]", "null", '{"a": NaN}', '{"a": -1e999}', "[" * 100_000, "1" * 5000],
+    ids=lambda answer: answer[:9],
 )
 def test_text_without_a_json_object_parses_to_none(answer: str) -> None:
     assert parse(answer) is None

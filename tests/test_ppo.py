@@ -36,6 +36,7 @@ from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.session import Interrupted
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.harness.weight_audit import sha256_of_tensors, trainable
 
 COMPUTE = Compute(threads=1, dtype="float32")
@@ -64,6 +65,11 @@ def policy(folder: Path, louder: float = 10, dtype: torch.dtype = torch.float32,
     torch.manual_seed(0)
     adapter = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
     return get_peft_model(base.to(dtype), LoraConfig(**adapter), autocast_adapter_dtype=False).to(dtype)
+
+
+def whole(model: Any) -> ShardedModel:
+    """A model that is not divided among processes."""
+    return ShardedModel(model, None, model.device)
 
 
 def prompts_of(tokenizer: Any) -> list[list[int]]:
@@ -254,7 +260,7 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
         slopes[name] = (direction, (around[0] - around[1]) / 2e-5)
     wanted, judged = loss(), ppo.TokenValues(old, before, torch.zeros_like(old))
     found = ppo.update(
-        model, head, torch.optim.SGD(weights.values()), 1.0, rollout, judged, gains, returns, chosen, "seed"
+        whole(model), head, torch.optim.SGD(weights.values()), 1.0, rollout, judged, gains, returns, chosen, "seed"
     )
     assert found["updates"] == 1
     assert 0 < found["clip_fraction"] < 1
@@ -287,10 +293,10 @@ def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
 ) -> None:
     model, prompts = policy(tiny_model).eval(), prompts_of(tiny_tokenizer) * 2
     rows, ending = list(range(8)), copy.deepcopy(tiny_tokenizer)
-    unended = ppo.roll_out(model, tiny_tokenizer, rows, prompts, settings(response_length=24), "7 1").answers
+    unended = ppo.roll_out(whole(model), tiny_tokenizer, rows, prompts, settings(response_length=24), "7 1").answers
     ending.eos_token = tiny_tokenizer.convert_ids_to_tokens(unended[0][9])  # so that an answer leaves the batch early
-    wanted = ppo.roll_out(model, ending, rows, prompts, settings(response_length=24), "7 1")
-    found = ppo.roll_out(model, ending, rows, prompts, settings(**{"response_length": 24, **changes}), "7 1")
+    wanted = ppo.roll_out(whole(model), ending, rows, prompts, settings(response_length=24), "7 1")
+    found = ppo.roll_out(whole(model), ending, rows, prompts, settings(**{"response_length": 24, **changes}), "7 1")
     assert found.answers == [answer[: changes.get("response_length", 24)] for answer in wanted.answers]
     assert len({len(answer) for answer in wanted.answers}) > 1, "all end together, so nothing leaves the batch"
     assert len({*map(tuple, wanted.answers)}) == 8, "a prompt that comes twice is answered twice"
@@ -317,7 +323,7 @@ def test_values_of_a_sample_do_not_depend_on_other_samples_or_padding(tiny_model
     model, prompts = policy(tiny_model, init_lora_weights=False).eval(), prompts_of(tiny_tokenizer)
     head = ppo.value_head(model)
     torch.nn.init.normal_(head.weight)
-    rollout = ppo.roll_out(model, tiny_tokenizer, [0, 1, 2, 3], prompts, SMALL, "7 1")
+    rollout = ppo.roll_out(whole(model), tiny_tokenizer, [0, 1, 2, 3], prompts, SMALL, "7 1")
     plain = []
     for prompt, answer in zip(prompts, rollout.answers, strict=True):  # padded on the left, with a mask
         ids, mask = torch.tensor([[0] * 9 + prompt + answer]), torch.tensor([[0] * 9 + [1] * len(prompt + answer)])
@@ -384,7 +390,7 @@ def test_ppo_solves_a_bandit() -> None:
         max_kl=None,
     )
     ppo.train(
-        model,
+        whole(model),
         tokenizer,
         [[1]],
         lambda _, texts, __: [float(won[arms.index(text or "</s>")]) for text in texts],
@@ -409,7 +415,9 @@ def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.PPOHistory:
         horizon=64,
         vf_coef=0.5,
     )
-    return ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
+    return ppo.train(
+        whole(policy(tiny_model)), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE
+    )
 
 
 def test_the_mean_reward_rises_and_kl_stays_under_its_target(learnt: ppo.PPOHistory) -> None:
@@ -462,7 +470,7 @@ def test_ppo_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
     for weight in trainable(model).values():
         weight.data = weight.data.float()
     course = ppo.train(
-        model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, settings(total_episodes=64), COMPUTE
+        whole(model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, settings(total_episodes=64), COMPUTE
     )
     assert (course.curve[0]["kl"], course.stopped) == (0.0, "")
     assert all(math.isfinite(value) for point in course.curve for value in point.values())
@@ -473,7 +481,7 @@ def test_updates_stop_once_the_policy_has_moved_too_far(tiny_model: Path, tiny_t
     chosen = settings(total_episodes=32, num_ppo_epochs=4, learning_rate=3e-2)
     free, held = (
         ppo.train(
-            policy(tiny_model),
+            whole(policy(tiny_model)),
             tiny_tokenizer,
             prompts_of(tiny_tokenizer),
             small_letters,
@@ -503,7 +511,7 @@ def refusal(
     before = sha256_of_tensors(trainable(model))
     with pytest.raises(InputError) as refused:
         ppo.train(
-            model,
+            whole(model),
             tokenizer,
             prompts_of(tokenizer) if prompts is None else prompts,
             reward,
@@ -526,7 +534,7 @@ def test_a_reward_that_never_varies_is_refused_unless_allowed(tiny_model: Path, 
     )
     chosen = settings(total_episodes=32, allow_constant_reward=True)
     constant = ppo.train(
-        policy(tiny_model),
+        whole(policy(tiny_model)),
         tiny_tokenizer,
         prompts_of(tiny_tokenizer),
         lambda rows, *_: [0.25] * len(rows),
@@ -572,7 +580,7 @@ def test_an_adapter_that_is_not_fresh_is_refused(tiny_model: Path, tiny_tokenize
 def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, tiny_tokenizer: Any) -> None:
     wild = settings(learning_rate=3e-2, max_kl=None, explode_kl=1.5, total_episodes=320, lr_scheduler_type="constant")
     model = policy(tiny_model)
-    course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, wild, COMPUTE)
+    course = ppo.train(whole(model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, wild, COMPUTE)
     found = re.match(
         r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. The weights at the start of"
         r" iteration (\d+) are kept;"
@@ -586,7 +594,7 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
     last = policy(tiny_model)
     if kept > 1:
         calm = wild.model_copy(update={"total_episodes": 32 * (kept - 1), "explode_kl": 1e9})
-        ppo.train(last, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, calm, COMPUTE)
+        ppo.train(whole(last), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, calm, COMPUTE)
     assert sha256_of_tensors(trainable(model)) == sha256_of_tensors(trainable(last))
 
 
@@ -597,7 +605,7 @@ def test_exploding_kl_in_the_last_update_is_detected(tiny_model: Path, tiny_toke
     chosen = settings(
         total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1
     )
-    course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
+    course = ppo.train(whole(model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
     assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped), (
         course.stopped
     )
@@ -620,7 +628,7 @@ def run(folder: Path, tiny_model: Path, name: str, reward: ppo.Reward = small_le
     model, tokenizer = policy(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     checkpoints = Checkpoints(folder / name, {"of": "ppo"}) if keep else None
     chosen = settings(total_episodes=128, target_kl=1.0, horizon=32, save_steps=2)
-    course = ppo.train(model, tokenizer, prompts_of(tokenizer), reward, chosen, COMPUTE, checkpoints)
+    course = ppo.train(whole(model), tokenizer, prompts_of(tokenizer), reward, chosen, COMPUTE, checkpoints)
     result(folder, model, course, name)
 
 

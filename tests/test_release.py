@@ -289,6 +289,19 @@ def test_a_folder_that_plain_transformers_does_not_load_is_not_released(
     assert failed.name == "loads_in_transformers" and failed.note.startswith(why)
 
 
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('Name the tools.') }}"], ids=["none", "refuses"])
+def test_a_model_is_released_whose_template_writes_no_question_alone(
+    template: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    model, tokenizer = tmp_path / "merged", AutoTokenizer.from_pretrained(tiny_model)
+    shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    assert not promote(tmp_path, model).failures
+
+
 def test_without_a_recommended_variant_the_gate_names_the_alternative_and_waives_nothing(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -347,7 +347,7 @@ def a_split(seed: int, n: int) -> TokenizedSplit:
             ids = np.array(draw.choices(range(100), k=draw.randint(1, 9)), np.int32)
             data = ids.tobytes() + (ids + 100).tobytes() + (ids / 7).astype(np.float32).tobytes()
             examples.append(ExampleFacts(len(ids), len(ids), True, False, data))
-        found.extend([RecordFacts(draw.randbytes(4).hex(), "a", None, "kept", "", 0, 0, None, examples, 0, 0, "")])
+        found.extend([RecordFacts(draw.randbytes(4).hex(), "a", None, "kept", "", 0, None, examples, 0, 0, "")])
     return found
 
 

@@ -90,6 +90,16 @@ def many(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
+def _finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=_finite_number, parse_float=_finite_number)
+"""Raises ValueError for NaN and infinity, too, which JSON does not have."""
+
+
 def json_text(document: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
     """The document as JSON, which has no NaN and no infinity: null instead, and why under `not_finite`.
 

@@ -152,7 +152,11 @@ def nearest(train: Sequence[Record], records: Sequence[Record], n: int) -> list[
     return [[train[j] for j in (-similar).argsort(kind="stable")[:n][::-1]] for similar in bm25(documents, queries)]
 
 
-def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Iterator[np.ndarray]:
+K1, B = 1.5, 0.75
+"""Parameters of BM25: saturation of a word's frequency, and normalization by length."""
+
+
+def bm25(documents: Sequence[str], queries: Sequence[str]) -> Iterator[np.ndarray]:
     """For each query the Okapi BM25 score of every document, (documents,).
 
     Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word lowers
@@ -168,14 +172,14 @@ def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: f
         lengths[i] = len(found)
         for word, count in Counter(filter(counts.__contains__, found)).items():
             counts[word][i] = count
-    length_norm = k1 * (1 - b + b * lengths / max(1.0, lengths.mean()))
+    length_norm = K1 * (1 - B + B * lengths / max(1.0, lengths.mean()))
     for query in asked:
         scores = np.zeros(len(documents))
         for word, times in query.items():
             matching = np.array(list(counts[word]), dtype=int)
             frequency = np.array(list(counts[word].values()), dtype=float)
             idf = np.log(1 + (len(documents) - len(matching) + 0.5) / (len(matching) + 0.5))
-            scores[matching] += times * idf * frequency * (k1 + 1) / (frequency + length_norm[matching])
+            scores[matching] += times * idf * frequency * (K1 + 1) / (frequency + length_norm[matching])
         yield scores
 
 

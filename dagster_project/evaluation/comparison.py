@@ -70,7 +70,6 @@ def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
     Where some references are text and others tool calls, the deciding measure does not cover all; near-copies count
     once.
 
-
     Args:
         scores: empty if the conclusion rests on perplexity.
     """

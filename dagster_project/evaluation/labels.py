@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
+from dagster_project.core.text import listed, shortened
 
 NO_LABEL = "(none)"
 """Predicted label of an answer without a valid label."""
@@ -102,8 +103,9 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
     if isinstance(task.labels, list):
         found = LabelSet(tuple(task.labels))
         if test and not any(found.of_response(text) for text in test):
+            expected = listed([repr(shortened(name, 40)) for name in task.labels], 5)
             raise InputError(
-                f"params.yaml: evaluation.task.labels: no response of the test split is one of {_listed(task.labels)}; "
+                f"params.yaml: evaluation.task.labels: no response of the test split is one of {expected}; "
                 f"the most frequent are {_frequent(test)}",
                 "list the labels as the responses spell them, or write `labels: auto`",
             )
@@ -163,12 +165,4 @@ def _most_frequent_spelling(spellings: Mapping[str, int]) -> str:
 def _frequent(responses: Sequence[str]) -> str:
     counts = {_most_frequent_spelling(found): found.total() for found in _spellings(responses).values()}
     most = sorted(counts, key=lambda text: (-counts[text], text))[:3]
-    return ", ".join(f"{_shorten(text)!r} ({counts[text]:,})" for text in most)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(_shorten(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _shorten(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return ", ".join(f"{shortened(text, 40)!r} ({counts[text]:,})" for text in most)

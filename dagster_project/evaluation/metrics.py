@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dagster_project.core.params import Section
+from dagster_project.core.text import STRICT_JSON
 from dagster_project.core.words import SPACED_MARKS, WITHOUT_SPACES
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, normalized, per_label
@@ -57,7 +57,7 @@ class Task(Section):
 def parse(answer: str) -> dict[str, Any] | None:
     """Parse an answer as a JSON object; None if it is not one."""
     try:
-        value = json.loads(answer)
+        value = STRICT_JSON.decode(answer)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -276,7 +276,7 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
         return _CheckOutcome(False, f"transformers does not load it: {' '.join(str(error).split())[:300]}", another)
 
     def generated(one: Any) -> list[list[int]]:
-        texts = [render(tokenizer, [{"role": "user", "content": text}], True) for text in PROBES]
+        texts = (_prompt(tokenizer, text) for text in PROBES)
         prompts = [tokenizer(text, add_special_tokens=False, return_tensors="pt") for text in texts]
         with torch.inference_mode():
             return [one.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for ids in prompts]
@@ -286,3 +286,11 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _CheckOutcome:
     if tokens == generated(load(merged, None, torch.device("cpu"), torch.float32)):
         return _CheckOutcome(True, "the same greedy tokens as merged")
     return _CheckOutcome(False, "its greedy tokens are not those of merged", another)
+
+
+def _prompt(tokenizer: Any, text: str) -> str:
+    """A question as the chat template writes it; as it is if there is no template, or it refuses a question alone."""
+    try:
+        return render(tokenizer, [{"role": "user", "content": text}], True)
+    except InputError:
+        return text

@@ -112,7 +112,21 @@ def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer
     if found is None and not reasoning and rest == text and not CHANNEL.search(text):
         return None
     made, content = found or ([], rest)
-    return Answer(_plain_text(tokenizer, content), _plain_text(tokenizer, reasoning), tuple(made))
+    return Answer(_plain_text(tokenizer, content), _plain_text(tokenizer, reasoning), tuple(map(_storable, made)))
+
+
+def _storable(call: Call) -> Call:
+    """A call as JSON in UTF-8 can have it: without unpaired surrogates.
+
+    Arguments with NaN or infinity are the text that they are in Python's JSON, so that the call counts as invalid.
+    """
+    try:
+        text = json.dumps(call, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        call = call._replace(arguments=JSON.encode(call.arguments))
+        text = JSON.encode(call)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return call if whole == text else Call(*json.loads(whole))
 
 
 def split_trace(prompt: str, text: str) -> tuple[str, str]:

@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str
-) -> list[str]:
-    """The text of each answer of `generate_ids`, without special tokens."""
-    answers = generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size, what)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-
-
 def generate_ids(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str
 ) -> list[list[int]]:

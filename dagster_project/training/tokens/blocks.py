@@ -58,7 +58,6 @@ class RecordFacts(NamedTuple):
     category: str | None
     outcome: str
     why: str
-    tokens: int
     trained: int
     stable: bool | None
     examples: list[ExampleFacts]
@@ -86,7 +85,7 @@ def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequenc
         traces = sum(map(is_trained, with_trace)) if result.kept else 0
         facts = RecordFacts(
             record["example_id"], record["source"], record["category"],
-            result.outcome, result.why, result.tokens, result.trained, result.stable,
+            result.outcome, result.why, result.trained, result.stable,
             examples=[_facts(tokenizer, example, ends) for example in result.examples],
             traces=traces,
             traces_in_loss=count_traces(tokenizer, record, result) if traces else 0,

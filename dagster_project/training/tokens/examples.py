@@ -58,8 +58,6 @@ class RecordOutcome:
     """kept, truncated, split:N, or dropped:<reason>."""
     why: str = ""
     examples: list[Example] = field(default_factory=list)
-    tokens: int = 0
-    """Tokens of the whole record, including its template."""
     trained: int = 0
     """Tokens of the whole record that are trained on."""
     stable: bool | None = None
@@ -68,11 +66,6 @@ class RecordOutcome:
     @property
     def kept(self) -> bool:
         return bool(self.examples)
-
-    @property
-    def lost(self) -> int:
-        """Trained tokens of the record that are in no example."""
-        return self.trained - sum(int((example.labels != IGNORE).sum()) for example in self.examples)
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,6 @@ def make(
                 outcomes.append(cut)
                 continue
             outcome = _fit(tokenizer, record, encoded[i], answers[i], rules)
-            outcome.tokens = sum(map(_length, encoded[i]))
             outcome.trained = sum(len(ids) for example in encoded[i] for ids, trained in example if trained)
             if i in whole:
                 outcome.stable = whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]]

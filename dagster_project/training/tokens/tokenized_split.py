@@ -33,8 +33,8 @@ class TokenizedSplit:
         self.categories: list[str | None] = []
         self.outcomes: list[str] = []
         self.whys: list[str] = []
-        self.tokens, self.trained = array("q"), array("q")
-        """Tokens of each whole record, and those that are trained on."""
+        self.trained = array("q")
+        """Tokens of each whole record that are trained on."""
         self.stable = bytearray()
         self.first, self.counts = array("q"), array("q")
         """Number of each record's first example, and of its examples."""
@@ -60,7 +60,6 @@ class TokenizedSplit:
             self.categories.append(one(facts.category, facts.category))
             self.outcomes.append(one(facts.outcome, facts.outcome))
             self.whys.append(one(facts.why, facts.why))
-            self.tokens.append(facts.tokens)
             self.trained.append(facts.trained)
             self.stable.append(UNCHECKED if facts.stable is None else facts.stable)
             self.first.append(len(self._data))

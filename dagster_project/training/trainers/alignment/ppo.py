@@ -189,7 +189,7 @@ def iterations(settings: Settings) -> int:
 
 
 def train(
-    model: Any,
+    shared: ShardedModel,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     reward: Reward,
@@ -197,7 +197,6 @@ def train(
     compute: Compute,
     checkpoints: Checkpoints | None = None,
     live: Path | None = None,
-    shared: ShardedModel | None = None,
     begin: Callable[[], None] = lambda: None,
     sampled_answers: SampledAnswers | None = None,
 ) -> PPOHistory:
@@ -211,22 +210,21 @@ def train(
     all have the same weights. Results equal those of one process up to rounding.
 
     Args:
-        model: a PeftModel with an adapter that has no effect yet.
+        shared: a PeftModel with an adapter that has no effect yet. It is divided here, with the value head, if it has
+            settings for that, and stays so.
         prompts: token ids of each, including the assistant's header.
         checkpoints: where to keep them; None to keep none.
         live: folder for the live curve; None to write none.
-        shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and
-            stays so.
         begin: called once the model is divided, before its weights change or those of a checkpoint are read.
         sampled_answers: those that `reward` keeps.
     Raises:
         InputError: prompts, model or reward that cannot be trained with.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
     """
+    model = shared.model
     refuse_mistakes(model, tokenizer, prompts, settings)
     model.eval()
     attention = attention_of(causal(model))
-    shared = shared or ShardedModel(model, None, model.device)
     if shared.settings is None:
         causal(model).set_attn_implementation(attention_for(shared.device, model.dtype))
         states = partial(last_hidden_states, causal(model).base_model)
@@ -358,22 +356,22 @@ class Training:
         Raises:
             Collapsed: the policy gives empty answers, or is too far from the reference.
         """
-        model, settings, shared = self.model, self.settings, self.shared
+        settings, shared = self.settings, self.shared
         schedule = prompt_schedule(len(self.prompts), step, settings, self.seed)
         rows = [row for _, row in schedule]
         prompts = [self.prompts[row] for row in rows]
-        rollout = roll_out(model, self.tokenizer, rows, prompts, settings, f"{self.seed} {step}", shared)
+        rollout = roll_out(shared, self.tokenizer, rows, prompts, settings, f"{self.seed} {step}")
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
         refuse_silence(texts, first=step == 1)
         self.sampled_answers.step = step
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
         self.sampled_answers.share()
-        policy = evaluate(model, self.head, rollout, settings, shared)
-        with model.disable_adapter():
-            reference = evaluate(model, self.head, rollout, settings, shared, with_entropy=False).log_probs
+        policy = evaluate(shared, self.head, rollout, settings)
+        with self.model.disable_adapter():
+            reference = evaluate(shared, self.head, rollout, settings, with_entropy=False).log_probs
         kl = kl_per_answer(policy.log_probs, reference)
         if step == 1:
-            refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
+            refuse_other_reference(policy.log_probs, reference, rollout.mask, self.model.dtype)
         refuse_explosion(kl, settings)
         return Experience(schedule, rollout, scores, policy, reference, kl)
 
@@ -395,14 +393,12 @@ class Training:
         Raises:
             Collapsed: a loss or gradient is not finite, or the final policy is too far from the sampling policy.
         """
-        model, head, settings = self.model, self.head, self.settings
+        shared, head, settings = self.shared, self.head, self.settings
         rollout, policy, seed = experience.rollout, experience.policy, f"{self.seed} {step}"
         rate = learning_rate(step, self.total, settings)
-        figures = update(
-            model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed, self.shared
-        )
+        figures = update(shared, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed)
         if step == self.total:  # no later rollout measures how far the policy moved
-            moved = evaluate(model, head, rollout, settings, self.shared, with_entropy=False).log_probs
+            moved = evaluate(shared, head, rollout, settings, with_entropy=False).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
         return {**figures, "learning_rate": rate}
 
@@ -472,41 +468,32 @@ def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> lis
 
 
 def roll_out(
-    model: Any,
-    tokenizer: Any,
-    rows: list[int],
-    prompts: list[list[int]],
-    settings: Settings,
-    seed: str,
-    shared: ShardedModel | None = None,
+    shared: ShardedModel, tokenizer: Any, rows: list[int], prompts: list[list[int]], settings: Settings, seed: str
 ) -> Rollout:
     """Sample an answer to each prompt, in batches of prompts of similar length.
 
     A token is sampled by inverting the distribution function at a number u ~ U[0, 1) that depends only on the seed, the
     episode and the position in the answer. So neither batch, padding nor `response_length` affects the answers.
-
-    Args:
-        shared: the model, if it is divided among the processes.
     """
     import torch
 
     longest, here, ends = settings.response_length, distributed.place(), end_ids(tokenizer)
-    device = shared.device if shared else model.device
+    model, device = causal(shared.model), shared.device
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-    causal(model).set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")
 
     def sample() -> None:
         for number, batch in enumerate(batches_by_length(prompts, settings.rollout_batch_size)):
             if here.does(number):
                 choose = sampled(uniform_numbers(seed, batch, longest), settings.temperature)
                 some = [prompts[e] for e in batch]
-                batch_answers = decode(causal(model), some, choose, longest, ends, tokenizer.pad_token_id)
+                batch_answers = decode(model, some, choose, longest, ends, tokenizer.pad_token_id)
                 for e, answer in zip(batch, batch_answers, strict=True):
                     tokens[e, : len(answer)] = torch.tensor(answer, device=device)
                     lengths[e] = len(answer)
 
-    in_step([shared] if shared else [], sample)
+    in_step([shared], sample)
     distributed.summed(tokens)
     distributed.summed(lengths)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
@@ -604,24 +591,18 @@ def last_hidden_states(decoder: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def evaluate(
-    model: Any,
-    head: Any,
-    rollout: Rollout,
-    settings: Settings,
-    shared: ShardedModel | None = None,
-    with_entropy: bool = True,
+    shared: ShardedModel, head: Any, rollout: Rollout, settings: Settings, with_entropy: bool = True
 ) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled.
 
     Both use the same passes, so equal policies give equal bits.
 
     Args:
-        shared: the model, if it is divided among the processes.
         with_entropy: otherwise it is 0, which takes less time.
     """
     import torch
 
-    here, device = distributed.place(), shared.device if shared else model.device
+    here, model, device = distributed.place(), shared.model, shared.device
     causal(model).set_attn_implementation(attention_for(device, model.dtype))
     evaluated = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=device)
 
@@ -637,7 +618,7 @@ def evaluate(
                 evaluated[:, mine] = part
 
     with torch.no_grad():
-        in_step([shared] if shared else [], pass_all)
+        in_step([shared], pass_all)
     return TokenValues(*distributed.summed(evaluated))
 
 
@@ -721,7 +702,7 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 
 
 def update(
-    model: Any,
+    shared: ShardedModel,
     head: Any,
     optimizer: Any,
     rate: float,
@@ -731,14 +712,11 @@ def update(
     returns: torch.Tensor,
     settings: Settings,
     seed: str,
-    shared: ShardedModel | None = None,
 ) -> dict[str, float]:
     """Update the policy on an iteration's episodes, in several passes in mini-batches, each in its own order.
 
     The loss of an optimizer step is the mean over its tokens, independent of the number of passes and processes.
 
-    Args:
-        shared: the model, if it is divided among the processes.
     Returns:
         policy_loss, value_loss, clip_fraction, approx_kl and grad_norm, means over the steps, and updates, their
         number.
@@ -747,7 +725,7 @@ def update(
     """
     import torch
 
-    here, shared = distributed.place(), shared or ShardedModel(model, None, model.device)
+    here = distributed.place()
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -757,7 +735,7 @@ def update(
     def run_pass(mine: Sequence[int], count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a pass, and its sums of policy loss, value loss, clipped tokens and KL."""
         at = rollout.mask[mine]
-        log_probs, values, _ = forward(model, head, rollout, mine, settings.temperature)
+        log_probs, values, _ = forward(shared.model, head, rollout, mine, settings.temperature)
         old = evaluated.log_probs[mine][at], evaluated.values[mine][at]
         policy, value, ratio = losses(log_probs, values, *old, advantages[mine][at], returns[mine][at], settings)
         with torch.no_grad():

@@ -748,8 +748,8 @@ class Ppo(AlignmentMethod, ppo.Settings):
             InputError: it stopped before the first update.
         """
         history = ppo.train(
-            run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live,
-            run.shared, run.begin, run.sampled,
+            run.shared, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live,
+            run.begin, run.sampled,
         )  # fmt: skip
         if history.stopped and not history.curve:
             raise InputError(history.stopped, "change the options named above")

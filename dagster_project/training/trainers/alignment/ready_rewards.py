@@ -18,6 +18,7 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call, Message, Tools, calls
 from dagster_project.core.params import Section, inside, parse
+from dagster_project.core.text import STRICT_JSON
 from dagster_project.core.tool_schemas import ArgumentsSchema, arguments_schema, call_problem, counted
 from dagster_project.core.words import split_words
 from dagster_project.training.inference.numbers import number_in
@@ -168,7 +169,7 @@ class JsonSchema(ReadyReward):
 
     def score(self, answer: Message, record: Record) -> float:
         try:
-            value = json.loads(answer["content"], parse_constant=_refuse_constant)
+            value = STRICT_JSON.decode(answer["content"])
             return float(self.validator.problem(value) is None)
         except (ValueError, RecursionError):
             return 0.0
@@ -342,7 +343,3 @@ def _is_of_a_program(statement: ast.stmt) -> bool:
 def _words(message: Message) -> list[str]:
     words: list[str] = message["content"].split()
     return words
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

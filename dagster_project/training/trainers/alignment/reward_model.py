@@ -20,6 +20,7 @@ from dagster_project.core.messages import Message, Messages, Tools, conversation
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.core.rendering import end_tokens
+from dagster_project.core.text import STRICT_JSON
 from dagster_project.core.words import split_words
 from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_start, refuse_unmatched
 from dagster_project.training.methods.hardware import adding_adapters
@@ -288,7 +289,7 @@ def judged_text(answer: Message) -> str:
 def valid_json(answer: str) -> float:
     """1 if an answer is one JSON value, else 0."""
     try:
-        json.loads(answer)
+        STRICT_JSON.decode(answer)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0

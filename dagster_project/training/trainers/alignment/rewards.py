@@ -42,12 +42,12 @@ def check(rewards: Mapping[str, Entry], where: str, root: Path) -> None:
 
 
 def weights_of(rewards: Mapping[str, Entry]) -> dict[str, float]:
-    """Name -> weight."""
+    """Name -> weight, by name: to DVC a mapping with its keys in another order is the same value, and sums are not."""
 
     def weight(entry: Entry) -> float:
         return float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else entry
 
-    return {name: weight(entry) for name, entry in rewards.items()}
+    return {name: weight(entry) for name, entry in sorted(rewards.items())}
 
 
 def ready(rewards: Mapping[str, Entry], where: str, root: Path) -> dict[str, ReadyReward]:

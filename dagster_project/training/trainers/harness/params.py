@@ -15,7 +15,7 @@ from dagster_project.training.methods.build import Quantization, why_not_merged
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 AUTO = "auto"
-"""Value that an entry may give instead of a number; trainers/auto.py replaces it before training."""
+"""Value that an entry may give instead of a number; trainers/sft/auto.py replaces it before training."""
 
 
 def _number_or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:

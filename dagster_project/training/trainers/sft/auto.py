@@ -174,19 +174,18 @@ def rate_at(start: float, place: int) -> float:
     return float(f"{start * 10 ** (place / 2):.3g}")
 
 
-def climb(loss: Callable[[int], float], most: int = MOST_TRIALS) -> dict[int, float]:
-    """Search for the lowest loss from position 0: upwards while it decreases, else downwards.
+def climb(loss: Callable[[int], float]) -> dict[int, float]:
+    """Search for the lowest loss from position 0: upwards while it decreases, else downwards; MOST_TRIALS at most.
 
     Args:
         loss: loss at a position; infinite if training diverged, and then only lower positions are tried.
-        most: maximum number of positions.
     Returns:
         Position -> loss, in the order tried.
     """
     found = {0: loss(0)}
     for way in (1, -1):
         place = 0
-        while len(found) < most and min(found.values()) == found[place]:
+        while len(found) < MOST_TRIALS and min(found.values()) == found[place]:
             if way > 0 and math.isinf(found[place]):
                 break
             place += way

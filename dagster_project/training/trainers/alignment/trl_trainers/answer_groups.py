@@ -103,11 +103,8 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
 
             Random numbers depend only on seed, step and the place of an answer in its step.
             """
-            step = self.state.global_step
-            number = self.batches[1] if self.batches[0] == step else 0
-            self.batches = step, number + 1
             self.eos_token_ids = sorted(end_ids(self.session.tokenizer))
-            answers = _sampled_answers(self, prompts, f"{self.args.seed} {step} {number}")
+            answers = own_answers(self, prompts, next_seed(self), self.max_completion_length, self.top_p)
             return (answers, None) if gives_log_probs else answers
 
         def _get_per_token_logps_and_entropies(
@@ -144,14 +141,24 @@ def group_trainer(base: type, gives_log_probs: bool) -> type:
     return GroupTrainer
 
 
-def _sampled_answers(trainer: Any, prompts: list[list[int]], seed: str) -> list[list[int]]:
-    """Token ids of the policy's answer to each prompt, without dropout."""
-    model, longest = causal(trainer.model), trainer.max_completion_length
-    choose = sampled(uniform_numbers(seed, range(len(prompts)), longest), trainer.temperature, trainer.top_p)
+def next_seed(trainer: Any) -> str:
+    """Seed of the trainer's next batch of answers; it depends only on seed, step and the batch's place in its step."""
+    step = trainer.state.global_step
+    number = trainer.batches[1] if trainer.batches[0] == step else 0
+    trainer.batches = step, number + 1
+    return f"{trainer.args.seed} {step} {number}"
+
+
+def own_answers(
+    trainer: Any, prompts: Sequence[Sequence[int]], seed: str, longest: int, top_p: float = 1.0
+) -> list[list[int]]:
+    """Token ids of the policy's sampled answer to each prompt, without dropout."""
+    model, tokenizer = causal(trainer.model), trainer.session.tokenizer
+    choose = sampled(uniform_numbers(seed, range(len(prompts)), longest), trainer.temperature, top_p)
     trains = trainer.model.training
     trainer.model.eval()
     with attending_plainly(model):
-        answers = decode(model, prompts, choose, longest, trainer.eos_token_ids, trainer.session.tokenizer.pad_token_id)
+        answers = decode(model, prompts, choose, longest, end_ids(tokenizer), tokenizer.pad_token_id)
     trainer.model.train(trains)
     return answers
 

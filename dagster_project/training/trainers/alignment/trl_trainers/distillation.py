@@ -8,10 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import IGNORE
-from dagster_project.core.rendering import end_ids
-from dagster_project.training.inference.decoding import decode
-from dagster_project.training.inference.sampling import sampled, uniform_numbers
-from dagster_project.training.methods.build import causal
+from dagster_project.training.trainers.alignment.trl_trainers.answer_groups import next_seed, own_answers
 from dagster_project.training.trainers.alignment.trl_trainers.reference_free import experimental
 
 if TYPE_CHECKING:
@@ -91,14 +88,11 @@ def student_trainer(base: type) -> type:
 
             Random numbers depend only on seed, step and pass.
             """
-            step = self.state.global_step
-            number = self.batches[1] if self.batches[0] == step else 0
-            self.batches = step, number + 1
-            prompts, pairs, seed = inputs.pop("prompts"), inputs.pop("pairs"), f"{self.args.seed} {step} {number}"
+            prompts, pairs, seed = inputs.pop("prompts"), inputs.pop("pairs"), next_seed(self)
             samples = Random(f"{seed} on policy").random() < self.lmbda
             if samples:
-                answers = self._answers(prompts, seed)
-                self.session.keep(step + 1, pairs, prompts, answers)
+                answers = own_answers(self, prompts, seed, self.args.max_new_tokens)
+                self.session.keep(self.state.global_step + 1, pairs, prompts, answers)
                 inputs = collate(prompts, answers, self.session.tokenizer.pad_token_id)
             self._total_train_tokens += int(inputs["attention_mask"].sum())
             lengths = (inputs["labels"] != IGNORE).sum(1).float()
@@ -106,16 +100,6 @@ def student_trainer(base: type) -> type:
             self._metrics["train"]["length"].append(float(lengths.mean()))
             # not that of GKDTrainer
             return super(base, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
-
-        def _answers(self, prompts: Sequence[Sequence[int]], seed: str) -> list[list[int]]:
-            """Sampled answers of the policy, without dropout."""
-            tokenizer, longest, model = self.session.tokenizer, self.args.max_new_tokens, causal(self.model)
-            choose = sampled(uniform_numbers(seed, range(len(prompts)), longest), self.temperature)
-            trains = self.model.training
-            self.model.eval()
-            answers = decode(model, prompts, choose, longest, sorted(end_ids(tokenizer)), tokenizer.pad_token_id)
-            self.model.train(trains)
-            return answers
 
         def compute_loss(
             self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
