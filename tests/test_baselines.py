@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dagster_project.evaluation.baselines import (
 )
 from dagster_project.evaluation.evaluator import Settings, turn_key
 from dagster_project.evaluation.labels import LabelSet
-from dagster_project.evaluation.metrics import Task
+from dagster_project.evaluation.metrics import TERM, Task
 from dagster_project.stages import baselines, comparison
 from dagster_project.training.inference.answers import Answer
 
@@ -209,6 +210,27 @@ def test_the_classifier_separates_two_obvious_classes() -> None:
     train += [record(f"b{i}", f"charged twice on invoice {i}") for i in range(5)]
     asked = [record("x", "invoice charged wrongly"), record("y", "my password will not sign me in")]
     assert classify(train, ["login"] * 5 + ["billing"] * 5, asked, seed=7) == ["billing", "login"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("{}の請求書を再発行してください。", "{}がまだ届きません。"),
+        ("请重新开具{}的发票。", "{}还没有送到。"),
+        ("ขอใบแจ้งหนี้ของ{}อีกครั้ง", "{}ยังไม่มาถึง"),
+    ],
+    ids=["ja", "zh", "th"],
+)
+def test_the_classifier_separates_classes_in_scripts_without_spaces(first: str, second: str) -> None:
+    """A sentence there is one word to sklearn, so no prompt would have a word of another."""
+    train = [record(f"{i}", text.format(thing)) for i, thing in enumerate("傘机靴本車") for text in (first, second)]
+    asked = [record("x", second.format("箱")), record("y", first.format("箱"))]
+    assert classify(train, ["billing", "delivery"] * 5, asked, seed=7) == ["delivery", "billing"]
+
+
+def test_terms_of_the_classifier_are_the_words_of_sklearn_in_scripts_with_spaces() -> None:
+    text = "it's a_b x 42 naïve e\u0301lan straße दान दिन العَرَبِيَّة עִבְרִית слово"
+    assert re.findall(TERM, text) == re.findall(r"(?u)\b\w\w+\b", text)
 
 
 class Refusing:

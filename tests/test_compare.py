@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,27 @@ def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None
     assert shown == comparison_page(
         document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}}
     )
+
+
+def test_the_page_names_no_classifier_category_or_wrong_answer_where_there_is_none() -> None:
+    """Free text has many right answers, and its score is only a similarity to one of them."""
+    of_text = {"n": 8, "rouge_l": 0.4, "rouge_l_interval": [0.3, 0.5], "exact_match": 0.0, "prompt_tokens": 9.0}
+    free = document(shown=["rouge_l", "exact_match"], scores=dict.fromkeys(("lora", "few_shot"), of_text))
+    plain = [Sample("Hi", "Hello", None, {"lora": ("Bye", 0.0), "few_shot": ("Hey", 0.25)})]
+    shown, labels = comparison_page(free, plain, {}), comparison_page(document(), samples(), {})
+    for words in ("Category", "✕ wrong", "Worst errors", "Wrong<select", "classical classifier"):
+        assert words not in shown, words
+    assert "|0.00|" in re.sub("<[^>]+>", "|", shown) and "Lowest scores of" in shown
+    assert "Category<select" in labels and "✕ wrong" in labels and "Worst errors of" in labels
+    calls = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    assert "✕ wrong" in comparison_page(free, [replace(plain[0], reference_message=calls)], {})
+    scores = {**document()["scores"], "tfidf_logistic": document()["scores"]["lora"]}
+    answered = [replace(one, answers={**one.answers, "tfidf_logistic": ("x", 1.0)}) for one in samples()]
+    assert "classical classifier, in gray" in comparison_page(document(scores=scores), answered, {})
 
 
 def test_the_title_of_the_scores_counts_questions_not_test_examples() -> None:

@@ -11,7 +11,7 @@ from dagster_project.core.messages import Message
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.evaluation.final_answers import NUMBER, FinalAnswer
 from dagster_project.evaluation.labels import LabelSet
-from dagster_project.evaluation.metrics import AnyTask, Task, parse, words
+from dagster_project.evaluation.metrics import TERM, AnyTask, Task, parse, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,15 +184,15 @@ def bm25(documents: Sequence[str], queries: Sequence[str]) -> Iterator[np.ndarra
 
 
 def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[Record], seed: int) -> list[str]:
-    """Labels predicted by TF-IDF (unigrams and bigrams) and logistic regression.
+    """Labels predicted by TF-IDF (unigrams and bigrams of terms) and logistic regression.
 
-    The most frequent label if there is no other, or if no prompt has a word of two letters.
+    The most frequent label if there is no other, or if no prompt has a term.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=TERM)
     prompts = [prompt_text(r["messages"]) for r in train]
     if len(set(labels)) == 1 or not any(map(vectorizer.build_analyzer(), prompts)):
         counts = Counter(labels)

@@ -29,7 +29,10 @@ _MARKS = "".join(
     c for c in map(chr, chain(range(0xE00, 0x10A0), range(0x1780, 0x1800))) if unicodedata.category(c) in {"Mn", "Mc"}
 )
 r"""Vowel signs and tone marks of these scripts, which Python's \w lacks."""
-_WORD = re.compile(rf"(?=[\w{_MARKS}])[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[{SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
+_CHARACTER = rf"(?=[\w{_MARKS}])[{_UNSPACED}]"
+_WORD = re.compile(rf"{_CHARACTER}|[^\W{_UNSPACED}]+(?:[{SPACED_MARKS}]+[^\W{_UNSPACED}]*)*")
+TERM = rf"{_CHARACTER}|[^\W{_UNSPACED}]{{2,}}"
+"""A term of TF-IDF: sklearn's word of two letters or more; in scripts without spaces, a character."""
 
 
 class Task(Section):

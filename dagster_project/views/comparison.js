@@ -11,7 +11,7 @@
 
   function show() {
     const wanted = at("by-text").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const [failed, right, category] = ["by-wrong", "by-right", "by-category"].map((id) => at(id).value);
+    const [failed, right, category] = ["by-wrong", "by-right", "by-category"].map((id) => at(id)?.value ?? "");
     let found = 0;
     samples.forEach((sample, i) => {
       const fits = (failed === "" || wrong[i].has(failed)) && (right === "" || !wrong[i].has(right)) &&
@@ -24,7 +24,7 @@
   }
 
   at("filter").hidden = at("pager").hidden = false;
-  for (const id of ["by-wrong", "by-right", "by-category", "by-text"]) at(id).addEventListener("input", () => { most = size; show(); });
+  for (const id of ["by-wrong", "by-right", "by-category", "by-text"]) at(id)?.addEventListener("input", () => { most = size; show(); });
   at("more").addEventListener("click", () => { most += size; show(); });
   show();
 })();

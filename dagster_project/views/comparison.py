@@ -210,10 +210,9 @@ def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measure
     if document["scores"]:
         questions = document["test"].get("questions", document["scores"][order[0]]["n"])
         title = f"{TITLES[document['shown'][0]]} on {many(questions, 'question')}"
-        note = (
-            "point and 95 % interval; variants in blue;"
-            " base model with different prompts, and classical classifier, in gray"
-        )
+        gray = "base model with different prompts"
+        gray += ", and classical classifier," if "tfidf_logistic" in order else ""
+        note = f"point and 95 % interval; variants in blue; {gray} in gray"
     else:
         title, note = "Perplexity relative to the base model", "point and 95 % interval; lower is better"
     body = []
@@ -425,8 +424,8 @@ def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> Ta
 
 
 def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample], why: Why) -> dict[str, Any]:
-    """Answers to each question, worst errors of the recommended variant first:
-    those that most other systems answered correctly."""
+    """Answers to each question, worst ones of the recommended variant first:
+    those that most other systems answered better."""
     variants = [name for name in order if name in document["compared"]]
     subject = (
         document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
@@ -440,23 +439,34 @@ def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequenc
     categories = sorted({sample.category for sample in worst if sample.category})
     return {
         "subject": _title(subject),
+        "graded": all(_is_graded(document, sample) for sample in worst),
         "more": (
             f" The worst {MAX_QUESTIONS} of {number(len(samples))} are shown." if len(samples) > MAX_QUESTIONS else ""
         ),
         "systems": [_title(name) for name in order],
         "categories": categories,
-        "samples": [_sample(sample, order, categories, why) for sample in worst],
+        "samples": [_sample(document, sample, order, categories, why) for sample in worst],
     }
 
 
-def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str], why: Why) -> dict[str, Any]:
+def _is_graded(document: Mapping[str, Any], sample: Sample) -> bool:
+    """Whether an answer is right or wrong: under a task, and for tool calls. Free text is only more or less similar to
+    its reference."""
+    some = next(iter(document["scores"].values()))
+    return "accuracy" in some or bool((sample.reference_message or {}).get("tool_calls"))
+
+
+def _sample(
+    document: Mapping[str, Any], sample: Sample, order: Sequence[str], categories: Sequence[str], why: Why
+) -> dict[str, Any]:
     """One question. A score below 1/2 counts as wrong."""
+    graded = _is_graded(document, sample)
     wrong = [i for i, name in enumerate(order) if sample.answers[name][1] < 0.5]
     answers = []
     for i, name in enumerate(order):
         answer, value = sample.answers[name]
         kind, reason = ("bad", why.of(sample, name)) if i in wrong else ("fine", None)
-        mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
+        mark = ("✕ wrong" if i in wrong else "✓ right") if graded else f"{value:.2f}"
         rich = parts(sample.messages[name]) if name in sample.messages else []
         answers.append((_short(name), kind, mark, answer, rich, reason))
     return {
