@@ -383,6 +383,23 @@ def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_
         assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
 
 
+def test_the_catalog_has_no_definition_of_a_variant_that_was_removed(root: Path, synced: dg.DagsterInstance) -> None:
+    theirs = dg.AssetKey(["def", "adapter", "theirs"])
+    synced.report_runless_asset_event(dg.AssetMaterialization(theirs, tags={"dagster/data_version": "1"}))
+    values = json.loads((root / "params.yaml").read_text())
+    edit_params(root, lambda values: values["variants"].pop("dora"))
+    assert "def/adapter/dora was removed" in sync(root, synced, small_pipeline.PIPELINE)
+    definitions = {key for key in synced.get_asset_keys() if key.path[0] == "def"}
+    assert definitions == {dg.AssetKey(["def", *address.split("@")]) for address in read_stages(root)} | {theirs}
+    assert synced.get_latest_materialization_event(asset_key("adapter@dora")), "what was made stays"
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
+    assert not_fresh(root, synced) == changed_in_dvc(root)
+    (root / "params.yaml").write_text(json.dumps(values))
+    assert any(line.startswith("def/adapter/dora is ") for line in sync(root, synced, small_pipeline.PIPELINE))
+    assert not_fresh(root, synced) == changed_in_dvc(root) == set()
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
+
+
 def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_variants(
     root: Path, synced: dg.DagsterInstance
 ) -> None:
