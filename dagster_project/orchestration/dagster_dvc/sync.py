@@ -10,7 +10,7 @@ import dagster as dg
 
 from dagster_project.orchestration import dvc, locks
 from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress
-from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, REPORT_TAG, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, RESULT_HASH, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
@@ -258,7 +258,7 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
         event = record.event.dagster_event if record and record.event else None
         evaluation = event.event_specific_data if event else None
         if record and isinstance(evaluation, dg.AssetCheckEvaluation):
-            is_same = evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG]
+            is_same = evaluation.metadata.get(RESULT_HASH) == result.metadata[RESULT_HASH]
             if is_same and _evaluates(record, evaluation, latest):
                 continue
         elif record and _is_queued(instance, record.run_id):
