@@ -64,7 +64,7 @@ def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hash
         f"| {stage} | {lock[stage][:12]} |" in shown["lineage"].value for stage in [*DATA, "tokenized", "adapter@lora"]
     )
     assert shown["audit"].url.startswith("http://127.0.0.1:3100/merged/lora/audit.html?")
-    assert lock["adapter@lora"] in (Path(shown["pages"].path) / "audit.html").read_text()
+    assert lock["adapter@lora"] in (Path(shown["pages_folder"].path) / "audit.html").read_text()
     assert (
         "lineage" not in instance.get_latest_materialization_event(asset_key("splits")).asset_materialization.metadata
     )
@@ -273,6 +273,16 @@ def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_va
                 group[i.producer] if i.producer else graph.get(PedigreeProject(finished).source_key(i.path)).group_name
             )
             assert above.partition("/")[0] <= group[address].partition("/")[0], f"{i.path} -> {address}"
+
+
+def test_metadata_of_a_materialization_hides_none_of_its_asset(root: Path) -> None:
+    """Dagster's page of an asset shows one entry of each name, that of the materialization."""
+    graph = build_definitions(root, small_pipeline.PIPELINE).resolve_asset_graph()
+    state = read_stages(root)["adapter@lora"]
+    (root / "data/pages/adapter/lora").mkdir(parents=True, exist_ok=True)
+    of_asset, made = graph.get(asset_key("adapter@lora")).metadata, describe(root, state)
+    assert of_asset["pages"].value.startswith("http://127.0.0.1:") and made["pages_folder"].path
+    assert not of_asset.keys() & made.keys()
 
 
 def test_definitions_are_hidden_in_graph_and_catalog(finished: Path) -> None:
