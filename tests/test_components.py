@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import shutil
 import sys
 import tomllib
@@ -12,6 +14,7 @@ from uuid import uuid4
 
 import dagster as dg
 import pytest
+import yaml
 from builders import foreign_project
 from builders.small_pipeline import PIPELINE, changed_in_dvc, commands_run
 from builders.staleness import stale_keys
@@ -215,6 +218,22 @@ def test_dg_finds_the_components_by_the_entry_point() -> None:
     found = dict(get_package_objects_in_module(import_module(module)))
     assert found.keys() == {"DvcProjectComponent", "PedigreeProjectComponent"}
     assert found["PedigreeProjectComponent"] is dagster_project.PedigreeProjectComponent
+
+
+def test_the_docs_show_how_a_file_of_the_project_adds_a_schedule(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs/dagster-dvc.md").read_text()
+    [python] = re.findall(r"```python\n(# definitions.py\n.*?)```", text, re.DOTALL)
+    [workspace] = re.findall(r"```yaml\n(load_from:\n.*?)```", text, re.DOTALL)
+    (project / "definitions.py").write_text(python)
+    [named] = yaml.safe_load(workspace)["load_from"]
+    monkeypatch.chdir(project.parent)
+    defs = runpy.run_path(str(project / named["python_file"]["relative_path"]))["defs"]
+    dg.Definitions.validate_loadable(defs)
+    data = defs.resolve_job_def(defs.resolve_schedule_def("data_daily").job_name)
+    assert dg.AssetKey("splits") in data.asset_layer.selected_asset_keys
+    assert dg.AssetKey(["adapter", "lora"]) not in data.asset_layer.selected_asset_keys
 
 
 def test_the_current_project_alone_has_the_names_of_before(roots: dict[str, Path]) -> None:

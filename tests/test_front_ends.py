@@ -64,7 +64,7 @@ def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hash
         f"| {stage} | {lock[stage][:12]} |" in shown["lineage"].value for stage in [*DATA, "tokenized", "adapter@lora"]
     )
     assert shown["audit"].url.startswith("http://127.0.0.1:3100/merged/lora/audit.html?")
-    assert lock["adapter@lora"] in (Path(shown["pages"].path) / "audit.html").read_text()
+    assert lock["adapter@lora"] in (Path(shown["pages_folder"].path) / "audit.html").read_text()
     assert (
         "lineage" not in instance.get_latest_materialization_event(asset_key("splits")).asset_materialization.metadata
     )
@@ -275,6 +275,16 @@ def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_va
             assert above.partition("/")[0] <= group[address].partition("/")[0], f"{i.path} -> {address}"
 
 
+def test_metadata_of_a_materialization_hides_none_of_its_asset(root: Path) -> None:
+    """Dagster's page of an asset shows one entry of each name, that of the materialization."""
+    graph = build_definitions(root, small_pipeline.PIPELINE).resolve_asset_graph()
+    state = read_stages(root)["adapter@lora"]
+    (root / "data/pages/adapter/lora").mkdir(parents=True, exist_ok=True)
+    of_asset, made = graph.get(asset_key("adapter@lora")).metadata, describe(root, state)
+    assert of_asset["pages"].value.startswith("http://127.0.0.1:") and made["pages_folder"].path
+    assert not of_asset.keys() & made.keys()
+
+
 def test_definitions_are_hidden_in_graph_and_catalog(finished: Path) -> None:
     graph = build_definitions(finished).resolve_asset_graph()
     for key in graph.get_all_asset_keys():
@@ -381,6 +391,23 @@ def test_an_added_or_removed_variant_is_not_reported_as_a_run_of_what_reads_all_
         edit_params(root, lambda values: values.update(variants=variants))  # noqa: B023
         assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if line.startswith("cmp is ")]
         assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
+
+
+def test_the_catalog_has_no_definition_of_a_variant_that_was_removed(root: Path, synced: dg.DagsterInstance) -> None:
+    theirs = dg.AssetKey(["def", "adapter", "theirs"])
+    synced.report_runless_asset_event(dg.AssetMaterialization(theirs, tags={"dagster/data_version": "1"}))
+    values = json.loads((root / "params.yaml").read_text())
+    edit_params(root, lambda values: values["variants"].pop("dora"))
+    assert "def/adapter/dora was removed" in sync(root, synced, small_pipeline.PIPELINE)
+    definitions = {key for key in synced.get_asset_keys() if key.path[0] == "def"}
+    assert definitions == {dg.AssetKey(["def", *address.split("@")]) for address in read_stages(root)} | {theirs}
+    assert synced.get_latest_materialization_event(asset_key("adapter@dora")), "what was made stays"
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
+    assert not_fresh(root, synced) == changed_in_dvc(root)
+    (root / "params.yaml").write_text(json.dumps(values))
+    assert any(line.startswith("def/adapter/dora is ") for line in sync(root, synced, small_pipeline.PIPELINE))
+    assert not_fresh(root, synced) == changed_in_dvc(root) == set()
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
 
 
 def test_a_variant_that_runs_alone_is_not_reported_as_a_run_of_what_reads_all_variants(

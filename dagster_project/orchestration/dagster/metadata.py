@@ -66,8 +66,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     }
     metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
     if (folder := pages_of(root, state.address)).is_dir():
-        # for readers without `pedigree ui`, which serves the pages
-        metadata["pages"] = dg.MetadataValue.path(str(folder))
+        # for readers without `pedigree ui`; `pages` is the link, of which a figure with that name would take the place
+        metadata["pages_folder"] = dg.MetadataValue.path(str(folder))
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")

@@ -20,7 +20,7 @@ from dagster_project.orchestration.dvc import StageState, digest
 
 CODE_VERSION = "1"
 """Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
-REPORT_TAG = "report"
+RESULT_HASH = "result_hash"
 """Metadata of a check result: hash of the check's entry in the report. By it,
 sync detects results that Dagster already has."""
 IN_SYNC = "dvc_in_sync"
@@ -131,7 +131,7 @@ def check_result(
         "truth": description,
         **extra,
         "severity": severity or "none",
-        REPORT_TAG: digest([check, severity]),
+        RESULT_HASH: digest([check, severity]),
         **({"note": check["note"]} if "note" in check else {}),
     }
     return dg.AssetCheckResult(
@@ -150,7 +150,7 @@ def in_sync(key: dg.AssetKey, state: StageState) -> dg.AssetCheckResult:
     """Result of the check that the stage is up to date. Agrees with `dvc status`."""
     reasons = "; ".join(state.changed)
     note = "; ".join(filter(None, [reasons, FROZEN if state.frozen else ""]))
-    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), REPORT_TAG: dg.MetadataValue.text(digest(note))}
+    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), RESULT_HASH: dg.MetadataValue.text(digest(note))}
     return dg.AssetCheckResult(
         check_name=IN_SYNC,
         asset_key=key,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import dagster as dg
 
 from dagster_project.orchestration import dvc, locks
 from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress
-from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, REPORT_TAG, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, RESULT_HASH, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
@@ -95,6 +95,7 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
             for key, version in sources.items()
             for line in _source(project, instance, key, version, latest.get(key))
         ]
+        events += _wipe_definitions(project, instance, snapshot.materialized.keys() - sources.keys())
         idle = {}
         for key, address in addresses.items():
             record = latest.get(key)
@@ -111,12 +112,41 @@ def _source(
 
     Dagster calls such assets external: something else writes them, and reports it.
     """
-    names, known = _tag_names(), latest.asset_materialization if latest else None
-    if known and (known.tags or {}).get(names.DATA_VERSION_TAG) == version:
+    known = latest.asset_materialization if latest else None
+    if known and (known.tags or {}).get(_tag_names().DATA_VERSION_TAG) == version:
         return []
-    tags = {names.DATA_VERSION_TAG: version, names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
-    instance.report_runless_asset_event(dg.AssetMaterialization(key, tags=tags))
-    return [f"{dg.AssetKey(key.path[len(project.key_prefix) :]).to_user_string()} is now {version[:8]}"]
+    instance.report_runless_asset_event(dg.AssetMaterialization(key, tags=_source_tags(version)))
+    return [f"{_shown(project, key)} is now {version[:8]}"]
+
+
+def _source_tags(version: str) -> dict[str, str]:
+    names = _tag_names()
+    return {names.DATA_VERSION_TAG: version, names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+
+
+def _shown(project: DvcProject, key: dg.AssetKey) -> str:
+    """A key without the prefix of its project."""
+    return dg.AssetKey(key.path[len(project.key_prefix) :]).to_user_string()
+
+
+def _wipe_definitions(project: DvcProject, instance: dg.DagsterInstance, others: Iterable[dg.AssetKey]) -> list[str]:
+    """Wipe what sync reported of the definitions of stages that no longer exist.
+
+    The catalog would list them: it hides an asset only while the code location has it.
+
+    Args:
+        others: assets in the event log that are neither sources nor definitions of stages.
+    """
+    folder = project.definition_key("").path[:-1]
+    former = [key for key in others if key.path[: len(folder)] == folder]
+    latest = {
+        record.asset_entry.asset_key: record.asset_entry.last_materialization
+        for record in (instance.get_asset_records(former) if former else [])
+    }
+    # an asset that the user defined has other events
+    wiped = [key for key, one in latest.items() if one and (one.tags or {}).keys() == _source_tags("").keys()]
+    instance.wipe_assets(wiped)
+    return [f"{_shown(project, key)} was removed" for key in wiped]
 
 
 def _tag_names() -> Any:
@@ -228,7 +258,7 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
         event = record.event.dagster_event if record and record.event else None
         evaluation = event.event_specific_data if event else None
         if record and isinstance(evaluation, dg.AssetCheckEvaluation):
-            is_same = evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG]
+            is_same = evaluation.metadata.get(RESULT_HASH) == result.metadata[RESULT_HASH]
             if is_same and _evaluates(record, evaluation, latest):
                 continue
         elif record and _is_queued(instance, record.run_id):
