@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from builders.training import run_in_child
 from conftest import dvc
 
 from dagster_project import execution
-from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
@@ -71,6 +72,10 @@ def test_the_environment_overrides_the_section() -> None:
         ({"tok": {"on": "mars"}}, "", r"execution.stages.tok.on: .*'local' or 'ray'"),
         ({"tok": {"cpus": -1}}, "", "execution.stages.tok.cpus: .*greater than or equal to 0"),
         ({"tok": {"gpu": 1}}, "", "execution.stages.tok.gpu: unknown key"),
+        ({"tok": {"gpus": 1.5}}, "", "execution.stages.tok.gpus: more than one GPU must be a whole number"),
+        ({"tok": {"memory": 1e300}}, "", "execution.stages.tok.memory: .*less than or equal to 100000"),
+        ({"tok": {"resources": {"GPU": 1}}}, "", "execution.stages.tok.resources: GPU is not .*: write `gpus`"),
+        ({"tok": {"image": "registry.example.org/pedigree:cpu"}}, "", "execution.stages.tok.image: .*pattern"),
         ({"tik": {}}, "", "execution.stages.tik: no such stage"),
         ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
         ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
@@ -230,6 +235,41 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
     } <= names
     assert not {"code/cmp.py", "data/sources/d.txt", "data/tok/train.txt"} & names
     assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
+
+
+def test_ray_leaves_out_no_file_of_a_package(stored: Path, tmp_path: Path) -> None:
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    names = ["data/sources/venv/rows.txt", "data/sources/__pycache__/rows.txt", "data/sources/g.txt"]
+    for name in names:
+        (stored / name).parent.mkdir(exist_ok=True)
+        (stored / name).write_text("row")
+    (stored / ".rayignore").write_text("data\n")
+    git(stored, "add", "--force", "data/sources")
+    sent: set[str] = set()
+
+    def submit_job(runtime_env: Any, **_: Any) -> None:  # as Ray's client does
+        folder = Path(runtime_env["working_dir"])
+        uri = packaging.get_uri_for_directory(str(folder), include_gitignore=False)
+        packaging.create_package(str(folder), tmp_path / uri.split("/")[-1], include_gitignore=False)
+        sent.update(zipfile.ZipFile(tmp_path / uri.split("/")[-1]).namelist())
+
+    with open_store(stored) as store, project_package(stored, tmp_path / "package") as package:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        run.client = SimpleNamespace(submit_job=submit_job)
+        run._submit(package)
+    assert sent >= {*names}
+
+
+def test_a_name_that_ray_cannot_send_is_one_message(root: Path, tmp_path: Path) -> None:
+    (root / os.fsdecode(b"Gr\xf6\xdfe.txt")).write_text("row")
+    with (
+        pytest.raises(InputError, match=r"Gr\\xf6\\xdfe.txt.*\nhint: rename"),
+        project_package(root, tmp_path / "sent"),
+    ):
+        pass
+    (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/*.txt\n")
+    with project_package(root, tmp_path / "sent") as package:
+        assert (package / "dvc.yaml").is_file() and not [*package.glob("*.txt")]
 
 
 def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_project(root: Path) -> None:
@@ -505,7 +545,9 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
             result = {"exit_code": 0, "seconds": {"compute_seconds": 40.0}, "node": "n", "bytes": {}}
             run.store.write_document(run.at("result.json"), result)
         ended = SimpleNamespace(is_terminal=lambda: status != "RUNNING")
-        return SimpleNamespace(status=ended, driver_node_id="", error_type=error or None, message="")
+        return SimpleNamespace(
+            status=ended, driver_node_id="", error_type=error or None, message="", driver_exit_code=None
+        )
 
     with open_store(stored) as store:
         run = run_of(stored, store, tmp_path / "work" / "tok")
@@ -518,6 +560,35 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
         execution = run._execution(run._computed(), 0)
     assert len(submitted) == execution["jobs"] == 3
     assert (execution["queue_seconds"], execution["lost_seconds"], execution["cost"]) == (930.0, 50.0, 90.0)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "kind", "attempts", "message"),
+    [
+        (1, InputError, 1, "its node cannot start a worker of Pedigree: it failed\nNo module named 'dagster_project'"),
+        (None, CheckFailed, ray.ATTEMPTS, "3 jobs ended without a result, the last one: it failed\nNo module named"),
+    ],
+)
+def test_a_job_whose_worker_cannot_start_is_not_submitted_again(
+    stored: Path, tmp_path: Path, exit_code: int | None, kind: type[Exception], attempts: int, message: str
+) -> None:
+    pytest.importorskip("ray")
+    submitted: list[str] = []
+    ended = SimpleNamespace(
+        status=SimpleNamespace(is_terminal=lambda: True), driver_node_id="", error_type=None,
+        message="it failed. Full traceback:\nTraceback (most recent call last)", driver_exit_code=exit_code,
+    )  # fmt: skip
+    log = "Running entrypoint for job {}: python\nNo module named 'dagster_project'\n"
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        run.client = SimpleNamespace(
+            list_jobs=list, submit_job=lambda **job: submitted.append(job["submission_id"]),
+            get_job_info=lambda _: ended, get_job_logs=log.format,
+        )  # fmt: skip
+        with pytest.raises(kind) as refusal:
+            run._computed()
+    assert message in str(refusal.value) and submitted[-1] not in str(refusal.value)
+    assert len(submitted) == attempts
 
 
 @pytest.mark.parametrize("temporary", [True, False])

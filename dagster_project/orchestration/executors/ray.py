@@ -51,6 +51,8 @@ WAITING_LOG_SECONDS = 60.0
 NEVER_STARTED = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
 """Ray's error type of a job that waited too long for resources (15 minutes by
 default). It is submitted again, and was not lost."""
+NO_WORKER = (1, 126, 127)
+"""Exit codes of a job whose worker did not begin: Python cannot import Pedigree, or the shell cannot start Python."""
 LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
 STAGE, PROJECT = "pedigree/stage", "pedigree/project"
@@ -295,6 +297,12 @@ class _Run:
                 if self.error is not None:
                     kind = InputError if self.error["exit_code"] == 2 else CheckFailed
                     raise kind(self.error["what"], self.error["hint"])
+                if self.started is None and details is not None and details.driver_exit_code in NO_WORKER:
+                    raise InputError(
+                        f"{self.address}: its node cannot start a worker of Pedigree: {_reason(details)}{self._tail()}",
+                        "install the driver's environment on all nodes: Pedigree, and the same packages"
+                        " (docs/cluster.md, Nodes); nothing was recorded",
+                    )
                 if details is not None and str(details.error_type) == NEVER_STARTED:
                     log.info(
                         f"{self.address}: Ray gave up job {self.name},"
@@ -304,23 +312,21 @@ class _Run:
                 lost, self.submitted = lost + 1, None
                 self.lost_seconds += time.monotonic() - self.started if self.started else 0.0
                 if self.damaged:
-                    log.warning(
-                        f"{self.address}: {len(self.damaged)} input(s) were damaged in the remote; they are sent again"
-                    )
+                    why = f"{len(self.damaged)} input(s) were damaged in the remote"
+                    log.warning(f"{self.address}: {why}; they are sent again")
                     self.store.discard(self.damaged)
                     self.bytes_sent += self.store.push(inputs.values())
                 else:
-                    message = (
-                        "it is not in the cluster's list of jobs" if details is None else str(details.message or "")
-                    )
-                    why = " ".join(message.partition(", last available logs")[0].split())[:300]
+                    why = _reason(details)
                     log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
-        tail = "\n".join(self.raw[-10:])
         raise CheckFailed(
-            f"{self.address}: {ATTEMPTS} jobs ended without a result"
-            + (f". Last lines of the log:\n{tail}" if tail else ""),
+            f"{self.address}: {ATTEMPTS} jobs ended without a result, the last one: {why}{self._tail()}",
             f"see {self.url}; nothing was recorded",
         )
+
+    def _tail(self) -> str:
+        lines = [line for line in self.raw if self.name not in line]  # not the command line, with its long argument
+        return "".join(f"\n{line}" for line in lines[-10:])
 
     def _discard_others(self) -> None:
         """Stop jobs of this stage that compute from other inputs, and remove
@@ -387,8 +393,8 @@ class _Run:
 
     def _submit(self, folder: Path) -> None:
         place = self.executor.placement
-        # otherwise Ray leaves out files that .gitignore matches although git tracks them
-        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
+        # otherwise Ray leaves out files that .gitignore matches although git tracks them, and folders named `venv`
+        os.environ |= {"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""}
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
         options = {
@@ -432,7 +438,8 @@ class _Run:
                 noted = time.monotonic()
                 log.info(
                     f"{self.address}: waiting for {self._resources()}"
-                    f" on the cluster for {noted - (self.submitted or noted):,.0f} s"
+                    f" on the cluster for {noted - (self.submitted or noted):,.0f} s;"
+                    " `ray status` on the cluster shows what its nodes have"
                 )
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
 
@@ -595,6 +602,14 @@ class _Run:
             [f"{amount:g} {name}" for name, amount in amounts.items() if amount]
             + ([f"image {place.image}"] if place.image else [])
         )
+
+
+def _reason(details: Any) -> str:
+    """Why a job ended, from Ray's details of it, without the traceback and the log that Ray appends."""
+    if details is None:
+        return "it is not in the cluster's list of jobs"
+    message = str(details.message or "").partition(", last available logs")[0].partition(". Full traceback:")[0]
+    return " ".join(message.split())[:300]
 
 
 def _project_id(root: Path) -> str:
