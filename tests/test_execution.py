@@ -34,7 +34,15 @@ from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, _Run, connect
+from dagster_project.orchestration.executors.ray import (
+    PROJECT,
+    RESOURCES,
+    STAGE,
+    ClusterGone,
+    RayExecutor,
+    _Run,
+    connect,
+)
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
@@ -504,7 +512,8 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
     status = SimpleNamespace(is_terminal=lambda: False)
     with open_store(stored) as store, caplog.at_level("INFO", logger="pedigree"):
         run = run_of(stored, store, tmp_path)
-        late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=run._metadata())
+        metadata = {STAGE: "tok", PROJECT: run.project}
+        late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=metadata)
         submitted: list[Any] = []
         run.client = SimpleNamespace(
             list_jobs=lambda: [late],
@@ -517,6 +526,30 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
         run._follow(tmp_path)
     assert [job["submission_id"] for job in submitted] == [run.name] and run.name != late.submission_id
     assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "resources", "goes_on"),
+    [("PENDING", "1 CPU", True), ("PENDING", "1 typo", False), ("RUNNING", "", True)],
+)
+def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_does_not_ask_for(
+    stored: Path, tmp_path: Path, status: str, resources: str, goes_on: bool
+) -> None:
+    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    submitted: list[Any] = []
+    stopped: list[str] = []
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path)
+        metadata = {STAGE: "tok", PROJECT: run.project, RESOURCES: resources}
+        earlier = SimpleNamespace(submission_id=f"{run.key}-0", status=statuses(status), metadata=metadata)
+        run.client = SimpleNamespace(
+            list_jobs=lambda: [earlier], stop_job=stopped.append, get_job_status=lambda _: statuses.STOPPED,
+            submit_job=lambda **job: submitted.append(job["metadata"][RESOURCES]), get_job_info=lambda _: None,
+        )  # fmt: skip
+        run._discard_others()
+        run._follow(tmp_path)
+    assert (run.name == earlier.submission_id) is goes_on
+    assert (submitted, stopped) == (([], []) if goes_on else (["1 CPU"], [earlier.submission_id]))
 
 
 def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(

@@ -55,7 +55,7 @@ NO_WORKER = (1, 126, 127)
 """Exit codes of a job whose worker did not begin: Python cannot import Pedigree, or the shell cannot start Python."""
 LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
-STAGE, PROJECT = "pedigree/stage", "pedigree/project"
+STAGE, PROJECT, RESOURCES = "pedigree/stage", "pedigree/project", "pedigree/resources"
 """Metadata of a job."""
 
 
@@ -329,32 +329,34 @@ class _Run:
         return "".join(f"\n{line}" for line in lines[-10:])
 
     def _discard_others(self) -> None:
-        """Stop jobs of this stage that compute from other inputs, and remove
-        their results; of the same inputs too, if the stage has to be run."""
+        """Stop jobs of this stage that compute from other inputs or wait for other resources.
+
+        Remove results of other inputs; of the same inputs too, if the stage has to be run.
+        """
         forced = dvc_run.is_forced()
-        for name in self._running():
-            if forced or not name.startswith(self.key):
-                log.info(
-                    f"{self.address}: stopping job {name},"
-                    f" {'because the run is forced' if forced else 'which has other inputs'}"
-                )
-                self._stop(name)
+        for job in self._running():
+            if forced:
+                why = "because the run is forced"
+            elif not job.submission_id.startswith(self.key):
+                why = "which has other inputs"
+            elif str(job.status) == "PENDING" and job.metadata.get(RESOURCES) != self._resources():
+                why = "which waits for other resources"
+            else:
+                continue
+            log.info(f"{self.address}: stopping job {job.submission_id}, {why}")
+            self._stop(job.submission_id)
         for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
             if key.startswith(self.prefix) and (forced or key != self.key):
                 self.store.remove(self.store.at("jobs", key))
 
-    def _running(self) -> list[str]:
-        """Jobs of this stage of this workspace that have not ended."""
+    def _running(self) -> list[Any]:
+        """Ray's details of the jobs of this stage of this workspace that have not ended."""
+        own = {STAGE: self.address, PROJECT: self.project}.items()
         return [
-            job.submission_id
+            job
             for job in self._request(self.client.list_jobs)
-            if job.submission_id
-            and not job.status.is_terminal()
-            and (job.metadata or {}).items() >= self._metadata().items()
+            if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).items() >= own
         ]
-
-    def _metadata(self) -> dict[str, str]:
-        return {STAGE: self.address, PROJECT: self.project}
 
     # ---- a job -------------------------------------------------------------------------------------------------------
 
@@ -364,7 +366,8 @@ class _Run:
         Returns:
             Ray's details of the job; None if the cluster lost it.
         """
-        running = [name for name in self._running() if name.startswith(self.key) and name not in self.stopped]
+        running = [job.submission_id for job in self._running() if job.submission_id.startswith(self.key)]
+        running = [name for name in running if name not in self.stopped]
         self.attempts += 1
         self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
         self.submitted, self.started, self.queued = self.submitted or time.monotonic(), None, None
@@ -401,7 +404,7 @@ class _Run:
             "submission_id": self.name,
             "entrypoint": shlex.join(command),
             "runtime_env": {"working_dir": str(folder)},
-            "metadata": self._metadata(),
+            "metadata": {STAGE: self.address, PROJECT: self.project, RESOURCES: self._resources()},
             "entrypoint_num_cpus": place.cpus,
             "entrypoint_num_gpus": place.gpus,
             "entrypoint_memory": None if place.memory is None else int(place.memory * 1e9),
