@@ -902,6 +902,11 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
     write_json(measured_path(root, "inst"), {"output_sha256": "0" * 64, "execution": ran})  # of another output
     assert where(root, stages) == {"tok": ran}
     assert where(root, {"tok": {"md5": "an earlier one"}}) == {}
+    (root / report_of("tok")).write_text(
+        (root / report_of("tok")).read_text() + "\n"
+    )  # of a run that DVC did not record
+    assert where(root, stages) == {}
     assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in text(
         "where", where={"tok": ran}
     )
+    assert "node gpu-7: queue" in text("where", where={"tok": {**ran, "node_id": ""}}), "of a job found by its result"
