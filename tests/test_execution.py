@@ -738,6 +738,29 @@ def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.Capture
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "what", "exit_code"),
+    [
+        ({"inputs": {"code/tok.py": "another"}}, "tok: code/tok.py: not the same on worker and driver", 2),
+        ({"remote": {"url": "s3://pedigree/dvc", "endpointurl": "http://127.0.0.1:9"}}, "DVC's remote s3://", 1),
+    ],
+)
+def test_an_error_on_a_node_arrives_as_one_message(
+    stored: Path, tmp_path: Path, changes: dict[str, Any], what: str, exit_code: int
+) -> None:
+    pytest.importorskip("dvc_s3")
+    nobody = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment = {**nobody, worker.NODE_CACHE: str(tmp_path / "node"), "AWS_EC2_METADATA_DISABLED": "true"}
+    with open_store(stored) as store, project_package(stored, tmp_path / "package") as package:
+        job = {**run_of(stored, store, tmp_path / "work" / "tok").description(), **changes}
+        command = [sys.executable, "-m", worker.__name__, json.dumps(job)]
+        done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=False)
+    [error] = [content for kind, content in messages.received(done.stdout) if kind == "error"]
+    assert done.returncode == worker.REFUSED and "Traceback" not in done.stderr
+    assert error["what"].startswith(what) and error["exit_code"] == exit_code
+    assert not [*(tmp_path / "node").glob("work-*")]
+
+
 def test_differing_versions_are_named_and_builds_of_one_version_are_not() -> None:
     here = messages.versions()
     assert messages.different(here, here) == []
