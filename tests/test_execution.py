@@ -280,6 +280,20 @@ def test_a_name_that_ray_cannot_send_is_one_message(root: Path, tmp_path: Path) 
         assert (package / "dvc.yaml").is_file() and not [*package.glob("*.txt")]
 
 
+def test_a_worker_gets_the_files_of_submodules_as_they_are_on_disk(root: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "rows.txt").write_text("r0")
+    git(shared, "init", "-q")
+    git(shared, "add", "-A")
+    git(shared, "commit", "-qm", "rows")
+    git(root, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(shared), "data/sources/shared")
+    (root / "data/sources/shared/rows.txt").write_text("r1")
+    with project_package(root, tmp_path / "package") as package:
+        assert (package / "data/sources/shared/rows.txt").read_text() == "r1"
+        assert not (package / "data/sources/shared/.git").exists()
+
+
 def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_project(root: Path) -> None:
     """Ray follows links."""
     (root.parent / "elsewhere").mkdir()

@@ -36,10 +36,11 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
         InputError: no git repository, a file name that is not UTF-8, or the files are too large.
     """
     listed = git_bytes(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
-    if listed is None:
+    in_submodules = git_bytes(root, "ls-files", "-z", "--cached", "--recurse-submodules", "--", ".")
+    if listed is None or in_submodules is None:
         refuse_without_git()
         raise InputError(f"{root} is not in a git repository", "run `git init`: git lists the files that a worker gets")
-    names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
+    names = sorted({os.fsdecode(name) for name in (listed + in_submodules).split(b"\0") if name})
     files = [name for name in names if not name.startswith(".dvc/") and PurePosixPath(name).name != ".rayignore"]
     known = {*files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
     sizes = {name: size for name in files if (size := _size(root, name, known)) is not None}

@@ -115,7 +115,10 @@ def connect(address: str) -> tuple[Any, str]:
         # notes on each upload
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
+        hint = (
+            "start one on this machine with `ray start --head`, or set execution.address in params.yaml,"
+            " or RAY_ADDRESS, which takes precedence, to http://HOST:8265"
+        )
         url = address
         try:
             if "://" not in address or address.startswith("ray://"):
