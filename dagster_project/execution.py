@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
@@ -24,6 +24,14 @@ WORKER = "worker"
 parameters that the driver has validated."""
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LABEL = r"^[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?$"
+"""Values of a label of Ray's nodes."""
+OWN_KEYS = {
+    "cpu": "cpus", "cpus": "cpus", "gpu": "gpus", "gpus": "gpus",
+    "memory": "memory", "object_store_memory": "memory",
+}  # fmt: skip
+"""Names that `resources` may not have: key of a placement for each. Ray refuses its own names there, and waits
+forever for a node that has a resource of one of the others."""
 
 
 class Placement(Section):
@@ -34,17 +42,31 @@ class Placement(Section):
     cpus: Amount = 1
     """CPUs reserved on the node. How many threads torch uses is `compute.threads`."""
     gpus: Amount = 0
-    """GPUs reserved on the node."""
-    memory: Amount | None = None
+    """GPUs reserved on the node: a part of one, or a whole number."""
+    memory: Annotated[float, Field(ge=0, le=100_000)] | None = None
     """Memory reserved on the node, in GB (10^9 bytes). Ray schedules by it and does not enforce it."""
     resources: dict[str, Amount] = {}
     """Other resources of Ray's nodes, as named in `ray start --resources`, e.g. `{trainer: 1}`."""
     workers: int = Field(default=1, ge=1)
     """Processes for work on rows (reading, checks, near-duplicates, splits, tokens), in stages of data. With `on: ray`
     each is a task of one CPU on any node, in addition to `cpus`. The result is the same with any number."""
-    image: str | None = None
+    image: str | None = Field(default=None, pattern=LABEL)
     """Container image of the node, as named in its label: `ray start --labels=image=NAME`. Ray cannot start an image
-    for a job that brings its own files, therefore it is chosen by the node's label."""
+    for a job that brings its own files, therefore it is chosen by the node's label. A label has no `/` and no `:`."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError("more than one GPU must be a whole number")
+        return gpus
+
+    @field_validator("resources")
+    @classmethod
+    def _not_own_keys(cls, resources: dict[str, float]) -> dict[str, float]:
+        if name := next((name for name in resources if name.lower() in OWN_KEYS), None):
+            raise ValueError(f"{name} is not a name of a resource: write `{OWN_KEYS[name.lower()]}` beside `resources`")
+        return resources
 
 
 class Execution(Section):

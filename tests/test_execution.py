@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from builders.training import run_in_child
 from conftest import dvc
 
 from dagster_project import execution
-from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
@@ -33,7 +34,15 @@ from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, _Run, connect
+from dagster_project.orchestration.executors.ray import (
+    PROJECT,
+    RESOURCES,
+    STAGE,
+    ClusterGone,
+    RayExecutor,
+    _Run,
+    connect,
+)
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
@@ -71,6 +80,10 @@ def test_the_environment_overrides_the_section() -> None:
         ({"tok": {"on": "mars"}}, "", r"execution.stages.tok.on: .*'local' or 'ray'"),
         ({"tok": {"cpus": -1}}, "", "execution.stages.tok.cpus: .*greater than or equal to 0"),
         ({"tok": {"gpu": 1}}, "", "execution.stages.tok.gpu: unknown key"),
+        ({"tok": {"gpus": 1.5}}, "", "execution.stages.tok.gpus: more than one GPU must be a whole number"),
+        ({"tok": {"memory": 1e300}}, "", "execution.stages.tok.memory: .*less than or equal to 100000"),
+        ({"tok": {"resources": {"GPU": 1}}}, "", "execution.stages.tok.resources: GPU is not .*: write `gpus`"),
+        ({"tok": {"image": "registry.example.org/pedigree:cpu"}}, "", "execution.stages.tok.image: .*pattern"),
         ({"tik": {}}, "", "execution.stages.tik: no such stage"),
         ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
         ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
@@ -230,6 +243,55 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
     } <= names
     assert not {"code/cmp.py", "data/sources/d.txt", "data/tok/train.txt"} & names
     assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
+
+
+def test_ray_leaves_out_no_file_of_a_package(stored: Path, tmp_path: Path) -> None:
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    names = ["data/sources/venv/rows.txt", "data/sources/__pycache__/rows.txt", "data/sources/g.txt"]
+    for name in names:
+        (stored / name).parent.mkdir(exist_ok=True)
+        (stored / name).write_text("row")
+    (stored / ".rayignore").write_text("data\n")
+    git(stored, "add", "--force", "data/sources")
+    sent: set[str] = set()
+
+    def submit_job(runtime_env: Any, **_: Any) -> None:  # as Ray's client does
+        folder = Path(runtime_env["working_dir"])
+        uri = packaging.get_uri_for_directory(str(folder), include_gitignore=False)
+        packaging.create_package(str(folder), tmp_path / uri.split("/")[-1], include_gitignore=False)
+        sent.update(zipfile.ZipFile(tmp_path / uri.split("/")[-1]).namelist())
+
+    with open_store(stored) as store, project_package(stored, tmp_path / "package") as package:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        run.client = SimpleNamespace(submit_job=submit_job)
+        run._submit(package)
+    assert sent >= {*names}
+
+
+def test_a_name_that_ray_cannot_send_is_one_message(root: Path, tmp_path: Path) -> None:
+    (root / os.fsdecode(b"Gr\xf6\xdfe.txt")).write_text("row")
+    with (
+        pytest.raises(InputError, match=r"Gr\\xf6\\xdfe.txt.*\nhint: rename"),
+        project_package(root, tmp_path / "sent"),
+    ):
+        pass
+    (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/*.txt\n")
+    with project_package(root, tmp_path / "sent") as package:
+        assert (package / "dvc.yaml").is_file() and not [*package.glob("*.txt")]
+
+
+def test_a_worker_gets_the_files_of_submodules_as_they_are_on_disk(root: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "rows.txt").write_text("r0")
+    git(shared, "init", "-q")
+    git(shared, "add", "-A")
+    git(shared, "commit", "-qm", "rows")
+    git(root, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(shared), "data/sources/shared")
+    (root / "data/sources/shared/rows.txt").write_text("r1")
+    with project_package(root, tmp_path / "package") as package:
+        assert (package / "data/sources/shared/rows.txt").read_text() == "r1"
+        assert not (package / "data/sources/shared/.git").exists()
 
 
 def test_a_worker_gets_what_a_link_points_to_only_if_that_is_a_file_of_the_project(root: Path) -> None:
@@ -464,7 +526,8 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
     status = SimpleNamespace(is_terminal=lambda: False)
     with open_store(stored) as store, caplog.at_level("INFO", logger="pedigree"):
         run = run_of(stored, store, tmp_path)
-        late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=run._metadata())
+        metadata = {STAGE: "tok", PROJECT: run.project}
+        late = SimpleNamespace(submission_id=f"{run.key}-0", status=status, metadata=metadata)
         submitted: list[Any] = []
         run.client = SimpleNamespace(
             list_jobs=lambda: [late],
@@ -477,6 +540,30 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
         run._follow(tmp_path)
     assert [job["submission_id"] for job in submitted] == [run.name] and run.name != late.submission_id
     assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "resources", "goes_on"),
+    [("PENDING", "1 CPU", True), ("PENDING", "1 typo", False), ("RUNNING", "", True)],
+)
+def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_does_not_ask_for(
+    stored: Path, tmp_path: Path, status: str, resources: str, goes_on: bool
+) -> None:
+    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    submitted: list[Any] = []
+    stopped: list[str] = []
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path)
+        metadata = {STAGE: "tok", PROJECT: run.project, RESOURCES: resources}
+        earlier = SimpleNamespace(submission_id=f"{run.key}-0", status=statuses(status), metadata=metadata)
+        run.client = SimpleNamespace(
+            list_jobs=lambda: [earlier], stop_job=stopped.append, get_job_status=lambda _: statuses.STOPPED,
+            submit_job=lambda **job: submitted.append(job["metadata"][RESOURCES]), get_job_info=lambda _: None,
+        )  # fmt: skip
+        run._discard_others()
+        run._follow(tmp_path)
+    assert (run.name == earlier.submission_id) is goes_on
+    assert (submitted, stopped) == (([], []) if goes_on else (["1 CPU"], [earlier.submission_id]))
 
 
 def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(
@@ -505,7 +592,9 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
             result = {"exit_code": 0, "seconds": {"compute_seconds": 40.0}, "node": "n", "bytes": {}}
             run.store.write_document(run.at("result.json"), result)
         ended = SimpleNamespace(is_terminal=lambda: status != "RUNNING")
-        return SimpleNamespace(status=ended, driver_node_id="", error_type=error or None, message="")
+        return SimpleNamespace(
+            status=ended, driver_node_id="", error_type=error or None, message="", driver_exit_code=None
+        )
 
     with open_store(stored) as store:
         run = run_of(stored, store, tmp_path / "work" / "tok")
@@ -518,6 +607,35 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
         execution = run._execution(run._computed(), 0)
     assert len(submitted) == execution["jobs"] == 3
     assert (execution["queue_seconds"], execution["lost_seconds"], execution["cost"]) == (930.0, 50.0, 90.0)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "kind", "attempts", "message"),
+    [
+        (1, InputError, 1, "its node cannot start a worker of Pedigree: it failed\nNo module named 'dagster_project'"),
+        (None, CheckFailed, ray.ATTEMPTS, "3 jobs ended without a result, the last one: it failed\nNo module named"),
+    ],
+)
+def test_a_job_whose_worker_cannot_start_is_not_submitted_again(
+    stored: Path, tmp_path: Path, exit_code: int | None, kind: type[Exception], attempts: int, message: str
+) -> None:
+    pytest.importorskip("ray")
+    submitted: list[str] = []
+    ended = SimpleNamespace(
+        status=SimpleNamespace(is_terminal=lambda: True), driver_node_id="", error_type=None,
+        message="it failed. Full traceback:\nTraceback (most recent call last)", driver_exit_code=exit_code,
+    )  # fmt: skip
+    log = "Running entrypoint for job {}: python\nNo module named 'dagster_project'\n"
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "work" / "tok")
+        run.client = SimpleNamespace(
+            list_jobs=list, submit_job=lambda **job: submitted.append(job["submission_id"]),
+            get_job_info=lambda _: ended, get_job_logs=log.format,
+        )  # fmt: skip
+        with pytest.raises(kind) as refusal:
+            run._computed()
+    assert message in str(refusal.value) and submitted[-1] not in str(refusal.value)
+    assert len(submitted) == attempts
 
 
 @pytest.mark.parametrize("temporary", [True, False])
@@ -632,6 +750,29 @@ def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.Capture
         ("live", {"name": "loss.csv", "at": 0, "text": "step\n1\n"}),
         ("raw", f'{messages.MARK}["log", "cut o'),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "exit_code"),
+    [
+        ({"inputs": {"code/tok.py": "another"}}, "tok: code/tok.py: not the same on worker and driver", 2),
+        ({"remote": {"url": "s3://pedigree/dvc", "endpointurl": "http://127.0.0.1:9"}}, "DVC's remote s3://", 1),
+    ],
+)
+def test_an_error_on_a_node_arrives_as_one_message(
+    stored: Path, tmp_path: Path, changes: dict[str, Any], what: str, exit_code: int
+) -> None:
+    pytest.importorskip("dvc_s3")
+    nobody = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment = {**nobody, worker.NODE_CACHE: str(tmp_path / "node"), "AWS_EC2_METADATA_DISABLED": "true"}
+    with open_store(stored) as store, project_package(stored, tmp_path / "package") as package:
+        job = {**run_of(stored, store, tmp_path / "work" / "tok").description(), **changes}
+        command = [sys.executable, "-m", worker.__name__, json.dumps(job)]
+        done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=False)
+    [error] = [content for kind, content in messages.received(done.stdout) if kind == "error"]
+    assert done.returncode == worker.REFUSED and "Traceback" not in done.stderr
+    assert error["what"].startswith(what) and error["exit_code"] == exit_code
+    assert not [*(tmp_path / "node").glob("work-*")]
 
 
 def test_differing_versions_are_named_and_builds_of_one_version_are_not() -> None:
@@ -798,6 +939,11 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
     write_json(measured_path(root, "inst"), {"output_sha256": "0" * 64, "execution": ran})  # of another output
     assert where(root, stages) == {"tok": ran}
     assert where(root, {"tok": {"md5": "an earlier one"}}) == {}
+    (root / report_of("tok")).write_text(
+        (root / report_of("tok")).read_text() + "\n"
+    )  # of a run that DVC did not record
+    assert where(root, stages) == {}
     assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in text(
         "where", where={"tok": ran}
     )
+    assert "node gpu-7: queue" in text("where", where={"tok": {**ran, "node_id": ""}}), "of a job found by its result"

@@ -208,6 +208,17 @@ def test_an_occupied_queue_is_refused(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("warm_small")
+def test_a_sweep_is_refused_where_dvc_cannot_write_the_path_of_its_cache(root: Path) -> None:
+    elsewhere = root.rename(root.with_name("größe"))
+    process = sweep(elsewhere, "variants.lora", "1", "r=2")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and not output and "größe/.dvc/cache: letters of this path are not ASCII" in errors
+    assert not (elsewhere / ".dvc/tmp/exps").exists()
+    assert dvc(elsewhere, "cache", "dir", "--local", str(root.with_name("cache"))).returncode == 0
+    experiments.refuse_cache_path(elsewhere)
+
+
+@pytest.mark.usefixtures("warm_small")
 def test_a_sweep_is_refused_where_git_does_not_track_what_its_trials_would_read(root: Path) -> None:
     text = json.loads((root / "dvc.yaml").read_text())
     text["stages"]["raw"]["deps"] += ["data/sources/new.txt", "data/sources/large.txt"]

@@ -54,7 +54,7 @@ def sweep(
         variants_of: stage -> section whose keys name its variants.
         validate: refuses bad values of params.yaml.
     Raises:
-        InputError: a bad parameter, or DVC's queue is not empty. Nothing was queued.
+        InputError: a bad parameter, DVC's queue is not empty, or DVC cannot run trials here. Nothing was queued.
     """
     if not overrides:
         raise InputError("no parameter to vary", "add -S KEY=VALUE,VALUE, e.g. -S learning_rate=1e-3,2e-3")
@@ -68,6 +68,7 @@ def sweep(
     points = [dict(zip(choices, point, strict=True)) for point in product(*choices.values())]
     for point in points:
         validate(root, _with(values, section, point))
+    experiments.refuse_cache_path(root)
     states = dvc.read_stages(root)
     target = _target(states, section, to, variants_of)
     baseline = git(root, "rev-parse", "--verify", "HEAD")

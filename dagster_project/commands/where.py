@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import measured
+from dagster_project.core.hashing import md5_of_file
+from dagster_project.core.layout import report_of
 from dagster_project.lineage.history import workspace_lock
 
 
@@ -18,7 +20,8 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
 
     Args:
         stages: of the audit document. Those whose output is not the current one are omitted, because only the latest
-            run is recorded: on a branch without dvc.lock all of them.
+            run is recorded: on a branch without dvc.lock all of them. So are those of which the report on disk, to
+            which the measurements belong, is not the one that DVC recorded.
     """
     current = {
         address: {out["md5"] for out in stage.get("outs", [])} for address, stage in workspace_lock(root).items()
@@ -27,5 +30,7 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
         address: dict(measured(root, address)).get("execution")
         for address, stage in stages.items()
         if stage["md5"] in current.get(address, ())
+        and (report := root / report_of(address)).is_file()
+        and md5_of_file(report) in current[address]
     }
     return {address: execution for address, execution in executions.items() if execution}

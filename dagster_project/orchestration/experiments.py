@@ -76,6 +76,19 @@ def choices(override: str) -> tuple[str, list[Any]]:
     return parsed.key_or_group, [value.text if isinstance(value, quoted) else value for value in values]
 
 
+def refuse_cache_path(root: Path) -> None:
+    """Raises:
+    InputError: DVC cannot write the path of its cache into the settings of a trial, because it writes them as ASCII.
+    """
+    with dvc.open_repo(root) as repo:
+        folder = str(repo.cache.local_cache_dir)
+    if not folder.isascii():
+        raise InputError(
+            f"DVC cannot run trials with a cache in {folder}: letters of this path are not ASCII",
+            "move the project, or its cache (`dvc cache dir --local FOLDER`, and move the files there)",
+        )
+
+
 def _dvc(root: Path, *arguments: str, whole: bool = False) -> str:
     """Standard output of a DVC command.
 

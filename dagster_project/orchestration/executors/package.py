@@ -26,22 +26,29 @@ LIMIT = 100_000_000
 def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Path]:
     """A folder with the project's files.
 
-    `.dvc` is left out: its configuration may contain credentials. So are links to anything that is not one of these
-    files or a folder with some: Ray sends what a link points to.
+    `.dvc` is left out: its configuration may contain credentials. So are files `.rayignore`, by which Ray would leave
+    out others, and links to anything that is not one of these files or a folder with some: Ray sends what a link points
+    to.
 
     Args:
         folder: where to create it; removed afterwards. A folder left by a killed driver is replaced.
     Raises:
-        InputError: no git repository, or the files are too large.
+        InputError: no git repository, a file name that is not UTF-8, or the files are too large.
     """
     listed = git_bytes(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
-    if listed is None:
+    in_submodules = git_bytes(root, "ls-files", "-z", "--cached", "--recurse-submodules", "--", ".")
+    if listed is None or in_submodules is None:
         refuse_without_git()
         raise InputError(f"{root} is not in a git repository", "run `git init`: git lists the files that a worker gets")
-    names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
-    files = [name for name in names if not name.startswith(".dvc/")]
+    names = sorted({os.fsdecode(name) for name in (listed + in_submodules).split(b"\0") if name})
+    files = [name for name in names if not name.startswith(".dvc/") and PurePosixPath(name).name != ".rayignore"]
     known = {*files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
     sizes = {name: size for name in files if (size := _size(root, name, known)) is not None}
+    for name in sizes:
+        if (shown := os.fsencode(name).decode("utf-8", "backslashreplace")) != name:
+            raise InputError(
+                f"a job cannot get the file {shown}: its name is not UTF-8", "rename it, or let .gitignore name it"
+            )
     if sum(sizes.values()) > limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         raise InputError(

@@ -51,9 +51,11 @@ WAITING_LOG_SECONDS = 60.0
 NEVER_STARTED = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
 """Ray's error type of a job that waited too long for resources (15 minutes by
 default). It is submitted again, and was not lost."""
+NO_WORKER = (1, 126, 127)
+"""Exit codes of a job whose worker did not begin: Python cannot import Pedigree, or the shell cannot start Python."""
 LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
-STAGE, PROJECT = "pedigree/stage", "pedigree/project"
+STAGE, PROJECT, RESOURCES = "pedigree/stage", "pedigree/project", "pedigree/resources"
 """Metadata of a job."""
 
 
@@ -113,7 +115,10 @@ def connect(address: str) -> tuple[Any, str]:
         # notes on each upload
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
+        hint = (
+            "start one on this machine with `ray start --head`, or set execution.address in params.yaml,"
+            " or RAY_ADDRESS, which takes precedence, to http://HOST:8265"
+        )
         url = address
         try:
             if "://" not in address or address.startswith("ray://"):
@@ -295,6 +300,12 @@ class _Run:
                 if self.error is not None:
                     kind = InputError if self.error["exit_code"] == 2 else CheckFailed
                     raise kind(self.error["what"], self.error["hint"])
+                if self.started is None and details is not None and details.driver_exit_code in NO_WORKER:
+                    raise InputError(
+                        f"{self.address}: its node cannot start a worker of Pedigree: {_reason(details)}{self._tail()}",
+                        "install the driver's environment on all nodes: Pedigree, and the same packages"
+                        " (docs/cluster.md, Nodes); nothing was recorded",
+                    )
                 if details is not None and str(details.error_type) == NEVER_STARTED:
                     log.info(
                         f"{self.address}: Ray gave up job {self.name},"
@@ -304,51 +315,51 @@ class _Run:
                 lost, self.submitted = lost + 1, None
                 self.lost_seconds += time.monotonic() - self.started if self.started else 0.0
                 if self.damaged:
-                    log.warning(
-                        f"{self.address}: {len(self.damaged)} input(s) were damaged in the remote; they are sent again"
-                    )
+                    why = f"{len(self.damaged)} input(s) were damaged in the remote"
+                    log.warning(f"{self.address}: {why}; they are sent again")
                     self.store.discard(self.damaged)
                     self.bytes_sent += self.store.push(inputs.values())
                 else:
-                    message = (
-                        "it is not in the cluster's list of jobs" if details is None else str(details.message or "")
-                    )
-                    why = " ".join(message.partition(", last available logs")[0].split())[:300]
+                    why = _reason(details)
                     log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
-        tail = "\n".join(self.raw[-10:])
         raise CheckFailed(
-            f"{self.address}: {ATTEMPTS} jobs ended without a result"
-            + (f". Last lines of the log:\n{tail}" if tail else ""),
+            f"{self.address}: {ATTEMPTS} jobs ended without a result, the last one: {why}{self._tail()}",
             f"see {self.url}; nothing was recorded",
         )
 
+    def _tail(self) -> str:
+        lines = [line for line in self.raw if self.name not in line]  # not the command line, with its long argument
+        return "".join(f"\n{line}" for line in lines[-10:])
+
     def _discard_others(self) -> None:
-        """Stop jobs of this stage that compute from other inputs, and remove
-        their results; of the same inputs too, if the stage has to be run."""
+        """Stop jobs of this stage that compute from other inputs or wait for other resources.
+
+        Remove results of other inputs; of the same inputs too, if the stage has to be run.
+        """
         forced = dvc_run.is_forced()
-        for name in self._running():
-            if forced or not name.startswith(self.key):
-                log.info(
-                    f"{self.address}: stopping job {name},"
-                    f" {'because the run is forced' if forced else 'which has other inputs'}"
-                )
-                self._stop(name)
+        for job in self._running():
+            if forced:
+                why = "because the run is forced"
+            elif not job.submission_id.startswith(self.key):
+                why = "which has other inputs"
+            elif str(job.status) == "PENDING" and job.metadata.get(RESOURCES) != self._resources():
+                why = "which waits for other resources"
+            else:
+                continue
+            log.info(f"{self.address}: stopping job {job.submission_id}, {why}")
+            self._stop(job.submission_id)
         for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
             if key.startswith(self.prefix) and (forced or key != self.key):
                 self.store.remove(self.store.at("jobs", key))
 
-    def _running(self) -> list[str]:
-        """Jobs of this stage of this workspace that have not ended."""
+    def _running(self) -> list[Any]:
+        """Ray's details of the jobs of this stage of this workspace that have not ended."""
+        own = {STAGE: self.address, PROJECT: self.project}.items()
         return [
-            job.submission_id
+            job
             for job in self._request(self.client.list_jobs)
-            if job.submission_id
-            and not job.status.is_terminal()
-            and (job.metadata or {}).items() >= self._metadata().items()
+            if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).items() >= own
         ]
-
-    def _metadata(self) -> dict[str, str]:
-        return {STAGE: self.address, PROJECT: self.project}
 
     # ---- a job -------------------------------------------------------------------------------------------------------
 
@@ -358,7 +369,8 @@ class _Run:
         Returns:
             Ray's details of the job; None if the cluster lost it.
         """
-        running = [name for name in self._running() if name.startswith(self.key) and name not in self.stopped]
+        running = [job.submission_id for job in self._running() if job.submission_id.startswith(self.key)]
+        running = [name for name in running if name not in self.stopped]
         self.attempts += 1
         self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
         self.submitted, self.started, self.queued = self.submitted or time.monotonic(), None, None
@@ -387,15 +399,15 @@ class _Run:
 
     def _submit(self, folder: Path) -> None:
         place = self.executor.placement
-        # otherwise Ray leaves out files that .gitignore matches although git tracks them
-        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
+        # otherwise Ray leaves out files that .gitignore matches although git tracks them, and folders named `venv`
+        os.environ |= {"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""}
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
         options = {
             "submission_id": self.name,
             "entrypoint": shlex.join(command),
             "runtime_env": {"working_dir": str(folder)},
-            "metadata": self._metadata(),
+            "metadata": {STAGE: self.address, PROJECT: self.project, RESOURCES: self._resources()},
             "entrypoint_num_cpus": place.cpus,
             "entrypoint_num_gpus": place.gpus,
             "entrypoint_memory": None if place.memory is None else int(place.memory * 1e9),
@@ -432,7 +444,8 @@ class _Run:
                 noted = time.monotonic()
                 log.info(
                     f"{self.address}: waiting for {self._resources()}"
-                    f" on the cluster for {noted - (self.submitted or noted):,.0f} s"
+                    f" on the cluster for {noted - (self.submitted or noted):,.0f} s;"
+                    " `ray status` on the cluster shows what its nodes have"
                 )
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
 
@@ -595,6 +608,14 @@ class _Run:
             [f"{amount:g} {name}" for name, amount in amounts.items() if amount]
             + ([f"image {place.image}"] if place.image else [])
         )
+
+
+def _reason(details: Any) -> str:
+    """Why a job ended, from Ray's details of it, without the traceback and the log that Ray appends."""
+    if details is None:
+        return "it is not in the cluster's list of jobs"
+    message = str(details.message or "").partition(", last available logs")[0].partition(". Full traceback:")[0]
+    return " ".join(message.split())[:300]
 
 
 def _project_id(root: Path) -> str:

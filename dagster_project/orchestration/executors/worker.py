@@ -108,8 +108,8 @@ class Work:
         if changed := sorted(path for path, value in self.job["inputs"].items() if now.get(path) != value):
             raise InputError(
                 f"{self.address}: {', '.join(changed)}: not the same on worker and driver",
-                "files that a stage reads must be in git or in DVC:"
-                " `git add` or `dvc add` them, and change nothing while a stage runs",
+                "files that a stage reads must be in git or in DVC: `git add` or `dvc add` them (a link out of the"
+                " project is not sent), and change nothing while a stage runs",
             )
 
     def _command(self) -> int:
@@ -284,10 +284,11 @@ def main(job: Mapping[str, Any]) -> int:
     """Returns the exit code: 0 if there is a result, also of a stage that failed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     send("hello", {"node": platform.node()})
+    where = Path.cwd()
     try:
         refuse_other_versions(job["versions"])
         with scratch_folder() as (folder, cache):
-            root = folder / "project"
+            where, root = cache.parent, folder / "project"  # the current folder is gone when an error is explained
             shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
             os.chdir(root)  # and writes it again when a task of the stage starts on another node of this host
             dvc_cache.isolate_project(root, cache, job["remote"])
@@ -296,7 +297,7 @@ def main(job: Mapping[str, Any]) -> int:
     except Damaged as error:
         send("damaged", error.objects)
     except Exception as error:
-        known = faults.explained(error, Path.cwd())
+        known = faults.explained(error, where)
         if known is None:
             raise
         what = known.what if known is error else f"node {platform.node()}: {known.what}"
