@@ -356,6 +356,12 @@ def test_keys_that_peft_refuses_for_a_reward_model_are_named(tiny_model: Path) -
         reward.build(tiny_model, {"target_modules": ["query"]}, torch.device("cpu"), torch.float32, "reward_model")
 
 
+def test_patterns_whose_order_would_matter_are_refused_for_a_reward_model(tiny_model: Path) -> None:
+    peft = {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2, ".*proj": 8}}
+    with pytest.raises(InputError, match=r"reward_model\.peft\.rank_pattern: 'q_proj' and '\.\*proj' match"):
+        reward.build(tiny_model, peft, torch.device("cpu"), torch.float32, "reward_model")
+
+
 def test_the_output_layer_of_a_reward_model_is_trained_with_the_modules_that_the_entry_names(tiny_model: Path) -> None:
     peft = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     model = reward.build(tiny_model, peft, torch.device("cpu"), torch.float32, "reward_model")

@@ -13,6 +13,7 @@ from typing import Any
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import CheckResult, Report
+from dagster_project.core.text import listed
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import adding_adapters, prepare
 from dagster_project.training.methods.load import RECORD, AdapterInfo, load, load_base, store_as
@@ -109,7 +110,7 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
     }
     note = f"largest difference {difference:.2g}; the adapter changes logits by up to {effect:.2g}"
     if mismatched:
-        note = f"{len(mismatched)} stored weights are not what was merged: {', '.join(mismatched[:5])}"
+        note = f"{len(mismatched)} stored weights are not what was merged: {listed(mismatched, 5)}"
     passed = difference < TOLERANCE < effect and not mismatched
     return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=passed, blocking=True, note=note)])
 

@@ -29,7 +29,7 @@ from dagster_project.core.records import (
     write_table,
     write_text,
 )
-from dagster_project.evaluation.paired.bootstrap import difference, independent, rounded, summed, unit, wilson
+from dagster_project.evaluation.paired.bootstrap import difference, independent, rate, rounded, summed, unit, wilson
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
@@ -161,10 +161,9 @@ def produce(
     with advice_on_memory():
         shared = _build(params, folder, device, dtype)
     model = shared.model
-    trainable_bytes = sum(w.numel() * w.element_size() for w in weight_audit.trainable(model).values())
-    checkpoint_bytes = trainable_bytes * (1 + 3 * (params.save_total_limit + 1))
-    model_bytes = sum(w.nbytes for w in model.parameters())
-    refuse_full_disk({checkpoints: checkpoint_bytes, out: 2 * model_bytes}, "reward_model")
+    trained = sum(weight.nbytes for weight in weight_audit.trainable(model).values())
+    needs = {checkpoints: trained * (1 + 3 * (params.save_total_limit + 1))}
+    refuse_full_disk(needs | {out: 2 * sum(weight.nbytes for weight in model.parameters())}, "reward_model")
     audit = WeightAudit(model, checkpoints)
     identity = preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__))
     resumable = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
@@ -359,9 +358,6 @@ def _evaluate(
     shorter = longer(pairs["train"]).mean() < 0.5  # the training pairs determine the rule: longer or shorter
     rule = 1 - longer(test) if shorter else longer(test)
 
-    def mean(sums: np.ndarray) -> np.ndarray:
-        return sums[..., 0] / sums[..., 1]
-
     units = [unit(pair) for pair in test]
 
     def counted(values: np.ndarray) -> np.ndarray:
@@ -378,7 +374,7 @@ def _evaluate(
         "accuracy_interval": [rounded(bound) for bound in wilson(accuracy, independent(units))],
         "length_rule": rounded(rule.mean()),
         "length_rule_says": "shorter" if shorter else "longer",
-        "over_length_rule": difference(mean, counted(right), counted(rule)),
+        "over_length_rule": difference(rate, counted(right), counted(rule)),
         "calibration_error": rounded(sum(n * abs(c - a) for c, a, n in filled) / len(test)),
         "reward": {
             "chosen": rounded(chosen.mean()),

@@ -583,16 +583,11 @@ def build(
     Raises:
         InputError: `check` fails, PEFT refuses the keys for this model, or no parameter would be trained.
     """
-    import torch
-
-    from dagster_project.training.methods.fused_lora import fuse
-
     check(method, options, quantization, merge, where)
     quantized = quantization_of(method, quantization)
     reason = why_not_merged(method, options, quantization)
     why_not = "" if merge else reason or "params.yaml says merge: false"
     record = AdapterInfo(method=method.lower(), quantization=quantized, merge=merge, why_not=why_not)
-    optim = "paged_adamw_8bit" if quantized == "nf4" and device.type == "cuda" else None
     name, _ = _resolve(method, where)
     if name == "feature_extraction":
         settings = parse(feature_extraction.Options, dict(options), f"{where}.peft")
@@ -600,21 +595,41 @@ def build(
     if name in {"full", "bitfit"}:
         patterns = [r"\bbias$"] if name == "bitfit" else parse(Full, dict(options), f"{where}.peft").trainable
         return _weights(record, patterns, base_model, device, dtype, where, weights)
+    return _adapter(record, options, base_model, device, dtype, where, total_steps, weights, packs, named)
 
+
+def _adapter(
+    record: AdapterInfo,
+    options: Mapping[str, Any],
+    base_model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+    total_steps: int | None,
+    weights: bool,
+    packs: bool,
+    named: str,
+) -> PreparedModel:
+    """The base model with an adapter of PEFT. Arguments are those of `build`."""
+    from dagster_project.training.methods.fused_lora import fuse
+
+    name, _ = _resolve(record.method, where)
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
     attention = attention_for(device, dtype if weights else None) if packs and not virtual else "sdpa"
-    base = load_base(base_model, device, dtype, quantized, attention, weights)
-    config = peft_config(method, options, where, base, total_steps, str(base_model))
-    model = _with_adapter(base, config, where, merge, weights)
+    base = load_base(base_model, device, dtype, record.quantization, attention, weights)
+    config = peft_config(record.method, options, where, base, total_steps, str(base_model))
+    model = add_adapter(base, config, where, weights)
+    _name_feedforward(model, config, where)
+    if record.merge:
+        _refuse_unmergeable(model, config, where)
+    for parameter_name, parameter in model.named_parameters():
+        if ".ranknum." in parameter_name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
+            parameter.requires_grad_(False)
     trainable, total = model.get_nb_trainable_parameters()
     if not trainable:
-        problem = f"{place_of(where, 'method')}: {method} leaves no parameter to train in this model"
+        problem = f"{place_of(where, 'method')}: {record.method} leaves no parameter to train in this model"
         raise InputError(problem, "choose other target_modules")
-    # trained weights are float32: a bfloat16 weight cannot change by less than 1/256 of its value
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    low = [parameter for parameter in trained if parameter.dtype != torch.float32]
-    for parameter in low:
-        parameter.data = parameter.data.float()
+    widened = widen_trained(model)
     fuse(model)
 
     ranks = _AdaptiveRanks(model) if name == "adalora" else None
@@ -633,18 +648,18 @@ def build(
         packs=packs and not virtual,
         callbacks=[ranks.callback()] if ranks else [],
         extra_loss=ranks.orthogonality if ranks else _no_effect,
-        optim=optim,
-        autocast=dtype if low else None,
+        optim="paged_adamw_8bit" if record.quantization == "nf4" and device.type == "cuda" else None,
+        autocast=dtype if widened else None,
         state=ranks.state if ranks else dict,
         restore=ranks.restore if ranks else _no_effect,
     )
 
 
-def _with_adapter(base: Any, config: Any, where: str, merge: bool, weights: bool) -> Any:
+def add_adapter(base: Any, config: Any, where: str, weights: bool = True) -> Any:
     """PEFT's model of a base model.
 
     Raises:
-        InputError: PEFT refuses the keys for this model, or the adapter could not be used or merged as it is trained.
+        InputError: PEFT refuses the keys for this model, or the adapter could not be used as it is trained.
     """
     from peft import get_peft_model
 
@@ -657,14 +672,23 @@ def _with_adapter(base: Any, config: Any, where: str, merge: bool, weights: bool
             raise
         raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
     _refuse_order(model, config, where)
-    refuse_start(model, config, where)
-    _name_feedforward(model, config, where)
-    if merge:
-        _refuse_unmergeable(model, config, where)
-    for name, parameter in model.named_parameters():
-        if ".ranknum." in name:  # a counter; PEFT makes it trainable on quantized layers but never saves it
-            parameter.requires_grad_(False)
+    _refuse_start(model, config, where)
     return model
+
+
+def widen_trained(model: Any) -> bool:
+    """Make trained weights float32: a bfloat16 weight cannot change by less than 1/256 of its value.
+
+    Returns:
+        Whether any was not.
+    """
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    narrow = [parameter for parameter in trained if parameter.dtype != torch.float32]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    return bool(narrow)
 
 
 def refuse_unmatched(model: Any, options: Mapping[str, Any], where: str) -> None:
@@ -733,7 +757,7 @@ def _refuse_order(model: Any, config: Any, where: str) -> None:
                 )
 
 
-def refuse_start(model: Any, config: Any, where: str) -> None:
+def _refuse_start(model: Any, config: Any, where: str) -> None:
     """PEFT computes the start of `olora` from weights as (out, in); those of GPT-2's layers are (in, out).
 
     Raises:

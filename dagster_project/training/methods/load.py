@@ -58,16 +58,25 @@ def refuse_pickled_weights(folder: Path) -> None:
                 f"{folder}: no adapter_model.safetensors, and weights in other formats are not read",
                 "save it as safetensors",
             )
-    elif (folder / INDEX).is_file():
-        try:
-            files = sorted({str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{folder}: {INDEX} is not an index of weights", "save the model again") from None
-        if other := next((name for name in files if not name.endswith(".safetensors")), None):
-            raise InputError(
-                f"{folder}: {INDEX} names {other[:200]!r}, and weights in other formats are not read",
-                "save the model as safetensors",
-            )
+    elif other := next((name for name in sorted(files_in_index(folder)) if not name.endswith(".safetensors")), None):
+        raise InputError(
+            f"{folder}: {INDEX} names {other[:200]!r}, and weights in other formats are not read",
+            "save the model as safetensors",
+        )
+
+
+def files_in_index(folder: Path) -> set[str]:
+    """Names of the files with weights in the index of a model; none without an index.
+
+    Raises:
+        InputError: it is not an index.
+    """
+    if not (folder / INDEX).is_file():
+        return set()
+    try:
+        return {str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{folder}: {INDEX} is not an index of weights", "save the model again") from None
 
 
 def load_tokenizer(folder: Path, templates: Path) -> Any:

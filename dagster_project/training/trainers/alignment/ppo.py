@@ -48,9 +48,8 @@ from dagster_project.training.trainers.alignment.sampled_answers import SampledA
 from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.curve import live_writer
-from dagster_project.training.trainers.harness.session import Interrupted, stop_on_request
+from dagster_project.training.trainers.harness.session import Interrupted, newest, stop_on_request
 from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
-from dagster_project.training.trainers.harness.shared_session import newest
 from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ arXiv 2203.02155, section 3.5).
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,13 @@ from dagster_project.core.records import CheckResult, write_json
 from dagster_project.core.rendering import end_tokens
 from dagster_project.core.text import STRICT_JSON
 from dagster_project.core.words import split_words
-from dagster_project.training.methods.build import Quantization, peft_config, place_of, refuse_start, refuse_unmatched
-from dagster_project.training.methods.hardware import adding_adapters
+from dagster_project.training.methods.build import (
+    Quantization,
+    add_adapter,
+    peft_config,
+    refuse_unmatched,
+    widen_trained,
+)
 from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
 from dagster_project.training.tokens.collators import batches_by_length, pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered, reply
@@ -92,7 +96,7 @@ def build(
         InputError: transformers has no such model, or PEFT refuses the keys for it.
     """
     import torch
-    from peft import TaskType, get_peft_model
+    from peft import TaskType
     from transformers.utils import logging
 
     from dagster_project.training.methods.fused_lora import fuse
@@ -112,18 +116,9 @@ def build(
     config = peft_config("lora", peft, where, model)
     others = [name for name in config.modules_to_save or () if name != "score"]
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, [*others, "score"]
-    try:
-        with adding_adapters():
-            model = get_peft_model(model, config)
-    # as in methods/build.py
-    except (ValueError, TypeError, NotImplementedError, LookupError, AssertionError, re.error) as error:
-        raise InputError(f"{place_of(where, 'peft')}: {error}", "correct these keys") from None
-    refuse_start(model, config, where)
+    model = add_adapter(model, config, where)
     refuse_unmatched(model, peft, where)
-    # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    widen_trained(model)
     model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
     fuse(model)
     return model

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
-from dagster_project.training.methods.load import refuse_pickled_weights
+from dagster_project.core.text import listed
+from dagster_project.training.methods.load import files_in_index, refuse_pickled_weights
 
 if TYPE_CHECKING:
     import torch
 
 READ = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """Files that are read of a teacher: configuration, tokenizer and weights."""
-INDEX = "model.safetensors.index.json"
 MADE_HERE = ("base_model", "adapter", "merged", "reward_model", "aligned", "merged_aligned", "release")
 """Stages whose outputs are models."""
 ADVICE = "copy the folder of a saved model: config.json, tokenizer and safetensors files"
@@ -55,25 +54,15 @@ def locate(teacher: Teacher, root: Path, where: str) -> Path:
     if "adapter_config.json" in files:
         problem = f"{place}: this is an adapter, whose base model has no hash"
         raise InputError(problem, "merge it into its base model first")
-    if missing := sorted({*files, *_weights_in_index(folder)} - teacher.sha256.keys()):
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    if missing := sorted({*files, *files_in_index(folder)} - teacher.sha256.keys()):
         hint = f"list their hashes: `cd {teacher.folder} && sha256sum *`"
-        raise InputError(f"params.yaml: {where}.sha256: not listed: {listed}", hint)
+        raise InputError(f"params.yaml: {where}.sha256: not listed: {listed(missing, 5)}", hint)
     return folder
 
 
 def files_of(folder: Path) -> list[str]:
     """Names of the files that are read."""
     return sorted({path.name for pattern in READ for path in folder.glob(pattern)})
-
-
-def _weights_in_index(folder: Path) -> set[str]:
-    if not (folder / INDEX).is_file():
-        return set()
-    try:
-        return {str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{folder.name}/{INDEX} is not an index of weights", "save the model again") from None
 
 
 def verify(teacher: Teacher, folder: Path, student: Path, where: str) -> None:

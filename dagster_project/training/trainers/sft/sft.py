@@ -32,13 +32,13 @@ from dagster_project.training.trainers.harness.params import AdapterParams, SftP
 from dagster_project.training.trainers.harness.session import (
     Interrupted,
     ResumableTrainer,
+    Session,
     monitor,
     put,
     run_session,
     stop_on_request,
     training_arguments,
 )
-from dagster_project.training.trainers.harness.shared_session import SharedSession
 from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _schedule_mistake(params: SftParams, total: int) -> str:
     return "" if stays else "the rate would not stay between 0 and learning_rate"
 
 
-class SftSession(SharedSession):
+class SftSession(Session):
     """A supervised training; several processes may share its steps."""
 
     def __init__(

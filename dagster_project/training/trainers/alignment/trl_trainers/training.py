@@ -24,6 +24,7 @@ from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.session import (
     Diverged,
     ResumableTrainer,
+    Session,
     advice_on_memory,
     monitor,
     run_session,
@@ -31,7 +32,6 @@ from dagster_project.training.trainers.harness.session import (
     training_arguments,
 )
 from dagster_project.training.trainers.harness.sharding import ShardedModel
-from dagster_project.training.trainers.harness.shared_session import SharedSession
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES, WeightChange, trainable, versions
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TrainerSpec:
     """Adds answers without rewards to `sampled`: (step, numbers of their rows, token ids of prompts and of answers)."""
 
 
-class TrlSession(SharedSession):
+class TrlSession(Session):
     """A training by one of TRL's trainers. Several processes share its steps if the model is divided among them."""
 
     def __init__(
