@@ -19,7 +19,7 @@ from builders.small_pipeline import make_project
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
-from dagster_project.core.records import CheckResult, example_id, write_ledger, write_records
+from dagster_project.core.records import CheckResult, example_id, write_json, write_ledger, write_records
 from dagster_project.core.stored_rows import StoredRows
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result
@@ -253,6 +253,16 @@ def constant(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     write_quality(folder, [])
     return folder
+
+
+def test_a_reward_model_without_pairs_is_not_promised_by_another_run(tmp_path: Path) -> None:
+    judged = Match("m", ("ours", "theirs"), 0, [], identical=0)
+    with pytest.raises(InputError, match="no reward model yet"):
+        by_reward(judged, 1, tmp_path)
+    write_json(tmp_path / "training.json", {"pairs": 0})
+    with pytest.raises(InputError, match="no preference pairs") as refused:
+        by_reward(judged, 1, tmp_path)
+    assert "raw_preferences.sources" in refused.value.hint
 
 
 def test_a_reward_model_that_scores_all_answers_equally_is_an_alarm(constant: Path) -> None:

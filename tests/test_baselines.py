@@ -121,6 +121,18 @@ def test_a_prompt_with_shots_contains_the_shots_and_never_the_expected_answer() 
     assert with_shots("", [shot], asked) == shown
 
 
+def test_a_worked_example_of_several_turns_is_the_whole_conversation() -> None:
+    """Its last answer alone, after all questions at once, is not what the conversation shows."""
+    shot, asked = record("shot", "And lamps?", "Ten days."), record("asked")
+    earlier = record("earlier", "Can I return a tent?", "Yes.")["messages"]
+    own = {"role": "system", "content": "Own."}
+    whole = [*earlier, *shot["messages"]]
+    conversation = {**shot, "messages": [own, earlier[0], {**earlier[1], "weight": 0.0}, *shot["messages"]]}
+    assert with_shots("", [conversation], asked) == [*whole, asked["messages"][0]]
+    two_questions = {**shot, "messages": [earlier[0], *shot["messages"]]}
+    assert with_shots("", [two_questions], asked)[0]["content"] == "Can I return a tent?\nAnd lamps?"
+
+
 def test_the_zero_shot_prompt_has_no_system_prompt_of_the_record() -> None:
     asked = record("asked", "Is it down?", "the secret")
     asked["messages"].insert(0, {"role": "system", "content": "You are tuned."})

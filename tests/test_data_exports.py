@@ -684,6 +684,20 @@ def test_each_declared_field_is_in_the_datasheet(finished: Path) -> None:
     assert "support" in croissant(summary, ISSUED) and declared_sources(summary)[first].category == "synthetic"
 
 
+def test_the_datasheet_counts_findings_and_names_labels_only_where_there_are_some(finished: Path) -> None:
+    summary = summary_of(finished, "splits")
+    assert "holds labels of the source" in datasheet(summary, ISSUED)
+    for found in summary["data_sets"].values():
+        found["profile"]["categories"] = {"(none)": 3}
+    checks = {"small_dataset": {"passed": False, "count": 0}, "refusal": {"passed": False, "count": 2}}
+    summary["checks"]["instructions"] = {**checks, "exact_duplicates": {"passed": True, "count": 1}}
+    text = datasheet(summary, ISSUED)
+    assert "no record has a category" in text and "holds labels" not in text and "(none)" not in text
+    assert "- instructions: check small_dataset did not pass\n" in text
+    assert "- instructions: check refusal did not pass (2 findings)\n" in text
+    assert "exact_duplicates: passed, 1 finding\n" in text
+
+
 # --- all together
 
 

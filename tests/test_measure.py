@@ -249,6 +249,14 @@ def test_a_custom_metric_that_fails_to_load_is_one_message(
     assert message in caught.value.what and caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["tune.polite", "polite"])
+def test_a_custom_metric_without_a_file_is_refused_before_anything_is_trained(name: str, tmp_path: Path) -> None:
+    ctx = ValidationContext(put(tmp_path, "raise SystemExit"), {"adapter": {}}, "evaluation")
+    evaluation.validate(Settings(metrics=["tone.polite"]), ctx)
+    with pytest.raises(InputError, match=r"params.yaml: evaluation.metrics: "):
+        evaluation.validate(Settings(metrics=[name]), ctx)
+
+
 def test_a_custom_metric_outside_the_project_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "project", TONE)
     (tmp_path / "far.py").write_text(TONE)

@@ -294,6 +294,16 @@ def test_the_memory_of_a_7b_model_matches_published_figures(config: Any) -> None
     assert "published for 7B: 6-8 GB" in plan.as_text(found)
 
 
+@pytest.mark.parametrize(("n", "ending"), [(1, ""), (2, "s")])
+def test_one_epoch_and_one_thread_are_singular(n: int, ending: str) -> None:
+    learned = {"examples": n, "epochs": float(n), "tokens": 3, "trained_tokens": 2, "steps": n, "advice": []}
+    size = {"trainable_parameters": 1, "total_parameters": 2, "memory": {"total": 10**6}, "time": None}
+    machine = {"device": "cpu", "dtype": "float32", "threads": n, "available_bytes": None}
+    said = plan.as_text({"variants": {"lora": {**learned, **size}}, "machine": machine}).splitlines()
+    assert said[0] == f"lora: {n} example{ending} x {n} epoch{ending} = 3 tokens (2 in the loss) in {n} step{ending}"
+    assert said[-1] == f"on cpu in float32, {n} thread{ending}"
+
+
 def test_if_a_method_does_not_fit_one_that_fits_is_suggested(
     config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,12 +108,14 @@ def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> M
 
 
 def _worked_example(shot: Record) -> Messages:
-    """A worked example: its prompt and response, or the whole conversation if it has tool calls.
+    """A worked example: its prompt and response, or the whole conversation if it has earlier answers or tool calls.
 
-    Calls only make sense with their results. Traces are left out, as chat templates leave them out of earlier turns.
+    The last answer may refer to earlier ones, and calls only make sense with their results. Traces are left out, as
+    chat templates leave them out of earlier turns.
     """
     messages = shot["messages"]
-    if not any(message.get("tool_calls") for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if len(answers) == 1 and not answers[0].get("tool_calls"):
         prompt, response = prompt_text(messages), response_text(messages)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     left_out = {"reasoning_content", "weight"}

@@ -29,7 +29,12 @@ def custom_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
     return {name: Measure(_checked(name, _load(root, name)), paired=True) for name in names}
 
 
-def _load(root: Path, name: str) -> Callable[[str, str], Any]:
+def locate_measure(root: Path, name: str) -> tuple[str, Path]:
+    """The file of a measure, relative to the project and whole, without running it.
+
+    Raises:
+        InputError: the name has another form, or there is no such file.
+    """
     *parts, function = name.split(".")
     if not parts or not all(part.isidentifier() for part in (*parts, function)):
         raise InputError(
@@ -37,7 +42,12 @@ def _load(root: Path, name: str) -> Callable[[str, str], Any]:
             f"name a function of a Python file in {FOLDER}/",
         )
     relative = f"{FOLDER}/{'/'.join(parts)}.py"
-    path = inside(root, relative, "evaluation.metrics")
+    return relative, inside(root, relative, "evaluation.metrics")
+
+
+def _load(root: Path, name: str) -> Callable[[str, str], Any]:
+    relative, path = locate_measure(root, name)
+    function = name.rpartition(".")[2]
     try:
         loaded = runpy.run_path(str(path)).get(function)  # by path, without writing a __pycache__
     except (Exception, SystemExit) as error:  # noqa: BLE001  user code may raise anything; report it to the user

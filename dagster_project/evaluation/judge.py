@@ -21,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
+from dagster_project.core.documents import read_document
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.messages import Message, calls
 from dagster_project.core.progress import Progress
@@ -314,7 +315,11 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
         if (folder / QUALITY).is_file():
             problem = f"data/reward_model: no weights were saved: {failed}"
             raise InputError(problem, "change reward_model in params.yaml")
-        raise InputError("data/reward_model: there is no reward model yet", "run `dvc repro reward_model`")
+        training, hint = folder / "training.json", "run `dvc repro reward_model`"
+        if training.is_file() and read_document(training, "data/reward_model/training.json", hint).get("pairs") == 0:
+            problem = "data/reward_model: there are no preference pairs, so no reward model was trained"
+            raise InputError(problem, "name pairs in raw_preferences.sources, or use a model as judge: --endpoint")
+        raise InputError("data/reward_model: there is no reward model yet", hint)
     if failed:
         log.warning(f"the reward model failed its checks: {failed}")
     pairs = match.pairs[:n]

@@ -14,7 +14,7 @@ from dagster_project.core.records import CheckResult, Report, read_records, writ
 from dagster_project.core.text import NAMES, cell
 from dagster_project.curation.sources.reading import locate
 from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something
-from dagster_project.evaluation.custom_metrics import custom_measures
+from dagster_project.evaluation.custom_metrics import custom_measures, locate_measure
 from dagster_project.evaluation.evaluator import (
     BASE,
     EvaluatedModel,
@@ -48,6 +48,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
             if name in {BASE, *NAMES}:  # results are read by the name of their system
                 problem = f"params.yaml: {section}.{name}: the base model's scores have this name"
                 raise InputError(problem, "rename the variant")
+    for measure in params.metrics:
+        locate_measure(ctx.root, measure)
     for path in params.benchmarks:
         locate(ctx.root, path, "evaluation.benchmarks", "data/sources/benchmarks")
 

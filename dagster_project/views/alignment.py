@@ -9,6 +9,7 @@ from typing import Any
 
 from dagster_project.core.context import Documents
 from dagster_project.core.records import read_table, write_text
+from dagster_project.core.text import many
 from dagster_project.views.html import Table, render, share
 from dagster_project.views.training import curve_figure, overfitting_since
 
@@ -120,7 +121,7 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str], alone: bool, held_out
         else f"{metrics}, repetition and unfinished answers show no sign of reward hacking."
     )
     columns = ["", "before", "after", "difference", "95 % interval"]
-    table = Table(f"Held-out answers to {watch['prompts']} prompts", columns, rows, folded=False)
+    table = Table(f"Held-out answers to {many(watch['prompts'], 'prompt')}", columns, rows, folded=False)
     return {"verdict": unmeasured + verdict, "table": table}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any
 
-from dagster_project.core.text import markdown
+from dagster_project.core.text import many, markdown
 from dagster_project.lineage.export.answers import (
     declared,
     given,
@@ -130,10 +130,11 @@ def _labels(summary: Mapping[str, Any]) -> str:
     lines = [
         f"{stage}: {', '.join(f'{name} {n}' for name, n in found['profile']['categories'].items())}"
         for stage, found in summary["data_sets"].items()
-        if found["profile"].get("categories")
+        if found["profile"].get("categories", {}).keys() - {"(none)"}
     ]
-    learned = "The assistant's turns are what a model learns; the column category holds labels of the source."
-    return _escaped([learned, *lines])
+    known = any("categories" in found["profile"] for found in summary["data_sets"].values())
+    labels = "no record has a category" if known and not lines else "the column category holds labels of the source"
+    return _escaped([f"The assistant's turns are what a model learns; {labels}.", *lines])
 
 
 def _checks(*names: str) -> Answer:
@@ -143,7 +144,7 @@ def _checks(*names: str) -> Answer:
         return _escaped(
             [
                 f"{stage}, check {name}: {'passed' if facts.get('passed') else 'did not pass'},"
-                f" {facts.get('count', 'unknown')} findings"
+                f" {many(facts['count'], 'finding') if 'count' in facts else 'findings unknown'}"
                 + (f", {facts['dropped']} rows dropped" if facts.get("dropped") else "")
                 for stage, checks in summary["checks"].items()
                 for name, facts in checks.items()

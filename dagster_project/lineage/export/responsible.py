@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dagster_project.core.text import many
 from dagster_project.curation.sources.declarations import UNKNOWN, Declared, declared_sources
 
 
@@ -102,10 +103,9 @@ def personal_data(summary: Mapping[str, Any]) -> list[str]:
         for name, what in PERSONAL.items():
             if name in checks:
                 facts = checks[name]
-                lines.append(
-                    f"{stage}, {what}: found in {facts.get('count', UNKNOWN)} rows; dropped {facts.get('dropped', 0)},"
-                    f" masked {facts.get('fixed', 0)}"
-                )
+                rows = many(facts["count"], "row") if "count" in facts else f"{UNKNOWN} rows"
+                dropped, masked = facts.get("dropped", 0), facts.get("fixed", 0)
+                lines.append(f"{stage}, {what}: found in {rows}; dropped {dropped}, masked {masked}")
     return [
         *(lines or [f"{UNKNOWN}: no check looked for personal data"]),
         "Other personal data, such as names in texts: not looked for.",
@@ -114,9 +114,9 @@ def personal_data(summary: Mapping[str, Any]) -> list[str]:
 
 def failed_checks(summary: Mapping[str, Any]) -> list[str]:
     """Checks of stages with rows that did not pass, with the number of
-    findings. Notes are left out: some quote texts."""
+    findings; those of a whole set have none. Notes are left out: some quote texts."""
     return [
-        f"{stage}: check {name} did not pass ({facts.get('count', UNKNOWN)} findings)"
+        f"{stage}: check {name} did not pass" + (f" ({many(facts['count'], 'finding')})" if facts.get("count") else "")
         for stage, checks in summary["checks"].items()
         if "rows_in" in summary["stages"].get(stage, {})
         for name, facts in checks.items()
