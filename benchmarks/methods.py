@@ -80,7 +80,7 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     from dagster_project.core.records import read_records, read_table, response_text
     from dagster_project.evaluation.evaluator import Settings, with_task_answers
     from dagster_project.evaluation.metrics import measures, score
-    from dagster_project.training.inference.generate import generate
+    from dagster_project.training.inference.generate import generate_ids
     from dagster_project.training.methods import feature_extraction
     from dagster_project.training.methods.build import build, quantization_of, why_not_merged
     from dagster_project.training.methods.hardware import prepare
@@ -136,7 +136,8 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
 
             ids = [encode_prompt(tokenizer, messages) for messages in prompts]
             model = load(folder, base_model, device, dtype)
-            said = generate(model, tokenizer, ids, settings.max_new_tokens, settings.batch_size, method)
+            answers = generate_ids(model, tokenizer, ids, settings.max_new_tokens, settings.batch_size, method)
+            said = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
     references = [response_text(record["messages"]) for record in asked]
     scores = (
         score(measures(settings.task, {}, writes=tunable.fit is None), references, said)

@@ -126,16 +126,16 @@ def solved_by(model_folder: Path, compute: Any, tasks: Sequence[Mapping[str, Any
     """Task -> reward of the model's greedy answer."""
     from transformers import AutoTokenizer
 
-    from dagster_project.training.inference.generate import generate
+    from dagster_project.training.inference.generate import generate_ids
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load_base
     from dagster_project.training.tokens.preference_pairs import prompt_ids
     from dagster_project.training.trainers.alignment.rewards import Rewards
 
     model, tokenizer = load_base(model_folder, *prepare(compute)).eval(), AutoTokenizer.from_pretrained(model_folder)
-    answers = generate(
-        model, tokenizer, [prompt_ids(tokenizer, task) for task in tasks], LONGEST, 16, "held-out answers"
-    )
+    prompts = [prompt_ids(tokenizer, task) for task in tasks]
+    generated = generate_ids(model, tokenizer, prompts, LONGEST, 16, "held-out answers")
+    answers = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generated]
     rewards = Rewards(REWARDED["rewards"], None)
     total = rewards.total(
         rewards.components(tasks, [{"role": "assistant", "content": answer} for answer in answers], alone=True)

@@ -479,8 +479,8 @@ def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
         "answer",
         "reasoning",
         "reward",
-        "reward_model",
         "brief",
+        "reward_model",
         "tokens",
         "unfinished",
     ]
@@ -503,8 +503,8 @@ def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
         "reward": "reward",
         "response_length": "tokens",
         "unfinished": "unfinished",
-        "reward_model": "reward_model",
         "brief": "brief",
+        "reward_model": "reward_model",
     }
     curve = json.loads((tmp_path / "pages" / "history.json").read_text())["curve"]
     for point in curve:  # as TRL and ppo measured them
@@ -516,7 +516,7 @@ def test_every_sampled_answer_is_kept_with_its_rewards_by_component(
             method != "ppo" or point["unfinished"] == pytest.approx(unfinished)
         )  # TRL takes padding for an end
     lines = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
-    assert lines[0][-3:] == ["reward_model", "brief", "tokens"] and [line[0] for line in lines[1:]] == [
+    assert lines[0][-3:] == ["brief", "reward_model", "tokens"] and [line[0] for line in lines[1:]] == [
         str(point["step"]) for point in curve
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,23 @@ def test_the_license_is_the_one_of_the_package() -> None:
     assert PROJECT["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text().split()
     assert text[:4] == ["Apache", "License", "Version", "2.0,"] and "END OF TERMS AND CONDITIONS" in " ".join(text)
+
+
+def test_every_name_that_benchmarks_and_examples_import_exists() -> None:
+    files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    imports = [
+        (file.name, node.module, alias.name)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dagster_project")
+        for alias in node.names
+    ]
+
+    def exists(module: str, name: str) -> bool:
+        return hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
+
+    assert len(imports) > 100
+    assert [one for one in imports if not exists(*one[1:])] == []
 
 
 def test_the_version_is_the_same_everywhere() -> None:
