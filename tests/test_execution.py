@@ -125,12 +125,18 @@ def test_a_bad_section_ends_a_run_with_exit_code_2_and_keeps_the_outputs(root: P
 # --- what is refused before anything is submitted
 
 
+@pytest.mark.parametrize("mode", ["", "token"])
 @pytest.mark.parametrize("address", ["http://ray.example.org:8265", "http://192.0.2.7:8265"])
-def test_without_a_token_only_a_loopback_address_is_accepted(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_token_only_a_loopback_address_is_accepted(
+    address: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
-    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match="is not this machine, and token authentication is off"):
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "missing"))
+    with pytest.raises(InputError, match="is not this machine, and no token authenticates its users"):
         connect(address)
     with pytest.raises(PedigreeError, match=r"no Ray cluster answers at http://127\.0\.0\.1:9: "):
         connect("http://127.0.0.1:9")

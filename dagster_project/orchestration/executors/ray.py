@@ -95,10 +95,11 @@ def connect(address: str) -> tuple[Any, str]:
 
     Raises:
         InputError: Ray is not installed, the address is invalid, or it is not
-            on this machine and token authentication is off.
+            on this machine and token authentication is off, or there is no token.
         ClusterGone: no cluster answers.
     """
-    token, by_token = _token(), os.environ.get("RAY_AUTH_MODE") == "token"
+    token = _token()
+    by_token = bool(token) and os.environ.get("RAY_AUTH_MODE") == "token"
     # Ray reads the mode when it is imported. Its client lets the other variables override the address that it is given.
     with _environment(RAY_AUTH_MODE="token" if token else None, RAY_API_SERVER_ADDRESS=None, RAY_ADDRESS=None):
         try:
@@ -150,7 +151,7 @@ def _refuse_unsafe(url: str, by_token: bool) -> None:
         )
     if not by_token and not _is_loopback(parts.hostname):
         raise InputError(
-            f"execution.address: {parts.hostname} is not this machine, and token authentication is off:"
+            f"execution.address: {parts.hostname} is not this machine, and no token authenticates its users:"
             " anyone who reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
