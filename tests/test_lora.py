@@ -76,6 +76,23 @@ def test_dropout_keeps_the_right_share_and_its_gradients(dtype: torch.dtype) -> 
         torch.testing.assert_close(mine.grad.double(), truth.grad, **near)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eager_and_compiled_training_have_the_same_bits(dtype: torch.dtype, dropout: float) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 33, 40, dtype=dtype), torch.randn(2, 33, 48, dtype=dtype)]
+    tensors += [torch.randn(4, 48), torch.randn(40, 4)]
+    out_gradient, found = torch.randn(2, 33, 40, dtype=dtype), list[list[torch.Tensor]]()
+    for compute in (lambda *given: fused_lora.update(*given)[0], fused_lora.EagerUpdate.apply):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        torch.manual_seed(7)
+        out = compute(*leaves, 0.5, dropout)
+        out.backward(out_gradient)
+        found.append([out, *(leaf.grad for leaf in leaves)])
+        assert not torch.equal(out, tensors[0])
+    assert all(torch.equal(compiled, eager) for compiled, eager in zip(*found, strict=True))
+
+
 def test_dropout_masks_use_torchs_generator() -> None:
     def draw() -> torch.Tensor:
         torch.manual_seed(5)

@@ -90,13 +90,14 @@ def many(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
-def _finite_number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return number
+def finite_number(text: str) -> float:
+    """The number that a JSON decoder found. ValueError for NaN and infinity, which JSON does not have."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:80]} is not a number that JSON supports")
+    return value
 
 
-STRICT_JSON = json.JSONDecoder(parse_constant=_finite_number, parse_float=_finite_number)
+STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)
 """Raises ValueError for NaN and infinity, too, which JSON does not have."""
 
 

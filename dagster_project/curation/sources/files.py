@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import logging
-import math
 import os
 import re
 import zlib
@@ -24,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.text import listed, shortened, visible
+from dagster_project.core.text import finite_number, listed, shortened, visible
 from dagster_project.curation.sources.class_labels import FolderLabels, Labels, named, of_metadata
 from dagster_project.curation.sources.table_limits import bounded, decoded_bytes, without_views
 
@@ -580,14 +579,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number[:LONGEST_NAME]} is not a number that JSON supports")
-    return value
-
-
-STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=finite_number, parse_float=finite_number)
 LENIENT = json.JSONDecoder(parse_int=len)
 """Finds only the end of an element; `len`, because Python refuses to convert integers of thousands of digits."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"

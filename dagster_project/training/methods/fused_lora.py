@@ -1,7 +1,7 @@
-"""LoRA's update as one custom operation: the result of PEFT's layers, with fewer passes over memory.
+"""LoRA's update as one operation: the result of PEFT's layers, with fewer passes over memory.
 
-Products are in the model's dtype. It is registered with torch, so torch.compile does not trace into it. Importing this
-file imports torch.
+Products are in the model's dtype. For torch.compile it is a custom operation, into which that does not trace. Importing
+this file imports torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> t
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
     result = layer.base_layer(x, *arguments, **keywords)
     a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
-    return update(result, x.to(result.dtype), a, b, scaling, dropout)[0]
+    x = x.to(result.dtype)
+    if torch.compiler.is_compiling():
+        return update(result, x, a, b, scaling, dropout)[0]
+    return EagerUpdate.apply(result, x, a, b, scaling, dropout)
 
 
 def is_applied(module: Any) -> bool:
@@ -75,8 +78,7 @@ def update(
         The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without
         dropout). x is saved unmasked, because layers with the same input share it.
     """
-    kept = _dropout_mask(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
-    down = _flat(_apply_mask(x, kept)) @ a.to(x.dtype).T
+    kept, down = _down(x, a.to(x.dtype), dropout)
     out = torch.addmm(_flat(result), down, b.to(x.dtype).T, alpha=scaling / (1 - dropout))
     return out.view(result.shape), down, kept
 
@@ -99,10 +101,8 @@ def backward(
     through_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (nothing unless `through_x`), A and B."""
-    up = _flat(gradient)
-    through = (up @ b.to(x.dtype)).mul_(scaling)
-    of_x = _apply_mask((through @ a.to(x.dtype)).view(x.shape), kept) if through_x else x.new_empty(0)
-    return of_x, (through.T @ _flat(_apply_mask(x, kept))).float(), (up.T @ down).float().mul_(scaling)
+    of_x, of_a, of_b = _gradients(gradient, x, a.to(x.dtype), b.to(x.dtype), down, kept, scaling, through_x)
+    return x.new_empty(0) if of_x is None else of_x, of_a, of_b
 
 
 @backward.register_fake
@@ -123,6 +123,58 @@ def gradients(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor |
 
 
 update.register_autograd(gradients, setup_context=save_context)
+
+
+class EagerUpdate(torch.autograd.Function):
+    """`update` where nothing is compiled: with the same products, so the same bits, and less Python.
+
+    A custom operation adds 0.1 ms to each forward and backward pass, of which a step has hundreds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        kept, down = _down(x, a, dropout)
+        out = torch.addmm(_flat(result), down, b.T, alpha=scaling / (1 - dropout))
+        ctx.save_for_backward(x, a, b, down, kept)
+        ctx.scaling = scaling / (1 - dropout)
+        return out.view(result.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a, b, down, kept = ctx.saved_tensors
+        of_x, of_a, of_b = _gradients(gradient, x, a, b, down, kept, ctx.scaling, ctx.needs_input_grad[1])
+        return gradient, of_x, of_a, of_b, None, None
+
+
+def _down(x: torch.Tensor, a: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dropout mask, empty without dropout, and dropout(x) A^T (tokens, r)."""
+    kept = _dropout_mask(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
+    return kept, _flat(_apply_mask(x, kept)) @ a.T
+
+
+def _gradients(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    scaling: float,
+    through_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    up = _flat(gradient)
+    through = (up @ b).mul_(scaling)
+    of_x = _apply_mask((through @ a).view(x.shape), kept) if through_x else None
+    return of_x, (through.T @ _flat(_apply_mask(x, kept))).float(), (up.T @ down).float().mul_(scaling)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
