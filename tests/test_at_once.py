@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from builders import small_pipeline
 from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run, start_until_tok_runs
 from conftest import dvc, shown_checks
+from dagster._core.events import EngineEventData
 
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.concurrency import (
@@ -150,6 +153,45 @@ def test_a_killed_run_takes_its_steps_along_and_the_next_run_is_not_kept_waiting
     assert small_pipeline.run_in(root, *AT_ONCE) == 0
     assert active_slots(synced) == 0 and not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
     assert agree(root, synced) == set()
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        pytest.param(AT_ONCE[2:], id="two processes"),
+        pytest.param(["adapter@lora"], id="one process", marks=pytest.mark.long),
+    ],
+)
+def test_a_waiting_run_leaves_the_cpu_to_others_and_ends_when_the_run_that_it_waits_for_is_killed(
+    addresses: Sequence[str], root: Path, synced: dg.DagsterInstance
+) -> None:
+    (root / "code/adapter.py").write_text("V = 5\n")
+    set_default_limits(synced)
+    storage = synced.event_log_storage
+    storage.set_concurrency_slots("cpu", 1)
+    machine = {dead_runs.MACHINE_TAG: platform.node()}
+    other = dg.DagsterRun("pipeline", str(uuid4()), status=dg.DagsterRunStatus.STARTED, tags=machine)
+    with subprocess.Popen(["sleep", "600"]) as alive:
+        synced.add_run(other)
+        synced.report_engine_event("started", other, EngineEventData({"pid": dg.MetadataValue.int(alive.pid)}))
+        assert storage.claim_concurrency_slot("cpu", other.run_id, "step").is_claimed
+        command = [sys.executable, *AT_ONCE[:2], *addresses]
+        with subprocess.Popen(command, cwd=root, stderr=(root / "errors.txt").open("w")) as process:
+            try:
+                while "blocked by limit" not in (root / "errors.txt").read_text():
+                    assert process.poll() is None
+                    time.sleep(0.1)
+                before = psutil.Process(process.pid).cpu_times().user
+                time.sleep(3)
+                assert psutil.Process(process.pid).cpu_times().user - before < 1
+                alive.kill()
+                alive.wait()
+                assert process.wait(90) == 0, (root / "errors.txt").read_text()
+            finally:
+                process.kill()
+                alive.kill()
+    assert active_slots(synced) == 0
+    assert agree(root, synced).isdisjoint(addresses)
 
 
 @pytest.mark.long

@@ -48,7 +48,7 @@ OPERATIONS = {
 }
 """What brings everything up to date. The last two run two stages at once."""
 
-HANGS = 3600
+HANGS = 900
 """Seconds after which whatever has not ended counts as hanging, far above what
 two operations at once take on a busy machine."""
 

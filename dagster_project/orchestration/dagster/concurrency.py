@@ -4,8 +4,9 @@ limits of its pools (docs/decisions/025)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ GPU, CPU, RAY = "gpu", "cpu", "ray"
 stages that `execution` of params.yaml sends to a cluster."""
 ON_TAG = "pedigree/on"
 """Tag of a run: where all of its stages run."""
+FREE_EVERY = 10.0
+"""Seconds between two searches for killed runs while steps wait."""
 
 
 def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any], on: str = "") -> str:
@@ -155,7 +158,43 @@ class StagesExecutor(dg.Executor):
             )
         except (PedigreeError, dg.Failure):
             several = False  # bad input: the first stage reports it
-        yield from (self.multiprocess if several else self.in_process).execute(plan_context, execution_plan)
+        executor = self.multiprocess if several else self.in_process
+        with waiting_for_slots(lambda: reap(plan_context.instance, self.project.owns_instance)):
+            yield from executor.execute(plan_context, execution_plan)
+
+
+@contextmanager
+def waiting_for_slots(free: Callable[[], object]) -> Iterator[None]:
+    """While open, a run of which every step waits for a slot of a pool sleeps, and frees the slots of killed runs.
+
+    Dagster's executors do neither: they use a whole CPU while they wait, and wait forever for a run that is killed
+    meanwhile.
+
+    Args:
+        free: frees those slots.
+    """
+    executors = [private_module(f"dagster._core.executor.{name}") for name in ("multiprocess", "in_process")]
+    claims = private_module("dagster._core.execution.plan.instance_concurrency_context").InstanceConcurrencyContext
+
+    class Claims(claims):  # type: ignore[misc, valid-type]
+        freed = time.monotonic()
+
+        def pending_claim_steps(self) -> Any:
+            """The steps that wait, which the executors ask for each time that they have looked for free slots."""
+            if self.has_pending_claims() and not self._claims:
+                time.sleep(0.05)
+                if time.monotonic() - self.freed > FREE_EVERY:
+                    free()
+                    self.freed = time.monotonic()
+            return super().pending_claim_steps()
+
+    try:
+        for executor in executors:
+            executor.InstanceConcurrencyContext = Claims
+        yield
+    finally:
+        for executor in executors:
+            executor.InstanceConcurrencyContext = claims
 
 
 def set_pools(plan: Any, pools: Mapping[str, str]) -> None:
