@@ -260,6 +260,7 @@ def test_a_gguf_file_with_a_setting_that_transformers_does_not_read_is_refused(
 ) -> None:
     """It takes its default, e.g. for the positions of StarCoder2 and the sliding window of Phi-3."""
     import gguf
+    from transformers import AutoConfig
 
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "starcoder2")
     for name, value in stated.items():
@@ -269,25 +270,27 @@ def test_a_gguf_file_with_a_setting_that_transformers_does_not_read_is_refused(
     writer.write_tensors_to_file()
     writer.close()
     _, settings = base_model._stored_in(tmp_path / "a.gguf")
+    config = AutoConfig.from_pretrained(tiny_model)
     assert list(settings.values()) == list(stated.values())
     if not said:
-        base_model._refuse_other_settings_than_stored(tiny_model, {}, settings, 64)
+        base_model._refuse_other_settings_than_stored(config, settings, 64)
         return
     with pytest.raises(ValueError, match=said):
-        base_model._refuse_other_settings_than_stored(tiny_model, {}, settings, 64)
+        base_model._refuse_other_settings_than_stored(config, settings, 64)
 
 
 def test_a_gguf_file_with_weights_that_transformers_leaves_out_is_refused(tiny_model: Path) -> None:
     """Such as biases of the attention in a file of the architecture llama."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     used = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
-    base_model._refuse_other_weights_than_stored(tiny_model, {}, used)
+    config = AutoConfig.from_pretrained(tiny_model)
+    base_model._refuse_other_weights_than_stored(config, used)
     with pytest.raises(
         ValueError,
         match=f"it reads {used:,} of the {used + 64:,} weights of the GGUF file: use the model's safetensors",
     ):
-        base_model._refuse_other_weights_than_stored(tiny_model, {}, used + 64)
+        base_model._refuse_other_weights_than_stored(config, used + 64)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "deeper/config.json"])

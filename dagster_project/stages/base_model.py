@@ -14,9 +14,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,6 +30,9 @@ from dagster_project.core.named_templates import written_for
 from dagster_project.core.params import Licensed, inside
 from dagster_project.core.records import Report
 from dagster_project.core.torch_imports import lean_torch_imports
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger("pedigree")
 
@@ -101,7 +105,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         import_transformers()
         import torch
         import transformers.modeling_utils  # noqa: F401  (otherwise the first model imports it)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -116,11 +120,12 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
         needed = "a complete GGUF file" if options else "config.json, a tokenizer and complete safetensors files"
-        with _refuse_what_cannot_be_loaded(needed):
+        with _refuse_what_cannot_be_loaded(needed), _gguf_read_once() if options else nullcontext():
             if options:
                 numbers, settings = _stored_in(folder / options["gguf_file"])
-                _refuse_other_weights_than_stored(folder, options, numbers)
-                _refuse_other_settings_than_stored(folder, options, settings, params.max_length)
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+                _refuse_other_weights_than_stored(config, numbers)
+                _refuse_other_settings_than_stored(config, settings, params.max_length)
             else:
                 _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
@@ -423,21 +428,21 @@ def _scaled(how: str) -> str:
     return f"it does not read the scaling of positions ({how}) in GGUF files: {SAFETENSORS}"
 
 
-def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], stored: int) -> None:
+def _refuse_other_weights_than_stored(config: PreTrainedConfig, stored: int) -> None:
     """Check that a model is built with the weights that a GGUF file has.
 
     transformers fills weights that no file has with random numbers, and leaves out those that its own class does not
     have, such as the biases of attention in a file of the architecture llama.
 
     Args:
+        config: that transformers reads from the file.
         stored: numbers in the weights of the file.
     Raises:
         ValueError: as described.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters()
     if (needed := sum(weight.numel() for weight in weights)) > stored:
@@ -446,20 +451,17 @@ def _refuse_other_weights_than_stored(folder: Path, options: Mapping[str, Any], 
         raise ValueError(f"it reads {needed:,} of the {stored:,} weights of the GGUF file: {SAFETENSORS}")
 
 
-def _refuse_other_settings_than_stored(
-    folder: Path, options: Mapping[str, Any], settings: Mapping[str, float], longest: int
-) -> None:
+def _refuse_other_settings_than_stored(config: PreTrainedConfig, settings: Mapping[str, float], longest: int) -> None:
     """Check that a model computes as a GGUF file says.
 
     Args:
+        config: that transformers reads from the file.
         settings: of the file, by SETTINGS.
         longest: tokens of the longest text. A window that is not smaller does not matter.
     Raises:
         ValueError: transformers takes another value.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options).get_text_config()
+    config = config.get_text_config()
     positions = getattr(config, "rope_parameters", None) or {}
     positions = positions.get("full_attention", positions)
     for field, value in settings.items():
@@ -476,6 +478,23 @@ def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a safetensors file directly in the folder. transformers would unpickle any other."""
     files = {path.name for path in folder.iterdir() if path.is_file()}
     return name.endswith(".safetensors") and name in files
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """While open, transformers reads a GGUF file and lists gguf's names of weights once.
+
+    Otherwise, it reads the file for the configuration, the tokenizer and the weights, and lists the names for every
+    module of the model.
+    """
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 @contextmanager
