@@ -85,8 +85,9 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
     from transformers import AutoConfig, AutoTokenizer
 
     from dagster_project.core.params import Compute
-    from dagster_project.training.methods.build import CANNOT_CHECKPOINT, build
+    from dagster_project.training.methods.build import build
     from dagster_project.training.methods.hardware import prepare
+    from dagster_project.training.methods.options import CANNOT_CHECKPOINT
     from dagster_project.training.trainers.harness.params import SftParams
     from dagster_project.training.trainers.sft.sft import train
 

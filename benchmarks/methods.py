@@ -82,9 +82,10 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     from dagster_project.evaluation.metrics import measures, score
     from dagster_project.training.inference.generate import generate_ids
     from dagster_project.training.methods import feature_extraction
-    from dagster_project.training.methods.build import build, quantization_of, why_not_merged
+    from dagster_project.training.methods.build import build
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load
+    from dagster_project.training.methods.options import quantization_of, why_not_merged
     from dagster_project.training.trainers.harness.params import SftParams
     from dagster_project.training.trainers.sft.sft import train
 

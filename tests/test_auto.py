@@ -14,7 +14,7 @@ from builders.training import make_data
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.stages import adapter
-from dagster_project.training.methods import build
+from dagster_project.training.methods import options
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
 from dagster_project.training.trainers.sft import auto
@@ -262,7 +262,7 @@ def test_an_interrupted_sweep_resumes_after_the_finished_trials(tmp_path: Path) 
 def test_invalid_values_are_refused_in_one_line(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refusal:
         found = auto.settle(parse(adapter.Params, entry, "adapter.x"), 1, 1, False).params
-        build.check(found.method, found.peft, found.quantization, found.merge, "adapter.x")
+        options.check(found.method, found.peft, found.quantization, found.merge, "adapter.x")
     assert refusal.value.what == f"params.yaml: {message}"
 
 

@@ -24,7 +24,9 @@ from dagster_project.core.params import Compute
 from dagster_project.stages import merged
 from dagster_project.training.inference import decoding
 from dagster_project.training.methods import feature_extraction
-from dagster_project.training.methods.build import (
+from dagster_project.training.methods.build import PreparedModel, build, peft_config, refuse_unmatched
+from dagster_project.training.methods.load import AdapterInfo, load, load_base
+from dagster_project.training.methods.options import (
     ALIASES,
     CANNOT_MERGE,
     CANNOT_QUANTIZE,
@@ -32,17 +34,12 @@ from dagster_project.training.methods.build import (
     REFUSED_KEYS,
     RESERVED_KEYS,
     UNSUPPORTED_METHODS,
-    PreparedModel,
-    build,
     check,
     methods,
-    peft_config,
     peft_keys,
     peft_methods,
-    refuse_unmatched,
     refuse_untrained,
 )
-from dagster_project.training.methods.load import AdapterInfo, load, load_base
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
 
 CPU = torch.device("cpu")
@@ -816,7 +813,7 @@ def test_every_method_passes_validation_with_its_defaults(method: str) -> None:
 
 def test_validation_imports_neither_peft_nor_torch() -> None:
     code = (
-        "import sys; from dagster_project.training.methods.build import check; check('lora', {'r': 4}, None, True,"
+        "import sys; from dagster_project.training.methods.options import check; check('lora', {'r': 4}, None, True,"
         " 'x');assert not {'peft', 'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT
 from ruamel.yaml import YAML
 
-from dagster_project.training.methods.build import CANNOT_MERGE, UNSUPPORTED_METHODS, methods
+from dagster_project.training.methods.options import CANNOT_MERGE, UNSUPPORTED_METHODS, methods
 from dagster_project.training.trainers.alignment.preference import METHODS
 from dagster_project.training.trainers.harness import sharding
 

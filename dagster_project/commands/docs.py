@@ -29,7 +29,7 @@ from dagster_project.curation.sources.declarations import Declared
 from dagster_project.lineage.code_lock import TEMPLATE
 from dagster_project.optional_stages import OPTIONAL
 from dagster_project.pipeline import PEDIGREE, STAGES, UNREAD, VARIANTS_OF, sections
-from dagster_project.training.methods.build import OWN
+from dagster_project.training.methods.options import OWN
 from dagster_project.training.trainers.alignment.preference import METHODS
 from dagster_project.training.trainers.harness.params import AUTO, OrAuto
 

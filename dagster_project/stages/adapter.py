@@ -20,7 +20,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.layout import pages_of
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, remove, write_json, write_table
-from dagster_project.training.methods import build as methods
+from dagster_project.training.methods import options as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare
 from dagster_project.training.trainers.command.entry import check_command
 from dagster_project.training.trainers.command.train import Folders, train_by_command

@@ -30,7 +30,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.evaluation.paired import alignment
 from dagster_project.evaluation.paired.bootstrap import FEWEST, unit
-from dagster_project.training.methods import build as methods
+from dagster_project.training.methods import options as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import answered, both, refuse_misfits

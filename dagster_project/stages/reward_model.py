@@ -30,7 +30,7 @@ from dagster_project.core.records import (
     write_text,
 )
 from dagster_project.evaluation.paired.bootstrap import difference, independent, rate, rounded, summed, unit, wilson
-from dagster_project.training.methods import build as methods
+from dagster_project.training.methods import options as methods
 from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model

@@ -15,10 +15,11 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.training.methods.attention import attention_for
-from dagster_project.training.methods.build import STARTS_FROM_WEIGHTS, PreparedModel, build, causal
+from dagster_project.training.methods.build import PreparedModel, build, causal
 from dagster_project.training.methods.hardware import adding_adapters, prepare
 from dagster_project.training.methods.load import AdapterInfo, load_base
 from dagster_project.training.methods.logits import logits_of
+from dagster_project.training.methods.options import STARTS_FROM_WEIGHTS
 from dagster_project.training.tokens.collators import SIZES, collate_packed
 
 if TYPE_CHECKING:

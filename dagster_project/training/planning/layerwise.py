@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dagster_project.training.methods.build import CANNOT_MERGE, VIRTUAL
+from dagster_project.training.methods.options import CANNOT_MERGE, VIRTUAL
 from dagster_project.training.planning.memory import StepTrace, TrainingSpec, read_config, trace_step
 
 

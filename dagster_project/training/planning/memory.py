@@ -22,20 +22,11 @@ from typing import Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
-from dagster_project.training.methods.build import (
-    CANNOT_CHECKPOINT,
-    CANNOT_MERGE,
-    VIRTUAL,
-    PreparedModel,
-    Quantization,
-    build,
-    causal,
-    decoder_layers,
-    place_of,
-)
+from dagster_project.training.methods.build import PreparedModel, build, causal, decoder_layers
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.methods.load import load_base
+from dagster_project.training.methods.options import CANNOT_CHECKPOINT, CANNOT_MERGE, VIRTUAL, Quantization, place_of
 from dagster_project.training.planning.answer_groups import AnswerPass, answer_passes
 from dagster_project.training.planning.distillation import distillation_passes
 from dagster_project.training.planning.pairs import pair_passes

@@ -40,7 +40,8 @@ from dagster_project.core.params import Compute, Section, parse
 from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
-from dagster_project.training.methods.build import PreparedModel, Quantization, causal
+from dagster_project.training.methods.build import PreparedModel, causal
+from dagster_project.training.methods.options import Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo
 from dagster_project.training.trainers.alignment.rewards import Rewards

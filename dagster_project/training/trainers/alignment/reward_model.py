@@ -21,14 +21,9 @@ from dagster_project.core.records import CheckResult, write_json
 from dagster_project.core.rendering import end_tokens
 from dagster_project.core.text import STRICT_JSON
 from dagster_project.core.words import split_words
-from dagster_project.training.methods.build import (
-    Quantization,
-    add_adapter,
-    peft_config,
-    refuse_unmatched,
-    widen_trained,
-)
+from dagster_project.training.methods.build import add_adapter, peft_config, refuse_unmatched, widen_trained
 from dagster_project.training.methods.load import frozen_4bit, nf4_config, refusing_attention, store_as
+from dagster_project.training.methods.options import Quantization
 from dagster_project.training.tokens.collators import batches_by_length, pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered, reply
 from dagster_project.training.trainers.alignment.trl_trainers import shared_prompts

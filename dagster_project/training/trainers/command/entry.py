@@ -8,7 +8,7 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, inside
-from dagster_project.training.methods import build as methods
+from dagster_project.training.methods import options as methods
 from dagster_project.training.trainers.harness.params import AUTO, COMMAND_KEYS, AdapterParams
 
 FOLDER = "data/trainers"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import listed, visible
-from dagster_project.training.methods import build as methods
-from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods import options as methods
+from dagster_project.training.methods.build import PreparedModel, build
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.params import AdapterParams
 from dagster_project.training.trainers.harness.weight_audit import WeightChange
@@ -211,7 +211,7 @@ def _untrained(
 
     torch.manual_seed(seed)
     method = partial(
-        methods.build, params.method, base_model=base_model, device=device, dtype=dtype, where=where,
+        build, params.method, base_model=base_model, device=device, dtype=dtype, where=where,
         quantization=params.quantization, merge=params.merge, total_steps=1,
     )  # fmt: skip
     if config is None:
@@ -236,7 +236,7 @@ def _saved(prepared: PreparedModel) -> Tensors:
 
 
 def _options(config: Mapping[str, Any], params: AdapterParams, where: str) -> dict[str, Any]:
-    """The options of `methods.build` for an adapter_config.json.
+    """The options of `build` for an adapter_config.json.
 
     Raises:
         InputError: the configuration is of another method, contradicts the entry, or has a key that is refused.

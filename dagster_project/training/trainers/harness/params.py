@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
-from dagster_project.training.methods.build import Quantization, why_not_merged
+from dagster_project.training.methods.options import Quantization, why_not_merged
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 

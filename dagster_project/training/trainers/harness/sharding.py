@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.build import causal, decoder_layers, quantization_of
+from dagster_project.training.methods.build import causal, decoder_layers
+from dagster_project.training.methods.options import quantization_of
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import AUTO, PreferenceParams, SftParams, Sharding
 

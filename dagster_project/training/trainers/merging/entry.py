@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
-from dagster_project.training.methods.build import ALIASES, STARTS_FROM_WEIGHTS, quantization_of
+from dagster_project.training.methods.options import ALIASES, STARTS_FROM_WEIGHTS, quantization_of
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
 from dagster_project.training.trainers.merging.reads import parents_of
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
-from dagster_project.training.methods.build import ALIASES
+from dagster_project.training.methods.options import ALIASES
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import AUTO, SftParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted

@@ -15,11 +15,12 @@ from dagster_project.core.hashing import sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table
 from dagster_project.training.methods.attention import attention_for
-from dagster_project.training.methods.build import PreparedModel, build, causal, quantization_of, refuse_unmatched
+from dagster_project.training.methods.build import PreparedModel, build, causal, refuse_unmatched
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.methods.isolation import refuse_mixing
 from dagster_project.training.methods.load import load_tokenizer
+from dagster_project.training.methods.options import quantization_of
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer

@@ -326,7 +326,7 @@ def train(
     """Train a model in place, from its newest checkpoint if it has one.
 
     Args:
-        prepared: as `methods.build` makes it.
+        prepared: as `build` makes it.
         train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed
             row.
         checkpoints: where to keep them; None to keep none.
