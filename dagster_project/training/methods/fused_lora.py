@@ -78,9 +78,7 @@ def update(
         The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without
         dropout). x is saved unmasked, because layers with the same input share it.
     """
-    kept, down = _down(x, a.to(x.dtype), dropout)
-    out = torch.addmm(_flat(result), down, b.to(x.dtype).T, alpha=scaling / (1 - dropout))
-    return out.view(result.shape), down, kept
+    return _sum(result, x, a, b, scaling, dropout)
 
 
 @update.register_fake
@@ -101,7 +99,7 @@ def backward(
     through_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (nothing unless `through_x`), A and B."""
-    of_x, of_a, of_b = _gradients(gradient, x, a.to(x.dtype), b.to(x.dtype), down, kept, scaling, through_x)
+    of_x, of_a, of_b = _gradients(gradient, x, a, b, down, kept, scaling, through_x)
     return x.new_empty(0) if of_x is None else of_x, of_a, of_b
 
 
@@ -132,21 +130,10 @@ class EagerUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        dropout: float,
-    ) -> torch.Tensor:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        kept, down = _down(x, a, dropout)
-        out = torch.addmm(_flat(result), down, b.T, alpha=scaling / (1 - dropout))
-        ctx.save_for_backward(x, a, b, down, kept)
-        ctx.scaling = scaling / (1 - dropout)
-        return out.view(result.shape)
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        output = _sum(*given)
+        save_context(ctx, given, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -155,10 +142,13 @@ class EagerUpdate(torch.autograd.Function):
         return gradient, of_x, of_a, of_b, None, None
 
 
-def _down(x: torch.Tensor, a: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dropout mask, empty without dropout, and dropout(x) A^T (tokens, r)."""
+def _sum(
+    result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kept = _dropout_mask(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
-    return kept, _flat(_apply_mask(x, kept)) @ a.T
+    down = _flat(_apply_mask(x, kept)) @ a.to(x.dtype).T
+    out = torch.addmm(_flat(result), down, b.to(x.dtype).T, alpha=scaling / (1 - dropout))
+    return out.view(result.shape), down, kept
 
 
 def _gradients(
@@ -172,8 +162,8 @@ def _gradients(
     through_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     up = _flat(gradient)
-    through = (up @ b).mul_(scaling)
-    of_x = _apply_mask((through @ a).view(x.shape), kept) if through_x else None
+    through = (up @ b.to(x.dtype)).mul_(scaling)
+    of_x = _apply_mask((through @ a.to(x.dtype)).view(x.shape), kept) if through_x else None
     return of_x, (through.T @ _flat(_apply_mask(x, kept))).float(), (up.T @ down).float().mul_(scaling)
 
 
