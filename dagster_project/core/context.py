@@ -236,7 +236,7 @@ class Pipeline:
         if stage not in self.stages:
             raise InputError(
                 f"unknown stage {stage!r}: pipeline.py does not list it",
-                f"stages, in flow order: {', '.join(self.stages)}; add it to pipeline.py, or remove it from dvc.yaml",
+                f"correct the name, or add the stage to pipeline.py; stages in flow order: {', '.join(self.stages)}",
             )
         if variant and stage not in self.variants_of:
             raise InputError(f"{address}: {stage} has no variants", f"write {stage}")

@@ -206,7 +206,8 @@ def inside(root: Path, path: str, where: str) -> Path:
         raise InputError(what, "use the path of a file") from None
     if not full.is_relative_to(root.resolve()):
         raise InputError(
-            f"params.yaml: {where}: {path} is outside the project", "copy it into data/sources/ and use that path"
+            f"params.yaml: {where}: {path} is outside the project",
+            "copy it into the project, e.g. into data/sources/, and give that path",
         )
     if not exists:
         raise InputError(f"params.yaml: {where}: {path} does not exist", "add the file, or correct the path")
