@@ -157,6 +157,25 @@ def test_saved_conversations_are_examples_that_check_reads(speaker: Speaker, tmp
     assert (found["format"], found["rows"]) == ("messages", 2)
 
 
+def test_a_conversation_is_not_saved_into_an_output_and_a_bad_name_does_not_end_it(
+    speaker: Speaker, tmp_path: Path
+) -> None:
+    (tmp_path / "data/sources").mkdir(parents=True)
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  raw_examples:\n    cmd: a\n    deps: [{path: data/sources, md5: 01.dir}]\n"
+        "    outs: [{path: data/raw_examples, md5: 02.dir}]\n"
+    )
+    names = ("data/raw_examples/x.jsonl", "dvc.lock", "data/sources/talks.jsonl")
+    saves = [f"/save {tmp_path / name}" for name in names]
+    said = talk([speaker], "A?", *saves, "/save ~nobody-of-this-name/x", "/save a\0b", "B?", root=tmp_path)
+    assert "lies in data/raw_examples, an output of raw_examples" in said and "is dvc.lock" in said
+    assert "~nobody-of-this-name/x: Could not determine home directory" in said and "null byte" in said
+    assert len(speaker.messages) == 4, "the second question was answered"
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["sources", "talks.jsonl"]
+    assert (tmp_path / "dvc.lock").read_text().endswith("md5: 02.dir}]\n")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

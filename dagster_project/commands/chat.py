@@ -25,6 +25,7 @@ from dagster_project.core.rendering import end_ids
 from dagster_project.core.text import shortened, visible
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.notes import read_note
+from dagster_project.lineage.signing.target import refuse_in_output
 from dagster_project.pipeline import VARIANTS_OF
 from dagster_project.training.inference.answers import read_answer
 from dagster_project.training.inference.decoding import Choose, decode
@@ -497,10 +498,13 @@ class Chat:
         if not lines:
             raise InputError("/save: there is no conversation yet", "ask something first")
         try:
-            with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+            path = Path(rest).expanduser()
+            refuse_in_output(self.records.root, "/save", path, "file", may_be_source=True)
+            with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        except OSError as error:
-            raise InputError(f"/save {rest}: {error.strerror}", "give a file that can be written") from None
+        except (OSError, ValueError, RuntimeError) as error:  # a null character, a user who does not exist
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"/save {rest}: {reason}", "give a file that can be written") from None
         self.write(visible(f"appended {len(lines)} conversation{'s' * (len(lines) > 1)} to {rest}\n"))
 
     def _row(self, speaker: Speaker) -> Mapping[str, Any]:
