@@ -581,6 +581,12 @@ def test_requests_in_a_file(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "its columns are a, b"),
         ("record,source\nx,y\n", "line 2: 2 columns"),
         ("record\n", "no request"),
+        (
+            "containing\nOkonkwo, Zephyrine\n",
+            "line 2: more values than columns\nhint: put quotes around a text with commas",
+        ),
+        ("containing,containing\nAnna,Bert\n", "a column is named twice: containing, containing"),
+        ('containing\n"Anna\nBert\n', "unexpected end of data"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
