@@ -358,6 +358,7 @@ def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, conten
         '[{"type": "function", "function": "x"}]',
         '[{"a": 1}]',
         '[{"name": "f", "parameters": 3}]',
+        "[" * 100_000 + "]" * 100_000,
     ],
 )
 def test_tools_that_are_no_list_of_functions_are_refused(tmp_path: Path, content: str) -> None:

@@ -303,7 +303,7 @@ def read_tools(path: Path | None) -> Tools:
         return None
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--tools {path}: {error}", "give a JSON file with a list of tools") from None
     if not (isinstance(tools, list) and tools and all(map(_is_tool, tools))):
         raise InputError(

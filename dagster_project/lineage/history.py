@@ -232,6 +232,11 @@ class Revision:
         stages = stages_of(text) if text else {}
         if self.rev is None and not partial:
             refuse_lost_entries(self.root)
+        if self.rev is None and text is not None and not text.strip():  # DVC was killed while it wrote the first one
+            raise InputError(
+                f"{LOCK} is empty, and DVC refuses it",
+                "delete it, then run `dvc repro`, which restores what ran from DVC's run cache",
+            )
         if not text:
             raise InputError(
                 f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first"
