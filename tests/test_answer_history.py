@@ -29,7 +29,7 @@ from dagster_project.commands.why_diff import differing, recorded_answers
 from dagster_project.commands.why_model import adapter_of
 from dagster_project.core.errors import InputError
 from dagster_project.evaluation.evaluator import write_results
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import Revision, listing_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.views.bisect import bisect_page
@@ -496,7 +496,7 @@ def test_a_version_that_is_not_in_the_cache_is_trained_again_if_asked_for(
     ],
 )
 def test_what_lost_stages_read_is_made_again_if_it_is_lost_too(
-    lost: set[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+    lost: set[str], expected: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def stage(out: str, *deps: str) -> dict[str, Any]:
         outs = sorted(
@@ -517,7 +517,8 @@ def test_what_lost_stages_read_is_made_again_if_it_is_lost_too(
     }
     monkeypatch.setattr(bisect_module, "is_available", lambda _, outs: not any(md5 in lost for _, md5 in outs))
     step: Any = SimpleNamespace(run=SimpleNamespace(address="adapter@x"), subject=SimpleNamespace(index=None))
-    assert sorted(_to_run(step, lock)) == sorted(expected) and _to_run(step, lock)[-1] == "adapter@x"
+    found = _to_run(Revision(tmp_path, None), step, lock)
+    assert sorted(found) == sorted(expected) and found[-1] == "adapter@x"
 
 
 class Searched(Search):

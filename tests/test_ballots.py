@@ -383,6 +383,42 @@ def test_votes_are_not_replaced_by_preferences(project: Path, ballot: Match, cap
     assert "a file of votes, which it would replace" in capsys.readouterr().err and Path(votes).read_bytes() == before
 
 
+LOCK = """\
+schema: '2.0'
+stages:
+  raw_preferences:
+    cmd: a
+    deps: [{path: data/sources, md5: 0123.dir}]
+    outs: [{path: data/raw_preferences, md5: 4567.dir}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "refused"),
+    [
+        ("data/raw_preferences/records-00000.jsonl", "lies in data/raw_preferences, an output of raw_preferences"),
+        ("data/sources/pairs.jsonl", "lies in data/sources, which raw_preferences reads"),
+        ("params.yaml", "is params.yaml"),
+        ("dvc.lock", "is dvc.lock"),
+        ("data/sources/new.jsonl", ""),
+    ],
+)
+def test_preferences_replace_no_data_and_no_file_of_the_pipeline(
+    project: Path, ballot: Match, capsys: Any, file: str, refused: str
+) -> None:
+    (project / "dvc.lock").write_text(LOCK)
+    (project / "data/sources").mkdir()
+    (project / "data/sources/pairs.jsonl").write_text("written by people\n")
+    votes = saved(project, sheet(ballot, "Anna", lambda i, pair: "win"))
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    code = main(["ballots", "import", *votes, "--preferences", str(project / file), "--project", str(project)])
+    after = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    if refused:
+        assert code == 2 and refused in capsys.readouterr().err and after == before
+    else:
+        assert code == 0 and after.keys() - before.keys() == {project / file}
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut short", b"PAR1" + b"\0" * 90 + b"PAR1"])
 @pytest.mark.parametrize("table", ["data/evaluation/lora/results.parquet", "data/splits/test/records-00000.parquet"])
 def test_a_damaged_table_is_one_message(project: Path, table: str, content: bytes, capsys: Any) -> None:

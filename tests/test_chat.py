@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from conftest import pedigree
 from dagster_project.__main__ import main
 from dagster_project.commands import chat
 from dagster_project.commands.chat import Chat, Decoding, Speaker
+from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords, nearest_text, places_in
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_records, read_table, write_records
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.training.methods.build import build
 from dagster_project.training.methods.load import load
 
@@ -125,10 +128,29 @@ def test_an_adapter_of_an_aligned_model_answers_on_the_model_that_it_was_trained
         found = chat.load(project, "data/aligned/dpo", project / "data/aligned/dpo").model.model(ids).logits.float()
         assert torch.allclose(found, load(supervised, None, cpu, torch.float32)(ids).logits, atol=0.1)
         assert not torch.allclose(found, load(tiny_model, None, cpu, torch.float32)(ids).logits, atol=0.1)
-    config = project / "data/aligned/dpo/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "merged-lora-6d292c09"}))
-    with pytest.raises(InputError, match="is an adapter of merged-lora-6d292c09, not of the base model"):
-        chat.load(project, "data/aligned/dpo", project / "data/aligned/dpo")
+
+
+@pytest.mark.parametrize(
+    ("base", "refused"),
+    [
+        (model_id("merged@lora", "6d292c09.dir"), "is an adapter of merged-lora-6d292c09, not of the base model"),
+        (model_id("merged@日本", "6d292c09.dir"), "is an adapter of merged-6d292c09, not of the base model"),
+        (
+            model_id("base_model", "6d292c09.dir"),
+            "is an adapter of base_model-6d292c09, and data/base_model is base_mod",
+        ),
+        ("", ""),
+    ],
+)
+def test_an_exported_adapter_answers_only_on_the_base_model_that_it_names(
+    project: Path, tiny_model: Path, base: str, refused: str
+) -> None:
+    shutil.copytree(tiny_model, project / "data/base_model", dirs_exist_ok=True)
+    named = base or model_id("base_model", md5_on_disk(project / "data/base_model"))
+    prepared = build("lora", {}, tiny_model, torch.device("cpu"), torch.float32, "adapter.x", named=named)
+    prepared.save(project / "exported")
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        chat.load(project, "exported", project / "exported")
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
@@ -155,6 +177,25 @@ def test_saved_conversations_are_examples_that_check_reads(speaker: Speaker, tmp
     assert [len(row["messages"]) for row in rows] == [2, 4] and rows[1]["messages"] == speaker.messages
     found = json.loads(pedigree(tmp_path, "check", "talks.jsonl", "--json").stdout)
     assert (found["format"], found["rows"]) == ("messages", 2)
+
+
+def test_a_conversation_is_not_saved_into_an_output_and_a_bad_name_does_not_end_it(
+    speaker: Speaker, tmp_path: Path
+) -> None:
+    (tmp_path / "data/sources").mkdir(parents=True)
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  raw_examples:\n    cmd: a\n    deps: [{path: data/sources, md5: 01.dir}]\n"
+        "    outs: [{path: data/raw_examples, md5: 02.dir}]\n"
+    )
+    names = ("data/raw_examples/x.jsonl", "dvc.lock", "data/sources/talks.jsonl")
+    saves = [f"/save {tmp_path / name}" for name in names]
+    said = talk([speaker], "A?", *saves, "/save ~nobody-of-this-name/x", "/save a\0b", "B?", root=tmp_path)
+    assert "lies in data/raw_examples, an output of raw_examples" in said and "is dvc.lock" in said
+    assert "~nobody-of-this-name/x: Could not determine home directory" in said and "null byte" in said
+    assert len(speaker.messages) == 4, "the second question was answered"
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["sources", "talks.jsonl"]
+    assert (tmp_path / "dvc.lock").read_text().endswith("md5: 02.dir}]\n")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +358,7 @@ def test_a_model_with_a_damaged_file_is_refused(project: Path, file: str, conten
         '[{"type": "function", "function": "x"}]',
         '[{"a": 1}]',
         '[{"name": "f", "parameters": 3}]',
+        "[" * 100_000 + "]" * 100_000,
     ],
 )
 def test_tools_that_are_no_list_of_functions_are_refused(tmp_path: Path, content: str) -> None:

@@ -177,6 +177,19 @@ def test_a_dvc_lock_that_was_cut_between_two_stages_is_said_by_sync(root: Path, 
     assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) >= {"tok"}
 
 
+def test_an_empty_dvc_lock_that_no_commit_can_restore_is_named_with_what_restores_it(root: Path) -> None:
+    before = (root / "dvc.lock").read_bytes()
+    (root / "dvc.lock").write_bytes(b"")
+    small_pipeline.commit(root, "a kill while DVC wrote it")
+    assert dvc(root, "repro").returncode == 255
+    with pytest.raises(
+        InputError, match=r"dvc\.lock is empty, and DVC refuses it\nhint: delete it, then run `dvc repro`"
+    ):
+        lineage.audit(root, "tok")
+    (root / "dvc.lock").unlink()
+    assert dvc(root, "repro").returncode == 0 and (root / "dvc.lock").read_bytes() == before
+
+
 def test_a_dvc_lock_with_other_line_ends_lacks_nothing(root: Path) -> None:
     lock = root / "dvc.lock"
     lock.write_bytes(lock.read_bytes().replace(b"\n", b"\r\n"))

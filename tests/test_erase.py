@@ -581,6 +581,12 @@ def test_requests_in_a_file(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "its columns are a, b"),
         ("record,source\nx,y\n", "line 2: 2 columns"),
         ("record\n", "no request"),
+        (
+            "containing\nOkonkwo, Zephyrine\n",
+            "line 2: more values than columns\nhint: put quotes around a text with commas",
+        ),
+        ("containing,containing\nAnna,Bert\n", "a column is named twice: containing, containing"),
+        ('containing\n"Anna\nBert\n', "unexpected end of data"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -592,6 +598,33 @@ def test_the_public_key_of_the_sample_project_is_refused(tmp_path: Path) -> None
     (tmp_path / "data/keys/record_ids.key").write_bytes((ROOT / "data/keys/record_ids.key").read_bytes())
     with pytest.raises(InputError, match="the key of the sample project, which is public"):
         usable_key(tmp_path)
+
+
+def test_a_removed_variant_whose_entry_dvc_keeps_is_retired_and_what_is_left_of_it_is_refused(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    lock = toy.lock([("secret", "train", "data/sources/a.jsonl"), ("common", "train", "data/sources/a.jsonl")])
+    toy.commit(lock)
+    toy.write(lock)
+    loops = {stage: {"foreach": "${adapter}", "do": {"cmd": "x"}} for stage in ("adapter", "merged")}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {**{name: {"cmd": "x"} for name in lock}, **loops}}))
+    removed = ["adapter@lora", "merged@lora"]
+    for variants, outcome, exposed in (({"lora": {}}, "remake", removed), ({"other": {}}, "retire", [])):
+        (tmp_path / "params.yaml").write_text(json.dumps({"adapter": variants}))
+        index = Index(tmp_path)
+        index.read_records()
+        models, _, retired = models_of(index, Found(own_ids=[identity("secret")]))
+        assert [(one["stage"], one["outcome"]) for one in models] == [(name, outcome) for name in removed]
+        assert retired == {lock[name]["outs"][0]["md5"] for name in removed}
+        assert found_in_models(tmp_path, [identity("secret")]) == {"yes": exposed, "unknown": []}
+        assert [*plans.models_now(tmp_path)] == exposed
+    declared = lock.keys() - {*removed}
+    shutil.rmtree(tmp_path / "data/merged", ignore_errors=True)
+    plans._refuse_left(tmp_path, lock.keys())
+    (tmp_path / "data/adapter/lora").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match=r"data/adapter/lora: left by a stage .*\nhint: .*`rm -r data/adapter/lora`"):
+        plans._refuse_left(tmp_path, declared)
+    shutil.rmtree(tmp_path / "data/adapter")
+    plans._refuse_left(tmp_path, declared)
 
 
 def test_of_a_model_that_nobody_can_decide_the_certificate_says_so(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from builders import small_pipeline
 from builders.files import flip
-from conftest import dvc, pedigree
+from conftest import dvc, edit_params, pedigree
 
+from dagster_project.lineage.history import Revision
 from dagster_project.orchestration.integrity import as_text, examine
 from dagster_project.pipeline import STAGES
 
@@ -104,6 +106,21 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
 
 
 @forked
+@forked
+def test_what_a_removed_variant_made_is_missing_in_earlier_commits_alone(root: Path) -> None:
+    edit_params(root, lambda values: values["variants"].pop("dora"))
+    shutil.rmtree(root / "data/adapter/dora")
+    (root / "data/reports/adapter/dora.json").unlink()
+    assert dvc(root, "repro", "-q").returncode == 0
+    small_pipeline.commit(root, "removed")
+    lock = Revision(root, None).lock()
+    oid = next(out["md5"] for out in lock["adapter@dora"]["outs"] if out["path"] == "data/adapter/dora")
+    (root / ".dvc/cache/files/md5" / oid[:2] / oid[2:]).unlink()  # as `dvc gc --workspace` does
+    assert examine(root)["verdict"] == "intact"
+    found = examine(root, all_revs=True)
+    assert found["verdict"] == "incomplete" and {one["path"] for one in found["missing"]} == {"data/adapter/dora"}
+
+
 def test_commits_of_a_branch_whose_merge_kept_nothing_of_it_are_verified(root: Path) -> None:
     small_pipeline.git(root, "checkout", "-qb", "side")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))

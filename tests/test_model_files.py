@@ -606,6 +606,19 @@ def export_safetensors(capsys: pytest.CaptureFixture[str], root: Path, out: Path
     assert ask(capsys, "export", "merged@lora", *form, "--project", str(root))[0] == 0
 
 
+def test_after_an_error_nothing_is_left_of_a_folder_and_of_the_folders_above_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "there/a/b/c") as made:
+        (made / "file").write_text("x")
+        1 / 0  # noqa: B018
+    with pytest.raises(InputError, match="File name too long"), new_folder(tmp_path / "b" / ("x" * 300) / "c"):
+        pass
+    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
+    with new_folder(tmp_path / "there/a/b/c") as made:
+        (made / "file").write_text("x")
+    assert (tmp_path / "there/a/b/c/file").read_text() == "x"
+
+
 def test_a_folder_that_another_export_wrote_meanwhile_stays(tmp_path: Path) -> None:
     other = tmp_path / "model" / "config.json"
     with pytest.raises(InputError, match="another process wrote files there"), new_folder(other.parent) as made:

@@ -321,6 +321,21 @@ def test_a_release_that_is_older_than_what_it_was_made_from_is_refused(
     assert f"made from an earlier {path} ({stage} ran again since)" in refused(own, hub, capsys, 1)
 
 
+def test_what_a_removed_variant_left_in_a_folder_that_was_read_is_named(
+    own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`dvc repro release` alone has nothing to run."""
+    from ruamel.yaml import YAML
+
+    lock = YAML(typ="safe").load((own / "dvc.lock").read_text())
+    lock["stages"]["raw_examples"]["outs"][0]["md5"] = "0" * 32 + ".dir"
+    (own / "dvc.lock").write_text(json.dumps(lock))
+    edit_params(own, lambda values: values["adapter"].update(new=values["adapter"].pop("lora")))
+    said = refused(own, hub, capsys, 1)
+    assert "hint: `rm -r data/adapter/lora " in said and "data/evaluation/lora" in said
+    assert said.rstrip().endswith("which dvc.yaml no longer has, then `dvc repro release`")
+
+
 def test_a_pipeline_that_runs_again_meanwhile_is_refused(
     own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

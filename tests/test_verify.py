@@ -13,17 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from builders.keys import write_keys
 from builders.small_pipeline import commit, git
 from conftest import dvc, edit_params, pedigree
 from safetensors.torch import save_file
 
 from dagster_project.commands.elsewhere import compared
-from dagster_project.commands.outputs import Outputs
+from dagster_project.commands.outputs import Outputs, ancestors
+from dagster_project.commands.sign import attest
 from dagster_project.commands.verify import _unpack, as_text, verdicts, verify
+from dagster_project.commands.verify_signatures import verify_signatures
 from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import read_table, write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.lineage import Revision
+from dagster_project.lineage.runs import outputs_in
 from dagster_project.orchestration.dvc_cache import Store
 
 
@@ -168,6 +173,42 @@ def test_a_stage_is_verified_from_the_input_it_read_even_if_that_was_produced_ag
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"minlen": 1', '"minlen": 2'))
     assert dvc(root, "repro", "--single-item", "inst").returncode == 0
     assert verify(root, "tok")["verdict"] == "identical"
+
+
+@pytest.mark.usefixtures("warm_small")
+def test_a_removed_variant_whose_entry_dvc_keeps_is_no_part_of_what_was_made_without_it(
+    root: Path, tmp_path: Path
+) -> None:
+    """DVC removes no entry from dvc.lock, and `cmp` reads the folder of all variants."""
+    before = Revision(root, None).lock()
+    assert "adapter@dora" in ancestors(Revision(root, None), before, "cmp")
+    edit_params(root, lambda values: values["variants"].pop("dora"))
+    shutil.rmtree(root / "data/adapter/dora")  # its report stays, in git
+    (root / "data/sources/g.txt").write_text("r0\nr1")
+    assert dvc(root, "repro", "-q").returncode == 0
+    commit(root, "removed")
+    lock = Revision(root, None).lock()
+    assert lock["adapter@dora"] == before["adapter@dora"], "the entry is that of the earlier data"
+    assert ancestors(Revision(root, None), lock, "cmp") == ["raw", "inst", "tok", "adapter@lora"]
+    assert ancestors(Revision(root, None), lock, "adapter@dora") == ["raw", "inst", "tok"]
+    found = verify(root, "cmp", deep=True)
+    assert (found["verdict"], found["changed"]) == ("identical", []) and "adapter@dora" not in found["stages"]
+    assert verify(root, "cmp")["changed"] == []
+    private, public = write_keys(tmp_path / "keys", "ed25519")
+    assert attest(root, "cmp", private)["stages"] == ["raw", "inst", "tok", "adapter@lora", "cmp"]
+    assert verify_signatures(root, "cmp", public)["verdict"] == "verified"
+
+
+def test_a_variant_that_was_read_counts_also_where_another_one_is_unavailable() -> None:
+    files = {"1.dir": {"w": "a"}, "2.dir": {"w": "b"}}
+    both, first = (
+        md5_of_folder({f"{name}/w": md5 for name, md5 in parts}) for parts in ([("x", "a"), ("y", "b")], [("x", "a")])
+    )
+    outs = {"d/x": "1.dir", "d/y": "2.dir", "d/gone": "3.dir"}
+    for removed in ((), ("d/y", "d/gone"), outs):
+        assert [*outputs_in("d", both, outs, removed, files.get)] == ["d/x", "d/y"]
+        assert [*outputs_in("d", first, outs, removed, files.get)] == ["d/x"]
+        assert [*outputs_in("d", "neither.dir", outs, removed, files.get)] == [*outs], "one of them ran again since"
 
 
 def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(root: Path) -> None:

@@ -68,10 +68,8 @@ def import_votes(options: argparse.Namespace) -> int:
     """Count the votes that raters saved."""
     from dagster_project.evaluation.ballots import preferences, read_votes, result, votes_text
 
-    if options.preferences and Path(options.preferences).resolve() in (Path(file).resolve() for file in options.votes):
-        raise InputError(
-            f"--preferences {options.preferences}: a file of votes, which it would replace", "name a new file"
-        )
+    if options.preferences:
+        _refuse_preferences(options)
     ballot, votes = read_votes(
         project(options), [Path(file) for file in options.votes], _seed(options), options.partial
     )
@@ -85,6 +83,16 @@ def import_votes(options: argparse.Namespace) -> int:
         log.info(f"preferences: {options.preferences}, {many(len(rows), 'pair')}")
     print_result(options, result(ballot, votes), votes_text)
     return 0
+
+
+def _refuse_preferences(options: argparse.Namespace) -> None:
+    """Refuse a file of pairs that would replace votes or data, or change what DVC recorded; a new source is fine."""
+    from dagster_project.lineage.signing.target import refuse_in_output
+
+    file = Path(options.preferences)
+    if file.resolve() in (Path(votes).resolve() for votes in options.votes):
+        raise InputError(f"--preferences {file}: a file of votes, which it would replace", "name a new file")
+    refuse_in_output(project(options), "--preferences", file, "file", may_be_source=not file.exists())
 
 
 def judge(options: argparse.Namespace) -> int:

@@ -125,7 +125,7 @@ class Search:
     def _train(self, step: Step) -> None:
         at = Revision(self.root, step.commit)
         lock = at.lock()
-        names = _to_run(step, lock)
+        names = _to_run(at, step, lock)
         if not self.may_train:
             raise InputError(
                 f"{self.model} of commit {step.commit[:12]} is not in the cache,"
@@ -153,9 +153,9 @@ def _cost(step: Step) -> str:
     return f" (the training took {', '.join(taken)})" if taken else ""
 
 
-def _to_run(step: Step, lock: Mapping[str, Any]) -> list[str]:
+def _to_run(at: Revision, step: Step, lock: Mapping[str, Any]) -> list[str]:
     """The training, and the stages before it whose outputs the cache lacks and one of these reads."""
-    before, lost = ancestors(lock, step.run.address), {step.run.address}
+    before, lost = ancestors(at, lock, step.run.address), {step.run.address}
     for name in reversed(before):  # each after those that read its output
         read = {dep["path"]: dep.get("md5") for one in lost for dep in lock[one].get("deps", [])}
         out = output(lock[name])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.model_files import TEXT_MODELS
+from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text, opening
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
@@ -24,7 +25,9 @@ from dagster_project.core.params import Compute
 from dagster_project.core.rendering import end_ids
 from dagster_project.core.text import shortened, visible
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.notes import read_note
+from dagster_project.lineage.signing.target import refuse_in_output
 from dagster_project.pipeline import VARIANTS_OF
 from dagster_project.training.inference.answers import read_answer
 from dagster_project.training.inference.decoding import Choose, decode
@@ -39,8 +42,9 @@ HELP = """\
 /quit         end; so does Ctrl-D. Ctrl-C stops an answer"""
 WRONG_VALUE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
 """What transformers raises where it first uses a wrong value of a model's files."""
-OF_ALIGNED = re.compile(r"merged-.+-[0-9a-f]{8}")
-"""Name of the base model of an exported adapter of `aligned`."""
+EXPORTED = re.compile(r"(base_model|merged(?:-.+)?)-[0-9a-f]{8}")
+"""Id of the base model that an exported adapter names (`model_ids.model_id`). It names a supervised model if the
+adapter is one of `aligned`."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for the first bytes of a character whose last ones are in later tokens."""
 
@@ -242,7 +246,7 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     compute = params.parse(Compute, values.get("compute"), "compute")
     base, is_adapter = root / "data/base_model", (folder / "adapter_config.json").is_file()
     try:
-        if is_adapter and not _has_model(base := root / _base_of(name, folder)):
+        if is_adapter and not _has_model(base := root / _base_of(root, name, folder)):
             raise InputError(
                 f"{name} is an adapter, and its base model is not in {shown(root, base)}",
                 f"`dvc repro {base.name if base.parent.name == 'data' else f'{base.parent.name}@{base.name}'}`"
@@ -267,7 +271,7 @@ def load(root: Path, name: str, folder: Path) -> Speaker:
     return Speaker(name, folder, model)
 
 
-def _base_of(name: str, folder: Path) -> str:
+def _base_of(root: Path, name: str, folder: Path) -> str:
     """The model that an adapter was trained on: for one of `aligned`, the supervised model.
 
     Raises:
@@ -275,10 +279,17 @@ def _base_of(name: str, folder: Path) -> str:
     """
     config = json.loads((folder / "adapter_config.json").read_bytes())
     named = str(config.get("base_model_name_or_path")) if isinstance(config, dict) else ""
-    if OF_ALIGNED.fullmatch(named):
+    if (exported := EXPORTED.fullmatch(named)) and exported[1] != "base_model":
         raise InputError(
             f"{name} is an adapter of {named}, not of the base model", "name merged_aligned@VARIANT, its complete model"
         )
+    if exported and _has_model(root / "data/base_model"):
+        here = model_id("base_model", md5_on_disk(root / "data/base_model"))
+        if named != here:
+            raise InputError(
+                f"{name} is an adapter of {named}, and data/base_model is {here}",
+                "name the folder of an adapter of this base model, or check out the version of the project that has it",
+            )
     return named if named.startswith("data/") and ".." not in Path(named).parts else "data/base_model"
 
 
@@ -292,7 +303,7 @@ def read_tools(path: Path | None) -> Tools:
         return None
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--tools {path}: {error}", "give a JSON file with a list of tools") from None
     if not (isinstance(tools, list) and tools and all(map(_is_tool, tools))):
         raise InputError(
@@ -497,10 +508,13 @@ class Chat:
         if not lines:
             raise InputError("/save: there is no conversation yet", "ask something first")
         try:
-            with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+            path = Path(rest).expanduser()
+            refuse_in_output(self.records.root, "/save", path, "file", may_be_source=True)
+            with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        except OSError as error:
-            raise InputError(f"/save {rest}: {error.strerror}", "give a file that can be written") from None
+        except (OSError, ValueError, RuntimeError) as error:  # a null character, a user who does not exist
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"/save {rest}: {reason}", "give a file that can be written") from None
         self.write(visible(f"appended {len(lines)} conversation{'s' * (len(lines) > 1)} to {rest}\n"))
 
     def _row(self, speaker: Speaker) -> Mapping[str, Any]:

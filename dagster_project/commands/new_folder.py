@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +33,7 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
         InputError: nothing can be written there, or another process wrote there meanwhile.
     """
     folder = place.resolve()
+    missing = [parent for parent in folder.parents if not os.path.lexists(parent)]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
@@ -51,3 +52,7 @@ def new_folder(place: Path, option: str = "--out") -> Iterator[Path]:
         raise InputError(
             f"{option} {place}: {error.strerror or error}", "name a folder with enough space that can be written"
         ) from None
+    finally:
+        for parent in missing if not os.path.lexists(folder) else ():
+            with suppress(OSError):  # not empty: another process wrote there
+                parent.rmdir()

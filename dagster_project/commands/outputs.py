@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,8 @@ from dagster_project.core.layout import REPORTS, is_code, report_of
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
 from dagster_project.lineage.graph import flow_order
-from dagster_project.lineage.history import Revision, bytes_of, report_at
+from dagster_project.lineage.history import Objects, Revision, bytes_of, report_at, undeclared
+from dagster_project.lineage.runs import Listing, outputs_in
 from dagster_project.lineage.tolerance import Deviation, deviations
 from dagster_project.orchestration import dvc, dvc_cache, integrity
 from dagster_project.pipeline import FLOATING_POINT
@@ -166,7 +167,7 @@ class Outputs:
         producer, recorded = next(
             (
                 (producer, environment)
-                for producer in reversed([*ancestors(self.lock, name), name])
+                for producer in reversed([*ancestors(self.at, self.lock, name), name])
                 if (environment := report_at(self.at, producer).get("environment"))
             ),
             (name, {}),
@@ -215,19 +216,35 @@ def _without_machine(report: Mapping[str, Any], path: Path) -> tuple[str, Path]:
     return md5_of_file(path), path
 
 
-def ancestors(lock: Mapping[str, Any], address: str) -> list[str]:
+def ancestors(at: Revision, lock: Mapping[str, Any], address: str) -> list[str]:
     """All stages upstream of one according to dvc.lock, in flow order."""
-    producers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
+    removed, listing = undeclared(at, lock), Objects(at.root).listing
+    return flow_order([address], lambda name: _producers(lock, name, removed, listing))[:-1]
 
-    def parents(name: str) -> list[str]:
-        return [
-            made
-            for dep in lock[name].get("deps", [])
-            for path, made in producers.items()
-            if dvc.overlap(path, dep["path"])
-        ]
 
-    return flow_order([address], parents)[:-1]
+def producers(at: Revision, lock: Mapping[str, Any], addresses: Iterable[str]) -> set[str]:
+    """The stages of which some stages read outputs according to dvc.lock."""
+    removed, listing = undeclared(at, lock), Objects(at.root).listing
+    return {name for address in addresses for name in _producers(lock, address, removed, listing)}
+
+
+def _producers(lock: Mapping[str, Any], address: str, removed: Collection[str], listing: Listing) -> list[str]:
+    """Without renamed and removed variants, whose entries DVC keeps, unless a folder that was read held their outputs.
+
+    Args:
+        removed: stages that dvc.yaml no longer has.
+    """
+    made = {out["path"]: (name, out.get("md5", "")) for name, stage in lock.items() for out in stage.get("outs", [])}
+    gone = [path for path, (name, _) in made.items() if name in removed]
+    found, deleted = set[str](), set[str]()
+    for dep in lock[address].get("deps", []):
+        inside = {path: md5 for path, (_, md5) in made.items() if path.startswith(f"{dep['path']}/")}
+        held = outputs_in(dep["path"], dep.get("md5", ""), inside, gone, listing)
+        # a report stays in git where its output was deleted
+        deleted |= {made[path][0] for path in inside if path not in held and not path.startswith(REPORTS)}
+        found |= {made[path][0] for path in made if path not in inside and dvc.overlap(path, dep["path"])}
+        found |= {made[path][0] for path in held}
+    return [name for name in lock if name in found - deleted - {address}]
 
 
 def _version(library: str) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +28,7 @@ from dagster_project.core.text import many
 from dagster_project.curation.checks.privacy import scan
 from dagster_project.curation.sources import use_policy
 from dagster_project.lineage import lineage
+from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.provider import provider
 from dagster_project.lineage.signing.target import Target, find
@@ -200,13 +202,17 @@ def refuse_older(root: Path, target: Target) -> None:
     CheckFailed: a stage above the release ran again since, also one whose
         output is in a folder of outputs that the release read.
     """
-    for run in lineage.find(Index(root), RELEASE).upstream:
+    upstream = lineage.find(Index(root), RELEASE).upstream
+    removed = undeclared(Revision(root, None), {run.address for run in upstream})
+    left = [run.path for run in upstream if run.address in removed and (root / run.path).exists()]
+    removal = f"`rm -r {' '.join(map(quote, left))}`, which dvc.yaml no longer has, then " if left else ""
+    for run in upstream:
         outs = target.lock.get(run.address, {}).get("outs", [])
         now = next((out["md5"] for out in outs if out["path"] == run.path), run.md5)
         if now != run.md5:
             raise CheckFailed(
                 f"{target.path} was made from an earlier {run.path} ({run.address} ran again since)",
-                f"`dvc repro {RELEASE}`",
+                f"{removal}`dvc repro {RELEASE}`",
             )
 
 

@@ -198,7 +198,7 @@ class Lineage:
         """All upstream stages in flow order, and the stage itself."""
         from dagster_project.commands.outputs import ancestors
 
-        return [*ancestors(self.lock, self.address), self.address]
+        return [*ancestors(Revision(self.root, None), self.lock, self.address), self.address]
 
     def texts(self) -> dict[str, str]:
         """Address -> text of its entry in dvc.lock."""

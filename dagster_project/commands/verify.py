@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
-from dagster_project.commands.outputs import Judged, Outputs, ancestors
+from dagster_project.commands.outputs import Judged, Outputs, ancestors, producers
 from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core import params
 from dagster_project.core.errors import INNER, CheckFailed, InputError
@@ -56,7 +56,7 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
     at = Revision(root, rev)
     lock = at.lock()
     address = resolve(lock, stage)
-    addresses = [*ancestors(lock, address), address] if deep else [address]
+    addresses = [*ancestors(at, lock, address), address] if deep else [address]
     document: dict[str, Any] = {
         "stage": address,
         "rev": rev,
@@ -94,7 +94,7 @@ def verdicts(root: Path, stages: Sequence[str]) -> dict[str, str]:
     """
     at = Revision(root, None)
     lock = at.lock()
-    above = {stage: [*ancestors(lock, stage), stage] for stage in stages}
+    above = {stage: [*ancestors(at, lock, stage), stage] for stage in stages}
     addresses = list(dict.fromkeys(name for names in above.values() for name in names))
     with closing(reproduce(at, lock, addresses)) as reproduced:
         found = {one.name: one.judged.verdict for one in reproduced}
@@ -195,8 +195,9 @@ class _Clone:
         """
         inputs: dict[str, tuple[str, str | None]] = {}
         outdated: list[str] = []
+        read = producers(self.at, self.lock, addresses)
         for name, stage in self.lock.items():
-            for out in stage.get("outs", []) if name not in addresses else []:
+            for out in stage.get("outs", []) if name in read and name not in addresses else []:
                 if not any(dvc.overlap(out["path"], path) for path in dependencies) or out["path"].startswith(REPORTS):
                     continue
                 oid = dependencies.get(out["path"], out["md5"])

@@ -88,7 +88,7 @@ def _recorded(at: Revision, stage: str, deep: bool) -> Build | None:
     """
     lock = at.lock()
     address = resolve(lock, stage)
-    names = [*ancestors(lock, address), address] if deep else [address]
+    names = [*ancestors(at, lock, address), address] if deep else [address]
     entries = [entry for name in names for entry in code_lock.recorded_in(lock[name]).items()]
     now = code_lock.installed()
     if all(now.get(one) == value for one, value in entries):

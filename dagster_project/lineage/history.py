@@ -21,6 +21,7 @@ from dagster_project.core.git import git, git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
 from dagster_project.core.layout import report_of
 from dagster_project.core.text import listed
+from dagster_project.lineage.notes import parsed_yaml
 from dagster_project.lineage.papers_in_place import without_papers
 
 LOCK = "dvc.lock"
@@ -132,7 +133,8 @@ def lost_entries(root: Path) -> list[str]:
         for name, text in before.items()
         if name not in after or (after[name] != text and text.startswith(after[name]))
     ]
-    return [name for name in lost if _is_declared(root, name)] if lost else []
+    removed = undeclared(Revision(root, None), lost, otherwise=False) if lost else set()
+    return [name for name in lost if name not in removed]
 
 
 def _entries(text: str) -> dict[str, str]:
@@ -141,27 +143,35 @@ def _entries(text: str) -> dict[str, str]:
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
-def _is_declared(root: Path, address: str) -> bool:
-    """Whether dvc.yaml has this stage, of a `foreach` over a section of params.yaml this variant."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+def undeclared(at: Revision, addresses: Iterable[str], otherwise: bool = True) -> set[str]:
+    """Those of some stages in dvc.lock that dvc.yaml no longer has, such as removed and renamed variants, whose entries
+    DVC keeps.
 
+    Args:
+        otherwise: whether a stage counts as one that it has if dvc.yaml or params.yaml cannot be read, or lacks a key.
+    """
+    documents = []
+    for name in ("dvc.yaml", "params.yaml"):
+        with suppress(OSError, UnicodeDecodeError):
+            documents.append(parsed_yaml(at.text(name) or ""))
+    return {one for one in addresses if not _is_declared(one, documents, otherwise)}
+
+
+def _is_declared(address: str, documents: Sequence[Any], otherwise: bool) -> bool:
+    """Whether dvc.yaml has this stage, of a `foreach` over a section of params.yaml this variant."""
     stage, _, variant = address.partition("@")
     try:
-        documents = [
-            YAML(typ="safe").load((root / name).read_text(encoding="utf-8")) for name in ("dvc.yaml", "params.yaml")
-        ]
-        body = documents[0]["stages"][stage]
-        if not variant:
-            return True
-        items = body["foreach"]
+        stages = documents[0]["stages"]
+        if stage not in stages or not variant:
+            return stage in stages
+        items = stages[stage]["foreach"]
         if isinstance(items, str):  # "${section}"
             keys, items = items.removeprefix("${").removesuffix("}").split("."), documents[1]
             for key in keys:
                 items = items[key]
         return variant in map(str, items)
-    except (YAMLError, OSError, ValueError, TypeError, KeyError):
-        return False
+    except (TypeError, KeyError, IndexError):
+        return otherwise
 
 
 def refuse_lost_entries(root: Path) -> None:
@@ -232,6 +242,11 @@ class Revision:
         stages = stages_of(text) if text else {}
         if self.rev is None and not partial:
             refuse_lost_entries(self.root)
+        if self.rev is None and text is not None and not text.strip():  # DVC was killed while it wrote the first one
+            raise InputError(
+                f"{LOCK} is empty, and DVC refuses it",
+                "delete it, then run `dvc repro`, which restores what ran from DVC's run cache",
+            )
         if not text:
             raise InputError(
                 f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first"

@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import chain, combinations, islice, product
 from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
@@ -328,26 +328,17 @@ class Resolver:
         are unavailable, so that this cannot be decided, those of this dvc.lock.
         """
         if md5 not in self._folders:
-            if self._has_hash(dep, inside, md5) is None:
+            if has_hash(dep, inside, md5, self.listing) is None:
                 return tuple(inside.items())
             paths = [path for path in self._versions if path.startswith(dep + "/")]
             versions = [list(dict.fromkeys([inside.get(path), *self._versions[path], None])) for path in paths]
             combinations = ({p: v for p, v in zip(paths, values, strict=True) if v} for values in product(*versions))
-            fitting = (outs for outs in islice(combinations, MOST_COMBINATIONS) if self._has_hash(dep, outs, md5))
+            fitting = (
+                outs for outs in islice(combinations, MOST_COMBINATIONS) if has_hash(dep, outs, md5, self.listing)
+            )
             found = next(fitting, None)
             self._folders[md5] = None if found is None else tuple(found.items())
         return self._folders[md5]
-
-    def _has_hash(self, dep: str, outs: Mapping[str, str], md5: str) -> bool | None:
-        """Whether a folder with these outputs has this hash; None if an output is unavailable."""
-        files: dict[str, str] = {}
-        for path, value in outs.items():
-            listing = self.listing(value)
-            if listing is None:
-                return None
-            prefix = path.removeprefix(dep + "/")
-            files |= {f"{prefix}/{name}" if name else prefix: digest for name, digest in listing.items()}
-        return md5 in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}
 
     def _version_read(self, path: str, entry: Entry, now: str | None = None) -> str | None:
         """Hash of the version of an output of which an entry read files or folders, i.e. that has all of them with
@@ -358,6 +349,36 @@ class Resolver:
             if all(part_of(listing, name) == md5 for name, md5 in parts.items()):
                 return version
         return None
+
+
+def has_hash(dep: str, outs: Mapping[str, str], md5: str, listing: Listing) -> bool | None:
+    """Whether a folder with these outputs has this hash; None if an output is unavailable."""
+    files: dict[str, str] = {}
+    for path, value in outs.items():
+        if (found := listing(value)) is None:
+            return None
+        prefix = path.removeprefix(dep + "/")
+        files |= {f"{prefix}/{name}" if name else prefix: digest for name, digest in found.items()}
+    return md5 in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}
+
+
+def outputs_in(
+    dep: str, md5: str, outs: Mapping[str, str], removed: Collection[str], listing: Listing
+) -> Collection[str]:
+    """Of the outputs at paths in a folder, those that it held when a stage read it.
+
+    All of them, if the recorded hash of the folder fits no part, because one ran again since, or because outputs are
+    unavailable.
+
+    Args:
+        removed: those of stages that dvc.yaml no longer has. The folder held them until somebody deleted them.
+    """
+    files = {value: listing(value) for value in {*outs.values()}}
+    parts = (part for size in range(len(outs), 0, -1) for part in combinations(outs, size))
+    for part in chain([[path for path in outs if path not in removed]], islice(parts, MOST_COMBINATIONS)):
+        if has_hash(dep, {path: outs[path] for path in part}, md5, files.get):
+            return part
+    return outs.keys()
 
 
 def part_of(listing: Mapping[str, str], name: str) -> str | None:

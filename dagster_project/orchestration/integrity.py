@@ -25,7 +25,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_fi
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
-from dagster_project.lineage.history import LOST_HINT, Revision, bytes_of, lost_entries, lost_text
+from dagster_project.lineage.history import LOST_HINT, Revision, bytes_of, lost_entries, lost_text, undeclared
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
@@ -179,8 +179,10 @@ class _Examination:
         if at.rev is None and lock:
             self._examine_entries(at, lock)
             self._examine_runs()
+        # what a removed variant made can be neither fetched nor made again, and nobody needs it
+        removed = undeclared(at, lock)
         for address, stage in lock.items():
-            for out in stage["outs"]:
+            for out in stage["outs"] if address not in removed else ():
                 if out["path"].startswith(REPORTS):
                     self._examine_report(at, address, out)
                 else:

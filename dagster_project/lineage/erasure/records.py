@@ -62,11 +62,11 @@ def read_request(path: Path) -> Request:
     """A CSV file with the columns `record`, `containing` and `source`, or some of them.
 
     Raises:
-        InputError: it has other columns, or a row that fills not exactly one.
+        InputError: it has other columns, or a row that does not fill exactly one of them.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)  # a quote that nothing closes is an error
             names, rows = [*(reader.fieldnames or [])], [*reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}", "give a CSV file in UTF-8") from None
@@ -74,8 +74,12 @@ def read_request(path: Path) -> Request:
         raise InputError(
             f"{path}: its columns are {', '.join(map(visible, names)) or 'missing'}", f"use {', '.join(COLUMNS)}"
         )
+    if len({*names}) < len(names):
+        raise InputError(f"{path}: a column is named twice: {', '.join(names)}", "name each column once")
     found: dict[str, list[str]] = {name: [] for name in COLUMNS}
     for number, row in enumerate(rows, 2):
+        if reader.restkey in row:  # the text before the comma alone would be another request
+            raise InputError(f"{path}, line {number}: more values than columns", "put quotes around a text with commas")
         filled = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
         if len(filled) != 1:
             raise InputError(f"{path}, line {number}: {len(filled)} columns are filled", "fill exactly one in each row")

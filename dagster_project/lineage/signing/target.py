@@ -124,9 +124,10 @@ def _payload(line: bytes) -> bytes:
         return line
 
 
-def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder") -> None:
+def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder", may_be_source: bool = False) -> None:
     """Args:
         folder: or file, if `kind` is "file".
+        may_be_source: whether it may lie in what a stage reads, as new data for it.
     Raises:
         InputError: the folder is an output of the project, lies in one, or contains one; or it
             lies in what a stage reads, or where git, DVC and signatures have their files; or
@@ -140,7 +141,7 @@ def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder"
             if given.is_relative_to(path) or path.is_relative_to(given):
                 where = "contains" if path.is_relative_to(given) and path != given else _where(given, path)
                 raise InputError(f"{option} {folder}: it {where} {out['path']}, an output of {name}", hint)
-    for name, stage in lock.items():
+    for name, stage in {} if may_be_source else lock.items():
         for dep in stage.get("deps", []):
             path = (root / dep["path"]).resolve()
             if given.is_relative_to(path):

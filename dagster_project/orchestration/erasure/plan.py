@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dagster_project.core import params
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, sha256_of_bytes, sha256_of_file
-from dagster_project.core.layout import RECORD_KEY, report_of
+from dagster_project.core.layout import PLOTS, RECORD_KEY, REPORTS, report_of
 from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.curation.left_out import is_remote
@@ -30,7 +32,7 @@ from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
 from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request, rows_of_notes
 from dagster_project.lineage.erasure.scan import Scanner
-from dagster_project.lineage.history import Objects, is_within
+from dagster_project.lineage.history import Objects, Revision, is_within, undeclared
 from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
@@ -45,6 +47,9 @@ from dagster_project.orchestration.erasure.remotes import remotes_of
 REMAKE, RETIRE, KEEP = "remake", "retire", "keep"
 """What becomes of a model that saw the record: made again in the workspace;
 deleted; kept, because it was only tested on it."""
+
+NOT_DATA = (REPORTS, PLOTS)
+"""Outputs without records that git tracks."""
 
 STORAGES = frozenset(
     {
@@ -128,6 +133,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     read_erased(root)  # tombstones of another key would end the pipeline after the rows are gone
     states = dvc.read_stages(root)
     _refuse_outdated(root, states)
+    _refuse_left(root, states)
     index = Index(root)
     index.read_records()
     read = {**_hashes_of_notes(root), **_hashes_when_read(root)}
@@ -211,6 +217,20 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
                 " so its rows may not be those of the sources",
                 f"run `dvc repro {address}`, then ask again",
             )
+
+
+def _refuse_left(root: Path, states: Collection[str]) -> None:
+    """Raises:
+    InputError: there are outputs of stages and variants that dvc.yaml no longer has: nothing would make them again.
+    """
+    entries = (entry for address, entry in Revision(root, None).lock().items() if address not in states)
+    outs = [out["path"] for entry in entries for out in entry.get("outs", ()) if not out["path"].startswith(NOT_DATA)]
+    if left := [path for path in outs if os.path.lexists(root / path)]:
+        raise InputError(
+            f"{', '.join(left)}: left by a stage that dvc.yaml no longer has, so it would not be made again without"
+            " the records",
+            f"remove them first: `rm -r {shlex.join(left)}`",
+        )
 
 
 def _refuse_without_tombstone(found: Found, key: bytes) -> None:
@@ -379,7 +399,7 @@ def models_of(index: Index, found: Found) -> tuple[list[dict[str, Any]], list[di
     the outputs to retire: of models, and of everything that was made from them. Ids that a row that stays has too do
     not count: a model that learned from that row only is kept."""
     models, unknown = exposed_models(index, found.own_ids) if found.own_ids else ([], [])
-    workspace = {run.md5 for run in index.runs.values() if run.in_workspace}
+    workspace = {run.md5 for run in _in_workspace(index)}
     models = [_with_outcome(model, workspace) for model in models]
     retired = {model["md5"] for model in models if model["outcome"] != KEEP}
     return models, unknown, retired | _made_from(index, retired)
@@ -408,8 +428,16 @@ def _made_from(index: Index, models: set[str]) -> set[str]:
     return {run.md5 for run in index.runs.values() if depends(run)}
 
 
+def _in_workspace(index: Index) -> list[StageRun]:
+    """The runs in the dvc.lock of the workspace. DVC keeps the entries of removed and renamed variants there, of which
+    nothing is left that an erasure could make again."""
+    runs = [run for run in index.runs.values() if run.in_workspace]
+    removed = undeclared(Revision(index.root, None), {run.address for run in runs})
+    return [run for run in runs if run.address not in removed]
+
+
 def _outputs(index: Index) -> dict[str, str]:
-    return {run.address: run.md5 for run in index.runs.values() if run.in_workspace and run.is_model}
+    return {run.address: run.md5 for run in _in_workspace(index) if run.is_model}
 
 
 def needles_in(plan: Mapping[str, Any]) -> Needles:
@@ -430,4 +458,5 @@ def found_in_models(root: Path, ids: Sequence[str]) -> dict[str, list[str]]:
     index = Index(root)
     index.read_records()
     exposed, unknown = exposed_in_workspace(index, ids) if ids else ([], [])
-    return {"yes": exposed, "unknown": unknown}
+    here = {run.address for run in _in_workspace(index)}
+    return {"yes": [one for one in exposed if one in here], "unknown": [one for one in unknown if one in here]}
