@@ -312,6 +312,20 @@ def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) 
         impact(made.root, source="data/sources/benchmarks/b.json")
 
 
+def test_characters_that_json_escapes_as_two_hide_no_model(made: Project) -> None:
+    """Parameters of a stage had an emoji, and its dvc.lock counted as unreadable."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    system, benchmark = "Be kind \U0001f98a", "data/sources/benchmarks/pr\u00fcfung \U0001f98a.jsonl"
+    lock["adapter@lora"]["params"] = {"params.yaml": {"adapter.lora": {"system": system}}}
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": [benchmark]}}}
+    made.commit(lock)
+    assert audit(made.root, "adapter@lora")["parameters"]["adapter.lora"] == {"system": system}
+    answer = impact(made.root, record=identity("cats"))
+    assert (answer["verdict"], answer["unknown"], answer["unreadable"]) == ("yes", [], [])
+    answer = impact(made.root, source=benchmark)
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["instructions"])
+
+
 def test_a_module_of_metrics_is_known_by_the_function_that_parameters_name(made: Project) -> None:
     lock = made.trained(made.curated(ROWS), TRAINED)
     lock["evaluation"] = entry("evaluation", {"data/metrics": "1" * 32 + ".dir"}, made.put({"scores.json": b"{}"}))

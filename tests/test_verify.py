@@ -170,6 +170,15 @@ def test_a_stage_is_verified_from_the_input_it_read_even_if_that_was_produced_ag
     assert verify(root, "tok")["verdict"] == "identical"
 
 
+def test_a_stage_is_verified_from_recorded_parameters_with_emoji(root: Path) -> None:
+    before = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(before.replace('"testseed": 7', '"testseed": "\U0001f98a"'), encoding="utf-8")
+    assert dvc(root, "repro", "tok").returncode == 0
+    (root / "params.yaml").write_text(before.replace('"minlen": 1', '"minlen": 2'))
+    assert dvc(root, "repro", "--single-item", "inst").returncode == 0
+    assert verify(root, "tok")["verdict"] == "identical"
+
+
 def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(root: Path) -> None:
     shutil.rmtree(root / ".dvc/cache/files")
     with pytest.raises(InputError, match="data/inst: 1 object") as said:

@@ -5,7 +5,6 @@ The project is not changed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
+from dagster_project.commands.new_project import as_yaml
 from dagster_project.commands.outputs import Judged, Outputs, ancestors
 from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core import params
@@ -26,10 +26,10 @@ from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.git import git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
-from dagster_project.core.records import remove
+from dagster_project.core.records import remove, write_text
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.code import value_at
-from dagster_project.lineage.history import Revision, bytes_of, resolve
+from dagster_project.lineage.code import PARAMS, value_at
+from dagster_project.lineage.history import LOCK, Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 from dagster_project.views.texts import text
@@ -175,7 +175,7 @@ class _Clone:
         for name in outdated:
             (self.root / report_of(name)).unlink(missing_ok=True)
         if outdated:
-            (self.root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": self.lock}))
+            write_text(self.root / LOCK, as_yaml({"schema": "2.0", "stages": self.lock}))
         for path, (oid, published) in inputs.items():
             self._copy(path, oid, published)
         for path, oid in sources.items():  # no input, but DVC requires that they exist
@@ -265,12 +265,12 @@ class _Clone:
             InputError: a source in git differs from its record, and its version in the latest commit does, too.
         """
         values = params.read(self.root)
-        recorded = self.lock[name].get("params", {}).get("params.yaml", {})
+        recorded = self.lock[name].get("params", {}).get(PARAMS, {})
         if changed := [key for key, value in recorded.items() if value_at(values, key) != value]:
             log.info(f"{name}: using the recorded {', '.join(changed)} instead of that in params.yaml")
             for key in changed:
                 _put(values, key, recorded[key])
-            (self.root / "params.yaml").write_text(json.dumps(values, default=str))
+            write_text(self.root / PARAMS, as_yaml(values))
         if entry := code_lock.recorded_in(self.lock[name]):
             code_lock.record(self.root, entry)
         deps = {dep["path"]: dep["md5"] for dep in self.lock[name].get("deps", [])}

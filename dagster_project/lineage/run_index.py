@@ -32,6 +32,7 @@ from dagster_project.lineage.runs import (
     is_input,
     lock_parts,
     output,
+    stage_in,
     teacher_of,
     unread_inputs,
     watched_inputs,
@@ -100,9 +101,7 @@ class RunIndex(Database):
         known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
         for address, key in parts.items():
             if key not in known:
-                run = self._add_entry(
-                    key, address, stages_of("stages:\n" + parts.text[address])[address], parts.text[address], models
-                )
+                run = self._add_entry(key, address, stage_in(parts.text[address]), parts.text[address], models)
                 if run is not None:
                     known[key] = run
         lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
@@ -415,7 +414,7 @@ class RunIndex(Database):
     def lock_entry(self, run: StageRun) -> dict[str, Any]:
         """The complete entry of dvc.lock; empty if nothing records the run."""
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
-        return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
+        return stage_in(row[0]) if row else {}
 
     @cached_per_instance
     def parents(self, run: StageRun) -> list[StageRun]:

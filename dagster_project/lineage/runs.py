@@ -372,7 +372,7 @@ class LockParts(dict[str, str]):
     """Address -> hash of its section of a dvc.lock."""
 
     text: dict[str, str]
-    """Address -> YAML of its section."""
+    """Address -> its section, as `as_section` writes it."""
 
 
 def lock_parts(text: str) -> LockParts:
@@ -429,8 +429,14 @@ def _sections(pieces: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_section(address: str, stage: Mapping[str, Any]) -> str:
-    """A stage as a section of a dvc.lock."""
+    """A stage as a section of a dvc.lock, as JSON."""
     return f"  {json.dumps(address)}: {json.dumps(stage)}\n"
+
+
+def stage_in(section: str) -> dict[str, Any]:
+    """The stage that `as_section` wrote. YAML does not have JSON's escapes of characters such as emoji."""
+    (stage,) = json.loads(f"{{{section}}}").values()
+    return dict(stage)
 
 
 def conflict_sides(text: str) -> list[str]:
