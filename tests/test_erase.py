@@ -581,6 +581,9 @@ def test_requests_in_a_file(tmp_path: Path) -> None:
         ("a,b\n1,2\n", "its columns are a, b"),
         ("record,source\nx,y\n", "line 2: 2 columns"),
         ("record\n", "no request"),
+        ("containing\nZephyrine\nDoe, Jane\n", "line 3: it has more cells than columns"),  # not all with "Doe"
+        ('containing\n"Doe\nZephyrine\n', "cannot be read: unexpected end of data"),
+        ("containing,containing\nDoe,Zephyrine\n", "its columns are containing, containing"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):

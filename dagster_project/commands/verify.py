@@ -124,6 +124,13 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
         addresses: in the order of the pipeline.
     """
     code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
+    for name in addresses:
+        for item in (*lock[name].get("deps", []), *lock[name].get("outs", [])):
+            if "md5" not in item:  # a place outside of the project, such as https://
+                raise InputError(
+                    f"{name}: dvc.lock records no md5 of {item['path']}, so the stage cannot be reproduced",
+                    "copy it into the project, e.g. with `dvc import-url`, and read the copy",
+                )
     with scratch_folder() as folder:
         clone = _Clone(at, lock, dvc_cache.store(at.root), Path(folder).resolve() / "project")
         clone.fill(addresses)

@@ -37,7 +37,7 @@ from dagster_project.lineage.history import (
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
 from dagster_project.lineage.run_index import WEIGHTS
-from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, teacher_of
+from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, output, teacher_of
 from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
@@ -221,10 +221,9 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     blob = index.history.workspace if rev is None else (named or "").strip()
     runs = index.runs_in_lock(blob)
     if not runs:
-        if not Revision(index.root, rev).lock():
-            raise InputError(
-                f"dvc.lock{f' at {rev}' if rev else ''} has no stages: nothing has been run", "run `dvc repro` first"
-            )
+        where = f"dvc.lock{f' at {rev}' if rev else ''}"
+        if not any(map(output, Revision(index.root, rev).lock().values())):
+            raise InputError(f"{where} has no stages with an output: nothing has been run", "run `dvc repro` first")
         raise InputError(
             f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown",
             f"create a branch: `git branch NAME {rev}`",

@@ -62,20 +62,24 @@ def read_request(path: Path) -> Request:
     """A CSV file with the columns `record`, `containing` and `source`, or some of them.
 
     Raises:
-        InputError: it has other columns, or a row that fills not exactly one.
+        InputError: it has other columns, or a row that does not fill exactly one.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names, rows = [*(reader.fieldnames or [])], [*reader]
+            reader = csv.DictReader(file, strict=True)
+            names, rows = [*(reader.fieldnames or [])], [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}", "give a CSV file in UTF-8") from None
-    if not names or not {*names} <= {*COLUMNS}:
+    if not names or not {*names} <= {*COLUMNS} or len({*names}) < len(names):
         raise InputError(
             f"{path}: its columns are {', '.join(map(visible, names)) or 'missing'}", f"use {', '.join(COLUMNS)}"
         )
     found: dict[str, list[str]] = {name: [] for name in COLUMNS}
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
+        if None in row:
+            raise InputError(
+                f"{path}, line {number}: it has more cells than columns", 'quote a text with a comma: "Doe, Jane"'
+            )
         filled = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
         if len(filled) != 1:
             raise InputError(f"{path}, line {number}: {len(filled)} columns are filled", "fill exactly one in each row")
