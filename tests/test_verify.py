@@ -170,6 +170,27 @@ def test_a_stage_is_verified_from_the_input_it_read_even_if_that_was_produced_ag
     assert verify(root, "tok")["verdict"] == "identical"
 
 
+@pytest.mark.parametrize(
+    "cmd",
+    [
+        ["mkdir -p data/two && cd data/two && echo a > a", "echo b > data/two/b"],
+        "mkdir -p data/two && cd data/two && echo a > a\necho b > data/two/b\n",
+        "mkdir -p data/two; [[ -d data/two ]] && echo a > data/two/a && cat <(echo b) > data/two/b",
+    ],
+)
+def test_several_commands_of_a_stage_run_one_after_the_other_in_the_shell_of_the_user(
+    root: Path, cmd: str | list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHELL", shutil.which("bash") or "")
+    document = json.loads((root / "dvc.yaml").read_text())
+    document["stages"]["two"] = {"cmd": cmd, "deps": ["data/sources/g.txt"], "outs": ["data/two"]}
+    (root / "dvc.yaml").write_text(json.dumps(document))
+    made = dvc(root, "repro", "two")
+    assert made.returncode == 0, made.stderr
+    assert {path.name for path in (root / "data/two").iterdir()} == {"a", "b"}
+    assert verify(root, "two")["verdict"] == "identical"
+
+
 def test_a_stage_is_verified_from_recorded_parameters_with_emoji(root: Path) -> None:
     before = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(before.replace('"testseed": 7', '"testseed": "\U0001f98a"'), encoding="utf-8")

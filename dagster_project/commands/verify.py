@@ -311,23 +311,26 @@ class _Clone:
         )
 
     def run(self, name: str) -> None:
-        """Run the recorded command on the clone's code, by the current interpreter.
+        """Run the recorded commands on the clone's code, by the current interpreter, as DVC does: each line or item
+        in a shell of the user's kind, until one fails.
 
         Raises:
-            InputError: the command failed with exit code 2.
+            InputError: a command failed with exit code 2.
             CheckFailed: it failed with another exit code.
         """
         environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
-        with processes.ended_with_its_children(
-            subprocess.Popen(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2)
-        ) as process:
-            code = process.wait()
-        if code:
-            kind = InputError if code == 2 else CheckFailed
-            raise kind(
-                f"{name} could not be reproduced: its command failed",
-                f"{processes.next_step(code)}; the project was not changed",
-            )
+        recorded, shell = self.lock[name]["cmd"], os.environ.get("SHELL") or "/bin/sh"
+        for command in recorded if isinstance(recorded, list) else recorded.splitlines():
+            with processes.ended_with_its_children(
+                subprocess.Popen(command, shell=True, executable=shell, cwd=self.root, env=environment, stdout=2)
+            ) as process:
+                code = process.wait()
+            if code:
+                kind = InputError if code == 2 else CheckFailed
+                raise kind(
+                    f"{name} could not be reproduced: its command failed",
+                    f"{processes.next_step(code)}; the project was not changed",
+                )
 
     def settle(self, name: str, outs: Mapping[str, Mapping[str, str]]) -> None:
         """Put the recorded version of each output in place of one that differs,
