@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,21 @@ def test_characters_that_json_escapes_as_two_hide_no_model(made: Project) -> Non
     assert (answer["verdict"], answer["unknown"], answer["unreadable"]) == ("yes", [], [])
     answer = impact(made.root, source=benchmark)
     assert (answer["verdict"], answer["read_by"]) == ("no", ["instructions"])
+
+
+def test_parameters_with_keys_and_values_that_json_does_not_have_are_those_of_the_commit(made: Project) -> None:
+    """Numbers as keys were compared with texts, and a date ended the audit."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    values = {"names": {0: "bug", 1: "idea", None: "x"}, "since": date(2024, 1, 31)}
+    lock["adapter@lora"]["params"] = {"params.yaml": {"adapter.lora": values}}
+    text = "adapter:\n  lora: {names: {0: bug, 1: idea, null: x}, since: 2024-01-31}\n"
+    (made.root / "params.yaml").write_text(text)
+    made.commit(lock)
+    assert audit(made.root, "merged@lora")["code"]["clean"]
+    (made.root / "params.yaml").write_text(text.replace("0: bug", "2: bug"))
+    lock["adapter@lora"]["params"]["params.yaml"]["adapter.lora"] = {**values, "since": date(2024, 2, 1)}
+    made.commit(lock)
+    assert audit(made.root, "merged@lora")["code"]["differs"] == ["params.yaml"]
 
 
 def test_a_module_of_metrics_is_known_by_the_function_that_parameters_name(made: Project) -> None:

@@ -430,7 +430,7 @@ def _sections(pieces: Mapping[str, str]) -> dict[str, str]:
 
 def as_section(address: str, stage: Mapping[str, Any]) -> str:
     """A stage as a section of a dvc.lock, as JSON."""
-    return f"  {json.dumps(address)}: {json.dumps(stage)}\n"
+    return f"  {json.dumps(address)}: {json.dumps(stage, default=str)}\n"  # str: of dates
 
 
 def stage_in(section: str) -> dict[str, Any]:
