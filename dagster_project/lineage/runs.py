@@ -85,6 +85,16 @@ class StageRun:
         return self.entry.address
 
     @property
+    def stage(self) -> str:
+        """The address without the variant."""
+        return self.address.partition("@")[0]
+
+    @property
+    def variant(self) -> str:
+        """The variant; empty if the stage has none."""
+        return self.address.partition("@")[2]
+
+    @property
     def path(self) -> str:
         """Path of the output."""
         return self.entry.path
