@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,35 @@ def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) 
     assert "named by instructions, but not as a source of rows" in as_text(answer)
     with pytest.raises(InputError, match="no recorded run has read"):
         impact(made.root, source="data/sources/benchmarks/b.json")
+
+
+def test_characters_that_json_escapes_as_two_hide_no_model(made: Project) -> None:
+    """Parameters of a stage had an emoji, and its dvc.lock counted as unreadable."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    system, benchmark = "Be kind \U0001f98a", "data/sources/benchmarks/pr\u00fcfung \U0001f98a.jsonl"
+    lock["adapter@lora"]["params"] = {"params.yaml": {"adapter.lora": {"system": system}}}
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": [benchmark]}}}
+    made.commit(lock)
+    assert audit(made.root, "adapter@lora")["parameters"]["adapter.lora"] == {"system": system}
+    answer = impact(made.root, record=identity("cats"))
+    assert (answer["verdict"], answer["unknown"], answer["unreadable"]) == ("yes", [], [])
+    answer = impact(made.root, source=benchmark)
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["instructions"])
+
+
+def test_parameters_with_keys_and_values_that_json_does_not_have_are_those_of_the_commit(made: Project) -> None:
+    """Numbers as keys were compared with texts, and a date ended the audit."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    values = {"names": {0: "bug", 1: "idea", None: "x"}, "since": date(2024, 1, 31)}
+    lock["adapter@lora"]["params"] = {"params.yaml": {"adapter.lora": values}}
+    text = "adapter:\n  lora: {names: {0: bug, 1: idea, null: x}, since: 2024-01-31}\n"
+    (made.root / "params.yaml").write_text(text)
+    made.commit(lock)
+    assert audit(made.root, "merged@lora")["code"]["clean"]
+    (made.root / "params.yaml").write_text(text.replace("0: bug", "2: bug"))
+    lock["adapter@lora"]["params"]["params.yaml"]["adapter.lora"] = {**values, "since": date(2024, 2, 1)}
+    made.commit(lock)
+    assert audit(made.root, "merged@lora")["code"]["differs"] == ["params.yaml"]
 
 
 def test_a_module_of_metrics_is_known_by_the_function_that_parameters_name(made: Project) -> None:

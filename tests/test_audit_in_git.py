@@ -17,7 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.lineage import audit
-from dagster_project.views.lineage import code_text
+from dagster_project.views.lineage import code_text, lineage_page
 
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
 ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ)]
@@ -97,6 +97,15 @@ def test_the_history_before_a_project_was_moved_is_said_to_be_missing(made: Proj
     assert (found["verdict"], found["unreadable"]) == ("cannot tell", [lost])
     code = audit(made.root / "ml", "merged@lora")["code"]
     assert code["commit"][:12] == moved and code_text(code).endswith(f"it may be an earlier one, in {lost}")
+
+
+def test_the_page_of_an_audit_names_the_revision_to_verify(made: Project) -> None:
+    commits = [git(made.root, "rev-parse", name).strip() for name in ("first", "HEAD")]
+    pages = [lineage_page(audit(made.root, f"{name}:merged@lora"), []) for name in commits]
+    for page, name in zip(pages, commits, strict=True):
+        assert f"pedigree verify merged@lora --rev {name[:12]}<" in page
+    made.write(made.lock([("cats", "train", FAQ), ("newts", "train", MAIL), ROWS[2]]))
+    assert "pedigree verify merged@lora<" in lineage_page(audit(made.root, "merged@lora"), [])
 
 
 def test_an_empty_text_is_no_question(made: Project) -> None:

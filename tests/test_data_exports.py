@@ -641,6 +641,10 @@ def test_the_provider_of_a_revision_is_that_of_its_params(finished: Path) -> Non
     assert provider(finished, None) == {"legal_name": "Now Ltd"} and provider(finished, "HEAD") == {
         "legal_name": "Then Ltd"
     }
+    (finished / "params.yaml").write_text("? [{a: 1}]\n: 2\n")  # ruamel.yaml raises a TypeError
+    small_pipeline.commit(finished, "broken")
+    with pytest.raises(InputError, match=r"^params\.yaml at HEAD is not valid YAML"):
+        provider(finished, "HEAD")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from builders.records import call, result, rich, said, user
 from builders.small_pipeline import git
 from conftest import pedigree
 
+from dagster_project.commands.verify import verify
+from dagster_project.commands.where import where
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import read_table, write_records
@@ -331,6 +333,20 @@ def test_a_stage_is_found_beside_an_output_without_a_hash() -> None:
         "splits": {"outs": [{"path": "data/splits", "md5": "abcdef12"}]},
     }
     assert resolve(lock, "data/splits") == resolve(lock, "abcdef") == "splits"
+
+
+def test_what_has_no_md5_hides_nothing_and_is_not_reproduced(made: Project) -> None:
+    """Such as a dependency on the web or in S3, of which DVC records an etag."""
+    lock = made.lock(ROWS)
+    lock["extra"] = {"cmd": "x", "outs": [{"path": "s3://b/k", "hash": "etag", "etag": "1"}]}
+    lock["adapter@lora"]["deps"].append({"path": "https://example.org/a", "hash": "etag", "etag": "1"})
+    made.commit(lock)
+    assert where(made.root, audit(made.root, "merged@lora")["stages"]) == {}
+    with pytest.raises(InputError, match=r"adapter@lora: dvc\.lock records no md5 of https://example\.org/a"):
+        verify(made.root, "merged@lora", deep=True)
+    made.commit({"extra": lock["extra"]})
+    with pytest.raises(InputError, match=r"dvc\.lock has no stages with an output"):
+        audit(made.root, "extra")
 
 
 def test_a_file_of_an_output_that_nothing_records_any_more_is_in_no_output(made: Project, tmp_path: Path) -> None:

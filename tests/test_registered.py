@@ -166,6 +166,17 @@ def test_versions_at_commits_that_cannot_be_read_or_that_have_no_model_stop_noth
     assert registered(project.root) == {} and "GTO cannot read the tags" in caplog.text
 
 
+def test_a_version_of_a_model_at_a_path_beyond_ascii_is_found(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    (project.root / "dvc.yaml").write_text("artifacts:\n  big: {path: data/gr\u00f6\u00dfe}\nstages: {}\n")
+    lock = project.lock(ROWS)
+    made = project.commit(
+        {"gr\u00f6\u00dfe": {**lock["adapter@lora"], "outs": [{"path": "data/gr\u00f6\u00dfe", "md5": "1" * 32}]}}
+    )
+    run(project.root, "gto", "register", "big", "--version", "v1.0.0")
+    assert table_rows(registered(project.root)) == [("big", "v1.0.0", "-", "gr\u00f6\u00dfe", "1" * 12, made[:12])]
+
+
 def test_a_commit_that_is_in_use_without_a_version_is_called_by_its_first_digits(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     (project.root / "dvc.yaml").write_text(DVC_YAML)

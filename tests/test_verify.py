@@ -211,6 +211,36 @@ def test_a_variant_that_was_read_counts_also_where_another_one_is_unavailable() 
         assert [*outputs_in("d", "neither.dir", outs, removed, files.get)] == [*outs], "one of them ran again since"
 
 
+@pytest.mark.parametrize(
+    "cmd",
+    [
+        ["mkdir -p data/two && cd data/two && echo a > a", "echo b > data/two/b"],
+        "mkdir -p data/two && cd data/two && echo a > a\necho b > data/two/b\n",
+        "mkdir -p data/two; [[ -d data/two ]] && echo a > data/two/a && cat <(echo b) > data/two/b",
+    ],
+)
+def test_several_commands_of_a_stage_run_one_after_the_other_in_the_shell_of_the_user(
+    root: Path, cmd: str | list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHELL", shutil.which("bash") or "")
+    document = json.loads((root / "dvc.yaml").read_text())
+    document["stages"]["two"] = {"cmd": cmd, "deps": ["data/sources/g.txt"], "outs": ["data/two"]}
+    (root / "dvc.yaml").write_text(json.dumps(document))
+    made = dvc(root, "repro", "two")
+    assert made.returncode == 0, made.stderr
+    assert {path.name for path in (root / "data/two").iterdir()} == {"a", "b"}
+    assert verify(root, "two")["verdict"] == "identical"
+
+
+def test_a_stage_is_verified_from_recorded_parameters_with_emoji(root: Path) -> None:
+    before = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(before.replace('"testseed": 7', '"testseed": "\U0001f98a"'), encoding="utf-8")
+    assert dvc(root, "repro", "tok").returncode == 0
+    (root / "params.yaml").write_text(before.replace('"minlen": 1', '"minlen": 2'))
+    assert dvc(root, "repro", "--single-item", "inst").returncode == 0
+    assert verify(root, "tok")["verdict"] == "identical"
+
+
 def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(root: Path) -> None:
     shutil.rmtree(root / ".dvc/cache/files")
     with pytest.raises(InputError, match="data/inst: 1 object") as said:

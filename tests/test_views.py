@@ -422,7 +422,7 @@ def lineage(text: Text, tmp_path: Path) -> str:
                 text("d.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("evaluation")]}
             },
         },
-        "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}},
+        "code": {"commit": None, "lineage_at": None, "after": text("abc"), "files": {text("a.py"): text("abc")}},
         "environment": {text("torch"): text("2")},
         "other_versions": {text("torch"): [{"value": text("1"), "stages": [text("adapter")]}]},
         "base_model": {"origin": text("hub"), "license": text("MIT"), "sha256": {"model.safetensors": text("abc")}},

@@ -58,15 +58,14 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} at revision {one['revision']}, which still holds {many(len(one['rows']), 'row')} of them"
             for path, one in remote.items()
         ),
+        *(f"the DVC remote {name}" for name in plan["remotes elsewhere"]),
     ]
-    not_reached += [*(f"the DVC remote {name}" for name in plan["remotes elsewhere"])]
-    not_reached += [EVENT_LOG_ELSEWHERE] if plan["event log elsewhere"] else []
-    not_reached += (
-        ["DVC's cache, which is outside the project and may be shared: nothing was removed from it"]
-        if plan["shared cache"]
-        else []
-    )
-    not_reached += [f"git history, until it is rewritten: {len(plan['blobs'])} blobs"] if plan["blobs"] else []
+    if plan["event log elsewhere"]:
+        not_reached.append(EVENT_LOG_ELSEWHERE)
+    if plan["shared cache"]:
+        not_reached.append("DVC's cache, which is outside the project and may be shared: nothing was removed from it")
+    if plan["blobs"]:
+        not_reached.append(f"git history, until it is rewritten: {len(plan['blobs'])} blobs")
     return {
         "type": PREDICATE_TYPE,
         "date": plan["date"],

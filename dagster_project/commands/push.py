@@ -177,9 +177,7 @@ def refuse_failed_gate(root: Path, target: Target, today: date) -> None:
         raise InputError(
             f"{report_of(RELEASE)}: not what dvc.lock recorded", f"`dvc checkout --force {RELEASE}` restores it"
         )
-    made: dict[str, tuple[str, str]] = {
-        out["path"]: (name, out["md5"]) for name, stage in target.lock.items() for out in stage.get("outs", [])
-    }
+    made = {out["path"]: (name, out.get("md5")) for name, stage in target.lock.items() for out in stage.get("outs", [])}
     for dep in entry["deps"]:
         name, now = made.get(dep["path"], ("", dep.get("md5")))
         if now != dep.get("md5"):

@@ -5,7 +5,6 @@ The project is not changed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.commands import elsewhere
+from dagster_project.commands.new_project import as_yaml
 from dagster_project.commands.outputs import Judged, Outputs, ancestors, producers
 from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core import params
@@ -26,10 +26,10 @@ from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.git import git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
-from dagster_project.core.records import remove
+from dagster_project.core.records import remove, write_text
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.code import value_at
-from dagster_project.lineage.history import Revision, bytes_of, resolve
+from dagster_project.lineage.code import PARAMS, value_at
+from dagster_project.lineage.history import LOCK, Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 from dagster_project.views.texts import text
@@ -124,6 +124,13 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
         addresses: in the order of the pipeline.
     """
     code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
+    for name in addresses:
+        for item in (*lock[name].get("deps", []), *lock[name].get("outs", [])):
+            if "md5" not in item:  # a place outside of the project, such as https://
+                raise InputError(
+                    f"{name}: dvc.lock records no md5 of {item['path']}, so the stage cannot be reproduced",
+                    "copy it into the project, e.g. with `dvc import-url`, and read the copy",
+                )
     with scratch_folder() as folder:
         clone = _Clone(at, lock, dvc_cache.store(at.root), Path(folder).resolve() / "project")
         clone.fill(addresses)
@@ -175,7 +182,7 @@ class _Clone:
         for name in outdated:
             (self.root / report_of(name)).unlink(missing_ok=True)
         if outdated:
-            (self.root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": self.lock}))
+            write_text(self.root / LOCK, as_yaml({"schema": "2.0", "stages": self.lock}))
         for path, (oid, published) in inputs.items():
             self._copy(path, oid, published)
         for path, oid in sources.items():  # no input, but DVC requires that they exist
@@ -266,12 +273,12 @@ class _Clone:
             InputError: a source in git differs from its record, and its version in the latest commit does, too.
         """
         values = params.read(self.root)
-        recorded = self.lock[name].get("params", {}).get("params.yaml", {})
+        recorded = self.lock[name].get("params", {}).get(PARAMS, {})
         if changed := [key for key, value in recorded.items() if value_at(values, key) != value]:
             log.info(f"{name}: using the recorded {', '.join(changed)} instead of that in params.yaml")
             for key in changed:
                 _put(values, key, recorded[key])
-            (self.root / "params.yaml").write_text(json.dumps(values, default=str))
+            write_text(self.root / PARAMS, as_yaml(values))
         if entry := code_lock.recorded_in(self.lock[name]):
             code_lock.record(self.root, entry)
         deps = {dep["path"]: dep["md5"] for dep in self.lock[name].get("deps", [])}
@@ -305,23 +312,26 @@ class _Clone:
         )
 
     def run(self, name: str) -> None:
-        """Run the recorded command on the clone's code, by the current interpreter.
+        """Run the recorded commands on the clone's code, by the current interpreter, as DVC does: each line or item
+        in a shell of the user's kind, until one fails.
 
         Raises:
-            InputError: the command failed with exit code 2.
+            InputError: a command failed with exit code 2.
             CheckFailed: it failed with another exit code.
         """
         environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
-        with processes.ended_with_its_children(
-            subprocess.Popen(self.lock[name]["cmd"], shell=True, cwd=self.root, env=environment, stdout=2)
-        ) as process:
-            code = process.wait()
-        if code:
-            kind = InputError if code == 2 else CheckFailed
-            raise kind(
-                f"{name} could not be reproduced: its command failed",
-                f"{processes.next_step(code)}; the project was not changed",
-            )
+        recorded, shell = self.lock[name]["cmd"], os.environ.get("SHELL") or "/bin/sh"
+        for command in recorded if isinstance(recorded, list) else recorded.splitlines():
+            with processes.ended_with_its_children(
+                subprocess.Popen(command, shell=True, executable=shell, cwd=self.root, env=environment, stdout=2)
+            ) as process:
+                code = process.wait()
+            if code:
+                kind = InputError if code == 2 else CheckFailed
+                raise kind(
+                    f"{name} could not be reproduced: its command failed",
+                    f"{processes.next_step(code)}; the project was not changed",
+                )
 
     def settle(self, name: str, outs: Mapping[str, Mapping[str, str]]) -> None:
         """Put the recorded version of each output in place of one that differs,

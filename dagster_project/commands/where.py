@@ -24,7 +24,7 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
             which the measurements belong, is not the one that DVC recorded.
     """
     current = {
-        address: {out["md5"] for out in stage.get("outs", [])} for address, stage in workspace_lock(root).items()
+        address: {out.get("md5") for out in stage.get("outs", [])} for address, stage in workspace_lock(root).items()
     }
     executions: dict[str, Any] = {
         address: dict(measured(root, address)).get("execution")

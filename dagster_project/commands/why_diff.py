@@ -112,14 +112,14 @@ def recorded_answers(subject: Subject) -> Answers:
     """
     index = subject.index
     models = {subject.run.md5, *(run.md5 for run in (index.parents(subject.run) if index.is_copy(subject.run) else []))}
-    models |= {run.md5 for run in subject.lock.values() if _stage(run) == "merged" and _reads(run, models)}
+    models |= {run.md5 for run in subject.lock.values() if run.stage == "merged" and _reads(run, models)}
     for run in subject.lock.values():
-        if _stage(run) != "evaluation" or not _reads(run, models):
+        if run.stage != "evaluation" or not _reads(run, models):
             continue
         path = index.file_path(run.md5, RESULTS)
         if path is None:
             raise InputError(f"{run.path} (md5 {run.md5[:12]}) is not in the cache", f"fetch it: {fetch_hint([run])}")
-        variant = run.address.partition("@")[2]
+        variant = run.variant
         rows = {
             turn_key(row): row for row in read_table(path) if row["system"] == variant and row["answer"] is not None
         }
@@ -129,10 +129,6 @@ def recorded_answers(subject: Subject) -> Answers:
         f"{subject.run.address} (md5 {subject.run.md5[:12]}) has no recorded answers",
         "evaluate it: `dvc repro evaluation@VARIANT`",
     )
-
-
-def _stage(run: StageRun) -> str:
-    return run.address.partition("@")[0]
 
 
 def _reads(run: StageRun, outputs: Collection[str]) -> bool:

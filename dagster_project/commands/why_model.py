@@ -56,7 +56,7 @@ class Target:
 
     @property
     def variant(self) -> str:
-        return self.run.address.partition("@")[2]
+        return self.run.variant
 
     @property
     def folder(self) -> Path:
@@ -255,13 +255,13 @@ def adapter_of(subject: Subject, model: str) -> StageRun:
         InputError: it was made from none, learned from preference pairs, or is merged of several adapters.
     """
     models = subject.models
-    if aligned := next((run for run in models if run.address.partition("@")[0] in FROM_PAIRS), None):
+    if aligned := next((run for run in models if run.stage in FROM_PAIRS), None):
         raise InputError(
             f"{model}: {aligned.address} was trained on preference pairs or rewards:"
             " only a single question can be asked about it",
             "name the supervised model that it started from, e.g. merged@lora",
         )
-    adapters = [run for run in models if run.address.partition("@")[0] == ADAPTER]
+    adapters = [run for run in models if run.stage == ADAPTER]
     *parts, last = adapters or [subject.run]
     if any(part.md5 == md5 for part in parts for _, _, md5 in last.inputs):
         names = ", ".join(part.address for part in parts)
@@ -297,9 +297,7 @@ def needed(run: StageRun) -> dict[str, str]:
     """Path of the trained weights, of the data and of the model that a training
     began with -> hash of each as recorded."""
     inputs = {path: md5 for path, _, md5 in run.inputs}
-    data, start = (
-        (PREFERENCES, start_of(run)) if run.address.partition("@")[0] in FROM_PAIRS else (TOKENIZED, BASE_MODEL)
-    )
+    data, start = (PREFERENCES, start_of(run)) if run.stage in FROM_PAIRS else (TOKENIZED, BASE_MODEL)
     return {run.path: run.md5, data: inputs.get(data, ""), start: inputs.get(start, "")}
 
 

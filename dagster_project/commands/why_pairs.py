@@ -120,7 +120,7 @@ def asked_of(root: Path, model: str, subject: Subject) -> Target:
     Raises:
         InputError: its answers cannot be attributed, or the files of its training are not in the workspace.
     """
-    trained = [run for run in subject.models if run.address.partition("@")[0] in (ALIGNED, REWARD_MODEL)]
+    trained = [run for run in subject.models if run.stage in (ALIGNED, REWARD_MODEL)]
     if not trained:
         return target_of(root, model, subject)
     found = PairTarget(root, model, subject, trained[-1], root)

@@ -99,8 +99,10 @@ def _prove(found: Target, question: Question, top: list[str], count: int) -> dic
         what: _folder(found, names) if what in kept else train_without(found, names, what, identity)
         for what, names in sets.items()
     }
-    values = {what: _log_probability(found, question, folder) for what, folder in folders.items()}
-    whole, without, *of_draws = values.values()
+    whole, without, *of_draws = (
+        TrainedModel.load(folder, found.base_model, found.compute, found.run.address).log_probability(question.example)
+        for folder in folders.values()
+    )
     verdict = Verdict(whole - without, tuple(whole - value for value in of_draws))
     return {
         "left_out": len(top),
@@ -178,8 +180,3 @@ def _folder(found: Target, names: Collection[str]) -> Path:
 
 def _scratch(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.training")
-
-
-def _log_probability(found: Target, question: Question, folder: Path) -> float:
-    model = TrainedModel.load(folder, found.base_model, found.compute, found.run.address)
-    return model.log_probability(question.example)

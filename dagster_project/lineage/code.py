@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def code_in(
             files[f"{code_lock.FILE}:{stage}"] = sha256
             differs += [] if code_at_commit and code_at_commit.stages.get(stage) == sha256 else [code_lock.FILE]
         recorded_values = stages[name].get("params", {}).get(PARAMS) or {}
-        has_values = all(value_at(values, key) == value for key, value in recorded_values.items())
+        has_values = all(_as_json(value_at(values, key)) == value for key, value in recorded_values.items())
         found[name] = dict(sorted(files.items())), [] if commit is None else differs + ([] if has_values else [PARAMS])
     return found
 
@@ -98,6 +99,11 @@ def _in_workspace(root: Path, folder: str) -> dict[str, str]:
 
 def _folder_md5(files: Mapping[str, str], folder: str) -> str:
     return md5_of_folder({path.removeprefix(f"{folder}/"): md5 for path, md5 in files.items()})
+
+
+def _as_json(value: Any) -> Any:
+    """A value as `as_section` of runs.py writes it: keys of mappings are texts, and so are dates."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def value_at(values: Any, key: str) -> Any:

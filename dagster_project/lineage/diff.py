@@ -13,7 +13,6 @@ from typing import Any
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import (
-    NON_METRICS,
     Subject,
     document,
     find,
@@ -116,16 +115,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _scores(subject: Subject, audited: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics by stage, without the variant's name, so that two variants can be compared."""
-    variant = subject.run.address.partition("@")[2]
-    by_stage = {
-        name.removesuffix(f"@{variant}") if variant else name: metrics for name, metrics in audited["metrics"].items()
-    }
-    return _flat(
-        {
-            name: {key: value for key, value in metrics.items() if key not in NON_METRICS}
-            for name, metrics in by_stage.items()
-        }
-    )
+    suffix = f"@{subject.run.variant}" if subject.run.variant else ""
+    return _flat({name.removesuffix(suffix): metrics for name, metrics in audited["metrics"].items()})
 
 
 def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, Any]]] | None, list[dict[str, str]]]:

@@ -37,7 +37,7 @@ from dagster_project.lineage.rows import (
     text_key,
 )
 from dagster_project.lineage.run_index import RunIndex
-from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.runs import StageRun, stage_in
 
 SEGMENT = 4_000_000
 """Rows per segment. The rows of a segment are sorted together."""
@@ -300,8 +300,7 @@ class Index(RunIndex):
             " '\"review\"')"
         )
         for address, md5, text in self._db.execute(query):
-            entry = json.loads(text.partition(": ")[2])  # as `as_section` of runs.py writes it
-            section = ((entry.get("params") or {}).get("params.yaml") or {}).get(address)
+            section = ((stage_in(text).get("params") or {}).get("params.yaml") or {}).get(address)
             review = section.get("review") if isinstance(section, dict) else None
             if isinstance(review, str) and is_within(posixpath.normpath(review), source.rstrip("/")):
                 found.add(md5)

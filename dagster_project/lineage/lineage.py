@@ -37,7 +37,7 @@ from dagster_project.lineage.history import (
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
 from dagster_project.lineage.run_index import WEIGHTS
-from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, teacher_of
+from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, output, teacher_of
 from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
@@ -221,10 +221,9 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     blob = index.history.workspace if rev is None else (named or "").strip()
     runs = index.runs_in_lock(blob)
     if not runs:
-        if not Revision(index.root, rev).lock():
-            raise InputError(
-                f"dvc.lock{f' at {rev}' if rev else ''} has no stages: nothing has been run", "run `dvc repro` first"
-            )
+        where = f"dvc.lock{f' at {rev}' if rev else ''}"
+        if not any(map(output, Revision(index.root, rev).lock().values())):
+            raise InputError(f"{where} has no stages with an output: nothing has been run", "run `dvc repro` first")
         raise InputError(
             f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown",
             f"create a branch: `git branch NAME {rev}`",
@@ -324,7 +323,10 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
                 index, {stage: entries[stage] for stage in watched}, name, sources | watched_sources
             ),
         },
-        "watched_by": _watchers(subject),
+        "watched_by": [
+            {"stage": watcher.address, "path": watcher.path, "md5": watcher.md5, "training": subject.name(model)}
+            for watcher, model in subject.watchers
+        ],
         "records": _training_counts(records),
         "answers": _rewarded(subject),
         "order_unknown": _unordered(subject),
@@ -350,7 +352,8 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
 
 def _base_models(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The imported weights that reports state, each once."""
-    found = [_origin(report) for report in reports if {"origin", "sha256"} <= report.keys()]
+    weights = [with_license(report) for report in reports if {"origin", "sha256"} <= report.keys()]
+    found = [{key: facts[key] for key in ORIGIN if key in facts} for facts in weights]
     return list({json.dumps(one, sort_keys=True): one for one in found}.values())
 
 
@@ -371,13 +374,6 @@ def _waivers(values: Iterable[Any]) -> list[Any]:
 def _teachers(entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = {address: teacher_of(address, entry) for address, entry in entries.items()}
     return [{"training": address, **teacher} for address, teacher in found.items() if teacher]
-
-
-def _watchers(subject: Subject) -> list[dict[str, str]]:
-    return [
-        {"stage": watcher.address, "path": watcher.path, "md5": watcher.md5, "training": subject.name(model)}
-        for watcher, model in subject.watchers
-    ]
 
 
 def _parameters(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
@@ -440,21 +436,11 @@ def _sources(
             sources[name]["outcomes"] = {
                 subject.name(stage): counts
                 for stage, counted in ledgers.items()
-                if ([*readers] == [source] or not runs.isdisjoint(_with_producers(stage)))
+                if ([*readers] == [source] or runs & closure([stage], lambda one: one.producers.values()).keys())
                 and (counts := _outcomes_of_source(counted, source))
                 and counts != {"read": sources[name].get("rows")}
             }
     return sources, {name: read_by[name] for name in sources}
-
-
-def _with_producers(run: StageRun) -> dict[StageRun, None]:
-    """A run and everything upstream of it."""
-    return closure([run], lambda one: one.producers.values())
-
-
-def _origin(report: Mapping[str, Any]) -> dict[str, Any]:
-    facts = with_license(report)
-    return {key: facts[key] for key in ORIGIN if key in facts}
 
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:

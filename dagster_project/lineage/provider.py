@@ -71,7 +71,7 @@ def _values(root: Path, rev: str | None) -> dict[str, Any]:
 
     try:
         values = YAML(typ="safe").load(Revision(root, rev).text("params.yaml") or "")
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"params.yaml at {rev} is not valid YAML: {why}", "name another revision with --rev") from None
     return values if isinstance(values, dict) else {}

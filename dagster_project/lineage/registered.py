@@ -19,9 +19,9 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
-from dagster_project.lineage.history import LOCK, blobs, stages_of
+from dagster_project.lineage.history import LOCK, blobs
 from dagster_project.lineage.notes import parsed_yaml
-from dagster_project.lineage.runs import lock_parts, output
+from dagster_project.lineage.runs import lock_parts, output, stage_in
 
 log = logging.getLogger("pedigree")
 HEAD = ("artifact", "version", "in use as", "made by", "md5", "commit")
@@ -150,12 +150,11 @@ class _Models:
             return None
         lock = self._files.get(f"{commit}:./{LOCK}", b"").decode("utf-8", "replace")
         try:
-            parts = lock_parts(lock).text.items()
-            for address, text in (part for part in parts if path in part[1]):
-                out = output(stages_of("stages:\n" + text)[address])
+            for address, text in lock_parts(lock).text.items():
+                out = output(stage_in(text))
                 if out and out["path"] == path:
                     return address, out["md5"]
-        except (InputError, KeyError):
+        except InputError:
             pass
         log.warning(f"a version of {artifact} at commit {commit[:12]} is not shown: its dvc.lock records no {path}")
         return None

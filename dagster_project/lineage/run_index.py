@@ -32,6 +32,7 @@ from dagster_project.lineage.runs import (
     is_input,
     lock_parts,
     output,
+    stage_in,
     teacher_of,
     unread_inputs,
     watched_inputs,
@@ -100,9 +101,7 @@ class RunIndex(Database):
         known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
         for address, key in parts.items():
             if key not in known:
-                run = self._add_entry(
-                    key, address, stages_of("stages:\n" + parts.text[address])[address], parts.text[address], models
-                )
+                run = self._add_entry(key, address, stage_in(parts.text[address]), parts.text[address], models)
                 if run is not None:
                     known[key] = run
         lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
@@ -110,7 +109,7 @@ class RunIndex(Database):
         newly = [
             (run,)
             for run, address in self._rows("SELECT id, address FROM run WHERE id IN", [*known.values()])
-            if _section(address) in models
+            if address.partition("@")[0] in models
         ]
         self._db.executemany("UPDATE run SET is_model = 1 WHERE id = ?", newly)
 
@@ -133,7 +132,7 @@ class RunIndex(Database):
                 address,
                 out["path"],
                 out["md5"],
-                has_weights or _section(address) in models,
+                has_weights or address.partition("@")[0] in models,
                 report.get("path"),
                 report.get("md5"),
                 text,
@@ -415,7 +414,7 @@ class RunIndex(Database):
     def lock_entry(self, run: StageRun) -> dict[str, Any]:
         """The complete entry of dvc.lock; empty if nothing records the run."""
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
-        return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
+        return stage_in(row[0]) if row else {}
 
     @cached_per_instance
     def parents(self, run: StageRun) -> list[StageRun]:
@@ -429,11 +428,11 @@ class RunIndex(Database):
         if direct:
             return list(dict.fromkeys([*direct, *(self._same_weights(run) or self._models_read(run, in_folders=True))]))
         same = self._same_weights(run)
-        if not same and (_section(run.address) == RELEASE or run.unresolved or run.place in {"run cache", "cache"}):
+        if not same and (run.stage == RELEASE or run.unresolved or run.place in {"run cache", "cache"}):
             holders = {out for weight in self.weights(run.md5) for out in self.outputs_with_file(weight)} - {run.md5}
             found = [self.runs_by_output[out][0] for out in sorted(holders)]
-            same = [one for one in found if one.place != "cache" and _section(one.address) != RELEASE]
-        if same or _section(run.address) != RELEASE:
+            same = [one for one in found if one.place != "cache" and one.stage != RELEASE]
+        if same or run.stage != RELEASE:
             return list(dict.fromkeys(same or self._models_read(run, in_folders=True)))
         variant = self.report(run).get("variant")
         named = [
@@ -518,7 +517,7 @@ class RunIndex(Database):
         direct = any(
             dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model
         )
-        if run.is_model and _section(run.address) == RELEASE and not direct:
+        if run.is_model and run.stage == RELEASE and not direct:
             return True
         if mine and known:
             return any(mine <= weights for weights in known)
@@ -723,7 +722,3 @@ class RunIndex(Database):
             *(f"run cache {name[:12]}" for (name,) in runs),
             *self.history.lost,
         ]
-
-
-def _section(address: str) -> str:
-    return address.partition("@")[0]

@@ -85,6 +85,16 @@ class StageRun:
         return self.entry.address
 
     @property
+    def stage(self) -> str:
+        """The address without the variant."""
+        return self.address.partition("@")[0]
+
+    @property
+    def variant(self) -> str:
+        """The variant; empty if the stage has none."""
+        return self.address.partition("@")[2]
+
+    @property
     def path(self) -> str:
         """Path of the output."""
         return self.entry.path
@@ -393,7 +403,7 @@ class LockParts(dict[str, str]):
     """Address -> hash of its section of a dvc.lock."""
 
     text: dict[str, str]
-    """Address -> YAML of its section."""
+    """Address -> its section, as `as_section` writes it."""
 
 
 def lock_parts(text: str) -> LockParts:
@@ -450,8 +460,14 @@ def _sections(pieces: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_section(address: str, stage: Mapping[str, Any]) -> str:
-    """A stage as a section of a dvc.lock."""
-    return f"  {json.dumps(address)}: {json.dumps(stage)}\n"
+    """A stage as a section of a dvc.lock, as JSON."""
+    return f"  {json.dumps(address)}: {json.dumps(stage, default=str)}\n"  # str: of dates
+
+
+def stage_in(section: str) -> dict[str, Any]:
+    """The stage that `as_section` wrote. YAML does not have JSON's escapes of characters such as emoji."""
+    (stage,) = json.loads(f"{{{section}}}").values()
+    return dict(stage)
 
 
 def conflict_sides(text: str) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder, sha256_of_bytes
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.lineage.code import PARAMS, contents_at
-from dagster_project.lineage.history import is_within, listing_of, stages_of
+from dagster_project.lineage.history import is_within, listing_of
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.runs import StageRun, stage_in
 
 
 def other_files(
@@ -33,7 +33,7 @@ def other_files(
     """
     found: dict[str, dict[str, Any]] = {}
     for run, entry in entries.items():
-        named = set(_texts((entry.get("params") or {}).get(PARAMS) or {}))
+        named = _named_in(entry)
         for dep, path, md5 in run.inputs:
             if (
                 dep != path
@@ -66,17 +66,14 @@ def stages_reading(index: Index, path: str) -> list[str]:
     """
     found: dict[str, None] = {}
     for address, dep, text in index.entries_reading(path):
-        if address not in found and (
-            is_within(dep, path) or (PurePosixPath(path).stem in text and _names(text, address, path, dep))
-        ):
+        if address not in found and (is_within(dep, path) or _is_named(path, dep, _named_in(stage_in(text)))):
             found[address] = None
     return list(found)
 
 
-def _names(text: str, address: str, path: str, dep: str) -> bool:
-    """Whether the parameters in a section of dvc.lock name a file in a dependency."""
-    entry = stages_of("stages:\n" + text)[address]
-    return _is_named(path, dep, set(_texts((entry.get("params") or {}).get(PARAMS) or {})))
+def _named_in(entry: Mapping[str, Any]) -> set[str]:
+    """Every text in the parameters of an entry of dvc.lock, names of keys included."""
+    return {*_texts((entry.get("params") or {}).get(PARAMS) or {})}
 
 
 def _recorded(index: Index, run: StageRun, dep: str, md5: str) -> dict[str, bytes] | None:
@@ -110,7 +107,6 @@ def _is_named(path: str, folder: str, named: set[str]) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested parameters, names of keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

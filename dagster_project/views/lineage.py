@@ -125,7 +125,13 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     for name, others in document.get("other_versions", {}).items():
         facts += [(f"{name} of {', '.join(one['stages'])}", one["value"]) for one in others]
-    return [*facts, ("verify with", f"pedigree verify {model['stage']}")]
+    return [*facts, ("verify with", f"pedigree verify {model['stage']}{_at(document['code'])}")]
+
+
+def _at(code: Mapping[str, Any]) -> str:
+    """The revision to verify: without it, the model of the workspace would be, which can be another one."""
+    commit = code["lineage_at"] or (None if code.get("uncommitted") else code["commit"])
+    return f" --rev {commit[:12]}" if commit else ""
 
 
 def teacher_text(teacher: Mapping[str, Any]) -> str:

@@ -26,20 +26,19 @@ def flow(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(flow, value))}]"
     if isinstance(value, str):
-        return value if PLAIN.fullmatch(value) and value.lower() not in RESERVED else _quoted(value)
+        return value if PLAIN.fullmatch(value) and value.lower() not in RESERVED else as_yaml(value)
     return "1.0e-3" if value == 1e-3 else json.dumps(value)
 
 
 def one_line(text: str) -> str:
     """The beginning of a text, for a comment."""
-    return text if PLAIN.fullmatch(text) else _quoted(text[:40])
+    return text if PLAIN.fullmatch(text) else as_yaml(text[:40])
 
 
-def _quoted(text: str) -> str:
-    """A text in YAML's double quotes, on one line."""
-    return "".join(
-        char if char.isprintable() else f"\\U{ord(char):08x}" for char in json.dumps(text, ensure_ascii=False)
-    )
+def as_yaml(value: Any) -> str:
+    """A value as JSON on one line that is YAML, too, which does not have JSON's escapes of characters such as emoji."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
 
 
 TEMPLATES = environment(Path(__file__).parent)

@@ -67,7 +67,7 @@ def read_request(path: Path) -> Request:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)  # a quote that nothing closes is an error
-            names, rows = [*(reader.fieldnames or [])], [*reader]
+            names, rows = [*(reader.fieldnames or [])], [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}", "give a CSV file in UTF-8") from None
     if not names or not {*names} <= {*COLUMNS}:
@@ -77,9 +77,11 @@ def read_request(path: Path) -> Request:
     if len({*names}) < len(names):
         raise InputError(f"{path}: a column is named twice: {', '.join(names)}", "name each column once")
     found: dict[str, list[str]] = {name: [] for name in COLUMNS}
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         if reader.restkey in row:  # the text before the comma alone would be another request
-            raise InputError(f"{path}, line {number}: more values than columns", "put quotes around a text with commas")
+            raise InputError(
+                f"{path}, line {number}: more values than columns", 'quote a text with a comma: "Doe, Jane"'
+            )
         filled = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
         if len(filled) != 1:
             raise InputError(f"{path}, line {number}: {len(filled)} columns are filled", "fill exactly one in each row")

@@ -77,13 +77,11 @@ def _names_of(runs: Iterable[StageRun], known: Mapping[str, StageRun]) -> list[s
 
 def measuring(subject: Subject) -> list[StageRun]:
     """The runs in the model's dvc.lock that measure it, or what it is compared with, in flow order."""
-    candidates = [run for run in subject.lock.values() if run.address.partition("@")[0] in MEASURING]
-    candidates += [
-        run for run in subject.upstream if run.address.partition("@")[0] in MEASURING and run not in candidates
-    ]
+    candidates = [run for run in subject.lock.values() if run.stage in MEASURING]
+    candidates += [run for run in subject.upstream if run.stage in MEASURING and run not in candidates]
     known = {run.md5 for run in subject.upstream}
     found = []
-    for run in sorted(candidates, key=lambda one: MEASURING.index(one.address.partition("@")[0])):
+    for run in sorted(candidates, key=lambda one: MEASURING.index(one.stage)):
         reads = {producer.md5 for producer in run.producers.values()}
         upstream = {one.md5 for one in Subject(subject.index, run, subject.lock).upstream}
         is_part = run in subject.upstream or subject.run.md5 in upstream
