@@ -361,7 +361,11 @@ def test_a_version_is_known_from_other_branches_and_from_one_whose_merge_kept_an
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
     git(tmp_path, "merge", "-q", "-s", "ours", "-m", "merge", "merged")
     git(tmp_path, "branch", "-D", "merged")
-    assert [code_lock.version_with(tmp_path, {"splits": value}) for value in "123"] == ["1.0", "2.0", "3.0"]
+    git(tmp_path, "merge", "-q", "--no-commit", "-s", "ours", "other")
+    record("5")  # a merge that has what neither side has
+    record("1")
+    git(tmp_path, "config", "log.follow", "true")  # with which git leaves out merges
+    assert [code_lock.version_with(tmp_path, {"splits": value}) for value in "1235"] == ["1.0", "2.0", "3.0", "5.0"]
     assert code_lock.version_with(tmp_path, {"splits": "4"}) is None
 
 

@@ -227,7 +227,7 @@ def _locks(root: Path) -> Iterator[CodeLock]:
     """code.lock.yaml in the workspace, then at each commit that changed it, of any branch or tag, latest first."""
     texts = [(root / FILE).read_text(encoding="utf-8", errors="replace")] if (root / FILE).is_file() else []
     yield from filter(None, map(parse, texts))
-    for commit in (git(root, "log", "--all", "--full-history", "--format=%H", "--", FILE) or "").split():
+    for commit in (git(root, "log", "--all", "--full-history", "--no-follow", "--format=%H", "--", FILE) or "").split():
         if lock := parse(git(root, "show", f"{commit}:./{FILE}") or ""):
             yield lock
 

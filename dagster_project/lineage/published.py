@@ -70,7 +70,9 @@ def key_files(root: Path) -> list[bytes]:
     Earlier releases were published with these.
     """
     file = root / RECORD_KEY
-    commits = (git(root, "log", "--all", "--reflog", "--full-history", "--format=%H", "--", RECORD_KEY) or "").split()
+    commits = (
+        git(root, "log", "--all", "--reflog", "--full-history", "--no-follow", "--format=%H", "--", RECORD_KEY) or ""
+    ).split()
     contents = [file.read_bytes()] if file.is_file() else []
     contents += blobs(root, [f"{commit}:./{RECORD_KEY}" for commit in commits]).values()
     return list(dict.fromkeys(contents))

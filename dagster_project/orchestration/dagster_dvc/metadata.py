@@ -109,7 +109,7 @@ def commit_of_lock(root: Path) -> str:
     if git(root, "status", "--porcelain", "--", "dvc.lock"):
         head = (git(root, "rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
         return f"{head} with uncommitted changes" if head else ""
-    return (git(root, "log", "-1", "--format=%H", "--", "dvc.lock") or "").strip()
+    return (git(root, "log", "-1", "--no-follow", "--format=%H", "--", "dvc.lock") or "").strip()
 
 
 def check_result(
