@@ -29,7 +29,8 @@ from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc_cache, dvc_remote, dvc_run, integrity, locks
+from dagster_project.lineage.history import Objects
+from dagster_project.orchestration import dvc_remote, dvc_run, integrity, locks
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
@@ -581,8 +582,7 @@ class _Run:
         return StageResult(result["exit_code"], result["report"], measured, self._execution(result, fetched))
 
     def _copy(self, oid: str, target: Path) -> None:
-        content = dvc_cache.store(self.job.ctx.root).files(oid) or {}
-        for name, one in content.items():
+        for name, one in (Objects(self.job.ctx.root).listing(oid) or {}).items():
             file = target / name if name else target
             if not file.resolve().is_relative_to(self.job.ctx.scratch.resolve()):
                 raise CheckFailed(
