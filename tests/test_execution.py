@@ -473,13 +473,19 @@ def test_an_interrupt_does_not_wait_for_objects_that_are_being_transferred() -> 
 
     def transfer(oid: str) -> int:
         if oid == "first":
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             handled.wait(30)
+        if oid == "last":
+            time.sleep(0.2)  # until the main thread waits for results
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         ended.append(oid)
         return 1
 
-    with pytest.raises(KeyboardInterrupt):
-        RemoteStore(None)._each(transfer, ["first", *map(str, range(20))])  # type: ignore[arg-type]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            RemoteStore(None)._each(transfer, ["first", *map(str, range(20)), "last"])  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "first" not in ended
     handled.set()
 
