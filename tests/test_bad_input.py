@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from builders.servers import free_ports
 from conftest import dvc, edit_params, pedigree, run
 
 from dagster_project.__main__ import main
@@ -170,6 +171,18 @@ def test_a_taken_port_is_named(finished: Path) -> None:
         done = pedigree(finished, "ui", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
     assert "cannot listen on 127.0.0.1:" in done.stderr and "--port" in done.stderr
+
+
+def test_a_ui_that_is_refused_prints_one_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dvc.yaml", "file"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "file" / "home"))
+    ports = [str(port) for port in free_ports(2)]
+    arguments = ["--port", ports[0], "--pages-port", ports[1], "--project", str(tmp_path)]
+    assert main(["ui", "--json", *arguments]) == 2
+    assert "is not writable" in json.loads(capfd.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from builders.small_pipeline import git
 
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import Busy, InputError
 from dagster_project.orchestration import dvc_cache
 from dagster_project.orchestration.dvc import open_repo, read_stages
 from dagster_project.orchestration.dvc_remote import push
@@ -62,6 +63,16 @@ def test_the_message_names_the_file_of_settings_that_is_wrong(root: Path, text: 
     assert (
         error.value.what.startswith(f"{root / '.dvc/config'}: ") and "git checkout HEAD .dvc/config" in error.value.hint
     )
+
+
+def test_an_index_of_git_that_is_locked_is_one_message_and_the_stage_is_recorded(root: Path) -> None:
+    git(root, "init", "-q")
+    set_locally(root, "[core]\n no_scm = false\n autostage = true\n")
+    (root / ".git/index.lock").touch()
+    with pytest.raises(Busy, match=rf"copy is done, but {root}/.git/index.lock exists: another program"):
+        run(root)
+    (root / ".git/index.lock").unlink()
+    assert not reproduce(root, "copy", False, {}, on_wait=pytest.fail), "it is up to date"
 
 
 @pytest.mark.parametrize("name", ["a, b #c", 'a "b"'])

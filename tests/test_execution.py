@@ -8,6 +8,9 @@ import json
 import os
 import posixpath
 import resource
+import shutil
+import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -30,6 +33,7 @@ from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
+from dagster_project.orchestration import dvc_cache
 from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, ray, ray_tasks, worker
@@ -143,23 +147,47 @@ def test_without_a_token_only_a_loopback_address_is_accepted(
 
 
 def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an address HOST:PORT, and of a local cluster whose file is still
-    there, Ray asks the head, and gives up after 45 seconds."""
+    """Of a local cluster whose file is still there, Ray asks the head, and gives up after 45 seconds."""
     exceptions = pytest.importorskip("ray.exceptions")
 
     def ask(address: str) -> str:
         raise exceptions.RpcError("Timed out while waiting for GCS to become available.")
 
     monkeypatch.setattr("ray.dashboard.utils.get_address_for_submission_client", ask)
-    for address in ("local", "127.0.0.1:6379"):
-        with pytest.raises(ClusterGone, match=f"no Ray cluster answers at {address}: Timed out"):
-            connect(address)
+    with pytest.raises(ClusterGone, match="no Ray cluster answers at local: Timed out"):
+        connect("local")
 
 
-def test_an_address_with_credentials_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("127.0.0.1:6379", "127.0.0.1"),
+        ("ray-head:8265", "ray-head"),
+        ("ray://ray-head:10001", "ray-head"),
+        ("http://[::1", "HOST"),
+    ],
+)
+def test_an_address_without_http_is_refused_with_the_right_form_before_ray_asks_the_head(
+    address: str, host: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr("ray.dashboard.utils.get_address_for_submission_client", pytest.fail)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("PEDIGREE_EXECUTION", "ray")
+    before = small_pipeline.published(root, "tok")
+    with pytest.raises(InputError) as error:
+        run_stage(root, "tok", PIPELINE)
+    assert error.value.what == f"RAY_ADDRESS: {address} is not an address of Ray's dashboard"
+    assert f"http://{host}:8265" in error.value.hint
+    assert small_pipeline.published(root, "tok") == before
+
+
+@pytest.mark.parametrize("address", ["http://me:hush@127.0.0.1:8265", "me:hush@ray-head:8265"])
+def test_an_address_with_credentials_is_refused(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(InputError, match="contains credentials") as error:
-        connect("http://me:hush@127.0.0.1:8265")
+        connect(address)
     assert "hush" not in str(error.value)
 
 
@@ -188,6 +216,40 @@ def test_a_remote_below_another_one_has_its_options(root: Path) -> None:
                 "endpointurl": "https://s3.example.org",
             }.items()
         )
+
+
+def write_remote(file: Path, options: dict[str, str]) -> None:
+    lines = [
+        "[core]",
+        "remote = storage",
+        "['remote \"storage\"']",
+        *(f"{key} = {one}" for key, one in options.items()),
+    ]
+    file.write_text("\n".join(lines))
+
+
+def test_a_worker_encrypts_and_shares_what_it_writes_as_the_remote_of_the_project_says(root: Path) -> None:
+    pytest.importorskip("dvc_s3")
+    options = {
+        "url": "s3://bucket/data",
+        "sse": "aws:kms",
+        "sse_kms_key_id": "key-1",
+        "acl": "bucket-owner-full-control",
+    }
+    write_remote(root / ".dvc/config.local", options)
+    with open_store(root) as store:
+        assert store.remote.options.items() >= options.items()
+    node = root.parent / "node"
+    node.mkdir()
+    dvc_cache.isolate_project(node, remote=store.remote.options)
+    with open_store(node) as store:
+        assert store.remote.fs.fs.s3_additional_kwargs == {
+            "ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key-1", "ACL": "bucket-owner-full-control",
+        }  # fmt: skip
+    write_remote(root / ".dvc/config.local", {"url": "s3://bucket/data", "sse_customer_key": "aHVzaA=="})
+    with pytest.raises(InputError, match="encrypts with `sse_customer_key`") as error, open_store(root):
+        pass
+    assert "aHVzaA" not in str(error.value)
 
 
 def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(root: Path) -> None:
@@ -376,6 +438,58 @@ def test_objects_arrive_in_a_cache_that_has_none_of_them(stored: Path, tmp_path:
     assert {oid: path.read_bytes() for oid, path in objects(stored / ".dvc/cache/files/md5").items()} == content
 
 
+def test_folders_of_a_cache_that_a_group_shares_are_shared(stored: Path, tmp_path: Path) -> None:
+    """Other users could not add objects to a folder that only its owner may write."""
+    with (stored / ".dvc/config.local").open("a") as file:
+        file.write("[cache]\n    shared = group\n")
+    shutil.rmtree(stored / ".dvc/cache/files")
+    with open_store(stored) as store:
+        store.pull(inputs_by_hash(stored, "tok").values())
+    folders = [*(stored / ".dvc/cache/files/md5").iterdir()]
+    assert folders and {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o2775}
+
+
+def test_a_worker_runs_the_command_as_the_settings_of_the_driver_write_it(stored: Path, tmp_path: Path) -> None:
+    """DVC writes `--no-loud` only with the setting `parsing.bool`, which is in .dvc/config."""
+    dvc_yaml, command = (stored / "dvc.yaml").read_text(), definition_of(stored, "tok")[0]
+    (stored / "dvc.yaml").write_text(dvc_yaml.replace(command, "echo ${flags} > said"))
+    values = json.loads((stored / "params.yaml").read_text())
+    (stored / "params.yaml").write_text(json.dumps({**values, "flags": {"loud": False}}))
+    assert dvc(stored, "config", "parsing.bool", "boolean_optional").returncode == 0
+    with open_store(stored) as store:
+        job = run_of(stored, store, tmp_path).description()
+    node = tmp_path / "node"
+    shutil.copytree(stored, node, symlinks=True, ignore=shutil.ignore_patterns(".dvc"))
+    dvc_cache.isolate_project(node, remote=job["remote"])
+    assert definition_of(node, "tok")[0] == "echo  > said"
+    with open_store(node) as store:
+        assert worker.Work(job, node, store)._command() == 0
+    assert (node / "said").read_text() == "--no-loud\n"
+
+
+def test_an_interrupt_does_not_wait_for_objects_that_are_being_transferred() -> None:
+    """The first object takes until the interrupt is handled, or half a minute."""
+    handled, ended = threading.Event(), list[str]()
+
+    def transfer(oid: str) -> int:
+        if oid == "first":
+            handled.wait(30)
+        if oid == "last":
+            time.sleep(0.2)  # until the main thread waits for results
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        ended.append(oid)
+        return 1
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            RemoteStore(None)._each(transfer, ["first", *map(str, range(20)), "last"])  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "first" not in ended
+    handled.set()
+
+
 class Refused(Exception):
     """As a library of a remote has it."""
 
@@ -546,6 +660,18 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
         run._follow(tmp_path)
     assert [job["submission_id"] for job in submitted] == [run.name] and run.name != late.submission_id
     assert "after the request to stop it" in caplog.text and "was stopped" not in caplog.text
+
+
+def test_a_stopped_job_that_waits_for_resources_is_shown_as_what_it_is(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    monkeypatch.setattr(ray, "STOP_SECONDS", 0.3)
+    with open_store(stored) as store, caplog.at_level("INFO", logger="pedigree"):
+        run = run_of(stored, store, tmp_path)
+        run.client = SimpleNamespace(stop_job=lambda _: None, get_job_status=lambda _: statuses.PENDING)
+        run._stop("job-1")
+    assert "job job-1 waits for resources, and Ray ends it as soon as it has them" in caplog.text
 
 
 @pytest.mark.parametrize(

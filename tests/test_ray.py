@@ -36,7 +36,7 @@ from conftest import run
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration.dvc_cache import store
+from dagster_project.lineage.history import Objects
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, TokenRefused, _project_id
 from dagster_project.orchestration.run_stage import run_stage
@@ -70,9 +70,9 @@ def root(tmp_path: Path, _made: Path, s3: S3Server) -> Path:
 def forget(root: Path, address: str) -> dict[str, bytes]:
     """Remove a stage's output and report, and its objects from the cache. Returns what they were."""
     before = published(root, address)
-    oids = [oid for oid in objects_of(root, address) if store(root).at(oid).is_file()]
+    oids = [oid for oid in objects_of(root, address) if Objects(root).at(oid).is_file()]
     for oid in oids:
-        store(root).at(oid).unlink()
+        Objects(root).at(oid).unlink()
     shutil.rmtree(root / "data" / address.replace("@", "/"))
     (root / report_of(address)).unlink()
     shutil.rmtree(root / ".dvc/cache/runs", ignore_errors=True)
@@ -84,7 +84,7 @@ def objects_of(root: Path, address: str) -> list[str]:
 
     lock = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"][address]
     main = [out["md5"] for out in lock["outs"] if out["md5"].endswith(".dir")]
-    return [oid for whole in main for oid in (whole, *(store(root).files(whole) or {}).values())]
+    return [oid for whole in main for oid in (whole, *(Objects(root).listing(whole) or {}).values())]
 
 
 def start(root: Path, address: str, *, script: str = "small_pipeline.py", **environment: str) -> subprocess.Popen[str]:

@@ -18,7 +18,7 @@ import dagster as dg
 import psutil
 import pytest
 from builders import small_pipeline
-from conftest import dvc, pedigree, run
+from conftest import dvc, edit_params, pedigree, run
 from dvc.ignore import DvcIgnoreFilter
 
 from dagster_project.core.errors import InputError
@@ -204,6 +204,16 @@ def test_a_run_that_is_refused_has_no_check_results_of_an_earlier_attempt(
     second = small_pipeline.materialize(root, synced, ["inst"], definitions)
     assert "minlen must be positive" in failure(second)
     assert second.get_asset_check_evaluations() == []
+
+
+def test_a_run_of_what_was_loaded_before_a_variant_was_added_says_to_reload(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
+    loaded = build_definitions(root, small_pipeline.PIPELINE)
+    edit_params(root, lambda values: values["variants"].update(x={"r": 4}))
+    said = failure(small_pipeline.materialize(root, synced, definitions=loaded))
+    assert "(adapter@x: never run; if Dagster does not list it, reload the code location)" in said
+    assert small_pipeline.materialize(root, synced).success, "after a reload"
 
 
 def test_a_failed_gate_is_never_reported_as_materialized(root: Path, synced: dg.DagsterInstance) -> None:

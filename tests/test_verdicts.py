@@ -19,7 +19,7 @@ from conftest import ROOT
 from safetensors.numpy import save
 
 from dagster_project.commands.outputs import Outputs
-from dagster_project.lineage.history import Revision
+from dagster_project.lineage.history import Objects, Revision
 from dagster_project.orchestration import dvc_cache
 
 DVC_YAML = """\
@@ -137,7 +137,7 @@ def reproduced(case: dict[str, Any], folder: Path) -> Outputs:
             (clone / place / file).write_bytes(content)
     (clone / "dvc.yaml").write_text(DVC_YAML)
     dvc_cache.isolate_project(clone)
-    return Outputs(Revision(made.root, None), lock, dvc_cache.store(made.root), clone)
+    return Outputs(Revision(made.root, None), lock, Objects(made.root), clone)
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -27,9 +27,9 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import read_table, write_json
 from dagster_project.lineage.first_difference import first_difference
+from dagster_project.lineage.history import Objects
 from dagster_project.lineage.lineage import Revision
 from dagster_project.lineage.runs import outputs_in
-from dagster_project.orchestration.dvc_cache import Store
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -268,7 +268,7 @@ def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
         return Outputs(Revision(root, None), lock, store, root).causes("adapter@lora", compared(*machines))
 
     machines: list[dict[str, str] | None] = [None, None]
-    store = Store(root / "objects", root / "runs")
+    store = Objects(root)
     same = {"threads": 2, "dtype": "float32"}
     here = {"numpy": version("numpy")}
     assert causes(here | {"peft": "0.0"}, same, same) == [

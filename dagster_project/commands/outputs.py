@@ -21,7 +21,7 @@ from dagster_project.lineage.graph import flow_order
 from dagster_project.lineage.history import Objects, Revision, bytes_of, report_at, undeclared
 from dagster_project.lineage.runs import Listing, outputs_in
 from dagster_project.lineage.tolerance import Deviation, deviations
-from dagster_project.orchestration import dvc, dvc_cache, integrity
+from dagster_project.orchestration import dvc, integrity
 from dagster_project.pipeline import FLOATING_POINT
 
 IDENTITY = ("dtype", "device", "threads", "processes", "attention")
@@ -46,7 +46,7 @@ class Outputs:
 
     at: Revision
     lock: Mapping[str, Any]
-    store: dvc_cache.Store
+    store: Objects
     """Of the project."""
     root: Path
     """Of the clone."""
@@ -92,7 +92,7 @@ class Outputs:
         A report comes from git or the workspace, without the machine.
         """
         if not path.startswith(REPORTS):
-            files = self.store.files(oid)
+            files = self.store.unverified_listing(oid)
             return None if files is None else {name: (one, self.store.at(one)) for name, one in files.items()}
         report = self._report(path, oid)
         if report is None:
@@ -203,7 +203,7 @@ class Outputs:
     def _training(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Recorded and reproduced training.json; empty if there is none."""
         for out in self.lock[name]["outs"]:
-            oid = (self.store.files(out["md5"]) or {}).get("training.json")
+            oid = (self.store.unverified_listing(out["md5"]) or {}).get("training.json")
             reproduced = self.root / out["path"] / "training.json"
             if oid and self.store.at(oid).is_file() and reproduced.is_file():
                 return json.loads(self.store.at(oid).read_bytes()), json.loads(reproduced.read_bytes())

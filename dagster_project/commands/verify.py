@@ -29,7 +29,7 @@ from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove, write_text
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import PARAMS, value_at
-from dagster_project.lineage.history import LOCK, Revision, bytes_of, resolve
+from dagster_project.lineage.history import LOCK, Objects, Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 from dagster_project.views.texts import text
@@ -132,7 +132,7 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
                     "copy it into the project, e.g. with `dvc import-url`, and read the copy",
                 )
     with scratch_folder() as folder:
-        clone = _Clone(at, lock, dvc_cache.store(at.root), Path(folder).resolve() / "project")
+        clone = _Clone(at, lock, Objects(at.root), Path(folder).resolve() / "project")
         clone.fill(addresses)
         outputs = Outputs(at, lock, clone.store, clone.root)
         for name in addresses:
@@ -153,7 +153,7 @@ class _Clone:
 
     at: Revision
     lock: dict[str, Any]
-    store: dvc_cache.Store
+    store: Objects
     """Of the project."""
     root: Path
 
@@ -227,14 +227,18 @@ class _Clone:
             for dep in (one for one in self.lock[name].get("deps", []) if one["path"] not in unread):
                 for path, (oid, _) in inputs.items():
                     part = dep["path"].removeprefix(f"{path}/")
-                    if part != dep["path"] and (files := self.store.files(oid)) and part_of(files, part) != dep["md5"]:
+                    if (
+                        part != dep["path"]
+                        and (files := self.store.unverified_listing(oid))
+                        and part_of(files, part) != dep["md5"]
+                    ):
                         raise InputError(
                             f"{name} read another {dep['path']} than there is now",
                             f"`dvc repro {name}`, or give --rev of its commit",
                         )
 
     def _missing(self, oid: str) -> list[str]:
-        files = self.store.files(oid)
+        files = self.store.unverified_listing(oid)
         return [oid] if files is None else [one for one in files.values() if not self.store.at(one).is_file()]
 
     def _refuse_missing(self, inputs: Mapping[str, str]) -> None:
@@ -252,7 +256,7 @@ class _Clone:
         target = self.root / path
         if oid.endswith(".dir"):
             target.mkdir(parents=True, exist_ok=True)
-        for name, one in (self.store.files(oid) or {}).items():
+        for name, one in (self.store.unverified_listing(oid) or {}).items():
             file = target / name if name else target
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.store.at(one), file)

@@ -487,9 +487,14 @@ class Objects:
                     folders[name] = file.parent / Path(configured).expanduser()
         return folders.get(local or "", self.root / ".dvc" / "cache") / "files" / "md5"
 
+    @property
+    def storage(self) -> Path:
+        """The folder with `cache`, and with DVC's run cache in `runs`."""
+        return self.cache.parent.parent
+
     def run_cache(self) -> list[Path]:
         """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""
-        return finished_runs(self.cache.parent.parent)
+        return finished_runs(self.storage)
 
     def folders(self) -> dict[Path, int]:
         """The folders of the project's own cache -> time of their last change, in nanoseconds.
@@ -501,17 +506,26 @@ class Objects:
         with os.scandir(self.cache) as entries:
             return {Path(entry.path): entry.stat().st_mtime_ns for entry in entries if entry.is_dir()}
 
+    def at(self, md5: str) -> Path:
+        """Place of an object in the cache, where it may be missing, or tampered with."""
+        return self.cache / md5[:2] / md5[2:]
+
     def path(self, md5: str, out: str = "") -> Path | None:
         """Path of a file with this hash; None if it is unavailable.
 
         Args:
             out: path of the output that contains it, if the workspace may be used.
         """
-        cached = self.cache / md5[:2] / md5[2:]
-        if cached.is_file():
+        if (cached := self.at(md5)).is_file():
             return cached
         in_workspace = {value: name for name, value in self.in_workspace(out).items()} if out else {}
         return self.root / out / in_workspace[md5] if md5 in in_workspace else None
+
+    def unverified_listing(self, md5: str) -> dict[str, str] | None:
+        """As `listing`, as the cache has it: its listing is not compared with its hash. None if missing or invalid."""
+        with suppress(OSError):
+            return _parsed(self.at(md5).read_bytes()) if md5.endswith(".dir") else {"": md5}
+        return None
 
     def listing(self, md5: str, out: str = "") -> dict[str, str] | None:
         """Path in the output -> hash of every file ("" for an output that is one file).
@@ -523,10 +537,9 @@ class Objects:
         """
         if not md5.endswith(".dir"):
             return {"": md5}
-        cached = self.cache / md5[:2] / md5[2:]
-        if cached.is_file() and (content := cached.read_bytes()) and f"{md5_of_bytes(content)}.dir" == md5:
-            with suppress(ValueError, TypeError, KeyError):  # another program may have written it
-                return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
+        content = cached.read_bytes() if (cached := self.at(md5)).is_file() else b""
+        if f"{md5_of_bytes(content)}.dir" == md5 and (found := _parsed(content)) is not None:
+            return found
         in_workspace = self.in_workspace(out) if out else {}
         return in_workspace if md5_of_folder(in_workspace) == md5 else None
 
@@ -534,6 +547,13 @@ class Objects:
         if out not in self._here:
             self._here[out] = listing_of(self.root / out)
         return self._here[out]
+
+
+def _parsed(listing: bytes) -> dict[str, str] | None:
+    """Path -> hash of each file that a listing of DVC names; None if another program wrote it."""
+    with suppress(ValueError, TypeError, KeyError):
+        return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(listing)}
+    return None
 
 
 def cached_runs(storage: Path) -> list[Path]:

@@ -1,13 +1,13 @@
-"""DVC's cache: its objects as files, outputs that are restored from it or added
-to it, and outputs that were tampered with."""
+"""DVC's cache: outputs that are restored from it or added to it, and outputs that were tampered with.
+
+Its objects as files are in `lineage.history.Objects`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import move
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.core.records import remove
+from dagster_project.lineage.history import Objects
 from dagster_project.lineage.notes import parsed_yaml
 from dagster_project.orchestration.dvc import (
     declared_stages,
@@ -27,48 +28,19 @@ from dagster_project.orchestration.dvc import (
 from dagster_project.orchestration.private_api import private_module
 
 
-@dataclass(frozen=True)
-class Store:
-    """DVC's cache as files. The name of each object is the md5 of its bytes, unless it was tampered with."""
+def run_record(path: Path) -> dict[str, Any] | None:
+    """A record of DVC's run cache, in the format of an entry in dvc.lock; None if it is damaged.
 
-    objects: Path
-    runs: Path
-    """DVC's run cache: past runs of stages, each in the format of an entry in dvc.lock."""
-
-    def at(self, oid: str) -> Path:
-        return self.objects / oid[:2] / oid[2:]
-
-    def files(self, oid: str) -> dict[str, str] | None:
-        """Objects of a recorded output by path in it ("" for a single file).
-
-        None if its listing is missing or invalid.
-        """
-        if not oid.endswith(".dir"):
-            return {"": oid}
-        try:
-            return {entry["relpath"]: entry["md5"] for entry in json.loads(self.at(oid).read_bytes())}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def run(self, path: Path) -> dict[str, Any] | None:
-        """A record of the run cache; None if it is damaged. Its name is the hash of its content, without sizes."""
-        record = parsed_yaml(path.read_bytes())
-        if record is None:
-            return None
-        try:
-            name = private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
-        except (ValueError, TypeError, RecursionError):
-            return None
-        return record if path.name == name else None
-
-
-def store(root: Path) -> Store:
-    with open_repo(root) as repo:
-        return _store(repo)
-
-
-def _store(repo: Any) -> Store:
-    return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
+    Its name is the hash of its content, without sizes.
+    """
+    record = parsed_yaml(path.read_bytes())
+    if record is None:
+        return None
+    try:
+        name = private_module("dvc.utils").dict_sha256(record, exclude=["size", "nfiles"])
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return record if path.name == name else None
 
 
 def restore_outputs(root: Path, address: str) -> None:
@@ -100,11 +72,9 @@ def recorded_files(root: Path, address: str) -> dict[str, Path]:
     """
     with open_repo(root) as repo:
         out = main_output(stage_named(repo, address))
-        whole, cache = out.hash_info.value if out.hash_info else "", _store(repo)
-        listing = cache.at(whole) if whole.endswith(".dir") else None
-        if listing is None or not listing.is_file() or md5_of_file(listing) != whole.removesuffix(".dir"):
-            return {}
-        return {name: cache.at(oid) for name, oid in (cache.files(whole) or {}).items()}
+        whole, cache = out.hash_info.value if out.hash_info else "", Objects(root)
+    listing = cache.listing(whole) if whole.endswith(".dir") else None
+    return {name: cache.at(oid) for name, oid in (listing or {}).items()}
 
 
 def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str, str] | None = None) -> None:
@@ -159,10 +129,10 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
                 return None
         if status_of(out) or not differs(Path(out.fs_path)):
             return None
-        whole, cache = out.hash_info.value, _store(repo)
+        whole, cache = out.hash_info.value, Objects(root)
         tampered = []
         # the listing may be tampered with, too
-        for oid in dict.fromkeys([whole, *(cache.files(whole) or {}).values()]):
+        for oid in dict.fromkeys([whole, *(cache.unverified_listing(whole) or {}).values()]):
             path = cache.at(oid)
             if not path.is_file():
                 continue

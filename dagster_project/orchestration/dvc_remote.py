@@ -198,8 +198,12 @@ def definition_of(root: Path, address: str) -> tuple[str, list[str]]:
         return command, sorted(os.path.relpath(out.fs_path, root) for out in stage.outs)
 
 
-PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")
-"""Options of a remote that are sent to workers. Credentials are not sent: each node has them in its environment."""
+PUBLIC_OPTIONS = (
+    "endpointurl", "region", "use_ssl", "ssl_verify",
+    "sse", "sse_kms_key_id", "acl", "grant_full_control", "grant_read", "grant_read_acp", "grant_write_acp",
+)  # fmt: skip
+"""Options of a remote that are sent to workers: where it is, and how what they write there is encrypted and who may
+read it. Credentials are not sent: each node has them in its environment."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,8 @@ class Remote:
     """Content hash -> path of the object in `fs`."""
     cached_at: Callable[[str], str]
     """Content hash -> path of the object in the local cache."""
+    make_folder: Callable[[str], None]
+    """Makes a folder of the local cache, with the mode that DVC's settings give it."""
 
 
 def _has_password(options: Mapping[str, Any]) -> bool:
@@ -243,6 +249,11 @@ def open_remote(root: Path) -> Iterator[Remote]:
                     "the URL of DVC's remote contains a password, which jobs would show",
                     "leave it out, and set it on every node",
                 )
+            if configured.get("sse_customer_key"):
+                raise InputError(
+                    "DVC's remote encrypts with `sse_customer_key`, which jobs would show, and nodes would not use",
+                    "use `sse_kms_key_id` instead, or run the stage here: PEDIGREE_EXECUTION=local",
+                )
             remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
         except config_error as error:
             raise InputError(
@@ -256,5 +267,6 @@ def open_remote(root: Path) -> Iterator[Remote]:
         options = {key: str(value) for key, value in configured.items() if key in PUBLIC_OPTIONS}
         url = remote.fs.unstrip_protocol(remote.path) if remote.fs.protocol != "local" else remote.path
         yield Remote(
-            url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path
-        )
+            url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path,
+            repo.cache.local.oid_to_path, repo.cache.local.makedirs,
+        )  # fmt: skip

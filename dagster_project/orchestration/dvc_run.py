@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import chdir, contextmanager
+from importlib import import_module
 from pathlib import Path
 
-from dagster_project.core.errors import CheckFailed
+from dagster_project.core.errors import Busy, CheckFailed
 from dagster_project.orchestration.dvc import open_repo
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, next_step
@@ -62,13 +63,14 @@ def reproduce(
         Whether the stage ran or was restored.
     Raises:
         CheckFailed: the stage's command failed.
+        Busy: another program changes git's index, to which DVC adds its files with `core.autostage`.
     """
     reproduction_error = private_module("dvc.exceptions").ReproductionError
     lock_error = private_module("dvc.lock").LockError
 
     def once() -> bool:
         variables = command_environment({**environment, FORCED: "1" if force else ""})
-        with open_repo(root) as repo:
+        with _adding_to_git(address), open_repo(root) as repo:
             return bool(repo.reproduce([address], single_item=True, force=force, run_env=variables))
 
     notified = False
@@ -101,6 +103,23 @@ def reproduce(
                 on_wait(str(cause).partition("\n\nIf there are no")[0])
                 notified = True
             time.sleep(0.5)
+
+
+@contextmanager
+def _adding_to_git(address: str) -> Iterator[None]:
+    """DVC does so after a stage, with the setting `core.autostage`.
+
+    Raises:
+        Busy: another program changes git's index.
+    """
+    try:
+        yield
+    except import_module("dulwich.file").FileLocked as error:
+        raise Busy(
+            f"{address} is done, but {os.fsdecode(error.args[1])} exists: another program changes git's index,"
+            " so DVC could not add its files (core.autostage)",
+            "wait for it to end, or, if no git runs, remove the file; then run the same command again",
+        ) from None
 
 
 @contextmanager

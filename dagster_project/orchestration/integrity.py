@@ -25,7 +25,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_fi
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
-from dagster_project.lineage.history import LOST_HINT, Revision, bytes_of, lost_entries, lost_text, undeclared
+from dagster_project.lineage.history import LOST_HINT, Objects, Revision, bytes_of, lost_entries, lost_text, undeclared
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
@@ -167,7 +167,7 @@ class _Examination:
     """Hashes of all objects examined so far, each hashed once, and the findings."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.store = root, dvc_cache.store(root)
+        self.root, self.store = root, Objects(root)
         self.objects: dict[str, str | None] = {}
         """sha256 of each object; None if it is missing or its content does not match its name."""
         self.findings: dict[tuple[str, str], dict[str, str]] = {}
@@ -318,7 +318,7 @@ class _Examination:
             fetch += f", unless `pedigree erase` removed it (certificates in {CERTIFICATES})"
         commit = f"dvc commit {address}" if address and at.rev is None else ""
         listing = self._object(oid, path, fetch, again, commit)
-        files = self.store.files(oid) if listing else None
+        files = self.store.unverified_listing(oid) if listing else None
         sums = {
             name: self._object(one, f"{path}/{name}" if name else path, fetch, again, commit)
             for name, one in (files or {}).items()
@@ -359,8 +359,8 @@ class _Examination:
 
     def _examine_runs(self) -> None:
         """Find damaged records of DVC's run cache: DVC would run their stages again, or restore other outputs."""
-        for path in sorted(self.store.runs.glob("*/*/*")):
-            if what := _misplaced(path) or self.store.run(path) is None:
+        for path in sorted((self.store.storage / "runs").glob("*/*/*")):
+            if what := _misplaced(path) or dvc_cache.run_record(path) is None:
                 wrong = (
                     f"is {what}, not a record of a run"
                     if isinstance(what, str)
@@ -383,8 +383,8 @@ class _Examination:
             self._add_finding("dvc.lock", "dvc.lock", "has other keys than DVC writes", "git checkout dvc.lock")
         runs = [
             record
-            for path in self.store.runs.glob("*/*/*")
-            if path.is_file() and (record := self.store.run(path)) is not None
+            for path in (self.store.storage / "runs").glob("*/*/*")
+            if path.is_file() and (record := dvc_cache.run_record(path)) is not None
         ]
         for address, stage in lock.items():
             if stage == committed.get(address):

@@ -12,9 +12,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class RemoteStore:
         if damaged:
             raise Damaged(sorted(damaged))
         for oid, content in contents.items():  # last: a listing in the cache has all of its files
-            _write_object(Path(self.remote.cached_at(oid)), content)
+            self._write_object(Path(self.remote.cached_at(oid)), content)
         return received
 
     def _receive(self, oid: str, damaged: list[str]) -> int:
@@ -141,7 +141,7 @@ class RemoteStore:
             target.unlink()
         # removed by leftovers.py if this process is killed
         scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}")
-        scratch.parent.mkdir(parents=True, exist_ok=True)
+        self.remote.make_folder(str(scratch.parent))
         try:
             with self._explained("read"):
                 self.remote.fs.get_file(self.remote.object_at(oid), str(scratch))
@@ -158,9 +158,15 @@ class RemoteStore:
         finally:
             scratch.unlink(missing_ok=True)
 
+    def _write_object(self, path: Path, content: bytes) -> None:
+        self.remote.make_folder(str(path.parent))
+        with replacing(path) as scratch:
+            scratch.write_bytes(content)
+            scratch.chmod(0o444)
+
     def _each(self, transfer: Any, objects: Sequence[str]) -> int:
-        with ThreadPoolExecutor(TRANSFERS) as threads:
-            return sum(threads.map(transfer, objects))
+        with ThreadPool(TRANSFERS) as threads:  # unlike an executor, it does not wait for them after an interrupt
+            return sum(threads.imap_unordered(transfer, objects))
 
     def discard(self, objects: Iterable[str]) -> None:
         """Remove objects from the remote."""
@@ -276,12 +282,6 @@ def _refuse_damaged(oid: str, md5: str) -> None:
             f"DVC's cache: the object {oid} does not match its hash; it was not sent to the remote",
             "`pedigree verify --integrity` names its file, and how to restore it",
         )
-
-
-def _write_object(path: Path, content: bytes) -> None:
-    with replacing(path) as scratch:
-        scratch.write_bytes(content)
-        scratch.chmod(0o444)
 
 
 @contextmanager

@@ -28,19 +28,19 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     Args:
         host, port: of the Dagster UI.
         pages_port: of the server of data/pages, which is always on loopback.
-        announce: called once both ports are known to be free.
+        announce: called when nothing can be refused any more.
     Raises:
-        InputError: a port is in use.
+        InputError: a port is in use, Dagster's home cannot be used, or the project's files are invalid.
     """
     if port == pages_port:
         raise InputError(f"--port and --pages-port are both {port}", "give two different ports")
     ports.bound(host, port, "--port", 3000).close()
     listener = pages.listen(pages_port)
-    announce()
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
     for line in sync_if_changed(root):
         log.info(line)
+    announce()
     options = ["-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
     command = [sys.executable, "-m", webserver.__name__, "dev", *options]
     hosts = ",".join(filter(None, (host, os.environ.get(webserver.HOSTS))))

@@ -197,7 +197,8 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     if not changed:
         return states[address].frozen_problem
     first = states[changed[0]]
-    fetch = ""
+    # a variant that was added since Dagster loaded the project: a run of all assets does not include it
+    fetch = "" if first.recorded else "; if Dagster does not list it, reload the code location"
     if first.version == dvc.MISSING and first.recorded:
         restore = f"`dvc checkout {first.out}` restores it"
         pull = f"it is not in the cache: `dvc pull {first.out}` fetches it"

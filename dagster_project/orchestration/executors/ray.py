@@ -29,7 +29,8 @@ from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc_cache, dvc_remote, dvc_run, integrity, locks
+from dagster_project.lineage.history import Objects
+from dagster_project.orchestration import dvc_remote, dvc_run, integrity, locks
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
@@ -55,6 +56,8 @@ NO_WORKER = (1, 126, 127)
 """Exit codes of a job whose worker did not begin: Python cannot import Pedigree, or the shell cannot start Python."""
 LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
+VARIABLES, SETTING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), "execution.address"
+"""What can give the address: Ray's variables, the first before the second, and params.yaml."""
 STAGE, PROJECT, RESOURCES = "pedigree/stage", "pedigree/project", "pedigree/resources"
 """Metadata of a job."""
 
@@ -75,10 +78,9 @@ class RayExecutor:
     """Seconds without an answer of the cluster, while a job runs, after which the run fails."""
 
     def run(self, job: StageJob) -> StageResult:
-        address = (
-            os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
-        )
-        client, url = connect(address)
+        setting = next((name for name in VARIABLES if os.environ.get(name)), SETTING)
+        address = os.environ.get(setting) or self.settings.address or LOCAL
+        client, url = connect(address, setting)
         with open_store(job.ctx.root) as store:
             run = _Run(self, job, store, client, url, address in LOCAL_NAMES)
             try:
@@ -90,9 +92,11 @@ class RayExecutor:
                 raise
 
 
-def connect(address: str) -> tuple[Any, str]:
+def connect(address: str, setting: str = SETTING) -> tuple[Any, str]:
     """Client of Ray's Jobs API, and the URL of the dashboard.
 
+    Args:
+        setting: what gave the address, for messages.
     Raises:
         InputError: Ray is not installed, the address is invalid, or it is not
             on this machine and token authentication is off, or there is no token.
@@ -100,6 +104,8 @@ def connect(address: str) -> tuple[Any, str]:
     """
     token = _token()
     by_token = bool(token) and os.environ.get("RAY_AUTH_MODE") == "token"
+    if address not in LOCAL_NAMES:
+        _refuse_unsafe(address, by_token, setting)
     # Ray reads the mode when it is imported. Its client lets the other variables override the address that it is given.
     with _environment(RAY_AUTH_MODE="token" if token else None, RAY_API_SERVER_ADDRESS=None, RAY_ADDRESS=None):
         try:
@@ -122,9 +128,9 @@ def connect(address: str) -> tuple[Any, str]:
         )
         url = address
         try:
-            if "://" not in address or address.startswith("ray://"):
-                url = get_address_for_submission_client("auto" if address in LOCAL_NAMES else address)
-            _refuse_unsafe(url, by_token)
+            if address in LOCAL_NAMES:
+                url = get_address_for_submission_client("auto")
+                _refuse_unsafe(url, by_token, setting)
             headers = {"Authorization": f"Bearer {token}"} if token else None
             return JobSubmissionClient(url, headers=headers), url.rstrip("/")
         except AuthenticationError:
@@ -132,26 +138,32 @@ def connect(address: str) -> tuple[Any, str]:
                 f"the Ray cluster at {url} requires another token",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token",
             ) from None
-        # RayError: HOST:PORT, or a local cluster that was killed
+        # RayError: a local cluster that was killed
         except (OSError, RuntimeError, ValueError, RayError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
 
 
-def _refuse_unsafe(url: str, by_token: bool) -> None:
-    parts = urlsplit(url)
+def _refuse_unsafe(url: str, by_token: bool, setting: str) -> None:
+    """Refuse what is not the address of a dashboard. Of HOST:PORT, Ray would ask the head, and wait for 45 seconds."""
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+    except ValueError:
+        parts = urlsplit("")
     if parts.username or parts.password:
         raise InputError(
-            "execution.address contains credentials, which logs would show",
+            f"{setting} contains credentials, which logs would show",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
         )
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise InputError(
-            f"execution.address: {url} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265"
+            f"{setting}: {url} is not an address of Ray's dashboard",
+            f"write `local`, or http://{parts.hostname or 'HOST'}:8265, with the port of the dashboard"
+            " (the port of the head, 6379, and of Ray's client, 10001, are others)",
         )
     if not by_token and not _is_loopback(parts.hostname):
         raise InputError(
-            f"execution.address: {parts.hostname} is not this machine, and no token authenticates its users:"
+            f"{setting}: {parts.hostname} is not this machine, and no token authenticates its users:"
             " anyone who reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
@@ -233,9 +245,9 @@ class _Run:
         address, inputs = self.job.ctx.address, dict(self.job.inputs)
         self.address = address
         self.project = _project_id(self.job.ctx.root)
-        command, outs = dvc_remote.definition_of(self.job.ctx.root, address)
+        self.command, outs = dvc_remote.definition_of(self.job.ctx.root, address)
         # neither is an input for DVC, but a job that began before a change of either has another result
-        others = [command, outs, versions(), os.environ.get(THREADS)]
+        others = [self.command, outs, versions(), os.environ.get(THREADS)]
         identity = sha256_of_text(json.dumps([self.project, address, inputs, *others], sort_keys=True))
         self.prefix = f"{address.replace('@', '.')}-{self.project[:8]}-"
         self.key = f"{self.prefix}{identity[:20]}"
@@ -390,6 +402,7 @@ class _Run:
         """Argument of the worker. Ray shows it to anyone with access to the cluster, so it contains no credentials."""
         return {
             "address": self.address,
+            "command": self.command,
             "key": self.key,
             "inputs": dict(self.job.inputs),
             "remote": dict(self.store.remote.options),
@@ -479,13 +492,17 @@ class _Run:
             with self._authenticated():
                 self.client.stop_job(name)
                 until = time.monotonic() + STOP_SECONDS
-                while not (ended := self.client.get_job_status(name).is_terminal()) and time.monotonic() < until:
+                while not (ended := (status := self.client.get_job_status(name)).is_terminal()):
+                    if time.monotonic() > until:
+                        break
                     time.sleep(0.2)
         except (RuntimeError, OSError, TokenRefused) as error:
             reason = " ".join(str(error).split())[:300]
             log.warning(f"{self.address}: job {name} may not have been stopped: {reason}; see {self.url}/#/jobs/{name}")
         else:
             how = "was stopped" if ended else f"has not ended {STOP_SECONDS:.0f} s after the request to stop it"
+            if str(status) == "PENDING":  # Ray passes the request on when it starts the job
+                how = "waits for resources, and Ray ends it as soon as it has them; until then it is shown as PENDING"
             log.info(f"{self.address}: job {name} {how}")
 
     @contextmanager
@@ -565,8 +582,7 @@ class _Run:
         return StageResult(result["exit_code"], result["report"], measured, self._execution(result, fetched))
 
     def _copy(self, oid: str, target: Path) -> None:
-        content = dvc_cache.store(self.job.ctx.root).files(oid) or {}
-        for name, one in content.items():
+        for name, one in (Objects(self.job.ctx.root).listing(oid) or {}).items():
             file = target / name if name else target
             if not file.resolve().is_relative_to(self.job.ctx.scratch.resolve()):
                 raise CheckFailed(

@@ -113,7 +113,10 @@ class Work:
             )
 
     def _command(self) -> int:
-        """Run the stage's command in place; it ends when this process ends, as with DVC."""
+        """Run the stage's command in place; it ends when this process ends, as with DVC.
+
+        It is the driver's: DVC's settings, which the worker does not have, decide how a parameter is written in it.
+        """
         threads = {THREADS: self.job["threads"]} if self.job.get("threads") else {}
         own = {
             "DVC_STAGE": self.address,
@@ -123,9 +126,8 @@ class Work:
             **threads,
         }
         environment = dvc_run.environment_in_copy(self.root, [THREADS], own)
-        command, _ = dvc_remote.definition_of(self.root, self.address)
         process = subprocess.Popen(
-            command, shell=True, cwd=self.root, env=environment, text=True, errors="replace",
+            self.job["command"], shell=True, cwd=self.root, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
