@@ -472,6 +472,22 @@ def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(
     assert published(root, "tok") == before
 
 
+def test_a_job_that_is_stopped_while_it_waits_for_resources_does_not_keep_the_next_run_waiting(
+    cluster: Cluster, driver: dict[str, str], root: Path
+) -> None:
+    before = forget(root, "tok")
+    placed = json.dumps({"stages": {"tok": {"on": "ray", "resources": {"nowhere": 1}}}})
+    process = start(root, "tok", PEDIGREE_EXECUTION=placed)
+    until(lambda: jobs(root, "tok"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    assert [job.status for job in jobs(root, "tok")] == ["PENDING"], "docs/cluster.md: Ray keeps it in its queue"
+    assert "waits for resources, and Ray ends it as soon as it has them" in (root.parent / "tok.log").read_text()
+    run_stage(root, "tok", PIPELINE)
+    assert published(root, "tok") == before
+    assert sorted(job.status for job in jobs(root, "tok")) == ["PENDING", "SUCCEEDED"]
+
+
 def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where(
     cluster: Cluster, driver: dict[str, str], root: Path, instance: Any
 ) -> None:
