@@ -437,9 +437,8 @@ def test_a_project_without_git_is_one_message_and_its_lineage_is_still_shown(roo
     assert "git init" in raised.value.hint and "core.no_scm" in raised.value.hint
     for command in (("sync",), ("verify", "--integrity"), ("verify", "tok"), ("run", "splits"), ("ui",)):
         done = pedigree(root, *command)
-        assert done.returncode == 2 and "not a git repository" in done.stderr and "Traceback" not in done.stderr, (
-            command
-        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr, command
+        assert re.search("not (in )?a git repository.*git init", done.stderr, re.DOTALL), command
     assert lineage.audit(root, "tok")["model"]["stage"] == "tok"
     (root / ".dvc/config.local").write_text("[core]\nno_scm = true\n")
     assert read_stages(root)["tok"].changed == [] and integrity.examine(root)["verdict"] == "intact"

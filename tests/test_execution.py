@@ -784,7 +784,7 @@ def test_checkpoints_of_an_interrupted_run_stay_unless_it_is_a_queued_experiment
     client = SimpleNamespace(
         list_jobs=list, submit_job=interrupted, stop_job=lambda _: None, get_job_status=lambda _: status
     )
-    monkeypatch.setattr(ray, "connect", lambda _: (client, "http://127.0.0.1:8265"))
+    monkeypatch.setattr(ray, "connect", lambda *_: (client, "http://127.0.0.1:8265"))
     with open_store(stored) as store:
         run = run_of(stored, store, tmp_path / "work" / "tok")
         store.write_document(run.at("checkpoints", "step-00000002", worker.MARKER), {})
@@ -858,7 +858,7 @@ def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> N
 
     def push_to_a_full_disk() -> None:
         with open_store(stored) as store:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (32, 32))  # the semaphores of threads have 32 bytes
             try:
                 store.push(inputs)
             except PedigreeError as error:  # not even a log can be written

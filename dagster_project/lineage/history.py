@@ -133,7 +133,9 @@ def lost_entries(root: Path) -> list[str]:
         for name, text in before.items()
         if name not in after or (after[name] != text and text.startswith(after[name]))
     ]
-    removed = undeclared(Revision(root, None), lost, otherwise=False) if lost else set()
+    if not lost or parsed_yaml(committed) is None:  # e.g. a merge conflict was committed
+        return []
+    removed = undeclared(Revision(root, None), lost, otherwise=False)
     return [name for name in lost if name not in removed]
 
 
@@ -150,14 +152,16 @@ def undeclared(at: Revision, addresses: Iterable[str], otherwise: bool = True) -
     Args:
         otherwise: whether a stage counts as one that it has if dvc.yaml or params.yaml cannot be read, or lacks a key.
     """
-    documents = []
-    for name in ("dvc.yaml", "params.yaml"):
+
+    def document(name: str) -> Any:
         with suppress(OSError, UnicodeDecodeError):
-            documents.append(parsed_yaml(at.text(name) or ""))
+            return parsed_yaml(at.text(name) or "")
+
+    documents = document("dvc.yaml"), document("params.yaml")
     return {one for one in addresses if not _is_declared(one, documents, otherwise)}
 
 
-def _is_declared(address: str, documents: Sequence[Any], otherwise: bool) -> bool:
+def _is_declared(address: str, documents: tuple[Any, Any], otherwise: bool) -> bool:
     """Whether dvc.yaml has this stage, of a `foreach` over a section of params.yaml this variant."""
     stage, _, variant = address.partition("@")
     try:

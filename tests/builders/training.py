@@ -128,8 +128,10 @@ def start_child(work: Callable[[], None], log: Path) -> int:
         except BaseException:  # noqa: BLE001  any failure must reach the parent
             import traceback
 
-            traceback.print_exc()
-            os._exit(1)
+            try:
+                traceback.print_exc()
+            finally:  # even if nothing can be written
+                os._exit(1)
         os._exit(0)
     return child
 

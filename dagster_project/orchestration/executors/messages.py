@@ -18,7 +18,7 @@ from dagster_project.core.errors import InputError
 MARK = "@pedigree "
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "numpy", "pyarrow", "polars", "tokenizers", "safetensors",
-    "bitsandbytes", "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid",
+    "gguf", "bitsandbytes", "numba", "pandas", "pandera", "great-expectations", "datasets", "ftfy", "py3langid",
     "detect-secrets", "phonenumberslite", "python-stdnum", "license-expression", "jsonschema", "jinja2", "scikit-learn",
     "sacrebleu", "lm-eval", "huggingface_hub",
 )  # fmt: skip
