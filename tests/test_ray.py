@@ -482,7 +482,6 @@ def test_a_job_that_is_stopped_while_it_waits_for_resources_does_not_keep_the_ne
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) != 0
     assert [job.status for job in jobs(root, "tok")] == ["PENDING"], "docs/cluster.md: Ray keeps it in its queue"
-    assert "waits for resources, and Ray ends it as soon as it has them" in (root.parent / "tok.log").read_text()
     run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before
     assert sorted(job.status for job in jobs(root, "tok")) == ["PENDING", "SUCCEEDED"]
