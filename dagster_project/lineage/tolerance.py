@@ -207,7 +207,7 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
             interval = a.get(f"{key}_interval") or (a.get("interval") if key in {"difference", "value"} else None)
             if interval and _finite(a.get(key)) and _finite(b.get(key)) and not exact:
                 yield _from_interval(a[key], b[key], interval, place)
-            elif not key.endswith("interval"):  # an interval moves with its figure
+            elif exact or not key.endswith("interval"):  # an interval moves with its figure
                 yield from _values(a.get(key), b.get(key), place, exact or key in SETTINGS)
     elif isinstance(a, list) and isinstance(b, list):
         for i, (one, other) in enumerate(zip_longest(a, b)):
