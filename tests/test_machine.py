@@ -230,6 +230,9 @@ def test_the_name_of_a_processor_makes_no_other_kind() -> None:
     )
     assert compared(one, {**one, "flags": ["avx", "fma"]})["same_kind"] is False
     assert compared(one, None)["same_kind"] is None
+    for part in ("vendor", "flags", "instruction_set"):
+        less = {key: value for key, value in one.items() if key != part}
+        assert compared(one, less)["same_kind"] is compared(less, one)["same_kind"] is False, part
     assert list(
         differences(one, {**one, "flags": ["avx", "fma"], "instruction_set": {"torch": "AVX2", "onednn": "AVX"}})
     ) == [
@@ -349,6 +352,13 @@ FROM_A_TO_B = {  # file -> what two machines made of it
     "another name in a curve": ("c.csv", "step,loss\n1,2.0\n", "step,nll\n1,2.0\n"),
     "a step less": ("c.csv", "step,loss\n1,2.0\n2,1.0\n", "step,loss\n1,2.0\n"),
     "another step": ("c.csv", "step,loss\n1,2.0\n2,1.0\n", "step,loss\n1,2.0\n3,1.0\n"),
+    "a cell less": ("c.csv", "step,loss\n1,2.0\n", "step,loss\n1\n"),
+    "a list for nothing": ("r.json", {"a": None}, {"a": [1]}),
+    "another truth beside an interval": (
+        "r.json",
+        {"value": True, "interval": [0, 0.5]},
+        {"value": False, "interval": []},
+    ),
     "a key is missing": ("r.json", {"a": 1, "b": 2.0}, {"a": 1}),
     "a key is new": ("r.json", {"a": 1}, {"a": 1, "b": 2.0}),
     "a score without its value": ("r.json", {"a": 0.5, "a_interval": [0.3, 0.6]}, {"a_interval": [0.3, 0.6]}),
@@ -357,6 +367,11 @@ FROM_A_TO_B = {  # file -> what two machines made of it
     "another entry": ("r.json", {"a": [{"b": "x"}]}, {"a": [{"b": "y"}]}),
     "another kind of value": ("r.json", {"a": 1}, {"a": True}),
     "nothing for a number": ("r.json", {"a": 1.0}, {"a": None}),
+    "another count beside an interval": (
+        "r.json",
+        {"value": 0.1, "interval": [-0.1, 0.2], "n": 3},
+        {"value": 0.1, "interval": [], "n": 4},
+    ),
     "another chosen parameter": ("r.json", {"chosen": {"lr": 0.1}}, {"chosen": {"lr": 0.2}}),
     "another seed": ("r.json", {"seed": 1.0}, {"seed": 2.0}),
     "a parameter with an interval": (
@@ -396,6 +411,9 @@ def test_what_no_machine_may_change_is_within_no_bound_of_any_stage(tmp_path: Pa
     [
         *((name, one, one) for name, one, _ in FROM_A_TO_B.values() if name != "vocab.txt" and "lora_A" not in one),
         ("r.parquet", {"nll": [float("nan"), None, 1.0]}, {"nll": [float("nan"), None, 1.0]}),
+        ("r.parquet", {"answer": []}, {"answer": []}),
+        ("r.parquet", {"nll": [0.0, 0.0]}, {"nll": [0.0, 0.0]}),
+        ("m.safetensors", {"w": torch.zeros(3)}, {"w": torch.zeros(3)}),
         ("calibration.csv", "bin,count\n1,2\n", "bin,count\n1,3\n"),
         *(
             ("r.json", {key: "x"}, {key: "y"})
@@ -418,12 +436,20 @@ def test_equal_content_and_what_is_the_machine_s_is_no_difference(
         ("c.csv", "step,loss\n1,4.0\n2,-1.0\n", "step,loss\n1,4.0\n2,-0.5\n", {"column": 0.125}),
         ("r.parquet", {"nll": [1.0, None]}, {"nll": [1.0, 2.0]}, {"column": float("inf")}),
         ("r.parquet", {"nll": [1.0, 2.0]}, {"nll": [1.0, float("nan")]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, float("nan")]}, {"nll": [1.0, 2.0]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, 2.0]}, {"nll": [1.0, None]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, float("nan")]}, {"nll": [1.0, None]}, {"column": float("inf")}),
         ("r.parquet", {"label": ["a", "b"], "correct": [True, True]}, {"label": ["a", "c"], "correct": [True, False]},
          {"answers": 0.5}),
         ("r.json", {"loss": 0.5, "more": [4.0, 1.0]}, {"loss": 0.75, "more": [6.0, 1.125]}, {"number": 0.5}),
         ("r.json", {"to": {"difference": 0.1, "interval": [-0.1, 0.2]}},
          {"to": {"difference": 0.0, "interval": [-0.2, 0.1]}}, {"interval": 0.5}),
         ("r.json", {"to": {"value": 0.1, "interval": [-0.1, 0.2]}}, {"to": {"value": 0.3}}, {"interval": 2.0}),
+        ("r.json", {"loss": 4.0}, {"loss": 5.0}, {"number": 0.25}),
+        ("r.json", {"value": 0.1, "interval": [-0.1, 0.2], "p": 0.5}, {"value": 0.1, "interval": [], "p": 0.75},
+         {"number": 0.25}),
+        ("r.json", {"a": 0.5, "a_interval": [0.5, 0.6]}, {"a": 0.25, "a_interval": []}, {"number": 0.25}),
+        ("r.json", {"a": 4.0, "a_interval": [4.0, 5.0]}, {"a": 3.0, "a_interval": []}, {"number": 0.25}),
     ],
 )  # fmt: skip
 def test_the_largest_difference_of_each_measure_is_the_documented_one(

@@ -182,8 +182,6 @@ def _columns(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> Found:
     if written and count:
         yield "answers", sum(changed) / count, ", ".join(written)
     for name in a:
-        if name in GENERATED:
-            continue
         pairs = [
             (one, other) for one, other, other_answer in zip(a[name], b[name], changed, strict=True) if not other_answer
         ]
