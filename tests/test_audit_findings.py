@@ -273,6 +273,51 @@ def test_a_changed_row_and_its_paraphrase_are_two_changed_records(made: Project)
     assert [one["example_id"] for one in records["added"]] == [identity("hounds")] and not records["removed"]
 
 
+def test_a_removed_record_is_the_former_one_of_one_record_at_most(made: Project) -> None:
+    """Two paraphrases that name the same source row, as those of two rows of one file of prompts may."""
+    rows = [("cats", "train", FAQ), ("dogs", "train", FAQ)]
+    for paraphrases in ({"cats": "felines", "dogs": "hounds"}, {"cats": "lions", "dogs": "wolves"}):
+        made.commit(made.trained(made.curated(rows, paraphrases=paraphrases), ["cats"]))
+    records = diff(made.root, "HEAD~1:merged@lora", "merged@lora")["records"]
+    assert records is not None
+    pairs = [(one["before"]["example_id"], one["after"]["example_id"]) for one in records["changed"]]
+    assert sorted(before for before, _ in pairs) == sorted(map(identity, ("felines", "hounds")))
+    assert sorted(after for _, after in pairs) == sorted(map(identity, ("lions", "wolves")))
+    assert not records["added"] and not records["removed"]
+
+
+def test_records_whose_rows_are_unknown_are_not_versions_of_each_other(made: Project) -> None:
+    """Without a ledger, records name their source and no row of it."""
+    for text in ("cats", "lions"):
+        lock = made.lock([(text, "train", FAQ), ("dogs", "test", MAIL)])
+        for one in json.loads(made.object(lock["splits"]["outs"][0]["md5"]).read_bytes()):
+            if one["relpath"] == "ledger.parquet":
+                made.object(one["md5"]).unlink()
+        made.commit(lock)
+    records = diff(made.root, "HEAD~1:merged@lora", "merged@lora")["records"]
+    assert records == {
+        "added": [{"example_id": identity("lions"), "splits": ["train"], "rows": [FAQ]}],
+        "removed": [{"example_id": identity("cats"), "splits": ["train"], "rows": [FAQ]}],
+        "changed": [],
+        "moved": [],
+    }
+
+
+def test_records_that_two_models_have_in_the_same_splits_did_not_move(made: Project) -> None:
+    """One model was trained on the first data set and aligned on the second, the other one the other way round."""
+    data = [[("cats", "train", FAQ), ("dogs", "test", FAQ)], [("dogs", "train", FAQ), ("cats", "test", FAQ)]]
+    commits = []
+    for first, second in (data, data[::-1]):
+        model = made.lock(first)
+        made.commit(model)
+        aligned = made.splits(second) | {name: model[name] for name in ("adapter@lora", "merged@lora")}
+        aligned |= tasks_on(made, aligned, model)
+        aligned["aligned@dpo"]["outs"][0]["md5"] = made.put({"adapter_model.safetensors": str(first).encode()})
+        commits.append(made.commit(aligned))
+    records = diff(made.root, *(f"{commit}:aligned@dpo" for commit in commits))["records"]
+    assert records == {"added": [], "removed": [], "changed": [], "moved": []}
+
+
 def test_a_file_in_a_folder_that_is_a_source_is_found_by_its_hash(made: Project) -> None:
     """Of two versions of the folder, the one that has this file."""
     name = "data/sources/web/a.jsonl"

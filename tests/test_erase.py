@@ -43,7 +43,7 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import READ, Report, example_id, ledger_schema, record_schema
 from dagster_project.curation.sources import erased
 from dagster_project.curation.sources.files import read_rows
-from dagster_project.lineage.erasure import tombstones
+from dagster_project.lineage.erasure import scan, tombstones
 from dagster_project.lineage.erasure.needles import Needles, fragments, needles_of
 from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request, texts_of
 from dagster_project.lineage.erasure.removal import WRITERS, without
@@ -231,6 +231,16 @@ def test_an_excerpt_is_found() -> None:
     scanner = Scanner(needles_of([text], [], []))
     found = [bool(scanner.content(text[start : start + 48].encode())) for start in range(len(text) - 48)]
     assert all(found)
+
+
+@pytest.mark.parametrize("text", ["Zephyrine Okonkwo, Larkspur Lane", "Потерян кобальтовый фонарь"])
+def test_a_text_is_found_wherever_the_blocks_that_are_searched_begin(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanner, content = Scanner(needles_of([text], [], [])), json.dumps(text[:24]).encode()
+    for block in (len(content) - 1, 2 * len(content)):
+        monkeypatch.setattr(scan, "BLOCK", block)
+        assert [start for start in range(2 * block) if not scanner.content(b"." * start + content + b"...")] == []
 
 
 def test_ids_are_found_as_text_and_as_bytes(tmp_path: Path) -> None:

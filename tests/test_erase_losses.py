@@ -128,6 +128,25 @@ def test_a_record_is_compared_with_those_of_its_category_if_there_are_enough() -
     )
 
 
+def test_the_range_is_that_of_nine_in_ten_controls_and_its_ends_are_within() -> None:
+    controls = losses([float(i) for i in range(101)])  # 5 % and 95 % of them are at 5 and 95
+    given = {"a": 4.99, "b": 5.0, "c": 94.96, "d": 95.0, "e": 95.01}
+    found = compare({name: Loss(nats, None, None) for name, nats in given.items()}, controls)
+    assert {name: one["place"] for name, one in found["records"].items()} == {
+        "a": "below", "b": "within", "c": "within", "d": "within", "e": "above"
+    }  # fmt: skip
+    assert (found["controls"], found["range of controls"], found["below"]) == (101, [5.0, 95.0], 1)
+    assert [one["rank"] for one in found["records"].values()] == [6, 6, 96, 96, 97], "1 + the controls below it"
+    assert {tuple(one["range"]) for one in found["records"].values()} == {(5.0, 95.0)}
+    assert [one["loss"] for one in found["records"].values()] == [5.0, 5.0, 95.0, 95.0, 95.0], "no digit more"
+    assert found["verdict"].startswith("outside the range: 1 of 5 are more likely to the model than 95%")
+    assert "by chance, 0.2 would be" in found["verdict"]
+    above = compare({name: Loss(nats, None, None) for name, nats in given.items() if name > "a"}, controls)
+    assert above["below"] == 0 and above["verdict"].startswith("outside the range: 1 of 4 are less likely")
+    inside = compare({name: Loss(given[name], None, None) for name in "bcd"}, controls)
+    assert inside["verdict"] == "within the range"
+
+
 def test_without_controls_or_records_nothing_is_measured() -> None:
     assert compare({"m": Loss(1.0, None, None)}, losses([1.0] * (FEWEST - 1)))["not measured"].startswith(
         f"{FEWEST - 1} records that the model never saw"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shlex
@@ -105,7 +106,34 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
     assert pedigree(root, "verify", "--integrity", "--rev", "HEAD~1").returncode == 2
 
 
-@forked
+def test_a_report_that_names_another_sha256_is_the_only_finding(root: Path) -> None:
+    report = root / "data/reports/inst.json"
+    report.write_text(report.read_text().replace(json.loads(report.read_text())["output_sha256"], "0" * 64))
+    assert [(one["where"], one["path"]) for one in examine(root)["findings"]] == [("report", "data/reports/inst.json")]
+
+
+def test_an_output_is_compared_with_its_report_where_the_cache_has_no_list_of_its_files(root: Path) -> None:
+    [out] = [out for out in Revision(root, None).lock()["inst"]["outs"] if out["path"] == "data/inst"]
+    (root / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink()
+    found = examine(root)
+    assert (found["verdict"], found["findings"]) == ("incomplete", [])
+    assert [(one["path"], one["object"]) for one in found["missing"]] == [("data/inst", out["md5"])]
+    (root / "data/inst/rows.txt").unlink()
+    (root / "data/inst/rows.txt").write_text("BAD")
+    found = examine(root)
+    assert found["verdict"] == "altered"
+    assert [(one["where"], one["path"]) for one in found["findings"]] == [("workspace", "data/inst")]
+
+
+def test_all_revisions_of_a_shallow_clone_are_said_not_to_be_all(root: Path, tmp_path: Path) -> None:
+    small_pipeline.git(root, "commit", "-q", "--allow-empty", "-m", "again")
+    small_pipeline.git(root, "clone", "-q", "--depth", "1", f"file://{root}", str(tmp_path / "clone"))
+    said = "of a shallow clone: earlier ones are unknown"
+    for project, all_revs in ((root, True), (tmp_path / "clone", False), (tmp_path / "clone", True)):
+        found = examine(project, all_revs=all_revs)
+        assert found["shallow"] is (said in as_text(found)) is (project != root and all_revs)
+
+
 @forked
 def test_what_a_removed_variant_made_is_missing_in_earlier_commits_alone(root: Path) -> None:
     edit_params(root, lambda values: values["variants"].pop("dora"))

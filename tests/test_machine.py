@@ -22,10 +22,10 @@ from conftest import dvc, run
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
-from dagster_project.commands.elsewhere import compared, differences
+from dagster_project.commands.elsewhere import BOUNDS, KIND_OF_STAGE, compared, differences, judge, largest
 from dagster_project.commands.requirements import versions_in
 from dagster_project.core.records import write_json
-from dagster_project.lineage.tolerance import deviations
+from dagster_project.lineage.tolerance import Deviation, deviations
 from dagster_project.orchestration.machine import _caches, machine, packages
 from dagster_project.pipeline import FLOATING_POINT
 
@@ -230,6 +230,9 @@ def test_the_name_of_a_processor_makes_no_other_kind() -> None:
     )
     assert compared(one, {**one, "flags": ["avx", "fma"]})["same_kind"] is False
     assert compared(one, None)["same_kind"] is None
+    for part in ("vendor", "flags", "instruction_set"):
+        less = {key: value for key, value in one.items() if key != part}
+        assert compared(one, less)["same_kind"] is compared(less, one)["same_kind"] is False, part
     assert list(
         differences(one, {**one, "flags": ["avx", "fma"], "instruction_set": {"torch": "AVX2", "onednn": "AVX"}})
     ) == [
@@ -315,3 +318,217 @@ def test_answers_are_counted_and_the_numbers_of_the_others_measured(tmp_path: Pa
         pq.write_table(pa.table(rows), path)
 
     assert measured(tmp_path, "r.parquet", write) == pytest.approx({"answers": 0.25, "column": 0.1})
+
+
+W = torch.arange(1.0, 9.0)
+ROW = {"example_id": ["a", "b"], "prompt": ["x", "y"], "tokens": [1, 2]}
+FROM_A_TO_B = {  # file -> what two machines made of it
+    "a tensor is missing": ("m.safetensors", {"w": W, "v": W + 1}, {"w": W}),
+    "a tensor is new": ("m.safetensors", {"w": W}, {"w": W, "v": W + 1}),
+    "another shape": ("m.safetensors", {"w": W}, {"w": W.reshape(2, 4)}),
+    "another number format": ("m.safetensors", {"w": W}, {"w": W.to(torch.bfloat16)}),
+    "another whole number": ("m.safetensors", {"w": torch.tensor([1, 2])}, {"w": torch.tensor([1, 3])}),
+    "another rank": (
+        "m.safetensors",
+        {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)},
+        {"lora_A": torch.ones(1, 3), "lora_B": torch.ones(3, 1)},
+    ),
+    "half of a pair in another shape": (
+        "m.safetensors",
+        {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)},
+        {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2)},
+    ),
+    "half of a pair in another format": (
+        "m.safetensors",
+        {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2)},
+        {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(3, 2).to(torch.bfloat16)},
+    ),
+    "another text": ("r.parquet", ROW, {**ROW, "prompt": ["x", "z"]}),
+    "another count": ("r.parquet", ROW, {**ROW, "tokens": [1, 3]}),
+    "another order": ("r.parquet", ROW, {name: values[::-1] for name, values in ROW.items()}),
+    "a row less": ("r.parquet", ROW, {name: values[:1] for name, values in ROW.items()}),
+    "another column": ("r.parquet", ROW, {**ROW, "more": [1.0, 2.0]}),
+    "another column of a curve": ("c.csv", "step,loss\n1,2.0\n", "step,loss,more\n1,2.0,3\n"),
+    "another name in a curve": ("c.csv", "step,loss\n1,2.0\n", "step,nll\n1,2.0\n"),
+    "a step less": ("c.csv", "step,loss\n1,2.0\n2,1.0\n", "step,loss\n1,2.0\n"),
+    "another step": ("c.csv", "step,loss\n1,2.0\n2,1.0\n", "step,loss\n1,2.0\n3,1.0\n"),
+    "a cell less": ("c.csv", "step,loss\n1,2.0\n", "step,loss\n1\n"),
+    "a list for nothing": ("r.json", {"a": None}, {"a": [1]}),
+    "another truth beside an interval": (
+        "r.json",
+        {"value": True, "interval": [0, 0.5]},
+        {"value": False, "interval": []},
+    ),
+    "a key is missing": ("r.json", {"a": 1, "b": 2.0}, {"a": 1}),
+    "a key is new": ("r.json", {"a": 1}, {"a": 1, "b": 2.0}),
+    "a score without its value": ("r.json", {"a": 0.5, "a_interval": [0.3, 0.6]}, {"a_interval": [0.3, 0.6]}),
+    "an entry more": ("r.json", {"a": [1, 2]}, {"a": [1, 2, 3]}),
+    "an entry less": ("r.json", {"a": [1, 2]}, {"a": [1]}),
+    "another entry": ("r.json", {"a": [{"b": "x"}]}, {"a": [{"b": "y"}]}),
+    "another kind of value": ("r.json", {"a": 1}, {"a": True}),
+    "nothing for a number": ("r.json", {"a": 1.0}, {"a": None}),
+    "another count beside an interval": (
+        "r.json",
+        {"value": 0.1, "interval": [-0.1, 0.2], "n": 3},
+        {"value": 0.1, "interval": [], "n": 4},
+    ),
+    "another chosen parameter": ("r.json", {"chosen": {"lr": 0.1}}, {"chosen": {"lr": 0.2}}),
+    "another seed": ("r.json", {"seed": 1.0}, {"seed": 2.0}),
+    "a parameter with an interval": (
+        "r.json", {"settings": {"a": 0.5, "a_interval": [0.3, 0.6]}}, {"settings": {"a": 0.4, "a_interval": [0.3, 0.6]}}
+    ),
+    "a parameter that is called an interval": (
+        "r.json",
+        {"settings": {"log_interval": 1}},
+        {"settings": {"log_interval": 2}},
+    ),
+    "a note that is no repetition": ("r.json", {"note": "1"}, {"note": "2"}),
+    "a file of another kind": ("vocab.txt", "a", "b"),
+}  # fmt: skip
+
+
+def write_as(path: Path, content: Any) -> None:
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table(content), path)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize("case", FROM_A_TO_B)
+def test_what_no_machine_may_change_is_within_no_bound_of_any_stage(tmp_path: Path, case: str) -> None:
+    name, recorded, made = FROM_A_TO_B[case]
+    found = measured(tmp_path, name, lambda path, new: write_as(path, made if new else recorded))
+    assert found["equal"] == float("inf")
+    for stage in FLOATING_POINT:
+        _, beyond = judge(stage, {}, deviations(name, tmp_path / "recorded" / name, tmp_path / "made" / name))
+        assert any(line.endswith("which no machine may change") for line in beyond)
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "made"),
+    [
+        *((name, one, one) for name, one, _ in FROM_A_TO_B.values() if name != "vocab.txt" and "lora_A" not in one),
+        ("r.parquet", {"nll": [float("nan"), None, 1.0]}, {"nll": [float("nan"), None, 1.0]}),
+        ("r.parquet", {"answer": []}, {"answer": []}),
+        ("r.parquet", {"nll": [0.0, 0.0]}, {"nll": [0.0, 0.0]}),
+        ("m.safetensors", {"w": torch.zeros(3)}, {"w": torch.zeros(3)}),
+        ("calibration.csv", "bin,count\n1,2\n", "bin,count\n1,3\n"),
+        *(
+            ("r.json", {key: "x"}, {key: "y"})
+            for key in (
+                "machine", "environment", "versions", "device", "dtype", "attention", "output_sha256", "sha256_before",
+                "sha256_after",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_equal_content_and_what_is_the_machine_s_is_no_difference(
+    tmp_path: Path, name: str, recorded: Any, made: Any
+) -> None:
+    assert measured(tmp_path, name, lambda path, new: write_as(path, made if new else recorded)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "made", "expected"),
+    [
+        ("c.csv", "step,loss\n1,4.0\n2,-1.0\n", "step,loss\n1,4.0\n2,-0.5\n", {"column": 0.125}),
+        ("r.parquet", {"nll": [1.0, None]}, {"nll": [1.0, 2.0]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, 2.0]}, {"nll": [1.0, float("nan")]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, float("nan")]}, {"nll": [1.0, 2.0]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, 2.0]}, {"nll": [1.0, None]}, {"column": float("inf")}),
+        ("r.parquet", {"nll": [1.0, float("nan")]}, {"nll": [1.0, None]}, {"column": float("inf")}),
+        ("r.parquet", {"label": ["a", "b"], "correct": [True, True]}, {"label": ["a", "c"], "correct": [True, False]},
+         {"answers": 0.5}),
+        ("r.json", {"loss": 0.5, "more": [4.0, 1.0]}, {"loss": 0.75, "more": [6.0, 1.125]}, {"number": 0.5}),
+        ("r.json", {"to": {"difference": 0.1, "interval": [-0.1, 0.2]}},
+         {"to": {"difference": 0.0, "interval": [-0.2, 0.1]}}, {"interval": 0.5}),
+        ("r.json", {"to": {"value": 0.1, "interval": [-0.1, 0.2]}}, {"to": {"value": 0.3}}, {"interval": 2.0}),
+        ("r.json", {"loss": 4.0}, {"loss": 5.0}, {"number": 0.25}),
+        ("r.json", {"value": 0.1, "interval": [-0.1, 0.2], "p": 0.5}, {"value": 0.1, "interval": [], "p": 0.75},
+         {"number": 0.25}),
+        ("r.json", {"a": 0.5, "a_interval": [0.5, 0.6]}, {"a": 0.25, "a_interval": []}, {"number": 0.25}),
+        ("r.json", {"a": 4.0, "a_interval": [4.0, 5.0]}, {"a": 3.0, "a_interval": []}, {"number": 0.25}),
+    ],
+)  # fmt: skip
+def test_the_largest_difference_of_each_measure_is_the_documented_one(
+    tmp_path: Path, name: str, recorded: Any, made: Any, expected: dict[str, float]
+) -> None:
+    assert measured(tmp_path, name, lambda path, new: write_as(path, made if new else recorded)) == pytest.approx(
+        expected
+    )
+
+
+def test_the_starting_value_is_that_of_the_file_with_this_tensor_in_this_shape(tmp_path: Path) -> None:
+    starts = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    matrix = W.reshape(2, 4)
+    for path, tensors in zip(starts, ({"v": matrix}, {"w": W}, {"w": matrix}), strict=True):
+        save_file(tensors, path)
+    found = measured(
+        tmp_path, "m.safetensors", lambda path, new: save_file({"w": matrix * (1.5 if new else 2)}, path), *starts
+    )
+    assert found["update"] == pytest.approx(0.5)  # (2 w - 1.5 w) / (2 w - w), not relative to 2 w
+    assert "update" not in measured(
+        tmp_path, "m.safetensors", lambda path, new: save_file({"w": matrix + new}, path), *starts[:2]
+    )
+
+
+def test_factors_that_are_no_matrices_are_compared_as_they_are(tmp_path: Path) -> None:
+    """Those of LoRA on convolutions."""
+    found = measured(
+        tmp_path,
+        "m.safetensors",
+        lambda path, new: save_file(
+            {"lora_A": torch.full((2, 3, 3, 3), 2.0), "lora_B": torch.full((4, 2, 1, 1), 1.5 if new else 2.0)}, path
+        ),
+    )
+    assert found == {"weight": 0.25}
+
+
+def test_an_update_below_the_rounding_of_the_stored_numbers_counts_as_that_rounding(tmp_path: Path) -> None:
+    start, rounding = torch.ones(4), torch.finfo(torch.float32).eps
+    save_file({"w": start}, tmp_path / "base.safetensors")
+    found = measured(
+        tmp_path,
+        "m.safetensors",
+        lambda path, new: save_file({"w": start + rounding * new}, path),  # the recorded training changed nothing
+        tmp_path / "base.safetensors",
+    )
+    assert found["update"] == pytest.approx(1.0)
+
+
+def test_a_difference_is_another_machine_s_up_to_its_bound_and_a_fault_beyond() -> None:
+    assert KIND_OF_STAGE.keys() == FLOATING_POINT
+    for (kind, dtype), bounds in BOUNDS.items():
+        stage = next(one for one in KIND_OF_STAGE if KIND_OF_STAGE[one] == kind)
+        settings = {"compute": {"dtype": dtype}}
+        for measure in ("update", "weight", "number", "column", "interval", "answers"):
+            bound = bounds.get(measure, 0.0)
+            values = [bound, bound * 1.001 or 1e-9, float("nan"), float("inf")]
+            found = [Deviation(f"file {number}", measure, value, "w") for number, value in enumerate(values)]
+            listed, beyond = judge(stage, settings, found)
+            assert [line.partition(":")[0] for line in beyond] == ["file 1", "file 2", "file 3"]
+            assert {one["bound"] for one in listed} == {bound}
+    float32 = BOUNDS["training", "float32"]["update"]
+    for settings, expected in (
+        ({}, BOUNDS["training", "bfloat16"]["update"]),
+        ({"compute": {"dtype": "auto"}}, BOUNDS["training", "bfloat16"]["update"]),
+        ({"compute": {"dtype": "float32"}}, float32),
+    ):
+        [one], _ = judge("adapter", settings, [Deviation("f", "update", 1e-9, "w")])
+        assert one["bound"] == expected
+    told = {"compute": {"dtype": "float32"}, "evaluation": {"dtype": "bfloat16"}}
+    [one], _ = judge("evaluation", told, [Deviation("f", "answers", 1e-9, "w")])
+    assert one["bound"] == BOUNDS["evaluation", "bfloat16"]["answers"]
+
+
+def test_of_each_measure_the_difference_nearest_to_its_bound_is_shown() -> None:
+    rows = [
+        {"measure": measure, "value": value, "bound": bound, "where": where}
+        for measure, value, bound, where in (
+            ("number", 0.2, 0.4, "half"), ("number", 0.3, 0.4, "most"), ("number", 0.1, 0.4, "least"),
+            ("weight", 0.1, 0.2, "first"), ("weight", 0.1, 0.2, "same"), ("column", 2.0, 1.0, "beyond"),
+        )
+    ]  # fmt: skip
+    assert [one["where"] for one in largest(rows)] == ["most", "first", "beyond"]

@@ -135,6 +135,23 @@ def test_a_signed_statement_of_another_shape_is_read_or_refused_and_nothing_else
     assert read > 20 and refused > 200
 
 
+@pytest.mark.parametrize(
+    ("verdict", "is_read"), [("identical", True), ("elsewhere", True), ("different", False), ("", False)]
+)
+def test_a_statement_that_a_stage_was_made_again_has_a_result_with_which_one_is_signed(
+    verdict: str, is_read: bool
+) -> None:
+    key = PrivateKey(ed25519.Ed25519PrivateKey.generate())
+    record = provenance.StageRecord("b", {"cmd": "run", "outs": [{"path": "y"}]}, "", {}, {"y": DIGESTS}, {})
+    signed = provenance.statement(replace(record, remade={"verdict": verdict}))
+    content = provenance.lines([signed], key).encode()
+    if is_read:
+        assert [one.remade for one in provenance.read(content, key.public)] == [verdict]
+        return
+    with pytest.raises(SignatureError, match="is not a statement of"):
+        provenance.read(content, key.public)
+
+
 def test_a_name_that_was_added_beside_a_signature_is_found() -> None:
     """The name of the key in an envelope is not signed."""
     key = PrivateKey(ed25519.Ed25519PrivateKey.generate())

@@ -162,3 +162,24 @@ def test_the_verdict_is_the_documented_one(seed: int, tmp_path: Path) -> None:
     outputs = reproduced(case, tmp_path)
     (name,) = outputs.lock
     assert outputs.judge(name, outputs.compare(name)[1]).verdict == expected(case, bounds), case
+
+
+def test_a_file_that_only_one_of_the_machines_made_is_different(tmp_path: Path) -> None:
+    """All that both made is within its bound."""
+    case = {
+        "stage": "adapter", "dtype": "float32", "recorded": {**MACHINE, "threads": 4}, "text": "", "lost": False,
+        "scale": 0.001, "number": 0.0,
+    }  # fmt: skip
+    outputs, name = reproduced(case, tmp_path), "adapter@lora"
+    assert outputs.judge(name, outputs.compare(name)[1]).verdict == "elsewhere"
+    file = outputs.root / "data/adapter/lora/more.txt"
+    file.write_text("x")
+    judged = outputs.judge(name, outputs.compare(name)[1])
+    assert judged.verdict == "different"
+    assert judged.reasons == ["data/adapter/lora/more.txt: cannot be compared"]
+    made = file.with_name("adapter_model.safetensors")
+    made.replace(file)
+    judged = outputs.judge(name, outputs.compare(name)[1])
+    assert judged.verdict == "different" and [reason.partition(":")[0] for reason in judged.reasons] == [
+        "data/adapter/lora/adapter_model.safetensors", "data/adapter/lora/more.txt",
+    ]  # fmt: skip

@@ -91,7 +91,7 @@ def judge(
     compute, evaluation = (parameters.get(section) or {} for section in ("compute", "evaluation"))
     dtype = "float32" if (evaluation.get("dtype") or compute.get("dtype")) == "float32" else "bfloat16"
     bounds = BOUNDS[KIND_OF_STAGE[stage], dtype]
-    listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found if one.value]
+    listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found]
     return listed, [_reason(one) for one in listed if not one["value"] <= one["bound"]]
 
 

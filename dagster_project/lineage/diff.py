@@ -154,7 +154,7 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
         "moved": [
             {"before": describe(identity, old), "after": describe(identity, new)}
             for identity in sorted(old.keys() & new.keys())
-            if old[identity].splits != new[identity].splits
+            if {*old[identity].splits} != {*new[identity].splits}
         ],
     }, []
 

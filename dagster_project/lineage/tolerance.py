@@ -182,8 +182,6 @@ def _columns(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> Found:
     if written and count:
         yield "answers", sum(changed) / count, ", ".join(written)
     for name in a:
-        if name in GENERATED:
-            continue
         pairs = [
             (one, other) for one, other, other_answer in zip(a[name], b[name], changed, strict=True) if not other_answer
         ]
@@ -207,7 +205,7 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
             interval = a.get(f"{key}_interval") or (a.get("interval") if key in {"difference", "value"} else None)
             if interval and _finite(a.get(key)) and _finite(b.get(key)) and not exact:
                 yield _from_interval(a[key], b[key], interval, place)
-            elif not key.endswith("interval"):  # an interval moves with its figure
+            elif exact or not key.endswith("interval"):  # an interval moves with its figure
                 yield from _values(a.get(key), b.get(key), place, exact or key in SETTINGS)
     elif isinstance(a, list) and isinstance(b, list):
         for i, (one, other) in enumerate(zip_longest(a, b)):

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
@@ -160,7 +160,7 @@ class Attested:
     outs: Sequence[str]
     read: Files
     made: Files
-    remade: str | None
+    remade: Literal["identical", "elsewhere"] | None
     """The verdict of making it again; None if that was not done."""
 
     def describes(self, text: str | None) -> bool:
