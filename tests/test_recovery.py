@@ -30,6 +30,7 @@ from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import open_repo, read_stages, verified_fingerprint
 from dagster_project.orchestration.dvc_cache import restore_outputs
 from dagster_project.orchestration.dvc_remote import inputs_by_hash
+from dagster_project.orchestration.erasure.layout import dagster_home
 from dagster_project.orchestration.locks import hold
 
 pytestmark = pytest.mark.usefixtures("warm_small")
@@ -438,6 +439,18 @@ def test_a_dagster_home_of_another_project_is_refused(
     assert "DAGSTER_HOME" in refusal.value.hint and str(other / ".dagster") in refusal.value.hint
     shutil.rmtree(root)
     home(other)  # nobody's any more
+
+
+def test_a_dagster_home_is_the_folder_that_dagster_uses(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no shell replaces the ~, as in a file of variables."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DAGSTER_HOME", "~/dagster")
+    assert home(root) == dagster_home(root)
+    with dg.DagsterInstance.get() as found:
+        assert found.root_directory == str(home(root)) and not (root / "~").exists()
 
 
 def test_a_dagster_home_that_is_named_through_a_link_is_that_of_the_project(

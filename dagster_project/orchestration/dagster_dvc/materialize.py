@@ -57,6 +57,7 @@ def bring_up_to_date(
     mirrored = _mirrored.setdefault(instance, {})
     reported: tuple[int, ...] | None = None
     try:
+        project.before_sync(instance)
         project.validate(address, variables)  # first: bad input leaves the log unchanged
         states = _states_before(context, project, address)
         _refuse_removed(states, address)
