@@ -11,6 +11,7 @@ import dagster as dg
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
+from dagster_project.orchestration import rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 from dagster_project.orchestration.dagster_dvc.materialize import bring_up_to_date
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, IN_SYNC_DESCRIPTION
@@ -154,7 +155,11 @@ def sync_sensor(project: DvcProject) -> dg.SensorDefinition:
     def sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         try:
             project.before_sync(context.instance)
-            lines = reap(context.instance, project.owns_instance) + sync(project, context.instance)
+            lines = reap(context.instance, project.owns_instance)
+            # Dagster ends a sensor that waits for a minute, and its code server has few threads
+            if holder := rwlock.lock_holder(project.root):
+                return dg.SkipReason("; ".join([*lines, f"Not synced: {holder} holds DVC's lock of the project"]))
+            lines += sync(project, context.instance)
         except Exception as error:
             known = faults.explained(error, project.root)
             if known is None:

@@ -163,24 +163,28 @@ def _read(context: dg.AssetExecutionContext, project: DvcProject) -> Snapshot:
 def _read_when_idle(
     context: dg.AssetExecutionContext, project: DvcProject, address: str, own: bool = False
 ) -> Snapshot:
-    """State of all stages, once no other process writes inputs of `address`.
+    """State of all stages, once no other process holds DVC's lock of the project, or writes inputs of `address`.
 
     DVC removes outputs for a moment even if it then restores them.
 
     Args:
         own: wait for its outputs instead.
     """
-    logged = False
+    logged = ""
     while True:
-        snapshot = _read(context, project)
-        states = snapshot.states
-        names = ([address] if own else dvc.ancestors(states, address)) if address in states else []
-        writer = rwlock.writer_of(project.root, [path for name in names for path in states[name].outs])
-        if not writer:
-            return snapshot
-        if not logged:
-            context.log.info(f"{address} is waiting: {writer} is writing its {'outputs' if own else 'inputs'}")
-            logged = True
+        if holder := rwlock.lock_holder(project.root):
+            waits_for = f"{holder} holds DVC's lock of the project"
+        else:
+            snapshot = _read(context, project)
+            states = snapshot.states
+            names = ([address] if own else dvc.ancestors(states, address)) if address in states else []
+            writer = rwlock.writer_of(project.root, [path for name in names for path in states[name].outs])
+            if not writer:
+                return snapshot
+            waits_for = f"{writer} is writing its {'outputs' if own else 'inputs'}"
+        if logged != waits_for:
+            context.log.info(f"{address} is waiting: {waits_for}")
+            logged = waits_for
         interrupt_if_canceled(context.instance, context.run_id)
         time.sleep(0.5)
 
