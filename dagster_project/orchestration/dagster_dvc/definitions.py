@@ -1,7 +1,6 @@
 """dvc.yaml -> Dagster's assets, checks, job and sync sensor, derived from DVC's resolved stages at load time."""
 
 # No postponed annotations: Dagster reads the type of a body's configuration from its signature.
-import re
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,9 @@ from dagster_project.orchestration.dagster_dvc.project import DvcProject, is_for
 from dagster_project.orchestration.dagster_dvc.sync import sync
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
+
+WHOLE = "pipeline"
+"""Job of all stages."""
 
 
 def build_dvc_definitions(
@@ -59,7 +61,8 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
         *((path, project.source_key(path).to_python_identifier()) for path in sources),
     ]
     # Dagster makes names of inputs from the paths of sources
-    invalid = [one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)]
+    is_valid = private_module("dagster._core.definitions.utils").is_valid_name
+    invalid = [one for one, name in named if not is_valid(name) or name == project.name(WHOLE)]
     if invalid or len(set(keys)) < len(keys) or len(set(names)) < len(names):
         what = "two stages or sources have the same name in Dagster"
         if invalid:
@@ -67,7 +70,8 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
         raise InputError(
             f"{project.root / 'dvc.yaml'}: {what}",
             "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources;"
-            " names must differ in more than these marks",
+            " names must differ in more than these marks. Words that are reserved, such as `import`, `input` and"
+            f" `{WHOLE}`, can be names in a project with a key_prefix",
         )
     return [
         *(
@@ -136,7 +140,7 @@ def all_stages(
 ) -> Any:
     """The job of all stages."""
     return dg.define_asset_job(
-        project.name("pipeline"),
+        project.name(WHOLE),
         selection=dg.AssetSelection.assets(*map(project.asset_key, states)),
         description="All stages, in flow order. Stages that are up to date are not run.",
         executor_def=executor,
