@@ -114,6 +114,33 @@ def test_both_are_synced_and_materialized_in_one_run_from_another_folder(
         assert event.asset_materialization.metadata["data_version"].value == read_stages(root)["tok"].version
 
 
+@pytest.mark.parametrize("others", ["sync", "materialize"])
+def test_of_two_projects_without_a_prefix_an_instance_shows_the_first_alone(
+    roots: dict[str, Path], instance: dg.DagsterInstance, others: str
+) -> None:
+    """They have the same asset keys: each would report its files as those of the other."""
+    first, second = (build_definitions(root, PIPELINE, whole_location=True) for root in roots.values())
+    (roots["sales"] / "code/tok.py").write_text("V = 9\n")
+
+    def tick_of(definitions: dg.Definitions) -> str:
+        answer = definitions.resolve_sensor_def("sync")(dg.build_sensor_context(instance=instance))
+        assert isinstance(answer, dg.SkipReason)
+        return answer.skip_message or ""
+
+    assert "tok is " in tick_of(first)
+    if others == "sync":
+        said = tick_of(second)
+    else:
+        job, ran = second.resolve_implicit_global_asset_job_def(), len(commands_run(roots["sales"]))
+        done = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey("tok")], raise_on_error=False)
+        assert not done.success and len(commands_run(roots["sales"])) == ran
+        [event] = [one for one in done.all_events if one.event_type_value == "STEP_FAILURE"]
+        said = str(event.event_specific_data.user_failure_data.description)
+    assert f"belongs to the project in {roots['support']}" in said and "key_prefix" in said
+    assert not [line for line in tick_of(first).split("; ") if "tok is " in line or "def/tok" in line]
+    assert stale_keys(first.resolve_asset_graph(), instance) == set()
+
+
 def test_a_run_of_other_assets_is_not_marked_as_failed_in_a_shared_instance(instance: dg.DagsterInstance) -> None:
     """Its process may be on another machine: only runs are examined whose tag names this one."""
     from dagster._core.events import EngineEventData

@@ -234,6 +234,11 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
     (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, deps: [data/my points.csv]}\n")
     with pytest.raises(InputError, match=r"dvc\.yaml: data/my points\.csv cannot be a name in Dagster"):
         build_dvc_definitions(foreign)
+    for name in ("import", "input", "pipeline"):
+        (foreign / "dvc.yaml").write_text(f"stages:\n  {name}: {{cmd: echo}}\n")
+        with pytest.raises(InputError, match=rf"dvc\.yaml: {name} cannot be a name in Dagster"):
+            build_dvc_definitions(foreign)
+        dg.Definitions.validate_loadable(build_dvc_definitions(foreign, "churn"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from conftest import dvc, edit_params, pedigree
 
 from dagster_project.core.records import read_table
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.metadata import describe
+from dagster_project.orchestration.dagster.metadata import describe, live
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
@@ -236,6 +236,15 @@ def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path
     )
     found = describe(tmp_path, state)  # type: ignore[arg-type]
     assert found["loss"] == 0.7 and found["loss_curves"].md_str.startswith("![loss](data:image/png;base64,")
+
+
+@pytest.mark.parametrize("text", ["", "st", "step,loss\n", "step,loss\n1,0.5\n2", "step,loss\n1,0.5\n2,"])
+def test_a_table_that_is_being_written_does_not_end_the_run_that_shows_it(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "data" / "live" / "adapter" / "lora"
+    folder.mkdir(parents=True)
+    (folder / "loss.csv").write_text(text)
+    (folder / "speed.csv").write_text("step,speed\n3,7\n")
+    assert live(tmp_path, "adapter@lora") == {"step": 3, "speed": 7.0}
 
 
 def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from conftest import dvc, edit_params, pedigree, run
 from dvc.ignore import DvcIgnoreFilter
 
 from dagster_project.core.errors import InputError
+from dagster_project.orchestration import dvc_run
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.sync import sync
@@ -30,6 +33,7 @@ from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import open_repo, read_stages, verified_fingerprint
 from dagster_project.orchestration.dvc_cache import restore_outputs
 from dagster_project.orchestration.dvc_remote import inputs_by_hash
+from dagster_project.orchestration.erasure.layout import dagster_home
 from dagster_project.orchestration.locks import hold
 
 pytestmark = pytest.mark.usefixtures("warm_small")
@@ -358,6 +362,46 @@ def test_a_missing_output_names_the_command_that_restores_it(root: Path, synced:
     assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, synced, ["raw"]))
 
 
+def test_a_stage_goes_on_while_dagsters_database_does_not_answer(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the restart of a database would end a training of many hours."""
+    monkeypatch.setattr(dvc_run, "PROGRESS_INTERVAL", 0.2)
+    ran = len(small_pipeline.commands_run(root))
+    [gate] = small_pipeline.hold(root, "tok")
+    (root / "code/tok.py").write_text("V = 9\n")
+    database = root / ".dagster/history/runs.db"
+    definitions = build_definitions(root, small_pipeline.PIPELINE)
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(small_pipeline.materialize, root, synced, ["tok"], definitions)
+        while len(small_pipeline.commands_run(root)) == ran and not run.done():
+            time.sleep(0.1)
+        aside = database.rename(database.with_name("aside"))
+        while "Dagster's database does not answer" not in caplog.text and not run.done():
+            time.sleep(0.1)
+        aside.replace(database)
+        gate.touch()
+        assert run.result().success
+    assert small_pipeline.commands_run(root)[ran:] == ["tok"] and "tok" not in small_pipeline.changed_in_dvc(root)
+    sync(root, synced, small_pipeline.PIPELINE)
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
+
+
+def test_a_model_is_materialized_although_dvc_lock_lost_another_stage(root: Path, synced: dg.DagsterInstance) -> None:
+    """Its lineage is unknown until then, but DVC has recorded it."""
+    declared = json.loads((root / "dvc.yaml").read_text())
+    declared["stages"]["adapter"]["do"]["meta"] = {"kinds": ["safetensors"]}
+    (root / "dvc.yaml").write_text(json.dumps(declared))
+    lock, _, _ = (root / "dvc.lock").read_text().partition("\n  cmp:")  # it is the last one
+    (root / "dvc.lock").write_text(f"{lock}\n")
+    (root / "code/adapter.py").write_text("V = 9\n")
+    assert small_pipeline.materialize(root, synced, ["adapter@lora"]).success
+    latest = synced.get_latest_materialization_event(asset_key("adapter@lora"))
+    assert latest is not None and latest.asset_materialization is not None
+    assert latest.asset_materialization.metadata["data_version"].value == read_stages(root)["adapter@lora"].version
+    assert "dvc.lock has no complete entry of cmp" in str(latest.asset_materialization.metadata["lineage"].value)
+
+
 def test_a_report_that_only_git_has_survives_a_failed_run(root: Path) -> None:
     """As in a clone: DVC removes the report before it runs the stage, and its cache has no copy."""
     report = root / "data/reports/inst.json"
@@ -438,6 +482,18 @@ def test_a_dagster_home_of_another_project_is_refused(
     assert "DAGSTER_HOME" in refusal.value.hint and str(other / ".dagster") in refusal.value.hint
     shutil.rmtree(root)
     home(other)  # nobody's any more
+
+
+def test_a_dagster_home_is_the_folder_that_dagster_uses(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no shell replaces the ~, as in a file of variables."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DAGSTER_HOME", "~/dagster")
+    assert home(root) == dagster_home(root)
+    with dg.DagsterInstance.get() as found:
+        assert found.root_directory == str(home(root)) and not (root / "~").exists()
 
 
 def test_a_dagster_home_that_is_named_through_a_link_is_that_of_the_project(

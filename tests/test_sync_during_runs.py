@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -14,13 +15,14 @@ import pytest
 from builders import small_pipeline
 from conftest import dvc, shown_checks
 
+from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc import dead_runs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, MACHINE_TAG, in_progress
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dagster_dvc.sync import mirror, read
-from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.dvc import read_stages, records_locked
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -140,3 +142,35 @@ def test_a_run_of_another_machine_counts_until_it_has_been_quiet_for_an_hour(
     assert in_progress(synced) == {TOK}
     monkeypatch.setattr(dead_runs, "QUIET", 0.0)
     assert in_progress(synced) == frozenset()
+
+
+def test_the_sensor_does_not_wait_for_a_command_that_holds_dvcs_lock(root: Path, synced: dg.DagsterInstance) -> None:
+    """As `dvc push` does until it ends: the waiting sensors would use up the threads of Dagster's code server."""
+    sensor = build_definitions(root, small_pipeline.PIPELINE, whole_location=True).resolve_sensor_def("sync")
+    (root / "data/sources/g.txt").write_text("other")
+
+    def tick() -> str:
+        answer = sensor(dg.build_sensor_context(instance=synced))
+        assert isinstance(answer, dg.SkipReason)
+        return answer.skip_message or ""
+
+    with ThreadPoolExecutor(1) as thread, records_locked(root):
+        waiting = thread.submit(tick)
+        assert waiting.result(300) == f"Not synced: process {os.getpid()} holds DVC's lock of the project"
+    assert "sources/g.txt is now" in tick()
+
+
+def test_a_run_names_the_process_whose_lock_it_waits_for(root: Path, synced: dg.DagsterInstance) -> None:
+    definitions = build_definitions(root, small_pipeline.PIPELINE)
+    text, until = f"tok is waiting: process {os.getpid()} holds DVC's lock of the project", time.monotonic() + 300
+
+    def is_logged() -> bool:
+        return any(text in one.user_message for run in synced.get_runs() for one in synced.all_logs(run.run_id))
+
+    with ThreadPoolExecutor(1) as thread:
+        with records_locked(root):
+            run = thread.submit(small_pipeline.materialize, root, synced, ["tok"], definitions)
+            while not is_logged():
+                assert time.monotonic() < until
+                time.sleep(0.2)
+        assert run.result().success

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from dagster_project.commands.extras import missing_extra
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, Interrupted, PedigreeError
+from dagster_project.orchestration.dagster_home import home_of
 
 INTERRUPTED = "interrupted; nothing was recorded"
 ELSEWHERE = {"mlflow", "push", "share", "sync"}
@@ -257,9 +258,8 @@ def _home_damaged(error: BaseException, project: Path) -> InputError | None:
     """A file of Dagster's home is not, or not any more, a database, or Dagster cannot read a record in it."""
     if not (_is_of_a_damaged_database(error) or _is_of_a_damaged_record(error)):
         return None
-    home = os.environ.get("DAGSTER_HOME") or project / ".dagster"
     return InputError(
-        f"Dagster's home {home}: a database is damaged",
+        f"Dagster's home {home_of(project)}: a database is damaged",
         "delete that folder: `pedigree sync` makes it again, without the logs of runs",
     )
 

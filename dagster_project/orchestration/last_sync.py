@@ -9,7 +9,6 @@ that a file with the same time, inode and size has the same content.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.records import write_text
 from dagster_project.lineage.history import config_files
 from dagster_project.lineage.notes import read_note
+from dagster_project.orchestration.dagster_home import home_of
 
 FILE = Path(".dvc", "tmp", "pedigree", "synced.json")
 """It can be deleted."""
@@ -105,7 +105,7 @@ class LastSync:
 
 
 def _state(root: Path, key_prefix: tuple[str, ...], paths: Iterable[str]) -> str | None:
-    home = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").absolute()
+    home = home_of(root)
     log = home / "history"
     try:
         settings = (home / "dagster.yaml").read_text(encoding="utf-8")

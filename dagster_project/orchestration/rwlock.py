@@ -1,4 +1,4 @@
-"""DVC's table of locked paths: which process reads or writes which path."""
+"""DVC's locks: the one of a project, and its table of locked paths, with the process that reads or writes each."""
 
 from __future__ import annotations
 
@@ -73,6 +73,23 @@ def locks_by_hard_links(root: Path) -> bool:
         return bool(Config(dvc_dir=str(root / ".dvc"))["core"].get("hardlink_lock", False))
     except ConfigError:  # DVC refuses every command then, so none holds a lock
         return False
+
+
+def lock_holder(root: Path) -> str:
+    """The process that keeps DVC's lock of the project for more than three seconds; empty if none does.
+
+    Commands such as `dvc add` and `dvc push` hold it until they end, and `dvc repro` while it hashes an output.
+    """
+    path = (root / TABLE).with_name("lock")
+    if not path.parent.is_dir():  # DVC has never run here
+        return ""
+    lock = private_module("dvc.lock")
+    try:
+        with lock.make_lock(str(path), tmp_dir=str(path.parent), hardlink_lock=locks_by_hard_links(root)):
+            return ""
+    except lock.LockError:
+        pid = path.read_text().strip()
+        return f"process {pid}" if pid.isdigit() else "another process"
 
 
 def _of_running(table: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_project.core.context import measured
+from dagster_project.core.errors import InputError
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import shown
@@ -108,7 +109,10 @@ def _lineage(root: Path, state: StageState) -> dict[str, Any]:
     """
     if "safetensors" not in (state.meta.get("kinds") or []) or not state.recorded or state.output_problem:
         return {}
-    subject = lineage.find(Index(root), state.address)
+    try:
+        subject = lineage.find(Index(root), state.address)
+    except InputError as error:  # dvc.lock lacks entries of other stages that the committed one has
+        return {"lineage": dg.MetadataValue.text(str(error))}
     audited = lineage.document(subject)
     records, _ = lineage.trained_on(subject)
     write_text(pages_of(root, state.address) / "audit.html", lineage_page(audited, lineage.listed(records)))
@@ -128,10 +132,11 @@ def live(root: Path, address: str) -> dict[str, float]:
     """Progress of a running stage: the newest value of each of its live tables, and the step."""
     values: dict[str, float] = {}
     for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
-        with suppress(FileNotFoundError):  # a new run removes the tables of the previous run
+        # a new run removes the tables of the previous run; a line that is being appended lacks values
+        with suppress(FileNotFoundError, IndexError, KeyError, TypeError, ValueError):
             newest = list(csv.DictReader(path.read_text("utf-8").splitlines()))[-1]
-            values["step"] = max(int(newest["step"]), int(values.get("step", 0)))
-            values[path.stem] = float(newest[path.stem])
+            step, value = int(newest["step"]), float(newest[path.stem])
+            values |= {"step": max(step, int(values.get("step", 0))), path.stem: value}
     return values
 
 

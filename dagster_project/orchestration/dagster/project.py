@@ -186,4 +186,5 @@ class PedigreeProject(DvcProject):
         return damaged_report(self.root, state.address) if state.report else ""
 
     def before_sync(self, instance: dg.DagsterInstance) -> None:
+        super().before_sync(instance)
         set_default_limits(instance, self.pool_prefix)

@@ -1,7 +1,6 @@
 """dvc.yaml -> Dagster's assets, checks, job and sync sensor, derived from DVC's resolved stages at load time."""
 
 # No postponed annotations: Dagster reads the type of a body's configuration from its signature.
-import re
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ import dagster as dg
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
+from dagster_project.orchestration import rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 from dagster_project.orchestration.dagster_dvc.materialize import bring_up_to_date
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, IN_SYNC_DESCRIPTION
@@ -18,6 +18,9 @@ from dagster_project.orchestration.dagster_dvc.project import DvcProject, is_for
 from dagster_project.orchestration.dagster_dvc.sync import sync
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
+
+WHOLE = "pipeline"
+"""Job of all stages."""
 
 
 def build_dvc_definitions(
@@ -58,7 +61,8 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
         *((path, project.source_key(path).to_python_identifier()) for path in sources),
     ]
     # Dagster makes names of inputs from the paths of sources
-    invalid = [one for one, name in named if re.search(r"[^A-Za-z0-9_]", name)]
+    is_valid = private_module("dagster._core.definitions.utils").is_valid_name
+    invalid = [one for one, name in named if not is_valid(name) or name == project.name(WHOLE)]
     if invalid or len(set(keys)) < len(keys) or len(set(names)) < len(names):
         what = "two stages or sources have the same name in Dagster"
         if invalid:
@@ -66,7 +70,8 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
         raise InputError(
             f"{project.root / 'dvc.yaml'}: {what}",
             "use only letters, digits, _ and - in names of stages and variants, also . and / in paths of sources;"
-            " names must differ in more than these marks",
+            " names must differ in more than these marks. Words that are reserved, such as `import`, `input` and"
+            f" `{WHOLE}`, can be names in a project with a key_prefix",
         )
     return [
         *(
@@ -135,7 +140,7 @@ def all_stages(
 ) -> Any:
     """The job of all stages."""
     return dg.define_asset_job(
-        project.name("pipeline"),
+        project.name(WHOLE),
         selection=dg.AssetSelection.assets(*map(project.asset_key, states)),
         description="All stages, in flow order. Stages that are up to date are not run.",
         executor_def=executor,
@@ -154,7 +159,11 @@ def sync_sensor(project: DvcProject) -> dg.SensorDefinition:
     def sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         try:
             project.before_sync(context.instance)
-            lines = reap(context.instance, project.owns_instance) + sync(project, context.instance)
+            lines = reap(context.instance, project.owns_instance)
+            # Dagster ends a sensor that waits for a minute, and its code server has few threads
+            if holder := rwlock.lock_holder(project.root):
+                return dg.SkipReason("; ".join([*lines, f"Not synced: {holder} holds DVC's lock of the project"]))
+            lines += sync(project, context.instance)
         except Exception as error:
             known = faults.explained(error, project.root)
             if known is None:

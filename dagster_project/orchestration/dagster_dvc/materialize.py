@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
+from sqlalchemy.exc import SQLAlchemyError
 
 from dagster_project.core import faults
 from dagster_project.core.errors import CheckFailed, PedigreeError
@@ -22,6 +24,8 @@ from dagster_project.orchestration.dagster_dvc.metadata import check_result, fin
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
 from dagster_project.orchestration.dvc import StageState
+
+log = logging.getLogger("pedigree")
 
 NO_RESULT = "the report has no such check; if it was renamed or removed in dvc.yaml, reload the code location"
 
@@ -57,6 +61,7 @@ def bring_up_to_date(
     mirrored = _mirrored.setdefault(instance, {})
     reported: tuple[int, ...] | None = None
     try:
+        project.before_sync(instance)
         project.validate(address, variables)  # first: bad input leaves the log unchanged
         states = _states_before(context, project, address)
         _refuse_removed(states, address)
@@ -162,24 +167,28 @@ def _read(context: dg.AssetExecutionContext, project: DvcProject) -> Snapshot:
 def _read_when_idle(
     context: dg.AssetExecutionContext, project: DvcProject, address: str, own: bool = False
 ) -> Snapshot:
-    """State of all stages, once no other process writes inputs of `address`.
+    """State of all stages, once no other process holds DVC's lock of the project, or writes inputs of `address`.
 
     DVC removes outputs for a moment even if it then restores them.
 
     Args:
         own: wait for its outputs instead.
     """
-    logged = False
+    logged = ""
     while True:
-        snapshot = _read(context, project)
-        states = snapshot.states
-        names = ([address] if own else dvc.ancestors(states, address)) if address in states else []
-        writer = rwlock.writer_of(project.root, [path for name in names for path in states[name].outs])
-        if not writer:
-            return snapshot
-        if not logged:
-            context.log.info(f"{address} is waiting: {writer} is writing its {'outputs' if own else 'inputs'}")
-            logged = True
+        if holder := rwlock.lock_holder(project.root):
+            waits_for = f"{holder} holds DVC's lock of the project"
+        else:
+            snapshot = _read(context, project)
+            states = snapshot.states
+            names = ([address] if own else dvc.ancestors(states, address)) if address in states else []
+            writer = rwlock.writer_of(project.root, [path for name in names for path in states[name].outs])
+            if not writer:
+                return snapshot
+            waits_for = f"{writer} is writing its {'outputs' if own else 'inputs'}"
+        if logged != waits_for:
+            context.log.info(f"{address} is waiting: {waits_for}")
+            logged = waits_for
         interrupt_if_canceled(context.instance, context.run_id)
         time.sleep(0.5)
 
@@ -217,6 +226,11 @@ class MessageReader(dg.PipesTempFileMessageReader):
         return 1
 
 
+def _is_of_database(error: Exception) -> bool:
+    """Whether Dagster's database caused it. The second class is of an optional package."""
+    return isinstance(error, SQLAlchemyError) or type(error).__name__ == "DagsterPostgresException"
+
+
 def _reproduce(
     context: dg.AssetExecutionContext, project: DvcProject, address: str, force: bool, variables: Mapping[str, str]
 ) -> str:
@@ -229,10 +243,17 @@ def _reproduce(
 
     def report_progress() -> None:
         nonlocal latest
-        interrupt_if_canceled(context.instance, context.run_id)
         now = project.progress(address)
-        if now and now != latest:
-            context.log_event(dg.AssetObservation(project.asset_key(address), metadata=finite(now)))
+        try:
+            interrupt_if_canceled(context.instance, context.run_id)
+            if now and now != latest:
+                context.log_event(dg.AssetObservation(project.asset_key(address), metadata=finite(now)))
+        except Exception as error:
+            if not _is_of_database(error):
+                raise
+            # an error here would end the stage; the database may answer again before it is done
+            reason = str(error).strip().partition("\n")[0]
+            log.warning(f"{address} goes on running, although Dagster's database does not answer: {reason}")
         latest = now
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ import dagster as dg
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster_dvc import keys, metadata
+from dagster_project.orchestration.dagster_home import claim
 from dagster_project.orchestration.dvc import StageState
 
 FORCE_TAG = "pedigree/force"
@@ -255,4 +257,11 @@ class DvcProject:
         return metadata.damaged_report(self.root, state)
 
     def before_sync(self, instance: dg.DagsterInstance) -> None:
-        """Called by the sensor before each sync."""
+        """Called by the sensor and by each stage before they report anything.
+
+        Raises:
+            InputError: the instance has the assets of another project without a prefix.
+        """
+        if not self.key_prefix:
+            with suppress(OSError):  # its folder is not writable
+                claim(Path(instance.root_directory), self.root)

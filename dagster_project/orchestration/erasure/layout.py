@@ -5,13 +5,13 @@ All paths are resolved before they are compared.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_project.core.git import git
 from dagster_project.lineage.database import INDEX_FILE
+from dagster_project.orchestration.dagster_home import home_of
 from dagster_project.orchestration.erasure.remotes import Remotes
 
 CACHE, RUN_CACHE, INDEX, EVENT_LOG, SCRATCH = "DVC cache", "run cache", "audit index", "Dagster", "scratch files"
@@ -94,7 +94,7 @@ class Layout:
 
 
 def dagster_home(root: Path) -> Path:
-    return Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").resolve()
+    return home_of(root).resolve()
 
 
 def layout_of(root: Path, remotes: Remotes) -> Layout:
