@@ -32,7 +32,7 @@ def check(options: argparse.Namespace) -> int:
     from dagster_project.curation.checks.review import refuse_expired
     from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
     from dagster_project.curation.write_checked import refuse_overwriting
-    from dagster_project.lineage.history import files_at
+    from dagster_project.lineage.files_at import files_at
     from dagster_project.views.data_quality import data_quality_page
     from dagster_project.views.data_quality_terminal import check_text
     from dagster_project.views.rendered_terminal import rendered_text
