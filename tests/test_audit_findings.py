@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity, md5, table
+from builders.history import DVC_YAML, Project, entry, identity, md5, out, table
 from builders.small_pipeline import git
 from conftest import pedigree
 
+from dagster_project.commands.verify import verify
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import REWARD_METHODS, ledger_schema
 from dagster_project.lineage import database
 from dagster_project.lineage.diff import diff
@@ -1052,3 +1054,51 @@ def test_no_entry_that_may_be_above_another_one_is_lost_with_the_combinations(se
                 stack += one.producers.values()
         found.append(above_of)
     assert found[0] == found[1]
+
+
+# ---- stages that run in other folders
+# -----------------------------------------------------------------------------------------------------------------
+
+
+OWN = "  mine: {wdir: own/models, cmd: train, deps: [../../data/splits/train], outs: [mine]}\n"
+
+
+def part_of_splits(made: Project, lock: dict[str, Any]) -> str:
+    """Hash of the folder `train` in the output of `splits`."""
+    files = json.loads(made.object(out(lock, "splits")).read_bytes())
+    names = {one["relpath"]: one["md5"] for one in files}
+    return md5_of_folder({name[6:]: digest for name, digest in names.items() if name.startswith("train/")})
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_stage_with_wdir_saw_what_its_paths_name_from_that_folder(made: Project, in_cache: bool) -> None:
+    lock = made.splits([("cats", "train", FAQ)])
+    weights = made.put({"model.safetensors": b"mine"})
+    reads = {"../../data/splits/train": part_of_splits(made, lock)}
+    lock["mine"] = {**entry("mine", reads, weights), "cmd": "train"}
+    lock["mine"]["outs"][0]["path"] = "mine"
+    (made.root / "dvc.yaml").write_text(f"{DVC_YAML}{OWN}")
+    if in_cache:
+        run = made.root / ".dvc/cache/runs/ab" / ("ab" * 32) / ("cd" * 32)
+        run.parent.mkdir(parents=True)
+        run.write_text(json.dumps(lock["mine"]))
+    made.commit(lock)
+    found = impact(made.root, source=FAQ)
+    assert [(one["stage"], one["md5"]) for one in found["models"]] == [("mine", weights)] and not found["unknown"]
+    assert impact(made.root, text="Nobody wrote this.")["verdict"] == "no"
+    assert audit(made.root, "own/models/mine")["model"] == {"stage": "mine", "path": "own/models/mine", "md5": weights}
+    with pytest.raises(InputError, match=r"mine: dvc\.yaml has `wdir`"):
+        verify(made.root, "mine")
+
+
+def test_a_pipeline_in_a_subfolder_of_which_nothing_is_known_leaves_open_what_saw_a_record(made: Project) -> None:
+    made.commit(made.lock([("cats", "train", FAQ)]))
+    other = made.root / "other/dvc.lock"
+    other.parent.mkdir()
+    other.write_text(json.dumps({"schema": "2.0", "stages": {"x": entry("x", {"../data/splits": "0" * 32}, "1" * 32)}}))
+    found = impact(made.root, text="Nobody wrote this.")
+    assert found["verdict"] == "cannot tell" and found["unreadable"] == ["the pipeline of other/dvc.lock"]
+    assert "cannot be read: the pipeline of other/dvc.lock" in as_text(found)
+    assert impact(made.root, source=FAQ)["verdict"] == "yes"
+    (other.parent / ".dvc").mkdir()
+    assert impact(made.root, text="Nobody wrote this.")["verdict"] == "no", "another project"

@@ -36,7 +36,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         value=value,
         not_read=[
             name
-            if name.startswith(("run cache", "the history"))
+            if name.startswith(("run cache", "the history", "the pipeline"))
             else f"the dvc.lock of {name if ' ' in name else name[:12]}"
             for name in result["unreadable"]
         ],
