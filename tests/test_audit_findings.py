@@ -829,6 +829,33 @@ def test_each_version_of_the_base_model_is_named(made: Project) -> None:
     assert "other_base_models" not in audit(made.root, "merged@lora")
 
 
+def test_a_count_of_one_has_the_singular(made: Project) -> None:
+    made.commit(made.lock([("cats", "train", FAQ)]))
+    found = audit(made.root, "merged@lora")
+    said = "\n".join([audit_text(found), as_text(impact(made.root, source=FAQ)), lineage_page(found, [])])
+    assert "adapter@lora: 1 record, 1 time in 1 step" in said and "in 1 commit with a dvc.lock" in said
+    assert "1 row, MIT" in said and not re.search(
+        r"(?<![\d.,])1 (records|rows|times|steps|commits|models|files)\b", said
+    )
+
+
+def test_each_file_of_the_weights_of_a_base_model_is_named_with_its_hash(made: Project) -> None:
+    lock = made.lock([("cats", "train", FAQ)])
+    weights = {f"model-0000{i}-of-00002.safetensors": str(i) * 64 for i in (1, 2)}
+    for name, sha256 in (("adapter@lora", {**weights, "model.safetensors.index.json": "c" * 64}), ("merged@lora", {})):
+        lock[name]["outs"].append(
+            made.report(name.replace("@", "/"), {"origin": name, "license": "MIT", "sha256": sha256})
+        )
+    made.commit(lock)
+    found = audit(made.root, "merged@lora")
+    named = [" ".join(one) for one in weights.items()]
+    shown = ", ".join(text[: -64 + 16] for text in named)
+    assert found["base_model"]["sha256"].items() >= weights.items()
+    assert f"base model adapter@lora, MIT, sha256 of {shown}" in audit_text(found).splitlines()
+    assert "base model merged@lora, MIT, sha256 unknown" in audit_text(found).splitlines()
+    assert f"adapter@lora, MIT, sha256 of {', '.join(named)}" in lineage_page(found, [])
+
+
 def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(
     made: Project,
 ) -> None:
