@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity, md5, table
+from builders.history import DVC_YAML, Project, entry, identity, md5, out, table
 from builders.small_pipeline import git
 from conftest import pedigree
 
+from dagster_project.commands.verify import verify
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import REWARD_METHODS, ledger_schema
 from dagster_project.lineage import database
 from dagster_project.lineage.diff import diff
@@ -872,6 +874,33 @@ def test_each_version_of_the_base_model_is_named(made: Project) -> None:
     assert "other_base_models" not in audit(made.root, "merged@lora")
 
 
+def test_a_count_of_one_has_the_singular(made: Project) -> None:
+    made.commit(made.lock([("cats", "train", FAQ)]))
+    found = audit(made.root, "merged@lora")
+    said = "\n".join([audit_text(found), as_text(impact(made.root, source=FAQ)), lineage_page(found, [])])
+    assert "adapter@lora: 1 record, 1 time in 1 step" in said and "in 1 commit with a dvc.lock" in said
+    assert "1 row, MIT" in said and not re.search(
+        r"(?<![\d.,])1 (records|rows|times|steps|commits|models|files)\b", said
+    )
+
+
+def test_each_file_of_the_weights_of_a_base_model_is_named_with_its_hash(made: Project) -> None:
+    lock = made.lock([("cats", "train", FAQ)])
+    weights = {f"model-0000{i}-of-00002.safetensors": str(i) * 64 for i in (1, 2)}
+    for name, sha256 in (("adapter@lora", {**weights, "model.safetensors.index.json": "c" * 64}), ("merged@lora", {})):
+        lock[name]["outs"].append(
+            made.report(name.replace("@", "/"), {"origin": name, "license": "MIT", "sha256": sha256})
+        )
+    made.commit(lock)
+    found = audit(made.root, "merged@lora")
+    named = [" ".join(one) for one in weights.items()]
+    shown = ", ".join(text[: -64 + 16] for text in named)
+    assert found["base_model"]["sha256"].items() >= weights.items()
+    assert f"base model adapter@lora, MIT, sha256 of {shown}" in audit_text(found).splitlines()
+    assert "base model merged@lora, MIT, sha256 unknown" in audit_text(found).splitlines()
+    assert f"adapter@lora, MIT, sha256 of {', '.join(named)}" in lineage_page(found, [])
+
+
 def test_each_value_of_a_parameter_that_stages_ran_with_is_listed_and_each_source_goes_to_the_stages_that_read_it(
     made: Project,
 ) -> None:
@@ -1097,3 +1126,51 @@ def test_no_entry_that_may_be_above_another_one_is_lost_with_the_combinations(se
                 stack += one.producers.values()
         found.append(above_of)
     assert found[0] == found[1]
+
+
+# ---- stages that run in other folders
+# -----------------------------------------------------------------------------------------------------------------
+
+
+OWN = "  mine: {wdir: own/models, cmd: train, deps: [../../data/splits/train], outs: [mine]}\n"
+
+
+def part_of_splits(made: Project, lock: dict[str, Any]) -> str:
+    """Hash of the folder `train` in the output of `splits`."""
+    files = json.loads(made.object(out(lock, "splits")).read_bytes())
+    names = {one["relpath"]: one["md5"] for one in files}
+    return md5_of_folder({name[6:]: digest for name, digest in names.items() if name.startswith("train/")})
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_stage_with_wdir_saw_what_its_paths_name_from_that_folder(made: Project, in_cache: bool) -> None:
+    lock = made.splits([("cats", "train", FAQ)])
+    weights = made.put({"model.safetensors": b"mine"})
+    reads = {"../../data/splits/train": part_of_splits(made, lock)}
+    lock["mine"] = {**entry("mine", reads, weights), "cmd": "train"}
+    lock["mine"]["outs"][0]["path"] = "mine"
+    (made.root / "dvc.yaml").write_text(f"{DVC_YAML}{OWN}")
+    if in_cache:
+        run = made.root / ".dvc/cache/runs/ab" / ("ab" * 32) / ("cd" * 32)
+        run.parent.mkdir(parents=True)
+        run.write_text(json.dumps(lock["mine"]))
+    made.commit(lock)
+    found = impact(made.root, source=FAQ)
+    assert [(one["stage"], one["md5"]) for one in found["models"]] == [("mine", weights)] and not found["unknown"]
+    assert impact(made.root, text="Nobody wrote this.")["verdict"] == "no"
+    assert audit(made.root, "own/models/mine")["model"] == {"stage": "mine", "path": "own/models/mine", "md5": weights}
+    with pytest.raises(InputError, match=r"mine: dvc\.yaml has `wdir`"):
+        verify(made.root, "mine")
+
+
+def test_a_pipeline_in_a_subfolder_of_which_nothing_is_known_leaves_open_what_saw_a_record(made: Project) -> None:
+    made.commit(made.lock([("cats", "train", FAQ)]))
+    other = made.root / "other/dvc.lock"
+    other.parent.mkdir()
+    other.write_text(json.dumps({"schema": "2.0", "stages": {"x": entry("x", {"../data/splits": "0" * 32}, "1" * 32)}}))
+    found = impact(made.root, text="Nobody wrote this.")
+    assert found["verdict"] == "cannot tell" and found["unreadable"] == ["the pipeline of other/dvc.lock"]
+    assert "cannot be read: the pipeline of other/dvc.lock" in as_text(found)
+    assert impact(made.root, source=FAQ)["verdict"] == "yes"
+    (other.parent / ".dvc").mkdir()
+    assert impact(made.root, text="Nobody wrote this.")["verdict"] == "no", "another project"

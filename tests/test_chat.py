@@ -77,6 +77,19 @@ def test_an_answer_that_is_stopped_keeps_what_was_written(speaker: Speaker) -> N
     assert not reply.finished and reply.message["content"] == "".join(parts).strip() == speaker.messages[-1]["content"]
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_an_answer_to_one_question_that_the_limit_cut_off_is_noted(
+    project: Path, tiny_model: Path, tokens: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["chat", str(tiny_model), "--once", "Hi", "--max-new-tokens", str(tokens), "--project", str(project)]
+    assert main([*asked, "--json"]) == 0
+    printed = capsys.readouterr()
+    (answer,) = json.loads(printed.out)["answers"]
+    noted = f"not finished after {tokens} token{'s' if tokens > 1 else ''} (--max-new-tokens)"
+    assert (noted in printed.err) is not answer["finished"]
+    assert not answer["finished"], "otherwise nothing is tested"
+
+
 def test_two_models_answer_each_in_its_own_conversation(tiny_model: Path, speaker: Speaker) -> None:
     other = Speaker("other", tiny_model, speaker.model)
     said = talk([speaker, other], "Where?", "/reset", "Who?", temperature=3.0)

@@ -614,6 +614,34 @@ def test_a_name_that_is_not_utf_8_a_link_and_a_submodule_have_an_earlier_version
     assert check("set/link.jsonl", "--since", "HEAD", "--json").document["changes"]["rows"]["unchanged"] == 4
 
 
+def test_an_earlier_file_of_git_lfs_is_read_or_refused_and_its_pointer_is_not_data(check: Check) -> None:
+    content = jsonl(Path("a.jsonl"), *BEFORE).read_bytes()
+    oid = hashlib.sha256(content).hexdigest()
+    Path("a.jsonl").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n")
+    committed("a.jsonl")
+    jsonl(Path("a.jsonl"), *AFTER)
+    refused(check("a.jsonl", "--since", "HEAD"), "--since HEAD: a.jsonl is a file of Git LFS")
+    stored = Path(".git/lfs/objects", oid[:2], oid[2:4], oid)
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(content[:-1])
+    refused(check("a.jsonl", "--since", "HEAD"), "`git lfs fetch origin ")
+    stored.write_bytes(content)
+    changes = check("a.jsonl", "--since", "HEAD", "--json").document["changes"]
+    assert changes["rows"] == {"added": 1, "removed": 1, "changed": 1, "unchanged": 2}
+
+
+def test_an_earlier_file_of_git_annex_or_that_git_lost_is_refused(check: Check) -> None:
+    jsonl(Path("a.jsonl"), *BEFORE)
+    committed("a.jsonl")
+    digest = git("rev-parse", "HEAD:a.jsonl").strip()
+    Path(".git/objects", digest[:2], digest[2:]).unlink()
+    refused(check("a.jsonl", "--since", "HEAD"), "git cannot read it")
+    Path("a.jsonl").write_text("/annex/objects/SHA256E-s12--abc.jsonl\n")
+    committed("a.jsonl")
+    jsonl(Path("a.jsonl"), *BEFORE)
+    refused(check("a.jsonl", "--since", "HEAD"), "is in git-annex")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

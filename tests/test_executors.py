@@ -150,7 +150,7 @@ def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_
     before = (root / "data/inst/rows.txt").read_bytes()
     (root / "data/sources/g.txt").write_text("BAD\n")
     assert dvc(root, "repro", "raw").returncode == 0
-    with pytest.raises(CheckFailed, match=r"inst: 1 blocking check\(s\) failed. no_bad_rows: 1 rows \(first: 0\)"):
+    with pytest.raises(CheckFailed, match=r"inst: 1 blocking check\(s\) failed. no_bad_rows: 1 row \(first: 0\)"):
         run_stage(root, "inst", small_pipeline.PIPELINE, Elsewhere(tmp_path / "elsewhere"))
     assert (root / "data/inst/rows.txt").read_bytes() == before
     assert json.loads((root / report_of("inst")).read_text())["passed"] is False

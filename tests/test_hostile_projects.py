@@ -13,7 +13,7 @@ import pytest
 from dagster_project.__main__ import main
 from dagster_project.cli.output import print_result
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.history import files_at
+from dagster_project.lineage.files_at import files_at
 from dagster_project.lineage.lineage import audit
 from dagster_project.orchestration import integrity
 from dagster_project.orchestration.run_stage import run_stage

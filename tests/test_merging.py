@@ -555,6 +555,8 @@ def test_a_wrong_entry_is_refused_before_it_is_written_into_the_pipeline(
         "    foreach: {a: 1, b: 2}\n    do:\n      deps: [data/tokenized]\n",
         "    matrix: {name: [a]}\n    do:\n      deps: [data/tokenized]\n",
         "    foreach: ${adapter}\n    do:\n      deps:\n",
+        f"    foreach: ${{adapter}}\n    do:\n      deps: {'{? ' * 900}a{'}' * 900}\n",
+        f"    foreach: ${{adapter}}\n    desc: {'[' * 3000}{']' * 3000}\n    do:\n      deps: [data/tokenized]\n",
     ],
 )
 def test_a_pipeline_of_another_form_is_refused_and_not_damaged(tmp_path: Path, stage: str) -> None:

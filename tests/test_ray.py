@@ -246,7 +246,7 @@ def test_a_gate_that_fails_on_a_node_fails_here_with_its_report_and_is_not_run_a
     before = published(root, "inst")
     (root / "data/sources/g.txt").write_text("BAD\n")
     assert run([sys.executable, "-m", "dvc", "repro", "raw"], root, PEDIGREE_EXECUTION="local").returncode == 0
-    with pytest.raises(CheckFailed, match=r"inst: 1 blocking check\(s\) failed. no_bad_rows: 1 rows \(first: 0\)"):
+    with pytest.raises(CheckFailed, match=r"inst: 1 blocking check\(s\) failed. no_bad_rows: 1 row \(first: 0\)"):
         run_stage(root, "inst", PIPELINE)
     assert json.loads((root / report_of("inst")).read_text())["passed"] is False
     assert published(root, "inst")["data/inst/rows.txt"] == before["data/inst/rows.txt"]

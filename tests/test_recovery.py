@@ -187,7 +187,7 @@ def test_the_failure_of_a_run_has_the_message_of_its_stage(root: Path, synced: d
     result = small_pipeline.materialize(root, synced, ["raw", "inst"])
     [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
     assert failure and failure.message.endswith(
-        "inst: 1 blocking check(s) failed. no_bad_rows: 1 rows (first: 0)\n"
+        "inst: 1 blocking check(s) failed. no_bad_rows: 1 row (first: 0)\n"
         "hint: fix the rows, or change params.yaml; all findings are in data/reports/inst.json\n"
     )
 

@@ -277,6 +277,25 @@ def test_a_file_under_dvc_that_no_stage_reads_may_be_missing_and_its_edits_are_n
     assert (root / "edited.bin.dvc").read_bytes() == before
 
 
+@pytest.mark.usefixtures("warm_small")
+def test_stages_of_a_pipeline_in_a_subfolder_are_named_if_they_are_not_up_to_date(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`dvc repro` would run them."""
+    caplog.set_level("WARNING")
+    (root / "prepare").mkdir()
+    (root / "prepare/in.txt").write_text("one")
+    stage = {"cmd": "cp in.txt out.txt", "deps": ["in.txt"], "outs": ["out.txt"]}
+    (root / "prepare/dvc.yaml").write_text(json.dumps({"stages": {"clean": stage}}))
+    let_raw_read(root, "prepare/out.txt")
+    assert dvc(root, "repro", "-q").returncode == 0
+    RunAll(root, 1, False).run()
+    assert "only `dvc repro` runs them" not in caplog.text
+    (root / "prepare/in.txt").write_text("two")
+    RunAll(root, 1, False).run()
+    assert "only `dvc repro` runs them: prepare/dvc.yaml:clean" in caplog.text
+
+
 def let_raw_read(root: Path, *paths: str) -> None:
     text = json.loads((root / "dvc.yaml").read_text())
     text["stages"]["raw"]["deps"] += paths

@@ -63,7 +63,7 @@ def made(tmp_path: Path) -> Project:
 def test_an_audit_names_the_teacher_and_its_hashes(made: Project, stage: str) -> None:
     found = audit(made.root, f"{stage}@student")
     assert found["teachers"] == [{"training": "aligned@student", **TEACHER}]
-    line = f"models/large one, GPL-3.0-only, learned from by aligned@student, sha256 of model.safetensors {WEIGHTS}"
+    line = f"models/large one, GPL-3.0-only, learned from by aligned@student, sha256 {WEIGHTS}"
     assert f"teacher    {line}" in audit_text(found) and ("teacher", line) in _details(found)
     other = audit(made.root, f"{stage}@dpo")
     assert "teachers" not in other and "\nteacher  " not in audit_text(other)

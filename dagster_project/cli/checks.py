@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.cli.arguments import add_command, count, named
 from dagster_project.cli.output import HTML, print_result, require_suffix, require_writable, write
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import many
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ def check(options: argparse.Namespace) -> int:
     from dagster_project.curation.checks.review import refuse_expired
     from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
     from dagster_project.curation.write_checked import refuse_overwriting
-    from dagster_project.lineage.history import files_at
+    from dagster_project.lineage.files_at import files_at
     from dagster_project.views.data_quality import data_quality_page
     from dagster_project.views.data_quality_terminal import check_text
     from dagster_project.views.rendered_terminal import rendered_text
@@ -77,7 +78,7 @@ def check(options: argparse.Namespace) -> int:
     for option, path in outputs.items():
         log.info(
             f"{option.lstrip('-')}: {path},"
-            f" {document['kept'] if option == '--out' else document['rows'] - document['kept']} rows"
+            f" {many(document['kept'] if option == '--out' else document['rows'] - document['kept'], 'row')}"
         )
     columns = shutil.get_terminal_size((120, 24)).columns
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

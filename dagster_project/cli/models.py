@@ -12,6 +12,7 @@ from dagster_project.cli.arguments import SYSTEM, add_command, count, day, named
 from dagster_project.cli.output import print_result
 from dagster_project.commands import ending
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import many
 
 log = logging.getLogger("pedigree")
 
@@ -39,7 +40,11 @@ def chat(options: argparse.Namespace) -> int:
         except BrokenPipeError:  # the reader of a pipe is gone, which ends the conversation
             ending.discard(sys.stdout)
     else:
-        print_result(options, module.once(root, asked, options.once), module.once_text)
+        document = module.once(root, asked, options.once)
+        print_result(options, document, module.once_text)
+        for one in document["answers"]:
+            if not one["finished"]:
+                log.info(f"{one['model']}: not finished after {many(one['tokens'], 'token')} (--max-new-tokens)")
     return 0
 
 

@@ -118,7 +118,11 @@ def listed(text: str, adapters: Mapping[str, Any]) -> str:
     new = _DEPS.sub(
         lambda _: _wrapped([*(f'"{path}"' if "$" in path else path for path in paths), *code]), new, count=1
     )
-    if _parsed(new) != {**before, "foreach": items, "do": {**before["do"], "deps": [*paths, *code]}}:
+    try:
+        as_meant = _parsed(new) == {**before, "foreach": items, "do": {**before["do"], "deps": [*paths, *code]}}
+    except RecursionError:  # another key of the stage is nested too deep
+        as_meant = False
+    if not as_meant:
         raise InputError(*NOT_A_LOOP)
     return text.replace(stage, new, 1)
 
@@ -147,7 +151,7 @@ def _parsed(stage: str) -> dict[str, Any]:
 
     try:
         parsed = dict(YAML(typ="safe").load(stage)["adapter"])
-    except (YAMLError, KeyError, TypeError, ValueError) as error:
+    except (YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"dvc.yaml: the stage `adapter` cannot be read: {' '.join(str(error).split())[:200]}",
             "see `git diff dvc.yaml`",

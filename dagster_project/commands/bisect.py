@@ -23,6 +23,7 @@ from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git
 from dagster_project.core.messages import Message, Messages
+from dagster_project.core.text import many
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.history import LOCK, Revision, commit_of
@@ -197,7 +198,7 @@ def bisect(
         search = Search(root, model, asked, steps, Path(scratch), may_train)
         missing = sum(not search.is_cached(i) for i in range(len(steps)))
         log.info(
-            f"bisect: {len(steps)} versions, "
+            f"bisect: {many(len(steps), 'version')}, "
             + (
                 f"{missing} of them are not in the cache;"
                 " these are trained again only if no cached version narrows the search further"

@@ -23,7 +23,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.params import Compute
 from dagster_project.core.rendering import end_ids
-from dagster_project.core.text import shortened, visible
+from dagster_project.core.text import many, shortened, visible
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.history import md5_on_disk
 from dagster_project.lineage.notes import read_note
@@ -465,7 +465,9 @@ class Chat:
             for call in reply.message.get("tool_calls", []):
                 self.write(visible(f"{call_text(call)}\n"))
             end = "" if reply.finished else ", not finished"
-            self.write(f"({reply.tokens} tokens, {reply.tokens / max(reply.seconds, 1e-9):.0f} a second{end})\n")
+            self.write(
+                f"({many(reply.tokens, 'token')}, {reply.tokens / max(reply.seconds, 1e-9):.0f} a second{end})\n"
+            )
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -515,7 +517,7 @@ class Chat:
         except (OSError, ValueError, RuntimeError) as error:  # a null character, a user who does not exist
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"/save {rest}: {reason}", "give a file that can be written") from None
-        self.write(visible(f"appended {len(lines)} conversation{'s' * (len(lines) > 1)} to {rest}\n"))
+        self.write(visible(f"appended {many(len(lines), 'conversation')} to {rest}\n"))
 
     def _row(self, speaker: Speaker) -> Mapping[str, Any]:
         return {"messages": speaker.messages, **({"tools": self.tools} if self.tools else {}), "model": speaker.name}

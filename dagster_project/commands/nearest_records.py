@@ -10,6 +10,7 @@ from typing import Any
 
 from dagster_project.core.messages import Messages
 from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.core.text import many
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find, trained_on
@@ -73,8 +74,8 @@ class TrainingRecords:
         here = [record for record in self._records if record["example_id"] in places]
         if lost := len(places) - len(here):
             notes.append(
-                f"{lost} of the {len(places)} records that it was trained on are not in {TRAIN}"
-                " (pairs, or records of other runs)"
+                f"{lost} of {many(len(places), 'record')} that it was trained on"
+                f" {'is' if lost == 1 else 'are'} not in {TRAIN} (pairs, or records of other runs)"
             )
         if not here:
             return Nearest([], notes)

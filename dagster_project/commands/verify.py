@@ -31,6 +31,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import PARAMS, value_at
 from dagster_project.lineage.history import LOCK, Objects, Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
+from dagster_project.lineage.working_folders import working_folders
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 from dagster_project.views.texts import text
 
@@ -124,7 +125,13 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
         addresses: in the order of the pipeline.
     """
     code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
+    folders = working_folders((at.text("dvc.yaml") or "").encode())
     for name in addresses:
+        if name.partition("@")[0] in folders:
+            raise InputError(
+                f"{name}: dvc.yaml has `wdir` for this stage, and such stages are not reproduced",
+                "write its command and paths from the project's folder, without `wdir`",
+            )
         for item in (*lock[name].get("deps", []), *lock[name].get("outs", [])):
             if "md5" not in item:  # a place outside of the project, such as https://
                 raise InputError(

@@ -21,6 +21,7 @@ from dagster_project.commands.why_question import Options, Question, question, t
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import prompt_text, read_records, response_text
+from dagster_project.core.text import many
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution.calibration import ALPHA, Calibration
@@ -150,7 +151,7 @@ def _about_points(points: Mapping[str, Any]) -> str:
 def _about_estimates(error: float, read: int, records: int) -> str:
     """Which gradient scores are estimates, and how good these are."""
     return (
-        f"gradients of {read:,} of {records:,} records were compared, those listed among them;"
+        f"gradients of {read:,} of {many(records, 'record')} were compared, those listed among them;"
         " scores of the others are estimates from sketches,"
         f" with a standard error of {error:.3f}, and count neither as the highest nor for whether a record stands out"
     )

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.text import many
 from dagster_project.curation.checks.privacy import mask
 
 SHOWN = 120
@@ -67,7 +68,7 @@ def _row(recorded: Path, made: Path) -> dict[str, Any]:
         return {"field": "schema", "recorded": _shown(str(table_a.schema)), "made": _shown(str(table_b.schema))}
     for row, (a, b) in enumerate(zip_longest(_rows(table_a), _rows(table_b))):
         if a is None or b is None:
-            return {"row": row, "recorded": f"{table_a.num_rows} rows", "made": f"{table_b.num_rows} rows"}
+            return {"row": row, "recorded": many(table_a.num_rows, "row"), "made": many(table_b.num_rows, "row")}
         for name in a:
             if (difference := _first_key(a[name], b[name], name)) is not None:
                 return {"row": row, **difference}

@@ -589,55 +589,6 @@ def md5_on_disk(folder: Path) -> str:
     return md5_of_folder(listing_of(folder))
 
 
-def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Another version of `paths`: the path `version`, or the files at the git
-    revision `version`, written into `folder`.
-
-    Raises:
-        InputError: no such path or revision exists, or one of the paths is missing at that revision.
-    """
-    if version and path_exists(Path(version)):
-        return [Path(version)]
-    if missing := [path for path in paths if not path_exists(path)]:
-        raise InputError(
-            f"--since {version}: {missing[0]} does not exist here", "name a file or folder with the earlier version"
-        )
-    copies = []
-    commit = commit_of(Path.cwd(), version) if version else None
-    if not commit:
-        refuse_without_git()
-        raise InputError(
-            f"--since {version}: no such path, and no such revision in git",
-            "name a file, a folder, or a revision (see `git log`)",
-        )
-    for number, path in enumerate(paths):
-        resolved = path.resolve()
-        folder_of_path = resolved if resolved.is_dir() else resolved.parent
-        listed = git_bytes(folder_of_path, "ls-tree", "-r", "-z", commit, "--", str(resolved))
-        entries = [entry.split("\t", 1) for entry in os.fsdecode(listed or b"").split("\0") if entry]
-        if not entries:
-            raise InputError(
-                f"--since {version}: {path} is not in git at that revision",
-                "name a file or folder with the earlier version",
-            )
-        copy = folder / str(number) / (resolved.name or "root")
-        # links last: nothing is written through one
-        for header, name in sorted(entries, key=lambda entry: entry[0].startswith(LINK)):
-            mode, _, digest = header.split()
-            target = copy / name if resolved.is_dir() else copy.parent / name
-            is_outside = not target.parent.resolve().is_relative_to(folder.resolve())
-            if mode == SUBMODULE or is_outside or target.is_symlink() or target.exists():
-                continue
-            content = git_bytes(folder_of_path, "cat-file", "blob", digest) or b""
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if mode == LINK:
-                target.symlink_to(os.fsdecode(content))
-            else:
-                target.write_bytes(content)
-        copies.append(copy)
-    return copies
-
-
 def path_exists(path: Path) -> bool:
     try:
         return path.exists()

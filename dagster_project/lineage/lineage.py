@@ -820,7 +820,7 @@ def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
-    from dagster_project.views.lineage import code_text, teacher_text, versions_text
+    from dagster_project.views.lineage import code_text, teacher_text, versions_text, weights_text
     from dagster_project.views.texts import text
 
     lists, tables = ("other_base_models", "teachers", "watched_by"), ("other_versions", "other_values")
@@ -835,6 +835,7 @@ def as_text(audited: dict[str, Any]) -> str:
         code_text=code_text,
         package_text=code_lock.as_text,
         teacher_text=teacher_text,
+        weights_text=weights_text,
         versions_text=versions_text,
     )
 
@@ -855,12 +856,13 @@ def training_lines(audited: Mapping[str, Any]) -> list[str]:
     if audited["records"] is None:
         return ["unknown: see below"] if audited["missing"] else unordered
     trained = [
-        f"{model}: {part['records']} records,"
-        f" {part['views']} times in {part['steps']} steps and {many(part['epochs'], 'epoch')}"
+        f"{model}: {many(part['records'], 'record')},"
+        f" {part['views']} time{'' if part['views'] == 1 else 's'} in {many(part['steps'], 'step')}"
+        f" and {many(part['epochs'], 'epoch')}"
         for model, part in audited["records"]["learnt_by"].items()
     ]
     rewarded = [
-        f"{model}: {part['answers']} answers to {part['records']} records, "
+        f"{model}: {many(part['answers'], 'answer')} to {many(part['records'], 'record')}, "
         + (f"rewarded by {', '.join(part['rewards'])}" if part["rewards"] else "without rewards")
         for model, part in audited.get("answers", {}).items()
     ]

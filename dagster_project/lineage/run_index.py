@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from dagster_project.lineage.runs import (
     unread_inputs,
     watched_inputs,
 )
+from dagster_project.lineage.working_folders import from_project, other_pipelines, same_run, working_folders
 
 SPLIT = re.compile(r"(?:^|/)(train|validation|test)/records-\d+\.parquet$")
 """Shards of a data set with splits: the rows that a model trains on, is monitored on, or is evaluated on."""
@@ -77,15 +78,17 @@ class RunIndex(Database):
             name.partition(":")[0]: text for name, text in contents.items() if ":" in name
         }
         models: dict[bytes, frozenset[str]] = {}
+        folders: dict[bytes, dict[str, str]] = {}
         for blob, (content, commit) in texts.items():
             pipeline = declared.get(commit, b"")
             if pipeline not in models:
                 models[pipeline] = declared_models(pipeline)
+                folders[pipeline] = working_folders(pipeline)
             sides = conflict_sides(content.decode("utf-8", "replace"))
             for number, text in enumerate(sides):
                 name = blob if len(sides) == 1 else f"{blob}:{number}"
                 try:
-                    self._read_lock(name, lock_parts(text), models[pipeline])
+                    self._read_lock(name, lock_parts(text), models[pipeline], folders[pipeline])
                 except InputError:
                     self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 0)", (name,))
             if len(sides) > 1:
@@ -97,7 +100,11 @@ class RunIndex(Database):
         yaml = self.root / "dvc.yaml"
         return yaml.read_bytes() if yaml.is_file() else b""
 
-    def _read_lock(self, blob: str, parts: LockParts, models: frozenset[str]) -> None:
+    def _read_lock(self, blob: str, parts: LockParts, models: frozenset[str], folders: Mapping[str, str]) -> None:
+        for address in [one for one in parts if one.partition("@")[0] in folders]:
+            entry = from_project(address, stage_in(parts.text[address]), folders)
+            parts.text[address] = as_section(address, entry)
+            parts[address] = md5_of_bytes(parts.text[address].encode())
         known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
         for address, key in parts.items():
             if key not in known:
@@ -159,11 +166,19 @@ class RunIndex(Database):
                 )["one"]
                 out = output(stage)
                 address = address_in(str(stage.get("cmd", "")), out["path"]) if out else ""
-                run = (
+                run = self._recorded(stage, out) or (
                     self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models)
                     or WITHOUT_OUTPUT
                 )
             self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
+
+    def _recorded(self, cached: Mapping[str, Any], out: Mapping[str, str] | None) -> int | None:
+        """Of a run in another folder: its id, if a dvc.lock records it. The run cache does not say which folder."""
+        if out is None or not any(one["path"].startswith("../") for one in cached.get("deps", ())):
+            return None
+        query = "SELECT id, text FROM run WHERE md5 = ? AND key NOT LIKE 'cache %'"
+        found = self._db.execute(query, (out["md5"],)).fetchall()
+        return next((run for run, text in found if same_run(stage_in(text), cached)), None)
 
     def _scan_cache(self) -> None:
         """Find models in DVC's cache that nothing records: folders with weights."""
@@ -710,15 +725,17 @@ class RunIndex(Database):
     @property
     def unreadable(self) -> list[str]:
         """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is
-        damaged; entries of the run cache that cannot be read; and parts of the history."""
+        damaged; entries of the run cache that cannot be read; parts of the history; and pipelines in subfolders."""
         commits = {**self.history.unreachable, **self.history.first}
         rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
         unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}
         missing = commits.keys() - {blob.partition(":")[0] for blob, _ in rows}
         runs = self._db.execute("SELECT name FROM cached_run WHERE run IS NULL ORDER BY name").fetchall()
+        inputs = (md5 for (md5,) in self._db.execute("SELECT DISTINCT md5 FROM input"))
         return [
             *sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits}),
             *(["the workspace"] if self.history.workspace in unreadable or lost_entries(self.root) else ()),
             *(f"run cache {name[:12]}" for (name,) in runs),
             *self.history.lost,
+            *(f"the pipeline of {path}" for path in other_pipelines(self.root, {*self.runs_by_output, *inputs})),
         ]

@@ -385,24 +385,35 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
     )
 
 
-def changed_sources(root: Path) -> dict[str, str]:
-    """.dvc file of each source that differs from it -> how, with the next step.
+def changed_sources(root: Path) -> tuple[dict[str, str], list[str]]:
+    """.dvc file of each source that differs from it -> how, with the next step; and the stages of a dvc.yaml in a
+    subfolder that are not up to date, such as `prepare/dvc.yaml:clean`.
 
-    Only of those that a stage reads, as `dvc repro` does: what else is under DVC need not be there. DVC does not look
-    at what a frozen stage reads.
+    Only of sources that a stage reads, as `dvc repro` does: what else is under DVC need not be there. DVC does not look
+    at what a frozen stage reads. Of other stages, all or none, if no output of theirs is read.
     """
     with open_repo(root) as repo:
         stages, file = declared_stages(repo), Path(repo.root_dir, "dvc.yaml")
         running = [one for one in stages if not one.is_data_source and not one.frozen and Path(one.path) == file]
         read = {path_of(root, dep) for stage in running for dep in stage.deps}
-        return {
+
+        def is_read(out: Any) -> bool:
+            return any(overlap(path_of(root, out), path) for path in read)
+
+        changed = {
             os.path.relpath(stage.path, root): problem
             for stage in stages
             if stage.is_data_source
             for out in stage.outs
-            if any(overlap(path_of(root, out), path) for path in read)
-            and (problem := _source_problem(root, stage, out))
+            if is_read(out) and (problem := _source_problem(root, stage, out))
         }
+        elsewhere = [one for one in stages if not one.is_data_source and Path(one.path) != file]
+        stale = filter(_is_stale, elsewhere if any(is_read(out) for one in elsewhere for out in one.outs) else ())
+        return changed, [f"{os.path.relpath(stage.path, root)}:{stage.name}" for stage in stale]
+
+
+def _is_stale(stage: Any) -> bool:
+    return bool(stage.cmd_changed or any(map(status_of, stage.outs)) or any(dep.status() for dep in stage.deps))
 
 
 def _state(root: Path, stage: Any, others: Surroundings) -> StageState:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file
+from dagster_project.core.text import many
 from dagster_project.lineage.history import finished_runs
 from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_among, stage_named
 from dagster_project.orchestration.private_api import private_module
@@ -87,7 +88,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
             result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
             if result.failed:
                 raise InputError(
-                    f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again"
+                    f"not pushed to {name}: {many(len(result.failed), 'object')}", "see the messages above; push again"
                 )
             _push_runs(repo, name, runs)
             return PushResult(name, len(runs), len(result.transferred) + repo.push(remote=name))

@@ -24,6 +24,7 @@ from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_file, sha256_of_text
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
+from dagster_project.core.text import many
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
 from dagster_project.lineage.history import LOST_HINT, Objects, Revision, bytes_of, lost_entries, lost_text, undeclared
 from dagster_project.lineage.papers_in_place import without_papers
@@ -411,8 +412,8 @@ def _sha256_of_listing(sums: Mapping[str, str | None]) -> str:
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `examine` as text for the terminal."""
     lines = [
-        f"{document['verdict']}: {document['objects']} objects and {document['files']} files,"
-        f" {document['bytes'] / 1e6:,.1f} MB, hashed with md5 and sha256, {document['revisions']} revision(s)"
+        f"{document['verdict']}: {many(document['objects'], 'object')} and {many(document['files'], 'file')},"
+        f" {document['bytes'] / 1e6:,.1f} MB, hashed with md5 and sha256, {many(document['revisions'], 'revision')}"
         + (" of a shallow clone: earlier ones are unknown" if document["shallow"] else "")
     ]
     for one in document["findings"]:

@@ -182,7 +182,7 @@ class RunAll:
         Raises:
             InputError: a source is missing.
         """
-        changed = dvc.changed_sources(self.root)
+        changed, stale = dvc.changed_sources(self.root)
         for problem in changed.values():  # before any is recorded
             what, _, hint = problem.partition("; ")
             if what.endswith(" is missing"):
@@ -191,6 +191,8 @@ class RunAll:
             with redirect_stdout(sys.stderr):
                 dvc_run.reproduce(self.root, file, False, {}, on_wait=lambda holder: log.info(f"waiting: {holder}"))
             log.info(f"{file}: recorded the edited source")
+        if stale:
+            log.warning(f"not up to date, and only `dvc repro` runs them: {', '.join(stale)}")
 
     def _start_ready(self) -> None:
         """Start stages until `jobs` run, in flow order; those that are up to date end at once."""

@@ -22,7 +22,7 @@ from dagster_project.core.git import git
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.layout import RECORD_KEY, measured_path, report_of
 from dagster_project.core.records import remove, write_json
-from dagster_project.core.text import visible
+from dagster_project.core.text import many, number, visible
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.execution import VARIABLE, WORKER, placement
@@ -309,7 +309,7 @@ def _summary(address: str, report: Mapping[str, Any]) -> list[str]:
     if "rows_in" in report:
         dropped = ", ".join(f"{name} {n}" for name, n in report["dropped"].items())
         lines.append(
-            f"{address}: {report['rows_in']} rows in, {report['rows_out']} out"
+            f"{address}: {many(report['rows_in'], 'row')} in, {number(report['rows_out'])} out"
             + (f", dropped: {dropped}" if dropped else "")
         )
     checks = report.get("checks", {}).items()
@@ -319,7 +319,7 @@ def _summary(address: str, report: Mapping[str, Any]) -> list[str]:
 
 
 def _count_note(check: Mapping[str, Any]) -> str:
-    return check.get("note") or f"{check['count']} rows"
+    return check.get("note") or many(check["count"], "row")
 
 
 @contextmanager

@@ -141,7 +141,7 @@ def _sampled(shards: Sequence[Path], components: Sequence[str]) -> dict[str, Any
         reward = f"reward {row['reward']:.3g} ({parts}), " if components else ""
         end = ", unfinished" if row["unfinished"] else ""
         text = f"[{row['reasoning']}] {row['answer']}" if row["reasoning"] else row["answer"]
-        return f"{reward}{row['tokens']} tokens{end}:", text, row["example_id"]
+        return f"{reward}{many(row['tokens'], 'token')}{end}:", text, row["example_id"]
 
     def ends(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
         order = sorted(rows, key=lambda row: float(row[by]))

@@ -496,7 +496,7 @@ def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
 def _tool_calls(calling: Mapping[str, Any]) -> list[Figure]:
     if not calling.get("by_tool"):
         return []
-    note = f"by tool; in {number(calling['rows'])} rows, with {number(calling['results'])} results"
+    note = f"by tool; in {many(calling['rows'], 'row')}, with {many(calling['results'], 'result')}"
     return [_bars("Tool calls", note, calling["by_tool"], calling["calls"], "calls")]
 
 

@@ -129,7 +129,7 @@ def _hash(text: str) -> str:
 def cut(value: object, limit: int = SHORT) -> str:
     """The text up to the limit, and the number of characters that were cut."""
     text = str(value)
-    return text if len(text) <= limit else f"{text[:limit]} … ({number(len(text) - limit)} characters cut)"
+    return text if len(text) <= limit else f"{text[:limit]} … ({many(len(text) - limit, 'character')} cut)"
 
 
 def label(name: str, most: int = 30) -> str:

@@ -109,9 +109,8 @@ def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = document["model"]
     facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", code_text(document["code"]))]
     for base in filter(None, (document["base_model"], *document.get("other_base_models", ()))):
-        digest = base["sha256"].get("model.safetensors", "")
-        text = f"{base['origin']}, {base.get('license', 'unknown')}"
-        facts.append(("base model", f"{text}, sha256 {digest}" if digest else text))
+        hashes = weights_text(base["sha256"])
+        facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}, {hashes}"))
     facts += [("teacher", teacher_text(one)) for one in document.get("teachers", ())]
     if template := document["chat_template"]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
@@ -136,12 +135,23 @@ def _at(code: Mapping[str, Any]) -> str:
 
 def teacher_text(teacher: Mapping[str, Any]) -> str:
     """A teacher in words."""
-    weights = {name: digest for name, digest in teacher["sha256"].items() if name.endswith(".safetensors")}
-    hashes = ", ".join(f"{name} {digest}" for name, digest in weights.items())
     return (
         f"{visible(teacher['folder'])}, {visible(teacher['license'])},"
-        f" learned from by {teacher['training']}, sha256 of {hashes}"
+        f" learned from by {teacher['training']}, {weights_text(teacher['sha256'])}"
     )
+
+
+def weights_text(sha256: Mapping[str, str], digits: int = 64) -> str:
+    """The hash of the one file of weights, or the name and hash of each.
+
+    Args:
+        sha256: of all files of the model, by name.
+        digits: hexadecimal digits of each hash.
+    """
+    weights = {name: digest[:digits] for name, digest in sha256.items() if name.endswith(".safetensors")}
+    if len(weights) == 1:
+        return f"sha256 {next(iter(weights.values()))}"
+    return f"sha256 of {', '.join(map(' '.join, weights.items()))}" if weights else "sha256 unknown"
 
 
 def _policy(verdict: Mapping[str, Any]) -> str:
@@ -191,7 +201,7 @@ def _diagram(document: Mapping[str, Any]) -> Figure:
         if stage:
             note = f"{stage['md5'][:12]}{_passed(stage)}"
         else:
-            note = f"{document['sources'][name]['rows']} rows, {document['sources'][name]['license']}"
+            note = f"{many(document['sources'][name]['rows'], 'row')}, {document['sources'][name]['license']}"
         boxes += [
             shape(
                 "rect",

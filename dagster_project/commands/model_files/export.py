@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -70,13 +71,11 @@ def export(root: Path, model: str, form: str, quantization: str | None, out: str
     name = "-".join(filter(None, (target.address.replace("@", "-"), quantization)))
     folder = Path(out) if out else root / BUILD / (f"{name}-{form}" if form == "safetensors" else name)
     _refuse_folder(root, folder)
-    refuse = convert.refuse_unsupported if form == "gguf" else _refuse_without_weights
+    refuse = convert.refuse_unsupported if form == "gguf" else convert.refuse_incomplete
     refuse(target.folder, target.address)
     target.refuse_unrecorded()
     origin = replace(claim.make(root, target.address), quantization=quantization or "")
-    if not out:
-        _hide_from_git(root / BUILD)
-    with new_folder(folder) as made:
+    with nullcontext() if out else _hidden_from_git(root / BUILD), new_folder(folder) as made:
         if form == "gguf":
             checked = _write_gguf(root, target, f"{name}.gguf", origin, made)
             target.refuse_unrecorded()  # so it did not change while it was converted
@@ -105,16 +104,22 @@ def _refuse_folder(root: Path, folder: Path) -> None:
     refuse_in_output(root, "--out", folder)
 
 
-def _hide_from_git(build: Path) -> None:
-    """A new folder gets a file that lets git ignore what is in it, as models are too large for a commit."""
-    if not os.path.lexists(build):
+@contextmanager
+def _hidden_from_git(build: Path) -> Iterator[None]:
+    """A new folder gets a file that lets git ignore what is in it, as models are too large for a commit.
+
+    Without a model in it the folder does not stay.
+    """
+    ignore, is_new = build / ".gitignore", not os.path.lexists(build)
+    if is_new:
         build.mkdir()
-        write_text(build / ".gitignore", "*\n")
-
-
-def _refuse_without_weights(folder: Path, name: str) -> None:
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{name} has no safetensors files", "name a model, such as release or merged@lora")
+        write_text(ignore, "*\n")
+    try:
+        yield
+    finally:
+        if is_new and [*build.iterdir()] == [ignore]:
+            ignore.unlink()
+            build.rmdir()
 
 
 def _write_gguf(root: Path, target: Target, name: str, origin: Claim, made: Path) -> dict[str, Any]:

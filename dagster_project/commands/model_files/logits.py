@@ -78,7 +78,9 @@ def _expected(folder: Path, ids: Sequence[int]) -> Any:
     with lean_imports():
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as hf_logging
 
+    hf_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     ).eval()

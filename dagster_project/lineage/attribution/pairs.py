@@ -21,6 +21,7 @@ from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences
+from dagster_project.core.text import many
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.per_record import projected_gradients
 from dagster_project.lineage.attribution.projection import Projection
@@ -48,7 +49,7 @@ def pair_records(
     names = sorted(seen_ids(trained))
     if lost := [name for name in names if name not in pairs]:
         raise InputError(
-            f"{len(lost)} of {len(names)} pairs of the training are not in {preferences.name}:"
+            f"{len(lost)} of {many(len(names), 'pair')} of the training are not in {preferences.name}:"
             " it is not the data of this training",
             "restore it with `dvc checkout --force`, then run the same command again",
         )

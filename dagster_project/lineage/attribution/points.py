@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files
 from dagster_project.core.records import remove, write_json
+from dagster_project.core.text import many
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,9 @@ def steps_of(total: int, count: int) -> list[int]:
     [140, 280, 421]
     """
     if not 1 <= count <= total:
-        raise InputError(f"--checkpoints {count}: the training has {total} steps", f"give a number from 1 to {total}")
+        raise InputError(
+            f"--checkpoints {count}: the training has {many(total, 'step')}", f"give a number from 1 to {total}"
+        )
     return [total * (i + 1) // count for i in range(count)]
 
 

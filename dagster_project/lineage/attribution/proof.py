@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_arrow
+from dagster_project.core.text import many
 
 PROOFS = Path(".dvc", "tmp", "pedigree", "proofs")
 """Folder of adapters that were trained without some records, and of the altered
@@ -105,7 +106,7 @@ def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path
     pool, taken, earlier = sorted(names), {*top}, set[str]()
     if len(pool) < 2 * len(taken):
         raise InputError(
-            f"--top {len(taken)}: the training has {len(pool)} records, too few for as many random ones",
+            f"--top {len(taken)}: the training has {many(len(pool), 'record')}, too few for as many random ones",
             "leave out fewer records with --top",
         )
     others, rows = [name for name in pool if name not in taken], _rows(tokenized)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.records import read_table
+from dagster_project.core.text import many
 
 COLUMNS = ("input_ids", "labels", "weights")
 
@@ -57,7 +58,7 @@ def trained_records(adapter: Path, tokenized: Path) -> list[TrainedRecord]:
                 found.setdefault(name, {})[Example(*parts)] = None
     if lost := seen - found.keys():
         raise InputError(
-            f"{len(lost)} of {len(seen)} records of the training are not in {tokenized.name}:"
+            f"{len(lost)} of {many(len(seen), 'record')} of the training are not in {tokenized.name}:"
             " it is not the data of this training",
             "restore it with `dvc checkout --force`, then run the same command again",
         )

@@ -20,6 +20,7 @@ from dagster_project.core.files import replacing
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
+from dagster_project.core.text import many
 from dagster_project.lineage.attribution.projection import Projection, lengths_of, units
 from dagster_project.lineage.attribution.records import TrainedRecord, sha256_of_records
 from dagster_project.lineage.attribution.rows_on_disk import Rows, RowsOnDisk, digests
@@ -239,7 +240,7 @@ class GradientStore:
             missing, files = missing + self._lacks_summaries(), files + 2
         state = "incomplete or damaged" if self.is_begun() else "missing"
         return InputError(
-            f"the gradients of the model are {state}: {missing} of {files} files", "add --index to compute them"
+            f"the gradients of the model are {state}: {missing} of {many(files, 'file')}", "add --index to compute them"
         )
 
     def _summary(self) -> dict[str, np.ndarray]:

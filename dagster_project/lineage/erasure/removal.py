@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import many
 from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
 from dagster_project.curation.sources.table_limits import written_out
 
@@ -42,7 +43,9 @@ def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> by
         )
     before = rows_of(read_blocks(path))
     if outside := sorted(row for row in rows if row >= len(before)):
-        raise InputError(f"{name} has {len(before)} rows, and no row {outside[0]}", "run the pipeline, then ask again")
+        raise InputError(
+            f"{name} has {many(len(before), 'row')}, and no row {outside[0]}", "run the pipeline, then ask again"
+        )
     kept = [row for row in before if row.source_row not in rows]
     if not kept and not may_be_empty:
         raise InputError(

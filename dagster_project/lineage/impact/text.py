@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dagster_project.core.text import listed
+from dagster_project.core.text import listed, many
 from dagster_project.lineage.impact.undecided import NOTHING_RECORDED
 from dagster_project.lineage.unfinished_erasure import NOTE
 from dagster_project.views.texts import text
@@ -36,7 +36,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         value=value,
         not_read=[
             name
-            if name.startswith(("run cache", "the history"))
+            if name.startswith(("run cache", "the history", "the pipeline"))
             else f"the dvc.lock of {name if ' ' in name else name[:12]}"
             for name in result["unreadable"]
         ],
@@ -101,7 +101,7 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     else:
         training = seen["learnt"]
         steps_text = (
-            f"{training['records']} records in steps {training['first_step']} to {training['last_step']}"
+            f"{many(training['records'], 'record')} in steps {training['first_step']} to {training['last_step']}"
             if training["records"]
             else _not_learned(seen)
         )
