@@ -476,6 +476,7 @@ def test_a_waived_row_is_kept_without_error_and_an_unused_waiver_is_reported(che
         ("instructions: [a]", "expected a mapping"),
         ("\0", "is not valid YAML"),
         ("x: !!int a", "is not valid YAML"),
+        ("? [[a], {b: 1}]\n: 1", "is not valid YAML"),
         ("x: !!bool a", "is not valid YAML"),
         ("x: !!python/object:os.system a", "is not valid YAML"),
         ("a: &a {b: *a}", "a: unknown key"),
@@ -628,6 +629,17 @@ def test_an_earlier_file_of_git_lfs_is_read_or_refused_and_its_pointer_is_not_da
     stored.write_bytes(content)
     changes = check("a.jsonl", "--since", "HEAD", "--json").document["changes"]
     assert changes["rows"] == {"added": 1, "removed": 1, "changed": 1, "unchanged": 2}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.jsonl.gz"])
+def test_a_pointer_of_git_lfs_or_git_annex_is_not_read_as_data(check: Check, name: str) -> None:
+    pointers = [
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a1' * 32}\nsize 123\n",
+        "/annex/objects/SHA256E-s12--abc.jsonl\n",
+    ]
+    for pointer in pointers:
+        Path(name).write_text(pointer)
+        refused(check(name), f"{name}: a pointer of Git LFS or git-annex, and not the data", "git lfs pull")
 
 
 def test_an_earlier_file_of_git_annex_or_that_git_lost_is_refused(check: Check) -> None:

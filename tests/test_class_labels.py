@@ -119,8 +119,9 @@ def test_a_number_without_a_class_makes_its_row_malformed(tmp_path: Path) -> Non
     ]
 
 
-def test_a_broken_header_that_names_classes_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(CARD.replace("license: mit", "license: {mit"))
+@pytest.mark.parametrize("broken", ["license: {mit", "? [[mit], {a: 1}]\n: 1"])
+def test_a_broken_header_that_names_classes_is_refused(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "README.md").write_text(CARD.replace("license: mit", broken))
     (tmp_path / "a.csv").write_text("text,label\nHi,1\n")
     with pytest.raises(InputError, match="header is not valid YAML"):
         read_rows(tmp_path)

@@ -128,6 +128,10 @@ BAD: dict[str, list[Record]] = {
             "¿Cómo se planta el ajo en un jardín pequeño? Tengo poco sitio y mucha sombra.",
             "Plant the cloves in autumn, two inches deep, and water them.",
         ),
+        ask(
+            "请问怎样在一个阳光不多的小花园里种植大蒜？需要注意哪些事情？请详细说明土壤、浇水和收获的时间。",
+            "にんにくは秋に植えて、週に一度だけ水をやってください。土は水はけのよいものを選び、六月ごろに収穫します。",
+        ),
         ask(Q, "秋天把蒜瓣种在土里，每周浇一次水就可以了。"),
         ask(
             "Wie pflanze ich Knoblauch in einem kleinen Garten, der wenig Sonne hat?",
@@ -251,6 +255,11 @@ GOOD: dict[str, list[Record]] = {
             "It says that a walker makes the path by walking on it.",
         ),
         ask("Write a loop.", "for item in items:\n    print(item.name, item.value, item.weight)"),
+        ask("日本の首都にある都庁の住所を、漢字で書いてください。", "東京都新宿区西新宿二丁目八番一号"),
+        ask(
+            "次の会社案内から、会社の名前と所在地と代表者の名前を、表の形にまとめて書き出していただけますか。お願いします。",
+            "会社名：株式会社東京製作所、所在地：東京都千代田区丸の内一丁目一番一号、代表取締役社長：山田太郎、設立年月日：昭和四十五年四月一日",
+        ),
         ask(
             Q, "Plantez les gousses en automne et arrosez une fois par semaine.", ("system", "Always answer in French.")
         ),

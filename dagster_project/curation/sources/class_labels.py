@@ -155,7 +155,7 @@ def _card(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         value = YAML(typ="safe").load(header[1])
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:
+    except (YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"{path.parent.name}/{README}: the header is not valid YAML: {shortened(str(error))}"
         raise InputError(what, "fix it: its dataset_info has the names of classes") from None
     return value if isinstance(value, dict) else {}

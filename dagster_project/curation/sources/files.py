@@ -140,6 +140,8 @@ def read_blocks(file: File, declared: Callable[[], Labels] = dict) -> Iterator[B
     size = size_of(file)
     rows, most = 0, max(FREE_ROWS, MAX_ROWS_PER_BYTE * size)
     try:
+        if size < LARGEST_POINTER:
+            _refuse_pointer(file)
         labels: Labels | None = None
         for block in READERS[suffix](file) if size else ():
             if labels is None:
@@ -153,6 +155,19 @@ def read_blocks(file: File, declared: Callable[[], Labels] = dict) -> Iterator[B
     except OSError as error:
         what = f"{file.name}: cannot be read: {error.strerror or error}"
         raise InputError(what, "check the file's permissions and the disk") from None
+
+
+LARGEST_POINTER = 1024
+"""Bytes that are more than a pointer of Git LFS has."""
+POINTERS = (b"version https://git-lfs.github.com/spec/v1\n", b"/annex/objects/")
+"""How the files begin that Git LFS and git-annex put in place of data that were not fetched."""
+
+
+def _refuse_pointer(file: File) -> None:
+    with file.open("rb") as opened:
+        if opened.read(max(map(len, POINTERS))).startswith(POINTERS):
+            what = f"{file.name}: a pointer of Git LFS or git-annex, and not the data"
+            raise InputError(what, "fetch them with `git lfs pull` or `git annex get`")
 
 
 class Found(NamedTuple):
@@ -661,7 +676,7 @@ def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
     try:
         table: Iterator[tuple[list[str], int]] = ((fields, reader.line_num) for fields in reader if fields)
         begin = [*islice(table, 2)]
-        if begin and all(_is_mmlu(fields) for fields, _ in begin):
+        if begin and all(is_mmlu(fields) for fields, _ in begin):
             header, table = MMLU_COLUMNS, chain(begin, table)
         else:
             header, table = (begin[0][0] if begin else []), chain(begin[1:], table)
@@ -710,7 +725,7 @@ MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
 """Column names of MMLU's CSV files, which have no header."""
 
 
-def _is_mmlu(fields: list[str]) -> bool:
+def is_mmlu(fields: list[str]) -> bool:
     """Whether a CSV line is an MMLU question: six fields, the last of which is the letter of the correct choice."""
     return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import many
-from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, MMLU_COLUMNS, read_blocks, rows_of, suffix_of
+from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, is_mmlu, read_blocks, rows_of, suffix_of
 from dagster_project.curation.sources.table_limits import written_out
 
 Rows = Collection[int]
@@ -137,7 +137,7 @@ def _csv(content: bytes, rows: Rows) -> bytes:
             start = reader.line_num
     finally:
         csv.field_size_limit(usual)
-    has_header = not (records and all(_is_mmlu(fields) for _, _, fields in records[:2]))
+    has_header = not (records and all(is_mmlu(fields) for _, _, fields in records[:2]))
     removed = {
         line
         for number, (begin, end, _) in enumerate(records[has_header:])
@@ -145,10 +145,6 @@ def _csv(content: bytes, rows: Rows) -> bytes:
         for line in range(begin, end)
     }
     return b"".join(line for number, line in enumerate(lines) if number not in removed)
-
-
-def _is_mmlu(fields: list[str]) -> bool:
-    return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
 
 
 def _paragraphs(content: bytes, rows: Rows) -> bytes:
