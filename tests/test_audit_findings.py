@@ -1158,6 +1158,7 @@ def test_a_stage_with_wdir_saw_what_its_paths_name_from_that_folder(made: Projec
     found = impact(made.root, source=FAQ)
     assert [(one["stage"], one["md5"]) for one in found["models"]] == [("mine", weights)] and not found["unknown"]
     assert impact(made.root, text="Nobody wrote this.")["verdict"] == "no"
+    assert sorted(run.path for run in Index(made.root).runs.values()) == ["data/splits", "own/models/mine"]
     assert audit(made.root, "own/models/mine")["model"] == {"stage": "mine", "path": "own/models/mine", "md5": weights}
     with pytest.raises(InputError, match=r"mine: dvc\.yaml has `wdir`"):
         verify(made.root, "mine")
