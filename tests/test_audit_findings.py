@@ -275,6 +275,23 @@ def test_a_changed_row_and_its_paraphrase_are_two_changed_records(made: Project)
     assert [one["example_id"] for one in records["added"]] == [identity("hounds")] and not records["removed"]
 
 
+@pytest.mark.parametrize("asked", ["data/sources/web", "data/sources/web/copy.jsonl"])
+def test_copies_from_a_folder_cannot_be_told_without_the_table_that_names_them(made: Project, asked: str) -> None:
+    """No row of the data set names a source of the folder: one was dropped as a copy of a row of another source."""
+    rows, copies = [("cats", "train", FAQ), ("dogs", "test", MAIL)], [("cats", "data/sources/web/copy.jsonl")]
+    lock = made.trained(made.curated(rows, copies), ["cats"])
+    made.commit(lock)
+    assert impact(made.root, source=asked)["verdict"] == "yes"
+    for one in json.loads(made.object(lock["instructions"]["outs"][0]["md5"]).read_bytes()):
+        if one["relpath"] == "overlaps.parquet":
+            made.object(one["md5"]).unlink()
+    (made.root / database.INDEX_FILE).unlink()  # it keeps what it has read
+    found = impact(made.root, source=asked)
+    assert found["verdict"] == "cannot tell" and [one["stage"] for one in found["unknown"]] == [
+        "adapter@lora", "merged@lora"
+    ]  # fmt: skip
+
+
 def test_a_removed_record_is_the_former_one_of_one_record_at_most(made: Project) -> None:
     """Two paraphrases that name the same source row, as those of two rows of one file of prompts may."""
     rows = [("cats", "train", FAQ), ("dogs", "train", FAQ)]

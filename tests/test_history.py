@@ -71,6 +71,16 @@ def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Pr
     assert not impact(made.root, record=identity("cows"))["models"]
 
 
+def test_the_evaluation_of_a_model_is_no_model_that_saw_a_record(made: Project) -> None:
+    lock = made.lock(ROWS)
+    read = {f"data/{name}": lock[stage]["outs"][0]["md5"] for name, stage in
+            {"merged/lora": "merged@lora", "splits": "splits"}.items()}  # fmt: skip
+    made.commit({**lock, "evaluation@lora": entry("evaluation@lora", read, made.put({"results.json": b"{}"}))})
+    for text in ("cats", "fish"):
+        found = impact(made.root, record=identity(text))
+        assert [model["stage"] for model in found["models"]] == ["adapter@lora", "merged@lora"]
+
+
 def test_a_train_record_beyond_the_last_step_was_used_in_no_step(made: Project) -> None:
     made.commit(made.lock(ROWS, trained=["cats"]))
     assert impact(made.root, record=identity("dogs"))["models"][0]["seen"][0] | {"md5": ""} == {
