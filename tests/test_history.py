@@ -71,6 +71,12 @@ def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Pr
     assert not impact(made.root, record=identity("cows"))["models"]
 
 
+def test_every_row_that_holds_a_record_is_counted(made: Project) -> None:
+    made.commit(made.lock([("cats", "train", FAQ), ("cats", "train", MAIL), ("dogs", "test", FAQ)], trained=["cats"]))
+    seen = impact(made.root, record=identity("cats"))["models"][0]["seen"][0]
+    assert seen["splits"] == {"train": 2} and seen["steps"] == [1]
+
+
 def test_the_evaluation_of_a_model_is_no_model_that_saw_a_record(made: Project) -> None:
     lock = made.lock(ROWS)
     read = {f"data/{name}": lock[stage]["outs"][0]["md5"] for name, stage in

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import posixpath
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +60,7 @@ class RecordUse:
     key: bytes
     steps: list[tuple[int, int]] = field(default_factory=list)
     """(step, epoch)."""
+    rows: int = 1
 
 
 class Index(RunIndex):
@@ -206,6 +207,7 @@ class Index(RunIndex):
                 matches = equal(chunk[0], key)
                 contents, steps, epochs = (np.frombuffer(column, np.int32)[matches].tolist() for column in chunk[1:])
                 by_content: dict[int, list[tuple[int, int]]] = defaultdict(list)
+                rows = Counter(contents)
                 for content, step, epoch in zip(contents, steps, epochs, strict=True):
                     by_content[content] += [(step, epoch)] if step else []
                 for out, split, content in self._rows(
@@ -213,7 +215,7 @@ class Index(RunIndex):
                     f" WHERE (file.split IS NOT NULL OR file.name = '{EVIDENCE}') AND content.id IN",
                     [*by_content],
                 ):
-                    uses.append(RecordUse(out, split, key, sorted(by_content[content])))
+                    uses.append(RecordUse(out, split, key, sorted(by_content[content]), rows[content]))
         return uses
 
     def knows_record(self, key: bytes) -> bool:

@@ -102,11 +102,11 @@ class Matches:
             dict.fromkeys([*keys, *(child for children in derivations.values() for child, _ in children)])
         )
         self.record_ids = [names.get(key, key.hex()) for key in everything]
-        shards: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
+        shards: dict[str, list[tuple[bytes, str, int]]] = defaultdict(list)
         steps: dict[str, dict[bytes, list[tuple[int, int]]]] = defaultdict(dict)
         for use in self.index.record_uses(everything):
             if use.split:
-                shards[use.out].append((use.key, use.split))
+                shards[use.out].append((use.key, use.split, use.rows))
             else:
                 steps[use.out][use.key] = use.steps
         for run in self._trained_models:
@@ -114,7 +114,9 @@ class Matches:
             matching = [
                 row for out in self.index.data(run).keys() & shards.keys() for row in shards[out] if row[0] in own
             ]
-            rows = Counter(split for _, split in matching)
+            rows = Counter[str]()
+            for _, split, count in matching:
+                rows[split] += count
             trained = [steps[run.md5][key] for key in steps.get(run.md5, ()) if key in own]
             if trained and not rows["train"]:  # the data set is unavailable, but the evidence is not
                 rows["train"] = len(trained)
@@ -123,7 +125,7 @@ class Matches:
                     +rows,
                     sorted(step for steps_of in trained for step in steps_of),
                     steps_known=self.index.knows_steps(run),
-                    validation={key for key, split in matching if split == "validation"},
+                    validation={key for key, split, _ in matching if split == "validation"},
                 )
 
     def _made_from(
@@ -171,7 +173,9 @@ class Matches:
             if lost := [data[out] for out in with_rows if index.file_path(out, LEDGER) is None]:
                 self.without_ledger[run.id] = lost
             elif keys:
-                rows += Counter(use.split for out in data for use in uses[out] if use.split and use.key in keys)
+                for use in (use for out in data for use in uses[out] if use.key in keys):
+                    if use.split:
+                        rows[use.split] += use.rows
                 trained = [use for use in uses[run.md5] if not use.split and use.key in keys]
                 steps = [step for use in trained for step, _ in use.steps]
                 summaries.append((len(trained), min(steps, default=0), max(steps, default=0)))
