@@ -867,11 +867,14 @@ def test_only_a_margin_of_0_is_a_tie(check: Check) -> None:
     assert check(jsonl(Path("a.jsonl"), *rows), "--json").findings["tied_pair"]["rows"] == [0, 1]
 
 
-def test_a_set_in_which_longer_answers_always_win_is_reported_as_biased(check: Check) -> None:
+def test_a_set_in_which_one_length_always_wins_is_reported_as_biased(check: Check) -> None:
     rows = [
         {"prompt": f"Where is {i}?", "chosen": f"Here it is, number {i}.", "rejected": f"No {i}."} for i in range(10)
     ]
     assert check(jsonl(Path("a.jsonl"), *rows), "--json").findings["length_bias"]["count"] == 1
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    note = check(jsonl(Path("a.jsonl"), *turned), "--json").findings["length_bias"]["note"]
+    assert note.startswith("chosen is shorter in 100% of pairs")
     half = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 2 else row for i, row in enumerate(rows)
     ]

@@ -413,6 +413,20 @@ def test_length_bias_is_reported_for_the_kept_pairs(tmp_path: Path, tiny_model: 
     assert check.note.endswith("would be right in 62%, counting half of those of equal length")
 
 
+def test_length_bias_is_reported_where_the_shorter_answer_wins(tmp_path: Path, tiny_model: Path) -> None:
+    sides = [("short", "long answer"), ("short", "long answer"), ("long answer", "short"), ("equal", "alike")]
+    rows = [better(text, *both) for text, both in zip(OTHERS, sides, strict=False)]
+    report = run(tmp_path, tiny_model, rows, max_longer_share=0.6)
+    assert (report.metrics["chosen_longer_share"], report.metrics["length_rule_accuracy"]) == (0.25, 0.375)
+    check = next(check for check in report.checks if check.name == "length_bias")
+    assert not check.passed
+    assert check.note == (
+        'chosen is shorter in 50% of pairs, so "the shorter one wins" would be right in 62%,'
+        " counting half of those of equal length"
+    )
+    assert all(check.passed for check in run(tmp_path, tiny_model, rows, max_longer_share=0.63).checks[-1:])
+
+
 def test_a_decision_in_the_review_file_is_applied_on_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
     rows = [better("Hi", "Hello you", "Bye you"), better("Hi", "Bye you", "Hello you")]
     assert run(tmp_path, tiny_model, rows).metrics["waiting_for_review"] == 1

@@ -72,7 +72,7 @@ _SET_CHECKS = (
         "length_bias",
         "Response length does not predict the chosen response.",
         "warn",
-        "Add pairs in which the shorter response was chosen.",
+        "Add pairs in which the response of the other length was chosen.",
         "warn",
         kind="preferences",
     ),
@@ -103,8 +103,8 @@ class Rules(profiles.Limits):
     """Jaccard index of three-word shingles at or above which two prompts fail `near_duplicates`. Near-copies from 0.3
     on share a `group_id` and stay in one split, reported or not."""
     max_longer_share: float = Field(default=0.65, ge=0.5, le=1)
-    """Preferences: largest share of pairs whose chosen response may be the longer one; above it `length_bias` fails.
-    0.5 means no bias."""
+    """Preferences: largest share of pairs whose chosen response may be the longer one, or the shorter one; above it
+    `length_bias` fails. 0.5 means no bias."""
     waivers: list[Waiver] = []
     """Rows and pairs that may fail a check, each with a reason and an expiry date. See docs/checks.md."""
 
@@ -140,12 +140,12 @@ class Rules(profiles.Limits):
 
 
 def length_schema(most: float) -> pa.DataFrameSchema:
-    """Schema of a table with one row: the share of pairs whose chosen response is the longer one."""
+    """Schema of a table with one row: the share of pairs whose chosen response length tells."""
     pa = import_pandera()
     import polars as pl
 
     return pa.DataFrameSchema(
-        {"chosen_is_longer": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True
+        {"told_by_length": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True
     )
 
 
@@ -439,12 +439,15 @@ def _check_set(
     notes = profiles.notes(profile, rules, near_copies) | failures
     if kind == "preferences" and kept:
         profile |= (length := _length(kept))
-        share, longer = length["length_rule_accuracy"], length["chosen_longer_share"]
-        often = "that often" if share == longer else f"in {share:.0%}, counting half of those of equal length"
+        accuracy, share, which = length["length_rule_accuracy"], length["chosen_longer_share"], "longer"
+        if accuracy < 0.5:
+            accuracy, share = (round(1 - one, 4) for one in (accuracy, 2 * accuracy - share))
+            which = "shorter"
+        often = "that often" if accuracy == share else f"in {accuracy:.0%}, counting half of those of equal length"
         notes["length_bias"] = (
-            f'chosen is longer in {longer:.0%} of pairs, so "the longer one wins" would be right {often}'
+            f'chosen is {which} in {share:.0%} of pairs, so "the {which} one wins" would be right {often}'
         )
-        failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
+        failures |= _set_failures("told_by_length", accuracy, length_schema(rules.max_longer_share), notes)
     return profile, notes, failures
 
 
