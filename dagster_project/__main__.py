@@ -23,12 +23,12 @@ atexit.register(
 
 
 def _run(options: argparse.Namespace) -> int:
-    """The command's exit code. It runs again if the index of audits was damaged, which is a cache."""
+    """The command's exit code: 0 if it returns none. It runs again if the index of audits was damaged, a cache."""
     try:
-        return int(options.function(options))
+        return int(options.function(options) or 0)
     except DamagedIndex as error:
         log.warning(f"{error.what}, and created again")
-        return int(options.function(options))
+        return int(options.function(options) or 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

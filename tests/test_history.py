@@ -840,7 +840,7 @@ def test_an_entry_of_dvc_lock_is_parsed_once_however_many_commits_have_it(monkey
     monkeypatch.setattr(runs, "stages_of", lambda text, *where: parsed.append(text) or stages_of(text, *where))
     changed = LOCKED.replace("cmd: b", "cmd: c")
     for text in (LOCKED, changed, LOCKED):
-        assert runs.lock_parts(text).text == {name: runs.as_section(name, one) for name, one in stages_of(text).items()}
+        assert runs.sections_of(text) == {name: runs.as_section(name, one) for name, one in stages_of(text).items()}
     assert ["  a:" in text for text in parsed] == [True, False] and "cmd: c" in parsed[1]
 
 
@@ -869,10 +869,10 @@ def test_a_dvc_lock_that_dvc_did_not_write_reads_as_a_whole(old: str, new: str) 
         except InputError as error:
             return str(error)
 
-    runs.lock_parts(LOCKED)
+    runs.sections_of(LOCKED)
     whole = read(LOCKED.replace(old, new), stages_of)
     expected = whole if isinstance(whole, str) else {name: runs.as_section(name, one) for name, one in whole.items()}
-    assert read(LOCKED.replace(old, new), lambda text: runs.lock_parts(text).text) == expected
+    assert read(LOCKED.replace(old, new), runs.sections_of) == expected
 
 
 def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:

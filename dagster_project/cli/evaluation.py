@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 
-def compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace) -> None:
     """Show the comparison table: every variant, the baselines, which system to
     use, and the registered versions of models."""
     from dagster_project.core.documents import read_document
@@ -43,10 +43,9 @@ def compare(options: argparse.Namespace) -> int:
         document,
         lambda _: board + (f"\n\n## Registered versions\n\n{table(registered.HEAD, versions)}" if versions else ""),
     )
-    return 0
 
 
-def export_ballot(options: argparse.Namespace) -> int:
+def export_ballot(options: argparse.Namespace) -> None:
     """Write a page for blind votes between the answers of two systems."""
     from dagster_project.evaluation.ballots import document, export_text
     from dagster_project.views.ballot import ballot_page
@@ -61,10 +60,9 @@ def export_ballot(options: argparse.Namespace) -> int:
         {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)},
         export_text,
     )
-    return 0
 
 
-def import_votes(options: argparse.Namespace) -> int:
+def import_votes(options: argparse.Namespace) -> None:
     """Count the votes that raters saved."""
     from dagster_project.evaluation.ballots import preferences, read_votes, result, votes_text
 
@@ -82,7 +80,6 @@ def import_votes(options: argparse.Namespace) -> int:
         )
         log.info(f"preferences: {options.preferences}, {many(len(rows), 'pair')}")
     print_result(options, result(ballot, votes), votes_text)
-    return 0
 
 
 def _refuse_preferences(options: argparse.Namespace) -> None:

@@ -18,20 +18,18 @@ from dagster_project.lineage.export.registry import formats
 log = logging.getLogger("pedigree")
 
 
-def sign(options: argparse.Namespace) -> int:
+def sign(options: argparse.Namespace) -> None:
     """Sign a model with a local key, in the form of OpenSSF Model Signing."""
     from dagster_project.commands import sign as module
 
     print_result(options, module.sign(Path(options.project).resolve(), options.model, options.key), module.as_text)
-    return 0
 
 
-def attest(options: argparse.Namespace) -> int:
+def attest(options: argparse.Namespace) -> None:
     """Sign how each stage of a model's lineage was run: in-toto statements with SLSA provenance."""
     from dagster_project.commands import sign as module
 
     print_result(options, module.attest(project(options), options.model, options.key, options.remade), module.as_text)
-    return 0
 
 
 def _add_signing_commands(commands: Any) -> None:
@@ -51,7 +49,7 @@ def _add_signing_commands(commands: Any) -> None:
     )
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace) -> None:
     """Write a model's lineage for other tools and readers, or the model itself
     for servers: GGUF, safetensors, an adapter."""
     from dagster_project.lineage.export.export import export as export_model
@@ -72,11 +70,10 @@ def export(options: argparse.Namespace) -> int:
         write("--out", Path(options.out), text)
         log.info(f"{options.format}: {options.out}")
     document = {"format": options.format, "file": options.out, "text": text}
-    print_result(options, document, lambda _: "" if options.out else text.rstrip(), safe=not sys.stdout.isatty())
-    return 0
+    return print_result(options, document, lambda _: "" if options.out else text.rstrip(), safe=not sys.stdout.isatty())
 
 
-def _export_model(options: argparse.Namespace) -> int:
+def _export_model(options: argparse.Namespace) -> None:
     """Write the model itself for servers, with its pedigree in the metadata of its files, or an adapter as a folder."""
     if options.rev or options.issued:
         what = "adapter" if options.format == "adapter" else "model"
@@ -93,10 +90,9 @@ def _export_model(options: argparse.Namespace) -> int:
 
         document = export(project(options), options.model, options.format, options.quantization, options.out)
     print_result(options, document, as_text)
-    return 0
 
 
-def _export_all(options: argparse.Namespace) -> int:
+def _export_all(options: argparse.Namespace) -> None:
     """Write all formats, and a page that lists them."""
     from dagster_project.commands import papers
 
@@ -131,7 +127,6 @@ def _export_all(options: argparse.Namespace) -> int:
     else:
         document = papers.write_exports(*given, Path(options.all), options.rev, options.issued)
     print_result(options, document, papers.as_text)
-    return 0
 
 
 def _add_export(commands: Any) -> None:

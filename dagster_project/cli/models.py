@@ -17,7 +17,7 @@ from dagster_project.core.text import many
 log = logging.getLogger("pedigree")
 
 
-def chat(options: argparse.Namespace) -> int:
+def chat(options: argparse.Namespace) -> None:
     """Talk to a model in the terminal, or ask it one question."""
     from dagster_project.commands import chat as module
 
@@ -45,7 +45,6 @@ def chat(options: argparse.Namespace) -> int:
         for one in document["answers"]:
             if not one["finished"]:
                 log.info(f"{one['model']}: not finished after {many(one['tokens'], 'token')} (--max-new-tokens)")
-    return 0
 
 
 def _add_chat(commands: Any) -> None:
@@ -85,7 +84,7 @@ def _add_chat(commands: Any) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
 
 
-def serve(options: argparse.Namespace) -> int:
+def serve(options: argparse.Namespace) -> None:
     """Serve a model on loopback, OpenAI-compatible, by a server that is installed."""
     from dagster_project.commands import serve as module
 
@@ -95,7 +94,6 @@ def serve(options: argparse.Namespace) -> int:
             print_result(options, document, str)
 
     module.serve(project(options), options.model, options.port, options.engine, announce)
-    return 0
 
 
 def _add_serve(commands: Any) -> None:
@@ -117,7 +115,7 @@ def _add_serve(commands: Any) -> None:
     )
 
 
-def push(options: argparse.Namespace) -> int:
+def push(options: argparse.Namespace) -> None:
     """Upload a release with its card, license and papers to the Hugging Face Hub, in one commit."""
     from dagster_project.commands import push as module
 
@@ -125,7 +123,6 @@ def push(options: argparse.Namespace) -> int:
     module.progress_bars()
     document = module.push(project(options), options.model, to, options.dry_run, options.key, options.issued)
     print_result(options, document, module.as_text)
-    return 0
 
 
 def _add_push(commands: Any) -> None:
@@ -154,7 +151,7 @@ def _add_push(commands: Any) -> None:
     )
 
 
-def mlflow(options: argparse.Namespace) -> int:
+def mlflow(options: argparse.Namespace) -> None:
     """Register a model in MLflow, with its lineage as tags and its data as inputs of a run."""
     from dagster_project.commands.mlflow_registry import as_text, register
 
@@ -162,7 +159,6 @@ def mlflow(options: argparse.Namespace) -> int:
         project(options), options.model, options.name, options.experiment, options.tracking_uri, options.upload
     )
     print_result(options, document, as_text)
-    return 0
 
 
 def _add_mlflow(commands: Any) -> None:

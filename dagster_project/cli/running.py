@@ -16,16 +16,14 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.imports import lean_imports
 
 
-def init(options: argparse.Namespace) -> int:
+def init(options: argparse.Namespace) -> None:
     """Make a project in a folder, with parameters that fit your data."""
-    from dagster_project.commands.init import as_text
-    from dagster_project.commands.init import init as make
+    from dagster_project.commands import init as module
 
-    document = make(
+    document = module.init(
         Path(options.folder or options.project), options.data, options.base_model, options.task, options.license
     )
-    print_result(options, document, as_text)
-    return 0
+    print_result(options, document, module.as_text)
 
 
 def _add_init(commands: Any) -> None:
@@ -142,35 +140,29 @@ def _add_sweep(commands: Any) -> None:
     )
 
 
-def render(options: argparse.Namespace) -> int:
+def render(options: argparse.Namespace) -> None:
     """Draw pages again from the documents on disk, without running a stage."""
-    from dagster_project.commands.render import as_text
-    from dagster_project.commands.render import render as draw
+    from dagster_project.commands import render as module
 
-    result = draw(project(options), options.stage)
-    print_result(options, result, as_text)
-    return 0
+    print_result(options, module.render(project(options), options.stage), module.as_text)
 
 
-def upgrade(options: argparse.Namespace) -> int:
+def upgrade(options: argparse.Namespace) -> None:
     """Record the code of the installed version in code.lock.yaml, write its
     dvc.yaml unless that was edited, and list the stages that become stale."""
-    from dagster_project.commands.upgrade import as_text
-    from dagster_project.commands.upgrade import upgrade as record
+    from dagster_project.commands import upgrade as module
 
-    print_result(options, record(project(options)), as_text)
-    return 0
+    print_result(options, module.upgrade(project(options)), module.as_text)
 
 
-def pipeline(options: argparse.Namespace) -> int:
+def pipeline(options: argparse.Namespace) -> None:
     """Write into dvc.yaml what each adapter reads, after an edit of params.yaml that merges adapters or adds one."""
     from dagster_project.commands.adapter_reads import as_text, write_reads
 
     print_result(options, write_reads(project(options)), as_text)
-    return 0
 
 
-def sync(options: argparse.Namespace) -> int:
+def sync(options: argparse.Namespace) -> None:
     """Report DVC's state to Dagster's event log."""
     from dagster_project.orchestration.dagster.lean_sync import sync_if_changed
 
@@ -180,10 +172,9 @@ def sync(options: argparse.Namespace) -> int:
     print_result(
         options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report."
     )
-    return 0
 
 
-def share(options: argparse.Namespace) -> int:
+def share(options: argparse.Namespace) -> None:
     """Copy sources, outputs and past runs to a DVC remote, so that another
     clone restores stages instead of running them."""
     from dataclasses import asdict
@@ -196,7 +187,6 @@ def share(options: argparse.Namespace) -> int:
         " In another clone, `dvc repro --pull` restores them."
     )
     print_result(options, asdict(pushed), lambda _: text)
-    return 0
 
 
 MODEL_OPTIONS: dict[str, Any] = {
@@ -210,7 +200,7 @@ MODEL_OPTIONS: dict[str, Any] = {
 """Options of `plan --model` and their defaults."""
 
 
-def plan(options: argparse.Namespace) -> int:
+def plan(options: argparse.Namespace) -> None:
     """Predict tokens, steps, memory and time of each variant, before training."""
     from dagster_project.commands.plan import as_text, plan_model, plan_variants
     from dagster_project.core.params import Compute
@@ -240,7 +230,6 @@ def plan(options: argparse.Namespace) -> int:
         else:
             document = plan_variants(project(options), options.variants)
     print_result(options, document, as_text)
-    return 0
 
 
 def _add_plan(commands: Any) -> None:

@@ -9,7 +9,7 @@ from dagster_project.cli.arguments import add_command, named, project
 from dagster_project.cli.output import print_result
 
 
-def ui(options: argparse.Namespace) -> int:
+def ui(options: argparse.Namespace) -> None:
     """Serve the Dagster UI and the project's pages on this machine's loopback address."""
     from dagster_project.orchestration.dagster import pages
     from dagster_project.orchestration.dagster.ui import serve

@@ -410,25 +410,20 @@ def talk(root: Path, options: Options) -> None:
     Chat(records, speakers, options.tools, options.decoding, lambda: input("> "), write).talk()
 
 
+@dataclass
 class Chat:
     """The conversation at the terminal."""
 
-    def __init__(
-        self,
-        records: TrainingRecords,
-        speakers: Sequence[Speaker],
-        tools: Tools,
-        decoding: Decoding,
-        read: Callable[[], str],
-        write: Callable[[str], None],
-    ) -> None:
-        """Args:
-        read: the next line; EOFError at the end.
-        write: gets text.
-        """
-        self.records, self.speakers, self.tools, self.decoding = records, speakers, tools, decoding
-        self.read, self.write = read, write
-        self.question = ""
+    records: TrainingRecords
+    speakers: Sequence[Speaker]
+    tools: Tools
+    decoding: Decoding
+    read: Callable[[], str]
+    """The next line; EOFError at the end."""
+    write: Callable[[str], None]
+    """Gets text."""
+    question: str = ""
+    """The last one."""
 
     def talk(self) -> None:
         """Read lines until the end."""

@@ -27,6 +27,7 @@ from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources.declarations import Declared
 from dagster_project.lineage.code_lock import TEMPLATE
+from dagster_project.lineage.export.tables import table
 from dagster_project.optional_stages import OPTIONAL
 from dagster_project.pipeline import PEDIGREE, STAGES, UNREAD, VARIANTS_OF, sections
 from dagster_project.training.methods.options import OWN
@@ -249,10 +250,8 @@ def _by_model(by_method: Mapping[str, type[Section]]) -> dict[str, type[Section]
 
 
 def _table(model: Schema, definitions: Schema) -> str:
-    rows = [
-        f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in _rows(model, definitions, "")
-    ]
-    return "\n".join(["| key | type | default | description |", "| --- | --- | --- | --- |", *rows])
+    rows = [(f"`{key}`", *others) for key, *others in _rows(model, definitions, "")]
+    return table(["key", "type", "default", "description"], rows)
 
 
 def _rows(model: Schema, definitions: Schema, prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -309,10 +308,9 @@ def _checks(names: list[str]) -> str:
     rules = Rules()
     only = {None: "", "examples": "", "preferences": " (pairs)", "benchmark": " (benchmarks)"}
     rows = [
-        f"| `{n}`{only[CHECKS[n].kind]} | {CHECKS[n].description} | {rules.severity_of(n)} | {rules.action(n)} |"
-        for n in names
+        (f"`{n}`{only[CHECKS[n].kind]}", CHECKS[n].description, rules.severity_of(n), rules.action(n)) for n in names
     ]
-    return "\n".join(["| check | passes if | severity | default policy |", "| --- | --- | --- | --- |", *rows])
+    return table(["check", "passes if", "severity", "default policy"], rows)
 
 
 def _later_checks() -> str:
@@ -321,15 +319,15 @@ def _later_checks() -> str:
         stages = ", ".join(f"`{stage}`" for stage, one in STAGES.items() if one == module)
         for name, description in PEDIGREE.check_descriptions(module).items():
             if module != "preferences" or description != CHECKS[name].description:  # the others are in the tables above
-                rows.append(f"| {stages} | `{name}` | {description} |")
-    return "\n".join(["| stage | check | passes if |", "| --- | --- | --- |", *rows])
+                rows.append((stages, f"`{name}`", description))
+    return table(["stage", "check", "passes if"], rows)
 
 
 def _fill(page: str, tables: Mapping[str, str]) -> str:
-    for name, table in tables.items():
+    for name, shown in tables.items():
         begin, end = f"<!-- checks {name}: begin (make docs) -->", f"<!-- checks {name}: end -->"
         before, after = page.split(begin)[0], page.split(end)[1]
-        page = f"{before}{begin}\n{table}\n{end}{after}"
+        page = f"{before}{begin}\n{shown}\n{end}{after}"
     return page
 
 

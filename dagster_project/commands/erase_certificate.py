@@ -46,7 +46,7 @@ NEVER_REACHED = (
 def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The certificate of a plan that was carried out. The same erasure gives the same one, interrupted or not."""
     models = {
-        outcome: [_model(model) for model in plan["models"] if model["outcome"] == outcome]
+        outcome: [{"stage": one["stage"], "before": one["md5"]} for one in plan["models"] if one["outcome"] == outcome]
         for outcome in (REMAKE, RETIRE, KEEP)
     }
     searched = plan["searched"]
@@ -137,10 +137,6 @@ def _membership(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dic
         for address, kinds in sorted(before.items())
         for kind, measured in kinds.items()
     ]
-
-
-def _model(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {"stage": model["stage"], "before": model["md5"]}
 
 
 def _places(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,14 +29,12 @@ class Nearest:
     """What is not known."""
 
 
+@dataclass
 class TrainingRecords:
     """The training split of a project, and which of its records a model was trained on."""
 
-    def __init__(self, root: Path) -> None:
-        """Args:
-        root: the project's folder.
-        """
-        self.root = root
+    root: Path
+    """The project's folder."""
 
     @cached_property
     def _index(self) -> Index:

@@ -291,23 +291,18 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 def _document(root: Path, served: Served, engine: str, port: int, pid: int) -> dict[str, Any]:
     url, records = f"http://{HOST}:{port}/v1", TrainingRecords(root)
     system, request = records.system_prompt(), fields_of_requests(served, engine, records.have_traces())
-    digest = {"sha256" if served.folder.is_file() else "md5": served.digest}
-    facts = {
-        "name": served.name,
-        "folder": shown(root, served.folder),
-        **digest,
-        "recorded": served.recorded,
-        "engine": engine,
-    }
-    example = _example(url, served.id, system, request)
     return {
         "url": url,
         "model": served.id,
-        **facts,
+        "name": served.name,
+        "folder": shown(root, served.folder),
+        "sha256" if served.folder.is_file() else "md5": served.digest,
+        "recorded": served.recorded,
+        "engine": engine,
         "system": system,
         "request": request,
         "pid": pid,
-        "example": example,
+        "example": _example(url, served.id, system, request),
     }
 
 

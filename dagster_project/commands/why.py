@@ -94,7 +94,8 @@ def ask(
     if options.points != END_ONLY:
         points = {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
     documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
-    prompt, part = bm25(documents, [options.prompt, _part(asked, options)])
+    words = options.span or response_text(asked.messages) or asked.turn
+    prompt, part = bm25(documents, [options.prompt, words])
     scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
     ranking = Ranking.of(scores.scores, prompt, part)
     estimates = list[str]()
@@ -111,7 +112,7 @@ def ask(
             "span": options.span,
             "spans": [list(bounds) for bounds in asked.spans],
             "tokens": asked.tokens,
-            "reward" if _scores(found) else "log_probability": round(value, 4),
+            "reward" if isinstance(found, PairTarget) and found.scores else "log_probability": round(value, 4),
         },
         **({"points": points} if points else {}),
         "records": len(found.records),
@@ -155,10 +156,6 @@ def _about_estimates(error: float, read: int, records: int) -> str:
         " scores of the others are estimates from sketches,"
         f" with a standard error of {error:.3f}, and count neither as the highest nor for whether a record stands out"
     )
-
-
-def _scores(found: Target) -> bool:
-    return isinstance(found, PairTarget) and found.scores
 
 
 def _asked_gradient(found: Target, asked: Question) -> tuple[float, Any]:
@@ -211,11 +208,6 @@ def _system(texts: Texts, options: Options) -> tuple[str | None, list[str]]:
         f"asked without a system prompt, as {why}; --system gives one:"
         " answers of records with another one are less alike"
     ]
-
-
-def _part(asked: Question, options: Options) -> str:
-    """Text of what is asked about, for the likeness of words."""
-    return options.span or response_text(asked.messages) or asked.turn
 
 
 class Texts:

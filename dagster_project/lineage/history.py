@@ -347,7 +347,7 @@ class History:
 def history(root: Path) -> History:
     """The history of all branches, tags, stashes and experiments, and of the reflog."""
     all_refs, reflog = _first_commits(root, "--all"), _first_commits(root, "--reflog", "--not", "--all")
-    first, unreachable = all_refs or FirstCommits(), reflog or FirstCommits()
+    (first, added), (unreachable, added_there) = all_refs or ({}, []), reflog or ({}, [])
     lock, workspace, content = root / LOCK, None, b""
     if lock.is_file():
         content = lock.read_bytes()
@@ -369,22 +369,14 @@ def history(root: Path) -> History:
         workspace,
         content,
         boundary,
-        _moves(root, [*first.added, *unreachable.added]),
+        _moves(root, [*added, *added_there]),
         is_in_repository(root) and (all_refs is None or reflog is None),
     )
 
 
-class FirstCommits(dict[str, str]):
-    """Blob of a dvc.lock -> the first commit that contains it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.added: list[str] = []
-        """Commits whose parent has no dvc.lock."""
-
-
-def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
-    """Blob of a dvc.lock -> the first commit among some revisions that contains it; None if git fails.
+def _first_commits(root: Path, *revisions: str) -> tuple[dict[str, str], list[str]] | None:
+    """Blob of a dvc.lock -> the first commit among some revisions that contains it; and the commits whose parent has no
+    dvc.lock. None if git fails.
 
     `git replace` is ignored: it hides commits.
     """
@@ -394,15 +386,15 @@ def _first_commits(root: Path, *revisions: str) -> FirstCommits | None:
     log = git(root, *settings, "log", *order, *format_options, *revisions, "--", LOCK)
     if log is None:
         return None
-    first = FirstCommits()
+    first, added = dict[str, str](), list[str]()
     for commit in log.split("\0")[1:]:
         sha, *changes = commit.split()
         for blob, status in re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) ([A-Z])", " ".join(["", *changes])):
             if set(blob) != {"0"}:
                 first.setdefault(blob, sha)
             if status == "A":
-                first.added.append(sha)
-    return first
+                added.append(sha)
+    return first, added
 
 
 def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ it, from dvc.lock, the reports and git."""
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.files import replacing
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
@@ -755,18 +755,11 @@ def write_trained_on(records: pl.DataFrame | None, path: Path) -> None:
             "`pedigree audit MODEL` lists missing outputs",
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a pipe, which a new file would replace; a folder is refused
             _write_table(records, path, path.suffix)
             return
-        target = path.resolve()  # a link stays one
-        scratch = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with replacing(path.resolve()) as scratch:  # a link stays one
             _write_table(records, scratch, path.suffix)
-            scratch.replace(target)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise InputError(f"--records {path}: {error.strerror or error}", "choose a writable file") from None
 

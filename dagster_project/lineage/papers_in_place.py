@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from dagster_project.core.files import replacing
 from dagster_project.core.records import remove
 
 RELEASE = "data/release"
@@ -62,14 +63,8 @@ def add_lines(root: Path) -> list[str]:
     if lines:
         before = file.read_bytes() if file.is_file() else b""
         between = b"" if not before or before.endswith(b"\n") else b"\n"
-        target = file.resolve()  # a link stays one
-        scratch = target.with_name(f"{target.name}.{os.getpid()}")
-        try:
+        with replacing(file.resolve()) as scratch:  # a link stays one
             scratch.write_bytes(before + between + "\n".join([COMMENT, *lines, ""]).encode())
-            if target.is_file():
-                shutil.copymode(target, scratch)
-            scratch.replace(target)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+            if file.is_file():
+                shutil.copymode(file, scratch)
     return lines

@@ -3,6 +3,7 @@ what each run was made from, and the files of its output."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -21,7 +22,6 @@ from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
     PLACEHOLDER,
     Entry,
-    LockParts,
     Place,
     Resolver,
     StageRun,
@@ -30,8 +30,8 @@ from dagster_project.lineage.runs import (
     conflict_sides,
     declared_models,
     is_input,
-    lock_parts,
     output,
+    sections_of,
     stage_in,
     teacher_of,
     unread_inputs,
@@ -88,7 +88,7 @@ class RunIndex(Database):
             for number, text in enumerate(sides):
                 name = blob if len(sides) == 1 else f"{blob}:{number}"
                 try:
-                    self._read_lock(name, lock_parts(text), models[pipeline], folders[pipeline])
+                    self._read_lock(name, sections_of(text), models[pipeline], folders[pipeline])
                 except InputError:
                     self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 0)", (name,))
             if len(sides) > 1:
@@ -100,15 +100,20 @@ class RunIndex(Database):
         yaml = self.root / "dvc.yaml"
         return yaml.read_bytes() if yaml.is_file() else b""
 
-    def _read_lock(self, blob: str, parts: LockParts, models: frozenset[str], folders: Mapping[str, str]) -> None:
-        for address in [one for one in parts if one.partition("@")[0] in folders]:
-            entry = from_project(address, stage_in(parts.text[address]), folders)
-            parts.text[address] = as_section(address, entry)
-            parts[address] = md5_of_bytes(parts.text[address].encode())
-        known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
-        for address, key in parts.items():
+    def _read_lock(
+        self, blob: str, sections: Mapping[str, str], models: frozenset[str], folders: Mapping[str, str]
+    ) -> None:
+        moved = {
+            name: as_section(name, from_project(name, stage_in(text), folders))
+            for name, text in sections.items()
+            if name.partition("@")[0] in folders
+        }
+        sections = {**sections, **moved}
+        keys = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in sections.items()}
+        known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*keys.values()]))
+        for address, key in keys.items():
             if key not in known:
-                run = self._add_entry(key, address, stage_in(parts.text[address]), parts.text[address], models)
+                run = self._add_entry(key, address, stage_in(sections[address]), sections[address], models)
                 if run is not None:
                     known[key] = run
         lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
@@ -265,18 +270,16 @@ class RunIndex(Database):
     @cached_per_instance
     def report(self, run: StageRun) -> dict[str, Any]:
         """The report that dvc.lock records for this run; empty if its bytes are unavailable."""
-        row = self._db.execute(
-            "SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)
-        ).fetchone()
-        content = self._contents_of_reports([row]).get(run.entry.id) if row else None
+        entry = run.entry
+        recorded = [(entry.id, entry.report, entry.report_md5)] if entry.report else []
+        content = self._contents_of_reports(recorded).get(entry.id)
         return dict(json.loads(content)) if content else {}
 
     def unavailable_report(self, run: StageRun) -> dict[str, str] | None:
         """Stage, path and md5 of the report that dvc.lock records for this run, if its bytes are unavailable."""
-        row = self._db.execute(
-            "SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)
-        ).fetchone()
-        return {"stage": run.address, "path": row[0], "md5": row[1]} if row and not self.report(run) else None
+        if not run.entry.report or self.report(run):
+            return None
+        return {"stage": run.address, "path": run.entry.report, "md5": run.entry.report_md5}
 
     @cached_property
     def workspace_outputs(self) -> dict[str, str]:
@@ -339,11 +342,9 @@ class RunIndex(Database):
             if is_watched:
                 watched[run].add(dep)
         return {
-            identity: Entry(
-                identity, address, path, md5, bool(is_model), tuple(inputs[identity]), frozenset(watched[identity])
-            )
-            for identity, address, path, md5, is_model in self._db.execute(
-                "SELECT id, address, path, md5, is_model FROM run"
+            run: Entry(run, address, path, md5, bool(is_model), tuple(inputs[run]), frozenset(watched[run]), *report)
+            for run, address, path, md5, is_model, *report in self._db.execute(
+                "SELECT id, address, path, md5, is_model, IFNULL(report, ''), IFNULL(report_md5, '') FROM run"
             )
         }
 
@@ -484,19 +485,16 @@ class RunIndex(Database):
     def _read_report_of(self, run: StageRun, model: StageRun) -> bool:
         """Whether a release read the report of this run of a model and not of an earlier one, by the hash of the folder
         of reports: that is decided without the files of either. True if the release did not depend on the folder."""
-        (report,) = self._db.execute("SELECT report FROM run WHERE id = ?", (model.entry.id,)).fetchone()
-        folder = str(report or "").rpartition("/")[0]
+        folder = model.entry.report.rpartition("/")[0]
         read = {dep["path"]: dep.get("md5") for dep in self.lock_entry(run).get("deps", [])}
         if folder not in read:
             return True
-        query = (
-            "SELECT run.report, run.report_md5 FROM run JOIN lock_run ON run.id = lock_run.run WHERE lock_run.lock = ?"
-        )
         for lock in run.locks & model.locks:
+            entries = [self._entries[one] for one in self._entries_of_locks[lock]]
             files = {
-                path.removeprefix(f"{folder}/"): md5
-                for path, md5 in self._db.execute(query, (lock,))
-                if path and is_within(path, folder)
+                entry.report.removeprefix(f"{folder}/"): entry.report_md5
+                for entry in entries
+                if entry.report and is_within(entry.report, folder)
             }
             if read[folder] in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}:
                 return True
@@ -615,9 +613,10 @@ class RunIndex(Database):
         query = "SELECT DISTINCT id, report, report_md5 FROM run JOIN origin ON origin.run = run.id"
         for entry, content in self._contents_of_reports(self._db.execute(query).fetchall()).items():
             facts = json.loads(content).get("sources") if f'"{sha256}'.encode() in content else None
-            for source, files in [(source, one["files"]) for source, one in (facts or {}).items() if "files" in one]:
-                for name in (name for name, file in files.items() if file["sha256"].startswith(sha256)):
-                    outputs[f"{source.rstrip('/')}/{name}"].add(self._entries[entry].md5)
+            for source, one in (facts or {}).items():
+                for name, file in one.get("files", {}).items():
+                    if file["sha256"].startswith(sha256):
+                        outputs[f"{source.rstrip('/')}/{name}"].add(self._entries[entry].md5)
         return {source: frozenset(outs) for source, outs in outputs.items()}
 
     def matching_hashes(self, prefix: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -677,12 +676,11 @@ class RunIndex(Database):
 
         Outputs of stages are left out.
         """
-        outs = {run.path for run in self.runs.values()} - {""}
         deps = [
             dep
             for (dep,) in self._db.execute("SELECT DISTINCT dep FROM input")
             if (is_within(dep, path) or is_within(path, dep))
-            and not any(is_within(dep, out) or is_within(out, dep) for out in outs)
+            and not any(is_within(dep, out) or is_within(out, dep) for out in self._output_paths)
         ]
         query = (
             "SELECT DISTINCT run.address, input.dep, run.text FROM run JOIN input ON input.run = run.id WHERE"

@@ -7,7 +7,6 @@ own lineage. A question about a revision is therefore answered from the dvc.lock
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import defaultdict, deque
@@ -51,6 +50,9 @@ class Entry:
     """(dependency, hash) per input. Code and reports are excluded."""
     watched: frozenset[str]
     """Dependencies that the stage only measures itself by: nothing is learned from them."""
+    report: str = ""
+    """Path of the report; empty if there is none."""
+    report_md5: str = ""
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -399,23 +401,14 @@ def part_of(listing: Mapping[str, str], name: str) -> str | None:
     return md5_of_folder(files) if files else None
 
 
-class LockParts(dict[str, str]):
-    """Address -> hash of its section of a dvc.lock."""
-
-    text: dict[str, str]
-    """Address -> its section, as `as_section` writes it."""
-
-
-def lock_parts(text: str) -> LockParts:
-    """Split a dvc.lock into stages, and parse each of them once.
+def sections_of(text: str) -> dict[str, str]:
+    """Address -> its section of a dvc.lock, as `as_section` writes it. Each section is parsed once.
 
     Parsing YAML is slow, and most stages are unchanged between commits.
 
     Raises:
         InputError: the text is not a dvc.lock.
     """
-    parts = LockParts()
-    parts.text = {}
     body = re.split(r"^stages:.*\n", text, maxsplit=1, flags=re.MULTILINE)[1:]
     if text.strip() and not body and not stages_of(text):
         raise InputError(f"{LOCK} has no key `stages`", f"restore it with `git checkout HEAD {LOCK}`")
@@ -425,13 +418,9 @@ def lock_parts(text: str) -> LockParts:
     if not before.strip() and pieces and len({head.group(1) for head in heads}) == len(pieces):
         # an entry can be invalid without what is before it; the whole text says what is wrong
         with suppress(InputError):
-            parts.text = _sections({head.group(1): piece for head, piece in zip(heads, pieces, strict=True)})
-    if not parts.text:  # not formatted by DVC
-        parts.text = {name: as_section(name, stage) for name, stage in stages_of(text).items()}
-    parts.update(
-        {name: hashlib.sha1(piece.encode(), usedforsecurity=False).hexdigest() for name, piece in parts.text.items()}
-    )
-    return parts
+            return _sections({head.group(1): piece for head, piece in zip(heads, pieces, strict=True)})
+    # not formatted by DVC
+    return {name: as_section(name, stage) for name, stage in stages_of(text).items()}
 
 
 _BY_DVC = re.compile(r"schema: '2\.0'\nstages:\n((?:(?: .*)?\n)*)")

@@ -254,14 +254,14 @@ class _Examination:
         if oid not in self.objects:
             file = self.store.at(oid)
             self.objects[oid] = None
+
+            def then(remove: str) -> str:
+                removed = f"{remove} {quote(str(file))}, then "
+                return removed + commit if commit and self._has(path, oid) else reproduce or removed + fetch
+
             if what := _misplaced(file):
-                then = f"rm -r {quote(str(file))}, then {commit}" if commit and self._has(path, oid) else reproduce
-                self._add_finding(
-                    "cache",
-                    str(file),
-                    f"is {what}, not the object; it should contain {path}",
-                    then or f"rm -r {quote(str(file))}, then {fetch}",
-                )
+                wrong = f"is {what}, not the object; it should contain {path}"
+                self._add_finding("cache", str(file), wrong, then("rm -r"))
             elif not file.is_file():
                 self._add_missing(path, oid, commit if commit and self._has(path, oid) else fetch)
             else:
@@ -269,9 +269,7 @@ class _Examination:
                 if md5 == oid.removesuffix(".dir"):
                     self.objects[oid] = sha256
                 else:
-                    remove = f"rm {quote(str(file))}, then "
-                    then = f"{remove}{commit}" if commit and self._has(path, oid) else reproduce or f"{remove}{fetch}"
-                    self._add_finding("cache", str(file), f"does not match its name; it contains {path}", then)
+                    self._add_finding("cache", str(file), f"does not match its name; it contains {path}", then("rm"))
         return self.objects[oid]
 
     def _has(self, path: str, oid: str) -> bool:

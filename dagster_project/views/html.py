@@ -11,15 +11,13 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dagster_project.core.text import many, number, visible
+from dagster_project.core.text import number, visible
+from dagster_project.views.texts import FOLDER, environment
 
-FOLDER = Path(__file__).parent
 SHORT = 300
 """Characters shown of a name, place or note."""
 
@@ -157,10 +155,6 @@ def _printed(value: object) -> object:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, finalize=_printed, undefined=StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
-ENVIRONMENT.filters |= {"cut": cut, "number": number}
-ENVIRONMENT.globals |= {"many": many}
+ENVIRONMENT = environment(FOLDER / "templates", autoescape=True, finalize=_printed)
+ENVIRONMENT.filters |= {"cut": cut}
 ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # ASCII, so a page has no hidden characters

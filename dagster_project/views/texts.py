@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dagster_project.core.text import listed, many, number, place_text, visible
-from dagster_project.views.html import FOLDER
+
+FOLDER = Path(__file__).parent
 
 
 def text(template: str, /, **values: object) -> str:
@@ -20,11 +22,15 @@ def text(template: str, /, **values: object) -> str:
     return ENVIRONMENT.get_template(f"{template}.txt.jinja").render(values).removesuffix("\n")
 
 
-def environment(folder: Path) -> Environment:
-    """The templates of a folder, with what all of them can call."""
+def environment(folder: Path, **options: Any) -> Environment:
+    """The templates of a folder, with what all of them can call.
+
+    Args:
+        options: further ones of Jinja.
+    """
     made = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, **options,
     )  # fmt: skip
     made.globals.update(many=many, place_text=place_text)
     made.filters.update(

@@ -96,12 +96,9 @@ class Scanner:
 
     def _kinds(self, found: set[int | None]) -> set[str]:
         fragments = {number for number in found if number is not None}
-        kinds = {
-            (TEXT, bool(fragments)),
-            (ID, None in found),
-            (SURE, None in found or self.needles.are_apart(fragments)),
-        }
-        return {kind for kind, holds in kinds if holds}
+        has_id = None in found
+        sure = has_id or self.needles.are_apart(fragments)
+        return {kind for kind, holds in ((TEXT, fragments), (ID, has_id), (SURE, sure)) if holds}
 
     def _file(self, path: Path) -> set[int | None] | OSError:
         found: set[int | None] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,17 +135,13 @@ def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder"
     """
     hint = f"name another {kind}"
     given, lock = folder.resolve(), _recorded(root)[0]
-    for name, stage in lock.items():
-        for out in stage.get("outs", []):
-            path = (root / out["path"]).resolve()
-            if given.is_relative_to(path) or path.is_relative_to(given):
-                where = "contains" if path.is_relative_to(given) and path != given else _where(given, path)
-                raise InputError(f"{option} {folder}: it {where} {out['path']}, an output of {name}", hint)
-    for name, stage in {} if may_be_source else lock.items():
-        for dep in stage.get("deps", []):
-            path = (root / dep["path"]).resolve()
-            if given.is_relative_to(path):
-                raise InputError(f"{option} {folder}: it {_where(given, path)} {dep['path']}, which {name} reads", hint)
+    for name, out, path in _places(root, lock, "outs"):
+        if given.is_relative_to(path) or path.is_relative_to(given):
+            where = "contains" if path.is_relative_to(given) and path != given else _where(given, path)
+            raise InputError(f"{option} {folder}: it {where} {out}, an output of {name}", hint)
+    for name, dep, path in () if may_be_source else _places(root, lock, "deps"):
+        if given.is_relative_to(path):
+            raise InputError(f"{option} {folder}: it {_where(given, path)} {dep}, which {name} reads", hint)
     for kept in (".git", ".dvc", SIGNATURES, "dvc.yaml", LOCK, "params.yaml"):
         path = (root / kept).resolve()
         if given.is_relative_to(path):
@@ -154,6 +150,13 @@ def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder"
 
 def _where(folder: Path, path: Path) -> str:
     return "is" if folder == path else "lies in"
+
+
+def _places(root: Path, lock: Mapping[str, Any], kind: str) -> Iterator[tuple[str, str, Path]]:
+    """(stage, path as recorded, its place) of all that stages made, `outs`, or read, `deps`."""
+    for name, stage in lock.items():
+        for one in stage.get(kind, []):
+            yield name, one["path"], (root / one["path"]).resolve()
 
 
 def find(root: Path, model: str) -> Target:
@@ -169,7 +172,7 @@ def find(root: Path, model: str) -> Target:
     folder = given.resolve() if path_exists(given) and given.is_dir() else None
     if lock and folder == root.resolve() and model not in lock:
         raise InputError(f"{model or '.'}: this is the project", "name a stage, its output, or the folder of a model")
-    outs = {(root / out["path"]).resolve(): name for name, stage in lock.items() for out in stage.get("outs", [])}
+    outs = {path: name for name, _, path in _places(root, lock, "outs")}
     if model in lock or folder is None or folder in outs:
         if not lock:
             raise InputError(
@@ -208,14 +211,11 @@ def _refuse_part(model: str, folder: Path, project: Path, lock: Mapping[str, Any
     """Raises:
     InputError: the folder contains an output of a project, is one, or lies in one.
     """
-    for name, stage in lock.items():
-        for out in stage.get("outs", []):
-            path = (project / out["path"]).resolve()
-            if path == folder:
-                raise InputError(f"{model}: it is the output of {name} in {project}", f"give --project {project}")
-            if path.is_relative_to(folder) or folder.is_relative_to(path):
-                where = "contains" if path.is_relative_to(folder) else "lies in"
-                raise InputError(
-                    f"{model}: it {where} {out['path']}, an output of {name}",
-                    "name that stage, or a copy of the folder",
-                )
+    for name, out, path in _places(project, lock, "outs"):
+        if path == folder:
+            raise InputError(f"{model}: it is the output of {name} in {project}", f"give --project {project}")
+        if path.is_relative_to(folder) or folder.is_relative_to(path):
+            where = "contains" if path.is_relative_to(folder) else "lies in"
+            raise InputError(
+                f"{model}: it {where} {out}, an output of {name}", "name that stage, or a copy of the folder"
+            )

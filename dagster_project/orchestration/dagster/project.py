@@ -137,14 +137,15 @@ class PedigreeProject(DvcProject):
         also of those that a complete report does not have.
         """
         found: dict[str, Any] = report.get("checks", {})
+        descriptions = self.pipeline.check_descriptions(address.partition("@")[0])
         if found and not self.blocks(report):
-            found = dict.fromkeys(self.pipeline.check_descriptions(address.partition("@")[0]), NOT_IN_REPORT) | found
+            found = dict.fromkeys(descriptions, NOT_IN_REPORT) | found
         return [
             check_result(
                 self.asset_key(address), name, description, found[name],
                 metadata.severity_of(found[name]), metadata.check_metadata(self.root, address, found[name]),
             )
-            for name, description in self.pipeline.check_descriptions(address.partition("@")[0]).items()
+            for name, description in descriptions.items()
             if name in found
         ]  # fmt: skip
 
