@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dagster_project.core.text import visible
+from dagster_project.core.text import many, visible
 from dagster_project.views.texts import FOLDER, environment
 
 SHORT = 300
