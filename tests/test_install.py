@@ -169,11 +169,11 @@ def test_a_model_leaves_as_safetensors_and_its_copy_is_audited_in_the_core(core:
     header = b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   '
     weights = len(header).to_bytes(8, "little") + header + bytes(8)
     [inputs] = lock["merged@lora"]["deps"]
-    lock["merged@lora"] = entry(
-        "merged@lora", {inputs["path"]: inputs["md5"]}, project.put({"model.safetensors": weights})
-    )
+    files = {"config.json": b"{}", "model.safetensors": weights}
+    lock["merged@lora"] = entry("merged@lora", {inputs["path"]: inputs["md5"]}, project.put(files))
     (project.root / "data/merged/lora").mkdir(parents=True)
-    (project.root / "data/merged/lora/model.safetensors").write_bytes(weights)
+    for name, content in files.items():
+        (project.root / "data/merged/lora" / name).write_bytes(content)
     project.commit(lock)
     done = outside(
         core, "export", "merged@lora", "--format", "safetensors", "--out", str(tmp_path / "copy"), folder=project.root
