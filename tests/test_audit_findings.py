@@ -889,6 +889,11 @@ def test_each_version_of_the_base_model_is_named(made: Project) -> None:
     }
     assert "org/a" in lineage_page(found, []) and "org/b" in lineage_page(found, [])
     assert "other_base_models" not in audit(made.root, "merged@lora")
+    third = second | {"origin": "org/c"}
+    lock["aligned@dpo"]["outs"][-1] = made.report("aligned/dpo", third)
+    made.commit(lock)
+    changed = diff(made.root, "aligned@dpo", "aligned@dpo", rev="HEAD~1")["base_model"]
+    assert changed == {"other 1.origin": ["org/b", "org/c"]}
 
 
 def test_a_count_of_one_has_the_singular(made: Project) -> None:

@@ -14,6 +14,7 @@ import pytest
 from builders import small_pipeline
 from builders.files import flip
 from conftest import dvc, edit_params, pedigree
+from ruamel.yaml import YAML
 
 from dagster_project.lineage.history import Revision
 from dagster_project.orchestration.integrity import as_text, examine
@@ -104,6 +105,20 @@ def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -
         examine(root, rev="HEAD~1")
     )
     assert pedigree(root, "verify", "--integrity", "--rev", "HEAD~1").returncode == 2
+
+
+@forked
+def test_the_output_of_a_stage_with_wdir_is_compared_where_it_is(root: Path) -> None:
+    (root / "other").mkdir()
+    pipeline = YAML(typ="safe").load((root / "dvc.yaml").read_text())
+    pipeline["stages"]["own"] = {"wdir": "other", "cmd": "echo one > own.txt", "outs": ["own.txt"]}
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    assert dvc(root, "repro", "own").returncode == 0
+    small_pipeline.git(root, "commit", "-qam", "own")  # DVC's run cache has no stage without dependencies
+    assert examine(root)["verdict"] == "intact"
+    (root / "other/own.txt").unlink()
+    (root / "other/own.txt").write_text("two\n")
+    assert named(root, "workspace") == {"other/own.txt"}
 
 
 def test_a_report_that_names_another_sha256_is_the_only_finding(root: Path) -> None:

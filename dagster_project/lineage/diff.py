@@ -72,7 +72,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "parameters": _differing(_values(old), _values(new)),
         "code": _differing(old["code"]["files"], new["code"]["files"]),
         "environment": stated(*(one["environment"] | _others(one.get("other_versions", {})) for one in (old, new))),
-        "base_model": stated(*(_flat(one["base_model"]) for one in (old, new))),
+        "base_model": stated(*(_base_models(one) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
         "missing": _each_once(missing + reports),
@@ -83,6 +83,12 @@ def _each_once(missing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Missing outputs and reports, which both models may need."""
     keys = ("path", "md5", "fetch")
     return list({(one["path"], one["md5"]): {key: one[key] for key in keys} for one in missing}.values())
+
+
+def _base_models(audited: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model by dotted name, and others in the lineage, numbered."""
+    others = enumerate(audited.get("other_base_models", ()), 1)
+    return _flat(audited["base_model"] | {f"other {n}": one for n, one in others})
 
 
 def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from dagster_project.core.text import many
 from dagster_project.lineage.erasure.tombstones import CERTIFICATES
 from dagster_project.lineage.history import LOST_HINT, Objects, Revision, bytes_of, lost_entries, lost_text, undeclared
 from dagster_project.lineage.papers_in_place import without_papers
+from dagster_project.lineage.working_folders import from_project, working_folders
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
 
@@ -182,8 +183,9 @@ class _Examination:
             self._examine_runs()
         # what a removed variant made can be neither fetched nor made again, and nobody needs it
         removed = undeclared(at, lock)
+        folders = working_folders(bytes_of(at, "dvc.yaml") or b"")
         for address, stage in lock.items():
-            for out in stage["outs"] if address not in removed else ():
+            for out in from_project(address, stage, folders)["outs"] if address not in removed else ():
                 if out["path"].startswith(REPORTS):
                     self._examine_report(at, address, out)
                 else:
