@@ -140,7 +140,7 @@ def read_blocks(file: File, declared: Callable[[], Labels] = dict) -> Iterator[B
     size = size_of(file)
     rows, most = 0, max(FREE_ROWS, MAX_ROWS_PER_BYTE * size)
     try:
-        if size < LARGEST_POINTER:
+        if 0 < size < LARGEST_POINTER:  # a pipe, which would block, has size 0
             _refuse_pointer(file)
         labels: Labels | None = None
         for block in READERS[suffix](file) if size else ():
