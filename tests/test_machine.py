@@ -518,8 +518,8 @@ def test_a_difference_is_another_machine_s_up_to_its_bound_and_a_fault_beyond() 
     ):
         [one], _ = judge("adapter", settings, [Deviation("f", "update", 1e-9, "w")])
         assert one["bound"] == expected
-    told = {"compute": {"dtype": "float32"}, "evaluation": {"dtype": "bfloat16"}}
-    [one], _ = judge("evaluation", told, [Deviation("f", "answers", 1e-9, "w")])
+    settings = {"compute": {"dtype": "float32"}, "evaluation": {"dtype": "bfloat16"}}
+    [one], _ = judge("evaluation", settings, [Deviation("f", "answers", 1e-9, "w")])
     assert one["bound"] == BOUNDS["evaluation", "bfloat16"]["answers"]
 
 

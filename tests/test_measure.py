@@ -338,8 +338,8 @@ def test_models_are_scored_in_the_format_of_the_evaluation_or_else_of_the_comput
     assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
     with pytest.raises(InputError, match=r"evaluation\.dtype"):
         parse(Settings, {"dtype": "float16"}, "evaluation")
-    told = {"compute": {"dtype": "auto"}, "evaluation": {"dtype": "float32"}}
-    [on_another_machine], _ = judge("evaluation", told, [Deviation("results.parquet", "answers", 0.1, "answer")])
+    settings = {"compute": {"dtype": "auto"}, "evaluation": {"dtype": "float32"}}
+    [on_another_machine], _ = judge("evaluation", settings, [Deviation("results.parquet", "answers", 0.1, "answer")])
     assert on_another_machine["bound"] == BOUNDS["evaluation", "float32"]["answers"]
 
 
