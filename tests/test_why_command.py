@@ -16,6 +16,8 @@ from builders.commands import document
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration, why_model, why_prove
+from dagster_project.commands.chat import Chat, Decoding, Speaker, find_model, load
+from dagster_project.commands.nearest_records import TrainingRecords
 from dagster_project.commands.why_question import Options, question, tokenize, tokenizer_of
 from dagster_project.core.hashing import md5_of_file, md5_of_folder
 from dagster_project.core.records import example_id, read_table, write_records
@@ -85,6 +87,52 @@ def test_a_question_ranks_records_of_the_training_only(
     shown = capsys.readouterr().out
     assert all(hit["example_id"][:8] in shown for hit in found["hits"])
     assert "influence" not in shown.lower() and "caused" not in shown.lower()
+
+
+def test_a_conversation_is_asked_as_the_command_is(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert why(trained, *QUESTION, "--system", "", "--top", "3") == 0
+    by_command = capsys.readouterr().out
+    speaker = load(trained, *find_model(trained, MODEL))
+    speaker.messages = [{"role": "user", "content": QUESTION[1]}, {"role": "assistant", "content": QUESTION[3]}]
+    first, wrong, whole = in_terminal(trained, speaker, "/why blue", "/why purple", "/why")
+    assert first == by_command.replace("(given)", "(model)")
+    assert "the part 'purple' is not in the answer" in wrong and "the whole answer" in whole
+    earlier = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good day."}]
+    speaker.messages = [*earlier, *speaker.messages]
+    [after_others] = in_terminal(trained, speaker, "/why blue")
+    assert "prompt  Hello! Where is my hat?" in after_others, "the earlier turns are a part of the question"
+    assert scores_of(after_others) != scores_of(first)
+
+
+def test_without_gradients_a_conversation_goes_on(root: Path) -> None:
+    shutil.rmtree(stores(root)[0])
+    speaker = load(root, *find_model(root, MODEL))
+    [before] = in_terminal(root, speaker, "/why")
+    assert "nothing was answered yet" in before
+    speaker.messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good day."}]
+    [missing] = in_terminal(root, speaker, "/why")
+    assert f"pedigree why {MODEL} --index" in missing
+
+
+def in_terminal(root: Path, speaker: Speaker, *lines: str) -> list[str]:
+    """What `pedigree chat` writes for each line."""
+    left, written = [*lines], list[str]()
+
+    def read() -> str:
+        written.append("")
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    def write(text: str) -> None:
+        written[-1] += text
+
+    Chat(TrainingRecords(root), [speaker], None, Decoding(1), read, write).talk()
+    return written[:-1]
+
+
+def scores_of(shown: str) -> list[str]:
+    return [line for line in shown.splitlines() if re.match(r" +[0-9]+  [+-]", line)]
 
 
 def test_an_index_is_computed_once_and_a_killed_one_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands import why
 from dagster_project.commands.model_files import TEXT_MODELS
 from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text, opening
+from dagster_project.commands.why_pairs import asked
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
 from dagster_project.core.documents import read_report
@@ -38,6 +40,7 @@ HELP = """\
 /reset        begin a new conversation, with the same system prompt
 /system TEXT  begin a new conversation with this system prompt; without TEXT, with none
 /data [N]     the N training records (3) whose prompts are most like the last question
+/why [PART]   the training records whose gradients are most like the last answer, or a part of it
 /save FILE    append the conversation to a JSONL file that `pedigree check` reads
 /quit         end; so does Ctrl-D. Ctrl-C stops an answer"""
 WRONG_VALUE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
@@ -45,6 +48,8 @@ WRONG_VALUE_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
 EXPORTED = re.compile(r"(base_model|merged(?:-.+)?)-[0-9a-f]{8}")
 """Id of the base model that an exported adapter names (`model_ids.model_id`). It names a supervised model if the
 adapter is one of `aligned`."""
+SHOWN = 3
+"""Training records that `/data` and `/why` list."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for the first bytes of a character whose last ones are in later tokens."""
 
@@ -204,6 +209,11 @@ def _refuse_other_kinds(name: str, folder: Path) -> None:
 
 _MODELS = ("release", "base_model", "merged", "merged_aligned", "adapter")
 """Stages with models that answer. An adapter is used on the base model; one of `aligned` only once it is merged."""
+
+
+def _recorded(speaker: Speaker) -> str:
+    """The name or folder by which the lineage of a model is found."""
+    return speaker.name if speaker.name.partition("@")[0] in _MODELS else str(speaker.folder)
 
 
 def _usual(root: Path) -> Iterator[str]:
@@ -424,6 +434,8 @@ class Chat:
     """Gets text."""
     question: str = ""
     """The last one."""
+    attributed: dict[str, why.Attributed] = field(default_factory=dict)
+    """Models that `/why` loaded."""
 
     def talk(self) -> None:
         """Read lines until the end."""
@@ -452,9 +464,7 @@ class Chat:
 
     def _ask(self, question: str) -> None:
         self.question = question
-        for speaker in self.speakers:
-            if len(self.speakers) > 1:
-                self.write(f"[{speaker.name}]\n")
+        for speaker in self._named_speakers():
             reply = speaker.ask(question, self.tools, self.decoding, self.write)
             self.write("\n")
             for call in reply.message.get("tool_calls", []):
@@ -473,6 +483,8 @@ class Chat:
             self._begin(opening(rest))
         elif name == "/data":
             self._data(rest)
+        elif name == "/why":
+            self._why(rest)
         elif name == "/save":
             self._save(rest)
         elif name == "/help":
@@ -490,11 +502,44 @@ class Chat:
             raise InputError("/data: nothing was asked yet", "ask something first")
         if rest and not (rest.isascii() and rest.isdecimal() and int(rest)):
             raise InputError(f"/data {rest}: not a number of records", "e.g. /data 5")
+        for speaker in self._named_speakers():
+            self.write(
+                visible(
+                    nearest_text(self.records.nearest(_recorded(speaker), self.question, int(rest or SHOWN))) + "\n"
+                )
+            )
+
+    def _why(self, part: str) -> None:
+        """The training records behind the last answer of each model.
+
+        Args:
+            part: of the answer; empty for all of it.
+        """
+        for speaker in self._named_speakers():
+            if not any(message["role"] == "assistant" for message in speaker.messages):
+                raise InputError("/why: nothing was answered yet", "ask something first")
+            document = self._attributed(speaker).answer(speaker.messages, self.tools, part or None, SHOWN)
+            self.write(visible(why.as_text(document) + "\n"))
+
+    def _attributed(self, speaker: Speaker) -> why.Attributed:
+        """Loaded for the first `/why`, and kept for the next."""
+        model = _recorded(speaker)
+        if model not in self.attributed:
+            found = asked(self.records.root, model)
+            if not found.store.is_begun():
+                raise InputError(
+                    f"/why: the gradients of {found.run.address} were not computed yet",
+                    f"run `pedigree why {model} --index`",
+                )
+            self.attributed[model] = why.Attributed.read(found)
+        return self.attributed[model]
+
+    def _named_speakers(self) -> Iterator[Speaker]:
+        """All models; if there are two, with the name of each before what is written about it."""
         for speaker in self.speakers:
             if len(self.speakers) > 1:
                 self.write(f"[{speaker.name}]\n")
-            model = speaker.name if speaker.name.partition("@")[0] in _MODELS else str(speaker.folder)
-            self.write(visible(nearest_text(self.records.nearest(model, self.question, int(rest or 3))) + "\n"))
+            yield speaker
 
     def _save(self, rest: str) -> None:
         if not rest:

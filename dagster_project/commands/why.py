@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
 from dagster_project.commands.why_pairs import PairTarget, asked_of
 from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import prove, refuse_draws
-from dagster_project.commands.why_question import Options, Question, question, tokenizer_of
+from dagster_project.commands.why_question import Options, Question, question, tokenize, tokenizer_of
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.records import prompt_text, read_records, response_text
 from dagster_project.core.text import many
 from dagster_project.curation.checks.privacy import mask
@@ -29,6 +32,7 @@ from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.ranking import CROWD, STANDS_OUT, TIMES, Ranking, stands_out
 from dagster_project.lineage.attribution.records import Example, TrainedRecord
 from dagster_project.lineage.attribution.search import Found, Search, search
+from dagster_project.lineage.attribution.store import Gradients
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find, trained_on
 from dagster_project.training.methods.hardware import import_libraries
@@ -80,53 +84,95 @@ def ask(
         found = asked_of(root, model, subject)
         _refuse_unanswerable(found, options, proves)
         indexed = index_points(found, options.points) if with_index else None
-        stored = [target.store.read() for target in at_points(found, options.points)]
-        known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, options.points)])
+        attributed = Attributed.read(found, options.points)
         imported.result()
-    texts = Texts(found)
-    system, notes = _system(texts, options)
-    asked = question(found, options, system, texts.tokenizer)
-    searches = list[Search]()
-    for target, gradients in zip(at_points(found, options.points), stored, strict=True):
-        value, gradient = _asked_gradient(target, asked)
-        searches.append(Search(gradients, target.projection.project(gradient).numpy()))
-    points = dict[str, Any]()
-    if options.points != END_ONLY:
-        points = {"steps": steps_at(found, options.points), "second_moments": options.points.scaled}
-    documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
-    words = options.span or response_text(asked.messages) or asked.turn
-    prompt, part = bm25(documents, [options.prompt, words])
-    scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
-    ranking = Ranking.of(scores.scores, prompt, part)
-    estimates = list[str]()
-    if scores.error is not None:
-        estimates = [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]
-    document = {
-        "model": model_of(found),
-        **({"index": indexed} if indexed else {}),
-        "question": {
-            "system": system,
-            "prompt": options.prompt,
-            "answer": asked.turn,
-            "answered_by": "model" if options.answer is None else "given",
-            "span": options.span,
-            "spans": [list(bounds) for bounds in asked.spans],
-            "tokens": asked.tokens,
-            "reward" if isinstance(found, PairTarget) and found.scores else "log_probability": round(value, 4),
-        },
-        **({"points": points} if points else {}),
-        "records": len(found.records),
-        "distribution": _distribution(ranking, known, scores),
-        "hits": _hits(found, ranking, texts, options.top),
-        "notes": [
-            *notes,
-            *([_about_points(points)] if points else []),
-            *estimates,
-            *([] if known else [UNCALIBRATED + _why_uncalibrated(found, options.points)]),
-            *_about(found),
-        ],
-    }
-    return document, found, asked
+    system, notes = _system(attributed.texts, options)
+    asked = question(found, options, system, attributed.texts.tokenizer)
+    document = attributed.rank(asked, replace(options, system=system), notes)
+    return {"model": document["model"], **({"index": indexed} if indexed else {}), **document}, found, asked
+
+
+@dataclass(frozen=True)
+class Attributed:
+    """A model whose records are ranked for questions. It is loaded once, and the gradients are read once."""
+
+    found: Target
+    points: PointSelection
+    gradients: list[Gradients]
+    """For each point of the training."""
+    known: Calibration | None
+
+    @classmethod
+    def read(cls, found: Target, points: PointSelection = END_ONLY) -> Attributed:
+        """Raises:
+        InputError: gradients are missing or damaged.
+        """
+        stored = [target.store.read() for target in at_points(found, points)]
+        known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, points)])
+        return cls(found, points, stored, known)
+
+    @cached_property
+    def texts(self) -> Texts:
+        return Texts(self.found)
+
+    def answer(self, said: Messages, tools: Tools, span: str | None, top: int) -> dict[str, Any]:
+        """Rank the records for the last answer of a conversation.
+
+        Args:
+            said: the conversation, which ends with the answer of this model.
+        Raises:
+            InputError: the part is not in the answer.
+        """
+        options = Options(prompt_text(said), span=span, system=system_of(said), top=top)
+        return self.rank(tokenize(self.texts.tokenizer, said, span, tools), options, [])
+
+    def rank(self, asked: Question, options: Options, notes: Sequence[str]) -> dict[str, Any]:
+        """The document of a question.
+
+        Args:
+            options: with the system prompt of the question.
+            notes: about the question.
+        """
+        found, known, texts = self.found, self.known, self.texts
+        searches = list[Search]()
+        for target, gradients in zip(at_points(found, self.points), self.gradients, strict=True):
+            value, gradient = _asked_gradient(target, asked)
+            searches.append(Search(gradients, target.projection.project(gradient).numpy()))
+        points = dict[str, Any]()
+        if self.points != END_ONLY:
+            points = {"steps": steps_at(found, self.points), "second_moments": self.points.scaled}
+        documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
+        words = options.span or response_text(asked.messages) or asked.turn
+        prompt, part = bm25(documents, [options.prompt, words])
+        scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
+        ranking = Ranking.of(scores.scores, prompt, part)
+        estimates = list[str]()
+        if scores.error is not None:
+            estimates = [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]
+        return {
+            "model": model_of(found),
+            "question": {
+                "system": options.system,
+                "prompt": options.prompt,
+                "answer": asked.turn,
+                "answered_by": "model" if options.answer is None else "given",
+                "span": options.span,
+                "spans": [list(bounds) for bounds in asked.spans],
+                "tokens": asked.tokens,
+                "reward" if isinstance(found, PairTarget) and found.scores else "log_probability": round(value, 4),
+            },
+            **({"points": points} if points else {}),
+            "records": len(found.records),
+            "distribution": _distribution(ranking, known, scores),
+            "hits": _hits(found, ranking, texts, options.top),
+            "notes": [
+                *notes,
+                *([_about_points(points)] if points else []),
+                *estimates,
+                *([] if known else [UNCALIBRATED + _why_uncalibrated(found, self.points)]),
+                *_about(found),
+            ],
+        }
 
 
 def _why_uncalibrated(found: Target, points: PointSelection) -> str:
@@ -168,7 +214,7 @@ def _asked_gradient(found: Target, asked: Question) -> tuple[float, Any]:
 def _about(found: Target) -> list[str]:
     """What the ranks and scores do not say, and how to find it out, if there is a way."""
     if not isinstance(found, PairTarget):
-        return [f"{CAVEAT}: --prove tests that for the group."]
+        return [f"{CAVEAT}: `pedigree why --prove` tests that for the group."]
     start = start_of(found.run)
     earlier = "" if start == BASE_MODEL else f"; what {start} was trained on before is not ranked: ask it"
     return [f"the records are preference pairs{earlier}", f"{CAVEAT}."]

@@ -123,7 +123,7 @@ def _find(tokenizer: Any, turn: str, span: str) -> list[tuple[int, int]]:
     ]
     if not found:
         raise InputError(
-            f"--span: {cut(span, 80)!r} is not in the answer: {cut(turn)!r}",
+            f"the part {cut(span, 80)!r} is not in the answer: {cut(turn)!r}",
             "copy a part of the answer, letter by letter",
         )
     return found
