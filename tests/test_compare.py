@@ -309,6 +309,35 @@ def test_from_the_fewest_answers_on_a_gain_counts() -> None:
     assert advice("macro_f1", SCORES, {"lora": to_rivals(few_shot=SURE)}, test)[0].startswith("Tuning lora is worth it")
 
 
+def test_among_several_variants_the_simultaneous_interval_decides() -> None:
+    compared = {name: to_rivals(few_shot=SURE) for name in ("lora", "dora")}
+    compared["lora"]["to"]["dora"] = compared["dora"]["to"]["lora"] = to_rivals(dora=SURE)["to"]["dora"]
+    scores = {**SCORES, "dora": SCORES["lora"]}
+    assert recommended("macro_f1", scores, compared, COSTS, TEST)["sure"]
+    for found in compared.values():
+        for by_measure in found["to"].values():
+            by_measure["macro_f1"]["simultaneous_interval"] = [-0.01, 0.5]
+    said = advice("macro_f1", scores, compared, TEST)
+    assert [line.split(":")[0] for line in said] == [
+        "Tuning lora shows no sure gain",
+        "Tuning dora shows no sure gain",
+        "lora shows no sure gain",
+    ]
+    assert all("(simultaneous 95 % interval -1.0 to +50.0)" in line for line in said)
+    assert not recommended("macro_f1", scores, compared, COSTS, TEST)["sure"]
+
+
+def test_by_likelihood_too_the_simultaneous_interval_decides() -> None:
+    found = to_base(0.9, 0.8, 0.95)
+    assert advice("macro_f1", {}, {"lora": found}, TEST)[0].startswith("Tuning lora is worth it")
+    found["perplexity_to_base"]["simultaneous_interval"] = [0.75, 1.01]
+    [said] = advice("macro_f1", {}, {"lora": found}, TEST)
+    assert said == (
+        "Tuning lora shows no sure gain: perplexity 10.0 % below the base model's (simultaneous 95 % interval -1.0 to"
+        " 25.0 %)."
+    )
+
+
 def test_a_recommendation_from_an_interval_that_includes_0_names_the_uncertainty() -> None:
     compared = {"lora": to_rivals(few_shot=UNSURE)}
     found = recommended("macro_f1", SCORES, compared, COSTS, TEST)

@@ -32,8 +32,8 @@ from dagster_project.evaluation.evaluator import (
     turn_key,
 )
 from dagster_project.evaluation.final_answers import FinalAnswer
-from dagster_project.evaluation.metrics import Task, perplexity_interval
-from dagster_project.evaluation.paired.bootstrap import difference, rate
+from dagster_project.evaluation.metrics import Task, perplexity, perplexity_interval
+from dagster_project.evaluation.paired.bootstrap import difference, rate, ratio
 from dagster_project.evaluation.scoring import Offer, Scoring
 from dagster_project.lineage.tolerance import Deviation
 from dagster_project.stages import baselines, comparison, evaluation
@@ -118,16 +118,43 @@ def results(*likelihoods: tuple[float | None, int | None]) -> dict[tuple[str, in
 def test_the_perplexity_of_a_variant_is_compared_where_both_read_the_same_tokens() -> None:
     def compare(
         ours: dict[tuple[str, int], dict[str, Any]], theirs: dict[tuple[str, int], dict[str, Any]], units: int = 99
-    ) -> dict[str, Any]:
-        return comparison._to_base(ours, theirs, {example: str(i % units) for i, (example, _) in enumerate(theirs)})
+    ) -> dict[str, Any] | None:
+        found = comparison._likelihoods(
+            ours, theirs, {example: str(i % units) for i, (example, _) in enumerate(theirs)}
+        )
+        return found and ratio(perplexity, *found)
 
     ours, theirs = [(1.0, 2), (4.0, 6)], [(3.0, 2), (6.0, 6)]
     found = compare(results(*ours), results(*theirs))
-    assert found["perplexity_to_base"]["ratio"] == pytest.approx(math.exp(-4 / 8), abs=1e-4)
+    assert found and found["ratio"] == pytest.approx(math.exp(-4 / 8), abs=1e-4)
     assert compare(results(*ours, *[(0.0, 0)] * 9), results(*theirs, *[(0.0, 0)] * 9)) == found
-    assert compare(results((0.0, 0)), results((0.0, 0))) == {}
-    assert compare(results((1.0, 2)), results((1.0, 3))) == compare(results((None, None)), results((1.0, 3))) == {}
+    assert compare(results((0.0, 0)), results((0.0, 0))) is None
+    assert compare(results((1.0, 2)), results((1.0, 3))) is None
+    assert compare(results((None, None)), results((1.0, 3))) is None
     assert compare(results(*ours * 3), results(*theirs * 3), units=2) == found, "near-copies add nothing"
+
+
+def test_each_pair_of_three_variants_has_one_simultaneous_interval_seen_from_both_sides() -> None:
+    references = [record["messages"][-1]["content"] for record in FREE]
+    right = {"few_shot": 3, "one": 2, "two": 4, "three": 5}  # each of so many answers is wrong
+    answers = {
+        name: [Answer("x" if i % every == 0 else text) for i, text in enumerate(references)]
+        for name, every in right.items()
+    }
+    scoring, writes = Scoring(FREE, None, {}), dict.fromkeys(answers, True)
+    compared: dict[str, Any] = {
+        name: {"to": {o: comparison._differences(scoring, answers, writes, name, o) for o in answers if o != name}}
+        for name in ("one", "two", "three")
+    }
+    comparison._add_simultaneous_intervals("rouge_l", scoring, answers, writes, compared, {})
+    for name, other in (("one", "two"), ("one", "three"), ("two", "three")):
+        ours, theirs = compared[name]["to"][other]["rouge_l"], compared[other]["to"][name]["rouge_l"]
+        low, high = ours["simultaneous_interval"]
+        assert theirs["simultaneous_interval"] == [-high, -low]
+        assert low <= ours["interval"][0] <= ours["interval"][1] <= high
+    for found in compared.values():
+        assert found["to"]["few_shot"]["rouge_l"].keys() == {"difference", "interval", "simultaneous_interval"}
+        assert found["to"]["few_shot"]["exact_match"].keys() == {"difference", "interval"}, "it decides nothing"
 
 
 def test_near_copies_narrow_no_interval() -> None:
@@ -302,6 +329,9 @@ def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_byt
     assert report["compared"]["one"]["to"]["zero_shot"]["chrf"] == {"difference": 0, "interval": [0, 0]}, (
         "it is the same model"
     )
+    to = {name: report["compared"][name]["to"] for name in ("one", "two")}
+    assert "simultaneous_interval" not in to["one"]["two"]["rouge_l"], "two variants are compared once with each other"
+    assert sorted(name for name in to["one"] if "simultaneous_interval" in to["one"][name]["rouge_l"]) == ["zero_shot"]
     assert report["board"].startswith("| 4 test examples | ROUGE-L | 95 % interval | exact match | prompt tokens |")
     assert (
         "Nothing can be concluded from 4 test examples" in report["board"]

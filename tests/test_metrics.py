@@ -29,7 +29,14 @@ from dagster_project.evaluation.metrics import (
     score,
     token_f1,
 )
-from dagster_project.evaluation.paired.bootstrap import difference, estimate, ratio
+from dagster_project.evaluation.paired.bootstrap import (
+    difference,
+    drawn_differences,
+    estimate,
+    rate,
+    ratio,
+    simultaneous_intervals,
+)
 
 TASK = Task(fields={"summary": [], "category": ["login", "billing", "bug"]}, score="category")
 TABLE, TEXT = measures(TASK, {}), measures(None, {})
@@ -274,6 +281,59 @@ def test_an_interval_contains_its_point_estimate(predicted: list[str]) -> None:
 def apart(ours: list[str], theirs: list[str]) -> dict[str, Any]:
     measure = TABLE["macro_f1"]
     return difference(measure.combine, measure.statistics(TRUE, ours), measure.statistics(TRUE, theirs))
+
+
+def accuracies(shares: list[float], examples: int, seed: int) -> list[np.ndarray]:
+    """Right answers and examples of systems whose answers are right independently of each other, each (examples, 2)."""
+    right = np.random.default_rng(seed).random((len(shares), examples)) < np.array(shares)[:, None]
+    return [np.stack([one, np.ones(examples)], 1) for one in right.astype(float)]
+
+
+def simulated(variants: int) -> dict[str, float]:
+    """Share of 200 test sets on which one of several variants seems to differ from the alternative, which is no worse
+    and no better than any: by intervals that are each at 95 %, and by simultaneous ones."""
+    wrong = {"alone": 0, "simultaneous": 0}
+    for seed in range(200):
+        alternative, *systems = accuracies([0.7] * (variants + 1), 120, seed)
+        drawn = [drawn_differences(rate, system, alternative) for system in systems]
+        alone = [difference(rate, system, alternative)["interval"] for system in systems]
+        for kind, intervals in (("alone", alone), ("simultaneous", simultaneous_intervals(drawn))):
+            wrong[kind] += any(low > 0 or high < 0 for low, high in intervals)
+    return {kind: count / 200 for kind, count in wrong.items()}
+
+
+def test_of_many_equal_variants_one_rarely_seems_to_differ_by_simultaneous_intervals() -> None:
+    found = simulated(12)
+    assert found["alone"] > 0.2, "each alone at 95 %, some of many differ by chance"
+    assert found["simultaneous"] < 0.09  # 0.05 and twice the standard error of 200 trials
+
+
+def test_simultaneous_intervals_contain_most_draws_at_once_and_each_interval_alone() -> None:
+    alternative, *systems = accuracies([0.6, 0.6, 0.7, 0.8], 90, 1)
+    drawn = [drawn_differences(rate, system, alternative) for system in systems]
+    found = simultaneous_intervals(drawn)
+    within = np.all(
+        [(low - 1e-4 <= one) & (one <= high + 1e-4) for one, (low, high) in zip(drawn, found, strict=True)], axis=0
+    )
+    assert within.mean() == pytest.approx(0.95, abs=0.02)
+    for system, (low, high) in zip(systems, found, strict=True):
+        alone = difference(rate, system, alternative)["interval"]
+        assert low <= alone[0] < alone[1] <= high
+
+
+def test_the_same_comparison_twice_is_as_sure_as_once() -> None:
+    alternative, system = accuracies([0.6, 0.7], 90, 1)
+    drawn = drawn_differences(rate, system, alternative)
+    alone = difference(rate, system, alternative)["interval"]
+    assert simultaneous_intervals([drawn]) == simultaneous_intervals([drawn] * 2)[:1] == [alone]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_few_different_values_do_not_make_an_interval_narrower_than_alone(wrong: int) -> None:
+    alternative, system = np.ones((30, 2)), np.ones((30, 2))
+    system[:wrong, 0] = 0
+    alone = difference(rate, system, alternative)["interval"]
+    assert simultaneous_intervals([drawn_differences(rate, system, alternative)]) == [alone]
 
 
 def test_a_system_does_not_differ_from_itself() -> None:

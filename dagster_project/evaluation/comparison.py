@@ -76,6 +76,8 @@ def measured(scores: Mapping[str, Any], test: Mapping[str, int]) -> int:
     return test.get("decided", test["answered"]) if scores else test.get("independent", test["examples"])
 
 
+SIMULTANEOUS = "simultaneous_interval"
+"""Key of an interval that holds together with those of the same comparison of the other variants."""
 OPEN = "rouge_l"
 """The deciding measure for open text (`metrics.measures`)."""
 OPEN_TEXT = (
@@ -104,7 +106,7 @@ class Gain:
     gap: float
     low: float
     high: float
-    """Ends of the 95 % interval of `gap`."""
+    """Ends of the 95 % interval of `gap`, of all variants at once if there are several."""
     words: str
     examples: int
     """Test examples it was measured on."""
@@ -118,6 +120,27 @@ class Gain:
         return self.enough and self.low > 0
 
 
+def best_alternative(decides: str, found: Mapping[str, Any]) -> str | None:
+    """The alternative to tuning, one of NAMES, that a variant is compared with; None if no answers were compared.
+
+    Args:
+        found: the variant's comparisons.
+    """
+    against = {other: by_measure for other, by_measure in found.get("to", {}).items() if other in NAMES}
+    return min(against, key=lambda other: against[other][decides]["difference"], default=None)
+
+
+def _interval(compared: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval that decides about a comparison: if several variants are compared, that of all at once."""
+    low, high = compared.get(SIMULTANEOUS, compared["interval"])
+    return low, high
+
+
+def _level(compared: Mapping[str, Any]) -> str:
+    """What the interval is, in words."""
+    return "simultaneous 95 % interval" if SIMULTANEOUS in compared else "95 % interval"
+
+
 def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gain | None:
     """Gain of a variant by the deciding measure, or by perplexity without scored answers; None if neither exists.
 
@@ -125,12 +148,10 @@ def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gai
         found: the variant's comparisons.
         test: as in `advice`.
     """
-    against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
-    if against:
-        rival = min(against, key=lambda other: against[other]["difference"])
-        gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
-        words = _points(against[rival], decides, f"the best alternative, {NAMES[rival]}")
-        return Gain(rival, gap, low, high, words, measured(against, test))
+    if rival := best_alternative(decides, found):
+        gap = found["to"][rival][decides]
+        words = _points(gap, decides, f"the best alternative, {NAMES[rival]}")
+        return Gain(rival, gap["difference"], *_interval(gap), words, measured(found["to"], test))
     if "perplexity_to_base" in found:
         return Gain("", *_perplexity_gain(found["perplexity_to_base"]), measured({}, test))
     return None
@@ -239,20 +260,22 @@ COSTS = ("prompt_tokens", "bytes", "tokens")
 
 def _may_be_chance(best: Mapping[str, Any], other: str, decides: str) -> bool:
     """Whether the interval of the difference between the best variant and another includes 0."""
-    return other in best.get("to", {}) and best["to"][other][decides]["interval"][0] <= 0
+    return other in best.get("to", {}) and _interval(best["to"][other][decides])[0] <= 0
 
 
 def _perplexity_gain(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
     """A perplexity ratio as a gain, the ends of its interval, and a description."""
-    gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
+    first, last = _interval(ratio)
+    gap, low, high = 1 - ratio["ratio"], 1 - last, 1 - first
     where, shown = ("above", (-gap, -high, -low)) if gap < 0 else ("below", (gap, low, high))
-    value, first, last = (f"{100 * part:.1f}" for part in shown)
-    return gap, low, high, f"perplexity {value} % {where} the base model's (95 % interval {first} to {last} %)"
+    value, nearer, farther = (f"{100 * part:.1f}" for part in shown)
+    level = _level(ratio)
+    return gap, low, high, f"perplexity {value} % {where} the base model's ({level} {nearer} to {farther} %)"
 
 
 def _points(gap: Mapping[str, Any], decides: str, rival: str) -> str:
-    low, high = gap["interval"]
-    interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    low, high = _interval(gap)
+    interval = f"{_level(gap)} {100 * low:+.1f} to {100 * high:+.1f}"
     return f"{100 * gap['difference']:+.1f} points of {TITLES[decides]} over {rival} ({interval})"
 
 
@@ -269,5 +292,5 @@ def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[
 
 def _between(best: str, other: str, decides: str, found: Mapping[str, Any]) -> str:
     gap = found["to"][other][decides]
-    verdict = "is better" if gap["interval"][0] > 0 else "shows no sure gain"
+    verdict = "is better" if _interval(gap)[0] > 0 else "shows no sure gain"
     return f"{best} {verdict}: {_points(gap, decides, other)}."

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,19 @@ from dagster_project.core.params import Section
 from dagster_project.core.records import Report, read_records, read_table, write_json, write_text
 from dagster_project.core.text import NAMES
 from dagster_project.evaluation.alarms import scores_differ
-from dagster_project.evaluation.comparison import advice, board, headline, recommended
+from dagster_project.evaluation.comparison import SIMULTANEOUS, advice, best_alternative, board, headline, recommended
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import BASE, Settings, select_questions, turn_key
 from dagster_project.evaluation.metrics import perplexity
-from dagster_project.evaluation.paired.bootstrap import difference, ratio, summed, unit
+from dagster_project.evaluation.paired.bootstrap import (
+    difference,
+    drawn_differences,
+    drawn_ratios,
+    ratio,
+    simultaneous_intervals,
+    summed,
+    unit,
+)
 from dagster_project.evaluation.retention import forgot, retained
 from dagster_project.evaluation.samples import sample
 from dagster_project.evaluation.scoring import Scoring
@@ -30,6 +39,7 @@ from dagster_project.training.inference.answers import Answer, of_row
 if TYPE_CHECKING:
     import numpy as np
 
+LIKELIHOOD = "perplexity_to_base"
 CHECK_DESCRIPTIONS = {"scores_differ": "No measure gives every answer of every system the same score."}
 
 
@@ -139,8 +149,9 @@ def produce(
 
     units = {record["example_id"]: unit(record) for record in test}
     compared: dict[str, Any] = {}
+    likelihoods = {name: sums for name in variants if (sums := _likelihoods(results_of[name], results_of[BASE], units))}
     for name, variant in variants.items():
-        compared[name] = _to_base(results_of[name], results_of[BASE], units)
+        compared[name] = {LIKELIHOOD: ratio(perplexity, *likelihoods[name])} if name in likelihoods else {}
         if name in scores:
             others = [other for other in scores if other != name]
             compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in others}
@@ -150,6 +161,7 @@ def produce(
         if variant.failed_checks:
             compared[name]["failed_checks"] = list(variant.failed_checks)
     first, second, *_ = scoring.names()
+    _add_simultaneous_intervals(first, scoring, answers, writes, compared, likelihoods)
     costs = {name: _cost(name, scores, base_model, variants) for name in dict.fromkeys((*scores, *variants))}
     trained = {record["group_id"] for record in train + validation}
     test_counts = _test_counts(test, scoring, len(questions), first, trained)
@@ -222,12 +234,12 @@ def _test_counts(
     return counts | {"seen": sum(record["group_id"] in trained for record in test)}
 
 
-def _to_base(
+def _likelihoods(
     rows: Mapping[tuple[str, int], Mapping[str, Any]],
     base: Mapping[tuple[str, int], Mapping[str, Any]],
     units: Mapping[str, str],
-) -> dict[str, Any]:
-    """The perplexity of a variant as a share of the base model's; empty if they cannot be compared.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Nats and tokens of a variant and of the base model by unit, (units, 2); None if they cannot be compared.
 
     A classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or calls.
     Examples without tokens, whose prompts alone fill the context, do not count.
@@ -243,9 +255,43 @@ def _to_base(
     theirs = np.array([(row["nll"], row["tokens"]) for row in base.values()], dtype=float)
     counted = theirs[:, 1] > 0
     if not np.isfinite([ours, theirs]).all() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
-        return {}
+        return None
     drawn = [units[example] for (example, _), has_tokens in zip(base, counted, strict=True) if has_tokens]
-    return {"perplexity_to_base": ratio(perplexity, summed(ours[counted], drawn), summed(theirs[counted], drawn))}
+    return summed(ours[counted], drawn), summed(theirs[counted], drawn)
+
+
+def _add_simultaneous_intervals(
+    decides: str,
+    scoring: Scoring,
+    answers: Mapping[str, Sequence[Answer]],
+    writes: Mapping[str, bool],
+    compared: Mapping[str, Any],
+    likelihoods: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Where several variants are compared: of each with its best alternative, with each other, and with the base model
+    by likelihood.
+
+    Args:
+        compared: variant -> its comparisons, which get the intervals.
+        likelihoods: variant -> as `_likelihoods` gives them.
+    """
+
+    def drawn(name: str, other: str) -> np.ndarray:
+        ours, theirs = (scoring.statistics(decides, answers[system], writes[name]) for system in (name, other))
+        return drawn_differences(scoring.combine(decides, writes[name]), ours, theirs)
+
+    alternatives = {name: other for name in compared if (other := best_alternative(decides, compared[name]))}
+    between = [(a, b) for a, b in combinations(compared, 2) if b in compared[a].get("to", {})]
+    for pairs in ([*alternatives.items()], between):
+        found = simultaneous_intervals([drawn(*pair) for pair in pairs]) if len(pairs) > 1 else []
+        for (name, other), (low, high) in zip(pairs, found, strict=False):
+            compared[name]["to"][other][decides][SIMULTANEOUS] = [low, high]
+            if other in compared:
+                compared[other]["to"][name][decides][SIMULTANEOUS] = [0.0 - high, 0.0 - low]  # not -0.0
+    if len(likelihoods) > 1:
+        found = simultaneous_intervals([drawn_ratios(perplexity, *sums) for sums in likelihoods.values()])
+        for name, interval in zip(likelihoods, found, strict=True):
+            compared[name][LIKELIHOOD][SIMULTANEOUS] = interval
 
 
 def _values(
@@ -305,7 +351,7 @@ def _plot(decides: str, scores: Mapping[str, Mapping[str, Any]], compared: Mappi
         rows = [(name, decides, found[decides], *found[f"{decides}_interval"]) for name, found in scores.items()]
         rows.sort(key=lambda row: -row[2])
     else:
-        measure = "perplexity_to_base"
+        measure = LIKELIHOOD
         ratios = {name: found[measure] for name, found in compared.items() if measure in found}
         rows = [(name, measure, found["ratio"], *found["interval"]) for name, found in ratios.items()]
         rows.sort(key=lambda row: row[2])
