@@ -201,7 +201,7 @@ def two(
         (
             two(SURE, (0.4, 0.3, 0.5), (0.1, 0.05, 0.2)),
             "dora",
-            "the best alternative to tuning, and the best of the variants.",
+            "the best alternative to tuning, and has the best score of the variants.",
         ),
         (
             two(SURE, (0.4, 0.3, 0.5), (0.1, -0.05, 0.2)),
@@ -215,7 +215,7 @@ def two(
             "lora",
             "tuning. It has the best score; dora may be as good, and cost no less.",
         ),
-        (two(SURE, UNSURE, (-0.2, -0.3, -0.1)), "lora", "and the best of the variants."),
+        (two(SURE, UNSURE, (-0.2, -0.3, -0.1)), "lora", "and has the best score of the variants."),
         (
             {"lora": to_rivals(few_shot=UNSURE)},
             "lora",

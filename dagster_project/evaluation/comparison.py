@@ -231,7 +231,7 @@ def recommended(
     if others := ", ".join(name for name in alike if name != best):
         return {**common, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
     if len(compared) > 1 and gains[best].rival:
-        why += ", and the best of the variants"
+        why += ", and has the best score of the variants"
     elif len(compared) > 1:
         why += ", and has the lowest perplexity of the variants, which were not compared with each other"
     return {**common, "why": f"{why}."}
