@@ -610,6 +610,14 @@ def test_the_asked_tokens_are_those_of_the_span(tiny_tokenizer: Any) -> None:
     assert list(whole.example.input_ids) == encode(tiny_tokenizer, messages)[0]
 
 
+def test_of_an_answer_that_was_cut_off_the_end_is_not_asked(tiny_tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat, a"}]
+    asked = tokenize(tiny_tokenizer, messages, None, ended=False)
+    kept = [token for token in asked.example.labels if token != IGNORE]
+    assert tiny_tokenizer.decode(kept) == "A red hat, a" and asked.cut_off
+    assert asked.example.input_ids == tokenize(tiny_tokenizer, messages, None).example.input_ids
+
+
 @pytest.mark.parametrize("span", ["im", "I", "think", "call"])
 def test_a_part_of_a_token_of_the_template_is_not_asked(tiny_tokenizer: Any, span: str) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)

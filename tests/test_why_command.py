@@ -15,7 +15,7 @@ import pytest
 from builders.commands import document
 
 from dagster_project.__main__ import main
-from dagster_project.commands import why_calibration, why_model, why_prove
+from dagster_project.commands import why_calibration, why_model, why_prove, why_question
 from dagster_project.commands.chat import Chat, Decoding, Speaker, find_model, load
 from dagster_project.commands.nearest_records import TrainingRecords
 from dagster_project.commands.why_question import Options, question, tokenize, tokenizer_of
@@ -97,6 +97,13 @@ def test_a_conversation_is_asked_as_the_command_is(trained: Path, capsys: pytest
     first, wrong, whole = in_terminal(trained, speaker, "/why blue", "/why purple", "/why")
     assert first == by_command.replace("(given)", "(model)")
     assert "the part 'purple' is not in the answer" in wrong and "the whole answer" in whole
+    speaker.finished = False
+    [cut_off] = in_terminal(trained, speaker, "/why")
+    assert "the model did not end its answer" in cut_off
+    tokens = [int(found) for found in re.findall(r"whole answer: ([0-9]+) tokens", whole + cut_off)]
+    assert len(tokens) == 2 and tokens[0] > tokens[1] > 0, (
+        "without the token that ends an answer, which the model did not write"
+    )
     earlier = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good day."}]
     speaker.messages = [*earlier, *speaker.messages]
     [after_others] = in_terminal(trained, speaker, "/why blue")
@@ -307,14 +314,27 @@ def test_the_validation_split_of_another_training_is_not_asked_about(
     assert why(root, "--index", "--json") == 0 and document(capsys)["index"]["questions"] == 0
 
 
+@pytest.mark.parametrize("ended", [True, False])
 def test_the_answer_of_the_model_is_explained_where_none_is_given(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
-    code = why(root, "--prompt", "Where is my hat?", "--json")
-    if code == 2 and "empty" in capsys.readouterr().err:
-        pytest.skip("this random model says nothing")
-    asked = document(capsys)["question"]
-    assert code == 0 and asked["answered_by"] == "model" and asked["span"] is None and asked["tokens"] > 0
+    def say(model: Any, tokenizer: Any, prompts: list[list[int]], *_: Any) -> list[list[int]]:
+        """What this random model does not say by itself, which ends its answers at once."""
+        [prompt] = prompts
+        assert tokenizer.decode(prompt).endswith("Where is my hat?<|im_end|>\n<|im_start|>assistant\n")
+        return [[*tokenizer.encode("In the red box."), *([tokenizer.eos_token_id] if ended else [])]]
+
+    assert why(trained, "--prompt", "Where is my hat?") == 2
+    assert "the model's answer is empty" in capsys.readouterr().err
+    monkeypatch.setattr(why_question, "generate_ids", say)
+    assert why(trained, "--prompt", "Where is my hat?", "--json") == 0
+    found = document(capsys)
+    asked = found["question"]
+    assert asked["answered_by"] == "model" and asked["span"] is None
+    [(start, stop)] = asked["spans"]
+    assert asked["answer"][start:stop].startswith("In the red box.")
+    assert ("<|im_end|>" in asked["answer"][start:stop]) is ended
+    assert any("the model did not end its answer" in note for note in found["notes"]) is not ended
 
 
 def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_support(

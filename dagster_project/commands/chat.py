@@ -94,6 +94,8 @@ class Speaker:
     messages: Messages = field(default_factory=list)
     reasoning: bool = False
     """Whether answers with a trace are expected, for which some templates begin an answer in another way."""
+    finished: bool = True
+    """Whether the model ended its last answer."""
 
     def ask(self, question: str, tools: Tools, decoding: Decoding, write: Callable[[str], None]) -> Reply:
         """Answer a question, and add both to the conversation. Ctrl-C ends the answer early; what was written stays.
@@ -138,7 +140,8 @@ class Speaker:
         text.end()
         message = read_answer(tokenizer, prompt, text.tokens, tools).message
         self.messages = [*asked, message]
-        return Reply(message, len(text.tokens), seconds, bool(text.tokens) and text.tokens[-1] in ends)
+        self.finished = bool(text.tokens) and text.tokens[-1] in ends
+        return Reply(message, len(text.tokens), seconds, self.finished)
 
 
 class _Text:
@@ -518,7 +521,9 @@ class Chat:
         for speaker in self._named_speakers():
             if not any(message["role"] == "assistant" for message in speaker.messages):
                 raise InputError("/why: nothing was answered yet", "ask something first")
-            document = self._attributed(speaker).answer(speaker.messages, self.tools, part or None, SHOWN)
+            document = self._attributed(speaker).answer(
+                speaker.messages, speaker.finished, self.tools, part or None, SHOWN
+            )
             self.write(visible(why.as_text(document) + "\n"))
 
     def _attributed(self, speaker: Speaker) -> why.Attributed:

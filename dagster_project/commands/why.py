@@ -46,6 +46,7 @@ BINS = 40
 """Of the distribution of scores."""
 UNCALIBRATED = "whether a record stands out is judged by its distance from the others alone, which is often wrong: "
 OF_PAIRS = "models of preference pairs are not compared with questions of the validation split"
+CUT_OFF = "the model did not end its answer, so what ends an answer is not asked about"
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
@@ -115,16 +116,17 @@ class Attributed:
     def texts(self) -> Texts:
         return Texts(self.found)
 
-    def answer(self, said: Messages, tools: Tools, span: str | None, top: int) -> dict[str, Any]:
+    def answer(self, said: Messages, ended: bool, tools: Tools, span: str | None, top: int) -> dict[str, Any]:
         """Rank the records for the last answer of a conversation.
 
         Args:
             said: the conversation, which ends with the answer of this model.
+            ended: whether the model ended the answer.
         Raises:
             InputError: the part is not in the answer.
         """
         options = Options(prompt_text(said), span=span, system=system_of(said), top=top)
-        return self.rank(tokenize(self.texts.tokenizer, said, span, tools), options, [])
+        return self.rank(tokenize(self.texts.tokenizer, said, span, tools, ended), options, [])
 
     def rank(self, asked: Question, options: Options, notes: Sequence[str]) -> dict[str, Any]:
         """The document of a question.
@@ -167,6 +169,7 @@ class Attributed:
             "hits": _hits(found, ranking, texts, options.top),
             "notes": [
                 *notes,
+                *([CUT_OFF] if asked.cut_off and options.span is None else []),
                 *([_about_points(points)] if points else []),
                 *estimates,
                 *([] if known else [UNCALIBRATED + _why_uncalibrated(found, self.points)]),

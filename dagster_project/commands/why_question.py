@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dagster_project.commands.nearest_records import cut, opening
 from dagster_project.commands.why_model import Target
 from dagster_project.core import params
-from dagster_project.core.chat import IGNORE, encode_pieces, examples_of
+from dagster_project.core.chat import IGNORE, encode_pieces, encode_prompt, examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.rendering import end_ids, end_tokens
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.records import Example
 from dagster_project.lineage.history import md5_on_disk
+from dagster_project.training.inference.answers import read_answer
+from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.methods.load import load_tokenizer
 
 
@@ -47,6 +50,8 @@ class Question:
     spans: tuple[tuple[int, int], ...]
     """Bounds of the asked parts in `turn`."""
     example: Example
+    cut_off: bool = False
+    """Whether the model did not end the answer, whose end is then not asked about."""
 
     @property
     def tokens(self) -> int:
@@ -63,24 +68,38 @@ def question(found: Target, options: Options, system: str | None, tokenizer: Any
         InputError: the answer is empty, too long, or does not contain the part that is asked about.
     """
     prompt = [*opening(system), {"role": "user", "content": options.prompt}]
-    reply = answer(found, prompt) if options.answer is None else {"role": "assistant", "content": options.answer}
+    if options.answer is None:
+        reply, ended = answer(found, prompt)
+    else:
+        reply, ended = {"role": "assistant", "content": options.answer}, True
     if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
         raise InputError(
             "the answer is empty" if options.answer is not None else "the model's answer is empty",
             "give one with --answer",
         )
-    return tokenize(tokenizer, [*prompt, reply], options.span)
+    return tokenize(tokenizer, [*prompt, reply], options.span, ended=ended)
 
 
-def tokenize(tokenizer: Any, messages: Messages, span: str | None, tools: Tools = None) -> Question:
+def tokenize(tokenizer: Any, messages: Messages, span: str | None, tools: Tools = None, ended: bool = True) -> Question:
     """A question of which the last message is the answer.
 
+    Args:
+        ended: whether the model ended the answer. Otherwise the template's mark of its end is not the model's.
     Raises:
         InputError: as `question`.
     """
-    return tokenize_parts(
-        tokenizer, messages, lambda turn: [(0, len(turn))] if span is None else _find(tokenizer, turn, span), tools
-    )
+
+    def parts(turn: str) -> Sequence[tuple[int, int]]:
+        if span is not None:
+            return _find(tokenizer, turn, span)
+        return [(0, len(turn) if ended else _end_of_text(tokenizer, turn))]
+
+    return replace(tokenize_parts(tokenizer, messages, parts, tools), cut_off=not ended)
+
+
+def _end_of_text(tokenizer: Any, turn: str) -> int:
+    """Where the token that ends an answer begins."""
+    return max((turn.rfind(end) for end in end_tokens(tokenizer) if end in turn), default=len(turn))
 
 
 def tokenize_parts(
@@ -138,13 +157,15 @@ def _labels(tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[tuple
     ]
 
 
-def answer(found: Target, prompt: Messages) -> dict[str, Any]:
-    """The model's most likely answer, as evaluation makes it: the message."""
+def answer(found: Target, prompt: Messages) -> tuple[dict[str, Any], bool]:
+    """The model's most likely answer, as evaluation makes it: the message, and whether the model ended it."""
     values = params.read(found.root)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     model = EvaluatedModel(answering(found), found.compute, settings, found.base_model)
-    [said] = model.answer([prompt], found.run.address)
-    return dict(said.message)
+    tokenizer, longest = model.tokenizer, settings.max_new_tokens
+    ids = encode_prompt(tokenizer, prompt, None)[-max(1, tokenizer.model_max_length - longest) :]
+    [given] = generate_ids(model.model, tokenizer, [ids], longest, 1, f"{found.run.address}: answers")
+    return dict(read_answer(tokenizer, ids, given).message), bool(given) and given[-1] in end_ids(tokenizer)
 
 
 def answering(found: Target) -> Path:
