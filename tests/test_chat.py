@@ -266,6 +266,10 @@ def test_a_text_that_is_not_utf8_is_refused_and_the_conversation_goes_on(speaker
 def test_a_conversation_longer_than_the_context_is_refused(speaker: Speaker) -> None:
     speaker.model.tokenizer.model_max_length = 20
     said = talk([speaker], "a b c d e f g h i j k l m n o p", "/reset", "A?")
+    assert "leaves no room for an answer" in said and "ask a shorter question" in said
+    assert "/reset" not in said, "there is nothing to begin anew, and `chat --once` has no /reset"
+    speaker.model.tokenizer.model_max_length = 50
+    said = talk([speaker], "a b c d", "/reset", "a b c d", "a b c d e f")
     assert "leaves no room for an answer" in said and "/reset begins anew" in said
 
 
@@ -275,7 +279,9 @@ def test_a_conversation_longer_than_the_context_is_refused(speaker: Speaker) -> 
         ("merged@lora", r"merged@lora: there is no model in data/merged/lora.*dvc repro merged@lora"),
         ("merged", r"merged: no variant is named.*merged@lora"),
         ("nothing", "there is no such folder with a model"),
-        ("merged@../../x", "there is no model in|no such folder"),
+        ("merged@../../x", r"params.yaml has no adapter\.\.\./\.\./x.*merged@lora"),
+        ("merged@lorra", r"merged@lorra: params.yaml has no adapter.lorra.*name one of merged@lora"),
+        ("merged_aligned@lora", r"params.yaml has no aligned.lora.*name one of merged_aligned@dpo"),
         (None, "no model was made here yet"),
     ],
 )
@@ -382,6 +388,11 @@ def test_tools_that_are_no_list_of_functions_are_refused(tmp_path: Path, content
         '[{"name": "f"}, {"type": "function", "function": {"name": "g", "parameters": {}}}]'
     )
     assert chat.read_tools(tmp_path / "tools.json")
+
+
+def test_tools_in_a_file_that_does_not_exist_are_refused_in_plain_words(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.json: No such file or directory\n"):
+        chat.read_tools(tmp_path / "none.json")
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ import pytest
 from builders import alignment_pipeline
 from builders.gradients import flat
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
-from conftest import dvc
+from conftest import dvc, pedigree
 
 from dagster_project.__main__ import main
 from dagster_project.core.params import Compute
@@ -214,6 +214,14 @@ def test_the_reward_of_a_question_is_that_by_which_the_model_scores_answers(
     assert why(root, "reward_model", "--prompt", "q3", "--answer", "aaaa", "--index", "--json") == 0
     [expected] = scorer([[{"role": "user", "content": "q3"}, {"role": "assistant", "content": "aaaa"}]])
     assert json.loads(capsys.readouterr().out)["question"]["reward"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["aligned@x", "reward_model"])
+def test_a_new_process_answers_a_question_about_pairs(root: Path, model: str) -> None:
+    """It imports the libraries in another thread while it hashes files, and needs the tokenizer to read pairs."""
+    done = pedigree(root, "why", model, "--prompt", "q3", "--answer", "aaaa", "--index", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["records"] == 12
 
 
 @pytest.mark.parametrize(("model", "measure"), [("aligned@x", "log_probability"), ("reward_model", "reward")])

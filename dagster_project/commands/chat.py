@@ -120,7 +120,7 @@ class Speaker:
         if room < 1:
             raise InputError(
                 f"{self.name}: the conversation has {len(prompt):,} tokens and leaves no room for an answer",
-                "/reset begins anew",
+                "/reset begins anew" if len(self.messages) > 1 else "ask a shorter question",
             )
         text = _Text(tokenizer, write)
         choose = decoding.choose(len(self.messages))
@@ -190,11 +190,15 @@ def find_model(root: Path, name: str | None) -> tuple[str, Path]:
     if stage not in _MODELS:
         known = ", ".join(f"{one}@VARIANT" if one in VARIANTS_OF else one for one in _MODELS)
         raise InputError(f"{name}: there is no such folder with a model", f"give a folder, or one of {known}")
-    if stage in VARIANTS_OF and not variant:
-        names = ", ".join(
-            f"{stage}@{one}" for one in params.variant_names(params.read(root), VARIANTS_OF[stage], False)
-        )
-        raise InputError(f"{name}: no variant is named", f"name one of {names}")
+    if stage in VARIANTS_OF:
+        section = VARIANTS_OF[stage]
+        variants = params.variant_names(params.read(root), section, False)
+        if variant not in variants:
+            names = ", ".join(f"{stage}@{one}" for one in variants)
+            wrong = f"params.yaml has no {section}.{variant}" if variant else "no variant is named"
+            raise InputError(
+                f"{name}: {wrong}", f"name one of {names}" if names else f"add a variant under `{section}`"
+            )
     raise InputError(
         f"{name}: there is no model in {shown(root, folder)}",
         f"`dvc repro {name}` makes it, `dvc pull {name}` fetches it",
@@ -317,7 +321,8 @@ def read_tools(path: Path | None) -> Tools:
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--tools {path}: {error}", "give a JSON file with a list of tools") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--tools {path}: {reason}", "give a JSON file with a list of tools") from None
     if not (isinstance(tools, list) and tools and all(map(_is_tool, tools))):
         raise InputError(
             f"--tools {path}: not a list of tools",

@@ -81,12 +81,12 @@ def ask(
         raise InputError("--prompt: empty", "give the text of a question")
     subject = find(Index(root), model)
     with ThreadPoolExecutor(1) as pool:
-        imported = pool.submit(import_libraries)  # while files are hashed and read
+        imported = pool.submit(import_libraries)  # while files are hashed
         found = asked_of(root, model, subject)
         _refuse_unanswerable(found, options, proves)
-        indexed = index_points(found, options.points) if with_index else None
-        attributed = Attributed.read(found, options.points)
-        imported.result()
+        imported.result()  # two threads that import parts of transformers find modules that are not complete
+    indexed = index_points(found, options.points) if with_index else None
+    attributed = Attributed.read(found, options.points)
     system, notes = _system(attributed.texts, options)
     asked = question(found, options, system, attributed.texts.tokenizer)
     document = attributed.rank(asked, replace(options, system=system), notes)

@@ -59,7 +59,7 @@ def prove(found: Target, question: Question, hits: list[dict[str, Any]], count: 
             "--prove: a packed row consists only of the first records, so its loss would be undefined",
             (
                 "the first record has a row to itself (all records do without tokenized.packing),"
-                " so it cannot be checked"
+                " so it cannot be checked; a larger tokenized.packed_length puts several into one"
                 if alone
                 else "leave out fewer with --top"
             ),
