@@ -37,7 +37,7 @@ MOST_COMBINATIONS = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of dvc.lock or of DVC's run cache."""
+    """An output in an entry of dvc.lock or of DVC's run cache."""
 
     id: int
     address: str
@@ -161,8 +161,8 @@ class Resolver:
 
     def add_lock(
         self, lock: int, entries: Iterable[int], order: int, commit: str | None, place: Place
-    ) -> dict[str, StageRun]:
-        """Address -> run, for one dvc.lock."""
+    ) -> list[StageRun]:
+        """The runs in one dvc.lock: one for each output of a stage."""
         here = [self.entries[entry] for entry in entries]
         by_md5: dict[str, list[Entry]] = defaultdict(list)
         for entry in here:
@@ -186,11 +186,11 @@ class Resolver:
             runs[entry.id] = self._run(entry, inputs, producers, unresolved, order, commit, place)
             return runs[entry.id]
 
-        found = {entry.address: run for entry in here if (run := visit(entry))}
-        for run in found.values():
+        found = [run for entry in here if (run := visit(entry))]
+        for run in found:
             run.locks.add(lock)
             self._latest[run.entry.id] = run
-        self._in_lock[lock] = {run.md5: run for run in found.values()}
+        self._in_lock[lock] = {run.md5: run for run in found}
         return found
 
     def add_unrecorded(self, entries: Iterable[Entry], order: int, place: Place) -> None:
@@ -484,10 +484,9 @@ def conflict_sides(text: str) -> list[str]:
     return ["".join(lines) for lines in sides]
 
 
-def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A stage's output, other than report and plots; None if its entry in dvc.lock has no output with a hash."""
-    outs = [out for out in stage.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS)) and "md5" in out]
-    return dict(outs[0]) if outs else None
+def outputs(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A stage's outputs with a hash, other than report and plots. Stages of this project have one."""
+    return [out for out in stage.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS)) and "md5" in out]
 
 
 def is_input(path: str) -> bool:

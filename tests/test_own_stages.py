@@ -1,0 +1,87 @@
+"""Stages of a user's own in the lineage: several outputs of a stage, and stages that read a part of an output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.history import Project, entry, identity, out
+from builders.small_pipeline import git
+
+from dagster_project.lineage.impact.question import exposed_in_workspace, impact
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import audit
+from dagster_project.lineage.registered import registered
+
+FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+def stage(name: str, deps: dict[str, str], outs: dict[str, str]) -> dict[str, Any]:
+    """An entry of dvc.lock with several outputs, in the order in which DVC writes them."""
+    items = [{"path": path, "hash": "md5", "md5": outs[path]} for path in sorted(outs)]
+    return {name: {**entry(name, deps, ""), "outs": items}}
+
+
+def mixed(made: Project) -> tuple[dict[str, Any], str]:
+    """splits -> mix, with two outputs -> tuned, which reads the second one and has two outputs; and the weights."""
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    mix, weights = made.put({"all.jsonl": b"cats and others"}), made.put({"model.safetensors": b"tuned"})
+    lock |= stage(
+        "mix",
+        {"data/splits": out(lock, "splits")},
+        {"data/mix/counts": made.put({"n.json": b"1"}), "data/mix/train": mix},
+    )
+    log = made.put({"log.txt": b"loss 1"})
+    lock |= stage("tuned", {"data/mix/train": mix}, {"data/tuned/log": log, "data/tuned/model": weights})
+    return lock, weights
+
+
+@pytest.mark.parametrize("place", ["commit", "workspace", "run cache"])
+def test_what_is_made_from_any_output_of_a_stage_saw_what_the_stage_read(made: Project, place: str) -> None:
+    lock, weights = mixed(made)
+    if place == "run cache":
+        for name in ("mix", "tuned"):
+            made.cache_run(lock[name])
+        made.commit({"splits": lock["splits"]})
+    else:
+        made.write(lock)
+        if place == "commit":
+            made.commit(lock)
+    for asked in ({"record": identity("cats")}, {"source": FAQ}):
+        found = impact(made.root, **asked)
+        assert [(one["stage"], one["path"], one["md5"], one["found_in"]) for one in found["models"]] == [
+            ("tuned", "data/tuned/model", weights, place)
+        ]
+        assert not found["unknown"] and not found["unreadable"]
+
+
+def test_an_audit_of_a_model_goes_through_every_output_that_it_was_made_from(made: Project) -> None:
+    lock, weights = mixed(made)
+    made.commit(lock)
+    for asked in ("tuned", "data/tuned/model", weights):
+        found = audit(made.root, asked)
+        assert found["model"] == {"stage": "tuned", "path": "data/tuned/model", "md5": weights}, "not its log"
+        assert [*found["sources"]] == [FAQ, MAIL] and not found["missing"]
+        assert [(name, one["output"]) for name, one in found["stages"].items()] == [
+            ("splits", "data/splits"), ("mix", "data/mix/train"), ("tuned", "data/tuned/model"),
+        ]  # fmt: skip
+    assert audit(made.root, "data/mix/train")["model"]["path"] == "data/mix/train"
+    assert audit(made.root, lock["tuned"]["outs"][0]["md5"])["model"]["path"] == "data/tuned/log"
+
+
+def test_a_model_beside_another_output_is_one_of_the_workspace_and_can_be_registered(made: Project) -> None:
+    lock, weights = mixed(made)
+    artifacts = "artifacts: {tuned: {path: data/tuned/model, type: model}}\nstages: {}\n"
+    (made.root / "dvc.yaml").write_text(artifacts)
+    made.commit(lock)
+    index = Index(made.root)
+    index.read_records()
+    assert exposed_in_workspace(index, [identity("cats")]) == (["tuned"], [])
+    git(made.root, "tag", "-a", "tuned@v1.0.0", "-m", "first")
+    assert [(one.address, one.md5) for one in registered(made.root)[weights]] == [("tuned", weights)]
