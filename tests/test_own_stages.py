@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from builders.history import Project, entry, identity, out
 from builders.small_pipeline import git
 
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.impact.question import exposed_in_workspace, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
@@ -85,3 +88,61 @@ def test_a_model_beside_another_output_is_one_of_the_workspace_and_can_be_regist
     assert exposed_in_workspace(index, [identity("cats")]) == (["tuned"], [])
     git(made.root, "tag", "-a", "tuned@v1.0.0", "-m", "first")
     assert [(one.address, one.md5) for one in registered(made.root)[weights]] == [("tuned", weights)]
+
+
+def train_part(made: Project, lock: dict[str, Any]) -> str:
+    """Hash of the folder `train` in the output of `splits`."""
+    files = {one["relpath"]: one["md5"] for one in json.loads(made.object(out(lock, "splits")).read_bytes())}
+    return md5_of_folder({name[6:]: one for name, one in files.items() if name.startswith("train/")})
+
+
+def test_a_model_that_read_a_part_of_an_output_is_not_credited_with_a_version_that_has_another_part(
+    made: Project,
+) -> None:
+    """The data ran again, the model did not, and the earlier version of the data is gone."""
+    first = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    own = {"own": entry("own", {"data/splits/train": train_part(made, first)}, made.put({"m.safetensors": b"own"}))}
+    made.commit(first | own)
+    now = made.splits([("frogs", "train", MAIL), ("fish", "test", MAIL)]) | own
+    made.commit(now)
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
+    made.collect_garbage(now)
+    shutil.rmtree(made.root / ".dvc/tmp")
+    for text in ("cats", "frogs"):
+        found = impact(made.root, record=identity(text))
+        assert (found["verdict"], found["models"]) == ("cannot tell", [])
+        assert [(one["stage"], one["missing"]) for one in found["unknown"]] == [
+            ("own", [{"stage": "splits", "path": "data/splits", "md5": out(first, "splits")}])
+        ]
+    found = audit(made.root, "own")
+    assert [(one["output"], one["md5"]) for one in found["stages"].values()] == [
+        ("data/splits", out(first, "splits")), ("data/own", out(own, "own")),
+    ]  # fmt: skip
+
+
+def test_a_part_that_no_known_version_of_an_output_has_is_said_to_be_unexplained(made: Project) -> None:
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    lock |= {"own": entry("own", {"data/splits/train": "1" * 32 + ".dir"}, made.put({"m.safetensors": b"own"}))}
+    made.commit(lock)
+    found = impact(made.root, record=identity("cats"))
+    assert (found["verdict"], found["models"]) == ("cannot tell", [])
+    assert [(one["stage"], one["unexplained"]) for one in found["unknown"]] == [("own", ["data/splits/train"])]
+    found = audit(made.root, "own")
+    assert found["sources"] == {} and [one["path"] for one in found["missing"]] == ["data/splits/train"]
+
+
+def test_without_files_what_read_a_folder_of_outputs_is_not_credited_with_those_of_a_later_commit(
+    made: Project,
+) -> None:
+    first = made.lock([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    read = {"data/merged": made.folder({"lora": out(first, "merged@lora")})}
+    compared = {"comparison": entry("comparison", read, made.put({"comparison.json": b"{}"}))}
+    made.commit(first | compared)
+    made.commit(made.lock([("frogs", "train", MAIL), ("fish", "test", MAIL)]) | compared)
+    before = audit(made.root, "comparison")
+    assert before["stages"]["merged@lora"]["md5"] == out(first, "merged@lora")
+    made.forget_cache()
+    shutil.rmtree(made.root / ".dvc/tmp")
+    found = audit(made.root, "comparison")
+    assert [*found["stages"]] == [*before["stages"]] and [*found["sources"]] == [FAQ, MAIL]
+    assert [one["md5"] for one in found["stages"].values()] == [one["md5"] for one in before["stages"].values()]
