@@ -12,6 +12,7 @@ from builders.history import Project, entry, identity, out
 from builders.small_pipeline import git
 
 from dagster_project.core.hashing import md5_of_folder
+from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.impact.question import exposed_in_workspace, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
@@ -146,3 +147,22 @@ def test_without_files_what_read_a_folder_of_outputs_is_not_credited_with_those_
     found = audit(made.root, "comparison")
     assert [*found["stages"]] == [*before["stages"]] and [*found["sources"]] == [FAQ, MAIL]
     assert [one["md5"] for one in found["stages"].values()] == [one["md5"] for one in before["stages"].values()]
+
+
+def test_a_variant_that_dvc_has_is_declared_however_dvc_yaml_lists_it(tmp_path: Path) -> None:
+    from dvc.repo import Repo
+
+    git(tmp_path, "init", "-q")
+    Repo.init(str(tmp_path)).close()
+    (tmp_path / "params.yaml").write_text("one: {two: [{rank: 8}, {rank: 16}], three: {a: {}, c4: {}}, five: [6, x]}\n")
+    given = {
+        "mappings": "[{rank: 8}, {rank: 16}]", "values": "[true, false, 1.50, x]", "mixed": "[plain, {rank: 8}, [1]]",
+        "place": "'${one.two}'", "section": "'${one.three}'", "simple": "'${one.five}'",
+    }  # fmt: skip
+    lines = [f"  {name}: {{foreach: {items}, do: {{cmd: echo}}}}\n" for name, items in given.items()]
+    (tmp_path / "dvc.yaml").write_text(f"stages:\n  plain: {{cmd: echo}}\n{''.join(lines)}")
+    with Repo(str(tmp_path)) as repo:
+        known = {stage.name for stage in repo.index.stages}
+    removed = {"mappings@2", "values@True", "mixed@plain", "place@8", "section@b", "simple@0", "other", "other@a"}
+    assert len(known) == 16
+    assert undeclared(Revision(tmp_path, None), known | removed) == removed

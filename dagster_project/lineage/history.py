@@ -173,7 +173,9 @@ def _is_declared(address: str, documents: tuple[Any, Any], otherwise: bool) -> b
             keys, items = items.removeprefix("${").removesuffix("}").split("."), documents[1]
             for key in keys:
                 items = items[key]
-        return variant in map(str, items)
+        if isinstance(items, list) and any(isinstance(one, dict | list) for one in items):
+            items = range(len(items))  # then DVC names the variants by their place
+        return variant in (str(one).lower() if isinstance(one, bool) else str(one) for one in items)
     except (TypeError, KeyError, IndexError):
         return otherwise
 
