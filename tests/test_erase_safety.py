@@ -335,9 +335,15 @@ def test_large_files_of_git_and_submodules_are_searched(bare: Path) -> None:
     nested.mkdir()
     git(nested, "init", "-q")
     git(nested, "hash-object", "-w", str(bare.parent / "x"))
+    backup = bare / "backup.git"
+    git(bare.parent, "init", "-q", "--bare", str(backup))
+    git(backup, "hash-object", "-w", str(bare.parent / "x"))
+    for name in ("rr-cache/ab/preimage", "lost-found/other/ab", "lfs/tmp/1", "modules/inner/rr-cache/c/postimage"):
+        write(bare / ".git" / name)
     assert {place: len(hits) for place, hits in found_in(bare).places.items()} == {
         "Git LFS and git-annex": 1,
-        "git submodules": 2,
+        "git submodules": 3,
+        "other files of git": 4,
     }
 
 
