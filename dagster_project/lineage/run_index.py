@@ -18,6 +18,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.database import Database, cached_per_instance
 from dagster_project.lineage.history import Objects, blobs, history, is_within, lost_entries, stages_of
+from dagster_project.lineage.notes import parsed_yaml
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
     PLACEHOLDER,
@@ -82,8 +83,9 @@ class RunIndex(Database):
         for blob, (content, commit) in texts.items():
             pipeline = declared.get(commit, b"")
             if pipeline not in models:
-                models[pipeline] = declared_models(pipeline)
-                folders[pipeline] = working_folders(pipeline)
+                # that of the workspace, if it is missing or e.g. has a merge conflict
+                readable = self._pipeline if parsed_yaml(pipeline) is None else pipeline
+                models[pipeline], folders[pipeline] = declared_models(readable), working_folders(readable)
             sides = conflict_sides(content.decode("utf-8", "replace"))
             for number, text in enumerate(sides):
                 name = blob if len(sides) == 1 else f"{blob}:{number}"
