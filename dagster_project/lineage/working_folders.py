@@ -41,7 +41,8 @@ def from_project(address: str, entry: Mapping[str, Any], folders: Mapping[str, s
         for part in ("deps", "outs")
         if part in entry
     }
-    return {**entry, **parts}
+    params = {_joined(folder, file): values for file, values in (entry.get("params") or {}).items()}
+    return {**entry, **parts, **({"params": params} if params else {})}
 
 
 def _joined(folder: str, path: str) -> str:
