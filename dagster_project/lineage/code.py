@@ -46,7 +46,7 @@ def code_in(
     committed = {name: md5_of_bytes(content) for name, content in found_there.items()}
     lock = found_there.get(code_lock.FILE, b"")
     code_at_commit = code_lock.parse(lock.decode("utf-8", "replace")) if lock else None
-    values_at_commit = {file: _parsed(file, found_there.get(file, b"")) for file in files_of_parameters}
+    values_at_commit = {file: values_in(file, found_there.get(file, b"")) for file in files_of_parameters}
     in_workspace: dict[str, dict[str, str]] = {}
 
     def files_of(path: str, md5: str) -> dict[str, str]:
@@ -79,7 +79,7 @@ def code_in(
     return found
 
 
-def _parsed(file: str, content: bytes) -> dict[str, Any] | None:
+def values_in(file: str, content: bytes) -> dict[str, Any] | None:
     """The parameters in a file of YAML, JSON or TOML; None if it cannot be read."""
     if file.endswith(".toml"):
         try:
