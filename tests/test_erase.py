@@ -846,6 +846,14 @@ def test_an_event_log_elsewhere_is_named_as_not_reached(
     assert (EVENT_LOG_ELSEWHERE in certificate({**PLAN, "event log elsewhere": found})["not reached"]) == elsewhere
 
 
+def test_models_in_what_cannot_be_read_are_named_as_not_reached() -> None:
+    lost = ["the pipeline of other/dvc.lock", "0" * 40]
+    assert [
+        f"models in what cannot be read: {', '.join(lost)}" in certificate({**PLAN, "unreadable": one})["not reached"]
+        for one in (lost, [])
+    ] == [True, False]
+
+
 def test_a_source_that_was_changed_after_its_rows_were_read_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "data/sources/more"
     folder.mkdir(parents=True)
