@@ -1186,8 +1186,13 @@ def test_a_stage_with_wdir_saw_what_its_paths_name_from_that_folder(made: Projec
         verify(made.root, "mine")
 
 
-def test_a_pipeline_in_a_subfolder_of_which_nothing_is_known_leaves_open_what_saw_a_record(made: Project) -> None:
+@pytest.mark.parametrize("has_git", [True, False])
+def test_a_pipeline_in_a_subfolder_of_which_nothing_is_known_leaves_open_what_saw_a_record(
+    made: Project, has_git: bool
+) -> None:
     made.commit(made.lock([("cats", "train", FAQ)]))
+    if not has_git:
+        shutil.rmtree(made.root / ".git")
     other = made.root / "other/dvc.lock"
     other.parent.mkdir()
     other.write_text(json.dumps({"schema": "2.0", "stages": {"x": entry("x", {"../data/splits": "0" * 32}, "1" * 32)}}))

@@ -255,3 +255,17 @@ def test_near_copies_of_a_record_whose_text_is_gone_are_no_question(made: Projec
     for name in ("dogs", "nobody"):
         with pytest.raises(InputError, match="no available data set contains the record"):
             impact(made.root, record=identity(name), near=True)
+
+
+def test_the_models_of_a_commit_whose_dvc_yaml_has_a_conflict_are_models_without_their_files(made: Project) -> None:
+    pipeline, lock = (made.root / "dvc.yaml").read_text(), made.lock(ROWS, seed=1)
+    (made.root / "dvc.yaml").write_text(f"<<<<<<< HEAD\n{pipeline}=======\n{pipeline}>>>>>>> side\n")
+    made.commit(lock)
+    (made.root / "dvc.yaml").write_text(pipeline)
+    made.commit(lock)
+    made.forget_cache()
+    shutil.rmtree(made.root / ".dvc/tmp", ignore_errors=True)
+    found = impact(made.root, record=identity("dogs"))
+    unknown = {(one["stage"], one["md5"]) for one in found["unknown"]}
+    assert found["verdict"] == "cannot tell"
+    assert unknown >= {(name, lock[name]["outs"][0]["md5"]) for name in ("adapter@lora", "merged@lora")}

@@ -10,6 +10,7 @@ from builders.small_pipeline import commit, git
 from dvc.repo import Repo
 
 from dagster_project.lineage.code import code_in
+from dagster_project.lineage.working_folders import from_project
 
 FOLDER = "dagster_project/core"
 
@@ -71,3 +72,31 @@ def test_code_that_cannot_be_found_is_named_by_its_folder(root: Path) -> None:
     (root / FOLDER / "a.py").write_text("edited again")
     files, differs = code_in(root, sha, stages)["s"]
     assert files[FOLDER].endswith(".dir") and FOLDER in differs
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("params.yaml", "lr: {{max: {}}}\n"),
+        ("own.yaml", "lr: {{max: {}}}\n"),
+        ("own.json", '{{"lr": {{"max": {}}}}}'),
+        ("own.toml", "[lr]\nmax = {}\n"),
+    ],
+)
+def test_a_commit_with_another_value_in_any_file_of_parameters_is_named(root: Path, file: str, text: str) -> None:
+    stages = {"s": {"params": {file: {"lr.max": 0.5}}}}
+    (root / file).write_text(text.format(0.5))
+    same = commit(root)
+    (root / file).write_text(text.format(0.7))
+    other = commit(root)
+    (root / file).write_text("[")
+    broken = commit(root)
+    assert [code_in(root, one, stages)["s"] for one in (same, other, broken)] == [({}, []), ({}, [file]), ({}, [file])]
+
+
+def test_parameters_of_a_stage_with_wdir_are_those_of_its_folder() -> None:
+    entry = {"cmd": "x", "deps": [{"path": "../a"}], "params": {"params.yaml": {"x": 1}, "../b.yaml": {"y": 2}}}
+    found = from_project("mine", entry, {"mine": "own"})
+    assert found == {
+        "cmd": "x", "deps": [{"path": "a"}], "params": {"own/params.yaml": {"x": 1}, "b.yaml": {"y": 2}},
+    }  # fmt: skip

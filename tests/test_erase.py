@@ -15,6 +15,7 @@ import re
 import shutil
 import sqlite3
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,50 @@ def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
     for name, content in {"a.7z": b"7z\xbc\xaf\x27\x1c...", "a.xz": b"\xfd7zXZ\x00...", "a.zst": cut}.items():
         (tmp_path / name).write_bytes(content)
         assert scanner.file(tmp_path / name) == set() and scanner.unreadable[-1] == str(tmp_path / name)
+
+
+def packed(text: str, rows: int = 3) -> bytes:
+    """A table whose statistics do not name a text in one of the rows between."""
+    middle = [f"{number} {text}" for number in range(1, rows - 1)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["0", *middle, "9"]}), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def in_tar(content: bytes, name: str = "a.parquet") -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for member in ("before.txt", name):
+            facts = tarfile.TarInfo(member)
+            facts.size = len(content)
+            archive.addfile(facts, io.BytesIO(content))
+    return sink.getvalue()
+
+
+def test_packed_files_in_tar_are_opened_and_one_that_is_damaged_is_counted(tmp_path: Path) -> None:
+    scanner = Scanner(needles_of([SECRET], [], []))
+    for content in (
+        in_tar(packed(SECRET)),
+        gzip.compress(in_tar(packed(SECRET))),
+        in_tar(gzip.compress(in_tar(packed(SECRET)))),
+    ):
+        (tmp_path / "backup").write_bytes(content)
+        assert SECRET.encode() not in content and scanner.file(tmp_path / "backup") == {"text", "sure"}
+        assert scanner.content(content) == {"text", "sure"} and scanner.unreadable == []
+    (tmp_path / "backup").write_bytes(in_tar(packed("somebody else")))
+    assert scanner.file(tmp_path / "backup") == set() and scanner.unreadable == []
+    cut = in_tar(packed(SECRET))
+    (tmp_path / "cut").write_bytes(cut[: cut.index(b"PAR1") + 100])
+    assert scanner.file(tmp_path / "cut") == set() and scanner.unreadable == [str(tmp_path / "cut")]
+
+
+def test_an_archive_that_is_too_deep_in_others_is_counted() -> None:
+    content, scanner = SECRET.encode(), Scanner(needles_of([SECRET], [], []))
+    for depth in range(1, 8):
+        content = gzip.compress(content)
+        found = scanner.content(content, str(depth))
+        assert bool(found) != (scanner.unreadable == [str(depth)]), "found, or said to be not searched"
+        scanner.unreadable.clear()
 
 
 def test_an_excerpt_is_found() -> None:
@@ -799,6 +844,14 @@ def test_an_event_log_elsewhere_is_named_as_not_reached(
     found = plans._has_event_log_elsewhere(tmp_path)
     assert found == elsewhere
     assert (EVENT_LOG_ELSEWHERE in certificate({**PLAN, "event log elsewhere": found})["not reached"]) == elsewhere
+
+
+def test_models_in_what_cannot_be_read_are_named_as_not_reached() -> None:
+    lost = ["the pipeline of other/dvc.lock", "0" * 40]
+    assert [
+        f"models in what cannot be read: {', '.join(lost)}" in certificate({**PLAN, "unreadable": one})["not reached"]
+        for one in (lost, [])
+    ] == [True, False]
 
 
 def test_a_source_that_was_changed_after_its_rows_were_read_is_refused(tmp_path: Path) -> None:

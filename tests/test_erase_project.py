@@ -25,7 +25,7 @@ from builders.project_data import messages as ticket
 from builders.small_pipeline import commit
 from conftest import dvc, edit_params, run
 
-from dagster_project.commands.erase import dry_run, erase, exit_code
+from dagster_project.commands.erase import dry_run, dry_run_text, erase, exit_code
 from dagster_project.core.errors import InputError
 from dagster_project.core.published_ids import published_id
 from dagster_project.core.records import read_ledger, read_records
@@ -178,7 +178,15 @@ def test_nothing_of_an_erased_record_is_left_and_all_else_stays(
     ):
         assert any(path.startswith(place) for path in before), place
 
+    unread = made / "other/dvc.lock"  # a pipeline in a subfolder, of which nothing is known
+    unread.parent.mkdir()
+    unread.write_text(
+        '{"schema": "2.0", "stages": {"x": {"cmd": "x", "outs": [{"path": "x", "md5": "%s"}]}}}' % ("1" * 32)
+    )
     plan = dry_run(made, Request(records=(raw[3],)), [], [], "")
+    shutil.rmtree(unread.parent)
+    assert plan["unreadable"] == ["the pipeline of other/dvc.lock"]
+    assert "unknown, as it cannot be read: the pipeline of other/dvc.lock" in dry_run_text(plan)
     rows = {path: change["rows"] for path, change in plan["sources"].items()}
     assert rows == {
         "data/sources/planted.jsonl": [3],

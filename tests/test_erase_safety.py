@@ -186,8 +186,12 @@ def test_what_the_workspace_needs_by_now_stays_when_an_erasure_goes_on(
     assert (remote / "files/md5" / names["splits"][:2] / names["splits"][2:]).is_file()
 
 
-def test_sources_that_dvc_tracks_are_this_projects(tmp_path: Path) -> None:
+@pytest.mark.parametrize("showing", ["true", "false"])
+def test_sources_that_dvc_tracks_are_this_projects(tmp_path: Path, showing: str) -> None:
+    """Also those of the first commit, if the user's git does not show its files."""
     toy = Project(tmp_path)
+    git(tmp_path, "config", "log.showRoot", showing)
+    git(tmp_path, "checkout", "-q", "--orphan", "data")
     for number, path in enumerate(
         ("data/sources/a.jsonl.dvc", "data/sources/deep/b.jsonl.dvc", "data/sources/benchmarks/c.jsonl.dvc")
     ):
@@ -335,9 +339,15 @@ def test_large_files_of_git_and_submodules_are_searched(bare: Path) -> None:
     nested.mkdir()
     git(nested, "init", "-q")
     git(nested, "hash-object", "-w", str(bare.parent / "x"))
+    backup = bare / "backup.git"
+    git(bare.parent, "init", "-q", "--bare", str(backup))
+    git(backup, "hash-object", "-w", str(bare.parent / "x"))
+    for name in ("rr-cache/ab/preimage", "lost-found/other/ab", "lfs/tmp/1", "modules/inner/rr-cache/c/postimage"):
+        write(bare / ".git" / name)
     assert {place: len(hits) for place, hits in found_in(bare).places.items()} == {
         "Git LFS and git-annex": 1,
-        "git submodules": 2,
+        "git submodules": 3,
+        "other files of git": 4,
     }
 
 

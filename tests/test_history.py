@@ -740,7 +740,10 @@ def test_without_files_a_release_is_not_credited_with_a_later_run_of_the_variant
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(made.root), str(clone))
     parents = [[one["md5"] for one in audit(clone, "release", rev)["parents"]] for rev in ("HEAD~1", "HEAD")]
-    assert parents == [[lock["adapter@lora"]["outs"][0]["md5"], merged], []]
+    assert parents == [[lock["adapter@lora"]["outs"][0]["md5"], merged]] * 2, "the same run of the release"
+    latest = tmp_path / "latest"
+    git(tmp_path, "clone", "-q", "--depth", "1", made.root.as_uri(), str(latest))
+    assert audit(latest, "release")["parents"] == [], "its own run of merged is in no commit here"
 
 
 def test_a_release_of_an_earlier_run_differs_by_the_records_of_its_own_model(made: Project) -> None:

@@ -241,6 +241,29 @@ def test_a_stage_is_verified_from_recorded_parameters_with_emoji(root: Path) -> 
     assert verify(root, "tok")["verdict"] == "identical"
 
 
+@pytest.mark.parametrize(("file", "verdict"), [("own.yaml", "identical"), ("own.json", "different")])
+def test_a_stage_is_verified_from_recorded_parameters_of_other_files_or_these_are_named(
+    root: Path, file: str, verdict: str
+) -> None:
+    document = json.loads((root / "dvc.yaml").read_text())
+    read = f"import ruamel.yaml as y; print(y.YAML(typ='safe').load(open('{file}'))['a']['b'])"
+    document["stages"]["two"] = {
+        "cmd": f'python -c "{read}" > data/two',
+        "deps": ["data/sources/g.txt"],
+        "params": [{file: ["a.b"]}],
+        "outs": ["data/two"],
+    }
+    (root / "dvc.yaml").write_text(json.dumps(document))
+    (root / file).write_text('{"a": {"b": 1}, "c": 2}')
+    made = dvc(root, "repro", "two")
+    assert made.returncode == 0, made.stderr
+    (root / file).write_text('{"a": {"b": 7}, "c": 2}')
+    found = verify(root, "two")
+    assert found["verdict"] == verdict
+    assert found["changed"] == ([] if verdict == "identical" else [file])
+    assert verdict == "identical" or found["causes"][0] == f"{file} changed since it was recorded"
+
+
 def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(root: Path) -> None:
     shutil.rmtree(root / ".dvc/cache/files")
     with pytest.raises(InputError, match="data/inst: 1 object") as said:

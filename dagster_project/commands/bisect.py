@@ -29,7 +29,7 @@ from dagster_project.lineage.diff import diff
 from dagster_project.lineage.history import LOCK, Revision, commit_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
-from dagster_project.lineage.runs import StageRun, output
+from dagster_project.lineage.runs import StageRun, outputs
 from dagster_project.orchestration import dvc
 from dagster_project.views.texts import text
 
@@ -159,8 +159,7 @@ def _to_run(at: Revision, step: Step, lock: Mapping[str, Any]) -> list[str]:
     before, lost = ancestors(at, lock, step.run.address), {step.run.address}
     for name in reversed(before):  # each after those that read its output
         read = {dep["path"]: dep.get("md5") for one in lost for dep in lock[one].get("deps", [])}
-        out = output(lock[name])
-        outs = [(out["path"], read.get(out["path"]) or out["md5"])] if out else []
+        outs = [(out["path"], read.get(out["path"]) or out["md5"]) for out in outputs(lock[name])]
         if any(dvc.overlap(made, path) for made, _ in outs for path in read) and not is_available(
             step.subject.index, outs
         ):

@@ -60,6 +60,8 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
         ),
         *(f"the DVC remote {name}" for name in plan["remotes elsewhere"]),
     ]
+    if plan.get("unreadable"):
+        not_reached.append(f"models in what cannot be read: {', '.join(plan['unreadable'])}")
     if plan["event log elsewhere"]:
         not_reached.append(EVENT_LOG_ELSEWHERE)
     if plan["shared cache"]:

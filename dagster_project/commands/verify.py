@@ -28,7 +28,7 @@ from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove, write_text
 from dagster_project.lineage import code_lock
-from dagster_project.lineage.code import PARAMS, value_at
+from dagster_project.lineage.code import PARAMS, value_at, values_in
 from dagster_project.lineage.history import LOCK, Objects, Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
 from dagster_project.lineage.working_folders import working_folders
@@ -108,7 +108,7 @@ class _Reproduced:
 
     name: str
     changed: list[str]
-    """Code, and folders of outputs, that differ from their record."""
+    """Code, other files of parameters, and folders of outputs, that differ from their record."""
     outs: dict[str, Any]
     differences: list[dict[str, Any]]
     judged: Judged
@@ -276,25 +276,31 @@ class _Clone:
             raise CheckFailed(f"{path} is not what was published (sha256 differs)", "see `pedigree verify --integrity`")
 
     def restore_parameters(self, name: str) -> list[str]:
-        """Write the recorded parameters of a stage to params.yaml.
+        """Write the recorded parameters of a stage to params.yaml, and to other files of YAML.
 
         Returns:
-            Code, and folders of outputs, that differ from their record.
+            Code, other files of parameters, and folders of outputs, that differ from their record.
         Raises:
             InputError: a source in git differs from its record, and its version in the latest commit does, too.
         """
-        values = params.read(self.root)
-        recorded = self.lock[name].get("params", {}).get(PARAMS, {})
-        if changed := [key for key, value in recorded.items() if value_at(values, key) != value]:
-            log.info(f"{name}: using the recorded {', '.join(changed)} instead of that in params.yaml")
+        code = []
+        for file, recorded in self.lock[name].get("params", {}).items():
+            content = (self.root / file).read_bytes() if (self.root / file).is_file() else b""
+            values = params.read(self.root) if file == PARAMS else values_in(file, content) or {}
+            changed = [key for key, value in (recorded or {}).items() if value_at(values, key) != value]
+            if not changed or file == code_lock.FILE:
+                continue
+            if Path(file).suffix not in {".yaml", ".yml"}:
+                code.append(file)
+                continue
+            log.info(f"{name}: using the recorded {', '.join(changed)} instead of that in {file}")
             for key in changed:
                 _put(values, key, recorded[key])
-            write_text(self.root / PARAMS, as_yaml(values))
+            write_text(self.root / file, as_yaml(values))
         if entry := code_lock.recorded_in(self.lock[name]):
             code_lock.record(self.root, entry)
         deps = {dep["path"]: dep["md5"] for dep in self.lock[name].get("deps", [])}
         outs = [out["path"] for stage in self.lock.values() for out in stage.get("outs", [])]
-        code = []
         for path, now in dvc.inputs_now(self.root, name).items():
             if path not in deps or now == deps[path]:
                 continue

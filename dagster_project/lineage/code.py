@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,24 @@ def code_in(
     Returns:
         Per stage: {path: md5} of every file, or of a whole folder (md5 ends in ".dir") if its recorded content is
         neither in the commit nor in the workspace; and the paths with other content in the commit, including
-        params.yaml. Of a stage whose code is installed, the file is "code.lock.yaml:STAGE" with the recorded sha256.
+        params.yaml and other files of parameters. Of a stage whose code is installed, the file is
+        "code.lock.yaml:STAGE" with the recorded sha256.
     """
     recorded = {
         name: {dep["path"]: dep.get("md5", "") for dep in stage.get("deps", []) if is_code(dep["path"])}
         for name, stage in stages.items()
     }
+    parameters = {
+        name: {file: values for file, values in stage.get("params", {}).items() if file != code_lock.FILE}
+        for name, stage in stages.items()
+    }
     paths = dict.fromkeys(path for code in recorded.values() for path in code)
-    committed, params, lock = _committed(root, commit, paths) if commit else ({}, b"", b"")
+    files_of_parameters = {file for given in parameters.values() for file in given}
+    found_there = contents_at(root, commit, {code_lock.FILE, *files_of_parameters, *paths}) if commit else {}
+    committed = {name: md5_of_bytes(content) for name, content in found_there.items()}
+    lock = found_there.get(code_lock.FILE, b"")
     code_at_commit = code_lock.parse(lock.decode("utf-8", "replace")) if lock else None
+    values_at_commit = {file: values_in(file, found_there.get(file, b"")) for file in files_of_parameters}
     in_workspace: dict[str, dict[str, str]] = {}
 
     def files_of(path: str, md5: str) -> dict[str, str]:
@@ -48,7 +58,6 @@ def code_in(
             in_workspace[path] = _in_workspace(root, path)
         return in_workspace[path] if _folder_md5(in_workspace[path], path) == md5 else {path: md5}
 
-    values = parsed_yaml(params) or {}
     found = {}
     for name, code in recorded.items():
         files: dict[str, str] = {}
@@ -61,10 +70,23 @@ def code_in(
         for stage, sha256 in code_lock.recorded_in(stages[name]).items():
             files[f"{code_lock.FILE}:{stage}"] = sha256
             differs += [] if code_at_commit and code_at_commit.stages.get(stage) == sha256 else [code_lock.FILE]
-        recorded_values = stages[name].get("params", {}).get(PARAMS) or {}
-        has_values = all(_as_json(value_at(values, key)) == value for key, value in recorded_values.items())
-        found[name] = dict(sorted(files.items())), [] if commit is None else differs + ([] if has_values else [PARAMS])
+        differs += [
+            file
+            for file, values in parameters[name].items()
+            if any(_as_json(value_at(values_at_commit[file], key)) != value for key, value in (values or {}).items())
+        ]
+        found[name] = dict(sorted(files.items())), [] if commit is None else differs
     return found
+
+
+def values_in(file: str, content: bytes) -> dict[str, Any] | None:
+    """The parameters in a file of YAML, JSON or TOML; None if it cannot be read."""
+    if file.endswith(".toml"):
+        try:
+            return tomllib.loads(content.decode())
+        except ValueError:
+            return None
+    return parsed_yaml(content)
 
 
 def contents_at(root: Path, commit: str, paths: Iterable[str]) -> dict[str, bytes]:
@@ -74,13 +96,6 @@ def contents_at(root: Path, commit: str, paths: Iterable[str]) -> dict[str, byte
     hashes = {name: head.split()[2] for head, name in entries if head.split()[1] == "blob"}
     content = blobs(root, hashes.values())
     return {name: content[blob] for name, blob in hashes.items() if blob in content}
-
-
-def _committed(root: Path, commit: str, paths: Iterable[str]) -> tuple[dict[str, str], bytes, bytes]:
-    """{path: md5} of every file of a commit at or below the paths; and its params.yaml and code.lock.yaml."""
-    contents = contents_at(root, commit, [PARAMS, code_lock.FILE, *paths])
-    params, lock = contents.pop(PARAMS, b""), contents.pop(code_lock.FILE, b"")
-    return {name: md5_of_bytes(content) for name, content in contents.items()}, params, lock
 
 
 def _files_below(files: Mapping[str, str], folder: str) -> dict[str, str]:

@@ -25,11 +25,12 @@ SILENT_WAIT = 2000
 INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
 TABLES = """
 CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
-CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT UNIQUE, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, \
-report TEXT, report_md5 TEXT, text TEXT); -- text: its section of dvc.lock, as JSON, with paths from the project
+CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, \
+report TEXT, report_md5 TEXT, text TEXT, UNIQUE (key, path)); -- one row for each output of an entry; \
+text: its section of dvc.lock, as JSON, with paths from the project
 CREATE INDEX run_md5 ON run (md5);
 CREATE TABLE lock_run (lock INTEGER, run INTEGER, PRIMARY KEY (lock, run)) WITHOUT ROWID;
-CREATE TABLE cached_run (name TEXT PRIMARY KEY, run INTEGER) WITHOUT ROWID;
+CREATE TABLE cached_run (name TEXT, run INTEGER, PRIMARY KEY (name, run));
 CREATE TABLE scanned (folder TEXT PRIMARY KEY, changed INTEGER) WITHOUT ROWID;
 CREATE TABLE input (run INTEGER, dep TEXT, md5 TEXT, watched INTEGER);
 CREATE TABLE origin (run INTEGER, source TEXT, sha256 TEXT, format TEXT, rows INTEGER);

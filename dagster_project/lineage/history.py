@@ -27,8 +27,9 @@ from dagster_project.lineage.papers_in_place import without_papers
 LOCK = "dvc.lock"
 LINK, SUBMODULE = "120000", "160000"
 """Modes of symbolic links and submodules in git trees."""
-EACH_PARENT = ("-c", "log.diffMerges=separate")
-"""Options of git before `log -m`, which otherwise shows of merges what the user's settings say: with `off` no files."""
+WHOLE_LOG = ("--no-replace-objects", "-c", "log.showRoot=true", "-c", "log.diffMerges=separate")
+"""Options of git before `log -m`. Without them, `git replace` hides commits, and the user's settings decide whether the
+files of merges and of the first commit are shown."""
 
 
 def blobs(root: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -173,7 +174,9 @@ def _is_declared(address: str, documents: tuple[Any, Any], otherwise: bool) -> b
             keys, items = items.removeprefix("${").removesuffix("}").split("."), documents[1]
             for key in keys:
                 items = items[key]
-        return variant in map(str, items)
+        if isinstance(items, list) and any(isinstance(one, dict | list) for one in items):
+            items = range(len(items))  # then DVC names the variants by their place
+        return variant in (str(one).lower() if isinstance(one, bool) else str(one) for one in items)
     except (TypeError, KeyError, IndexError):
         return otherwise
 
@@ -377,13 +380,10 @@ def history(root: Path) -> History:
 def _first_commits(root: Path, *revisions: str) -> tuple[dict[str, str], list[str]] | None:
     """Blob of a dvc.lock -> the first commit among some revisions that contains it; and the commits whose parent has no
     dvc.lock. None if git fails.
-
-    `git replace` is ignored: it hides commits.
     """
     order = ("--full-history", "-m", "--date-order", "--reverse")
     format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
-    settings = ("--no-replace-objects", "-c", "log.showRoot=true", *EACH_PARENT)
-    log = git(root, *settings, "log", *order, *format_options, *revisions, "--", LOCK)
+    log = git(root, *WHOLE_LOG, "log", *order, *format_options, *revisions, "--", LOCK)
     if log is None:
         return None
     first, added = dict[str, str](), list[str]()
@@ -404,7 +404,7 @@ def _moves(root: Path, commits: Iterable[str]) -> dict[str, str]:
     options = (*renames, "--name-status", "-z", "--no-show-signature", "--format=commit %H")
     log = None
     if given:
-        log = git(root, "--no-replace-objects", *EACH_PARENT, "log", *options, *given, "--", f":(top,glob)**/{LOCK}")
+        log = git(root, *WHOLE_LOG, "log", *options, *given, "--", f":(top,glob)**/{LOCK}")
     here = (git(root, "rev-parse", "--show-prefix") or "").strip() + LOCK if log else LOCK
     moves: dict[str, str] = {}
     commit = ""

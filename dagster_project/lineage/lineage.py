@@ -37,7 +37,7 @@ from dagster_project.lineage.history import (
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import ANSWERS, EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key, rewarded_answers
 from dagster_project.lineage.run_index import WEIGHTS
-from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, output, teacher_of
+from dagster_project.lineage.runs import StageRun, fetch_hint, is_input, outputs, teacher_of
 from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
@@ -151,7 +151,11 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         target = target if target in lock else absolute.relative_to(index.root).as_posix()
     if target in lock:
         return Subject(index, lock[target], lock, rev)
-    matches = [run for run in lock.values() if run.path == target or (len(model) >= 6 and run.md5.startswith(digest))]
+    matches = [
+        run
+        for run in index.outputs_in_lock(_blob(index, rev))
+        if run.path == target or (len(model) >= 6 and run.md5.startswith(digest))
+    ]
     if len(matches) == 1:
         return Subject(index, matches[0], lock, rev)
     if matches:
@@ -209,20 +213,24 @@ def _has_history_only(index: Index, rev: str | None) -> bool:
     )
 
 
+def _blob(index: Index, rev: str | None) -> str | None:
+    """Hash of the dvc.lock in the workspace (`rev` None) or at a revision; None or empty if there is none."""
+    if rev is None:
+        return index.history.workspace
+    named = git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}") if rev else ""
+    return (named or "").strip()
+
+
 def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     """Address -> run of the dvc.lock in the workspace (`rev` None) or at a revision.
 
     Raises:
         InputError: the revision does not exist, nothing was run there, or its dvc.lock cannot be read.
     """
-    named = (
-        "" if not rev else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
-    )
-    blob = index.history.workspace if rev is None else (named or "").strip()
-    runs = index.runs_in_lock(blob)
+    runs = index.runs_in_lock(_blob(index, rev))
     if not runs:
         where = f"dvc.lock{f' at {rev}' if rev else ''}"
-        if not any(map(output, Revision(index.root, rev).lock().values())):
+        if not any(map(outputs, Revision(index.root, rev).lock().values())):
             raise InputError(f"{where} has no stages with an output: nothing has been run", "run `dvc repro` first")
         raise InputError(
             f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown",

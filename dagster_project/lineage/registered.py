@@ -21,7 +21,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.lineage.history import LOCK, blobs
 from dagster_project.lineage.notes import parsed_yaml
-from dagster_project.lineage.runs import output, sections_of, stage_in
+from dagster_project.lineage.runs import outputs, sections_of, stage_in
 
 log = logging.getLogger("pedigree")
 HEAD = ("artifact", "version", "in use as", "made by", "md5", "commit")
@@ -151,9 +151,9 @@ class _Models:
         lock = self._files.get(f"{commit}:./{LOCK}", b"").decode("utf-8", "replace")
         try:
             for address, text in sections_of(lock).items():
-                out = output(stage_in(text))
-                if out and out["path"] == path:
-                    return address, out["md5"]
+                for out in outputs(stage_in(text)):
+                    if out["path"] == path:
+                        return address, out["md5"]
         except InputError:
             pass
         log.warning(f"a version of {artifact} at commit {commit[:12]} is not shown: its dvc.lock records no {path}")

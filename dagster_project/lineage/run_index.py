@@ -18,6 +18,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.database import Database, cached_per_instance
 from dagster_project.lineage.history import Objects, blobs, history, is_within, lost_entries, stages_of
+from dagster_project.lineage.notes import parsed_yaml
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
     PLACEHOLDER,
@@ -30,7 +31,7 @@ from dagster_project.lineage.runs import (
     conflict_sides,
     declared_models,
     is_input,
-    output,
+    outputs,
     sections_of,
     stage_in,
     teacher_of,
@@ -82,8 +83,9 @@ class RunIndex(Database):
         for blob, (content, commit) in texts.items():
             pipeline = declared.get(commit, b"")
             if pipeline not in models:
-                models[pipeline] = declared_models(pipeline)
-                folders[pipeline] = working_folders(pipeline)
+                # that of the workspace, if it is missing or e.g. has a merge conflict
+                readable = self._pipeline if parsed_yaml(pipeline) is None else pipeline
+                models[pipeline], folders[pipeline] = declared_models(readable), working_folders(readable)
             sides = conflict_sides(content.decode("utf-8", "replace"))
             for number, text in enumerate(sides):
                 name = blob if len(sides) == 1 else f"{blob}:{number}"
@@ -110,51 +112,51 @@ class RunIndex(Database):
         }
         sections = {**sections, **moved}
         keys = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in sections.items()}
-        known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*keys.values()]))
+        known: dict[str, list[int]] = defaultdict(list)
+        for key, run in self._rows("SELECT key, id FROM run WHERE key IN", [*keys.values()]):
+            known[key].append(run)
         for address, key in keys.items():
             if key not in known:
-                run = self._add_entry(key, address, stage_in(sections[address]), sections[address], models)
-                if run is not None:
-                    known[key] = run
+                known[key] = self._add_entry(key, address, stage_in(sections[address]), sections[address], models)
+        runs = [run for added in known.values() for run in added]
         lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
-        self._db.executemany("INSERT OR IGNORE INTO lock_run VALUES (?, ?)", [(lock, run) for run in known.values()])
+        self._db.executemany("INSERT OR IGNORE INTO lock_run VALUES (?, ?)", [(lock, run) for run in runs])
         newly = [
             (run,)
-            for run, address in self._rows("SELECT id, address FROM run WHERE id IN", [*known.values()])
+            for run, address in self._rows("SELECT id, address FROM run WHERE id IN", runs)
             if address.partition("@")[0] in models
         ]
         self._db.executemany("UPDATE run SET is_model = 1 WHERE id = ?", newly)
 
-    def _add_entry(
-        self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]
-    ) -> int | None:
-        """Add an entry of dvc.lock or of the run cache. Returns its id; None if it has no output with a hash."""
-        out = output(stage)
-        if out is None:
-            return None
+    def _add_entry(self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]) -> list[int]:
+        """Add an entry of dvc.lock or of the run cache. Returns the ids of its outputs that have a hash."""
         report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
-        has_weights = (
-            self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone() is not None
-        )
-        run = self._db.execute(
-            "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?,"
-            " ?, ?)",
-            (
-                key,
-                address,
-                out["path"],
-                out["md5"],
-                has_weights or address.partition("@")[0] in models,
-                report.get("path"),
-                report.get("md5"),
-                text,
-            ),
-        ).lastrowid
         watched, unread = watched_inputs(address, stage), unread_inputs(address, stage)
         read = [dep for dep in stage.get("deps", []) if is_input(dep["path"]) and dep["path"] not in unread]
-        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in read]
-        self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", inputs)
-        return run
+        added = []
+        for out in outputs(stage):
+            has_weights = (
+                self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone()
+                is not None
+            )
+            run = self._db.execute(
+                "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?,"
+                " ?, ?, ?)",
+                (
+                    key,
+                    address,
+                    out["path"],
+                    out["md5"],
+                    has_weights or address.partition("@")[0] in models,
+                    report.get("path"),
+                    report.get("md5"),
+                    text,
+                ),
+            ).lastrowid
+            inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in read]
+            self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", inputs)
+            added.append(run or 0)
+        return added
 
     def _read_run_cache(self) -> None:
         """Add the runs of DVC's run cache: also of models that no commit ever contained."""
@@ -164,26 +166,28 @@ class RunIndex(Database):
         new = [path for path in self.objects.run_cache() if path.name not in known]
         models = declared_models(self._pipeline) if new else frozenset()
         for path in new:
-            run = None
+            runs: list[int | None] = [None]
             with suppress(InputError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
                 stage = stages_of(
                     "stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
                 )["one"]
-                out = output(stage)
-                address = address_in(str(stage.get("cmd", "")), out["path"]) if out else ""
-                run = self._recorded(stage, out) or (
-                    self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models)
-                    or WITHOUT_OUTPUT
+                outs = outputs(stage)
+                address = address_in(str(stage.get("cmd", "")), outs[0]["path"]) if outs else ""
+                found = self._recorded(stage, outs) or self._add_entry(
+                    f"cache {path.name}", address, stage, as_section(address, stage), models
                 )
-            self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
+                runs = [*found] or [WITHOUT_OUTPUT]
+            self._db.executemany("INSERT INTO cached_run VALUES (?, ?)", [(path.name, run) for run in runs])
 
-    def _recorded(self, cached: Mapping[str, Any], out: Mapping[str, str] | None) -> int | None:
-        """Of a run in another folder: its id, if a dvc.lock records it. The run cache does not say which folder."""
-        if out is None or not any(one["path"].startswith("../") for one in cached.get("deps", ())):
-            return None
-        query = "SELECT id, text FROM run WHERE md5 = ? AND key NOT LIKE 'cache %'"
-        found = self._db.execute(query, (out["md5"],)).fetchall()
-        return next((run for run, text in found if same_run(stage_in(text), cached)), None)
+    def _recorded(self, cached: Mapping[str, Any], outs: Sequence[Mapping[str, str]]) -> list[int]:
+        """Of a run in another folder: the ids of its outputs, if a dvc.lock records it. The run cache does not say
+        which folder."""
+        if not outs or not any(one["path"].startswith("../") for one in cached.get("deps", ())):
+            return []
+        query = "SELECT key, text FROM run WHERE md5 = ? AND key NOT LIKE 'cache %'"
+        recorded = self._db.execute(query, (outs[0]["md5"],)).fetchall()
+        key = next((key for key, text in recorded if same_run(stage_in(text), cached)), None)
+        return [run for (run,) in self._db.execute("SELECT id FROM run WHERE key = ?", (key,))]
 
     def _scan_cache(self) -> None:
         """Find models in DVC's cache that nothing records: folders with weights."""
@@ -349,14 +353,14 @@ class RunIndex(Database):
         }
 
     @cached_property
-    def _resolved(self) -> tuple[dict[int, StageRun], dict[int, dict[str, StageRun]]]:
-        """Id -> run; id of a dvc.lock -> address -> run."""
+    def _resolved(self) -> tuple[dict[int, StageRun], dict[int, list[StageRun]]]:
+        """Id -> run; id of a dvc.lock -> its runs."""
         resolver = Resolver(self._entries, self.files)
         by_lock = {}
         for order, (lock, commit, place) in enumerate(self._locks):
             by_lock[lock] = resolver.add_lock(lock, self._entries_of_locks[lock], order, commit, place)
-            for run in by_lock[lock].values() if lock in self._workspace_locks else ():
-                run.in_workspace = True
+        for run in resolver.runs:
+            run.in_workspace = not run.locks.isdisjoint(self._workspace_locks)
         recorded = {run.entry.signature for run in resolver.runs}
         cached = [
             self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0 ORDER BY run")
@@ -394,10 +398,18 @@ class RunIndex(Database):
             by_output[run.md5].append(run)
         return dict(by_output)
 
-    def runs_in_lock(self, blob: str | None) -> dict[str, StageRun]:
-        """Address -> run, for one dvc.lock; empty if it is unreadable or no commit in reach contains it."""
+    def outputs_in_lock(self, blob: str | None) -> list[StageRun]:
+        """The runs in one dvc.lock, one for each output; none if it is unreadable or no commit in reach contains it."""
         row = self._db.execute("SELECT id FROM lock WHERE blob = ?", (blob,)).fetchone()
-        return self._resolved[1].get(row[0], {}) if row else {}
+        return self._resolved[1].get(row[0], []) if row else []
+
+    def runs_in_lock(self, blob: str | None) -> dict[str, StageRun]:
+        """Address -> run, as `outputs_in_lock`: of several outputs of a stage that of the model, or else the first."""
+        by_address: dict[str, StageRun] = {}
+        for run in self.outputs_in_lock(blob):
+            if run.is_model > by_address.setdefault(run.address, run).is_model:
+                by_address[run.address] = run
+        return by_address
 
     def commits_of(self, run: StageRun) -> list[str | None]:
         """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""

@@ -37,7 +37,7 @@ MOST_COMBINATIONS = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of dvc.lock or of DVC's run cache."""
+    """An output in an entry of dvc.lock or of DVC's run cache."""
 
     id: int
     address: str
@@ -161,8 +161,8 @@ class Resolver:
 
     def add_lock(
         self, lock: int, entries: Iterable[int], order: int, commit: str | None, place: Place
-    ) -> dict[str, StageRun]:
-        """Address -> run, for one dvc.lock."""
+    ) -> list[StageRun]:
+        """The runs in one dvc.lock: one for each output of a stage."""
         here = [self.entries[entry] for entry in entries]
         by_md5: dict[str, list[Entry]] = defaultdict(list)
         for entry in here:
@@ -174,8 +174,8 @@ class Resolver:
             if entry.id in runs:
                 return runs[entry.id]
             runs[entry.id] = None  # a cycle, which DVC does not write
-            inputs, unresolved = self._expanded(entry, outs)
             earlier = self._latest.get(entry.id)
+            inputs, unresolved = self._expanded(entry, outs, earlier)
             producers: dict[str, StageRun] = {}
             for _, path, md5 in inputs:
                 same = sorted(by_md5.get(md5, ()), key=lambda one: one.path != path)
@@ -186,11 +186,11 @@ class Resolver:
             runs[entry.id] = self._run(entry, inputs, producers, unresolved, order, commit, place)
             return runs[entry.id]
 
-        found = {entry.address: run for entry in here if (run := visit(entry))}
-        for run in found.values():
+        found = [run for entry in here if (run := visit(entry))]
+        for run in found:
             run.locks.add(lock)
             self._latest[run.entry.id] = run
-        self._in_lock[lock] = {run.md5: run for run in found.values()}
+        self._in_lock[lock] = {run.md5: run for run in found}
         return found
 
     def add_unrecorded(self, entries: Iterable[Entry], order: int, place: Place) -> None:
@@ -289,25 +289,32 @@ class Resolver:
         )
 
     def _expanded(
-        self, entry: Entry, outs: Mapping[str, str]
+        self, entry: Entry, outs: Mapping[str, str], earlier: StageRun | None
     ) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
         """The inputs of an entry, with folders of outputs expanded, as the
-        dvc.lock with these outputs (path -> hash) has them."""
+        dvc.lock with these outputs (path -> hash) has them.
+
+        Args:
+            earlier: the run of the entry in the dvc.lock before.
+        """
         inputs: list[tuple[str, str, str]] = []
         unresolved = []
         for dep, md5 in entry.inputs:
+            before = {path: version for name, path, version in (earlier.inputs if earlier else ()) if name == dep}
             inside = (
                 {path: value for path, value in outs.items() if path.startswith(dep + "/")} if dep not in outs else {}
             )
             containing = [path for path in outs if dep.startswith(path + "/")] if not inside and dep not in outs else []
             if inside:
-                parts = self._folder(dep, md5, inside)
+                parts = self._folder(dep, md5, inside, before)
                 inputs += [(dep, path, value) for path, value in parts or ()]
                 unresolved += [] if parts is not None else [dep]
             elif containing:
-                inputs += [
-                    (dep, path, self._version_read(path, entry, outs[path]) or outs[path]) for path in containing
-                ]
+                for path in containing:
+                    guesses = [one for one in (before.get(path), outs[path]) if one and self.listing(one) is None]
+                    version = self._version_read(path, entry, outs[path]) or next(iter(guesses), None)
+                    inputs += [(dep, path, version)] if version else []
+                    unresolved += [] if version else [dep]
             else:
                 inputs.append((dep, dep, md5))
         return tuple(inputs), tuple(unresolved)
@@ -332,16 +339,18 @@ class Resolver:
             inputs += [(dep, path, value) for path, value in parts or ()] if is_folder else [(dep, dep, md5)]
         return tuple(inputs), {}, tuple(unresolved)
 
-    def _folder(self, dep: str, md5: str, inside: Mapping[str, str]) -> tuple[tuple[str, str], ...] | None:
+    def _folder(
+        self, dep: str, md5: str, inside: Mapping[str, str], before: Mapping[str, str]
+    ) -> tuple[tuple[str, str], ...] | None:
         """(path, hash) of the outputs that a folder of outputs contained: those
         of this dvc.lock, or, if its stages ran again since, earlier ones.
 
-        None if the recorded hash of the folder fits none of them. If outputs
-        are unavailable, so that this cannot be decided, those of this dvc.lock.
+        None if the recorded hash of the folder fits none of them. If outputs are unavailable, so
+        that this cannot be decided, those that it had in the dvc.lock before (`before`), or else in this one.
         """
         if md5 not in self._folders:
             if has_hash(dep, inside, md5, self.listing) is None:
-                return tuple(inside.items())
+                return tuple((before or inside).items())
             paths = [path for path in self._versions if path.startswith(dep + "/")]
             versions = [list(dict.fromkeys([inside.get(path), *self._versions[path], None])) for path in paths]
             combinations = ({p: v for p, v in zip(paths, values, strict=True) if v} for values in product(*versions))
@@ -484,10 +493,9 @@ def conflict_sides(text: str) -> list[str]:
     return ["".join(lines) for lines in sides]
 
 
-def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A stage's output, other than report and plots; None if its entry in dvc.lock has no output with a hash."""
-    outs = [out for out in stage.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS)) and "md5" in out]
-    return dict(outs[0]) if outs else None
+def outputs(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A stage's outputs with a hash, other than report and plots. Stages of this project have one."""
+    return [out for out in stage.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS)) and "md5" in out]
 
 
 def is_input(path: str) -> bool:

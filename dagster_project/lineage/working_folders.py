@@ -41,7 +41,8 @@ def from_project(address: str, entry: Mapping[str, Any], folders: Mapping[str, s
         for part in ("deps", "outs")
         if part in entry
     }
-    return {**entry, **parts}
+    params = {_joined(folder, file): values for file, values in (entry.get("params") or {}).items()}
+    return {**entry, **parts, **({"params": params} if params else {})}
 
 
 def _joined(folder: str, path: str) -> str:
@@ -58,7 +59,9 @@ def same_run(entry: Mapping[str, Any], cached: Mapping[str, Any]) -> bool:
 
 def other_pipelines(root: Path, known: Container[str]) -> list[str]:
     """Every dvc.lock in a subfolder of the project with an output that is not known by its hash."""
-    listed = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", f"*/{LOCK}") or ""
+    listed = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", f"*/{LOCK}")
+    if listed is None:  # a project without git
+        listed = "\0".join(path.relative_to(root).as_posix() for path in root.rglob(f"*/{LOCK}"))
     return [path for path in sorted({*listed.split("\0")} - {""}) if _is_other(root, Path(path), known)]
 
 

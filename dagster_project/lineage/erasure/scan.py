@@ -1,7 +1,7 @@
 """Searches files of any kind for erased records.
 
-As bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4. UTF-16 is read as text. SQLite
-stores text as it is.
+As bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4, also in tar. UTF-16 is read as
+text. SQLite stores text as it is.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import gzip
 import io
 import lzma
 import os
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dagster_project.lineage.erasure.needles import Needles
 
 BLOCK = 16 * 2**20
 """Bytes that are searched at once."""
-DEEPEST = 3
-"""Archives in archives that are opened."""
+DEEPEST = 4
+"""Archives in archives that are opened; one that is deeper counts as unreadable."""
+HEAD, TAR = 262, b"ustar"
+"""Bytes by which a packed file is known. Those of tar end with TAR."""
 ARROW_STREAM = b"\xff\xff\xff\xff"
 """How a stream of Arrow begins; its buffers can be compressed."""
 GZIP, BZIP2, XZ, ZSTD, LZ4 = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"
@@ -104,12 +107,14 @@ class Scanner:
         found: set[int | None] = set()
         try:
             with path.open("rb") as file:
-                head = file.read(8)
+                head = file.read(HEAD)
                 file.seek(0)
-                if _is_packed(head):
+                if _is_packed(head) and not _is_tar(head):
                     self._content(file.read(), str(path), 0, found)
-                else:
-                    self._stream(file, found)
+                    return found
+                self._stream(file, found)  # one in tar is not read at once: it may have large files
+                if _is_tar(head):
+                    self._parts(_packed_members(file), str(path), 0, found)
         except FileNotFoundError:
             return set()
         except OSError as error:
@@ -127,21 +132,27 @@ class Scanner:
 
     def _content(self, data: bytes, name: str, depth: int, found: set[int | None]) -> None:
         self._stream(io.BytesIO(data), found)
-        if depth < DEEPEST and _is_packed(data[:8]):
-            try:
-                for part in _unpacked(data):
-                    self._content(part, name, depth + 1, found)
-            except (
-                OSError,
-                EOFError,
-                zlib.error,
-                lzma.LZMAError,
-                zipfile.BadZipFile,
-                NotImplementedError,
-                RuntimeError,
-                ValueError,
-            ):
-                self.unreadable.append(name)
+        if _is_packed(data[:HEAD]):
+            self._parts(_unpacked(data), name, depth, found)
+
+    def _parts(self, parts: Iterator[bytes], name: str, depth: int, found: set[int | None]) -> None:
+        try:
+            if depth == DEEPEST:
+                raise ValueError("too deep")
+            for part in parts:
+                self._content(part, name, depth + 1, found)
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            lzma.LZMAError,
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+        ):
+            self.unreadable.append(name)
 
     def _search_waiting(self) -> None:
         """Search what waits: add the positions of the fragments that it holds, and None if it holds an id."""
@@ -163,11 +174,29 @@ class Scanner:
 
 
 def _is_packed(head: bytes) -> bool:
-    return head.startswith((b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", *COMPRESSED, *CLOSED, *UTF_16))
+    return _is_tar(head) or head.startswith(
+        (b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", *COMPRESSED, *CLOSED, *UTF_16)
+    )
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[HEAD - len(TAR) : HEAD] == TAR
+
+
+def _packed_members(file: BinaryIO) -> Iterator[bytes]:
+    """Content of the files in tar that are packed themselves. The others are in it as they are."""
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            opened = archive.extractfile(member) if member.isfile() else None
+            if opened and _is_packed(head := opened.read(HEAD)):
+                yield _bounded(head + opened.read(MOST + 1 - len(head)))
 
 
 def _unpacked(data: bytes) -> Iterator[bytes]:
-    if data.startswith(COMPRESSED):
+    if _is_tar(data):
+        yield from _packed_members(io.BytesIO(data))
+    elif data.startswith(COMPRESSED):
         with _decompressed(data) as file:
             yield _bounded(file.read(MOST + 1))
     elif data.startswith(CLOSED):
@@ -266,13 +295,14 @@ class Walk:
     unreadable: list[str] = field(default_factory=list)
     """Folders that cannot be listed."""
     repositories: list[Path] = field(default_factory=list)
-    """Folders named .git."""
+    """Folders named .git, and bare repositories."""
 
     def files(self, folder: Path) -> Iterator[Path]:
         """Every regular file in a folder, sorted."""
         for parent, folders, files in os.walk(folder, onerror=self._failed):
             names = sorted(name for name in folders if name not in self.skipped)
             self.repositories += [Path(parent, name) for name in folders if name == ".git"]
+            self.repositories += [Path(parent)] if "HEAD" in files and {"objects", "refs"} <= {*folders} else []
             folders[:] = [name for name in names if not self._is_link(Path(parent, name))]
             for path in (Path(parent, name) for name in sorted(files)):
                 if not self._is_link(path) and self._is_regular(path):

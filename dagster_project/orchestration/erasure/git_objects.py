@@ -16,6 +16,8 @@ MOST_AT_ONCE = 64 * 2**20
 """Bytes of git objects that are read at once."""
 LARGE_FILES = ("lfs/objects", "annex")
 """Folders of a git directory with files that git itself does not keep."""
+COPIES = ("lfs/tmp", "lfs/incomplete", "rr-cache", "lost-found")
+"""Folders with other copies of files: half downloaded, of conflicts (`git rerere`), and what `git fsck` has found."""
 
 
 def git_folder(root: Path) -> Path:
@@ -35,7 +37,7 @@ def submodules(folder: Path, nested: Iterable[Path]) -> Iterator[Path]:
 
     Args:
         folder: git directory of the repository.
-        nested: what is named .git in the project.
+        nested: what is a git directory in the project.
     """
     for parent, folders, _ in os.walk(folder / "modules"):
         if (Path(parent) / "objects").is_dir():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_project.core.git import git
-from dagster_project.lineage.history import EACH_PARENT, blobs, cached_runs, is_within
+from dagster_project.lineage.history import WHOLE_LOG, blobs, cached_runs, is_within
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.run_index import SOURCES
 from dagster_project.lineage.runs import StageRun
@@ -105,7 +105,7 @@ def _tracked_sources(root: Path) -> set[str]:
     """Hashes that .dvc files of sources name, in the workspace and in every commit."""
     where = [f":(glob){SOURCES}/**/*.dvc", f":(exclude){BENCHMARKS}"]
     options = ("--all", "--reflog", "--raw", "--no-abbrev", "--no-renames", "-m", "--format=")
-    log = git(root, *EACH_PARENT, "log", *options, "--", *where) or ""
+    log = git(root, *WHOLE_LOG, "log", *options, "--", *where) or ""
     committed = blobs(root, re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [AM]", log)).values()
     files = [
         path

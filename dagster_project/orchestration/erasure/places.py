@@ -15,6 +15,7 @@ from dagster_project.lineage.erasure.scan import SURE, Hit, Scanner, Walk, is_we
 from dagster_project.lineage.history import is_in_repository
 from dagster_project.lineage.unfinished_erasure import PLAN
 from dagster_project.orchestration.erasure.git_objects import (
+    COPIES,
     LARGE_FILES,
     GitSearch,
     git_folder,
@@ -28,7 +29,7 @@ SKIPPED = (".git", ".venv", "__pycache__")
 """Folders that are not searched as files: git objects are searched decompressed, and the others hold code."""
 AT_ONCE = 256
 """Files that are searched at once."""
-GIT, LARGE, SUBMODULES = "git history", "Git LFS and git-annex", "git submodules"
+GIT, LARGE, SUBMODULES, GIT_FILES = "git history", "Git LFS and git-annex", "git submodules", "other files of git"
 
 
 @dataclass
@@ -109,6 +110,7 @@ def search(root: Path, scanner: Scanner, remotes: Remotes) -> Search:
         InputError: the project is in a repository whose objects git cannot list.
     """
     found = Search(layout_of(root, remotes))
+    scanner.unreadable.clear()  # those of an earlier search may be gone
     walk = Walk(SKIPPED)
     paths = [*_files(found.layout, walk)]
     bar = Progress("search", len(paths), "file")
@@ -162,5 +164,7 @@ def _search_git(found: Search, scanner: Scanner, nested: Iterable[Path]) -> None
         found.skip("git objects that cannot be read", inner.unreadable)
         for name, size in inner.found.items():
             found.places.setdefault(SUBMODULES, []).append(Hit(module / name, size, False))
-    for large in (one / name for one in [folder, *submodules(folder, nested)] for name in LARGE_FILES):
-        found.add(((LARGE, path) for path in Walk().files(large)), scanner)
+    for one in [folder, *submodules(folder, nested)]:
+        for name in (*LARGE_FILES, *COPIES):
+            place = LARGE if name in LARGE_FILES else GIT_FILES
+            found.add(((place, path) for path in Walk().files(one / name)), scanner)

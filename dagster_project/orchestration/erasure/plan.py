@@ -168,6 +168,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "tombstones": found.tombstones,
         "models": models,
         "unknown": [{name: model[name] for name in ("stage", "md5", "found_in", "fetch")} for model in unknown],
+        "unreadable": index.unreadable,
         "retired": sorted(retired),
         "own": sorted(own_objects(index, (), with_run_cache=False).outputs),
         "stages": _to_make_again(states),
