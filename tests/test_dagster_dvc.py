@@ -160,6 +160,29 @@ def test_sync_shows_what_dvc_repro_did_and_what_is_stale(foreign: Path, instance
     assert shown(instance, "train")["done"] == "restored", "from DVC's run cache"
 
 
+def test_only_a_renamed_stage_is_stale_and_not_what_reads_its_output(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
+    project = DvcProject(foreign, ("points",))
+    assert dvc(foreign, "repro").returncode == 0
+    sync(project, instance)
+    (foreign / "dvc.yaml").write_text(foreign_project.DVC_YAML.replace("  prepare:\n", "  split:\n", 1))
+    assert "check split dvc_in_sync: failed" in sync(project, instance)
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"split"}
+    assert sync(project, instance) == []
+    assert dvc(foreign, "repro").returncode == 0
+    sync(project, instance)
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == set()
+
+
+def test_a_stage_that_never_ran_and_that_nothing_reads_is_not_reported(
+    foreign: Path, instance: dg.DagsterInstance
+) -> None:
+    (foreign / "model.json").write_text("{}")
+    lines = sync(DvcProject(foreign, ("points",)), instance)
+    assert lines and not [line for line in lines if line.startswith(("train", "check"))]
+
+
 @pytest.mark.long
 def test_of_two_outputs_only_the_one_that_is_read_makes_a_stage_stale(
     foreign: Path, instance: dg.DagsterInstance
@@ -216,6 +239,15 @@ def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materiali
     assert materialize(foreign, instance, "featurize").success, "its inputs are as recorded"
     (foreign / "data/prepared/train.csv").unlink()
     assert not materialize(foreign, instance, "featurize").success
+
+
+def test_a_stage_that_neither_reads_nor_writes_a_file_is_run_once(foreign: Path, instance: dg.DagsterInstance) -> None:
+    (foreign / "dvc.yaml").write_text("stages:\n  notify: {cmd: echo x >> runs.txt}\n")
+    assert not_fresh(foreign, instance) == {"notify"}
+    assert materialize(foreign, instance).success
+    assert (foreign / "runs.txt").read_text() == "x\n"
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"notify"}, "DVC runs it each time"
+    assert sync(DvcProject(foreign, ("points",)), instance) == []
 
 
 def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_path: Path) -> None:

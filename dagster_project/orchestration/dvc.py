@@ -418,7 +418,7 @@ def _is_stale(stage: Any) -> bool:
 
 def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
     """The state of one stage."""
-    known = any(item.hash_info for item in stage.outs or stage.deps)
+    known = _is_recorded(stage)
     now, recorded = _dependency_hashes(root, stage)
     values, recorded_values = _parameters(stage, others.parameters)
     code = sorted(filter(others.is_definition, now))
@@ -462,6 +462,13 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
         frozen=bool(stage.frozen),
         report_of_other=known and report not in changed and bool(differing),
     )
+
+
+def _is_recorded(stage: Any) -> bool:
+    """Whether dvc.lock has an entry of the stage."""
+    if items := [*stage.outs] or [*stage.deps]:
+        return any(item.hash_info for item in items)
+    return stage.name in stage.dvcfile.lockfile_contents.get("stages", {})
 
 
 def _variables(root: Path, stage: Any, others: Surroundings) -> list[str]:

@@ -70,6 +70,9 @@ def _materialized(project: DvcProject, instance: dg.DagsterInstance) -> dict[dg.
 def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot) -> list[str]:
     """Report the differences between these stages and Dagster's event log, one process at a time.
 
+    An output that no recorded run made, e.g. because its stage was renamed, is reported, as stale, if a stage is
+    recorded as having read it: Dagster would call that one stale, too.
+
     Assets are skipped that a run is about to materialize, or that were materialized
     after the snapshot: that run reports the materialization and its checks. A second
     materialization would separate the checks from the one that they evaluate.
@@ -97,11 +100,14 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
         ]
         events += _wipe_definitions(project, instance, snapshot.materialized.keys() - sources.keys())
         idle = {}
+        read = {i.producer for one in states.values() if one.recorded for i in one.inputs if i.now == i.recorded}
         for key, address in addresses.items():
             record = latest.get(key)
             if key not in busy and (record.storage_id if record else None) == snapshot.materialized.get(key):
                 idle[address] = states[address]
-                events += _materialize(project, instance, states[address], record.event_log_entry if record else None)
+                if record or states[address].recorded or address in read:
+                    entry = record.event_log_entry if record else None
+                    events += _materialize(project, instance, states[address], entry)
         return events + _checks(project, instance, idle)
 
 
@@ -184,8 +190,6 @@ def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
 def _materialize(
     project: DvcProject, instance: dg.DagsterInstance, state: StageState, latest: dg.EventLogEntry | None
 ) -> list[str]:
-    if latest is None and not state.recorded:
-        return []
     actual = dict(latest.asset_materialization.tags or {}) if latest and latest.asset_materialization else {}
     expected, names = expected_tags(project, state), _tag_names()
     compared = {
@@ -252,9 +256,9 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
     events = []
     for key, result in results.items():
         record = records.get(key)
-        if record is None and not recorded[key.asset_key]:
-            continue  # never run: the asset already shows this
         latest = assets[key.asset_key].last_materialization_record if key.asset_key in assets else None
+        if record is None and latest is None and not recorded[key.asset_key]:
+            continue  # never run: the asset already shows this
         event = record.event.dagster_event if record and record.event else None
         evaluation = event.event_specific_data if event else None
         if record and isinstance(evaluation, dg.AssetCheckEvaluation):
