@@ -11,6 +11,7 @@ import pytest
 from builders.history import Project, entry, identity, out
 from builders.small_pipeline import git
 
+from dagster_project.commands.outputs import ancestors
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.impact.question import exposed_in_workspace, impact
@@ -166,3 +167,60 @@ def test_a_variant_that_dvc_has_is_declared_however_dvc_yaml_lists_it(tmp_path: 
     removed = {"mappings@2", "values@True", "mixed@plain", "place@8", "section@b", "simple@0", "other", "other@a"}
     assert len(known) == 16
     assert undeclared(Revision(tmp_path, None), known | removed) == removed
+
+
+@pytest.mark.parametrize(
+    ("dep", "part"),
+    [("data/splits/", ""), ("./data/splits", ""), ("./data/splits/train", "train"), ("data//splits/train/", "train")],
+)
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_path_is_the_same_however_dvc_yaml_writes_it(made: Project, dep: str, part: str, in_cache: bool) -> None:
+    """DVC writes paths into dvc.lock as dvc.yaml has them."""
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    weights = made.put({"model.safetensors": b"own"})
+    read = {dep: train_part(made, lock) if part else out(lock, "splits")}
+    own = stage("own", read, {"./own//model/": weights}) | stage(
+        "copy", {"own/model": weights}, {"./copy": made.put({"model.safetensors": b"own", "README.md": b""})}
+    )
+    if in_cache:
+        for one in own.values():
+            made.cache_run(one)
+        made.commit(lock)
+    else:
+        made.commit(lock | own)
+    found = impact(made.root, source=FAQ)
+    assert sorted(one["path"] for one in found["models"]) == ["copy", "own/model"] and not found["unknown"]
+    if not in_cache:
+        assert audit(made.root, "own/model")["model"] == {"stage": "own", "path": "own/model", "md5": weights}
+        assert audit(made.root, "./copy/")["parents"][0]["path"] == "own/model"
+        assert ancestors(Revision(made.root, None), lock | own, "copy") == ["splits", "own"]
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_an_output_that_is_one_file_with_weights_is_a_model(made: Project, available: bool) -> None:
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    weights = json.loads(made.object(made.put({"w": b"own"})).read_bytes())[0]["md5"]
+    lock |= stage("own", {"data/splits": out(lock, "splits")}, {"own.safetensors": weights})
+    lock |= stage("copy", {"own.safetensors": weights}, {"copy": made.put({"model.safetensors": b"own"})})
+    made.commit(lock)
+    if not available:
+        made.object(weights).unlink()
+    found = impact(made.root, record=identity("cats"))
+    assert [(one["stage"], one["path"]) for one in found["models"]] == [("own", "own.safetensors"), ("copy", "copy")]
+    assert [(one["stage"], one["md5"]) for one in audit(made.root, "copy")["parents"]] == [("own", weights)]
+    index = Index(made.root)
+    assert [index.is_copy(run) for run in index.runs.values() if run.address == "copy"] == [True]
+
+
+def test_a_model_that_only_the_run_cache_has_is_not_a_copy_of_its_copy(made: Project) -> None:
+    """Both have the same weights; what the one was made from says which was trained."""
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    weights = made.put({"model.safetensors": b"own"})
+    copy = made.put({"model.safetensors": b"own", "README.md": b"a copy"})
+    own = stage("own", {"data/splits": out(lock, "splits")}, {"own": weights})
+    for one in (own | stage("copy", {"own": weights}, {"copy": copy})).values():
+        made.cache_run(one)
+    made.commit(lock)
+    assert {one["md5"] for one in impact(made.root, record=identity("cats"))["models"]} == {weights, copy}
+    assert [one["md5"] for one in audit(made.root, copy)["parents"]] == [weights]
+    assert audit(made.root, weights)["parents"] == []
