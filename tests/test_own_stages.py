@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 from builders.history import Project, entry, identity, out
+from builders.keys import write_keys
 from builders.small_pipeline import git
 
 from dagster_project.commands.outputs import ancestors
+from dagster_project.commands.sign import sign
+from dagster_project.commands.verify_signatures import verify_signatures
+from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.impact.question import exposed_in_workspace, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.registered import registered
+from dagster_project.orchestration.erasure.plan import models_now
 
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
 
@@ -78,6 +83,19 @@ def test_an_audit_of_a_model_goes_through_every_output_that_it_was_made_from(mad
         ]  # fmt: skip
     assert audit(made.root, "data/mix/train")["model"]["path"] == "data/mix/train"
     assert audit(made.root, lock["tuned"]["outs"][0]["md5"])["model"]["path"] == "data/tuned/log"
+
+
+def test_of_the_outputs_of_a_declared_model_those_with_weights_are_models_if_there_are_any(made: Project) -> None:
+    lock, weights = mixed(made)
+    declared = "stages: {tuned: {cmd: x, meta: {kinds: [safetensors]}}}\n"
+    (made.root / "dvc.yaml").write_text(declared)
+    made.commit(lock)
+    assert [one["md5"] for one in impact(made.root, record=identity("cats"))["models"]] == [weights]
+    assert models_now(made.root) == {"tuned": weights}
+    made.forget_cache()
+    shutil.rmtree(made.root / ".dvc/tmp")
+    unknown = impact(made.root, record=identity("cats"))["unknown"]
+    assert {one["md5"] for one in unknown} == {one["md5"] for one in lock["tuned"]["outs"]}
 
 
 def test_a_model_beside_another_output_is_one_of_the_workspace_and_can_be_registered(made: Project) -> None:
@@ -224,3 +242,19 @@ def test_a_model_that_only_the_run_cache_has_is_not_a_copy_of_its_copy(made: Pro
     assert {one["md5"] for one in impact(made.root, record=identity("cats"))["models"]} == {weights, copy}
     assert [one["md5"] for one in audit(made.root, copy)["parents"]] == [weights]
     assert audit(made.root, weights)["parents"] == []
+
+
+def test_what_is_signed_is_the_output_that_was_named(made: Project, tmp_path: Path) -> None:
+    lock, weights = mixed(made)
+    for name, content in (("log/log.txt", "loss 1"), ("model/model.safetensors", "tuned")):
+        (made.root / "data/tuned" / name).parent.mkdir(parents=True, exist_ok=True)
+        (made.root / "data/tuned" / name).write_text(content)
+    made.commit(lock)
+    private, public = write_keys(tmp_path / "keys", "ed25519")
+    for named in (str(made.root / "data/tuned/model"), "data/tuned/model", weights[:12]):
+        signed = sign(made.root, named, private)
+        assert (signed["folder"], signed["files"]) == ("data/tuned/model", 1)
+        assert verify_signatures(made.root, named, public)["verdict"] == "verified"
+    assert verify_signatures(made.root, "data/tuned/log", public)["verdict"] == "altered", "it is not what was signed"
+    with pytest.raises(InputError, match=r"tuned has several outputs: data/tuned/log, data/tuned/model"):
+        sign(made.root, "tuned", private)

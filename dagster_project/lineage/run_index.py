@@ -355,11 +355,13 @@ class RunIndex(Database):
             inputs[run].append((dep, md5))
             if is_watched:
                 watched[run].add(dep)
+        # of several outputs of a stage that is declared as a model, those without weights are none beside one with them
+        query = """SELECT id, address, path, run.md5, is_model AND NOT (has_weights IS 0 AND key IN (
+            SELECT key FROM run JOIN listed ON listed.md5 = run.md5 WHERE has_weights)),
+            IFNULL(report, ''), IFNULL(report_md5, '') FROM run LEFT JOIN listed ON listed.md5 = run.md5"""
         return {
             run: Entry(run, address, path, md5, bool(is_model), tuple(inputs[run]), frozenset(watched[run]), *report)
-            for run, address, path, md5, is_model, *report in self._db.execute(
-                "SELECT id, address, path, md5, is_model, IFNULL(report, ''), IFNULL(report_md5, '') FROM run"
-            )
+            for run, address, path, md5, is_model, *report in self._db.execute(query)
         }
 
     @cached_property
