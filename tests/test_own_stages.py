@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 from builders.history import Project, entry, identity, out
+from builders.keys import write_keys
 from builders.small_pipeline import git
 
+from dagster_project.commands.outputs import ancestors
+from dagster_project.commands.sign import sign
+from dagster_project.commands.verify_signatures import verify_signatures
+from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.impact.question import exposed_in_workspace, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.registered import registered
+from dagster_project.orchestration.erasure.plan import models_now
 
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
 
@@ -77,6 +83,19 @@ def test_an_audit_of_a_model_goes_through_every_output_that_it_was_made_from(mad
         ]  # fmt: skip
     assert audit(made.root, "data/mix/train")["model"]["path"] == "data/mix/train"
     assert audit(made.root, lock["tuned"]["outs"][0]["md5"])["model"]["path"] == "data/tuned/log"
+
+
+def test_of_the_outputs_of_a_declared_model_those_with_weights_are_models_if_there_are_any(made: Project) -> None:
+    lock, weights = mixed(made)
+    declared = "stages: {tuned: {cmd: x, meta: {kinds: [safetensors]}}}\n"
+    (made.root / "dvc.yaml").write_text(declared)
+    made.commit(lock)
+    assert [one["md5"] for one in impact(made.root, record=identity("cats"))["models"]] == [weights]
+    assert models_now(made.root) == {"tuned": weights}
+    made.forget_cache()
+    shutil.rmtree(made.root / ".dvc/tmp")
+    unknown = impact(made.root, record=identity("cats"))["unknown"]
+    assert {one["md5"] for one in unknown} == {one["md5"] for one in lock["tuned"]["outs"]}
 
 
 def test_a_model_beside_another_output_is_one_of_the_workspace_and_can_be_registered(made: Project) -> None:
@@ -166,3 +185,76 @@ def test_a_variant_that_dvc_has_is_declared_however_dvc_yaml_lists_it(tmp_path: 
     removed = {"mappings@2", "values@True", "mixed@plain", "place@8", "section@b", "simple@0", "other", "other@a"}
     assert len(known) == 16
     assert undeclared(Revision(tmp_path, None), known | removed) == removed
+
+
+@pytest.mark.parametrize(
+    ("dep", "part"),
+    [("data/splits/", ""), ("./data/splits", ""), ("./data/splits/train", "train"), ("data//splits/train/", "train")],
+)
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_path_is_the_same_however_dvc_yaml_writes_it(made: Project, dep: str, part: str, in_cache: bool) -> None:
+    """DVC writes paths into dvc.lock as dvc.yaml has them."""
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    weights = made.put({"model.safetensors": b"own"})
+    read = {dep: train_part(made, lock) if part else out(lock, "splits")}
+    own = stage("own", read, {"./own//model/": weights}) | stage(
+        "copy", {"own/model": weights}, {"./copy": made.put({"model.safetensors": b"own", "README.md": b""})}
+    )
+    if in_cache:
+        for one in own.values():
+            made.cache_run(one)
+        made.commit(lock)
+    else:
+        made.commit(lock | own)
+    found = impact(made.root, source=FAQ)
+    assert sorted(one["path"] for one in found["models"]) == ["copy", "own/model"] and not found["unknown"]
+    if not in_cache:
+        assert audit(made.root, "own/model")["model"] == {"stage": "own", "path": "own/model", "md5": weights}
+        assert audit(made.root, "./copy/")["parents"][0]["path"] == "own/model"
+        assert ancestors(Revision(made.root, None), lock | own, "copy") == ["splits", "own"]
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_an_output_that_is_one_file_with_weights_is_a_model(made: Project, available: bool) -> None:
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    weights = json.loads(made.object(made.put({"w": b"own"})).read_bytes())[0]["md5"]
+    lock |= stage("own", {"data/splits": out(lock, "splits")}, {"own.safetensors": weights})
+    lock |= stage("copy", {"own.safetensors": weights}, {"copy": made.put({"model.safetensors": b"own"})})
+    made.commit(lock)
+    if not available:
+        made.object(weights).unlink()
+    found = impact(made.root, record=identity("cats"))
+    assert [(one["stage"], one["path"]) for one in found["models"]] == [("own", "own.safetensors"), ("copy", "copy")]
+    assert [(one["stage"], one["md5"]) for one in audit(made.root, "copy")["parents"]] == [("own", weights)]
+    index = Index(made.root)
+    assert [index.is_copy(run) for run in index.runs.values() if run.address == "copy"] == [True]
+
+
+def test_a_model_that_only_the_run_cache_has_is_not_a_copy_of_its_copy(made: Project) -> None:
+    """Both have the same weights; what the one was made from says which was trained."""
+    lock = made.splits([("cats", "train", FAQ), ("fish", "test", MAIL)])
+    weights = made.put({"model.safetensors": b"own"})
+    copy = made.put({"model.safetensors": b"own", "README.md": b"a copy"})
+    own = stage("own", {"data/splits": out(lock, "splits")}, {"own": weights})
+    for one in (own | stage("copy", {"own": weights}, {"copy": copy})).values():
+        made.cache_run(one)
+    made.commit(lock)
+    assert {one["md5"] for one in impact(made.root, record=identity("cats"))["models"]} == {weights, copy}
+    assert [one["md5"] for one in audit(made.root, copy)["parents"]] == [weights]
+    assert audit(made.root, weights)["parents"] == []
+
+
+def test_what_is_signed_is_the_output_that_was_named(made: Project, tmp_path: Path) -> None:
+    lock, weights = mixed(made)
+    for name, content in (("log/log.txt", "loss 1"), ("model/model.safetensors", "tuned")):
+        (made.root / "data/tuned" / name).parent.mkdir(parents=True, exist_ok=True)
+        (made.root / "data/tuned" / name).write_text(content)
+    made.commit(lock)
+    private, public = write_keys(tmp_path / "keys", "ed25519")
+    for named in (str(made.root / "data/tuned/model"), "data/tuned/model", weights[:12]):
+        signed = sign(made.root, named, private)
+        assert (signed["folder"], signed["files"]) == ("data/tuned/model", 1)
+        assert verify_signatures(made.root, named, public)["verdict"] == "verified"
+    assert verify_signatures(made.root, "data/tuned/log", public)["verdict"] == "altered", "it is not what was signed"
+    with pytest.raises(InputError, match=r"tuned has several outputs: data/tuned/log, data/tuned/model"):
+        sign(made.root, "tuned", private)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -234,15 +235,20 @@ def _producers(lock: Mapping[str, Any], address: str, removed: Collection[str], 
     Args:
         removed: stages that dvc.yaml no longer has.
     """
-    made = {out["path"]: (name, out.get("md5", "")) for name, stage in lock.items() for out in stage.get("outs", [])}
+    made = {
+        posixpath.normpath(out["path"]): (name, out.get("md5", ""))
+        for name, stage in lock.items()
+        for out in stage.get("outs", [])
+    }
     gone = [path for path, (name, _) in made.items() if name in removed]
     found, deleted = set[str](), set[str]()
     for dep in lock[address].get("deps", []):
-        inside = {path: md5 for path, (_, md5) in made.items() if path.startswith(f"{dep['path']}/")}
-        held = outputs_in(dep["path"], dep.get("md5", ""), inside, gone, listing)
+        read = posixpath.normpath(dep["path"])  # DVC writes it as dvc.yaml has it, such as ./data/x/
+        inside = {path: md5 for path, (_, md5) in made.items() if path.startswith(f"{read}/")}
+        held = outputs_in(read, dep.get("md5", ""), inside, gone, listing)
         # a report stays in git where its output was deleted
         deleted |= {made[path][0] for path in inside if path not in held and not path.startswith(REPORTS)}
-        found |= {made[path][0] for path in made if path not in inside and dvc.overlap(path, dep["path"])}
+        found |= {made[path][0] for path in made if path not in inside and dvc.overlap(path, read)}
         found |= {made[path][0] for path in held}
     return [name for name in lock if name in found - deleted - {address}]
 

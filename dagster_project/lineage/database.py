@@ -27,7 +27,7 @@ TABLES = """
 CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
 CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, \
 report TEXT, report_md5 TEXT, text TEXT, UNIQUE (key, path)); -- one row for each output of an entry; \
-text: its section of dvc.lock, as JSON, with paths from the project
+text: its section of dvc.lock, as JSON, with paths from the project in their shortest form
 CREATE INDEX run_md5 ON run (md5);
 CREATE TABLE lock_run (lock INTEGER, run INTEGER, PRIMARY KEY (lock, run)) WITHOUT ROWID;
 CREATE TABLE cached_run (name TEXT, run INTEGER, PRIMARY KEY (name, run));

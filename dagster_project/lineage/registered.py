@@ -152,7 +152,7 @@ class _Models:
         try:
             for address, text in sections_of(lock).items():
                 for out in outputs(stage_in(text)):
-                    if out["path"] == path:
+                    if posixpath.normpath(out["path"]) == path:
                         return address, out["md5"]
         except InputError:
             pass

@@ -38,7 +38,13 @@ from dagster_project.lineage.runs import (
     unread_inputs,
     watched_inputs,
 )
-from dagster_project.lineage.working_folders import from_project, other_pipelines, same_run, working_folders
+from dagster_project.lineage.working_folders import (
+    from_project,
+    is_as_written,
+    other_pipelines,
+    same_run,
+    working_folders,
+)
 
 SPLIT = re.compile(r"(?:^|/)(train|validation|test)/records-\d+\.parquet$")
 """Shards of a data set with splits: the rows that a model trains on, is monitored on, or is evaluated on."""
@@ -108,7 +114,7 @@ class RunIndex(Database):
         moved = {
             name: as_section(name, from_project(name, stage_in(text), folders))
             for name, text in sections.items()
-            if name.partition("@")[0] in folders
+            if not is_as_written(text, name, folders)
         }
         sections = {**sections, **moved}
         keys = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in sections.items()}
@@ -147,7 +153,7 @@ class RunIndex(Database):
                     address,
                     out["path"],
                     out["md5"],
-                    has_weights or address.partition("@")[0] in models,
+                    has_weights or address.partition("@")[0] in models or out["path"].endswith(WEIGHTS),
                     report.get("path"),
                     report.get("md5"),
                     text,
@@ -171,6 +177,7 @@ class RunIndex(Database):
                 stage = stages_of(
                     "stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
                 )["one"]
+                stage = from_project("", stage, {})
                 outs = outputs(stage)
                 address = address_in(str(stage.get("cmd", "")), outs[0]["path"]) if outs else ""
                 found = self._recorded(stage, outs) or self._add_entry(
@@ -213,11 +220,14 @@ class RunIndex(Database):
         for md5, path in self._db.execute(query).fetchall():
             listing = self.objects.listing(md5, path if md5 in self.workspace_outputs else "")
             if listing is not None:
-                self._list_output(md5, listing)
+                self._list_output(md5, listing, path)
 
-    def _list_output(self, md5: str, listing: dict[str, str]) -> None:
+    def _list_output(self, md5: str, listing: dict[str, str], path: str = "") -> None:
+        """Args:
+        path: of the output, which can be one file with weights.
+        """
         splits = {name: match.group(1) for name in listing if (match := SPLIT.search(name))}
-        has_weights = any(name.endswith(WEIGHTS) for name in listing)
+        has_weights = any((name or path).endswith(WEIGHTS) for name in listing)
         self._db.execute("INSERT INTO listed VALUES (?, ?, ?)", (md5, bool(splits), has_weights))
         files = [(md5, name, value, splits.get(name)) for name, value in listing.items()]
         self._db.executemany("INSERT INTO file VALUES (?, ?, ?, ?)", files)
@@ -345,11 +355,13 @@ class RunIndex(Database):
             inputs[run].append((dep, md5))
             if is_watched:
                 watched[run].add(dep)
+        # of several outputs of a stage that is declared as a model, those without weights are none beside one with them
+        query = """SELECT id, address, path, run.md5, is_model AND NOT (has_weights IS 0 AND key IN (
+            SELECT key FROM run JOIN listed ON listed.md5 = run.md5 WHERE has_weights)),
+            IFNULL(report, ''), IFNULL(report_md5, '') FROM run LEFT JOIN listed ON listed.md5 = run.md5"""
         return {
             run: Entry(run, address, path, md5, bool(is_model), tuple(inputs[run]), frozenset(watched[run]), *report)
-            for run, address, path, md5, is_model, *report in self._db.execute(
-                "SELECT id, address, path, md5, is_model, IFNULL(report, ''), IFNULL(report_md5, '') FROM run"
-            )
+            for run, address, path, md5, is_model, *report in self._db.execute(query)
         }
 
     @cached_property
@@ -456,7 +468,8 @@ class RunIndex(Database):
         if direct:
             return list(dict.fromkeys([*direct, *(self._same_weights(run) or self._models_read(run, in_folders=True))]))
         same = self._same_weights(run)
-        if not same and (run.stage == RELEASE or run.unresolved or run.place in {"run cache", "cache"}):
+        is_unexplained = bool(run.unresolved) or (run.place in {"run cache", "cache"} and not self.data(run))
+        if not same and (run.stage == RELEASE or is_unexplained):
             holders = {out for weight in self.weights(run.md5) for out in self.outputs_with_file(weight)} - {run.md5}
             found = [self.runs_by_output[out][0] for out in sorted(holders)]
             same = [one for one in found if one.place != "cache" and one.stage != RELEASE]
@@ -602,7 +615,11 @@ class RunIndex(Database):
     @cached_property
     def _weights(self) -> dict[str, frozenset[str]]:
         weights: dict[str, set[str]] = defaultdict(set)
-        for out, md5 in self._db.execute(f"SELECT out, md5 FROM file WHERE name LIKE '%{WEIGHTS}'"):
+        query = (
+            "SELECT out, file.md5 FROM file JOIN listed ON listed.md5 = out WHERE has_weights"
+            f" AND (name LIKE '%{WEIGHTS}' OR name = '')"
+        )
+        for out, md5 in self._db.execute(query):
             weights[out].add(md5)
         return {out: frozenset(files) for out, files in weights.items()}
 

@@ -1,11 +1,13 @@
-"""Stages that run in another folder than the project's: `wdir` in dvc.yaml, and a dvc.yaml in a subfolder.
+"""Paths in dvc.lock as paths from the project's folder.
 
-dvc.lock has their paths from that folder.
+DVC writes them as dvc.yaml has them, such as `./data/x/`. Stages can run in another folder than the project's: with
+`wdir` in dvc.yaml, or by a dvc.yaml in a subfolder. dvc.lock has their paths from that folder.
 """
 
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,14 @@ def working_folders(pipeline: bytes) -> dict[str, str]:
 
 
 def from_project(address: str, entry: Mapping[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
-    """An entry of dvc.lock with its paths from the project's folder.
+    """An entry of dvc.lock with its paths from the project's folder, in their shortest form.
 
     Args:
         folders: of the dvc.yaml that it ran by (`working_folders`).
     """
     stage, _, variant = address.partition("@")
     folder = folders.get(stage, "").replace("${key}", variant).replace("${item}", variant)
-    if not folder or "${" in folder:
+    if "${" in folder:
         return dict(entry)
     parts = {
         part: [{**one, "path": _joined(folder, one["path"])} for one in entry[part]]
@@ -47,6 +49,15 @@ def from_project(address: str, entry: Mapping[str, Any], folders: Mapping[str, s
 
 def _joined(folder: str, path: str) -> str:
     return path if "://" in path else posixpath.normpath(posixpath.join(folder, path))
+
+
+def is_as_written(section: str, address: str, folders: Container[str]) -> bool:
+    """Whether the paths of a section of dvc.lock (`as_section`) are as `from_project` writes them."""
+    return address.partition("@")[0] not in folders and _LONGER.search(section) is None
+
+
+_LONGER = re.compile(r'"path": "(?:\./|[^"]*(?:/"|//|/\.\.?/))')
+"""A path with more than names and single slashes, such as `./data/x/`."""
 
 
 def same_run(entry: Mapping[str, Any], cached: Mapping[str, Any]) -> bool:

@@ -180,7 +180,7 @@ def find(root: Path, model: str) -> Target:
                 "name a folder, or give --project FOLDER",
             )
         address = model if model in lock else resolve(lock, model) if folder is None else outs[folder]
-        path = next((out["path"] for out in lock[address]["outs"] if not out["path"].startswith((REPORTS, PLOTS))), "")
+        path = _output(root, lock, address, model, folder)
         target = Target(root, address, path, root / path, lock, text)
     else:
         for project in dict.fromkeys([root, folder, *folder.parents]):
@@ -192,6 +192,24 @@ def find(root: Path, model: str) -> Target:
             f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.label}`",
         )
     return target
+
+
+def _output(root: Path, lock: Mapping[str, Any], address: str, model: str, folder: Path | None) -> str:
+    """The output of a stage that a name, path or content hash refers to; empty if the stage has none.
+
+    Raises:
+        InputError: the stage has several, and was named itself.
+    """
+    outs = [out for out in lock[address]["outs"] if not out["path"].startswith((REPORTS, PLOTS))]
+    meant = [
+        out["path"]
+        for out in (outs if model not in lock else ())
+        if (root / out["path"]).resolve() in {folder, (root / model).resolve()} or out.get("md5", "").startswith(model)
+    ]
+    if len(outs) > 1 and len(meant) != 1:
+        names = ", ".join(out["path"] for out in outs)
+        raise InputError(f"{model}: {address} has several outputs: {names}", "name one of them by its path")
+    return str(next(iter(meant or [out["path"] for out in outs]), ""))
 
 
 def _recorded(project: Path) -> tuple[dict[str, Any], str]:
