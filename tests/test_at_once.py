@@ -36,7 +36,7 @@ from dagster_project.orchestration.dagster_dvc import dead_runs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, in_progress, reap
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.processes import interrupt_command
+from dagster_project.orchestration.processes import interrupt_command, start_of
 from dagster_project.pipeline import PEDIGREE
 
 BOTH = {"adapter@lora", "adapter@dora"}
@@ -288,6 +288,27 @@ def test_a_stage_is_in_the_pool_of_the_place_where_its_run_puts_it(
         finally:
             process.kill()
     assert agree(root, synced).isdisjoint(addresses)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process started, whatever the clock says")
+def test_a_run_goes_on_although_the_clock_was_set_forward(instance: dg.DagsterInstance) -> None:
+    """As it is when a virtual machine goes on that was paused. Then the process of a run seems to have started after
+    its first entry in the log."""
+    ids = [str(uuid4()) for _ in range(2)]
+    with subprocess.Popen(["sleep", "600"]) as alive, subprocess.Popen(["sleep", "600"]) as later:
+        for run_id in ids:
+            instance.add_run(dg.DagsterRun("pipeline", run_id, status=dg.DagsterRunStatus.STARTED))
+            data = EngineEventData({"pid": dg.MetadataValue.int(alive.pid)})
+            event = dg.DagsterEvent(dg.DagsterEventType.ENGINE_EVENT.value, "pipeline", event_specific_data=data)
+            instance.report_dagster_event(event, run_id, timestamp=time.time() - 3600)
+        dead_runs.tag_run(instance, ids[0])
+        instance.add_run_tags(ids[1], {dead_runs.PROCESS_TAG: start_of(later.pid)})
+        [line] = reap(instance)
+        assert ids[1][:8] in line, "another process has the number of its own"
+        alive.kill()
+        later.kill()
+    [line] = reap(instance)
+    assert ids[0][:8] in line
 
 
 def test_the_slots_of_runs_that_cannot_free_them_are_freed(

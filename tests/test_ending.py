@@ -310,6 +310,33 @@ def test_a_damaged_database_of_dagster_names_the_folder_to_delete(
     assert "delete that folder" in said.hint and said.exit_code == 2
 
 
+def test_a_database_of_an_older_version_of_dagster_names_the_command_that_migrates_it(
+    instance: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster 1.4 has no results of asset checks."""
+    import dagster as dg
+    from sqlalchemy.exc import OperationalError
+
+    monkeypatch.setenv("DAGSTER_HOME", instance.root_directory)
+    for file in ("runs/index.db", "runs.db"):
+        with closing(sqlite3.connect(Path(instance.root_directory, "history", file))) as database:
+            database.executescript(
+                "UPDATE alembic_version SET version_num = '5771160a95ad'; DROP TABLE IF EXISTS asset_check_executions"
+            )
+    key = dg.AssetCheckKey(dg.AssetKey(["tok"]), "dvc_in_sync")
+
+    def latest() -> Any:
+        return instance.event_log_storage.get_latest_asset_check_execution_by_key([key])
+
+    with pytest.raises(OperationalError) as caught:
+        latest()
+    said = ending.explained(caught.value, ending.Interrupts(), "sync", tmp_path)
+    assert said is not None and said.exit_code == 2 and "older version" in said.what
+    assert f"`DAGSTER_HOME={instance.root_directory} dagster instance migrate`" in said.hint
+    instance.upgrade()
+    assert latest() == {}
+
+
 def test_a_project_whose_path_is_not_utf8_is_one_message() -> None:
     error = UnicodeEncodeError("utf-8", "/caf\udce9", 4, 5, "surrogates not allowed")
     found = ending.explained(error, ending.Interrupts(), "sync", Path("/caf\udce9"))

@@ -220,6 +220,23 @@ def test_a_run_of_what_was_loaded_before_a_variant_was_added_says_to_reload(
     assert small_pipeline.materialize(root, synced).success, "after a reload"
 
 
+def test_a_selection_without_the_stages_between_runs_in_the_order_of_the_pipeline(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
+    """Dagster begins with `cmp`, the first by name."""
+    (root / "dvc.yaml").write_text(small_pipeline.dvc_yaml(note=" --note"))  # inst runs again, and makes the same
+    (root / "code/cmp.py").write_text("V = 4\n")
+    ran = small_pipeline.commands_run(root)
+    result = small_pipeline.materialize(root, synced, ["inst", "cmp"])
+    assert result.success and small_pipeline.commands_run(root) == [*ran, "inst", "cmp"]
+    (root / "code/inst.py").write_text("V = 4\n")
+    (root / "code/cmp.py").write_text("V = 5\n")
+    result = small_pipeline.materialize(root, synced, ["inst", "cmp"])
+    [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    assert failure and "cmp was not run: tok must be brought up to date first" in failure.message
+    assert small_pipeline.commands_run(root) == [*ran, "inst", "cmp", "inst"]
+
+
 def test_a_failed_gate_is_never_reported_as_materialized(root: Path, synced: dg.DagsterInstance) -> None:
     event = synced.get_latest_materialization_event(asset_key("inst"))
     (root / "data/sources/g.txt").write_text("BAD")

@@ -43,6 +43,10 @@ TABLES = ("dagster_project.core.frames", "dagster_project.core.records")
 """Modules that read tables."""
 DAMAGED = {11, 26}
 """SQLITE_CORRUPT, SQLITE_NOTADB"""
+_LACKING = re.compile("^no such (table|column)|has no column named")
+"""What SQLite says of an older database; it has no code for that."""
+UNDEFINED = {"42P01", "42703"}
+"""Codes of Postgres for that."""
 
 
 def _end_at_once(*_: Any) -> None:
@@ -187,6 +191,7 @@ def explained(error: BaseException, interrupts: Interrupts, command: str, projec
         or _mlflow_failed(error)
         or _path_not_utf8(error, project)
         or _home_damaged(error, project)
+        or _home_outdated(error, project)
         or _table_damaged(error, project)
     )
 
@@ -261,6 +266,19 @@ def _home_damaged(error: BaseException, project: Path) -> InputError | None:
     return InputError(
         f"Dagster's home {home_of(project)}: a database is damaged",
         "delete that folder: `pedigree sync` makes it again, without the logs of runs",
+    )
+
+
+def _home_outdated(error: BaseException, project: Path) -> InputError | None:
+    """Dagster's database lacks a table or a column: an older version of Dagster made it."""
+    cause = getattr(error, "orig", None)
+    is_lacking = getattr(cause, "pgcode", None) in UNDEFINED or _LACKING.search(str(cause)) is not None
+    if not (is_lacking and _is_of_sqlalchemy(error) and any(name.startswith("dagster.") for name in _modules(error))):
+        return None
+    home, reason = home_of(project), str(cause).strip().partition("\n")[0]
+    return InputError(
+        f"Dagster's home {home}: its database is that of an older version of Dagster ({reason})",
+        f"stop Dagster, copy the database, then run `DAGSTER_HOME={shlex.quote(str(home))} dagster instance migrate`",
     )
 
 

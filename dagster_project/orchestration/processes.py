@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import psutil
 
@@ -25,17 +26,30 @@ CLEAN_UP = 20.0
 """Seconds for an interrupted stage command to restore outputs, and for its executor to stop the stage."""
 
 
-def is_running(pid: int, since: float | None = None) -> bool:
+def is_running(pid: int, since: float | None = None, start: str = "") -> bool:
     """Whether a process exists.
 
     Args:
         since: time at which it was running; a later process with the same id does not count.
+        start: its `start_of`, which holds also if the clock was set forward meanwhile, as it is when a virtual machine
+            goes on that was paused: the process then seems to have started after `since`.
     """
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and (since is None or process.create_time() <= since + 1)
+        is_same = since is None or process.create_time() <= since + 1 or (start != "" and start == start_of(pid))
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def start_of(pid: int) -> str:
+    """The start of this machine, the id of a process, and the time from one to the other, in ticks; empty if it does
+    not run, or the system is not Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {pid} {Path(f'/proc/{pid}/stat').read_text(errors='replace').rpartition(')')[2].split()[19]}"
+    except OSError:
+        return ""
 
 
 def runs_one_of(pid: int, programs: Iterable[str]) -> bool:
@@ -95,11 +109,11 @@ def end_with_parent() -> None:
     _end_with(psutil.Process().parent())
 
 
-def end_with(pid: int, since: float) -> None:
+def end_with(pid: int, since: float | None) -> None:
     """End this process when another one ends, or now if that one already has.
 
     Args:
-        since: time at which it was running.
+        since: time at which it was running; None if it certainly is the one that is meant.
     """
     if not is_running(pid, since):
         os.kill(os.getpid(), signal.SIGKILL)

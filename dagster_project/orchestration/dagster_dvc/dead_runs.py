@@ -12,10 +12,12 @@ import time
 
 import dagster as dg
 
-from dagster_project.orchestration.processes import descends_from, end_with, is_running
+from dagster_project.orchestration.processes import descends_from, end_with, is_running, start_of
 
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: the host of its process. Only that host can check whether the process is alive."""
+PROCESS_TAG = "pedigree/process"
+"""Tag of a run: the start of its process (`start_of`)."""
 QUIET = 3600.0
 """Seconds without an event after which a run no longer counts as in progress, if its process cannot be checked:
 it is on another machine, or the run never reported its process."""
@@ -69,6 +71,13 @@ def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     return process is not None and is_running(*process)
 
 
+def tag_run(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Tag a run with the machine and the start of its process."""
+    process = _process(instance, run_id)
+    tags = {MACHINE_TAG: platform.node(), PROCESS_TAG: start_of(process[0]) if process else ""}
+    instance.add_run_tags(run_id, {name: value for name, value in tags.items() if value})
+
+
 def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) -> None:
     """If this is a step process, end it when the process of the run ends.
 
@@ -78,8 +87,8 @@ def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) 
         owned: whether the run's process is surely on this machine. Otherwise it counts only if it started this one.
     """
     process = _process(instance, run_id)
-    if process is not None and process[0] != os.getpid() and (owned or descends_from(process[0])):
-        end_with(*process)
+    if process is not None and process[0] != os.getpid() and ((is_child := descends_from(process[0])) or owned):
+        end_with(process[0], None if is_child else process[1])
 
 
 def interrupt_if_canceled(instance: dg.DagsterInstance, run_id: str) -> None:
@@ -101,7 +110,7 @@ def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
     assets: set[dg.AssetKey] = set()
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
         if _is_alive(instance, run):
-            assets |= _remaining(instance, run.run_id)
+            assets |= remaining(instance, run.run_id)
     return frozenset(assets)
 
 
@@ -115,7 +124,7 @@ def _is_alive(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     return time.time() - max([*times, *(entry.timestamp for entry in latest)], default=0.0) < QUIET
 
 
-def _remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
+def remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
     """Assets that the run planned to materialize and whose step has not ended."""
     kinds = dg.DagsterEventType
     planned: dict[dg.AssetKey, str | None] = {}
@@ -138,15 +147,16 @@ def _remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
     return {key for key, step in planned.items() if key not in ended and step not in ended}
 
 
-def _process_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float] | None:
+def _process_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float, str] | None:
     """As `_process`; None also if it is on another machine."""
     return _process(instance, run.run_id) if run.tags.get(MACHINE_TAG, platform.node()) == platform.node() else None
 
 
-def _process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:
-    """(process id, time of the log entry) of the latest process of a run."""
+def _process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float, str] | None:
+    """(process id, time of the log entry, tag with its start) of the latest process of a run."""
     for entry in reversed(instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)):
         pid = entry.get_dagster_event().engine_event_data.metadata.get("pid")
         if pid is not None:
-            return int(str(pid.value)), entry.timestamp
+            run = instance.get_run_by_id(run_id)
+            return int(str(pid.value)), entry.timestamp, run.tags.get(PROCESS_TAG, "") if run else ""
     return None

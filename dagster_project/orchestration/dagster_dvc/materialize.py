@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from dagster_project.core import faults
 from dagster_project.core.errors import CheckFailed, PedigreeError
 from dagster_project.orchestration import dvc, dvc_run, rwlock
-from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run, interrupt_if_canceled
+from dagster_project.orchestration.dagster_dvc.dead_runs import end_with_run, interrupt_if_canceled, remaining, tag_run
 from dagster_project.orchestration.dagster_dvc.metadata import check_result, finite, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
@@ -27,6 +26,8 @@ from dagster_project.orchestration.dvc import StageState
 
 log = logging.getLogger("pedigree")
 
+ATTEMPTS = 1_000_000
+"""How often a step begins that finds each time that another step of its run has to end first."""
 NO_RESULT = "the report has no such check; if it was renamed or removed in dvc.yaml, reload the code location"
 
 
@@ -57,7 +58,7 @@ def bring_up_to_date(
     instance, key = context.instance, project.asset_key(address)
     end_with_run(instance, context.run_id, project.owns_instance)
     interrupt_if_canceled(instance, context.run_id)
-    instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
+    tag_run(instance, context.run_id)
     mirrored = _mirrored.setdefault(instance, {})
     reported: tuple[int, ...] | None = None
     try:
@@ -65,8 +66,7 @@ def bring_up_to_date(
         project.validate(address, variables)  # first: bad input leaves the log unchanged
         states = _states_before(context, project, address)
         _refuse_removed(states, address)
-        if reason := _not_ready(states, address):
-            raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
+        _refuse_unready(context, project, states, address)
         done = "nothing"
         after: Snapshot | None = None
         if not states[address].frozen and (states[address].changed or force):
@@ -191,6 +191,22 @@ def _read_when_idle(
             logged = waits_for
         interrupt_if_canceled(context.instance, context.run_id)
         time.sleep(0.5)
+
+
+def _refuse_unready(
+    context: dg.AssetExecutionContext, project: DvcProject, states: Mapping[str, StageState], address: str
+) -> None:
+    """Raises:
+    RetryRequested: a stage upstream is in this run and has not ended. If the selection has no stages between, Dagster
+        does not know that it comes first.
+    Failure: an input of the stage is not up to date.
+    """
+    if not (reason := _not_ready(states, address)):
+        return
+    if remaining(context.instance, context.run_id) & {*map(project.asset_key, dvc.ancestors(states, address))}:
+        context.log.info(f"{address} is waiting: {reason}")
+        raise dg.RetryRequested(ATTEMPTS, seconds_to_wait=10)
+    raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
 
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:
