@@ -643,6 +643,8 @@ def test_requests_in_a_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_request(path)
+    with pytest.raises(InputError, match=r"none\.csv: cannot be read: No such file or directory\n"):
+        read_request(tmp_path / "none.csv")
 
 
 def test_the_public_key_of_the_sample_project_is_refused(tmp_path: Path) -> None:

@@ -271,6 +271,18 @@ def test_a_sweep_is_refused_where_git_ignores_what_its_trials_would_read_and_dvc
     _refuse_untracked(root, [states[name] for name in ("raw", "inst")])
 
 
+def test_a_metric_with_the_name_of_a_parameter_is_marked_in_the_table() -> None:
+    from dagster_project.commands.sweep import as_text
+
+    shares = [0.2, 0.3]
+    trials = [
+        {"name": f"t{share}", "status": "success", "params": {"test": share}, "metrics": {"test": round(50 * share)}}
+        for share in shares
+    ]
+    header = as_text({"trials": trials, "target": "splits", "seconds": 1, "jobs": 1}).splitlines()[0]
+    assert header.split("  ") == ["trial", "test", "test (report)", "status"]
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("warm_small")
 def test_a_sweep_shows_its_metrics_also_if_there_is_one_trial_and_the_user_commits_meanwhile(

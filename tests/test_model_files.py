@@ -956,6 +956,8 @@ def test_without_out_a_model_is_where_git_does_not_see_it(
     code, made = ask(capsys, "export", "merged@lora", "--format", "safetensors")
     assert code == 0 and Path(made["folder"]) == project.root / "build/merged-lora-safetensors"
     assert (project.root / "build/merged-lora-safetensors/model.safetensors").is_file()
+    code, again = ask(capsys, "export", "merged@lora", "--format", "safetensors")
+    assert code == 2 and again["error"] == f"{made['folder']}: it exists already"
     assert git(project.root, "status", "--porcelain") == before
 
 

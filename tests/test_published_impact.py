@@ -48,8 +48,12 @@ def set_key(project: Project, key: bytes) -> None:
     (project.root / "data/keys/record_ids.key").write_text(key.hex() + "\n")
 
 
-def release(project: Project, lock: dict[str, Any], key: bytes) -> dict[str, Any]:
-    """A released copy of merged@lora with the evidence of its training under published ids."""
+def release(project: Project, lock: dict[str, Any], key: bytes, beside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A released copy of merged@lora with the evidence of its training under published ids.
+
+    Args:
+        beside: empty files in the folder of the key.
+    """
     merged = lock["merged@lora"]["outs"][0]
     seen = [
         {"step": i + 1, "epoch": 1, "position": 0, "example_id": published(key, text)}
@@ -61,7 +65,8 @@ def release(project: Project, lock: dict[str, Any], key: bytes) -> dict[str, Any
         "README.md": b"card",
         "audit/adapter_lora/examples.parquet": table(seen, seen_schema()),
     }
-    keys = md5_of_folder({"record_ids.key": hashlib.md5(f"{key.hex()}\n".encode()).hexdigest()})
+    empty = dict.fromkeys(beside, hashlib.md5(b"").hexdigest())
+    keys = md5_of_folder({"record_ids.key": hashlib.md5(f"{key.hex()}\n".encode()).hexdigest(), **empty})
     return {"release": entry("release", {"data/keys": keys, "data/merged/lora": merged["md5"]}, project.put(files))}
 
 
@@ -132,6 +137,22 @@ def test_an_id_that_a_missing_key_may_have_published_cannot_be_told(made: Projec
     assert (answer["verdict"], [run["stage"] for run in answer["unknown"]]) == ("cannot tell", ["release"])
     assert "restore data/keys/record_ids.key" in as_text(answer)
     assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
+
+
+@pytest.mark.parametrize(("beside", "is_kept"), [((".gitkeep",), True), ((".gitkeep",), False), (("NOTE", "x"), True)])
+def test_other_files_in_the_folder_of_the_key_do_not_hide_it(
+    made: Project, beside: tuple[str, ...], is_kept: bool
+) -> None:
+    """`pedigree init` puts an empty file into it, by which git keeps the folder."""
+    (made.root / ".gitignore").write_text("/.dvc/cache\n/.dvc/tmp\n/data/keys\n")
+    set_key(made, KEYS[0])
+    for name in beside if is_kept else ():
+        (made.root / "data/keys" / name).touch()
+    lock = made.lock(ROWS)
+    made.commit(lock | release(made, lock, KEYS[0], beside))
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    set_key(made, KEYS[1])
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
 
 
 def test_a_release_adds_itself_to_the_answers_and_nothing_else(made: Project) -> None:

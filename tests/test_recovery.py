@@ -23,6 +23,7 @@ from builders import small_pipeline
 from conftest import dvc, edit_params, pedigree, run
 from dvc.ignore import DvcIgnoreFilter
 
+from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration import dvc_run
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -480,10 +481,18 @@ def test_an_unresolved_merge_in_dvc_lock_is_named(root: Path) -> None:
     )
 
 
-def test_a_stage_that_the_code_does_not_know_is_named(root: Path) -> None:
-    done = pedigree(root, "sync")  # to the real pipeline, all of this one's stages are unknown
-    assert done.returncode == 2
-    assert "unknown stage 'raw'" in done.stderr and "pipeline.py" in done.stderr and "Traceback" not in done.stderr
+def test_a_stage_of_the_users_own_is_shown_and_run_only_by_its_own_command(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = pedigree(root, "sync")  # to the real pipeline, `raw` and `cmp` of this one are such stages
+    assert done.returncode == 0, done.stderr
+    found = read_stages(root)
+    for address in ("raw", "cmp"):
+        assert f"{address} is {found[address].version[:8]}" in done.stdout
+        assert f"check {address} dvc_in_sync: passed" in done.stdout
+    for address, message in (("raw", "`dvc repro raw`"), ("rawest", "unknown stage 'rawest': pipeline.py does not")):
+        assert main(["run", address, "--project", str(root)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_dagster_home_of_another_project_is_refused(

@@ -55,6 +55,17 @@ def files(root: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.usefixtures("warm_small")
+def test_a_stage_of_the_users_own_is_run_and_then_restored(root: Path) -> None:
+    """Its command takes no lock of Pedigree."""
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["own"] = {"cmd": "cp data/tok/test.txt own.txt", "deps": ["data/tok"], "outs": ["own.txt"]}
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    assert {address for address, outcome in outcomes(run_all(root)).items() if outcome == "run"} == {"own"}
+    (root / "own.txt").unlink()
+    assert outcomes(run_all(root))["own"] == "restored"
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("warm_small")
 def test_it_gives_the_files_and_records_of_dvc_repro_and_runs_nothing_else(root: Path, tmp_path: Path) -> None:
@@ -158,7 +169,7 @@ def test_while_a_file_is_invalid_nothing_is_started_and_what_runs_is_finished(
             os.close(other)
         process = SimpleNamespace(sentinel=sentinel, is_alive=lambda: alive, join=lambda: None)
         result = SimpleNamespace(poll=lambda: True, recv=lambda: {"outcome": "restored"}, close=lambda: None)
-        return Running(process, result, threading.Thread(target=int), 0, 0, [])  # type: ignore[arg-type]
+        return Running(process, result, threading.Thread(target=int), 0, [])  # type: ignore[arg-type]
 
     monkeypatch.setattr(threading.Thread, "join", lambda *_: None)
     whole = RunAll(tmp_path, 2, False)

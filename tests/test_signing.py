@@ -32,6 +32,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.lineage.signing import model_signature
 from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import public_key_of
+from dagster_project.lineage.signing.target import find
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -180,6 +181,15 @@ def test_a_wrong_key_is_refused(tmp_path: Path, model: Path, keys: tuple[str, st
     for kind in KINDS:
         _, other = write_keys(tmp_path / "others", kind)
         assert {f"{model}/model.sig", f"{model}/model.pub"} == findings(tmp_path, str(model), other).keys()
+
+
+def test_in_a_project_without_a_run_the_next_step_is_to_run_it(tmp_path: Path) -> None:
+    """Also of `push`, `export` and `serve`, which find their model in the same way."""
+    with pytest.raises(InputError, match="give --project FOLDER"):
+        find(tmp_path, "release")
+    (tmp_path / "dvc.yaml").touch()
+    with pytest.raises(InputError, match=r"release: no such folder, and no dvc.lock.*\n.*run `dvc repro` first"):
+        find(tmp_path, "release")
 
 
 def test_without_a_key_it_is_said_that_the_signer_is_unknown(

@@ -34,7 +34,7 @@ EVENT_LOG_ELSEWHERE = "what dagster.yaml keeps outside Dagster's home, such as a
 PREDICATE_TYPE = "urn:pedigree:erasure:1"
 NEVER_REACHED = (
     "other clones of the repository, and what was pushed from this one",
-    "copies of models that were deployed, released or downloaded",
+    "copies of models that were exported, also to build/, deployed, released or downloaded",
     (
         "caches outside the project: of the Hugging Face Hub,"
         " of nodes of a cluster, of other projects, of backups and file systems"
@@ -67,7 +67,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     if plan["shared cache"]:
         not_reached.append("DVC's cache, which is outside the project and may be shared: nothing was removed from it")
     if plan["blobs"]:
-        not_reached.append(f"git history, until it is rewritten: {len(plan['blobs'])} blobs")
+        not_reached.append(f"git history, until it is rewritten: {many(len(plan['blobs']), 'blob')}")
     return {
         "type": PREDICATE_TYPE,
         "date": plan["date"],

@@ -322,7 +322,9 @@ def as_text(document: Mapping[str, Any]) -> str:
     measured = [trial for trial in trials if trial["metrics"]]
     differ = [name for name in names if len({str(trial["metrics"].get(name)) for trial in measured}) > 1]
     differ = [name for name in differ if not name.endswith(".count")] or differ
-    header = ["trial", *trials[0]["params"], *differ[:MAX_COLUMNS], "status"]
+    keys = [*trials[0]["params"]]
+    shown = [f"{name} (report)" if name in keys else name for name in differ[:MAX_COLUMNS]]
+    header = ["trial", *keys, *shown, "status"]
     rows = []
     for trial in trials:
         metrics = [trial["metrics"].get(name, "") for name in differ[:MAX_COLUMNS]]

@@ -11,8 +11,9 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import parse_key
 from dagster_project.curation.sources.erased import erased_on
-from dagster_project.lineage.history import blobs, is_within
+from dagster_project.lineage.history import blobs, is_within, listing_of
 from dagster_project.lineage.index import Index
+from dagster_project.lineage.runs import PLACEHOLDER
 
 RESTORE = f"restore {RECORD_KEY} from your copy of it: the id may have been published with this key"
 
@@ -48,13 +49,12 @@ def erasure_of(index: Index, identity: str) -> str | None:
 def missing_keys(index: Index) -> list[dict[str, Any]]:
     """The runs that published ids with a key that neither the workspace nor a
     commit has, as entries of `unknown` in lineage/impact/question.py."""
-    name = Path(RECORD_KEY).name
-    known = {
-        digest
-        for content in key_files(index.root)
-        for file in [md5_of_bytes(content)]
-        for digest in (file, md5_of_folder({name: file}))
-    }
+    folder, name = Path(RECORD_KEY).parent, Path(RECORD_KEY).name
+    known = set[str]()
+    for file in map(md5_of_bytes, key_files(index.root)):
+        # what may lie beside the key in its folder, whose hash dvc.lock has; `pedigree init` makes the placeholder
+        beside = (dict[str, str](), PLACEHOLDER, listing_of(index.root / folder))
+        known |= {file, *(md5_of_folder({**others, name: file}) for others in beside)}
     found: dict[str, dict[str, Any]] = {}
     for run in index.runs.values():
         if missing := [md5 for dep, _, md5 in run.inputs if is_within(RECORD_KEY, dep) and md5 not in known]:

@@ -51,14 +51,6 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None], command: str 
         yield
 
 
-def last_held(root: Path, address: str) -> int:
-    """Time in ns at which a driver last took a stage's lock, i.e. started to run the stage; 0 if never."""
-    try:
-        return (root / LOCKS / address).stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
 def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())

@@ -31,7 +31,7 @@ from dagster_project.core.layout import is_report
 from dagster_project.core.progress import clock
 from dagster_project.core.records import write_json
 from dagster_project.lineage import code_lock
-from dagster_project.orchestration import dvc, dvc_run, integrity, locks, processes, rwlock
+from dagster_project.orchestration import dvc, dvc_run, integrity, processes, rwlock
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.leftovers import remove_leftovers
 from dagster_project.views.texts import text
@@ -59,8 +59,6 @@ class Running:
     result: Connection
     reader: threading.Thread
     began: float
-    command_began: int
-    """Time in ns at which the stage's command was last started before this run."""
     why: list[str]
     """Why it runs."""
 
@@ -223,7 +221,6 @@ class RunAll:
             target=reproduce_one,
             args=(self.root, address, self.force, os.getpid(), time.time(), {**os.environ}, send_log, send),
         )
-        began = locks.last_held(self.root, address)
         process.start()
         self.waiting.discard(address)
         send_log.close()
@@ -232,7 +229,7 @@ class RunAll:
         reader = threading.Thread(target=_pass_on, args=(receive_log, prefix), daemon=True)
         reader.start()
         why = self.states[address].changed or ["forced"]
-        self.running[address] = Running(process, receive, reader, time.monotonic(), began, why)
+        self.running[address] = Running(process, receive, reader, time.monotonic(), why)
         log.info(f"{address}: started ({', '.join(why)}). {self._progress()}")
 
     def _progress(self) -> str:
@@ -300,8 +297,6 @@ class RunAll:
             answer = one.result.recv() if one.result.poll() else {}
         one.result.close()
         outcome = answer.get("outcome") or (INTERRUPTED if self.interrupted else FAILED)
-        if outcome == RESTORED and locks.last_held(self.root, address) != one.command_began:
-            outcome = RUN
         error = answer.get("error", "") or ("its process ended without a result" if outcome == FAILED else "")
         self.outcomes[address] = Outcome(outcome, one.why, seconds, error)
         if outcome == RUN:
@@ -371,18 +366,19 @@ def reproduce_one(
 
 def _reproduce(root: Path, address: str, force: bool) -> str:
     done = False
-    for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
-        done |= dvc_run.reproduce(
-            root,
-            address,
-            force,
-            {"PYTHONUNBUFFERED": "1"},
-            on_wait=lambda holder: print(f"{address} is waiting: {holder}", flush=True),
-        )
-        state = dvc.read_stages(root)[address]
-        if not integrity.set_tampered_aside(root, [state]):
-            break
-    return RESTORED if done else UP_TO_DATE
+    with dvc_run.commands_started() as started:
+        for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
+            done |= dvc_run.reproduce(
+                root,
+                address,
+                force,
+                {"PYTHONUNBUFFERED": "1"},
+                on_wait=lambda holder: print(f"{address} is waiting: {holder}", flush=True),
+            )
+            state = dvc.read_stages(root)[address]
+            if not integrity.set_tampered_aside(root, [state]):
+                break
+    return RUN if started else RESTORED if done else UP_TO_DATE
 
 
 def _pass_on(output: Connection, prefix: str) -> None:

@@ -55,6 +55,7 @@ def run_stage(
         CheckFailed: a blocking check failed, an input is not what its producer recorded, or an input changed meanwhile.
         Busy: another process runs the stage. If DVC started this one, it waits: DVC has already removed the outputs.
     """
+    _refuse_own(root, address, pipeline)
     stage, variant = pipeline.split_address(address)
     processes.end_with_starter()
 
@@ -98,6 +99,18 @@ def run_stage(
         for line in _summary(address, report):
             log.info(line)
     return report
+
+
+def _refuse_own(root: Path, address: str, pipeline: Pipeline) -> None:
+    """Raises:
+    InputError: dvc.yaml has the stage and the pipeline does not: it is the user's own.
+    """
+    is_known = address.partition("@")[0] in pipeline.stages
+    if not is_known and "DVC_STAGE" not in os.environ and address in dvc.read_stages(root):
+        raise InputError(
+            f"{address} is a stage of dvc.yaml that is not part of Pedigree: only its own command can run it",
+            f"`dvc repro {address}` or `pedigree run --all` runs it",
+        )
 
 
 def _verified(root: Path, address: str, pipeline: Pipeline) -> tuple[Mapping[str, str], Mapping[str, Any]]:

@@ -100,7 +100,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _refuse_folder(root: Path, folder: Path) -> None:
     if os.path.lexists(folder):
-        raise InputError(f"--out {folder}: it exists already", "name a new folder, or delete this one")
+        raise InputError(f"{folder}: it exists already", "name a new folder with --out, or delete this one")
     refuse_in_output(root, "--out", folder)
 
 

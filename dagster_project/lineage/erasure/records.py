@@ -69,7 +69,8 @@ def read_request(path: Path) -> Request:
             reader = csv.DictReader(file, strict=True)  # a quote that nothing closes is an error
             names, rows = [*(reader.fieldnames or [])], [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read: {error}", "give a CSV file in UTF-8") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {reason}", "give a CSV file in UTF-8") from None
     if not names or not {*names} <= {*COLUMNS}:
         raise InputError(
             f"{path}: its columns are {', '.join(map(visible, names)) or 'missing'}", f"use {', '.join(COLUMNS)}"

@@ -174,6 +174,8 @@ def find(root: Path, model: str) -> Target:
         raise InputError(f"{model or '.'}: this is the project", "name a stage, its output, or the folder of a model")
     outs = {path: name for name, _, path in _places(root, lock, "outs")}
     if model in lock or folder is None or folder in outs:
+        if not lock and (root / "dvc.yaml").is_file():
+            raise InputError(f"{model}: no such folder, and no {LOCK}: nothing has been run", "run `dvc repro` first")
         if not lock:
             raise InputError(
                 f"{model}: no such folder, and no project with results in {root}",

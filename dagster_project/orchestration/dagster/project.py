@@ -77,12 +77,18 @@ class PedigreeProject(DvcProject):
         """The state of every stage, in flow order.
 
         Raises:
-            InputError: dvc.yaml has a stage that the pipeline does not list.
+            InputError: in dvc.yaml a stage of the pipeline has variants and must have none, or the other way round.
         """
         states = super().read()
         for address in states:
-            self.pipeline.split_address(address)
+            if not self.is_own(address):
+                self.pipeline.split_address(address)
         return states
+
+    def is_own(self, address: str) -> bool:
+        """Whether a stage is the user's own: dvc.yaml has it and the pipeline does not. It is shown as one of any other
+        DVC project."""
+        return address.partition("@")[0] not in self.pipeline.stages
 
     def source_key(self, path: str) -> dg.AssetKey:
         """E.g. "data/sources/benchmarks" -> sources / benchmarks."""
@@ -105,7 +111,11 @@ class PedigreeProject(DvcProject):
         return self.group(INPUTS)
 
     def command_of(self, state: StageState) -> str:
-        return f"python -m dagster_project run {state.address}"
+        return (
+            super().command_of(state)
+            if self.is_own(state.address)
+            else f"python -m dagster_project run {state.address}"
+        )
 
     @property
     def pool_prefix(self) -> str:
@@ -119,13 +129,15 @@ class PedigreeProject(DvcProject):
         return params.read(self.root)
 
     def pool_of(self, address: str, state: StageState) -> str | None:
-        return self.pool(address, self._values)
+        return (self.is_own(address) and super().pool_of(address, state)) or self.pool(address, self._values)
 
     def pool(self, address: str, values: Mapping[str, Any], on: str = "") -> str:
         """Pool of a stage (`concurrency.pool_of`)."""
         return self.pool_prefix + pool_of(address, self.pipeline, values, on)
 
     def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
+        if self.is_own(address):
+            return super().check_descriptions(address, state)
         return self.pipeline.check_descriptions(address.partition("@")[0])
 
     def check_results(
@@ -136,6 +148,8 @@ class PedigreeProject(DvcProject):
         Whether a check blocks was decided when the stage ran. Dagster requires a result of every check of the asset,
         also of those that a complete report does not have.
         """
+        if self.is_own(address):
+            return super().check_results(address, state, report) if state else []
         found: dict[str, Any] = report.get("checks", {})
         descriptions = self.pipeline.check_descriptions(address.partition("@")[0])
         if found and not self.blocks(report):
@@ -153,7 +167,7 @@ class PedigreeProject(DvcProject):
         return report.get("passed") is False
 
     def describe(self, state: StageState) -> dict[str, Any]:
-        return metadata.describe(self.root, state)
+        return super().describe(state) if self.is_own(state.address) else metadata.describe(self.root, state)
 
     def page_url(self, address: str) -> str | None:
         has_pages = address.partition("@")[0] in PAGES
@@ -184,6 +198,8 @@ class PedigreeProject(DvcProject):
         return integrity.set_tampered_aside(self.root, states)
 
     def damaged_report(self, state: StageState) -> str:
+        if self.is_own(state.address):
+            return super().damaged_report(state)
         return damaged_report(self.root, state.address) if state.report else ""
 
     def before_sync(self, instance: dg.DagsterInstance) -> None:
