@@ -123,12 +123,12 @@ def _is_half(record: Mapping[str, Any]) -> bool:
     return len(record["messages"]) <= record["asked"] or not record["rejected"]
 
 
-def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]) -> bool:
+def _roles_are_valid(record: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
     """Whether it is plain text, or user and assistant take turns, the user first, after an optional system turn.
 
-    Tool results may follow a turn of the assistant, which then continues.
+    Tool results may follow a turn of the assistant, which then continues. In a pair this holds for both sides.
     """
-    return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
+    return all(is_text(side, meta) or _in_turns(tuple([m["role"] for m in side])) for side in sides(record))
 
 
 _BEFORE = {
@@ -146,11 +146,13 @@ def _in_turns(roles: tuple[str, ...]) -> bool:
 
 
 def valid_roles(rows: Rows) -> list[bool]:
-    return [_roles_are_valid(r["messages"], meta) for r, meta in zip(rows.records, rows.metas, strict=True)]
+    return [_roles_are_valid(record, meta) for record, meta in zip(rows.records, rows.metas, strict=True)]
 
 
 def _ends_with_assistant(record: Mapping[str, Any]) -> bool:
-    return not record["messages"] or _is_half(record) or record["messages"][-1]["role"] == "assistant"
+    if not record["messages"] or _is_half(record):
+        return True
+    return all(side[-1]["role"] == "assistant" for side in sides(record))
 
 
 def _have_prompt(rows: Rows, _: str) -> list[bool]:
