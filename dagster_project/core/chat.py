@@ -339,7 +339,7 @@ def loss_weights(
         first = last - len(encoded["input_ids"])
         is_whole = first >= 0 and list(labels[first:last]) == encoded["input_ids"]  # else the answer is cut
         for name, weight in fields.items() if is_whole else ():
-            pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^",{{}}\[\]]+))')
+            pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^\s",{{}}\[\]]+))')
             for match in pattern.finditer(text, begin, begin + len(content)):
                 start, stop = match.span(1) if match.group(1) is not None else match.span(2)
                 for i, (a, b) in enumerate(encoded["offset_mapping"]):
