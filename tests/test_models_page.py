@@ -108,10 +108,14 @@ def test_an_argument_that_quotes_the_end_of_turn_token_is_trained_on_to_the_real
 
 def test_the_label_audit_knows_arguments_as_python_writes_them(tmp_path: Path) -> None:
     tokenizer = chat_templates.stub_tokenizer("lfm2_v2", tmp_path)
-    messages = [{"role": "user", "content": "What is 1 + 2?"}, adds('it\'s "x"', "x")]
-    record = {"messages": messages, "tools": chat_templates.TOOLS, "example_id": "a", "meta": "{}"}
-    outcomes = make(tokenizer, [record], Rules(10_000))
-    assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}
+    for i, value in enumerate(['it\'s "x"', "it's", "'", "a\\b's", "é \u200b'", "it's\nso", "it's\t\r\n"]):
+        messages = [{"role": "user", "content": "What is 1 + 2?"}, adds(value, "x")]
+        record = {"messages": messages, "tools": chat_templates.TOOLS, "example_id": str(i), "meta": "{}"}
+        outcomes = make(tokenizer, [record], Rules(10_000))
+        assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}, value
+        # the check still finds another text
+        messages[1]["tool_calls"][0]["function"]["arguments"]["a"] = f"{value}y"
+        assert label_audit.find_wrong_labels(tokenizer, [record], outcomes), value
 
 
 @pytest.mark.parametrize(
