@@ -130,6 +130,17 @@ def test_an_answer_that_begins_like_its_trace_and_quotes_the_end_of_turn_token_i
     assert answer.strip().startswith(f"Sum {end} is 3<")
 
 
+@pytest.mark.parametrize("family", ["gemma4_v5", "diffusion_gemma"])
+@pytest.mark.parametrize("second", [adds(1, 2), {"role": "assistant", "content": "It is 3."}], ids=["call", "answer"])
+def test_an_answer_that_a_template_joins_to_the_one_before_it_is_refused(
+    family: str, second: dict[str, Any], tmp_path: Path
+) -> None:
+    """Otherwise a message of weight 0 is trained on."""
+    first = {"role": "assistant", "content": "Let me see.", "weight": 0.0}
+    with pytest.raises(InputError, match="joins messages of the assistant"):
+        trained(family, tmp_path, first, second, tools=chat_templates.TOOLS)
+
+
 def test_a_template_that_leaves_out_the_second_of_two_calls_is_refused(tmp_path: Path) -> None:
     both = {"role": "assistant", "content": "", "tool_calls": [*adds(1, 2)["tool_calls"], *adds(3, 4)["tool_calls"]]}
     with pytest.raises(InputError, match="does not write several tool calls"):
