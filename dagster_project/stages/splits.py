@@ -84,8 +84,8 @@ class Params(Section):
     validation: float = Field(default=0.1, ge=0, lt=1)
     """Share that training measures its loss on but does not learn from."""
     stratify_by: Literal["category", "source", "none"] = "category"
-    """Every split gets the same share of each value of this field, as far as rows that must stay together allow. Not
-    possible for the field that `by` names."""
+    """Every split gets the same share of each value of this field, as far as rows that must stay together allow. With
+    `by: source` or `by: category` it has no effect."""
     by: Literal["group", "source", "category", "key"] = "group"
     """Rows that stay in one split. `group`: near-copies. `source`, `category`: also all rows of one source or category,
     to test on sources or kinds that were never trained on. `key`: also rows with the same value of the field `key`."""
