@@ -118,6 +118,16 @@ def test_the_label_audit_knows_arguments_as_python_writes_them(tmp_path: Path) -
         assert label_audit.find_wrong_labels(tokenizer, [record], outcomes), value
 
 
+def test_the_label_audit_knows_an_empty_answer(tmp_path: Path) -> None:
+    tokenizer = chat_templates.stub_tokenizer("glm4moe", tmp_path)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ""}]
+    record = {"messages": messages, "tools": None, "example_id": "a", "meta": "{}"}
+    outcomes = make(tokenizer, [record], Rules(10_000))
+    assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}
+    said = {**record, "messages": [messages[0], {"role": "assistant", "content": "So."}]}
+    assert label_audit.find_wrong_labels(tokenizer, [said], outcomes)
+
+
 @pytest.mark.parametrize(
     ("family", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|endoftext|>"), ("llava_next", "</s>")]
 )
