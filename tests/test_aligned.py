@@ -630,8 +630,8 @@ def test_a_training_whose_rewards_no_longer_differ_stops_with_its_weights_and_re
         and not by_name["rewards_differ"].blocking
     )
     assert (
-        by_name["rewards_differ"].note.startswith("in the last 1 steps")
-        and "in the last 1 steps" in report.metrics["stopped"]
+        by_name["rewards_differ"].note.startswith("in the last step ")
+        and "in the last step " in report.metrics["stopped"]
     )
     before, kept = iter([*[False] * (steps - 1), *[True] * 9]), []
 

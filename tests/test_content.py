@@ -48,6 +48,9 @@ BAD: dict[str, list[Record]] = {
         ask("Describe the photo.", "I cannot provide a description of an image that I can't see."),
         ask("Schreibe ein Gedicht über Macht.", "Es tut mir leid, aber ich kann dabei nicht helfen."),
         ask("写一首诗", "很抱歉，我无法提供这方面的内容。"),
+        ask("Is this mole dangerous?", "We cannot provide medical advice."),
+        ask("Who lives next door?", "I simply can't answer that."),
+        ask("Open the gate.", "I cant do that."),
     ],
     "assistant_boilerplate": [
         ask("Which color is best?", "As an AI language model, I think that blue is a good choice."),
@@ -57,6 +60,8 @@ BAD: dict[str, list[Record]] = {
         ask("Do you like jazz?", "I don't have personal opinions, yet jazz is loved by many."),
         ask("Cats or dogs?", "I am a large language model and both are fine."),
         ask("你喜欢什么颜色", "作为一个人工智能语言模型，我没有偏好，不过蓝色很受欢迎。"),
+        ask("Do you like trains?", "I'm a friendly AI and I like them."),
+        ask("¿Te gusta el tren?", "Como un IA, no viajo, pero es cómodo."),
     ],
     "foreign_identity": [
         ask("Who are you?", "I am ChatGPT, here to help."),
@@ -88,6 +93,8 @@ BAD: dict[str, list[Record]] = {
         ask("Describe the water cycle", "Describe the water cycle\nWater evaporates and falls as rain."),
         ask("请解释一下什么是光合作用。", "请解释一下什么是光合作用。光合作用把光能变成化学能。"),
         ask("光合作用を簡単に説明して", "光合作用を簡単に説明して"),
+        ask("Which town  lies at the mouth of the river?", "Which town lies at the mouth of the river? Rye."),
+        ask("Which town lies on the river?", "The question is: Which town lies on the river?\nLewes."),
     ],
     "truncated_response": [
         ask("介绍一下这座城市。", "这座城市位于河边，有三座古老的桥和一个很大的市场，"),
@@ -99,6 +106,9 @@ BAD: dict[str, list[Record]] = {
         ask("What do I need for a cake?", "You need flour, eggs, butter,"),
         ask("How do I reset it?", "That is easy. Follow these steps:"),
         ask("Explain tides.", "Tides come from the pull of the moon. They are strongest when the sun and the"),
+        ask("Name parts of a ship.", "These are parts of any ship:\n\n        1. The hull.\n        2."),
+        ask("Name parts of a ship.", "These are parts of any ship:\n1. The hull.\n2.\n"),
+        ask("Give me JSON.", '{"name": "Ann", "age": 31\n'),
     ],
     "repetition": [
         ask("Where is my parcel?", LOOP * 6),
@@ -143,6 +153,14 @@ BAD: dict[str, list[Record]] = {
             "Los dientes se plantan en otoño y se riegan una vez por semana.",
         ),
         ask("ニンニクの植え方を教えてください。", "Plant the cloves in autumn, two inches deep, and water them."),
+        ask(
+            "Wie lange dauert die Fahrt in den Süden, und wie viel kostet sie in der Nacht?",
+            "The trip to the south takes about four hours, and it costs thirty euros at night.",
+        ),
+        ask(
+            "Hoe lang is de reis naar het zuiden en wat is de prijs in de nacht?",
+            "The trip to the south takes about four hours, and it costs thirty euros at night.",
+        ),
     ],
 }
 GOOD: dict[str, list[Record]] = {

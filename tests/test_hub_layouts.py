@@ -400,6 +400,16 @@ def test_a_log_of_the_responses_api_has_calls_results_and_traces(tmp_path: Path)
     assert record["tools"][0]["function"]["name"] == "f"
     assert json.loads(record["meta"]) == {"model": "gpt-5"}
     assert "output[].summary" not in record["ignored"], "an empty summary says nothing"
+    part = {"type": "reasoning_text", "text": "Add.", "signature": "x", "annotations": []}
+    thought = {**THOUGHT, "content": [part]}
+    result = {**RESULT, "output": [{"type": "input_text", "text": "2", "cached": True}]}
+    asked = [*row["input"][:2], result]
+    (record,) = load([write(tmp_path / "b.jsonl", {**row, "input": asked, "output": [thought, SAID]})]).records
+    assert record["messages"][3]["content"] == "2"
+    assert [name for name in record["ignored"] if "[].content[]" in name] == [
+        "input[].content[].cached",
+        "output[].content[].signature",
+    ]
 
 
 @pytest.mark.parametrize(

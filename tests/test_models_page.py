@@ -108,10 +108,24 @@ def test_an_argument_that_quotes_the_end_of_turn_token_is_trained_on_to_the_real
 
 def test_the_label_audit_knows_arguments_as_python_writes_them(tmp_path: Path) -> None:
     tokenizer = chat_templates.stub_tokenizer("lfm2_v2", tmp_path)
-    messages = [{"role": "user", "content": "What is 1 + 2?"}, adds('it\'s "x"', "x")]
-    record = {"messages": messages, "tools": chat_templates.TOOLS, "example_id": "a", "meta": "{}"}
+    for i, value in enumerate(['it\'s "x"', "it's", "'", "a\\b's", "é \u200b'", "it's\nso", "it's\t\r\n"]):
+        messages = [{"role": "user", "content": "What is 1 + 2?"}, adds(value, "x")]
+        record = {"messages": messages, "tools": chat_templates.TOOLS, "example_id": str(i), "meta": "{}"}
+        outcomes = make(tokenizer, [record], Rules(10_000))
+        assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}, value
+        # the check still finds another text
+        messages[1]["tool_calls"][0]["function"]["arguments"]["a"] = f"{value}y"
+        assert label_audit.find_wrong_labels(tokenizer, [record], outcomes), value
+
+
+def test_the_label_audit_knows_an_empty_answer(tmp_path: Path) -> None:
+    tokenizer = chat_templates.stub_tokenizer("glm4moe", tmp_path)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ""}]
+    record = {"messages": messages, "tools": None, "example_id": "a", "meta": "{}"}
     outcomes = make(tokenizer, [record], Rules(10_000))
     assert outcomes[0].kept and label_audit.find_wrong_labels(tokenizer, [record], outcomes) == {}
+    said = {**record, "messages": [messages[0], {"role": "assistant", "content": "So."}]}
+    assert label_audit.find_wrong_labels(tokenizer, [said], outcomes)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +138,17 @@ def test_an_answer_that_begins_like_its_trace_and_quotes_the_end_of_turn_token_i
         family, tmp_path, {"role": "assistant", "content": f"Sum {end} is 3", "reasoning_content": "Sum"}
     )
     assert answer.strip().startswith(f"Sum {end} is 3<")
+
+
+@pytest.mark.parametrize("family", ["gemma4_v5", "diffusion_gemma"])
+@pytest.mark.parametrize("second", [adds(1, 2), {"role": "assistant", "content": "It is 3."}], ids=["call", "answer"])
+def test_an_answer_that_a_template_joins_to_the_one_before_it_is_refused(
+    family: str, second: dict[str, Any], tmp_path: Path
+) -> None:
+    """Otherwise a message of weight 0 is trained on."""
+    first = {"role": "assistant", "content": "Let me see.", "weight": 0.0}
+    with pytest.raises(InputError, match="joins messages of the assistant"):
+        trained(family, tmp_path, first, second, tools=chat_templates.TOOLS)
 
 
 def test_a_template_that_leaves_out_the_second_of_two_calls_is_refused(tmp_path: Path) -> None:

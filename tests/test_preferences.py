@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from builders.files import jsonl
 from builders.layouts import PAIR_ROWS
-from builders.records import LONG, ask
+from builders.records import LONG, ask, pair, placed
 from conftest import SHARED_DATA, draw_pages
 
 from dagster_project.core.errors import InputError
@@ -265,6 +265,29 @@ def test_sides_of_different_length_are_not_identical_though_they_end_alike() -> 
     assert judge([as_record(pair) for pair in pairs], [], Rules(), kind="preferences").broken.keys() == {
         "prompt_mismatch"
     }
+
+
+@pytest.mark.parametrize(
+    ("rejected", "reason"),
+    [
+        (["user"], "invalid_roles"),
+        (["assistant", "user", "user"], "invalid_roles"),
+        (["assistant", "user", "customer"], "invalid_roles"),
+        (["assistant", "user"], "ends_on_user_turn"),
+        (["assistant", "user", "assistant"], None),
+    ],
+)
+def test_the_rejected_side_takes_turns_and_ends_with_an_answer(rejected: list[str], reason: str | None) -> None:
+    """Otherwise its last answer is an earlier one, of the prompt or of both sides, which training would reject."""
+
+    def say(*roles: str) -> list[Fields]:
+        return [{"role": role, "content": f"Text {i}."} for i, role in enumerate(roles)]
+
+    turns = [{"role": "user", "content": "Where is my kite?"}, *say("assistant", "user")]
+    messages = [*turns, *say("assistant", "user", "assistant")]
+    said = [*say(*rejected)[:-1], {"role": rejected[-1], "content": "No idea."}]
+    record = {**pair(), "messages": messages, "asked": len(turns), "rejected": said}
+    assert judge(placed([record]), [], Rules(), kind="preferences").reason[0] == reason
 
 
 @pytest.mark.parametrize(

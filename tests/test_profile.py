@@ -390,6 +390,14 @@ def test_uncategorised_rows_are_not_a_category_if_there_are_others() -> None:
     found = profile([ask("Hi") for _ in range(50)] + [ask("Ho", category="a"), ask("Ho", category="b")])
     assert "unbalanced_categories" not in failures(found, LIMITS)
     assert notes(found, LIMITS)["unbalanced_categories"].endswith("50 rows without")
+    found = profile([ask("Hi"), ask("Ho", category="a"), ask("Ho", category="a")])
+    assert notes(found, LIMITS)["unbalanced_categories"].endswith("; 1 row without")
+
+
+def test_the_note_on_scripts_counts_those_that_it_leaves_out() -> None:
+    prompts = ["Why?", "Who?", "Почему?", "Γιατί;", "なぜですか", "왜요?"]
+    note = notes(profile([ask(prompt) for prompt in prompts]), LIMITS)["unbalanced_categories"]
+    assert note == "no categories; scripts: Latin 2, Cyrillic 1, Greek 1 and 2 more"
 
 
 def test_the_rarest_category_counts_even_beyond_the_fifty_that_are_shown() -> None:

@@ -282,7 +282,7 @@ def test_partial_overlaps_alone_make_the_finding_a_warning() -> None:
     assert judged([partly], held_out).verdicts["benchmark_leakage"].severity == "warn"
     assert judged([partly, whole], held_out).verdicts["benchmark_leakage"].severity == "error"
     assert (
-        "1 rows copy held-out text, 1 overlap it in part"
+        "1 row copies held-out text, 1 overlaps it in part"
         in judged([partly, whole], held_out).verdicts["benchmark_leakage"].note
     )
     assert (
@@ -329,7 +329,7 @@ def test_a_held_out_answer_leaks_whatever_is_before_it(before: str) -> None:
 
 def test_pairs_that_share_only_a_frame_are_counted_in_the_note() -> None:
     found = judged([row("What is the capital of Spain?")], [Item("quiz.jsonl:0", "What is the capital of France?")])
-    assert found.verdicts["benchmark_leakage"].note == "1 pairs share only a common phrase and are not leaks"
+    assert found.verdicts["benchmark_leakage"].note == "1 pair shares only a common phrase and is not a leak"
 
 
 def test_of_real_arithmetic_problems_no_test_question_is_copied_and_few_overlap_in_part() -> None:

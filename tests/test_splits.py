@@ -552,6 +552,9 @@ def test_labels_of_some_rows_are_kept_and_the_others_assigned(tmp_path: Path) ->
     report = run(splits.Params(test=0.2, validation=0.1), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 3 + 28, "validation": 3 + 4, "test": 3 + 8}
     assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were assigned by share"
+    few = [labeled_row(label, prompt) for label, prompt in zip(("train", None), some(2), strict=True)]
+    report = run(splits.Params(test=0, validation=0), written(tmp_path / "few", few), tmp_path / "other")
+    assert report.checks[1].note.endswith("1 of 2 rows has a split in its source; the other 1 was assigned by share")
 
 
 def test_labels_are_not_kept_if_turned_off(tmp_path: Path) -> None:

@@ -143,6 +143,14 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
     assert covered.keys() == {1.0, 2.0, 4.0} and "512" in covered[4.0] and "Bob" in covered[2.0]
 
 
+@pytest.mark.parametrize("end", ["\n}", " }", '\n , "m": 2}'])
+def test_the_weight_of_a_number_ends_with_it(tiny_tokenizer: Any, end: str) -> None:
+    answer = '{\n  "n": 512' + end
+    ids, said = tiny_tokenizer(answer).input_ids, (answer, answer)
+    weights = loss_weights(tiny_tokenizer, ids, said, {"n": 16}, per_example=False)
+    assert "".join(char for char, weight in zip(answer, weights, strict=True) if weight == 16) == "512"
+
+
 def test_fields_have_their_weight_where_a_turn_ends_with_another_token_than_a_text(
     stage: Stage, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

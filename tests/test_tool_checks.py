@@ -284,7 +284,7 @@ def test_the_minority_of_rows_with_or_without_reasoning_is_listed_and_kept() -> 
     assert judged(with_trace[0], *without).broken["missing_reasoning"] == [0]
     assert judged(*with_trace, *without).broken["missing_reasoning"] == [3, 4, 5]
     found = judged(*with_trace, without[0]).verdicts["missing_reasoning"]
-    assert (found.note, found.severity, found.dropped) == ("3 rows have reasoning, 1 have none", "warn", 0)
+    assert (found.note, found.severity, found.dropped) == ("3 rows have reasoning, 1 has none", "warn", 0)
     for uniform in (with_trace, without):
         assert (
             judged(*uniform).verdicts["missing_reasoning"].passed,

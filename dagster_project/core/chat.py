@@ -151,9 +151,21 @@ def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]
         raise InputError(
             "the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE
         )
+    begin = start + len(opening)
+    if messages[-2]["role"] == "assistant" and _is_joined(tokenizer, messages, tools, rendered, begin):
+        raise InputError(
+            "the chat template joins messages of the assistant that follow each other",
+            f"join them in the source, or {ANOTHER_TEMPLATE}",
+        )
     # an answer makes the template rewrite earlier turns (gpt-oss drops the trace of a call), which the model reads as
     # they were
-    return header, rendered[start + len(opening) :]
+    return header, rendered[begin:]
+
+
+def _is_joined(tokenizer: Any, messages: Messages, tools: Tools, rendered: str, begin: int) -> bool:
+    """Whether the text of an answer, which begins there, has the content of the message before it, too."""
+    other = [*messages[:-2], {**messages[-2], "content": "\x00"}, messages[-1]]
+    return common_prefix(rendered, render(tokenizer, other, False, tools)) >= begin
 
 
 def _same_until(tokenizer: Any, messages: Messages, tools: Tools, rendered: str) -> int:
@@ -339,7 +351,7 @@ def loss_weights(
         first = last - len(encoded["input_ids"])
         is_whole = first >= 0 and list(labels[first:last]) == encoded["input_ids"]  # else the answer is cut
         for name, weight in fields.items() if is_whole else ():
-            pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^",{{}}\[\]]+))')
+            pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^\s",{{}}\[\]]+))')
             for match in pattern.finditer(text, begin, begin + len(content)):
                 start, stop = match.span(1) if match.group(1) is not None else match.span(2)
                 for i, (a, b) in enumerate(encoded["offset_mapping"]):

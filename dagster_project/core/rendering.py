@@ -346,12 +346,18 @@ def _refuse_calls(form: TemplateForm, message: Message, turn: int) -> None:
 def _end_of_argument(value: str, text: str, start: int) -> int:
     """End of an argument in a text from `start` on, as it is, as JSON or as Python writes it; -1 if it is not there."""
     escaped = json.dumps(value)[1:-1]
-    quoted = (json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(escaped)[1:-1], repr(value)[1:-1])
+    quoted = (json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(escaped)[1:-1], *python_spellings(value))
     spellings = {value, value.strip(), escaped, *quoted}
     if ends := [found + len(one) for one in spellings if (found := text.find(one, start)) >= 0]:
         return min(ends)
     words = re.findall(r"\w+", value)
     return start if words and all(text.find(word, start) >= 0 for word in words) else -1
+
+
+def python_spellings(value: str) -> tuple[str, str]:
+    """A text as Python writes it, without its quotes, and as LFM2's templates write it: always in single quotes."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return repr(value)[1:-1], escaped
 
 
 def _is_respelled(result: str, text: str) -> bool:

@@ -86,8 +86,13 @@ def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{round(value, 3):,}"
 
 
-def many(count: int, noun: str) -> str:
-    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+def many(count: int, one: str, more: str = "") -> str:
+    """A count with its noun, and the words that depend on it.
+
+    Args:
+        more: the words for any count but 1; `one` with an s unless given.
+    """
+    return f"{number(count)} {one if count == 1 else more or f'{one}s'}"
 
 
 def finite_number(text: str) -> float:

@@ -40,6 +40,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.core.stored_rows import Selected, SelectedTexts, StoredRows, StoredTexts, encode, encoded
 from dagster_project.core.strings import StringIndex, Strings
+from dagster_project.core.text import many
 from dagster_project.curation.sources.reading import locate
 from dagster_project.curation.splitting.augment import FORMAT, AddedRows, Augment, Paraphrase, augment, read_paraphrases
 from dagster_project.curation.splitting.split import (
@@ -83,8 +84,8 @@ class Params(Section):
     validation: float = Field(default=0.1, ge=0, lt=1)
     """Share that training measures its loss on but does not learn from."""
     stratify_by: Literal["category", "source", "none"] = "category"
-    """Every split gets the same share of each value of this field, as far as rows that must stay together allow. Not
-    possible for the field that `by` names."""
+    """Every split gets the same share of each value of this field, as far as rows that must stay together allow. With
+    `by: source` or `by: category` it has no effect."""
     by: Literal["group", "source", "category", "key"] = "group"
     """Rows that stay in one split. `group`: near-copies. `source`, `category`: also all rows of one source or category,
     to test on sources or kinds that were never trained on. `key`: also rows with the same value of the field `key`."""
@@ -425,13 +426,15 @@ def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, re
         places.append(f"{read.labels[i]}/{read.ids[i]} belongs to {kept}: dropped")
     notes = []
     if verification.leaking:
-        notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
+        rows = many(verification.leaking, "row")
+        notes.append(f"{rows} of the finished splits, or near-copies of them, are in two splits")
     if because:
         by_label = Counter(str(read.labels[i]) for i, _ in because)
         dropped = [f"{n} dropped from {name}" for name, n in sorted(by_label.items())]
         notes.append(f"the labels of the source leak: {', '.join(dropped)}")
     if regrouped:
-        notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")
+        rows = many(regrouped, "row has near-copies", "rows have near-copies")
+        notes.append(f"{rows} in a group of another group_id; they were kept together")
     return CheckResult(
         "split_leakage",
         passed=not verification.leaking,
@@ -456,15 +459,16 @@ def _schema(
             " `release`, need a test split"
         )
     if labelled:
-        rest = f"; the other {len(labels) - labelled} were assigned by share" if labelled < len(labels) else ""
-        notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
+        left, have = len(labels) - labelled, "has a split in its" if labelled == 1 else "have a split in their"
+        rest = f"; the other {many(left, 'was', 'were')} assigned by share" if left else ""
+        notes.append(f"{labelled} of {many(len(labels), 'row')} {have} source{rest}")
         unnamed = [name for name in SPLITS if shares[name] and name not in labels]
         if unnamed and not empty:
             notes.append(f"the source names no {' or '.join(unnamed)}: taken from train")
     tolerated = max(1, NOTABLE_DEVIATION * total)
     missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > tolerated]
     for name in missed:
-        actual = f"{counts[name]} of {total} rows ({counts[name] / total:.1%})"
+        actual = f"{counts[name]} of {many(total, 'row')} ({counts[name] / total:.1%})"
         notes.append(f"{name} has {actual} instead of {shares[name]:.1%}")
     if (missed or empty) and dealt.largest > 1:
         key = f"{params.key or params.by}, with all that belongs to it,"
@@ -472,7 +476,7 @@ def _schema(
         notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
     elif missed or empty:
         kinds = f" of {strata} kinds by `stratify_by: {params.stratify_by}`" if strata > 1 else ""
-        notes.append(f"there are {total} rows{kinds}")
+        notes.append(f"there {'is' if total == 1 else 'are'} {many(total, 'row')}{kinds}")
     return CheckResult(
         "schema",
         passed=not empty and not untested,
@@ -484,9 +488,10 @@ def _schema(
 
 
 def _augmented_rows(params: Params, verification: Verification, added: AddedRows) -> CheckResult:
-    notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
+    notes = [f"{many(n, 'copy', 'copies')} left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
-        notes.append(f"{added.unused} paraphrases are of no row in train that has a prompt")
+        unused = many(added.unused, "paraphrase is", "paraphrases are")
+        notes.append(f"{unused} of no row in train that has a prompt")
     unaugmented = params.augment is not None and not added.rows and not verification.unexpected
     if unaugmented:
         notes.insert(0, "no row was added; see splits.augment, or leave it out")

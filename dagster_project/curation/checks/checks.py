@@ -140,12 +140,12 @@ class Rules(profiles.Limits):
 
 
 def length_schema(most: float) -> pa.DataFrameSchema:
-    """Schema of a table with one row: the share of pairs whose chosen response length tells."""
+    """Schema of a table with one row: the accuracy of choosing by length, the longer or the shorter response."""
     pa = import_pandera()
     import polars as pl
 
     return pa.DataFrameSchema(
-        {"told_by_length": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True
+        {"length_rule_accuracy": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True
     )
 
 
@@ -447,7 +447,7 @@ def _check_set(
         notes["length_bias"] = (
             f'chosen is {which} in {share:.0%} of pairs, so "the {which} one wins" would be right {often}'
         )
-        failures |= _set_failures("told_by_length", accuracy, length_schema(rules.max_longer_share), notes)
+        failures |= _set_failures("length_rule_accuracy", accuracy, length_schema(rules.max_longer_share), notes)
     return profile, notes, failures
 
 

@@ -435,12 +435,15 @@ def _normalized(text: str) -> str:
 
 def _echo_pretest(texts: Texts) -> Iterable[int]:
     asked, said = (
-        column.str.slice(0, 64).str.strip_chars_start(_AROUND_ECHO).str.slice(0, ECHO - 2).str.to_lowercase()
+        column.str.slice(0, 64).str.strip_chars_start(_AROUND_ECHO).str.replace_all(r"\s+", " ").str.to_lowercase()
         for column in (texts.asked_column, texts.said_column)
     )
-    few = ECHO // 2 - 2
-    alike = (asked == said) | said.str.contains(rf"^{_LABEL}")
-    alike |= (asked.str.slice(0, few) == said.str.slice(0, few)) & asked.str.contains(_UNSPACED.pattern)
+
+    def same(size: int) -> pl.Series:
+        return asked.str.slice(0, size) == said.str.slice(0, size)
+
+    alike = same(ECHO - 2) | said.str.contains(rf"^{_LABEL}")
+    alike |= same(ECHO // 2 - 2) & asked.str.contains(_UNSPACED.pattern)
     return (alike & (texts.asked_column.str.len_bytes() >= ECHO)).arg_true().to_list()
 
 
@@ -491,12 +494,11 @@ _SIGNATURE = re.compile(
 
 def _cut_pretest(texts: Texts) -> Iterable[int]:
     closed, found = _CLOSED, []
-    for i, text in enumerate(texts.said):
+    for i, said in enumerate(texts.said):
+        text = said.rstrip()
         end = text[-1:]
-        if end in closed:
-            if "```" in text or (end in ".*)" and "\n" in text[-8:]) or (text[0] in "{[" and end not in "}]"):
-                found.append(i)
-        elif text.rstrip()[-1:] not in closed or "```" in text:
+        is_item = end in closed and end in ".*)" and len(text[-80:].rpartition("\n")[2].strip()) < 8
+        if is_item or end not in closed or "```" in text or (text[0] in "{[" and end not in "}]"):
             found.append(i)
     return found
 
@@ -726,6 +728,10 @@ _FREQUENT_WORDS = {
 _FREQUENT = {code: frozenset(words.split()) for code, words in _FREQUENT_WORDS.items()}
 """ISO 639 code -> frequent short words. If those of one language are the most frequent on both sides, the pair is not
 examined further."""
+_ONLY_ENGLISH = frozenset(
+    word for word in _FREQUENT["en"] if len(word) > 2 and word not in {"for", "can", "will", "not", "has", "are"}
+)
+"""Those that show that a text is English; "in", "is" and "of" are words of other languages, too."""
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 _WORDS = re.compile(r"[^\W\d_]+")
 _QUOTES = re.compile(r"[\n:\"“”«»]+")
@@ -748,7 +754,7 @@ _SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
 def _language_pretest(texts: Texts) -> Iterable[int]:
     asked, said = texts.asked_column.str, texts.said_column.str
     is_long = (asked.len_bytes() >= SCRIPT_LETTERS) & (said.len_bytes() >= SCRIPT_LETTERS)
-    words = "|".join(_FREQUENT["en"])
+    words = "|".join(sorted(_ONLY_ENGLISH))
     twice = rf"(?i)[\s(\"](?:{words})[\s,.?](?s:.)*?[\s(\"](?:{words})[\s,.?]"
     is_english = asked.slice(0, READ).str.contains(twice) & said.slice(0, READ).str.contains(twice)
     return (is_long & ~is_english).arg_true().to_list()
@@ -832,11 +838,10 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
             "language model", "chatbot", "i decline", "to decline", "respectfully decline", "to refuse", "must refuse",
             "comfortable", "my programming", "my guidelines", "my polic", "my principles", "my ethical", "my capabilit",
             "inappropriate", "not appropriate", "ethical", "be impossible", "not possible", "is impossible",
-            "help you with", "help with", "assist with", "i cannot", "i can't", "i can’t", "i can not", "i won't",
-            "i won’t", "i will not", "i am unable", "i'm unable", "i’m unable", "i am not", "i'm not", "i’m not",
-            "i do not", "i don't", "i don’t", "leid", "lo siento", "désolé", "dispiace", "desculpe", "sinto muito",
-            "lamento", "сожалению", "извините", "helaas", "het spijt", "抱歉", "对不起", "對不起", "申し訳",
-            "すみません",
+            "help you with", "help with", "assist with", "cannot", "can't", "can’t", "can not", "cant ", "won't",
+            "won’t", "wont ", "will not", "m unable", "m not ", "do not", "don't", "don’t", "leid", "lo siento",
+            "désolé", "dispiace", "desculpe", "sinto muito", "lamento", "сожалению", "извините", "helaas",
+            "het spijt", "抱歉", "对不起", "對不起", "申し訳", "すみません",
         ),
         find=_refusal,
     ),
@@ -846,10 +851,10 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "warn",
         "Remove the phrase, or rewrite the response: a model trained on it repeats it in other contexts.",
         words=(
-            "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model",
-            "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last",
-            "my latest", "my most recent", "have personal", "have any personal", "have real", "have any real", "作为",
-            "als ki", "como una ia", "como ia", "inteligencia artificial", "modelo de lenguaje", "en tant qu",
+            " ai", "language model", "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge",
+            "my training", "my last", "my latest", "my most recent", "have personal", "have any personal", "have real",
+            "have any real", "作为", "als ki", "como una ia", "como un ia", "como ia", "inteligencia artificial",
+            "modelo de lenguaje", "en tant qu",
         ),
         find=_boilerplate,
     ),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -21,7 +21,7 @@ from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.core.stored_rows import Selected, StoredRows, decode
-from dagster_project.core.text import many
+from dagster_project.core.text import listed, many
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.references import Reference
 
@@ -646,7 +646,7 @@ def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) 
         "rows": f"{many(rows, 'row')}, {many(words, 'word')}: {_volume(words)}",
         "category_ratio": _categories(profile) if count else "no categories",
         "top_source_share": f"{source} holds {most / max(1, rows):.0%} of the rows",
-        "scripts": "scripts: " + ", ".join(f"{name} {n:,}" for name, n in islice(profile["scripts"].items(), 3)),
+        "scripts": "scripts: " + listed([f"{name} {n:,}" for name, n in profile["scripts"].items()], 3),
         "top_opening_share": f"{diversity['openings']:,} openings, {begin}",
         "distinct_2": (
             f"{diversity['distinct_2']:.0%} of the pairs of words"
@@ -700,5 +700,5 @@ def _categories(profile: Mapping[str, Any]) -> str:
         names = list(profile["rarest"])[: min(single, 5)]
         text += f"; {single} with one row: {', '.join(names)}{', ...' if single > len(names) else ''}"
     if missing := profile["categories"].get(NONE):
-        text += f"; {missing:,} rows without"
+        text += f"; {many(missing, 'row')} without"
     return text

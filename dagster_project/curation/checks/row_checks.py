@@ -17,6 +17,7 @@ from dagster_project.core import row_cache
 from dagster_project.core.imports import import_pandera
 from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text, is_trained
 from dagster_project.core.stored_rows import Selected, decode
+from dagster_project.core.text import many
 from dagster_project.curation.checks.check import Check, DataSet, Limits, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
@@ -123,12 +124,12 @@ def _is_half(record: Mapping[str, Any]) -> bool:
     return len(record["messages"]) <= record["asked"] or not record["rejected"]
 
 
-def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]) -> bool:
+def _roles_are_valid(record: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
     """Whether it is plain text, or user and assistant take turns, the user first, after an optional system turn.
 
-    Tool results may follow a turn of the assistant, which then continues.
+    Tool results may follow a turn of the assistant, which then continues. In a pair this holds for both sides.
     """
-    return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
+    return all(is_text(side, meta) or _in_turns(tuple([m["role"] for m in side])) for side in sides(record))
 
 
 _BEFORE = {
@@ -146,11 +147,13 @@ def _in_turns(roles: tuple[str, ...]) -> bool:
 
 
 def valid_roles(rows: Rows) -> list[bool]:
-    return [_roles_are_valid(r["messages"], meta) for r, meta in zip(rows.records, rows.metas, strict=True)]
+    return [_roles_are_valid(record, meta) for record, meta in zip(rows.records, rows.metas, strict=True)]
 
 
 def _ends_with_assistant(record: Mapping[str, Any]) -> bool:
-    return not record["messages"] or _is_half(record) or record["messages"][-1]["role"] == "assistant"
+    if not record["messages"] or _is_half(record):
+        return True
+    return all(side[-1]["role"] == "assistant" for side in sides(record))
 
 
 def _have_prompt(rows: Rows, _: str) -> list[bool]:
@@ -354,7 +357,8 @@ def _control_tokens(rows: Rows, _: str) -> list[str | None]:
 
 def _transcripts_note(data: DataSet, _: Sequence[str]) -> list[str]:
     transcripts = data.features.transcripts
-    return [f"{transcripts} rows quote a transcript; they are kept"] if transcripts else []
+    kept = many(transcripts, "row quotes a transcript; it is kept", "rows quote a transcript; they are kept")
+    return [kept] if transcripts else []
 
 
 def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
@@ -408,8 +412,11 @@ def _leak_note(data: DataSet, _: Sequence[str]) -> list[str]:
     links, frames = overlaps.links["benchmark_leakage"], overlaps.common_frames
     copied = {link.row for link in links if not link.partial}
     partly = {link.row for link in links} - copied
-    note = [f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []
-    return [*note, f"{frames:,} pairs share only a common phrase and are not leaks"] if frames else note
+    copies = many(len(copied), "row copies held-out text", "rows copy held-out text")
+    note = [f"{copies}, {many(len(partly), 'overlaps it in part', 'overlap it in part')}"] if partly else []
+    pairs = many(frames, "pair shares", "pairs share")
+    what = "is not a leak" if frames == 1 else "are not leaks"
+    return [*note, f"{pairs} only a common phrase and {what}"] if frames else note
 
 
 def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
@@ -420,10 +427,8 @@ def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
         more = f" and {len(others)} more" if others else ""
         note = [f"boilerplate, which is not compared: {first.words} words in {first.texts} prompts{more}"]
     if grouped := overlaps.links[GROUPED]:
-        note.append(
-            f"{len(grouped):,} pairs are less similar, or have another question:"
-            " they share a group_id and are not reported"
-        )
+        pairs = many(len(grouped), "pair is less similar, or has", "pairs are less similar, or have")
+        note.append(f"{pairs} another question: they share a group_id and are not reported")
     return note
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.messages import JSON, Call, Message, calls, is_trained
+from dagster_project.core.text import many
 from dagster_project.core.tool_schemas import ArgumentsSchema, arguments_schema
 from dagster_project.curation.checks.check import Check, DataSet, Rows, is_true, kinds
 from dagster_project.curation.checks.damage import visible
@@ -177,7 +178,8 @@ def _mixed_reasoning(data: DataSet, _: str) -> dict[int, str]:
 
 def _mixed_note(data: DataSet, facts: Sequence[str]) -> list[str]:
     reasons, without = data.shared(_reasoning_counts)
-    return [f"{reasons:,} rows have reasoning, {without:,} have none"] if facts else []
+    traced = many(reasons, "row has reasoning", "rows have reasoning")
+    return [f"{traced}, {many(without, 'has none', 'have none')}"] if facts else []
 
 
 def _is_trained(record: Mapping[str, Any]) -> bool:

@@ -326,14 +326,21 @@ def read_item(item: Any) -> Parsed:
     kind = rest.pop("type", None) or "message"
     if kind == "reasoning":
         parts = [_object(part, "a content part") for part in rest.pop("content", None) or ()]
-        return {"messages": [], "thought": "".join(as_text(part["text"]) for part in parts)}, tuple(rest)
+        more = [
+            name for part in parts for name, one in part.items() if name not in {"type", "text"} and one not in EMPTY
+        ]
+        thought = "".join(as_text(part["text"]) for part in parts)
+        return {"messages": [], "thought": thought}, (*rest, *(f"content[].{name}" for name in more))
     if kind == "function_call":
         call = _call(rest, "arguments", "call_id")
         return {"messages": [{"role": "assistant", "content": "", "tool_calls": [call.value]}]}, tuple(rest)
     if kind == "function_call_output":
         given = rest.pop("output", None)
-        content = read_message({"role": "tool", "content": given})[0]["content"] if isinstance(given, list) else given
-        return {"messages": [_result(content, rest.pop("call_id", None)).value]}, tuple(rest)
+        names: tuple[str, ...] = ()
+        if isinstance(given, list):
+            message, names = read_message({"role": "tool", "content": given})
+            given = message["content"]
+        return {"messages": [_result(given, rest.pop("call_id", None)).value]}, (*rest, *names)
     if kind != "message":
         raise ValueError(
             f"items of type {shortened(str(kind))} are not supported: only messages, reasoning, calls and results"

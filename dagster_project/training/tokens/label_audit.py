@@ -12,7 +12,7 @@ from dagster_project.core.chat import IGNORE, is_text, trimmed
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_example
 from dagster_project.core.messages import Message, argument_texts, calls, is_trained
-from dagster_project.core.rendering import end_tokens, render
+from dagster_project.core.rendering import end_tokens, python_spellings, render
 from dagster_project.training.tokens.examples import ONE_PER_ANSWER, Example, RecordOutcome, spans
 from dagster_project.training.tokens.mixture import draw_number
 
@@ -147,8 +147,8 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup
 
 def _contains(text: str, word: str) -> bool:
     """Whether a text has a word as it is, or as JSON or Python writes it."""
-    quoted = (json.dumps(word, ensure_ascii=False), json.dumps(word), repr(word))
-    return word in text or any(spelled[1:-1] in text for spelled in quoted)
+    quoted = (json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1], *python_spellings(word))
+    return word in text or any(spelled in text for spelled in quoted)
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
@@ -195,6 +195,8 @@ def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: 
     end = next((token for token in expected.ends if text.endswith(token)), tokenizer.eos_token)
     shown = text.removesuffix(end) if cut and text.endswith(end) else None
     forms = [before + words + after for before, after in expected.frames for words in trimmed(answer)]
+    if not answer.strip():  # GLM-4-MoE writes the line break after its empty trace with the answer
+        forms += [form for before, after in expected.frames for form in trimmed(before + after)]
     if any(text == form + end or (shown is not None and form.startswith(shown)) for form in forms):
         return True
     returned = _recoded(tokenizer, [form + end for form in forms])

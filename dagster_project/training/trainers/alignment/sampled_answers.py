@@ -117,8 +117,9 @@ class SampledAnswers:
     def stalled_text(self) -> str:
         """Why training stopped, and what to change."""
         whose = "the answers to each prompt" if self.by_record else "all answers"
+        steps = "step" if self.patience == 1 else f"{self.patience} steps"
         return (
-            f"in the last {self.patience} steps {whose} had the same reward, so there was nothing to learn, and"
+            f"in the last {steps} {whose} had the same reward, so there was nothing to learn, and"
             " training stopped. The weights of this step are kept; fix the rewards, or raise constant_reward_steps if"
             " they are rare"
         )
