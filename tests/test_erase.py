@@ -16,10 +16,11 @@ import shutil
 import sqlite3
 import sys
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -286,6 +287,23 @@ def test_a_text_is_found_wherever_the_blocks_that_are_searched_begin(
     for block in (len(content) - 1, 2 * len(content)):
         monkeypatch.setattr(scan, "BLOCK", block)
         assert [start for start in range(2 * block) if not scanner.content(b"." * start + content + b"...")] == []
+
+
+@pytest.mark.parametrize("text", ["Nguyễn Thị Minh Khai hỏi về hóa đơn điện", "Die Bürgermeisterin prüfte die Größe"])
+@pytest.mark.parametrize("given", ["NFC", "NFD"])
+def test_a_text_is_found_whether_its_letters_are_composed_or_not_and_as_windows_writes_it(
+    text: str, given: Literal["NFC", "NFD"]
+) -> None:
+    scanner = Scanner(needles_of([unicodedata.normalize(given, text)], [], []))
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    for shown in (composed, decomposed, json.dumps(composed), json.dumps(decomposed)):
+        assert "text" in scanner.content(shown.encode())
+    if text.startswith("Die"):
+        assert "text" in scanner.content(composed.encode("cp1252"))
+    others = (unicodedata.normalize("NFC" if given == "NFD" else "NFD", f"{text}, everybody says"),)
+    assert needles_of([unicodedata.normalize(given, text)], [], others).texts == (), "another record has it, too"
+    assert needles_of([text, "é"], [], others).unsearchable == 2
+    assert scanner.content("Die Bürgermeister prüften die Größen, và hóa đơn".encode()) == set()
 
 
 def test_ids_are_found_as_text_and_as_bytes(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ Reports where they were found, never the text.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 LONGEST, SHORTEST = 24, 12
@@ -43,7 +45,7 @@ class Needles:
     ids: tuple[str, ...] = ()
     """32 hexadecimal digits: `example_id` of each record, and the ids under which releases published it."""
     unsearchable: int = 0
-    """Texts without a fragment of their own: short, or shared with records that
+    """Texts of which a form has no fragment of its own: short, or shared with records that
     stay. Their records are found by id only."""
 
     def patterns(self) -> dict[str, int | None]:
@@ -76,6 +78,8 @@ def _overlap(one: str, other: str) -> bool:
 def _encoded(text: str) -> Iterator[str]:
     yield text.encode().decode("latin-1")
     if not text.isascii():
+        with suppress(UnicodeEncodeError):  # as spreadsheets on Windows write it
+            yield text.encode("cp1252").decode("latin-1")
         escaped = text.encode("ascii", "backslashreplace").decode()  # "\xe9" for Latin-1, which JSON writes as \u00e9
         escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
         escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
@@ -97,7 +101,8 @@ def needles_of(texts: Iterable[str], ids: Iterable[str], others: Iterable[str]) 
     """
     import polars as pl
 
-    by_text = {text: fragments(text) for text in dict.fromkeys(texts)}
+    forms = {text: _forms(text) if fragments(text) else [text] for text in texts}
+    by_text = {form: fragments(form) for found in forms.values() for form in found}
     wanted = list(dict.fromkeys(one for parts in by_text.values() for one in parts))
     shared: set[str] = set()
     if wanted:
@@ -105,16 +110,23 @@ def needles_of(texts: Iterable[str], ids: Iterable[str], others: Iterable[str]) 
             found = pl.Series(start, dtype=pl.String).str.extract_many(wanted, overlapping=True)
             shared.update(found.explode().drop_nulls().to_list())
     own = {text: [one for one in parts if one not in shared] for text, parts in by_text.items()}
-    unsearchable = sum(not parts for text, parts in own.items() if text.strip())
+    unsearchable = sum(not all(own[form] for form in found) for text, found in forms.items() if text.strip())
     numbers = {one: number for number, one in enumerate(dict.fromkeys(one for parts in own.values() for one in parts))}
     groups = tuple(tuple(numbers[one] for one in parts) for parts in own.values() if len(parts) > 1)
     return Needles(tuple(numbers), groups, tuple(dict.fromkeys(ids)), unsearchable)
 
 
+def _forms(text: str) -> list[str]:
+    """A text as it is, with composed and with decomposed letters."""
+    if text.isascii():
+        return [text]
+    return list(dict.fromkeys([text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]))
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     for text in texts:
-        batch.append(text.encode("utf-8", "replace").decode())
+        batch += [form.encode("utf-8", "replace").decode() for form in _forms(text)]
         if len(batch) >= 50_000:
             yield batch
             batch = []
