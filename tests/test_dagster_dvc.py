@@ -44,7 +44,7 @@ def foreign(_foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def materialize(root: Path, instance: dg.DagsterInstance, *stages: str) -> dg.ExecuteInProcessResult:
     job = build_dvc_definitions(root, "points").resolve_job_def("points_pipeline")
-    keys = [dg.AssetKey(["points", name]) for name in stages] or None
+    keys = [dg.AssetKey(["points", *name.split("/")]) for name in stages] or None
     return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False)
 
 
@@ -239,6 +239,26 @@ def test_a_stage_that_always_runs_is_run_once_and_what_reads_it_can_be_materiali
     assert materialize(foreign, instance, "featurize").success, "its inputs are as recorded"
     (foreign / "data/prepared/train.csv").unlink()
     assert not materialize(foreign, instance, "featurize").success
+
+
+def test_a_new_stage_below_a_folder_is_stale_alone_until_it_runs(foreign: Path, instance: dg.DagsterInstance) -> None:
+    text = """stages:
+  part:
+    matrix: {n: [1]}
+    cmd: mkdir -p parts && echo ${item.n} > parts/${item.n}
+    outs: ["parts/${item.n}"]
+  whole: {cmd: cat parts/* > whole, deps: [parts], outs: [whole]}
+"""
+    (foreign / "dvc.yaml").write_text(text)
+    assert dvc(foreign, "repro").returncode == 0
+    project = DvcProject(foreign, ("points",))
+    sync(project, instance)
+    (foreign / "dvc.yaml").write_text(text.replace("[1]", "[1, 2]"))
+    sync(project, instance)
+    assert not_fresh(foreign, instance) == {"2"} and changed_in_dvc(foreign) == {"part@2"}
+    assert sync(project, instance) == []
+    assert materialize(foreign, instance, "part/2").success
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"whole"}
 
 
 def test_a_stage_that_neither_reads_nor_writes_a_file_is_run_once(foreign: Path, instance: dg.DagsterInstance) -> None:

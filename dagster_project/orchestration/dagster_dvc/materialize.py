@@ -107,7 +107,7 @@ def bring_up_to_date(
         asset_key=key,
         data_version=dg.DataVersion(state.version),
         metadata={**project.describe(state), "done": done},
-        tags=expected_tags(project, state),
+        tags=expected_tags(project, state, states),
     )
     if after is not None:
         mirror(project, instance, after)

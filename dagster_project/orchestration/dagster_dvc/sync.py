@@ -100,14 +100,15 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
         ]
         events += _wipe_definitions(project, instance, snapshot.materialized.keys() - sources.keys())
         idle = {}
-        read = {i.producer for one in states.values() if one.recorded for i in one.inputs if i.now == i.recorded}
+        inputs = [i for one in states.values() if one.recorded for i in one.inputs]
+        read = {i.producer for i in inputs if i.now == i.recorded != dvc.MISSING}
         for key, address in addresses.items():
             record = latest.get(key)
             if key not in busy and (record.storage_id if record else None) == snapshot.materialized.get(key):
                 idle[address] = states[address]
                 if record or states[address].recorded or address in read:
                     entry = record.event_log_entry if record else None
-                    events += _materialize(project, instance, states[address], entry)
+                    events += _materialize(project, instance, states[address], states, entry)
         return events + _checks(project, instance, idle)
 
 
@@ -160,7 +161,7 @@ def _tag_names() -> Any:
     return private_module("dagster._core.definitions.data_version")
 
 
-def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
+def expected_tags(project: DvcProject, state: StageState, states: Mapping[str, StageState]) -> dict[str, str]:
     """Tags of a materialization in Dagster: version from disk, input versions from dvc.lock.
 
     An output that differs from dvc.lock gets a different code version, which makes
@@ -180,6 +181,12 @@ def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
         project.asset_key(i.producer) if i.producer else project.source_key(i.path): i.recorded or "unrecorded"
         for i in ordered
     }
+    # in a folder of several outputs that is as recorded: Dagster has no version of a stage that never ran
+    inputs |= {
+        project.asset_key(i.producer): names.NULL_DATA_VERSION.value
+        for i in ordered
+        if i.producer and not states[i.producer].recorded and i.now == i.recorded == dvc.MISSING
+    }
     inputs[project.definition_key(state.address)] = state.definition_recorded or "unrecorded"
     for key, version in inputs.items():
         tags[names.get_input_data_version_tag(key)] = version
@@ -188,10 +195,14 @@ def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
 
 
 def _materialize(
-    project: DvcProject, instance: dg.DagsterInstance, state: StageState, latest: dg.EventLogEntry | None
+    project: DvcProject,
+    instance: dg.DagsterInstance,
+    state: StageState,
+    states: Mapping[str, StageState],
+    latest: dg.EventLogEntry | None,
 ) -> list[str]:
     actual = dict(latest.asset_materialization.tags or {}) if latest and latest.asset_materialization else {}
-    expected, names = expected_tags(project, state), _tag_names()
+    expected, names = expected_tags(project, state, states), _tag_names()
     compared = {
         tag: value
         for tag, value in expected.items()
