@@ -16,9 +16,12 @@ from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result, document
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.pipeline import Pipeline
+from dagster_project.stages import instructions
 from dagster_project.views.data_quality import data_quality_page
 
-CHECKED = Pipeline({}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {})
+CHECKED = Pipeline(
+    {"instructions": instructions}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {}
+)
 
 
 def on_the_page(finding: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ class RunIndex(Database):
 
     def _add_entry(self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]) -> list[int]:
         """Add an entry of dvc.lock or of the run cache. Returns the ids of its outputs that have a hash."""
-        report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
+        report: dict[str, str] = next((one for one in stage.get("outs", ()) if one["path"].startswith(REPORTS)), {})
         watched, unread = watched_inputs(address, stage), unread_inputs(address, stage)
         read = [dep for dep in stage.get("deps", []) if is_input(dep["path"]) and dep["path"] not in unread]
         added = []
