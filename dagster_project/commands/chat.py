@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands import why
+from dagster_project.commands import why, why_pairs
 from dagster_project.commands.model_files import TEXT_MODELS
 from dagster_project.commands.model_ids import model_id
 from dagster_project.commands.nearest_records import TrainingRecords, cut, nearest_text, opening
-from dagster_project.commands.why_pairs import asked
 from dagster_project.core import params
 from dagster_project.core.chat import encode_prompt
 from dagster_project.core.documents import read_report
@@ -511,14 +510,11 @@ class Chat:
         if rest and not (rest.isascii() and rest.isdecimal() and int(rest)):
             raise InputError(f"/data {rest}: not a number of records", "e.g. /data 5")
         for speaker in self._named_speakers():
-            self.write(
-                visible(
-                    nearest_text(self.records.nearest(_recorded(speaker), self.question, int(rest or SHOWN))) + "\n"
-                )
-            )
+            nearest = self.records.nearest(_recorded(speaker), self.question, int(rest or SHOWN))
+            self.write(visible(f"{nearest_text(nearest)}\n"))
 
     def _why(self, part: str) -> None:
-        """The training records behind the last answer of each model.
+        """The training records that are most like the last answer of each model, by gradients and words.
 
         Args:
             part: of the answer; empty for all of it.
@@ -535,7 +531,7 @@ class Chat:
         """Loaded for the first `/why`, and kept for the next."""
         model = _recorded(speaker)
         if model not in self.attributed:
-            found = asked(self.records.root, model)
+            found = why_pairs.asked(self.records.root, model)
             if not found.store.is_begun():
                 raise InputError(
                     f"/why: the gradients of {found.run.address} were not computed yet",

@@ -46,7 +46,7 @@ BINS = 40
 """Of the distribution of scores."""
 UNCALIBRATED = "whether a record stands out is judged by its distance from the others alone, which is often wrong: "
 OF_PAIRS = "models of preference pairs are not compared with questions of the validation split"
-CUT_OFF = "the model did not end its answer, so what ends an answer is not asked about"
+CUT_OFF = "the model did not end its answer: the end-of-turn token, which the template adds, is not asked about"
 CAVEAT = "Ranks and scores say how alike gradients and words are, not what would change without a record"
 
 
