@@ -1,5 +1,5 @@
 """Accuracy and cost of curation. usage: python benchmarks/curation.py [--rows
-N] [--repeat N] | --pipeline [--rows N] [--workers N]
+N] [--repeat N] | --pipeline [--rows N] [--workers N [--ray]]
 
 Without --pipeline: near-duplicates by our rule compared with MinHash LSH of datasketch and rensa, on planted pairs.
 Texts are generated from a seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of
@@ -19,6 +19,10 @@ of expectations of data/. Seconds are those of whole processes, from start to en
 checksums, every check, Data Docs, the page, and writing and reading back the results. DVC's work (hashing
 the outputs into its cache) and generating the rows are not included. CPU seconds depend less on other
 load of the machine. The digest covers all output files of the stage: the same rows give the same digest.
+
+With --ray the workers are tasks of a Ray cluster that is started for each stage: one node of one CPU for each worker,
+all on this machine, each with its own object store of `OBJECT_STORE` bytes. CPU seconds include those of all of its
+processes, from its start.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from children import ROOT, result_of
@@ -44,6 +49,8 @@ PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
 STAGES = ("raw_examples", "instructions", "splits", "tokenized")
 SECONDS, GIGABYTES = 240, 8
 """Budget of the stages up to splits for a million short rows on two cores, without workers."""
+OBJECT_STORE = 200_000_000
+"""Size of a Ray node's object store, in bytes."""
 
 
 class Maker:
@@ -286,7 +293,7 @@ FLAWS: tuple[dict[str, object], ...] = (
 )
 
 
-def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, workers: int) -> None:
+def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, workers: Sequence[str]) -> None:
     """Generate `rows` rows under `root`, run the stages on them, and print time and memory of each stage and the
     budget."""
     sources = root / "data/sources"
@@ -296,8 +303,8 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
     alpaca(rows, templates, sources / "rows.jsonl")
     size = (sources / "rows.jsonl").stat().st_size
     print(
-        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, {workers} workers, load"
-        f" {os.getloadavg()[0]:.1f} at the start"
+        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, {' '.join(workers)},"
+        f" load {os.getloadavg()[0]:.1f} at the start"
     )
     print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GiB':>9}{'of a worker':>12}{'rows out':>11}  digest")
     total = [0.0, 0.0, 0.0]
@@ -313,8 +320,7 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
                 str(base_model),
                 "--folder",
                 str(root),
-                "--workers",
-                str(workers),
+                *workers,
             ],
             env={**os.environ, "PYTHONPATH": str(ROOT), "GX_ANALYTICS_ENABLED": "false"},
             stdout=subprocess.PIPE,
@@ -339,21 +345,62 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
     )
 
 
-def run_stage(stage: str, base_model: Path, root: Path, workers: int) -> dict[str, float]:
+def run_stage(stage: str, base_model: Path, root: Path, workers: int, on_ray: bool) -> dict[str, float]:
     """Run one stage in this process and its workers; time and memory include
     the start of the interpreter and all imports."""
     from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, using
 
-    with using(LocalProcesses(workers) if workers > 1 else THIS_PROCESS):
-        rows = _produce(stage, base_model, root, root / "data")
-    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = sum(used.ru_utime + used.ru_stime for used in (own, others))
+    if on_ray:
+        with nodes(workers) as processes:
+            rows = _produce(stage, base_model, root, root / "data")
+            used = processes()
+    else:
+        with using(LocalProcesses(workers) if workers > 1 else THIS_PROCESS):
+            rows = _produce(stage, base_model, root, root / "data")
+        others = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = {"cpu": others.ru_utime + others.ru_stime, "peak of a worker": others.ru_maxrss / 2**20}
+    own = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        "cpu": cpu,
+        "cpu": own.ru_utime + own.ru_stime + used["cpu"],
         "peak GiB": own.ru_maxrss / 2**20,
-        "peak of a worker": others.ru_maxrss / 2**20,
+        "peak of a worker": used["peak of a worker"],
         "rows out": rows,
     }
+
+
+@contextmanager
+def nodes(count: int) -> Iterator[Callable[[], dict[str, float]]]:
+    """A Ray cluster of so many nodes of one CPU, whose tasks are the workers while it is open. The value measures its
+    processes: their CPU seconds, and the peak memory of one that computes
+    tasks, in GiB, with the pages of the object store that it mapped."""
+    import psutil
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from dagster_project.core.workers import using
+    from dagster_project.orchestration.executors.ray_tasks import RayTasks
+
+    cluster = Cluster()
+
+    def measured() -> dict[str, float]:
+        cpu, peak = 0.0, 0.0
+        for process in psutil.Process().children(recursive=True):
+            times = process.cpu_times()
+            cpu += times.user + times.system
+            if " ".join(process.cmdline()).startswith("ray::"):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                high = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+                peak = max(peak, high / 2**20)
+        return {"cpu": cpu, "peak of a worker": peak}
+
+    try:
+        for _ in range(count):
+            cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
+        with using(RayTasks(count)):
+            yield measured
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def _produce(stage: str, base_model: Path, root: Path, data: Path) -> int:
@@ -407,6 +454,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=1, help="with --pipeline: processes for work on rows (default: %(default)s)"
     )
+    parser.add_argument("--ray", action="store_true", help="with --workers: these are tasks on Ray, a node for each")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -414,7 +462,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
         return
     if args.stage:
-        print(json.dumps(run_stage(args.stage, args.base_model, args.folder, args.workers)))
+        print(json.dumps(run_stage(args.stage, args.base_model, args.folder, args.workers, args.ray)))
         return
     rows = args.rows or (1_000_000 if args.pipeline else 200_000)
     templates = args.templates or max(1, rows // 1000)
@@ -430,7 +478,7 @@ def main() -> None:
                 templates,
                 args.base_model.resolve(),
                 (args.folder or Path(scratch) / "pipeline").resolve(),
-                args.workers,
+                [f"--workers={args.workers}", *(["--ray"] if args.ray else [])],
             )
         return
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engines}
