@@ -472,6 +472,30 @@ assert abs(given[0]) < 5_000_000 and given[1] > 150_000_000, given
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(hardware._glibc_function("mallopt") is None, reason="another C library than glibc")
+def test_large_blocks_are_kept_during_a_training_and_returned_after_it() -> None:
+    code = """
+import psutil
+from dagster_project.training.methods.hardware import return_large_blocks, reuse_large_blocks
+
+def kept():
+    before = psutil.Process().memory_info().rss
+    blocks = [b"x" * 50_000_000 for _ in range(4)]
+    del blocks
+    return psutil.Process().memory_info().rss - before
+
+reuse_large_blocks()
+first = kept()
+return_large_blocks()
+assert first > 190_000_000, first
+assert kept() < 5_000_000
+reuse_large_blocks()
+assert kept() > 190_000_000
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_best_weights_of_adalora_keep_their_ranks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

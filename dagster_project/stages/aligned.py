@@ -32,7 +32,13 @@ from dagster_project.evaluation.paired import alignment
 from dagster_project.evaluation.paired.bootstrap import FEWEST, unit
 from dagster_project.training.methods import options as methods
 from dagster_project.training.methods.build import PreparedModel
-from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.methods.hardware import (
+    import_libraries,
+    peak_memory,
+    prepare,
+    return_large_blocks,
+    reuse_large_blocks,
+)
 from dagster_project.training.tokens.preference_pairs import answered, both, refuse_misfits
 from dagster_project.training.trainers.alignment import preference, tasks, teacher, trl_options
 from dagster_project.training.trainers.alignment.preference import (
@@ -290,6 +296,7 @@ def produce(
     if any(check.blocking and not check.passed for check in differ):
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
+    return_large_blocks()
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
     used = [shared, *([judge.shared] if judge else [])]
     scorer = tasks.HeldOut(rewards) if rewards and sources.splits else judge
@@ -403,6 +410,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     )  # fmt: skip
     with suppress(Diverged, Interrupted):  # the first process reports it
         method.train(run)
+        return_large_blocks()
         judge = judge or load_judge()
         sharding.in_step([shared, judge.shared] if judge else [shared], _nothing)
         shared.join()

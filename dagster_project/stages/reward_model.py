@@ -31,7 +31,13 @@ from dagster_project.core.records import (
 )
 from dagster_project.evaluation.paired.bootstrap import difference, independent, rate, rounded, summed, unit, wilson
 from dagster_project.training.methods import options as methods
-from dagster_project.training.methods.hardware import import_libraries, peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.methods.hardware import (
+    import_libraries,
+    peak_memory,
+    prepare,
+    return_large_blocks,
+    reuse_large_blocks,
+)
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
 from dagster_project.training.trainers.alignment.trl_trainers.training import document_of, preference_identity, train
@@ -187,6 +193,7 @@ def produce(
         model = reward_model.unquantized(model, folder, params.peft)
     reward_model.save(model, folder, out)
     del model, shared
+    return_large_blocks()
     scorer = reward_model.RewardModel(out, device, dtype, params.sharding)
     quality = sharding.in_step([scorer.shared], lambda: _evaluate(scorer, pairs, calibration_file))
     metrics = {
@@ -228,6 +235,7 @@ def other_process(work: Mapping[str, Any]) -> None:
         _train(shared, reward_model.tokenizer_of(folder), pairs, params, compute, Checkpoints(checkpoints, {}), None)
         if document_from_first()["evaluates"]:
             del shared
+            return_large_blocks()
             scorer = reward_model.RewardModel(folder, device, dtype, params.sharding)
             sharding.in_step([scorer.shared], lambda: None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -83,10 +84,26 @@ def reuse_large_blocks() -> None:
     The kernel zeroes new blocks page by page, which takes half of a step with logits of many tokens over the whole
     vocabulary.
     """
-    if mallopt := _glibc_function("mallopt"):
-        mmap_threshold, trim_threshold = -3, -1
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+    _set_thresholds(2**30, 2**31 - 1)
+
+
+def return_large_blocks() -> None:
+    """End `reuse_large_blocks`: free memory goes back to the kernel, now and later.
+
+    Passes of many different sizes, as those of an evaluation, would each keep blocks of their own.
+    """
+    gc.collect()
+    if _set_thresholds(LARGE_BLOCK, 2 * LARGE_BLOCK):
+        _glibc_function("malloc_trim")(0)
+
+
+def _set_thresholds(mapped: int, trimmed: int) -> bool:
+    """Set glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes. False with another C library."""
+    mallopt, (mmap_threshold, trim_threshold) = _glibc_function("mallopt"), (-3, -1)
+    if mallopt:
+        mallopt(mmap_threshold, mapped)
+        mallopt(trim_threshold, trimmed)
+    return bool(mallopt)
 
 
 SLACK = 4 * LARGE_BLOCK
