@@ -1173,6 +1173,19 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             {"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}},
             "reward_model.peft: full trains every weight",
         ),
+        *(
+            (
+                {"aligned": {"x": {"method": method, "adapter": "lora", "peft": {key: value}}}},
+                f"aligned.x.peft.{key}: {value}",
+            )
+            for method, key, value in (
+                ("kto", "bias", "all"),
+                ("orpo", "bias", "lora_only"),
+                ("simpo", "init_lora_weights", "pissa"),
+                ("cpo", "init_lora_weights", False),
+                ("dpo", "init_lora_weights", "orthogonal"),
+            )
+        ),
         (
             {"reward_model": {"model": "base_model", "peft": {"init_lora_weights": "eva"}}},
             "reward_model.peft.init_lora_weights: eva is not supported: it needs a pass over the data",
