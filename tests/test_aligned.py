@@ -349,6 +349,15 @@ def test_margins_require_a_margin_in_every_pair(tmp_path: Path, preferences: Pat
         train_reward(tmp_path, preferences, tiny_model, margins=True)
 
 
+def test_a_margin_by_which_the_rejected_answer_is_better_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    """-log sigmoid(difference - margin) would let the chosen answer be the worse one."""
+    for split in ("train", "validation", "test"):
+        pairs = [preference_row(i, "aaa", "zzz", 1.0 if i else -0.5) for i in range(4)]
+        write_records(tmp_path / "pairs" / split, pairs, PREFERENCE_SCHEMA)
+    with pytest.raises(InputError, match="margins: 3 pairs have a margin below 0"):
+        train_reward(tmp_path, tmp_path / "pairs", tiny_model, margins=True)
+
+
 def test_keys_that_peft_refuses_for_a_reward_model_are_named(tiny_model: Path) -> None:
     with pytest.raises(
         InputError, match=re.escape("params.yaml: reward_model.peft: No modules were targeted for adaptation")
@@ -1163,6 +1172,19 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         (
             {"reward_model": {"model": "base_model", "method": "full", "peft": {"r": 8}}},
             "reward_model.peft: full trains every weight",
+        ),
+        *(
+            (
+                {"aligned": {"x": {"method": method, "adapter": "lora", "peft": {key: value}}}},
+                f"aligned.x.peft.{key}: {value}",
+            )
+            for method, key, value in (
+                ("kto", "bias", "all"),
+                ("orpo", "bias", "lora_only"),
+                ("simpo", "init_lora_weights", "pissa"),
+                ("cpo", "init_lora_weights", False),
+                ("dpo", "init_lora_weights", "orthogonal"),
+            )
         ),
         (
             {"reward_model": {"model": "base_model", "peft": {"init_lora_weights": "eva"}}},

@@ -61,6 +61,18 @@ def test_the_merged_model_loads_by_itself_and_answers_like_base_plus_adapter(tin
         torch.testing.assert_close(alone(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_the_effect_of_an_adapter_that_starts_in_the_models_weights_is_that_on_the_base_model(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """PiSSA takes the start of the adapter out of the weights: switched off, it leaves another model."""
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"}
+    untrained = build("lora", options, tiny_model, torch.device("cpu"), torch.float32, "adapter.x")
+    untrained.save(tmp_path / "adapter")
+    report = merged.produce(Compute(threads=1), tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    assert report.metrics["largest_adapter_effect"] < merged.TOLERANCE
+    assert [check.name for check in report.failures] == ["merge_is_equal"]
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_trained_rows_of_tokens_that_are_in_no_probe_are_compared(
     tiny_model: Path, tmp_path: Path, merge: bool

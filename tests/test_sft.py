@@ -325,11 +325,25 @@ def test_the_training_loss_is_the_weighted_mean_cross_entropy_of_the_batch(model
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
 
-def test_gradient_accumulation_gives_the_same_loss(model: Any, tiny_tokenizer: Any) -> None:
-    wanted = sum(weighted_mean(losses_alone(model, one)) for one in (LONG, OTHER)) / 2
-    recipe = SftParams(gradient_accumulation_steps=2, num_train_epochs=1)
-    curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([LONG, OTHER]), None, recipe, COMPUTE).curve
-    assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
+@pytest.mark.parametrize("rows", [[LONG, OTHER], [SHORT, LONG, OTHER]], ids=["all passes", "a step of one pass"])
+def test_accumulated_passes_give_the_loss_and_the_gradient_of_one_large_pass(
+    rows: list[dict[str, Any]], model: Any, tiny_tokenizer: Any
+) -> None:
+    """Also where the passes have different numbers of tokens, and different weights."""
+
+    def steps_of(**sizes: int) -> list[tuple[float, float]]:
+        recipe = SftParams(num_train_epochs=1, optim="sgd", learning_rate=1e-6, max_grad_norm=1e9, **sizes)
+        data = Dataset.from_list(rows)
+        curve = train(tunable(copy.deepcopy(model)), tiny_tokenizer, data, None, recipe, COMPUTE).curve
+        return [(point["loss"], point["grad_norm"]) for point in curve]
+
+    together = steps_of(per_device_train_batch_size=2)
+    assert len(together) == (len(rows) + 1) // 2
+    for one, other in zip(together, steps_of(gradient_accumulation_steps=2), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    if len(rows) == 2:
+        wanted = weighted_mean([loss for one in rows for loss in losses_alone(model, one)])
+        assert together[0][0] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(model: Any, tiny_tokenizer: Any) -> None:

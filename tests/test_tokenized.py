@@ -564,6 +564,40 @@ def test_truncation_never_cuts_a_character_in_two(stage: Stage, tiny_tokenizer: 
     assert check(report, "labels").passed
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo" * 9}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "room", "kept"),
+    [
+        ({"reasoning_content": "t" * 30, "content": "Yes. " * 9}, 0, ""),
+        ({"reasoning_content": "t" * 30, "content": "Yes. " * 9}, 1, "<think>\n" + "t" * 30 + "\n</think>\n\nY"),
+        ({"reasoning_content": "t" * 60, "content": ""}, 1, ""),
+        ({"content": "Let me look. " * 3, "tool_calls": [CALL]}, 1, ""),
+        ({"content": "Yes. " * 20}, 1, ("Yes. " * 20)[:50]),
+    ],
+    ids=["within the trace", "after the trace", "a trace alone", "a call", "content alone"],
+)
+def test_truncation_cuts_neither_traces_nor_calls(message: Any, room: int, kept: str, tiny_tokenizer: Any) -> None:
+    """A model that learned from a part of one would end its turn inside it."""
+    hermes = copy.deepcopy(tiny_tokenizer)
+    hermes.chat_template = NAMED["hermes"]
+    asked = {"role": "user", "content": "Hi"}
+    tools = TOOLS if "tool_calls" in message else None
+    found = {**record(asked, {"role": "assistant", **message}), "tools": tools}
+    prompt = len(encode_prompt(hermes, [asked], tools, "reasoning_content" in message))
+    trace = len(hermes("<think>\n" + "t" * 30 + "\n</think>\n\n", add_special_tokens=False)["input_ids"])
+    [outcome] = make(hermes, [found], Rules(prompt + trace + room + 1, "truncate"))
+    texts = [hermes.decode([label for label in one.labels if label != IGNORE]) for one in outcome.examples]
+    if kept:
+        assert (outcome.outcome, texts) == ("truncated", [kept + "<|im_end|>"])
+        assert not label_audit.find_wrong_labels(hermes, [found], [outcome])
+    else:
+        assert (outcome.outcome, texts) == ("dropped:too_long", [])
+        assert outcome.why.endswith("; traces and calls are not cut")
+
+
 REWRITING = (
     "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% elif not loop.last %}({{ m.content"
     " }}){% else %}{{ m.reasoning_content or '' }}|{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if"
@@ -577,10 +611,11 @@ at all, so that each answer is an example."""
     ("turns", "trace", "kept"),
     [
         (("Hi", "Yes?", "w" * 60, "No."), "", ["|Yes?"]),
-        (("Hi", "Yes?", "Hm", "No."), "t" * 80, ["t" * 38, "|No."]),
+        (("Hi", "Yes?Yes?", "Hm", "No."), "t" * 32, ["t" * 32 + "|Yes?Y", "|No."]),
+        (("Hi", "Yes?", "Hm", "No."), "t" * 80, ["|No."]),
         (("Hi", "Yes?", "Hm", "n" * 60), "", ["|Yes?", "|" + "n" * 8]),
     ],
-    ids=["a prompt leaves no room", "an earlier answer is cut", "the last answer is cut"],
+    ids=["a prompt leaves no room", "an earlier answer is cut", "a trace has no room", "the last answer is cut"],
 )
 def test_truncation_of_a_record_with_an_example_for_each_answer_passes_the_label_audit(
     stage: Stage, tiny_tokenizer: Any, turns: tuple[str, ...], trace: str, kept: list[str]
@@ -758,7 +793,7 @@ def test_misplaced_labels_are_found_in_a_truncated_record_with_an_example_for_ea
 ) -> None:
     rewriting = copy.deepcopy(tiny_tokenizer)
     rewriting.chat_template = REWRITING
-    found = _traced(talk("Hi", "Yes?", "Hm", "No."), "t" * 80)
+    found = _traced(talk("Hi", "Yes?Yes?", "Hm", "No."), "t" * 32)
     [fate] = make(rewriting, [found], Rules(60, "truncate"))
     assert (fate.outcome, len(fate.examples)) == ("truncated", 2)
     damage(fate.examples[0].labels, fate.examples[0].input_ids)
@@ -1074,8 +1109,11 @@ def test_misplaced_labels_of_calls_and_traces_are_found(tiny_tokenizer: Any, dam
     tokenizer.chat_template = NAMED["hermes"]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     answer = {"role": "assistant", "content": "I add.", "reasoning_content": "Easy.", "tool_calls": [call]}
+    if room == 60:  # an answer with calls is not truncated
+        answer = {"role": "assistant", "content": "I add. " * 4, "reasoning_content": "Easy."}
     found = record({"role": "user", "content": "Add."}, answer)
     [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
+    assert outcome.outcome == ("kept" if room == 512 else "truncated")
     assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
     damage(outcome.examples[0].labels, outcome.examples[0].input_ids)
     assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]

@@ -19,7 +19,8 @@ class FinalAnswer(Section):
     final_answer: str = Field(min_length=1)
     """How to extract it, from the response and from the reference. `number`: the number after the last `####` or,
     without one, the last number; commas, `$` and decimals that are zero do not count, `1.000,50` is 1000.5 and `1,50`
-    is two numbers. `12,34,567` and `10,20,300` are one number each, as India writes them: a list of such numbers needs
+    is two numbers. A space, an apostrophe, `{,}` or `\\,` may be between groups of three digits: `1 000` is 1000.
+    `12,34,567` and `10,20,300` are one number each, as India writes them: a list of such numbers needs commas and
     spaces. Else a regular expression with one group, which is the answer; of several matches the last one."""
 
     @field_validator("final_answer")

@@ -69,10 +69,9 @@ def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Re
     probes = _probes(base_model, adapter)
     stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
     base = load_base(base_model, cpu, torch.float32)
+    untuned = _logits(base.eval(), probes)  # an adapter that is switched off may leave other weights (PiSSA, biases)
     with adding_adapters():
         model = PeftModel.from_pretrained(base, adapter).eval()
-    with model.disable_adapter():
-        untuned = _logits(model, probes)
     expected = _logits(model, probes)
     metrics: dict[str, Any] = {"merged": True, "dtype": str(stored).removeprefix("torch.")}
     if tuned.quantization != "none":

@@ -87,7 +87,7 @@ class Params(PreferenceParams):
     """Keys of LoRA, as PEFT names them."""
     margins: bool = False
     """Require the rewards of a pair to differ by at least its `margin` (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
-    Every pair needs a margin."""
+    Every pair needs a margin, which is not negative."""
     center_rewards_coefficient: float | None = Field(default=None, gt=0)
     """Weight of the squared sum of a pair's rewards in the loss, which moves their mean to 0; 0.01 is usual. null:
     none."""
@@ -336,6 +336,10 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) ->
         raise InputError(problem, "name a variant that is merged, or base_model")
     if params.margins and (without := sum(pair["margin"] is None for split in pairs.values() for pair in split)):
         raise InputError(f"params.yaml: reward_model.margins: {without} pairs have no margin", "set margins: false")
+    if params.margins and (below := sum(pair["margin"] < 0 for split in pairs.values() for pair in split)):
+        problem = f"{below} pairs have a margin below 0, as if the rejected answer were better"
+        hint = "swap the answers of these pairs in their source, or set margins: false"
+        raise InputError(f"params.yaml: reward_model.margins: {problem}", hint)
 
 
 def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> list[dict[str, Any]]:

@@ -96,8 +96,8 @@ class Params(Section):
     max_length: int = Field(default=512, ge=16)
     """Tokens that an example may have, prompt and response together."""
     on_too_long: TooLong = "drop"
-    """What happens to a longer record: `drop`; `truncate` the end of its last answer; or `split` it, a conversation
-    between turns and a plain text into windows."""
+    """What happens to a longer record: `drop`; `truncate` the end of its last answer, but neither a trace nor calls; or
+    `split` it, a conversation between turns and a plain text into windows."""
     packed_length: int | None = Field(default=None, ge=16)
     """Tokens of a packed row. null: `max_length`. Shorter rows mean more and smaller steps for the same tokens. An
     example that is longer gets its own row."""

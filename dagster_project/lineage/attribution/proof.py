@@ -39,8 +39,8 @@ def zero_weights(tokenized: Path, out: Path, names: Collection[str]) -> None:
 
     Order, packing, tokens and labels stay.
 
-    The loss of a forward pass is the mean over its tokens by weight, so the
-    other examples of a row share the weight that these had.
+    The loss of a step is the mean over its tokens by weight, so its other
+    examples share the weight that these had.
 
     Raises:
         InputError: a packed row would have no weight left, so that its loss would not be defined.

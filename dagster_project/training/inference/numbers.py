@@ -7,9 +7,11 @@ from decimal import Decimal
 
 _MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
 _CURRENCY = "[$\u20ac\u00a3\u20b9]"
+_BETWEEN = r"(?:[ \u00a0\u2009\u202f'\u2019]|\\,|\{,\})"  # "1 000", "1'000", and LaTeX's "1\,000" and "1{,}000"
 _GROUPED = (
+    rf"\d{{1,3}}(?:{_BETWEEN}\d{{3}})+(?!\d)(?:,\d{{1,2}}(?![\d,]))?"
     # "1.000,50", "1.000.000": as in most of Europe
-    r"\d{1,3}(?:\.\d{3})+,\d+(?!\d|[.,]\d)|\d{1,3}(?:\.\d{3}){2,}(?!\d|[.,]\d)"
+    r"|\d{1,3}(?:\.\d{3})+,\d+(?!\d|[.,]\d)|\d{1,3}(?:\.\d{3}){2,}(?!\d|[.,]\d)"
     r"|\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])"  # "12,34,567", as in India
     r"|\d{1,3}(?:,\d{3})+(?!\d)"
 )
@@ -39,8 +41,11 @@ def number_in(text: str) -> Decimal | None:
 
 
 def _value(spelling: str) -> Decimal:
-    if re.search(r"\.\d{3}[.,]\d", spelling):  # a point between groups of digits
-        spelling = spelling.replace(".", "").replace(",", ".")
+    if "/" not in spelling:
+        spelling, separated = re.subn(rf"(?<=\d){_BETWEEN}(?=\d{{3}})", "", spelling)
+        if separated or re.search(r"\.\d{3}[.,]\d", spelling):  # a comma is that of decimals
+            spelling = spelling if separated else spelling.replace(".", "")
+            spelling = spelling.replace(",", ".")
     text = re.sub(rf"{_CURRENCY}|,", "", spelling).replace("\u2212", "-").strip()
     *whole, last = text.removeprefix("-").split()
     numerator, _, denominator = last.partition("/")

@@ -157,18 +157,21 @@ def _fit(
     if len(encoded) > 1:
         return _fit_turns(tokenizer, record, encoded, answers, rules)
     length = _length(encoded[0])
-    said = ("", "") if is_text(record) else (answers[0], last_trained(record["messages"]))
+    text, last = is_text(record), _trained(record)[-1]
+    said = ("", "") if text else (answers[0], last["content"])
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
         why = f"{after} turns after the last answer left out" if after else ""
         return RecordOutcome("kept", why, [_example(tokenizer, encoded[0], said, rules)])
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
-        if shorter := truncate(tokenizer, encoded[0], rules.room):
+        least = 1 if text else _least(tokenizer, answers[0], last)
+        if shorter := truncate(tokenizer, encoded[0], rules.room, least):
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, said, rules)])
-        return RecordOutcome("dropped:too_long", f"{why}; the prompt leaves no room")
+        reason = "the prompt leaves no room" if least == 1 else "traces and calls are not cut"
+        return RecordOutcome("dropped:too_long", f"{why}; {reason}")
     if rules.too_long == "split":
-        if is_text(record):
+        if text:
             parts = [(part, said) for part in windows(encoded[0], rules.room)]
         else:
             parts = split(tokenizer, record, rules)
@@ -182,14 +185,12 @@ def _fit_turns(
     tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules
 ) -> RecordOutcome:
     """Examples of a record with one example per trained answer. Together they have the weight of one example."""
-    contents = [message["content"] for message in record["messages"] if is_trained(message)]
-    fitting: list[tuple[Encoded, Said]] = []
     longest = max(map(_length, encoded))
-    for example, said in zip(encoded, zip(answers, contents, strict=True), strict=True):
-        if _length(example) <= rules.room:
-            fitting.append((example, said))
-        elif rules.too_long == "truncate" and (shorter := truncate(tokenizer, example, rules.room)):
-            fitting.append((shorter, said))
+    fitting = [
+        (kept, (answer, message["content"]))
+        for example, answer, message in zip(encoded, answers, _trained(record), strict=True)
+        if (kept := _shortened(tokenizer, example, answer, message, rules))
+    ]
     why = f"{longest} tokens, room for {rules.room}"
     if not fitting or (rules.too_long == "drop" and longest > rules.room):
         return RecordOutcome("dropped:too_long", why)
@@ -202,6 +203,15 @@ def _fit_turns(
         return RecordOutcome("kept", how, examples)
     outcome = "truncated" if rules.too_long == "truncate" else f"split:{len(examples)}"
     return RecordOutcome(outcome, f"{why}; {how}", examples)
+
+
+def _shortened(tokenizer: Any, example: Encoded, answer: str, message: Message, rules: Rules) -> Encoded | None:
+    """An example that fits; None if it does not, and is not or cannot be truncated."""
+    if _length(example) <= rules.room:
+        return example
+    if rules.too_long != "truncate":
+        return None
+    return truncate(tokenizer, example, rules.room, _least(tokenizer, answer, message))
 
 
 def _length(encoded: Encoded) -> int:
@@ -220,8 +230,30 @@ def _example(tokenizer: Any, encoded: Encoded, said: Said, rules: Rules) -> Exam
     )
 
 
-def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
-    """Cut off the end of the last answer before its end-of-turn token; None if the prompt leaves no room for it.
+def _trained(record: Mapping[str, Any]) -> list[Message]:
+    return [message for message in record["messages"] if is_trained(message)]
+
+
+def _least(tokenizer: Any, answer: str, message: Message) -> int:
+    """Tokens of an answer that truncation keeps at least, up to the first one of its content; 0 if it is not cut.
+
+    A model that learned from a part of a trace or call would end its turn inside one.
+
+    Args:
+        answer: the message with its end-of-turn token, as the template writes it.
+    """
+    trace, content = (message.get("reasoning_content") or "").strip(), message["content"].strip()
+    if message.get("tool_calls") or (not content and trace in answer):
+        return 0
+    begin = answer.find(content, answer.find(trace) + len(trace) if trace in answer else 0)
+    bounds = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return next(number for number, (_, stop) in enumerate(bounds, 1) if stop > begin)
+
+
+def truncate(tokenizer: Any, encoded: Encoded, room: int, least: int = 1) -> Encoded | None:
+    """Cut off the end of the last answer before its end-of-turn token.
+
+    None if there is no room for its first `least` tokens, or if that is 0.
 
     Characters are not split: tokens of an incomplete character at the cut are removed too.
 
@@ -234,7 +266,7 @@ def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
     for _ in range(3 if len(cut) < len(said) else 0):  # UTF-8 has at most four bytes a character
         if cut and tokenizer.decode(cut).endswith("\ufffd"):
             cut.pop()
-    return [*encoded[:last], ([*cut, end], True)] if cut else None
+    return [*encoded[:last], ([*cut, end], True)] if 0 < least <= len(cut) else None
 
 
 def windows(encoded: Encoded, room: int) -> list[Encoded]:

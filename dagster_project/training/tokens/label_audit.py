@@ -135,9 +135,9 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup
         return _matches(tokenizer, text, message["content"], expected, cut)
     if not text.endswith(tuple(expected.ends)):
         return False
-    if cut:
-        return True  # any part of it may be kept; only its beginning and end are compared
     made = calls(message)
+    if cut and not made:
+        return True  # any part of its content may be kept; only its beginning and end are compared
     arguments = [str(value) for call in made for _, value in argument_texts(call.arguments)]
     words = [message["content"].strip(), *(call.name for call in made), *arguments]
     if all(_contains(text, word) for word in words):

@@ -823,8 +823,27 @@ def parse_method(
     if not method.drops_out and peft.get("lora_dropout"):
         problem = f"params.yaml: {where}.peft.lora_dropout: has no effect, {name} trains without dropout"
         raise InputError(problem, "leave it out")
+    _refuse_other_start(method, peft, where)
     method.refuse_contradictions(params, where)
     return method
+
+
+def _refuse_other_start(method: AlignmentMethod, peft: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if the model with its adapter switched off would not be the SFT model, or the policy at step 0.
+
+    It is the reference, and what the answers of the policy are compared with. PEFT trains biases in the model itself,
+    and takes some starts of an adapter out of its weights.
+    """
+    start, bias = str(peft.get("init_lora_weights", True)), peft.get("bias", "none")
+    accepted = {"true", "gaussian"} if method.has_reference else {"true", "gaussian", "orthogonal"}  # but for rounding
+    problem = ""
+    if bias != "none":
+        problem = f"bias: {bias} trains biases of the SFT model itself"
+    elif start.lower() not in accepted:
+        problem = f"init_lora_weights: {start} changes the weights of the SFT model, or begins with an effect"
+    if problem:
+        what = f"params.yaml: {where}.peft.{problem}; with the adapter switched off it must be the SFT model"
+        raise InputError(what, "leave it out")
 
 
 def policy(

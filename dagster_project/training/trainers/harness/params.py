@@ -107,6 +107,9 @@ class SftParams(TrainingParams):
     """Passes over the training split. `auto` chooses by the number of examples, see docs/methods.md."""
     per_device_train_batch_size: Annotated[int, Field(ge=1), OrAuto] = 1
     """Packed rows per forward pass. `auto` chooses by the number of examples, see docs/methods.md."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step. Every token counts as in one large pass, or every example
+    (`tokenized.weigh`)."""
     group_by_length: bool = False
     """Put rows of similar length into one step. For rows of one example each (`tokenized.packing: false`)."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = (

@@ -151,9 +151,15 @@ class SftSession(Session):
         self.best_weights: dict[str, torch.Tensor] = self.saved.tensors("best") if self.saved else {}
         self._validation = {"nats": 0.0, "tokens": 0}  # summed here: the Trainer would average over rows of any length
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+        self._step: tuple[torch.Tensor, int] | None = None
+
+    def prepare_step(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        """Sum the weights of a step, of all its passes in all processes, before the first of them."""
+        if batches:
+            self._step = sum(counted_weights(batch).to(device).sum() for batch in batches), len(batches)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Weighted mean over a forward pass; in validation the plain mean per token.
+        """A pass's part of the weighted mean over its step; in validation the plain mean per token.
 
         Logits are computed only for positions with labels: with a large vocabulary the others would be most of the
         work.
@@ -163,7 +169,6 @@ class SftSession(Session):
         return loss
 
     def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        import torch
         from torch.nn.functional import cross_entropy
 
         labels = inputs["labels"][:, 1:]
@@ -172,15 +177,16 @@ class SftSession(Session):
         logits = logits_of(causal(model), hidden[:, :-1][counted]).float()
         smoothing = self.sft.label_smoothing_factor if model.training else 0.0
         losses = cross_entropy(logits, labels[counted], reduction="none", label_smoothing=smoothing)
-        weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
-        loss = (losses * weights).sum() / weights.sum()
         if not model.training:
             if not self.idles:
                 self._validation["nats"] += float(losses.double().sum())
                 self._validation["tokens"] += len(losses)
-            return loss
+            return losses.mean()
+        assert self._step
+        whole, passes = self._step
+        loss = (losses * counted_weights(inputs)).sum() / whole
         more = self.prepared.extra_loss(model)
-        return loss if more is None else loss + more
+        return loss if more is None else loss + more / passes
 
     def training_pass(
         self, inputs: dict[str, Any], step: int, forward_backward: Callable[[], torch.Tensor], last: bool
@@ -252,14 +258,28 @@ class SftSession(Session):
         return self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience)
 
 
+def counted_weights(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Weights of the tokens of a batch that have labels, (tokens); the first token of a row has no context."""
+    weights: torch.Tensor = batch["weights"][:, 1:][batch["labels"][:, 1:] != IGNORE]
+    return weights
+
+
 @cache
 def _trainer_class() -> type:
+    import torch
     from trl import SFTTrainer
 
     class PackedTrainer(ResumableTrainer, SFTTrainer):
         """TRL's trainer with the loss and the passes of an `SftSession`."""
 
         session: SftSession
+        loss_is_scaled_for_ga = True  # the loss of a pass is its part of that of the step
+
+        def get_batch_samples(self, iterator: Any, passes: int, device: torch.device) -> tuple[list[Any], None]:
+            """The batches of a step."""
+            batches, _ = super().get_batch_samples(iterator, passes, device)
+            self.session.prepare_step(batches, device)
+            return batches, None
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -276,8 +296,6 @@ def _trainer_class() -> type:
             if self.session.validates_here():
                 return super().prediction_step(model, inputs, *arguments, **named)
             self.session.batch.update(self._prepare_inputs(inputs))
-            import torch
-
             return torch.zeros((), device=self.session.device), None, None
 
         def _get_train_sampler(self, *arguments: Any) -> Any:
@@ -393,8 +411,6 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
     # TRL has rounded adapters of 4-bit weights to bfloat16, which represents no step below 1/256 of a weight
     for weight, data in whole.items():
         weight.data = data
-    # the loss is already a mean: the Trainer averages over accumulation steps
-    trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
