@@ -585,6 +585,17 @@ def test_a_diff_names_the_record_that_was_changed_added_or_moved(made: Project) 
     assert done.returncode == 0 and f"- {identity('cats')}  train  {FAQ}:0\n  + {identity('lions')}" in done.stdout
 
 
+def test_models_of_one_data_set_that_were_trained_on_other_records_are_not_called_the_same(made: Project) -> None:
+    lock = made.lock([ROWS[0], ("fish", "train", MAIL), ("newts", "train", FAQ)])
+    lock |= made.adapter(lock, ["cats", "cats"], "adapter@dora", seed=5)  # as with fewer steps
+    made.commit(lock | made.merged(lock, "adapter@dora", "merged@dora"))
+    found = diff(made.root, "merged@lora", "merged@dora")
+    assert found["records"] == {"added": [], "removed": [], "changed": [], "moved": []}, "their data set is the same"
+    assert found["trained_on"] == {"records": [3, 1], "alone": [2, 0]}
+    assert "trained on: 3 -> 1 records, 2 by the first alone, 0 by the second alone" in diff_text(found)
+    assert "trained on" not in diff_text(diff(made.root, "adapter@dora", "merged@dora"))
+
+
 def test_a_model_with_the_weights_of_another_has_the_same_records(made: Project) -> None:
     lock = made.lock(ROWS)
     lock |= made.adapter(lock, ["cats"], "adapter@dora", seed=5)
