@@ -296,6 +296,7 @@ def test_the_commit_is_found_in_three_evaluations_with_its_row_first(
         and "8 versions, at most 4" in shown.err
     )
     assert shown.out.rstrip().endswith(f"page: {page}") and state(made.root) == before
+    assert "page: " not in shown.err, "once is enough"
     html = page.read_text()
     assert all(f'<bdi dir="auto">{one["commit"][:12]}</bdi>' in html for one in found["versions"]), (
         "each version has a line"

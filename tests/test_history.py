@@ -342,6 +342,15 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
         audit(made.root, str(copy))
 
 
+def test_a_file_of_several_outputs_asks_for_the_weights_and_not_for_more_of_a_hash(made: Project) -> None:
+    folders = [made.put({"config.json": b"{}", "model.safetensors": name}) for name in (b"one", b"two")]
+    made.commit({f"stage{i}": entry(f"stage{i}", {}, md5) for i, md5 in enumerate(folders)})
+    (made.root / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=f"could be {folders[0]}|could be {folders[1]}") as refused:
+        audit(made.root, str(made.root / "config.json"))
+    assert refused.value.hint == "give one of these hashes, or the file of the weights"
+
+
 def test_a_stage_is_found_beside_an_output_without_a_hash() -> None:
     """Such as one in S3, which DVC records by its etag."""
     lock = {

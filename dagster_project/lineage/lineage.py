@@ -168,7 +168,8 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     else:
         hashes = index.outputs_with_prefix(digest) if len(model) >= 6 else []
     if len(hashes) > 1:
-        raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
+        hint = "give one of these hashes, or the file of the weights" if path_exists(Path(model)) else "give more of it"
+        raise InputError(f"{model} could be {', '.join(hashes)}", hint)
     if not hashes:
         raise _not_found(index, model, rev, lock)
     runs = index.runs_by_output[hashes[0]]
