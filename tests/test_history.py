@@ -494,6 +494,30 @@ def test_after_gc_missing_data_is_reported_as_unknown_with_the_fetch_command(mad
     assert [one["path"] for one in of_both] == ["data/splits"], "what both models need is named once"
 
 
+def test_of_a_model_that_was_erased_an_audit_names_no_command_that_brings_it_back(made: Project) -> None:
+    commit = made.commit(old := made.lock(ROWS))
+    made.commit(new := made.lock([("frogs", "train", FAQ), *ROWS[1:]]))
+    made.collect_garbage(new)
+    folder = made.root / "data/erasures"
+    folder.mkdir(parents=True)
+    (folder / "1.dsse.json").write_text('{"payload": ""}')
+    asked = {"md5": old["adapter@lora"]["outs"][0]["md5"], "path": "data/adapter/lora"}
+
+    def told(**models: list[dict[str, str]]) -> str:
+        (folder / "1.json").write_text(json.dumps({"models": {"made again": [], "retired": [], **models}}))
+        [absent] = audit(made.root, "merged@lora", rev=commit)["missing"]
+        assert {key: absent[key] for key in asked} == asked
+        return str(absent["fetch"])
+
+    erased = "`pedigree erase` deleted it (data/erasures/1.json); what brings it back also brings back the records"
+    again = {"stage": "adapter@lora", "before": asked["md5"], "after": new["adapter@lora"]["outs"][0]["md5"]}
+    assert (
+        told(**{"made again": [again]}) == told(retired=[{"stage": "adapter@lora", "before": asked["md5"]}]) == erased
+    )
+    assert "dvc pull" in told(**{"made again": [{**again, "after": asked["md5"]}]}), "the same bytes, so it was kept"
+    assert "dvc pull" in told()
+
+
 def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:
     first, second = made.lock(ROWS), made.lock([("frogs", "train", FAQ), *ROWS[2:]])
     made.commit(first)
