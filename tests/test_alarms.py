@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.ballots import make_answered_project
 from builders.records import ask, placed
 from builders.small_pipeline import make_project
 
+from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
 from dagster_project.core.records import CheckResult, example_id, write_json, write_ledger, write_records
@@ -275,6 +277,21 @@ def test_a_reward_model_that_scores_all_answers_equally_is_an_alarm(constant: Pa
     assert by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 1, constant)["alarm"] is None, (
         "one pair shows nothing"
     )
+
+
+def test_the_verdict_of_a_reward_model_comes_without_a_progress_bar(
+    constant: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging as hf_logging
+
+    make_answered_project(tmp_path)
+    with (tmp_path / "params.yaml").open("a") as file:
+        file.write("reward_model: {}\n")
+    (tmp_path / "data/reward_model").symlink_to(constant)
+    hf_logging.enable_progress_bar()
+    assert main(["judge", "lora", "few_shot", "--reward-model", "--n", "2", "--project", str(tmp_path)]) == 1
+    said = capfd.readouterr()
+    assert "have the same reward" in said.out and "%|" not in said.err
 
 
 @pytest.mark.parametrize(("spread", "passes"), [(0.0, False), (0.0001, True)])

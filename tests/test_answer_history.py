@@ -253,6 +253,11 @@ def test_recorded_answers_are_those_of_the_model_itself_and_not_of_one_that_is_m
     for model in ("adapter@both", "merged@both"):
         with pytest.raises(InputError, match="adapter@both is merged of other adapters and has no training of its own"):
             adapter_of(find(index, model), model)
+    del lock["evaluation@lora"]
+    project.commit(lock)
+    with pytest.raises(InputError, match="no recorded answers") as refused:
+        recorded_answers(find(Index(project.root), "merged@lora"))
+    assert "`dvc repro evaluation@lora`" in refused.value.hint
 
 
 def test_only_the_words_that_differ_are_asked_about() -> None:
@@ -291,6 +296,7 @@ def test_the_commit_is_found_in_three_evaluations_with_its_row_first(
         and "8 versions, at most 4" in shown.err
     )
     assert shown.out.rstrip().endswith(f"page: {page}") and state(made.root) == before
+    assert "page: " not in shown.err, "once is enough"
     html = page.read_text()
     assert all(f'<bdi dir="auto">{one["commit"][:12]}</bdi>' in html for one in found["versions"]), (
         "each version has a line"

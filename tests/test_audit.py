@@ -13,9 +13,11 @@ from typing import Any, BinaryIO
 import polars as pl
 import pytest
 from builders import small_pipeline
+from builders.history import Project
 from conftest import edit_params, pedigree, run
 from ruamel.yaml import YAML
 
+from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_records, read_table
 from dagster_project.lineage.diff import diff
@@ -153,6 +155,20 @@ def test_records_that_do_not_fit_on_the_disk_leave_the_earlier_file(
                 write_trained_on(records, file)
     assert path.read_bytes() == before and link.is_symlink()
     assert {file.name for file in tmp_path.iterdir()} == {path.name, link.name}
+
+
+FAQ = "data/sources/faq.jsonl"
+
+
+def test_the_files_that_were_written_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Project(tmp_path / "project")
+    lock = made.curated([("cats", "train", FAQ), ("fish", "train", FAQ)])
+    made.commit(made.trained(lock, ["cats", "fish", "cats"]))
+    page, rows = tmp_path / "audit.html", tmp_path / "rows.csv"
+    asked = ["audit", "merged@lora", "--project", str(made.root), "--html", str(page), "--records", str(rows)]
+    assert main(asked) == 0
+    assert capsys.readouterr().err == f"records: {rows}, 2 records\npage: {page}\n" and page.is_file()
+    assert len(rows.read_text().splitlines()) == 1 + 3, "a line for each time that a record was seen"
 
 
 @pytest.mark.usefixtures("warm_small")

@@ -90,6 +90,13 @@ def test_an_answer_to_one_question_that_the_limit_cut_off_is_noted(
     assert not answer["finished"], "otherwise nothing is tested"
 
 
+def test_an_empty_question_is_refused(project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", " \n"):  # such as a variable of the shell that is not set
+        assert main(["chat", str(tiny_model), "--once", text, "--project", str(project)]) == 2
+        printed = capsys.readouterr()
+        assert "--once: the question is empty" in printed.err and not printed.out
+
+
 def test_two_models_answer_each_in_its_own_conversation(tiny_model: Path, speaker: Speaker) -> None:
     other = Speaker("other", tiny_model, speaker.model)
     said = talk([speaker, other], "Where?", "/reset", "Who?", temperature=3.0)

@@ -199,6 +199,7 @@ def test_an_export_does_not_replace_what_dvc_records(
         )
         == 0
     )
+    assert capsys.readouterr().out == "", "the file has the text"
 
 
 def test_hub_sources_are_linked_and_a_custom_license_is_named(finished: Path) -> None:

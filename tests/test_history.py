@@ -342,13 +342,22 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
         audit(made.root, str(copy))
 
 
+def test_a_file_of_several_outputs_asks_for_the_weights_and_not_for_more_of_a_hash(made: Project) -> None:
+    folders = [made.put({"config.json": b"{}", "model.safetensors": name}) for name in (b"one", b"two")]
+    made.commit({f"stage{i}": entry(f"stage{i}", {}, md5) for i, md5 in enumerate(folders)})
+    (made.root / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=f"could be {folders[0]}|could be {folders[1]}") as refused:
+        audit(made.root, str(made.root / "config.json"))
+    assert refused.value.hint == "give one of these hashes, or the file of the weights"
+
+
 def test_a_stage_is_found_beside_an_output_without_a_hash() -> None:
     """Such as one in S3, which DVC records by its etag."""
     lock = {
         "upload": {"outs": [{"path": "s3://bucket/x", "etag": "1"}]},
         "splits": {"outs": [{"path": "data/splits", "md5": "abcdef12"}]},
     }
-    assert resolve(lock, "data/splits") == resolve(lock, "abcdef") == "splits"
+    assert resolve(lock, "data/splits") == resolve(lock, "abcdef") == resolve(lock, "ABCDEF12") == "splits"
 
 
 def test_what_has_no_md5_hides_nothing_and_is_not_reproduced(made: Project) -> None:
@@ -485,6 +494,30 @@ def test_after_gc_missing_data_is_reported_as_unknown_with_the_fetch_command(mad
     assert [one["path"] for one in of_both] == ["data/splits"], "what both models need is named once"
 
 
+def test_of_a_model_that_was_erased_an_audit_names_no_command_that_brings_it_back(made: Project) -> None:
+    commit = made.commit(old := made.lock(ROWS))
+    made.commit(new := made.lock([("frogs", "train", FAQ), *ROWS[1:]]))
+    made.collect_garbage(new)
+    folder = made.root / "data/erasures"
+    folder.mkdir(parents=True)
+    (folder / "1.dsse.json").write_text('{"payload": ""}')
+    asked = {"md5": old["adapter@lora"]["outs"][0]["md5"], "path": "data/adapter/lora"}
+
+    def told(**models: list[dict[str, str]]) -> str:
+        (folder / "1.json").write_text(json.dumps({"models": {"made again": [], "retired": [], **models}}))
+        [absent] = audit(made.root, "merged@lora", rev=commit)["missing"]
+        assert {key: absent[key] for key in asked} == asked
+        return str(absent["fetch"])
+
+    erased = "`pedigree erase` deleted it (data/erasures/1.json); what brings it back also brings back the records"
+    again = {"stage": "adapter@lora", "before": asked["md5"], "after": new["adapter@lora"]["outs"][0]["md5"]}
+    assert (
+        told(**{"made again": [again]}) == told(retired=[{"stage": "adapter@lora", "before": asked["md5"]}]) == erased
+    )
+    assert "dvc pull" in told(**{"made again": [{**again, "after": asked["md5"]}]}), "the same bytes, so it was kept"
+    assert "dvc pull" in told()
+
+
 def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:
     first, second = made.lock(ROWS), made.lock([("frogs", "train", FAQ), *ROWS[2:]])
     made.commit(first)
@@ -583,6 +616,17 @@ def test_a_diff_names_the_record_that_was_changed_added_or_moved(made: Project) 
     assert not diff(made.root, "adapter@lora", "merged@lora")["records"]["changed"]
     done = pedigree(made.root, "audit", "--diff", f"{before}:merged@lora", "merged@lora")
     assert done.returncode == 0 and f"- {identity('cats')}  train  {FAQ}:0\n  + {identity('lions')}" in done.stdout
+
+
+def test_models_of_one_data_set_that_were_trained_on_other_records_are_not_called_the_same(made: Project) -> None:
+    lock = made.lock([ROWS[0], ("fish", "train", MAIL), ("newts", "train", FAQ)])
+    lock |= made.adapter(lock, ["cats", "cats"], "adapter@dora", seed=5)  # as with fewer steps
+    made.commit(lock | made.merged(lock, "adapter@dora", "merged@dora"))
+    found = diff(made.root, "merged@lora", "merged@dora")
+    assert found["records"] == {"added": [], "removed": [], "changed": [], "moved": []}, "their data set is the same"
+    assert found["trained_on"] == {"records": [3, 1], "alone": [2, 0]}
+    assert "trained on: 3 -> 1 records, 2 by the first alone, 0 by the second alone" in diff_text(found)
+    assert "trained on" not in diff_text(diff(made.root, "adapter@dora", "merged@dora"))
 
 
 def test_a_model_with_the_weights_of_another_has_the_same_records(made: Project) -> None:

@@ -482,6 +482,14 @@ def test_a_default_system_message_is_in_the_modelfile_and_an_unusual_template_is
     assert parts_of(unusual) is None and "TEMPLATE" not in modelfile(unusual, "x")
 
 
+def test_a_modelfile_says_that_tools_are_left_out_if_the_model_has_a_template_for_them() -> None:
+    written = "{% if tools %}{{ tools | tojson }}{% endif %}" + byte_fallback_model.CHAT_TEMPLATE
+    for template, said in ((written, True), (byte_fallback_model.CHAT_TEMPLATE, False)):
+        text = modelfile(byte_fallback_model.tokenizer(template), "x.gguf")
+        assert ("their definitions, calls and results are left out.\nTEMPLATE" in text) is said
+        assert 'TEMPLATE """' in text
+
+
 def change_config(path: Path, **values: Any) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | values))

@@ -576,6 +576,33 @@ def test_what_dvc_ignores_in_folders_that_are_read_is_said_not_to_be_verified(tm
     }
 
 
+def test_any_output_of_a_stage_is_attested_however_dvc_yaml_writes_paths(tmp_path: Path) -> None:
+    """DVC writes them into dvc.lock as they are in dvc.yaml, such as `./data/x/`, or from the folder of `wdir`."""
+    root, (private, public) = tmp_path / "project", write_keys(tmp_path / "keys", "ed25519")
+    (root / "data").mkdir(parents=True)
+    (root / "data/in").write_text("x")
+    (root / "dvc.yaml").write_text(
+        "stages:\n  one:\n    cmd: mkdir log model && echo 1 > log/a && echo 2 > model/a && cp ../data/in model/b\n"
+        "    wdir: sub\n    deps: [./../data/in]\n    outs: [./log/, model]\n"
+        "  two:\n    cmd: cp -r sub/model two\n    deps: [./sub/model/]\n    outs: [two/]\n"
+    )
+    (root / "sub").mkdir()
+    for command in (["init", "-q", "--no-scm"], ["repro", "-q"]):
+        assert run([sys.executable, "-m", "dvc", *command], root).returncode == 0
+    assert attest(root, "two", private)["stages"] == ["one", "two"]
+    assert verify_signatures(root, "two", public)["verdict"] == "verified"
+    for name, other in (("log", "model"), ("model", "log")):
+        done = attest(root, f"sub/{name}", private)
+        assert done["model"] == f"sub/{name}", "the stage's name would be refused"
+        assert verify_signatures(root, done["model"], public)["verdict"] == "verified"
+        copy = shutil.copytree(root / "sub" / name, tmp_path / name)
+        for file in (done["attestations"], done["public_key"]):
+            shutil.copy(root / file, copy)
+        assert verify_signatures(tmp_path, str(copy), public)["verdict"] == "verified"
+        shutil.copy(root / "sub" / other / "a", copy / "a")
+        assert verify_signatures(tmp_path, str(copy), public)["verdict"] == "altered"
+
+
 def test_statements_that_are_missing_repeated_added_or_of_another_model_are_refused(signed: tuple[Path, str]) -> None:
     root, public = signed
     file = root / SIGNATURES / "model.intoto.jsonl"

@@ -215,7 +215,8 @@ def _show(options: argparse.Namespace, document: Any, draw: Callable[[Any], str]
     """Print a document, and write its page with --html."""
     if options.html:
         write("--html", Path(options.html), draw(document))
-        log.info(f"page: {options.html}")
+        if "page" not in document:  # otherwise the text names it
+            log.info(f"page: {options.html}")
     print_result(options, document, as_text)
 
 

@@ -111,6 +111,9 @@ def judge(options: argparse.Namespace) -> int:
     if options.reward_model:
         if "reward_model" not in params.read(project(options)):  # a folder that was left behind is not the project's
             raise InputError("params.yaml has no section reward_model", "give --endpoint and --model")
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.disable_progress_bar()
         document = module.by_reward(_match(options), options.n, project(options) / "data" / "reward_model")
         print_result(options, document, module.by_reward_text)
         return 1 if document["alarm"] else 0

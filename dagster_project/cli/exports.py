@@ -69,8 +69,10 @@ def export(options: argparse.Namespace) -> None:
     if options.out:
         write("--out", Path(options.out), text)
         log.info(f"{options.format}: {options.out}")
-    document = {"format": options.format, "file": options.out, "text": text}
-    return print_result(options, document, lambda _: "" if options.out else text.rstrip(), safe=not sys.stdout.isatty())
+    if options.json or not options.out:
+        document = {"format": options.format, "file": options.out, "text": text}
+        print_result(options, document, lambda _: text.rstrip(), safe=not sys.stdout.isatty())
+    return None
 
 
 def _export_model(options: argparse.Namespace) -> None:

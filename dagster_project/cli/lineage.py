@@ -10,6 +10,7 @@ from typing import Any
 from dagster_project.cli.arguments import add_command, day, named, project, utf8, warn_of_erasure
 from dagster_project.cli.output import HTML, print_result, require_suffix, write
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import many
 
 log = logging.getLogger("pedigree")
 
@@ -56,8 +57,10 @@ def audit(options: argparse.Namespace) -> int:
         listed = lineage.listed(records) if options.json or options.html else []
         if options.records:
             lineage.write_trained_on(records, Path(options.records))
+            log.info(f"records: {options.records}, {many(document['records']['records'], 'record')}")
         if options.html:
             write("--html", Path(options.html), lineage_page(document, listed))
+            log.info(f"page: {options.html}")
         if options.json and document["records"]:
             document["records"]["list"] = listed
     if options.where:

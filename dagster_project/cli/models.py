@@ -23,6 +23,10 @@ def chat(options: argparse.Namespace) -> None:
 
     if options.json and options.once is None:
         raise InputError("--json: only for one question", "add --once TEXT")
+    if options.once is not None and not options.once.strip():
+        raise InputError(
+            "--once: the question is empty", "give the text of a question, e.g. --once 'Where is my parcel?'"
+        )
     if not 0 <= options.temperature < float("inf"):
         raise InputError(
             f"--temperature {options.temperature:g}: cannot be negative or infinite", "0 gives the most likely answer"

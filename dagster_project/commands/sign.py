@@ -6,6 +6,7 @@ Nothing is written into an output of the pipeline.
 from __future__ import annotations
 
 import os
+import posixpath
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -156,7 +157,7 @@ def _made_again(root: Path, address: str, records: Sequence[provenance.StageReco
             "see the causes",
         )
     recorded = {
-        name: {path: out["recorded"] for path, out in stage["outputs"].items()}
+        name: {posixpath.normpath(path): out["recorded"] for path, out in stage["outputs"].items()}
         for name, stage in document["stages"].items()
     }
     if recorded != {

@@ -306,13 +306,18 @@ class _Verification:
 
     def _compare_folder(self, last: Attested) -> None:
         """Compare a copy of an output with the statement about its stage."""
-        made = {name: digests["sha256"] for name, digests in papers.output_of(last).items()}
+        made = {name: digests["sha256"] for name, digests in self._output_of(last).items()}
         beside = (*IGNORED, PAGE, FOLDER)
         self._compare_files(
             made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested"
         )
         for name in model_signature.contents(self.target.folder, IGNORED).other:
             self.find(f"{self.target.path}/{name}", "is neither a file nor a folder")
+
+    def _output_of(self, stage: Attested) -> dict[str, Mapping[str, str]]:
+        """The files of the output that the folder is a copy of, by the statement about its stage."""
+        found = model_signature.contents(self.target.folder, IGNORED).files
+        return papers.output_of(stage, {name: self._sha256(file) for name, file in found.items()})
 
     def _compare_files(self, expected: Mapping[str, str], ignored: Iterable[str], done: str) -> None:
         """Compare the folder with the sha256 of its files."""
@@ -369,7 +374,7 @@ class _Verification:
         list, and the names of those that are neither part of it nor papers."""
         names = [name for name in papers.files_of_model(found) if name != ATTESTATIONS]
         listed: Callable[[str], bool] | None = (
-            set(papers.output_of(self.stages[-1])).__contains__ if self.stages else None
+            set(self._output_of(self.stages[-1])).__contains__ if self.stages else None
         )
         if listed is None and papers.RELEASE in found:
             listed = papers.listed_in_release(_document(found[papers.RELEASE]))

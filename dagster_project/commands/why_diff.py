@@ -127,7 +127,7 @@ def recorded_answers(subject: Subject) -> Answers:
         return Answers(run.address, rows, params.parse(Settings, recorded, "evaluation"))
     raise InputError(
         f"{subject.run.address} (md5 {subject.run.md5[:12]}) has no recorded answers",
-        "evaluate it: `dvc repro evaluation@VARIANT`",
+        f"evaluate it: `dvc repro evaluation@{subject.run.variant or 'VARIANT'}`",
     )
 
 

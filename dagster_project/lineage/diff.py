@@ -17,6 +17,7 @@ from dagster_project.lineage.lineage import (
     document,
     find,
     missing_output,
+    trained_on,
     unavailable_reports,
     unrecorded,
 )
@@ -47,11 +48,12 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     Args:
         rev, against_rev: revisions of `before` and `after`; "REV:MODEL" is equivalent.
     Returns:
-        {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics",
-        "missing"}. "records" has "added", "removed", "changed" (another record from the same source row) and "moved"
-        (to another split), each record with its source rows; it is null if a data set is unavailable or unrecorded. The
-        others are {name: [before, after]}, for differing values only. If a report is unavailable, values that it would
-        state and that only one of the models has are left out.
+        {"models", "same", "records", "trained_on", "parameters", "code", "environment", "base_model", "sources",
+        "metrics", "missing"}. "records" has "added", "removed", "changed" (another record from the same source row)
+        and "moved" (to another split), each record with its source rows; it is null if a data set is unavailable or
+        unrecorded. "trained_on" has of each model the number of "records" in training steps, and of those that it alone
+        was trained on; null if unknown. The others are {name: [before, after]}, for differing values only. If a report
+        is unavailable, values that it would state and that only one of the models has are left out.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]
@@ -69,6 +71,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "models": [old["model"], new["model"]],
         "same": old["model"]["md5"] == new["model"]["md5"],
         "records": records,
+        "trained_on": _trained_on(subjects),
         "parameters": _differing(_values(old), _values(new)),
         "code": _differing(old["code"]["files"], new["code"]["files"]),
         "environment": stated(*(one["environment"] | _others(one.get("other_versions", {})) for one in (old, new))),
@@ -163,6 +166,16 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
             if {*old[identity].splits} != {*new[identity].splits}
         ],
     }, []
+
+
+def _trained_on(subjects: Sequence[Subject]) -> dict[str, list[int]] | None:
+    """Numbers of records in training steps of two models, and of those that the other one was not trained on; None if
+    they are unknown. With the same data set they differ, for example, if `max_steps` does."""
+    steps = [trained_on(subject) for subject in subjects]
+    if any(records is None or missing for records, missing in steps):
+        return None
+    old, new = (set(records["example_id"]) for records, _ in steps if records is not None)
+    return {"records": [len(old), len(new)], "alone": [len(old - new), len(new - old)]}
 
 
 def _changed(removed: Mapping[str, _Record], added: Mapping[str, _Record]) -> dict[str, str]:

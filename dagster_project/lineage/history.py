@@ -300,7 +300,7 @@ def resolve(lock: dict[str, Any], model: str) -> str:
         address
         for address, stage in lock.items()
         for out in stage.get("outs", [])
-        if out["path"] == target or (len(target) >= 6 and out.get("md5", "").startswith(target))
+        if out["path"] == target or (len(target) >= 6 and out.get("md5", "").startswith(target.lower()))
     ]
     if len(set(matches)) == 1:
         return matches[0]

@@ -24,6 +24,7 @@ from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
 from dagster_project.lineage import code_lock, registered, tables
 from dagster_project.lineage.code import code_in
+from dagster_project.lineage.erasure.tombstones import of_deleted
 from dagster_project.lineage.graph import closure, flow_order
 from dagster_project.lineage.history import (
     LOCK,
@@ -168,7 +169,8 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
     else:
         hashes = index.outputs_with_prefix(digest) if len(model) >= 6 else []
     if len(hashes) > 1:
-        raise InputError(f"{model} could be {', '.join(hashes)}", "give more of the hash")
+        hint = "give one of these hashes, or the file of the weights" if path_exists(Path(model)) else "give more of it"
+        raise InputError(f"{model} could be {', '.join(hashes)}", hint)
     if not hashes:
         raise _not_found(index, model, rev, lock)
     runs = index.runs_by_output[hashes[0]]
@@ -352,7 +354,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "other_versions": other_versions,
         "machine": {name(stage): report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
-        "missing": missing,
+        "missing": of_deleted(index.root, missing),
         "shallow": index.history.shallow,
     }
     return {key: value for key, value in found.items() if value or key not in IF_ANY}

@@ -85,12 +85,26 @@ def modelfile(tokenizer: Any, file: str) -> str:
             " It cannot be written in Ollama's language of templates: check what Ollama makes of it."
         )
     else:
+        if _writes_tools(tokenizer):
+            lines.append(
+                "# TEMPLATE writes system, user and assistant messages only. The model's chat template, which is in the"
+                " file, also writes tools: with Ollama their definitions, calls and results are left out."
+            )
         lines.append(f'TEMPLATE """{_template(parts)}"""')
         lines += [f'SYSTEM """{parts.default_system}"""'] if parts.default_system else []
     lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in end_tokens(tokenizer)]
     # as in evaluation; by itself, Ollama penalizes repetitions by 1.1
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return "\n".join(lines) + "\n"
+
+
+def _writes_tools(tokenizer: Any) -> bool:
+    asked = [{"role": "user", "content": _WORDS["user"]}]
+    tool = {"name": "pedigree7tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+    try:
+        return "pedigree7tool" in render(tokenizer, asked, tools=[{"type": "function", "function": tool}])
+    except InputError:  # the template refuses tools
+        return False
 
 
 def _template(parts: Parts) -> str:

@@ -86,10 +86,22 @@ def of_attestations(stages: Iterable[Attested]) -> Iterator[Claim]:
             yield subject, "md5", _md5(md5_of_folder({name: one["md5"] for name, one in made.items()}))
 
 
-def output_of(stage: Attested) -> dict[str, Mapping[str, str]]:
-    """The files of the folder that a stage made, by their path in it."""
-    out = next((path for path in stage.outs if not path.startswith((REPORTS, PLOTS))), "")
-    return {path[len(out) + 1 :]: digests for path, digests in stage.made.items() if out and is_within(path, out)}
+def output_of(stage: Attested, like: Mapping[str, str] = {}) -> dict[str, Mapping[str, str]]:
+    """The files of the folder that a stage made, by their path in it.
+
+    Args:
+        like: path -> sha256 of files. Of several outputs, the one that has most of them is meant, or else the first.
+    """
+    outs = (path for path in stage.outs if not path.startswith((REPORTS, PLOTS)))
+    found = ({path[len(out) + 1 :]: one for path, one in stage.made.items() if is_within(path, out)} for out in outs)
+    return max(
+        found,
+        key=lambda files: (
+            sum(one["sha256"] == like.get(name) for name, one in files.items()),
+            len(files.keys() & like.keys()),
+        ),
+        default={},
+    )
 
 
 def _all(digests: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of,
 from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.signing.keys import PublicKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
+from dagster_project.lineage.working_folders import from_project, working_folders
 
 SIGNATURES = "data/signatures"
 
@@ -39,7 +40,8 @@ class Target:
 
     @property
     def label(self) -> str:
-        return self.address or self.path
+        """A name by which `find` finds it: the stage's, unless it has several outputs."""
+        return self.path if not self.address or len(_outputs(self.lock[self.address])) > 1 else self.address
 
     @property
     def md5(self) -> str:
@@ -191,7 +193,7 @@ def find(root: Path, model: str) -> Target:
     if not target.folder.is_dir() or target.folder == target.root:
         raise InputError(
             f"{target.path or model}: no such folder",
-            f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.label}`",
+            f"restore it with `dvc checkout {target.path}`, or run `dvc repro {target.address}`",
         )
     return target
 
@@ -202,11 +204,12 @@ def _output(root: Path, lock: Mapping[str, Any], address: str, model: str, folde
     Raises:
         InputError: the stage has several, and was named itself.
     """
-    outs = [out for out in lock[address]["outs"] if not out["path"].startswith((REPORTS, PLOTS))]
+    outs = _outputs(lock[address])
     meant = [
         out["path"]
         for out in (outs if model not in lock else ())
-        if (root / out["path"]).resolve() in {folder, (root / model).resolve()} or out.get("md5", "").startswith(model)
+        if (root / out["path"]).resolve() in {folder, (root / model).resolve()}
+        or out.get("md5", "").startswith(model.lower())
     ]
     if len(outs) > 1 and len(meant) != 1:
         names = ", ".join(out["path"] for out in outs)
@@ -214,8 +217,14 @@ def _output(root: Path, lock: Mapping[str, Any], address: str, model: str, folde
     return str(next(iter(meant or [out["path"] for out in outs]), ""))
 
 
+def _outputs(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of an entry of dvc.lock, without the report and plots."""
+    return [out for out in entry.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS))]
+
+
 def _recorded(project: Path) -> tuple[dict[str, Any], str]:
-    """The stages of a project's dvc.lock and its text, both from one reading.
+    """The stages of a project's dvc.lock, with paths from its folder in their shortest form, and the text, both from
+    one reading.
 
     Empty if the folder is not a project with results.
     """
@@ -224,7 +233,8 @@ def _recorded(project: Path) -> tuple[dict[str, Any], str]:
     revision = Revision(project, None)
     revision.lock()  # refuses lost entries, and text that cannot be read
     text = revision.text(LOCK) or ""
-    return stages_of(text), text
+    folders = working_folders((project / "dvc.yaml").read_bytes())
+    return {name: from_project(name, entry, folders) for name, entry in stages_of(text).items()}, text
 
 
 def _refuse_part(model: str, folder: Path, project: Path, lock: Mapping[str, Any]) -> None:
