@@ -87,6 +87,13 @@ def test_a_file_of_blank_lines_is_refused(suffix: str, tmp_path: Path) -> None:
     assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file is empty"
 
 
+def test_the_next_step_for_an_empty_file_also_fits_outside_of_a_project(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(InputError) as caught:
+        read_rows(tmp_path / "a.jsonl")
+    assert caught.value.hint == "put at least one example in it, or leave it out"
+
+
 def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 

@@ -187,7 +187,7 @@ def require_rows(name: str, found: Found) -> None:
         InputError: as described.
     """
     if not found.rows:
-        raise InputError(f"{name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
+        raise InputError(f"{name}: the file is empty", "put at least one example in it, or leave it out")
     is_json, is_encoded = name.lower().endswith((".jsonl", ".jsonl.gz")), not found.problem.startswith("not UTF-8")
     if not found.readable and (is_json or not is_encoded or name.lower().endswith((".csv", ".txt"))):
         hint = "each line must be one JSON object" if is_json else "fix the rows"
