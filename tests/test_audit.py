@@ -24,6 +24,7 @@ from dagster_project.lineage.diff import diff
 from dagster_project.lineage.impact.question import impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import _metrics, audit, find, trained_on, write_trained_on
+from dagster_project.lineage.lineage import as_text as audit_text
 
 
 def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_model(finished: Path) -> None:
@@ -178,6 +179,8 @@ def test_audit_gives_the_same_content_as_text_and_json(finished: Path) -> None:
     assert text.returncode == 0
     for path, source in document["sources"].items():
         assert path in text.stdout and source["sha256"][:16] in text.stdout
+    document["metrics"]["comparison"] = {"compared": {f"lora to {i}": 0.5 for i in range(1000)}}
+    assert max(map(len, audit_text(document).splitlines())) < 400, "the terminal is not filled by one figure"
 
 
 @pytest.mark.timeout(60)

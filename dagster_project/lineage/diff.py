@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.text import shortened
 from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import (
@@ -265,4 +266,7 @@ def as_text(difference: Mapping[str, Any]) -> str:
 def _value(name: str, value: Any) -> str:
     if value is None:
         return "none"
-    return str(value)[:12] if name in {"sources", "code"} else json.dumps(value, ensure_ascii=False)
+    if name in {"sources", "code"}:
+        return str(value)[:12]
+    whole = json.dumps(value, ensure_ascii=False)
+    return shortened(whole) if name == "metrics" else whole  # those of `comparison` have thousands of characters

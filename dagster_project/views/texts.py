@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dagster_project.core.text import listed, many, number, place_text, visible
+from dagster_project.core.text import listed, many, number, place_text, shortened, visible
 
 FOLDER = Path(__file__).parent
 
@@ -37,6 +37,7 @@ def environment(folder: Path, **options: Any) -> Environment:
         number=number,
         listed=listed,
         visible=visible,
+        shortened=shortened,
         json=partial(json.dumps, ensure_ascii=False),
         fmt=lambda value, form: format(value, str(form)),
         line=lambda text: str(text).replace("\n", "\\n"),
