@@ -10,9 +10,6 @@ from typing import Any
 from dagster_project.core.records import write_text
 from dagster_project.curation.sources.erased import TOMBSTONES
 
-CERTIFICATES = "data/erasures"
-"""Folder of the certificates of erasures."""
-
 
 def add(root: Path, stones: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """Add a line for each record that has none yet.
