@@ -12,7 +12,7 @@ from builders.history import DVC_YAML, Project, entry, identity, md5, out
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.database import INDEX_FILE
-from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.question import exposed_in_workspace, impact
 from dagster_project.lineage.impact.text import as_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
@@ -255,3 +255,47 @@ def test_code_that_a_commit_has_beside_what_ran_is_said_to_differ(made: Project)
             (code / name).write_bytes(content)
         found = audit(made.root, "splits")["code"]
         assert (found["clean"], found["differs"]) == (False, [f"dagster_project/curation/{name}" for name in differing])
+
+
+def test_no_record_is_left_open_by_a_stage_of_the_users_own_that_writes_into_the_folder_of_sources(
+    made: Project,
+) -> None:
+    """Nothing records which version of its output was in the folder; a row gets its id when it is read from there."""
+    lock = made.trained(made.curated(ROWS), ["cats", "dogs"])
+    lock["clean"] = entry("clean", {"data/raw/r.csv": "1" * 32}, made.put({"r.jsonl": b"{}"}))
+    lock["clean"]["outs"][0]["path"] = "data/sources/clean"
+    made.commit(lock)
+    answer = impact(made.root, record=identity("frogs"))
+    assert (answer["verdict"], answer["unknown"]) == ("no", [])
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
+    answer = impact(made.root, source="data/raw/r.csv")
+    assert (answer["verdict"], answer["read_by"]) == ("cannot tell", ["clean"])
+    assert [model["unexplained"] for model in answer["unknown"]] == [["data/sources"]] * 2
+    assert [one["path"] for one in audit(made.root, "merged@lora")["missing"]] == ["data/sources"]
+
+
+def scored(made: Project, preferences: str, report: str) -> dict[str, Any]:
+    """A model of the user's own, made from a merged model and from preferences with these recorded hashes."""
+    lock = made.lock(ROWS) | made.splits([("mice", "train", COPY)], "preferences")
+    reads = {"data/merged/lora": out(lock, "merged@lora"), "data/preferences": preferences or out(lock, "preferences")}
+    lock["preferences"]["outs"][1]["md5"] = report or lock["preferences"]["outs"][1]["md5"]
+    return lock | {"scored": entry("scored", reads, made.put({"model.safetensors": b"scored"}))}
+
+
+def test_what_is_unknown_of_a_model_stays_unknown_although_all_is_known_of_its_parent(made: Project) -> None:
+    made.commit(scored(made, "0" * 32 + ".dir", ""))
+    answer = impact(made.root, record=identity("frogs"))
+    assert answer["verdict"] == "cannot tell"
+    assert [(one["stage"], one["unexplained"]) for one in answer["unknown"]] == [("scored", ["data/preferences"])]
+    index = Index(made.root)
+    index.read_records()
+    assert exposed_in_workspace(index, [identity("frogs")]) == ([], ["scored"])
+    assert exposed_in_workspace(index, [identity("cats")]) == (["adapter@lora", "merged@lora", "scored"], [])
+
+
+def test_a_report_that_is_lost_of_a_model_is_named_although_that_of_its_parent_is_there(made: Project) -> None:
+    """The report of a data set with splits names files of paraphrases, which no row does."""
+    made.commit(scored(made, "", "0" * 32))
+    found = {model["stage"]: model.get("missing") for model in impact(made.root, source=FAQ)["models"]}
+    lost = {"stage": "preferences", "path": "data/reports/preferences.json", "md5": "0" * 32}
+    assert found == {"adapter@lora": None, "merged@lora": None, "scored": [lost]}

@@ -13,6 +13,7 @@ from dagster_project.lineage.certificates import data_deleted_of
 from dagster_project.lineage.graph import closure
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.matching import Matches
+from dagster_project.lineage.run_index import SOURCES
 from dagster_project.lineage.runs import StageRun, fetch_hint
 
 NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
@@ -78,7 +79,7 @@ class UndecidedModels:
                     if not self._matches.complete:
                         found.missing |= {absent.md5: absent for absent in self._missing(upstream)}
                     for one in self._relevant(upstream):
-                        found.unexplained |= dict.fromkeys(self._index.unexplained(one))
+                        found.unexplained |= dict.fromkeys(self._unexplained(one))
                     found.unexplained |= {"": None} if upstream.place == "cache" else {}
                 elif not self._index.parents(upstream):
                     candidates = self._index.unavailable_originals(upstream)
@@ -95,6 +96,13 @@ class UndecidedModels:
         if self._matches.derived or self._matches.sources or self._matches.complete:
             return [run, *self._index.ancestors(run).values()]
         return [run, *(upstream for upstream in self._index.data(run).values() if not self._index.is_split(upstream))]
+
+    def _unexplained(self, run: StageRun) -> list[str]:
+        """Inputs of a run that nothing records. A row has no id before it is read from the sources, so a question about
+        a record needs no account of what made these.
+        """
+        paths = self._index.unexplained(run)
+        return [path for path in paths if not (self._matches.derived and is_within(path, SOURCES))]
 
     def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
         """Unavailable reports that could name the queried source: by its hash,
