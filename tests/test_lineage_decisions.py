@@ -299,3 +299,21 @@ def test_a_report_that_is_lost_of_a_model_is_named_although_that_of_its_parent_i
     found = {model["stage"]: model.get("missing") for model in impact(made.root, source=FAQ)["models"]}
     lost = {"stage": "preferences", "path": "data/reports/preferences.json", "md5": "0" * 32}
     assert found == {"adapter@lora": None, "merged@lora": None, "scored": [lost]}
+    answer = impact(made.root, record=identity("frogs"))
+    assert (answer["verdict"], answer["unknown"]) == ("no", []), "no report names a record"
+
+
+def test_data_before_the_splits_that_nothing_records_leaves_open_records_and_sources_but_no_text(made: Project) -> None:
+    known = made.trained(made.curated(ROWS, [("cats", COPY)]), ["cats", "dogs"])
+    made.commit(known)
+    lock = made.trained(made.curated(ROWS[:2]), ["dogs", "cats"])
+    lock["splits"]["deps"][0]["md5"] = "0" * 32 + ".dir"
+    made.commit(lock)
+    for asked in ({"record": identity("frogs")}, {"source": COPY}, {"content": out(known, "instructions")}):
+        unknown = impact(made.root, **asked)["unknown"]  # type: ignore[arg-type]
+        assert [(one["md5"], one["unexplained"]) for one in unknown] == [
+            (out(lock, name), ["data/instructions"]) for name in ("adapter@lora", "merged@lora")
+        ], asked
+    for asked in ({"text": "What of frogs?"}, {"containing": "frogs"}):
+        answer = impact(made.root, **asked)  # type: ignore[arg-type]
+        assert (answer["verdict"], answer["unknown"]) == ("no", [])
