@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders.files import FILE_WRITERS, jsonl
-from builders.history import Project, entry, identity, messages, table
+from builders.history import Project, entry, identity, messages, out, table
 from conftest import ROOT, run
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -50,6 +50,8 @@ from dagster_project.lineage.erasure.needles import Needles, fragments, needles_
 from dagster_project.lineage.erasure.records import Finder, Found, Raw, Request, read_request, texts_of
 from dagster_project.lineage.erasure.removal import WRITERS, without
 from dagster_project.lineage.erasure.scan import Scanner
+from dagster_project.lineage.impact.question import impact
+from dagster_project.lineage.impact.text import as_text as impact_text
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.signing import provenance
@@ -717,6 +719,27 @@ def test_of_a_model_that_nobody_can_decide_the_certificate_says_so(tmp_path: Pat
     assert found == {"yes": [], "unknown": ["adapter@lora", "merged@lora"]}
     document = certificate({**PLAN, "seen by": found})
     assert document["impact"] == "cannot tell: adapter@lora, merged@lora" and exit_code(document) == 2
+
+
+def test_nobody_is_sent_to_fetch_or_make_again_what_an_erasure_deleted(tmp_path: Path) -> None:
+    toy = Project(tmp_path)
+    source = "data/sources/a.jsonl"
+    gone, other, now = (toy.lock([(text, "train", source)]) for text in ("secret", "common", "present"))
+    for lock in (gone, other, now):
+        toy.commit(lock)
+    toy.collect_garbage(now)
+    names = ("adapter@lora", "merged@lora")
+    models = [{"stage": name, "md5": out(gone, name), "outcome": plans.RETIRE} for name in names]
+    write(tmp_path, certificate({**PLAN, "models": models, "date": "2026-01-02"}), None, "0a")
+    (tmp_path / "data/erasures/damaged.json").write_text("{")
+    (tmp_path / "data/erasures/0b.dsse.json").write_text('{"payload": ""}')
+    answer = impact(tmp_path, containing="anything")
+    hints = {one["md5"]: one["fetch"] for one in answer["unknown"]}
+    assert answer["verdict"] == "cannot tell" and len(hints) == 4
+    nothing = "nothing, because the erasure of 2026-01-02 (data/erasures/0a.json) deleted the data"
+    for name in names:
+        assert hints[out(gone, name)] == nothing and "`dvc pull splits" in hints[out(other, name)]
+    assert f"missing: data/splits, data/adapter/lora; fetch: {nothing}" in impact_text(answer)
 
 
 def test_a_model_that_has_the_bytes_of_an_earlier_run_which_was_tested_on_the_record_did_not_see_it_now(

@@ -321,6 +321,17 @@ def test_a_training_on_pairs_is_materialized_although_some_checks_are_for_online
     assert done.success
 
 
+def test_a_metric_named_passed_of_a_stage_of_the_users_own_fails_no_run(root: Path, synced: dg.DagsterInstance) -> None:
+    text = json.loads((root / "dvc.yaml").read_text())
+    command = """echo '{"passed": false, "score": 3}' > own.json"""
+    text["stages"]["own"] = {"cmd": command, "deps": ["data/tok"], "metrics": [{"own.json": {"cache": False}}]}
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    done = small_pipeline.materialize(root, synced, ["own"])
+    assert done.success and "own" not in changed_in_dvc(root)
+    [made] = done.asset_materializations_for_node("own")
+    assert made.metadata["passed"].value is False and made.metadata["score"].value == 3
+
+
 def test_outputs_of_a_removed_variant_are_named_until_they_are_removed(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from dagster_project.core.records import write_json, write_text
 from dagster_project.core.text import many
 from dagster_project.curation.sources.erased import TOMBSTONES
+from dagster_project.lineage.certificates import CERTIFICATES
 from dagster_project.lineage.erasure.likelihoods import sensitivity
-from dagster_project.lineage.erasure.tombstones import CERTIFICATES
 from dagster_project.lineage.signing.envelope import STATEMENT_TYPE, canonical, seal
 from dagster_project.lineage.signing.keys import PrivateKey
 from dagster_project.orchestration.erasure.places import GIT

@@ -136,8 +136,27 @@ def lost_entries(root: Path) -> list[str]:
     ]
     if not lost or parsed_yaml(committed) is None:  # e.g. a merge conflict was committed
         return []
-    removed = undeclared(Revision(root, None), lost, otherwise=False)
-    return [name for name in lost if name not in removed]
+    workspace = Revision(root, None)
+    removed = undeclared(workspace, lost, otherwise=False)
+    declared = (parsed_yaml(workspace.text("dvc.yaml") or "") or {}).get("stages") or {}
+
+    def is_shortened(name: str) -> bool:
+        return name in after and _is_shortened(before[name], after[name], declared.get(name.partition("@")[0]))
+
+    return [name for name in lost if name not in removed and not is_shortened(name)]
+
+
+def _is_shortened(before: str, after: str, declared: Any) -> bool:
+    """Whether an entry is shorter because its last outputs were removed from dvc.yaml, and was not cut: it ends where
+    an output ends, and has as many as dvc.yaml declares.
+
+    Args:
+        declared: the stage in dvc.yaml.
+    """
+    body = declared.get("do", declared) if isinstance(declared, dict) else None
+    kinds = [body.get(kind) or [] for kind in ("outs", "metrics", "plots")] if isinstance(body, dict) else []
+    recorded = after.partition("    outs:\n")[2].count("    - path: ")
+    return before[len(after) :].startswith("    - path: ") and 0 < recorded == sum(map(len, kinds))
 
 
 def _entries(text: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file, sha256_of_fi
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.core.text import many
-from dagster_project.lineage.erasure.tombstones import CERTIFICATES
+from dagster_project.lineage.certificates import CERTIFICATES
 from dagster_project.lineage.history import LOST_HINT, Objects, Revision, bytes_of, lost_entries, lost_text, undeclared
 from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.lineage.working_folders import from_project, working_folders

@@ -12,9 +12,6 @@ from dagster_project.core.records import write_text
 from dagster_project.curation.sources.erased import TOMBSTONES
 from dagster_project.lineage.notes import read_note
 
-CERTIFICATES = "data/erasures"
-"""Folder of the certificates of erasures."""
-
 
 def of_deleted(root: Path, missing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Missing outputs, of which those that an erasure deleted have no command that would bring the records back.

@@ -233,19 +233,17 @@ class Matches:
         for run in self._trained_models:
             ancestors = index.ancestors(run)
             shards = index.shards(run)
-            whole = any(upstream.id in readers for upstream in [*ancestors.values(), run]) or any(
-                out.startswith(prefix) for out in ancestors
-            )
-            matching = [(split, md5) for _, split, md5 in shards if whole or md5 in files]
+            whole = any(upstream.id in readers for upstream in [*ancestors.values(), run])
+            matching = [] if whole else [(split, md5) for _, split, md5 in shards if md5 in files]
             if not (whole or matching or outs & ancestors.keys()):
                 continue
             rows = Counter[str]()
             for split, md5 in matching or [(split, md5) for _, split, md5 in shards]:
                 rows[split] += index.shard_sizes.get(md5, 0)
             summary = (
-                index.training_summary(run, None)
-                if whole or not matching
-                else self._summary_of_shards(run, [md5 for split, md5 in matching if split == "train"])
+                self._summary_of_shards(run, [md5 for split, md5 in matching if split == "train"])
+                if matching
+                else index.training_summary(run, None)
             )
             self.exposures[run.id] = Exposure(rows, training_summary=summary)
         for run in index.runs.values():

@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dagster_project.lineage.certificates import data_deleted_of
 from dagster_project.lineage.graph import closure
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.impact.matching import Matches
+from dagster_project.lineage.run_index import SOURCES
 from dagster_project.lineage.runs import StageRun, fetch_hint
 
 NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
@@ -32,14 +34,16 @@ class _Unknown:
     def __bool__(self) -> bool:
         return bool(self.missing or self.reports or self.unexplained)
 
-    def described(self, first: StageRun) -> dict[str, Any]:
+    def described(self, first: StageRun, erasure: str) -> dict[str, Any]:
         """Args:
         first: the first run that made the model.
+        erasure: that deleted its data; empty if none did.
         """
         described = [
             {"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in self.missing.values()
         ]
-        hints = [fetch_hint([*self.missing.values()])] if self.missing else []
+        fetch = f"nothing, because {erasure} deleted the data" if erasure else ""
+        hints = [fetch or fetch_hint([*self.missing.values()])] if self.missing else []
         hints += [f"{', '.join(self.reports)}: in no commit and no cache"] if self.reports else []
         return {
             "stage": first.address,
@@ -75,13 +79,14 @@ class UndecidedModels:
                     if not self._matches.complete:
                         found.missing |= {absent.md5: absent for absent in self._missing(upstream)}
                     for one in self._relevant(upstream):
-                        found.unexplained |= dict.fromkeys(self._index.unexplained(one))
+                        found.unexplained |= dict.fromkeys(self._unexplained(one))
                     found.unexplained |= {"": None} if upstream.place == "cache" else {}
                 elif not self._index.parents(upstream):
                     candidates = self._index.unavailable_originals(upstream)
                     found.missing |= {absent.md5: absent for absent in candidates}
                     found.unexplained |= {} if candidates else {ORIGINAL: None}
-        return [found.described(self._index.runs_by_output[md5][0]) for md5, found in unknown.items() if found]
+        first = self._index.runs_by_output
+        return [found.described(first[md5][0], self._erased.get(md5, "")) for md5, found in unknown.items() if found]
 
     def _relevant(self, run: StageRun) -> list[StageRun]:
         """The model and the runs upstream whose inputs must be known to decide about it.
@@ -91,6 +96,13 @@ class UndecidedModels:
         if self._matches.derived or self._matches.sources or self._matches.complete:
             return [run, *self._index.ancestors(run).values()]
         return [run, *(upstream for upstream in self._index.data(run).values() if not self._index.is_split(upstream))]
+
+    def _unexplained(self, run: StageRun) -> list[str]:
+        """Inputs of a run that nothing records. A row has no id before it is read from the sources, so a question about
+        a record needs no account of what made these.
+        """
+        paths = self._index.unexplained(run)
+        return [path for path in paths if not (self._matches.derived and is_within(path, SOURCES))]
 
     def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
         """Unavailable reports that could name the queried source: by its hash,
@@ -109,7 +121,7 @@ class UndecidedModels:
         if self._matches.searched:
             gone = {out for out, _, md5 in index.shards(run) if md5 not in self._shard_paths}
             missing += [absent for absent in index.data(run).values() if absent.md5 in gone and absent not in missing]
-        if run.id not in self._matches.exposures and (self._matches.derived or self._may_hold_source(run)):
+        if self._matches.derived or self._may_hold_source(run):
             missing += [absent for absent in index.missing_contributions(run) if absent not in missing]
         return missing
 
@@ -129,6 +141,10 @@ class UndecidedModels:
     def _reviewed(self) -> Mapping[str, set[str]]:
         """Source -> hashes of the outputs that it was applied to, if it is a review file."""
         return {one: self._index.reviewed_by(one) for one in self._matches.sources}
+
+    @cached_property
+    def _erased(self) -> Mapping[str, str]:
+        return data_deleted_of(self._index.root)
 
     @cached_property
     def _shard_paths(self) -> Mapping[str, Path]:

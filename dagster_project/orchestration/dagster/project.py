@@ -152,7 +152,7 @@ class PedigreeProject(DvcProject):
             return super().check_results(address, state, report) if state else []
         found: dict[str, Any] = report.get("checks", {})
         descriptions = self.pipeline.check_descriptions(address.partition("@")[0])
-        if found and not self.blocks(report):
+        if found and not self.blocks(address, report):
             found = dict.fromkeys(descriptions, NOT_IN_REPORT) | found
         return [
             check_result(
@@ -163,8 +163,8 @@ class PedigreeProject(DvcProject):
             if name in found
         ]  # fmt: skip
 
-    def blocks(self, report: Mapping[str, Any]) -> bool:
-        return report.get("passed") is False
+    def blocks(self, address: str, report: Mapping[str, Any]) -> bool:
+        return not self.is_own(address) and report.get("passed") is False
 
     def describe(self, state: StageState) -> dict[str, Any]:
         return super().describe(state) if self.is_own(state.address) else metadata.describe(self.root, state)

@@ -89,7 +89,7 @@ def bring_up_to_date(
             failed = project.read()[address]
             if reported not in (None, _report_stamp(project.root, failed)):  # otherwise it is of an earlier attempt
                 report = read_report(project.root, failed) or {}
-                results = project.check_results(address, failed, report if project.blocks(report) else {})
+                results = project.check_results(address, failed, report if project.blocks(address, report) else {})
                 yield from (one for one in results if one.check_name in _planned_checks(context, key))
         raise dg.Failure(str(known), allow_retries=False) from None
     state = states[address]
@@ -98,7 +98,7 @@ def bring_up_to_date(
     found = {one.check_name: one for one in results}
     for name in _planned_checks(context, key):
         yield found.get(name) or check_result(key, name, "", {"note": NO_RESULT}, "warn", {})
-    if project.blocks(report):
+    if project.blocks(address, report):
         raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
     if state.differs:
         raise dg.Failure(f"{address}: {state.output_problem}. Materialize it again.", allow_retries=False)

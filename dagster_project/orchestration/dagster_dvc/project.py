@@ -208,7 +208,7 @@ class DvcProject:
             results.append(metadata.check_result(self.asset_key(address), name, description, check, severity, extra))
         return results
 
-    def blocks(self, report: Mapping[str, Any]) -> bool:
+    def blocks(self, address: str, report: Mapping[str, Any]) -> bool:
         """Whether the report is that of a failed attempt, whose output is not to be used.
 
         In general such a stage ends with an exit code, and DVC records nothing.
