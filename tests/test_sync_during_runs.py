@@ -17,12 +17,13 @@ from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
-from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster.sync import sync, sync_after
 from dagster_project.orchestration.dagster_dvc import dead_runs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, MACHINE_TAG, in_progress
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dagster_dvc.sync import mirror, read
 from dagster_project.orchestration.dvc import read_stages, records_locked
+from dagster_project.orchestration.last_sync import LastSync
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -158,6 +159,35 @@ def test_the_sensor_does_not_wait_for_a_command_that_holds_dvcs_lock(root: Path,
         waiting = thread.submit(tick)
         assert waiting.result(300) == f"Not synced: process {os.getpid()} holds DVC's lock of the project"
     assert "sources/g.txt is now" in tick()
+
+
+def test_definitions_load_while_a_command_holds_dvcs_lock(root: Path) -> None:
+    """Until then neither the UI nor a run has started, so neither could say what it waits for."""
+    expected = build_definitions(root, small_pipeline.PIPELINE).resolve_asset_graph().get_all_asset_keys()
+    with ThreadPoolExecutor(1) as thread, records_locked(root):
+        loaded = thread.submit(build_definitions, root, small_pipeline.PIPELINE).result(300)
+        assert loaded.resolve_asset_graph().get_all_asset_keys() == expected
+
+
+def test_the_ui_starts_and_the_command_says_why_it_waits_while_dvcs_lock_is_held(
+    root: Path, synced: dg.DagsterInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pedigree")
+    (root / "data/sources/g.txt").write_text("other")
+    last, text = LastSync.read(root, ()), f"process {os.getpid()} holds DVC's lock of the project"
+
+    def synced_lines(wait: bool) -> list[str]:
+        return sync_after(last, synced, small_pipeline.PIPELINE, wait)
+
+    until = time.monotonic() + 300
+    with ThreadPoolExecutor(1) as thread:
+        with records_locked(root):
+            assert thread.submit(synced_lines, False).result(300) == [f"not synced yet: {text}"]
+            waiting = thread.submit(synced_lines, True)
+            while f"waiting: {text}" not in caplog.messages:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        assert any("sources/g.txt is now" in line for line in waiting.result(300))
 
 
 def test_a_run_names_the_process_whose_lock_it_waits_for(root: Path, synced: dg.DagsterInstance) -> None:
