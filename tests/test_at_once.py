@@ -97,11 +97,14 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(
 
 
 @pytest.mark.long
-def test_a_run_that_is_marked_as_canceled_ends_its_steps_and_commands(root: Path, synced: dg.DagsterInstance) -> None:
+@pytest.mark.parametrize("mark", ["report_run_canceled", "report_run_canceling"])
+def test_a_run_that_is_marked_as_canceled_ends_its_steps_and_commands(
+    root: Path, synced: dg.DagsterInstance, mark: str
+) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="300")
     everything = offspring(process.pid) | set(pids.values())
     [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
-    synced.report_run_canceled(run)
+    getattr(synced, mark)(run)
     assert process.wait(120) != 0
     assert gone(everything, 60), "a process of the run lives on"
     ended = synced.get_run_by_id(run.run_id)

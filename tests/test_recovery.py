@@ -167,14 +167,15 @@ def test_terminating_a_run_does_not_wait_for_a_command_that_holds_dvcs_lock(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("mark", ["report_run_canceled", "report_run_canceling"])
 def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(
-    root: Path, synced: dg.DagsterInstance
+    root: Path, synced: dg.DagsterInstance, mark: str
 ) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="300")
     command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]
     [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
-    synced.report_run_canceled(run)  # what Dagster does if it cannot reach the process
+    getattr(synced, mark)(run)  # what Dagster does if it cannot reach the process: "force terminate", or "terminate"
     assert process.wait(120) != 0
     assert not psutil.pid_exists(command)
     assert (root / "data/tok/train.txt").read_bytes() == before
