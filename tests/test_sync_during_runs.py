@@ -7,8 +7,10 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -159,6 +161,37 @@ def test_the_sensor_does_not_wait_for_a_command_that_holds_dvcs_lock(root: Path,
         waiting = thread.submit(tick)
         assert waiting.result(300) == f"Not synced: process {os.getpid()} holds DVC's lock of the project"
     assert "sources/g.txt is now" in tick()
+
+
+@pytest.mark.parametrize("when", ["before the sync", "during the sync"])
+def test_a_sync_leaves_a_check_to_the_run_that_was_launched(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A result that sync reports between launch and end of the run would hide that of the run: the check would be shown
+    as not evaluated."""
+    job = build_definitions(root, small_pipeline.PIPELINE).resolve_implicit_global_asset_job_def()
+    storage, launched = synced.event_log_storage, list[dg.DagsterRun]()
+    read_latest = storage.get_latest_asset_check_execution_by_key
+
+    def launch() -> None:
+        part = job.get_subset(asset_selection={TOK})
+        launched.append(synced.create_run_for_job(job_def=part, asset_selection={TOK}))
+
+    def launch_meanwhile(keys: Sequence[dg.AssetCheckKey]) -> Any:
+        found = read_latest(keys)
+        if not launched:
+            launch()
+        return found
+
+    (root / "code/tok.py").write_text("V = 2\n")
+    if when == "before the sync":
+        launch()
+    else:
+        monkeypatch.setattr(storage, "get_latest_asset_check_execution_by_key", launch_meanwhile)
+    line = "check tok dvc_in_sync: failed"
+    assert line not in sync(root, synced, small_pipeline.PIPELINE)
+    synced.report_run_canceled(launched[0])
+    assert line in sync(root, synced, small_pipeline.PIPELINE)
 
 
 def test_definitions_load_while_a_command_holds_dvcs_lock(root: Path) -> None:

@@ -134,6 +134,16 @@ def _is_alive(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     return time.time() - max([*times, *(entry.timestamp for entry in latest)], default=0.0) < QUIET
 
 
+def is_pending(instance: dg.DagsterInstance, run_id: str, key: dg.AssetKey) -> bool:
+    """Whether a run is going to report something of an asset: it is being launched, waits in the queue, or has not
+    ended the asset's step."""
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.is_finished:
+        return False
+    in_queue = run.status == dg.DagsterRunStatus.QUEUED
+    return in_queue or (_is_alive(instance, run) and key in remaining(instance, run_id))
+
+
 def remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
     """Assets that the run planned to materialize and whose step has not ended."""
     kinds = dg.DagsterEventType
