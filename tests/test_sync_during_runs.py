@@ -26,6 +26,7 @@ from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dagster_dvc.sync import mirror, read
 from dagster_project.orchestration.dvc import read_stages, records_locked
 from dagster_project.orchestration.last_sync import LastSync
+from dagster_project.orchestration.rwlock import writer_of
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -221,6 +222,20 @@ def test_the_ui_starts_and_the_command_says_why_it_waits_while_dvcs_lock_is_held
                 assert time.monotonic() < until
                 time.sleep(0.1)
         assert any("sources/g.txt is now" in line for line in waiting.result(300))
+
+
+@pytest.mark.long
+def test_whoever_waits_for_a_run_of_dagster_is_told_its_id(root: Path, synced: dg.DagsterInstance) -> None:
+    """The command line of its process has all settings of Dagster's database."""
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="600")
+    try:
+        [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+        assert writer_of(root, ["data/tok"]) == f"process {process.pid} (dagster run {run.run_id[:8]})"
+        refused = dvc(root, "repro", "-s", "tok")
+        assert refused.returncode == 255 and f"dagster run {run.run_id[:8]}" in refused.stderr
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_run_names_the_process_whose_lock_it_waits_for(root: Path, synced: dg.DagsterInstance) -> None:

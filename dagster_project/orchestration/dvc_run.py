@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
@@ -54,6 +54,7 @@ def reproduce(
     on_wait: Callable[[str], None],
     on_progress: Callable[[], None] = lambda: None,
     before_attempt: Callable[[], None] = lambda: None,
+    command: Sequence[str] = (),
 ) -> bool:
     """Bring one stage up to date by DVC; wait while another process uses the same paths.
 
@@ -61,6 +62,7 @@ def reproduce(
         on_wait: called once with a description of the process that has locked the paths.
         on_progress: called every `PROGRESS_INTERVAL` while the stage runs; less often if it runs for long.
         before_attempt: called before the stage starts, and twice a second while it waits.
+        command: what DVC shows others as the command that locked the paths; empty: that of this process.
     Returns:
         Whether the stage ran or was restored.
     Raises:
@@ -80,7 +82,8 @@ def reproduce(
     while True:
         before_attempt()
         try:
-            with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets relative to the current directory
+            # DVC resolves targets relative to the current directory
+            with _shown_as(command), chdir(root), ThreadPoolExecutor(1) as thread:
                 # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's
                 # "terminate"
                 stop = Interrupt()
@@ -108,6 +111,17 @@ def reproduce(
                 on_wait(str(cause).partition("\n\nIf there are no")[0])
                 notified = True
             time.sleep(0.5)
+
+
+@contextmanager
+def _shown_as(command: Sequence[str]) -> Iterator[None]:
+    """While open, DVC, which writes `sys.argv` into its table of locked paths, finds another command there."""
+    before = sys.argv
+    sys.argv = [*command] or before
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @dataclass
