@@ -81,7 +81,7 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
         One line for each event.
     """
     states = snapshot.states
-    with locks.hold(project.root, SYNC_LOCK, lambda _: None):
+    with locks.hold(project.root, SYNC_LOCK, lambda _: None, "sync"):
         sources = {
             project.source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None
         }
