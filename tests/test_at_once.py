@@ -35,7 +35,7 @@ from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc import dead_runs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, in_progress, reap
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
-from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.dvc import read_stages, records_locked
 from dagster_project.orchestration.processes import interrupt_command, start_of
 from dagster_project.pipeline import PEDIGREE
 
@@ -97,11 +97,14 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(
 
 
 @pytest.mark.long
-def test_a_run_that_is_marked_as_canceled_ends_its_steps_and_commands(root: Path, synced: dg.DagsterInstance) -> None:
+@pytest.mark.parametrize("mark", ["report_run_canceled", "report_run_canceling"])
+def test_a_run_that_is_marked_as_canceled_ends_its_steps_and_commands(
+    root: Path, synced: dg.DagsterInstance, mark: str
+) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="300")
     everything = offspring(process.pid) | set(pids.values())
     [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
-    synced.report_run_canceled(run)
+    getattr(synced, mark)(run)
     assert process.wait(120) != 0
     assert gone(everything, 60), "a process of the run lives on"
     ended = synced.get_run_by_id(run.run_id)
@@ -130,6 +133,25 @@ def test_a_run_that_waits_for_another_process_ends_when_it_is_marked_as_canceled
         os.killpg(other.pid, signal.SIGKILL)
         process.kill()
         other.communicate()
+
+
+@pytest.mark.long
+def test_a_run_of_several_processes_says_that_it_waits_for_dvcs_lock_and_can_be_terminated(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
+    (root / "code/adapter.py").write_text("V = 9\n")
+    text, until = f"is waiting: process {os.getpid()} holds DVC's lock of the project", time.monotonic() + 300
+    with records_locked(root):
+        process = subprocess.Popen([sys.executable, *AT_ONCE], cwd=root, stdout=subprocess.DEVNULL)
+        try:
+            while not any(text in entry.message for run in synced.get_runs() for entry in synced.all_logs(run.run_id)):
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(300) != 0
+        finally:
+            process.kill()
+    assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
 
 
 def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:

@@ -31,7 +31,7 @@ from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
-from dagster_project.orchestration.dvc import open_repo, read_stages, verified_fingerprint
+from dagster_project.orchestration.dvc import open_repo, read_stages, records_locked, verified_fingerprint
 from dagster_project.orchestration.dvc_cache import restore_outputs
 from dagster_project.orchestration.dvc_remote import inputs_by_hash
 from dagster_project.orchestration.erasure.layout import dagster_home
@@ -151,14 +151,31 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
 
 
 @pytest.mark.long
-def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(
+def test_terminating_a_run_does_not_wait_for_a_command_that_holds_dvcs_lock(
     root: Path, synced: dg.DagsterInstance
+) -> None:
+    """As `dvc push` does until it ends. DVC has removed the outputs, and would wait before it goes on."""
+    before = (root / "data/tok/train.txt").read_bytes()
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="600")
+    with records_locked(root):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) != 0
+        assert (root / "data/tok/train.txt").read_bytes() == before
+    assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    sync(root, synced, small_pipeline.PIPELINE)
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == {"tok"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mark", ["report_run_canceled", "report_run_canceling"])
+def test_a_run_that_is_only_marked_as_canceled_ends_its_stage_command_too(
+    root: Path, synced: dg.DagsterInstance, mark: str
 ) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="300")
     command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]
     [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
-    synced.report_run_canceled(run)  # what Dagster does if it cannot reach the process
+    getattr(synced, mark)(run)  # what Dagster does if it cannot reach the process: "force terminate", or "terminate"
     assert process.wait(120) != 0
     assert not psutil.pid_exists(command)
     assert (root / "data/tok/train.txt").read_bytes() == before

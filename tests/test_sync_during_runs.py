@@ -7,8 +7,10 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -17,12 +19,14 @@ from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
-from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster.sync import sync, sync_after
 from dagster_project.orchestration.dagster_dvc import dead_runs
 from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, MACHINE_TAG, in_progress
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dagster_dvc.sync import mirror, read
 from dagster_project.orchestration.dvc import read_stages, records_locked
+from dagster_project.orchestration.last_sync import LastSync
+from dagster_project.orchestration.rwlock import writer_of
 
 pytestmark = pytest.mark.usefixtures("warm_small")
 
@@ -158,6 +162,80 @@ def test_the_sensor_does_not_wait_for_a_command_that_holds_dvcs_lock(root: Path,
         waiting = thread.submit(tick)
         assert waiting.result(300) == f"Not synced: process {os.getpid()} holds DVC's lock of the project"
     assert "sources/g.txt is now" in tick()
+
+
+@pytest.mark.parametrize("when", ["before the sync", "during the sync"])
+def test_a_sync_leaves_a_check_to_the_run_that_was_launched(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A result that sync reports between launch and end of the run would hide that of the run: the check would be shown
+    as not evaluated."""
+    job = build_definitions(root, small_pipeline.PIPELINE).resolve_implicit_global_asset_job_def()
+    storage, launched = synced.event_log_storage, list[dg.DagsterRun]()
+    read_latest = storage.get_latest_asset_check_execution_by_key
+
+    def launch() -> None:
+        part = job.get_subset(asset_selection={TOK})
+        launched.append(synced.create_run_for_job(job_def=part, asset_selection={TOK}))
+
+    def launch_meanwhile(keys: Sequence[dg.AssetCheckKey]) -> Any:
+        found = read_latest(keys)
+        if not launched:
+            launch()
+        return found
+
+    (root / "code/tok.py").write_text("V = 2\n")
+    if when == "before the sync":
+        launch()
+    else:
+        monkeypatch.setattr(storage, "get_latest_asset_check_execution_by_key", launch_meanwhile)
+    line = "check tok dvc_in_sync: failed"
+    assert line not in sync(root, synced, small_pipeline.PIPELINE)
+    synced.report_run_canceled(launched[0])
+    assert line in sync(root, synced, small_pipeline.PIPELINE)
+
+
+def test_definitions_load_while_a_command_holds_dvcs_lock(root: Path) -> None:
+    """Until then neither the UI nor a run has started, so neither could say what it waits for."""
+    expected = build_definitions(root, small_pipeline.PIPELINE).resolve_asset_graph().get_all_asset_keys()
+    with ThreadPoolExecutor(1) as thread, records_locked(root):
+        loaded = thread.submit(build_definitions, root, small_pipeline.PIPELINE).result(300)
+        assert loaded.resolve_asset_graph().get_all_asset_keys() == expected
+
+
+def test_the_ui_starts_and_the_command_says_why_it_waits_while_dvcs_lock_is_held(
+    root: Path, synced: dg.DagsterInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pedigree")
+    (root / "data/sources/g.txt").write_text("other")
+    last, text = LastSync.read(root, ()), f"process {os.getpid()} holds DVC's lock of the project"
+
+    def synced_lines(wait: bool) -> list[str]:
+        return sync_after(last, synced, small_pipeline.PIPELINE, wait)
+
+    until = time.monotonic() + 300
+    with ThreadPoolExecutor(1) as thread:
+        with records_locked(root):
+            assert thread.submit(synced_lines, False).result(300) == [f"not synced yet: {text}"]
+            waiting = thread.submit(synced_lines, True)
+            while f"waiting: {text}" not in caplog.messages:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        assert any("sources/g.txt is now" in line for line in waiting.result(300))
+
+
+@pytest.mark.long
+def test_whoever_waits_for_a_run_of_dagster_is_told_its_id(root: Path, synced: dg.DagsterInstance) -> None:
+    """The command line of its process has all settings of Dagster's database."""
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="600")
+    try:
+        [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+        assert writer_of(root, ["data/tok"]) == f"process {process.pid} (dagster run {run.run_id[:8]})"
+        refused = dvc(root, "repro", "-s", "tok")
+        assert refused.returncode == 255 and f"dagster run {run.run_id[:8]}" in refused.stderr
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_run_names_the_process_whose_lock_it_waits_for(root: Path, synced: dg.DagsterInstance) -> None:

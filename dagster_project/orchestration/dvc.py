@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -140,9 +140,13 @@ class StageState:
 
 
 @contextmanager
-def open_repo(root: Path) -> Iterator[Any]:
+def open_repo(root: Path, wait: bool = True) -> Iterator[Any]:
     """DVC's `Repo` of the project.
 
+    Args:
+        wait: while another process holds DVC's lock, as `dvc push` does until it ends. Otherwise the project's files
+            are read after three seconds anyway, although DVC may be writing dvc.lock: for those who need nothing of
+            it, or verify what they take from it.
     Raises:
         InputError: no DVC project, or dvc.yaml, dvc.lock, params.yaml, a file's
             name or DVC's cache of hashes is invalid.
@@ -152,7 +156,7 @@ def open_repo(root: Path) -> Iterator[Any]:
     logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
     rwlock.repair(root)
     try:
-        with released_afterwards(), repository.Repo(str(root), _wait_for_lock=True) as repo:
+        with released_afterwards(), repository.Repo(str(root), _wait_for_lock=wait) as repo:
             yield repo
     except Exception as error:
         if (known := dvc_errors.explained(error, root)) is None:
@@ -204,7 +208,9 @@ def _no_stage(address: str, names: Iterable[str]) -> InputError:
 
 @contextmanager
 def _reading(repo: Any) -> Iterator[None]:
-    with repo.lock:  # DVC does not write dvc.lock atomically
+    with ExitStack() as stack:
+        with suppress(private_module("dvc.lock").LockError):  # opened without `wait`
+            stack.enter_context(repo.lock)  # DVC does not write dvc.lock atomically
         try:
             yield
         except UNCHECKED_FILE_ERRORS as error:
@@ -240,15 +246,18 @@ def _is_definition(path: str) -> bool:
     return is_code(path) or is_report(path)
 
 
-def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definition) -> dict[str, StageState]:
+def read_stages(
+    root: Path, is_definition: Callable[[str], bool] = _is_definition, wait: bool = True
+) -> dict[str, StageState]:
     """The state of every stage of the project's dvc.yaml, in flow order.
 
     Compares each output separately, so it never waits for a running stage.
 
     Args:
         is_definition: whether a dependency, by path, is part of a stage's definition. All others are its inputs.
+        wait: see `open_repo`; without it, what is recorded may be incomplete.
     """
-    with open_repo(root) as repo:
+    with open_repo(root, wait) as repo:
         names, state_of = _states(root, declared_stages(repo), repo, is_definition)
         found = {name: state_of(name) for name in names}
     return {address: found[address] for address in flow_order(found, lambda address: _parents(found, address))}

@@ -45,8 +45,11 @@ def run_record(path: Path) -> dict[str, Any] | None:
 
 def restore_outputs(root: Path, address: str) -> None:
     """Restore from the cache, and reports also from the latest commit, what DVC
-    removed before it ran a stage that then failed."""
-    with open_repo(root) as repo:
+    removed before it ran a stage that then failed.
+
+    Without waiting: an interrupted stage command is killed if it does not end soon.
+    """
+    with open_repo(root, wait=False) as repo:
         stage = stage_among(declared_stages(repo), address)
         for out in stage.outs if stage is not None else []:
             if out.exists or not out.hash_info:

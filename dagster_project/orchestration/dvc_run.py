@@ -10,11 +10,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import chdir, contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from dagster_project.core.errors import Busy, CheckFailed
 from dagster_project.orchestration.dvc import open_repo
@@ -52,6 +54,7 @@ def reproduce(
     on_wait: Callable[[str], None],
     on_progress: Callable[[], None] = lambda: None,
     before_attempt: Callable[[], None] = lambda: None,
+    command: Sequence[str] = (),
 ) -> bool:
     """Bring one stage up to date by DVC; wait while another process uses the same paths.
 
@@ -59,6 +62,7 @@ def reproduce(
         on_wait: called once with a description of the process that has locked the paths.
         on_progress: called every `PROGRESS_INTERVAL` while the stage runs; less often if it runs for long.
         before_attempt: called before the stage starts, and twice a second while it waits.
+        command: what DVC shows others as the command that locked the paths; empty: that of this process.
     Returns:
         Whether the stage ran or was restored.
     Raises:
@@ -68,25 +72,29 @@ def reproduce(
     reproduction_error = private_module("dvc.exceptions").ReproductionError
     lock_error = private_module("dvc.lock").LockError
 
-    def once() -> bool:
+    def once(stop: Interrupt) -> bool:
         variables = command_environment({**environment, FORCED: "1" if force else ""})
-        with _adding_to_git(address), open_repo(root) as repo:
+        with _adding_to_git(address), open_repo(root, wait=False) as repo:
+            stop.limit_waiting(repo.lock)
             return bool(repo.reproduce([address], single_item=True, force=force, run_env=variables))
 
     notified = False
     while True:
         before_attempt()
         try:
-            with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets relative to the current directory
+            # DVC resolves targets relative to the current directory
+            with _shown_as(command), chdir(root), ThreadPoolExecutor(1) as thread:
                 # in a thread: while a command runs, DVC ignores interrupts in the main thread, e.g. Dagster's
                 # "terminate"
-                done = thread.submit(once)
+                stop = Interrupt()
+                done = thread.submit(once, stop)
                 try:
                     began = time.monotonic()
                     while wait([done], max(PROGRESS_INTERVAL, (time.monotonic() - began) / 100)).not_done:
                         on_progress()
                     return done.result()
                 except BaseException:
+                    stop.requested = True
                     while not done.done():  # DVC may start the command only now
                         interrupt_command(address)
                         wait([done], 0.2)
@@ -103,6 +111,46 @@ def reproduce(
                 on_wait(str(cause).partition("\n\nIf there are no")[0])
                 notified = True
             time.sleep(0.5)
+
+
+@contextmanager
+def _shown_as(command: Sequence[str]) -> Iterator[None]:
+    """While open, DVC, which writes `sys.argv` into its table of locked paths, finds another command there."""
+    before = sys.argv
+    sys.argv = [*command] or before
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@dataclass
+class Interrupt:
+    """Of one attempt, and until when that waits for DVC's lock, which another process may hold for hours: `dvc push`
+    does until it ends."""
+
+    requested: bool = False
+
+    def limit_waiting(self, lock: Any) -> None:
+        """Let DVC wait for a lock that was made without `wait`, but give up after an interrupt: before the command, and
+        after one that failed. The outputs of one that succeeded are still recorded."""
+        acquire, has_begun = lock.lock, False
+        lock_error = private_module("dvc.lock").LockError
+
+        def acquire_or_stop() -> None:
+            nonlocal has_begun
+            failed = sys.exc_info()[0] is not None  # DVC takes the lock again in a `finally` around the command
+            while True:
+                try:
+                    acquire()
+                except lock_error:
+                    if self.requested and (failed or not has_begun):
+                        raise
+                else:
+                    has_begun = True
+                    return
+
+        lock.lock = acquire_or_stop
 
 
 @contextmanager

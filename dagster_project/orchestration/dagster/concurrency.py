@@ -147,7 +147,8 @@ class StagesExecutor(dg.Executor):
         options = {step: _mapping(_mapping(one).get("config")) for step, one in ops.items()}
         try:
             forced = is_forced(tags) or any(one.get("force") for one in options.values())
-            states = self.project.read()
+            # interrupts do not reach this, and if it takes too much for changed, that costs processes only
+            states = self.project.read(wait=False)
             planned = {address for key in keys if (address := self.project.address_of(key)) is not None}
             several = can_run_at_once(states, planned, forced)
             steps = {self.project.asset_key(address).to_python_identifier(): address for address in states}

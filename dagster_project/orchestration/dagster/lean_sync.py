@@ -8,11 +8,12 @@ from dagster_project.core.imports import lean_imports
 from dagster_project.orchestration.last_sync import LastSync
 
 
-def sync_if_changed(root: Path, key_prefix: tuple[str, ...] = ()) -> list[str]:
+def sync_if_changed(root: Path, key_prefix: tuple[str, ...] = (), wait: bool = True) -> list[str]:
     """Report DVC's state to Dagster. Neither is loaded if nothing changed since the last sync.
 
     Args:
         key_prefix: of the project's asset keys in an instance with other assets.
+        wait: for a command that holds DVC's lock; otherwise nothing is reported then.
     Returns:
         One line for each event.
     """
@@ -23,4 +24,4 @@ def sync_if_changed(root: Path, key_prefix: tuple[str, ...] = ()) -> list[str]:
         from dagster_project.orchestration.dagster.assets import open_instance
         from dagster_project.orchestration.dagster.sync import sync_after
     with open_instance(last.root, shared=bool(key_prefix)) as instance:
-        return sync_after(last, instance)
+        return sync_after(last, instance, wait=wait)

@@ -73,13 +73,15 @@ class PedigreeProject(DvcProject):
             log.warning(f"{self.root}: {error}")
         return states
 
-    def read(self) -> dict[str, StageState]:
+    def read(self, wait: bool = True) -> dict[str, StageState]:
         """The state of every stage, in flow order.
 
+        Args:
+            wait: see `dvc.read_stages`.
         Raises:
             InputError: in dvc.yaml a stage of the pipeline has variants and must have none, or the other way round.
         """
-        states = super().read()
+        states = super().read(wait)
         for address in states:
             if not self.is_own(address):
                 self.pipeline.split_address(address)

@@ -38,7 +38,7 @@ def serve(root: Path, host: str, port: int, pages_port: int, announce: Callable[
     listener = pages.listen(pages_port)
     folder = home(root)
     pages.remember_port(root, listener.getsockname()[1])
-    for line in sync_if_changed(root):
+    for line in sync_if_changed(root, wait=False):  # the daemon syncs later
         log.info(line)
     announce()
     options = ["-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]

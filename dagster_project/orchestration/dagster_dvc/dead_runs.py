@@ -21,6 +21,8 @@ PROCESS_TAG = "pedigree/process"
 QUIET = 3600.0
 """Seconds without an event after which a run no longer counts as in progress, if its process cannot be checked:
 it is on another machine, or the run never reported its process."""
+UNHEARD = 15.0
+"""Seconds after which a run that is to be terminated, and goes on, interrupts itself."""
 ALIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
@@ -93,12 +95,20 @@ def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) 
 
 def interrupt_if_canceled(instance: dg.DagsterInstance, run_id: str) -> None:
     """Interrupt the process of a run that was marked as canceled, or deleted, as "terminate" does. Dagster only changes
-    the status if it cannot reach the process, e.g. after the web server was started again."""
+    the status if it cannot reach the process, e.g. after the web server was started again, or its code server ended:
+    then the run would go on as "canceling"."""
     run = instance.get_run_by_id(run_id)
-    if run is not None and run.status != dg.DagsterRunStatus.CANCELED:
+    if run is not None and run.status != dg.DagsterRunStatus.CANCELED and not _is_unheard(instance, run):
         return
     process = _process(instance, run_id)
     os.kill(process[0] if process is not None and descends_from(process[0]) else os.getpid(), signal.SIGINT)
+
+
+def _is_unheard(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether Dagster was asked a while ago to terminate a run. Otherwise it may be about to interrupt the process, and
+    a second interrupt would disturb what ends the stage."""
+    record = instance.get_run_record_by_id(run.run_id) if run.status == dg.DagsterRunStatus.CANCELING else None
+    return record is not None and time.time() - record.update_timestamp.timestamp() > UNHEARD
 
 
 def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
@@ -122,6 +132,16 @@ def _is_alive(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     latest = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
     times = [record.update_timestamp.timestamp()] if record else []
     return time.time() - max([*times, *(entry.timestamp for entry in latest)], default=0.0) < QUIET
+
+
+def is_pending(instance: dg.DagsterInstance, run_id: str, key: dg.AssetKey) -> bool:
+    """Whether a run is going to report something of an asset: it is being launched, waits in the queue, or has not
+    ended the asset's step."""
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.is_finished:
+        return False
+    in_queue = run.status == dg.DagsterRunStatus.QUEUED
+    return in_queue or (_is_alive(instance, run) and key in remaining(instance, run_id))
 
 
 def remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:

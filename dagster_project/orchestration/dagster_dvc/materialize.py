@@ -286,6 +286,8 @@ def _reproduce(
                     on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
                     on_progress=report_progress,
                     before_attempt=lambda: interrupt_if_canceled(context.instance, context.run_id),
+                    # that of the process has two thousand characters, all settings of Dagster's database among them
+                    command=["dagster", "run", context.run_id[:8]],
                 )
             outcome = "run" if started else "restored" if done else "nothing"
             if Path(session.message_reader_params["path"]).stat().st_size:

@@ -131,7 +131,11 @@ class DvcProject:
                 "name the folder in which `dvc init` was run",
             )
         self.refuse_names()
-        return self.read()
+        try:
+            # nothing that is recorded: a run that starts could neither say that it waits, nor be terminated
+            return self.read(wait=False)
+        except InputError:
+            return self.read()
 
     def refuse_names(self) -> None:
         """Raises:
@@ -144,13 +148,15 @@ class DvcProject:
                     "use letters, digits and _ in key_prefix and group_name",
                 )
 
-    def read(self) -> dict[str, StageState]:
+    def read(self, wait: bool = True) -> dict[str, StageState]:
         """The state of every stage, in flow order.
 
+        Args:
+            wait: see `dvc.read_stages`.
         Raises:
             InputError: invalid dvc.yaml or dvc.lock.
         """
-        states = dvc.read_stages(self.root, self.is_definition)
+        states = dvc.read_stages(self.root, self.is_definition, wait)
         for address, state in states.items():
             for name, (is_valid, what) in META.items():
                 if state.meta.get(name) is not None and not is_valid(state.meta[name]):

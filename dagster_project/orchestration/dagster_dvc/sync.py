@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_project.orchestration import dvc, locks
-from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress
+from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress, is_pending
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, RESULT_HASH, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dvc import StageState
@@ -81,7 +81,7 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
         One line for each event.
     """
     states = snapshot.states
-    with locks.hold(project.root, SYNC_LOCK, lambda _: None):
+    with locks.hold(project.root, SYNC_LOCK, lambda _: None, "sync"):
         sources = {
             project.source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None
         }
@@ -238,9 +238,13 @@ def _materialize(
     return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
 
 
-def _is_queued(instance: dg.DagsterInstance, run_id: str) -> bool:
-    run = instance.get_run_by_id(run_id)
-    return run is not None and run.status == dg.DagsterRunStatus.QUEUED
+def _is_planned(instance: dg.DagsterInstance, key: dg.AssetCheckKey) -> bool:
+    """Whether a run is about to report the check. A result that is reported later than it was planned would hide that
+    of the run."""
+    latest = instance.event_log_storage.get_latest_asset_check_execution_by_key([key]).get(key)
+    if latest is None or (latest.event and latest.event.asset_check_evaluation):
+        return False
+    return is_pending(instance, latest.run_id, key.asset_key)
 
 
 def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
@@ -276,8 +280,8 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
             is_same = evaluation.metadata.get(RESULT_HASH) == result.metadata[RESULT_HASH]
             if is_same and _evaluates(record, evaluation, latest):
                 continue
-        elif record and _is_queued(instance, record.run_id):
-            continue  # a run is about to report it
+        if _is_planned(instance, key):  # read now: the run may have been launched meanwhile
+            continue
         target = None
         if latest:
             run_id = latest.event_log_entry.run_id
