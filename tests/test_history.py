@@ -504,12 +504,16 @@ def test_of_a_model_that_was_erased_an_audit_names_no_command_that_brings_it_bac
     asked = {"md5": old["adapter@lora"]["outs"][0]["md5"], "path": "data/adapter/lora"}
 
     def told(**models: list[dict[str, str]]) -> str:
-        (folder / "1.json").write_text(json.dumps({"models": {"made again": [], "retired": [], **models}}))
+        certificate = {"date": "2026-01-02", "models": {"made again": [], "retired": [], **models}}
+        (folder / "1.json").write_text(json.dumps(certificate))
         [absent] = audit(made.root, "merged@lora", rev=commit)["missing"]
         assert {key: absent[key] for key in asked} == asked
         return str(absent["fetch"])
 
-    erased = "`pedigree erase` deleted it (data/erasures/1.json); what brings it back also brings back the records"
+    erased = (
+        "nothing, because the erasure of 2026-01-02 (data/erasures/1.json) deleted it; what brings it back also brings"
+        " back the records"
+    )
     again = {"stage": "adapter@lora", "before": asked["md5"], "after": new["adapter@lora"]["outs"][0]["md5"]}
     assert (
         told(**{"made again": [again]}) == told(retired=[{"stage": "adapter@lora", "before": asked["md5"]}]) == erased

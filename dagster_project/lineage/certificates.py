@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dagster_project.lineage.notes import read_note
+
 CERTIFICATES = "data/erasures"
 """Folder of the certificates of erasures."""
+DELETED = ("made again", "retired")
+"""Outcomes of models that an erasure deletes, unless the one made again is the same."""
 
 
 def data_deleted_of(root: Path) -> dict[str, str]:
     """Hash of each version of a model that certificates name -> the erasure that deleted its data."""
-    found: dict[str, str] = {}
+    return {version["before"]: erasure for erasure, _, version in _versions(root)}
+
+
+def without_deleted(root: Path, missing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Missing outputs, of which models that an erasure deleted have no command that would bring the records back.
+
+    Args:
+        missing: outputs with md5 and the commands that fetch them (`fetch`).
+    """
+    deleted = {
+        version["before"]: f"nothing, because {erasure} deleted it; what brings it back also brings back the records"
+        for erasure, outcome, version in (_versions(root) if missing else ())
+        if outcome in DELETED and version["before"] != version.get("after")
+    }
+    return [{**one, "fetch": deleted.get(one.get("md5", ""), one["fetch"])} for one in missing]
+
+
+def _versions(root: Path) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """(erasure, outcome, version of a model) of every certificate."""
     for path in sorted((root / CERTIFICATES).glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # another document, or a damaged one
-            document = json.loads(path.read_bytes())
-            name = f"the erasure of {document['date']} ({path.relative_to(root).as_posix()})"
-            models = [one for versions in document["models"].values() for one in versions]
-            found |= {one["before"]: name for one in models if "before" in one}
-    return found
+        certificate, found = read_note(path), []
+        with suppress(AttributeError, KeyError, TypeError):  # a signature, or a file of somebody else
+            erasure = f"the erasure of {certificate['date']} ({path.relative_to(root).as_posix()})"
+            for outcome, versions in certificate["models"].items():
+                found += [(erasure, outcome, version) for version in versions if "before" in version]
+        yield from found

@@ -23,8 +23,8 @@ from dagster_project.curation.left_out import LEFT_OUT
 from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.declarations import NAMES, UNKNOWN, declared_of, with_unknown
 from dagster_project.lineage import code_lock, registered, tables
+from dagster_project.lineage.certificates import without_deleted
 from dagster_project.lineage.code import code_in
-from dagster_project.lineage.erasure.tombstones import of_deleted
 from dagster_project.lineage.graph import closure, flow_order
 from dagster_project.lineage.history import (
     LOCK,
@@ -354,7 +354,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "other_versions": other_versions,
         "machine": {name(stage): report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
-        "missing": of_deleted(index.root, missing),
+        "missing": without_deleted(index.root, missing),
         "shallow": index.history.shallow,
     }
     return {key: value for key, value in found.items() if value or key not in IF_ANY}
