@@ -830,6 +830,7 @@ def test_the_total_is_the_sum_of_the_parts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_measured_memory_of_a_training_is_near_the_prediction(tmp_path: Path) -> None:
     """On the real model under checkpointing: a method whose layers free little, and one whose layers free much."""
     if not (ROOT / "data" / "base_model" / "model.safetensors").is_file():
