@@ -370,9 +370,11 @@ def run_stage(stage: str, base_model: Path, root: Path, workers: int, on_ray: bo
 
 @contextmanager
 def nodes(count: int) -> Iterator[Callable[[], dict[str, float]]]:
-    """A Ray cluster of so many nodes of one CPU, whose tasks are the workers while it is open. The value measures its
-    processes: their CPU seconds, and the peak memory of one that computes
-    tasks, in GiB, with the pages of the object store that it mapped."""
+    """A Ray cluster of `count` nodes with one CPU each. While it is open, its tasks are the workers.
+
+    The function that it gives measures the cluster's processes so far: CPU seconds of all, and the largest peak memory
+    of a process that computes tasks, in GiB, including pages of the object store.
+    """
     import psutil
     import ray
     from ray.cluster_utils import Cluster

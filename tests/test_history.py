@@ -503,7 +503,7 @@ def test_of_a_model_that_was_erased_an_audit_names_no_command_that_brings_it_bac
     (folder / "1.dsse.json").write_text('{"payload": ""}')
     asked = {"md5": old["adapter@lora"]["outs"][0]["md5"], "path": "data/adapter/lora"}
 
-    def told(**models: list[dict[str, str]]) -> str:
+    def fetch_hint_of(**models: list[dict[str, str]]) -> str:
         certificate = {"date": "2026-01-02", "models": {"made again": [], "retired": [], **models}}
         (folder / "1.json").write_text(json.dumps(certificate))
         [absent] = audit(made.root, "merged@lora", rev=commit)["missing"]
@@ -516,10 +516,14 @@ def test_of_a_model_that_was_erased_an_audit_names_no_command_that_brings_it_bac
     )
     again = {"stage": "adapter@lora", "before": asked["md5"], "after": new["adapter@lora"]["outs"][0]["md5"]}
     assert (
-        told(**{"made again": [again]}) == told(retired=[{"stage": "adapter@lora", "before": asked["md5"]}]) == erased
+        fetch_hint_of(**{"made again": [again]})
+        == fetch_hint_of(retired=[{"stage": "adapter@lora", "before": asked["md5"]}])
+        == erased
     )
-    assert "dvc pull" in told(**{"made again": [{**again, "after": asked["md5"]}]}), "the same bytes, so it was kept"
-    assert "dvc pull" in told()
+    assert "dvc pull" in fetch_hint_of(**{"made again": [{**again, "after": asked["md5"]}]}), (
+        "the same bytes, so it was kept"
+    )
+    assert "dvc pull" in fetch_hint_of()
 
 
 def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:
