@@ -166,6 +166,21 @@ class RunAll:
     def _queued(self) -> list[str]:
         return [address for address in self.states if address not in self.outcomes and address not in self.running]
 
+    def _is_up_to_date(self, state: StageState) -> bool:
+        return state.as_recorded and (state.frozen or not (state.changed or self.force))
+
+    @property
+    def _expected(self) -> list[str]:
+        """Queued stages that are not up to date, or read a stage that runs or is expected to, in flow order.
+
+        `_queued` has others, too, while as many stages run as may.
+        """
+        found = {*self.running}
+        for address in self._queued:
+            if not self._is_up_to_date(self.states[address]) or self.above[address] & found:
+                found.add(address)
+        return [address for address in self._queued if address in found]
+
     def _read(self) -> dict[str, StageState]:
         states = dvc.read_stages(self.root)
         if lines := integrity.set_tampered_aside(self.root, states.values()):
@@ -200,7 +215,7 @@ class RunAll:
             if not all(above in self.outcomes for above in self.above[address]):
                 continue
             state = self.states[address]
-            if state.as_recorded and (state.frozen or not (state.changed or self.force)):
+            if self._is_up_to_date(state):
                 self.outcomes[address] = Outcome(UP_TO_DATE)
             elif state.frozen_problem:
                 log.error(state.frozen_problem)
@@ -235,7 +250,7 @@ class RunAll:
     def _progress(self) -> str:
         now = time.monotonic()
         elapsed = {address: now - one.began for address, one in self.running.items()}
-        queued = self._queued
+        queued = self._expected
         text = f"{len(self.running)} running, {len(queued)} queued"
         known = [address for address in [*elapsed, *queued] if address in self.seconds]
         if not known:
