@@ -741,6 +741,22 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
     assert (execution["queue_seconds"], execution["lost_seconds"], execution["cost"]) == (930.0, 50.0, 90.0)
 
 
+def test_a_resource_may_have_the_name_of_anything_else_that_is_shown(stored: Path, tmp_path: Path) -> None:
+    from dagster_project.views.texts import text
+
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path)
+        run.executor = RayExecutor(
+            Execution(), Placement(gpus=2, memory=40, resources={"node": 1, "cost": 3, "a100": 4})
+        )
+        result = {"node": "gpu-7", "seconds": {"compute_seconds": 1.0}, "bytes": {}}
+        found = run._execution(result, 0)
+    assert found["node"] == "gpu-7" and "cost" not in found, "there are no prices"
+    assert found["resources"] == {"cpus": 1, "gpus": 2, "memory": 40, "node": 1, "cost": 3, "a100": 4}
+    shown = text("where", where={"tok": found})
+    assert "node gpu-7: " in shown and "reserved cpus 1, gpus 2, memory 40 GB, node 1, cost 3, a100 4" in shown
+
+
 @pytest.mark.parametrize(
     ("exit_code", "kind", "attempts", "message"),
     [

@@ -602,14 +602,13 @@ class _Run:
             sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * (total + self.lost_seconds) / 3600
         )
         on_node = seconds.get("pull_seconds", 0.0) + seconds.get("push_seconds", 0.0)
-        return {
+        found = {
             "on": "ray",
             "node": result["node"],
             "node_id": self.node_id,
             "job": self.name,
             "dashboard": f"{self.url}/#/jobs/{self.name}" if self.name else self.url,
             "jobs": self.attempts,
-            **{name: amount for name, amount in amounts.items() if amount},
             "queue_seconds": self.queued,
             "compute_seconds": seconds.get("compute_seconds"),
             **({"lost_seconds": round(self.lost_seconds, 1)} if self.lost_seconds else {}),
@@ -617,6 +616,10 @@ class _Run:
             "transfer_bytes": self.bytes_sent + fetched + sum(result["bytes"].values()),
             **({"cost": round(cost, 6)} if prices else {}),
         }
+        reserved = {name: amount for name, amount in amounts.items() if amount}
+        # users name resources as they like, e.g. `node`
+        named = {name: amount for name, amount in reserved.items() if name not in {*found, "lost_seconds", "cost"}}
+        return {**found, **named, "resources": reserved}
 
     def _resources(self) -> str:
         place = self.executor.placement
