@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,9 @@ from typing import Any
 
 import pytest
 from builders import small_pipeline
+from builders.cluster import add_remote
+from builders.relay import Relay
+from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, git
 from builders.training import run_in_child
 from conftest import dvc
@@ -31,6 +35,7 @@ from conftest import dvc
 from dagster_project import execution
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.layout import pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration import dvc_cache
@@ -556,6 +561,41 @@ def test_an_object_that_is_not_what_its_name_says_is_named_and_never_enters_the_
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("sent", [True, False])
+def test_an_object_that_changes_on_its_way_never_enters_the_cache(
+    root: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, sent: bool
+) -> None:
+    """On the way to a server of S3, which may notice it, or on the way back."""
+    pytest.importorskip("dvc_s3")
+    for name, value in {**s3.environment, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    relay = Relay(int(s3.endpoint.rpartition(":")[2]))
+    add_remote(root, f"s3://{BUCKET}/{tmp_path.name}", relay.url)
+    inputs = inputs_by_hash(root, "tok")
+    with open_store(root) as store:
+        [oid] = store._files([*inputs.values()])[1]
+        cached = Path(store.remote.cached_at(oid))
+        content = cached.read_bytes()
+        harm = {content: content.swapcase()}
+        relay.replace = harm if sent else {}
+        with suppress(PedigreeError):
+            store.push(inputs.values())
+        relay.replace = {} if sent else harm
+        cached.unlink()
+        with pytest.raises(PedigreeError):
+            store.pull(inputs.values())
+        assert not cached.exists()
+        relay.replace = {}
+        cached.write_bytes(content)
+        if sent:
+            store.discard([oid])
+            store.push(inputs.values())
+        cached.unlink()
+        store.pull(inputs.values())
+    assert cached.read_bytes() == content
+    relay.close()
+
+
 def test_a_damaged_object_of_the_own_cache_is_replaced(stored: Path, tmp_path: Path) -> None:
     oid = next(oid for oid in objects(tmp_path / "remote/files/md5") if not oid.endswith(".dir"))
     cached = objects(stored / ".dvc/cache/files/md5")[oid]
@@ -822,6 +862,20 @@ def test_a_result_without_its_pages_is_computed_again(stored: Path, tmp_path: Pa
             run._fetch(result)
 
 
+def test_report_and_pages_of_a_stage_that_failed_arrive(stored: Path, tmp_path: Path) -> None:
+    report, page = {"rows_in": 3, "checks": {"no_bad_rows": {"passed": False}}}, pages_of(stored, "tok") / "report.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("3 rows, 1 is bad")
+    (stored / report_of("tok")).write_text(json.dumps({"passed": False, **report}))
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "scratch")
+        worker.Work({"address": "tok", "key": run.key}, stored, store)._finish(1)
+        found = run._fetch(store.read_document(run.at("result.json")))
+    assert (found.exit_code, found.report) == (1, report)
+    assert [path.read_text() for path in (tmp_path / "scratch/pages").iterdir()] == ["3 rows, 1 is bad"]
+    assert not (tmp_path / "scratch/data").exists(), "a stage that failed has no outputs"
+
+
 def test_a_result_that_was_cut_off_does_not_exist(stored: Path) -> None:
     with open_store(stored) as store:
         store.write_document(store.at("a.json"), {"a": 1})
@@ -1060,6 +1114,18 @@ def test_stages_that_run_on_a_cluster_are_in_a_pool_of_their_own(root: Path) -> 
     assert {address for address, pool in pools().items() if pool == "ray"} == {"adapter@lora"}
     (root / "params.yaml").write_text(json.dumps({**VALUES, "execution": {"stages": {"adapter@lora": {"on": "mars"}}}}))
     assert "ray" not in pools().values()  # the run says what is wrong
+
+
+def test_a_run_of_dagster_can_give_a_whole_section(root: Path) -> None:
+    from dagster_project.orchestration.dagster.project import PedigreeProject, RunConfig
+
+    project = PedigreeProject(root, pipeline=PIPELINE)
+    section = json.dumps({"stages": {"tok": {"on": "ray", "cpus": 3}}})
+    for config, tags in ((RunConfig(on=section), {}), (RunConfig(), {"pedigree/on": section})):
+        variables = project.variables(config, tags)
+        assert placed("tok", **variables) == Placement(on="ray", cpus=3)
+        assert placed("adapter@lora", **variables) == Placement(), "it replaces the section of params.yaml"
+    assert {stage: project.pool(stage, VALUES, section) for stage in ("tok", "inst")} == {"tok": "ray", "inst": "cpu"}
 
 
 def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Path) -> None:

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ import psutil
 import pytest
 from builders import small_pipeline, training_pipeline
 from builders.cluster import Cluster, add_remote
+from builders.relay import Relay
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, hold, published
 from builders.training import LORA
@@ -588,47 +588,6 @@ def test_a_token_that_changes_and_a_cluster_that_is_gone_are_one_message_each_an
     gate.touch()
     run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 1
-
-
-class Relay:
-    """A port that passes connections on to another one until it is closed."""
-
-    def __init__(self, port: int) -> None:
-        self.target, self.server, self.open = port, socket.create_server(("127.0.0.1", 0)), True
-        self.replace: dict[bytes, bytes] = {}
-        """Texts of requests, and by what each is replaced."""
-        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while self.open:
-            try:
-                client, _ = self.server.accept()
-            except OSError:
-                return
-            if not self.open:
-                client.close()
-                return
-            server = socket.create_connection(("127.0.0.1", self.target))
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
-
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                for text, other in list(self.replace.items()):
-                    data = data.replace(text, other)
-                sink.sendall(data)
-        except OSError:
-            pass
-        finally:
-            source.close()
-            sink.close()
-
-    def close(self) -> None:
-        self.open = False
-        self.server.shutdown(socket.SHUT_RDWR)
-        self.server.close()
 
 
 def test_a_remote_that_is_unreachable_is_one_message(

@@ -39,8 +39,8 @@ class RunConfig(DvcRunConfig):
     """Configuration of the run of one stage."""
 
     on: str = ""
-    """Where the stage runs: `local`, `ray`, or empty for the section `execution` of params.yaml. The run tag
-    `pedigree/on` does the same for all stages of a run."""
+    """Where the stage runs: `local`, `ray`, a section `execution` as JSON, or empty for the section of params.yaml. The
+    run tag `pedigree/on` does the same for all stages of a run."""
 
 
 NOT_IN_REPORT = {
