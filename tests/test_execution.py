@@ -151,6 +151,20 @@ def test_without_a_token_only_a_loopback_address_is_accepted(
         connect("http://127.0.0.1:9")
 
 
+def test_without_a_token_the_cluster_of_this_machine_is_refused_where_others_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cluster with `--dashboard-host=0.0.0.0`, Ray gives the address in the network."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "missing"))
+    ask = "ray.dashboard.utils.get_address_for_submission_client"
+    monkeypatch.setattr(ask, lambda _: "http://192.0.2.7:8265")
+    with pytest.raises(InputError, match=r"192\.0\.2\.7 is not this machine, and no token authenticates its users"):
+        connect("local")
+
+
 def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a local cluster whose file is still there, Ray asks the head, and gives up after 45 seconds."""
     exceptions = pytest.importorskip("ray.exceptions")
