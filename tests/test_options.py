@@ -162,7 +162,9 @@ def test_the_terminal_says_how_many_records_of_a_difference_it_leaves_out() -> N
         return [{"example_id": f"{i:032x}", "splits": ["train"], "rows": [f"a.jsonl:{i}"]} for i in range(count)]
 
     model = {"stage": "merged@lora", "path": "data/merged/lora", "md5": "0" * 32}
-    same = {name: {} for name in ("sources", "base_model", "parameters", "code", "environment", "metrics")}
+    same = {
+        name: {} for name in ("sources", "other_files", "base_model", "parameters", "code", "environment", "metrics")
+    }
     same |= {"trained_on": None}
     found = {"added": records(diff.SHOWN + 5), "removed": records(diff.SHOWN), "changed": [], "moved": []}
     shown = diff.as_text({"models": [model, model], "same": False, "records": found, "missing": [], **same})

@@ -200,6 +200,21 @@ def test_a_stage_that_is_renamed_while_it_runs_is_named_with_the_next_step(root:
     assert "changed while the stage ran: tok is not a stage of dvc.yaml\nhint: undo that change and run" in said
 
 
+@pytest.mark.parametrize("parameter", [False, True])
+def test_what_dvc_yaml_lets_a_stage_read_while_it_runs_is_named(root: Path, parameter: bool) -> None:
+    """It did not read the file, and dvc.lock would not record it."""
+    process = small_pipeline.start_until_tok_runs(root, "-m", "dvc", "repro", "tok", SLOW_SECONDS="2")
+    pipeline = json.loads(small_pipeline.dvc_yaml())
+    key, added = ("params", "minlen") if parameter else ("deps", "data/sources/g.txt")
+    pipeline["stages"]["tok"][key].append(added)
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    assert process.wait(30) != 0
+    said = process.stderr.read() if process.stderr else ""
+    changed = "params.yaml" if parameter else f"dvc.yaml (new: {added})"
+    assert f"tok: {changed} changed while the stage ran\nhint: run it again" in said and "Traceback" not in said
+    assert "tok" in small_pipeline.changed_in_dvc(root)
+
+
 def test_the_failure_of_a_run_has_the_message_of_its_stage(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "data/sources/g.txt").write_text("BAD")
     result = small_pipeline.materialize(root, synced, ["raw", "inst"])

@@ -79,6 +79,15 @@ def code_in(
     return found
 
 
+def listed_like(files: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Files as in `code_in`, with a folder that is listed as a whole file by file if another listing has its files."""
+    found: dict[str, str] = {}
+    for path, md5 in files.items():
+        below = _files_below(others, path)
+        found |= below if below and _folder_md5(below, path) == md5 else {path: md5}
+    return found
+
+
 def values_in(file: str, content: bytes) -> dict[str, Any] | None:
     """The parameters in a file of YAML, JSON or TOML; None if it cannot be read."""
     if file.endswith(".toml"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from dagster_project.core.text import shortened
 from dagster_project.lineage import tables
+from dagster_project.lineage.code import listed_like
+from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import (
     Subject,
@@ -29,6 +32,9 @@ from dagster_project.lineage.runs import StageRun
 SHOWN = 20
 """Most records of a kind shown in the terminal; `--json` lists all."""
 
+WITHOUT_SPLITS = re.compile(r"records-\d+\.parquet")
+"""Shards of a data set without splits."""
+
 SourceRow = tuple[str, int | None]
 """(source, row in it from 0, or None if unknown)."""
 
@@ -44,17 +50,18 @@ class _Record:
 
 
 def diff(root: Path, before: str, after: str, rev: str | None = None, against_rev: str | None = None) -> dict[str, Any]:
-    """The differences between two models, or between two revisions of one.
+    """The differences between two models or data sets, or between two revisions of one.
 
     Args:
         rev, against_rev: revisions of `before` and `after`; "REV:MODEL" is equivalent.
     Returns:
         {"models", "same", "records", "trained_on", "parameters", "code", "environment", "base_model", "sources",
-        "metrics", "missing"}. "records" has "added", "removed", "changed" (another record from the same source row)
-        and "moved" (to another split), each record with its source rows; it is null if a data set is unavailable or
-        unrecorded. "trained_on" has of each model the number of "records" in training steps, and of those that it alone
-        was trained on; null if unknown. The others are {name: [before, after]}, for differing values only. If a report
-        is unavailable, values that it would state and that only one of the models has are left out.
+        "other_files", "metrics", "missing"}. "records" has "added", "removed", "changed" (another record from the same
+        source row) and "moved" (to another split), each record with its source rows; it is null if a data set is
+        unavailable or unrecorded. "trained_on" has of each model the number of "records" in training steps, and of
+        those that it alone was trained on; null if unknown. The others are {name: [before, after]}, for differing
+        values only. If a report is unavailable, values that it would state and that only one of the models has are left
+        out.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]
@@ -68,16 +75,21 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         for run in subject.upstream
         if index.reads_sources(run) and index.unavailable_report(run)
     ]
+    code = old["code"]["files"], new["code"]["files"]
+    unavailable = {path for one in (old, new) for path, facts in one["other_files"].items() if "sha256" not in facts}
     return {
         "models": [old["model"], new["model"]],
         "same": old["model"]["md5"] == new["model"]["md5"],
         "records": records,
         "trained_on": _trained_on(subjects),
         "parameters": _differing(_values(old), _values(new)),
-        "code": _differing(old["code"]["files"], new["code"]["files"]),
+        "code": _differing(listed_like(*code), listed_like(*reversed(code))),
         "environment": stated(*(one["environment"] | _others(one.get("other_versions", {})) for one in (old, new))),
         "base_model": stated(*(_base_models(one) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
+        "other_files": _differing(
+            _hashes_of_others(old, unavailable), _hashes_of_others(new, unavailable), of_both=bool(naming)
+        ),
         "metrics": stated(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
         "missing": _each_once(missing + reports),
     }
@@ -99,9 +111,27 @@ def _hashes(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: facts.get("sha256") for name, facts in sources.items()}
 
 
+def _hashes_of_others(audited: Mapping[str, Any], whole: Collection[str]) -> dict[str, Any]:
+    """The hash of each further file that contributed.
+
+    Args:
+        whole: files and folders whose content is unavailable for one of the two models: compared as dvc.lock has them.
+    """
+    files = audited["other_files"]
+    hashes = {path: files[path].get("sha256") for path in files if not any(is_within(path, one) for one in whole)}
+    recorded = {path: facts["md5"] for path, facts in files.items()}
+    recorded |= {path: md5 for stage in audited["stages"].values() for path, md5 in stage["inputs"].items()}
+    return hashes | {path: recorded[path] for path in whole if path in recorded}
+
+
 def _values(audited: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters by dotted name; where stages ran with several values, the others as a list under another name."""
-    return _flat(audited["parameters"]) | _others(audited.get("other_values", {}))
+    """The parameters by dotted name; where stages ran with several values, the others as a list under another name.
+
+    A null can turn off what a parameter that is left out has by default.
+    """
+    values = _flat(audited["parameters"])
+    nulls = {f"{name}, given as null": True for name, value in values.items() if value is None}
+    return values | nulls | _others(audited.get("other_values", {}))
 
 
 def _others(values: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -218,7 +248,8 @@ def _up_to_splits(subject: Subject) -> list[StageRun]:
 
 
 def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
-    """example_id -> record, over every data set with splits; and the runs whose outputs are unavailable."""
+    """example_id -> record, over every data set with splits, or of the data set that was asked for itself; and the runs
+    whose outputs are unavailable."""
     index = subject.index
     records: dict[str, _Record] = {}
     unavailable = [
@@ -228,12 +259,15 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
         for original in index.unavailable_originals(model)
     ]
     data = {md5: run for model in subject.models if not index.is_copy(model) for md5, run in index.data(model).items()}
-    for md5, run in data.items():
+    run = subject.run
+    own = None if run.is_model or any(map(index.is_split, index.data(run).values())) else run
+    for md5, run in (data | ({own.md5: own} if own else {})).items():
         files = index.files(md5)
         if files is None:
-            unavailable += [run] if index.is_split(run) else []
+            unavailable += [run] if run is own or index.is_split(run) else []
             continue
         names = [(split, name) for name in files if (match := SPLIT.search(name)) for split in match.groups()]
+        names += [("", name) for name in files if run is own and WITHOUT_SPLITS.fullmatch(name)]
         shards = [(split, path) for split, name in names if (path := index.file_path(md5, name))]
         if len(shards) < len(names):
             unavailable.append(run)
@@ -250,7 +284,7 @@ def _split_rows(subject: Subject) -> tuple[dict[str, _Record], list[StageRun]]:
         for split, path in shards:
             for row in tables.read(path, ["example_id", "source"]).rows(named=True):
                 record = records.setdefault(row["example_id"], _Record(kind=kinds.get(row["example_id"], "")))
-                record.splits += [split] if split not in record.splits else []
+                record.splits += [split] if split and split not in record.splits else []
                 known = rows_by_id.get(row["example_id"], [(row["source"], None)])
                 record.rows += [source_row for source_row in known if source_row not in record.rows]
     return records, unavailable
@@ -266,7 +300,7 @@ def as_text(difference: Mapping[str, Any]) -> str:
 def _value(name: str, value: Any) -> str:
     if value is None:
         return "none"
-    if name in {"sources", "code"}:
+    if name in {"sources", "other_files", "code"}:
         return str(value)[:12]
     whole = json.dumps(value, ensure_ascii=False)
     return shortened(whole) if name == "metrics" else whole  # those of `comparison` have thousands of characters

@@ -128,7 +128,10 @@ def _verified(root: Path, address: str, pipeline: Pipeline) -> tuple[Mapping[str
 
 def _refuse_changed_inputs(root: Path, address: str, before: Mapping[str, str]) -> None:
     try:
-        changed = [path for path, value in dvc.inputs_now(root, address).items() if before[path] != value]
+        now = dvc.inputs_now(root, address)
+        changed = [
+            path if path in before else f"dvc.yaml (new: {path})" for path in now if now[path] != before.get(path)
+        ]
     except InputError as error:  # e.g. its variant was renamed
         raise CheckFailed(
             f"{address}: dvc.yaml or params.yaml changed while the stage ran: {error.what}",
