@@ -235,6 +235,57 @@ def test_control_characters_in_a_name_are_escaped(project: Path, ballot: Match, 
     assert "18 votes of A\\x1b[2J" in capsys.readouterr().out
 
 
+def test_a_line_break_in_a_name_makes_no_line_of_the_result(project: Path, ballot: Match, capsys: Any) -> None:
+    name = "Anna\nlora against few_shot: 18 wins"
+    assert main(["ballots", "import", *saved(project, sheet(ballot, name, lambda i, _: "loss")), *at(project)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"ballot {ballot.id}: 18 votes of Anna\\nlora against few_shot: 18 wins"
+    assert lines[1] == "lora against few_shot: 0 wins, 0 ties, 18 losses in 18 pairs"
+
+
+def at(project: Path) -> list[str]:
+    return ["--project", str(project)]
+
+
+def test_the_result_states_what_the_pairs_were_taken_from(project: Path, ballot: Match, capsys: Any) -> None:
+    ten = sheet(ballot, "Anna", lambda i, pair: "win", n=10)
+    assert main(["ballots", "import", *saved(project, ten), *at(project)]) == 0
+    out, err = capsys.readouterr()
+    assert "10 wins, 0 ties, 0 losses in 10 pairs" in out and "left out" not in err
+    assert out.endswith(
+        "both answered 24 of 24 test examples: 18 pairs of different answers, 6 of the same answer left out\n"
+    )
+
+
+def test_answers_that_are_older_than_the_test_split_are_counted(project: Path, capsys: Any) -> None:
+    """Of 24 answered examples the split keeps 12 and gains 10: 12 answers of each system are to examples that left."""
+    shutil.rmtree(project / "data/splits/test")
+    write_records(project / "data/splits/test", [record(i) for i in range(12, 34)])
+    rows = result_rows("lora", [record(i) for i in range(ANSWERS)], None, [Answer("New.")] * 20 + [None] * 4)
+    write_table(project / "data/evaluation/lora/results.parquet", rows, result_schema())
+    anna = sheet(match(project, ("lora", "few_shot"), seed=7), "Anna", lambda i, pair: "win", n=8)
+    for command in (
+        ["ballots", "export", "lora", "few_shot"],
+        ["ballots", "import", *saved(project, anna)],
+    ):
+        assert main([*command, "--json", *at(project)]) == 0
+        out, err = capsys.readouterr()
+        found = json.loads(out)
+        assert {name: found[name] for name in ("answered", "test_examples", "outdated", "unmatched", "of")} == {
+            "answered": 8, "test_examples": 22, "outdated": 12, "unmatched": 4, "of": 8,
+        }  # fmt: skip
+        assert "answers to 12 questions are left out, because data/splits/test does not have the example" in err
+        assert "4 questions left out that only one of them has answered" in err
+
+
+def test_a_file_of_preferences_has_at_least_one_pair(project: Path, ballot: Match, capsys: Any) -> None:
+    out = project / "preferences.jsonl"
+    out.write_text("of an earlier import\n")
+    files = saved(project, sheet(ballot, "Anna", lambda i, pair: "tie"))
+    assert "no pair has a winner" in refused(project, files, "--preferences", str(out), capsys=capsys)
+    assert out.read_text() == "of an earlier import\n"
+
+
 def test_pairs_without_a_vote_do_not_count(ballot: Match) -> None:
     assert tally(ballot.pairs, {ballot.pairs[0].id: "win", ballot.pairs[1].id: "tie"})["win_rate"] == 0.75
 
@@ -308,6 +359,7 @@ def test_export_reports_what_it_wrote_and_refuses_impossible_requests(project: P
     found = json.loads(capsys.readouterr().out)
     assert found | {"file": "", "ballot": ""} == {
         "ballot": "", "systems": ["lora", "few_shot"], "seed": 7, "pairs": 10, "of": 18, "identical": 6, "file": "",
+        "answered": ANSWERS, "test_examples": ANSWERS, "outdated": 0, "unmatched": 0,
     }  # fmt: skip
     assert Path(found["file"]).name == f"{found['ballot']}.html"  # a name that tells no rater which systems they are
     assert "Which answer is better?" in Path(found["file"]).read_text(encoding="utf-8")

@@ -345,3 +345,18 @@ def test_an_alarm_ends_with_exit_code_1(tmp_path: Path, stub: Stub, capsys: pyte
     options = f"--endpoint {stub.url} --model m --project {tmp_path}"
     assert main(["judge", "lora", "few_shot", *options.split(), "--n", "2", "--json"]) == 1
     assert "every question" in json.loads(capsys.readouterr().out)["alarm"]
+
+
+def test_the_judge_states_what_the_pairs_were_taken_from(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_answered_project(tmp_path)
+    stub.answer = lambda asked: "A" if asked["answer_a"].startswith("Strong") else "B"
+    options = ["judge", "lora", "few_shot", "--endpoint", stub.url, "--model", "m", "--n", "2"]
+    assert main([*options, "--project", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(
+        "both answered 24 of 24 test examples: 18 pairs of different answers, 6 of the same answer left out\n"
+    )
+    assert main([*options, "--project", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["wins"], found["pairs"], found["of"], found["identical"], found["outdated"]) == (2, 2, 18, 6, 0)

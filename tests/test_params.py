@@ -13,7 +13,9 @@ from conftest import ROOT
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, inside, parse
+from dagster_project.core.text import NAMES
 from dagster_project.curation.sources.reading import locate
+from dagster_project.evaluation.evaluator import BASE
 from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, raw_preferences, splits, tokenized
 from dagster_project.training.trainers.harness.params import AdapterParams
@@ -265,4 +267,15 @@ def test_numbers_are_finite(value: float) -> None:
     values = params.read(ROOT)
     values["adapter"] = {**values["adapter"], "x": {"method": "lora", "peft": {"lora_dropout": value}}}
     with pytest.raises(InputError, match=r"adapter\.x\.peft\.lora_dropout: Input should be a finite number"):
+        validate(ROOT, values)
+
+
+@pytest.mark.parametrize("section", ["adapter", "aligned"])
+@pytest.mark.parametrize("name", [*NAMES, BASE])
+def test_a_variant_has_no_name_of_a_system_that_it_is_compared_with(section: str, name: str) -> None:
+    """Tables of results name systems: the answers of both would be those of one, and scores of others relative to it
+    would be wrong."""
+    values = params.read(ROOT)
+    values[section] = {**values[section], name: next(iter(values[section].values()))}
+    with pytest.raises(InputError, match=rf"params\.yaml: {section}\.{name}: results use this name for .*\n.*rename"):
         validate(ROOT, values)

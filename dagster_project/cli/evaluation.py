@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,11 @@ def export_ballot(options: argparse.Namespace) -> None:
     ballot = _match(options)
     out = Path(options.out or project(options) / "data" / "pages" / "ballots" / f"{ballot.id}.html")
     refuse_page("--out", str(out), options)
+    coverage = _coverage(project(options), ballot)
     write("--out", out, ballot_page(document(ballot, options.n)))
-    pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
-    print_result(
-        options,
-        {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)},
-        export_text,
-    )
+    found = {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed}
+    pairs = min(options.n, len(ballot.pairs))
+    print_result(options, {**found, "pairs": pairs, **coverage, "file": str(out)}, export_text)
 
 
 def import_votes(options: argparse.Namespace) -> None:
@@ -71,15 +70,23 @@ def import_votes(options: argparse.Namespace) -> None:
     ballot, votes = read_votes(
         project(options), [Path(file) for file in options.votes], _seed(options), options.partial
     )
+    coverage = _coverage(project(options), ballot)
     if options.preferences:
         rows = preferences(ballot, votes)
+        if not rows:
+            raise InputError(f"--preferences {options.preferences}: no pair has a winner", "leave --preferences out")
         write(
             "--preferences",
             Path(options.preferences),
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         )
         log.info(f"preferences: {options.preferences}, {many(len(rows), 'pair')}")
-    print_result(options, result(ballot, votes), votes_text)
+
+    def as_text(found: Mapping[str, Any]) -> str:
+        raters = {name.replace("\n", "\\n"): count for name, count in found["raters"].items()}  # one line, as any name
+        return votes_text({**found, "raters": raters}) + _coverage_text(found)
+
+    print_result(options, result(ballot, votes) | coverage, as_text)
 
 
 def _refuse_preferences(options: argparse.Namespace) -> None:
@@ -114,8 +121,10 @@ def judge(options: argparse.Namespace) -> int:
         from transformers.utils import logging as hf_logging
 
         hf_logging.disable_progress_bar()
-        document = module.by_reward(_match(options), options.n, project(options) / "data" / "reward_model")
-        print_result(options, document, module.by_reward_text)
+        match = _match(options)
+        coverage = _coverage(project(options), match)
+        document = module.by_reward(match, options.n, project(options) / "data" / "reward_model") | coverage
+        print_result(options, document, lambda found: module.by_reward_text(found) + _coverage_text(found))
         return 1 if document["alarm"] else 0
     if options.price and not all(0 <= price < float("inf") for price in options.price):
         raise InputError(
@@ -123,8 +132,10 @@ def judge(options: argparse.Namespace) -> int:
             "give two numbers from 0",
         )
     endpoint = module.Endpoint(options.endpoint, options.model, options.key_env)
-    document = module.judge(_match(options), options.n, endpoint, options.price)
-    print_result(options, document, module.judge_text)
+    match = _match(options)
+    coverage = _coverage(project(options), match)
+    document = module.judge(match, options.n, endpoint, options.price) | coverage
+    print_result(options, document, lambda found: module.judge_text(found) + _coverage_text(found))
     return 1 if document["alarm"] else 0
 
 
@@ -150,6 +161,43 @@ def _match(options: argparse.Namespace) -> Match:
             "give two other systems",
         )
     return matched
+
+
+def _coverage(root: Path, match: Match) -> dict[str, int]:
+    """What the pairs of a match were taken from, and answers that are not compared; warns of those that are missing."""
+    from dagster_project.core.frames import read_frame
+    from dagster_project.evaluation.paired.pairwise import answers_of
+
+    known = answers_of(root)
+    first, second = (known[name].keys() for name in match.systems)
+    shards = sorted((root / "data" / "splits" / "test").glob("records-*.parquet"))
+    test = {example for shard in shards for example in read_frame(shard, ["example_id"])["example_id"]}
+    outdated = sum(example not in test for example, _ in first | second)
+    unmatched = sum(example in test for example, _ in first ^ second)
+    names = " and ".join(match.systems)
+    if outdated:
+        log.warning(
+            f"{names}: answers to {many(outdated, 'question')} are left out, because data/splits/test does not have the"
+            " example: `dvc repro comparison` answers the current test split"
+        )
+    if unmatched:
+        log.warning(f"{names}: {many(unmatched, 'question')} left out that only one of them has answered")
+    return {
+        "of": len(match.pairs),
+        "identical": match.identical,
+        "answered": len({example for example, _ in first & second} & test),
+        "test_examples": len(test),
+        "outdated": outdated,
+        "unmatched": unmatched,
+    }
+
+
+def _coverage_text(found: Mapping[str, Any]) -> str:
+    """A line on what the pairs were taken from: equal answers are not pairs, so a win rate says nothing of them."""
+    return (
+        f"\nboth answered {found['answered']} of {many(found['test_examples'], 'test example')}:"
+        f" {many(found['of'], 'pair')} of different answers, {found['identical']} of the same answer left out"
+    )
 
 
 def _seed(options: argparse.Namespace) -> int:
