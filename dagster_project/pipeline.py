@@ -7,19 +7,17 @@ Stages meet only in files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dagster_project import execution, finite_numbers, optional_stages
+from dagster_project import execution, optional_stages, refused_values
 from dagster_project.core import params
 from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.context import Pipeline as Pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
-from dagster_project.core.text import NAMES
 from dagster_project.lineage.provider import Provider
 
 STAGES = {
@@ -89,25 +87,12 @@ def validate(root: Path, values: dict[str, Any] | None = None) -> dict[str, Any]
             else [section]
         )
     ]
-    _refuse_names_of_systems(place for section, place in places if section in VARIANTS_OF.values())
     parsed = [(s, p, params.parse(module_of(s).Params, ValidationContext(root, values, p).value, p)) for s, p in places]
-    finite_numbers.refuse_not_finite(values)
+    refused_values.refuse(values, [place for section, place in places if section in VARIANTS_OF.values()])
     optional_stages.refuse_missing(root, values)
     for section, place, found in parsed:
         module_of(section).validate(found, ValidationContext(root, values, place))
     return values
-
-
-def _refuse_names_of_systems(variants: Iterable[str]) -> None:
-    """Raises:
-    InputError: a variant has the name of a baseline or of the base model. Tables of results name systems, so the
-        variant's rows would replace those that it is compared with.
-    """
-    systems = {**NAMES, "base": "base model"}
-    taken = [(place, systems[name]) for place in variants if (name := place.partition(".")[2]) in systems]
-    if taken:
-        lines = [f"params.yaml: {place}: results use this name for the system '{system}'" for place, system in taken]
-        raise InputError("\n".join(lines), "rename the variant")
 
 
 def _forecast(ctx: StageContext) -> Any:
