@@ -563,3 +563,37 @@ def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: M
         pair.shown["ab".index(said)].startswith("Strong") for pair, said in zip(ballot.pairs, "aba", strict=False)
     )
     assert (found["raters"], found["wins"], found["ties"], found["losses"]) == ({"A. b/t": 4}, wins, 1, 3 - wins)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+def test_a_page_with_fewer_pairs_of_a_ballot_keeps_the_votes_on_the_others(project: Path, ballot: Match) -> None:
+    from playwright.sync_api import sync_playwright
+
+    page = project / "ballot.html"
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context()
+
+        def opened(n: int) -> Any:
+            page.write_text(ballot_page(ballots.document(ballot, n)), encoding="utf-8")
+            tab = context.new_page()
+            tab.goto(page.as_uri())
+            return tab
+
+        for key in "abt":
+            opened(4).keyboard.press(key)
+        assert opened(4).locator("#hits").inner_text() == "Pair 4 of 4 · 3 voted, 1 to go"
+        few = opened(2)
+        assert few.locator("#hits").inner_text() == "Pair 2 of 2 · all voted: save below"
+        few.locator("#rater").fill("Anna")
+        with few.expect_download() as download:
+            few.locator("#download").click()
+        download.value.save_as(project / "votes.json")
+        assert opened(4).locator("#hits").inner_text() == "Pair 4 of 4 · 3 voted, 1 to go"
+        browser.close()
+    first, second = (pair.id for pair in ballot.pairs[:2])
+    votes = [{"pair": first, "vote": "a"}, {"pair": second, "vote": "b"}]
+    file = json.loads((project / "votes.json").read_text())
+    assert file == {"ballot": ballot.id, "pairs": 2, "rater": "Anna", "votes": votes}

@@ -8,6 +8,7 @@
   const words = buttons.map((button) => button.textContent);
   const keys = { a: "a", b: "b", t: "tie" };
   const votes = new Map();
+  const others = [];  // votes on pairs of the ballot that this page does not have: a page may have fewer (--n)
   let now = 0;
   let keeps = true;
 
@@ -16,7 +17,8 @@
       const kept = JSON.parse(localStorage.getItem(place)) ?? {};
       at("rater").value = typeof kept.rater === "string" ? kept.rater : "";
       for (const { pair, vote } of kept.votes ?? []) {
-        if (pairs.some(({ id }) => id === pair) && Object.values(keys).includes(vote)) votes.set(pair, vote);
+        if (!pairs.some(({ id }) => id === pair)) others.push({ pair, vote });
+        else if (Object.values(keys).includes(vote)) votes.set(pair, vote);
       }
     } catch { /* nothing readable was kept: a new ballot */ }
     const open = pairs.findIndex(({ id }) => !votes.has(id));
@@ -29,7 +31,8 @@
   }
 
   function keep() {
-    try { localStorage.setItem(place, JSON.stringify(sheet())); } catch { keeps = false; }
+    const found = sheet();
+    try { localStorage.setItem(place, JSON.stringify({ ...found, votes: [...found.votes, ...others] })); } catch { keeps = false; }
   }
 
   function message([role, content], alone) {
