@@ -282,6 +282,20 @@ def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(ro
     assert "hush" not in f"{error.value}{pushed.value}"
 
 
+def test_a_credential_that_git_tracks_is_refused_without_showing_it_and_one_of_this_machine_is_not_sent(
+    root: Path,
+) -> None:
+    pytest.importorskip("dvc_s3")
+    assert dvc(root, "remote", "add", "-q", "-d", "storage", "s3://bucket/data").returncode == 0
+    assert dvc(root, "remote", "modify", "--local", "storage", "secret_access_key", "hush").returncode == 0
+    with open_store(root) as store:
+        assert "hush" not in str(store.remote.options)
+    assert dvc(root, "remote", "modify", "storage", "secret_access_key", "hush").returncode == 0
+    with pytest.raises(InputError, match="has the credential storage") as error, open_store(root):
+        pass
+    assert "hush" not in str(error.value)
+
+
 @pytest.mark.parametrize("section", [5, True, "lora", ["lora"]])
 def test_a_section_of_variants_that_is_no_mapping_has_no_variants(section: Any) -> None:
     values = {"variants": section, "execution": {"stages": {"adapter@lora": {}}}}

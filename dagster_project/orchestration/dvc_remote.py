@@ -66,21 +66,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
         if name not in repo.config["remote"]:
             problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
             raise InputError(problem, f"`dvc remote add --default {name or 'team'} s3://BUCKET/PREFIX` adds one")
-        tracked = repo.config.load_one("repo").get("remote", {})
-        if secret := next(
-            (f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None
-        ):
-            raise InputError(
-                f".dvc/config, which git tracks, has the credential {secret}",
-                f"`dvc remote modify --unset {secret.replace('.', ' ')}`,"
-                " and give credentials by the environment (docs/cluster.md)",
-            )
-        if shown := next((of for of, options in tracked.items() if _has_password(options)), None):
-            raise InputError(
-                f".dvc/config, which git tracks, has a password in the address of the remote {shown}",
-                f"`dvc remote modify {shown} url ADDRESS` without it,"
-                " and give credentials by the environment (docs/cluster.md)",
-            )
+        _refuse_tracked_credentials(repo)
         try:
             runs = _complete_runs(repo)
             used = {info for stage in runs.values() for infos in stage.get_used_objs().values() for info in infos}
@@ -103,6 +89,27 @@ def push(root: Path, remote: str | None = None) -> PushResult:
                 f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",
                 "check its address and the credentials in the environment (docs/cluster.md)",
             ) from None
+
+
+def _refuse_tracked_credentials(repo: Any) -> None:
+    """Raises:
+    InputError: .dvc/config has a credential.
+    """
+    tracked = repo.config.load_one("repo").get("remote", {})
+    if secret := next(
+        (f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None
+    ):
+        raise InputError(
+            f".dvc/config, which git tracks, has the credential {secret}",
+            f"`dvc remote modify --unset {secret.replace('.', ' ')}`,"
+            " and give credentials by the environment (docs/cluster.md)",
+        )
+    if shown := next((of for of, options in tracked.items() if _has_password(options)), None):
+        raise InputError(
+            f".dvc/config, which git tracks, has a password in the address of the remote {shown}",
+            f"`dvc remote modify {shown} url ADDRESS` without it,"
+            " and give credentials by the environment (docs/cluster.md)",
+        )
 
 
 def _refuse_damaged(repo: Any, remote: str, used: Iterable[Any]) -> None:
@@ -237,7 +244,8 @@ def open_remote(root: Path) -> Iterator[Remote]:
     """DVC's default remote, and the cache of the project.
 
     Raises:
-        InputError: there is no default remote, it is a versioned one, or its package is not installed.
+        InputError: there is no default remote, it is a versioned one, its package is not installed, or a credential is
+            in .dvc/config.
     """
     config_error = private_module("dvc.config").ConfigError
     with open_repo(root) as repo:
@@ -255,6 +263,7 @@ def open_remote(root: Path) -> Iterator[Remote]:
                     "DVC's remote encrypts with `sse_customer_key`, which jobs would show, and nodes would not use",
                     "use `sse_kms_key_id` instead, or run the stage here: PEDIGREE_EXECUTION=local",
                 )
+            _refuse_tracked_credentials(repo)
             remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
         except config_error as error:
             raise InputError(
