@@ -520,10 +520,16 @@ def test_of_a_model_that_was_erased_an_audit_names_no_command_that_brings_it_bac
         == fetch_hint_of(retired=[{"stage": "adapter@lora", "before": asked["md5"]}])
         == erased
     )
+    [data] = diff(made.root, f"{commit}:merged@lora", "merged@lora")["missing"]
+    assert (data["path"], data["fetch"]) == (
+        "data/splits", "nothing, because the erasure of 2026-01-02 (data/erasures/1.json) deleted the data"
+    )  # fmt: skip
     assert "dvc pull" in fetch_hint_of(**{"made again": [{**again, "after": asked["md5"]}]}), (
         "the same bytes, so it was kept"
     )
     assert "dvc pull" in fetch_hint_of()
+    [data] = diff(made.root, f"{commit}:merged@lora", "merged@lora")["missing"]
+    assert "dvc pull splits" in data["fetch"], "no erasure names the model"
 
 
 def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:

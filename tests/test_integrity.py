@@ -16,6 +16,7 @@ from builders.files import flip
 from conftest import dvc, edit_params, pedigree
 from ruamel.yaml import YAML
 
+from dagster_project.__main__ import main
 from dagster_project.lineage.history import Revision
 from dagster_project.orchestration.integrity import as_text, examine
 from dagster_project.pipeline import STAGES
@@ -119,6 +120,25 @@ def test_the_output_of_a_stage_with_wdir_is_compared_where_it_is(root: Path) -> 
     (root / "other/own.txt").unlink()
     (root / "other/own.txt").write_text("two\n")
     assert named(root, "workspace") == {"other/own.txt"}
+
+
+@forked
+def test_a_stage_without_outputs_is_no_damage_and_cannot_be_verified(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one that sends a message. Its command does not run."""
+    before = examine(root)
+    pipeline = YAML(typ="safe").load((root / "dvc.yaml").read_text())
+    pipeline["stages"]["notify"] = {"cmd": f"echo ran >> {root}/sent.log", "deps": ["data/tok"]}
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    assert dvc(root, "repro", "notify").returncode == 0
+    small_pipeline.git(root, "commit", "-qam", "notify")
+    found = examine(root, all_revs=True)
+    assert found["verdict"] == "intact" and found["objects"] >= before["objects"] and not found["findings"]
+    assert main(["verify", "notify", "--project", str(root)]) == 2
+    shown = capsys.readouterr()
+    assert "notify: dvc.lock records no output of this stage" in shown.err and "Traceback" not in shown.err
+    assert (root / "sent.log").read_text() == "ran\n"
 
 
 def test_a_report_that_names_another_sha256_is_the_only_finding(root: Path) -> None:

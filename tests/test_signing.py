@@ -601,6 +601,9 @@ def test_any_output_of_a_stage_is_attested_however_dvc_yaml_writes_paths(tmp_pat
         assert verify_signatures(tmp_path, str(copy), public)["verdict"] == "verified"
         shutil.copy(root / "sub" / other / "a", copy / "a")
         assert verify_signatures(tmp_path, str(copy), public)["verdict"] == "altered"
+        sign(root, f"sub/{name}", private)
+    for name in ("log", "model"):
+        assert verify_signatures(root, f"sub/{name}", public)["verdict"] == "verified", "each has its own signature"
 
 
 def test_statements_that_are_missing_repeated_added_or_of_another_model_are_refused(signed: tuple[Path, str]) -> None:

@@ -28,7 +28,8 @@ from dagster_project.curation.sources import use_policy
 from dagster_project.curation.sources.use_policy import Policy, allows, judge
 from dagster_project.lineage.lineage import as_text, audit
 from dagster_project.orchestration.dagster.metadata import check_metadata
-from dagster_project.orchestration.run_stage import run_stage
+from dagster_project.orchestration.dvc import ALWAYS, read_stages
+from dagster_project.orchestration.run_stage import _refuse_outdated, run_stage
 from dagster_project.pipeline import PEDIGREE
 from dagster_project.stages import raw_examples, release
 from dagster_project.stages.release import Waiver
@@ -420,6 +421,18 @@ def test_with_a_policy_the_release_waits_for_all_stages_before_it(root: Path) ->
     script.write_text(loose.replace("    _values,\n)", '    _values,\n    rests_on_all={"cmp": "use_policy"},\n)'))
     (root / "code/cmp.py").write_text("V = 3\n")
     assert dvc(root, "repro", "--single-item", "cmp").returncode == 0, "without a policy nothing changes"
+
+
+def test_a_release_does_not_wait_for_a_stage_that_dvc_runs_each_time(root: Path) -> None:
+    """Its output is as recorded, and `dvc repro` could not bring it further up to date."""
+    pipeline = json.loads((root / "dvc.yaml").read_text())
+    pipeline["stages"]["raw"]["always_changed"] = True
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    assert read_stages(root)["raw"].changed == [ALWAYS]
+    _refuse_outdated(root, "cmp")
+    (root / "data/sources/g.txt").write_text("r3")
+    with pytest.raises(CheckFailed, match=r"raw: always changed; data/sources/g\.txt changed"):
+        _refuse_outdated(root, "cmp")
 
 
 def judged_history(tmp_path: Path) -> Project:

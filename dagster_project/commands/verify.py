@@ -127,6 +127,11 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
     code_lock.refuse_to_verify(at.root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
     folders = working_folders((at.text("dvc.yaml") or "").encode())
     for name in addresses:
+        if not lock[name].get("outs"):
+            raise InputError(
+                f"{name}: dvc.lock records no output of this stage, so there is nothing to compare",
+                "name a stage with an output",
+            )
         if name.partition("@")[0] in folders:
             raise InputError(
                 f"{name}: dvc.yaml has `wdir` for this stage, and such stages are not reproduced",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,13 +19,21 @@ def data_deleted_of(root: Path) -> dict[str, str]:
     return {version["before"]: erasure for erasure, _, version in _versions(root)}
 
 
-def without_deleted(root: Path, missing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Missing outputs, of which models that an erasure deleted have no command that would bring the records back.
+def without_deleted(root: Path, missing: Sequence[Mapping[str, str]], models: Iterable[str]) -> list[dict[str, str]]:
+    """Missing outputs, of which those that an erasure deleted have no command that would bring the records back.
 
     Args:
         missing: outputs with md5 and the commands that fetch them (`fetch`).
+        models: hashes of the models that were made from them. An erasure that names one deleted its data.
     """
+    data = data_deleted_of(root) if missing else {}
+    erasure = next((data[md5] for md5 in models if md5 in data), "")
     deleted = {
+        one.get("md5", ""): f"nothing, because {erasure} deleted the data"
+        for one in missing
+        if erasure and one.get("md5") not in data and "`dvc" in one["fetch"]
+    }
+    deleted |= {
         version["before"]: f"nothing, because {erasure} deleted it; what brings it back also brings back the records"
         for erasure, outcome, version in (_versions(root) if missing else ())
         if outcome in DELETED and version["before"] != version.get("after")

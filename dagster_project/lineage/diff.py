@@ -13,6 +13,7 @@ from typing import Any
 
 from dagster_project.core.text import shortened
 from dagster_project.lineage import tables
+from dagster_project.lineage.certificates import without_deleted
 from dagster_project.lineage.code import listed_like
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index
@@ -166,8 +167,8 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
     for subject in (before, after):
         rows, unavailable = _split_rows(subject)
         rows_of.append(rows)
-        missing += map(missing_output, unavailable)
-        missing += unrecorded(subject.index, _up_to_splits(subject))
+        lost = [*map(missing_output, unavailable), *unrecorded(subject.index, _up_to_splits(subject))]
+        missing += without_deleted(subject.index.root, lost, [model.md5 for model in subject.models])
     if missing:
         return None, missing
     old, new = rows_of

@@ -354,7 +354,7 @@ def document(subject: Subject, as_of: date | None = None) -> dict[str, Any]:
         "other_versions": other_versions,
         "machine": {name(stage): report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
-        "missing": without_deleted(index.root, missing),
+        "missing": without_deleted(index.root, missing, [model.md5 for model in subject.models]),
         "shallow": index.history.shallow,
     }
     return {key: value for key, value in found.items() if value or key not in IF_ANY}

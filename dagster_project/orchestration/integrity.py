@@ -123,7 +123,7 @@ def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) ->
 
     None for other outputs, or if the report is not the recorded one.
     """
-    report, recorded = bytes_of(at, report_of(address)), {out["path"]: out["md5"] for out in lock[address]["outs"]}
+    report, recorded = bytes_of(at, report_of(address)), {out["path"]: out.get("md5") for out in lock[address]["outs"]}
     if report is None or path.startswith((REPORTS, PLOTS)) or md5_of_bytes(report) != recorded.get(report_of(address)):
         return None
     return None if damage(report) else json.loads(report).get("output_sha256")
@@ -185,7 +185,9 @@ class _Examination:
         removed = undeclared(at, lock)
         folders = working_folders(bytes_of(at, "dvc.yaml") or b"")
         for address, stage in lock.items():
-            for out in from_project(address, stage, folders)["outs"] if address not in removed else ():
+            for out in from_project(address, stage, folders).get("outs", []) if address not in removed else ():
+                if "://" in out["path"]:  # neither in the cache nor in the workspace
+                    continue
                 if out["path"].startswith(REPORTS):
                     self._examine_report(at, address, out)
                 else:
@@ -206,9 +208,8 @@ class _Examination:
             wrong, then = lost_text(lost).removeprefix("dvc.lock "), LOST_HINT
         try:
             lock = at.lock(partial=True)
-            if all(
-                isinstance(out[key], str) for stage in lock.values() for out in stage["outs"] for key in ("path", "md5")
-            ):
+            outs = [out for stage in lock.values() for out in stage.get("outs", [])]
+            if all("md5" in out or "://" in out["path"] for out in outs):
                 if lost:
                     self._add_finding("dvc.lock", "dvc.lock", wrong, then)
                 return lock
@@ -300,7 +301,7 @@ class _Examination:
             self._object(
                 out["md5"], out["path"], "", f"rm -r {quote(str(copy))}: it is only a copy for DVC's run cache", ""
             )
-        self.files, self.bytes = self.files + 1, self.bytes + len(content or b"")
+        self.files, self.bytes = self.files + (content is not None), self.bytes + len(content or b"")
 
     def _examine_output(self, at: Revision, address: str, path: str, oid: str, sha256: str | None) -> None:
         """Compare an output, in the cache and the workspace, with its record.

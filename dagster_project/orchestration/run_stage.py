@@ -245,7 +245,9 @@ def _refuse_outdated(root: Path, address: str) -> None:
     """
     states = dvc.read_stages(root)
     outdated = [
-        f"{name}: {'; '.join(states[name].changed)}" for name in dvc.ancestors(states, address) if states[name].changed
+        f"{name}: {'; '.join(states[name].changed)}"
+        for name in dvc.ancestors(states, address)
+        if not states[name].as_recorded  # one that DVC runs each time is never without a change
     ]
     if outdated:
         what = f"{address} judges the use policy by the reports of all stages before it, and these are not up to date:"

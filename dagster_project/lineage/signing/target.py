@@ -50,8 +50,11 @@ class Target:
 
     @property
     def signatures(self) -> Path:
-        """Folder of the signature, the attestations and the public key."""
-        return self.folder if self.root is None else self.root / SIGNATURES / self.address.replace("@", "/")
+        """Folder of the signature, the attestations and the public key. Each of several outputs has one."""
+        if self.root is None:
+            return self.folder
+        folder = self.root / SIGNATURES / self.address.replace("@", "/")
+        return folder if self.label == self.address else folder / self.path
 
     @property
     def papers(self) -> tuple[str, ...]:
