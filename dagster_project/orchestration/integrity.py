@@ -209,7 +209,10 @@ class _Examination:
         try:
             lock = at.lock(partial=True)
             outs = [out for stage in lock.values() for out in stage.get("outs", [])]
-            if all("md5" in out or "://" in out["path"] for out in outs):
+            if all(
+                isinstance(out["path"], str) and (isinstance(out.get("md5"), str) or "://" in out["path"])
+                for out in outs
+            ):
                 if lost:
                     self._add_finding("dvc.lock", "dvc.lock", wrong, then)
                 return lock
