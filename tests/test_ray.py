@@ -487,8 +487,8 @@ def test_a_job_that_is_stopped_while_it_waits_for_resources_does_not_keep_the_ne
     assert sorted(job.status for job in jobs(root, "tok")) == ["PENDING", "SUCCEEDED"]
 
 
-def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where(
-    cluster: Cluster, driver: dict[str, str], root: Path, instance: Any
+def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where_but_no_secret(
+    cluster: Cluster, driver: dict[str, str], root: Path, instance: Any, s3: S3Server
 ) -> None:
     import dagster as dg
 
@@ -508,6 +508,10 @@ def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where(
     assert metadata["dashboard"] == f"{cluster.url}/#/jobs/{ran.submission_id}"
     assert metadata["execution"]["node_id"] == ran.driver_node_id
     assert isinstance(event.asset_materialization.metadata["dashboard"], dg.UrlMetadataValue)
+    stored = b"".join(path.read_bytes() for path in Path(instance.root_directory).rglob("*") if path.is_file())
+    assert ran.submission_id.encode() in stored  # the search sees what it should
+    for secret in (s3.secret, cluster.token.read_text()):
+        assert secret.encode() not in stored
 
 
 @pytest.mark.long
