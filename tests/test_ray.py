@@ -141,11 +141,12 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
 def until_running(cluster: Cluster, root: Path, address: str) -> psutil.Process:
     """Wait until the stage's own process runs on a node; its worker."""
     until(lambda: commands(cluster, f"run {address}"))
-    return next(
-        one
-        for one in commands(cluster, "executors.worker")
-        if f'"{address}"' in " ".join(one.cmdline()) and "sh" not in one.name()
-    )
+    return until(lambda: next(iter(_workers(cluster, address)), None))
+
+
+def _workers(cluster: Cluster, address: str) -> list[psutil.Process]:
+    found = commands(cluster, "executors.worker")
+    return [one for one in found if f'"{address}"' in " ".join(one.cmdline()) and "sh" not in one.name()]
 
 
 # --- the same result
