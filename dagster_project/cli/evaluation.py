@@ -121,21 +121,20 @@ def judge(options: argparse.Namespace) -> int:
         from transformers.utils import logging as hf_logging
 
         hf_logging.disable_progress_bar()
-        match = _match(options)
-        coverage = _coverage(project(options), match)
-        document = module.by_reward(match, options.n, project(options) / "data" / "reward_model") | coverage
-        print_result(options, document, lambda found: module.by_reward_text(found) + _coverage_text(found))
-        return 1 if document["alarm"] else 0
-    if options.price and not all(0 <= price < float("inf") for price in options.price):
+    elif options.price and not all(0 <= price < float("inf") for price in options.price):
         raise InputError(
             f"--price {options.price[0]:g} {options.price[1]:g}: a price cannot be negative or infinite",
             "give two numbers from 0",
         )
-    endpoint = module.Endpoint(options.endpoint, options.model, options.key_env)
+    endpoint = None if options.reward_model else module.Endpoint(options.endpoint, options.model, options.key_env)
     match = _match(options)
     coverage = _coverage(project(options), match)
-    document = module.judge(match, options.n, endpoint, options.price) | coverage
-    print_result(options, document, lambda found: module.judge_text(found) + _coverage_text(found))
+    if endpoint:
+        document, text = module.judge(match, options.n, endpoint, options.price), module.judge_text
+    else:
+        folder = project(options) / "data" / "reward_model"
+        document, text = module.by_reward(match, options.n, folder), module.by_reward_text
+    print_result(options, document | coverage, lambda found: text(found) + _coverage_text(found))
     return 1 if document["alarm"] else 0
 
 
