@@ -138,6 +138,34 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(
 
 
 @pytest.mark.long
+def test_a_process_that_is_killed_while_dvc_writes_dvc_lock_leaves_the_former_one(root: Path) -> None:
+    (root / "code/cmp.py").write_text("V = 7\n")
+    before = (root / "dvc.lock").read_bytes()
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from dvc.utils.serialize import _yaml
+from dagster_project.orchestration.dvc_run import reproduce
+
+write = _yaml._dump
+
+def write_some(data, stream):
+    if "dvc.lock" not in Path(stream.name).name:  # DVC writes the entry of its run cache first
+        return write(data, stream)
+    stream.write("schema: ")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+_yaml._dump = write_some
+reproduce(Path.cwd(), "cmp", False, {}, print)
+"""
+    assert run([sys.executable, "-c", killed], root).returncode == -signal.SIGKILL
+    assert (root / "dvc.lock").read_bytes() == before and small_pipeline.changed_in_dvc(root) == {"cmp"}
+    dvc_run.reproduce(root, "cmp", False, {}, print)
+    assert (root / "dvc.lock").read_bytes() != before and not small_pipeline.changed_in_dvc(root)
+    assert not run(["git", "status", "--short", "--", "*.new", "*.tmp"], root).stdout
+
+
 def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, synced: dg.DagsterInstance) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import Busy, CheckFailed
+from dagster_project.orchestration import dvc_lock_file
 from dagster_project.orchestration.dvc import open_repo
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, next_step
@@ -76,6 +77,7 @@ def reproduce(
         variables = command_environment({**environment, FORCED: "1" if force else ""})
         with _adding_to_git(address), open_repo(root, wait=False) as repo:
             stop.limit_waiting(repo.lock)
+            dvc_lock_file.replace_in_one_step(repo)
             return bool(repo.reproduce([address], single_item=True, force=force, run_env=variables))
 
     notified = False
