@@ -803,6 +803,26 @@ def test_two_versions_of_a_file_are_listed_separately(made: Project) -> None:
     assert found[file]["stages"] == ["instructions"] and found[f"{file} {md5(b'2')[:8]}"]["stages"] == ["tokenized"]
 
 
+def test_each_version_of_a_code_file_that_stages_ran_with_is_listed(made: Project) -> None:
+    """A file was changed, and then only the training was run again, by `dvc repro --single-item`."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    file = "dagster_project/text.py"
+    for stage, version in (("instructions", b"1"), ("splits", b"1"), ("adapter@lora", b"2")):
+        lock[stage]["deps"].append({"path": file, "hash": "md5", "md5": md5(version)})
+    made.commit(lock)
+    found = audit(made.root, "merged@lora")
+    others = {file: [{"value": md5(b"1"), "stages": ["splits", "instructions"]}]}
+    assert (found["code"]["files"], found["code"]["other_files"]) == ({file: md5(b"2")}, others)
+    assert f"{file} {md5(b'1')[:12]} in splits, instructions\n" in audit_text(found)
+    assert "1 file, 1 of them in several versions" in audit_text(found)
+    assert f"<td>{md5(b'1')}</td><td>splits, instructions</td>" in lineage_page(found, [])
+    assert "other_files" not in audit(made.root, "splits")["code"]
+    assert diff(made.root, "splits", "merged@lora")["code"] == {
+        file: [md5(b"1"), md5(b"2")],
+        f"{file}, other values": [None, [md5(b"1")]],
+    }
+
+
 def test_each_row_of_a_record_that_was_kept_twice_is_named_and_one_that_was_dropped_is_not_the_first(
     made: Project,
 ) -> None:

@@ -84,7 +84,10 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "records": records,
         "trained_on": _trained_on(subjects),
         "parameters": _differing(_values(old), _values(new)),
-        "code": _differing(listed_like(*code), listed_like(*reversed(code))),
+        "code": _differing(
+            listed_like(*code) | _others(old["code"].get("other_files", {})),
+            listed_like(*reversed(code)) | _others(new["code"].get("other_files", {})),
+        ),
         "environment": stated(*(one["environment"] | _others(one.get("other_versions", {})) for one in (old, new))),
         "base_model": stated(*(_base_models(one) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
@@ -302,6 +305,6 @@ def _value(name: str, value: Any) -> str:
     if value is None:
         return "none"
     if name in {"sources", "other_files", "code"}:
-        return str(value)[:12]
+        return ", ".join(str(one)[:12] for one in (value if isinstance(value, list) else [value]))
     whole = json.dumps(value, ensure_ascii=False)
     return shortened(whole) if name == "metrics" else whole  # those of `comparison` have thousands of characters

@@ -48,6 +48,8 @@ ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
 NOTHING_RECORDS_IT = "no commit and no entry of DVC's run cache has the run that produced it"
 NOWHERE = "in no commit and no cache here"
+CODE_SHOWN = 5
+"""Most files in several versions that the terminal shows."""
 SHALLOW = "the commits that this shallow clone lacks (`git fetch --unshallow` brings them)"
 IF_ANY = {
     "other_base_models", "teachers", "watched_by", "answers", "order_unknown", "other_values", "other_versions",
@@ -487,7 +489,8 @@ def _code(subject: Subject) -> dict[str, Any]:
         {"commit": the first that records this run of the model, "lineage_at": the first that also records all stages
         before it, if it contains the code and parameters of all, else None, "clean", "files": {path: md5} as in
         `code_in`, "stages": {address: {"commit", "clean"}}}. Where applicable also "differs" (paths with other content
-        in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit contains), "shallow"
+        in the commit of their stage, also per stage), "other_files" (other content of a file in "files", which stages
+        ran with: {path: [{"value": md5, "stages"}]}), "uncommitted" (stages whose run no commit contains), "shallow"
         (commits that a shallow clone lacks may contain them), "same_bytes_at" (an earlier commit, in which another run
         gave the same bytes), "after" (the commit that uncommitted work is based on), and "package"
         (`code_lock.compare`), if the package is installed and not part of the project.
@@ -502,11 +505,13 @@ def _code(subject: Subject) -> dict[str, Any]:
         for commit, entries in by_commit.items()
         for name, found in code_in(index.root, commit, entries).items()
     }
-    files: dict[str, str] = {}
+    files, other_files = _with_others(
+        ((name, path, md5) for name in map(subject.name, reversed(order)) for path, md5 in code[name][1].items()),
+        subject.name(run),
+    )
     stages = {}
     for name in map(subject.name, order):
-        commit, own, differing = code[name]
-        files |= own
+        commit, _, differing = code[name]
         stages[name] = {
             "commit": commit,
             "clean": commit is not None and not differing,
@@ -527,6 +532,7 @@ def _code(subject: Subject) -> dict[str, Any]:
         **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
         **({"shallow": True} if may_be_before else {}),
         "files": dict(sorted(files.items())),
+        **({"other_files": dict(sorted(other_files.items()))} if other_files else {}),
         "stages": stages,
         **({"package": code_lock.compare(index.root, recorded)} if any(recorded.values()) else {}),
     }
@@ -829,6 +835,7 @@ def as_text(audited: dict[str, Any]) -> str:
     lists, tables = ("other_base_models", "teachers", "watched_by"), ("other_versions", "other_values")
     return text(
         "audit",
+        shown=CODE_SHOWN,
         **{**{name: [] for name in lists}, **{name: {} for name in tables}, **audited},
         audited=audited,
         training=training_lines(audited),

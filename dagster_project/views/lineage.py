@@ -49,6 +49,7 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
         "Code": {
             "commit": code_text(document["code"]),
             "table": Table("Code", ["file", "hash"], list(document["code"]["files"].items())),
+            "others": _nonempty(_other_code(document["code"])),
         },
         "Missing": _nonempty(_missing(document)),
     }
@@ -320,6 +321,15 @@ def _other_values(document: Mapping[str, Any]) -> Table:
         for one in values
     ]
     return _table("Other values of parameters", ["name", "value", "of"], rows)
+
+
+def _other_code(code: Mapping[str, Any]) -> Table:
+    rows = [
+        (path, one["value"], ", ".join(one["stages"]))
+        for path, others in code.get("other_files", {}).items()
+        for one in others
+    ]
+    return _table("Other versions of code", ["file", "hash", "of"], rows)
 
 
 def _missing(document: Mapping[str, Any]) -> Table:
