@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from builders.history import Project, identity, md5, out
 
+from dagster_project.commands.why_diff import also_differ
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import CODE
 from dagster_project.lineage import database
@@ -119,3 +120,24 @@ def test_code_is_compared_by_its_recorded_hash_where_its_files_are_lost(made: Pr
     expected = {} if content == "a = 1\n" else {f"{CODE}/core": [None, digest], **files}
     found = diff(made.root, f"HEAD:{MODEL}", MODEL)
     assert not found["same"] and found["code"] == expected
+
+
+def test_stages_that_ran_on_other_machines_are_named_with_both(made: Project) -> None:
+    """Another processor gives other weights, with everything else the same."""
+    lock = made.lock([("cats", "train", FAQ)])
+    shown = []
+    for cpu in ("first", "second"):
+        machine = {"cpu": cpu, "instruction_set": {"torch": "AVX512", "onednn": None}, "threads": 2}
+        for stage in ("adapter", "merged"):
+            lock[f"{stage}@lora"]["outs"] = [
+                one for one in lock[f"{stage}@lora"]["outs"] if one["path"].startswith(f"data/{stage}/")
+            ]
+            lock[f"{stage}@lora"]["outs"].append(made.report(f"{stage}/lora", {"machine": machine}))
+        made.commit(lock)
+        shown.append(f"{cpu}, AVX512 (oneDNN none), 2 threads")
+    found = diff(made.root, "HEAD~1:merged@lora", "merged@lora")
+    assert found["machine"] == {"adapter": shown, "merged": shown} and also_differ(found) == {
+        "machine": ["adapter", "merged"]
+    }
+    assert as_text(found).endswith(f"\nmachine\n  adapter, merged: {shown[0]} -> {shown[1]}")
+    assert not diff(made.root, "merged@lora", "merged@lora")["machine"]

@@ -98,7 +98,7 @@ def also_differ(difference: Mapping[str, Any]) -> dict[str, list[str]]:
     """What differs between two models besides records, by name."""
     return {
         kind: sorted(difference[kind])
-        for kind in ("parameters", "code", "other_files", "environment", "base_model")
+        for kind in ("parameters", "code", "other_files", "environment", "machine", "base_model")
         if difference[kind]
     }
 

@@ -1,4 +1,4 @@
-"""Differences between two models: records, parameters, code, library versions and scores."""
+"""Differences between two models: records, parameters, code, library versions, machines and scores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dagster_project.lineage.lineage import (
     Subject,
     document,
     find,
+    machine_text,
     missing_output,
     trained_on,
     unavailable_reports,
@@ -56,11 +57,11 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
     Args:
         rev, against_rev: revisions of `before` and `after`; "REV:MODEL" is equivalent.
     Returns:
-        {"models", "same", "records", "trained_on", "parameters", "code", "environment", "base_model", "sources",
-        "other_files", "metrics", "missing"}. "records" has "added", "removed", "changed" (another record from the same
-        source row) and "moved" (to another split), each record with its source rows; it is null if a data set is
-        unavailable or unrecorded. "trained_on" has of each model the number of "records" in training steps, and of
-        those that it alone was trained on; null if unknown. The others are {name: [before, after]}, for differing
+        {"models", "same", "records", "trained_on", "parameters", "code", "environment", "machine", "base_model",
+        "sources", "other_files", "metrics", "missing"}. "records" has "added", "removed", "changed" (another record
+        from the same source row) and "moved" (to another split), each record with its source rows; it is null if a data
+        set is unavailable or unrecorded. "trained_on" has of each model the number of "records" in training steps, and
+        of those that it alone was trained on; null if unknown. The others are {name: [before, after]}, for differing
         values only. If a report is unavailable, values that it would state and that only one of the models has are left
         out.
     """
@@ -89,6 +90,7 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
             listed_like(*reversed(code)) | _others(new["code"].get("other_files", {})),
         ),
         "environment": stated(*(one["environment"] | _others(one.get("other_versions", {})) for one in (old, new))),
+        "machine": stated(*(_machines(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
         "base_model": stated(*(_base_models(one) for one in (old, new))),
         "sources": _differing(_hashes(old["sources"]), _hashes(new["sources"]), of_both=bool(naming)),
         "other_files": _differing(
@@ -159,8 +161,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _scores(subject: Subject, audited: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics by stage, without the variant's name, so that two variants can be compared."""
+    return _flat(_without_variant(subject, audited["metrics"]))
+
+
+def _machines(subject: Subject, audited: Mapping[str, Any]) -> dict[str, str]:
+    """The machine that each stage ran on, if its report has it, in words."""
+    machines = _without_variant(subject, audited["machine"])
+    return {stage: machine_text(machine) for stage, machine in machines.items()}
+
+
+def _without_variant(subject: Subject, of_stages: Mapping[str, Any]) -> dict[str, Any]:
     suffix = f"@{subject.run.variant}" if subject.run.variant else ""
-    return _flat({name.removesuffix(suffix): metrics for name, metrics in audited["metrics"].items()})
+    return {name.removesuffix(suffix): value for name, value in of_stages.items()}
 
 
 def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, Any]]] | None, list[dict[str, str]]]:
@@ -298,7 +310,11 @@ def as_text(difference: Mapping[str, Any]) -> str:
     """The differences as text for the terminal."""
     from dagster_project.views.texts import text
 
-    return text("diff", **difference, shown=SHOWN, value_text=_value)
+    stages: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for stage, machines in difference["machine"].items():
+        stages[tuple(machine or "unknown" for machine in machines)].append(stage)
+    machines = {", ".join(names): pair for pair, names in stages.items()}
+    return text("diff", **{**difference, "machine": machines}, shown=SHOWN, value_text=_value)
 
 
 def _value(name: str, value: Any) -> str:
@@ -306,5 +322,5 @@ def _value(name: str, value: Any) -> str:
         return "none"
     if name in {"sources", "other_files", "code"}:
         return ", ".join(str(one)[:12] for one in (value if isinstance(value, list) else [value]))
-    whole = json.dumps(value, ensure_ascii=False)
+    whole = value if name == "machine" else json.dumps(value, ensure_ascii=False)
     return shortened(whole) if name == "metrics" else whole  # those of `comparison` have thousands of characters

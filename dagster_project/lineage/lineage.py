@@ -815,16 +815,20 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each machine: its stages, processor, instruction sets of
-    torch and oneDNN, threads, GPU and installed packages."""
+    """One line for each machine, with its stages."""
     stages: dict[str, list[str]] = {}
     for stage, one in machines.items():
-        used, gpu = one["instruction_set"], one.get("cuda")
-        text = f"{one['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'}), {many(one['threads'], 'thread')}"
-        text += f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""
-        text += f", packages sha256 {one['packages'][:16]}" if "packages" in one else ""
-        stages.setdefault(text, []).append(stage)
+        stages.setdefault(machine_text(one), []).append(stage)
     return [f"{text}: {', '.join(names)}" for text, names in stages.items()]
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Processor, instruction sets of torch and oneDNN, threads, GPU and installed packages of a machine."""
+    used, gpu = machine["instruction_set"], machine.get("cuda")
+    text = f"{machine['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'})"
+    text += f", {many(machine['threads'], 'thread')}"
+    text += f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""
+    return text + (f", packages sha256 {machine['packages'][:16]}" if "packages" in machine else "")
 
 
 def as_text(audited: dict[str, Any]) -> str:
