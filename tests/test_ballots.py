@@ -597,3 +597,33 @@ def test_a_page_with_fewer_pairs_of_a_ballot_keeps_the_votes_on_the_others(proje
     votes = [{"pair": first, "vote": "a"}, {"pair": second, "vote": "b"}]
     file = json.loads((project / "votes.json").read_text())
     assert file == {"ballot": ballot.id, "pairs": 2, "rater": "Anna", "votes": votes}
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+def test_two_tabs_of_a_ballot_keep_the_votes_of_both(project: Path, ballot: Match) -> None:
+    from playwright.sync_api import sync_playwright
+
+    page = project / "ballot.html"
+    page.write_text(ballot_page(ballots.document(ballot, 4)), encoding="utf-8")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context()
+        first, second = context.new_page(), context.new_page()
+        for tab in (first, second):
+            tab.goto(page.as_uri())
+        first.keyboard.press("a")
+        first.keyboard.press("b")
+        second.keyboard.press("ArrowRight")
+        second.keyboard.press("ArrowRight")
+        second.keyboard.press("t")
+        assert second.locator("#hits").inner_text() == "Pair 4 of 4 · 3 voted, 1 to go"
+        first.keyboard.press("ArrowLeft")
+        first.keyboard.press("t")  # changes the vote on the second pair
+        first.locator("#rater").fill("Anna")
+        with first.expect_download() as download:
+            first.locator("#download").click()
+        download.value.save_as(project / "votes.json")
+        browser.close()
+    votes = [vote["vote"] for vote in json.loads((project / "votes.json").read_text())["votes"]]
+    assert votes == ["a", "tie", "tie"]

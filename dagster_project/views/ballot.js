@@ -8,19 +8,24 @@
   const words = buttons.map((button) => button.textContent);
   const keys = { a: "a", b: "b", t: "tie" };
   const votes = new Map();
-  const others = [];  // votes on pairs of the ballot that this page does not have: a page may have fewer (--n)
+  const others = new Map();  // votes on pairs of the ballot that this page does not have: a page may have fewer (--n)
   let now = 0;
   let keeps = true;
 
-  function restore() {
+  // Read what is kept: a second tab of the ballot may have added to it. Returns the rater.
+  function read() {
     try {
       const kept = JSON.parse(localStorage.getItem(place)) ?? {};
-      at("rater").value = typeof kept.rater === "string" ? kept.rater : "";
       for (const { pair, vote } of kept.votes ?? []) {
-        if (!pairs.some(({ id }) => id === pair)) others.push({ pair, vote });
+        if (!pairs.some(({ id }) => id === pair)) others.set(pair, vote);
         else if (Object.values(keys).includes(vote)) votes.set(pair, vote);
       }
-    } catch { /* nothing readable was kept: a new ballot */ }
+      return typeof kept.rater === "string" ? kept.rater : "";
+    } catch { return ""; /* nothing readable was kept: a new ballot */ }
+  }
+
+  function restore() {
+    at("rater").value = read();
     const open = pairs.findIndex(({ id }) => !votes.has(id));
     now = open < 0 ? pairs.length - 1 : open;
   }
@@ -32,7 +37,8 @@
 
   function keep() {
     const found = sheet();
-    try { localStorage.setItem(place, JSON.stringify({ ...found, votes: [...found.votes, ...others] })); } catch { keeps = false; }
+    const unseen = [...others].map(([pair, vote]) => ({ pair, vote }));
+    try { localStorage.setItem(place, JSON.stringify({ ...found, votes: [...found.votes, ...unseen] })); } catch { keeps = false; }
   }
 
   function message([role, content], alone) {
@@ -83,6 +89,7 @@
   }
 
   function vote(choice) {
+    read();
     votes.set(pairs[now].id, choice);
     keep();
     at("saved").textContent = "";
@@ -121,9 +128,10 @@
   buttons.forEach((button) => button.addEventListener("click", () => vote(button.dataset.vote)));
   at("back").addEventListener("click", () => turn(now - 1));
   at("on").addEventListener("click", () => turn(now + 1));
-  at("rater").addEventListener("input", keep);
+  at("rater").addEventListener("input", () => { read(); keep(); });
   at("rater").addEventListener("keydown", (event) => { if (event.key === "Enter") save(); });
-  at("download").addEventListener("click", save);
+  at("download").addEventListener("click", () => { read(); show(); save(); });
+  addEventListener("storage", ({ key }) => { if (key === place) { read(); show(); } });
   restore();
   show();
 })();
