@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from builders.ballots import ANSWERS, make_answered_project, record
+from builders.browser import CHROMIUM, needs_chromium
 from builders.sources import to_pairs
 
 from dagster_project.__main__ import main
@@ -31,8 +32,6 @@ from dagster_project.evaluation.paired.pairwise import (
 )
 from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
@@ -483,7 +482,7 @@ def test_a_damaged_table_is_one_message(project: Path, table: str, content: byte
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: Match, capsys: Any) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -566,7 +565,7 @@ def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: M
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 def test_a_page_with_fewer_pairs_of_a_ballot_keeps_the_votes_on_the_others(project: Path, ballot: Match) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -600,7 +599,7 @@ def test_a_page_with_fewer_pairs_of_a_ballot_keeps_the_votes_on_the_others(proje
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 def test_two_tabs_of_a_ballot_keep_the_votes_of_both(project: Path, ballot: Match) -> None:
     from playwright.sync_api import sync_playwright
 

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.browser import CHROMIUM, needs_chromium
 from conftest import ROOT, edit_params, pedigree
 
 from dagster_project.core.severity import shown
 from dagster_project.orchestration.dvc import read_stages
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHOTS = ROOT / "screenshots"
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)"),
+    needs_chromium,
 ]
 
 

@@ -6,12 +6,12 @@ import html
 import json
 import re
 import shlex
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.browser import CHROMIUM, needs_chromium
 
 from dagster_project.__main__ import main
 from dagster_project.cli.parser import parser
@@ -26,7 +26,6 @@ from dagster_project.lineage.attribution.gradients import REFUSED
 from dagster_project.training.inference.answers import Answer
 from dagster_project.views.comparison import NOT_ASKED, Sample, Why, _measured, _why, comparison_page, draw_comparison
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 TABLE = measures(TASK, {})
 SHOWN = list(TABLE)[:2]
@@ -588,7 +587,7 @@ def test_without_answers_the_page_compares_perplexities() -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_nothing_is_wider_than_a_phone(
     tmp_path: Path,
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tool
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import Objects
@@ -63,7 +64,7 @@ def test_an_invalid_line_of_gits_settings_is_not_quoted(
     [f"postgresql://me:{SECRET}", f"postgresql//me:{SECRET}@127.0.0.1/y", f"postgresql://me:{SECRET}@127.0.0.1:x/y"],
 )
 def test_an_address_of_postgres_that_is_none_is_one_message_without_it(address: str, tmp_path: Path) -> None:
-    pytest.importorskip("dagster_postgres", reason="extra cluster")
+    tool("dagster_postgres")
     (tmp_path / "dagster.yaml").write_text(f"storage: {{postgres: {{postgres_url: '{address}'}}}}\n")
     with pytest.raises(InputError, match=r"dagster\.yaml: the address of its database is not one") as raised:
         open_at(tmp_path)

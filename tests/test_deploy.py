@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,11 +37,6 @@ CHART_VALUES: dict[str, Any] = yaml.safe_load((DEPLOY / "kubernetes/dagster-valu
 KUBERNETES = "1.35"
 
 
-def validator(name: str) -> ModuleType:
-    """A package of the extra `dev` that has a schema. CI must have it."""
-    return __import__(name) if os.environ.get("CI") else pytest.importorskip(name)
-
-
 def environment(service: dict[str, Any]) -> dict[str, str]:
     """Variables of a service. PyYAML merges a list of anchors as compose does."""
     return service.get("environment", {})
@@ -58,7 +52,7 @@ def with_defaults(text: str) -> str:
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
 def test_compose_files_are_valid(name: str) -> None:
-    compose = validator("compose_spec").PyCompose
+    compose = tool("compose_spec").PyCompose
     text = with_defaults((DEPLOY / name).read_text())  # as compose does: variables, then merged anchors
     merged = yaml.safe_dump(yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "1000", text)))
     compose.from_yaml(merged).validate()
@@ -223,7 +217,7 @@ def pods() -> Iterator[dict[str, Any]]:
 
 
 def test_manifests_are_valid_by_the_schema_of_kubernetes() -> None:
-    validate = validator("kubernetes_validate").validate
+    validate = tool("kubernetes_validate").validate
     claim = yaml.safe_load((DEPLOY / "kubernetes/workspace.yaml").read_text())
     for manifest in (claim, *pods()):
         validate(manifest, KUBERNETES, strict=True)

@@ -30,7 +30,7 @@ from builders.relay import Relay
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, git
 from builders.training import run_in_child
-from conftest import dvc
+from conftest import dvc, tool
 
 from dagster_project import execution
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
@@ -139,7 +139,7 @@ def test_a_bad_section_ends_a_run_with_exit_code_2_and_keeps_the_outputs(root: P
 def test_without_a_token_only_a_loopback_address_is_accepted(
     address: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
+    tool("ray")
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     if mode:
@@ -155,7 +155,7 @@ def test_without_a_token_the_cluster_of_this_machine_is_refused_where_others_rea
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a cluster with `--dashboard-host=0.0.0.0`, Ray gives the address in the network."""
-    pytest.importorskip("ray")
+    tool("ray")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "missing"))
@@ -167,7 +167,7 @@ def test_without_a_token_the_cluster_of_this_machine_is_refused_where_others_rea
 
 def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a local cluster whose file is still there, Ray asks the head, and gives up after 45 seconds."""
-    exceptions = pytest.importorskip("ray.exceptions")
+    exceptions = tool("ray.exceptions")
 
     def ask(address: str) -> str:
         raise exceptions.RpcError("Timed out while waiting for GCS to become available.")
@@ -189,7 +189,7 @@ def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatc
 def test_an_address_without_http_is_refused_with_the_right_form_before_ray_asks_the_head(
     address: str, host: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
+    tool("ray")
     monkeypatch.setattr("ray.dashboard.utils.get_address_for_submission_client", pytest.fail)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -204,7 +204,7 @@ def test_an_address_without_http_is_refused_with_the_right_form_before_ray_asks_
 
 @pytest.mark.parametrize("address", ["http://me:hush@127.0.0.1:8265", "me:hush@ray-head:8265"])
 def test_an_address_with_credentials_is_refused(address: str) -> None:
-    pytest.importorskip("ray")
+    tool("ray")
     with pytest.raises(InputError, match="contains credentials") as error:
         connect(address)
     assert "hush" not in str(error.value)
@@ -223,7 +223,7 @@ def test_a_remote_whose_url_has_a_password_is_refused_without_showing_it(root: P
 
 
 def test_a_remote_below_another_one_has_its_options(root: Path) -> None:
-    pytest.importorskip("dvc_s3")
+    tool("dvc_s3")
     assert dvc(root, "remote", "add", "-q", "base", "s3://bucket/data").returncode == 0
     assert dvc(root, "remote", "modify", "base", "endpointurl", "https://s3.example.org").returncode == 0
     assert dvc(root, "remote", "add", "-q", "-d", "storage", "remote://base/mine").returncode == 0
@@ -248,7 +248,7 @@ def write_remote(file: Path, options: dict[str, str]) -> None:
 
 
 def test_a_worker_encrypts_and_shares_what_it_writes_as_the_remote_of_the_project_says(root: Path) -> None:
-    pytest.importorskip("dvc_s3")
+    tool("dvc_s3")
     options = {
         "url": "s3://bucket/data",
         "sse": "aws:kms",
@@ -272,7 +272,7 @@ def test_a_worker_encrypts_and_shares_what_it_writes_as_the_remote_of_the_projec
 
 
 def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(root: Path) -> None:
-    pytest.importorskip("dvc_s3")
+    tool("dvc_s3")
     assert dvc(root, "remote", "add", "-q", "-d", "storage", "s3://bucket/data").returncode == 0
     assert dvc(root, "remote", "modify", "storage", "endpointurl", "https://me:hush@s3.example.org").returncode == 0
     with pytest.raises(InputError, match="contains a password") as error, open_store(root):
@@ -285,7 +285,7 @@ def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(ro
 def test_a_credential_that_git_tracks_is_refused_without_showing_it_and_one_of_this_machine_is_not_sent(
     root: Path,
 ) -> None:
-    pytest.importorskip("dvc_s3")
+    tool("dvc_s3")
     assert dvc(root, "remote", "add", "-q", "-d", "storage", "s3://bucket/data").returncode == 0
     assert dvc(root, "remote", "modify", "--local", "storage", "secret_access_key", "hush").returncode == 0
     with open_store(root) as store:
@@ -347,7 +347,7 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
 
 
 def test_ray_leaves_out_no_file_of_a_package(stored: Path, tmp_path: Path) -> None:
-    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    packaging = tool("ray._private.runtime_env.packaging")
     names = ["data/sources/venv/rows.txt", "data/sources/__pycache__/rows.txt", "data/sources/g.txt"]
     for name in names:
         (stored / name).parent.mkdir(exist_ok=True)
@@ -594,7 +594,7 @@ def test_an_object_that_changes_on_its_way_never_enters_the_cache(
     root: Path, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, sent: bool
 ) -> None:
     """On the way to a server of S3, which may notice it, or on the way back."""
-    pytest.importorskip("dvc_s3")
+    tool("dvc_s3")
     for name, value in {**s3.environment, "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
     relay = Relay(int(s3.endpoint.rpartition(":")[2]))
@@ -708,7 +708,7 @@ def test_a_job_with_another_command_or_number_of_threads_is_another_job(
 def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_late(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("ray")
+    tool("ray")
     monkeypatch.setattr(ray, "STOP_SECONDS", 0.3)
     monkeypatch.setattr(ray.dvc_run, "is_forced", lambda: True)
     status = SimpleNamespace(is_terminal=lambda: False)
@@ -733,7 +733,7 @@ def test_a_forced_run_does_not_go_on_with_a_job_that_it_stopped_and_that_ends_la
 def test_a_stopped_job_that_waits_for_resources_is_shown_as_what_it_is(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    statuses = tool("ray.job_submission").JobStatus
     monkeypatch.setattr(ray, "STOP_SECONDS", 0.3)
     with open_store(stored) as store, caplog.at_level("INFO", logger="pedigree"):
         run = run_of(stored, store, tmp_path)
@@ -749,7 +749,7 @@ def test_a_stopped_job_that_waits_for_resources_is_shown_as_what_it_is(
 def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_does_not_ask_for(
     stored: Path, tmp_path: Path, status: str, resources: str, goes_on: bool
 ) -> None:
-    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    statuses = tool("ray.job_submission").JobStatus
     submitted: list[Any] = []
     stopped: list[str] = []
     with open_store(stored) as store:
@@ -771,7 +771,7 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
 ) -> None:
     """A job that is lost after 50 s, one that Ray gives up after 900 s, and one
     that begins after 30 s and computes for 40 s."""
-    pytest.importorskip("ray")
+    tool("ray")
     clock = SimpleNamespace(now=1.0)
     monkeypatch.setattr(ray, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda _: None))
     submitted: list[str] = []
@@ -835,7 +835,7 @@ def test_a_resource_may_have_the_name_of_anything_else_that_is_shown(stored: Pat
 def test_a_job_whose_worker_cannot_start_is_not_submitted_again(
     stored: Path, tmp_path: Path, exit_code: int | None, kind: type[Exception], attempts: int, message: str
 ) -> None:
-    pytest.importorskip("ray")
+    tool("ray")
     submitted: list[str] = []
     ended = SimpleNamespace(
         status=SimpleNamespace(is_terminal=lambda: True), driver_node_id="", error_type=None,
@@ -858,7 +858,7 @@ def test_a_job_whose_worker_cannot_start_is_not_submitted_again(
 def test_checkpoints_of_an_interrupted_run_stay_unless_it_is_a_queued_experiment(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: bool
 ) -> None:
-    pytest.importorskip("ray")
+    tool("ray")
 
     def interrupted(**_: Any) -> None:
         raise KeyboardInterrupt
@@ -992,7 +992,7 @@ def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.Capture
 def test_an_error_on_a_node_arrives_as_one_message(
     stored: Path, tmp_path: Path, changes: dict[str, Any], what: str, exit_code: int
 ) -> None:
-    pytest.importorskip("dvc_s3")
+    tool("dvc_s3")
     nobody = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environment = {**nobody, worker.NODE_CACHE: str(tmp_path / "node"), "AWS_EC2_METADATA_DISABLED": "true"}
     with open_store(stored) as store, project_package(stored, tmp_path / "package") as package:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from base64 import b64encode
 from collections import Counter
 from hashlib import sha256
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.browser import CHROMIUM, needs_chromium
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from dagster_project.views import data_quality as module
 from dagster_project.views import html
 from dagster_project.views.data_quality import around_span, data_quality_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CSS = Path(html.__file__).with_name("html.css").read_text(encoding="utf-8")
 
 HOSTILE = [
@@ -514,7 +513,7 @@ def test_kept_and_dropped_are_distinguishable_without_color(mode: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error(tmp_path: Path) -> None:
     from playwright.sync_api import expect, sync_playwright
 
@@ -574,7 +573,7 @@ def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 @pytest.mark.parametrize("figure", ['<figure class="sheet">', "<figure>"])
 def test_in_a_browser_a_wide_table_scrolls_within_its_figure(figure: str, tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright

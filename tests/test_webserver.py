@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.browser import CHROMIUM, needs_chromium
 from builders.servers import Quiet, answering, free_port
 
 from dagster_project.orchestration.dagster.webserver import Guard
 
 WEBSERVER = Guard.__module__
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 QUERY = b"query=mutation%20%7Bx%7D"
 
@@ -140,7 +139,7 @@ IMAGE = """() => new Promise(done => {
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+@needs_chromium
 def test_pages_of_the_ui_ask_no_other_server_for_anything(tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
 
