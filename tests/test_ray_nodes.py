@@ -99,7 +99,7 @@ def until_it_trains(
 ) -> tuple[psutil.Process, psutil.Process]:
     """Wait for a checkpoint; the process of the stage on the first node, and that of its part on the other one."""
     until(lambda: s3.names(f"{root.parents[1].name}/pedigree/", "complete.json"), process, root)
-    [stage] = [one for one in on_nodes(cluster, "run adapter@x") if "python" in one.name()]
+    [stage] = [one for one in on_nodes(cluster, "run adapter@x") if one.cmdline()[-2:] == ["run", "adapter@x"]]
     [part] = on_nodes(cluster, "executors.ray_nodes")
     return stage, part
 
@@ -149,5 +149,4 @@ def test_an_interrupt_ends_a_training_on_two_nodes(cluster: Cluster, away: Path,
     while stage.is_running() or part.is_running() or on_nodes(cluster, "multiprocessing.spawn"):
         assert time.monotonic() < ends, "processes of the training are left on the nodes"
         time.sleep(0.2)
-    print("nodes were free after", time.time() - asked)
     assert not (away / "data/adapter").exists() and not (away / "dvc.lock").exists()
