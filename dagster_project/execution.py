@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
@@ -50,6 +50,9 @@ class Placement(Section):
     workers: int = Field(default=1, ge=1)
     """Processes for work on rows (reading, checks, near-duplicates, splits, tokens), in stages of data. With `on: ray`
     each is a task of one CPU on any node, in addition to `cpus`. The result is the same with any number."""
+    nodes: int = Field(default=1, ge=1)
+    """Nodes on which the processes of one training run, with `on: ray`: `compute.processes` divided by `nodes` on each.
+    Each node then has the reserved `cpus`, `gpus`, `memory` and `resources`. See docs/cluster.md."""
     image: str | None = Field(default=None, pattern=LABEL)
     """Container image of the node, as named in its label: `ray start --labels=image=NAME`. Ray cannot start an image
     for a job that brings its own files, therefore it is chosen by the node's label. A label has no `/` and no `:`."""
@@ -60,6 +63,12 @@ class Placement(Section):
         if gpus > 1 and gpus % 1:
             raise ValueError("more than one GPU must be a whole number")
         return gpus
+
+    @model_validator(mode="after")
+    def _something_on_each_node(self) -> Placement:
+        if self.nodes > 1 and not (self.cpus or self.gpus or any(self.resources.values())):
+            raise ValueError("`nodes` needs `cpus`, `gpus` or `resources` above 0: what to reserve on each node")
+        return self
 
     @field_validator("resources")
     @classmethod

@@ -33,6 +33,7 @@ from builders.training import run_in_child
 from conftest import dvc, tool
 
 from dagster_project import execution
+from dagster_project.core.context import StageContext
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import pages_of, report_of
@@ -41,7 +42,7 @@ from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration import dvc_cache
 from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
-from dagster_project.orchestration.executors import messages, ray, ray_tasks, worker
+from dagster_project.orchestration.executors import StageJob, messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import (
     PROJECT,
@@ -93,6 +94,7 @@ def test_the_environment_overrides_the_section() -> None:
         ({"tok": {"memory": 1e300}}, "", "execution.stages.tok.memory: .*less than or equal to 100000"),
         ({"tok": {"resources": {"GPU": 1}}}, "", "execution.stages.tok.resources: GPU is not .*: write `gpus`"),
         ({"tok": {"image": "registry.example.org/pedigree:cpu"}}, "", "execution.stages.tok.image: .*pattern"),
+        ({"tok": {"nodes": 2, "cpus": 0}}, "", "execution.stages.tok: .*`nodes` needs `cpus`, `gpus` or `resources`"),
         ({"tik": {}}, "", "execution.stages.tik: no such stage"),
         ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
         ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
@@ -110,6 +112,22 @@ def test_the_environment_overrides_the_section() -> None:
 def test_a_bad_value_is_refused_in_one_message(stages: Any, variable: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         placed("tok", stages, **({execution.VARIABLE: variable} if variable else {}))
+
+
+@pytest.mark.parametrize(
+    ("processes", "entry", "message"),
+    [
+        (3, {}, "adapter@lora with nodes: 2: compute.processes: 3 do not divide evenly among 2 nodes"),
+        (2, {"sharding": {"fsdp": "full_shard"}}, "adapter@lora with nodes: 2: with `sharding`, all processes write"),
+    ],
+)
+def test_a_training_that_nodes_cannot_share_is_refused_before_a_cluster_is_asked(
+    tmp_path: Path, processes: int, entry: dict[str, Any], message: str
+) -> None:
+    values = {"compute": {"processes": processes}, "variants": {"lora": entry}}
+    ctx = StageContext(tmp_path, "adapter", "lora", tmp_path / "scratch", values, PIPELINE.variants_of)
+    with pytest.raises(InputError, match=message):
+        RayExecutor(Execution(address="mars"), Placement(on="ray", nodes=2)).run(StageJob(PIPELINE, ctx, {}))
 
 
 def test_a_change_of_the_section_makes_nothing_stale(root: Path) -> None:

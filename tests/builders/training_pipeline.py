@@ -21,20 +21,16 @@ from dagster_project.pipeline import Pipeline
 
 
 def adapter(ctx: StageContext) -> Report:
-    from dagster_project.core.params import Compute
     from dagster_project.stages import adapter as stage
 
-    held = ctx.root / "hold.json"
-    if held.is_file():
-        waits = json.loads(held.read_text())
-        wait_at_pass(waits["before"], Path(waits["gate"]))
+    hold_if_asked(ctx.root)
     values = stage.Params(**ctx.values["variants"][ctx.variant])
     if values.command is not None:
         return _by_command(ctx, values)
     return stage.produce(
         str(ctx.variant),
         values,
-        Compute(threads=1, dtype="float32"),
+        compute_of(ctx),
         ctx.root / "data/tokenized",
         ctx.root / "data/base_model",
         ctx.out,
@@ -45,7 +41,6 @@ def adapter(ctx: StageContext) -> Report:
 
 
 def _by_command(ctx: StageContext, values: Any) -> Report:
-    from dagster_project.core.params import Compute
     from dagster_project.training.trainers.command.train import Folders, train_by_command
 
     folders = Folders(
@@ -58,7 +53,20 @@ def _by_command(ctx: StageContext, values: Any) -> Report:
         ctx.plot("loss"),
         ctx.pages,
     )
-    return train_by_command(str(ctx.variant), values, Compute(threads=1, dtype="float32"), folders)
+    return train_by_command(str(ctx.variant), values, compute_of(ctx), folders)
+
+
+def compute_of(ctx: StageContext) -> Any:
+    from dagster_project.core.params import Compute
+
+    return Compute(**{"threads": 1, "dtype": "float32", **ctx.values.get("compute", {})})
+
+
+def hold_if_asked(root: Path) -> None:
+    """As hold.json says: {"before": pass, "gate": file}."""
+    if (root / "hold.json").is_file():
+        waits = json.loads((root / "hold.json").read_text())
+        wait_at_pass(waits["before"], Path(waits["gate"]))
 
 
 def wait_at_pass(number: int, gate: Path) -> None:
@@ -82,10 +90,11 @@ def wait_at_pass(number: int, gate: Path) -> None:
 PIPELINE = Pipeline({"adapter": adapter}, {"adapter": "variants"}, lambda stage: {}, params.read)
 
 
-def make_project(root: Path, model: Path, values: dict[str, Any], script: str = "") -> Path:
+def make_project(root: Path, model: Path, values: dict[str, Any], script: str = "", processes: int = 1) -> Path:
     """A project of this pipeline in which nothing has run, with packed examples and a model under DVC.
 
     Args:
+        processes: that train together.
         script: content of data/trainers/train.py, if the stage has a command.
     """
     from builders.small_pipeline import commit_project
@@ -95,14 +104,15 @@ def make_project(root: Path, model: Path, values: dict[str, Any], script: str = 
     make_data(root / "data")
     shutil.copytree(model, root / "data/base_model")
     (root / "training_pipeline.py").write_text(Path(__file__).read_text())
-    (root / "params.yaml").write_text(json.dumps({"variants": {"x": values}}))
+    compute = {"compute": {"processes": processes}} if processes > 1 else {}
+    (root / "params.yaml").write_text(json.dumps({"variants": {"x": values}, **compute}))
     if script:
         (root / "data/trainers").mkdir()
         (root / "data/trainers/train.py").write_text(script)
     body = {
         "cmd": "python training_pipeline.py run adapter@${key}",
         "deps": ["data/tokenized", "data/base_model", *(["data/trainers"] if script else [])],
-        "params": ["variants.${key}"],
+        "params": ["variants.${key}", *compute],
         "outs": ["data/adapter/${key}"],
         "plots": ["data/plots/loss/${key}.csv"],
         "metrics": [{"data/reports/adapter/${key}.json": {"cache": False}}],
@@ -124,6 +134,9 @@ def main() -> int:
         return error.exit_code
     return 0
 
+
+if __name__ == "__mp_main__":  # a process that the stage has spawned to train
+    hold_if_asked(Path.cwd())
 
 if __name__ == "__main__":
     sys.exit(main())

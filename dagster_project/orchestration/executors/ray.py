@@ -24,6 +24,7 @@ from shutil import copyfile
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from dagster_project.core.context import StageContext
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.imports import lean_imports
@@ -78,6 +79,8 @@ class RayExecutor:
     """Seconds without an answer of the cluster, while a job runs, after which the run fails."""
 
     def run(self, job: StageJob) -> StageResult:
+        if self.placement.nodes > 1:
+            _refuse_nodes(job.ctx, self.placement.nodes)
         setting = next((name for name in VARIABLES if os.environ.get(name)), SETTING)
         address = os.environ.get(setting) or self.settings.address or LOCAL
         client, url = connect(address, setting)
@@ -90,6 +93,23 @@ class RayExecutor:
                     with suppress(PedigreeError):
                         store.remove(run.at())
                 raise
+
+
+def _refuse_nodes(ctx: StageContext, nodes: int) -> None:
+    """Raise InputError if the training cannot run on several nodes."""
+    where, processes = f"execution: {ctx.address} with nodes: {nodes}", ctx.compute.processes
+    if processes % nodes:
+        raise InputError(
+            f"{where}: compute.processes: {processes} do not divide evenly among {nodes} nodes", "choose a multiple"
+        )
+    entry = ctx.values.get(ctx.variants_of.get(ctx.stage, ctx.stage))
+    if ctx.variant and isinstance(entry, Mapping):
+        entry = entry.get(ctx.variant)
+    if isinstance(entry, Mapping) and entry.get("sharding"):
+        raise InputError(
+            f"{where}: with `sharding`, all processes write checkpoints into one folder, and nodes share none",
+            "use one node, or hosts that share a folder (docs/methods.md, Several hosts)",
+        )
 
 
 def connect(address: str, setting: str = SETTING) -> tuple[Any, str]:
@@ -227,6 +247,8 @@ class _Run:
     started: float | None = None
     """Time at which the worker of the latest job began, or was found by this driver."""
     node_id: str = ""
+    node_ids: str = ""
+    """Of a job of several nodes, whose own process is on another one."""
     queued: float | None = None
     """Seconds until the worker of the latest job began; None if another driver submitted it."""
     lost_seconds: float = 0.0
@@ -355,7 +377,7 @@ class _Run:
                 why = "because the run is forced"
             elif not job.submission_id.startswith(self.key):
                 why = "which has other inputs"
-            elif str(job.status) == "PENDING" and job.metadata.get(RESOURCES) != self._resources():
+            elif job.metadata.get(RESOURCES) != self._resources() and self._waits(job):
                 why = "which waits for other resources"
             else:
                 continue
@@ -364,6 +386,14 @@ class _Run:
         for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
             if key.startswith(self.prefix) and (forced or key != self.key):
                 self.store.remove(self.store.at("jobs", key))
+
+    def _waits(self, job: Any) -> bool:
+        """Whether a job has not got its resources yet. One of several nodes waits for them while Ray says RUNNING."""
+        if str(job.status) == "PENDING":
+            return True
+        with suppress(RuntimeError, OSError), self._authenticated():
+            return not any(kind == "hello" for kind, _ in received(self.client.get_job_logs(job.submission_id)))
+        return False
 
     def _running(self) -> list[Any]:
         """Ray's details of the jobs of this stage of this workspace that have not ended."""
@@ -387,6 +417,7 @@ class _Run:
         self.attempts += 1
         self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
         self.submitted, self.started, self.queued = self.submitted or time.monotonic(), None, None
+        self.node_ids = ""
         try:
             if running:
                 log.info(f"{self.address}: going on with job {self.name}")
@@ -400,6 +431,7 @@ class _Run:
 
     def description(self) -> dict[str, Any]:
         """Argument of the worker. Ray shows it to anyone with access to the cluster, so it contains no credentials."""
+        place = self.executor.placement
         return {
             "address": self.address,
             "command": self.command,
@@ -408,7 +440,19 @@ class _Run:
             "remote": dict(self.store.remote.options),
             "versions": versions(),
             "threads": os.environ.get(THREADS),
-            "workers": self.executor.placement.workers,
+            "workers": place.workers,
+            "nodes": place.nodes,
+            **(self._group() if place.nodes > 1 else {}),
+        }
+
+    def _group(self) -> dict[str, Any]:
+        """What Ray Train needs for the nodes of a training, with the names of Ray's resources."""
+        place = self.executor.placement
+        amounts = {"CPU": place.cpus, "GPU": place.gpus, "memory": int((place.memory or 0) * 1e9), **place.resources}
+        return {
+            "processes": self.job.ctx.compute.processes,
+            "reserved": {name: amount for name, amount in amounts.items() if amount},
+            "image": place.image,
         }
 
     def _submit(self, folder: Path) -> None:
@@ -417,17 +461,20 @@ class _Run:
         os.environ |= {"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""}
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
-        options = {
+        options: dict[str, Any] = {
             "submission_id": self.name,
             "entrypoint": shlex.join(command),
             "runtime_env": {"working_dir": str(folder)},
             "metadata": {STAGE: self.address, PROJECT: self.project, RESOURCES: self._resources()},
-            "entrypoint_num_cpus": place.cpus,
-            "entrypoint_num_gpus": place.gpus,
-            "entrypoint_memory": None if place.memory is None else int(place.memory * 1e9),
-            "entrypoint_resources": dict(place.resources) or None,
             "entrypoint_label_selector": {"image": place.image} if place.image else None,
         }
+        if place.nodes == 1:  # else the workers that it starts reserve their nodes, all at once
+            options |= {
+                "entrypoint_num_cpus": place.cpus,
+                "entrypoint_num_gpus": place.gpus,
+                "entrypoint_memory": None if place.memory is None else int(place.memory * 1e9),
+                "entrypoint_resources": dict(place.resources) or None,
+            }
 
         def submit() -> None:
             try:
@@ -444,7 +491,7 @@ class _Run:
             details = self._request(lambda: self.client.get_job_info(self.name))
             if details is None:
                 return None
-            ended, self.node_id = details.status.is_terminal(), details.driver_node_id or ""
+            ended, self.node_id = details.status.is_terminal(), self.node_ids or details.driver_node_id or ""
             # the log does not exist yet, or its node was lost
             with suppress(RuntimeError, OSError), self._authenticated():
                 text: str = self.client.get_job_logs(self.name)
@@ -472,7 +519,10 @@ class _Run:
             self.started = time.monotonic()
             self.queued = None if adopted or self.submitted is None else round(self.started - self.submitted, 1)
             remove(self.job.ctx.live)
-            log.info(f"{self.address}: runs on node {content['node']} ({self.node_id[:8]})")
+            self.node_ids = content.get("node_ids", "")
+            self.node_id = self.node_ids or self.node_id
+            ids = ", ".join(one[:8] for one in self.node_id.split(", "))
+            log.info(f"{self.address}: runs on node {content['node']} ({ids})")
         elif kind == "error":
             self.error = content
         elif kind == "damaged":
@@ -596,7 +646,8 @@ class _Run:
         """Where the stage ran, how long each part took, and its cost, with that of lost jobs."""
         seconds, place = result["seconds"], self.executor.placement
         total = sum(seconds.values())
-        amounts = {"cpus": place.cpus, "gpus": place.gpus, "memory": place.memory or 0.0, **place.resources}
+        on_each = {"cpus": place.cpus, "gpus": place.gpus, "memory": place.memory or 0.0, **place.resources}
+        amounts = {name: amount * place.nodes for name, amount in on_each.items()}
         prices = self.executor.settings.price_per_hour
         cost = (
             sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * (total + self.lost_seconds) / 3600
@@ -624,10 +675,11 @@ class _Run:
     def _resources(self) -> str:
         place = self.executor.placement
         amounts = {"CPU": place.cpus, "GPU": place.gpus, "GB of memory": place.memory, **place.resources}
-        return ", ".join(
+        reserved = ", ".join(
             [f"{amount:g} {name}" for name, amount in amounts.items() if amount]
             + ([f"image {place.image}"] if place.image else [])
         )
+        return f"{place.nodes} nodes with {reserved} each" if place.nodes > 1 else reserved
 
 
 def _reason(details: Any) -> str:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
@@ -39,6 +39,9 @@ from dagster_project.execution import VARIABLE, WORKER, WORKERS
 from dagster_project.orchestration import dvc, dvc_cache, dvc_remote, dvc_run
 from dagster_project.orchestration.executors.messages import THREADS, refuse_other_versions, send
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
+
+if TYPE_CHECKING:
+    from dagster_project.orchestration.executors.ray_nodes import Group
 
 NODE_CACHE = "PEDIGREE_NODE_CACHE"
 """Environment variable of a node: the folder for its DVC cache and for scratch folders."""
@@ -64,6 +67,8 @@ class Work:
     root: Path
     """The copy of the project."""
     store: RemoteStore
+    group: Group | None = None
+    """The workers of the job, if it has several nodes."""
     seconds: dict[str, float] = field(default_factory=dict)
     sent: int = 0
     received: int = 0
@@ -89,10 +94,15 @@ class Work:
             self._refuse_other_inputs()
             self._bring_checkpoints()
         remove(self.root / report_of(self.address))  # of an earlier run
+        if self.group and not self.group.is_first:
+            return 0 if self.group.take_part(self.root, self._environment()) else LOST
         with self._timed("compute_seconds"), self._streaming():
             code = self._command()
         if not 0 <= code <= MAX_EXIT_CODE:
             send("log", f"{self.address}: the process of the stage was killed (exit code {code})")
+            return LOST
+        if self.group and not self.group.end() and code:
+            send("log", f"{self.address}: the stage failed because a node was lost")
             return LOST
         self._finish(code)
         return 0
@@ -117,17 +127,8 @@ class Work:
 
         It is the driver's: DVC's settings, which the worker does not have, decide how a parameter is written in it.
         """
-        threads = {THREADS: self.job["threads"]} if self.job.get("threads") else {}
-        own = {
-            "DVC_STAGE": self.address,
-            "PYTHONUNBUFFERED": "1",
-            VARIABLE: WORKER,
-            WORKERS: str(self.job["workers"]),
-            **threads,
-        }
-        environment = dvc_run.environment_in_copy(self.root, [THREADS], own)
         process = subprocess.Popen(
-            self.job["command"], shell=True, cwd=self.root, env=environment, text=True, errors="replace",
+            self.job["command"], shell=True, cwd=self.root, env=self._environment(), text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -139,6 +140,18 @@ class Work:
             return code if code < 128 else 128 - code  # a shell reports a signal as 128 + its number
         finally:
             process.kill()
+
+    def _environment(self) -> dict[str, str]:
+        """Environment of the stage's processes."""
+        own = {
+            "DVC_STAGE": self.address,
+            "PYTHONUNBUFFERED": "1",
+            VARIABLE: WORKER,
+            WORKERS: str(self.job["workers"]),
+            **({THREADS: self.job["threads"]} if self.job.get("threads") else {}),
+            **(self.group.variables() if self.group and self.group.is_first else {}),
+        }
+        return dvc_run.environment_in_copy(self.root, [THREADS], own)
 
     @contextmanager
     def _streaming(self) -> Iterator[None]:
@@ -225,7 +238,7 @@ class Work:
                 "measured": json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {},
                 "outs": outs,
                 "pages": has_pages,
-                "node": platform.node(),
+                "node": self.group.names if self.group else platform.node(),
                 "seconds": self.seconds,
                 "bytes": {"received": self.received, "sent": self.sent},
             },
@@ -285,7 +298,19 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
 def main(job: Mapping[str, Any]) -> int:
     """Returns the exit code: 0 if there is a result, also of a stage that failed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    send("hello", {"node": platform.node()})
+    if job["nodes"] > 1:
+        from dagster_project.orchestration.executors import ray_nodes
+
+        return ray_nodes.run(job, LOST)
+    return run(job)
+
+
+def run(job: Mapping[str, Any], group: Group | None = None) -> int:
+    """The worker of one node, the only one or one of a group. Returns its exit code."""
+    if not group:
+        send("hello", {"node": platform.node()})
+    elif group.is_first:
+        send("hello", {"node": group.names, "node_ids": group.ids})
     where = Path.cwd()
     try:
         refuse_other_versions(job["versions"])
@@ -295,7 +320,7 @@ def main(job: Mapping[str, Any]) -> int:
             os.chdir(root)  # and writes it again when a task of the stage starts on another node of this host
             dvc_cache.isolate_project(root, cache, job["remote"])
             with open_store(root) as store:
-                return Work(job, root, store).run()
+                return Work(job, root, store, group).run()
     except Damaged as error:
         send("damaged", error.objects)
     except Exception as error:
