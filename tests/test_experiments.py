@@ -353,6 +353,59 @@ def test_an_error_of_a_program_ends_a_cancellation_and_a_change_of_the_queue_at_
         cancel(Queue(TypeError("wrong")))
 
 
+STAGE = """
+import pathlib, sys, time
+file = pathlib.Path(sys.argv[1])
+try:
+    file.write_text("runs")
+    time.sleep(100)
+except KeyboardInterrupt:
+    file.write_text("interrupted")
+"""
+TWO_STAGES = """
+import os, subprocess, sys, time
+for name in ("first", "second"):
+    subprocess.run([sys.executable, "stage.py", name], env={**os.environ, "DVC_STAGE": name})
+time.sleep(100)
+"""
+
+
+def test_a_trial_that_a_worker_prepares_is_interrupted_when_its_stage_command_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker copies the workspace before the process of the trial exists. That process is killed only when none of
+    its stage commands runs, which may have submitted a job, also not one that starts after the first interrupt."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "trial.py").write_text(TWO_STAGES)
+    preparing, process, killed = [1, 2, 3], list[subprocess.Popen[bytes]](), list[str]()
+
+    def state_of(stage: str) -> str:
+        return (tmp_path / stage).read_text() if (tmp_path / stage).is_file() else ""
+
+    def found(root: Path) -> dict[str, Trial]:
+        if preparing:
+            preparing.pop()
+            return {"a": Trial("Running", "0", False)}
+        if not process:
+            process.append(subprocess.Popen([sys.executable, "trial.py"], cwd=tmp_path))
+        until = time.monotonic() + 60
+        while not state_of("second" if state_of("first") == "interrupted" else "first"):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return {} if killed else {"a": Trial("Running", "0", True, process[0].pid)}
+
+    queue = SimpleNamespace(kill=lambda names, force: killed.extend(names))
+    repo = SimpleNamespace(experiments=SimpleNamespace(celery_queue=queue))
+    monkeypatch.setattr(experiments.dvc, "open_repo", lambda root: nullcontext(repo))
+    monkeypatch.setattr(experiments, "trials", found)
+    monkeypatch.setattr(experiments, "workers_alive", lambda root: True)
+    try:
+        experiments.cancel(tmp_path, ["a"], 60)
+        assert killed == ["a"] and state_of("first") == state_of("second") == "interrupted"
+    finally:
+        process[0].kill()
+
+
 def test_what_dvc_starts_in_the_background_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nsleep 300 &\necho $!\n")

@@ -182,12 +182,13 @@ def interrupt_command(address: str) -> None:
     _interrupt([os.getpid()], lambda stage: stage == address)
 
 
-def interrupt_commands_of(starters: Iterable[int]) -> None:
-    """As `interrupt_command`, for all stage commands that these processes of DVC started."""
-    _interrupt(starters, bool)
+def interrupt_commands_of(starters: Iterable[int]) -> bool:
+    """As `interrupt_command`, for all stage commands that these processes of DVC started. Returns whether there were
+    any."""
+    return _interrupt(starters, bool)
 
 
-def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> None:
+def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> bool:
     interrupted = []
     for starter in starters:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -203,3 +204,4 @@ def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> None
         if is_running(child.pid, now):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+    return bool(interrupted)
