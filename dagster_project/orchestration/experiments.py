@@ -166,6 +166,11 @@ def is_temporary(root: Path) -> bool:
     return any(parent.match(".dvc/tmp/exps") for parent in root.resolve().parents)
 
 
+def workspace_of(root: Path) -> Path:
+    """The workspace that DVC copied for a queued experiment; of any other project, the project."""
+    return next((parent.parents[2] for parent in root.resolve().parents if parent.match(".dvc/tmp/exps")), root)
+
+
 def workers_alive(root: Path) -> bool:
     """Whether a worker's process exists."""
     for file in (root / ".dvc" / "tmp" / "exps" / "celery").glob(WORKER_FILES):
