@@ -453,6 +453,18 @@ def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(
     assert sweep.status == {"a": "Success", "b": "Canceled", "c": "Canceled"}
 
 
+def test_a_trial_that_has_not_ended_has_no_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DVC shows those of the commit from which it started."""
+    from dagster_project.commands.sweep import Trials
+
+    shown = {"params": {"params.yaml": {"data": {"a": {"r": 2}}}}, "metrics": {"report.json": {"data": {"loss": 0.1}}}}
+    monkeypatch.setattr(experiments, "shown", lambda *_: {"done": shown, "running": shown})
+    sweep = Trials(tmp_path, {"done": {"r": 2}, "running": {"r": 2}}, 1)
+    sweep.status = {"done": "Success", "running": "Canceled"}
+    rows = {row["name"]: row["metrics"] for row in sweep.table("a", "report.json", "0")}
+    assert rows == {"done": {"loss": 0.1}, "running": {}}
+
+
 def test_the_queue_is_read_again_if_a_worker_changes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     outcomes: list[Any] = [FileNotFoundError("message"), ChannelError("message"), {"a": Trial("Running", "0", True)}]
 
