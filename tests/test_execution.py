@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import platform
 import posixpath
 import resource
 import shutil
@@ -45,14 +46,17 @@ from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_ha
 from dagster_project.orchestration.executors import StageJob, messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import (
+    DRIVER,
     PROJECT,
     RESOURCES,
     STAGE,
+    WORKSPACE,
     ClusterGone,
     RayExecutor,
     _Run,
     connect,
 )
+from dagster_project.orchestration.processes import this_process
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
@@ -782,6 +786,51 @@ def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_do
         run._follow(tmp_path)
     assert (run.name == earlier.submission_id) is goes_on
     assert (submitted, stopped) == (([], []) if goes_on else (["1 CPU"], [earlier.submission_id]))
+
+
+def test_a_job_of_an_experiment_is_stopped_by_the_next_driver_of_the_workspace_if_its_own_has_ended(
+    stored: Path, tmp_path: Path
+) -> None:
+    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    says = "from dagster_project.orchestration.processes import this_process; print(this_process())"
+    ended = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, check=True).stdout.strip()
+    start = ended.partition(" ")[2]
+    stopped: list[str] = []
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path)
+        experiment = {STAGE: "adapter@lora", PROJECT: "copy", WORKSPACE: run.workspace}
+        metadata = {
+            "inst-ended-0": experiment | {DRIVER: ended},
+            "inst-rebooted-0": experiment | {DRIVER: f"{platform.node()} another-boot {start.partition(' ')[2]}"},
+            "inst-running-0": experiment | {DRIVER: this_process()},
+            "inst-elsewhere-0": experiment | {DRIVER: f"another-host {start}"},
+            "inst-unknown-0": experiment,
+            "inst-other-0": experiment | {DRIVER: ended, WORKSPACE: "another"},
+            "inst-none-0": None,
+        }
+        listed = [
+            SimpleNamespace(submission_id=name, status=statuses.RUNNING, metadata=one) for name, one in metadata.items()
+        ]
+        run.client = SimpleNamespace(
+            list_jobs=lambda: listed, stop_job=stopped.append, get_job_status=lambda _: statuses.STOPPED
+        )
+        for name in metadata:
+            store.write_document(store.at("jobs", name.removesuffix("-0"), "result.json"), {})
+        run._discard_others()
+        assert stopped == ["inst-ended-0", "inst-rebooted-0"]
+        assert len(store.list(store.at("jobs"))) == len(metadata) - 2
+
+
+def test_an_experiment_uses_the_remote_of_the_workspace_also_if_its_path_is_relative(stored: Path) -> None:
+    add_remote(stored, "../../remote")
+    (stored / ".dvc/tmp/exps").mkdir(parents=True)
+    with open_store(stored) as store:
+        expected = store.remote.url
+    assert Path(expected) == stored.parent / "remote"
+    copy = stored / ".dvc/tmp/exps/tmpx"
+    shutil.copytree(stored, copy, ignore=shutil.ignore_patterns("tmp"))
+    with open_store(copy) as store:
+        assert store.remote.url == expected
 
 
 def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(

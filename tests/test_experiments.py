@@ -353,6 +353,59 @@ def test_an_error_of_a_program_ends_a_cancellation_and_a_change_of_the_queue_at_
         cancel(Queue(TypeError("wrong")))
 
 
+STAGE = """
+import pathlib, sys, time
+file = pathlib.Path(sys.argv[1])
+try:
+    file.write_text("runs")
+    time.sleep(100)
+except KeyboardInterrupt:
+    file.write_text("interrupted")
+"""
+TWO_STAGES = """
+import os, subprocess, sys, time
+for name in ("first", "second"):
+    subprocess.run([sys.executable, "stage.py", name], env={**os.environ, "DVC_STAGE": name})
+time.sleep(100)
+"""
+
+
+def test_a_trial_that_a_worker_prepares_is_interrupted_when_its_stage_command_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker copies the workspace before the process of the trial exists. That process is killed only when none of
+    its stage commands runs, which may have submitted a job, also not one that starts after the first interrupt."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "trial.py").write_text(TWO_STAGES)
+    preparing, process, killed = [1, 2, 3], list[subprocess.Popen[bytes]](), list[str]()
+
+    def state_of(stage: str) -> str:
+        return (tmp_path / stage).read_text() if (tmp_path / stage).is_file() else ""
+
+    def found(root: Path) -> dict[str, Trial]:
+        if preparing:
+            preparing.pop()
+            return {"a": Trial("Running", "0", False)}
+        if not process:
+            process.append(subprocess.Popen([sys.executable, "trial.py"], cwd=tmp_path))
+        until = time.monotonic() + 60
+        while not state_of("second" if state_of("first") == "interrupted" else "first"):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return {} if killed else {"a": Trial("Running", "0", True, process[0].pid)}
+
+    queue = SimpleNamespace(kill=lambda names, force: killed.extend(names))
+    repo = SimpleNamespace(experiments=SimpleNamespace(celery_queue=queue))
+    monkeypatch.setattr(experiments.dvc, "open_repo", lambda root: nullcontext(repo))
+    monkeypatch.setattr(experiments, "trials", found)
+    monkeypatch.setattr(experiments, "workers_alive", lambda root: True)
+    try:
+        experiments.cancel(tmp_path, ["a"], 60)
+        assert killed == ["a"] and state_of("first") == state_of("second") == "interrupted"
+    finally:
+        process[0].kill()
+
+
 def test_what_dvc_starts_in_the_background_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nsleep 300 &\necho $!\n")
@@ -398,6 +451,18 @@ def test_an_interrupted_sweep_keeps_the_trials_that_finished_unseen(
     sweep = Trials(tmp_path, {"a": {}, "b": {}, "c": {}}, 1)
     assert sweep.run()["interrupted"]
     assert sweep.status == {"a": "Success", "b": "Canceled", "c": "Canceled"}
+
+
+def test_a_trial_that_has_not_ended_has_no_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DVC shows those of the commit from which it started."""
+    from dagster_project.commands.sweep import Trials
+
+    shown = {"params": {"params.yaml": {"data": {"a": {"r": 2}}}}, "metrics": {"report.json": {"data": {"loss": 0.1}}}}
+    monkeypatch.setattr(experiments, "shown", lambda *_: {"done": shown, "running": shown})
+    sweep = Trials(tmp_path, {"done": {"r": 2}, "running": {"r": 2}}, 1)
+    sweep.status = {"done": "Success", "running": "Canceled"}
+    rows = {row["name"]: row["metrics"] for row in sweep.table("a", "report.json", "0")}
+    assert rows == {"done": {"loss": 0.1}, "running": {}}
 
 
 def test_the_queue_is_read_again_if_a_worker_changes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

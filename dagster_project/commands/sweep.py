@@ -287,7 +287,8 @@ class Trials:
                 "params": dict(point),
                 "metrics": {},
             }
-            if data := shown.get(name):
+            # of one that still runs, DVC shows the metrics that it started with
+            if self.status[name] == SUCCESS and (data := shown.get(name)):
                 found = data["params"]["params.yaml"]["data"]
                 row["params"] = {key: value_at(found, f"{section}.{key}") for key in point}
                 row["metrics"] = dict(_leaves(data["metrics"].get(report, {}).get("data") or {}))

@@ -16,6 +16,7 @@ from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.text import many
 from dagster_project.lineage.history import finished_runs
 from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap, stage_among, stage_named
+from dagster_project.orchestration.experiments import workspace_of
 from dagster_project.orchestration.private_api import private_module
 
 SECRET_OPTIONS = {
@@ -243,12 +244,14 @@ def _has_password(options: Mapping[str, Any]) -> bool:
 def open_remote(root: Path) -> Iterator[Remote]:
     """DVC's default remote, and the cache of the project.
 
+    Of DVC's copy of a workspace for an experiment, those of the workspace: a path in its settings may be relative.
+
     Raises:
         InputError: there is no default remote, it is a versioned one, its package is not installed, or a credential is
             in .dvc/config.
     """
     config_error = private_module("dvc.config").ConfigError
-    with open_repo(root) as repo:
+    with open_repo(workspace_of(root)) as repo:
         name = repo.config["core"].get("remote")
         try:
             # with those of a remote that it names

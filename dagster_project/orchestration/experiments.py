@@ -166,6 +166,11 @@ def is_temporary(root: Path) -> bool:
     return any(parent.match(".dvc/tmp/exps") for parent in root.resolve().parents)
 
 
+def workspace_of(root: Path) -> Path:
+    """The workspace that DVC copied for a queued experiment; of any other project, the project."""
+    return next((parent.parents[2] for parent in root.resolve().parents if parent.match(".dvc/tmp/exps")), root)
+
+
 def workers_alive(root: Path) -> bool:
     """Whether a worker's process exists."""
     for file in (root / ".dvc" / "tmp" / "exps" / "celery").glob(WORKER_FILES):
@@ -215,25 +220,30 @@ def _raced() -> tuple[type[BaseException], ...]:
 
 def cancel(root: Path, names: Collection[str], seconds: float) -> None:
     """Remove queued experiments, interrupt the stage commands of running ones, which may have to stop a job on a
-    cluster, and kill what still runs; stage commands end with them."""
-    until, interrupted = time.monotonic() + seconds, set[int]()
+    cluster, and kill what still runs; stage commands end with them.
+
+    One that a worker has taken from the queue runs before it has a process: its end is waited for, too.
+
+    Args:
+        seconds: for the workers, from the latest interrupt.
+    """
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         found = {name: trial for name, trial in trials(root).items() if name in names}
         waiting = [name for name, trial in found.items() if trial.status == QUEUED]
-        running = [name for name, trial in found.items() if trial.status == RUNNING]
-        if not waiting and not any(found[name].alive for name in running):
+        running = {name: trial for name, trial in found.items() if trial.status == RUNNING}
+        alive = {name: trial.pid for name, trial in running.items() if trial.alive}
+        if not waiting and not alive and not (running and workers_alive(root)):
             return
-        new = {found[name].pid for name in running} - interrupted - {0}
         # a worker may start or end one at this moment: try again
         with dvc.open_repo(root) as repo, suppress(*_raced()):
             if waiting:  # before killing: a worker that becomes free would start the next one
                 repo.experiments.celery_queue.remove(waiting)
-            if running and not new:
-                repo.experiments.celery_queue.kill(running, force=True)
-        if new:
-            interrupt_commands_of(new)
-            interrupted |= new
-            until = time.monotonic() + seconds
+            # again each time: a stage may have started meanwhile, and submit a job
+            if alive and interrupt_commands_of(alive.values()):
+                until = time.monotonic() + seconds
+            elif alive:
+                repo.experiments.celery_queue.kill([*alive], force=True)
         time.sleep(0.3)
 
 

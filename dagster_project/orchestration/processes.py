@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -50,6 +51,22 @@ def start_of(pid: int) -> str:
         return f"{boot} {pid} {Path(f'/proc/{pid}/stat').read_text(errors='replace').rpartition(')')[2].split()[19]}"
     except OSError:
         return ""
+
+
+def this_process() -> str:
+    """This process, for `has_ended` in another one; empty if the system is not Linux."""
+    start = start_of(os.getpid())
+    return start and f"{platform.node()} {start}"
+
+
+def has_ended(process: str) -> bool:
+    """Whether a process of this host has ended; False for one of another host, which cannot be asked.
+
+    Args:
+        process: its `this_process`.
+    """
+    host, _, start = process.partition(" ")
+    return host == platform.node() and start != "" and start_of(int(start.split()[1])) != start
 
 
 def runs_one_of(pid: int, programs: Iterable[str]) -> bool:
@@ -182,12 +199,13 @@ def interrupt_command(address: str) -> None:
     _interrupt([os.getpid()], lambda stage: stage == address)
 
 
-def interrupt_commands_of(starters: Iterable[int]) -> None:
-    """As `interrupt_command`, for all stage commands that these processes of DVC started."""
-    _interrupt(starters, bool)
+def interrupt_commands_of(starters: Iterable[int]) -> bool:
+    """As `interrupt_command`, for all stage commands that these processes of DVC started. Returns whether there were
+    any."""
+    return _interrupt(starters, bool)
 
 
-def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> None:
+def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> bool:
     interrupted = []
     for starter in starters:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -203,3 +221,4 @@ def _interrupt(starters: Iterable[int], is_meant: Callable[[str], bool]) -> None
         if is_running(child.pid, now):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+    return bool(interrupted)

@@ -31,11 +31,11 @@ from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
 from dagster_project.lineage.history import Objects
-from dagster_project.orchestration import dvc_remote, dvc_run, integrity, locks
+from dagster_project.orchestration import dvc_remote, dvc_run, integrity, locks, processes
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.experiments import is_temporary
+from dagster_project.orchestration.experiments import is_temporary, workspace_of
 from dagster_project.orchestration.remote_store import OBJECT, Damaged, RemoteStore, open_store
 
 log = logging.getLogger("pedigree")
@@ -61,6 +61,8 @@ VARIABLES, SETTING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), "execution.addre
 """What can give the address: Ray's variables, the first before the second, and params.yaml."""
 STAGE, PROJECT, RESOURCES = "pedigree/stage", "pedigree/project", "pedigree/resources"
 """Metadata of a job."""
+WORKSPACE, DRIVER = "pedigree/workspace", "pedigree/driver"
+"""Metadata of a job of a queued experiment: the workspace that DVC copied, and the process that submitted the job."""
 
 
 class ClusterGone(PedigreeError):
@@ -266,7 +268,7 @@ class _Run:
     def __post_init__(self) -> None:
         address, inputs = self.job.ctx.address, dict(self.job.inputs)
         self.address = address
-        self.project = _project_id(self.job.ctx.root)
+        self.project, self.workspace = _project_id(self.job.ctx.root), _project_id(workspace_of(self.job.ctx.root))
         self.command, outs = dvc_remote.definition_of(self.job.ctx.root, address)
         # neither is an input for DVC, but a job that began before a change of either has another result
         others = [self.command, outs, versions(), os.environ.get(THREADS)]
@@ -371,8 +373,13 @@ class _Run:
 
         Remove results of other inputs; of the same inputs too, if the stage has to be run.
         """
-        forced = dvc_run.is_forced()
-        for job in self._running():
+        forced, listed = dvc_run.is_forced(), self._listed()
+        for job in listed:
+            if self._is_abandoned(job):
+                log.info(f"{self.address}: stopping job {job.submission_id} of an experiment whose driver has ended")
+                self._stop(job.submission_id)
+                self.store.remove(self.store.at("jobs", job.submission_id.rpartition("-")[0]))
+        for job in filter(self._is_own, listed):
             if forced:
                 why = "because the run is forced"
             elif not job.submission_id.startswith(self.key):
@@ -395,14 +402,20 @@ class _Run:
             return not any(kind == "hello" for kind, _ in received(self.client.get_job_logs(job.submission_id)))
         return False
 
-    def _running(self) -> list[Any]:
-        """Ray's details of the jobs of this stage of this workspace that have not ended."""
-        own = {STAGE: self.address, PROJECT: self.project}.items()
-        return [
-            job
-            for job in self._request(self.client.list_jobs)
-            if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).items() >= own
-        ]
+    def _listed(self) -> list[Any]:
+        """Ray's details of all jobs that have not ended."""
+        listed = self._request(self.client.list_jobs)
+        return [job for job in listed if job.submission_id and not job.status.is_terminal()]
+
+    def _is_own(self, job: Any) -> bool:
+        """Whether it is a job of this stage of this workspace."""
+        return bool((job.metadata or {}).items() >= {STAGE: self.address, PROJECT: self.project}.items())
+
+    def _is_abandoned(self, job: Any) -> bool:
+        """Whether it is a job of a queued experiment of this workspace whose driver was killed: each experiment has a
+        copy of the workspace, so no later run takes it over."""
+        metadata = job.metadata or {}
+        return metadata.get(WORKSPACE) == self.workspace and processes.has_ended(metadata.get(DRIVER, ""))
 
     # ---- a job -------------------------------------------------------------------------------------------------------
 
@@ -412,8 +425,8 @@ class _Run:
         Returns:
             Ray's details of the job; None if the cluster lost it.
         """
-        running = [job.submission_id for job in self._running() if job.submission_id.startswith(self.key)]
-        running = [name for name in running if name not in self.stopped]
+        running = [job.submission_id for job in filter(self._is_own, self._listed())]
+        running = [name for name in running if name.startswith(self.key) and name not in self.stopped]
         self.attempts += 1
         self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
         self.submitted, self.started, self.queued = self.submitted or time.monotonic(), None, None
@@ -461,11 +474,17 @@ class _Run:
         os.environ |= {"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""}
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
+        of_experiment = {WORKSPACE: self.workspace, DRIVER: processes.this_process()}
         options: dict[str, Any] = {
             "submission_id": self.name,
             "entrypoint": shlex.join(command),
             "runtime_env": {"working_dir": str(folder)},
-            "metadata": {STAGE: self.address, PROJECT: self.project, RESOURCES: self._resources()},
+            "metadata": {
+                STAGE: self.address,
+                PROJECT: self.project,
+                RESOURCES: self._resources(),
+                **(of_experiment if is_temporary(self.job.ctx.root) else {}),
+            },
             "entrypoint_label_selector": {"image": place.image} if place.image else None,
         }
         if place.nodes == 1:  # else the workers that it starts reserve their nodes, all at once
