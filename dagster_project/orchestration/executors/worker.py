@@ -285,7 +285,7 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
 def main(job: Mapping[str, Any]) -> int:
     """Returns the exit code: 0 if there is a result, also of a stage that failed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    send("hello", {"node": platform.node()})
+    send("hello", {"node": platform.node(), "time": time.time()})
     where = Path.cwd()
     try:
         refuse_other_versions(job["versions"])
