@@ -840,7 +840,9 @@ def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_l
     that begins after 30 s and computes for 40 s."""
     tool("ray")
     clock = SimpleNamespace(now=1.0)
-    monkeypatch.setattr(ray, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda _: None))
+    monkeypatch.setattr(
+        ray, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now, sleep=lambda _: None)
+    )
     submitted: list[str] = []
     polls = iter(
         [

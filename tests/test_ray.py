@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import psutil
 import pytest
 from builders import small_pipeline, training_pipeline
@@ -35,10 +36,13 @@ from conftest import run
 
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
+from dagster_project.core.records import write_json
 from dagster_project.execution import Execution, Placement
 from dagster_project.lineage.history import Objects
+from dagster_project.orchestration import durations
 from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, TokenRefused, _project_id
+from dagster_project.orchestration.run_all import run_all
 from dagster_project.orchestration.run_stage import run_stage
 
 pytestmark = pytest.mark.cluster
@@ -294,6 +298,100 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
     with pytest.raises(InputError, match=rf"numpy {numpy.__version__} instead of 9\.9\.9"):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 1
+
+
+# --- waits
+
+
+def on_one_slot(root: Path) -> Path:
+    """Both variants are edited, and the cluster has room for one. Both logs say what waits, more often than by default.
+
+    Returns:
+        The file that lets them end.
+    """
+    values = json.loads((root / "params.yaml").read_text())
+    placed = {"stages": {"adapter": {"on": "ray", "resources": {"second": 1}}}}
+    (root / "params.yaml").write_text(json.dumps({**values, "execution": placed}))
+    (root / "code/adapter.py").write_text("V = 9\n")
+    impatient = (
+        "        logging.basicConfig(level=logging.INFO)\n"
+        "        from dagster_project.orchestration.executors import ray\n"
+        f"        ray.POLL, ray.WAITING_LOG_SECONDS = {POLL}, 1.0\n"
+    )
+    text, found = (root / "small_pipeline.py").read_text(), '    if sys.argv[1] == "run":\n'
+    assert found in text
+    (root / "small_pipeline.py").write_text(text.replace(found, found + impatient))
+    for address, seconds in {"adapter@lora": 6000.0, "adapter@dora": 6000.0, "cmp": 60.0}.items():
+        place = "local" if address == "cmp" else "ray"
+        write_json(root / durations.SECONDS / place / f"{address}.json", {"seconds": seconds})
+    return hold(root, "adapter")[0]
+
+
+WAITS = re.compile(
+    r"(adapter@(?:lora|dora)): has waited \d+:\d\d for 1 CPU, 1 second on the cluster;"
+    r" ahead of it: (adapter@(?:lora|dora)) \(1 CPU, 1 second; about 1:\d\d:\d\d left\);"
+    r" estimate: it could begin in about 1:\d\d:\d\d, if they hold what it needs and take as long as the last time;"
+    r" `ray status` on the cluster shows what its nodes have"
+)
+
+
+def test_a_stage_that_waits_says_behind_what_and_the_time_left_of_all_stages_leaves_its_wait_out(
+    driver: dict[str, str], root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("PEDIGREE_EXECUTION")
+    monkeypatch.setattr("dagster_project.orchestration.run_all.PROGRESS_INTERVAL", 1.0)
+    gate = on_one_slot(root)
+    shown = re.compile(
+        r"running: .*adapter@\w+ waits on the cluster.*\. 1 running, 1 waiting on the cluster, 1 queued,"
+        r" about 1:4\d:\d\d left if all run, by the last runs; waits on the cluster are not included"
+    )
+
+    def release() -> None:
+        try:
+            until(lambda: WAITS.search(caplog.text) and shown.search(caplog.text), 240)
+        finally:
+            gate.touch()
+
+    releaser = threading.Thread(target=release)
+    with caplog.at_level(logging.INFO, logger="pedigree"):
+        releaser.start()
+        document = run_all(root, 2, False, PIPELINE.validate, pipeline=PIPELINE)
+        releaser.join()
+    assert document["passed"], caplog.text
+    waits = WAITS.search(caplog.text)
+    assert waits and {waits[1], waits[2]} == {"adapter@lora", "adapter@dora"}, caplog.text
+    assert shown.search(caplog.text), caplog.text
+    for address in ("adapter@lora", "adapter@dora"):
+        [job] = jobs(root, address)
+        assert job.metadata["pedigree/seconds"] == "6000.0"
+        queued = json.loads(measured_path(root, address).read_text())["execution"]["queue_seconds"]
+        assert (durations.last(root, address, "ray") or 6000) < 600
+        assert queued > 0
+    assert durations.jobs(root) == []
+
+
+@pytest.mark.long
+def test_the_log_of_a_run_in_dagster_has_the_wait_of_a_stage_and_what_is_left(
+    driver: dict[str, str], root: Path, synced: dg.DagsterInstance
+) -> None:
+    gate = on_one_slot(root)
+    variables = {name: value for name, value in os.environ.items() if name != "PEDIGREE_EXECUTION"}
+    command = [sys.executable, "small_pipeline.py", "materialize-at-once"]
+    process = subprocess.Popen(command, cwd=root, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def messages() -> list[str]:
+        return [entry.user_message for run in synced.get_runs() for entry in synced.all_logs(run.run_id)]
+
+    try:
+        until(lambda: process.poll() is not None or any(map(WAITS.fullmatch, messages())), 300)
+        gate.touch()
+        assert process.wait(300) == 0, messages()
+    finally:
+        process.kill()
+    assert any(map(WAITS.fullmatch, messages())), messages()
+    started = [line for line in messages() if "stages done" in line and line.startswith("adapter@")]
+    assert len(started) == 2
+    assert all(line.endswith("by the last runs; waits on the cluster are not included") for line in started), started
 
 
 # --- killed and lost

@@ -28,17 +28,9 @@ from ruamel.yaml import YAML
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_json
+from dagster_project.orchestration.durations import SECONDS
 from dagster_project.orchestration.dvc import Input, StageState, read_stages
-from dagster_project.orchestration.run_all import (
-    SECONDS,
-    Outcome,
-    RunAll,
-    Running,
-    as_text,
-    parents,
-    remaining,
-    reproduce_one,
-)
+from dagster_project.orchestration.run_all import Outcome, RunAll, Running, as_text, parents, reproduce_one
 
 BOTH = {"adapter@lora", "adapter@dora"}
 
@@ -216,30 +208,18 @@ def test_two_at_once_share_the_work_and_run_nothing_twice(root: Path) -> None:
     assert sorted(small_pipeline.commands_run(root)[ran:]) == ["adapter@dora", "adapter@lora", "cmp"]
 
 
-def test_the_time_left_follows_the_longest_chain_and_the_number_of_jobs() -> None:
-    above: dict[str, set[str]] = {"a": set(), "b": set(), "c": {"a", "b"}, "d": {"c"}}
-    seconds = {"a": 10.0, "b": 4.0, "c": 1.0, "d": 2.0}
-    assert remaining(above, {}, ["a", "b", "c", "d"], seconds, jobs=1) == 17
-    assert remaining(above, {}, ["a", "b", "c", "d"], seconds, jobs=2) == 13
-    assert remaining(above, {"a": 7.0, "b": 1.0}, ["c", "d"], seconds, jobs=2) == 6
-    assert remaining(above, {"a": 99.0}, ["c", "d"], seconds, jobs=2) == 3, (
-        "longer than the last time: it may end at any moment"
-    )
-    assert remaining(above, {"a": 2.0}, [], {}, jobs=1) == 0
-
-
 @pytest.mark.usefixtures("warm_small")
 def test_stages_that_are_up_to_date_count_neither_as_queued_nor_in_the_time_left(root: Path) -> None:
     """Of two variants one is edited. The other one, whose last run took an hour, is not run again."""
     for address, seconds in {"adapter@lora": 60.0, "adapter@dora": 3600.0, "cmp": 30.0}.items():
-        write_json(root / SECONDS / f"{address}.json", {"seconds": seconds})
+        write_json(root / SECONDS / "local" / f"{address}.json", {"seconds": seconds})
     edit_params(root, lambda values: values["variants"]["lora"].update(r=9))
     done = run([sys.executable, "small_pipeline.py", "run-all", "1"], root)
     assert outcomes(json.loads(done.stdout)) == {
         **dict.fromkeys(["raw", "inst", "tok", "adapter@dora"], "up to date"), "adapter@lora": "run", "cmp": "run"
     }  # fmt: skip
     [shown] = re.findall(r"adapter@lora: started .*\. (1 running, .*)", done.stderr)
-    assert re.fullmatch(r"1 running, 1 queued, about 1:[0-3]\d left", shown)
+    assert re.fullmatch(r"1 running, 1 queued, about 1:[0-3]\d left if all run, by the last runs", shown)
 
 
 def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:

@@ -13,12 +13,11 @@ from dagster_project.core.text import listed
 from dagster_project.lineage.erasure.kinds import KINDS
 from dagster_project.lineage.erasure.records import Request, read_request
 from dagster_project.lineage.signing.keys import private_key
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import durations, dvc
 from dagster_project.orchestration.erasure import plan as plans
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs, one_erasure
 from dagster_project.orchestration.erasure.places import GIT
 from dagster_project.orchestration.erasure.steps import Erasure, finish
-from dagster_project.orchestration.run_all import last_seconds
 from dagster_project.views.texts import text
 
 SHOWN = 12
@@ -65,7 +64,7 @@ def _cost(root: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
 
     Null where unknown.
     """
-    seconds = {address: last_seconds(root, address) for address in plan["stages"]}
+    seconds = {address: durations.last(root, address) for address in plan["stages"]}
     trained = [
         address.partition("@")[2] for address in plan["stages"] if address.partition("@")[0] in {"adapter", "aligned"}
     ]

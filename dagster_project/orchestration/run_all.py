@@ -8,7 +8,6 @@ process for the same owner (docs/decisions/025).
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -24,16 +23,16 @@ from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core import faults
-from dagster_project.core.context import measured
+from dagster_project.core import faults, params
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import is_report
 from dagster_project.core.progress import clock
-from dagster_project.core.records import write_json
+from dagster_project.execution import placement
 from dagster_project.lineage import code_lock
-from dagster_project.orchestration import dvc, dvc_run, integrity, processes, rwlock
+from dagster_project.orchestration import durations, dvc, dvc_run, integrity, processes, rwlock
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.leftovers import remove_leftovers
+from dagster_project.pipeline import PEDIGREE, Pipeline
 from dagster_project.views.texts import text
 
 log = logging.getLogger("pedigree")
@@ -47,8 +46,6 @@ NOT_STARTED = "not started"
 """Outcomes of a stage."""
 PROGRESS_INTERVAL = 60.0
 """Seconds between two log lines about running stages."""
-SECONDS = Path(".dvc") / "tmp" / "pedigree" / "seconds"
-"""Folder with the duration of each stage's latest run, from which the remaining time is estimated."""
 
 
 @dataclass
@@ -87,42 +84,22 @@ def parents(states: Mapping[str, StageState]) -> dict[str, set[str]]:
     return found
 
 
-def remaining(
-    above: Mapping[str, Collection[str]],
-    running: Mapping[str, float],
-    queued: Iterable[str],
-    seconds: Mapping[str, float],
-    jobs: int,
-) -> float:
-    """Seconds until all of these stages are done, if each takes as long as the last time.
-
-    A stage without a known duration counts as 0.
-
-    Args:
-        above: stages that each stage reads.
-        running: seconds that each running stage has run.
-    """
-    at_work = {address: max(0.0, seconds.get(address, 0.0) - elapsed) for address, elapsed in running.items()}
-    left, total = list(queued), 0.0
-    while at_work or left:
-        for address in list(left):
-            if len(at_work) < jobs and not {*above[address]} & {*at_work, *left}:
-                at_work[address] = seconds.get(address, 0.0)
-                left.remove(address)
-        step = min(at_work.values())
-        total += step
-        at_work = {address: rest - step for address, rest in at_work.items() if rest > step}
-    return total
-
-
 class RunAll:
     """One `pedigree run --all`."""
 
-    def __init__(self, root: Path, jobs: int, force: bool, only: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        jobs: int,
+        force: bool,
+        only: Collection[str] | None = None,
+        pipeline: Pipeline = PEDIGREE,
+    ) -> None:
         """Args:
         only: addresses of the stages to bring up to date; None: all.
+        pipeline: its stages are those that may run on a cluster.
         """
-        self.root, self.jobs, self.force, self.only = root, jobs, force, only
+        self.root, self.jobs, self.force, self.only, self.pipeline = root, jobs, force, only, pipeline
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, Running] = {}
         self.waiting: set[str] = set()
@@ -143,9 +120,8 @@ class RunAll:
             raise InputError("dvc.yaml has no stages", "restore it with `git checkout HEAD dvc.yaml`")
         self.states = {address: state for address, state in states.items() if self.only is None or address in self.only}
         self.above = {address: above & self.states.keys() for address, above in parents(self.states).items()}
-        self.seconds = {
-            address: value for address in self.states if (value := last_seconds(self.root, address)) is not None
-        }
+        self.on_cluster = on_cluster(self.root, self.states, self.pipeline)
+        self.seconds = durations.known(self.root, self.states, self.on_cluster)
         try:
             while True:
                 self._start_ready()
@@ -168,18 +144,6 @@ class RunAll:
 
     def _is_up_to_date(self, state: StageState) -> bool:
         return state.as_recorded and (state.frozen or not (state.changed or self.force))
-
-    @property
-    def _expected(self) -> list[str]:
-        """Queued stages that are not up to date, or read a stage that runs or is expected to, in flow order.
-
-        `_queued` has others, too, while as many stages run as may.
-        """
-        found = {*self.running}
-        for address in self._queued:
-            if not self._is_up_to_date(self.states[address]) or self.above[address] & found:
-                found.add(address)
-        return [address for address in self._queued if address in found]
 
     def _read(self) -> dict[str, StageState]:
         states = dvc.read_stages(self.root)
@@ -248,16 +212,18 @@ class RunAll:
         log.info(f"{address}: started ({', '.join(why)}). {self._progress()}")
 
     def _progress(self) -> str:
-        now = time.monotonic()
-        elapsed = {address: now - one.began for address, one in self.running.items()}
-        queued = self._expected
-        text = f"{len(self.running)} running, {len(queued)} queued"
-        known = [address for address in [*elapsed, *queued] if address in self.seconds]
-        if not known:
-            return text
-        left = remaining(self.above, elapsed, queued, self.seconds, self.jobs)
-        at_least = "at least" if len(known) < len(elapsed) + len(queued) else "about"
-        return f"{text}, {at_least} {clock(left)} left"
+        running = {address: self._elapsed(address) for address in self.running}
+        # also others are queued while as many stages run as may
+        queued = durations.expected(
+            self._queued, self.above, running, lambda address: self._is_up_to_date(self.states[address])
+        )
+        return durations.time_left(
+            self.above, running, queued, self.seconds, self.on_cluster, lambda at_work, _: len(at_work) < self.jobs
+        )
+
+    def _elapsed(self, address: str) -> float | None:
+        ran, now = time.monotonic() - self.running[address].began, time.time()
+        return durations.elapsed(self.root, address, now - ran, now)
 
     def _wait(self) -> None:
         """Wait until a stage ends, and record its outcome."""
@@ -275,10 +241,12 @@ class RunAll:
             if not ended and self.waiting:
                 break
             if not ended and time.monotonic() - since >= PROGRESS_INTERVAL:
-                times = ", ".join(
-                    f"{address} {clock(time.monotonic() - one.began)}" for address, one in self.running.items()
-                )
-                log.info(f"running: {times}. {self._progress()}")
+                times = [
+                    f"{address} waits on the cluster" if (ran := self._elapsed(address)) is None
+                    else f"{address} {clock(ran)}"
+                    for address in self.running
+                ]  # fmt: skip
+                log.info(f"running: {', '.join(times)}. {self._progress()}")
                 since = time.monotonic()
         for address in ended:
             self._end(address)
@@ -315,7 +283,7 @@ class RunAll:
         error = answer.get("error", "") or ("its process ended without a result" if outcome == FAILED else "")
         self.outcomes[address] = Outcome(outcome, one.why, seconds, error)
         if outcome == RUN:
-            write_json(self.root / SECONDS / f"{address}.json", {"seconds": seconds})
+            durations.record(self.root, address, seconds)
         if outcome == FAILED:
             log.error(f"{address}: {error}")
         text = f"{address}: {outcome} after {clock(seconds)}"
@@ -412,16 +380,26 @@ def as_text(document: Mapping[str, Any]) -> str:
     return text("run_all", **document, by_outcome=by_outcome)
 
 
-def last_seconds(root: Path, address: str) -> float | None:
-    """Duration of the stage's latest run, or else of its training; None if unknown."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((root / SECONDS / f"{address}.json").read_bytes())["seconds"])
-    value = measured(root, address).get("training_seconds")
-    return float(value) if value else None
+def on_cluster(root: Path, addresses: Iterable[str], pipeline: Pipeline) -> set[str]:
+    """Those of the stages that the section `execution` places on a cluster."""
+    with suppress(InputError):  # an invalid section: the stage reports it when it runs
+        values = params.read(root)
+        return {
+            address
+            for address in addresses
+            if address.partition("@")[0] in pipeline.stages  # not the user's own
+            and placement(values, address, pipeline.stages, pipeline.variants_of)[1].on != durations.LOCAL
+        }
+    return set()
 
 
 def run_all(
-    root: Path, jobs: int, force: bool, validate: Callable[[Path], Any], only: Collection[str] | None = None
+    root: Path,
+    jobs: int,
+    force: bool,
+    validate: Callable[[Path], Any],
+    only: Collection[str] | None = None,
+    pipeline: Pipeline = PEDIGREE,
 ) -> dict[str, Any]:
     """Bring all stages up to date by DVC, up to `jobs` independent ones at once.
 
@@ -429,14 +407,14 @@ def run_all(
 
     Args:
         validate: refuses bad parameters before anything runs.
-        only: as for `RunAll`.
+        only, pipeline: as for `RunAll`.
     Returns:
         Document with the outcome of every stage.
     """
     began = time.monotonic()
     code_lock.refuse_other_code(root)
     validate(root)
-    whole = RunAll(root, jobs, force, only)
+    whole = RunAll(root, jobs, force, only, pipeline)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the stages as Ctrl-C does
     try:
         outcomes = whole.run()

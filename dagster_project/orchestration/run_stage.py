@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import is_within, refuse_lost_entries
-from dagster_project.orchestration import dvc, dvc_cache, integrity, locks, processes
+from dagster_project.orchestration import durations, dvc, dvc_cache, integrity, locks, processes
 from dagster_project.orchestration.dvc_errors import MissingParameter
 from dagster_project.orchestration.dvc_run import FAILURE
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
@@ -65,6 +66,7 @@ def run_stage(
         log.info(f"{address}: waiting for {holder}")
 
     with locks.hold(root, address, wait_or_refuse):
+        began = time.monotonic()
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
         remove_leftovers(root)
         try:
@@ -95,7 +97,8 @@ def run_stage(
             raise
         finally:
             remove(scratch)
-    if os.environ.get(VARIABLE) != WORKER:  # the driver of a worker logs it
+    if os.environ.get(VARIABLE) != WORKER:  # the driver of a worker does both
+        durations.record(root, address, time.monotonic() - began)
         for line in _summary(address, report):
             log.info(line)
     return report

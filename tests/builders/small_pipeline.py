@@ -379,7 +379,7 @@ def main() -> int:
         from dagster_project.orchestration.run_all import run_all
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        document = run_all(root, int(sys.argv[2]), sys.argv[3:] == ["--force"], PIPELINE.validate)
+        document = run_all(root, int(sys.argv[2]), sys.argv[3:] == ["--force"], PIPELINE.validate, pipeline=PIPELINE)
         print(json.dumps(document))
         return 0 if document["passed"] else 1
     if sys.argv[1] == "sweep":

@@ -16,12 +16,18 @@ from dagster_project.core import params
 from dagster_project.core.documents import damaged_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import is_code, is_report
-from dagster_project.execution import placement
+from dagster_project.execution import VARIABLE, placement
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.registered import HEAD, Version, registered, table_rows
 from dagster_project.orchestration import integrity
 from dagster_project.orchestration.dagster import metadata, pages
-from dagster_project.orchestration.dagster.concurrency import ON_TAG, placement_variables, pool_of, set_default_limits
+from dagster_project.orchestration.dagster.concurrency import (
+    ON_TAG,
+    RAY,
+    placement_variables,
+    pool_of,
+    set_default_limits,
+)
 from dagster_project.orchestration.dagster_dvc.metadata import check_result, table
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
@@ -130,8 +136,13 @@ class PedigreeProject(DvcProject):
         """params.yaml when the project was loaded."""
         return params.read(self.root)
 
-    def pool_of(self, address: str, state: StageState) -> str | None:
-        return (self.is_own(address) and super().pool_of(address, state)) or self.pool(address, self._values)
+    def pool_of(self, address: str, state: StageState, variables: Mapping[str, str] | None = None) -> str | None:
+        on = (variables or {}).get(VARIABLE, "")
+        return (self.is_own(address) and super().pool_of(address, state)) or self.pool(address, self._values, on)
+
+    def on_cluster(self, address: str, variables: Mapping[str, str]) -> bool:
+        on = variables.get(VARIABLE, "")
+        return not self.is_own(address) and pool_of(address, self.pipeline, self._values, on) == RAY
 
     def pool(self, address: str, values: Mapping[str, Any], on: str = "") -> str:
         """Pool of a stage (`concurrency.pool_of`)."""

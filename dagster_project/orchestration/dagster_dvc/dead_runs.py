@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import time
+from dataclasses import dataclass
 
 import dagster as dg
 
@@ -146,15 +147,35 @@ def is_pending(instance: dg.DagsterInstance, run_id: str, key: dg.AssetKey) -> b
 
 def remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
     """Assets that the run planned to materialize and whose step has not ended."""
+    return steps_of(instance, run_id).remaining
+
+
+@dataclass(frozen=True)
+class RunSteps:
+    """How far a run is."""
+
+    planned: set[dg.AssetKey]
+    """Assets that it is going to materialize, or has."""
+    remaining: set[dg.AssetKey]
+    """Those whose step has not ended."""
+    running: dict[dg.AssetKey, float]
+    """Those whose step runs, with the time of its start."""
+
+
+def steps_of(instance: dg.DagsterInstance, run_id: str) -> RunSteps:
     kinds = dg.DagsterEventType
     planned: dict[dg.AssetKey, str | None] = {}
     ended: set[dg.AssetKey | str | None] = set()
+    began: dict[str | None, float] = {}
+    starts = {kinds.STEP_START, kinds.STEP_RESTARTED}
     of_type = {
         kinds.ASSET_MATERIALIZATION_PLANNED,
         kinds.ASSET_MATERIALIZATION,
         kinds.STEP_SUCCESS,
         kinds.STEP_FAILURE,
         kinds.STEP_SKIPPED,
+        kinds.STEP_UP_FOR_RETRY,
+        *starts,
     }
     for entry in instance.all_logs(run_id, of_type=of_type):
         event = entry.get_dagster_event()
@@ -162,9 +183,20 @@ def remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
             planned[event.asset_key] = event.step_key
         elif event.event_type == kinds.ASSET_MATERIALIZATION:
             ended.add(event.asset_key)
+        elif event.event_type in starts:
+            began[event.step_key] = entry.timestamp
+        elif event.event_type == kinds.STEP_UP_FOR_RETRY:
+            began.pop(event.step_key, None)
         else:
             ended.add(event.step_key)
-    return {key for key, step in planned.items() if key not in ended and step not in ended}
+    left = {key: step for key, step in planned.items() if key not in ended and step not in ended}
+    return RunSteps({*planned}, {*left}, {key: began[step] for key, step in left.items() if step in began})
+
+
+def is_in_one_process(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether the steps of a run run in the process of the run, which is this one, one after another."""
+    process = _process(instance, run_id)
+    return process is None or process[0] == os.getpid()
 
 
 def _process_here(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[int, float, str] | None:

@@ -17,9 +17,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dagster_project.core import faults
 from dagster_project.core.errors import CheckFailed, PedigreeError
-from dagster_project.orchestration import dvc, dvc_run, rwlock
+from dagster_project.orchestration import durations, dvc, dvc_run, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import end_with_run, interrupt_if_canceled, remaining, tag_run
 from dagster_project.orchestration.dagster_dvc.metadata import check_result, finite, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.progress import progress
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
 from dagster_project.orchestration.dvc import StageState
@@ -71,6 +72,8 @@ def bring_up_to_date(
         after: Snapshot | None = None
         if not states[address].frozen and (states[address].changed or force):
             reported = _report_stamp(project.root, states[address])
+            why = ", ".join(states[address].changed) or "forced"
+            context.log.info(f"{address}: started ({why}). {progress(instance, context.run, project, states, address)}")
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, project, address, force, variables)
                 # a forced run of it may have waited for this one
@@ -276,7 +279,7 @@ def _reproduce(
         with dg.open_pipes_session(
             context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
         ) as session:
-            pipes = session.get_bootstrap_env_vars()
+            pipes, began = session.get_bootstrap_env_vars(), time.monotonic()
             with dvc_run.commands_started() as started:
                 done = dvc_run.reproduce(
                     project.root,
@@ -290,6 +293,8 @@ def _reproduce(
                     command=["dagster", "run", context.run_id[:8]],
                 )
             outcome = "run" if started else "restored" if done else "nothing"
+            if started:
+                durations.record(project.root, address, time.monotonic() - began)
             if Path(session.message_reader_params["path"]).stat().st_size:
                 return outcome
             reader = PipesMappingParamsLoader(pipes)  # the command sent no messages, so they are sent here

@@ -184,9 +184,21 @@ class DvcProject:
         """The command that runs the stage without Dagster."""
         return f"dvc repro {state.address}"
 
-    def pool_of(self, address: str, state: StageState) -> str | None:
-        """Pool of a stage: `meta: {pool: NAME}` in dvc.yaml."""
+    def pool_of(self, address: str, state: StageState, variables: Mapping[str, str] | None = None) -> str | None:
+        """Pool of a stage: `meta: {pool: NAME}` in dvc.yaml.
+
+        Args:
+            variables: environment of the stage command; None: that of this process.
+        """
         return state.meta.get("pool")
+
+    def on_cluster(self, address: str, variables: Mapping[str, str]) -> bool:
+        """Whether a stage runs on a cluster, where it may have to wait.
+
+        Args:
+            variables: environment of the stage command.
+        """
+        return False
 
     def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
         """The checks of a stage, each with what it asserts: `meta: {checks: {NAME: DESCRIPTION}}` in dvc.yaml."""

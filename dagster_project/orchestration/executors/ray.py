@@ -28,13 +28,15 @@ from dagster_project.core.context import StageContext
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.imports import lean_imports
+from dagster_project.core.progress import clock
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
 from dagster_project.lineage.history import Objects
-from dagster_project.orchestration import dvc_remote, dvc_run, integrity, locks, processes
+from dagster_project.orchestration import durations, dvc_remote, dvc_run, integrity, locks, processes
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
+from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, SECONDS, STAGE, jobs_ahead
 from dagster_project.orchestration.experiments import is_temporary, workspace_of
 from dagster_project.orchestration.remote_store import OBJECT, Damaged, RemoteStore, open_store
 
@@ -59,8 +61,6 @@ LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
 VARIABLES, SETTING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), "execution.address"
 """What can give the address: Ray's variables, the first before the second, and params.yaml."""
-STAGE, PROJECT, RESOURCES = "pedigree/stage", "pedigree/project", "pedigree/resources"
-"""Metadata of a job."""
 WORKSPACE, DRIVER = "pedigree/workspace", "pedigree/driver"
 """Metadata of a job of a queued experiment: the workspace that DVC copied, and the process that submitted the job."""
 
@@ -95,6 +95,8 @@ class RayExecutor:
                     with suppress(PedigreeError):
                         store.remove(run.at())
                 raise
+            finally:
+                durations.remove_job(job.ctx.root, job.ctx.address)
 
 
 def _refuse_nodes(ctx: StageContext, nodes: int) -> None:
@@ -437,6 +439,7 @@ class _Run:
             else:
                 self._submit(folder)
                 log.info(f"{self.address}: job {self.name} was submitted: {self.url}/#/jobs/{self.name}")
+            durations.write_job(self.job.ctx.root, self.address, self.name, None)
             return self._wait(bool(running))
         except KeyboardInterrupt:
             self._stop(self.name)
@@ -475,6 +478,7 @@ class _Run:
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
         of_experiment = {WORKSPACE: self.workspace, DRIVER: processes.this_process()}
+        seconds = durations.last(self.job.ctx.root, self.address, durations.RAY)
         options: dict[str, Any] = {
             "submission_id": self.name,
             "entrypoint": shlex.join(command),
@@ -484,6 +488,7 @@ class _Run:
                 PROJECT: self.project,
                 RESOURCES: self._resources(),
                 **(of_experiment if is_temporary(self.job.ctx.root) else {}),
+                **({SECONDS: f"{seconds:.1f}"} if seconds is not None else {}),
             },
             "entrypoint_label_selector": {"image": place.image} if place.image else None,
         }
@@ -522,12 +527,18 @@ class _Run:
                 return details
             if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_LOG_SECONDS:
                 noted = time.monotonic()
-                log.info(
-                    f"{self.address}: waiting for {self._resources()}"
-                    f" on the cluster for {noted - (self.submitted or noted):,.0f} s;"
-                    " `ray status` on the cluster shows what its nodes have"
-                )
+                self._log_wait(details, adopted)
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
+
+    def _log_wait(self, details: Any, adopted: bool) -> None:
+        waited = time.monotonic() - (self.submitted or 0.0)
+        if adopted and details.start_time:  # by Ray's clock: another driver submitted it
+            waited = max(waited, time.time() - details.start_time / 1000)
+        others = jobs_ahead(self._request(self.client.list_jobs), self.name, self.job.ctx.root, time.time())
+        log.info(
+            f"{self.address}: has waited {clock(waited)} for {self._resources()} on the cluster; {others};"
+            " `ray status` on the cluster shows what its nodes have"
+        )
 
     def _handle(self, kind: str, content: Any, adopted: bool) -> None:
         if kind == "log":
@@ -537,6 +548,9 @@ class _Run:
         elif kind == "hello":
             self.started = time.monotonic()
             self.queued = None if adopted or self.submitted is None else round(self.started - self.submitted, 1)
+            # that of the node's clock, for a job that began before this driver
+            began = content.get("time", time.time()) if adopted else time.time()
+            durations.write_job(self.job.ctx.root, self.address, self.name, began)
             remove(self.job.ctx.live)
             self.node_ids = content.get("node_ids", "")
             self.node_id = self.node_ids or self.node_id

@@ -308,9 +308,9 @@ def main(job: Mapping[str, Any]) -> int:
 def run(job: Mapping[str, Any], group: Group | None = None) -> int:
     """The worker of one node, the only one or one of a group. Returns its exit code."""
     if not group:
-        send("hello", {"node": platform.node()})
+        send("hello", {"node": platform.node(), "time": time.time()})
     elif group.is_first:
-        send("hello", {"node": group.names, "node_ids": group.ids})
+        send("hello", {"node": group.names, "node_ids": group.ids, "time": time.time()})
     where = Path.cwd()
     try:
         refuse_other_versions(job["versions"])
