@@ -9,7 +9,7 @@ PORT ?= 3000
 # uv installs where it is present (`make UV= run`: pip)
 UV ?= $(shell command -v uv 2> /dev/null)
 PYTESTS = $(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
-RAY_TESTS = tests/test_ray.py tests/test_ray_nodes.py tests/test_ray_train.py
+RAY_TESTS = tests/test_ray.py tests/test_ray_nodes.py tests/test_ray_sweep.py tests/test_ray_train.py
 LONG_TESTS = $(shell grep -rl --include='test_*.py' 'mark[.]long' tests | sort | awk -v part=$(or $(PART),1/1) 'split(part, p, "/") && NR % p[2] == p[1] % p[2]')
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 

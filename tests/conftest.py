@@ -590,6 +590,18 @@ def cluster(_starting_cluster: tuple[Any, Future[None]], _made: Path) -> Any:
     return nodes
 
 
+@pytest.fixture
+def driver(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Environment of a driver that uses the cluster, also set for this process: every stage runs on Ray."""
+    from builders.ray_jobs import POLL
+
+    variables = {**cluster.variables(), **cluster.environment, "PEDIGREE_EXECUTION": "ray"}
+    monkeypatch.setattr("dagster_project.orchestration.executors.ray.POLL", POLL)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
 CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks { checks {
     name executionForLatestMaterialization { status evaluation { severity success } } } } } } }"""
 

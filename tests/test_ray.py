@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import psutil
 import pytest
 from builders import small_pipeline, training_pipeline
 from builders.cluster import Cluster, add_remote
+from builders.ray_jobs import POLL, commands, jobs, until, until_running
 from builders.relay import Relay
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, hold, published
@@ -41,26 +41,15 @@ from dagster_project.execution import Execution, Placement
 from dagster_project.lineage.history import Objects
 from dagster_project.orchestration import durations
 from dagster_project.orchestration.executors.local import LocalExecutor
-from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, TokenRefused, _project_id
+from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, TokenRefused
 from dagster_project.orchestration.run_all import run_all
 from dagster_project.orchestration.run_stage import run_stage
 
 pytestmark = pytest.mark.cluster
-POLL = 0.2
 
 for needed in ("ray", "moto", "dvc_s3"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
         pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
-
-
-@pytest.fixture
-def driver(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Environment of a driver that uses the cluster, also set for this process."""
-    variables = {**cluster.variables(), **cluster.environment, "PEDIGREE_EXECUTION": "ray"}
-    monkeypatch.setattr("dagster_project.orchestration.executors.ray.POLL", POLL)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return variables
 
 
 @pytest.fixture
@@ -104,53 +93,6 @@ def start(root: Path, address: str, *, script: str = "small_pipeline.py", **envi
     return subprocess.Popen(
         command, cwd=root, env={**os.environ, **environment}, stdout=log, stderr=log, text=True, start_new_session=True
     )
-
-
-def jobs(root: Path, address: str) -> list[Any]:
-    """Ray's details of all jobs of a stage of this workspace."""
-    from ray.job_submission import JobSubmissionClient
-
-    project = _project_id(root)
-    found = [
-        job
-        for job in JobSubmissionClient(os.environ["RAY_ADDRESS"]).list_jobs()
-        if (job.metadata or {}).get("pedigree/project") == project
-    ]
-    return [job for job in found if job.metadata["pedigree/stage"] == address]
-
-
-def commands(cluster: Cluster, text: str) -> list[psutil.Process]:
-    """Processes on the nodes with this text in their command."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if text in " ".join(process.cmdline()) and str(cluster.folder) in process.environ().get(
-                "PEDIGREE_NODE_CACHE", ""
-            ):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """Wait for a condition; its value."""
-    ends = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.2)
-    return value
-
-
-def until_running(cluster: Cluster, root: Path, address: str) -> psutil.Process:
-    """Wait until the stage's own process runs on a node; its worker."""
-    until(lambda: commands(cluster, f"run {address}"))
-    return until(lambda: next(iter(_workers(cluster, address)), None))
-
-
-def _workers(cluster: Cluster, address: str) -> list[psutil.Process]:
-    found = commands(cluster, "executors.worker")
-    return [one for one in found if f'"{address}"' in " ".join(one.cmdline()) and "sh" not in one.name()]
 
 
 # --- the same result
