@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 from builders import small_pipeline
 from builders.cluster import add_remote
+from builders.full_remote import BUCKET_QUOTA, DISK, NO_BLOCKS, POLICY, QUOTA, VOLUMES, full_remote
 from builders.relay import Relay
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, git
@@ -44,6 +45,7 @@ from dagster_project.orchestration import dvc_cache
 from dagster_project.orchestration.dvc import records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import StageJob, messages, ray, ray_tasks, worker
+from dagster_project.orchestration.executors.kept import KEPT_SECONDS, KeptResult
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import (
     DRIVER,
@@ -518,7 +520,7 @@ def test_a_worker_runs_the_command_as_the_settings_of_the_driver_write_it(stored
     dvc_cache.isolate_project(node, remote=job["remote"])
     assert definition_of(node, "tok")[0] == "echo  > said"
     with open_store(node) as store:
-        assert worker.Work(job, node, store)._command() == 0
+        assert worker.Work(job, node, store, KeptResult(tmp_path, "k"))._command() == 0
     assert (node / "said").read_text() == "--no-loud\n"
 
 
@@ -966,7 +968,9 @@ def test_report_and_pages_of_a_stage_that_failed_arrive(stored: Path, tmp_path: 
     (stored / report_of("tok")).write_text(json.dumps({"passed": False, **report}))
     with open_store(stored) as store:
         run = run_of(stored, store, tmp_path / "scratch")
-        worker.Work({"address": "tok", "key": run.key}, stored, store)._finish(1)
+        kept = KeptResult(tmp_path, run.key)
+        worker.Work({"address": "tok", "key": run.key}, stored, store, kept)._finish(1)
+        assert kept.read() is None
         found = run._fetch(store.read_document(run.at("result.json")))
     assert (found.exit_code, found.report) == (1, report)
     assert [path.read_text() for path in (tmp_path / "scratch/pages").iterdir()] == ["3 rows, 1 is bad"]
@@ -983,7 +987,7 @@ def test_a_result_that_was_cut_off_does_not_exist(stored: Path) -> None:
 
 def test_all_files_of_a_sharded_checkpoint_are_kept_in_the_remote(stored: Path) -> None:
     with open_store(stored) as store:
-        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store)
+        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store, KeptResult(stored.parent, "k"))
         step = work.checkpoints / "step-00000002"
         (step / "shards").mkdir(parents=True)
         for name in ("shards/0.safetensors", "state.json", worker.MARKER):
@@ -999,7 +1003,7 @@ def test_a_worker_that_ray_took_for_lost_removes_no_newer_checkpoint(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_store(stored) as store:
-        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store)
+        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store, KeptResult(stored.parent, "k"))
         for step in (2, 6, 4):  # 6: of the worker that replaced it
             remove(work.checkpoints)
             folder = work.checkpoints / f"step-{step:08d}"
@@ -1029,9 +1033,169 @@ def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> N
             try:
                 store.push(inputs)
             except PedigreeError as error:  # not even a log can be written
-                os._exit(7 if "cannot be written: OSError" in str(error) else 8)
+                os._exit(7 if "cannot be written: it is full" in str(error) else 8)
 
     assert run_in_child(push_to_a_full_disk, tmp_path / "log") == 7
+
+
+def test_each_answer_of_a_full_server_is_one_message_with_a_next_step_and_what_is_there_can_be_read(
+    root: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**s3.environment, "AWS_MAX_ATTEMPTS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    url, inputs = f"s3://{BUCKET}/{tmp_path.name}", inputs_by_hash(root, "tok").values()
+    with full_remote(s3.endpoint) as server:
+        add_remote(root, url, server.url)
+        for server.answer in (DISK, QUOTA, BUCKET_QUOTA, NO_BLOCKS, POLICY, VOLUMES):
+            names_it = server.answer not in (POLICY, VOLUMES)  # others do not say that it is space that is lacking
+            server.refused.clear()
+            with open_store(root) as store, pytest.raises(PedigreeError) as error:
+                store.push(inputs)
+            assert error.value.exit_code == 1
+            assert error.value.what.startswith(f"DVC's remote {url} cannot be written: ")
+            assert ("it is full, or a quota is reached" in error.value.what) == names_it
+            assert error.value.hint.startswith("nothing was recorded; ")
+            assert ("ask for a larger quota" if names_it else "free space, and the credentials") in error.value.hint
+            assert len(server.refused) == (2 if server.answer[0] == 500 else 1)
+            with open_store(root) as store:
+                assert store.list(store.at()) == [] and store.read_document(store.at("a.json")) is None
+        server.answer = None
+        with open_store(root) as store:
+            assert store.push(inputs) > 0
+
+
+# --- what a node keeps
+
+
+@pytest.fixture
+def refusing(stored: Path) -> Path:
+    """The remote of `stored` takes objects, but nothing in its folder `pedigree/`, until this file is removed."""
+    with open_store(stored) as store:
+        file = Path(store.at())
+    file.write_text("")
+    return file
+
+
+def test_a_result_that_the_remote_refused_stays_on_its_node_and_the_next_job_there_pushes_it(
+    stored: Path, tmp_path: Path, refusing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = pages_of(stored, "tok") / "report.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("4 rows")
+    job = {"address": "tok", "key": "k", "forced": False, "inputs": {}, "workers": 1, "command": "exit 1"}
+
+    def work(**changes: Any) -> worker.Work:
+        folder = tmp_path / "node" / f"work-{time.time_ns()}"
+        root = Path(shutil.copytree(stored, folder / "project", symlinks=True))
+        return worker.Work({**job, **changes}, root, store, KeptResult(tmp_path / "node", "k"))
+
+    with open_store(stored) as store:
+        first = work()
+        first.seconds["compute_seconds"] = 3600.0
+        for attempt in (lambda: first._finish(0), lambda: work().run()):
+            with pytest.raises(PedigreeError, match=f"node {platform.node()} keeps the result") as error:
+                attempt()
+            assert not isinstance(error.value, InputError)
+        before = first.kept.read()
+        refusing.unlink()
+        assert work().run() == 0, "the command, which would fail, did not run"
+        result = store.read_document(store.at("jobs", "k", "result.json"))
+        assert before is not None and result["outs"] == before["outs"] == {"data/tok": before["outs"]["data/tok"]}
+        assert result["seconds"]["compute_seconds"] == 3600.0 and result["report"] == before["report"]
+        assert store.list(store.at("jobs", "k")) == ["pages.tar", "result.json"]
+        assert store.pull(result["outs"].values()) == 0
+        assert first.kept.read() is None and not [*(tmp_path / "node/results").iterdir()]
+        kept = {**before, "outs": {"data/tok": "0" * 32}}  # the node's cache was removed
+        for result, changes in ((before, {"forced": True}), (kept, {})):
+            first.kept.write(result, None)
+            assert not work(**changes)._push_kept() and first.kept.read() is None
+
+
+def test_a_result_of_a_stage_that_failed_is_not_kept(stored: Path, tmp_path: Path, refusing: Path) -> None:
+    with open_store(stored) as store:
+        kept = KeptResult(tmp_path, "k")
+        with pytest.raises(PedigreeError, match="cannot be written") as error:
+            worker.Work({"address": "tok", "key": "k"}, stored, store, kept)._finish(1)
+    assert "keeps" not in error.value.hint and kept.read() is None
+
+
+def test_a_node_without_space_keeps_no_result_and_a_result_is_removed_after_a_week(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "results").write_text("no folder can be made here")
+    old, new = KeptResult(tmp_path / "node", "old"), KeptResult(tmp_path / "node", "new")
+    assert old.write({}, tmp_path / "pages.tar") == tmp_path / "pages.tar" and old.read() is None
+    (tmp_path / "node" / "results").unlink()
+    for one in (old, new):
+        (tmp_path / "pages.tar").touch()
+        one.write({"outs": {}}, tmp_path / "pages.tar")
+    for path in (old.document, old.archive):
+        os.utime(path, (time.time() - KEPT_SECONDS - 60,) * 2)
+    with worker.scratch_folder():
+        assert sorted((tmp_path / "node" / "results").iterdir()) == [new.document, new.archive]
+
+
+def test_a_checkpoint_that_the_remote_refuses_is_logged_once_and_copied_when_there_is_space(
+    stored: Path, tmp_path: Path, refusing: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "CHECKPOINT_INTERVAL", 0.01)
+    monkeypatch.setattr(worker, "LONGEST_CHECKPOINT_INTERVAL", 0.04)
+    done, refusals, copied = threading.Event(), [], threading.Event()
+    with open_store(stored) as store:
+        put = RemoteStore.put
+
+        def counted(*arguments: Any) -> int:
+            try:
+                return put(*arguments)
+            except PedigreeError:
+                refusals.append(time.monotonic())
+                raise
+            finally:
+                if len(refusals) == 4 and refusing.is_file():
+                    refusing.unlink()
+                if Path(arguments[2]).name == worker.MARKER:
+                    copied.set()
+
+        monkeypatch.setattr(RemoteStore, "put", counted)
+        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store, KeptResult(tmp_path, "k"))
+        step = work.checkpoints / "step-00000002"
+        step.mkdir(parents=True)
+        for name in ("state.json", worker.MARKER):
+            (step / name).write_text(name)
+        thread = threading.Thread(target=work._keep_checkpoints, args=(done,))
+        thread.start()
+        assert copied.wait(30)
+        done.set()
+        thread.join()
+        assert store.list(work.at("checkpoints")) == [f"{step.name}/{worker.MARKER}", f"{step.name}/state.json"]
+    lines = [content for kind, content in messages.received(capsys.readouterr().out) if kind == "log"]
+    assert len(lines) == 2 and len(refusals) == 4
+    assert lines[0].startswith("adapter@lora: the latest checkpoint was not copied") and "the stage goes on" in lines[0]
+    assert lines[1] == "adapter@lora: checkpoints are copied to the remote again"
+
+
+def test_what_was_copied_of_a_checkpoint_is_removed_if_the_rest_is_refused(
+    root: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    with full_remote(s3.endpoint) as server:
+        add_remote(root, f"s3://{BUCKET}/{tmp_path.name}", server.url)
+        with open_store(root) as store:
+            work = worker.Work({"address": "adapter@lora", "key": "k"}, root, store, KeptResult(tmp_path, "k"))
+            for step in ("step-00000002", "step-00000004"):
+                (work.checkpoints / step).mkdir(parents=True)
+                for name in ("a.safetensors", "b.safetensors", worker.MARKER):
+                    (work.checkpoints / step / name).write_text(name)
+                if step == "step-00000002":
+                    assert work._keep_newest("") == step
+            server.answer, server.only = DISK, "b.safetensors"
+            with pytest.raises(PedigreeError, match="it is full"):
+                work._keep_newest("step-00000002")
+            assert {name.partition("/")[0] for name in store.list(work.at("checkpoints"))} == {"step-00000002"}
+            assert len(server.refused) == 1 and f"step-00000002/{worker.MARKER}" in store.list(work.at("checkpoints"))
 
 
 # --- messages
@@ -1055,7 +1219,11 @@ def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.Capture
     ("changes", "what", "exit_code"),
     [
         ({"inputs": {"code/tok.py": "another"}}, "tok: code/tok.py: not the same on worker and driver", 2),
-        ({"remote": {"url": "s3://pedigree/dvc", "endpointurl": "http://127.0.0.1:9"}}, "DVC's remote s3://", 1),
+        (
+            {"remote": {"url": "s3://pedigree/dvc", "endpointurl": "http://127.0.0.1:9"}},
+            f"node {platform.node()}: DVC's remote",
+            1,
+        ),
     ],
 )
 def test_an_error_on_a_node_arrives_as_one_message(
@@ -1131,7 +1299,8 @@ def test_the_worker_knows_where_checkpoints_are_and_when_they_are_whole(tmp_path
     for address in ("adapter@lora", "reward_model"):
         stage, _, variant = address.partition("@")
         ctx = StageContext(tmp_path, stage, variant or None, tmp_path, {})
-        assert worker.Work({"address": address}, tmp_path, None).checkpoints == ctx.checkpoints  # type: ignore[arg-type]
+        work = worker.Work({"address": address}, tmp_path, None, KeptResult(tmp_path, "k"))  # type: ignore[arg-type]
+        assert work.checkpoints == ctx.checkpoints
 
 
 def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_live_ones(

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import dagster as dg
 import pytest
 from builders import small_pipeline, training_pipeline
 from builders.cluster import Cluster, add_remote
+from builders.full_remote import DISK, QUOTA, full_remote
 from builders.ray_jobs import POLL, commands, jobs, until, until_running
 from builders.relay import Relay
 from builders.s3 import BUCKET, S3Server
@@ -50,6 +53,24 @@ pytestmark = pytest.mark.cluster
 for needed in ("ray", "moto", "dvc_s3"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
         pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+
+
+@pytest.fixture
+def driver(
+    driver: dict[str, str],
+    cluster: Cluster,
+    s3: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> Iterator[dict[str, str]]:
+    """As in conftest. Afterwards, however the stages of the test ended, no credential is in anything that they wrote,
+    or that Ray shows of them."""
+    caplog.set_level(logging.INFO, logger="pedigree")
+    yield driver
+    monkeypatch.setenv("RAY_ADDRESS", cluster.url)
+    logged = "\n".join(record.getMessage() for record in caplog.get_records("call"))
+    assert places_with_credentials(cluster, s3, tmp_path, logged) == []
 
 
 @pytest.fixture
@@ -95,6 +116,12 @@ def start(root: Path, address: str, *, script: str = "small_pipeline.py", **envi
     )
 
 
+def with_two_steps(root: Path) -> None:
+    """Let `adapter` do two steps, also on a node, which does not get the environment of this process."""
+    path = root / "small_pipeline.py"
+    path.write_text(path.read_text().replace('os.environ.get("STEPS", "0")', 'os.environ.get("STEPS", "2")'))
+
+
 # --- the same result
 
 
@@ -123,7 +150,6 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     assert not s3.names(
         f"{root.parent.name}/pedigree/"
     )  # nothing is left beside DVC's objects: DVC records nothing here
-    assert_no_secret(cluster, root, caplog.text, s3)
 
 
 @pytest.mark.long
@@ -139,26 +165,36 @@ def test_parts_of_a_stage_are_tasks_of_the_cluster_and_give_the_same_bytes(
     assert re.search(r"tok: \d+ parts in \d+ other processes", caplog.text), caplog.text
 
 
-def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3Server) -> None:
-    """Neither the S3 secret nor the token is in anything that is written or shown."""
+def places_with_credentials(cluster: Cluster, s3: S3Server, folder: Path, logged: str) -> list[str]:
+    """Where an S3 key, its secret or the cluster's token is: in the log of the driver, what Ray's API shows of jobs,
+    objects in the remotes of a test, files of its folder (projects, reports, Dagster's event log), or those of the
+    cluster (Ray's logs, files of jobs, caches of nodes)."""
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(cluster.url)
-    shown = [text]
+    found = {"log": logged.encode()}
     for job in client.list_jobs():
-        shown += [
-            job.model_dump_json() if hasattr(job, "model_dump_json") else job.json(),
-            client.get_job_logs(job.submission_id),
-        ]
-    shown += [
-        path.read_text(errors="replace") for path in root.rglob("*") if path.is_file() and ".dvc/cache" not in str(path)
-    ]
-    shown += [path.read_text(errors="replace") for path in cluster.node_cache("second").rglob("*") if path.is_file()]
-    bodies = [s3.read(key).decode(errors="replace") for key in s3.names()]
-    whole = "\n".join([*shown, *bodies])
-    assert "adapter" in whole and "s3://" in whole  # the search sees what it should
-    for secret in (s3.secret, cluster.token.read_text()):
-        assert secret not in whole
+        shown = job.model_dump_json() if hasattr(job, "model_dump_json") else job.json()
+        assert "pedigree/project" in shown or not job.submission_id, "the search sees what it should"
+        found[f"job {job.submission_id}"] = shown.encode()
+    found |= {f"s3://{name}": s3.read(name) for name in s3.names(folder.name)}
+    files = (
+        Path(place, name) for top in (folder, cluster.folder) for place, _, names in os.walk(top) for name in names
+    )
+    for path in files:
+        with suppress(OSError):  # it was removed meanwhile
+            if path.is_file() and path != cluster.token:
+                found[str(path)] = path.read_bytes()
+    credentials = [text.encode() for text in (s3.key, s3.secret, cluster.token.read_text())]
+    return [place for place, content in found.items() if any(text in content for text in credentials)]
+
+
+def test_a_credential_in_a_file_of_a_project_or_in_the_log_is_found(
+    cluster: Cluster, driver: dict[str, str], s3: S3Server, tmp_path: Path
+) -> None:
+    (tmp_path / "report.json").write_text(f'{{"key": "{s3.key}"}}')
+    assert places_with_credentials(cluster, s3, tmp_path, s3.secret) == ["log", str(tmp_path / "report.json")]
+    (tmp_path / "report.json").unlink()
 
 
 def test_a_result_stays_until_dvc_has_recorded_it_and_a_forced_run_computes_again(
@@ -204,10 +240,7 @@ def test_live_tables_and_log_lines_arrive_while_the_stage_runs(
     cluster: Cluster, driver: dict[str, str], root: Path
 ) -> None:
     forget(root, "adapter@dora")
-    text = (
-        (root / "small_pipeline.py").read_text().replace('os.environ.get("STEPS", "0")', 'os.environ.get("STEPS", "2")')
-    )
-    (root / "small_pipeline.py").write_text(text)
+    with_two_steps(root)
     begin, first_step, second_step = hold(root, "adapter", 3)
     begin.touch()
     process = start(root, "adapter@dora")
@@ -649,6 +682,77 @@ def test_a_remote_that_is_unreachable_is_one_message(
         run_stage(root, "tok", PIPELINE)
     stopper.join()
     assert "nothing was recorded" in str(error.value) and s3.secret not in str(error.value)
+    assert "keeps the result for a week" in str(error.value)
     with pytest.raises(PedigreeError, match=rf"DVC's remote s3://{BUCKET}/other cannot be read: "):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before
+
+
+def test_a_remote_that_is_full_is_one_message_and_a_finished_stage_is_not_computed_again(
+    cluster: Cluster, driver: dict[str, str], root: Path, instance: Any, s3: S3Server
+) -> None:
+    """Full when the driver sends the inputs, in a run of DVC; then, in a run of Dagster, from the second checkpoint on,
+    so that the outputs are refused, too. Then there is space."""
+    from ray.job_submission import JobSubmissionClient
+
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
+
+    (root / "code/adapter.py").write_text("V = 3\n")
+    with_two_steps(root)
+    begin, first_step, second_step = hold(root, "adapter", 3)
+    placed = {"stages": {"adapter": {"on": "ray", "resources": {"second": 1}}}}
+    os.environ["PEDIGREE_EXECUTION"] = json.dumps(placed)
+    before, lock = published(root, "adapter@dora"), (root / "dvc.lock").read_bytes()
+    prefix = root.parent.name
+    message = f"DVC's remote s3://{BUCKET}/{prefix} cannot be written: it is full, or a quota is reached"
+
+    def as_before() -> bool:
+        return published(root, "adapter@dora") == before and (root / "dvc.lock").read_bytes() == lock
+
+    with full_remote(s3.endpoint) as remote:
+        add_remote(root, f"s3://{BUCKET}/{prefix}", remote.url)
+
+        def fill_up() -> None:
+            begin.touch()
+            until(lambda: s3.names(f"{prefix}/pedigree/", "step-00000001/complete.json"), 300)
+            remote.answer = QUOTA
+            first_step.touch()
+            until(lambda: len([path for path in remote.refused if "step-00000002" in path]) == 2)
+            assert [job.status for job in jobs(root, "adapter@dora")] == ["RUNNING"]
+            second_step.touch()
+
+        remote.answer = DISK
+        done = run([sys.executable, "-m", "dvc", "repro", "--single-item", "adapter@dora"], root)
+        shown = done.stdout + done.stderr
+        assert done.returncode != 0 and shown.count(message) == 1 and "Traceback" not in shown
+        assert "hint: nothing was recorded; free some space in the remote, or ask for a larger quota" in shown
+        assert as_before() and jobs(root, "adapter@dora") == []
+        assert len(remote.refused) == len({*remote.refused}) > 0, "no object is sent twice"
+
+        remote.answer = None
+        remote.refused.clear()
+        with ThreadPoolExecutor(1) as thread:
+            filled = thread.submit(fill_up)
+            failed = small_pipeline.materialize(root, instance, ["adapter@dora"])
+            filled.result()
+        assert not failed.success and as_before()
+        assert instance.fetch_materializations(asset_key("adapter@dora"), limit=1).records == []
+        events = "\n".join(entry.message for entry in instance.all_logs(failed.run_id))
+        assert message in events and "keeps the result for a week" in events
+        [job] = jobs(root, "adapter@dora")
+        log = JobSubmissionClient(cluster.url).get_job_logs(job.submission_id)
+        assert log.count("checkpoint was not copied to the remote") == 1
+        refused = [path for path in remote.refused if "step-00000002" not in path]
+        assert len(refused) == len({*refused}) > 0 and all("/files/md5/" in path for path in refused)
+
+        [kept] = (cluster.node_cache("second") / "results").glob("adapter.dora-*.json")
+        seconds = json.loads(kept.read_text())["seconds"]["compute_seconds"]
+        remote.answer = None
+        assert small_pipeline.materialize(root, instance, ["adapter@dora"]).success
+    found = published(root, "adapter@dora")
+    assert len(jobs(root, "adapter@dora")) == 2 and not kept.exists()
+    execution = json.loads(measured_path(root, "adapter@dora").read_text())["execution"]
+    assert execution["compute_seconds"] == seconds, "it was not computed again"
+    assert "adapter@dora" not in small_pipeline.changed_in_dvc(root)
+    run_stage(root, "adapter@dora", PIPELINE, LocalExecutor())
+    assert published(root, "adapter@dora") == found != before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +50,23 @@ def is_refusal(error: Exception) -> bool:
         "builtins",
         "dagster_project",
     }
+
+
+FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage"}
+"""Codes of S3 servers that have no space, or where a quota is reached (MinIO, Ceph). Amazon's has none."""
+MAKE_SPACE = "free some space in the remote, or ask for a larger quota, then run the same command again"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a remote refused to store something for lack of space, if its answer says so."""
+    answer = getattr(error.__cause__ or error, "response", None)
+    if isinstance(answer, Mapping):  # of botocore
+        if answer.get("Error", {}).get("Code") in FULL:
+            return True
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.INSUFFICIENT_STORAGE:
+            return True
+    # the second: of the server's disk, in another answer
+    return faults.is_full(error) or os.strerror(errno.ENOSPC).lower() in str(error).lower()
 
 
 def push(root: Path, remote: str | None = None) -> PushResult:

@@ -22,7 +22,7 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.files import replacing
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
-from dagster_project.orchestration.dvc_remote import Remote, is_refusal, open_remote
+from dagster_project.orchestration.dvc_remote import MAKE_SPACE, Remote, is_full, is_refusal, open_remote
 
 AREA = "pedigree"
 """Folder of the remote for everything but objects. `dvc gc` ignores it."""
@@ -250,9 +250,14 @@ class RemoteStore:
             raise self._refusal(action, error) from None
 
     def _refusal(self, action: str, error: Exception) -> PedigreeError:
+        reason = f"{type(error).__name__}: {error}"
+        if action == "write" and is_full(error):
+            return PedigreeError(
+                f"DVC's remote {self.remote.url} cannot be written: it is full, or a quota is reached ({reason})",
+                f"nothing was recorded; {MAKE_SPACE}",
+            )
         return PedigreeError(
-            f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}:"
-            f" {type(error).__name__}: {error}",
+            f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {reason}",
             "nothing was recorded; check its address, free space,"
             " and the credentials in the environment of this machine and of the nodes",
         )

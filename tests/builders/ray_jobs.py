@@ -31,13 +31,16 @@ def jobs(root: Path, address: str) -> list[Any]:
     return [job for job in found if job.metadata["pedigree/stage"] == address]
 
 
-def commands(cluster: Cluster, text: str) -> list[psutil.Process]:
-    """Processes on the nodes with this text in their command."""
+def commands(cluster: Cluster, text: str, without: str = "\0") -> list[psutil.Process]:
+    """Processes on the nodes with this text, and without the other one, in their command."""
     found = []
     for process in psutil.process_iter():
         try:
-            if text in " ".join(process.cmdline()) and str(cluster.folder) in process.environ().get(
-                "PEDIGREE_NODE_CACHE", ""
+            command = " ".join(process.cmdline())
+            if (
+                text in command
+                and without not in command
+                and str(cluster.folder) in process.environ().get("PEDIGREE_NODE_CACHE", "")
             ):
                 found.append(process)
         except psutil.Error:
@@ -56,7 +59,8 @@ def until(condition: Callable[[], Any], seconds: float = 120, pause: float = 0.2
 
 def until_running(cluster: Cluster, root: Path, address: str) -> psutil.Process:
     """Wait until the stage's own process runs on a node; its worker."""
-    until(lambda: commands(cluster, f"run {address}"))
+    # the argument of the worker, which runs earlier, has the command of the stage
+    until(lambda: commands(cluster, f"run {address}", without="executors.worker"))
     return until(lambda: next(iter(workers(cluster, address)), None))
 
 

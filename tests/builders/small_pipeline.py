@@ -123,6 +123,8 @@ def adapter(ctx: StageContext) -> Report:
     for step in range(int(os.environ.get("STEPS", "0"))):  # live loss and speed, as a training writes them
         write_text(ctx.live / "loss.csv", f"step,loss\n{step + 1},{1 / (step + 1)}\n")
         write_text(ctx.live / "tokens_per_second.csv", f"step,tokens_per_second\n{step + 1},{100 + step}\n")
+        for name in ("state.json", "complete.json"):  # a checkpoint, which nothing reads
+            write_text(ctx.checkpoints / f"step-{step + 1:08d}" / name, "{}")
         time.sleep(0.5)
         _wait_at_gate(ctx, step + 1)
     recipe = ctx.values["variants"][ctx.variant]

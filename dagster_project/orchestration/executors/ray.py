@@ -333,7 +333,12 @@ class _Run:
             while lost < ATTEMPTS:
                 self.error, self.damaged, self.raw = None, [], []
                 details = self._follow(folder)
-                result = self.store.read_document(self.at("result.json"))
+                try:
+                    result = self.store.read_document(self.at("result.json"))
+                except PedigreeError:
+                    if self.error is None:
+                        raise
+                    result = None  # the worker, too, found that the remote does not answer, and its message says more
                 if result is not None:
                     return dict(result)
                 if self.error is not None:
@@ -453,6 +458,7 @@ class _Run:
             "command": self.command,
             "key": self.key,
             "inputs": dict(self.job.inputs),
+            "forced": dvc_run.is_forced(),
             "remote": dict(self.store.remote.options),
             "versions": versions(),
             "threads": os.environ.get(THREADS),

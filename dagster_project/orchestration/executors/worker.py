@@ -8,7 +8,7 @@ In the folder with the project's files:
 
 It pulls the inputs into the node's cache, runs the command of dvc.yaml there as DVC would, pushes the outputs, and
 writes the result last. It records nothing: a job whose driver is gone leaves a result that only a driver with the same
-inputs takes.
+inputs takes. A result that could not be pushed stays on the node (kept.py).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER, WORKERS
 from dagster_project.orchestration import dvc, dvc_cache, dvc_remote, dvc_run
+from dagster_project.orchestration.executors.kept import KeptResult, remove_old_results
 from dagster_project.orchestration.executors.messages import THREADS, refuse_other_versions, send
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
@@ -47,6 +48,8 @@ NODE_CACHE = "PEDIGREE_NODE_CACHE"
 """Environment variable of a node: the folder for its DVC cache and for scratch folders."""
 CHECKPOINT_INTERVAL, LIVE_INTERVAL = 2.0, 1.0
 """Polling intervals for new checkpoints and live tables, in seconds."""
+LONGEST_CHECKPOINT_INTERVAL = 300.0
+"""While checkpoints cannot be copied, the interval doubles up to this one."""
 MARKER = "complete.json"
 """Written last into a checkpoint (training/trainers/harness/checkpoint.py)."""
 REFUSED, LOST = 3, 4
@@ -67,6 +70,8 @@ class Work:
     root: Path
     """The copy of the project."""
     store: RemoteStore
+    kept: KeptResult
+    """Of an earlier worker of this node with the same inputs, or of this one."""
     group: Group | None = None
     """The workers of the job, if it has several nodes."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -88,6 +93,8 @@ class Work:
 
     def run(self) -> int:
         """Returns the worker's exit code."""
+        if not self.group and self._push_kept():
+            return 0
         with self._timed("pull_seconds"):
             self.received += self.store.pull(dvc_remote.inputs_by_hash(self.root, self.address).values())
             dvc_remote.checkout_inputs(self.root, self.address)
@@ -183,14 +190,25 @@ class Work:
                     sent[path.name] = text
 
     def _keep_checkpoints(self, done: threading.Event) -> None:
-        kept = ""
-        while not done.wait(CHECKPOINT_INTERVAL):
+        kept, interval = "", CHECKPOINT_INTERVAL
+        while not done.wait(interval):
             try:
-                kept = self._keep_newest(kept)
+                newest = self._keep_newest(kept)
             except FileNotFoundError:  # a newer one has replaced it meanwhile
                 continue
             except PedigreeError as error:
-                send("log", f"{self.address}: the checkpoint was not copied to the remote: {error.what}")
+                if interval == CHECKPOINT_INTERVAL:  # once: it may last for hours
+                    send(
+                        "log",
+                        f"{self.address}: the latest checkpoint was not copied to the remote, so a job that replaces"
+                        f" this one would resume from an earlier one; the stage goes on: {error.what}",
+                    )
+                interval = min(2 * interval, LONGEST_CHECKPOINT_INTERVAL)
+                continue
+            if interval > CHECKPOINT_INTERVAL and newest != kept:
+                send("log", f"{self.address}: checkpoints are copied to the remote again")
+                interval = CHECKPOINT_INTERVAL
+            kept = newest
 
     def _keep_newest(self, kept: str) -> str:
         """Copy the newest checkpoint to the remote, its marker last, and remove older ones there. Returns its name.
@@ -203,12 +221,22 @@ class Work:
         newest = folders[-1]
         files = (path for path in newest.rglob("*") if path.is_file())  # a sharded one has folders
         names = sorted(str(path.relative_to(newest)) for path in files if path != newest / MARKER)
-        for name in [*names, MARKER]:
-            self.sent += self.store.put(newest / name, self.at("checkpoints", newest.name, name))
+        try:
+            for name in [*names, MARKER]:
+                self.sent += self.store.put(newest / name, self.at("checkpoints", newest.name, name))
+        except PedigreeError:
+            self._remove_incomplete(newest.name)
+            raise
         for name in {name.partition("/")[0] for name in self.store.list(self.at("checkpoints"))}:
             if name < newest.name:
                 self.store.remove(self.at("checkpoints", name))
         return newest.name
+
+    def _remove_incomplete(self, name: str) -> None:
+        """Remove what was copied of a checkpoint: a remote that is full may have space for the outputs."""
+        with suppress(PedigreeError):
+            if MARKER not in self.store.list(self.at("checkpoints", name)):
+                self.store.remove(self.at("checkpoints", name))
 
     def _bring_checkpoints(self) -> None:
         names = self.store.list(self.at("checkpoints"))
@@ -219,40 +247,75 @@ class Work:
                     self.store.get(self.at("checkpoints", step, file), self.checkpoints / step / file)
 
     def _finish(self, code: int) -> None:
-        """Push outputs, pages and report; the result last."""
+        """Push outputs, pages and report; the result last. Until then the node keeps the result of a stage that did
+        not fail."""
         report, measured = self.root / report_of(self.address), measured_path(self.root, self.address)
         document = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
         stated = {key: value for key, value in document.items() if key not in {"passed", "output_sha256"}}
-        outs: dict[str, str] = {}
-        with self._timed("push_seconds"):
-            if code == 0:
-                outs = dvc_remote.commit_outputs(self.root, self.address)
-                self.sent += self.store.push(outs.values())
-            has_pages = self._push_pages()
-        self.store.write_document(
-            self.at("result.json"),
-            {
-                "exit_code": code,
-                "report": stated if document else None,
-                "output_sha256": document.get("output_sha256"),
-                "measured": json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {},
-                "outs": outs,
-                "pages": has_pages,
-                "node": self.group.names if self.group else platform.node(),
-                "seconds": self.seconds,
-                "bytes": {"received": self.received, "sent": self.sent},
-            },
+        began = time.monotonic()
+        pages = self._pack_pages()
+        result = {
+            "exit_code": code,
+            "report": stated if document else None,
+            "output_sha256": document.get("output_sha256"),
+            "measured": json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {},
+            "outs": dvc_remote.commit_outputs(self.root, self.address) if code == 0 else {},
+            "pages": pages is not None,
+            "node": self.group.names if self.group else platform.node(),
+            "seconds": self.seconds,
+            "bytes": {"received": self.received, "sent": self.sent},
+        }
+        if code == 0 and not self.group:
+            pages = self.kept.write(result, pages)
+        try:
+            self._push(result, pages, began)
+        except InputError:  # an object of the node's cache is damaged
+            raise
+        except PedigreeError as error:
+            if self.kept.read() is None:
+                raise
+            raise self._with_kept(error) from None
+
+    def _push_kept(self) -> bool:
+        """Push the result that an earlier worker kept on this node, if there is one and the run is not forced."""
+        result = None if self.job["forced"] else self.kept.read()
+        if result is not None:
+            send("log", f"{self.address}: this node kept the result of an earlier job with the same inputs")
+            try:
+                self._push(result, self.kept.archive if result["pages"] else None, time.monotonic())
+                return True
+            except (InputError, FileNotFoundError):  # the node's cache was removed, or is damaged
+                send("log", f"{self.address}: its outputs are no longer in the node's cache; it is computed again")
+            except PedigreeError as error:
+                raise self._with_kept(error) from None
+        self.kept.remove()
+        return False
+
+    def _push(self, result: Mapping[str, Any], pages: Path | None, began: float) -> None:
+        sent = self.store.push(result["outs"].values())
+        if pages is not None:
+            sent += self.store.put(pages, self.at("pages.tar"))
+        seconds = {**result["seconds"], "push_seconds": round(time.monotonic() - began, 3)}
+        traffic = {**result["bytes"], "sent": result["bytes"]["sent"] + sent}
+        self.store.write_document(self.at("result.json"), {**result, "seconds": seconds, "bytes": traffic})
+        self.kept.remove()
+
+    def _with_kept(self, error: PedigreeError) -> PedigreeError:
+        return PedigreeError(
+            error.what,
+            f"{error.hint}; node {platform.node()} keeps the result for a week, and the stage is not computed again"
+            " if its next job runs there",
         )
 
-    def _push_pages(self) -> bool:
+    def _pack_pages(self) -> Path | None:
+        """An archive of the stage's pages; None if there are none."""
         pages = pages_of(self.root, self.address)
         if not pages.is_dir():
-            return False
+            return None
         archive = self.root.parent / "pages.tar"
         with tarfile.open(archive, "w") as tar:
             tar.add(pages, ".")
-        self.sent += self.store.put(archive, self.at("pages.tar"))
-        return True
+        return archive
 
 
 @contextmanager
@@ -277,6 +340,7 @@ def scratch_folder() -> Iterator[tuple[Path, Path]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system released it when its worker was killed
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
+    remove_old_results(base)
     for part in (base / "cache" / "files" / "md5").rglob(".*"):
         with suppress(OSError):
             # a link to an older output has that one's time of modification
@@ -320,14 +384,15 @@ def run(job: Mapping[str, Any], group: Group | None = None) -> int:
             os.chdir(root)  # and writes it again when a task of the stage starts on another node of this host
             dvc_cache.isolate_project(root, cache, job["remote"])
             with open_store(root) as store:
-                return Work(job, root, store, group).run()
+                return Work(job, root, store, KeptResult(cache.parent, job["key"]), group).run()
     except Damaged as error:
         send("damaged", error.objects)
     except Exception as error:
         known = faults.explained(error, where)
         if known is None:
             raise
-        what = known.what if known is error else f"node {platform.node()}: {known.what}"
+        names_node = known is error and isinstance(known, InputError)  # where it matters
+        what = known.what if names_node else f"node {platform.node()}: {known.what}"
         send("error", {"what": what, "hint": known.hint, "exit_code": known.exit_code})
     return REFUSED
 
