@@ -192,7 +192,7 @@ def test_a_stage_of_any_dvc_project_is_measured_in_dagster(tmp_path: Path, insta
 
 def job(name: str, status: str, since: float, resources: str = "1 CPU", **metadata: str) -> Any:
     """Ray's details of a job, of the workspace `here` unless given."""
-    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    statuses = tool("ray.job_submission").JobStatus
     known = {STAGE: name, PROJECT: "here", RESOURCES: resources, **metadata} if name else metadata
     return SimpleNamespace(
         submission_id=f"id-{name}", status=statuses(status), start_time=int(since * 1000), metadata=known

@@ -783,6 +783,7 @@ def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_do
         run.client = SimpleNamespace(
             list_jobs=lambda: [earlier], stop_job=stopped.append, get_job_status=lambda _: statuses.STOPPED,
             submit_job=lambda **job: submitted.append(job["metadata"][RESOURCES]), get_job_info=lambda _: None,
+            get_job_logs=lambda _: f'{messages.MARK}["hello", {{}}]\n',
         )  # fmt: skip
         run._discard_others()
         run._follow(tmp_path)
@@ -793,7 +794,7 @@ def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_do
 def test_a_job_of_an_experiment_is_stopped_by_the_next_driver_of_the_workspace_if_its_own_has_ended(
     stored: Path, tmp_path: Path
 ) -> None:
-    statuses = pytest.importorskip("ray.job_submission").JobStatus
+    statuses = tool("ray.job_submission").JobStatus
     says = "from dagster_project.orchestration.processes import this_process; print(this_process())"
     ended = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, check=True).stdout.strip()
     start = ended.partition(" ")[2]
