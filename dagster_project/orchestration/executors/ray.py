@@ -59,7 +59,7 @@ LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
 """Addresses of the cluster that runs on this host."""
 VARIABLES, SETTING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), "execution.address"
 """What can give the address: Ray's variables, the first before the second, and params.yaml."""
-STAGE, PROJECT, RESOURCES = "pedigree/stage", "pedigree/project", "pedigree/resources"
+STAGE, PROJECT, RESOURCES, NODES = "pedigree/stage", "pedigree/project", "pedigree/resources", "pedigree/nodes"
 """Metadata of a job."""
 
 
@@ -389,8 +389,8 @@ class _Run:
 
     def _waits(self, job: Any) -> bool:
         """Whether a job has not got its resources yet. One of several nodes waits for them while Ray says RUNNING."""
-        if str(job.status) == "PENDING":
-            return True
+        if str(job.status) == "PENDING" or NODES not in job.metadata:
+            return str(job.status) == "PENDING"
         with suppress(RuntimeError, OSError), self._authenticated():
             return not any(kind == "hello" for kind, _ in received(self.client.get_job_logs(job.submission_id)))
         return False
@@ -461,11 +461,12 @@ class _Run:
         os.environ |= {"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": ""}
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
+        nodes = {NODES: str(place.nodes)} if place.nodes > 1 else {}
         options: dict[str, Any] = {
             "submission_id": self.name,
             "entrypoint": shlex.join(command),
             "runtime_env": {"working_dir": str(folder)},
-            "metadata": {STAGE: self.address, PROJECT: self.project, RESOURCES: self._resources()},
+            "metadata": {STAGE: self.address, PROJECT: self.project, RESOURCES: self._resources(), **nodes},
             "entrypoint_label_selector": {"image": place.image} if place.image else None,
         }
         if place.nodes == 1:  # else the workers that it starts reserve their nodes, all at once
