@@ -767,23 +767,30 @@ def test_a_stopped_job_that_waits_for_resources_is_shown_as_what_it_is(
 
 
 @pytest.mark.parametrize(
-    ("status", "resources", "goes_on"),
-    [("PENDING", "1 CPU", True), ("PENDING", "1 typo", False), ("RUNNING", "", True)],
+    ("status", "resources", "said", "goes_on"),
+    [
+        ("PENDING", "1 CPU", None, True),
+        ("PENDING", "1 typo", None, False),
+        ("RUNNING", "", None, True),
+        ("RUNNING", "2 nodes with 1 typo each", "", False),  # a job of several nodes waits while it runs
+        ("RUNNING", "2 nodes with 1 typo each", f'{messages.MARK}["hello", {{"node": "a, b"}}]\n', True),
+    ],
 )
 def test_a_driver_does_not_go_on_with_a_job_that_waits_for_resources_which_it_does_not_ask_for(
-    stored: Path, tmp_path: Path, status: str, resources: str, goes_on: bool
+    stored: Path, tmp_path: Path, status: str, resources: str, said: str | None, goes_on: bool
 ) -> None:
     statuses = tool("ray.job_submission").JobStatus
     submitted: list[Any] = []
     stopped: list[str] = []
     with open_store(stored) as store:
         run = run_of(stored, store, tmp_path)
-        metadata = {STAGE: "tok", PROJECT: run.project, RESOURCES: resources}
+        nodes = {} if said is None else {ray.NODES: "2"}
+        metadata = {STAGE: "tok", PROJECT: run.project, RESOURCES: resources, **nodes}
         earlier = SimpleNamespace(submission_id=f"{run.key}-0", status=statuses(status), metadata=metadata)
         run.client = SimpleNamespace(
             list_jobs=lambda: [earlier], stop_job=stopped.append, get_job_status=lambda _: statuses.STOPPED,
             submit_job=lambda **job: submitted.append(job["metadata"][RESOURCES]), get_job_info=lambda _: None,
-            get_job_logs=lambda _: f'{messages.MARK}["hello", {{}}]\n',
+            get_job_logs=lambda _: said,
         )  # fmt: skip
         run._discard_others()
         run._follow(tmp_path)

@@ -63,6 +63,8 @@ VARIABLES, SETTING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"), "execution.addre
 """What can give the address: Ray's variables, the first before the second, and params.yaml."""
 WORKSPACE, DRIVER = "pedigree/workspace", "pedigree/driver"
 """Metadata of a job of a queued experiment: the workspace that DVC copied, and the process that submitted the job."""
+NODES = "pedigree/nodes"
+"""Metadata of a job of several nodes: their number."""
 
 
 class ClusterGone(PedigreeError):
@@ -403,8 +405,8 @@ class _Run:
 
     def _waits(self, job: Any) -> bool:
         """Whether a job has not got its resources yet. One of several nodes waits for them while Ray says RUNNING."""
-        if str(job.status) == "PENDING":
-            return True
+        if str(job.status) == "PENDING" or NODES not in job.metadata:
+            return str(job.status) == "PENDING"
         with suppress(RuntimeError, OSError), self._authenticated():
             return not any(kind == "hello" for kind, _ in received(self.client.get_job_logs(job.submission_id)))
         return False
@@ -493,6 +495,7 @@ class _Run:
                 STAGE: self.address,
                 PROJECT: self.project,
                 RESOURCES: self._resources(),
+                **({NODES: str(place.nodes)} if place.nodes > 1 else {}),
                 **(of_experiment if is_temporary(self.job.ctx.root) else {}),
                 **({SECONDS: f"{seconds:.1f}"} if seconds is not None else {}),
             },
