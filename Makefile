@@ -9,7 +9,7 @@ PORT ?= 3000
 # uv installs where it is present (`make UV= run`: pip)
 UV ?= $(shell command -v uv 2> /dev/null)
 PYTESTS = $(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
-RAY_TESTS = tests/test_ray.py tests/test_ray_nodes.py tests/test_ray_sweep.py tests/test_ray_train.py
+RAY_TESTS = $(filter-out tests/test_ray_pipeline.py,$(wildcard tests/test_ray*.py))
 LONG_TESTS = $(shell grep -rl --include='test_*.py' 'mark[.]long' tests | sort | awk -v part=$(or $(PART),1/1) 'split(part, p, "/") && NR % p[2] == p[1] % p[2]')
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
@@ -73,12 +73,13 @@ bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long 
 	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/scaling.py
 
-soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers. HOURS=8: only random steps, for 8 hours; writes memory, open files and sizes to soak.csv
+soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 100 on Ray with kills (RAY_STEPS=N); 3,000 random histories against the oracle of audit answers. HOURS=8: only random steps, for 8 hours; writes memory, open files and sizes to soak.csv
 ifdef HOURS
 	$(BIN)/python tests/test_two_front_ends.py --hours $(HOURS)
 else
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED) --at-once
+	PEDIGREE_RAY_STEPS=$(or $(RAY_STEPS),100) PEDIGREE_RAY_SEED=$(or $(SEED),3) $(BIN)/python -m pytest -q -s --timeout 0 tests/test_ray_kills.py
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 endif
 

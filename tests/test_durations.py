@@ -17,7 +17,7 @@ import dagster as dg
 import pytest
 from builders import foreign_project
 from builders.small_pipeline import PIPELINE
-from conftest import dvc
+from conftest import dvc, tool
 
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.progress import clock

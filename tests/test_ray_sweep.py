@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from builders import small_pipeline
 from builders.cluster import Cluster, add_remote
-from builders.ray_jobs import all_jobs, commands, stages_on_nodes, until
+from builders.ray_jobs import all_jobs, commands, is_stage_command, stages_on_nodes, until
 from builders.s3 import BUCKET, S3Server
 from ruamel.yaml import YAML
 
@@ -154,3 +155,23 @@ def test_an_interrupt_ends_the_jobs_of_all_trials(
     assert not s3.names(f"{tmp_path.name}/pedigree/")
     assert not [trial for trial in experiments.trials(root).values() if trial.alive or trial.status == "Queued"]
     assert not [*root.glob(".dvc/tmp/exps/tmp*")]
+
+
+def test_the_job_of_a_killed_trial_is_stopped_by_the_next_one(
+    cluster: Cluster, root: Path, gate: Path, sweep: Any, new_jobs: Any, s3: S3Server, tmp_path: Path
+) -> None:
+    """Each trial runs in a copy of its own, so that no later run takes the job over."""
+    process = sweep("2")
+    until(lambda: on_nodes(new_jobs()), 400, 1)
+    [trial] = experiments.trials(root).values()
+    [driver] = filter(is_stage_command, psutil.Process(trial.pid).children(recursive=True))
+    driver.kill()
+    assert not finished(process, root)["passed"]
+    [job] = new_jobs()
+    assert job.status == "RUNNING"
+    second = sweep("3")
+    until(lambda: [one.status for one in new_jobs() if one.submission_id == job.submission_id] == ["STOPPED"], 400, 1)
+    gate.touch()
+    assert finished(second, root)["passed"], root.with_suffix(".err").read_text()
+    assert sorted(one.status for one in new_jobs()) == ["STOPPED", "SUCCEEDED"]
+    assert not s3.names(f"{tmp_path.name}/pedigree/")

@@ -26,6 +26,7 @@ import dagster as dg
 import psutil
 import pytest
 from builders import small_pipeline
+from builders.agreement import agree
 from builders.growth import Growth
 from dvc.cli import main as dvc_main
 from hypothesis import HealthCheck, Phase, settings
@@ -33,9 +34,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
-from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 
 COUNTS: Counter[str] = Counter()
@@ -378,22 +376,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
             assert forced or entry["inputs_changed"] or entry["stage"] in doubted, (
                 f"{what}: {entry['stage']} ran for nothing"
             )
-        reap(self.instance)
-        assert not self.instance.get_runs(dg.RunsFilter(statuses=ALIVE)), f"{what}: a dead run counts as alive"
-        sync(self.root, self.instance, small_pipeline.PIPELINE)
-        changed = small_pipeline.changed_in_dvc(self.root)
-        assert small_pipeline.not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
-        state_of = read_stages(self.root)
-        for address, state in state_of.items():
-            event = self.instance.get_latest_materialization_event(asset_key(address))
-            if event:
-                assert event.asset_materialization.tags["dagster/data_version"] == state.version, f"{what}: {address}"
-        assert sync(self.root, self.instance, small_pipeline.PIPELINE) == [], what
-        for name in ("inst", "tok", "adapter", "cmp", "extra"):
-            for path in (self.root / "data" / name).rglob("*.txt"):
-                address = f"adapter@{path.parent.name}" if name == "adapter" else name
-                if address in state_of and not state_of[address].changed:
-                    assert "BAD" not in path.read_text(), f"{what}: a bad row in {path.relative_to(self.root)}"
+        agree(self.root, self.instance, what)
 
     def runs(self) -> list[dict[str, Any]]:
         path = self.root / small_pipeline.LOG
