@@ -19,9 +19,10 @@ from uuid import uuid4
 import dagster as dg
 import psutil
 import pytest
+import yaml
 from builders import small_pipeline
 from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run, start_until_tok_runs
-from conftest import dvc, shown_checks
+from conftest import dvc, run, shown_checks
 from dagster._core.events import EngineEventData
 
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -310,6 +311,27 @@ def test_a_stage_is_in_the_pool_of_the_place_where_its_run_puts_it(
         finally:
             process.kill()
     assert agree(root, synced).isdisjoint(addresses)
+
+
+@pytest.mark.long
+def test_a_stage_of_the_users_own_is_in_the_pool_that_dvc_yaml_names(root: Path, synced: dg.DagsterInstance) -> None:
+    """With one slot, two such stages of a run do not run at once."""
+    (root / "own.py").write_text(
+        "import sys, time\nbegan = time.time()\ntime.sleep(3)\n"
+        "open(f'data/own_{sys.argv[1]}.txt', 'w').write(f'{began} {time.time()}')\n"
+    )
+    own = {
+        f"own_{x}": {"cmd": f"python own.py {x}", "outs": [f"data/own_{x}.txt"], "meta": {"pool": "license"}}
+        for x in "ab"
+    }
+    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
+    (root / "dvc.yaml").write_text(yaml.safe_dump({**pipeline, "stages": {**pipeline["stages"], **own}}))
+    set_default_limits(synced)
+    synced.event_log_storage.set_concurrency_slots("license", 1)
+    done = run([sys.executable, "small_pipeline.py", "materialize-at-once", "own_a", "own_b"], root)
+    assert done.returncode == 0, done.stderr
+    spans = sorted([float(at) for at in (root / f"data/own_{x}.txt").read_text().split()] for x in "ab")
+    assert spans[0][1] <= spans[1][0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process started, whatever the clock says")

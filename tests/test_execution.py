@@ -42,7 +42,7 @@ from dagster_project.core.layout import pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import Execution, Placement, placement
 from dagster_project.orchestration import dvc_cache
-from dagster_project.orchestration.dvc import records_locked
+from dagster_project.orchestration.dvc import read_stages, records_locked
 from dagster_project.orchestration.dvc_remote import definition_of, inputs_by_hash, push
 from dagster_project.orchestration.executors import StageJob, messages, ray, ray_tasks, worker
 from dagster_project.orchestration.executors.kept import KEPT_SECONDS, KeptResult
@@ -1399,7 +1399,9 @@ def test_a_run_of_dagster_can_give_a_whole_section(root: Path) -> None:
         variables = project.variables(config, tags)
         assert placed("tok", **variables) == Placement(on="ray", cpus=3)
         assert placed("adapter@lora", **variables) == Placement(), "it replaces the section of params.yaml"
-    assert {stage: project.pool(stage, VALUES, section) for stage in ("tok", "inst")} == {"tok": "ray", "inst": "cpu"}
+    states = read_stages(root)
+    pools = {stage: project.pool(stage, states[stage], VALUES, section) for stage in ("tok", "inst")}
+    assert pools == {"tok": "ray", "inst": "cpu"}
 
 
 def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Path) -> None:

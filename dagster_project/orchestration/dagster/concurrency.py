@@ -154,9 +154,10 @@ class StagesExecutor(dg.Executor):
             steps = {self.project.asset_key(address).to_python_identifier(): address for address in states}
             on = {step: str(options.get(step, {}).get("on") or tags.get(ON_TAG, "")) for step in steps}
             values = params.read(self.project.root)
-            set_pools(
-                execution_plan, {step: self.project.pool(address, values, on[step]) for step, address in steps.items()}
-            )
+            pools = {
+                step: self.project.pool(address, states[address], values, on[step]) for step, address in steps.items()
+            }
+            set_pools(execution_plan, pools)
         except (PedigreeError, dg.Failure):
             several = False  # bad input: the first stage reports it
         executor = self.multiprocess if several else self.in_process

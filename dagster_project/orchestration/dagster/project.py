@@ -137,16 +137,16 @@ class PedigreeProject(DvcProject):
         return params.read(self.root)
 
     def pool_of(self, address: str, state: StageState, variables: Mapping[str, str] | None = None) -> str | None:
-        on = (variables or {}).get(VARIABLE, "")
-        return (self.is_own(address) and super().pool_of(address, state)) or self.pool(address, self._values, on)
+        return self.pool(address, state, self._values, (variables or {}).get(VARIABLE, ""))
 
     def on_cluster(self, address: str, variables: Mapping[str, str]) -> bool:
         on = variables.get(VARIABLE, "")
         return not self.is_own(address) and pool_of(address, self.pipeline, self._values, on) == RAY
 
-    def pool(self, address: str, values: Mapping[str, Any], on: str = "") -> str:
-        """Pool of a stage (`concurrency.pool_of`)."""
-        return self.pool_prefix + pool_of(address, self.pipeline, values, on)
+    def pool(self, address: str, state: StageState, values: Mapping[str, Any], on: str = "") -> str:
+        """Pool of a stage: that of `meta` for one of the user's own, or else by `concurrency.pool_of`."""
+        own = super().pool_of(address, state) if self.is_own(address) else None
+        return own or self.pool_prefix + pool_of(address, self.pipeline, values, on)
 
     def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
         if self.is_own(address):
