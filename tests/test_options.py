@@ -163,7 +163,8 @@ def test_the_terminal_says_how_many_records_of_a_difference_it_leaves_out() -> N
 
     model = {"stage": "merged@lora", "path": "data/merged/lora", "md5": "0" * 32}
     same = {
-        name: {} for name in ("sources", "other_files", "base_model", "parameters", "code", "environment", "metrics")
+        name: {}
+        for name in ("sources", "other_files", "base_model", "parameters", "code", "environment", "machine", "metrics")
     }
     same |= {"trained_on": None}
     found = {"added": records(diff.SHOWN + 5), "removed": records(diff.SHOWN), "changed": [], "moved": []}
