@@ -23,8 +23,11 @@ from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
 from dagster_project.orchestration import durations
 from dagster_project.orchestration.dagster.concurrency import set_default_limits
+from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster_dvc.definitions import build_dvc_definitions
+from dagster_project.orchestration.dagster_dvc.progress import progress
 from dagster_project.orchestration.durations import SECONDS, elapsed, known, last, record, remaining, time_left
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, STAGE, jobs_ahead
 from dagster_project.orchestration.executors.ray_queue import SECONDS as DURATION
 from dagster_project.orchestration.run_all import on_cluster
@@ -174,6 +177,9 @@ def test_a_stage_that_starts_in_dagster_logs_what_is_queued_and_the_time_left_by
     for running, queued, minutes, seconds in beginnings:  # two that start at the same time see each other
         assert running + queued == 3 and first - 60 <= 60 * minutes + seconds <= first, lines
     assert all((last(root, address) or 999) < 50 for address in TRAININGS), "measured again"
+    project, [ended, *_] = PedigreeProject(root, pipeline=PIPELINE), synced.get_runs(limit=1)
+    repeated = progress(synced, ended, project, read_stages(root), "cmp")  # a step that Dagster repeats
+    assert repeated.startswith("5 of 6 stages done, 1 running, 0 queued, about ")
 
 
 @pytest.mark.long

@@ -26,8 +26,9 @@ def progress(
         starts: the stage that starts now.
     """
     steps = steps_of(instance, run.run_id)
-    planned = [address for address in states if project.asset_key(address) in steps.planned]
-    left = [address for address in planned if project.asset_key(address) in steps.remaining]
+    # a step that Dagster repeats may have ended by its events
+    planned = [address for address in states if address == starts or project.asset_key(address) in steps.planned]
+    left = [address for address in planned if address == starts or project.asset_key(address) in steps.remaining]
     configs = {address: _config(run, project, address) for address in left}
 
     def is_up_to_date(address: str) -> bool:
