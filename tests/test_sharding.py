@@ -186,12 +186,14 @@ def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -
 def kept_here(work: dict[str, str]) -> tuple[int, int]:
     """Bytes of weights that this process keeps, and of the whole model."""
     import torch
+    from accelerate import Accelerator
 
     entry = adapter.Params.model_validate(work["params"])
     prepared = build(entry.method, entry.peft, Path(work["model"]), torch.device("cpu"), torch.float32, "adapter.x")
     whole = sum(weight.nbytes for weight in prepared.model.parameters())
     sharding.shard(prepared.model, Sharding(), torch.device("cpu"))
     assert all(map(sharding.is_sharded, prepared.model.parameters())), "a weight is whole in every process"
+    assert getattr(Accelerator().state, "fsdp_plugin", None) is None, "a Trainer would divide the rows"
     return sum(weight.to_local().nbytes for weight in prepared.model.parameters()), whole
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 
 @contextmanager
-def postponed(package: str) -> Iterator[None]:
-    """While open, importing a package gives an empty module; the package is imported when anything of it is used.
-    Nothing is changed if it was imported before, or is not installed."""
-    one = postpone({package: {}}) if find_spec(package) else None
+def postponed(package: str, **names: Any) -> Iterator[None]:
+    """While open, importing a package gives a module with these names alone; the package is imported when another name
+    of it is used. Nothing is changed if it was imported before, or is not installed."""
+    one = postpone({package: names}) if find_spec(package) else None
     try:
         yield
     finally:

@@ -514,8 +514,9 @@ rest."""
 @cache
 def _rules() -> tuple[Rule, ...]:
     """In order of precedence: the first rule names a value that several find."""
-    # detect-secrets imports requests to ask services whether a key is valid, which is never done here
-    with lean_imports(), postponed("requests"):
+    # detect-secrets imports requests to ask services whether a key is valid, which is never done here; Response is in
+    # an annotation
+    with lean_imports(), postponed("requests", Response=object):
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
         from detect_secrets.filters.heuristic import is_templated_secret
 

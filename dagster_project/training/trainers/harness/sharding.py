@@ -1,4 +1,4 @@
-"""FSDP2 (torch.distributed.fsdp.fully_shard): each process keeps a part of every weight, gradient and optimizer state.
+"""FSDP2 through accelerate: each process keeps a part of every weight, gradient and optimizer state.
 
 A layer's weights are gathered while it computes and freed afterwards; gradients are summed where their part of the
 weight is kept.
@@ -79,19 +79,30 @@ def shard(model: Any, settings: Sharding, device: torch.device, *more: Any) -> A
         model must only be used in such a function.
     """
     import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
+    from torch.distributed.fsdp import FSDPModule
 
     offload = settings.cpu_offload and device.type != "cpu"
-    options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (distributed.place().size,)),
-        "reshard_after_forward": settings.fsdp == "full_shard",
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-    }
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=settings.fsdp == "full_shard",
+        cpu_offload=offload,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted({type(layer).__name__ for layer in decoder_layers(model)}),
+    )
     torch.set_autocast_cache_enabled(False)  # it would keep a copy of every gathered weight
-    for layer in decoder_layers(model):
-        fully_shard(layer, **options)
-    root = fully_shard(_root_class()(model, *more), **options)
+    _store_4bit(model, torch.bfloat16)  # accelerate divides no weights that are stored as integers
+    root = _root_class()(model, *more)
+    accelerator = Accelerator()
+    # not an argument of Accelerator, which ignores it on CPUs; removed again because all Accelerators share this state,
+    # and that of a Trainer would divide the rows itself
+    accelerator.state.fsdp_plugin = plugin
+    try:
+        fsdp2_prepare_model(accelerator, root)
+    finally:
+        del accelerator.state.fsdp_plugin
+    root.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum: each pass is divided by the number of passes already
@@ -99,6 +110,23 @@ def shard(model: Any, settings: Sharding, device: torch.device, *more: Any) -> A
     if offload:
         model.to = lambda *_, **__: model  # neither the Trainer nor accelerate may move it to the GPU
     return root
+
+
+def _store_4bit(model: Any, dtype: torch.dtype) -> None:
+    """Reinterpret the bytes of all 4-bit weights as numbers of another type. No effect on a model without."""
+    if not getattr(causal(model), "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_storage = dtype
+            module.weight = Params4bit(
+                module.weight.data.view(-1).view(dtype)[:, None],
+                quant_state=module.quant_state,
+                quant_storage=dtype,
+                bnb_quantized=True,
+            )
 
 
 @cache
@@ -275,12 +303,8 @@ def unshard(model: Any) -> None:
                 gathered[id(part)] = torch.nn.Parameter(whole.cpu(), part.requires_grad) if first else None
             if first:
                 module._parameters[name] = gathered[id(part)]
-    if first and getattr(causal(model), "is_loaded_in_4bit", False):
-        from bitsandbytes.nn.modules import Linear4bit, fix_4bit_weight_quant_state_from_module
-
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                fix_4bit_weight_quant_state_from_module(module)
+    if first:
+        _store_4bit(model, torch.uint8)
 
 
 def is_sharded(value: Any) -> bool:
