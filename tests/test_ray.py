@@ -108,7 +108,7 @@ def start(root: Path, address: str, *, script: str = "small_pipeline.py", **envi
         sys.executable,
         "-c",
         "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from dagster_project.orchestration.executors import ray; ray.POLL = {POLL}; "
+        f"from dagster_project.orchestration.executors import ray; ray.POLL, ray.WAITING_LOG_SECONDS = {POLL}, 1.0; "
         f"sys.argv = ['{script}', 'run', '{address}']; runpy.run_path('{script}', run_name='__main__')",
     ]
     return subprocess.Popen(
@@ -546,13 +546,18 @@ def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(
     assert published(root, "tok") == before
 
 
-def test_a_job_that_is_stopped_while_it_waits_for_resources_does_not_keep_the_next_run_waiting(
+def test_a_job_that_is_stopped_while_it_waits_for_a_node_that_does_not_exist_keeps_no_other_run_waiting(
     cluster: Cluster, driver: dict[str, str], root: Path
 ) -> None:
     before = forget(root, "tok")
     placed = json.dumps({"stages": {"tok": {"on": "ray", "resources": {"nowhere": 1}}}})
     process = start(root, "tok", PEDIGREE_EXECUTION=placed)
-    until(lambda: jobs(root, "tok"))
+    warning = re.compile(
+        r"tok: has waited 0:\d\d for 1 CPU, 1 nowhere on the cluster, which no node has: it waits until one joins;"
+        r" see `ray status` and `execution`"
+    )
+    until(lambda: warning.search((root.parent / "tok.log").read_text()))
+    assert len(jobs(root, "tok")) == 1
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) != 0
     assert [job.status for job in jobs(root, "tok")] == ["PENDING"], "docs/cluster.md: Ray keeps it in its queue"

@@ -36,7 +36,14 @@ from dagster_project.orchestration import durations, dvc_remote, dvc_run, integr
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, SECONDS, STAGE, jobs_ahead
+from dagster_project.orchestration.executors.ray_queue import (
+    PROJECT,
+    RESOURCES,
+    SECONDS,
+    STAGE,
+    fits_no_node,
+    jobs_ahead,
+)
 from dagster_project.orchestration.experiments import is_temporary, workspace_of
 from dagster_project.orchestration.remote_store import OBJECT, Damaged, RemoteStore, open_store
 
@@ -543,11 +550,14 @@ class _Run:
         waited = time.monotonic() - (self.submitted or 0.0)
         if adopted and details.start_time:  # by Ray's clock: another driver submitted it
             waited = max(waited, time.time() - details.start_time / 1000)
+        line = f"{self.address}: has waited {clock(waited)} for {self._resources()} on the cluster"
+        with self._authenticated():
+            needs_another_node = fits_no_node(self.url, self._needed())
+        if needs_another_node:
+            log.warning(f"{line}, which no node has: it waits until one joins; see `ray status` and `execution`")
+            return
         others = jobs_ahead(self._request(self.client.list_jobs), self.name, self.job.ctx.root, time.time())
-        log.info(
-            f"{self.address}: has waited {clock(waited)} for {self._resources()} on the cluster; {others};"
-            " `ray status` on the cluster shows what its nodes have"
-        )
+        log.info(f"{line}; {others}; `ray status` on the cluster shows what its nodes have")
 
     def _handle(self, kind: str, content: Any, adopted: bool) -> None:
         if kind == "log":
@@ -713,6 +723,12 @@ class _Run:
         # users name resources as they like, e.g. `node`
         named = {name: amount for name, amount in reserved.items() if name not in {*found, "lost_seconds", "cost"}}
         return {**found, **named, "resources": reserved}
+
+    def _needed(self) -> dict[str, float]:
+        """Resources of the job by Ray's names."""
+        place = self.executor.placement
+        amounts = {"CPU": place.cpus, "GPU": place.gpus, "memory": int((place.memory or 0) * 1e9), **place.resources}
+        return {name: amount for name, amount in amounts.items() if amount}
 
     def _resources(self) -> str:
         place = self.executor.placement

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,26 @@ def _ahead(job: Any, project: str | None, ran: float | None) -> JobAhead:
     if str(job.status) != "RUNNING":
         return JobAhead(name, resources, seconds, None)
     return JobAhead(name, resources, seconds, max(0.0, ran or 0.0), is_exact=ran is not None)
+
+
+def fits_no_node(url: str, needed: Mapping[str, float]) -> bool:
+    """Whether no node of a cluster has these resources, even when it is idle. False where the nodes are unknown.
+
+    Args:
+        url: of the cluster's dashboard.
+        needed: name of a resource, as Ray writes it ("CPU", "memory" in bytes, "trainer") -> amount.
+    """
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(url, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
+    except (RayStateApiException, RuntimeError, OSError):
+        return False
+    totals = [node.resources_total or {} for node in nodes]
+    return bool(totals) and not any(
+        all(total.get(name, 0) >= amount for name, amount in needed.items()) for total in totals
+    )
 
 
 def _plain(text: str) -> str:
