@@ -650,7 +650,7 @@ def test_a_training_whose_rewards_no_longer_differ_stops_with_its_weights_and_re
 
     with monkeypatch.context() as patched:
         patched.setattr(ppo if method == "ppo" else training, "stop_on_request", stop)
-        patched.setattr(aligned, "_evaluate", lambda *_: kept.append(1) or pytest.skip("killed"))
+        patched.setattr(aligned, "_agreement", lambda *_: kept.append(1) or pytest.skip("killed"))
         with pytest.raises((Interrupted, pytest.skip.Exception)):
             align_it(tmp_path / "again", preferences, weak[0], tiny_model, **settings)
     assert list((tmp_path / "again" / "checkpoints").glob("step-*"))

@@ -254,9 +254,7 @@ def test_held_out_rewards_are_those_before_and_after(tmp_path: Path) -> None:
     found, _ = tasks_of(split(tmp_path / "splits", validation=records), {})
     scorer = HeldOut(Rewards({"exact_match": 2.0, "length_window": {"weight": 1.0, "max_words": 1}}, None))
     params = aligned.Params(method="rloo", adapter="lora")
-    measured = aligned._evaluate(
-        Policies(), found["test"], scorer, params, params.parsed_method("aligned.x"), tmp_path / "out"
-    )  # type: ignore[arg-type]
+    measured = aligned._answers(Policies(), found["test"], scorer, params, tmp_path / "out")  # type: ignore[arg-type]
     means = {name: (one["sft"], one["aligned"], one["difference"]) for name, one in measured["held_out"].items()}
     assert means == {"reward": (1.5, 2.5, 1.0), "exact_match": (0.25, 0.75, 0.5), "length_window": (1.0, 1.0, 0.0)}
     assert measured["watch"]["win_rate"]["value"] == 0.75  # two are better, two are as good
@@ -286,7 +284,7 @@ def test_near_copies_among_held_out_tasks_count_once(tmp_path: Path, monkeypatch
     judge.components = [{"reward": [value] * 40} for value in (0.0, 1.0)]
     monkeypatch.setattr(aligned.alignment, "samples", lambda _, pairs, *__: ([], {"prompts": len(pairs)}))
     params = aligned.Params(method="grpo", adapter="lora")
-    measured = aligned._evaluate(None, held_out, judge, params, params.parsed_method("x"), tmp_path)  # type: ignore[arg-type]
+    measured = aligned._answers(None, held_out, judge, params, tmp_path)  # type: ignore[arg-type]
     check = aligned._improved(measured, 40)
     assert not check.passed and "40 held-out tasks" in check.note and "(3 if near-copies count once)" in check.note
 

@@ -297,10 +297,11 @@ def produce(
         return Report(checks=differ)
     history.curve = sampled.with_components(history.curve, names) if rewards else history.curve
     return_large_blocks()
+    measured = sharding.in_step([shared], lambda: _agreement(policies, pairs["test"], params, method))
     judge = judge or load_judge()  # methods that learn from pairs need its memory only now
     used = [shared, *([judge.shared] if judge else [])]
     scorer = tasks.HeldOut(rewards) if rewards and sources.splits else judge
-    measured = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], scorer, params, method, out))
+    measured |= sharding.in_step(used, lambda: _answers(policies, pairs["test"], scorer, params, out))
     shared.join()
     change, signs = audit.change(), alignment.gamed(measured["watch"])
     prepared.save(out)
@@ -313,9 +314,8 @@ def produce(
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs, **components})
     has_routers = has_router(prepared.model)
     starts = [_starts_as_the_reference(start, history, method, has_routers)] if method.has_reference else []
-    metrics = _metrics(params, method, history, prepared, sources)
-    if rewards or sampled.rows:
-        metrics["sampled"] = sampled.summary()
+    summary = {"sampled": sampled.summary()} if rewards or sampled.rows else {}
+    metrics = _metrics(params, method, history, prepared, sources) | summary
     checks = [
         *starts,
         _learned(history, prepared),
@@ -411,6 +411,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     with suppress(Diverged, Interrupted):  # the first process reports it
         method.train(run)
         return_large_blocks()
+        sharding.in_step([shared], _nothing)
         judge = judge or load_judge()
         sharding.in_step([shared, judge.shared] if judge else [shared], _nothing)
         shared.join()
@@ -514,15 +515,23 @@ def _ids(pairs: Sequence[Mapping[str, Any]], method: AlignmentMethod) -> list[li
     return [[pair["example_id"]] for pair in pairs for _ in range(method.rows_per_pair)]
 
 
-def _evaluate(
+def _agreement(
+    policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]], params: Params, method: AlignmentMethod
+) -> dict[str, Any]:
+    """Compare policy and SFT model on held-out pairs; tasks have none."""
+    if params.reward_target == tasks.RESPONSE:
+        return {}
+    return {"preference": alignment.preference(policies, pairs, method.has_reference)}
+
+
+def _answers(
     policies: alignment.Policies,
     pairs: Sequence[Mapping[str, Any]],
     judge: RewardModel | tasks.HeldOut | None,
     params: Params,
-    method: AlignmentMethod,
     out: Path,
 ) -> dict[str, Any]:
-    """Compare policy and SFT model on held-out pairs or tasks: preferences or rewards, and answers.
+    """Compare answers of policy and SFT model to held-out prompts, and their rewards.
 
     Writes samples.parquet.
     """
@@ -530,7 +539,7 @@ def _evaluate(
     rows, watch = alignment.samples(policies, prompts, cast("RewardModel | None", judge), params.max_new_tokens)
     write_table(out / "samples.parquet", rows, alignment.sample_schema())
     if not isinstance(judge, tasks.HeldOut):
-        return {"preference": alignment.preference(policies, pairs, method.has_reference), "watch": watch}
+        return {"watch": watch}
     before, after = judge.components
     units = [unit(pair) for pair in prompts]
     watch |= {"independent": len(set(units))} if len(set(units)) < len(prompts) else {}  # near-copies count as one
