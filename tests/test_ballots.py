@@ -578,6 +578,25 @@ def test_a_damaged_table_is_one_message(project: Path, table: str, content: byte
     )
 
 
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("data/baselines/results.parquet", "system"),
+        ("data/evaluation/lora/results.parquet", "answer"),
+        ("data/splits/test/records-00000.parquet", "messages"),
+    ],
+)
+def test_a_table_of_another_version_is_one_message(project: Path, table: str, column: str, capsys: Any) -> None:
+    import polars as pl
+
+    pl.read_parquet(project / table).drop(column).write_parquet(project / table)
+    assert main(["ballots", "export", "lora", "few_shot", *at(project)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {table} is damaged: it has no column {column}",
+        f"hint: `dvc checkout --force {table}` restores it",
+    ]
+
+
 @pytest.mark.browser
 @needs_chromium
 def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: Match, capsys: Any) -> None:

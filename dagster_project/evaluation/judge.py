@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -357,6 +358,7 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
         folder: the reward model's folder.
     Raises:
         InputError: there is no reward model.
+        CheckFailed: a reward is not a finite number.
     """
     import torch
 
@@ -378,19 +380,32 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     asked = [{"prompt": pair.prompt, "tools": pair.tools} for pair in pairs for _ in pair.turns]
     answers = [answer for pair in pairs for answer in pair.turns]
     rewards = RewardModel(folder, torch.device("cpu"), torch.float32).of_answers(asked, answers, what="judge")
+    if unknown := sum(not math.isfinite(reward) for reward in rewards):
+        problem = f"the reward model: {unknown} of {many(len(rewards), 'reward')} not finite"
+        raise CheckFailed(problem, "lower reward_model.learning_rate, then run `dvc repro reward_model`")
     outcomes: dict[str, Outcome] = {}
     for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
         outcomes[pair.id] = "win" if first > second else "loss" if first < second else "tie"
     mean = {name: round(sum(rewards[i::2]) / len(pairs), 4) for i, name in enumerate(match.systems)} if pairs else {}
-    same = len(pairs) > 1 and len(set(rewards)) == 1
-    alarm = f"all {len(rewards)} answers have the same reward: the rewards do not depend on the answers"
     return {
         "systems": list(match.systems),
         "model": "the reward model",
         **tally(pairs, outcomes),
         "mean_reward": mean,
-        "alarm": alarm if same else None,
+        "alarm": _alarm_of_rewards(rewards),
     }
+
+
+def _alarm_of_rewards(rewards: Sequence[float]) -> str | None:
+    """What is wrong with rewards that do not depend on the answers; None if nothing is.
+
+    Args:
+        rewards: of the two answers of each pair.
+    """
+    if len(rewards) < 4 or rewards[::2] != rewards[1::2]:
+        return None
+    same = f"all {len(rewards)} answers have" if len({*rewards}) == 1 else "the answers of each pair have"
+    return f"{same} the same reward: the rewards do not depend on the answers"
 
 
 def by_reward_text(result: Mapping[str, Any]) -> str:

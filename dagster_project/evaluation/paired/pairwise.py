@@ -100,7 +100,8 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
     """
     files = [project / "data" / "baselines" / "results.parquet", *_results_of_variants(project)]
     answers: dict[str, dict[Key, Answer]] = {}
-    for row in (row for file in files if file.is_file() for row in read_rows(file)):
+    columns = ("system", "example_id", "answer")
+    for row in (row for file in files if file.is_file() for row in read_rows(file, columns)):
         if row["answer"] is not None:
             turn = row.get("turn")
             answers.setdefault(row["system"], {})[row["example_id"], -1 if turn is None else turn] = of_row(row)
@@ -189,7 +190,9 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
         raise InputError(f"no answers of {', '.join(map(repr, unknown))}", f"systems with answers: {', '.join(known)}")
     if systems[0] == systems[1]:
         raise InputError(f"both systems are {systems[0]!r}", f"name two of {', '.join(known)}")
-    records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
+    columns = ("example_id", "messages", "category")
+    test = read_records(project / "data" / "splits" / "test", columns)
+    records = {record["example_id"]: record for record in test}
     if not records:
         raise InputError(
             "data/splits/test: there are no test examples",
