@@ -76,7 +76,8 @@ def _not_opened(where: Path) -> PedigreeError:
         kind = PedigreeError if code in RESOURCES else InputError
         return kind(f"{where}: SQLite cannot open a database: {os.strerror(code)}", NEXT_STEPS[code])
     possible = "it or its folder is missing or not yours, its disk is full, or too many files are open"
-    hint = f"look at the folders of this project with `ls -ld` and `df -h`, and at `ulimit -n`, {AGAIN}"
+    folders = "the folders of this project, and DAGSTER_HOME if it is elsewhere,"
+    hint = f"look at {folders} with `ls -ld` and `df -h`, and at `ulimit -n`, {AGAIN}"
     return PedigreeError(f"{where}: SQLite cannot open a database: {possible}", hint)
 
 
