@@ -9,6 +9,7 @@ did not move (test_sft, test_own_trainer), no verdicts (test_judge).
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from builders.records import ask, placed
 from builders.small_pipeline import make_project
 
 from dagster_project.__main__ import main
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.messages import Call
 from dagster_project.core.records import CheckResult, example_id, write_json, write_ledger, write_records
 from dagster_project.core.stored_rows import StoredRows
@@ -28,7 +29,7 @@ from dagster_project.curation.checks.findings import check_result
 from dagster_project.curation.checks.token_counts import ESTIMATED
 from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something, scores_differ
 from dagster_project.evaluation.comparison import recommended
-from dagster_project.evaluation.judge import by_reward, by_reward_text
+from dagster_project.evaluation.judge import _alarm_of_rewards, by_reward, by_reward_text
 from dagster_project.evaluation.paired.pairwise import Match, Pair
 from dagster_project.lineage.impact.question import impact
 from dagster_project.orchestration.integrity import examine
@@ -277,6 +278,34 @@ def test_a_reward_model_that_scores_all_answers_equally_is_an_alarm(constant: Pa
     assert by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 1, constant)["alarm"] is None, (
         "one pair shows nothing"
     )
+
+
+def with_output_layer(constant: Path, folder: Path, value: float) -> Path:
+    """The reward model with other weights of its output layer."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(constant, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"].fill_(value)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rewards_that_are_not_finite_numbers_are_not_ties(constant: Path, tmp_path: Path, value: float) -> None:
+    pairs = [Pair("0", [{"role": "user", "content": "Why?"}], None, ("good", "bad"), swapped=False)]
+    with pytest.raises(CheckFailed, match="2 of 2 rewards not finite"):
+        by_reward(
+            Match("m", ("ours", "theirs"), 0, pairs, identical=0), 1, with_output_layer(constant, tmp_path / "m", value)
+        )
+
+
+def test_rewards_that_depend_on_the_prompts_alone_are_an_alarm() -> None:
+    assert _alarm_of_rewards([0.5, 0.5, -2.0, -2.0]) == (
+        "the answers of each pair have the same reward: the rewards do not depend on the answers"
+    )
+    assert _alarm_of_rewards([0.5, 0.5, -2.0, -2.1]) is None
+    assert _alarm_of_rewards([0.5, 0.5]) is None, "one pair shows nothing"
 
 
 def test_the_verdict_of_a_reward_model_comes_without_a_progress_bar(

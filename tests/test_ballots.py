@@ -48,7 +48,7 @@ def ballot(project: Path) -> Match:
 def sheet(ballot: Match, rater: str, wants: Any, n: int = 18) -> dict[str, Any]:
     """What the page saves for a rater who looks at the pairs' own answers: `wants(i, pair)` is the outcome."""
     votes = [{"pair": pair.id, "vote": choice(pair, wants(i, pair))} for i, pair in enumerate(ballot.pairs[:n])]
-    return {"ballot": ballot.id, "pairs": n, "rater": rater, "votes": votes}
+    return {"ballot": ballot.id, "pairs": n, "seal": ballot.seal(n), "rater": rater, "votes": votes}
 
 
 def choice(pair: Pair, outcome: str) -> str:
@@ -427,6 +427,103 @@ def test_a_damaged_comparison_is_one_message(project: Path) -> None:
         contenders(project)
 
 
+NAME = "data/comparison/comparison.json"
+GAIN = {"macro_f1": {"difference": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({}, "compared is missing"),
+        ({"compared": []}, "compared is not an object"),
+        ({"compared": "lora"}, "compared is not an object"),
+        ({"compared": {"lora": None}}, "compared.lora is missing"),
+        ({"compared": {"lora": {"to": ["few_shot"]}}}, "compared.lora.to is not an object"),
+        ({"compared": {"lora": {"to": {"few_shot": 0.5}}}}, "compared.lora.to.few_shot is not an object"),
+        ({"compared": {"lora": {"to": {"few_shot": {}}}}}, "compared.lora.to.few_shot"),
+        ({"compared": {"lora": {"to": {"few_shot": {"macro_f1": 1}}}}}, "few_shot.macro_f1 is not an object"),
+        *(
+            ({"compared": {"lora": {"to": {"few_shot": {"macro_f1": wrong}}}}}, "difference is not a number")
+            for wrong in ({"gain": 1}, {"difference": "1"}, {"difference": None}, {"difference": True})
+        ),
+        ({"compared": {"lora": {"to": {"few_shot": {"a": {"difference": float("nan")}}}}}}, "is not a number"),
+    ],
+)
+@pytest.mark.parametrize("command", [["ballots", "export"], ["judge", "--endpoint", "http://localhost:9/v1"]])
+def test_a_comparison_of_another_shape_is_one_message(
+    project: Path, command: list[str], document: Any, said: str, capsys: Any
+) -> None:
+    (project / NAME).write_text(json.dumps(document))
+    model = ["--model", "m"] if command[0] == "judge" else []
+    assert main([*command, *model, *at(project)]) == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {NAME} cannot be read: it is not a comparison") and said in first
+    assert others == [
+        "hint: restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
+    ]
+
+
+def test_a_variant_without_answers_does_not_prevent_a_ballot_on_the_others(project: Path) -> None:
+    likelihoods = {"perplexity_to_base": {"ratio": 0.5, "interval": [0.4, 0.6]}}
+    write_json(project / NAME, {"compared": {"a": likelihoods, "lora": {"to": {"few_shot": GAIN}}}})
+    assert contenders(project) == ("lora", "few_shot")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_file_that_another_editor_saved_is_read(project: Path, ballot: Match, encoding: str, capsys: Any) -> None:
+    text = json.dumps(sheet(ballot, "Zoë", lambda i, pair: "win"), ensure_ascii=False)
+    (project / "votes.json").write_text(text.replace("}", "}\r\n"), encoding=encoding)
+    assert main(["ballots", "import", str(project / "votes.json"), "--json", *at(project)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["raters"], found["wins"]) == ({"Zoë": 18}, 18)
+
+
+@pytest.mark.parametrize("other", ["anna", " ANNA ", "\u00a0Anna\t", "\uff21nna"])
+def test_spellings_of_one_name_are_one_rater(project: Path, ballot: Match, other: str, capsys: Any) -> None:
+    files = saved(project, *(sheet(ballot, name, lambda i, pair: "win") for name in ("Anna", "Ben", other)))
+    err = refused(project, files, capsys=capsys)
+    assert f"{files[0]}, {files[2]}: all by rater 'Anna'" in err and "give one file for each rater" in err
+    assert ("upper and lower case and spaces do not count" in err) == (other.strip() != "Anna")
+
+
+@pytest.mark.parametrize("name", ["Anna B", "Annä", "Ana"])
+def test_other_names_are_other_raters(project: Path, ballot: Match, name: str, capsys: Any) -> None:
+    files = saved(project, *(sheet(ballot, one, lambda i, pair: "win") for one in ("Anna", f" {name} ")))
+    assert main(["ballots", "import", *files, "--json", *at(project)]) == 0
+    assert json.loads(capsys.readouterr().out)["raters"] == {"Anna": 18, name: 18}
+
+
+def test_a_file_that_states_another_number_of_pairs_than_its_page_is_refused(
+    project: Path, ballot: Match, capsys: Any
+) -> None:
+    """Of 18 votes, the last 8 are deleted, and the file says that there were 10."""
+    whole = sheet(ballot, "Anna", lambda i, pair: "win" if i < 10 else "loss")
+    short = whole | {"votes": whole["votes"][:10], "pairs": 10}
+    for options in ([], ["--partial"]):
+        err = refused(project, saved(project, short), *options, capsys=capsys)
+        assert "votes-0.json: states 10 pairs, which is not the number on its page" in err
+    assert "states 10 pairs" in refused(project, saved(project, short | {"seal": "0"}), capsys=capsys)
+    assert "states 19 pairs" in refused(project, saved(project, whole | {"pairs": 19}), "--partial", capsys=capsys)
+    assert (
+        main(["ballots", "import", *saved(project, sheet(ballot, "Anna", lambda i, pair: "win", 10)), *at(project)])
+        == 0
+    )
+    assert "cannot be checked" not in capsys.readouterr().err
+
+
+def test_of_a_file_without_a_code_the_pairs_that_are_missing_are_seen_or_it_is_stated(
+    project: Path, ballot: Match, capsys: Any
+) -> None:
+    whole = sheet(ballot, "Anna", lambda i, pair: "loss" if i == 4 else "win")
+    del whole["seal"]
+    without_loss = [vote for i, vote in enumerate(whole["votes"]) if i != 4]
+    err = refused(project, saved(project, whole | {"votes": without_loss, "pairs": 17}), capsys=capsys)
+    assert "votes on pairs that a page with 17 pairs does not have" in err
+    files = saved(project, whole | {"votes": whole["votes"][:4], "pairs": 4})
+    assert main(["ballots", "import", *files, *at(project)]) == 0
+    assert f"{files[0]}: saved from a page of an earlier version, or edited" in capsys.readouterr().err
+
+
 def test_votes_are_not_replaced_by_preferences(project: Path, ballot: Match, capsys: Any) -> None:
     [votes] = saved(project, sheet(ballot, "Anna", lambda i, pair: "win"))
     before = Path(votes).read_bytes()
@@ -479,6 +576,25 @@ def test_a_damaged_table_is_one_message(project: Path, table: str, content: byte
         f"error: {table} is damaged: " in (shown := capsys.readouterr().err)
         and f"`dvc checkout --force {table}` restores it" in shown
     )
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("data/baselines/results.parquet", "system"),
+        ("data/evaluation/lora/results.parquet", "answer"),
+        ("data/splits/test/records-00000.parquet", "messages"),
+    ],
+)
+def test_a_table_of_another_version_is_one_message(project: Path, table: str, column: str, capsys: Any) -> None:
+    import polars as pl
+
+    pl.read_parquet(project / table).drop(column).write_parquet(project / table)
+    assert main(["ballots", "export", "lora", "few_shot", *at(project)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {table} is damaged: it has no column {column}",
+        f"hint: `dvc checkout --force {table}` restores it",
+    ]
 
 
 @pytest.mark.browser
@@ -595,7 +711,7 @@ def test_a_page_with_fewer_pairs_of_a_ballot_keeps_the_votes_on_the_others(proje
     first, second = (pair.id for pair in ballot.pairs[:2])
     votes = [{"pair": first, "vote": "a"}, {"pair": second, "vote": "b"}]
     file = json.loads((project / "votes.json").read_text())
-    assert file == {"ballot": ballot.id, "pairs": 2, "rater": "Anna", "votes": votes}
+    assert file == {"ballot": ballot.id, "pairs": 2, "seal": ballot.seal(2), "rater": "Anna", "votes": votes}
 
 
 @pytest.mark.browser

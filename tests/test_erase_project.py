@@ -88,9 +88,10 @@ def plant(root: Path) -> None:
 CACHES = (
     ".dvc/tmp/pedigree/gradients/0a/gradients-00000.safetensors",
     ".dvc/tmp/pedigree/proofs/0a/0b/adapter_model.safetensors",
+    ".dvc/tmp/pedigree/judge/0a.json",
     "data/pages/why/0a.html",
 )
-"""What `pedigree why` keeps."""
+"""What `pedigree why` and `pedigree judge` keep."""
 
 
 def leave_behind(root: Path, ids: list[str]) -> None:

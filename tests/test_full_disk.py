@@ -117,6 +117,49 @@ def test_the_cause_of_an_error_is_explained(tmp_path: Path) -> None:
     assert found is not None and found.what == f"{tmp_path / 'a'}: Permission denied" and "ls -ld" in found.hint
 
 
+def test_a_database_that_sqlite_cannot_open_is_not_called_a_missing_permission(tmp_path: Path) -> None:
+    with pytest.raises(sqlite3.OperationalError) as error:
+        sqlite3.connect(tmp_path / "missing" / "a.db")
+    assert error.value.sqlite_errorcode == sqlite3.SQLITE_CANTOPEN
+    found = faults.explained(error.value, tmp_path)
+    assert found is not None and found.what.startswith(f"{tmp_path}: SQLite cannot open a database: it or its folder")
+    assert "Permission denied" not in str(found)
+    assert all(said in str(found) for said in ("is missing", "disk is full", "too many files are open", "ulimit -n"))
+
+
+def test_too_many_open_files_are_the_reason_that_sqlite_cannot_open_a_database(tmp_path: Path) -> None:
+    code = (
+        "import os, resource, sqlite3, sys; from pathlib import Path; from dagster_project.core import faults\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30)); held = []\n"
+        "try:\n    while True: held.append(os.open(os.devnull, os.O_RDONLY))\nexcept OSError: pass\n"
+        "try: sqlite3.connect(Path(sys.argv[1], 'a.db'))\n"
+        "except sqlite3.OperationalError as error:\n"
+        "    found = faults.explained(error, Path(sys.argv[1]))\n"
+        "    for one in held: os.close(one)\n"
+        "    print(found.exit_code, found)\n"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = f"1 {tmp_path}: SQLite cannot open a database: {os.strerror(errno.EMFILE)}\nhint: raise the limit on open"
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
+def test_a_full_disk_is_the_reason_that_sqlite_cannot_open_a_database(mount: Any) -> None:
+    disk = mount(64)
+    fill(disk)
+    with pytest.raises(sqlite3.OperationalError) as error:
+        sqlite3.connect(disk / "missing" / "a.db")
+    found = faults.explained(error.value, disk)
+    assert found is not None and found.exit_code == 1 and "free some space" in found.hint
+    assert found.what == f"{disk}: SQLite cannot open a database: {os.strerror(errno.ENOSPC)}"
+
+
 def test_a_checkpoint_that_does_not_fit_is_removed_and_the_earlier_one_stays(mount: Any) -> None:
     import torch
 

@@ -12,6 +12,7 @@ import pytest
 from dagster_project.commands import init_data
 from dagster_project.core.errors import InputError
 from dagster_project.curation.check_files import check_paths, load
+from dagster_project.curation.sources.fields import taken
 
 USER, BOT, BAD = ({"role": role, "content": text} for role, text in
                   (("user", "Hi"), ("assistant", "Hello"), ("assistant", "What?")))  # fmt: skip
@@ -336,6 +337,49 @@ def test_a_tie_of_the_arena_has_no_margin(winner: str, tmp_path: Path) -> None:
         [write(tmp_path / "a.jsonl", {"conversation_a": CHAT, "conversation_b": WORSE, "winner": winner})]
     ).records
     assert pair["margin"] == 0.0
+
+
+def test_turns_after_those_that_were_judged_are_ignored_fields_of_the_arena(tmp_path: Path) -> None:
+    later = [{**USER, "name": "x"}, {**BOT, "mood": "glad"}]
+    row = {"conversation_a": [*CHAT, *later], "conversation_b": [*WORSE, USER], "winner": "model_a", "turn": 1}
+    loaded = load([write(tmp_path / "a.jsonl", row)])
+    (pair,) = loaded.records
+    texts = [message["content"].strip() for message in [*pair["messages"], *pair["rejected"]]]
+    assert texts == ["Hi", "Hello", "What?"]
+    assert [*pair["ignored"]] == [
+        f"conversation_{side}[].{name} (later turns)"
+        for side, names in (("a", ("role", "content", "name", "mood")), ("b", ("role", "content")))
+        for name in names
+    ]
+    assert taken(loaded.records) == {
+        "used": {
+            "conversation_a": 1, "conversation_b": 1, "turn": 1, "winner": 1,
+            "conversation_a[].content": 2, "conversation_a[].role": 2,
+            "conversation_b[].content": 2, "conversation_b[].role": 2,
+        },
+        "ignored": {
+            "conversation_a[].content (later turns)": 2, "conversation_a[].role (later turns)": 2,
+            "conversation_a[].name (later turns)": 1, "conversation_a[].mood (later turns)": 1,
+            "conversation_b[].content (later turns)": 1, "conversation_b[].role (later turns)": 1,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", [1, 1.0, "1"])
+def test_the_number_of_judged_turns_may_be_text_or_a_fraction_as_in_other_files(turn: Any, tmp_path: Path) -> None:
+    row = {"conversation_a": [*CHAT, USER, BOT], "conversation_b": [*WORSE, USER, BAD], "winner": "model_a"}
+    (pair,) = load([write(tmp_path / "a.jsonl", {**row, "turn": turn})]).records
+    assert [len(pair["messages"]), len(pair["rejected"])] == [2, 1]
+    for all_turns in (None, "", 2, 7):
+        (pair,) = load([write(tmp_path / "a.jsonl", {**row, "turn": all_turns})]).records
+        assert [len(pair["messages"]), len(pair["rejected"])] == [4, 3] and "ignored" not in pair
+
+
+@pytest.mark.parametrize("turn", [0, -1, 1.5, "first", True, [1]])
+def test_another_number_of_judged_turns_is_malformed(turn: Any, tmp_path: Path) -> None:
+    row = {"conversation_a": CHAT, "conversation_b": WORSE, "winner": "model_a", "turn": turn}
+    (pair,) = load([write(tmp_path / "a.jsonl", row)]).records
+    assert "problem" in pair["meta"] and not pair["messages"]
 
 
 def test_another_winner_is_malformed(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from builders.servers import Quiet
 from dagster_project.__main__ import main
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.evaluation.judge import Endpoint, ask, judge, judge_text, verdict
+from dagster_project.evaluation.kept_replies import REPLIES, KeptReplies
 from dagster_project.evaluation.paired.pairwise import Match, Pair
 
 KEY = "sk-not-to-be-seen"
@@ -360,3 +364,143 @@ def test_the_judge_states_what_the_pairs_were_taken_from(
     assert main([*options, "--project", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["wins"], found["pairs"], found["of"], found["identical"], found["outdated"]) == (2, 2, 18, 6, 0)
+
+
+def judge_command(project: Path, stub: Stub, *more: str) -> list[str]:
+    options = ["--endpoint", stub.url, "--model", "m", "--price", "5", "20", "--json", "--project", str(project)]
+    return ["judge", "lora", "few_shot", *options, *more]
+
+
+def prefers_strong(asked: dict[str, Any]) -> str:
+    return "A" if asked["answer_a"].startswith("Strong") else "B"
+
+
+def test_the_replies_that_arrived_before_the_endpoint_failed_are_not_asked_for_again(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_answered_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    stub.answer = prefers_strong
+    assert main(judge_command(tmp_path, stub)) == 0
+    at_once, replies = json.loads(capsys.readouterr().out), tmp_path / REPLIES
+    assert at_once["kept"] == 0 and not replies.exists()
+
+    stub.requests.clear()
+    stub.trouble = [(200, {})] * 35 + [(401, {})]  # 18 pairs are 36 questions: the last one fails
+    assert main(judge_command(tmp_path, stub)) == 1
+    error = json.loads(capsys.readouterr().out)
+    assert "HTTP 401" in error["error"] and error["hint"].endswith(
+        "; 35 replies are kept, and the same command goes on with them"
+    )
+    assert len(stub.requests) == 36 and len([*replies.iterdir()]) == 35
+
+    stub.requests.clear()
+    assert main(judge_command(tmp_path, stub)) == 0
+    assert json.loads(capsys.readouterr().out) == at_once | {"kept": 35}
+    assert len(stub.requests) == 1 and not replies.exists()
+
+
+def test_kept_replies_hold_no_text_and_no_key(tmp_path: Path, stub: Stub) -> None:
+    make_answered_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    stub.trouble = [(200, {}), (401, {})]
+    assert main(judge_command(tmp_path, stub, "--key-env", "JUDGE_KEY")) == 1
+    (file,) = (tmp_path / REPLIES).iterdir()
+    usage = {"prompt_tokens": 100, "completion_tokens": 2}
+    assert json.loads(file.read_text()) == {"verdict": "a", "usage": usage} and KEY not in str(file)
+
+
+@pytest.mark.parametrize("other", ["model", "endpoint", "pair", "answer", "prompt", "tools", "instruction"])
+def test_another_judge_question_or_pair_never_takes_a_kept_reply(
+    tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (pair,) = match().pairs
+
+    def asked(pair: Pair, url: str = stub.url, model: str = "m") -> int:
+        stub.requests.clear()
+        judge(Match("id", ("ours", "theirs"), 7, [pair], 0), 1, Endpoint(url, model), kept=KeptReplies(tmp_path))
+        return len(stub.requests)
+
+    assert [asked(pair), asked(pair), asked(pair, f"{stub.url}/")] == [2, 0, 0]  # nobody has called `forget`
+    if other == "instruction":
+        monkeypatch.setattr("dagster_project.evaluation.judge.INSTRUCTION", "Which is shorter?")
+    changed = {
+        "pair": replace(pair, id="9"),
+        "answer": replace(pair, answers=("good 0", "bad 1")),
+        "prompt": replace(pair, prompt=[{"role": "user", "content": "How?"}]),
+        "tools": replace(pair, tools=[{"type": "function", "function": {"name": "f"}}]),
+    }.get(other, pair)
+    url = stub.url.replace("127.0.0.1", "localhost") if other == "endpoint" else stub.url
+    assert asked(changed, url, "n" if other == "model" else "m") == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"verdict": "both"}', b'{"verdict": ["a"]}', b"\xff", b"[" * 100_000]
+)
+def test_a_damaged_kept_reply_is_asked_for_again(tmp_path: Path, stub: Stub, content: bytes) -> None:
+    (tmp_path / ".dvc").mkdir()
+    stub.answer = better
+    kept = KeptReplies(tmp_path)
+    first = judge(match(), 1, Endpoint(stub.url, "m"), kept=kept)
+    damaged, _ = sorted((tmp_path / REPLIES).iterdir())
+    damaged.write_bytes(content)
+    stub.requests.clear()
+    assert judge(match(), 1, Endpoint(stub.url, "m"), kept=KeptReplies(tmp_path)) == first | {"kept": 1}
+    assert len(stub.requests) == 1
+    kept.forget()
+    assert not (tmp_path / REPLIES).exists()
+
+
+def test_the_end_of_a_smaller_command_keeps_the_replies_of_a_larger_one(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_answered_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    stub.answer, stub.trouble = prefers_strong, [(200, {})] * 8 + [(401, {})]
+    assert main(judge_command(tmp_path, stub)) == 1
+    assert main(judge_command(tmp_path, stub, "--n", "3")) == 0  # 6 of the 8
+    capsys.readouterr()
+    assert main(judge_command(tmp_path, stub)) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 2
+
+
+def test_an_interrupt_keeps_the_replies(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    make_answered_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    arrived = threading.Event()
+
+    def answer(asked: dict[str, Any]) -> str:
+        if len(stub.requests) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            arrived.wait(20)
+        return prefers_strong(asked)
+
+    stub.answer = answer
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(judge_command(tmp_path, stub)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+        arrived.set()
+    assert "interrupted; 3 replies are kept, and the same command goes on with them" in capsys.readouterr().err
+    assert len([*(tmp_path / REPLIES).iterdir()]) == 3
+
+
+def test_without_any_verdict_nothing_is_kept(tmp_path: Path, stub: Stub) -> None:
+    make_answered_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    stub.answer = lambda asked: "I cannot choose."
+    assert main(judge_command(tmp_path, stub)) == 1
+    assert not (tmp_path / REPLIES).exists()
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_judge(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_answered_project(tmp_path)
+    (tmp_path / REPLIES.parent).mkdir(parents=True)
+    (tmp_path / REPLIES).write_text("a file in the place of the folder")
+    stub.answer = prefers_strong
+    assert main(judge_command(tmp_path, stub)) == 0
+    assert capsys.readouterr().err.count("a reply is not kept") == 1

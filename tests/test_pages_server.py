@@ -35,7 +35,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     folder = root / "data" / "pages" / "instructions"
     folder.mkdir(parents=True)
-    (folder / "report.html").write_text(ballot_page({"ballot": "b", "pairs": []}))
+    (folder / "report.html").write_text(ballot_page({"ballot": "b", "seal": "", "pairs": []}))
     (folder / "plain.html").write_text("<script>alert(1)</script>")
     (folder / "review.csv").write_text("row,decision\n")
     (folder / ".hidden").write_text(SECRET)

@@ -103,6 +103,7 @@ def judge(options: argparse.Namespace) -> int:
     """Compare the answers of two systems by a language model, in both orders, or by the reward model."""
     from dagster_project.core import params
     from dagster_project.evaluation import judge as module
+    from dagster_project.evaluation.kept_replies import KeptReplies
 
     of_endpoint = [
         f"--{name.replace('_', '-')}"
@@ -129,12 +130,14 @@ def judge(options: argparse.Namespace) -> int:
     endpoint = None if options.reward_model else module.Endpoint(options.endpoint, options.model, options.key_env)
     match = _match(options)
     coverage = _coverage(project(options), match)
+    kept = KeptReplies(project(options))
     if endpoint:
-        document, text = module.judge(match, options.n, endpoint, options.price), module.judge_text
+        document, text = module.judge(match, options.n, endpoint, options.price, kept=kept), module.judge_text
     else:
         folder = project(options) / "data" / "reward_model"
         document, text = module.by_reward(match, options.n, folder), module.by_reward_text
     print_result(options, document | coverage, lambda found: text(found) + _coverage_text(found))
+    kept.forget()  # last: nothing is lost if the result cannot be printed
     return 1 if document["alarm"] else 0
 
 

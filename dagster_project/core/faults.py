@@ -19,8 +19,9 @@ CODE = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 PATH = re.compile(r"at path \"(.+?)\"|local file '(.+?)'|\(os error \d+\): (/.+)$")
 UNFINISHED = re.compile(r"^\d+ requested and \d+ written$")
 """NumPy's message for an incomplete write; it has no code."""
-SQLITE = {8: errno.EACCES, 10: errno.EIO, 13: errno.ENOSPC, 14: errno.EACCES}
-"""SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN"""
+SQLITE = {8: errno.EACCES, 10: errno.EIO, 13: errno.ENOSPC}
+"""SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL"""
+SQLITE_CANTOPEN = 14
 
 AGAIN = "then run the same command again"
 NEXT_STEPS = {
@@ -55,6 +56,8 @@ def explained(error: BaseException, where: Path) -> PedigreeError | None:
     if isinstance(error, PedigreeError):
         return error
     for one in _causes(error):
+        if _sqlite_code(one) == SQLITE_CANTOPEN:
+            return _not_opened(where)
         code = _code(one)
         if code not in NEXT_STEPS:
             continue
@@ -65,6 +68,30 @@ def explained(error: BaseException, where: Path) -> PedigreeError | None:
         kind = PedigreeError if code in RESOURCES else InputError
         return kind(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])
     return None
+
+
+def _not_opened(where: Path) -> PedigreeError:
+    """SQLite names neither the file that it cannot open nor the reason: a reason that can be seen from here, or all."""
+    if code := _obstacle(where):
+        kind = PedigreeError if code in RESOURCES else InputError
+        return kind(f"{where}: SQLite cannot open a database: {os.strerror(code)}", NEXT_STEPS[code])
+    possible = "it or its folder is missing or not yours, its disk is full, or too many files are open"
+    folders = "the folders of this project, and DAGSTER_HOME if it is elsewhere,"
+    hint = f"look at {folders} with `ls -ld` and `df -h`, and at `ulimit -n`, {AGAIN}"
+    return PedigreeError(f"{where}: SQLite cannot open a database: {possible}", hint)
+
+
+def _obstacle(where: Path) -> int | None:
+    """Why no file can be created now; None if nothing prevents it in this folder."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+        if os.statvfs(where).f_flag & os.ST_RDONLY:
+            return errno.EROFS
+        if not os.access(where, os.W_OK | os.X_OK):
+            return errno.EACCES
+        return None if shutil.disk_usage(where).free else errno.ENOSPC
+    except OSError as error:
+        return error.errno if error.errno in {errno.EMFILE, errno.ENFILE} else None
 
 
 def is_full(error: BaseException) -> bool:
@@ -88,10 +115,16 @@ def _code(error: BaseException) -> int | None:
         return errno.ENOSPC
     if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in LIBRARIES:
         return None
-    if (sqlite := getattr(error, "sqlite_errorcode", None)) is not None:
-        return SQLITE.get(sqlite & 0xFF)
+    if (sqlite := _sqlite_code(error)) is not None:
+        return SQLITE.get(sqlite)
     found = CODE.search(str(error))
     return int(found[1] or found[2]) if found else None
+
+
+def _sqlite_code(error: BaseException) -> int | None:
+    """SQLite's primary result code; None for errors of anything else."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _path(error: BaseException) -> str:

@@ -59,16 +59,22 @@ def read_frame(path: Path, columns: Sequence[str] | None = None) -> pl.DataFrame
         return pl.read_parquet(file, columns=None if columns is None else [*columns])
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """As `records.read_table`. Raises as `read_frame`."""
-    rows = read_frame(path).rows(named=True)
-    return [*map(loaded, rows)]
+def read_rows(path: Path, required: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As `records.read_table`. Raises as `read_frame`.
+
+    Args:
+        required: columns that the table must have.
+    """
+    frame = read_frame(path)
+    if missing := [name for name in required if name not in frame.columns]:
+        raise ValueError(f"it has no column {', '.join(missing)}")
+    return [*map(loaded, frame.rows(named=True))]
 
 
 @uncollected
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """As `records.read_records`. Raises as `read_frame`."""
-    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_rows(shard)]
+def read_records(folder: Path, required: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As `records.read_records`. Arguments and exceptions as of `read_rows`."""
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_rows(shard, required)]
 
 
 def placed_records(folder: Path) -> Iterator[bytes]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import permutations
@@ -27,6 +29,8 @@ from dagster_project.evaluation.paired.pairwise import (
     tally,
 )
 
+log = logging.getLogger("pedigree")
+
 
 class Vote(Section):
     """One rater's choice on one pair."""
@@ -44,6 +48,8 @@ class Votes(Section):
     rater: str = Field(min_length=1, max_length=100)
     """Name or initials."""
     votes: list[Vote]
+    seal: str | None = None
+    """`Match.seal` of the number of pairs. Pages of earlier versions have none."""
 
 
 def export_text(exported: Mapping[str, Any]) -> str:
@@ -89,6 +95,7 @@ def read_votes(
         raise InputError("\n".join(messages), "; ".join(dict.fromkeys(hints)))
     if not any(sheet.votes for sheet in sheets.values()):
         raise InputError(f"{files[0]}: no vote", "vote on the page, then save")
+    _warn_of_unsealed(sheets)
     return ballot, {sheet.rater: {vote.pair: vote.vote for vote in sheet.votes} for sheet in sheets.values()}
 
 
@@ -98,25 +105,55 @@ def _problems(ballot: Match, sheets: Mapping[Path, Votes], partial: bool) -> lis
     found = []
     for file, sheet in sheets.items():
         counts = Counter(vote.pair for vote in sheet.votes)
+        given = {pair.id for pair in ballot.pairs[: sheet.pairs]}  # a page has the first pairs
         if unknown := [pair for pair in counts if pair not in known]:
             problem = f"{file}: {many(len(unknown), 'pair')} not on the ballot (first: {unknown[0]})"
-            found.append((problem, "save the votes from the page again"))
+            found.append((problem, AGAIN))
+        if sheet.pairs > len(known) or sheet.seal not in {None, ballot.seal(sheet.pairs)}:
+            found.append((f"{file}: states {many(sheet.pairs, 'pair')}, which is not the number on its page", AGAIN))
+        elif counts.keys() & known - given:
+            problem = f"{file}: votes on pairs that a page with {many(sheet.pairs, 'pair')} does not have"
+            found.append((problem, AGAIN))
         if twice := [pair for pair, count in counts.items() if count > 1]:
             problem = f"{file}: {many(len(twice), 'pair')} voted on more than once (first: {twice[0]})"
             found.append((problem, "keep one vote for each pair"))
         if len(counts) < sheet.pairs and not partial:
             problem = f"{file}: {sheet.pairs - len(counts)} of {many(sheet.pairs, 'pair')} without a vote"
             found.append((problem, "finish the ballot, or count incomplete ballots with --partial"))
-    for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
-        if count > 1:
-            by_rater = ", ".join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)
-            found.append((f"{by_rater}: all by rater {rater!r}", "give one file for each rater"))
+    by_rater: dict[str, list[Path]] = {}
+    for file, sheet in sheets.items():
+        by_rater.setdefault(_same_rater(sheet.rater), []).append(file)
+    for files in (files for files in by_rater.values() if len(files) > 1):
+        names = [repr(name) for name in dict.fromkeys(sheets[file].rater for file in files)]
+        problem = f"{', '.join(map(str, files))}: all by rater {names[0]}"
+        hint = "give one file for each rater"
+        if len(names) > 1:
+            problem += f", also written {', '.join(names[1:])}: upper and lower case and spaces do not count"
+            hint += "; of two people with the same name, let one add to it and save again"
+        found.append((problem, hint))
     return found
+
+
+AGAIN = "save the votes from the page again"
+
+
+def _same_rater(name: str) -> str:
+    """Two spellings of a name with the same value are one rater."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _warn_of_unsealed(sheets: Mapping[Path, Votes]) -> None:
+    """Warn of files that a rater may have shortened, which cannot be seen of those that earlier versions saved."""
+    if unsealed := [str(file) for file, sheet in sheets.items() if sheet.seal is None]:
+        log.warning(
+            f"{', '.join(unsealed)}: saved from a page of an earlier version, or edited, so the number of pairs"
+            " that the file states cannot be checked"
+        )
 
 
 def _read(file: Path) -> Votes:
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(file.read_bytes())  # also with a byte order mark, and as UTF-16, as some editors save it
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}", "name a file that the ballot's page saved") from None
     except (ValueError, RecursionError):
@@ -186,7 +223,8 @@ def document(ballot: Match, n: int) -> dict[str, Any]:
 
     `tools` and `messages`, the answers, only where there is more than text.
     """
-    return {"ballot": ballot.id, "pairs": [_rich_content(pair) for pair in ballot.pairs[:n]]}
+    pairs = [_rich_content(pair) for pair in ballot.pairs[:n]]
+    return {"ballot": ballot.id, "seal": ballot.seal(len(pairs)), "pairs": pairs}
 
 
 def _rich_content(pair: Pair) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -22,10 +23,11 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from dagster_project.core.documents import read_document
-from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
+from dagster_project.core.errors import CheckFailed, InputError, Interrupted, PedigreeError
 from dagster_project.core.messages import Message, calls
 from dagster_project.core.progress import Progress
 from dagster_project.core.text import many, visible
+from dagster_project.evaluation.kept_replies import KeptReplies
 from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, as_text, tally
 
 log = logging.getLogger("pedigree")
@@ -44,6 +46,7 @@ MAX_TOKENS = 10**9
 nothing."""
 
 Verdict = Choice | Literal["refused", "malformed"]
+NO_VERDICT = ("refused", "malformed")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,15 @@ class Endpoint:
         if self.key_env and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             problem = f"--endpoint {self.url}: the key would travel unencrypted"
             raise InputError(problem, "use https, or leave --key-env out")
+
+    @property
+    def completions(self) -> str:
+        """URL that requests are sent to."""
+        return f"{self.url.rstrip('/')}/chat/completions"
+
+    def request(self, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """Body of a request."""
+        return {"model": self.model, "messages": messages, "temperature": 0}
 
     def headers(self) -> dict[str, str]:
         """HTTP headers of a request.
@@ -112,9 +124,8 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
     Raises:
         PedigreeError: the request was rejected, or no reply came after all attempts.
     """
-    url = f"{endpoint.url.rstrip('/')}/chat/completions"
-    body = json.dumps({"model": endpoint.model, "messages": messages, "temperature": 0}).encode()
-    request = urllib.request.Request(url, body, endpoint.headers(), method="POST")
+    body = json.dumps(endpoint.request(messages)).encode()
+    request = urllib.request.Request(endpoint.completions, body, endpoint.headers(), method="POST")
     direct = [urllib.request.ProxyHandler({})] if urlsplit(endpoint.url).hostname in LOOPBACK else []
     opener = urllib.request.build_opener(_NoRedirect, *direct)
     for attempt in range(endpoint.attempts):
@@ -239,6 +250,7 @@ def judge(
     endpoint: Endpoint,
     price: tuple[float, float] | None = None,
     wait: Callable[[float], None] = time.sleep,
+    kept: KeptReplies | None = None,
 ) -> dict[str, Any]:
     """Judge the first n pairs in both orders.
 
@@ -247,6 +259,7 @@ def judge(
 
     Args:
         price: per million prompt tokens and per million completion tokens.
+        kept: replies of an earlier command that did not end, to which those of this one are added.
     Raises:
         CheckFailed: no pair has a verdict.
     """
@@ -257,13 +270,13 @@ def judge(
     disagreed = 0
     unmetered = 0
     pairs = match.pairs[:n]
+    replies = _Replies(endpoint, wait, kept)
     progress = Progress("judge", len(pairs), "pair")
     for pair in pairs:
         verdicts: list[Verdict] = []
         for answers in (pair.turns, pair.turns[::-1]):
-            reply = ask(endpoint, _question(pair, answers), wait)
-            verdicts.append(verdict(reply))
-            usage = _usage(reply)
+            given, usage = replies.of(pair, _question(pair, answers))
+            verdicts.append(given)
             tokens.update(usage)
             unmetered += not usage
         if missing := [name for name in verdicts if name in invalid]:
@@ -274,6 +287,8 @@ def judge(
             disagreed += (verdicts[0], verdicts[1]) not in OUTCOME_OF_ORDERS
         progress.advance()
     if not outcomes:
+        if kept:
+            kept.forget()
         problem = f"{endpoint.model}: no verdict on {many(len(pairs), 'pair')} ({_invalid_text(invalid)})"
         raise CheckFailed(problem, "use another model")
     cost = (tokens["prompt"] * price[0] + tokens["completion"] * price[1]) / 1e6 if price and not unmetered else None
@@ -286,8 +301,46 @@ def judge(
         "places": dict(positions),
         "tokens": None if unmetered else dict(tokens),
         "cost": None if cost is None else round(cost, 6),
+        "kept": replies.kept_before,
         "alarm": _alarm_of_verdicts(positions, len(outcomes)),
     }
+
+
+class _Replies:
+    """Verdicts and token counts of replies, each kept as it arrives."""
+
+    def __init__(self, endpoint: Endpoint, wait: Callable[[float], None], kept: KeptReplies | None) -> None:
+        self.endpoint, self.wait, self.kept = endpoint, wait, kept
+        self.kept_before = 0
+        """Replies of an earlier command."""
+        self.count = 0
+        """All replies."""
+
+    def of(self, pair: Pair, messages: Sequence[Mapping[str, str]]) -> tuple[Verdict, dict[str, int]]:
+        """The verdict on a question, and its token counts; empty if the endpoint reports none."""
+        asked = pair.id, self.endpoint.completions, self.endpoint.request(messages)
+        earlier = self.kept.read(*asked) if self.kept else None
+        if earlier is not None and earlier.get("verdict") in (*LETTERS.values(), *NO_VERDICT):
+            self.kept_before += 1
+            self.count += 1
+            return earlier["verdict"], _usage(earlier)
+        try:
+            reply = ask(self.endpoint, messages, self.wait)
+        except PedigreeError as error:
+            raise type(error)(error.what, f"{error.hint}{self._goes_on()}") from None
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted{self._goes_on() or '; nothing was recorded'}") from None
+        given, usage = verdict(reply), _usage(reply)
+        if self.kept:
+            counts = {f"{name}_tokens": count for name, count in usage.items()}
+            self.kept.keep(*asked, {"verdict": given, "usage": counts})
+        self.count += 1
+        return given, usage
+
+    def _goes_on(self) -> str:
+        if not (self.kept and self.kept.is_open and self.count):
+            return ""
+        return f"; {many(self.count, 'reply is', 'replies are')} kept, and the same command goes on with them"
 
 
 def _alarm_of_verdicts(positions: Mapping[str, int], pairs: int) -> str | None:
@@ -305,6 +358,7 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
         folder: the reward model's folder.
     Raises:
         InputError: there is no reward model.
+        CheckFailed: a reward is not a finite number.
     """
     import torch
 
@@ -326,19 +380,32 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     asked = [{"prompt": pair.prompt, "tools": pair.tools} for pair in pairs for _ in pair.turns]
     answers = [answer for pair in pairs for answer in pair.turns]
     rewards = RewardModel(folder, torch.device("cpu"), torch.float32).of_answers(asked, answers, what="judge")
+    if unknown := sum(not math.isfinite(reward) for reward in rewards):
+        problem = f"the reward model: {unknown} of {many(len(rewards), 'reward')} not finite"
+        raise CheckFailed(problem, "lower reward_model.learning_rate, then run `dvc repro reward_model`")
     outcomes: dict[str, Outcome] = {}
     for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
         outcomes[pair.id] = "win" if first > second else "loss" if first < second else "tie"
     mean = {name: round(sum(rewards[i::2]) / len(pairs), 4) for i, name in enumerate(match.systems)} if pairs else {}
-    same = len(pairs) > 1 and len(set(rewards)) == 1
-    alarm = f"all {len(rewards)} answers have the same reward: the rewards do not depend on the answers"
     return {
         "systems": list(match.systems),
         "model": "the reward model",
         **tally(pairs, outcomes),
         "mean_reward": mean,
-        "alarm": alarm if same else None,
+        "alarm": _alarm_of_rewards(rewards),
     }
+
+
+def _alarm_of_rewards(rewards: Sequence[float]) -> str | None:
+    """What is wrong with rewards that do not depend on the answers; None if nothing is.
+
+    Args:
+        rewards: of the two answers of each pair.
+    """
+    if len(rewards) < 4 or rewards[::2] != rewards[1::2]:
+        return None
+    same = f"all {len(rewards)} answers have" if len({*rewards}) == 1 else "the answers of each pair have"
+    return f"{same} the same reward: the rewards do not depend on the answers"
 
 
 def by_reward_text(result: Mapping[str, Any]) -> str:
@@ -373,6 +440,8 @@ def judge_text(result: Mapping[str, Any]) -> str:
         usage = f"{tokens['prompt']:,} + {tokens['completion']:,} tokens"
     if result["cost"] is not None:
         usage += f", cost {result['cost']:.4f}"
+    if result["kept"]:
+        usage += f"; {many(result['kept'], 'reply', 'replies')} kept from an earlier command that did not end"
     lines = [
         f"judged by {result['model']}, each pair in both orders",
         *as_text(result),

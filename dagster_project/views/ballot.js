@@ -2,7 +2,7 @@
 // One pair at a time. Every text comes in through textContent, so data stays data.
 (() => {
   const at = (id) => document.getElementById(id);
-  const { ballot, pairs } = JSON.parse(at("ballot-data").textContent);
+  const { ballot, seal, pairs } = JSON.parse(at("ballot-data").textContent);
   const place = `pedigree-ballot-${ballot}`;
   const buttons = [...document.querySelectorAll("[data-vote]")];
   const words = buttons.map((button) => button.textContent);
@@ -32,7 +32,7 @@
 
   function sheet() {
     const cast = pairs.filter(({ id }) => votes.has(id)).map(({ id }) => ({ pair: id, vote: votes.get(id) }));
-    return { ballot, pairs: pairs.length, rater: at("rater").value.trim(), votes: cast };
+    return { ballot, pairs: pairs.length, seal, rater: at("rater").value.trim(), votes: cast };
   }
 
   function keep() {

@@ -27,7 +27,7 @@ def ballot_page(ballot: Mapping[str, Any]) -> str:
         }
         for pair in ballot["pairs"]
     ]
-    data = {"ballot": ballot["ballot"], "pairs": pairs}
+    data = {"ballot": ballot["ballot"], "seal": ballot["seal"], "pairs": pairs}
     return render("ballot.jinja", "Ballot", {"Vote": True, "Save": data}, "ballot.js", ballot=data)
 
 

@@ -79,6 +79,32 @@ def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
     return Turns(row, shapes, ignored)
 
 
+REST = "(later turns)"
+"""Added to the names of fields of messages that a layout leaves out."""
+
+
+def without_rest(
+    row: Mapping[str, Any], turns: Turns, readers: Mapping[str, TurnReader], read: Mapping[str, int]
+) -> Turns:
+    """The messages of a row of which its layout uses the first ones only: all fields of the others are ignored.
+
+    Args:
+        row: the source row.
+        turns: all of its messages, by the same readers.
+        read: key of the row -> how many of its messages are used.
+    """
+    cut = {key: count for key, count in read.items() if count < len(turns.shapes.get(key, ()))}
+    if not cut:
+        return turns
+    first = read_turns({**row, **{key: row[key][:count] for key, count in cut.items()}}, readers)
+    shapes, ignored = dict(first.shapes), list(first.ignored)
+    for key, count in cut.items():
+        rest = [tuple([f"{name} {REST}" for name in names]) for names, _ in turns.shapes[key][count:]]
+        shapes[key] = [*first.shapes[key], *[(names, names) for names in rest]]
+        ignored += [f"{key}[].{name}"[:MAX_NAME] for names in rest for name in names]
+    return Turns(turns.row, shapes, ignored)
+
+
 def read_tree(row: dict[str, Any]) -> Turns:
     """The messages of an OpenAssistant tree, which its layout reads by itself."""
     messages = [row["prompt"]]

@@ -77,6 +77,8 @@ class PairLayout:
     """As in `Layout`."""
     flat: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row
     """Moves fields of a nested object to the row, where they are accounted for. Raises errors like `pairs`."""
+    used_turns: Callable[[dict[str, Any]], Mapping[str, int]] = lambda row: {}
+    """Key of the row -> how many of its messages are used, where that may be fewer than all."""
 
     @property
     def forms(self) -> tuple[PairLayout, ...]:
@@ -271,10 +273,19 @@ ARENA = {"model_a": None, "model_b": None, "tie": 0.0, "tie (bothbad)": 0.0, "bo
 
 
 def _rounds(conversation: Any, count: Any) -> Messages:
+    """The first rounds of a conversation, all without a count."""
     messages = as_conversation(conversation, "assistant")
     asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    is_cut = isinstance(count, int) and not isinstance(count, bool) and 0 < count < len(asked)
-    return messages[: asked[count]] if is_cut else messages
+    if count in EMPTY:
+        return messages
+    rounds = _number(count)
+    if rounds < 1 or rounds != int(rounds):
+        raise ValueError(f"turn must be a whole number from 1, found {rounds:g}")
+    return messages[: asked[int(rounds)]] if rounds < len(asked) else messages
+
+
+def _judged_turns(row: dict[str, Any]) -> dict[str, int]:
+    return {key: len(_rounds(row[key], row.get("turn"))) for key in ("conversation_a", "conversation_b")}
 
 
 def _arena_columns(row: dict[str, Any]) -> list[Pair]:
@@ -515,6 +526,7 @@ PAIR_LAYOUTS |= {
         _arena,
         "turn",
         turns=_messages_in("conversation_a conversation_b"),
+        used_turns=_judged_turns,
         variants=(
             _pair_layout("prompt response_a response_b winner_model_a winner_model_b", _arena_columns, "winner_tie"),
         ),

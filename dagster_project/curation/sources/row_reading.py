@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.call_texts import Think, is_marked, prompted_tools, split_traces, texts_as_calls
-from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns
+from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns, without_rest
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.layouts import LAYOUTS, Layout, as_label
 from dagster_project.curation.sources.message import UnsupportedContent
@@ -53,6 +53,7 @@ def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow
     value = form.flat(value)
     turns = read_turns(value, form.turns)
     pairs = form.pairs(turns.row)
+    turns = without_rest(value, turns, form.turns, form.used_turns(turns.row))
     tools, keys = _tools_of(value, form)
     more: dict[str, Any] = {}
     unused: list[str] = []

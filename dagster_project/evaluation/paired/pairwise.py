@@ -8,7 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,12 @@ class Match:
     """In random order; the first n form a sample of size n."""
     identical: int
     """Number of pairs left out because their answers are identical."""
+    secret: str = field(default="", repr=False)
+    """What the ids are derived from. Raters cannot compute it."""
+
+    def seal(self, n: int) -> str:
+        """Code on the page with the first n pairs, so that a rater's file cannot state another number."""
+        return _digest(self.secret, "pairs", n)[:16]
 
 
 Key = tuple[str, int]
@@ -94,7 +100,8 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
     """
     files = [project / "data" / "baselines" / "results.parquet", *_results_of_variants(project)]
     answers: dict[str, dict[Key, Answer]] = {}
-    for row in (row for file in files if file.is_file() for row in read_rows(file)):
+    columns = ("system", "example_id", "answer")
+    for row in (row for file in files if file.is_file() for row in read_rows(file, columns)):
         if row["answer"] is not None:
             turn = row.get("turn")
             answers.setdefault(row["system"], {})[row["example_id"], -1 if turn is None else turn] = of_row(row)
@@ -125,20 +132,51 @@ def contenders(project: Path) -> tuple[str, str]:
         InputError: there is no such comparison, or its file is damaged.
     """
     document = project / "data" / "comparison" / "comparison.json"
+    name = "data/comparison/comparison.json"
     hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
-    compared: dict[str, Any] = {}
-    if document.is_file():
-        compared = read_document(document, "data/comparison/comparison.json", hint)["compared"]
     gains: dict[str, dict[str, float]] = {}
-    for name, comparison in compared.items():
-        if against := comparison.get("to"):
-            others = [other for other in PROMPTED if other in against]
-            gains[name] = {other: next(iter(against[other].values()))["difference"] for other in others}
+    if document.is_file():
+        try:
+            gains = _gains(read_document(document, name, hint))
+        except ValueError as error:
+            other = f"it is not a comparison as this version of Pedigree writes it ({error})"
+            raise InputError(f"{name} cannot be read: {other}", hint) from None
     if not any(gains.values()):
         problem = "data/comparison/comparison.json: no variant is compared with a prompt to the base model"
         raise InputError(problem, f"name two systems: {', '.join(answers_of(project))}")
     best = max(gains, key=lambda name: max(gains[name].values(), default=-math.inf))
     return best, min(gains[best], key=lambda other: gains[best][other])
+
+
+def _gains(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Variant -> prompted baseline -> difference by the deciding measure, which comes first.
+
+    Raises:
+        ValueError: the document has another shape. Says where.
+    """
+    gains: dict[str, dict[str, float]] = {}
+    for variant in (compared := _object(document, "compared", "")):
+        found = _object(compared, variant, "compared")
+        if "to" not in found:  # without answers, only likelihoods are compared
+            continue
+        where = f"compared.{variant}.to"
+        against = _object(found, "to", f"compared.{variant}")
+        gains[variant] = {}
+        for other in (other for other in PROMPTED if other in against):
+            measures = _object(against, other, where)
+            measure = next(iter(measures), "")
+            value = _object(measures, measure, f"{where}.{other}").get("difference")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{where}.{other}.{measure}.difference is not a number")
+            gains[variant][other] = value
+    return gains
+
+
+def _object(parent: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = parent.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}{'.' if where else ''}{key} is {'missing' if value is None else 'not an object'}")
+    return value
 
 
 def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
@@ -152,7 +190,9 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
         raise InputError(f"no answers of {', '.join(map(repr, unknown))}", f"systems with answers: {', '.join(known)}")
     if systems[0] == systems[1]:
         raise InputError(f"both systems are {systems[0]!r}", f"name two of {', '.join(known)}")
-    records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
+    columns = ("example_id", "messages", "category")
+    test = read_records(project / "data" / "splits" / "test", columns)
+    records = {record["example_id"]: record for record in test}
     if not records:
         raise InputError(
             "data/splits/test: there are no test examples",
@@ -173,7 +213,7 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
         _pair(_digest(secret, _label(key))[:12], records[key[0]], key[1], (first[key], second[key]), swapped)
         for key, swapped in zip(differing, swaps, strict=False)
     ]
-    return Match(_digest(secret)[:16], systems, seed, pairs, len(both) - len(pairs))
+    return Match(_digest(secret)[:16], systems, seed, pairs, len(both) - len(pairs), secret)
 
 
 def _pair(identity: str, record: Mapping[str, Any], turn: int, answers: tuple[Answer, Answer], swapped: bool) -> Pair:

@@ -18,6 +18,7 @@ from typing import Any
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.records import remove
+from dagster_project.evaluation.kept_replies import REPLIES
 from dagster_project.lineage import papers_in_place
 from dagster_project.lineage.attribution.proof import PROOFS
 from dagster_project.lineage.attribution.store import GRADIENTS
@@ -49,7 +50,9 @@ from dagster_project.views.comparison import WHY
 
 log = logging.getLogger("pedigree")
 
-OWN_SCRATCH = ("set_aside", "checkpoints", "scratch", "rows", GRADIENTS.name, PROOFS.name, KNOWN_HASHES.name)
+OWN_SCRATCH = (
+    "set_aside", "checkpoints", "scratch", "rows", GRADIENTS.name, PROOFS.name, REPLIES.name, KNOWN_HASHES.name
+)  # fmt: skip
 """Folders and files of .dvc/tmp/pedigree that may hold tokens, weights,
 gradients or hashes of a run with the record: deleted as a whole."""
 DELETED = ("pages", SCRATCH)
