@@ -1099,6 +1099,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
             "exo_pair needs it above 0",
         ),
         (
+            {"aligned": {"x": {"method": "kto", "adapter": "lora", "per_device_train_batch_size": 1}}},
+            "aligned.x.per_device_train_batch_size: kto estimates KL on the answers of a forward pass",
+        ),
+        (
             {
                 "aligned": {
                     "x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "hinge", "label_smoothing": 0.1}}

@@ -149,7 +149,9 @@ def test_a_tokens_reward_is_its_kl_penalty_and_for_the_last_one_the_score() -> N
     )
     mean = (-0.05 + 1.1 + 2.9) / 3
     spread = math.sqrt(sum((x - mean) ** 2 for x in (-0.05, 1.1, 2.9)) / 3)
-    torch.testing.assert_close(scaled, rewards / spread)
+    expected = [[(x - mean) / spread + mean for x in row] for row in ([-0.05, 1.1], [2.9])]
+    torch.testing.assert_close(scaled, torch.tensor([expected[0], [*expected[1], 0.0]]))
+    assert float(scaled[rollout.mask].mean()) == pytest.approx(mean), "the mean of rewards stays"
 
 
 def test_the_penalty_follows_kl_to_its_target() -> None:

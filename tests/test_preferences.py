@@ -424,6 +424,19 @@ def test_a_pair_that_repeats_a_benchmark_is_dropped(tmp_path: Path, tiny_model: 
     assert (report.dropped, report.metrics["held_out_questions"]) == ({"benchmark_leakage": 1}, 1)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_with_an_answer_that_quotes_a_benchmark_is_dropped(tmp_path: Path, tiny_model: Path, side: str) -> None:
+    quoted = "Which planet do people sometimes call the red planet, and why do they?"
+    question = {"question": quoted, "choices": ["Mars", "Venus"], "answer": 0}
+    jsonl(tmp_path / "data/sources/benchmarks/b.jsonl", question)
+    sides = {"chosen": "A good answer", "rejected": "A bad one", side: f"You could ask: {quoted}"}
+    rows = [better(OTHERS[1], sides["chosen"], sides["rejected"]), better()]
+    report = run(tmp_path, tiny_model, rows, benchmarks=["data/sources/benchmarks/b.jsonl"])
+    assert report.dropped == {"benchmark_leakage": 1}
+    [leak] = read_table(tmp_path / "out/overlaps.parquet")
+    assert (leak["check"], leak["part"]) == ("benchmark_leakage", {"chosen": "response"}.get(side, side))
+
+
 def test_length_bias_is_reported_for_the_kept_pairs(tmp_path: Path, tiny_model: Path) -> None:
     sides = [("long answer", "short"), ("long answer", "short"), ("short", "long answer"), ("equal", "alike")]
     rows = [better(text, *both) for text, both in zip(OTHERS, sides, strict=False)]

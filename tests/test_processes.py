@@ -409,6 +409,26 @@ def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pyt
     assert gpus_of(3) == ["", "", ""], "on a CPU there is nothing to share out"
 
 
+@pytest.mark.parametrize("launcher", ["", "ray"])
+def test_gpus_are_counted_for_the_processes_of_this_host(
+    launcher: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes on two hosts with a GPU each; Ray Train selects the nodes itself."""
+    import torch
+
+    from dagster_project.training.planning.hints import forecast_training
+
+    make_data(tmp_path)
+    params, target = adapter.Params(**PLAIN), (torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="2 processes, and there are 1 GPUs"):
+        forecast_training(params, tmp_path / "tokenized", tiny_model, 2, target, "adapter.x")
+    hosts = {"PEDIGREE_LAUNCHER": launcher} if launcher else {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1"}
+    for name, value in hosts.items():
+        monkeypatch.setenv(name, value)
+    forecast_training(params, tmp_path / "tokenized", tiny_model, 2, target, "adapter.x")
+
+
 def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
     def change(values: dict[str, Any]) -> None:
         values["compute"]["processes"] = 2

@@ -18,7 +18,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import launch as launching
-from dagster_project.training.trainers.harness.launch import LAUNCHER, launch
+from dagster_project.training.trainers.harness import ray_train
+from dagster_project.training.trainers.harness.distributed import documents
+from dagster_project.training.trainers.harness.launch import LAUNCHER, launch, start_others
 
 pytestmark = pytest.mark.cluster
 
@@ -27,8 +29,15 @@ for needed in ("ray", "moto"):
         pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
 
 
-def first_process(work: dict[str, Any]) -> None:
-    raise InputError("the first cannot", "help it")
+def first_process(work: dict[str, Any]) -> Any:
+    if not work:
+        raise InputError("the first cannot", "help it")
+    start_others(work, __name__)
+    return documents(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def other_process(work: dict[str, Any]) -> None:
+    documents(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 @pytest.fixture
@@ -85,3 +94,19 @@ def test_ray_train_gives_the_bytes_of_torch_elastic(
     assert any(record.getMessage().startswith("training: step 2, validation loss") for record in caplog.records)
     with pytest.raises(InputError, match="the first cannot\nhint: help it"):
         launch(2, __name__, {})
+
+
+@pytest.mark.long
+def test_each_process_on_a_node_sees_only_its_own_gpu(
+    cluster: Cluster, on_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node that claims to have two GPUs: Ray reserves them and sets the variable without looking at them."""
+    import torch
+
+    cluster.add("third", f"--address=127.0.0.1:{cluster.port}", "--num-cpus=2", "--num-gpus=2")
+    try:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(ray_train, "backend", lambda: "gloo")
+        assert sorted(launch(2, __name__, {"number": 1})) == ["0", "1"]
+    finally:
+        cluster.kill("third")

@@ -274,9 +274,11 @@ def train_plainly(
     return found
 
 
-def assert_same_training(history: TrainingHistory, expected: list[list[float]], model: Any, plain: Any) -> None:
+def assert_same_training(
+    history: TrainingHistory, expected: list[list[float]], model: Any, plain: Any, steps: int = 4
+) -> None:
     curve = [[point[name] for name in ("loss", "margin", "grad_norm")] for point in history.curve if "loss" in point]
-    assert len(curve) == 4 and curve == [pytest.approx(point, rel=1e-4, abs=1e-5) for point in expected]
+    assert len(curve) == steps and curve == [pytest.approx(point, rel=1e-4, abs=1e-5) for point in expected]
     own, other = ({name: w.detach() for name, w in m.named_parameters() if w.requires_grad} for m in (model, plain))
     assert_close(own, other, 1e-3)
 
@@ -336,6 +338,98 @@ def test_dpo_is_the_training_of_a_plain_loop(loss_type: Any, swapped: float, pol
         assert last[f"validation_{name}"] == pytest.approx(
             (2 * float(values[0]) + float(values[1])) / 3, rel=1e-4, abs=1e-5
         ), name
+
+
+def _exo(x: torch.Tensor, swapped: float) -> torch.Tensor:
+    """KL divergence of softmax(x, 0) from (1 - swapped, swapped) (arXiv 2402.00856, eq. 16)."""
+    good = torch.sigmoid(x)
+    return good * torch.log(good / (1 - swapped)) + (1 - good) * torch.log((1 - good) / swapped)
+
+
+def _discopop(x: torch.Tensor) -> torch.Tensor:
+    """arXiv 2406.08414, eq. 5, with the paper's temperature."""
+    share = torch.sigmoid(x / 0.05)
+    return (1 - share) * torch.log1p(torch.exp(-x)) + share * torch.exp(-x)
+
+
+FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
+    "hinge": lambda a, b, **_: torch.relu(1 - BETA * (a - b)),
+    "exo_pair": lambda a, b, swapped, **_: _exo(BETA * (a - b), swapped),
+    "robust": lambda a, b, swapped, **_: (
+        (1 - swapped) * torch.log1p(torch.exp(BETA * (b - a))) - swapped * torch.log1p(torch.exp(BETA * (a - b)))
+    ) / (1 - 2 * swapped),
+    "nca_pair": lambda a, b, **_: (
+        torch.log1p(torch.exp(-BETA * a))
+        + 0.5 * torch.log1p(torch.exp(BETA * a)) + 0.5 * torch.log1p(torch.exp(BETA * b))
+    ),
+    "bco_pair": lambda a, b, **_: torch.log1p(torch.exp(-BETA * a)) + torch.log1p(torch.exp(BETA * b)),
+    "sppo_hard": lambda a, b, **_: (a - 1 / (2 * BETA)) ** 2 + (b + 1 / (2 * BETA)) ** 2,
+    "apo_zero": lambda a, b, **_: 1 - torch.sigmoid(BETA * a) + torch.sigmoid(BETA * b),
+    "apo_down": lambda a, b, **_: torch.sigmoid(BETA * a) + 1 - torch.sigmoid(BETA * (a - b)),
+    "discopop": lambda a, b, **_: _discopop(BETA * (a - b)),
+    "sigmoid_norm": lambda a, b, lengths, **_: torch.log1p(torch.exp(BETA * (b / lengths[1] - a / lengths[0]))),
+}  # fmt: skip
+"""Loss of a pair by the log-ratios of its chosen and its rejected answer, as its paper writes it."""
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "swapped", "rpo_alpha"),
+    [*((name, 0.2 if name in {"exo_pair", "robust"} else 0.0, 0.0) for name in FORMULAS), ("hinge", 0.0, 0.5)],
+)
+def test_each_loss_of_dpo_is_that_of_its_paper(
+    loss_type: Any, swapped: float, rpo_alpha: float, policy: Any, tiny_tokenizer: Any
+) -> None:
+    plain = copy.deepcopy(policy)
+    method = preference.Dpo(beta=BETA, loss_type=loss_type, label_smoothing=swapped, rpo_alpha=rpo_alpha)
+    shared = ShardedModel(policy, None, torch.device("cpu"))
+    spec = method.trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, shared, tiny_tokenizer, rows_of(PAIRS), [], PARAMS, COMPUTE)
+
+    def loss_of(rows: Sequence[int]) -> tuple[torch.Tensor, float]:
+        losses, margins, nats, tokens = [], [], [], 0
+        for prompt, *answers in (PAIRS[row] for row in rows):
+            with torch.no_grad(), plain.disable_adapter():
+                reference = [plain_log_probability(plain, prompt, answer) for answer in answers]
+            found = [plain_log_probability(plain, prompt, answer) for answer in answers]
+            good, bad = (of_policy - of_sft for of_policy, of_sft in zip(found, reference, strict=True))
+            losses.append(FORMULAS[loss_type](good, bad, swapped=swapped, lengths=[*map(len, answers)]))
+            margins.append(BETA * float(good - bad))
+            nats.append(-found[0])
+            tokens += len(answers[0])
+        likelihood = torch.stack(nats).sum() / tokens
+        return torch.stack(losses).mean() + rpo_alpha * likelihood, sum(margins) / len(margins)
+
+    assert_same_training(history, train_plainly(plain, history, loss_of), policy, plain)
+
+
+def test_kto_is_the_training_of_a_plain_loop(policy: Any, tiny_tokenizer: Any) -> None:
+    """Ethayarajh et al. 2024, eq. 7 and 8, with KL of the answers to other prompts in a pass, not below 0."""
+    plain, params = copy.deepcopy(policy), PARAMS.model_copy(update={"num_train_epochs": 1})
+    weights, rows = {True: 1.5, False: 0.5}, list[dict[str, Any]]()
+    for i, (prompt, *answers) in enumerate(PAIRS):
+        for answer, other, label in zip(answers, PAIRS[i - 1][1:], (True, False), strict=True):
+            rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": label, "KL_completion_ids": other})
+    method = preference.Kto(beta=BETA, desirable_weight=weights[True], undesirable_weight=weights[False])
+    shared = ShardedModel(policy, None, torch.device("cpu"))
+    spec = method.trainer_spec(None)  # type: ignore[arg-type]
+    history = training.train(spec, shared, tiny_tokenizer, rows, [], params, COMPUTE)
+
+    def ratio(prompt: list[int], answer: list[int]) -> torch.Tensor:
+        with torch.no_grad(), plain.disable_adapter():
+            reference = plain_log_probability(plain, prompt, answer)
+        return plain_log_probability(plain, prompt, answer) - reference
+
+    def loss_of(numbers: Sequence[int]) -> tuple[torch.Tensor, float]:
+        some = [rows[number] for number in numbers]
+        kl = torch.stack([ratio(row["prompt_ids"], row["KL_completion_ids"]) for row in some]).mean().detach()
+        losses, rewards = [], {True: [], False: []}  # type: ignore[var-annotated]
+        for row in some:
+            above = ratio(row["prompt_ids"], row["completion_ids"]) - kl.clamp(min=0)
+            losses.append(weights[row["label"]] * (1 - torch.sigmoid(BETA * above * (1 if row["label"] else -1))))
+            rewards[row["label"]].append(BETA * float(above))
+        return torch.stack(losses).mean(), sum(rewards[True]) - sum(rewards[False])
+
+    assert_same_training(history, train_plainly(plain, history, loss_of), policy, plain, steps=3)
 
 
 def test_a_reward_model_is_the_training_of_a_plain_loop(judge: Any, tiny_tokenizer: Any) -> None:

@@ -17,11 +17,13 @@ class FinalAnswer(Section):
     """The response ends in an answer that can be extracted; the text before it is not compared."""
 
     final_answer: str = Field(min_length=1)
-    """How to extract it, from the response and from the reference. `number`: the number after the last `####` or,
-    without one, the last number; commas, `$` and decimals that are zero do not count, `1.000,50` is 1000.5 and `1,50`
-    is two numbers. A space, an apostrophe, `{,}` or `\\,` may be between groups of three digits: `1 000` is 1000.
+    r"""How to extract it, from the response and from the reference. `number`: the number after the last `####`, else in
+    the last `\boxed{}`, else the last number. Commas between groups of digits, `$`, units, `%` and decimals that are
+    zero do not count. `3/4`, `\frac{3}{4}`, `1 1/2`, `1e3` and `1.5 \times 10^3` are one number each. `1.000,50` is
+    1000.5. A space, an apostrophe, `_`, `{,}` or `\,` may be between groups of three digits: `1 000` is 1000.
     `12,34,567` and `10,20,300` are one number each, as India writes them: a list of such numbers needs commas and
-    spaces. Else a regular expression with one group, which is the answer; of several matches the last one."""
+    spaces. What has several readings (`1,5`, `3:30`, `2-1/2`) or is not computed (`2^10`, `2\sqrt{3}`) is no answer.
+    Else a regular expression with one group, which is the answer; of several matches the last one."""
 
     @field_validator("final_answer")
     @classmethod

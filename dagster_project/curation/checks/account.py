@@ -80,7 +80,7 @@ def overlap_schema() -> pa.Schema:
         ("source_row", pa.int64()),
         ("example_id", pa.string()),
         ("other", pa.string()),  # example_id of the earlier row, or "<file>:<row>" of the benchmark item
-        ("part", pa.string()),  # prompt, response, reasoning_content or tool_calls
+        ("part", pa.string()),  # prompt, response, rejected, reasoning_content or tool_calls
         ("rule", pa.string()),  # equal, jaccard, containment, one_word
         ("score", pa.float64()),
     ]

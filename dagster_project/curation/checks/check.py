@@ -63,8 +63,10 @@ def part_text(record: Mapping[str, Any], part: str) -> str:
     """A part of a record that is compared separately.
 
     Args:
-        part: "prompt", "response", or all of "reasoning_content" or "tool_calls".
+        part: "prompt", "response", "rejected", or all of "reasoning_content" or "tool_calls".
     """
+    if part == "rejected":
+        return response_text(record["rejected"])
     messages = record["messages"]
     if part == "reasoning_content":
         return "\n".join(message[part] for message in messages if message.get(part))

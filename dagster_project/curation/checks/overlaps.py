@@ -40,7 +40,7 @@ class Link:
     other: int | str
     """Index of the earlier row, or the item's place."""
     part: str
-    """The part of the row that matched: "prompt", "response" or one of `FIELDS`."""
+    """The part of the row that matched: "prompt", "response", "rejected" of a pair, or one of `FIELDS`."""
     rule: Rule
     score: float
     partial: bool = False
@@ -268,15 +268,21 @@ class _ComparedTexts:
     def __init__(self, records: StoredRows) -> None:
         self.subjects, self.responses = StoredTexts(records.folder), StoredTexts(records.folder)
         """The text by which each record is compared, and its response, "" if that is too short to be compared."""
-        for record in records:
+        self.rejected, self.rows_rejected = StoredTexts(records.folder), list[int]()
+        """The rejected answers of pairs that are long enough to be compared, and their rows."""
+        for row, record in enumerate(records):
             self.subjects.append(_subject(record))
-            self.responses.append(_long_response(record))
+            self.responses.append(_long_response(record["messages"]))
+            if rejected := _long_response(record.get("rejected") or ()):
+                self.rejected.append(rejected)
+                self.rows_rejected.append(row)
 
 
 def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
     """Texts that overlap held-out ones, and the number of overlaps that are only a common phrase.
 
-    Prompts are compared with held-out questions; responses, reasoning and arguments also with their answers.
+    Prompts are compared with held-out questions; responses, rejected answers, reasoning and arguments also with their
+    answers.
     """
     held_out, records = data.held_out, data.records
     if not held_out:
@@ -300,12 +306,32 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
             else:
                 row, part = p.left % size, "prompt" if p.left < size else "response"
             links.append(Link(row, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
+    more_links, more_frames = _rejected_leaks(texts, held_out, theirs) if texts.rows_rejected else ([], 0)
+    return links + more_links, frames + more_frames
+
+
+def _rejected_leaks(texts: _ComparedTexts, held_out: Sequence[Item], theirs: Sequence[str]) -> tuple[list[Link], int]:
+    """As `_leaks`, of rejected answers, which pairs are trained on, too.
+
+    They are compared by themselves, so that their words do not change how rare those of other texts are.
+
+    Args:
+        theirs: questions and answers of the held-out items.
+    """
+    compared = _kept_comparison("held out, rejected", texts.rejected, theirs)
+    links, frames = [], 0
+    for p in compared.pairs:
+        severity = leak_severity(texts.rejected[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
+        frames += severity is None
+        if severity:
+            row, place = texts.rows_rejected[p.left], held_out[p.right % len(held_out)].place
+            links.append(Link(row, place, "rejected", p.rule, p.similarity, severity == "warn"))
     return links, frames
 
 
-def _long_response(record: dict[str, Any]) -> str:
+def _long_response(messages: Sequence[Any]) -> str:
     """The response, or "" if it is too short to be compared."""
-    response = response_text(record["messages"])
+    response = response_text(messages)
     # the first 400 characters almost always suffice, and are faster
     return response if is_long(response[:400]) or is_long(response) else ""
 

@@ -1,53 +1,156 @@
-"""The number that an answer ends in: one reader for scores and rewards."""
+r"""The number that an answer ends in: one reader for scores and rewards.
+
+A text is first written in plain spelling (`\frac{3}{4}` as `3/4`), then split into numbers and expressions that cannot
+be read as one. An answer that ends in such an expression has no value: a part of it would be another number.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from decimal import Decimal
 
-_MINUS = "[-\u2212]"  # a hyphen, and the minus sign of typeset text
-_CURRENCY = "[$\u20ac\u00a3\u20b9]"
-_BETWEEN = r"(?:[ \u00a0\u2009\u202f'\u2019]|\\,|\{,\})"  # "1 000", "1'000", and LaTeX's "1\,000" and "1{,}000"
-_GROUPED = (
-    rf"\d{{1,3}}(?:{_BETWEEN}\d{{3}})+(?!\d)(?:,\d{{1,2}}(?![\d,]))?"
-    # "1.000,50", "1.000.000": as in most of Europe
-    r"|\d{1,3}(?:\.\d{3})+,\d+(?!\d|[.,]\d)|\d{1,3}(?:\.\d{3}){2,}(?!\d|[.,]\d)"
-    r"|\d{1,2}(?:,\d{2})+,\d{3}(?![\d,])"  # "12,34,567", as in India
-    r"|\d{1,3}(?:,\d{3})+(?!\d)"
-)
-# "3/4", "1 1/2"; not a part of "5/12/2024" or "1.5/2"
-_FRACTION = r"(?<![\w./])(?<!\d,)(?:\d{1,30} )?\d{1,30}/0*[1-9]\d{0,29}(?![\w/]|[.,]\d)"
-_NUMBER = re.compile(
+_BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # in braces, at most three levels deep
+_VULGAR = "[\u00bc-\u00be\u2150-\u215e\u2189]"
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SPELLINGS = [
+    (r"[\u2010\u2011\u2212\ufe63\uff0d]", "-"),
+    (r"\\[,;: ]|[\u00a0\u2009\u202f~]", " "),
+    (r"\\!|\\left|\\right", ""),
+    (r"\\(?=[$%])", ""),
+    (r"\{,\}", ","),
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "\u00b0"),
+    (r"\\times|\\cdot|[\u00b7\u22c5]", "\u00d7"),
+    (r"(?<=[\w}])(?=\\[dtc]?frac)", " "),
+    (r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
+    (r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)", r"\1/\2"),
+    (r"\{\s*(-?\d+)\s*\\over\s*(\d+)\s*\}", r"\1/\2"),
+    # an en dash is a minus before a number, unless it is between two, and in exponents
+    (r"(?<![\w)\]\u2013\u2014-])\u2013(?=[$\u20ac\u00a3\u20b9]?\.?\d)", "-"),
+    (r"(?:(?<=\d[eE])|(?<=\^)|(?<=\^\{))\u2013(?=\d)", "-"),
+    (r"(\\[A-Za-z]+)(?=\d)", r"\1 "),
+]
+_PLAIN_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in _SPELLINGS]
+
+_GROUPED = r"""(?!0)(?:
+    \d{1,3}(?:[ '\u2019_]\d{3})+(?!\d)      # 1 000, 1'000, 1_000
+    | \d{1,3}(?:,\d{3})+(?!\d)              # 1,000
+    | \d{1,2}(?:,\d{2})+,\d{3}(?![\d,])     # 12,34,567, as in India
+)"""
+_PART = r"(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?"
+_EUROPEAN = r"""(?!0)(?:
+    \d{1,3}(?:[ '\u2019]\d{3})+,\d{1,2}(?![\d,])                        # 1 000,50
+    | \d{1,3}(?:\.\d{3})+,\d+(?!\d|[.,]\d) | \d{1,3}(?:\.\d{3}){2,}(?!\d|[.,]\d)  # 1.000,50 and 1.000.000
+)"""
+_POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|(-?\d{1,3})(?!\d))"
+_NUMBER = rf"""
     # no sign: after a word, number or hyphen ("10-12", "---"), and with spaces on both sides after a number ("10 - 12")
-    rf"(?:(?<![\w)\]\-\u2212]){_MINUS}(?:(?!\s)|(?<![\d)]\s{_MINUS})\s))?"
-    rf"{_CURRENCY}?\s?(?:{_FRACTION}|(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
-    rf"(?:[eE](?:\+|{_MINUS})?\d{{1,3}}(?!\w))?"
+    (?:(?<![\w)\]\-])(?P<sign>-)(?:(?!\s)|(?<![\d)]\s-)\s))?
+    (?<![\w)\]}}]/)(?<![\w)\]}}]/\s)        # not a part of x/2
+    [$\u20ac\u00a3\u20b9\u00a5]?\s?
+    (?!(?<=\d[ ])0\d\d(?!\d))             # not the 000 of 1234 000
+    (?:
+        (?:(?P<whole>{_GROUPED}|\d{{1,30}})[ ]+)?(?P<over>{_PART})\s?/\s?(?P<under>{_PART})
+        | (?:(?P<european>{_EUROPEAN})|(?P<decimal>(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+))
+          (?:[eE](?P<exponent>[+-]?\d{{1,3}})(?!\w)|\s*[\u00d7*x]\s*(?P<power>{_POWER}))?
+        | (?P<alone>{_POWER})
+    )
+    (?!
+        \d|[.,:_'\u2019]\d|\s?/\s?[\d.]     # 1,5 3:30 5/12/2024
+        | \.?\(\d|\.?\s*\\(?:overline|sqrt|pi\b|[dtc]?frac)|\s*[\u221a\u03c0]  # 0.(3) 2\sqrt{{3}}
+        | \s*\^|\*\*-?\d|-\d+\s?/|-\d+-\d|[A-Za-z_]+\d  # 2^10 2**10 2-1/2 2024-05-12 0x1F
+        | [ ]+\d+\s?/\s?\d                 # 1.000 1/2, which could be 1000 1/2
+    )"""
+_TOKEN = re.compile(
+    rf"""
+    (?:(?<=[A-Za-z}}])|(?<=[A-Za-z}}]\s))\^\s*(?:\{{\s*-?\d+\s*\}}|-?\d+)  # of a unit: 5 cm^2
+    | (?<![A-Za-z0-9_])(?!(?:USD|EUR|GBP|INR|CHF|Rs)\d)[A-Za-z_]+\d\w*(?:\.\d+)?  # CO2, x_1, v1.5
+    | (?P<number>{_NUMBER})
+    | (?P<other>
+        (?:\\sqrt|\\overline|\u221a)\s*(?:\[[^\]]*\])?\s*(?:{_BRACED}|\d+)
+        | \\[dtc]?frac\s*(?:{_BRACED}|\S)\s*(?:{_BRACED}|\S)
+        | (?:\u00b1|\\pm)\s*\d+
+        | [)\]]\s*\^\s*(?:{_BRACED}|-?\w+)
+        | \d(?:[\d.,:/_'\u2019A-Za-z]|\s?/\s?(?=\d)|-(?=\d)|[ ]+(?=\d+\s?/\s?\d))*(?:\(\d+\))?
+          (?:\s*\^\s*(?:{_BRACED}|-?\w+)|\*\*-?\d+)?
+    )""",
+    re.VERBOSE,
 )
 _MARKED = re.compile(r"####\s*((?:(?!####)[^\n])+)")
+_BOXED = re.compile(rf"\\boxed\s*(?:({_BRACED})|(\d))?")
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number after the last `####` (GSM8K's form of an answer), or else the last one. A fraction is one number.
+    r"""The number after the last `####` (GSM8K's form of an answer), else in the last `\boxed{}`, else the last one.
 
-    >>> number_in("5 + 3 = 8\\n#### -1,200.50 dollars in 2 days"), number_in("So 7, or $12.")
+    A fraction and a mixed number are one number. None if there is none, or an expression that has more than one reading
+    (`1,5`), or is not computed here (`2^10`).
+
+    >>> number_in("5 + 3 = 8\n#### -1,200.50 dollars in 2 days"), number_in("So 7, or $12.")
     (Decimal('-1200.50'), Decimal('12'))
-    >>> number_in("1 1/2"), number_in("none")
-    (Decimal('1.5'), None)
+    >>> number_in("1 1/2"), number_in(r"so \boxed{\frac{3}{4}} of 8"), number_in("1,5"), number_in("none")
+    (Decimal('1.5'), Decimal('0.75'), None, None)
     """
     marked = _MARKED.findall(text)
-    found = _NUMBER.findall(marked[-1]) if marked else []
-    found = found[:1] or _NUMBER.findall(text)[-1:]
-    return _value(found[0]) if found else None
+    if marked and (found := _numbers(marked[-1])):
+        return found[0]
+    if boxed := _BOXED.findall(text):
+        found = _numbers("".join(boxed[-1]).rpartition("=")[2])
+        return found[0] if len(found) == 1 else None
+    found = _numbers(text)
+    return found[-1] if found else None
 
 
-def _value(spelling: str) -> Decimal:
-    if "/" not in spelling:
-        spelling, separated = re.subn(rf"(?<=\d){_BETWEEN}(?=\d{{3}})", "", spelling)
-        if separated or re.search(r"\.\d{3}[.,]\d", spelling):  # a comma is that of decimals
-            spelling = spelling if separated else spelling.replace(".", "")
-            spelling = spelling.replace(",", ".")
-    text = re.sub(rf"{_CURRENCY}|,", "", spelling).replace("\u2212", "-").strip()
-    *whole, last = text.removeprefix("-").split()
-    numerator, _, denominator = last.partition("/")
-    value = sum(map(Decimal, whole), Decimal(numerator) / Decimal(denominator)) if denominator else Decimal(numerator)
-    return value.copy_negate() if text.startswith("-") else value  # exact, where a minus rounds to 28 digits
+def _numbers(text: str) -> list[Decimal | None]:
+    """The numbers of a text in order; None for each expression that is no single number."""
+    return [
+        _value(match.groupdict()) if match["number"] else None
+        for match in _TOKEN.finditer(_plain(text))
+        if match["number"] or match["other"]
+    ]
+
+
+def _plain(text: str) -> str:
+    """A text with LaTeX and typeset characters in plain spelling, as far as numbers depend on them."""
+    text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+", lambda match: _superscript(match[0]), text)
+    text = re.sub(rf"(?<=\w)(?={_VULGAR})", " ", text)
+    text = re.sub(_VULGAR, lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = re.sub("[\u2044\u2215]", "/", text)
+    for pattern, spelling in _PLAIN_SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text
+
+
+def _superscript(text: str) -> str:
+    return f"^{{{text.translate(_SUPERSCRIPTS)}}}"
+
+
+def _value(parts: dict[str, str | None]) -> Decimal | None:
+    """Value of a number from the groups of its pattern; None if it is ambiguous, or divides by zero."""
+    if parts["under"] is not None:
+        value = _quotient(parts["whole"], parts["over"] or "", parts["under"])
+    elif parts["alone"] is not None:
+        value = Decimal("1e" + _digits(parts["alone"].partition("^")[2]))
+    else:
+        european, decimal = parts["european"], parts["decimal"] or ""
+        digits = re.sub(r"[ .'\u2019]", "", european).replace(",", ".") if european else _digits(decimal)
+        exponent = parts["exponent"] or (parts["power"] or "").partition("^")[2]
+        value = Decimal(f"{digits}e{_digits(exponent) or 0}")
+    return value.copy_negate() if value is not None and parts["sign"] else value
+
+
+def _quotient(whole: str | None, over: str, under: str) -> Decimal | None:
+    numerator, denominator = Decimal(_digits(over)), Decimal(_digits(under))
+    if not denominator:
+        return None
+    if whole is None:
+        return numerator / denominator
+    # "1 100/300" is 1 1/3 or 1100/300, and "7 10/5" no mixed number
+    if numerator >= denominator or len(over) == 3 or not (over + under).isdecimal():
+        return None
+    return (Decimal(_digits(whole)) * denominator + numerator) / denominator
+
+
+def _digits(text: str) -> str:
+    """A number without the separators of its groups, and without braces."""
+    return re.sub(r"[ ,'\u2019_{}]", "", text)

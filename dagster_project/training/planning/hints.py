@@ -15,6 +15,7 @@ from dagster_project.core.records import read_table
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import memory
 from dagster_project.training.trainers.harness.distributed import claim_gpu, gpus_of
+from dagster_project.training.trainers.harness.launch import processes_here
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
 from dagster_project.training.trainers.sft import auto
 
@@ -78,10 +79,12 @@ def forecast_training(
         target: device and dtype that training will use.
         where: dotted path of the entry in params.yaml.
     """
+    here = processes
     if processes == 1:
         claim_gpu()
-    else:
-        gpus_of(processes)  # refuses more processes than GPUs
+    elif (known := processes_here(processes)) is not None:
+        here = known
+        gpus_of(here)  # refuses more processes than GPUs
     device, dtype = target
     columns = ["example_ids", "labels", "lengths"]
     rows = {split: read_table(tokenized / f"{split}.parquet", columns) for split in ("train", "validation")}
@@ -91,7 +94,7 @@ def forecast_training(
     examples = sum(len(row["example_ids"]) for row in train)
     params = auto.settle(params, examples, len(train), bool(rows["validation"]), processes).params
     runtime = memory.resident() if device.type == "cpu" else 0  # before the model is loaded
-    free = available_memory(device.type, processes)
+    free = available_memory(device.type, here)
     # without runtime: the libraries are in memory already
     row = memory.largest_row(train, params.method)
     timed = training_spec(params, base_model, row, len(train), device.type, dtype, where, processes)

@@ -104,7 +104,7 @@ class Settings(Section):
     lam: float = Field(default=0.95, ge=0, le=1)
     """lambda of GAE: 0 relies on the value estimates, 1 on the rewards received."""
     whiten_rewards: bool = False
-    """Divide the tokens' rewards by their standard deviation over the iteration."""
+    """Scale the tokens' rewards to variance 1 around their mean over the iteration, which stays, as TRL did."""
     whiten_advantages: bool = True
     """Shift and scale the advantages to mean 0 and variance 1 over the iteration's tokens."""
     cliprange: float = Field(default=0.2, gt=0)
@@ -668,10 +668,15 @@ def generalized_advantages(
 
 
 def whitened(values: torch.Tensor, mask: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """Values where there are tokens scaled to variance 1, and shifted to mean 0 if `shift`; zero elsewhere."""
+    """Values where there are tokens scaled to variance 1 around their mean; zero elsewhere.
+
+    Args:
+        shift: whether their mean becomes 0, else it stays.
+    """
     counted = values[mask]
-    scale = (counted.var(correction=0) + 1e-8).rsqrt()
-    return (values - counted.mean() if shift else values) * scale * mask
+    mean, scale = counted.mean(), (counted.var(correction=0) + 1e-8).rsqrt()
+    scaled = (values - mean) * scale
+    return (scaled if shift else scaled + mean) * mask
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, settings: Settings) -> float:

@@ -375,6 +375,11 @@ class Kto(TrlMethod):
     undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of the loss of bad answers."""
 
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        if params.per_device_train_batch_size < 2:
+            problem = "kto estimates KL on the answers of a forward pass, and one is not enough"
+            raise InputError(f"params.yaml: {where}.per_device_train_batch_size: {problem}", "set it to 2 or more")
+
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
 

@@ -81,8 +81,9 @@ class ExactMatch(ReadyReward):
 
 
 class NumberMatch(ReadyReward):
-    """1 if the number after `####`, or else the last number of the content, is that of the chosen answer: 1,000.0 is
-    1000."""
+    r"""1 if the number after `####`, else in `\boxed{}`, else the last number of the content, is that of the chosen
+    answer: 1,000.0 is 1000, and `\frac{3}{4}` is 0.75. An expression with several readings, such as `1,5`, is not a
+    number."""
 
     needs: ClassVar[str] = "a chosen answer with a number"
 

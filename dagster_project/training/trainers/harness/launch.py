@@ -108,6 +108,15 @@ class Nodes:
         return processes // self.count
 
 
+def processes_here(processes: int) -> int | None:
+    """Number of a group's processes on this host; None if Ray Train selects the nodes.
+
+    Raises:
+        InputError: they do not divide evenly among the hosts, or variables of `torchrun` are wrong.
+    """
+    return None if os.environ.get(LAUNCHER) == "ray" else Nodes.from_environment().share(processes)
+
+
 def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     """Run a module's work in a group of processes and wait for its end.
 

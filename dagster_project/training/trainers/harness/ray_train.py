@@ -42,7 +42,7 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     import ray.exceptions
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
         folder = Path(name)
@@ -51,7 +51,7 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
             trainer = TorchTrainer(
                 _member,
                 train_loop_config={"folder": name, "module": module, "work": json.dumps(work)},
-                torch_config=TorchConfig(backend=backend(), timeout_s=int(WAIT.total_seconds())),
+                torch_config=_config_of_own_gpus(),
                 scaling_config=ScalingConfig(num_workers=processes, use_gpu=gpus, placement_strategy="PACK"),
                 run_config=RunConfig(storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=0)),
             )
@@ -61,6 +61,24 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
                 other = PedigreeError(f"the processes on Ray failed: {error}", AGAIN)
                 raise error_of(folder / "error-0.json") or other from None
         return json.loads((folder / "result.json").read_text())
+
+
+def _config_of_own_gpus() -> Any:
+    """Configuration of the group, in which each process sees only the GPU that Ray reserved for it.
+
+    By default Ray shows the GPUs of all processes on a node to each of them; the first one would be used by all.
+    """
+    from ray.train.torch import TorchConfig
+
+    parent: Any = TorchConfig().backend_cls
+
+    class OwnGpus(parent):
+        share_cuda_visible_devices = False
+
+    class Config(TorchConfig):
+        backend_cls = OwnGpus
+
+    return Config(backend=backend(), timeout_s=int(WAIT.total_seconds()))
 
 
 def _member(config: Mapping[str, str]) -> None:
