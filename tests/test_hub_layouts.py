@@ -418,6 +418,7 @@ def test_a_log_of_the_responses_api_has_calls_results_and_traces(tmp_path: Path)
         ({"previous_response_id": "resp_0"}, "only the end of a conversation"),
         ({"output": [{"type": "web_search_call", "id": "ws_1"}]}, "items of type web_search_call"),
         ({"output": [SAID, THOUGHT]}, "reasoning that no message of the assistant follows"),
+        ({"output": [THOUGHT, {**SAID, "reasoning_content": "Guess."}]}, "two different traces of reasoning"),
     ],
 )
 def test_a_log_that_is_not_the_whole_conversation_in_text_is_malformed(
@@ -425,6 +426,18 @@ def test_a_log_that_is_not_the_whole_conversation_in_text_is_malformed(
 ) -> None:
     (record,) = load([write(tmp_path / "a.jsonl", {"input": "Hi", "output": [SAID], **more})]).records
     assert not record["messages"] and problem in record["meta"]
+
+
+def test_parallel_calls_of_a_log_are_one_message_with_the_trace_before_them(tmp_path: Path) -> None:
+    calls = [CALL, {**CALL, "call_id": "c2"}]
+    asked = [{"role": "user", "content": "1 + 1?"}, THOUGHT, *calls, RESULT, {**RESULT, "call_id": "c2"}]
+    (record,) = load([write(tmp_path / "a.jsonl", {"input": asked, "output": [SAID]})]).records
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "tool", "assistant"]
+    calling = record["messages"][1]
+    assert (calling["reasoning_content"], [call["id"] for call in calling["tool_calls"]]) == ("Add.", ["c1", "c2"])
+    asked[3:3] = [THOUGHT]  # between the calls
+    (record,) = load([write(tmp_path / "b.jsonl", {"input": asked, "output": [SAID]})]).records
+    assert [len(message.get("tool_calls", ())) for message in record["messages"][:3]] == [0, 1, 1]
 
 
 def test_texts_under_input_and_output_are_no_log(tmp_path: Path) -> None:

@@ -207,12 +207,12 @@ def read_turn(turn: Any) -> Parsed:
 
 
 def joined_calls(messages: Messages) -> Messages:
-    """Consecutive turns that only call tools as one message with parallel calls."""
+    """Consecutive turns that only call tools as one message with parallel calls. The first may have a trace."""
     found: Messages = []
     for message in messages:
         last = found[-1] if found else {}
         is_alike = all(message.get(key) == last.get(key) for key in ("weight", "name"))
-        if is_alike and _only_calls(message) and _only_calls(last):
+        if is_alike and _only_calls(message) and "reasoning_content" not in message and _only_calls(last):
             found[-1] = {**last, "tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
         else:
             found.append(message)
@@ -220,4 +220,4 @@ def joined_calls(messages: Messages) -> Messages:
 
 
 def _only_calls(message: Mapping[str, Any]) -> bool:
-    return "tool_calls" in message and not message["content"] and "reasoning_content" not in message
+    return "tool_calls" in message and not message["content"]

@@ -366,6 +366,8 @@ def answered(items: Iterable[Mapping[str, Any]]) -> Messages:
         for message in item["messages"]:
             if thought and message["role"] != "assistant":
                 raise ValueError(NO_ANSWER)
+            if thought and message.get("reasoning_content", thought) != thought:
+                raise ValueError("two different traces of reasoning in one message")
             messages.append({**message, "reasoning_content": thought} if thought else message)
             thought = ""
     if thought:
