@@ -440,6 +440,28 @@ def test_parallel_calls_of_a_log_are_one_message_with_the_trace_before_them(tmp_
     assert [len(message.get("tool_calls", ())) for message in record["messages"][:3]] == [0, 1, 1]
 
 
+def test_calls_of_a_log_belong_to_the_text_before_them(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "1 + 1?"}, THOUGHT, SAID, CALL, {**CALL, "call_id": "c2"}, RESULT]
+    (record,) = load([write(tmp_path / "a.jsonl", {"input": asked, "output": [SAID]})]).records
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    calling = record["messages"][1]
+    assert (calling["content"], calling["reasoning_content"]) == ("Two", "Add.")
+    assert [call["id"] for call in calling["tool_calls"]] == ["c1", "c2"]
+
+
+def test_parallel_calls_of_turns_are_one_message_with_the_trace_of_the_first(tmp_path: Path) -> None:
+    calls = [{"from": "function_call", "value": f'{{"name": "{name}", "arguments": {{}}}}'} for name in "fg"]
+    calls[0]["reasoning_content"] = "Add."
+    turns = [{"from": "human", "value": "1 + 1?"}, *calls, {"from": "observation", "value": "2"}]
+    (record,) = load(
+        [write(tmp_path / "a.jsonl", {"conversations": [*turns, {"from": "gpt", "value": "Two"}]})]
+    ).records
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    calling = record["messages"][1]
+    assert calling["reasoning_content"] == "Add."
+    assert [call["function"]["name"] for call in calling["tool_calls"]] == ["f", "g"]
+
+
 def test_texts_under_input_and_output_are_no_log(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown format"):
         load([write(tmp_path / "a.jsonl", {"input": "Hi", "output": "Hello"})])

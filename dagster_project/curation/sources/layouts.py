@@ -160,7 +160,7 @@ def _responses(row: dict[str, Any]) -> Messages:
         raise ValueError("the row has only the end of a conversation (previous_response_id)")
     asked = row["input"]
     items = [{"messages": as_turns(None, ("user", asked))}] if isinstance(asked, str) else as_list(row, "input", "item")
-    return [*as_turns(row.get("instructions")), *joined_calls(answered([*items, *as_list(row, "output", "item")]))]
+    return [*as_turns(row.get("instructions")), *answered([*items, *as_list(row, "output", "item")])]
 
 
 def _openorca(row: dict[str, Any]) -> Messages:
