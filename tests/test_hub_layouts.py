@@ -462,6 +462,24 @@ def test_parallel_calls_of_turns_are_one_message_with_the_trace_of_the_first(tmp
     assert [call["function"]["name"] for call in calling["tool_calls"]] == ["f", "g"]
 
 
+@pytest.mark.parametrize(("key", "kinds"), [("conversation", 3), ("conversations", 2)])
+def test_turns_of_several_forms_in_a_table_are_read_as_in_a_file_of_lines(key: str, kinds: int, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    forms = [
+        [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        CHAT,
+        [{"input": "Hi", "output": "Hello"}],
+    ]
+    rows = [{key: turns} for turns in forms[:kinds]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    of_table = load([str(tmp_path / "a.parquet")]).records
+    of_lines = load([write(tmp_path / "a.jsonl", *rows)]).records
+    assert [record["messages"] for record in of_table] == [record["messages"] for record in of_lines]
+    assert all(len(record["messages"]) == 2 for record in of_table)
+
+
 def test_texts_under_input_and_output_are_no_log(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown format"):
         load([write(tmp_path / "a.jsonl", {"input": "Hi", "output": "Hello"})])
