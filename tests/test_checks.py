@@ -71,6 +71,29 @@ def test_a_check_names_the_row_that_violates_it(name: str) -> None:
     assert set(found.broken) <= {name} | COINCIDE
 
 
+NEAR = [LONG, LONG.replace("garden", "yellow"), LONG.replace("garden", "purple")]
+"""Texts that are near-copies of each other."""
+
+
+@pytest.mark.parametrize("first", ["validation", "test"])
+def test_of_two_held_out_rows_the_one_outside_of_the_test_split_leaks(first: str) -> None:
+    second = {"validation": "test", "test": "validation"}[first]
+    found = judged([ask(NEAR[0], split=first), ask(NEAR[1], split=second)])
+    assert found.broken["split_leakage"] == [0 if first == "validation" else 1]
+
+
+@pytest.mark.parametrize("action", ["warn", "drop"])
+def test_a_row_whose_copies_in_other_splits_are_dropped_is_in_one_split(action: Any) -> None:
+    rules = RULES.model_copy(update={"policy": {"split_leakage": action}})
+    gone, train = ask(NEAR[0], "", split="test"), ask(NEAR[1], split="train")
+    found = judged([gone, train], rules)
+    assert found.reason == ["empty_response", None]
+    assert "split_leakage" not in found.broken and result("split_leakage", found).passed
+    found = judged([gone, train, ask(NEAR[2], split="validation")], rules)
+    assert found.broken["split_leakage"] == [1]
+    assert found.reason == ["empty_response", "split_leakage" if action == "drop" else None, None]
+
+
 @pytest.mark.parametrize("name", SET_CHECKS)
 def test_a_check_on_the_set_fails_its_bad_example_with_a_note(name: str) -> None:
     found = result(name, judged(CHECK_EXAMPLES[name][1]))

@@ -462,6 +462,7 @@ def test_a_log_of_the_responses_api_has_calls_results_and_traces(tmp_path: Path)
         ({"previous_response_id": "resp_0"}, "only the end of a conversation"),
         ({"output": [{"type": "web_search_call", "id": "ws_1"}]}, "items of type web_search_call"),
         ({"output": [SAID, THOUGHT]}, "reasoning that no message of the assistant follows"),
+        ({"output": [THOUGHT, {**SAID, "reasoning_content": "Guess."}]}, "two different traces of reasoning"),
     ],
 )
 def test_a_log_that_is_not_the_whole_conversation_in_text_is_malformed(
@@ -469,6 +470,58 @@ def test_a_log_that_is_not_the_whole_conversation_in_text_is_malformed(
 ) -> None:
     (record,) = load([write(tmp_path / "a.jsonl", {"input": "Hi", "output": [SAID], **more})]).records
     assert not record["messages"] and problem in record["meta"]
+
+
+def test_parallel_calls_of_a_log_are_one_message_with_the_trace_before_them(tmp_path: Path) -> None:
+    calls = [CALL, {**CALL, "call_id": "c2"}]
+    asked = [{"role": "user", "content": "1 + 1?"}, THOUGHT, *calls, RESULT, {**RESULT, "call_id": "c2"}]
+    (record,) = load([write(tmp_path / "a.jsonl", {"input": asked, "output": [SAID]})]).records
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "tool", "assistant"]
+    calling = record["messages"][1]
+    assert (calling["reasoning_content"], [call["id"] for call in calling["tool_calls"]]) == ("Add.", ["c1", "c2"])
+    asked[3:3] = [THOUGHT]  # between the calls
+    (record,) = load([write(tmp_path / "b.jsonl", {"input": asked, "output": [SAID]})]).records
+    assert [len(message.get("tool_calls", ())) for message in record["messages"][:3]] == [0, 1, 1]
+
+
+def test_calls_of_a_log_belong_to_the_text_before_them(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "1 + 1?"}, THOUGHT, SAID, CALL, {**CALL, "call_id": "c2"}, RESULT]
+    (record,) = load([write(tmp_path / "a.jsonl", {"input": asked, "output": [SAID]})]).records
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    calling = record["messages"][1]
+    assert (calling["content"], calling["reasoning_content"]) == ("Two", "Add.")
+    assert [call["id"] for call in calling["tool_calls"]] == ["c1", "c2"]
+
+
+def test_parallel_calls_of_turns_are_one_message_with_the_trace_of_the_first(tmp_path: Path) -> None:
+    calls = [{"from": "function_call", "value": f'{{"name": "{name}", "arguments": {{}}}}'} for name in "fg"]
+    calls[0]["reasoning_content"] = "Add."
+    turns = [{"from": "human", "value": "1 + 1?"}, *calls, {"from": "observation", "value": "2"}]
+    (record,) = load(
+        [write(tmp_path / "a.jsonl", {"conversations": [*turns, {"from": "gpt", "value": "Two"}]})]
+    ).records
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    calling = record["messages"][1]
+    assert calling["reasoning_content"] == "Add."
+    assert [call["function"]["name"] for call in calling["tool_calls"]] == ["f", "g"]
+
+
+@pytest.mark.parametrize(("key", "kinds"), [("conversation", 3), ("conversations", 2)])
+def test_turns_of_several_forms_in_a_table_are_read_as_in_a_file_of_lines(key: str, kinds: int, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    forms = [
+        [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        CHAT,
+        [{"input": "Hi", "output": "Hello"}],
+    ]
+    rows = [{key: turns} for turns in forms[:kinds]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    of_table = load([str(tmp_path / "a.parquet")]).records
+    of_lines = load([write(tmp_path / "a.jsonl", *rows)]).records
+    assert [record["messages"] for record in of_table] == [record["messages"] for record in of_lines]
+    assert all(len(record["messages"]) == 2 for record in of_table)
 
 
 def test_texts_under_input_and_output_are_no_log(tmp_path: Path) -> None:

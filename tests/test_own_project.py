@@ -141,6 +141,20 @@ def test_weights_of_a_field_that_no_answer_has_are_refused(tmp_path: Path) -> No
     tokenized._check_field_weights(params, tmp_path / "empty")
 
 
+@pytest.mark.parametrize("value", ['["bug", "login"]', '{"name": "bug"}', "[]"])
+def test_weights_of_a_field_whose_values_are_lists_or_objects_are_refused(value: str, tmp_path: Path) -> None:
+    params = parse(tokenized.Params, {"field_weights": {"category": 16}}, "tokenized")
+    answers = kept(None)
+    for answer in answers:
+        answer["messages"][1]["content"] = f'{{"category": {value}}}'
+    write_records(tmp_path / "lists", answers)
+    with pytest.raises(InputError, match="category, whose value is a text, a number, true, false or null"):
+        tokenized._check_field_weights(params, tmp_path / "lists")
+    answers[3]["messages"][1]["content"] = '{"category": null}'
+    write_records(tmp_path / "some", answers)
+    tokenized._check_field_weights(params, tmp_path / "some")
+
+
 def test_a_task_without_a_matching_answer_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     records = [{**record, "example_id": str(i)} for i, record in enumerate(kept(None))]
     task, questions = select_questions(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))

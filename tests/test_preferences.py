@@ -412,6 +412,14 @@ def test_of_leaking_upstream_pairs_the_less_strictly_held_out_is_dropped(tmp_pat
     assert report.dropped == {"split_leakage": 1} and prompts(tmp_path)["test"] == {f"{LONG} please"}
 
 
+def test_the_check_passes_where_the_leaking_pairs_of_the_source_were_dropped(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [better(LONG, split="validation"), better(f"{LONG} please", split="test"), better(OTHERS[0], split="train")]
+    report = run(tmp_path, tiny_model, rows)
+    check = next(check for check in report.checks if check.name == "split_leakage")
+    assert (check.passed, check.count, check.rows, check.dropped) == (True, 1, ["data/sources/p.jsonl:0"], 1)
+    assert prompts(tmp_path)["test"] == {f"{LONG} please"}
+
+
 def test_a_pair_that_repeats_a_benchmark_is_dropped(tmp_path: Path, tiny_model: Path) -> None:
     question = {
         "question": "Which planet do people sometimes call the red planet?",

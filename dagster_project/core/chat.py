@@ -351,8 +351,7 @@ def loss_weights(
         first = last - len(encoded["input_ids"])
         is_whole = first >= 0 and list(labels[first:last]) == encoded["input_ids"]  # else the answer is cut
         for name, weight in fields.items() if is_whole else ():
-            pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^\s",{{}}\[\]]+))')
-            for match in pattern.finditer(text, begin, begin + len(content)):
+            for match in _field(name).finditer(text, begin, begin + len(content)):
                 start, stop = match.span(1) if match.group(1) is not None else match.span(2)
                 for i, (a, b) in enumerate(encoded["offset_mapping"]):
                     if a < stop and b > start:
@@ -375,8 +374,14 @@ def trimmed(answer: str) -> list[str]:
 
 
 def has_field(answer: str, name: str) -> bool:
-    """Whether an answer contains a JSON field, as matched by `loss_weights`."""
-    return re.search(rf'"{re.escape(name)}"\s*:', answer) is not None
+    """Whether an answer contains a JSON field whose value `loss_weights` can weight: anything but a list or an
+    object."""
+    return _field(name).search(answer) is not None
+
+
+def _field(name: str) -> re.Pattern[str]:
+    """A JSON field with a text (group 1), or a number, true, false or null (group 2)."""
+    return re.compile(rf'"{re.escape(name)}"\s*:\s*+(?:"((?:[^"\\]|\\.)*)"|([^\s",{{}}\[\]]+))')
 
 
 def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> list[int]:

@@ -111,8 +111,8 @@ class Params(Section):
     not outweigh short ones."""
     field_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """JSON field -> factor by which the tokens of its value count in the loss, for answers in which one word matters
-    most. Fields of a truncated answer get no extra weight. A field that no answer of the training split contains is
-    refused."""
+    most. A list or an object cannot be weighted: name the fields inside it. Fields of a truncated answer get no extra
+    weight. A field is refused if no answer of the training split has it with a text, a number, true, false or null."""
     packing: bool = True
     """Put several examples into one row. Attention never crosses from one example to another."""
     balance: mixture.Balance = "none"
@@ -301,10 +301,11 @@ def _categories(found: Splits) -> Iterator[dict[str, Any]]:
 
 
 def _check_field_weights(params: Params, train: Path) -> None:
-    """Check that every field in `field_weights` occurs in the training answers, which are read until all are found.
+    """Check that every field in `field_weights` has a value that can be weighted in some of the training answers, which
+    are read until all are found.
 
     Raises:
-        InputError: a field occurs in no answer.
+        InputError: a field has none.
     """
     missing, records = dict.fromkeys(params.field_weights), 0
     for record in iter_records(train) if missing else ():
@@ -315,6 +316,7 @@ def _check_field_weights(params: Params, train: Path) -> None:
             return
     if missing and records:
         problem = f"no answer of the training split is a JSON object with the field {', '.join(missing)}"
+        problem += ", whose value is a text, a number, true, false or null"
         hint = "remove tokenized.field_weights, or use fields that occur in your answers"
         raise InputError(f"params.yaml: tokenized.field_weights: {problem}", hint)
 

@@ -390,14 +390,15 @@ def _spared(
     rules: Rules,
     decisions: Sequence[Decision],
 ) -> dict[str, set[int]]:
-    """The rows that repeat nothing that is left, by check: all their earlier rows are dropped for other reasons.
+    """The rows that repeat nothing that is left, by check: all rows that they repeat are dropped for other reasons.
 
-    Only of those of `REPEATS` that drop rows or leave them to a person.
+    Only of `split_leakage`, and of those of `REPEATS` that drop rows or leave them to a person.
     """
     deciding = [name for name in REPEATS if rules.action(name) in {"drop", "review"} and broken.get(name)]
+    deciding += ["split_leakage"] if broken.get("split_leakage") else []
     if not deciding:
         return {}
-    others = {name: rows for name, rows in broken.items() if name not in REPEATS}
+    others = {name: rows for name, rows in broken.items() if name not in {*REPEATS, "split_leakage"}}
     gone = {i for i, check in enumerate(_drop(records, others, rules, decisions)[0]) if check}
     spared: dict[str, set[int]] = {}
     for name in deciding:

@@ -14,7 +14,7 @@ from unicodedata import normalize
 from dagster_project.core.messages import Message, Messages, Tools, calls
 from dagster_project.core.records import content_id
 from dagster_project.curation.checks.check import Rows, part_text
-from dagster_project.curation.checks.overlaps import FIELDS, is_long
+from dagster_project.curation.checks.overlaps import FIELDS, HELD_OUT, OTHERS, is_long
 from dagster_project.curation.checks.row_checks import marks, sides, valid_roles
 from dagster_project.curation.checks.tool_checks import WITH, WITHOUT, has_answer, has_reasoning
 from dagster_project.curation.sources.formats import is_text
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
-HELD_OUT = {"test": 0, "validation": 1}
-"""Upstream label -> rank among rows with the same text: the first of the lowest rank is kept."""
-OTHERS = 2
 DIGESTS = ("identity", "same", "context", "answer", "swapped")
 """Digests of 16 bytes, each in two columns of 64 bits, because of a record: its `example_id`; its messages and tools;
 what was asked, with the tools; what was answered; for pairs the answer with its sides swapped. Two different values

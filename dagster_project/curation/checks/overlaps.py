@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
     import polars as pl
 
+HELD_OUT = {"test": 0, "validation": 1}
+"""Upstream label -> rank among rows with the same text: the first of the lowest rank is kept."""
+OTHERS = 2
 SHORT_ANSWER = 8
 """Minimum number of words of an answer that is compared with a benchmark's answers: a short one is right for many
 questions."""
@@ -225,11 +228,13 @@ def _conflicts(table: pl.DataFrame, repeats: Mapping[int, int]) -> dict[int, int
 
 
 def _split_leaks(pairs: Iterable[Pair], labels: Mapping[int, str], part: str = "prompt") -> list[Link]:
-    """Pairs in two upstream splits. The row is the one in the training split, else the later one."""
+    """Pairs in two upstream splits. The row is the one that is held out less strictly, which later stages drop."""
     links = []
     for p in pairs:
         if labels.get(p.left) and labels.get(p.right) and labels[p.left] != labels[p.right]:
-            other, row = sorted((p.left, p.right), key=lambda i: (labels[i] == "train", i))
+            other, row = sorted(
+                (p.left, p.right), key=lambda i: (HELD_OUT.get(labels[i], OTHERS), labels[i] == "train", i)
+            )
             links.append(Link(row, other, part, p.rule, p.similarity))
     return links
 

@@ -147,11 +147,17 @@ def _conversation(row: dict[str, Any]) -> Messages:
 
 def _read_round(given: Any) -> Parsed:
     """A turn, or a round as in Capybara: {"input": "Hi", "output": "Hello"}"""
-    if not isinstance(given, dict) or not given.keys() >= {"input", "output"}:
+    if not isinstance(given, dict) or not given.keys() >= {"input", "output"} or _is_turn(given):
         message, unused = read_turn(given)
         return {"messages": [message]}, unused
     messages = as_turns(None, ("user", as_text(given["input"])), ("assistant", as_text(given["output"])))
     return {"messages": messages}, tuple(key for key in given if key not in {"input", "output"})
+
+
+def _is_turn(given: Mapping[str, Any]) -> bool:
+    """Whether a turn has the keys of a round, with null, as in a table with both."""
+    is_round = given["input"] is not None or given["output"] is not None
+    return not is_round and (given.get("from") is not None or given.get("role") is not None)
 
 
 def _responses(row: dict[str, Any]) -> Messages:
@@ -160,7 +166,7 @@ def _responses(row: dict[str, Any]) -> Messages:
         raise ValueError("the row has only the end of a conversation (previous_response_id)")
     asked = row["input"]
     items = [{"messages": as_turns(None, ("user", asked))}] if isinstance(asked, str) else as_list(row, "input", "item")
-    return [*as_turns(row.get("instructions")), *joined_calls(answered([*items, *as_list(row, "output", "item")]))]
+    return [*as_turns(row.get("instructions")), *answered([*items, *as_list(row, "output", "item")])]
 
 
 def _openorca(row: dict[str, Any]) -> Messages:

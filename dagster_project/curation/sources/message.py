@@ -194,7 +194,7 @@ def read_turn(turn: Any) -> Parsed:
             return {"role": SHAREGPT_ROLES.get(who, who), "content": value}, ()
     if not isinstance(turn, dict):
         raise ValueError(f"expected a turn, found {type(turn).__name__}")
-    if "from" not in turn and "role" in turn:
+    if turn.get("from") is None and turn.get("role") is not None:  # in a table, every turn has the keys of all
         return read_message(turn)
     more = {key: value for key, value in turn.items() if key not in {"from", "value", "role", "content"}}
     role, value = SHAREGPT_ROLES.get(as_text(turn["from"]), turn["from"]), turn["value"]
@@ -207,12 +207,12 @@ def read_turn(turn: Any) -> Parsed:
 
 
 def joined_calls(messages: Messages) -> Messages:
-    """Consecutive turns that only call tools as one message with parallel calls."""
+    """Consecutive turns that only call tools as one message with parallel calls. The first may have a trace."""
     found: Messages = []
     for message in messages:
         last = found[-1] if found else {}
         is_alike = all(message.get(key) == last.get(key) for key in ("weight", "name"))
-        if is_alike and _only_calls(message) and _only_calls(last):
+        if is_alike and _only_calls(message) and "reasoning_content" not in message and _only_calls(last):
             found[-1] = {**last, "tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
         else:
             found.append(message)
@@ -220,4 +220,4 @@ def joined_calls(messages: Messages) -> Messages:
 
 
 def _only_calls(message: Mapping[str, Any]) -> bool:
-    return "tool_calls" in message and not message["content"] and "reasoning_content" not in message
+    return "tool_calls" in message and not message["content"]

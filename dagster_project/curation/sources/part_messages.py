@@ -358,7 +358,11 @@ def _response_part(part: Any) -> dict[str, Any]:
 
 
 def answered(items: Iterable[Mapping[str, Any]]) -> Messages:
-    """The messages of items; reasoning is the trace of the message or call that follows it."""
+    """The messages of items.
+
+    Reasoning is the trace of the message or call that follows it. Calls are in one message with the text or calls of
+    the assistant directly before them.
+    """
     messages: Messages = []
     thought = ""
     for item in items:
@@ -366,8 +370,20 @@ def answered(items: Iterable[Mapping[str, Any]]) -> Messages:
         for message in item["messages"]:
             if thought and message["role"] != "assistant":
                 raise ValueError(NO_ANSWER)
+            if thought and message.get("reasoning_content", thought) != thought:
+                raise ValueError("two different traces of reasoning in one message")
+            if not thought and messages and _continues(messages[-1], message):
+                calls = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
+                messages[-1] = {**messages[-1], "tool_calls": calls}
+                continue
             messages.append({**message, "reasoning_content": thought} if thought else message)
             thought = ""
     if thought:
         raise ValueError(NO_ANSWER)
     return messages
+
+
+def _continues(last: Message, message: Message) -> bool:
+    """Whether a message only calls tools, and belongs to the assistant's message before it."""
+    is_alike = all(message.get(key) == last.get(key) for key in ("role", "weight", "name"))
+    return is_alike and "tool_calls" in message and not message["content"] and "reasoning_content" not in message
