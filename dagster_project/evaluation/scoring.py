@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
 from dagster_project.evaluation.final_answers import FinalAnswer
-from dagster_project.evaluation.metrics import OF_FINAL_ANSWERS, AnyTask, Measure, by_label, is_answer, measures
+from dagster_project.evaluation.labels import LabelSet
+from dagster_project.evaluation.metrics import (
+    OF_FINAL_ANSWERS,
+    AnyTask,
+    Measure,
+    Task,
+    by_label,
+    is_answer,
+    measures,
+)
 from dagster_project.evaluation.paired.bootstrap import estimate, rate, summed, unit
 from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
 from dagster_project.training.inference.answers import Answer, of_message
@@ -30,7 +39,7 @@ CALLS: dict[str, Same] = {
     "tool_call_valid": lambda _, answer, tools: is_valid(answer, tools),
 }
 """Measures over the questions whose reference has calls. The first one decides if at least half of the questions are
-such."""
+such, unless labels are the task."""
 FALSE_CALL = "false_call"
 """Share of answers with a call, over the questions that offer tools and whose reference has no call."""
 
@@ -81,6 +90,10 @@ class Scoring:
 
     @cached_property
     def calls_decide(self) -> bool:
+        """Whether calls decide. Under a task with labels they do not: every reference has a label, and the classical
+        classifier makes no calls."""
+        if isinstance(self.task, Task | LabelSet):
+            return False
         return bool(self.references) and 2 * sum(self.with_calls) >= len(self.references)
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:

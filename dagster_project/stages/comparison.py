@@ -299,7 +299,7 @@ def _values(
 ) -> dict[str, list[np.ndarray]]:
     """Measure -> for each system that has it, the contribution of each of its answers.
 
-    Only measures whose score is a mean over answers.
+    Only measures that are compared between systems.
     """
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
@@ -330,14 +330,24 @@ and alignment counts no `trained_tokens`."""
 def _cost(
     name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]
 ) -> dict[str, float]:
-    """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier."""
+    """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier.
+
+    A variant that was not merged needs the base model, too.
+    """
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
     if name not in variants:
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
     files = [file for file in (variants[name].before, variants[name].training) if file]
     trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     taken = {key: sum(one[key] for one in trainings) for key in TAKEN if all(key in one for one in trainings)}
-    return {**prompt, "bytes": _size(variants[name].model), **taken}
+    folder = variants[name].model
+    needed = [folder] if _stands_alone(folder) else [folder, base_model]
+    return {**prompt, "bytes": sum(map(_size, needed)), **taken}
+
+
+def _stands_alone(folder: Path) -> bool:
+    """Whether a folder is a complete model, and neither an adapter nor the head of a classifier."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 def _size(folder: Path) -> int:
