@@ -242,6 +242,8 @@ def test_under_a_task_with_labels_the_label_decides_for_every_system() -> None:
     scoring = Scoring(questions, task, {})
     names = [list(scoring.names(writes)) for writes in (True, False)]
     assert [found[:2] for found in names] == [["macro_f1", "accuracy"]] * 2
+    silent = [Answer("cold")] * 2
+    assert scoring.mark_name == "accuracy" and scoring.marks(silent) == scoring.marks(silent, writes=False) == [1, 1]
     assert set(NAMES) < set(names[0]) and not set(NAMES) & set(names[1])
     scores = {
         name: scoring.score(scoring.references, name != "tfidf_logistic") for name in ("zero_shot", "tfidf_logistic")
