@@ -121,9 +121,8 @@ def test_the_perplexity_of_a_variant_is_compared_where_both_read_the_same_tokens
     def compare(
         ours: dict[tuple[str, int], dict[str, Any]], theirs: dict[tuple[str, int], dict[str, Any]], units: int = 99
     ) -> dict[str, Any] | None:
-        found = comparison._likelihoods(
-            ours, theirs, {example: str(i % units) for i, (example, _) in enumerate(theirs)}
-        )
+        rows = [record | {"group_id": str(i % units)} for i, record in enumerate(FREE[: len(theirs)])]
+        found = comparison._likelihoods(ours, theirs, rows)
         return found and ratio(perplexity, *found)
 
     ours, theirs = [(1.0, 2), (4.0, 6)], [(3.0, 2), (6.0, 6)]
@@ -329,6 +328,17 @@ def test_the_cost_of_a_prompt_is_what_the_model_reads(
     message = r"max_new_tokens: 20 and baselines.thinking_tokens: 40: answers of 60 tokens leave no room .* of 60"
     with pytest.raises(InputError, match=message):
         model.answer(prompts, "x", thinking_tokens=40)
+
+
+def test_equal_test_examples_count_each(tmp_path: Path) -> None:
+    """They are kept with `policy: {exact_duplicates: warn}`."""
+    test, ours, theirs = FREE[:2] + FREE[1:2] * 2, results((1.0, 2), (4.0, 6)), results((3.0, 2), (6.0, 6))
+    sums = comparison._likelihoods(ours, theirs, test)
+    assert sums and [one.tolist() for one in sums] == [[[1, 2], [12, 18]], [[3, 2], [18, 18]]]
+    assert ratio(perplexity, *sums)["ratio"] == pytest.approx(math.exp(-8 / 20), abs=1e-4)
+    scoring = Scoring(select_questions(test, Settings())[1], None, {})
+    counts = comparison._test_counts(test, scoring, 4, "rouge_l", ())
+    assert counts == {"examples": 4, "answered": 4, "decided": 2, "independent": 2, "seen": 0}
 
 
 def test_a_variant_that_was_not_merged_costs_the_base_model_too(tmp_path: Path) -> None:

@@ -147,9 +147,8 @@ def produce(
             cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes[name] else {}
             scores[name] = scoring.score(answers[name], writes[name]) | cost
 
-    units = {record["example_id"]: unit(record) for record in test}
     compared: dict[str, Any] = {}
-    likelihoods = {name: sums for name in variants if (sums := _likelihoods(results_of[name], results_of[BASE], units))}
+    likelihoods = {name: sums for name in variants if (sums := _likelihoods(results_of[name], results_of[BASE], test))}
     for name, variant in variants.items():
         compared[name] = {LIKELIHOOD: ratio(perplexity, *likelihoods[name])} if name in likelihoods else {}
         if name in scores:
@@ -221,7 +220,8 @@ def _test_counts(
         deciding: the measure that decides.
         trained: groups with examples that were trained on.
     """
-    counts = {"examples": len(test), "answered": len(set(scoring.examples))}
+    answered = set(scoring.examples)  # of equal examples, which a policy may keep, each one counts
+    counts = {"examples": len(test), "answered": sum(record["example_id"] in answered for record in test)}
     decided = scoring.examples_of(deciding)  # those that the deciding measure covers, near-copies counted once
     if decided < counts["answered"]:
         counts["decided"] = decided
@@ -237,7 +237,7 @@ def _test_counts(
 def _likelihoods(
     rows: Mapping[tuple[str, int], Mapping[str, Any]],
     base: Mapping[tuple[str, int], Mapping[str, Any]],
-    units: Mapping[str, str],
+    test: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Nats and tokens of a variant and of the base model by unit, (units, 2); None if they cannot be compared.
 
@@ -246,17 +246,19 @@ def _likelihoods(
 
     Args:
         rows: the variant's rows of the results table, by `turn_key`.
-        base: those of the base model, one for each test example.
-        units: example_id -> unit of the intervals.
+        base: those of the base model.
+        test: the test split, in which equal examples count each.
     """
     import numpy as np
 
-    ours = np.array([(rows[key]["nll"], rows[key]["tokens"]) for key in base], dtype=float)
-    theirs = np.array([(row["nll"], row["tokens"]) for row in base.values()], dtype=float)
+    keys = [turn_key(record) for record in test]
+    ours, theirs = (
+        np.array([(found[key]["nll"], found[key]["tokens"]) for key in keys], dtype=float) for found in (rows, base)
+    )
     counted = theirs[:, 1] > 0
     if not np.isfinite([ours, theirs]).all() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
         return None
-    drawn = [units[example] for (example, _), has_tokens in zip(base, counted, strict=True) if has_tokens]
+    drawn = [unit(record) for record, has_tokens in zip(test, counted, strict=True) if has_tokens]
     return summed(ours[counted], drawn), summed(theirs[counted], drawn)
 
 
