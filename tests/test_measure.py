@@ -259,6 +259,11 @@ def test_a_custom_metric_is_the_mean_of_its_function(tmp_path: Path) -> None:
         ),
         (
             "tone.polite",
+            "def polite(r, a): return -1e308",  # the sum of two is not finite
+            "tone.polite returns -1e+308, which is too large",
+        ),
+        (
+            "tone.polite",
             "def polite(r, a): return 10**400",
             "tone.polite fails: OverflowError: int too large to convert to float",
         ),

@@ -20,6 +20,10 @@ FOLDER = "data/metrics"
 """A dependency in dvc.yaml: editing a measure re-runs the evaluation."""
 
 
+LARGEST = 1e100
+"""Largest absolute value of a measure: sums and differences of larger ones may not be finite."""
+
+
 def custom_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
     """Name -> measure; `tone.polite` is the mean over the answers of the function `polite` in data/metrics/tone.py.
 
@@ -101,7 +105,7 @@ def _value(name: str, function: Callable[[str, str], Any], reference: str, answe
     except (Exception, SystemExit) as error:  # noqa: BLE001  as above
         problem = f"fails: {type(error).__name__}: {error}"
     else:
-        if finite:
+        if finite and abs(value) <= LARGEST:
             return float(value)
-        problem = f"returns {value!r}, which is not a finite number"
+        problem = f"returns {value!r}, which is {'too large' if finite else 'not a finite number'}"
     raise InputError(f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/")
