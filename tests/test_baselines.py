@@ -284,4 +284,4 @@ def test_a_template_that_refuses_the_test_examples_leaves_out_the_perplexity_of_
     assert report.metrics["base"] == {} and report.metrics["zero_shot"]["exact_match"] == 1.0
     base = {turn_key(row): row for row in read_table(tmp_path / "out/results.parquet") if row["system"] == "base"}
     tuned = {key: {**row, "nll": 1.0, "tokens": 2} for key, row in base.items()}
-    assert len(base) == 3 and comparison._likelihoods(tuned, base, {name: name for name, _ in base}) is None
+    assert len(base) == 3 and comparison._likelihoods(tuned, base, rows) is None

@@ -289,6 +289,7 @@ def test_every_format_is_documented() -> None:
         ({"perplexity": 4.2, "n": 120}, ": perplexity on all of them, scores on 120 answers"),
         ({"perplexity": 4.2}, ": perplexity on all of them"),
         ({"n": 152}, ": scores on 152 answers"),
+        ({"perplexity": None, "n": 152}, ": scores on 152 answers"),  # a likelihood was not finite
         ({}, ""),
     ],
 )

@@ -282,3 +282,12 @@ def test_text_without_any_final_answer_is_free_text(caplog: pytest.LogCaptureFix
 def test_a_classifier_is_not_scored_by_final_answers() -> None:
     scoring = Scoring([record("1?", "1")], NUMBER, {})
     assert scoring.names(writes=False) == {}
+
+
+def test_an_answer_without_a_final_answer_is_wrong_where_that_of_the_reference_is_none() -> None:
+    task = FinalAnswer(final_answer=r"Entities: (.*)")
+    records = [record(f"{text}?", f"Entities: {text}") for text in ("(none)", "Oslo")]
+    scoring = Scoring(select_questions(records, Settings(task=task))[1], task, {})
+    silent, right = [Answer("I pass")] * 2, scoring.references
+    assert scoring.marks(silent) == [0, 0] and scoring.marks(right) == [1, 1]
+    assert [scoring.score(answers)["accuracy"] for answers in (silent, right)] == [0, 1]

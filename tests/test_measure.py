@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, evaluate
+from pydantic import ValidationError
 
 from dagster_project.commands.elsewhere import BOUNDS, judge
 from dagster_project.core.context import ValidationContext
@@ -119,9 +121,8 @@ def test_the_perplexity_of_a_variant_is_compared_where_both_read_the_same_tokens
     def compare(
         ours: dict[tuple[str, int], dict[str, Any]], theirs: dict[tuple[str, int], dict[str, Any]], units: int = 99
     ) -> dict[str, Any] | None:
-        found = comparison._likelihoods(
-            ours, theirs, {example: str(i % units) for i, (example, _) in enumerate(theirs)}
-        )
+        rows = [record | {"group_id": str(i % units)} for i, record in enumerate(FREE[: len(theirs)])]
+        found = comparison._likelihoods(ours, theirs, rows)
         return found and ratio(perplexity, *found)
 
     ours, theirs = [(1.0, 2), (4.0, 6)], [(3.0, 2), (6.0, 6)]
@@ -258,6 +259,11 @@ def test_a_custom_metric_is_the_mean_of_its_function(tmp_path: Path) -> None:
         ),
         (
             "tone.polite",
+            "def polite(r, a): return -1e308",  # the sum of two is not finite
+            "tone.polite returns -1e+308, which is too large",
+        ),
+        (
+            "tone.polite",
             "def polite(r, a): return 10**400",
             "tone.polite fails: OverflowError: int too large to convert to float",
         ),
@@ -274,6 +280,89 @@ def test_a_custom_metric_that_fails_to_load_is_one_message(
     with pytest.raises(InputError) as caught:
         custom_measures(put(tmp_path, content), [name])[name].statistics(["wanted"], ["said"])
     assert message in caught.value.what and caught.value.hint
+
+
+COUNTING = """
+calls = []
+
+def polite(reference, answer):
+    calls.append(answer)
+    return len(calls) if answer == "varies" else len(answer)
+"""
+
+
+def test_a_custom_metric_is_asked_once_for_the_same_answer_and_must_be_repeatable(tmp_path: Path) -> None:
+    measure = custom_measures(put(tmp_path, COUNTING), ["tone.polite"])["tone.polite"]
+    assert measure.statistics(["r"] * 3, ["a", "bb", "varies"]).tolist() == [[1, 1], [2, 1], [4, 1]]
+    assert measure.statistics(["r"] * 2, ["varies", "a"]).tolist() == [[4, 1], [1, 1]], "the value that was scored"
+    varying = custom_measures(tmp_path, ["tone.polite"])["tone.polite"]
+    with pytest.raises(InputError, match=r"tone.polite returns 1.0 and then 2.0 for the same answer 'varies'"):
+        varying.statistics(["r"], ["varies"])
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "precision", "token_f1"])
+def test_a_custom_metric_replaces_none_of_the_task(measure: str) -> None:
+    Settings(task=TASK, metrics=[f"tone.{measure}"])
+    with pytest.raises(ValidationError, match=rf"metrics: 'category.{measure}' is the name of a measure of"):
+        Settings(task=TASK, metrics=[f"category.{measure}"])
+
+
+@pytest.mark.parametrize("name", ["rouge_l", "perplexity_interval", "test_examples", "by_category"])
+def test_a_benchmark_replaces_no_other_figure(name: str, tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_records(tmp_path / split, FREE[:1] if split == "test" else [])
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "?", "choices": ["a", "b"], "answer": 0}) + "\n")
+    settings, nowhere, out = Settings(benchmarks=[f"{name}.jsonl"]), tmp_path / "no model", tmp_path / "out"
+    with pytest.raises(InputError, match=f"benchmarks: {name} is the name of another figure in the report"):
+        evaluation.produce(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, out, tmp_path / "one.csv")
+
+
+def test_the_cost_of_a_prompt_is_what_the_model_reads(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tiny_model / "tokenizer_config.json").read_text())
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 60}))
+    model = EvaluatedModel(tmp_path / "model", COMPUTE, Settings(max_new_tokens=20))
+    prompts = [[{"role": "user", "content": text}] for text in ("Hi", "word " * 50)]
+    short, cut = model.prompt_tokens(prompts) or ()
+    assert short < cut == 40 and model.prompt_tokens(prompts, thinking_tokens=10) == [min(30, short), 30]
+    model.answer(prompts, "few_shot")
+    assert "few_shot: answers: 1 of 2 prompts exceed 40 tokens and lose their beginning" in caplog.text
+    model.answer(prompts, "x", thinking_tokens=39)
+    message = r"max_new_tokens: 20 and baselines.thinking_tokens: 40: answers of 60 tokens leave no room .* of 60"
+    with pytest.raises(InputError, match=message):
+        model.answer(prompts, "x", thinking_tokens=40)
+
+
+def test_equal_test_examples_count_each(tmp_path: Path) -> None:
+    """They are kept with `policy: {exact_duplicates: warn}`."""
+    test, ours, theirs = FREE[:2] + FREE[1:2] * 2, results((1.0, 2), (4.0, 6)), results((3.0, 2), (6.0, 6))
+    sums = comparison._likelihoods(ours, theirs, test)
+    assert sums and [one.tolist() for one in sums] == [[[1, 2], [12, 18]], [[3, 2], [18, 18]]]
+    assert ratio(perplexity, *sums)["ratio"] == pytest.approx(math.exp(-8 / 20), abs=1e-4)
+    scoring = Scoring(select_questions(test, Settings())[1], None, {})
+    counts = comparison._test_counts(test, scoring, 4, "rouge_l", ())
+    assert counts == {"examples": 4, "answered": 4, "decided": 2, "independent": 2, "seen": 0}
+
+
+def test_a_variant_that_was_not_merged_costs_the_base_model_too(tmp_path: Path) -> None:
+    for name, files in {
+        "base": ["config.json"],
+        "whole": ["config.json"],
+        "lora": ["adapter_config.json"],
+        "head": [],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in [*files, "model.safetensors"]:
+            (tmp_path / name / file).write_text("x" * (100 if name in ("base", "whole") else 1))
+    (tmp_path / "training.json").write_text("{}")
+    variants = {
+        name: comparison.Variant(tmp_path / "-", tmp_path / name, tmp_path / "training.json")
+        for name in ("whole", "lora", "head")
+    }
+    sizes = {name: comparison._cost(name, {}, tmp_path / "base", variants)["bytes"] for name in variants}
+    assert sizes == {"whole": 200, "lora": 202, "head": 201}
 
 
 @pytest.mark.parametrize("name", ["tune.polite", "polite"])
@@ -319,6 +408,9 @@ def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_byt
         ]
         (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = [evaluate(root, tiny_model, settings, FREE[:6], FREE[6:]) for root in runs]
+    measured = {name for name in found[0]["one"] if f"{name}_interval" in found[0]["one"]}
+    others = found[0]["one"].keys() - measured - {f"{name}_interval" for name in measured}
+    assert others <= {*evaluation.FIGURES, *(Path(path).stem for path in settings.benchmarks)}
     assert found[0] == found[1] and digests(runs[0]) == digests(runs[1])
     report = found[0]
     assert list(report["baselines"]) == ["base", "zero_shot", "few_shot", "retrieved"]

@@ -15,6 +15,7 @@ from dagster_project.core.tool_schemas import call_problem
 from dagster_project.evaluation import ballots, judge
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import with_shots
+from dagster_project.evaluation.comparison import board
 from dagster_project.evaluation.evaluator import (
     EvaluatedModel,
     Settings,
@@ -23,6 +24,7 @@ from dagster_project.evaluation.evaluator import (
     select_questions,
     write_results,
 )
+from dagster_project.evaluation.labels import LabelTask
 from dagster_project.evaluation.paired.pairwise import match
 from dagster_project.evaluation.retention import retention_schema
 from dagster_project.evaluation.scoring import Scoring
@@ -228,6 +230,25 @@ def test_calls_decide_where_at_least_half_of_the_answers_are_calls() -> None:
     for calls, texts, first in ((1, 0, NAMES[0]), (1, 1, "rouge_l"), (2, 1, "rouge_l")):
         records = [dialogue(i) for i in range(calls)] + [dialogue(9 + i, asks=False) for i in range(texts)]
         assert next(iter(Scoring(select_questions(records, Settings())[1], None, {}).names())) == first
+
+
+def test_under_a_task_with_labels_the_label_decides_for_every_system() -> None:
+    """The classical classifier, which predicts labels, has no score of calls."""
+    records = [
+        dialogue(i) | {"messages": [*dialogue(i)["messages"][:1], {**made(OSLO).message, "content": "cold"}]}
+        for i in range(2)
+    ]
+    task, questions = select_questions(records, Settings(task=LabelTask(labels=["cold", "warm"])))
+    scoring = Scoring(questions, task, {})
+    names = [list(scoring.names(writes)) for writes in (True, False)]
+    assert [found[:2] for found in names] == [["macro_f1", "accuracy"]] * 2
+    silent = [Answer("cold")] * 2
+    assert scoring.mark_name == "accuracy" and scoring.marks(silent) == scoring.marks(silent, writes=False) == [1, 1]
+    assert set(NAMES) < set(names[0]) and not set(NAMES) & set(names[1])
+    scores = {
+        name: scoring.score(scoring.references, name != "tfidf_logistic") for name in ("zero_shot", "tfidf_logistic")
+    }
+    assert len(board(names[0][:2], scores, {})) == 4
 
 
 def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(tmp_path: Path) -> None:

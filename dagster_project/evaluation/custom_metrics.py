@@ -20,6 +20,10 @@ FOLDER = "data/metrics"
 """A dependency in dvc.yaml: editing a measure re-runs the evaluation."""
 
 
+LARGEST = 1e100
+"""Largest absolute value of a measure: sums and differences of larger ones may not be finite."""
+
+
 def custom_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
     """Name -> measure; `tone.polite` is the mean over the answers of the function `polite` in data/metrics/tone.py.
 
@@ -63,14 +67,35 @@ def _load(root: Path, name: str) -> Callable[[str, str], Any]:
 
 
 def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    known: dict[tuple[str, str], float] = {}  # a score, its interval and its differences are of the same values
+
+    def value(reference: str, answer: str) -> float:
+        if (reference, answer) not in known:
+            known[reference, answer] = _value(name, function, reference, answer)
+            if len(known) == 1:
+                _refuse_another_value(name, function, reference, answer, known[reference, answer])
+        return known[reference, answer]
+
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         import numpy as np
 
-        pairs = zip(references, answers, strict=True)
-        values = [(_value(name, function, reference, answer), 1) for reference, answer in pairs]
+        values = [(value(reference, answer), 1) for reference, answer in zip(references, answers, strict=True)]
         return np.array(values, dtype=float).reshape(-1, 2)
 
     return statistics
+
+
+def _refuse_another_value(
+    name: str, function: Callable[[str, str], Any], reference: str, answer: str, first: float
+) -> None:
+    """Call a function once more.
+
+    Raises:
+        InputError: it returns another value for the same answer.
+    """
+    if (second := _value(name, function, reference, answer)) != first:
+        problem = f"returns {first} and then {second} for the same answer {answer[:80]!r}"
+        raise InputError(f"evaluation.metrics: {name} {problem}", f"fix it in {FOLDER}/: a score must be repeatable")
 
 
 def _value(name: str, function: Callable[[str, str], Any], reference: str, answer: str) -> float:
@@ -80,7 +105,7 @@ def _value(name: str, function: Callable[[str, str], Any], reference: str, answe
     except (Exception, SystemExit) as error:  # noqa: BLE001  as above
         problem = f"fails: {type(error).__name__}: {error}"
     else:
-        if finite:
+        if finite and abs(value) <= LARGEST:
             return float(value)
-        problem = f"returns {value!r}, which is not a finite number"
+        problem = f"returns {value!r}, which is {'too large' if finite else 'not a finite number'}"
     raise InputError(f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/")

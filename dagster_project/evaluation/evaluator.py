@@ -10,17 +10,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dagster_project.core.chat import encode_prompt, encode_record, is_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, is_trained
 from dagster_project.core.params import TAG, Compute, Section
 from dagster_project.core.records import prompt_text, response_text, subject_text, write_table
+from dagster_project.core.text import many
 from dagster_project.core.words import split_words
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
-from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, perplexity
+from dagster_project.evaluation.metrics import FIELD_MEASURES, AnyTask, Task, is_answer, label, perplexity
 from dagster_project.evaluation.paired.bootstrap import rounded
 from dagster_project.evaluation.scoring import Offer
 from dagster_project.training.inference.answers import Answer, read_answer
@@ -113,6 +114,14 @@ class Settings(Section):
     """Number format of models that are scored. null: that of `compute.dtype`. In float32 answers practically do not
     depend on `batch_size`; in bfloat16, which is faster, some do."""
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Settings:
+        fields = self.task.fields if isinstance(self.task, Task) else {}
+        taken = {f"{name}.{measure}" for name in fields for measure in FIELD_MEASURES}
+        if same := sorted(taken.intersection(self.metrics)):
+            raise ValueError(f"metrics: {same[0]!r} is the name of a measure of evaluation.task; rename the file")
+        return self
+
 
 class EvaluatedModel:
     """A loaded model with the operations that evaluation needs."""
@@ -159,26 +168,49 @@ class EvaluatedModel:
     ) -> list[Answer]:
         """The answer to each prompt; for a classifier the predicted label.
 
-        Prompts longer than the context are truncated at the beginning.
+        Prompts longer than the context are truncated at the beginning, with a warning.
 
         Args:
             thinking_tokens: additional tokens for reasoning before the answer.
             offers: what is offered with each prompt.
+        Raises:
+            InputError: the longest answer leaves no room for a prompt.
         """
         offers = offers or [Offer()] * len(prompts)
         tools, what = [offer.tools for offer in offers], f"{what}: answers"
         if self.head is not None:
             reasoning = [offer.reasoning for offer in offers]
             return [Answer(predicted) for predicted in self.head.predict(prompts, what, tools, reasoning)]
-        longest = self.settings.max_new_tokens + thinking_tokens
-        room = max(1, self.tokenizer.model_max_length - longest)
-        ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]
+        longest, room = self.settings.max_new_tokens + thinking_tokens, self._room(thinking_tokens)
+        whole = self._encode(prompts, offers)
+        if cut := sum(len(encoded) > room for encoded in whole):
+            log.warning(
+                f"{what}: {cut} of {many(len(whole), 'prompt')} exceed {room:,} tokens and lose their beginning"
+            )
+        ids = [encoded[-room:] for encoded in whole]
         generated = generate_ids(self.model, self.tokenizer, ids, longest, self.settings.batch_size, what)
         return [read_answer(self.tokenizer, *parts) for parts in zip(ids, generated, tools, strict=True)]
 
-    def prompt_tokens(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None = None) -> list[int] | None:
-        """Tokens of each prompt; None for a classifier, which is not prompted."""
-        return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
+    def _room(self, thinking_tokens: int) -> int:
+        """Most tokens of a prompt before the longest answer."""
+        context, longest = self.tokenizer.model_max_length, self.settings.max_new_tokens + thinking_tokens
+        if longest < context:
+            return int(context - longest)
+        more = f" and baselines.thinking_tokens: {thinking_tokens:,}" if thinking_tokens else ""
+        raise InputError(
+            f"params.yaml: evaluation.max_new_tokens: {self.settings.max_new_tokens:,}{more}: answers of {longest:,}"
+            f" tokens leave no room for a prompt in the model's context of {context:,}",
+            "set it to less",
+        )
+
+    def prompt_tokens(
+        self, prompts: Sequence[Messages], offers: Sequence[Offer] | None = None, thinking_tokens: int = 0
+    ) -> list[int] | None:
+        """Tokens of each prompt that the model reads, as `answer`; None for a classifier, which is not prompted."""
+        if not self.writes:
+            return None
+        room = self._room(thinking_tokens)
+        return [min(room, len(encoded)) for encoded in self._encode(prompts, offers)]
 
     def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
         """Whether the chat template refuses a prompt, e.g. a system prompt, or worked examples with an open call."""

@@ -50,6 +50,10 @@ class Task(Section):
         # macro-F1 would count it as often
         if repeated := [name for name, count in Counter(self.labels).items() if count > 1]:
             raise ValueError(f"fields: {self.score} lists {', '.join(map(repr, repeated))} more than once")
+        if NO_LABEL in self.labels:
+            raise ValueError(
+                f"fields: {self.score}: {NO_LABEL!r} is reserved for answers without a label; choose another name"
+            )
         return self
 
     @property
@@ -93,7 +97,7 @@ def label(task: AnyTask, answer: str) -> str:
     """Label or final answer of an answer; NO_LABEL if there is none.
 
     For JSON tasks: the label field, whose case does not count if only one label fits, or else the first label mentioned
-    anywhere, the longest one of several at the same place.
+    anywhere: the longest one of several at the same place, and of those the one in the same case.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
@@ -109,8 +113,10 @@ def label(task: AnyTask, answer: str) -> str:
         same = [name for name in task.labels if name and normalized(name) == normalized(given)]
         if len(same) == 1:
             return same[0]
-    positions = {name: match.start() for name in task.labels if name and (match := _mention(name).search(answer))}
-    return min(positions, key=lambda name: (positions[name], -len(name)), default=NO_LABEL)  # "bug report", not "bug"
+    mentions = {name: match for name in task.labels if name and (match := _mention(name).search(answer))}
+    # "bug report", not "bug"; and of "Bug" and "bug" the one in the same case
+    ranks = {name: (match.start(), -len(name), match.group() != name) for name, match in mentions.items()}
+    return min(ranks, key=ranks.__getitem__, default=NO_LABEL)
 
 
 def _mention(name: str) -> re.Pattern[str]:
@@ -120,6 +126,8 @@ def _mention(name: str) -> re.Pattern[str]:
     return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 
+FIELD_MEASURES = ("accuracy", "precision", "token_f1")
+"""Measures of a JSON field, e.g. `category.accuracy`."""
 OF_FINAL_ANSWERS = ("accuracy", "no_final_answer")
 """Measures of final answers. The text before a tool call has none to compare with."""
 
@@ -148,8 +156,7 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
     text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **custom}
     if task is None:
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
-    same = _mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual))
-    accuracy = Measure(same, paired=True)
+    accuracy = Measure(_mean_statistics(partial(_is_right, task)), paired=True)
     if isinstance(task, FinalAnswer):
         none = Measure(_mean_statistics(lambda _, actual: task.extract(actual) is None), paired=True)
         final = {"accuracy": accuracy, "no_final_answer": none, "exact_match": exact, "rouge_l": rouge, **text}
@@ -177,6 +184,14 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
         "rouge_l": rouge,
         **text,
     }
+
+
+def _is_right(task: AnyTask, expected: str, actual: str) -> bool:
+    """Whether an answer has the label or final answer of the reference. An answer without one is wrong, also where the
+    final answer of the reference is the text "(none)"."""
+    if isinstance(task, FinalAnswer) and task.extract(actual) is None:
+        return False
+    return label(task, expected) == label(task, actual)
 
 
 def score(table: Mapping[str, Measure], references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:

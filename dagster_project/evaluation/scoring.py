@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
 from dagster_project.evaluation.final_answers import FinalAnswer
-from dagster_project.evaluation.metrics import OF_FINAL_ANSWERS, AnyTask, Measure, by_label, is_answer, measures
+from dagster_project.evaluation.labels import LabelSet
+from dagster_project.evaluation.metrics import (
+    OF_FINAL_ANSWERS,
+    AnyTask,
+    Measure,
+    Task,
+    by_label,
+    is_answer,
+    measures,
+)
 from dagster_project.evaluation.paired.bootstrap import estimate, rate, summed, unit
 from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
 from dagster_project.training.inference.answers import Answer, of_message
@@ -30,7 +39,7 @@ CALLS: dict[str, Same] = {
     "tool_call_valid": lambda _, answer, tools: is_valid(answer, tools),
 }
 """Measures over the questions whose reference has calls. The first one decides if at least half of the questions are
-such."""
+such, unless labels are the task."""
 FALSE_CALL = "false_call"
 """Share of answers with a call, over the questions that offer tools and whose reference has no call."""
 
@@ -79,8 +88,16 @@ class Scoring:
         false = {FALSE_CALL: True} if any(self.could_call) and writes else {}
         return {**called, **text, **false} if self.calls_decide else {**text, **called, **false}
 
+    @property
+    def _names_labels(self) -> bool:
+        return isinstance(self.task, Task | LabelSet)
+
     @cached_property
     def calls_decide(self) -> bool:
+        """Whether calls decide. Under a task with labels they do not: every reference has a label, and the classical
+        classifier makes no calls."""
+        if self._names_labels:
+            return False
         return bool(self.references) and 2 * sum(self.with_calls) >= len(self.references)
 
     def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
@@ -141,7 +158,7 @@ class Scoring:
     @property
     def mark_name(self) -> str:
         """What `marks` are."""
-        if not any(self.with_calls):
+        if self._names_labels or not any(self.with_calls):
             return self._text_mark
         return ALL_MARKS if any(self.with_text) else next(iter(CALLS))
 
@@ -150,8 +167,13 @@ class Scoring:
         return "accuracy" if self.task else "rouge_l"
 
     def marks(self, answers: Sequence[Answer], writes: bool = True) -> list[float]:
-        """A score from 0 to 1 for each answer: for a reference with calls whether they are equal, else `_text_mark`."""
+        """A score from 0 to 1 for each answer: for a reference with calls whether they are equal, else `_text_mark`.
+
+        Under a task with labels whether the label is right.
+        """
         text = self._by_question(self._text_mark, answers, writes) if any(self.with_text) else None
+        if self._names_labels and text is not None:
+            return [float(mark[0]) for mark in text]
         called = self._by_question(next(iter(CALLS)), answers, writes)
         marks = zip(self.with_calls, called, called if text is None else text, strict=True)
         return [float(call[0] if calls else said[0]) for calls, call, said in marks]

@@ -89,12 +89,14 @@ def produce(
             if model.refuses(messages, scoring.offers, name):
                 continue
             reasons = name == "chain_of_thought"
-            answers = model.answer(messages, name, params.thinking_tokens if reasons else 0, scoring.offers)
+            thinking = params.thinking_tokens if reasons else 0
+            answers = model.answer(messages, name, thinking, scoring.offers)
             if reasons and task and labelled:
                 answers = [replace(answer, content=conclusion(answer.content, task)) for answer in answers]
             prompted_answers[name] = answers
             metrics[name] = scoring.score(answers)
-            rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.offers))
+            lengths = model.prompt_tokens(messages, scoring.offers, thinking)
+            rows += result_rows(name, questions, task, answers, lengths)
         if labelled and examples:
             answers = [Answer(text) for text in classify(examples, labels, questions, compute.seed)]
             metrics["tfidf_logistic"] = scoring.score(answers, writes=False)

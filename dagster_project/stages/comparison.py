@@ -149,9 +149,8 @@ def produce(
             cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes[name] else {}
             scores[name] = scoring.score(answers[name], writes[name]) | cost
 
-    units = {record["example_id"]: unit(record) for record in test}
     compared: dict[str, Any] = {}
-    likelihoods = {name: sums for name in variants if (sums := _likelihoods(results_of[name], results_of[BASE], units))}
+    likelihoods = {name: sums for name in variants if (sums := _likelihoods(results_of[name], results_of[BASE], test))}
     for name, variant in variants.items():
         compared[name] = {LIKELIHOOD: ratio(perplexity, *likelihoods[name])} if name in likelihoods else {}
         if name in scores:
@@ -222,7 +221,8 @@ def _test_counts(
         deciding: the measure that decides.
         trained: groups with examples that were trained on.
     """
-    counts = {"examples": len(test), "answered": len(set(scoring.examples))}
+    answered = set(scoring.examples)  # of equal examples, which a policy may keep, each one counts
+    counts = {"examples": len(test), "answered": sum(record["example_id"] in answered for record in test)}
     decided = scoring.examples_of(deciding)  # those that the deciding measure covers, near-copies counted once
     if decided < counts["answered"]:
         counts["decided"] = decided
@@ -238,7 +238,7 @@ def _test_counts(
 def _likelihoods(
     rows: Mapping[tuple[str, int], Mapping[str, Any]],
     base: Mapping[tuple[str, int], Mapping[str, Any]],
-    units: Mapping[str, str],
+    test: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Nats and tokens of a variant and of the base model by unit, (units, 2); None if they cannot be compared.
 
@@ -247,17 +247,19 @@ def _likelihoods(
 
     Args:
         rows: the variant's rows of the results table, by `turn_key`.
-        base: those of the base model, one for each test example.
-        units: example_id -> unit of the intervals.
+        base: those of the base model.
+        test: the test split, in which equal examples count each.
     """
     import numpy as np
 
-    ours = np.array([(rows[key]["nll"], rows[key]["tokens"]) for key in base], dtype=float)
-    theirs = np.array([(row["nll"], row["tokens"]) for row in base.values()], dtype=float)
+    keys = [turn_key(record) for record in test]
+    ours, theirs = (
+        np.array([(found[key]["nll"], found[key]["tokens"]) for key in keys], dtype=float) for found in (rows, base)
+    )
     counted = theirs[:, 1] > 0
     if not np.isfinite([ours, theirs]).all() or (ours[:, 1] != theirs[:, 1]).any() or not counted.any():
         return None
-    drawn = [units[example] for (example, _), has_tokens in zip(base, counted, strict=True) if has_tokens]
+    drawn = [unit(record) for record, has_tokens in zip(test, counted, strict=True) if has_tokens]
     return summed(ours[counted], drawn), summed(theirs[counted], drawn)
 
 
@@ -300,7 +302,7 @@ def _values(
 ) -> dict[str, list[np.ndarray]]:
     """Measure -> for each system that has it, the contribution of each of its answers.
 
-    Only measures whose score is a mean over answers.
+    Only measures that are compared between systems.
     """
     values: dict[str, list[np.ndarray]] = {}
     for system, of_system in answers.items():
@@ -331,14 +333,24 @@ and alignment counts no `trained_tokens`."""
 def _cost(
     name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]
 ) -> dict[str, float]:
-    """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier."""
+    """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier.
+
+    A variant that was not merged needs the base model, too.
+    """
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
     if name not in variants:
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
     files = [file for file in (variants[name].before, variants[name].training) if file]
     trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     taken = {key: sum(one[key] for one in trainings) for key in TAKEN if all(key in one for one in trainings)}
-    return {**prompt, "bytes": _size(variants[name].model), **taken}
+    folder = variants[name].model
+    needed = [folder] if _stands_alone(folder) else [folder, base_model]
+    return {**prompt, "bytes": sum(map(_size, needed)), **taken}
+
+
+def _stands_alone(folder: Path) -> bool:
+    """Whether a folder is a complete model, and neither an adapter nor the head of a classifier."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
 def _size(folder: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,19 @@ CHECK_DESCRIPTIONS = {
     "answers_are_not_empty": "Not all answers are empty.",
     "answers_differ": "Not all questions have the same answer, unless they should.",
 }
+
+FIGURES = (
+    "test_examples",
+    "n",
+    "n_text",
+    "n_calls",
+    "perplexity",
+    "perplexity_unknown",
+    "by_label",
+    "by_category",
+    "by_prompt_words",
+)
+"""Names of figures in the report that are neither measures of answers nor benchmarks."""
 
 Params = Settings
 
@@ -81,8 +94,9 @@ def produce(
         return Report(checks=[unseen])
     benchmarks = read_benchmarks(root, settings.benchmarks)
     task, questions = select_questions(test, settings, train)
-    model = EvaluatedModel(merged, compute, settings, base_model)
     scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
+    refuse_names(benchmarks, scoring.names())
+    model = EvaluatedModel(merged, compute, settings, base_model)
     likelihoods: list[tuple[float, int]] = []
     retention: list[dict[str, Any]] = []
     answers: list[Answer] = []
@@ -114,6 +128,18 @@ def produce(
         answers_differ(scoring.references, answers),
     ]
     return Report(metrics=metrics, checks=[unseen, *alarms])
+
+
+def refuse_names(benchmarks: Iterable[str], measures: Iterable[str]) -> None:
+    """Check that no benchmark has the name of another figure of the report, which one of both would replace.
+
+    Raises:
+        InputError: one has.
+    """
+    names = {*FIGURES, *measures}
+    if same := sorted({*benchmarks} & {*names, *(f"{name}_interval" for name in names)}):
+        problem = f"params.yaml: evaluation.benchmarks: {same[0]} is the name of another figure in the report"
+        raise InputError(problem, "rename the file: its score is reported by this name")
 
 
 def _write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:

@@ -288,7 +288,7 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for figures in summary["metrics"].values():
         if "test_examples" in figures:
-            parts = ["perplexity on all of them"] if "perplexity" in figures else []
+            parts = ["perplexity on all of them"] if figures.get("perplexity") is not None else []
             parts += [f"scores on {figures['n']} answers"] if "n" in figures else []
             lines.append(
                 f"Measured on {figures['test_examples']} test examples from the same sources as the training data"
