@@ -308,35 +308,6 @@ def test_nothing_is_concluded_from_a_few_examples_with_calls_among_many_answers(
     )
 
 
-def test_a_classifier_is_not_compared_where_calls_decide(tmp_path: Path) -> None:
-    """Each right answer is a label and a call. A classifier makes no calls, so it has no score that decides."""
-    records = [dialogue(i) | {"messages": dialogue(i)["messages"][:2]} for i in range(40)]
-    for record in records:
-        record["messages"][1] |= {"content": "weather"}
-    settings = Settings(task={"labels": ["weather", "other"]})  # type: ignore[arg-type]
-    for split, rows in (("train", []), ("validation", []), ("test", records)):
-        write_records(tmp_path / "splits" / split, rows)
-    right = [of_message(record["messages"][-1]) for record in records]
-    rows = [
-        *result_rows("base", records, None, likelihoods=[(9.0, 3)] * 40),
-        *result_rows("zero_shot", records, None, [Answer("other")] * 40, [9] * 40),
-        *result_rows("tfidf_logistic", records, None, [Answer("weather")] * 40),
-    ]
-    write_results(tmp_path / "baselines" / "results.parquet", rows)
-    write_results(
-        tmp_path / "one" / "results.parquet", result_rows("one", records, None, right, [9] * 40, [(1.0, 3)] * 40)
-    )
-    for folder in ("baselines", "one"):
-        write_table(tmp_path / folder / "retention.parquet", [], retention_schema())
-    (tmp_path / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
-    variants = {"one": comparison.Variant(tmp_path / "one", tmp_path / "one", tmp_path / "training.json")}
-    places = [tmp_path / name for name in ("splits", "baselines", "one", "out", "scores.csv", "pages")]
-    report = comparison.produce(tmp_path, settings, variants, *places)
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert found["shown"][0] == NAMES[0] and [*found["scores"]] == ["zero_shot", "one"]
-    assert found["recommended"]["variant"] == "one" and report.checks
-
-
 def test_results_of_plain_answers_have_no_further_columns(tmp_path: Path) -> None:
     plain = {key: value for key, value in dialogue(0, asks=False).items() if key != "tools"}
     write_results(tmp_path / "plain.parquet", result_rows("lora", [plain], None, [Answer("Cold.")]))

@@ -139,12 +139,10 @@ def produce(
     answers: dict[str, list[Answer]] = {}
     scores: dict[str, dict[str, Any]] = {}
     writes: dict[str, bool] = {}
-    first, second, *_ = scoring.names()
     for name in (*NAMES, *variants):
         found = [results_of[name][turn_key(record)] for record in questions] if name in results_of else []
-        lengths = [row["prompt_tokens"] for row in found]
-        # a classifier has no score where tool calls decide
-        if found and all(row["answer"] is not None for row in found) and first in scoring.names(None not in lengths):
+        if found and all(row["answer"] is not None for row in found):
+            lengths = [row["prompt_tokens"] for row in found]
             writes[name], answers[name] = None not in lengths, [of_row(row) for row in found]
             cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes[name] else {}
             scores[name] = scoring.score(answers[name], writes[name]) | cost
@@ -161,6 +159,7 @@ def produce(
             compared[name]["retention"] = kept
         if variant.failed_checks:
             compared[name]["failed_checks"] = list(variant.failed_checks)
+    first, second, *_ = scoring.names()
     _add_simultaneous_intervals(first, scoring, answers, writes, compared, likelihoods)
     costs = {name: _cost(name, scores, base_model, variants) for name in dict.fromkeys((*scores, *variants))}
     trained = {record["group_id"] for record in train + validation}
