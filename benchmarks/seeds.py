@@ -19,18 +19,18 @@ def training_seconds() -> Iterator[list[float]]:
     to measure the trained model: loading, training, and what comes between."""
     from dagster_project.stages import aligned
 
-    began, evaluate = time.process_time(), aligned._evaluate
+    began, measure = time.process_time(), aligned._agreement
     seconds: list[float] = []
 
     def timed(*given: Any) -> dict[str, Any]:
         seconds.append(time.process_time() - began)
-        return evaluate(*given)
+        return measure(*given)
 
-    aligned._evaluate = timed
+    aligned._agreement = timed
     try:
         yield seconds
     finally:
-        aligned._evaluate = evaluate
+        aligned._agreement = measure
 
 
 def gain(after: Mapping[int, Scores], before: Mapping[int, Scores]) -> dict[str, Any]:

@@ -539,6 +539,7 @@ def test_both_front_ends_run_a_command_and_verify_makes_it_again(
 
 def test_an_unknown_cost_is_left_out_and_never_counted_as_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()  # a complete model, which needs no base model
     costs = []
     for document in ({"command": "python train.py", "steps": 3}, {"tokens": 9, "trained_tokens": 3, "steps": 1}):
         (tmp_path / "training.json").write_text(json.dumps(document))

@@ -447,7 +447,11 @@ def lineage(text: Text, tmp_path: Path) -> str:
 def ballot(text: Text, tmp_path: Path) -> str:
     prompt = [{"role": text("user"), "content": text("hi")}]
     return ballot_page(
-        {"ballot": text("abc"), "pairs": [{"id": text("1"), "prompt": prompt, "answers": [text("a"), text("b")]}]}
+        {
+            "ballot": text("abc"),
+            "seal": text("def"),
+            "pairs": [{"id": text("1"), "prompt": prompt, "answers": [text("a"), text("b")]}],
+        }
     )
 
 
