@@ -593,7 +593,8 @@ def test_a_table_without_a_column_is_one_message(project: Path, table: str, colu
     assert main(["ballots", "export", "lora", "few_shot", *at(project)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: {table} is damaged: it has no column {column}",
-        f"hint: `dvc checkout --force {table}` restores it",
+        f"hint: `dvc checkout --force {table}` restores it; if another version of Pedigree wrote it,"
+        " `dvc repro` makes it again",
     ]
 
 
