@@ -470,7 +470,7 @@ def test_a_variant_without_answers_does_not_prevent_a_ballot_on_the_others(proje
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
-def test_a_file_that_another_editor_saved_is_read(project: Path, ballot: Match, encoding: str, capsys: Any) -> None:
+def test_a_file_in_another_encoding_is_read(project: Path, ballot: Match, encoding: str, capsys: Any) -> None:
     text = json.dumps(sheet(ballot, "Zoë", lambda i, pair: "win"), ensure_ascii=False)
     (project / "votes.json").write_text(text.replace("}", "}\r\n"), encoding=encoding)
     assert main(["ballots", "import", str(project / "votes.json"), "--json", *at(project)]) == 0
@@ -511,7 +511,7 @@ def test_a_file_that_states_another_number_of_pairs_than_its_page_is_refused(
     assert "cannot be checked" not in capsys.readouterr().err
 
 
-def test_of_a_file_without_a_code_the_pairs_that_are_missing_are_seen_or_it_is_stated(
+def test_a_file_without_a_code_is_refused_if_a_vote_is_missing_in_between_and_else_reported(
     project: Path, ballot: Match, capsys: Any
 ) -> None:
     whole = sheet(ballot, "Anna", lambda i, pair: "loss" if i == 4 else "win")
@@ -586,14 +586,15 @@ def test_a_damaged_table_is_one_message(project: Path, table: str, content: byte
         ("data/splits/test/records-00000.parquet", "messages"),
     ],
 )
-def test_a_table_of_another_version_is_one_message(project: Path, table: str, column: str, capsys: Any) -> None:
+def test_a_table_without_a_column_is_one_message(project: Path, table: str, column: str, capsys: Any) -> None:
     import polars as pl
 
     pl.read_parquet(project / table).drop(column).write_parquet(project / table)
     assert main(["ballots", "export", "lora", "few_shot", *at(project)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: {table} is damaged: it has no column {column}",
-        f"hint: `dvc checkout --force {table}` restores it",
+        f"hint: `dvc checkout --force {table}` restores it; if another version of Pedigree wrote it,"
+        " `dvc repro` makes it again",
     ]
 
 

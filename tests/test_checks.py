@@ -76,14 +76,14 @@ NEAR = [LONG, LONG.replace("garden", "yellow"), LONG.replace("garden", "purple")
 
 
 @pytest.mark.parametrize("first", ["validation", "test"])
-def test_of_two_held_out_rows_the_one_outside_of_the_test_split_leaks(first: str) -> None:
+def test_split_leakage_names_the_validation_row_of_a_validation_and_a_test_row(first: str) -> None:
     second = {"validation": "test", "test": "validation"}[first]
     found = judged([ask(NEAR[0], split=first), ask(NEAR[1], split=second)])
     assert found.broken["split_leakage"] == [0 if first == "validation" else 1]
 
 
 @pytest.mark.parametrize("action", ["warn", "drop"])
-def test_a_row_whose_copies_in_other_splits_are_dropped_is_in_one_split(action: Any) -> None:
+def test_split_leakage_does_not_name_a_row_if_its_copies_in_other_splits_are_dropped(action: Any) -> None:
     rules = RULES.model_copy(update={"policy": {"split_leakage": action}})
     gone, train = ask(NEAR[0], "", split="test"), ask(NEAR[1], split="train")
     found = judged([gone, train], rules)

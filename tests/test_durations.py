@@ -28,7 +28,7 @@ from dagster_project.orchestration.dagster_dvc.definitions import build_dvc_defi
 from dagster_project.orchestration.dagster_dvc.progress import progress
 from dagster_project.orchestration.durations import SECONDS, elapsed, known, last, record, remaining, time_left
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, STAGE, jobs_ahead
+from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, STAGE, fits_no_node, jobs_ahead
 from dagster_project.orchestration.executors.ray_queue import SECONDS as DURATION
 from dagster_project.orchestration.run_all import on_cluster
 
@@ -228,6 +228,25 @@ def test_a_job_that_waits_names_what_is_ahead_of_it_and_when_that_could_end(tmp_
     assert text(first, unknown).endswith(f"it could begin in about 8:20, when the first of them ends{if_so}")
     longer = job("adapter@a", "RUNNING", now - 900, **{DURATION: "50"})
     assert "(1 CPU; runs longer than the last time); estimate: it could begin at any moment," in text(longer)
+
+
+def test_a_job_fits_no_node_only_if_the_resources_of_all_nodes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = pytest.importorskip("ray.util.state")
+    nodes: list[Any] = []
+
+    def list_nodes(url: str, *, limit: int = 100, **_: Any) -> list[Any]:  # Ray's default limit
+        return nodes[:limit]
+
+    monkeypatch.setattr(api, "list_nodes", list_nodes)
+    needed = {"GPU": 1.0, "memory": 2e9}
+    assert not fits_no_node("http://head", needed), "no node is known"
+    nodes += [SimpleNamespace(resources_total={"CPU": 8.0, "GPU": 1.0, "memory": 1e9})] * 120
+    assert fits_no_node("http://head", needed)
+    joining = SimpleNamespace(resources_total={})
+    nodes.append(joining)
+    assert not fits_no_node("http://head", needed)
+    nodes[-1] = SimpleNamespace(resources_total={"GPU": 1.0, "memory": 2e9})
+    assert not fits_no_node("http://head", needed), "the last of 121 nodes has them"
 
 
 def test_what_is_unknown_of_the_jobs_ahead_is_not_estimated(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_the_number_that_a_text_ends_in(text: str, number: str | None) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_part_of_an_expression_is_never_its_number(text: str, number: str | None) -> None:
+def test_a_number_is_read_as_a_whole_or_not_at_all(text: str, number: str | None) -> None:
     assert last_number(text) == last_number(f"It is {text}.") == number
 
 

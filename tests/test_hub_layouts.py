@@ -339,7 +339,7 @@ def test_a_tie_of_the_arena_has_no_margin(winner: str, tmp_path: Path) -> None:
     assert pair["margin"] == 0.0
 
 
-def test_turns_after_those_that_were_judged_are_ignored_fields_of_the_arena(tmp_path: Path) -> None:
+def test_messages_after_the_judged_turns_of_the_arena_are_ignored_fields(tmp_path: Path) -> None:
     later = [{**USER, "name": "x"}, {**BOT, "mood": "glad"}]
     row = {"conversation_a": [*CHAT, *later], "conversation_b": [*WORSE, USER], "winner": "model_a", "turn": 1}
     loaded = load([write(tmp_path / "a.jsonl", row)])
@@ -366,7 +366,7 @@ def test_turns_after_those_that_were_judged_are_ignored_fields_of_the_arena(tmp_
 
 
 @pytest.mark.parametrize("turn", [1, 1.0, "1"])
-def test_the_number_of_judged_turns_may_be_text_or_a_fraction_as_in_other_files(turn: Any, tmp_path: Path) -> None:
+def test_the_number_of_judged_turns_may_be_text_or_a_float(turn: Any, tmp_path: Path) -> None:
     row = {"conversation_a": [*CHAT, USER, BOT], "conversation_b": [*WORSE, USER, BAD], "winner": "model_a"}
     (pair,) = load([write(tmp_path / "a.jsonl", {**row, "turn": turn})]).records
     assert [len(pair["messages"]), len(pair["rejected"])] == [2, 1]
@@ -484,7 +484,7 @@ def test_parallel_calls_of_a_log_are_one_message_with_the_trace_before_them(tmp_
     assert [len(message.get("tool_calls", ())) for message in record["messages"][:3]] == [0, 1, 1]
 
 
-def test_calls_of_a_log_belong_to_the_text_before_them(tmp_path: Path) -> None:
+def test_calls_of_a_log_are_in_one_message_with_the_text_before_them(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "1 + 1?"}, THOUGHT, SAID, CALL, {**CALL, "call_id": "c2"}, RESULT]
     (record,) = load([write(tmp_path / "a.jsonl", {"input": asked, "output": [SAID]})]).records
     assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "assistant"]

@@ -452,7 +452,7 @@ def test_a_damaged_kept_reply_is_asked_for_again(tmp_path: Path, stub: Stub, con
     assert not (tmp_path / REPLIES).exists()
 
 
-def test_the_end_of_a_smaller_command_keeps_the_replies_of_a_larger_one(
+def test_a_complete_command_with_fewer_pairs_deletes_only_the_replies_that_it_used(
     tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_answered_project(tmp_path)

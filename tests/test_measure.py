@@ -291,7 +291,7 @@ def polite(reference, answer):
 """
 
 
-def test_a_custom_metric_is_asked_once_for_the_same_answer_and_must_be_repeatable(tmp_path: Path) -> None:
+def test_a_custom_metric_is_called_once_for_each_answer_and_twice_for_the_first(tmp_path: Path) -> None:
     measure = custom_measures(put(tmp_path, COUNTING), ["tone.polite"])["tone.polite"]
     assert measure.statistics(["r"] * 3, ["a", "bb", "varies"]).tolist() == [[1, 1], [2, 1], [4, 1]]
     assert measure.statistics(["r"] * 2, ["varies", "a"]).tolist() == [[4, 1], [1, 1]], "the value that was scored"
@@ -301,14 +301,14 @@ def test_a_custom_metric_is_asked_once_for_the_same_answer_and_must_be_repeatabl
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "precision", "token_f1"])
-def test_a_custom_metric_replaces_none_of_the_task(measure: str) -> None:
+def test_a_custom_metric_with_the_name_of_a_metric_of_the_task_is_refused(measure: str) -> None:
     Settings(task=TASK, metrics=[f"tone.{measure}"])
     with pytest.raises(ValidationError, match=rf"metrics: 'category.{measure}' is the name of a measure of"):
         Settings(task=TASK, metrics=[f"category.{measure}"])
 
 
 @pytest.mark.parametrize("name", ["rouge_l", "perplexity_interval", "test_examples", "by_category"])
-def test_a_benchmark_replaces_no_other_figure(name: str, tmp_path: Path) -> None:
+def test_a_benchmark_with_the_name_of_another_figure_is_refused(name: str, tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         write_records(tmp_path / split, FREE[:1] if split == "test" else [])
     (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "?", "choices": ["a", "b"], "answer": 0}) + "\n")
@@ -317,7 +317,7 @@ def test_a_benchmark_replaces_no_other_figure(name: str, tmp_path: Path) -> None
         evaluation.produce(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, out, tmp_path / "one.csv")
 
 
-def test_the_cost_of_a_prompt_is_what_the_model_reads(
+def test_the_tokens_of_a_prompt_are_those_that_the_model_reads(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -335,7 +335,7 @@ def test_the_cost_of_a_prompt_is_what_the_model_reads(
         model.answer(prompts, "x", thinking_tokens=40)
 
 
-def test_equal_test_examples_count_each(tmp_path: Path) -> None:
+def test_each_of_several_equal_test_examples_counts(tmp_path: Path) -> None:
     """They are kept with `policy: {exact_duplicates: warn}`."""
     test, ours, theirs = FREE[:2] + FREE[1:2] * 2, results((1.0, 2), (4.0, 6)), results((3.0, 2), (6.0, 6))
     sums = comparison._likelihoods(ours, theirs, test)

@@ -205,7 +205,7 @@ def test_of_labels_at_the_same_place_the_longest_is_named_and_the_empty_one_neve
 
 
 @pytest.mark.parametrize("labels", [["Bug", "bug"], ["bug", "Bug"]])
-def test_of_labels_that_differ_only_in_case_the_one_in_the_same_case_is_named(labels: list[str]) -> None:
+def test_the_label_in_the_same_case_counts_if_labels_differ_only_in_case(labels: list[str]) -> None:
     """The classical classifier answers with a label alone."""
     task = Task(fields={"category": labels}, score="category")
     for name in labels:
@@ -406,7 +406,7 @@ def test_a_label_that_is_listed_twice_is_refused() -> None:
         Task(fields={"category": ["bug", "idea", "bug"]}, score="category")
 
 
-def test_the_name_of_answers_without_a_label_is_no_label() -> None:
+def test_the_name_for_answers_without_a_label_is_refused_as_a_label() -> None:
     with pytest.raises(ValidationError, match=r"category: '\(none\)' is reserved for answers without a label"):
         Task(fields={"category": ["bug", NO_LABEL]}, score="category")
     Task(fields={"category": ["bug"], "summary": [NO_LABEL, "some"]}, score="category")

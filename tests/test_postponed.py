@@ -91,7 +91,7 @@ def test_a_package_that_was_imported_before_stays(package: str) -> None:
     assert importlib.import_module(package) is before
 
 
-def test_a_name_that_is_given_does_not_import_the_package(package: str) -> None:
+def test_using_a_given_name_does_not_import_the_package(package: str) -> None:
     with postponed(package, VALUE=1):
         assert importlib.import_module(package).VALUE == 1
     assert imports(package) == (0, 0)

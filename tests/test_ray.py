@@ -546,15 +546,15 @@ def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(
     assert published(root, "tok") == before
 
 
-def test_a_job_that_is_stopped_while_it_waits_for_a_node_that_does_not_exist_keeps_no_other_run_waiting(
+def test_a_stopped_job_that_waits_for_a_node_that_does_not_exist_does_not_delay_the_next_run(
     cluster: Cluster, driver: dict[str, str], root: Path
 ) -> None:
     before = forget(root, "tok")
     placed = json.dumps({"stages": {"tok": {"on": "ray", "resources": {"nowhere": 1}}}})
     process = start(root, "tok", PEDIGREE_EXECUTION=placed)
     warning = re.compile(
-        r"tok: has waited 0:\d\d for 1 CPU, 1 nowhere on the cluster, which no node has: it waits until one joins;"
-        r" see `ray status` and `execution`"
+        r"tok: has waited 0:\d\d for 1 CPU, 1 nowhere on the cluster; no node has these resources, so it waits until"
+        r" one joins \(see `ray status` and `execution`\)"
     )
     until(lambda: warning.search((root.parent / "tok.log").read_text()))
     assert len(jobs(root, "tok")) == 1

@@ -295,7 +295,9 @@ def _table_damaged(error: BaseException, project: Path) -> InputError | None:
         return None
     shown = paths[-1].relative_to(project) if paths[-1].is_relative_to(project) else paths[-1]
     reason = " ".join(str(error).split())[:200]
-    return InputError(f"{shown} is damaged: {reason}", f"`dvc checkout --force {shlex.quote(str(shown))}` restores it")
+    hint = f"`dvc checkout --force {shlex.quote(str(shown))}` restores it"
+    again = "; if another version of Pedigree wrote it, `dvc repro` makes it again"
+    return InputError(f"{shown} is damaged: {reason}", hint + again)
 
 
 def _is_of_a_damaged_database(error: BaseException) -> bool:

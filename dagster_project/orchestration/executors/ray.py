@@ -478,12 +478,10 @@ class _Run:
 
     def _group(self) -> dict[str, Any]:
         """What Ray Train needs for the nodes of a training, with the names of Ray's resources."""
-        place = self.executor.placement
-        amounts = {"CPU": place.cpus, "GPU": place.gpus, "memory": int((place.memory or 0) * 1e9), **place.resources}
         return {
             "processes": self.job.ctx.compute.processes,
-            "reserved": {name: amount for name, amount in amounts.items() if amount},
-            "image": place.image,
+            "reserved": self._needed(),
+            "image": self.executor.placement.image,
         }
 
     def _submit(self, folder: Path) -> None:
@@ -554,7 +552,8 @@ class _Run:
         with self._authenticated():
             needs_another_node = fits_no_node(self.url, self._needed())
         if needs_another_node:
-            log.warning(f"{line}, which no node has: it waits until one joins; see `ray status` and `execution`")
+            why = "no node has these resources, so it waits until one joins"
+            log.warning(f"{line}; {why} (see `ray status` and `execution`)")
             return
         others = jobs_ahead(self._request(self.client.list_jobs), self.name, self.job.ctx.root, time.time())
         log.info(f"{line}; {others}; `ray status` on the cluster shows what its nodes have")
@@ -725,7 +724,7 @@ class _Run:
         return {**found, **named, "resources": reserved}
 
     def _needed(self) -> dict[str, float]:
-        """Resources of the job by Ray's names."""
+        """Resources of the job, or of each of its nodes, by Ray's names."""
         place = self.executor.placement
         amounts = {"CPU": place.cpus, "GPU": place.gpus, "memory": int((place.memory or 0) * 1e9), **place.resources}
         return {name: amount for name, amount in amounts.items() if amount}

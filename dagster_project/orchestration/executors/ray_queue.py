@@ -95,23 +95,24 @@ def _ahead(job: Any, project: str | None, ran: float | None) -> JobAhead:
 
 
 def fits_no_node(url: str, needed: Mapping[str, float]) -> bool:
-    """Whether no node of a cluster has these resources, even when it is idle. False where the nodes are unknown.
+    """Whether no node of a cluster has these resources, even when it is idle. False if they are unknown of some nodes.
 
     Args:
         url: of the cluster's dashboard.
         needed: name of a resource, as Ray writes it ("CPU", "memory" in bytes, "trainer") -> amount.
     """
     from ray.util.state import list_nodes
+    from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
     from ray.util.state.exception import RayStateApiException
 
     try:
-        nodes = list_nodes(url, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
+        nodes = list_nodes(url, filters=[("state", "=", "ALIVE")], limit=RAY_MAX_LIMIT_FROM_API_SERVER)
     except (RayStateApiException, RuntimeError, OSError):
         return False
-    totals = [node.resources_total or {} for node in nodes]
-    return bool(totals) and not any(
-        all(total.get(name, 0) >= amount for name, amount in needed.items()) for total in totals
-    )
+    totals = [node.resources_total for node in nodes]
+    if not totals or not all(totals):
+        return False
+    return not any(all(total.get(name, 0) >= amount for name, amount in needed.items()) for total in totals)
 
 
 def _plain(text: str) -> str:
