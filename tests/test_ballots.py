@@ -440,7 +440,7 @@ GAIN = {"macro_f1": {"difference": 0.5}}
         ({"compared": {"lora": None}}, "compared.lora is missing"),
         ({"compared": {"lora": {"to": ["few_shot"]}}}, "compared.lora.to is not an object"),
         ({"compared": {"lora": {"to": {"few_shot": 0.5}}}}, "compared.lora.to.few_shot is not an object"),
-        ({"compared": {"lora": {"to": {"few_shot": {}}}}}, "compared.lora.to.few_shot"),
+        ({"compared": {"lora": {"to": {"few_shot": {}}}}}, "compared.lora.to.few_shot has no measure"),
         ({"compared": {"lora": {"to": {"few_shot": {"macro_f1": 1}}}}}, "few_shot.macro_f1 is not an object"),
         *(
             ({"compared": {"lora": {"to": {"few_shot": {"macro_f1": wrong}}}}}, "difference is not a number")
@@ -469,6 +469,11 @@ def test_a_variant_without_answers_does_not_prevent_a_ballot_on_the_others(proje
     assert contenders(project) == ("lora", "few_shot")
 
 
+def test_a_difference_that_no_float_can_hold_is_a_number(project: Path) -> None:
+    write_json(project / NAME, {"compared": {"lora": {"to": {"few_shot": {"custom.size": {"difference": 10**400}}}}}})
+    assert contenders(project) == ("lora", "few_shot")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
 def test_a_file_in_another_encoding_is_read(project: Path, ballot: Match, encoding: str, capsys: Any) -> None:
     text = json.dumps(sheet(ballot, "Zoë", lambda i, pair: "win"), ensure_ascii=False)
@@ -483,7 +488,7 @@ def test_spellings_of_one_name_are_one_rater(project: Path, ballot: Match, other
     files = saved(project, *(sheet(ballot, name, lambda i, pair: "win") for name in ("Anna", "Ben", other)))
     err = refused(project, files, capsys=capsys)
     assert f"{files[0]}, {files[2]}: all by rater 'Anna'" in err and "give one file for each rater" in err
-    assert ("upper and lower case and spaces do not count" in err) == (other.strip() != "Anna")
+    assert ("case, spaces at the ends and repeated spaces are ignored" in err) == (other.strip() != "Anna")
 
 
 @pytest.mark.parametrize("name", ["Anna B", "Annä", "Ana"])

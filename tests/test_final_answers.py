@@ -95,6 +95,10 @@ def record(prompt: str, response: str, **more: Any) -> dict[str, Any]:
         ("so $1{,}000{,}000$", "1000000"),
         ("in 2019 100 of 1 1/2", "1.5"),
         ("4 12 or 1234 567", "567"),
+        ("So it is:\n- 18 eggs", "18"),
+        ("Both:\n  - 3 hens\n  - 18 eggs", "18"),
+        ("It is\n-18", "-18"),
+        ("#### - 5", "-5"),
         ("I do not know.", None),
         ("", None),
     ],
@@ -169,6 +173,12 @@ def test_the_number_that_a_text_ends_in(text: str, number: str | None) -> None:
 )  # fmt: skip
 def test_a_number_is_read_as_a_whole_or_not_at_all(text: str, number: str | None) -> None:
     assert last_number(text) == last_number(f"It is {text}.") == number
+
+
+@pytest.mark.parametrize("text", ["\\sqrt" + " " * 200_000, "\\sqrt[" * 200_000, "\\frac" + " " * 200_000])
+def test_an_unfinished_expression_of_any_length_is_read_at_once(text: str) -> None:
+    """It would take hours if the time grew with the square of the length."""
+    assert last_number(f"{text} words and 7") == "7"
 
 
 def _spellings(value: Fraction) -> list[str]:

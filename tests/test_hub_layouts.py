@@ -340,7 +340,7 @@ def test_a_tie_of_the_arena_has_no_margin(winner: str, tmp_path: Path) -> None:
 
 
 def test_messages_after_the_judged_turns_of_the_arena_are_ignored_fields(tmp_path: Path) -> None:
-    later = [{**USER, "name": "x"}, {**BOT, "mood": "glad"}]
+    later = [{**USER, "name": "x"}, {**BOT, "mood": "glad", "note": None}]
     row = {"conversation_a": [*CHAT, *later], "conversation_b": [*WORSE, USER], "winner": "model_a", "turn": 1}
     loaded = load([write(tmp_path / "a.jsonl", row)])
     (pair,) = loaded.records
@@ -360,6 +360,7 @@ def test_messages_after_the_judged_turns_of_the_arena_are_ignored_fields(tmp_pat
         "ignored": {
             "conversation_a[].content (later turns)": 2, "conversation_a[].role (later turns)": 2,
             "conversation_a[].name (later turns)": 1, "conversation_a[].mood (later turns)": 1,
+            "conversation_a[].note (later turns)": 1,
             "conversation_b[].content (later turns)": 1, "conversation_b[].role (later turns)": 1,
         },
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -495,6 +496,42 @@ def test_without_any_verdict_nothing_is_kept(tmp_path: Path, stub: Stub) -> None
     assert not (tmp_path / REPLIES).exists()
 
 
+def test_a_reply_that_is_no_completion_is_asked_for_again(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that is starting answers with another document."""
+    make_answered_project(tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    body = b'{"error": "the model is loading"}'
+    starting = iter([b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)] * 3)
+    stub.answer = lambda asked: next(starting, None) or prefers_strong(asked)
+    stub.trouble = [(200, {})] * 3 + [(401, {})]
+    assert main(judge_command(tmp_path, stub)) == 1
+    assert not (tmp_path / REPLIES).exists()
+    capsys.readouterr()
+    assert main(judge_command(tmp_path, stub)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["malformed"], found["kept"]) == (0, 0)
+
+
+def test_kept_replies_are_still_read_after_one_could_not_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".dvc").mkdir()
+    kept, reply = KeptReplies(tmp_path), {"verdict": "first", "usage": {}}
+    assert kept.keep("a", "u", {}, reply)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dagster_project.evaluation.kept_replies.write_json", full)
+    assert not kept.keep("b", "u", {}, reply) and not kept.keep("c", "u", {}, reply)
+    assert caplog.text.count("not kept") == 1
+    assert kept.read("a", "u", {}) == reply
+    kept.forget()
+    assert not (tmp_path / REPLIES).exists()
+
+
 def test_a_folder_that_cannot_be_written_does_not_end_the_judge(
     tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -503,4 +540,4 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_judge(
     (tmp_path / REPLIES).write_text("a file in the place of the folder")
     stub.answer = prefers_strong
     assert main(judge_command(tmp_path, stub)) == 0
-    assert capsys.readouterr().err.count("a reply is not kept") == 1
+    assert capsys.readouterr().err.count("this reply and those that follow are not kept") == 1

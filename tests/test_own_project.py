@@ -131,7 +131,7 @@ def test_weights_of_a_field_that_no_answer_has_are_refused(tmp_path: Path) -> No
     write_records(tmp_path / "none", kept(None))
     with pytest.raises(
         InputError,
-        match=r"tokenized\.field_weights: no answer of the training split is a JSON object with the field category",
+        match=r"field_weights: in no answer of the training split, as a JSON object, is the value of category",
     ):
         tokenized._check_field_weights(params, tmp_path / "none")
     answers = kept(None)
@@ -148,7 +148,7 @@ def test_weights_of_a_field_whose_values_are_lists_or_objects_are_refused(value:
     for answer in answers:
         answer["messages"][1]["content"] = f'{{"category": {value}}}'
     write_records(tmp_path / "lists", answers)
-    with pytest.raises(InputError, match="category, whose value is a text, a number, true, false or null"):
+    with pytest.raises(InputError, match="is the value of category a text, a number, true, false or null"):
         tokenized._check_field_weights(params, tmp_path / "lists")
     answers[3]["messages"][1]["content"] = '{"category": null}'
     write_records(tmp_path / "some", answers)

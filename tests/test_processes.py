@@ -399,7 +399,10 @@ def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pyt
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(
-        InputError, match=re.escape("compute.processes: 3 processes, and there are 2 GPUs\nhint: set it to 2")
+        InputError,
+        match=re.escape(
+            "compute.processes: 3 processes on this host, which has 2 GPUs\nhint: use at most one process per GPU"
+        ),
     ):
         gpus_of(3)
     assert gpus_of(2) == gpus_of(2) == ["4", "5"]
@@ -421,7 +424,7 @@ def test_gpus_are_counted_for_the_processes_of_this_host(
     make_data(tmp_path)
     params, target = adapter.Params(**PLAIN), (torch.device("cpu"), torch.float32)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="2 processes, and there are 1 GPUs"):
+    with pytest.raises(InputError, match="2 processes on this host, which has 1 GPU"):
         forecast_training(params, tmp_path / "tokenized", tiny_model, 2, target, "adapter.x")
     hosts = {"PEDIGREE_LAUNCHER": launcher} if launcher else {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1"}
     for name, value in hosts.items():

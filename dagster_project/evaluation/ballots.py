@@ -128,8 +128,10 @@ def _problems(ballot: Match, sheets: Mapping[Path, Votes], partial: bool) -> lis
         problem = f"{', '.join(map(str, files))}: all by rater {names[0]}"
         hint = "give one file for each rater"
         if len(names) > 1:
-            problem += f", also written {', '.join(names[1:])}: upper and lower case and spaces do not count"
-            hint += "; of two people with the same name, let one add to it and save again"
+            problem += (
+                f", also written {', '.join(names[1:])}: case, spaces at the ends and repeated spaces are ignored"
+            )
+            hint += "; if two people have the same name, one of them must add an initial and save again"
         found.append((problem, hint))
     return found
 
@@ -143,7 +145,7 @@ def _same_rater(name: str) -> str:
 
 
 def _warn_of_unsealed(sheets: Mapping[Path, Votes]) -> None:
-    """Warn of files that a rater may have shortened, which cannot be seen of those that earlier versions saved."""
+    """Warn of files without a seal: an earlier version saved them, or a rater removed it."""
     if unsealed := [str(file) for file, sheet in sheets.items() if sheet.seal is None]:
         log.warning(
             f"{', '.join(unsealed)}: saved from a page of an earlier version, or edited, so the number of pairs"

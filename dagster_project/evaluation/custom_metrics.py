@@ -67,7 +67,7 @@ def _load(root: Path, name: str) -> Callable[[str, str], Any]:
 
 
 def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    known: dict[tuple[str, str], float] = {}  # a score, its interval and its differences are of the same values
+    known: dict[tuple[str, str], float] = {}  # so that a score, its interval and its differences use the same values
 
     def value(reference: str, answer: str) -> float:
         if (reference, answer) not in known:

@@ -21,7 +21,7 @@ from dagster_project.core.text import many
 from dagster_project.core.words import split_words
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
-from dagster_project.evaluation.metrics import FIELD_MEASURES, AnyTask, Task, is_answer, label, perplexity
+from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, measures, perplexity
 from dagster_project.evaluation.paired.bootstrap import rounded
 from dagster_project.evaluation.scoring import Offer
 from dagster_project.training.inference.answers import Answer, read_answer
@@ -116,9 +116,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Settings:
-        fields = self.task.fields if isinstance(self.task, Task) else {}
-        taken = {f"{name}.{measure}" for name in fields for measure in FIELD_MEASURES}
-        if same := sorted(taken.intersection(self.metrics)):
+        named = measures(self.task, {}) if isinstance(self.task, Task) else {}
+        if same := sorted(named.keys() & self.metrics):
             raise ValueError(f"metrics: {same[0]!r} is the name of a measure of evaluation.task; rename the file")
         return self
 

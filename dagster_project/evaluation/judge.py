@@ -314,7 +314,7 @@ class _Replies:
         self.kept_before = 0
         """Replies of an earlier command."""
         self.count = 0
-        """All replies."""
+        """Replies that are kept now."""
 
     def of(self, pair: Pair, messages: Sequence[Mapping[str, str]]) -> tuple[Verdict, dict[str, int]]:
         """The verdict on a question, and its token counts; empty if the endpoint reports none."""
@@ -331,14 +331,14 @@ class _Replies:
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted{self._goes_on() or '; nothing was recorded'}") from None
         given, usage = verdict(reply), _usage(reply)
-        if self.kept:
+        # without token counts it may be a message of a server that is starting: it is asked again
+        if self.kept and (given != "malformed" or usage):
             counts = {f"{name}_tokens": count for name, count in usage.items()}
-            self.kept.keep(*asked, {"verdict": given, "usage": counts})
-        self.count += 1
+            self.count += self.kept.keep(*asked, {"verdict": given, "usage": counts})
         return given, usage
 
     def _goes_on(self) -> str:
-        if not (self.kept and self.kept.is_open and self.count):
+        if not self.count:
             return ""
         return f"; {many(self.count, 'reply is', 'replies are')} kept, and the same command goes on with them"
 

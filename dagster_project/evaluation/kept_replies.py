@@ -1,7 +1,7 @@
 """Replies of a judge that are kept until the command that asks for them is complete.
 
 A file for each reply. Its name is the hash of all that was asked: the endpoint, the whole request with the model, and
-the pair. So no other judge, question or pair ever finds it. It holds the verdict and token counts, and no text.
+the pair. So it is never used for another judge, question or pair. It holds the verdict and token counts, and no text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ class KeptReplies:
     def __init__(self, root: Path) -> None:
         self._folder = root / REPLIES if (root / ".dvc").is_dir() else None
         self._used: set[Path] = set()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether replies can be kept."""
-        return self._folder is not None
+        self._is_writable = True
 
     def read(self, pair: str, url: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """The reply to a request; None if none is kept, or its file is damaged."""
@@ -43,14 +39,20 @@ class KeptReplies:
             return found if isinstance(found, dict) else None
         return None
 
-    def keep(self, pair: str, url: str, request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
-        """Keep a reply. A full or read-only disk does not end the command, which has paid for it."""
-        if path := self._path(pair, url, request):
-            try:
-                write_json(path, reply)
-            except OSError as error:
-                log.warning(f"judge: a reply is not kept: {path.parent}: {error.strerror}")
-                self._folder = None
+    def keep(self, pair: str, url: str, request: Mapping[str, Any], reply: Mapping[str, Any]) -> bool:
+        """Keep a reply; whether it is kept. A full or read-only disk does not end the command, which has paid for it.
+
+        After a failure no further reply is kept.
+        """
+        path = self._path(pair, url, request) if self._is_writable else None
+        if path is None:
+            return False
+        try:
+            write_json(path, reply)
+        except OSError as error:
+            log.warning(f"judge: this reply and those that follow are not kept: {path.parent}: {error.strerror}")
+            self._is_writable = False
+        return self._is_writable
 
     def forget(self) -> None:
         """Remove the replies that this command has read or kept."""

@@ -126,8 +126,6 @@ def _mention(name: str) -> re.Pattern[str]:
     return re.compile(before + re.escape(name) + after, re.IGNORECASE)
 
 
-FIELD_MEASURES = ("accuracy", "precision", "token_f1")
-"""Measures of a JSON field, e.g. `category.accuracy`."""
 OF_FINAL_ANSWERS = ("accuracy", "no_final_answer")
 """Measures of final answers. The text before a tool call has none to compare with."""
 

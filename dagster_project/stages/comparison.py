@@ -247,7 +247,7 @@ def _likelihoods(
     Args:
         rows: the variant's rows of the results table, by `turn_key`.
         base: those of the base model.
-        test: the test split, in which equal examples count each.
+        test: the test split; each of several equal examples counts.
     """
     import numpy as np
 

@@ -131,7 +131,7 @@ def produce(
 
 
 def refuse_names(benchmarks: Iterable[str], measures: Iterable[str]) -> None:
-    """Check that no benchmark has the name of another figure of the report, which one of both would replace.
+    """Check that no benchmark has the name of another figure of the report: one of them would replace the other.
 
     Raises:
         InputError: one has.

@@ -315,8 +315,8 @@ def _check_field_weights(params: Params, train: Path) -> None:
         if not missing:
             return
     if missing and records:
-        problem = f"no answer of the training split is a JSON object with the field {', '.join(missing)}"
-        problem += ", whose value is a text, a number, true, false or null"
+        problem = f"in no answer of the training split, as a JSON object, is the value of {', '.join(missing)}"
+        problem += " a text, a number, true, false or null"
         hint = "remove tokenized.field_weights, or use fields that occur in your answers"
         raise InputError(f"params.yaml: tokenized.field_weights: {problem}", hint)
 

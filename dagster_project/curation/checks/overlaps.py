@@ -318,7 +318,7 @@ def _leaks(data: DataSet, texts: _ComparedTexts) -> tuple[list[Link], int]:
 def _rejected_leaks(texts: _ComparedTexts, held_out: Sequence[Item], theirs: Sequence[str]) -> tuple[list[Link], int]:
     """As `_leaks`, of rejected answers, which pairs are trained on, too.
 
-    They are compared by themselves, so that their words do not change how rare those of other texts are.
+    They are compared separately, because their words would change how rare those of the other texts are.
 
     Args:
         theirs: questions and answers of the held-out items.

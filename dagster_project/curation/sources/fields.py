@@ -86,7 +86,7 @@ REST = "(later turns)"
 def without_rest(
     row: Mapping[str, Any], turns: Turns, readers: Mapping[str, TurnReader], read: Mapping[str, int]
 ) -> Turns:
-    """The messages of a row of which its layout uses the first ones only: all fields of the others are ignored.
+    """The account of a row whose layout uses only its first messages: all fields of the others are ignored.
 
     Args:
         row: the source row.
@@ -101,7 +101,8 @@ def without_rest(
     for key, count in cut.items():
         rest = [tuple([f"{name} {REST}" for name in names]) for names, _ in turns.shapes[key][count:]]
         shapes[key] = [*first.shapes[key], *[(names, names) for names in rest]]
-        ignored += [f"{key}[].{name}"[:MAX_NAME] for names in rest for name in names]
+        held = [name for turn in row[key][count:] for name, value in turn.items() if value not in EMPTY]
+        ignored += [f"{key}[].{name} {REST}"[:MAX_NAME] for name in held]
     return Turns(turns.row, shapes, ignored)
 
 

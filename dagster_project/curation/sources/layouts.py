@@ -155,7 +155,7 @@ def _read_round(given: Any) -> Parsed:
 
 
 def _is_turn(given: Mapping[str, Any]) -> bool:
-    """Whether a turn has the keys of a round, with null, as in a table with both."""
+    """Whether this is a turn: in a table with both forms it has the keys of a round, with null."""
     is_round = given["input"] is not None or given["output"] is not None
     return not is_round and (given.get("from") is not None or given.get("role") is not None)
 

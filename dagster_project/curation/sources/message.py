@@ -194,7 +194,8 @@ def read_turn(turn: Any) -> Parsed:
             return {"role": SHAREGPT_ROLES.get(who, who), "content": value}, ()
     if not isinstance(turn, dict):
         raise ValueError(f"expected a turn, found {type(turn).__name__}")
-    if turn.get("from") is None and turn.get("role") is not None:  # in a table, every turn has the keys of all
+    # in a table, every turn has the keys of all
+    if turn.get("from") is None and (turn.get("role") is not None or ("from" not in turn and "role" in turn)):
         return read_message(turn)
     more = {key: value for key, value in turn.items() if key not in {"from", "value", "role", "content"}}
     role, value = SHAREGPT_ROLES.get(as_text(turn["from"]), turn["from"]), turn["value"]

@@ -164,9 +164,12 @@ def _gains(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         gains[variant] = {}
         for other in (other for other in PROMPTED if other in against):
             measures = _object(against, other, where)
-            measure = next(iter(measures), "")
-            value = _object(measures, measure, f"{where}.{other}").get("difference")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not measures:
+                raise ValueError(f"{where}.{other} has no measure")
+            measure = next(iter(measures))
+            value: Any = _object(measures, measure, f"{where}.{other}").get("difference")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and abs(value) < math.inf):  # nor is NaN
                 raise ValueError(f"{where}.{other}.{measure}.difference is not a number")
             gains[variant][other] = value
     return gains

@@ -14,6 +14,7 @@ _BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # in braces, at most thre
 _VULGAR = "[\u00bc-\u00be\u2150-\u215e\u2189]"
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SPELLINGS = [
+    (r"\n[ \t]*-[ \t]+", "\n"),  # the hyphen of a list
     (r"[\u2010\u2011\u2212\ufe63\uff0d]", "-"),
     (r"\\[,;: ]|[\u00a0\u2009\u202f~]", " "),
     (r"\\!|\\left|\\right", ""),
@@ -67,8 +68,8 @@ _TOKEN = re.compile(
     | (?<![A-Za-z0-9_])(?!(?:USD|EUR|GBP|INR|CHF|Rs)\d)[A-Za-z_]+\d\w*(?:\.\d+)?  # CO2, x_1, v1.5
     | (?P<number>{_NUMBER})
     | (?P<other>
-        (?:\\sqrt|\\overline|\u221a)\s*(?:\[[^\]]*\])?\s*(?:{_BRACED}|\d+)
-        | \\[dtc]?frac\s*(?:{_BRACED}|\S)\s*(?:{_BRACED}|\S)
+        (?:\\sqrt|\\overline|\u221a)\s*+(?:\[[^\[\]]{{0,40}}\]\s*+)?(?:{_BRACED}|\d+)
+        | \\[dtc]?frac\s*+(?:{_BRACED}|\S)\s*+(?:{_BRACED}|\S)
         | (?:\u00b1|\\pm)\s*\d+
         | [)\]]\s*\^\s*(?:{_BRACED}|-?\w+)
         | \d(?:[\d.,:/_'\u2019A-Za-z]|\s?/\s?(?=\d)|-(?=\d)|[ ]+(?=\d+\s?/\s?\d))*(?:\(\d+\))?
@@ -102,7 +103,7 @@ def number_in(text: str) -> Decimal | None:
 
 
 def _numbers(text: str) -> list[Decimal | None]:
-    """The numbers of a text in order; None for each expression that is no single number."""
+    """The numbers of a text in order; None for each expression that is not a single number."""
     return [
         _value(match.groupdict()) if match["number"] else None
         for match in _TOKEN.finditer(_plain(text))
@@ -145,7 +146,7 @@ def _quotient(whole: str | None, over: str, under: str) -> Decimal | None:
         return None
     if whole is None:
         return numerator / denominator
-    # "1 100/300" is 1 1/3 or 1100/300, and "7 10/5" no mixed number
+    # "1 100/300" is 1 1/3 or 1100/300, and "7 10/5" is not a mixed number
     if numerator >= denominator or len(over) == 3 or not (over + under).isdecimal():
         return None
     return (Decimal(_digits(whole)) * denominator + numerator) / denominator

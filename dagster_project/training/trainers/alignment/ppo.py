@@ -104,7 +104,8 @@ class Settings(Section):
     lam: float = Field(default=0.95, ge=0, le=1)
     """lambda of GAE: 0 relies on the value estimates, 1 on the rewards received."""
     whiten_rewards: bool = False
-    """Scale the tokens' rewards to variance 1 around their mean over the iteration, which stays, as TRL did."""
+    """Scale the tokens' rewards to variance 1 around their mean over the iteration, which does not change, as in TRL's
+    former PPO."""
     whiten_advantages: bool = True
     """Shift and scale the advantages to mean 0 and variance 1 over the iteration's tokens."""
     cliprange: float = Field(default=0.2, gt=0)

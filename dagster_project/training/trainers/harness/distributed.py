@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.text import many
 
 if TYPE_CHECKING:
     import torch
@@ -147,8 +148,8 @@ def gpus_of(count: int) -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (named.split(",") if named else list(map(str, range(found))))[:found]
     if count > len(gpus):
-        problem = f"params.yaml: compute.processes: {count} processes, and there are {len(gpus)} GPUs"
-        raise InputError(problem, f"set it to {len(gpus)}")
+        problem = f"params.yaml: compute.processes: {many(count, 'process', 'processes')} on this host"
+        raise InputError(f"{problem}, which has {many(len(gpus), 'GPU')}", "use at most one process per GPU")
     return gpus[:count]
 
 

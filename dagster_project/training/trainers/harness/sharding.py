@@ -92,7 +92,7 @@ def shard(model: Any, settings: Sharding, device: torch.device, *more: Any) -> A
         transformer_cls_names_to_wrap=sorted({type(layer).__name__ for layer in decoder_layers(model)}),
     )
     torch.set_autocast_cache_enabled(False)  # it would keep a copy of every gathered weight
-    _store_4bit(model, torch.bfloat16)  # accelerate divides no weights that are stored as integers
+    _store_4bit(model, torch.bfloat16)  # accelerate does not divide weights that are stored as integers
     root = _root_class()(model, *more)
     accelerator = Accelerator()
     # not an argument of Accelerator, which ignores it on CPUs; removed again because all Accelerators share this state,
@@ -113,7 +113,7 @@ def shard(model: Any, settings: Sharding, device: torch.device, *more: Any) -> A
 
 
 def _store_4bit(model: Any, dtype: torch.dtype) -> None:
-    """Reinterpret the bytes of all 4-bit weights as numbers of another type. No effect on a model without."""
+    """Reinterpret the bytes of all 4-bit weights as numbers of another type. Other models are not changed."""
     if not getattr(causal(model), "is_loaded_in_4bit", False):
         return
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
