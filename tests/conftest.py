@@ -566,6 +566,12 @@ def bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return s3
 
 
+@pytest.fixture
+def no_ray_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray reads once per process whether there is a token: one in the home folder would count in later tests, too."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no token"))
+
+
 @pytest.fixture(scope="session")
 def _starting_cluster(s3: Any) -> Iterator[tuple[Any, Future[None]]]:
     from builders.cluster import Cluster

@@ -206,7 +206,7 @@ class _Dashboard(Quiet):
 
 
 def test_other_code_is_refused_before_a_stage_goes_to_a_cluster_and_by_its_worker(
-    other_code: Path, site: Path, monkeypatch: pytest.MonkeyPatch
+    other_code: Path, site: Path, no_ray_token: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with answering(_Dashboard) as address:
         monkeypatch.setenv("RAY_ADDRESS", address)

@@ -63,6 +63,8 @@ from dagster_project.orchestration.remote_store import Damaged, RemoteStore, ope
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_ray_token")
+
 VALUES = {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}
 STAGES = {
     "adapter": {"on": "ray", "gpus": 1},
