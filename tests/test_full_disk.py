@@ -51,6 +51,13 @@ def fill(disk: Path) -> None:
     assert shutil.disk_usage(disk).free == 0
 
 
+def in_a_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which may limit itself."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_or_read_only_disk_is_one_message_for_every_library_that_writes(
     writer: Callable[[Path], None], mount: Any
@@ -77,14 +84,7 @@ def test_a_limit_on_the_size_of_a_file_is_one_message(writer: Callable[[Path], N
         " import faults\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000,"
         f" 50_000))\nprint(t.failure(t.{writer.__name__}, Path(sys.argv[1])))"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_a_process(code, tmp_path)
     assert f"{tmp_path}: {os.strerror(errno.EFBIG)}" in done.stdout and "ulimit -f" in done.stdout, done.stderr
     assert writer is not write_text or not [*tmp_path.iterdir()]  # write_text leaves no scratch file
 
@@ -138,14 +138,7 @@ def test_too_many_open_files_are_the_reason_that_sqlite_cannot_open_a_database(t
         "    for one in held: os.close(one)\n"
         "    print(found.exit_code, found)\n"
     )
-    path = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_a_process(code, tmp_path)
     said = f"1 {tmp_path}: SQLite cannot open a database: {os.strerror(errno.EMFILE)}\nhint: raise the limit on open"
     assert done.stdout.startswith(said), done.stdout + done.stderr
 
