@@ -21,7 +21,13 @@ import psutil
 import pytest
 import yaml
 from builders import small_pipeline
-from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run, start_until_tok_runs
+from builders.small_pipeline import (
+    PIPELINE,
+    gone,
+    shown_failures,
+    start_until_both_adapters_run,
+    start_until_tok_runs,
+)
 from conftest import dvc, run, shown_checks
 from dagster._core.events import EngineEventData
 
@@ -89,6 +95,7 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(
     process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
     assert process.wait(120) != 0
     assert gone(everything, 60), "a process of the run lives on"
+    assert shown_failures(synced) == [f"{name} was interrupted; nothing was recorded.\n" for name in sorted(BOTH)]
     assert {path: path.read_bytes() for path in (root / "data/adapter").rglob("*.txt")} == before
     assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE)) and active_slots(synced) == 0
     assert not json.loads((root / ".dvc/tmp/rwlock").read_text() or "{}").get("write")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -216,6 +217,82 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     released = json.loads((finished / states["release"].report).read_text())
     assert released["checks"]["loads_in_transformers"]["passed"] and released["variant"] == "lora"
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
+
+
+def described(root: Path, address: str, report: dict[str, Any]) -> dict[str, Any]:
+    """Metadata in Dagster of a stage with this report."""
+    (root / "data/reports").mkdir(parents=True)
+    (root / "data/reports/a.json").write_text(json.dumps(report))
+    state: Any = SimpleNamespace(
+        report="data/reports/a.json",
+        out="data/a",
+        version="v",
+        address=address,
+        meta={},
+        recorded=True,
+        output_problem="",
+    )
+    return describe(root, state)
+
+
+def test_dagster_shows_mappings_and_lists_of_a_report_as_tables_and_texts(tmp_path: Path) -> None:
+    report = {
+        "accuracy": 0.5,
+        "accuracy_interval": [0.25, 0.75],
+        "losses": [1.5, 0.5],
+        "advice": ["Use a.", "Not b."],
+        "waived": [],
+        "pairs": {"train": 1234567, "cuda": None, "sure": True},
+        "by_category": {"a|b": {"n": 2, "share": 0.5}, "c": {"n": 3, "hash": "0a" * 32}},
+        "sources": {"a": {"rows": 3, "fields": {"used": {"x": 1, "y": 2}}}, "b": {"rows": 4}},
+        "deep": {"a": {"b": {"c": {"interval": [1, 2]}}}, "d": 1, "d_interval": [0, 2]},
+    }
+    found = described(tmp_path, "adapter@x", report)
+    shown = {
+        name: value.md_str.split("\n") for name, value in found.items() if isinstance(value, dg.MarkdownMetadataValue)
+    }
+    assert shown == {
+        "intervals": ["| figure | value | 95 % interval |", "| --- | --- | --- |", "| accuracy | 0.5 | 0.25 to 0.75 |"],
+        "advice": ["- Use a.", "- Not b."],
+        "pairs": [
+            "| figure | value |", "| --- | --- |", "| train | 1,234,567 |", "| cuda |  |", "| sure | true |",
+        ],
+        "by_category": [
+            "|  | n | share | hash |", "| --- | --- | --- | --- |",
+            r"| a\|b | 2 | 0.5 |  |", f"| c | 3 |  | {'0a' * 8} |",
+        ],
+        "sources": [
+            "| figure | value |", "| --- | --- |",
+            "| a / rows | 3 |", "| a / fields | used: x 1, y 2 |", "| b | rows 4 |",
+        ],
+        "deep": [
+            "| figure | value | 95 % interval |", "| --- | --- | --- |",
+            "| a / b | c: interval 1 to 2 |  |", "| d | 1 | 0 to 2 |",
+        ],
+    }  # fmt: skip
+    assert (found["losses"].text, found["waived"].text, found["accuracy"]) == ("1.5, 0.5", "none", 0.5)
+    assert not any(isinstance(value, dg.JsonMetadataValue) for value in found.values())
+
+
+def test_dagster_shows_links_and_results_before_hashes_and_the_counts_of_checks(tmp_path: Path) -> None:
+    (tmp_path / "data/pages/instructions").mkdir(parents=True)
+    (tmp_path / "data/pages/instructions/report.html").write_text("page")
+    check = {"passed": True, "severity": "info", "count": 0}
+    report = {"output_sha256": "0" * 64, "rows_in": 2, "rows_out": 1, "share": 0.5, "checks": {"a": check}}
+    names = [*described(tmp_path, "instructions", report)]
+    first = ["report", "rows_in", "rows_out", "share"]
+    assert names == [*first, "path", "data_version", "output_sha256", "pages_folder", "check/a"]
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_curves_are_narrow_enough_for_dagsters_dialog(count: int, tmp_path: Path) -> None:
+    """The dialog is 1,280 pixels wide, with margins of 20 pixels, and does not scroll."""
+    (tmp_path / "data/plots/loss").mkdir(parents=True)
+    row = {"step": "1", **{f"figure_{n}": "0.5" for n in range(count)}}
+    (tmp_path / "data/plots/loss/x.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+    shown = described(tmp_path, "adapter@x", {})["loss"].md_str
+    header = base64.b64decode(shown.partition("base64,")[2].removesuffix(")"))[:24]
+    assert header[1:4] == b"PNG" and int.from_bytes(header[16:20], "big") <= 1240
 
 
 def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:

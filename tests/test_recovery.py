@@ -21,6 +21,8 @@ import psutil
 import pytest
 from builders import small_pipeline
 from conftest import dvc, edit_params, pedigree, run
+from dagster._core.errors import DagsterUserCodeLoadError, user_code_error_boundary
+from dagster._utils.error import serializable_error_info_from_exc_info
 from dvc.ignore import DvcIgnoreFilter
 
 from dagster_project.__main__ import main
@@ -175,6 +177,7 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
     assert not psutil.pid_exists(command)
     assert (root / "data/tok/train.txt").read_bytes() == before
     assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    assert small_pipeline.shown_failures(synced) == ["tok was interrupted; nothing was recorded.\n"]
     assert small_pipeline.materialize(root, synced).success
 
 
@@ -243,14 +246,30 @@ def test_what_dvc_yaml_lets_a_stage_read_while_it_runs_is_named(root: Path, para
     assert "tok" in small_pipeline.changed_in_dvc(root)
 
 
-def test_the_failure_of_a_run_has_the_message_of_its_stage(root: Path, synced: dg.DagsterInstance) -> None:
+def test_the_failure_of_a_run_is_the_message_of_its_stage_without_a_stack_trace(
+    root: Path, synced: dg.DagsterInstance
+) -> None:
     (root / "data/sources/g.txt").write_text("BAD")
-    result = small_pipeline.materialize(root, synced, ["raw", "inst"])
-    [failure] = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
-    assert failure and failure.message.endswith(
+    said = (
         "inst: 1 blocking check(s) failed. no_bad_rows: 1 row (first: 0)\n"
-        "hint: fix the rows, or change params.yaml; all findings are in data/reports/inst.json\n"
+        "hint: fix the rows, or change params.yaml; all findings are in data/reports/inst.json"
     )
+    result = small_pipeline.materialize(root, synced, ["raw", "inst"])
+    [failure] = [event.step_failure_data for event in result.all_events if event.is_step_failure]
+    assert failure.error and failure.error.to_string() == f"{said}\n" and failure.error.cls_name == "Failure"
+    assert failure.user_failure_data and failure.user_failure_data.description == said
+
+
+def test_definitions_that_cannot_be_loaded_are_reported_by_one_message(root: Path) -> None:
+    """As Dagster's code server loads them."""
+    (root / "params.yaml").write_text("variants: [\n")
+    with (
+        pytest.raises(InputError) as raised,
+        user_code_error_boundary(DagsterUserCodeLoadError, lambda: "definitions"),
+    ):
+        build_definitions(root, small_pipeline.PIPELINE)
+    shown = serializable_error_info_from_exc_info((raised.type, raised.value, raised.tb)).to_string()
+    assert shown == f"{raised.value}\n" and shown.startswith("params.yaml is not valid YAML") and "\nhint: " in shown
 
 
 def test_a_run_that_is_refused_has_no_check_results_of_an_earlier_attempt(
@@ -290,6 +309,9 @@ def test_a_selection_without_the_stages_between_runs_in_the_order_of_the_pipelin
     ran = small_pipeline.commands_run(root)
     result = small_pipeline.materialize(root, synced, ["inst", "cmp"])
     assert result.success and small_pipeline.commands_run(root) == [*ran, "inst", "cmp"]
+    [waiting] = [event.step_retry_data for event in result.all_events if event.is_step_up_for_retry]
+    said = "cmp is waiting: inst must be brought up to date first (inst: command changed)\n"
+    assert waiting.error.to_string() == said
     (root / "code/inst.py").write_text("V = 4\n")
     (root / "code/cmp.py").write_text("V = 5\n")
     result = small_pipeline.materialize(root, synced, ["inst", "cmp"])

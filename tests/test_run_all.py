@@ -21,7 +21,7 @@ import psutil
 import pytest
 from builders import small_pipeline
 from builders.commands import exit_code
-from builders.small_pipeline import gone, start_until_both_adapters_run
+from builders.small_pipeline import dvc_yaml, gone, start_until_both_adapters_run
 from conftest import dvc, edit_params, run
 from ruamel.yaml import YAML
 
@@ -372,8 +372,24 @@ def test_nothing_is_started_after_a_stage_was_interrupted_by_someone_else(tmp_pa
     assert "stopped: a was interrupted. Finished stages are kept; run the command again." in as_text(document)
 
 
+def test_the_reasons_name_what_changed(root: Path) -> None:
+    edit_params(root, lambda values: values["variants"]["lora"].update(r=9))
+    (root / "code/tok.py").write_text("V = 2\n")
+    (root / "dvc.yaml").write_text(dvc_yaml(note=" --note"))
+    report = root / "data/reports/adapter/dora.json"
+    report.write_text(report.read_text() + " ")
+    changed = {address: state.changed for address, state in read_stages(root).items() if state.changed}
+    assert changed == {
+        "inst": ["command changed"],
+        "tok": ["code/tok.py changed"],
+        "adapter@lora": ["parameter variants.lora changed"],
+        "adapter@dora": ["data/reports/adapter/dora.json differs from dvc.lock (modified)"],
+        "cmp": ["parameter variants changed", "data/reports/adapter changed"],
+    }
+
+
 def test_an_output_of_which_several_parts_changed_is_one_reason() -> None:
     """`aligned` reads two folders in data/splits."""
     inputs = tuple(Input("splits", "data/splits", "new", "old") for _ in range(2))
-    given = {"recorded": True, "inputs": inputs}
+    given = {"recorded": True, "inputs": inputs, "definition_changes": ()}
     assert StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **given}).changed == ["data/splits changed"]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, run
@@ -36,16 +37,22 @@ def test_dagster_selects_assets_by_name_despite_the_older_parser_of_dvc() -> Non
 
 
 def test_freshness_of_the_comparison_is_an_example_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster shows an asset as never materialized if it has a policy that is not evaluated."""
     from dagster import AssetKey
 
-    from dagster_project.definitions import defs
-    from dagster_project.orchestration.dagster.assets import open_instance
+    from dagster_project.orchestration.dagster.assets import build_definitions, open_instance
 
-    [spec] = [spec for spec in defs.resolve_all_asset_specs() if spec.key == AssetKey("comparison")]
-    assert spec.freshness_policy is not None and spec.freshness_policy.fail_window.to_timedelta().days == 7
+    def policy() -> Any:
+        specs = build_definitions(ROOT).resolve_all_asset_specs()
+        return next(spec for spec in specs if spec.key == AssetKey("comparison")).freshness_policy
+
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     with open_instance(ROOT) as instance:
         assert instance.get_settings("freshness") == {"enabled": False}
+    assert policy() is None
+    settings = tmp_path / "home" / "dagster.yaml"
+    settings.write_text(settings.read_text().replace("freshness: {enabled: false}", "freshness: {enabled: true}"))
+    assert policy().fail_window.to_timedelta().days == 7
 
 
 def test_loading_the_definitions_imports_no_heavy_library() -> None:

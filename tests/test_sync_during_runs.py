@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from builders import small_pipeline
-from conftest import dvc, shown_checks
+from conftest import dvc, edit_params, shown_checks
 
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
@@ -50,6 +50,37 @@ def each_version_once_and_every_check_shown(root: Path, synced: dg.DagsterInstan
     shown = shown_checks(root, synced)
     assert shown.keys() == read_stages(root).keys()
     assert {status for checks in shown.values() for status in checks.values()} == {"SUCCEEDED"}, shown
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("front_end", ["dagster", "dvc"])
+def test_while_a_stage_runs_those_that_read_it_are_shown_as_failed_only_if_they_are_shown_as_stale(
+    root: Path, synced: dg.DagsterInstance, front_end: str
+) -> None:
+    """DVC removes the output and the report of a stage before it runs."""
+    command = (
+        ["small_pipeline.py", "materialize", "tok"] if front_end == "dagster" else ["-m", "dvc", "repro", "-s", "tok"]
+    )
+    process = small_pipeline.start_until_tok_runs(root, *command, SLOW_SECONDS="600")
+    try:
+        assert not (root / "data/tok").exists() and not (root / "data/reports/tok.json").exists()
+        lines = sync(root, synced, small_pipeline.PIPELINE)
+        assert {line for line in lines if not line.startswith("def/tok is now")} == set()
+        assert small_pipeline.not_fresh(root, synced) <= {"tok"}
+        edit_params(root, lambda values: values["variants"]["lora"].update(r=9))
+        lines = [line.partition(" is now")[0] for line in sync(root, synced, small_pipeline.PIPELINE)]
+        failed = {f"check {name} dvc_in_sync: failed" for name in ("adapter@lora", "cmp")}
+        assert {*lines} == {"def/adapter/lora", "def/cmp"} | failed
+        assert small_pipeline.not_fresh(root, synced) - {"tok"} == {"adapter@lora", "cmp"}
+        assert sync(root, synced, small_pipeline.PIPELINE) == []
+        for _ in range(2):
+            assert sync_after(LastSync.read(root, ()), synced, small_pipeline.PIPELINE) == []
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not LastSync.read(root, ()).unchanged, "what the killed stage left was never reported"
+    assert any(line.startswith("tok is missing") for line in sync(root, synced, small_pipeline.PIPELINE))
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root)
 
 
 @pytest.mark.long
@@ -192,6 +223,30 @@ def test_a_sync_leaves_a_check_to_the_run_that_was_launched(
     line = "check tok dvc_in_sync: failed"
     assert line not in sync(root, synced, small_pipeline.PIPELINE)
     synced.report_run_canceled(launched[0])
+    assert line in sync(root, synced, small_pipeline.PIPELINE)
+
+
+def test_a_sync_does_not_repeat_a_check_that_a_run_reports_meanwhile(
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repetition would belong to the materialization before that of the run, so the check would be shown as not
+    evaluated."""
+    storage, reported = synced.event_log_storage, list[str]()
+    read_latest = storage.get_latest_asset_check_execution_by_key
+
+    def report_meanwhile(keys: Sequence[dg.AssetCheckKey]) -> Any:
+        found = read_latest(keys)
+        if not reported:
+            reported.append("tok")
+            synced.report_runless_asset_event(
+                dg.AssetCheckEvaluation(asset_key=TOK, check_name="dvc_in_sync", passed=True)
+            )
+        return found
+
+    (root / "code/tok.py").write_text("V = 2\n")
+    monkeypatch.setattr(storage, "get_latest_asset_check_execution_by_key", report_meanwhile)
+    line = "check tok dvc_in_sync: failed"
+    assert line not in sync(root, synced, small_pipeline.PIPELINE)
     assert line in sync(root, synced, small_pipeline.PIPELINE)
 
 

@@ -1,9 +1,12 @@
-"""Which project's assets have no key prefix in a Dagster home. Does not import Dagster."""
+"""A Dagster home: which project's assets have no key prefix in it, and its settings. Does not import Dagster."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from dagster_project.core.errors import InputError
 
@@ -14,6 +17,19 @@ OWNER = "pedigree_project"
 def home_of(root: Path) -> Path:
     """DAGSTER_HOME, as Dagster reads it, or .dagster in the project."""
     return Path(os.path.expanduser(os.environ.get("DAGSTER_HOME") or root / ".dagster")).absolute()  # noqa: PTH111
+
+
+def refuses_freshness(root: Path) -> bool:
+    """Whether dagster.yaml in Dagster's home turns freshness policies off.
+
+    Dagster would show an asset with a policy as never materialized then.
+    """
+    try:
+        settings = YAML(typ="safe", pure=True).load((home_of(root) / "dagster.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError):
+        return False
+    freshness = settings.get("freshness") if isinstance(settings, dict) else None
+    return isinstance(freshness, dict) and freshness.get("enabled") is False
 
 
 def claim(folder: Path, root: Path, unclaimed: Path | None = None) -> None:

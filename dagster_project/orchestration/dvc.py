@@ -95,9 +95,17 @@ class StageState:
     parameters, and those that `vars:` of dvc.yaml names."""
     frozen: bool = False
     """Whether dvc.yaml freezes it: DVC does not run its command, and does not compare its inputs."""
+    definition_changes: tuple[str, ...] = ()
+    """What of the definition differs from dvc.lock: "command", "parameter adapter.lora", or the path of code or of a
+    report of another stage."""
     report_of_other: bool = False
     """Whether the report is the recorded one and an output is not, e.g. after `git checkout` without `dvc checkout`:
     the report is not that of the output on disk."""
+
+    @property
+    def all_outs(self) -> tuple[str, ...]:
+        """Paths of everything that it writes."""
+        return (*self.outs, *self.metrics, *self.plots)
 
     @property
     def changed(self) -> list[str]:
@@ -107,9 +115,7 @@ class StageState:
         reasons = [self.output_problem] if self.output_problem else []
         # each path once, of which several parts may have changed
         reasons += dict.fromkeys(f"{i.path} changed" for i in self.inputs if i.now != i.recorded)
-        if self.definition_now != self.definition_recorded:
-            reasons.append("command, parameters, code or a report it reads changed")
-        return reasons
+        return [*reasons, *(f"{one} changed" for one in self.definition_changes)]
 
     @property
     def differs(self) -> bool:
@@ -433,8 +439,12 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
     code = sorted(filter(others.is_definition, now))
     code_now, code_recorded = {path: now[path] for path in code}, {path: recorded[path] for path in code}
     definition_now = definition_recorded = digest([stage.cmd, values, code_now])
-    same_params = stage.frozen or not any(map(others.parameters.changed, stage.params))
-    if stage.cmd_changed or not same_params or code_now != code_recorded:
+    changes = (
+        *(["command"] if stage.cmd_changed else []),
+        *(_changed_parameters(stage, values, recorded_values, others) if known and not stage.frozen else []),
+        *(path for path in code if code_now[path] != code_recorded[path]),
+    )
+    if changes:
         definition_recorded = digest(["recorded", recorded_values, code_recorded])
     changed = {path_of(root, out): how for out in stage.outs for how in status_of(out).values()}
     problem = (
@@ -469,6 +479,7 @@ def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
             *_variables(root, stage, others),
         ),
         frozen=bool(stage.frozen),
+        definition_changes=changes,
         report_of_other=known and report not in changed and bool(differing),
     )
 
@@ -511,6 +522,17 @@ def _parameters(stage: Any, files: ParameterFiles) -> tuple[dict[str, Any], dict
         values |= {prefix + key: value for key, value in files.values(dep).items()}
         recorded |= {prefix + key: value for key, value in in_lock.items()}
     return values, recorded
+
+
+def _changed_parameters(
+    stage: Any, values: Mapping[str, Any], recorded: Mapping[str, Any], others: Surroundings
+) -> list[str]:
+    """The parameters that differ from dvc.lock, or have no value in one of the two."""
+    if not any(map(others.parameters.changed, stage.params)):
+        return []
+    absent = object()
+    keys = [key for key in {**values, **recorded} if values.get(key, absent) != recorded.get(key, absent)]
+    return [f"parameter {key}" for key in keys] or ["parameters"]
 
 
 def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None], others: Surroundings) -> list[Input]:

@@ -119,9 +119,19 @@ def _runs(pid: int, cmd: str) -> bool:
 
 def writer_of(root: Path, paths: Iterable[str]) -> str:
     """The process that is writing one of these paths, from DVC's table of locked paths; empty if there is none."""
-    table = _of_running(_table(root) or {})
-    for locked, owner in table.get("write", {}).items():
-        uses = any(is_within(locked, str(root / path)) or is_within(str(root / path), locked) for path in paths)
-        if uses and owner["pid"] != os.getpid():
+    wanted = [str(root / path) for path in paths]
+    for locked, owner in _writers(root).items():
+        if any(is_within(locked, path) or is_within(path, locked) for path in wanted):
             return f"process {owner['pid']} ({owner['cmd']})"
     return ""
+
+
+def written(root: Path) -> list[str]:
+    """Paths, relative to the project, that other processes are writing, e.g. the outputs of a running stage."""
+    return sorted(os.path.relpath(path, root) for path in _writers(root))
+
+
+def _writers(root: Path) -> dict[str, dict[str, Any]]:
+    """Path that another process has locked for writing -> that process."""
+    table = _of_running(_table(root) or {})
+    return {path: owner for path, owner in table.get("write", {}).items() if owner["pid"] != os.getpid()}

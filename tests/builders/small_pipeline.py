@@ -341,6 +341,14 @@ def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
     )
 
 
+def shown_failures(instance: Any) -> list[str]:
+    """What Dagster shows of each step that failed in the latest run."""
+    import dagster as dg
+
+    entries = instance.all_logs(instance.get_runs(limit=1)[0].run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    return sorted(entry.get_dagster_event().step_failure_data.error_display_string for entry in entries)
+
+
 def changed_in_dvc(root: Path) -> set[str]:
     """The command stages that `dvc status` calls changed."""
     from dvc.repo import Repo

@@ -19,10 +19,6 @@ from faults import project
 TRACEBACK = re.compile(
     r"Traceback \(most recent call last\)|^\s+File \".*\", line \d+|unexpected error(?! - \[Errno)", re.MULTILINE
 )
-DAGSTER_FAILURE = re.compile(
-    r"^dagster\._core\.definitions\.events\.Failure: (?s:.*?)(?=^\d{4}-\d\d-\d\d |\Z)", re.MULTILINE
-)
-"""What Dagster's log says of a stage that failed, the message first: Dagster itself adds where it was raised."""
 CODES = {0, 1, 2}
 """Exit codes of a command that was not killed: fine, failed or busy, bad input."""
 KILLED = -9
@@ -85,7 +81,7 @@ class Play:
             Violation: a traceback, or an exit code that means nothing.
         """
         shown = " ".join(outcome.command)
-        if TRACEBACK.search(DAGSTER_FAILURE.sub("", outcome.text)):
+        if TRACEBACK.search(outcome.text):
             raise Violation(f"`{shown}` shows a traceback:\n{outcome.text[-3000:]}")
         if outcome.code not in CODES | {KILLED} | ({DVC_FAILED} if outcome.command[0] == "dvc" else set()):
             raise Violation(f"`{shown}` ended with exit code {outcome.code}:\n{outcome.text[-2000:]}")

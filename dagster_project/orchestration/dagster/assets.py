@@ -19,6 +19,7 @@ from dagster_project.orchestration.dagster.home import home
 from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster_dvc import definitions
+from dagster_project.orchestration.dagster_dvc.failure import load_failures
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
 DATA = "2_data"
@@ -26,6 +27,7 @@ DATA = "2_data"
 all stages, numbered so that lists show them in flow order."""
 
 
+@load_failures()
 def build_definitions(
     project_dir: str | Path,
     pipeline: Pipeline = PEDIGREE,
@@ -60,7 +62,7 @@ def build_definitions(
                 name=project.name("nightly"),
                 job=whole,
                 cron_schedule="0 3 * * *",
-                description="Example of a schedule, off by default.",
+                description="Runs the stages that are not up to date, every night at 03:00 UTC. Off by default.",
             )
         ],
         sensors=[definitions.sync_sensor(project)],

@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc, dvc_run
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
+from dagster_project.orchestration.dagster_dvc.failure import StageFailure
 from dagster_project.orchestration.dagster_dvc.project import is_forced
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.pipeline import Pipeline
@@ -158,7 +159,7 @@ class StagesExecutor(dg.Executor):
                 step: self.project.pool(address, states[address], values, on[step]) for step, address in steps.items()
             }
             set_pools(execution_plan, pools)
-        except (PedigreeError, dg.Failure):
+        except (PedigreeError, StageFailure):
             several = False  # bad input: the first stage reports it
         executor = self.multiprocess if several else self.in_process
         with waiting_for_slots(lambda: reap(plan_context.instance, self.project.owns_instance)):

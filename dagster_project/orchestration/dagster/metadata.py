@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import shown
-from dagster_project.core.text import visible
+from dagster_project.core.text import markdown, visible
 from dagster_project.lineage import lineage
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.dagster.pages import url
@@ -28,7 +29,7 @@ from dagster_project.views.lineage import lineage_page
 
 
 def describe(root: Path, state: StageState) -> dict[str, Any]:
-    """Metadata of a materialization: rows, metrics, plots, pages, path and commit."""
+    """Metadata of a materialization, in the order in which Dagster shows it: results and links to pages first."""
     report = read_report(root, state) or {}
     if report.get("passed") is False:
         report = {}  # a failed attempt without output
@@ -36,8 +37,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     board = root / state.out / "board.md"
     if board.is_file():
         metadata["board"] = dg.MetadataValue.md(board.read_text("utf-8"))
-    metadata["path"] = dg.MetadataValue.text(state.out)
-    metadata["data_version"] = dg.MetadataValue.text(state.version)
+    lineage_of = _lineage(root, state)  # writes a page, too
+    metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
     for name in ("rows_in", "rows_out"):
         if name in report:
             metadata[name] = dg.MetadataValue.int(report[name])
@@ -47,37 +48,116 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     metadata |= {
         name: value
         for name, value in report.items()
-        if isinstance(value, int | float | str) and name not in metadata and name != "passed"
+        if isinstance(value, int | float | str) and name not in metadata and name not in {"passed", "output_sha256"}
     }
-    if labels := report.get("by_label"):
-        columns = list(next(iter(labels.values())))
-        rows = [[name, *(figures[column] for column in columns)] for name, figures in labels.items()]
-        metadata["by_label"] = dg.MetadataValue.md(table(["label", *columns], rows))
-    nested = {
-        name: value
-        for name, value in report.items()
-        if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
-    }
-    if nested:
-        metadata["figures"] = dg.MetadataValue.json(nested)
-    metadata |= _measured(root, state.address)
-    metadata |= _lineage(root, state)
-    metadata |= {
-        f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()
-    }
-    metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
+    plots = _plots(root, state, metadata)
+    metadata |= {name: value for name, value in tables(report).items() if name not in metadata}
+    metadata |= plots | _measured(root, state.address) | lineage_of
+    metadata["path"] = dg.MetadataValue.text(state.out)
+    metadata["data_version"] = dg.MetadataValue.text(state.version)
+    metadata |= {name: report[name] for name in ("output_sha256",) if name in report}
+    commit = commit_of_lock(root)
+    metadata |= {"git_commit": commit} if commit else {}
     if (folder := pages_of(root, state.address)).is_dir():
         # for readers without `pedigree ui`; `pages` is the link, of which a figure with that name would take the place
         metadata["pages_folder"] = dg.MetadataValue.path(str(folder))
+    metadata |= {
+        f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()
+    }
+    return finite(metadata)
+
+
+def _plots(root: Path, state: StageState, others: Mapping[str, Any]) -> dict[str, Any]:
+    """The plots of a stage as images.
+
+    Args:
+        others: metadata whose names a plot does not take.
+    """
+    found = {}
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
         if points := _rows_of(path):
-            taken = plot in PAGES or plot in metadata  # `alignment` is the link to the page, `loss` the last loss
+            taken = plot in PAGES or plot in others  # `alignment` is the link to the page, `loss` the last loss
             name = f"{plot}_curves" if taken else plot
-            metadata[name] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
-    commit = commit_of_lock(root)
-    return finite({**metadata, **({"git_commit": commit} if commit else {})})
+            found[name] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
+    return found
+
+
+SHOWN_OTHERWISE = {"dropped", "fixed", "checks"}
+"""Mappings of a report that are no figures."""
+COLUMNS = 5
+"""Most columns of a table of figures: Dagster's pane is narrow."""
+HASH = re.compile("[0-9a-f]{40,64}")
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The mappings and lists of a report, each as a table or a text, and the intervals of its figures as one table."""
+    found: dict[str, Any] = {}
+    known = {name for name in report if _is_interval(report.get(f"{name}_interval"))}
+    if known:
+        figures = {name: value for name, value in report.items() if name.removesuffix("_interval") in known}
+        found["intervals"] = dg.MetadataValue.md(_table_of(figures))
+    for name, value in report.items():
+        if name in SHOWN_OTHERWISE or name.removesuffix("_interval") in known:
+            continue
+        if isinstance(value, Mapping) and value:
+            found[name] = dg.MetadataValue.md(_table_of(value))
+        elif isinstance(value, list) and any(isinstance(one, str) and " " in one for one in value):
+            found[name] = dg.MetadataValue.md("\n".join(f"- {markdown(str(one))}" for one in value))
+        elif isinstance(value, Mapping | list):
+            found[name] = dg.MetadataValue.text(_text(value))
+    return found
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, int | float) for one in value)
+
+
+def _depth(value: Any) -> int:
+    """How many levels of mappings a value has."""
+    return 1 + max(map(_depth, value.values()), default=0) if isinstance(value, Mapping) else 0
+
+
+def _table_of(value: Mapping[str, Any]) -> str:
+    """A table of figures: one row for each, or for each mapping of a few figures if there is nothing else."""
+    columns = list(dict.fromkeys(name for one in value.values() if isinstance(one, Mapping) for name in one))
+    if all(_depth(one) == 1 for one in value.values()) and len(columns) <= COLUMNS:
+        rows = [[name, *(_text(one.get(column), column) for column in columns)] for name, one in value.items()]
+        return table(["", *columns], rows)
+    rows = _rows_of_figures(value)
+    if not any(interval for *_, interval in rows):
+        return table(["figure", "value"], [row[:2] for row in rows])
+    return table(["figure", "value", "95 % interval"], rows)
+
+
+def _rows_of_figures(value: Mapping[str, Any]) -> list[list[str]]:
+    """Name, value and interval of each figure; "a / b" is the name of one inside of a deep mapping."""
+    rows: list[list[str]] = []
+    for name, one in value.items():
+        if name.removesuffix("_interval") in value.keys() - {name} and _is_interval(one):
+            continue  # in the row of its figure
+        if _depth(one) > 2:
+            rows += [[f"{name} / {inner}", *rest] for inner, *rest in _rows_of_figures(one)]
+        else:
+            rows.append([name, _text(one, name), _text(value.get(f"{name}_interval"), "interval")])
+    return rows
+
+
+def _text(value: Any, name: str = "") -> str:
+    """A value of a report in a line: "a 1, b 2" of a mapping, "0.1 to 0.2" of an interval, the beginning of a hash."""
+    if value is None or isinstance(value, str):
+        return (value or "")[: 16 if HASH.fullmatch(value or "") else None]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        between, after = ("; ", ": ") if _depth(value) > 1 else (", ", " ")
+        known = {key: one for key, one in value.items() if one is not None}
+        return between.join(f"{key}{after}{_text(one, key)}" for key, one in known.items()) or "none"
+    if isinstance(value, list):
+        between = " to " if name.endswith("interval") and _is_interval(value) else ", "
+        return between.join(map(_text, value)) or "none"
+    return f"{value:,}"
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
@@ -210,7 +290,8 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     from matplotlib.figure import Figure
 
     names = [name for name in rows[0] if name not in {"step", "tokens"}]
-    lines, columns = -(-len(names) // 4), min(4, len(names))
+    # a fourth column would be cut off in Dagster's dialog
+    lines, columns = -(-len(names) // 3), min(3, len(names))
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
     figure.subplots(lines, columns, squeeze=False)
     for axes in figure.axes[len(names) :]:

@@ -149,7 +149,9 @@ class Handler(BaseHTTPRequestHandler):
                 _page("data/pages", "<li>empty: no stage with pages has run yet</li>").encode(),
             )
         if path is None:
-            return self._refusal(HTTPStatus.NOT_FOUND, "no such page; run the stage to write it")
+            return self._refusal(
+                HTTPStatus.NOT_FOUND, "no such page: `pedigree render` draws the pages of stages that have run"
+            )
         if path.is_dir():
             return HTTPStatus.OK, TYPES[".html"], LISTING_POLICY, _listing(base.resolve(), path).encode()
         try:

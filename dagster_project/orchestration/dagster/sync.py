@@ -40,7 +40,8 @@ def sync_after(
 ) -> list[str]:
     """Mark runs as failed whose process was killed, and report DVC's state to Dagster.
 
-    If there is nothing to report, and no run that could end or be killed, the state of the files is remembered.
+    If there is nothing to report, and no run or stage that could end or be killed, the state of the files is
+    remembered.
 
     Args:
         wait: see `sync_if_changed`.
@@ -55,7 +56,7 @@ def sync_after(
     project = PedigreeProject(last.root, last.key_prefix, pipeline=pipeline)
     snapshot = dagster_dvc.read(project, instance)
     lines += snapshot.lines + dagster_dvc.mirror(project, instance, snapshot)
-    if lines or instance.get_runs(UNFINISHED, limit=1):
+    if lines or snapshot.written or instance.get_runs(UNFINISHED, limit=1):
         return lines
     if not instance.event_log_storage.get_concurrency_run_ids():
         last.remember(stamped_paths(snapshot.states))

@@ -17,8 +17,8 @@ from dagster_project.orchestration.processes import descends_from, end_with, is_
 
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: the host of its process. Only that host can check whether the process is alive."""
-PROCESS_TAG = "pedigree/process"
-"""Tag of a run: the start of its process (`start_of`)."""
+PROCESS_TAG = ".dagster/pedigree_process"
+"""Tag of a run: the start of its process (`start_of`). Dagster does not show tags whose names begin with .dagster/."""
 QUIET = 3600.0
 """Seconds without an event after which a run no longer counts as in progress, if its process cannot be checked:
 it is on another machine, or the run never reported its process."""

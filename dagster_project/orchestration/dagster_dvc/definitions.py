@@ -12,10 +12,12 @@ from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration import rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
+from dagster_project.orchestration.dagster_dvc.failure import load_failures
 from dagster_project.orchestration.dagster_dvc.materialize import bring_up_to_date
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, IN_SYNC_DESCRIPTION
 from dagster_project.orchestration.dagster_dvc.project import DvcProject, is_forced
 from dagster_project.orchestration.dagster_dvc.sync import sync
+from dagster_project.orchestration.dagster_home import refuses_freshness
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
 
@@ -23,6 +25,7 @@ WHOLE = "pipeline"
 """Job of all stages."""
 
 
+@load_failures()
 def build_dvc_definitions(
     project_dir: str | Path, key_prefix: str | Sequence[str] = (), group_name: str | None = None
 ) -> dg.Definitions:
@@ -76,7 +79,7 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
     return [
         *(
             dg.AssetSpec(
-                project.source_key(path), group_name=project.source_group(), description=f"`{path}` in the workspace."
+                project.source_key(path), group_name=project.source_group(), description=f"{path} in the workspace."
             )
             for path in sources
         ),
@@ -89,7 +92,7 @@ def _definition(project: DvcProject, address: str) -> dg.AssetSpec:
     return dg.AssetSpec(
         project.definition_key(address),
         group_name=project.group("definitions"),
-        description=f"Command, parameters and code of `{address}`.",
+        description=f"Command, parameters and code of {address}.",
         metadata={_hidden_asset_key(): True},  # hidden by default (docs/decisions/016)
     )
 
@@ -104,7 +107,7 @@ def _asset(project: DvcProject, address: str, state: StageState) -> dg.AssetsDef
     key = project.asset_key(address)
     upstream = [project.asset_key(i.producer) if i.producer else project.source_key(i.path) for i in state.inputs]
     checks = {**project.check_descriptions(address, state), IN_SYNC: IN_SYNC_DESCRIPTION}
-    days = state.meta.get("stale_after_days")
+    days = None if refuses_freshness(project.root) else state.meta.get("stale_after_days")
     url = project.page_url(address)
     config_type = project.config_type
 

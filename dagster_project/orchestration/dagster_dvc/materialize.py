@@ -19,6 +19,7 @@ from dagster_project.core import faults
 from dagster_project.core.errors import CheckFailed, PedigreeError
 from dagster_project.orchestration import durations, dvc, dvc_run, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import end_with_run, interrupt_if_canceled, remaining, tag_run
+from dagster_project.orchestration.dagster_dvc.failure import StageFailure, StageInterrupted, StageRetry
 from dagster_project.orchestration.dagster_dvc.metadata import check_result, finite, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.progress import progress
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
@@ -54,7 +55,8 @@ def bring_up_to_date(
     Args:
         variables: for the environment of the stage command.
     Raises:
-        Failure: the stage is not ready, or failed.
+        StageFailure: the stage is not ready, or failed.
+        StageInterrupted: the run was terminated.
     """
     instance, key = context.instance, project.asset_key(address)
     end_with_run(instance, context.run_id, project.owns_instance)
@@ -84,6 +86,8 @@ def bring_up_to_date(
                     break
         else:
             context.log.info(f"{address} is {'frozen' if states[address].frozen else 'up to date'}; it was not run")
+    except dg.DagsterExecutionInterruptedError:
+        raise StageInterrupted(f"{address} was interrupted; nothing was recorded.") from None
     except Exception as error:
         known = faults.explained(error, project.root)
         if known is None:
@@ -94,7 +98,7 @@ def bring_up_to_date(
                 report = read_report(project.root, failed) or {}
                 results = project.check_results(address, failed, report if project.blocks(address, report) else {})
                 yield from (one for one in results if one.check_name in _planned_checks(context, key))
-        raise dg.Failure(str(known), allow_retries=False) from None
+        raise StageFailure(str(known)) from None
     state = states[address]
     report = read_report(project.root, state) or {}
     results = [*project.check_results(address, state, report), in_sync(key, state)]
@@ -102,9 +106,9 @@ def bring_up_to_date(
     for name in _planned_checks(context, key):
         yield found.get(name) or check_result(key, name, "", {"note": NO_RESULT}, "warn", {})
     if project.blocks(address, report):
-        raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
+        raise StageFailure(f"{address}: a blocking check failed. See {state.report}.")
     if state.differs:
-        raise dg.Failure(f"{address}: {state.output_problem}. Materialize it again.", allow_retries=False)
+        raise StageFailure(f"{address}: {state.output_problem}. Materialize it again.")
     # the same tags as sync reports, so that it does not report a second materialization
     yield dg.MaterializeResult(
         asset_key=key,
@@ -128,10 +132,10 @@ def _report_stamp(root: Path, state: StageState) -> tuple[int, ...]:
 
 def _refuse_removed(states: Mapping[str, StageState], address: str) -> None:
     """Raises:
-    Failure: the stage was removed from dvc.yaml, or its variant from params.yaml, since Dagster loaded it.
+    StageFailure: the stage was removed from dvc.yaml, or its variant from params.yaml, since Dagster loaded it.
     """
     if address not in states:
-        raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
+        raise StageFailure(f"{address} is no longer in dvc.yaml. Reload the code location.")
 
 
 def _planned_checks(context: dg.AssetExecutionContext, key: dg.AssetKey) -> list[str]:
@@ -200,16 +204,15 @@ def _refuse_unready(
     context: dg.AssetExecutionContext, project: DvcProject, states: Mapping[str, StageState], address: str
 ) -> None:
     """Raises:
-    RetryRequested: a stage upstream is in this run and has not ended. If the selection has no stages between, Dagster
+    StageRetry: a stage upstream is in this run and has not ended. If the selection has no stages between, Dagster
         does not know that it comes first.
-    Failure: an input of the stage is not up to date.
+    StageFailure: an input of the stage is not up to date.
     """
     if not (reason := _not_ready(states, address)):
         return
     if remaining(context.instance, context.run_id) & {*map(project.asset_key, dvc.ancestors(states, address))}:
-        context.log.info(f"{address} is waiting: {reason}")
-        raise dg.RetryRequested(ATTEMPTS, seconds_to_wait=10)
-    raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
+        raise StageRetry(f"{address} is waiting: {reason}", ATTEMPTS, seconds=10)
+    raise StageFailure(f"{address} was not run: {reason}.")
 
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:

@@ -125,10 +125,10 @@ def check_result(
     Args:
         check: its entry in the report.
         severity: "error", "warn", or anything else for a check that passed.
-        extra: metadata in addition to `truth`, `severity` and `note`.
+        extra: metadata in addition to `description`, `severity` and `note`.
     """
     metadata: dict[str, Any] = {
-        "truth": description,
+        "description": description,
         **extra,
         "severity": severity or "none",
         RESULT_HASH: digest([check, severity]),
@@ -150,7 +150,10 @@ def in_sync(key: dg.AssetKey, state: StageState) -> dg.AssetCheckResult:
     """Result of the check that the stage is up to date. Agrees with `dvc status`."""
     reasons = "; ".join(state.changed)
     note = "; ".join(filter(None, [reasons, FROZEN if state.frozen else ""]))
-    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), RESULT_HASH: dg.MetadataValue.text(digest(note))}
+    metadata = {
+        "description": dg.MetadataValue.text(IN_SYNC_DESCRIPTION),
+        RESULT_HASH: dg.MetadataValue.text(digest(note)),
+    }
     return dg.AssetCheckResult(
         check_name=IN_SYNC,
         asset_key=key,

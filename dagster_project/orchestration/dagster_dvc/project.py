@@ -15,6 +15,7 @@ import dagster as dg
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster_dvc import keys, metadata
+from dagster_project.orchestration.dagster_dvc.failure import StageFailure
 from dagster_project.orchestration.dagster_home import claim
 from dagster_project.orchestration.dvc import StageState
 
@@ -66,13 +67,11 @@ def is_forced(tags: Mapping[str, str]) -> bool:
     """Whether the tags of a run force its stages.
 
     Raises:
-        Failure: the tag has another value than true or false.
+        StageFailure: the tag has another value than true or false.
     """
     value = tags.get(FORCE_TAG, "false").strip().lower()
     if value not in {"true", "false"}:
-        raise dg.Failure(
-            f"The run tag {FORCE_TAG} is neither true nor false: {tags[FORCE_TAG]!r}.", allow_retries=False
-        )
+        raise StageFailure(f"The run tag {FORCE_TAG} is neither true nor false: {tags[FORCE_TAG]!r}.")
     return value == "true"
 
 

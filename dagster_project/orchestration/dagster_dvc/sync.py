@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dagster as dg
 
-from dagster_project.orchestration import dvc, locks
+from dagster_project.orchestration import dvc, locks, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress, is_pending
-from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, RESULT_HASH, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, RESULT_HASH, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.private_api import private_module
@@ -34,6 +34,9 @@ class Snapshot:
     """Assets that a run was about to materialize."""
     materialized: Mapping[dg.AssetKey, int | None]
     """Storage id of the latest materialization of each asset."""
+    written: frozenset[str]
+    """Addresses of the stages whose outputs another process was writing. DVC removes them before a stage runs, so what
+    is on disk of them says nothing about the stages that read them."""
 
 
 def sync(project: DvcProject, instance: dg.DagsterInstance) -> list[str]:
@@ -54,11 +57,18 @@ def read(project: DvcProject, instance: dg.DagsterInstance) -> Snapshot:
     """
     project.refuse_names()
     busy, materialized = in_progress(instance), _materialized(project, instance)
+    paths = {*rwlock.written(project.root)}
     states = project.read()
     lines = project.set_tampered_aside(states.values())
     states = project.read() if lines else states
+    paths |= {*rwlock.written(project.root)}
+    written = frozenset(address for address, state in states.items() if _overlap(state.all_outs, paths))
     lines += [*dvc.lost_records(project.root), *filter(None, map(project.damaged_report, states.values()))]
-    return Snapshot(states, lines, busy, materialized)
+    return Snapshot(states, lines, busy, materialized, written)
+
+
+def _overlap(some: Iterable[str], others: Iterable[str]) -> bool:
+    return any(dvc.overlap(a, b) for a in some for b in others)
 
 
 def _materialized(project: DvcProject, instance: dg.DagsterInstance) -> dict[dg.AssetKey, int | None]:
@@ -76,6 +86,8 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
     Assets are skipped that a run is about to materialize, or that were materialized
     after the snapshot: that run reports the materialization and its checks. A second
     materialization would separate the checks from the one that they evaluate.
+    Of stages whose outputs are being written nothing is reported either, and of those that read them only what does not
+    depend on it.
 
     Returns:
         One line for each event.
@@ -85,7 +97,13 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
         sources = {
             project.source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None
         }
-        sources |= {project.definition_key(address): state.definition_now for address, state in states.items()}
+        outs = [path for address in snapshot.written for path in states[address].all_outs]
+        settled = {address: _settled(state, snapshot.written, outs) for address, state in states.items()}
+        sources |= {
+            project.definition_key(address): state.definition_now
+            for address, state in states.items()
+            if settled[address].definition_changes or not _overlap(state.code, outs)
+        }
         addresses = {project.asset_key(address): address for address in states}
         busy = snapshot.in_progress | in_progress(instance)
         records = {
@@ -98,18 +116,37 @@ def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot
             for key, version in sources.items()
             for line in _source(project, instance, key, version, latest.get(key))
         ]
-        events += _wipe_definitions(project, instance, snapshot.materialized.keys() - sources.keys())
+        others = snapshot.materialized.keys() - sources.keys() - {*map(project.definition_key, states)}
+        events += _wipe_definitions(project, instance, others)
         idle = {}
         inputs = [i for one in states.values() if one.recorded for i in one.inputs]
         read = {i.producer for i in inputs if i.now == i.recorded != dvc.MISSING}
         for key, address in addresses.items():
             record = latest.get(key)
-            if key not in busy and (record.storage_id if record else None) == snapshot.materialized.get(key):
+            is_known = (record.storage_id if record else None) == snapshot.materialized.get(key)
+            if is_known and key not in busy and address not in snapshot.written:
                 idle[address] = states[address]
-                if record or states[address].recorded or address in read:
+                has_run = record or states[address].recorded or address in read
+                if has_run and settled[address] == states[address]:
                     entry = record.event_log_entry if record else None
                     events += _materialize(project, instance, states[address], states, entry)
-        return events + _checks(project, instance, idle)
+        return events + _checks(project, instance, idle, settled)
+
+
+def _settled(state: StageState, written: Collection[str], paths: Iterable[str]) -> StageState:
+    """The state of a stage without the differences that may only exist because outputs that it reads are being written.
+
+    Args:
+        written: the stages that write, and `paths` their outputs.
+    """
+    # of a folder with outputs of several stages there is one hash
+    in_folder = any(i.of_other_path and i.producer in written for i in state.inputs)
+    inputs = tuple(
+        replace(i, now=i.recorded) if i.recorded and (i.producer in written or (in_folder and i.of_other_path)) else i
+        for i in state.inputs
+    )
+    changes = tuple(one for one in state.definition_changes if not _overlap([one], paths))
+    return replace(state, inputs=inputs, definition_changes=changes)
 
 
 def _source(
@@ -238,20 +275,34 @@ def _materialize(
     return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
 
 
-def _is_planned(instance: dg.DagsterInstance, key: dg.AssetCheckKey) -> bool:
-    """Whether a run is about to report the check. A result that is reported later than it was planned would hide that
-    of the run."""
+def _is_of_run(instance: dg.DagsterInstance, key: dg.AssetCheckKey, seen: Any) -> bool:
+    """Whether a run is about to report the check, or has done so since it was read. A result that is reported later
+    would hide that of the run.
+
+    Args:
+        seen: the AssetCheckExecutionRecord that was read; None if there was none.
+    """
     latest = instance.event_log_storage.get_latest_asset_check_execution_by_key([key]).get(key)
-    if latest is None or (latest.event and latest.event.asset_check_evaluation):
+    if latest is None:
         return False
+    if latest.event and latest.event.asset_check_evaluation:
+        return seen is None or (latest.id, latest.status) != (seen.id, seen.status)
     return is_pending(instance, latest.run_id, key.asset_key)
 
 
-def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
+def _checks(
+    project: DvcProject,
+    instance: dg.DagsterInstance,
+    states: Mapping[str, StageState],
+    settled: Mapping[str, StageState],
+) -> list[str]:
     """Report each check result that differs from the latest one, or that evaluates an earlier materialization.
 
     Dagster would not show the latter. The report of another version than the output on disk has none of this output:
     Dagster shows its checks as not evaluated.
+
+    Args:
+        settled: the same states without what a running stage may cause.
     """
     reports = {
         address: None if state.report_of_other else read_report(project.root, state)
@@ -262,8 +313,9 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
         for address, state in states.items()
         for result in [
             *project.check_results(address, state, reports[address] or {}),
-            in_sync(project.asset_key(address), state),
+            in_sync(project.asset_key(address), settled[address]),
         ]
+        if result.check_name != IN_SYNC or settled[address] == state or settled[address].changed
     }
     recorded = {project.asset_key(address): state.recorded for address, state in states.items()}
     records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
@@ -280,7 +332,7 @@ def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[s
             is_same = evaluation.metadata.get(RESULT_HASH) == result.metadata[RESULT_HASH]
             if is_same and _evaluates(record, evaluation, latest):
                 continue
-        if _is_planned(instance, key):  # read now: the run may have been launched meanwhile
+        if _is_of_run(instance, key, record):  # read now: the run may have been launched, or have ended, meanwhile
             continue
         target = None
         if latest:
