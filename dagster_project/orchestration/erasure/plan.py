@@ -212,10 +212,11 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
     )
     for address in (EXAMPLES, PAIRS):
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
-        if address in states and (states[address].recorded or is_used) and states[address].changed:
+        # one that DVC runs each time is never without a change
+        if address in states and (states[address].recorded or is_used) and not states[address].as_recorded:
+            reason = next(one for one in states[address].changed if one != dvc.ALWAYS)
             raise InputError(
-                f"{address} is not up to date ({states[address].changed[0]}),"
-                " so its rows may not be those of the sources",
+                f"{address} is not up to date ({reason}), so its rows may not be those of the sources",
                 f"run `dvc repro {address}`, then ask again",
             )
 

@@ -86,7 +86,7 @@ class Erasure:
         )
         for step in steps:
             if step.__name__ not in self.plan["done"]:
-                log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
+                log.info(f"erase: {' '.join((step.__doc__ or '').partition('.')[0].split())}")
                 runs_stages = step == self.pipeline
                 with nullcontext() if runs_stages else no_stage_runs(self.root, self.plan["stages"], waits=True):
                     step()
