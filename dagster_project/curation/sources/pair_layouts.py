@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -79,6 +79,8 @@ class PairLayout:
     """Moves fields of a nested object to the row, where they are accounted for. Raises errors like `pairs`."""
     used_turns: Callable[[dict[str, Any]], Mapping[str, int]] = lambda row: {}
     """Key of the row -> how many of its messages are used, where that may be fewer than all."""
+    of_tree: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] | None = None
+    """As in `Layout`, those that are in a pair."""
 
     @property
     def forms(self) -> tuple[PairLayout, ...]:
@@ -397,19 +399,25 @@ def _after_system(row: dict[str, Any]) -> Messages:
 
 def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
     """Pair the best reply to each prompter turn with each lower-ranked reply. The margin is the difference in rank."""
-    pairs = []
+    pairs = [
+        Pair([oasst_turn(message) for message in thread], [oasst_turn(best)], [oasst_turn(reply)], float(margin))
+        for thread, best, reply, margin in _ranked_replies(row)
+    ]
+    if not pairs:
+        raise ValueError("the tree has no two replies of different rank to the same message")
+    return pairs
+
+
+def _ranked_replies(row: dict[str, Any]) -> Iterator[tuple[list[Any], Any, Any, float]]:
+    """A message of a tree with those before it, its best reply, one ranked below it, and the difference in rank."""
     threads = [[row["prompt"]]]
     for thread in threads:
         found = replies(thread[-1])
         threads += [[*thread, reply] for reply in found]
         ranked = [reply for reply in found if reply.get("rank") is not None and reply["role"] == "assistant"]
-        prompt = [oasst_turn(message) for message in thread]
         for reply in ranked[1:]:
             if (margin := reply["rank"] - ranked[0]["rank"]) > 0:
-                pairs.append(Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(margin)))
-    if not pairs:
-        raise ValueError("the tree has no two replies of different rank to the same message")
-    return pairs
+                yield thread, ranked[0], reply, margin
 
 
 def _pair_layout(
@@ -506,7 +514,12 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
     ),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
     "kto": _kto_layout(),
-    "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
+    "oasst": PairLayout(
+        frozenset({"message_tree_id", "prompt"}),
+        _oasst_pairs,
+        frozenset({"prompt"}),
+        of_tree=lambda row: (one for thread, *both, _ in _ranked_replies(row) for one in (*thread, *both)),
+    ),
 }
 
 PAIR_LAYOUTS |= {
