@@ -304,6 +304,8 @@ def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
 
     def order(reply: dict[str, Any]) -> tuple[bool, Any, bool]:
+        if not isinstance(reply.get("rank"), int | float | None):
+            raise ValueError(f"rank must be a number, found {type(reply['rank']).__name__}")
         return reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")
 
     return sorted((reply for reply in message.get("replies") or [] if not reply.get("deleted")), key=order)

@@ -249,6 +249,17 @@ def _compared(
     return pairs
 
 
+def _texts_in(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]]) -> Callable[[dict[str, Any]], list[Pair]]:
+    """Reader of rows whose columns `keys` are texts. Messages there would be in no canonical form."""
+
+    def checked(row: dict[str, Any]) -> list[Pair]:
+        for key in keys.split():
+            as_text(row[key])
+        return pairs(row)
+
+    return checked
+
+
 def _first_if(better: bool) -> Callable[[Any], float]:
     """Score of a verdict that is true or false, or 1 or 0, and has this value if the first answer is better."""
 
@@ -525,12 +536,15 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
 PAIR_LAYOUTS |= {
     "orca_dpo": _pair_layout(
         "question chosen rejected",
-        _preference("question", "chosen", "rejected"),
+        _texts_in("question chosen rejected", _preference("question", "chosen", "rejected")),
         "system margin",
         by_value=True,
         variants=(
             _pair_layout(
-                "input chosen rejected", _preference("input", "chosen", "rejected"), "system margin", by_value=True
+                "input chosen rejected",
+                _texts_in("input chosen rejected", _preference("input", "chosen", "rejected")),
+                "system margin",
+                by_value=True,
             ),
         ),
     ),
@@ -546,23 +560,37 @@ PAIR_LAYOUTS |= {
     ),
     "helpsteer": _pair_layout(
         "context response1 response2 overall_preference",
-        _compared("context", ("response1", "response2"), "overall_preference", _number, scaled=True),
+        _texts_in(
+            "response1 response2",
+            _compared("context", ("response1", "response2"), "overall_preference", _number, scaled=True),
+        ),
         turns=_messages_in("context"),
         variants=(
             _pair_layout(
                 "prompt response_1 response_2 preference_strength",
-                _compared("prompt", ("response_1", "response_2"), "preference_strength", _number, scaled=True),
+                _texts_in(
+                    "prompt response_1 response_2",
+                    _compared("prompt", ("response_1", "response_2"), "preference_strength", _number, scaled=True),
+                ),
             ),
         ),
     ),
-    "nectar": _pair_layout("prompt answers num_responses", _nectar, turns={"answers": _read_ranked}),
+    "nectar": _pair_layout(
+        "prompt answers num_responses", _texts_in("prompt", _nectar), turns={"answers": _read_ranked}
+    ),
     "pku_saferlhf": _pair_layout(
         "prompt response_0 response_1 better_response_id",
-        _compared("prompt", ("response_0", "response_1"), "better_response_id", _first_if(False)),
+        _texts_in(
+            "prompt response_0 response_1",
+            _compared("prompt", ("response_0", "response_1"), "better_response_id", _first_if(False)),
+        ),
     ),
     "shp": _pair_layout(
         "history human_ref_A human_ref_B labels",
-        _compared("history", ("human_ref_A", "human_ref_B"), "labels", _first_if(True)),
+        _texts_in(
+            "history human_ref_A human_ref_B",
+            _compared("history", ("human_ref_A", "human_ref_B"), "labels", _first_if(True)),
+        ),
     ),
 }
 
