@@ -115,11 +115,11 @@ def number_in(text: str) -> Decimal | None:
 
 
 def _in_box(text: str, box: re.Match[str]) -> Decimal | None:
-    """The number in a box, or the number that the box is a part of, as in `-\boxed{5}`."""
+    r"""The number in a box, or the number that the box is a part of, as in `-\boxed{5}`."""
     content = (box[1][1:-1] if box[1] else box[2] or "").rpartition("=")[2]
     if len(_numbers(content)) != 1:
         return None
-    # numbers beside the box are others: a line break is between them, because groups of digits may have spaces
+    # numbers beside it are others: the line break keeps them apart, because groups of digits may have spaces
     before, after = text[: box.start()], text[box.end() :]
     if before.endswith(" "):
         before = before.rstrip(" ") + "\n"
