@@ -452,6 +452,25 @@ def test_a_tree_accounts_for_every_message(tmp_path: Path) -> None:
     assert json.loads(record["meta"])["tree"] == {"messages": 6, "kept": 2, "unanswered": 1, "other_branches": 3}
 
 
+@pytest.mark.parametrize(
+    ("layout", "row", "problem"),
+    [
+        ("oasst", {"prompt": "Hi"}, "expected a message, found str"),
+        ("oasst", {"prompt": message("prompter", "Hi", "Hello")}, "expected a message, found str"),  # type: ignore[arg-type]
+        ("oasst", {"prompt": {**message("prompter", "Hi"), "replies": 3}}, "replies must be a list, found int"),
+        ("nectar", {"answers": [3, 4]}, "expected an answer with its rank, found int"),
+        (
+            "preference",
+            {"chosen": [{"role": "assistant", "content": [{"type": ["text"], "text": "Hello"}]}]},
+            "the type of a content part must be text, found list",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_named(layout: str, row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    (pair,) = pairs_of(tmp_path, {**PAIR_ROWS[layout][0], **row}, layout=layout)
+    assert problem_of(pair) == problem
+
+
 def test_a_rank_that_is_no_number_is_not_compared_as_text(tmp_path: Path) -> None:
     replies = [message("assistant", text, rank=rank) for text, rank in (("Good", "9"), ("Bad", "10"))]
     row = {"message_tree_id": "t", "prompt": message("prompter", "Hi", *replies)}

@@ -308,7 +308,16 @@ def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"rank must be a number, found {type(reply['rank']).__name__}")
         return reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")
 
-    return sorted((reply for reply in message.get("replies") or [] if not reply.get("deleted")), key=order)
+    found = _object(message).get("replies") or []
+    if not isinstance(found, list):
+        raise ValueError(f"replies must be a list, found {type(found).__name__}")
+    return sorted((reply for reply in map(_object, found) if not reply.get("deleted")), key=order)
+
+
+def _object(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"expected a message, found {type(message).__name__}")
+    return message
 
 
 def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:

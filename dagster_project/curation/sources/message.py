@@ -131,7 +131,9 @@ def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
         if not isinstance(part, dict):
             raise ValueError(f"expected a content part, found {type(part).__name__}")
         kind = part.get("type") or "text"
-        if isinstance(kind, str) and kind in MEDIA:
+        if not isinstance(kind, str):
+            raise ValueError(f"the type of a content part must be text, found {type(kind).__name__}")
+        if kind in MEDIA:
             raise UnsupportedContent(f"{MEDIA[kind]} in a message")
         if kind in TEXT_PARTS:
             texts.append(as_text(part["text"]))

@@ -323,6 +323,8 @@ def _texts(value: Any) -> list[str]:
 
 def _read_ranked(given: Any) -> Parsed:
     """An answer of Nectar: {"answer": "Hello", "model": "gpt-4", "rank": 1}"""
+    if not isinstance(given, dict):
+        raise ValueError(f"expected an answer with its rank, found {type(given).__name__}")
     answer = as_turns(None, ("assistant", as_text(given["answer"])))
     return {"messages": answer, "rank": _number(given["rank"])}, tuple({*given} - {"answer", "rank"})
 
