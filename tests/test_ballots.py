@@ -387,7 +387,7 @@ def test_identical_systems_have_no_ballot_and_do_not_block_the_others(
     write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
     for systems, same in ((("few_shot", "twin"), 1), (("lora", "other"), 0)):
         assert main(["ballots", "export", *systems, "--project", str(project)]) == 2
-        assert f"no test prompt that both answered differently ({same} with the same answer)" in capsys.readouterr().err
+        assert f"no test prompt with two different answers ({same} with the same answer)" in capsys.readouterr().err
     assert (
         ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0]
         == ballot

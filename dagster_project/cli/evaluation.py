@@ -159,7 +159,7 @@ def _match(options: argparse.Namespace) -> Match:
     if not matched.pairs:
         raise InputError(
             f"{' and '.join(matched.systems)}:"
-            f" no test prompt that both answered differently ({matched.identical} with the same answer)",
+            f" no test prompt with two different answers ({matched.identical} with the same answer)",
             "give two other systems",
         )
     return matched

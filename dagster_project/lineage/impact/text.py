@@ -100,11 +100,9 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         steps_text = "at steps unknown"
     else:
         training = seen["learnt"]
-        steps_text = (
-            f"{many(training['records'], 'record')} in steps {training['first_step']} to {training['last_step']}"
-            if training["records"]
-            else _not_learned(seen)
-        )
+        first, last = training["first_step"], training["last_step"]
+        within = f"step {first}" if first == last else f"steps {first} to {last}"
+        steps_text = f"{many(training['records'], 'record')} in {within}" if training["records"] else _not_learned(seen)
     return f"{splits}; {steps_text}{through}"
 
 
