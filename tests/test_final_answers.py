@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -248,6 +249,31 @@ def test_a_fraction_is_the_same_in_every_spelling(value: Fraction, text: str) ->
     for spelling in _spellings(value):
         for minus in ("-", "\u2212", "\u2013") if "-" in spelling else ("-",):
             assert number_in(text.format(spelling.replace("-", minus))) == expected, (text, spelling, minus)
+
+
+OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    **{f"{{}}{sign}{{}}": lambda a, b: a * b for sign in ("*", " * ", "\u00d7", r"\times ", r" \cdot ")},
+    **{f"{{}}{sign}{{}}": lambda a, b: a / b for sign in ("\u00f7", " \u00f7 ", r"\div ", "/", " / ", "/(", "  /  ")},
+    **{f"{{}}{sign}{{}}": lambda a, b: a + b for sign in ("+", " + ")},
+    "{}/-{}": lambda a, b: -a / b,
+    "{}//{}": lambda a, b: a / b,
+    "({})({})": lambda a, b: a * b,
+    "-({}/{})": lambda a, b: -a / b,
+    "({}/{})^2": lambda a, b: (a / b) ** 2,
+    "{{{}}}^{{2}}*{}": lambda a, b: a**2 * b,
+}
+"""Expression of two numbers -> its value."""
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 10**6), st.decimals(1, 999, places=2)), min_size=2, max_size=2),
+    st.sampled_from([*OPERATORS]),
+    st.sampled_from(["{}", "So it is {}.", "#### {}", r"of 8 it is \boxed{{{}}}", "x = ${}$"]),
+)
+def test_no_part_of_an_expression_is_its_value(numbers: list[int | Decimal], expression: str, text: str) -> None:
+    value = OPERATORS[expression](*map(Fraction, numbers))
+    found = number_in(text.format(expression.format(*numbers)))
+    assert found is None or abs(Fraction(found) / value - 1) < Fraction(1, 10**20)
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "{}.00", "{:,}.0"]))
