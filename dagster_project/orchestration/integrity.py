@@ -130,7 +130,7 @@ def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) ->
 
 
 def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[str, Any]:
-    """Hash everything that dvc.lock refers to, in the cache and the workspace, and dvc.lock itself.
+    """Hash every output and report that dvc.lock names, in the cache and the workspace, and dvc.lock itself.
 
     Args:
         rev: a git revision instead of the workspace.

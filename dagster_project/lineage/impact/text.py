@@ -81,6 +81,8 @@ def _where(model: Mapping[str, Any], shallow: bool) -> str:
 
 def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     through = f" through {seen['by']} {seen['md5'][:12]}" if seen["md5"] != model["md5"] else ""
+    if not through and seen["by"] in model.get("also_called", ()):  # the same bytes, trained under another name
+        through = f" as {seen['by']}"
     splits = ", ".join(f"{split} {n}" for split, n in seen["splits"].items())
     if seen.get("distilled"):
         return f"distilled from it{through}"
