@@ -164,6 +164,29 @@ def test_an_answer_is_unfinished_without_an_end_of_turn_whatever_its_text(tiny_t
     assert [row["sft_unfinished"] for row in rows] == [True, True, False, True] and found["unfinished"]["sft"] == 0.75
 
 
+def test_the_win_rate_compares_rewards_before_they_are_rounded_and_equal_answers_are_ties(tiny_tokenizer: Any) -> None:
+    """The same answer in another batch can get another reward by rounding."""
+    said = {"sft": ["Yes", "Oh", "No", "Hm"], "aligned": ["Yes", "Ah", "Well", "Hm"]}
+    rewards = {"sft": [0.1, 0.12343, 0.5, -1.0], "aligned": [0.1 + 1e-7, 0.12344, 0.50001, -1.0 - 1e-7]}
+    asked: list[list[str]] = []
+
+    class Two(Canned):
+        def answer(self, who: str, pairs: Any, *_: Any) -> Any:
+            self.answers = [list(tiny_tokenizer.encode(f"{text}<|im_end|>")) for text in said[who]]
+            return super().answer(who, pairs)
+
+    class Judge:
+        def of_answers(self, pairs: Any, messages: Any) -> list[float]:
+            asked.append([message["content"] for message in messages])
+            return rewards["aligned" if len(asked) == 2 else "sft"]
+
+    pairs = [{"example_id": str(n), "prompt": [{"role": "user", "content": "Hi"}]} for n in range(4)]
+    rows, found = samples(Two(tiny_tokenizer, []), pairs, Judge(), 9)  # type: ignore[arg-type]
+    assert asked == [*said.values()]
+    assert all(row["aligned_reward"] == row["sft_reward"] for row in rows)
+    assert found["win_rate"]["value"] == (0.5 + 1 + 1 + 0.5) / 4
+
+
 def test_the_reward_model_prefers_the_chosen_answers_of_unseen_pairs(judged: tuple[Path, Report]) -> None:
     folder, report = judged
     assert not report.failures

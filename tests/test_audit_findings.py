@@ -105,6 +105,7 @@ def test_a_source_whose_rows_are_all_copies_of_another_is_credited_with_them(mad
     }
     (own,) = impact(made.root, source=FAQ)["models"][0]["seen"]
     assert own["splits"] == {"train": 1, "validation": 1}
+    assert "; 1 record in step 1\n" in pedigree(made.root, "impact", "--source", COPY).stdout
 
 
 def test_a_paraphrase_of_a_record_is_credited_to_every_source_that_holds_the_record(made: Project) -> None:

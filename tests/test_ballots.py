@@ -387,7 +387,7 @@ def test_identical_systems_have_no_ballot_and_do_not_block_the_others(
     write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
     for systems, same in ((("few_shot", "twin"), 1), (("lora", "other"), 0)):
         assert main(["ballots", "export", *systems, "--project", str(project)]) == 2
-        assert f"no test prompt that both answered differently ({same} with the same answer)" in capsys.readouterr().err
+        assert f"no test prompt with two different answers ({same} with the same answer)" in capsys.readouterr().err
     assert (
         ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0]
         == ballot
@@ -516,17 +516,27 @@ def test_a_file_that_states_another_number_of_pairs_than_its_page_is_refused(
     assert "cannot be checked" not in capsys.readouterr().err
 
 
-def test_a_file_without_a_code_is_refused_if_a_vote_is_missing_in_between_and_else_reported(
-    project: Path, ballot: Match, capsys: Any
+@pytest.mark.parametrize("seal", [{}, {"seal": None}])
+def test_a_file_without_its_code_counts_as_incomplete(
+    project: Path, ballot: Match, seal: dict[str, None], capsys: Any
 ) -> None:
-    whole = sheet(ballot, "Anna", lambda i, pair: "loss" if i == 4 else "win")
-    del whole["seal"]
+    """A rater deletes the code, and the last votes: nothing shows how many there were."""
+    sealed = sheet(ballot, "Anna", lambda i, pair: "loss" if i == 4 else "win")
+    whole = {name: value for name, value in sealed.items() if name != "seal"} | seal
+    other = sheet(ballot, "Ben", lambda i, pair: "win")
+    short = whole | {"votes": whole["votes"][:4], "pairs": 4}
+    for votes in (whole, short):
+        files = saved(project, votes, other)
+        err = refused(project, files, capsys=capsys)
+        assert f"{files[0]}: without the code" in err and files[1] not in err and "--partial" in err
+        assert main(["ballots", "import", *files, "--partial", "--json", *at(project)]) == 0
+        shown = capsys.readouterr()
+        assert f"{files[0]}: saved from a page of an earlier version, or edited" in shown.err
+        assert json.loads(shown.out)["raters"] == {"Anna": len(votes["votes"]), "Ben": 18}
     without_loss = [vote for i, vote in enumerate(whole["votes"]) if i != 4]
-    err = refused(project, saved(project, whole | {"votes": without_loss, "pairs": 17}), capsys=capsys)
+    files = saved(project, whole | {"votes": without_loss, "pairs": 17})
+    err = refused(project, files, "--partial", capsys=capsys)
     assert "votes on pairs that a page with 17 pairs does not have" in err
-    files = saved(project, whole | {"votes": whole["votes"][:4], "pairs": 4})
-    assert main(["ballots", "import", *files, *at(project)]) == 0
-    assert f"{files[0]}: saved from a page of an earlier version, or edited" in capsys.readouterr().err
 
 
 def test_votes_are_not_replaced_by_preferences(project: Path, ballot: Match, capsys: Any) -> None:

@@ -23,9 +23,11 @@ from typing import Any
 
 import pytest
 from builders.browser import CHROMIUM, needs_chromium
+from builders.servers import free_port
 from conftest import ROOT, edit_params, pedigree
 
 from dagster_project.core.severity import shown
+from dagster_project.orchestration.dagster import pages
 from dagster_project.orchestration.dvc import read_stages
 
 SHOTS = ROOT / "screenshots"
@@ -160,6 +162,16 @@ def test_the_lineage_graph_has_named_groups_in_flow_order_and_readable_keys(ui: 
     assert left == sorted(left) and len(left) == len(groups), "the groups are in the order of the flow"
     said = ui.see("/assets", "adapter", "instructions", shot="catalog")
     assert "Command, parameters and code of" not in said
+
+
+def test_a_second_ui_of_the_project_is_refused_with_the_address_of_the_first(ui: Ui) -> None:
+    """Each has a daemon, and both daemons would launch the runs of a schedule."""
+    before = pages.port_of(ui.root)
+    ports = ["--port", str(free_port()), "--pages-port", str(free_port())]
+    for chosen in (ports, ["--port", ui.url.rpartition(":")[2]]):  # the hint is not to choose another port
+        done = pedigree(ui.root, "ui", *chosen)
+        assert done.returncode == 2 and f"process {ui.server.pid}, {ui.url}\nhint: use that one" in done.stderr
+    assert pages.port_of(ui.root) == before
 
 
 ATTACK = """<!doctype html><title>starts</title><img id=i><iframe id=f name=f></iframe>

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -615,6 +616,47 @@ def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_not
         assert tab.evaluate("document.documentElement.scrollWidth") == 400
         browser.close()
     assert wrong == []
+
+
+NEAR = {  # system -> score, tokens of a prompt, tokens of the training
+    "lora": (0.807, 57, 95_000), "dora": (0.806, 57, 95_000), "dpo": (0.805, 57, 95_010), "loha": (0.805, 58, 94_000),
+    "vera": (0.804, 57, 95_000), "ia3": (0.684, 57, 91_000), "an-adapter-with-a-rather-long-name": (0.676, 57, 90_000),
+    "tfidf_logistic": (0.679,), "retrieved": (0.363, 57), "few_shot": (0.03, 59), "zero_shot": (0.01, 57),
+}  # fmt: skip
+
+
+@pytest.mark.browser
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1000])
+def test_in_a_browser_systems_with_nearly_equal_scores_and_costs_cover_neither_each_other_nor_a_label(
+    width: int, tmp_path: Path
+) -> None:
+    from playwright.sync_api import sync_playwright
+
+    scores = {
+        name: {"n": 192, **dict.fromkeys(SHOWN, value), "macro_f1_interval": [max(0.0, value - 0.06), value + 0.05]}
+        for name, (value, *_) in NEAR.items()
+    }
+    costs = {name: dict(zip(("prompt_tokens", "tokens"), of, strict=False)) for name, (_, *of) in NEAR.items()}
+    compared = {name: to_rivals(few_shot=SURE) for name, of in NEAR.items() if len(of) == 3}
+    page = comparison_page(document(scores=scores, costs=costs, compared=compared), [], {})
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.goto((tmp_path / "page.html").as_uri())
+        plots = tab.evaluate("""() => [...document.querySelectorAll("svg:has(.spot)")].map((plot) => {
+            const box = (shape) => ["left", "right", "top", "bottom"].map((at) => shape.getBoundingClientRect()[at]);
+            return { all: box(plot), spots: [...plot.querySelectorAll(".spot")].map(box),
+                     labels: [...plot.querySelectorAll(".marked")].map(box) };
+        })""")
+        browser.close()
+    assert [(len(plot["spots"]), len(plot["labels"])) for plot in plots] == [(10, 1), (7, 1)]
+    for plot in plots:
+        for one, other in combinations([*plot["spots"], *plot["labels"]], 2):
+            apart = one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+            assert apart, (one, other)
+        assert all(plot["all"][0] <= one[0] and one[1] <= plot["all"][1] for one in plot["spots"])
 
 
 def test_compare_prints_the_table_or_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

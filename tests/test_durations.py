@@ -28,7 +28,7 @@ from dagster_project.orchestration.dagster_dvc.definitions import build_dvc_defi
 from dagster_project.orchestration.dagster_dvc.progress import progress
 from dagster_project.orchestration.durations import SECONDS, elapsed, known, last, record, remaining, time_left
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, STAGE, fits_no_node, jobs_ahead
+from dagster_project.orchestration.executors.ray_queue import PROJECT, RESOURCES, STAGE, has_too_few_nodes, jobs_ahead
 from dagster_project.orchestration.executors.ray_queue import SECONDS as DURATION
 from dagster_project.orchestration.run_all import on_cluster
 
@@ -230,7 +230,11 @@ def test_a_job_that_waits_names_what_is_ahead_of_it_and_when_that_could_end(tmp_
     assert "(1 CPU; runs longer than the last time); estimate: it could begin at any moment," in text(longer)
 
 
-def test_a_job_fits_no_node_only_if_the_resources_of_all_nodes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def node(resources: dict[str, float], **labels: str) -> Any:
+    return SimpleNamespace(resources_total=resources, labels=labels)
+
+
+def test_a_job_has_too_few_nodes_only_if_the_resources_of_all_nodes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     api = pytest.importorskip("ray.util.state")
     nodes: list[Any] = []
 
@@ -239,14 +243,24 @@ def test_a_job_fits_no_node_only_if_the_resources_of_all_nodes_are_known(monkeyp
 
     monkeypatch.setattr(api, "list_nodes", list_nodes)
     needed = {"GPU": 1.0, "memory": 2e9}
-    assert not fits_no_node("http://head", needed), "no node is known"
-    nodes += [SimpleNamespace(resources_total={"CPU": 8.0, "GPU": 1.0, "memory": 1e9})] * 120
-    assert fits_no_node("http://head", needed)
-    joining = SimpleNamespace(resources_total={})
-    nodes.append(joining)
-    assert not fits_no_node("http://head", needed)
-    nodes[-1] = SimpleNamespace(resources_total={"GPU": 1.0, "memory": 2e9})
-    assert not fits_no_node("http://head", needed), "the last of 121 nodes has them"
+    assert not has_too_few_nodes("http://head", needed), "no node is known"
+    nodes += [node({"CPU": 8.0, "GPU": 1.0, "memory": 1e9})] * 120
+    assert has_too_few_nodes("http://head", needed)
+    nodes.append(node({}))
+    assert not has_too_few_nodes("http://head", needed), "one is joining"
+    nodes[-1] = node({"GPU": 1.0, "memory": 2e9})
+    assert not has_too_few_nodes("http://head", needed), "the last of 121 nodes has them"
+
+
+def test_a_job_of_several_nodes_needs_as_many_with_its_resources_and_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node({"CPU": 4.0}, image="gpu"), node({"CPU": 9.0}, image="cpu"), node({"CPU": 1.0}, image="gpu")]
+    monkeypatch.setattr(pytest.importorskip("ray.util.state"), "list_nodes", lambda *_, **__: nodes)
+
+    def has_enough(cpus: float, count: int, image: str | None = None) -> bool:
+        return not has_too_few_nodes("http://head", {"CPU": cpus}, count, image)
+
+    assert has_enough(4, 2) and not has_enough(4, 3) and has_enough(1, 3) and not has_enough(1, 4)
+    assert has_enough(4, 1, "gpu") and not has_enough(4, 2, "gpu") and not has_enough(1, 1, "arm")
 
 
 def test_what_is_unknown_of_the_jobs_ahead_is_not_estimated(tmp_path: Path) -> None:

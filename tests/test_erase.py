@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import dataclasses
 import gzip
 import io
 import json
@@ -59,7 +60,7 @@ from dagster_project.lineage.signing.keys import PrivateKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.orchestration import locks
-from dagster_project.orchestration.dvc import Input, StageState
+from dagster_project.orchestration.dvc import ALWAYS, Input, StageState
 from dagster_project.orchestration.dvc_run import reproduce
 from dagster_project.orchestration.erasure import event_log, steps
 from dagster_project.orchestration.erasure import plan as plans
@@ -992,6 +993,17 @@ def test_an_erasure_is_refused_where_a_stage_is_frozen(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"splits: frozen in dvc.yaml, so DVC would not make it again"):
         plans._refuse_outdated(tmp_path, {"splits": frozen})
+
+
+def test_a_raw_data_set_that_dvc_reads_each_time_can_be_erased_from_while_it_is_as_recorded(tmp_path: Path) -> None:
+    """With `always_changed`, e.g. for a source at an address, DVC would never call it up to date."""
+    (tmp_path / "params.yaml").write_text("raw_examples: {}\n")
+    recorded = {"address": "raw_examples", "recorded": True, "inputs": (), "output_problem": ALWAYS}
+    raw = StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **recorded})
+    plans._refuse_outdated(tmp_path, {"raw_examples": raw})
+    edited = dataclasses.replace(raw, inputs=(Input(None, "data/sources/mine.jsonl", "now", "before"),))
+    with pytest.raises(InputError, match=r"raw_examples is not up to date \(data/sources/mine.jsonl changed\)"):
+        plans._refuse_outdated(tmp_path, {"raw_examples": edited})
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,32 @@ def test_only_outputs_of_this_project_that_hold_rows_are_removed_from_cache_and_
     assert len(after.places["DVC cache"]) == 2 and len(after.places["remote store"]) == 2
 
 
+def test_curves_of_removed_outputs_are_removed_and_those_that_another_output_has_stay(bare: Path) -> None:
+    toy = Project(bare)
+    source = "data/sources/a.jsonl"
+
+    def locked(text: str, own: str) -> dict[str, Any]:
+        """The model of one record, with two curves."""
+        lock = toy.lock([(text, "train", source)])
+        drawn = {"own": toy.put_file(f"confusion,{own}".encode()), "same": toy.put_file(b"step,loss")}
+        lock["adapter@lora"]["outs"] += [{"path": f"data/plots/{name}.csv", "md5": md5} for name, md5 in drawn.items()]
+        return lock
+
+    old, other, now = locked("secret", "1"), locked("common", "2"), locked("later", "3")
+    names = [[out["md5"] for out in lock["adapter@lora"]["outs"]] for lock in (old, other, now)]
+    for lock in (old, other, now):
+        toy.commit(lock)
+    remote = bare.parent / "remote"
+    subprocess.run(["cp", "-r", bare / ".dvc/cache", remote], check=True)
+    (bare / ".dvc/config").write_text(f"['remote \"store\"']\n    url = {remote}\n")
+    lists = removed(bare, retired=[names[0][0]])
+    gone = {names[0][0], names[0][1]}
+    for storage, listed in ((bare / ".dvc/cache", lists["objects"]), (remote, lists["remotes"]["store"])):
+        assert gone <= {*listed}
+        left = {one for of in names for one in of if (storage / "files/md5" / one[:2] / one[2:]).is_file()}
+        assert left == {one for of in names for one in of} - gone, "the other curve is also of models that stay"
+
+
 def test_the_source_before_is_removed_from_cache_and_remote_also_if_its_text_is_short(
     shared: tuple[Project, dict[str, str], Path],
 ) -> None:

@@ -161,7 +161,7 @@ def test_a_bad_section_ends_a_run_with_exit_code_2_and_keeps_the_outputs(root: P
 
 
 @pytest.mark.parametrize("mode", ["", "token"])
-@pytest.mark.parametrize("address", ["http://ray.example.org:8265", "http://192.0.2.7:8265"])
+@pytest.mark.parametrize("address", ["http://192.0.2.7:8265", "http://[2001:db8::7]:8265"])
 def test_without_a_token_only_a_loopback_address_is_accepted(
     address: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +175,25 @@ def test_without_a_token_only_a_loopback_address_is_accepted(
         connect(address)
     with pytest.raises(PedigreeError, match=r"no Ray cluster answers at http://127\.0\.0\.1:9: "):
         connect("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("token", ["", "hush"])
+def test_a_host_that_does_not_exist_is_named_and_not_taken_for_one_without_a_token(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "missing"))
+    for proxy in ("http_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    with pytest.raises(PedigreeError, match=r"this machine finds no host ray-haed\.invalid \(") as error:
+        connect("http://ray-haed.invalid:8265")
+    assert isinstance(error.value, ClusterGone if token else InputError) and "token" not in error.value.what
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # it looks names up
+    with pytest.raises(PedigreeError, match="Failed to connect" if token else "no token authenticates its users"):
+        connect("http://ray-haed.invalid:8265")
 
 
 def test_without_a_token_the_cluster_of_this_machine_is_refused_where_others_reach_it(
@@ -210,6 +229,7 @@ def test_a_cluster_that_was_killed_is_one_message(monkeypatch: pytest.MonkeyPatc
         ("ray-head:8265", "ray-head"),
         ("ray://ray-head:10001", "ray-head"),
         ("http://[::1", "HOST"),
+        ("http://127.0.0.1:82650", "HOST"),
     ],
 )
 def test_an_address_without_http_is_refused_with_the_right_form_before_ray_asks_the_head(
@@ -228,7 +248,10 @@ def test_an_address_without_http_is_refused_with_the_right_form_before_ray_asks_
     assert small_pipeline.published(root, "tok") == before
 
 
-@pytest.mark.parametrize("address", ["http://me:hush@127.0.0.1:8265", "me:hush@ray-head:8265"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:hush@127.0.0.1:8265", "me:hush@ray-head:8265", "http://me:hush@[::1", "http://me:hush@x:99999"],
+)
 def test_an_address_with_credentials_is_refused(address: str) -> None:
     tool("ray")
     with pytest.raises(InputError, match="contains credentials") as error:
@@ -843,6 +866,25 @@ def test_an_experiment_uses_the_remote_of_the_workspace_also_if_its_path_is_rela
     shutil.copytree(stored, copy, ignore=shutil.ignore_patterns("tmp"))
     with open_store(copy) as store:
         assert store.remote.url == expected
+
+
+def test_an_experiment_uses_the_token_of_the_workspace_also_if_its_path_is_relative(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connected(*_: Any) -> None:
+        raise ClusterGone(ray._token())
+
+    copy = stored / ".dvc/tmp/exps/standalone/tmpx"
+    copy.mkdir(parents=True)
+    (stored.parent / "token").write_text("of the workspace")
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "../token"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "connect", connected)
+    for root in (stored, copy):
+        monkeypatch.chdir(root)
+        ctx = StageContext(root, "tok", None, root / "scratch", {}, {})
+        with pytest.raises(ClusterGone, match="of the workspace"):
+            RayExecutor(Execution(), Placement()).run(StageJob(PIPELINE, ctx, {}))
 
 
 def test_the_queue_counts_jobs_that_never_started_and_the_cost_those_that_were_lost(

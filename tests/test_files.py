@@ -402,6 +402,16 @@ def test_a_csv_row_whose_fields_are_too_long_together_is_malformed(
 # Tables
 
 
+def test_a_table_of_which_no_row_can_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["a", "b"], "score": [float("nan")] * 2}), tmp_path / "a.parquet")
+    assert refused(tmp_path / "a.parquet").startswith(
+        "a.parquet: no row can be read: a value that JSON cannot hold: Out of range float values"
+    )
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 @pytest.mark.parametrize("long", ["a" * 600, ["a" * 30] * 20, {"b": "a" * 600}])
 def test_a_too_long_table_row_alone_is_malformed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -89,13 +90,18 @@ def record(prompt: str, response: str, **more: Any) -> dict[str, Any]:
         ("#### 1,00,000", "100000"),
         ("Il reste 1\u202f000 \u20ac", "1000"),
         ("Il reste 12\u00a0345,50 \u20ac", "12345.5"),
-        ("- 1 234 567.89", "-1234567.89"),
+        ("= - 1 234 567.89", "-1234567.89"),
+        ("- 1 234 567.89", "1234567.89"),
         ("1'234.50 Franken", "1234.5"),
         ("so \\boxed{12\\,345}", "12345"),
         ("so $1{,}000{,}000$", "1000000"),
         ("in 2019 100 of 1 1/2", "1.5"),
         ("4 12 or 1234 567", "567"),
         ("So it is:\n- 18 eggs", "18"),
+        ("- 18 eggs", "18"),
+        (" \t-  18 eggs", "18"),
+        ("-18 eggs", "-18"),
+        ("\u2212 18", "-18"),
         ("Both:\n  - 3 hens\n  - 18 eggs", "18"),
         ("It is\n-18", "-18"),
         ("#### - 5", "-5"),
@@ -158,6 +164,28 @@ def test_the_number_that_a_text_ends_in(text: str, number: str | None) -> None:
         ("1234 567", "567"),
         ("5, 10", "10"),
         ("**5** 3", "3"),
+        ("*5* 3", "3"),
+        ("5 * 3 = 15, or 5*3=15", "15"),
+        ("5 +3", "3"),
+        ("- 5\n* 3", "3"),
+        # a sign in a fraction
+        ("5/-2", "-2.5"),
+        ("-5 / -2", "2.5"),
+        (r"\frac{5}{-2}", "-2.5"),
+        ("3  /  4", "0.75"),
+        # a sign or more beside a box
+        (r"-\boxed{5}", "-5"),
+        (r"10 - \boxed{5}", "5"),
+        (r"\$\boxed{18}\%", "18"),
+        (r"\boxed{5} 000 or 1", "5"),
+        (r"of 1 \boxed{200}", "200"),
+        (r"\boxed{5}/2", "2.5"),
+        (r"3/\boxed{4}", "0.75"),
+        (r"\boxed{5}^\circ", "5"),
+        (r"\boxed5!", "5"),
+        # what a marker or a box is followed by
+        ("#### 5 + 3 = 8", "8"),
+        ("#### x = 5, so 7", "5"),
         # several readings, or not computed
         *(
             (text, None)
@@ -166,7 +194,13 @@ def test_the_number_that_a_text_ends_in(text: str, number: str | None) -> None:
                 "3:30", "5/12/2024", "2024-05-12", "2-1/2", "1/2/3", "1.000 1/2", "7 10/5", "1 100/300", "1 000/3",
                 "3/1 000", "1/0", "2^10", "2**10", "2^{10}", "(1+2)^2", r"2\sqrt{3}", r"\sqrt{16}", r"\frac{x}{4}",
                 r"3\pi", "3\u03c0", r"\pi/4", r"\frac{\sqrt{2}}{2}", "\u00b15", r"0.\overline{3}", "0.(3)", "0x1F",
-                "x/2", "1e12345", r"\boxed{2, 3}", r"\boxed{x}", r"12 \boxed{1", "#### 1,5",
+                "x/2", "1e12345", "1//2", "1 // 2", "x//2", "5/(2)", "5/-(2)", "x/-2", "-(5)", "(2)(3)", "2*3",
+                "2 * -3", r"2 \times 3", r"2\cdot 3", "2\u00d73", "6 \u00f7 3", r"6\div 3", "5+3", "5 + 3",
+                "(1 + 2) * 3", "5 \u00b1 2", r"5 \pm 2", "3/4 x 10^2", "50%*2", "2^3*4", "2 ** 10", "2**1.5",
+                "{5}^{2}", "(5)^2", "sqrt(16)", "log(1,000)", r"\log_2 8", r"\binom{5}{2}", r"\binom{5}{2} \times 2",
+                r"\boxed{5}^{2}", r"\boxed{5}^2", r"2^{\boxed{3}}", r"2\boxed{3}\times 4", r"\frac{1}{\boxed{2}}",
+                "#### 5/(2)", "#### 2 * 3", "#### (5)^2", r"CO\boxed{2}",
+                r"\boxed{2, 3}", r"\boxed{x}", r"12 \boxed{1", "#### 1,5",
             )
         ),
     ],
@@ -215,6 +249,31 @@ def test_a_fraction_is_the_same_in_every_spelling(value: Fraction, text: str) ->
     for spelling in _spellings(value):
         for minus in ("-", "\u2212", "\u2013") if "-" in spelling else ("-",):
             assert number_in(text.format(spelling.replace("-", minus))) == expected, (text, spelling, minus)
+
+
+OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    **{f"{{}}{sign}{{}}": lambda a, b: a * b for sign in ("*", " * ", "\u00d7", r"\times ", r" \cdot ")},
+    **{f"{{}}{sign}{{}}": lambda a, b: a / b for sign in ("\u00f7", " \u00f7 ", r"\div ", "/", " / ", "/(", "  /  ")},
+    **{f"{{}}{sign}{{}}": lambda a, b: a + b for sign in ("+", " + ")},
+    "{}/-{}": lambda a, b: -a / b,
+    "{}//{}": lambda a, b: a / b,
+    "({})({})": lambda a, b: a * b,
+    "-({}/{})": lambda a, b: -a / b,
+    "({}/{})^2": lambda a, b: (a / b) ** 2,
+    "{{{}}}^{{2}}*{}": lambda a, b: a**2 * b,
+}
+"""Expression of two numbers -> its value."""
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 10**6), st.decimals(1, 999, places=2)), min_size=2, max_size=2),
+    st.sampled_from([*OPERATORS]),
+    st.sampled_from(["{}", "So it is {}.", "#### {}", r"of 8 it is \boxed{{{}}}", "x = ${}$"]),
+)
+def test_no_part_of_an_expression_is_its_value(numbers: list[int | Decimal], expression: str, text: str) -> None:
+    value = OPERATORS[expression](*map(Fraction, numbers))
+    found = number_in(text.format(expression.format(*numbers)))
+    assert found is None or abs(Fraction(found) / value - 1) < Fraction(1, 10**20)
 
 
 @given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "{}.00", "{:,}.0"]))

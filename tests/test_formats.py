@@ -90,6 +90,10 @@ def test_a_text_file_is_plain_text(tmp_path: Path) -> None:
 def test_no_conversation_counts_as_plain_text(tmp_path: Path) -> None:
     record = to_records(jsonl(tmp_path / "rows.jsonl", {**PAIR, "kind": "text"}), "rows.jsonl")[1][0]
     assert not is_text(record["messages"], json.loads(record["meta"]))
+    alone = {"messages": [{"role": "assistant", "content": "Hello"}]}
+    plain, named = to_records(jsonl(tmp_path / "rows.jsonl", alone, {**alone, "kind": "text"}), "rows.jsonl")[1]
+    assert json.loads(named["meta"]) == {"kind": "conversation", "row": {"kind": "text"}}
+    assert not is_text(named["messages"], json.loads(named["meta"])) and named["example_id"] == plain["example_id"]
 
 
 def test_an_empty_input_adds_nothing_to_the_prompt(tmp_path: Path) -> None:
@@ -448,6 +452,33 @@ def test_a_tree_accounts_for_every_message(tmp_path: Path) -> None:
     assert json.loads(record["meta"])["tree"] == {"messages": 6, "kept": 2, "unanswered": 1, "other_branches": 3}
 
 
+@pytest.mark.parametrize(
+    ("layout", "row", "problem"),
+    [
+        ("oasst", {"prompt": "Hi"}, "expected a message, found str"),
+        ("oasst", {"prompt": message("prompter", "Hi", "Hello")}, "expected a message, found str"),  # type: ignore[arg-type]
+        ("oasst", {"prompt": {**message("prompter", "Hi"), "replies": 3}}, "replies must be a list, found int"),
+        ("nectar", {"answers": [3, 4]}, "expected an answer with its rank, found int"),
+        (
+            "preference",
+            {"chosen": [{"role": "assistant", "content": [{"type": ["text"], "text": "Hello"}]}]},
+            "the type of a content part must be text, found list",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_named(layout: str, row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    (pair,) = pairs_of(tmp_path, {**PAIR_ROWS[layout][0], **row}, layout=layout)
+    assert problem_of(pair) == problem
+
+
+def test_a_rank_that_is_no_number_is_not_compared_as_text(tmp_path: Path) -> None:
+    replies = [message("assistant", text, rank=rank) for text, rank in (("Good", "9"), ("Bad", "10"))]
+    row = {"message_tree_id": "t", "prompt": message("prompter", "Hi", *replies)}
+    assert problem_of(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", "oasst")[1][0]) == (
+        "rank must be a number, found str"
+    )
+
+
 def test_of_unranked_turns_the_one_that_was_answered_is_followed(tmp_path: Path) -> None:
     follow_ups = [message("prompter", "Bye"), message("prompter", "Why?", message("assistant", "Because."))]
     row = {"message_tree_id": "t", "prompt": message("prompter", "Hi", message("assistant", "Hello", *follow_ups))}
@@ -638,6 +669,24 @@ def test_each_pair_layout_is_detected_by_its_keys_and_read_in_full(layout: str, 
     found, pairs = to_pairs(jsonl(tmp_path / "a.jsonl", *PAIR_ROWS[layout]), "a.jsonl")
     assert (found, [sides(pair) for pair in pairs]) == (layout, [(user("Hi"), answer("Hello"), answer("What?"))])
     assert [row for pair in pairs for row in pair["source_rows"]] == [*range(len(PAIR_ROWS[layout]))]
+
+
+TEXTS = {
+    "orca_dpo": ("question", "chosen", "rejected"),
+    "helpsteer": ("response1", "response2"),
+    "nectar": ("prompt",),
+    "pku_saferlhf": ("prompt", "response_0", "response_1"),
+    "shp": ("history", "human_ref_A", "human_ref_B"),
+}
+"""Columns that are text in every row of a layout."""
+
+
+@pytest.mark.parametrize(("layout", "key"), [(layout, key) for layout, keys in TEXTS.items() for key in keys])
+def test_messages_in_a_column_of_texts_are_refused(layout: str, key: str, tmp_path: Path) -> None:
+    """No reader would bring them into the canonical form, nor account for their fields."""
+    (row,) = PAIR_ROWS[layout]
+    (pair,) = pairs_of(tmp_path, {**row, key: [{"role": "human", "content": "Hi", "id": 7}]}, layout=layout)
+    assert sides(pair) == ([], [], []) and problem_of(pair) == "expected text, found list"
 
 
 @pytest.mark.parametrize("layout", PAIR_ROWS)

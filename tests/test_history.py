@@ -465,6 +465,8 @@ def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
     found = impact(made.root, record=identity("cats"))
     assert names(found) == [("adapter@lora", first), ("merged@lora", first)]
     assert found["models"][0]["also_called"] == ["sft@lora"]
+    lines = [line.strip() for line in as_text(found).splitlines() if "train 1; step 1" in line]
+    assert len(lines) == len({*lines}) and "train 1; step 1 as sft@lora" in lines
     assert [one["stage"] for one in audit(made.root, "merged@lora")["parents"]] == ["sft@lora"]
     with pytest.raises(InputError, match=r"adapter@lora is not in dvc\.lock; it was before, last with md5"):
         audit(made.root, "adapter@lora")

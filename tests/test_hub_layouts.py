@@ -13,6 +13,8 @@ from dagster_project.commands import init_data
 from dagster_project.core.errors import InputError
 from dagster_project.curation.check_files import check_paths, load
 from dagster_project.curation.sources.fields import taken
+from dagster_project.curation.sources.message import joined_calls
+from dagster_project.curation.sources.part_messages import answered
 
 USER, BOT, BAD = ({"role": role, "content": text} for role, text in
                   (("user", "Hi"), ("assistant", "Hello"), ("assistant", "What?")))  # fmt: skip
@@ -505,6 +507,26 @@ def test_parallel_calls_of_turns_are_one_message_with_the_trace_of_the_first(tmp
     calling = record["messages"][1]
     assert calling["reasoning_content"] == "Add."
     assert [call["function"]["name"] for call in calling["tool_calls"]] == ["f", "g"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "messages"),
+    [
+        ({}, {}, 1),
+        ({"reasoning_content": "Add."}, {}, 1),
+        ({}, {"reasoning_content": "Add."}, 2),
+        ({"weight": 0.0}, {}, 2),
+        ({"weight": 0.0}, {"weight": 0.0}, 1),
+        ({"name": "a"}, {"name": "b"}, 2),
+    ],
+)
+def test_consecutive_calls_are_joined_by_one_rule_in_turns_and_in_a_log(
+    first: dict[str, Any], second: dict[str, Any], messages: int
+) -> None:
+    call = {"type": "function", "id": "c", "function": {"name": "f", "arguments": {}}}
+    one, other = ({"role": "assistant", "content": "", "tool_calls": [call], **more} for more in (first, second))
+    expected = [one, other] if messages == 2 else [{**one, "tool_calls": [call, call]}]
+    assert joined_calls([one, other]) == answered([{"messages": [one]}, {"messages": [other]}]) == expected
 
 
 @pytest.mark.parametrize(("key", "kinds"), [("conversation", 3), ("conversations", 2)])

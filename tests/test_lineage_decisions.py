@@ -303,6 +303,25 @@ def test_a_report_that_is_lost_of_a_model_is_named_although_that_of_its_parent_i
     assert (answer["verdict"], answer["unknown"]) == ("no", []), "no report names a record"
 
 
+def test_a_model_that_was_tested_on_a_source_may_have_learned_from_it_where_a_report_is_lost(tmp_path: Path) -> None:
+    """The file is a source, and its rows are paraphrases of another one's, which the lost report alone names."""
+    rows = [("cats", "test", FAQ), ("dogs", "train", MAIL)]
+    whole, made = Project(tmp_path / "whole"), Project(tmp_path / "project")
+    for project in (whole, made):
+        lock = project.trained(project.curated(rows, paraphrases={"dogs": "hounds"}, file=FAQ), ["dogs", "hounds"])
+        if project == made:
+            lock["splits"]["outs"][1]["md5"] = "0" * 32
+        project.commit(lock)
+    assert [one["splits"] for one in seen(impact(whole.root, source=FAQ))] == [{"test": 1, "train": 1}]
+    lost = [{"stage": "splits", "path": "data/reports/splits.json", "md5": "0" * 32}]
+    digest = json.loads((made.root / "data/reports/instructions.json").read_text())["sources"][FAQ]["sha256"]
+    for asked in ({"source": FAQ}, {"content": digest}):
+        answer = impact(made.root, **asked)  # type: ignore[arg-type]
+        assert [model["missing"] for model in answer["models"]] == [lost, lost], asked
+    answer = impact(made.root, content=out(lock, "splits"))
+    assert all("missing" not in model for model in answer["models"]), "dvc.lock alone names its readers"
+
+
 def test_data_before_the_splits_that_nothing_records_leaves_open_records_and_sources_but_no_text(made: Project) -> None:
     known = made.trained(made.curated(ROWS, [("cats", COPY)]), ["cats", "dogs"])
     made.commit(known)

@@ -136,6 +136,7 @@ def test_weights_of_a_field_that_no_answer_has_are_refused(tmp_path: Path) -> No
         tokenized._check_field_weights(params, tmp_path / "none")
     answers = kept(None)
     answers[3]["messages"][1]["content"] = '{"category": "bug"}'
+    answers[3]["messages"] += kept(None, 1)[0]["messages"]
     write_records(tmp_path / "some", answers)
     tokenized._check_field_weights(params, tmp_path / "some")
     tokenized._check_field_weights(params, tmp_path / "empty")

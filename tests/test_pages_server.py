@@ -22,6 +22,7 @@ from conftest import pedigree
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster import pages
 from dagster_project.orchestration.dagster.project import PedigreeProject
+from dagster_project.orchestration.dagster.ui import only_one
 from dagster_project.pipeline import STAGES
 from dagster_project.views.ballot import ballot_page
 
@@ -175,6 +176,26 @@ def test_a_busy_port_is_reported_with_the_next_step(project: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"cannot serve data/pages on 127.0.0.1:{number}" in done.stderr and "--pages-port" in done.stderr
     assert not (project / ".dagster").exists()
+
+
+def test_one_ui_has_a_dagster_home_until_its_process_ends(tmp_path: Path) -> None:
+    """Also if that is another program by then: it becomes `dagster dev`."""
+    script = (
+        "import os\nfrom pathlib import Path\nfrom dagster_project.orchestration.dagster import ui\n"
+        f"lock = ui.only_one(Path({str(tmp_path)!r}), 'http://127.0.0.1:3000')\nprint(flush=True)\n"
+        "os.execvp('sleep', ['sleep', '600'])\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == b"\n"
+        while Path(f"/proc/{first.pid}/comm").read_text() != "sleep\n":
+            time.sleep(0.05)
+        with pytest.raises(InputError, match=f"process {first.pid}, http://127.0.0.1:3000"):
+            only_one(tmp_path, "http://127.0.0.1:3001")
+    finally:
+        first.kill()
+        first.wait()
+    os.close(only_one(tmp_path, "http://127.0.0.1:3001"))
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])

@@ -6,9 +6,11 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from dagster_project.core.postponed import loaded, postpone, postponed
 
@@ -117,9 +119,10 @@ def test_the_libraries_do_not_import_the_compiler() -> None:
         "torch._dynamo.utils",
         "torch._inductor",
         "torch.distributed.tensor",
-        "sympy",
         "torch.export.graph_signature",
     ]
+    if Version(version("torch")) < Version("2.15"):  # whose flex_attention imports it
+        heavy.append("sympy")
     assert in_a_process(f"{IMPORTED}print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
 
 

@@ -584,8 +584,8 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
     model = policy(tiny_model)
     course = ppo.train(whole(model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, wild, COMPUTE)
     found = re.match(
-        r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. The weights at the start of"
-        r" iteration (\d+) are kept;"
+        r"ppo: iteration (\d+): KL from the reference is (\S+) nats per answer, over explode_kl 1.5. The weights"
+        r" at the start of iteration (\d+) are kept;"
         r" lower learning_rate",
         course.stopped,
     )
@@ -608,10 +608,36 @@ def test_exploding_kl_in_the_last_update_is_detected(tiny_model: Path, tiny_toke
         total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1
     )
     course = ppo.train(whole(model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
-    assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped), (
+    kl = "KL of the policy before its updates from the policy after them is"
+    assert re.match(rf"ppo: iteration 1: {kl} .* The weights at the start of iteration 1 are kept", course.stopped), (
         course.stopped
     )
     assert sha256_of_tensors(trainable(model)) == before
+
+
+def test_the_kl_of_the_last_update_is_of_the_sampling_policy_from_the_final_one(
+    tiny_model: Path, tiny_tokenizer: Any
+) -> None:
+    prompts = prompts_of(tiny_tokenizer)
+    chosen = settings(total_episodes=32, learning_rate=3e-2, max_kl=None, explode_kl=1e-3)
+    stopped = ppo.train(whole(policy(tiny_model)), tiny_tokenizer, prompts, small_letters, chosen, COMPUTE).stopped
+    said = float(stopped.partition("after them is ")[2].split()[0])
+    final = policy(tiny_model)
+    free = chosen.model_copy(update={"explode_kl": 1e9})
+    assert not ppo.train(whole(final), tiny_tokenizer, prompts, small_letters, free, COMPUTE).stopped
+    rows = [row for _, row in ppo.prompt_schedule(len(prompts), 1, chosen, COMPUTE.seed)]
+    sampling = policy(tiny_model)
+    asked = [prompts[row] for row in rows]
+    rollout = ppo.roll_out(whole(sampling), tiny_tokenizer, rows, asked, chosen, f"{COMPUTE.seed} 1")
+    gaps = []
+    for prompt, answer in zip(asked, rollout.answers, strict=True):
+        of_answer = []
+        for model in (sampling, final):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / chosen.temperature
+            of_answer.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+        gaps.append(of_answer[0] - of_answer[1])
+    assert said == pytest.approx(sum(gaps) / len(gaps), rel=1e-3) and said > 1e-3
 
 
 # the same bytes

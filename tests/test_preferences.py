@@ -220,12 +220,29 @@ def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(
     assert {json.loads(pair["meta"])["split"] for pair in read_pairs(tmp_path / "data/raw_preferences")} == {"test"}
 
 
+def test_messages_of_a_tree_that_are_in_no_pair_are_ignored_with_all_fields(tmp_path: Path) -> None:
+    def turn(text: str, *replies: dict[str, Any], role: str = "assistant", **more: Any) -> dict[str, Any]:
+        return {"role": role, "text": text, "replies": list(replies), **more}
+
+    asked = turn("Why?", turn("So.", rank=0), role="prompter")
+    answers = turn("Hello", rank=0), turn("What?", asked, rank=1), turn("Hm.", rank=None)
+    report = read(tmp_path, json.dumps({"message_tree_id": "t", "prompt": turn("Hi", *answers, role="prompter")}))
+    found = report.metrics["sources"]["data/sources/p.jsonl"]["fields"]
+    assert found["used"] == {"prompt": 1, "prompt[].rank": 3, **dict.fromkeys(TREE_TURN, 3)}
+    left_out = {f"{name} (left out)": 3 for name in TREE_TURN}
+    assert found["ignored"] == {"prompt[].rank (left out)": 1, **left_out}
+
+
+TREE_TURN = ("prompt[].replies", "prompt[].role", "prompt[].text")
+
+
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real files lie beside the project, not in it")
 def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
     trees = (SHARED_DATA / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
     report = read(tmp_path, *trees)
     facts = report.metrics["sources"]["data/sources/p.jsonl"]
-    assert facts["fields"]["used"]["prompt[].text"] == 1167, "each message of each tree, once"
+    used, ignored = (facts["fields"][place] for place in ("used", "ignored"))
+    assert used["prompt[].text"] + ignored["prompt[].text (left out)"] == 1167, "each message of each tree, once"
     assert {key: value for key, value in facts.items() if key != "fields"} | {"sha256": ""} == {
         "format": "oasst", "rows": 100, "pairs": 429, "license": "unknown", "sha256": ""
     }  # fmt: skip

@@ -413,6 +413,34 @@ def test_the_fields_of_a_row_add_up_in_every_layout(layout: str, root: Path) -> 
         assert sum(sum(place.values()) for place in found.values()) == count([row])
 
 
+def turn(text: str, *replies: dict[str, Any], role: str = "assistant", **more: Any) -> dict[str, Any]:
+    """A message of a tree."""
+    return {"role": role, "text": text, "replies": list(replies), **more}
+
+
+def test_messages_of_a_tree_that_are_in_no_example_are_ignored_with_all_fields(root: Path) -> None:
+    said = turn("Hello", turn("Bye", role="prompter", rank=0, lang="en"), rank=0, labels={"humor": 0.5})
+    other = turn("What?", turn("Why?", role="prompter"), rank=1, deleted=False)
+    tree = turn("Hi", said, other, turn("Spam", deleted=True, rank=0), role="prompter", rank=None)
+    jsonl(root / "data/sources/a.jsonl", {"message_tree_id": "t", "prompt": tree})
+    found = fields_of(read(root, "data/sources/a.jsonl"))
+    assert found["kept"] == {"message_tree_id": 1}
+    compared = {"prompt[].deleted": 2, "prompt[].rank": 2}
+    assert found["used"] == {"prompt": 1, **dict.fromkeys([f"prompt[].{key}" for key in TURN_KEYS], 2), **compared}
+    assert found["ignored"] == {
+        "prompt[].labels": 1,
+        "prompt[].lang (left out)": 1,
+        "prompt[].rank": 1,
+        "prompt[].rank (left out)": 2,
+        **dict.fromkeys([f"prompt[].{key} (left out)" for key in TURN_KEYS], 4),
+    }
+    [line] = read_ledger(root / "out")
+    assert "prompt[].text (left out)" in line["why"] and "prompt[].labels" in line["why"]
+
+
+TURN_KEYS = ("replies", "role", "text")
+
+
 @pytest.mark.parametrize("replies", [3, ["Hm."], [{"content": "Hm."}]])
 def test_a_message_may_have_a_field_replies_as_trees_have(replies: Any, root: Path) -> None:
     asked, said = CHAT["messages"]

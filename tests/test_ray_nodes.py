@@ -43,6 +43,15 @@ sys.argv = ["dvc", "repro", "adapter@x"]
 runpy.run_module("dvc", run_name="__main__")
 """
 """`dvc repro`, also where this process ignores interrupts."""
+IMPATIENT = """
+import runpy, signal, sys
+from dagster_project.orchestration.executors import ray
+signal.signal(signal.SIGINT, signal.default_int_handler)
+ray.WAITING_LOG_SECONDS = 1.0
+sys.argv = ["training_pipeline.py", "run", "adapter@x"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""The stage's command, which logs every second that it waits."""
 
 
 @pytest.fixture
@@ -60,9 +69,9 @@ def away(tmp_path: Path, tiny_model: Path, cluster: Cluster, s3: S3Server, monke
     return root
 
 
-def start(root: Path) -> subprocess.Popen[bytes]:
+def start(root: Path, driver: str = DRIVER) -> subprocess.Popen[bytes]:
     log = root.with_suffix(".log").open("ab")
-    return subprocess.Popen([sys.executable, "-c", DRIVER], cwd=root, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", driver], cwd=root, stdout=log, stderr=log, start_new_session=True)
 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen[bytes], root: Path, seconds: float = 400) -> Any:
@@ -150,3 +159,21 @@ def test_an_interrupt_ends_a_training_on_two_nodes(cluster: Cluster, away: Path,
         assert time.monotonic() < ends, "processes of the training are left on the nodes"
         time.sleep(0.2)
     assert not (away / "data/adapter").exists() and not (away / "dvc.lock").exists()
+
+
+def test_a_training_on_more_nodes_than_the_cluster_has_says_so(cluster: Cluster, away: Path) -> None:
+    values = json.loads((away / "params.yaml").read_text())
+    values["compute"]["processes"] = values["execution"]["stages"]["adapter"]["nodes"] = 3
+    (away / "params.yaml").write_text(json.dumps(values))
+    process = start(away, IMPATIENT)
+    said = (
+        "for 3 nodes with 1 CPU each on the cluster; fewer than 3 nodes have these resources, so it waits until others"
+    )
+    try:
+        until(lambda: said in away.with_suffix(".log").read_text(), process, away)
+        assert [str(job.status) for job in jobs(away)] == ["RUNNING"], "Ray says so while Ray Train waits for nodes"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) != 0
+    finally:
+        process.kill()
+    assert [str(job.status) for job in jobs(away)] == ["STOPPED"]

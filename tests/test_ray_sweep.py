@@ -122,7 +122,7 @@ def test_trials_on_two_nodes_at_once_are_the_commits_of_a_local_sweep(
     cluster: Cluster, root: Path, gate: Path, sweep: Any, new_jobs: Any, s3: S3Server, tmp_path: Path
 ) -> None:
     local, before = Path(shutil.copytree(root, tmp_path / "local/project", symlinks=True)), state(root)
-    process = sweep("2,4")
+    process = sweep("2,4", RAY_AUTH_TOKEN_PATH=os.path.relpath(cluster.token, root))
     until(lambda: len(on_nodes(new_jobs())) == 2, 400, 1)
     gate.touch()
     document = finished(process, root)

@@ -388,6 +388,24 @@ def test_the_reasons_name_what_changed(root: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("warm_small")
+def test_some_stages_are_run_without_those_that_they_read_and_one_that_dvc_yaml_got_meanwhile(root: Path) -> None:
+    class Edited(RunAll):
+        def _end(self, address: str) -> None:
+            pipeline = json.loads((root / "dvc.yaml").read_text())
+            own = {"cmd": "cp data/tok/test.txt own.txt", "deps": ["data/tok"], "outs": ["own.txt"]}
+            pipeline["stages"] |= {"own": own}
+            pipeline["stages"]["cmp"]["deps"].append("own.txt")
+            (root / "dvc.yaml").write_text(json.dumps(pipeline))
+            super()._end(address)
+
+    edit_params(root, lambda values: values["variants"]["lora"].update(r=9))
+    whole = Edited(root, 1, False, only=["adapter@lora", "cmp"], pipeline=small_pipeline.PIPELINE)
+    assert {address: one.outcome for address, one in whole.run().items()} == {"adapter@lora": "run", "cmp": "failed"}
+    whole = RunAll(root, 1, False, only=["own", "cmp"], pipeline=small_pipeline.PIPELINE)
+    assert {address: one.outcome for address, one in whole.run().items()} == {"own": "run", "cmp": "run"}
+
+
 def test_an_output_of_which_several_parts_changed_is_one_reason() -> None:
     """`aligned` reads two folders in data/splits."""
     inputs = tuple(Input("splits", "data/splits", "new", "old") for _ in range(2))

@@ -32,6 +32,7 @@ from dagster_project.training.trainers.harness import checkpoint, distributed, s
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.params import Sharding
+from dagster_project.training.trainers.harness.session import training_arguments
 
 LORA_TWO_EPOCHS = {**LORA, "num_train_epochs": 2}
 FULL = {**LORA_TWO_EPOCHS, "method": "full", "peft": {}, "neftune_noise_alpha": None, "learning_rate": 1e-3}
@@ -233,6 +234,33 @@ def test_each_process_keeps_its_part_of_every_weight(
     here, together, whole = launch(2, __name__, {"model": str(tiny_model), "params": recipe})
     assert together == whole
     assert here <= 0.51 * whole
+
+
+def test_variables_of_accelerate_do_not_change_what_is_divided(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "START_METHOD", "fork")
+    for name, value in {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_IGNORED_MODULES": ".*layers.*",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
+        "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT",
+    }.items():
+        monkeypatch.setenv(name, value)
+    here, together, whole = launch(2, __name__, {"model": str(tiny_model), "params": FULL})
+    assert together == whole
+    assert here <= 0.51 * whole
+
+
+def test_variables_of_accelerate_do_not_change_the_arguments_of_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    arguments = training_arguments(adapter.Params(), Compute(), str(tmp_path), "cpu", validates=False)
+    assert TrainingArguments(**arguments).mixed_precision == "no"
 
 
 def test_a_host_without_the_folder_of_checkpoints_is_named_when_the_first_is_written(

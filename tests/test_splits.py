@@ -20,6 +20,7 @@ from dagster_project.core.strings import StringIndex
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting.split import (
     DROPPED,
+    ROUNDING,
     SPLITS,
     assign,
     assign_splits,
@@ -86,6 +87,38 @@ def test_no_split_gets_more_than_its_share_for_any_groups(rows: list[tuple[str, 
     groups = [group for group, _ in rows]
     dealt = Counter(assign(groups, [""] * len(rows), SHARES, seed))
     assert all(dealt[name] <= round(len(rows) * share) for name, share in SHARES.items())
+
+
+@given(
+    units=st.lists(st.tuples(st.integers(1, 6), st.sampled_from("abcdefghijkl")), min_size=1, max_size=80),
+    shares=shares,
+    seed=seeds,
+)
+@calm
+def test_a_split_is_short_of_its_share_only_if_every_unit_left_in_train_is_larger_than_what_is_missing(
+    units: list[tuple[int, str]], shares: dict[str, float], seed: int
+) -> None:
+    rows = [(str(number), stratum) for number, (size, stratum) in enumerate(units) for _ in range(size)]
+    groups, strata = zip(*rows, strict=True)
+    dealt = assign(groups, strata, shares, seed)
+    left = Counter(group for group, split in zip(groups, dealt, strict=True) if split == "train")
+    for name, share in shares.items():
+        missing = round(len(rows) * share) - dealt.count(name)
+        assert missing <= max(ROUNDING, len(rows) // 100) or missing < min(left.values())
+
+
+@given(strata=st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=80), shares=shares, seed=seeds)
+@calm
+def test_single_rows_give_the_share_of_all_rows(strata: list[str], shares: dict[str, float], seed: int) -> None:
+    dealt = Counter(assign([f"group {i}" for i in range(len(strata))], strata, shares, seed))
+    assert all(abs(dealt[name] - round(len(strata) * share)) <= ROUNDING for name, share in shares.items())
+
+
+def test_validation_gets_its_share_where_test_leaves_few_rows_of_small_strata() -> None:
+    strata = [f"one {i}" for i in range(20)] + [f"two {i // 2}" for i in range(20)]
+    shares = {"test": 0.5, "validation": 0.3}
+    dealt = Counter(assign([f"group {i}" for i in range(40)], strata, shares, 7))
+    assert dealt == {"test": 20, "validation": 12, "train": 8}
 
 
 @given(rows=rows_of_groups, seed=seeds, data=st.data())
@@ -231,6 +264,16 @@ def test_a_split_without_labels_is_assigned_from_train() -> None:
         ("train", "validation"): 15,
         ("test", "test"): 50,
     }
+
+
+def test_a_split_whose_labelled_rows_are_all_dropped_is_assigned_from_train() -> None:
+    groups, labels = [f"group {i}" for i in range(100)], ["train"] * 80 + ["test"] * 20
+    found = assign_splits(
+        [*groups, "group 99"], [None] * 101, [*labels, "validation"], [""] * 101, {"test": 0.2, "validation": 0.1}, 7
+    )
+    assert found.because == {100: 99}
+    assert Counter(found.splits[:80]) == {"train": 72, "validation": 8}
+    assert found.labelled == {i for i, split in enumerate(found.splits) if split in {"train", "test"}}
 
 
 def test_rows_without_a_label_are_assigned_by_their_own_shares() -> None:

@@ -266,22 +266,23 @@ def plain_assign(
 
     members = {stratum: [unit for unit in waiting if most[unit][1] == stratum] for stratum in sorted(set(strata))}
     exact = {stratum: sum(size[unit] for unit in ids) for stratum, ids in members.items()}
+    tolerance = max(2, len(units) // 100)
     for name, share in shares.items():
         wanted, rounded = round(len(units) * share), {stratum: round(rows * share) for stratum, rows in exact.items()}
-        misses = abs(sum(rounded.values()) - wanted) > max(2, len(units) // 100) or (
-            wanted > 0 and not any(rounded.values())
-        )
+        misses = abs(sum(rounded.values()) - wanted) > tolerance or (wanted > 0 and not any(rounded.values()))
         for stratum, ids in members.items():
             fill(name, ids, math.floor(exact[stratum] * share) if misses else rounded[stratum])
         if misses:  # the rest of whole rows: one unit of some strata
             first = {most[unit][1]: unit for unit in reversed(waiting) if split_of[unit] == "train"}
             rest = wanted - sum(size[unit] for unit in waiting if split_of[unit] == name)
             fill(name, sorted(first.values(), key=waiting.index), rest)
-    for name, share in shares.items() if top_up else ():
+    for name, share in shares.items():
         target = round(len(units) * share)
-        fill(name, waiting, target - sum(size[unit] for unit in waiting if split_of[unit] == name))
+        missing = target - sum(size[unit] for unit in waiting if split_of[unit] == name)
+        if top_up or missing > tolerance:
+            fill(name, waiting, missing)
         left = [unit for unit in waiting if split_of[unit] == "train"]
-        if target and name not in split_of.values() and len(left) > 1:
+        if top_up and target and name not in split_of.values() and len(left) > 1:
             split_of[min(left, key=lambda unit: abs(size[unit] - target))] = name
     return [split_of[unit] for unit in units]
 

@@ -132,8 +132,8 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
     encoded = tokenizer(answer + tokenizer.eos_token, return_offsets_mapping=True)
     weights = loss_weights(
         tokenizer,
-        encoded["input_ids"],
-        (answer + tokenizer.eos_token, answer),
+        [(encoded["input_ids"], True)],
+        [(answer + tokenizer.eos_token, answer)],
         {"tags": 16, "more": 8, "n": 4, "who": 2},
         False,
     )
@@ -146,8 +146,8 @@ def test_the_weight_of_a_field_is_that_of_its_text_or_number_alone(tiny_model: P
 @pytest.mark.parametrize("end", ["\n}", " }", '\n , "m": 2}'])
 def test_the_weight_of_a_number_ends_with_it(tiny_tokenizer: Any, end: str) -> None:
     answer = '{\n  "n": 512' + end
-    ids, said = tiny_tokenizer(answer).input_ids, (answer, answer)
-    weights = loss_weights(tiny_tokenizer, ids, said, {"n": 16}, per_example=False)
+    pieces = [(tiny_tokenizer(answer).input_ids, True)]
+    weights = loss_weights(tiny_tokenizer, pieces, [(answer, answer)], {"n": 16}, per_example=False)
     assert "".join(char for char, weight in zip(answer, weights, strict=True) if weight == 16) == "512"
 
 
@@ -208,6 +208,26 @@ def test_fields_have_their_weight_in_the_last_answer_that_is_trained_on(
         )
         == "bug"
     )
+
+
+@pytest.mark.parametrize("room", [512, 100, 75])
+def test_fields_have_their_weight_in_every_answer_that_is_trained_on(
+    stage: Stage, tiny_tokenizer: Any, room: int
+) -> None:
+    """Also in the parts of a conversation that is split, where earlier answers are context."""
+    answers = ['{"category": "bug"}', '{"category": "cat"}', "So.", '{"category": "dog"}', '{"other": "hen"}']
+    messages = talk(*(text for answer in answers for text in ("Which?", answer)))
+    messages[3]["weight"] = 0.0
+    stage(record(*messages), max_length=room, on_too_long="split", field_weights={"category": 16})
+    examples = stage.examples()
+    assert len(examples) == {512: 1, 100: 3, 75: 4}[room]
+    heavy = [
+        token
+        for example in examples
+        for token, weight in zip(example["input_ids"], example["weights"], strict=True)
+        if weight == 16
+    ]
+    assert sorted(heavy) == sorted(tiny_tokenizer("bugdog").input_ids), "one token each character"
 
 
 @pytest.mark.parametrize("cut", ["lstrip('\\n')", "rstrip('\\n')", "strip('\\n')", "lstrip()", "rstrip()", "strip()"])

@@ -264,6 +264,15 @@ For each function call return a JSON object:
 </tool_call>"""
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\r"])
+def test_a_line_end_of_unicode_inside_a_definition_does_not_divide_it(end: str, read: Callable[..., Any]) -> None:
+    """A tool a line, as JSON."""
+    tools = [{"name": name, "description": f"one{end}two"} for name in ("f", "g")]
+    lines = "\r\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    (record,) = read({"messages": [{"role": "system", "content": HERMES % lines}, ASKED, answer("Yes.")]})
+    assert [tool["function"] for tool in record["tools"]] == tools
+
+
 @pytest.mark.parametrize(
     "written", [json.dumps([WEATHER]), json.dumps(WEATHER), f"{json.dumps(WEATHER)}\n", repr([WEATHER])]
 )

@@ -281,6 +281,19 @@ def test_an_input_that_was_tampered_with_is_not_used(root: Path) -> None:
         verify(root, "tok")
 
 
+@pytest.mark.parametrize("name", ["rows.txt", "row2.txt"])
+def test_a_list_of_files_that_was_tampered_with_is_named_and_not_used(root: Path, name: str) -> None:
+    """Whether or not it still names objects that the cache has."""
+    oid = Revision(root, None).lock()["inst"]["outs"][0]["md5"]
+    listing = Objects(root).at(oid)
+    [entry] = json.loads(listing.read_bytes())
+    listing.chmod(0o644)
+    md5 = entry["md5"] if name != "rows.txt" else "0" * 32
+    listing.write_text(json.dumps([{"md5": md5, "relpath": name}]))
+    with pytest.raises(CheckFailed, match=f"data/inst: cache object {oid} does not match its name"):
+        verify(root, "tok")
+
+
 def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
     def causes(environment: dict[str, str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         write_json(root / "data/reports/adapter/lora.json", {"environment": environment})

@@ -163,7 +163,7 @@ def test_documents_of_another_version_are_one_message(tmp_path: Path) -> None:
     said = "the documents of comparison are not as this version of pedigree-llm writes them (KeyError: 'scores')"
     assert refused.returncode == 2 and refused.stderr.splitlines() == [
         f"error: {said}",
-        "hint: run it again: `dvc repro comparison`",
+        "hint: run it again: `dvc repro --force --single-item comparison`",
     ]
     assert json.loads(pedigree(tmp_path, "render", "--json").stdout)["skipped"] == {"comparison": said}
 

@@ -651,6 +651,17 @@ def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: 
         tokenize(tiny_tokenizer, messages, span)
 
 
+def test_a_part_to_which_no_token_belongs_is_refused(tiny_tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    trimming = copy.deepcopy(tiny_tokenizer)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "Red box."}]
+    assert tokenize(trimming, messages, "box").tokens == 3
+    with pytest.raises(InputError, match="belongs to the part ' '"):
+        tokenize(trimming, messages, " ")
+
+
 def test_a_step_with_several_examples_of_a_record_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"model": "adapter@x", "example_id": "a", "step": step, "source": "s.jsonl", "source_row": 0}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,10 @@ def import_votes(options: argparse.Namespace) -> None:
 
     if options.preferences:
         _refuse_preferences(options)
-    ballot, votes = read_votes(
-        project(options), [Path(file) for file in options.votes], _seed(options), options.partial
-    )
+    files = [Path(file) for file in options.votes]
+    if not options.partial:
+        _refuse_unsealed(files)
+    ballot, votes = read_votes(project(options), files, _seed(options), options.partial)
     coverage = _coverage(project(options), ballot)
     if options.preferences:
         rows = preferences(ballot, votes)
@@ -87,6 +89,24 @@ def import_votes(options: argparse.Namespace) -> None:
         return votes_text({**found, "raters": raters}) + _coverage_text(found)
 
     print_result(options, result(ballot, votes) | coverage, as_text)
+
+
+def _refuse_unsealed(files: Sequence[Path]) -> None:
+    """Raise InputError if files of votes do not have the code that shows how many pairs their page has: they may be
+    incomplete."""
+    if unsealed := [str(file) for file in files if _is_unsealed(file)]:
+        raise InputError(
+            f"{', '.join(unsealed)}: without the code of the page for its number of pairs (`seal`), so votes may be"
+            " missing: a page of an earlier version saved it, or it was edited",
+            "save the votes from a page that this version exports, or count incomplete ballots with --partial",
+        )
+
+
+def _is_unsealed(file: Path) -> bool:
+    with suppress(OSError, ValueError, RecursionError):  # `read_votes` says what is wrong with it
+        document = json.loads(file.read_bytes())
+        return isinstance(document, dict) and {"ballot", "votes"} <= document.keys() and document.get("seal") is None
+    return False
 
 
 def _refuse_preferences(options: argparse.Namespace) -> None:
@@ -159,7 +179,7 @@ def _match(options: argparse.Namespace) -> Match:
     if not matched.pairs:
         raise InputError(
             f"{' and '.join(matched.systems)}:"
-            f" no test prompt that both answered differently ({matched.identical} with the same answer)",
+            f" no test prompt with two different answers ({matched.identical} with the same answer)",
             "give two other systems",
         )
     return matched
@@ -222,7 +242,11 @@ def add_commands(commands: Any) -> None:
     add = add_command(parts, import_votes, "import").add_argument
     add("votes", nargs="+", metavar="VOTES.json", help="files saved from one ballot, one for each rater")
     add("--preferences", type=named, metavar="OUT.jsonl", help="also write the majority votes as preference pairs")
-    add("--partial", action="store_true", help="count files with missing votes")
+    add(
+        "--partial",
+        action="store_true",
+        help="count files with missing votes, and without the code for the number of their pairs",
+    )
     add("--seed", type=int, help="seed of the export (default: compute.seed)")
     command = add_command(commands, judge)
     _add_systems(command)

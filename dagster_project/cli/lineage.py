@@ -197,7 +197,7 @@ def _add_impact(commands: Any) -> None:
 
 def verify(options: argparse.Namespace) -> int:
     """Reproduce a stage in a scratch clone and compare the bytes, hash
-    everything that dvc.lock refers to, or verify signatures."""
+    all outputs that dvc.lock names, or verify signatures."""
     if options.signatures:
         return _verify_signatures(options)
     from dagster_project.commands import verify as module
@@ -258,7 +258,7 @@ def _add_verify(commands: Any) -> None:
     add(
         "--integrity",
         action="store_true",
-        help="instead hash everything that dvc.lock refers to, in the cache and the workspace",
+        help="instead hash every output and report that dvc.lock names, in the cache and the workspace",
     )
     add("--all-revs", action="store_true", help="with --integrity: also at every commit that changed dvc.lock")
     add(

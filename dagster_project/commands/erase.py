@@ -21,7 +21,7 @@ from dagster_project.orchestration.erasure.steps import Erasure, finish
 from dagster_project.views.texts import text
 
 SHOWN = 12
-PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "own", "done", "key", "trained")
+PRIVATE = ("needles", "ids", "request", "tombstones", "retired", "own", "curves", "done", "key", "trained")
 """Keys of a plan that are not shown: they hold text, or serve only to go on."""
 
 

@@ -76,7 +76,8 @@ def register(
     subject = lineage.find(Index(root), model)
     if not subject.run.is_model:
         raise InputError(
-            f"{model}: {subject.run.address} is not a model", "name a model, such as release or merged@VARIANT"
+            f"{model}: the output of {subject.run.address} is not a model",
+            "name a model, such as release or merged@VARIANT",
         )
     document = lineage.document(subject)
     if document["missing"]:

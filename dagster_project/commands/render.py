@@ -59,6 +59,7 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
 def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     """Why nothing was drawn (empty if something was), and the drawn pages."""
     path, pages = root / report_of(address), pages_of(root, address)
+    again = f"run it again: `dvc repro --force --single-item {address}`"  # it may be up to date
     if not path.is_file():
         return "it has not run yet", []
     if why := damaged_report(root, address):
@@ -78,7 +79,7 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     measured = run.read_bytes() if published and run.is_file() else None
     if measured is not None and not damage(measured) and json.loads(measured).get("output_sha256") != published:
         reason = "its latest run on this machine made another output"
-        return f"{reason}, and the documents of that run are not of this one: run it again", []
+        return f"{reason}, and the documents of that run are not of this one: {again}", []
     before = _times(pages)
     try:
         PEDIGREE.draw(Documents(root, address, out, pages, report))
@@ -86,10 +87,10 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
         said = shortened(visible(f"{type(error).__name__}: {error}"))
         raise OtherVersion(
             f"the documents of {address} are not as this version of pedigree-llm writes them ({said})",
-            f"run it again: `dvc repro {address}`",
+            again,
         ) from error
     drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]
-    return ("" if drawn else "the documents of its latest run are not on this machine: run it again", drawn)
+    return ("" if drawn else f"the documents of its latest run are not on this machine: {again}", drawn)
 
 
 def _times(folder: Path) -> dict[Path, int]:

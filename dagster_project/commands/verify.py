@@ -185,11 +185,12 @@ class _Clone:
         dvc_cache.isolate_project(self.root)
         dependencies = {dep["path"]: dep["md5"] for name in addresses for dep in self.lock[name].get("deps", [])}
         inputs, outdated = self._recorded_inputs(addresses, dependencies)
-        self._refuse_other_parts(addresses, inputs)
         sources = dvc.tracked_sources(self.root)
-        inputs |= {
-            path: (oid, None) for path, oid in sources.items() if any(dvc.overlap(path, dep) for dep in dependencies)
-        }
+        read = {path: oid for path, oid in sources.items() if any(dvc.overlap(path, dep) for dep in dependencies)}
+        for path, oid in [*((path, oid) for path, (oid, _) in inputs.items()), *read.items()]:
+            self._refuse_altered_list(path, oid)
+        self._refuse_other_parts(addresses, inputs)
+        inputs |= {path: (oid, None) for path, oid in read.items()}
         self._refuse_missing({path: oid for path, (oid, _) in inputs.items()})
         for name in outdated:
             (self.root / report_of(name)).unlink(missing_ok=True)
@@ -229,6 +230,14 @@ class _Clone:
                     outdated.append(name)
                     out["md5"] = oid
         return inputs, outdated
+
+    def _refuse_altered_list(self, path: str, oid: str) -> None:
+        """Raises:
+        CheckFailed: the list of files of an input was tampered with, so it names others than the stage read.
+        """
+        file = self.store.at(oid)
+        if oid.endswith(".dir") and file.is_file() and md5_of_file(file) != oid.removesuffix(".dir"):
+            raise _tampered(path, oid)
 
     def _refuse_other_parts(self, addresses: Sequence[str], inputs: Mapping[str, tuple[str, str | None]]) -> None:
         """Raises:
@@ -273,10 +282,7 @@ class _Clone:
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.store.at(one), file)
             if md5_of_file(file) != one:
-                raise CheckFailed(
-                    f"{path}: cache object {one} does not match its name: it was tampered with",
-                    "see `pedigree verify --integrity`",
-                )
+                raise _tampered(path, one)
         if published is not None and integrity.sha256_of(target) != published:
             raise CheckFailed(f"{path} is not what was published (sha256 differs)", "see `pedigree verify --integrity`")
 
@@ -367,6 +373,12 @@ class _Clone:
             else:
                 self._copy(path, out["recorded"], integrity.published(self.at, self.lock, name, path))
         dvc_cache.add_to_cache(self.root, outs)
+
+
+def _tampered(path: str, oid: str) -> CheckFailed:
+    return CheckFailed(
+        f"{path}: cache object {oid} does not match its name: it was tampered with", "see `pedigree verify --integrity`"
+    )
 
 
 def _unpack_unexported(at: Revision, target: Path, path: str) -> None:

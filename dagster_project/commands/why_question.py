@@ -109,6 +109,8 @@ def tokenize_parts(
 
     Args:
         parts: the answer as the chat template writes it -> bounds of what is asked about.
+    Raises:
+        InputError: the question is too long, or no token belongs to what is asked about.
     """
     pieces = examples_of(tokenizer, {"messages": messages, "tools": tools})[-1]
     last = max(i for i, (_, is_trained) in enumerate(pieces) if is_trained)
@@ -121,6 +123,9 @@ def tokenize_parts(
         labels += _labels(tokenizer, text, ids, spans) if i == last else [IGNORE] * len(ids)
     if len(input_ids) > tokenizer.model_max_length:
         raise InputError(f"the question has {len(input_ids):,} tokens, more than the model's context", "shorten it")
+    if all(label == IGNORE for label in labels):  # some tokenizers count white space to no token
+        asked = ", ".join(repr(turn[start:stop]) for start, stop in dict.fromkeys(spans))
+        raise InputError(f"no token of the answer {cut(turn)!r} belongs to the part {asked}", "ask about a longer part")
     return Question(messages, turn, tuple(spans), Example(tuple(input_ids), tuple(labels), ()))
 
 

@@ -330,39 +330,46 @@ def _with_labels(tokenizer: Any, parts: Pieces) -> tuple[list[int], list[int]]:
 
 
 def loss_weights(
-    tokenizer: Any, labels: Sequence[int], said: tuple[str, str], fields: Mapping[str, float], per_example: bool
+    tokenizer: Any,
+    encoded: Iterable[tuple[Sequence[int], bool]],
+    said: Iterable[tuple[str, str]],
+    fields: Mapping[str, float],
+    per_example: bool,
 ) -> list[float]:
-    """Loss weight of each token, (tokens,); 0 where the label is -100.
+    """Loss weight of each token, (tokens,); 0 where it is not trained on.
 
     Args:
-        labels: from `encode`, (tokens,).
-        said: the last piece that is trained on, and the content of its message. If the content is a JSON object, the
+        encoded: token ids of each piece, and whether it is trained on.
+        said: each piece that is trained on, and the content of its message. If the content is a JSON object, the
             tokens of a named field's value have that field's weight instead of 1. In `{"summary": "...", "category":
             "login"}` a single token out of about thirty decides whether the answer is correct.
         fields: JSON field -> weight.
         per_example: scale to a sum of 1, so that every example has the same weight; otherwise every token has.
     """
-    weights = [float(label != IGNORE) for label in labels]
-    text, content = said[0], said[1].strip()
-    begin = text.rfind(content)
-    if fields and content and begin >= 0:
-        last = len(labels) - next((n for n, label in enumerate(reversed(labels)) if label != IGNORE), len(labels))
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        first = last - len(encoded["input_ids"])
-        is_whole = first >= 0 and list(labels[first:last]) == encoded["input_ids"]  # else the answer is cut
-        for name, weight in fields.items() if is_whole else ():
-            for match in _field(name).finditer(text, begin, begin + len(content)):
-                start, stop = match.span(1) if match.group(1) is not None else match.span(2)
-                for i, (a, b) in enumerate(encoded["offset_mapping"]):
-                    if a < stop and b > start:
-                        weights[first + i] = weight
+    weights: list[float] = []
+    answers = iter(said)
+    for ids, trained in encoded:
+        weights += _answer_weights(tokenizer, ids, *next(answers), fields) if trained else [0.0] * len(ids)
     total = sum(weights)
     return [weight / total for weight in weights] if per_example and total else weights
 
 
-def last_trained(messages: Messages) -> str:
-    """The content of the last message that is trained on; "" if there is none."""
-    return next((message["content"] for message in reversed(messages) if is_trained(message)), "")
+def _answer_weights(
+    tokenizer: Any, ids: Sequence[int], text: str, content: str, fields: Mapping[str, float]
+) -> list[float]:
+    weights, content = [1.0] * len(ids), content.strip()
+    begin = text.rfind(content)
+    if not fields or not content or begin < 0:
+        return weights
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    is_whole = list(ids) == encoded["input_ids"]  # else the answer is cut
+    for name, weight in fields.items() if is_whole else ():
+        for match in _field(name).finditer(text, begin, begin + len(content)):
+            start, stop = match.span(1) if match.group(1) is not None else match.span(2)
+            for i, (a, b) in enumerate(encoded["offset_mapping"]):
+                if a < stop and b > start:
+                    weights[i] = weight
+    return weights
 
 
 def trimmed(answer: str) -> list[str]:

@@ -22,8 +22,9 @@ class FinalAnswer(Section):
     zero do not count. `3/4`, `\frac{3}{4}`, `1 1/2`, `1e3` and `1.5 \times 10^3` are one number each. `1.000,50` is
     1000.5. A space, an apostrophe, `_`, `{,}` or `\,` may be between groups of three digits: `1 000` is 1000.
     `12,34,567` and `10,20,300` are one number each, as India writes them: a list of such numbers needs commas and
-    spaces. An expression that can be read in several ways (`1,5`, `3:30`, `2-1/2`) or is not computed (`2^10`,
-    `2\sqrt{3}`) does not count as an answer. A hyphen and a space at the beginning of a line are a list's, not a minus.
+    spaces. An expression that can be read in several ways (`1,5`, `3:30`, `2-1/2`, `1//2`) or is not computed (`2^10`,
+    `\boxed{5}^{2}`, `2\sqrt{3}`, `sqrt(16)`, `3 * 4`, `5 + 3`) does not count as an answer; after `####` and in a box,
+    what follows its last `=` counts. A hyphen and a space at the beginning of a line are a list's, not a minus.
     Else a regular expression with one group, which is the answer; of several matches the last one."""
 
     @field_validator("final_answer")

@@ -130,7 +130,7 @@ def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) ->
 
 
 def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[str, Any]:
-    """Hash everything that dvc.lock refers to, in the cache and the workspace, and dvc.lock itself.
+    """Hash every output and report that dvc.lock names, in the cache and the workspace, and dvc.lock itself.
 
     Args:
         rev: a git revision instead of the workspace.
@@ -399,7 +399,8 @@ class _Examination:
                 self._add_missing(what, "DVC's record of its run", "commit dvc.lock, or dvc repro")
             elif stage not in runs:
                 wrong = "its entry is neither the committed one nor that of a run that DVC recorded"
-                self._add_finding("dvc.lock", address, wrong, f"git checkout dvc.lock, or dvc repro --force {address}")
+                again = f"dvc repro --force --single-item {address}"
+                self._add_finding("dvc.lock", address, wrong, f"git checkout dvc.lock, or {again}")
 
 
 def _misplaced(path: Path) -> str:

@@ -100,6 +100,8 @@ class RunAll:
         pipeline: its stages are those that may run on a cluster.
         """
         self.root, self.jobs, self.force, self.only, self.pipeline = root, jobs, force, only, pipeline
+        self.known: Mapping[str, StageState] = {}
+        """All stages of dvc.yaml, also those that it got or lost meanwhile."""
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, Running] = {}
         self.waiting: set[str] = set()
@@ -118,6 +120,7 @@ class RunAll:
         self._record_sources()
         if not (states := self._read()):
             raise InputError("dvc.yaml has no stages", "restore it with `git checkout HEAD dvc.yaml`")
+        self.known = states
         self.states = {address: state for address, state in states.items() if self.only is None or address in self.only}
         self.above = {address: above & self.states.keys() for address, above in parents(self.states).items()}
         self.on_cluster = on_cluster(self.root, self.states, self.pipeline)
@@ -185,7 +188,7 @@ class RunAll:
                 log.error(state.frozen_problem)
                 self.outcomes[address] = Outcome(FAILED, state.changed, error=state.frozen_problem)
             elif writer := rwlock.writer_of(
-                self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]
+                self.root, [self.known[above].out for above in dvc.ancestors(self.known, address)]
             ):
                 if address not in self.waiting:
                     log.info(f"{address} is waiting: {writer} is writing its inputs")
@@ -268,6 +271,7 @@ class RunAll:
             self.unreadable = True
             return
         self.unreadable = False
+        self.known = {**self.known, **now}
         self.states = {address: now.get(address, state) for address, state in self.states.items()}
 
     def _end(self, address: str) -> None:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from dagster_project.core import workers
-from dagster_project.core.chat import Reasoning, has_field, is_text, last_trained
+from dagster_project.core.chat import Reasoning, has_field, is_text
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.imports import import_transformers, lean_imports
+from dagster_project.core.messages import is_trained
 from dagster_project.core.params import Section
 from dagster_project.core.records import (
     CheckResult,
@@ -310,8 +311,8 @@ def _check_field_weights(params: Params, train: Path) -> None:
     missing, records = dict.fromkeys(params.field_weights), 0
     for record in iter_records(train) if missing else ():
         records += 1
-        answer = last_trained(record["messages"])
-        missing = {name: None for name in missing if not has_field(answer, name)}
+        answers = [message["content"] for message in record["messages"] if is_trained(message)]
+        missing = {name: None for name in missing if not any(has_field(answer, name) for answer in answers)}
         if not missing:
             return
     if missing and records:

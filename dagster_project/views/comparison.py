@@ -21,6 +21,12 @@ from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, l
 
 PLOT_HEIGHT = 220
 """Pixels of a plot."""
+PLOT_LEFT = 10
+"""Percent of the width of a plot in which its axis is written."""
+SPOT = 22
+"""Pixels that a point takes in a plot, with the gap to the next one."""
+WIDTHS = (300.0, 700.0)
+"""Pixels that a plot is wide on a phone and on a screen."""
 MAX_QUESTIONS = 200
 """Questions shown on the page."""
 MAX_CHARACTERS = 1_200
@@ -332,37 +338,107 @@ def _scatter(
 
     body = []
     for value in (0, top / 4, top / 2, 3 * top / 4, top):
-        body.append(shape("line", class_="grid", x1="10%", x2="100%", y1=f"{y(value):.1f}", y2=f"{y(value):.1f}"))
+        body.append(
+            shape("line", class_="grid", x1=f"{PLOT_LEFT}%", x2="100%", y1=f"{y(value):.1f}", y2=f"{y(value):.1f}")
+        )
         body.append(shape("text", brief(value), class_="tick", x="9%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
     for value in sorted({least, (least + most) / 2, most}):
         tick, at = number(round(math.exp(value))), f"{x(math.exp(value)):.2f}%"
         body.append(shape("text", tick, class_="tick", x=at, y=f"{y(0) + 18:.1f}", text_anchor="middle"))
     unit = what.replace("_", " ")
     body.append(shape("text", f"{unit}, log scale", class_="tick", x="54%", y=f"{y(0) + 36:.1f}", text_anchor="middle"))
-    placed_at: dict[str, float] = {}
-    for name in sorted(placed, key=lambda name: costs[name][what]):
-        across, at_y = x(costs[name][what]), y(points[name][0])
-        while any(abs(across - left) < 5 and abs(at_y - y(points[other][0])) < 19 for other, left in placed_at.items()):
-            across += 1  # moved to the right if it would hide another point
-        placed_at[name] = across
+    spots = _spots({name: (x(costs[name][what]), y(points[name][0])) for name in placed})
+    half = SPOT / 2
+    boxes = [
+        (width, spot.x(width) - half, spot.x(width) + half, spot.y - half, spot.y + half)
+        for spot in spots.values()
+        for width in WIDTHS
+    ] + [(width, 0.0, width, y(0) + 4, math.inf) for width in WIDTHS]  # and what is below the axis
     for name in (name for name in order if not costs.get(name)):
-        at_y, words = y(points[name][0]), f"{order.index(name) + 1} {label(_short(name), 36)}"
-        near = [across for other, across in placed_at.items() if abs(at_y - 9 - y(points[other][0])) < 18]
-        more_right = sum(across > 55 for across in near) > sum(across < 55 for across in near)
-        at, anchor = ("10.5%", "start") if more_right else ("100%", "end")
-        body.append(shape("line", class_="mark", x1="10%", x2="100%", y1=f"{at_y:.1f}", y2=f"{at_y:.1f}"))
-        body.append(shape("text", words, class_="marked", x=at, y=f"{at_y - 5:.1f}", text_anchor=anchor))
-    for name, across in placed_at.items():
-        (value, low, high), kind = points[name], _kind(document, name)
-        at, words = f"{across:.2f}%", f"{cut(_title(name))}: {value:.3f}"
-        body.append(shape("line", class_=f"{kind} whisker", x1=at, x2=at, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}"))
-        body.append(shape("circle", shape("title", words), class_=f"{kind} spot", cx=at, cy=f"{y(value):.1f}", r="9"))
-        place, low_y = str(order.index(name) + 1), f"{y(value) + 4:.1f}"
-        body.append(shape("text", place, class_="tick name", x=at, y=low_y, text_anchor="middle"))
+        body += _marked_line(y(points[name][0]), f"{order.index(name) + 1} {label(_short(name), 36)}", boxes)
+    for name, spot in spots.items():  # before all circles: it would cross their numbers
+        (_, low, high), kind = points[name], f"{_kind(document, name)} whisker"
+        body.append(shape("line", class_=kind, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}", **spot.at("x1", "x2")))
+    for name, spot in spots.items():
+        exact, kind = shape("title", f"{cut(_title(name))}: {points[name][0]:.3f}"), f"{_kind(document, name)} spot"
+        body.append(shape("circle", exact, class_=kind, cy=f"{spot.y:.1f}", r="9", **spot.at("cx")))
+        place, low_y = str(order.index(name) + 1), f"{spot.y + 4:.1f}"
+        body.append(shape("text", place, class_="tick name", y=low_y, text_anchor="middle", **spot.at("x")))
+    if any(spot.right for spot in spots.values()):
+        note += "; points that would cover each other are moved sideways"
     rows = [(_title(name), f"{costs[name][what]:,}", f"{points[name][0]:.3f}") for name in placed]
     words = f"{title}: " + "; ".join(f"{cut(name)} {value} at {cost}" for name, cost, value in rows)
     figure = Figure(title, note, Plot(words, y(0) + 42, body), Table(title, ["", unit, "score"], rows))
     return {"figure": figure, "key": [(order.index(name) + 1, _title(name)) for name in placed]}
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """The place of a point in a plot."""
+
+    across: float
+    """Percent of the plot's width."""
+    y: float
+    right: int = 0
+    """Pixels by which it is moved to the right; negative: to the left."""
+
+    def x(self, width: float) -> float:
+        return self.across / 100 * width + self.right
+
+    def at(self, *names: str) -> dict[str, str]:
+        """Attributes of a shape there, of which `names` are its horizontal positions."""
+        moved = {"transform": f"translate({self.right})"} if self.right else {}
+        return {**dict.fromkeys(names, f"{self.across:.2f}%"), **moved}
+
+    def is_apart(self, other: _Spot) -> bool:
+        """Whether neither covers the other, on a phone and on wider plots: there they are farther apart if the left
+        one has the lower percent."""
+        left, right = sorted((self, other), key=lambda spot: (spot.across, spot.right))
+        distance = (right.across - left.across) / 100 * WIDTHS[0] + right.right - left.right
+        return abs(self.y - other.y) >= SPOT or distance >= SPOT
+
+
+def _spots(places: Mapping[str, tuple[float, float]]) -> dict[str, _Spot]:
+    """(percent, pixels) of each point -> its place, moved sideways where it would cover another one."""
+    found: dict[str, _Spot] = {}
+
+    def is_free(spot: _Spot) -> bool:
+        inside = PLOT_LEFT / 100 * WIDTHS[0] + SPOT / 2 <= spot.x(WIDTHS[0]) <= WIDTHS[0] - SPOT / 2
+        return inside and all(map(spot.is_apart, found.values()))
+
+    moves = sorted(range(-300, 301, SPOT), key=lambda right: (abs(right), right < 0))
+    # from both edges to the middle, where there is room
+    for name, place in sorted(places.items(), key=lambda item: abs(item[1][0] - 54), reverse=True):
+        found[name] = next(filter(is_free, (_Spot(*place, right) for right in moves)), _Spot(*place))
+    return found
+
+
+_Box = tuple[float, float, float, float, float]
+"""Width of a plot; left, right, top and bottom of something in it."""
+
+
+def _marked_line(y: float, words: str, boxes: list[_Box]) -> list[Shape]:
+    """A horizontal line with a label at one of its ends, above or below it: where it covers the fewest of `boxes`, to
+    which it is added."""
+    line = shape("line", class_="mark", x1=f"{PLOT_LEFT}%", x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}")
+    length, labels = 6.6 * len(words), []
+    for below in (-5, 14):
+        for at, anchor in (("100%", "end"), (f"{PLOT_LEFT + 0.5}%", "start")):
+            lefts = [(width, width - length if anchor == "end" else PLOT_LEFT / 100 * width) for width in WIDTHS]
+            own = [(width, left, left + length, y + below - 11, y + below + 3) for width, left in lefts]
+            covered = sum(_overlap(one, other) for one in own for other in boxes)
+            text = shape("text", words, class_="marked", x=at, y=f"{y + below:.1f}", text_anchor=anchor)
+            labels.append((covered, text, own))
+    _, text, own = min(labels, key=lambda found: found[0])
+    boxes += own
+    return [line, text]
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    (width, left, right, top, bottom), (other_width, other_left, other_right, other_top, other_bottom) = one, other
+    return (
+        width == other_width and left < other_right and other_left < right and top < other_bottom and other_top < bottom
+    )
 
 
 def _change(variant: str, retention: Mapping[str, Any]) -> Figure:

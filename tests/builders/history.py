@@ -71,6 +71,10 @@ class Project:
         listing = [{"md5": self._keep(content), "relpath": name} for name, content in sorted(files.items())]
         return self._keep(json.dumps(listing).encode(), ".dir")
 
+    def put_file(self, content: bytes) -> str:
+        """Add a file to the cache. Returns its hash."""
+        return self._keep(content)
+
     def folder(self, outs: Mapping[str, str]) -> str:
         """Hash of a folder of outputs: name -> hash of the output."""
         files = {

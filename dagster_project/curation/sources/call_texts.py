@@ -98,7 +98,7 @@ def _objects(text: str) -> list[object]:
     except ValueError:
         pass
     try:
-        return [parse_json(line) for line in text.splitlines() if line.strip()]
+        return [parse_json(line) for line in text.split("\n") if line.strip()]  # a text may have other line ends
     except ValueError:
         value = python_value(text)
         return value if isinstance(value, list) else [value]

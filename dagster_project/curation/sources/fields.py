@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.records import IGNORED, CheckResult
-from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
+from dagster_project.curation.sources.layouts import TurnReader
 from dagster_project.curation.sources.message import EMPTY, ORDER_OF_CALLS
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
@@ -106,17 +106,33 @@ def without_rest(
     return Turns(turns.row, shapes, ignored)
 
 
-def read_tree(row: dict[str, Any]) -> Turns:
-    """The messages of an OpenAssistant tree, which its layout reads by itself."""
-    messages = [row["prompt"]]
-    for message in messages:
-        messages += message.get("replies") or []
+TREE_KEYS = frozenset({"role", "text", "replies"})
+"""Keys of a message of a tree that are used if it is in an example or pair."""
+LEFT_OUT = "(left out)"
+"""Added to the names of fields of messages of a tree that are in no example or pair."""
+
+
+def read_tree(row: dict[str, Any], used: Iterable[dict[str, Any]]) -> Turns:
+    """The messages of an OpenAssistant tree, which its layout reads by itself.
+
+    Args:
+        used: those that are in the record. `deleted` and, of several, `rank` chose among their replies.
+    """
+    in_record = {id(message) for message in used}
+    found: list[tuple[dict[str, Any], frozenset[str]]] = [(row["prompt"], frozenset())]
     shapes: list[TurnShape] = []
     ignored: list[str] = []
-    for message in messages:
-        unused = tuple([key for key in message if key not in OASST_KEYS])
-        shapes.append((tuple(message), unused))
-        ignored += [f"prompt[].{key}"[:MAX_NAME] for key in unused if message[key] not in EMPTY]
+    for message, read in found:
+        is_used = id(message) in in_record
+        name_of = {key: key if is_used or key in read else f"{key} {LEFT_OUT}" for key in message}
+        unused = [key for key in message if key not in read and not (is_used and key in TREE_KEYS)]
+        shapes.append((tuple(name_of.values()), tuple([name_of[key] for key in unused])))
+        ignored += [f"prompt[].{name_of[key]}"[:MAX_NAME] for key in unused if message[key] not in EMPTY]
+        replies = message.get("replies") or []
+        several = sum(not reply.get("deleted") for reply in replies) > 1
+        for reply in replies:
+            compared = {"deleted", "rank"} if several and not reply.get("deleted") else {"deleted"}
+            found.append((reply, frozenset(compared if is_used else ())))
     return Turns(row, {"prompt": shapes}, ignored)
 
 

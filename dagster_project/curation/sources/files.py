@@ -181,7 +181,7 @@ class Found(NamedTuple):
 
 
 def require_rows(name: str, found: Found) -> None:
-    """Refuse a file without rows, or one of JSON lines, CSV or text, or in another encoding, of which none can be read.
+    """Refuse a file without rows, or of which none can be read; of a list in JSON only one in another encoding.
 
     Raises:
         InputError: as described.
@@ -189,7 +189,7 @@ def require_rows(name: str, found: Found) -> None:
     if not found.rows:
         raise InputError(f"{name}: the file is empty", "put at least one example in it, or leave it out")
     is_json, is_encoded = name.lower().endswith((".jsonl", ".jsonl.gz")), not found.problem.startswith("not UTF-8")
-    if not found.readable and (is_json or not is_encoded or name.lower().endswith((".csv", ".txt"))):
+    if not found.readable and not (is_encoded and name.lower().endswith((".json", ".json.gz"))):
         hint = "each line must be one JSON object" if is_json else "fix the rows"
         what = "not JSON" if is_json else "no row can be read"
         raise InputError(f"{name}: {what}: {found.problem}", hint if is_encoded else "save the file as UTF-8")

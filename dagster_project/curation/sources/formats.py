@@ -204,6 +204,8 @@ def _record(
         if split:
             more = {**more, "split": split}
         meta = merged(meta, more)
+        if not layout.alone and is_text(messages, meta):  # a field of the row: the answer is no text to continue
+            meta = merged(meta, {"kind": "conversation"})
     tools = {"tools": found.tools} if found and found.tools else {}
     hashed, category = messages, category_of(row, layout.category)
     if not messages:

@@ -6,7 +6,7 @@ One function per layout; layouts are detected by the keys of the rows (detection
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -66,6 +66,8 @@ class Layout:
     one. `messages` gets them as canonical messages."""
     tool_keys: tuple[str, ...] = tools.TOOL_KEYS
     """Keys for tool definitions. The first that holds any is read; the others are kept in `meta`."""
+    of_tree: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] | None = None
+    """The messages of a tree of replies, under `prompt`, that are in the conversation."""
 
 
 GEMINI_SYSTEM = ("systemInstruction", "system_instruction")
@@ -292,7 +294,6 @@ def merged(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
-OASST_KEYS = frozenset({"role", "text", "replies", "rank", "deleted"})
 
 
 def oasst_turn(message: dict[str, Any]) -> dict[str, Any]:
@@ -303,9 +304,20 @@ def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
 
     def order(reply: dict[str, Any]) -> tuple[bool, Any, bool]:
+        if not isinstance(reply.get("rank"), int | float | None):
+            raise ValueError(f"rank must be a number, found {type(reply['rank']).__name__}")
         return reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")
 
-    return sorted((reply for reply in message.get("replies") or [] if not reply.get("deleted")), key=order)
+    found = _object(message).get("replies") or []
+    if not isinstance(found, list):
+        raise ValueError(f"replies must be a list, found {type(found).__name__}")
+    return sorted((reply for reply in map(_object, found) if not reply.get("deleted")), key=order)
+
+
+def _object(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"expected a message, found {type(message).__name__}")
+    return message
 
 
 def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -362,7 +374,13 @@ LAYOUTS: dict[str, Layout] = {
     "ultrachat": _layout("data", _ultrachat),
     "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
     "glaive": _layout("system chat", _glaive, turns={"chat": read_turn}),
-    "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
+    "oasst": Layout(
+        frozenset({"message_tree_id", "prompt"}),
+        _oasst,
+        frozenset({"prompt"}),
+        _tree,
+        of_tree=lambda row: _thread(row)[: len(_oasst(row))],
+    ),
     "conversation": _layout("conversation", _conversation, "system", turns={"conversation": _read_round}),
     "openorca": _layout("question response", _openorca, "system_prompt"),
     "responses": _layout(

@@ -131,7 +131,9 @@ def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
         if not isinstance(part, dict):
             raise ValueError(f"expected a content part, found {type(part).__name__}")
         kind = part.get("type") or "text"
-        if isinstance(kind, str) and kind in MEDIA:
+        if not isinstance(kind, str):
+            raise ValueError(f"the type of a content part must be text, found {type(kind).__name__}")
+        if kind in MEDIA:
             raise UnsupportedContent(f"{MEDIA[kind]} in a message")
         if kind in TEXT_PARTS:
             texts.append(as_text(part["text"]))
@@ -212,12 +214,22 @@ def joined_calls(messages: Messages) -> Messages:
     found: Messages = []
     for message in messages:
         last = found[-1] if found else {}
-        is_alike = all(message.get(key) == last.get(key) for key in ("weight", "name"))
-        if is_alike and _only_calls(message) and "reasoning_content" not in message and _only_calls(last):
-            found[-1] = {**last, "tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
+        if _only_calls(last) and continues(last, message):
+            found[-1] = with_calls(last, message)
         else:
             found.append(message)
     return found
+
+
+def continues(last: Message, message: Message) -> bool:
+    """Whether a message only calls tools, without a trace, and belongs to the assistant's message before it."""
+    is_alike = all(message.get(key) == last.get(key) for key in ("role", "weight", "name"))
+    return is_alike and _only_calls(message) and "reasoning_content" not in message
+
+
+def with_calls(last: Message, message: Message) -> Message:
+    """A message with the calls of one that continues it."""
+    return {**last, "tool_calls": [*last.get("tool_calls", ()), *message["tool_calls"]]}
 
 
 def _only_calls(message: Mapping[str, Any]) -> bool:

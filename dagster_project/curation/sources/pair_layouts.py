@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -79,6 +79,8 @@ class PairLayout:
     """Moves fields of a nested object to the row, where they are accounted for. Raises errors like `pairs`."""
     used_turns: Callable[[dict[str, Any]], Mapping[str, int]] = lambda row: {}
     """Key of the row -> how many of its messages are used, where that may be fewer than all."""
+    of_tree: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] | None = None
+    """As in `Layout`, those that are in a pair."""
 
     @property
     def forms(self) -> tuple[PairLayout, ...]:
@@ -247,6 +249,17 @@ def _compared(
     return pairs
 
 
+def _texts_in(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]]) -> Callable[[dict[str, Any]], list[Pair]]:
+    """Reader of rows whose columns `keys` are texts. Messages there would be in no canonical form."""
+
+    def checked(row: dict[str, Any]) -> list[Pair]:
+        for key in keys.split():
+            as_text(row[key])
+        return pairs(row)
+
+    return checked
+
+
 def _first_if(better: bool) -> Callable[[Any], float]:
     """Score of a verdict that is true or false, or 1 or 0, and has this value if the first answer is better."""
 
@@ -310,6 +323,8 @@ def _texts(value: Any) -> list[str]:
 
 def _read_ranked(given: Any) -> Parsed:
     """An answer of Nectar: {"answer": "Hello", "model": "gpt-4", "rank": 1}"""
+    if not isinstance(given, dict):
+        raise ValueError(f"expected an answer with its rank, found {type(given).__name__}")
     answer = as_turns(None, ("assistant", as_text(given["answer"])))
     return {"messages": answer, "rank": _number(given["rank"])}, tuple({*given} - {"answer", "rank"})
 
@@ -397,19 +412,25 @@ def _after_system(row: dict[str, Any]) -> Messages:
 
 def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
     """Pair the best reply to each prompter turn with each lower-ranked reply. The margin is the difference in rank."""
-    pairs = []
+    pairs = [
+        Pair([oasst_turn(message) for message in thread], [oasst_turn(best)], [oasst_turn(reply)], float(margin))
+        for thread, best, reply, margin in _ranked_replies(row)
+    ]
+    if not pairs:
+        raise ValueError("the tree has no two replies of different rank to the same message")
+    return pairs
+
+
+def _ranked_replies(row: dict[str, Any]) -> Iterator[tuple[list[Any], Any, Any, float]]:
+    """A message of a tree with those before it, its best reply, one ranked below it, and the difference in rank."""
     threads = [[row["prompt"]]]
     for thread in threads:
         found = replies(thread[-1])
         threads += [[*thread, reply] for reply in found]
         ranked = [reply for reply in found if reply.get("rank") is not None and reply["role"] == "assistant"]
-        prompt = [oasst_turn(message) for message in thread]
         for reply in ranked[1:]:
             if (margin := reply["rank"] - ranked[0]["rank"]) > 0:
-                pairs.append(Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(margin)))
-    if not pairs:
-        raise ValueError("the tree has no two replies of different rank to the same message")
-    return pairs
+                yield thread, ranked[0], reply, margin
 
 
 def _pair_layout(
@@ -506,18 +527,26 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
     ),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
     "kto": _kto_layout(),
-    "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
+    "oasst": PairLayout(
+        frozenset({"message_tree_id", "prompt"}),
+        _oasst_pairs,
+        frozenset({"prompt"}),
+        of_tree=lambda row: (one for thread, *both, _ in _ranked_replies(row) for one in (*thread, *both)),
+    ),
 }
 
 PAIR_LAYOUTS |= {
     "orca_dpo": _pair_layout(
         "question chosen rejected",
-        _preference("question", "chosen", "rejected"),
+        _texts_in("question chosen rejected", _preference("question", "chosen", "rejected")),
         "system margin",
         by_value=True,
         variants=(
             _pair_layout(
-                "input chosen rejected", _preference("input", "chosen", "rejected"), "system margin", by_value=True
+                "input chosen rejected",
+                _texts_in("input chosen rejected", _preference("input", "chosen", "rejected")),
+                "system margin",
+                by_value=True,
             ),
         ),
     ),
@@ -533,23 +562,37 @@ PAIR_LAYOUTS |= {
     ),
     "helpsteer": _pair_layout(
         "context response1 response2 overall_preference",
-        _compared("context", ("response1", "response2"), "overall_preference", _number, scaled=True),
+        _texts_in(
+            "response1 response2",
+            _compared("context", ("response1", "response2"), "overall_preference", _number, scaled=True),
+        ),
         turns=_messages_in("context"),
         variants=(
             _pair_layout(
                 "prompt response_1 response_2 preference_strength",
-                _compared("prompt", ("response_1", "response_2"), "preference_strength", _number, scaled=True),
+                _texts_in(
+                    "prompt response_1 response_2",
+                    _compared("prompt", ("response_1", "response_2"), "preference_strength", _number, scaled=True),
+                ),
             ),
         ),
     ),
-    "nectar": _pair_layout("prompt answers num_responses", _nectar, turns={"answers": _read_ranked}),
+    "nectar": _pair_layout(
+        "prompt answers num_responses", _texts_in("prompt", _nectar), turns={"answers": _read_ranked}
+    ),
     "pku_saferlhf": _pair_layout(
         "prompt response_0 response_1 better_response_id",
-        _compared("prompt", ("response_0", "response_1"), "better_response_id", _first_if(False)),
+        _texts_in(
+            "prompt response_0 response_1",
+            _compared("prompt", ("response_0", "response_1"), "better_response_id", _first_if(False)),
+        ),
     ),
     "shp": _pair_layout(
         "history human_ref_A human_ref_B labels",
-        _compared("history", ("human_ref_A", "human_ref_B"), "labels", _first_if(True)),
+        _texts_in(
+            "history human_ref_A human_ref_B",
+            _compared("history", ("human_ref_A", "human_ref_B"), "labels", _first_if(True)),
+        ),
     ),
 }
 

@@ -22,7 +22,9 @@ from dagster_project.curation.sources.message import (
     Parsed,
     UnsupportedContent,
     as_text,
+    continues,
     read_message,
+    with_calls,
 )
 
 
@@ -372,18 +374,11 @@ def answered(items: Iterable[Mapping[str, Any]]) -> Messages:
                 raise ValueError(NO_ANSWER)
             if thought and message.get("reasoning_content", thought) != thought:
                 raise ValueError("two different traces of reasoning in one message")
-            if not thought and messages and _continues(messages[-1], message):
-                calls = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
-                messages[-1] = {**messages[-1], "tool_calls": calls}
+            if not thought and messages and continues(messages[-1], message):
+                messages[-1] = with_calls(messages[-1], message)
                 continue
             messages.append({**message, "reasoning_content": thought} if thought else message)
             thought = ""
     if thought:
         raise ValueError(NO_ANSWER)
     return messages
-
-
-def _continues(last: Message, message: Message) -> bool:
-    """Whether a message only calls tools, and belongs to the assistant's message before it."""
-    is_alike = all(message.get(key) == last.get(key) for key in ("role", "weight", "name"))
-    return is_alike and "tool_calls" in message and not message["content"] and "reasoning_content" not in message

@@ -9,9 +9,9 @@ from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.call_texts import Think, is_marked, prompted_tools, split_traces, texts_as_calls
 from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns, without_rest
 from dagster_project.curation.sources.files import Row
-from dagster_project.curation.sources.layouts import LAYOUTS, Layout, as_label
+from dagster_project.curation.sources.layouts import Layout, as_label
 from dagster_project.curation.sources.message import UnsupportedContent
-from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, Pair, PairLayout
+from dagster_project.curation.sources.pair_layouts import Pair, PairLayout
 from dagster_project.curation.sources.tools import Tools, definitions
 
 T = TypeVar("T")
@@ -44,8 +44,8 @@ def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow
             tools = tools or prompted.tools
             messages = texts_as_calls(prompted.messages, prompted.style, tools, unused)
             more |= prompted.meta
-    if layout is LAYOUTS["oasst"]:
-        turns = fields.read_tree(value)
+    if layout.of_tree:
+        turns = fields.read_tree(value, layout.of_tree(value))
     return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, layout)])
 
 
@@ -68,8 +68,8 @@ def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow
             sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, *sides[1:])]
         prompt, chosen, rejected = sides
         found.append(Pair(prompt, chosen, rejected, pair.margin))
-    if form is PAIR_LAYOUTS["oasst"]:
-        turns = fields.read_tree(value)
+    if form.of_tree:
+        turns = fields.read_tree(value, form.of_tree(value))
     return ReadRow(found, tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, form)])
 
 

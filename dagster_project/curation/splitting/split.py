@@ -25,7 +25,8 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 OPEN, DROPPED = "", "dropped"
 ROUNDING = 2
-"""Rows by which the shares of strata, each rounded, may differ in sum from the share of all rows; of larger sets 1%."""
+"""Rows by which a split may differ from its share of all rows because shares of strata are rounded; of larger sets 1%.
+"""
 
 
 # --- groups
@@ -147,9 +148,9 @@ def assign_splits(
 ) -> Assignment:
     """Assign each row to a split.
 
-    Upstream labels are kept; rows without one are assigned by share. A requested split that no label has is taken from
-    rows without a label and, by the same share, from those labeled train (an upstream split into train and test has no
-    validation rows).
+    Upstream labels are kept; rows without one are assigned by share. A requested split that no row has by `keep_labels`
+    is taken from rows without a label and, by the same share, from those labeled train (an upstream split into train
+    and test has no validation rows; those of another one may all be dropped).
 
     Args:
         groups: group of each row; near-copies share one. Never divided.
@@ -252,7 +253,7 @@ def assign(
             miss the share of all rows; the rest is train.
         seed: determines the assignment. The order of rows does not matter, and a new row changes few others.
         top_up: for units that are large compared with strata: a missing share is taken from any stratum, and an empty
-            split gets the unit closest in size.
+            split gets the unit closest in size. Otherwise only more missing rows than `ROUNDING` are.
     """
     import numpy as np
 
@@ -260,7 +261,7 @@ def assign(
     size = np.bincount(index.numbers, minlength=len(index))
     waiting = np.argsort(digests(f"{seed}:{units[i]}" for i in index.first.tolist()), kind="stable")
     stratum = _most_frequent(index, strata)[waiting]
-    names = [TRAIN, *shares]
+    names, tolerance = [TRAIN, *shares], max(ROUNDING, len(units) // 100)
     split_of = np.zeros(len(index), np.uint8)
 
     def fill(code: int, candidates: np.ndarray, room: int) -> None:
@@ -278,18 +279,19 @@ def assign(
         wanted, rooms = round(len(units) * share), [round(n * share) for n in rows]
         # Of many strata of two rows each gives round(0.4) = 0, of three rows round(0.6) = 1: then the rest of whole
         # rows is left to some of them
-        small = abs(sum(rooms) - wanted) > max(ROUNDING, len(units) // 100) or (wanted > 0 and not any(rooms))
+        small = abs(sum(rooms) - wanted) > tolerance or (wanted > 0 and not any(rooms))
         for ids, n, room in zip(of_strata, rows, rooms, strict=True):
             fill(code, ids, int(n * share) if small else room)
         if small:
             left = split_of[waiting] == 0
             first = np.sort(np.unique(stratum[left], return_index=True)[1])
             fill(code, waiting[left][first], wanted - int(size[split_of == code].sum()))
-    for code, share in enumerate(shares.values(), 1) if top_up else ():
+    for code, share in enumerate(shares.values(), 1):
         target, assigned = round(len(units) * share), int(size[split_of == code].sum())
-        fill(code, waiting, target - assigned)
+        if top_up or target - assigned > tolerance:
+            fill(code, waiting, target - assigned)
         left = waiting[split_of[waiting] == 0]
-        if target and not (split_of == code).any() and len(left) > 1:
+        if top_up and target and not (split_of == code).any() and len(left) > 1:
             split_of[left[np.argmin(abs(size[left] - target))]] = code
     return [names[code] for code in split_of[index.numbers]]
 

@@ -188,11 +188,15 @@ def samples(
         `win_rate`.
     """
     rows = [{"example_id": pair["example_id"], "prompt": pair["prompt"][-1]["content"]} for pair in pairs]
+    messages: dict[str, list[Message]] = {}
+    rewards: dict[str, list[float]] = {}
     generated: list[tuple[list[int], list[int]]] = []
     for who in ("sft", "aligned"):
         answers = policies.answer(who, pairs, max_new_tokens, f"answers, {who}")
-        rewards = judge.of_answers(pairs, [answer.message for answer in answers]) if judge else [None] * len(answers)
-        for row, answer, value in zip(rows, answers, rewards, strict=True):
+        messages[who] = [answer.message for answer in answers]
+        if judge:
+            rewards[who] = judge.of_answers(pairs, messages[who])
+        for row, answer, value in zip(rows, answers, rewards.get(who, [None] * len(answers)), strict=True):
             row |= {
                 f"{who}_answer": answer.text,
                 f"{who}_reward": None if value is None else rounded(value),
@@ -209,7 +213,10 @@ def samples(
         before, after = ([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned"))
         summary[name] = paired(before, after, units)
     if judge:
-        summary["win_rate"] = _share([_right(row["aligned_reward"], row["sft_reward"]) for row in rows], units)
+        # the reward of the same answer can differ in rounding, because its batch has other padding
+        equal = [ours == theirs for ours, theirs in zip(messages["aligned"], messages["sft"], strict=True)]
+        both = zip(rewards["aligned"], rewards["sft"], equal, strict=True)
+        summary["win_rate"] = _share([0.5 if same else _right(ours, theirs) for ours, theirs, same in both], units)
     return rows, {**summary, "kl_per_token": rounded(policies.divergence(generated)), "prompts": len(rows)}
 
 

@@ -81,6 +81,8 @@ def _where(model: Mapping[str, Any], shallow: bool) -> str:
 
 def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     through = f" through {seen['by']} {seen['md5'][:12]}" if seen["md5"] != model["md5"] else ""
+    if not through and seen["by"] in model.get("also_called", ()):  # the same bytes, trained under another name
+        through = f" as {seen['by']}"
     splits = ", ".join(f"{split} {n}" for split, n in seen["splits"].items())
     if seen.get("distilled"):
         return f"distilled from it{through}"
@@ -100,11 +102,9 @@ def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         steps_text = "at steps unknown"
     else:
         training = seen["learnt"]
-        steps_text = (
-            f"{many(training['records'], 'record')} in steps {training['first_step']} to {training['last_step']}"
-            if training["records"]
-            else _not_learned(seen)
-        )
+        first, last = training["first_step"], training["last_step"]
+        within = f"step {first}" if first == last else f"steps {first} to {last}"
+        steps_text = f"{many(training['records'], 'record')} in {within}" if training["records"] else _not_learned(seen)
     return f"{splits}; {steps_text}{through}"
 
 

@@ -105,9 +105,10 @@ class UndecidedModels:
         return [path for path in paths if not (self._matches.derived and is_within(path, SOURCES))]
 
     def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
-        """Unavailable reports that could name the queried source: by its hash,
-        or as a file of paraphrases, which no row names."""
-        if (not self._matches.sources and not self._matches.by_hash) or run.id in self._matches.exposures:
+        """Unavailable reports that could name the queried source: by its hash, or as a file of paraphrases, which no
+        row names. A model that saw rows of it may have seen more of them."""
+        matches = self._matches
+        if (not matches.sources and not matches.by_hash) or (matches.complete and run.id in matches.exposures):
             return []
         return self._index.missing_reports(run, only_splits=not self._matches.by_hash)
 

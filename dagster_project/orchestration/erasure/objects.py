@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_project.core.git import git
+from dagster_project.core.layout import PLOTS
 from dagster_project.lineage.history import WHOLE_LOG, blobs, cached_runs, is_within
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.run_index import SOURCES
@@ -146,6 +147,32 @@ def to_remove(
     files = {file for name in gone for file in folders[name]}
     single = {*retired} | (holding & (outputs | own.files))
     return (single | gone | files) - kept - own.others - {*needed}
+
+
+def present_in(storage: Path, names: Iterable[str]) -> set[str]:
+    """Those of some objects that a cache or remote has."""
+    return {name for name in names if (storage / "files" / "md5" / name[:2] / name[2:]).is_file()}
+
+
+def curves_of(index: Index, known: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Hash of an output -> hashes of the curves and figures that its runs wrote beside it.
+
+    Args:
+        known: the same from before: of runs that no commit has, the history now may lack some.
+    """
+    found = {name: {*curves} for name, curves in known.items()}
+    for run in index.runs.values():
+        outs = index.lock_entry(run).get("outs", ())
+        found.setdefault(run.md5, set()).update(
+            out["md5"] for out in outs if "md5" in out and out["path"].startswith(PLOTS)
+        )
+    return {name: sorted(curves) for name, curves in found.items() if curves}
+
+
+def curves_to_remove(curves: Mapping[str, Iterable[str]], removed: Collection[str]) -> set[str]:
+    """Curves of removed outputs. Those that an output that stays has, too, stay."""
+    gone = {one for name, found in curves.items() if name in removed for one in found}
+    return gone - {one for name, found in curves.items() if name not in removed for one in found}
 
 
 def runs_naming(storage: Path, removed: Collection[str]) -> list[Path]:

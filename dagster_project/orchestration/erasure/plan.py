@@ -40,7 +40,7 @@ from dagster_project.lineage.signing.target import folders_naming
 from dagster_project.lineage.unfinished_erasure import FILE, PLAN, is_unfinished
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure.layout import dagster_home
-from dagster_project.orchestration.erasure.objects import own_objects
+from dagster_project.orchestration.erasure.objects import curves_of, own_objects
 from dagster_project.orchestration.erasure.places import search
 from dagster_project.orchestration.erasure.remotes import remotes_of
 
@@ -171,6 +171,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "unreadable": index.unreadable,
         "retired": sorted(retired),
         "own": sorted(own_objects(index, (), with_run_cache=False).outputs),
+        "curves": curves_of(index, {}),
         "stages": _to_make_again(states),
         "before": _outputs(index),
         "places": places.document(),
@@ -212,10 +213,11 @@ def _refuse_outdated(root: Path, states: Mapping[str, dvc.StageState]) -> None:
     )
     for address in (EXAMPLES, PAIRS):
         is_used = address == EXAMPLES or (params.read(root).get(address) or {}).get("sources")
-        if address in states and (states[address].recorded or is_used) and states[address].changed:
+        # one that DVC runs each time is never without a change
+        if address in states and (states[address].recorded or is_used) and not states[address].as_recorded:
+            reason = next(one for one in states[address].changed if one != dvc.ALWAYS)
             raise InputError(
-                f"{address} is not up to date ({states[address].changed[0]}),"
-                " so its rows may not be those of the sources",
+                f"{address} is not up to date ({reason}), so its rows may not be those of the sources",
                 f"run `dvc repro {address}`, then ask again",
             )
 

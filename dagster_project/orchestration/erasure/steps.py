@@ -32,7 +32,17 @@ from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure import event_log, membership
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs
 from dagster_project.orchestration.erasure.layout import CACHE, EVENT_LOG, SCRATCH
-from dagster_project.orchestration.erasure.objects import Own, listings, name_of, own_objects, runs_naming, to_remove
+from dagster_project.orchestration.erasure.objects import (
+    Own,
+    curves_of,
+    curves_to_remove,
+    listings,
+    name_of,
+    own_objects,
+    present_in,
+    runs_naming,
+    to_remove,
+)
 from dagster_project.orchestration.erasure.places import Search, search
 from dagster_project.orchestration.erasure.plan import (
     REMAKE,
@@ -86,7 +96,7 @@ class Erasure:
         )
         for step in steps:
             if step.__name__ not in self.plan["done"]:
-                log.info(f"erase: {(step.__doc__ or '').partition('.')[0].strip()}")
+                log.info(f"erase: {' '.join((step.__doc__ or '').partition('.')[0].split())}")
                 runs_stages = step == self.pipeline
                 with nullcontext() if runs_stages else no_stage_runs(self.root, self.plan["stages"], waits=True):
                     step()
@@ -187,6 +197,10 @@ class Erasure:
             )
             for name, folder in remotes.folders.items()
         }
+        curves = curves_of(index, self.plan.get("curves", {}))
+        drawn = curves_to_remove(curves, oids.union(*on_remotes.values())) - needed
+        oids |= present_in(remotes.cache, drawn) if found.layout.owns_cache else set()
+        on_remotes = {name: of | present_in(remotes.folders[name], drawn) for name, of in on_remotes.items()}
         everything = oids.union(*on_remotes.values())
         for storage in [*([remotes.cache] if found.layout.owns_cache else []), *remotes.folders.values()]:
             runs += runs_naming(storage, everything)
@@ -209,8 +223,7 @@ class Erasure:
         holding = {name for hit in hits if (name := name_of(hit.path))}
         # whatever a search finds in a short text
         holding |= {change["md5"] for change in self.plan["sources"].values() if "md5" in change}
-        gone = to_remove(listings(folder), holding, retired, needed, own)
-        return {name for name in gone if (folder / name[:2] / name[2:]).is_file()}
+        return present_in(storage, to_remove(listings(folder), holding, retired, needed, own))
 
     def files(self) -> None:
         """Remove pages and scratch files that hold them, and papers of the

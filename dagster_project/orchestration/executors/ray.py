@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shlex
+import socket
 import sys
 import tarfile
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
@@ -41,7 +43,7 @@ from dagster_project.orchestration.executors.ray_queue import (
     RESOURCES,
     SECONDS,
     STAGE,
-    fits_no_node,
+    has_too_few_nodes,
     jobs_ahead,
 )
 from dagster_project.orchestration.experiments import is_temporary, workspace_of
@@ -92,6 +94,7 @@ class RayExecutor:
     def run(self, job: StageJob) -> StageResult:
         if self.placement.nodes > 1:
             _refuse_nodes(job.ctx, self.placement.nodes)
+        _resolve_token_path(job.ctx.root)
         setting = next((name for name in VARIABLES if os.environ.get(name)), SETTING)
         address = os.environ.get(setting) or self.settings.address or LOCAL
         client, url = connect(address, setting)
@@ -173,21 +176,22 @@ def connect(address: str, setting: str = SETTING) -> tuple[Any, str]:
             ) from None
         # RayError: a local cluster that was killed
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = ("" if url in LOCAL_NAMES else _unknown_host(url)) or " ".join(str(error).split())[:200]
             raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
 
 
 def _refuse_unsafe(url: str, by_token: bool, setting: str) -> None:
     """Refuse what is not the address of a dashboard. Of HOST:PORT, Ray would ask the head, and wait for 45 seconds."""
-    try:
-        parts = urlsplit(url if "://" in url else f"//{url}")
-    except ValueError:
-        parts = urlsplit("")
-    if parts.username or parts.password:
+    if "@" in url:
         raise InputError(
             f"{setting} contains credentials, which logs would show",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
         )
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+        _ = parts.port  # raises ValueError above 65535
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise InputError(
             f"{setting}: {url} is not an address of Ray's dashboard",
@@ -195,11 +199,27 @@ def _refuse_unsafe(url: str, by_token: bool, setting: str) -> None:
             " (the port of the head, 6379, and of Ray's client, 10001, are others)",
         )
     if not by_token and not _is_loopback(parts.hostname):
+        if unknown := _unknown_host(url):
+            raise InputError(f"{setting}: {unknown}", "correct the name of the host")
         raise InputError(
             f"{setting}: {parts.hostname} is not this machine, and no token authenticates its users:"
             " anyone who reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
+
+
+def _unknown_host(url: str) -> str:
+    """Why the host of a URL has no address, e.g. because its name is misspelled; "" if it has one, or if a proxy looks
+    it up."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme in getproxies() and not proxy_bypass(host):
+        return ""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        return f"this machine finds no host {host} ({getattr(error, 'strerror', None) or error})"
+    return ""
 
 
 def _is_loopback(host: str) -> bool:
@@ -220,6 +240,13 @@ def _token() -> str:
         return os.environ["RAY_AUTH_TOKEN"]
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _resolve_token_path(root: Path) -> None:
+    """Make a relative RAY_AUTH_TOKEN_PATH absolute, for this process: a trial runs in a copy of the workspace, and the
+    path is one of the workspace."""
+    if given := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(workspace_of(root) / given)
 
 
 @contextmanager
@@ -539,7 +566,9 @@ class _Run:
                 read = max(read, whole)
             if ended:
                 return details
-            if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_LOG_SECONDS:
+            # one of several nodes waits for them while Ray says RUNNING
+            waits = str(details.status) == "PENDING" or (self.executor.placement.nodes > 1 and self.started is None)
+            if waits and time.monotonic() - noted > WAITING_LOG_SECONDS:
                 noted = time.monotonic()
                 self._log_wait(details, adopted)
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
@@ -549,14 +578,17 @@ class _Run:
         if adopted and details.start_time:  # by Ray's clock: another driver submitted it
             waited = max(waited, time.time() - details.start_time / 1000)
         line = f"{self.address}: has waited {clock(waited)} for {self._resources()} on the cluster"
+        place = self.executor.placement
         with self._authenticated():
-            needs_another_node = fits_no_node(self.url, self._needed())
-        if needs_another_node:
+            needs_more_nodes = has_too_few_nodes(self.url, self._needed(), place.nodes, place.image)
+        if needs_more_nodes:
             why = "no node has these resources, so it waits until one joins"
+            if place.nodes > 1:
+                why = f"fewer than {place.nodes} nodes have these resources, so it waits until others join"
             log.warning(f"{line}; {why} (see `ray status` and `execution`)")
-            return
-        others = jobs_ahead(self._request(self.client.list_jobs), self.name, self.job.ctx.root, time.time())
-        log.info(f"{line}; {others}; `ray status` on the cluster shows what its nodes have")
+        elif str(details.status) == "PENDING":  # Ray Train's log says that it waits for nodes
+            others = jobs_ahead(self._request(self.client.list_jobs), self.name, self.job.ctx.root, time.time())
+            log.info(f"{line}; {others}; `ray status` on the cluster shows what its nodes have")
 
     def _handle(self, kind: str, content: Any, adopted: bool) -> None:
         if kind == "log":

@@ -94,25 +94,28 @@ def _ahead(job: Any, project: str | None, ran: float | None) -> JobAhead:
     return JobAhead(name, resources, seconds, max(0.0, ran or 0.0), is_exact=ran is not None)
 
 
-def fits_no_node(url: str, needed: Mapping[str, float]) -> bool:
-    """Whether no node of a cluster has these resources, even when it is idle. False if they are unknown of some nodes.
+def has_too_few_nodes(url: str, needed: Mapping[str, float], nodes: int = 1, image: str | None = None) -> bool:
+    """Whether fewer nodes of a cluster than a job needs have these resources, even when they are idle. False if the
+    resources of some nodes are unknown.
 
     Args:
         url: of the cluster's dashboard.
-        needed: name of a resource, as Ray writes it ("CPU", "memory" in bytes, "trainer") -> amount.
+        needed: name of a resource, as Ray writes it ("CPU", "memory" in bytes, "trainer") -> amount, on each node.
+        nodes: of the job.
+        image: label that they must have; None if any may be used.
     """
     from ray.util.state import list_nodes
     from ray.util.state.common import RAY_MAX_LIMIT_FROM_API_SERVER
     from ray.util.state.exception import RayStateApiException
 
     try:
-        nodes = list_nodes(url, filters=[("state", "=", "ALIVE")], limit=RAY_MAX_LIMIT_FROM_API_SERVER)
+        found = list_nodes(url, filters=[("state", "=", "ALIVE")], limit=RAY_MAX_LIMIT_FROM_API_SERVER)
     except (RayStateApiException, RuntimeError, OSError):
         return False
-    totals = [node.resources_total for node in nodes]
-    if not totals or not all(totals):
+    if not found or not all(node.resources_total for node in found):
         return False
-    return not any(all(total.get(name, 0) >= amount for name, amount in needed.items()) for total in totals)
+    usable = [node.resources_total for node in found if not image or (node.labels or {}).get("image") == image]
+    return sum(all(total.get(name, 0) >= amount for name, amount in needed.items()) for total in usable) < nodes
 
 
 def _plain(text: str) -> str:

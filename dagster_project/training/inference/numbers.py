@@ -14,7 +14,7 @@ _BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # in braces, at most thre
 _VULGAR = "[\u00bc-\u00be\u2150-\u215e\u2189]"
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SPELLINGS = [
-    (r"\n[ \t]*-[ \t]+", "\n"),  # the hyphen of a list
+    (r"(?m)^[ \t]*-[ \t]+", ""),  # the hyphen of a list
     (r"[\u2010\u2011\u2212\ufe63\uff0d]", "-"),
     (r"\\[,;: ]|[\u00a0\u2009\u202f~]", " "),
     (r"\\!|\\left|\\right", ""),
@@ -22,8 +22,9 @@ _SPELLINGS = [
     (r"\{,\}", ","),
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "\u00b0"),
     (r"\\times|\\cdot|[\u00b7\u22c5]", "\u00d7"),
+    (r"\\div(?![A-Za-z])", "\u00f7"),
     (r"(?<=[\w}])(?=\\[dtc]?frac)", " "),
-    (r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
+    (r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}", r"\1/\2"),
     (r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)", r"\1/\2"),
     (r"\{\s*(-?\d+)\s*\\over\s*(\d+)\s*\}", r"\1/\2"),
     # an en dash is a minus before a number, unless it is between two, and in exponents
@@ -43,40 +44,49 @@ _EUROPEAN = r"""(?!0)(?:
     \d{1,3}(?:[ '\u2019]\d{3})+,\d{1,2}(?![\d,])                        # 1 000,50
     | \d{1,3}(?:\.\d{3})+,\d+(?!\d|[.,]\d) | \d{1,3}(?:\.\d{3}){2,}(?!\d|[.,]\d)  # 1.000,50 and 1.000.000
 )"""
+_PER = r"[ ]{0,9}/[ ]{0,9}"
+_FUNCTION = r"(?<![A-Za-z])\\?(?:sqrt|log|ln|exp|sin|cos|tan)"
 _POWER = r"10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|(-?\d{1,3})(?!\d))"
 _NUMBER = rf"""
     # no sign: after a word, number or hyphen ("10-12", "---"), and with spaces on both sides after a number ("10 - 12")
     (?:(?<![\w)\]\-])(?P<sign>-)(?:(?!\s)|(?<![\d)]\s-)\s))?
-    (?<![\w)\]}}]/)(?<![\w)\]}}]/\s)        # not a part of x/2
+    (?<!/)(?<!/\s)(?<!/-)(?<!/\s-)         # not a part of x/2
+    (?<!-\()(?<!-\s\()                     # -(5)
     [$\u20ac\u00a3\u20b9\u00a5]?\s?
     (?!(?<=\d[ ])0\d\d(?!\d))             # not the 000 of 1234 000
     (?:
-        (?:(?P<whole>{_GROUPED}|\d{{1,30}})[ ]+)?(?P<over>{_PART})\s?/\s?(?P<under>{_PART})
+        (?:(?P<whole>{_GROUPED}|\d{{1,30}})[ ]+)?(?P<over>{_PART}){_PER}(?P<under>-?{_PART})
         | (?:(?P<european>{_EUROPEAN})|(?P<decimal>(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+))
           (?:[eE](?P<exponent>[+-]?\d{{1,3}})(?!\w)|\s*[\u00d7*x]\s*(?P<power>{_POWER}))?
         | (?P<alone>{_POWER})
     )
     (?!
-        \d|[.,:_'\u2019]\d|\s?/\s?[\d.]     # 1,5 3:30 5/12/2024
+        \d|[.,:_'\u2019]\d|{_PER}[\d.]|\s*(?:\u00b1|\\pm)  # 1,5 3:30 5/12/2024 5 +- 2
         | \.?\(\d|\.?\s*\\(?:overline|sqrt|pi\b|[dtc]?frac)|\s*[\u221a\u03c0]  # 0.(3) 2\sqrt{{3}}
-        | \s*\^|\*\*-?\d|-\d+\s?/|-\d+-\d|[A-Za-z_]+\d  # 2^10 2**10 2-1/2 2024-05-12 0x1F
-        | [ ]+\d+\s?/\s?\d                 # 1.000 1/2, which could be 1000 1/2
+        | [)\]}}]*\s*\^|\*\*-?\d|-\d+{_PER}|-\d+-\d|[A-Za-z_]+\d  # 2^10 {{2}}^{{10}} 2-1/2 2024-05-12 0x1F
+        | [ ]+\d+{_PER}\d                  # 1.000 1/2, which could be 1000 1/2
     )"""
 _TOKEN = re.compile(
     rf"""
-    (?:(?<=[A-Za-z}}])|(?<=[A-Za-z}}]\s))\^\s*(?:\{{\s*-?\d+\s*\}}|-?\d+)  # of a unit: 5 cm^2
+    (?:(?<=[A-Za-z}}])(?<!\d\}})|(?<=[A-Za-z}}]\s))\^\s*(?:\{{\s*-?\d+\s*\}}|-?\d+)  # of a unit: 5 cm^2
     | (?<![A-Za-z0-9_])(?!(?:USD|EUR|GBP|INR|CHF|Rs)\d)[A-Za-z_]+\d\w*(?:\.\d+)?  # CO2, x_1, v1.5
     | (?P<number>{_NUMBER})
     | (?P<other>
         (?:\\sqrt|\\overline|\u221a)\s*+(?:\[[^\[\]]{{0,40}}\]\s*+)?(?:{_BRACED}|\d+)
-        | \\[dtc]?frac\s*+(?:{_BRACED}|\S)\s*+(?:{_BRACED}|\S)
-        | (?:\u00b1|\\pm)\s*\d+
-        | [)\]]\s*\^\s*(?:{_BRACED}|-?\w+)
-        | \d(?:[\d.,:/_'\u2019A-Za-z]|\s?/\s?(?=\d)|-(?=\d)|[ ]+(?=\d+\s?/\s?\d))*(?:\(\d+\))?
-          (?:\s*\^\s*(?:{_BRACED}|-?\w+)|\*\*-?\d+)?
+        | \\(?:[dtc]?frac|[dt]?binom)\s*+(?:{_BRACED}|\S)\s*+(?:{_BRACED}|\S)
+        | (?:[)\]]|(?<=\d)\}})\s*\^\s*(?:{_BRACED}|-?\w+)
+        | (?:{_FUNCTION}(?:_\{{?\d+\}}?)?[ ]?[({{]?[ ]?|(?:\u00b1|\\pm)\s*)?
+          \d(?:[\d.,:/_'\u2019A-Za-z]|{_PER}(?=\d)|-(?=\d)|[ ]+(?=\d+{_PER}\d))*(?:\(\d+\))?
+          (?:\s*\^\s*(?:{_BRACED}|-?\w+(?:\.\d+)?)|\*\*-?\d[\d.,A-Za-z]*)?
     )""",
     re.VERBOSE,
 )
+_OPERATOR = re.compile(
+    r"[)\]}]*(?:\\?%)?"
+    r"(?:[ ]?[\u00d7\u00f7][ ]?|([ ]?)(?:\*\*?|\+)\1|[ ]*//?[ ]*|[ ]?x[ ]?(?=10\s*\^)|(?<=\))(?=\())"
+    r"[({\[]*-?[({\[]*"
+)
+"""Between two numbers, it makes them an expression. An asterisk with a space on one side only is markup."""
 _MARKED = re.compile(r"####\s*((?:(?!####)[^\n])+)")
 _BOXED = re.compile(rf"\\boxed\s*(?:({_BRACED})|(\d))?")
 
@@ -91,24 +101,54 @@ def number_in(text: str) -> Decimal | None:
     (Decimal('-1200.50'), Decimal('12'))
     >>> number_in("1 1/2"), number_in(r"so \boxed{\frac{3}{4}} of 8"), number_in("1,5"), number_in("none")
     (Decimal('1.5'), Decimal('0.75'), None, None)
+    >>> number_in("- 18 eggs"), number_in("= - 18"), number_in("3 * 4"), number_in(r"-\boxed{5}"), number_in("5/-2")
+    (Decimal('18'), Decimal('-18'), None, Decimal('-5'), Decimal('-2.5'))
     """
+    text = _plain(text)
     marked = _MARKED.findall(text)
-    if marked and (found := _numbers(marked[-1])):
+    if marked and (found := _numbers(marked[-1].rpartition("=")[2])):
         return found[0]
-    if boxed := _BOXED.findall(text):
-        found = _numbers("".join(boxed[-1]).rpartition("=")[2])
-        return found[0] if len(found) == 1 else None
+    if boxed := [*_BOXED.finditer(text)]:
+        return _in_box(text, boxed[-1])
     found = _numbers(text)
     return found[-1] if found else None
 
 
+def _in_box(text: str, box: re.Match[str]) -> Decimal | None:
+    r"""The number in a box, or the number that the box is a part of, as in `-\boxed{5}`."""
+    content = (box[1][1:-1] if box[1] else box[2] or "").rpartition("=")[2]
+    if len(_numbers(content)) != 1:
+        return None
+    # numbers beside it are others: the line break keeps them apart, because groups of digits may have spaces
+    before, after = text[: box.start()], text[box.end() :]
+    if before.endswith(" "):
+        before = before.rstrip(" ") + "\n"
+    if after.startswith(" "):
+        after = "\n" + after.lstrip(" ")
+    start, end = len(before), len(before) + len(content)
+    found = [value for first, last, value in _tokens(before + content + after) if first < end and last > start]
+    return found[0] if len(found) == 1 else None
+
+
 def _numbers(text: str) -> list[Decimal | None]:
-    """The numbers of a text in order; None for each expression that is not a single number."""
-    return [
-        _value(match.groupdict()) if match["number"] else None
-        for match in _TOKEN.finditer(_plain(text))
-        if match["number"] or match["other"]
-    ]
+    """The numbers of a plain text in order; None for each expression that is not a single number."""
+    return [value for _, _, value in _tokens(text)]
+
+
+def _tokens(text: str) -> list[tuple[int, int, Decimal | None]]:
+    """Begin and end of each number and expression of a plain text, with its value."""
+    found: list[tuple[int, int, Decimal | None]] = []
+    for match in _TOKEN.finditer(text):
+        if not (match["number"] or match["other"]):
+            continue
+        end = match.end()
+        start = end - len(match[0].lstrip())
+        value = _value(match.groupdict()) if match["number"] else None
+        operator = _OPERATOR.match(text, found[-1][1]) if found else None
+        if operator and operator.end() - start in (0, 1):  # 1: the minus is the number's
+            start, value = found.pop()[0], None
+        found.append((start, end, value))
+    return found
 
 
 def _plain(text: str) -> str:

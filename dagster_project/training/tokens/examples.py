@@ -16,7 +16,6 @@ from dagster_project.core.chat import (
     encode_pieces,
     examples_of,
     is_text,
-    last_trained,
     loss_weights,
     with_reasoning,
 )
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 TooLong = Literal["drop", "truncate", "split"]
 Encoded = list[tuple[list[int], bool]]
 """Token ids of each piece of a text, and whether it is trained on."""
-Said = tuple[str, str]
-"""The last piece of a text that is trained on, and the content of its message; both are "" for plain text."""
+Said = list[tuple[str, str]]
+"""The pieces of a text that are trained on, and the contents of their messages; "" and "" for plain text."""
 
 CHUNK = 1024
 """Records tokenized in one call."""
@@ -101,10 +100,10 @@ def make(
         cuts = [_pieces_or_outcome(tokenizer, record, rules.reasoning) for record in chunk]
         texts = [(i, parts) for i, cut in enumerate(cuts, start) if not isinstance(cut, RecordOutcome) for parts in cut]
         encoded: dict[int, list[Encoded]] = defaultdict(list)
-        answers: dict[int, list[str]] = defaultdict(list)
+        answers: dict[int, list[list[str]]] = defaultdict(list)
         for (i, parts), ids in zip(texts, encode_pieces(tokenizer, [parts for _, parts in texts]), strict=True):
             encoded[i].append([(piece, trained) for piece, (_, trained) in zip(ids, parts, strict=True)])
-            answers[i].append(_last_answer(parts))
+            answers[i].append(_answers(parts))
         whole = _whole_texts(tokenizer, [(i, parts) for i, parts in texts if (first + i) % step == 0])
         for i, (record, cut) in enumerate(zip(chunk, cuts, strict=True), start):
             if isinstance(cut, RecordOutcome):
@@ -142,30 +141,30 @@ def _pieces_or_outcome(tokenizer: Any, record: Mapping[str, Any], reasoning: Rea
 ONE_PER_ANSWER = "one per answer, because the template rewrites earlier turns"
 
 
-def _last_answer(parts: Pieces) -> str:
-    return next(text for text, trained in reversed(parts) if trained)
+def _answers(parts: Pieces) -> list[str]:
+    return [text for text, trained in parts if trained]
 
 
 def _fit(
-    tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules
+    tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[list[str]], rules: Rules
 ) -> RecordOutcome:
     """Examples of a record that fit into `rules.room`.
 
     Args:
-        answers: the last piece of each example that is trained on.
+        answers: the pieces of each example that are trained on.
     """
     if len(encoded) > 1:
         return _fit_turns(tokenizer, record, encoded, answers, rules)
     length = _length(encoded[0])
-    text, last = is_text(record), _trained(record)[-1]
-    said = ("", "") if text else (answers[0], last["content"])
+    text, trained = is_text(record), _trained(record)
+    said = [("", "")] if text else _said(answers[0], trained)
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
         why = f"{after} turns after the last answer left out" if after else ""
         return RecordOutcome("kept", why, [_example(tokenizer, encoded[0], said, rules)])
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
-        least = 1 if text else _least(tokenizer, answers[0], last)
+        least = 1 if text else _least(tokenizer, answers[0][-1], trained[-1])
         if shorter := truncate(tokenizer, encoded[0], rules.room, least):
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, said, rules)])
         reason = "the prompt leaves no room" if least == 1 else "traces and calls are not cut"
@@ -182,13 +181,13 @@ def _fit(
 
 
 def _fit_turns(
-    tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[str], rules: Rules
+    tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], answers: Sequence[list[str]], rules: Rules
 ) -> RecordOutcome:
     """Examples of a record with one example per trained answer. Together they have the weight of one example."""
     longest = max(map(_length, encoded))
     fitting = [
-        (kept, (answer, message["content"]))
-        for example, answer, message in zip(encoded, answers, _trained(record), strict=True)
+        (kept, [(answer, message["content"])])
+        for example, (answer,), message in zip(encoded, answers, _trained(record), strict=True)
         if (kept := _shortened(tokenizer, example, answer, message, rules))
     ]
     why = f"{longest} tokens, room for {rules.room}"
@@ -222,7 +221,7 @@ def _example(tokenizer: Any, encoded: Encoded, said: Said, rules: Rules) -> Exam
     import numpy as np
 
     labels = [label for ids, trained in encoded for label in (ids if trained else [IGNORE] * len(ids))]
-    weights = loss_weights(tokenizer, labels, said, rules.field_weights, rules.per_example)
+    weights = loss_weights(tokenizer, encoded, said, rules.field_weights, rules.per_example)
     return Example(
         np.array([token for ids, _ in encoded for token in ids], dtype=np.int32),
         np.array(labels, dtype=np.int32),
@@ -232,6 +231,10 @@ def _example(tokenizer: Any, encoded: Encoded, said: Said, rules: Rules) -> Exam
 
 def _trained(record: Mapping[str, Any]) -> list[Message]:
     return [message for message in record["messages"] if is_trained(message)]
+
+
+def _said(answers: Sequence[str], trained: Sequence[Message]) -> Said:
+    return [(answer, message["content"]) for answer, message in zip(answers, trained, strict=True)]
 
 
 def _least(tokenizer: Any, answer: str, message: Message) -> int:
@@ -292,7 +295,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
         -> system 1 2 3; system 2 3 4 with labels on 4 only
 
     Returns:
-        For each part its pieces, and its last answer.
+        For each part its pieces, and the answers in it that are trained on.
     """
     # before the cut: `last` is the last answer of the record, not of a part
     messages = with_reasoning(record["messages"], rules.reasoning)
@@ -307,7 +310,8 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
     def encode(first: int, new: int, stop: int) -> tuple[Encoded, Said] | None:
         """Exchanges first to stop with labels from `new` on; None if too long, without labels, or refused."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
-        cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, reasoning)
+        part = {"messages": turns, "tools": record.get("tools"), "meta": None}
+        cut = _pieces_or_outcome(tokenizer, part, reasoning)
         if isinstance(cut, RecordOutcome) or len(cut) > 1:
             return None
         ids = encode_pieces(tokenizer, cut)[0]
@@ -318,7 +322,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
             encoded.append((piece, trained and answers > context))
         if sum(map(len, ids)) > rules.room or answers <= context:
             return None
-        return encoded, (_last_answer(cut[0]), last_trained(turns))
+        return encoded, _said(_answers(cut[0]), _trained(part))[context:]
 
     parts: list[tuple[Encoded, Said]] = []
     new = 0

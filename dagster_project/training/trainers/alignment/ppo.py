@@ -118,8 +118,9 @@ class Settings(Section):
     """KL from the policy that sampled the answers, in nats per token, above which an iteration's updates end. null: no
     limit."""
     explode_kl: float = Field(default=50.0, gt=0)
-    """KL from the reference, in nats per answer, above which the run ends with the weights of the previous
-    iteration."""
+    """KL from the reference, in nats per answer, above which the run ends with the weights of the previous iteration.
+    It is measured on the answers of an iteration, before its updates. After the last iteration, the KL of the policy
+    that sampled its answers from the final one has the same limit."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate of the optimizer (Adam) in the first iteration."""
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
@@ -399,7 +400,8 @@ class Training:
         figures = update(shared, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed)
         if step == self.total:  # no later rollout measures how far the policy moved
             moved = evaluate(shared, head, rollout, settings, with_entropy=False).log_probs
-            refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
+            kl = kl_per_answer(policy.log_probs, moved)
+            refuse_explosion(kl, settings, "of the policy before its updates from the policy after them ")
         return {**figures, "learning_rate": rate}
 
     def _record(self, step: int, experience: Experience, returns: torch.Tensor, figures: Mapping[str, float]) -> None:
@@ -873,10 +875,14 @@ def refuse_other_reference(
         )
 
 
-def refuse_explosion(kl: float, settings: Settings) -> None:
-    """Raise Collapsed if KL is too large, or NaN."""
+def refuse_explosion(kl: float, settings: Settings, of: str = "from the reference ") -> None:
+    """Raise Collapsed if a KL is too large, or NaN.
+
+    Args:
+        of: between which policies, for the message.
+    """
     if not kl <= settings.explode_kl:
-        raise Collapsed(f"KL is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
+        raise Collapsed(f"KL {of}is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
 
 
 # ---- helpers

@@ -19,6 +19,8 @@ from dagster_project.core.text import many
 if TYPE_CHECKING:
     import torch
 
+ACCELERATE = ("ACCELERATE_", "FSDP_")
+"""Beginnings of the names of accelerate's variables."""
 BUCKET = 2**23
 """Numbers that are summed in one call, to avoid a round trip per small tensor."""
 
@@ -39,6 +41,15 @@ class ProcessRank:
     def does(self, number: int) -> bool:
         """Whether this process computes the n-th pass, from 0."""
         return number % self.size == self.rank
+
+
+def ignore_accelerate_variables() -> None:
+    """Remove variables that configure accelerate from this process' environment: the parameters alone decide.
+
+    accelerate reads them for what its caller leaves out, such as mixed precision or weights that are not divided.
+    """
+    for name in [name for name in os.environ if name.startswith(ACCELERATE)]:
+        del os.environ[name]
 
 
 def place() -> ProcessRank:

@@ -292,6 +292,7 @@ def _join(rank: int, world: int, meeting: str) -> None:
     dist.init_process_group(backend(), init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
     for name in HIDDEN:
         os.environ.pop(name, None)
+    distributed.ignore_accelerate_variables()
 
 
 _elsewhere = False

@@ -86,6 +86,7 @@ def _member(config: Mapping[str, str]) -> None:
     folder, rank = Path(config["folder"]), distributed.place().rank
     for name in HIDDEN:
         os.environ.pop(name, None)
+    distributed.ignore_accelerate_variables()
     if rank == 0 and not folder.is_dir():
         raise RuntimeError("Ray placed the first process on another node than the stage's")
     try:

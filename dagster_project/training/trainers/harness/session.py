@@ -420,7 +420,11 @@ def monitor(session: Session) -> Any:
 def training_arguments(
     params: TrainingParams, compute: Compute, scratch: str, device: str, validates: bool
 ) -> dict[str, Any]:
-    """Arguments for transformers' TrainingArguments shared by all trainers. The session saves checkpoints."""
+    """Arguments for transformers' TrainingArguments shared by all trainers. The session saves checkpoints.
+
+    From here on, variables of accelerate, which the Trainer would read in addition, are ignored.
+    """
+    distributed.ignore_accelerate_variables()
     names = (
         "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size",
         "gradient_accumulation_steps", "optim", "weight_decay", "max_grad_norm",
