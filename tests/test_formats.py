@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import read_records
 from dagster_project.curation.checks.checks import Rules, judge
-from dagster_project.curation.sources.files import read_rows
+from dagster_project.curation.sources.files import Row, read_rows
 from dagster_project.curation.sources.formats import (
     LAYOUTS,
     PAIR_LAYOUTS,
@@ -31,8 +32,10 @@ from dagster_project.curation.sources.formats import (
     detect,
     is_text,
     kind,
+    records_of,
     split_of_file,
 )
+from dagster_project.curation.sources.formats import pairs_of as pairs_in_memory
 from dagster_project.stages import raw_examples
 
 
@@ -49,6 +52,37 @@ def refused(path: Path, layout: str = "auto") -> str:
 
 def test_every_layout_has_an_example_here() -> None:
     assert set(LAYOUT_ROWS) == set(LAYOUTS)
+
+
+ODD_VALUES: list[Any] = [
+    None, 1, 1.5, True, "x", [], [1], [None], [[]], {}, {"a": 1}, {"role": ["user"], "content": "x"},
+    [{"role": ["user"], "content": "x"}], [{"from": {}, "value": 1}], [{"type": [], "role": "user"}],
+    [{"role": "user", "content": {"a": 1}}], [{"role": "user", "content": [{"type": ["text"]}]}],
+    [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": ["f"], "arguments": []}}]}],
+]  # fmt: skip
+
+
+def with_odd_values(value: Any) -> list[Any]:
+    """Copies of a row, each with one of the values in the place of something in it."""
+    copies = list(ODD_VALUES)
+    if isinstance(value, dict):
+        copies += [{**value, key: odd} for key in value for odd in with_odd_values(value[key])]
+    elif isinstance(value, list):
+        copies += [[*value[:i], odd, *value[i + 1 :]] for i, part in enumerate(value) for odd in with_odd_values(part)]
+    return copies
+
+
+@pytest.mark.parametrize("layout", [*LAYOUT_ROWS, *PAIR_ROWS])
+def test_the_reason_of_a_malformed_row_is_not_a_message_of_python(layout: str) -> None:
+    """Rows with one value of another type, at each place."""
+    rows = [LAYOUT_ROWS[layout][0]] if layout in LAYOUT_ROWS else []
+    examples = [copy for row in rows for copy in with_odd_values(row) if isinstance(copy, dict)]
+    pairs = [copy for row in PAIR_ROWS.get(layout, ()) for copy in with_odd_values(row) if isinstance(copy, dict)]
+    records = records_of([Row(i, row) for i, row in enumerate(examples)], "a.jsonl", "a", layout)[1] if examples else []
+    records += pairs_in_memory([Row(i, row) for i, row in enumerate(pairs)], "a.jsonl", "a", layout)[1] if pairs else []
+    reasons = {problem for record in records if (problem := json.loads(record["meta"]).get("problem"))}
+    of_python = re.compile(r"object (has no|is not|cannot)|unhashable|indices must|operand|unexpected keyword")
+    assert reasons and not {*filter(of_python.search, reasons)}
 
 
 @pytest.mark.parametrize("layout", LAYOUT_ROWS)

@@ -395,8 +395,8 @@ LORA: dict[str, Any] = {"method": "lora", "peft": {"r": 4}}
     [
         ({"soup": {"merge_of": {"a": 1.0}}}, "names 1 adapter"),
         ({"soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
-        ({"soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of soup"),
-        ({"b": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of b of soup"),
+        ({"soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged from itself: soup from soup"),
+        ({"b": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged from itself: soup from b from soup"),
         ({"soup": {"merge_of": {"a": 0.0, "b": 1.0}}}, r"merge_of\.a: the weight is 0"),
         ({"soup": {**MERGED, "method": "lora"}}, "'lora' is not a way to merge"),
         ({"soup": {**MERGED, "method": "ties"}}, r"peft\.density: missing"),
@@ -525,7 +525,7 @@ def test_a_pipeline_that_does_not_list_what_params_yaml_merges_is_refused_until_
     ("entries", "said"),
     [
         ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "x": 1.0}}}, r"there is no adapter\.x"),
-        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged of itself: soup of soup"),
+        ({"a": LORA, "soup": {"merge_of": {"a": 1.0, "soup": 1.0}}}, "merged from itself: soup from soup"),
         (
             {"a": LORA, "b": LORA, "soup": {"merge_of": ["a", "b"]}},
             r"adapter\.soup\.merge_of: Input should be a valid dictionary",

@@ -1006,6 +1006,25 @@ def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: C
 
 
 @pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        ({"messages": [ASKED, answer("x")], "system": "z"}, []),
+        ({"messages": [{"role": "system", "content": "x"}, ASKED, answer("y")], "system": "z"}, ["system"]),
+        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, []),
+        ({"instruction": "x", "output": "y", "history": "a"}, ["history"]),
+        ({"instruction": "x", "output": "y", "history": ""}, []),
+        ({"text": "x", "label": 1, "label_text": ""}, []),
+        ({"text": "x", "label": 1, "label_text": "y"}, ["label"]),
+    ],
+)
+def test_a_field_that_its_layout_does_not_read_in_a_row_counts_as_kept(row: dict[str, Any], kept: list[str]) -> None:
+    [record] = records_of([Row(0, row)], "a.jsonl", "a")[1]
+    (counted,) = record["fields"]
+    assert [*counted.kept] == kept and counted.used.keys() >= row.keys() - set(kept)
+    assert {name: row[name] for name in kept}.items() <= json.loads(record["meta"]).items()
+
+
+@pytest.mark.parametrize(
     ("messages", "reason"),
     [
         (

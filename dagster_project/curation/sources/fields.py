@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.records import IGNORED, CheckResult
-from dagster_project.curation.sources.layouts import TurnReader
+from dagster_project.curation.sources.layouts import TurnReader, all_replies
 from dagster_project.curation.sources.message import EMPTY, ORDER_OF_CALLS
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
@@ -128,7 +128,7 @@ def read_tree(row: dict[str, Any], used: Iterable[dict[str, Any]]) -> Turns:
         unused = [key for key in message if key not in read and not (is_used and key in TREE_KEYS)]
         shapes.append((tuple(name_of.values()), tuple([name_of[key] for key in unused])))
         ignored += [f"prompt[].{name_of[key]}"[:MAX_NAME] for key in unused if message[key] not in EMPTY]
-        replies = message.get("replies") or []
+        replies = all_replies(message)
         several = sum(not reply.get("deleted") for reply in replies) > 1
         for reply in replies:
             compared = {"deleted", "rank"} if several and not reply.get("deleted") else {"deleted"}

@@ -198,7 +198,7 @@ def _record(
     if found is None:
         meta: dict[str, Any] = {**problem, "row": value, **raw_text(row)}
     else:
-        more, meta = found.meta, kept_of(row, layout, found.tool_keys)
+        more, meta = found.meta, kept_of(row, layout, found)
         if label := canonical_split(meta.get("split")):
             meta["split"] = label
         if split:

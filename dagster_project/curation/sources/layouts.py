@@ -51,6 +51,8 @@ class Layout:
     `functions`)."""
     meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
     """Entries of `meta` in addition to the unused keys."""
+    unread: Callable[[dict[str, Any]], frozenset[str]] = lambda row: frozenset()
+    """Keys of `used` that did not go into the messages of this row and are kept, too."""
     category: str = "category"
     """Key of the row's category."""
     alone: bool = False
@@ -125,10 +127,13 @@ def has_rounds(row: dict[str, Any]) -> bool:
     )
 
 
+def _other_history(row: dict[str, Any]) -> frozenset[str]:
+    return frozenset() if has_rounds(row) or row.get("history") in EMPTY else frozenset({"history"})
+
+
 def _alpaca_meta(row: dict[str, Any]) -> dict[str, Any]:
-    """The input, by which a repair finds it in the question, and a history that is not read."""
-    other = {} if has_rounds(row) or row.get("history") in EMPTY else {"history": row["history"]}
-    return ({"input": row["input"]} if row.get("input") else {}) | other
+    """The input, by which a repair finds it in the question."""
+    return {"input": row["input"]} if row.get("input") else {}
 
 
 def _dolly(row: dict[str, Any]) -> Messages:
@@ -191,13 +196,13 @@ def _anthropic(row: dict[str, Any]) -> Messages:
     return messages if system == messages[:1] else [*system, *messages]
 
 
-def _other_system(row: dict[str, Any]) -> dict[str, Any]:
+def _other_system(row: dict[str, Any]) -> frozenset[str]:
     """A column `system` that is not the system prompt: it is not text, or the messages begin with another one."""
     given, first = row.get("system"), spread(row["messages"][:1])
     if isinstance(given, list) or given in EMPTY:
-        return {}
+        return frozenset()
     is_prompt = isinstance(given, str) and (first[0]["role"] != "system" or first[0]["content"] == given)
-    return {} if is_prompt else {"system": given}
+    return frozenset() if is_prompt else frozenset({"system"})
 
 
 def _tool_choice(row: dict[str, Any]) -> dict[str, Any]:
@@ -308,10 +313,15 @@ def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"rank must be a number, found {type(reply['rank']).__name__}")
         return reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")
 
+    return sorted((reply for reply in all_replies(message) if not reply.get("deleted")), key=order)
+
+
+def all_replies(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Replies to a message of a tree, also those that were deleted."""
     found = _object(message).get("replies") or []
     if not isinstance(found, list):
         raise ValueError(f"replies must be a list, found {type(found).__name__}")
-    return sorted((reply for reply in map(_object, found) if not reply.get("deleted")), key=order)
+    return [*map(_object, found)]
 
 
 def _object(message: Any) -> dict[str, Any]:
@@ -341,7 +351,7 @@ def _tree(row: dict[str, Any]) -> dict[str, Any]:
     """Numbers of messages of a tree by their use; `messages` is the sum of the others."""
     found = [row["prompt"]]
     for message in found:
-        found += message.get("replies") or []
+        found += all_replies(message)
     kept, thread = len(_oasst(row)), len(_thread(row))
     others = {"unanswered": thread - kept, "other_branches": len(found) - thread}
     return {"tree": {"messages": len(found), "kept": kept, **others}}
@@ -358,12 +368,17 @@ def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "alpaca": _layout("instruction output", alpaca, "input system history", meta=_alpaca_meta),
+    "alpaca": _layout("instruction output", alpaca, "input system history", unread=_other_history, meta=_alpaca_meta),
     "messages": _layout("messages", openai, turns={"messages": read_message}),
     "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
     "dolly": _layout("instruction response", _dolly, "context"),
     "instances": _layout(
-        "instruction instances", alpaca, "input output system history", meta=_alpaca_meta, parts=_instances
+        "instruction instances",
+        alpaca,
+        "input output system history",
+        unread=_other_history,
+        meta=_alpaca_meta,
+        parts=_instances,
     ),
     "prompt_completion": _layout(
         "prompt completion", _prompt_completion, "system", turns={"prompt": read_message, "completion": read_message}
@@ -398,7 +413,7 @@ LAYOUTS: dict[str, Layout] = {
     "anthropic": _layout(
         "messages system",
         _anthropic,
-        meta=_other_system,
+        unread=_other_system,
         turns={"system": read_anthropic_instruction, "messages": read_anthropic_message},
     ),
     "classification": _layout(
@@ -407,7 +422,7 @@ LAYOUTS: dict[str, Layout] = {
         "label_text system",
         category="label",
         labels=True,
-        meta=lambda row: {} if row.get("label_text") in EMPTY else {"label": row["label"]},
+        unread=lambda row: frozenset() if row.get("label_text") in EMPTY else frozenset({"label"}),
     ),
     "text": _layout(
         "text",

@@ -120,6 +120,12 @@ def _content(rest: dict[str, Any], role: str, calling: bool, unused: list[str]) 
     return as_text(value), ""
 
 
+def part_type(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the type of a content part must be text, found {type(value).__name__}")
+    return value
+
+
 def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
     """Text parts joined as a chat template joins them, without a separator, and parts with reasoning."""
     texts: list[str] = []
@@ -130,9 +136,7 @@ def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
             continue
         if not isinstance(part, dict):
             raise ValueError(f"expected a content part, found {type(part).__name__}")
-        kind = part.get("type") or "text"
-        if not isinstance(kind, str):
-            raise ValueError(f"the type of a content part must be text, found {type(kind).__name__}")
+        kind = part_type(part.get("type") or "text")
         if kind in MEDIA:
             raise UnsupportedContent(f"{MEDIA[kind]} in a message")
         if kind in TEXT_PARTS:

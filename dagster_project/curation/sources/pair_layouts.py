@@ -274,7 +274,7 @@ def _first_if(better: bool) -> Callable[[Any], float]:
 def _arena(row: dict[str, Any]) -> list[Pair]:
     """Battles of Chatbot Arena and MT-Bench: two conversations, of which the first `turn` rounds were judged."""
     winner = row["winner"]
-    if winner not in ARENA:
+    if not isinstance(winner, str) or winner not in ARENA:
         raise ValueError(f"winner must be {', '.join(ARENA)}, found {shortened(str(winner), 40)}")
     first, second = (_rounds(row[key], row.get("turn")) for key in ("conversation_a", "conversation_b"))
     sides = (second, first) if winner == "model_b" else (first, second)

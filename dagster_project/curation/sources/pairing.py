@@ -36,7 +36,7 @@ def entries_of(
         found, problem = read(row, partial(read_pairs, form=form, think=think))
         unread = {**problem, "row": row.value, **raw_text(row)}
         row = row._replace(value=form.flat(row.value)) if found and row.value is not None else row
-        kept = merged(kept_of(row, form, found.tool_keys if found else ()), found.meta if found else {})
+        kept = merged(kept_of(row, form, found), found.meta if found else {})
         label = split or canonical_split((row.value or {}).get("split"))
         labelled = {"split": label} if label and not problem else {}
         counted = noted(row, form, kept, found, account)

@@ -23,6 +23,7 @@ from dagster_project.curation.sources.message import (
     UnsupportedContent,
     as_text,
     continues,
+    part_type,
     read_message,
     with_calls,
 )
@@ -263,7 +264,7 @@ def _bedrock_part(part: dict[str, Any], unused: list[str]) -> Part:
 # --- Anthropic
 # ---------------------------------------------------------------------------------------------------------------------
 
-BLOCKS = frozenset({"tool_use", "tool_result", "redacted_thinking"})
+BLOCKS = ("tool_use", "tool_result", "redacted_thinking")
 """Types of parts that a message in OpenAI's form does not have."""
 
 
@@ -284,7 +285,7 @@ def read_anthropic_instruction(block: Any) -> Parsed:
 
 
 def _anthropic_part(part: dict[str, Any], unused: list[str]) -> Part:
-    kind = part.pop("type", "text")
+    kind = part_type(part.pop("type", "text"))
     if kind in MEDIA:
         raise UnsupportedContent(f"{MEDIA[kind]} in a message")
     if kind == "tool_use":
@@ -310,7 +311,7 @@ def _result_of(content: Any) -> Any:
         given = {
             name: value for name, value in block.items() if value is not None and (name, value) != ("type", "text")
         }
-        if media := next((name for name in (*given, given.get("type")) if name in MEDIA), None):
+        if media := next((name for name in (*given, part_type(given.get("type", ""))) if name in MEDIA), None):
             raise UnsupportedContent(f"{MEDIA[media]} in a message")
         if len(given) != 1 or not given.keys() <= {"text", "json"}:
             raise ValueError("a result of a tool that is neither text nor JSON")

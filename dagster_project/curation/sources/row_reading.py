@@ -29,12 +29,14 @@ class ReadRow(NamedTuple):
     """Further entries of `meta`."""
     shapes: Mapping[str, list[TurnShape]]
     ignored: list[str]
+    unread: frozenset[str] = frozenset()
+    """Keys that the layout reads in other rows, and keeps of this one."""
 
 
 def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow:
     turns = read_turns(value, layout.turns)
     messages = layout.messages(turns.row)
-    more = layout.meta(turns.row)
+    more, unread = layout.meta(turns.row), layout.unread(turns.row)
     unused: list[str] = []
     tools, keys = _tools_of(value, layout)
     if not layout.alone and is_marked(messages):
@@ -46,7 +48,8 @@ def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow
             more |= prompted.meta
     if layout.of_tree:
         turns = fields.read_tree(value, layout.of_tree(value))
-    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, layout)])
+    ignored = [*turns.ignored, *_named(unused, layout)]
+    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, ignored, unread)
 
 
 def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow:
@@ -130,12 +133,13 @@ def category_of(row: Row, key: str) -> str | None:
     return (category or None) if isinstance(category, str) else None
 
 
-def kept_of(row: Row, layout: Layout | PairLayout, tool_keys: tuple[str, ...]) -> dict[str, Any]:
+def kept_of(row: Row, layout: Layout | PairLayout, read: ReadRow | None) -> dict[str, Any]:
     """Values that are in no other column, including a category that is a fraction, a list or an object."""
     values = row.value or {}
-    elsewhere = {*layout.used, *tool_keys}
+    elsewhere = {*layout.used, *(read.tool_keys if read else ())}
     if isinstance(values.get(layout.category), str | int | None):
         elsewhere.add(layout.category)
+    elsewhere -= read.unread if read else frozenset()
     return {key: value for key, value in values.items() if key not in elsewhere}
 
 
@@ -148,5 +152,5 @@ def noted(
     # of the row only: of a system prompt whose tools are used, a reader keeps the text as `system_prompt`
     ignored = [*read.ignored, *[key for key in fields.important(kept) if key in (row.value or {})]]
     columns = (layout.category, *read.tool_keys)
-    found = account.of(row.value or {}, layout.used, columns, kept, read.shapes, row.classes)
+    found = account.of(row.value or {}, layout.used - read.unread, columns, kept, read.shapes, row.classes)
     return {"fields": (found,), **({"ignored": [*dict.fromkeys(ignored)]} if ignored else {})}

@@ -121,7 +121,7 @@ def check_merge(params: AdapterParams, adapters: Mapping[str, Any], where: str) 
 
 
 def refuse_circles(adapters: Mapping[str, Any], name: str, where: str) -> None:
-    """Raise InputError if an adapter is merged of itself, also through others."""
+    """Raise InputError if an adapter is merged from itself, also through others."""
 
     def walk(one: str, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for parent in parents_of(adapters, one):
@@ -131,7 +131,7 @@ def refuse_circles(adapters: Mapping[str, Any], name: str, where: str) -> None:
                 yield from walk(parent, (*path, parent))
 
     if circle := next(walk(name, (name,)), None):
-        problem = f"an adapter would be merged of itself: {' of '.join(circle)}"
+        problem = f"an adapter would be merged from itself: {' from '.join(circle)}"
         raise InputError(f"params.yaml: {where}.merge_of: {problem}", "leave one out")
 
 
