@@ -98,6 +98,42 @@ def test_a_named_layout_reads_the_same_as_a_detected_one(layout: str, tmp_path: 
     assert to_records(path, "rows.jsonl", layout) == to_records(path, "rows.jsonl")
 
 
+COLUMNS = {"prompt": "[]", "response_a": "[]", "response_b": "[]", "winner_model_a": 1, "winner_model_b": 0}
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "reason"),
+    [
+        (
+            "arena",
+            {**COLUMNS, "prompt": '["Hi"]'},
+            "prompt, response_a and response_b must have the same number of turns",
+        ),
+        ("arena", {**COLUMNS, "prompt": "[Hi]"}, "the turns of a side are text that begins with [ and is not JSON"),
+        ("arena", {**COLUMNS, "prompt": '["\\ud800"]'}, "text has half of a surrogate pair, which is not a character"),
+        ("arena", {**COLUMNS, "prompt": f"[{'1' * 5000}]"}, "a whole number has more than 4,300 digits"),
+        ("preference", {"margin": 10**400}, f"expected a finite number, found 1{'0' * 39}…"),
+    ],
+)
+def test_the_reason_of_a_malformed_pair_names_what_is_wrong(layout: str, row: dict[str, Any], reason: str) -> None:
+    complete = row if layout == "arena" else {**PAIR_ROWS[layout][0], **row}
+    [pair] = pairs_in_memory([Row(0, complete)], "a.jsonl", "a", layout)[1]
+    assert json.loads(pair["meta"])["problem"] == reason
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_row_with_a_number_that_is_too_long_says_so(suffix: str, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "Hi", "response": "Hello"})
+    long = row.replace('"Hi"', "1" * 5000)
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(f"{row}\n{long}\n" if suffix == "jsonl" else f"[{row}, {long}]")
+    good, bad = to_records(path, path.name)[1]
+    where = " (line 2)" if suffix == "jsonl" else ""
+    assert (
+        good["messages"] and json.loads(bad["meta"])["problem"] == f"a whole number has more than 4,300 digits{where}"
+    )
+
+
 def test_plain_text_is_detected_by_its_only_key_and_marked(tmp_path: Path) -> None:
     layout, (record,) = to_records(jsonl(tmp_path / "rows.jsonl", {"text": "Wrens are small."}), "rows.jsonl")
     assert (layout, json.loads(record["meta"])) == ("text", {"kind": "text"})

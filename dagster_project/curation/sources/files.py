@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -432,7 +433,7 @@ def _line(source_row: int, line: str, number: int) -> Row:
     except json.JSONDecodeError as error:
         row = Row(source_row, None, f"line is not JSON: {error.msg}: column {error.colno}", number)
     except ValueError as error:
-        row = Row(source_row, None, str(error), number)
+        row = Row(source_row, None, _reason(error), number)
     except RecursionError:
         row = Row(source_row, None, TOO_DEEP, number)
     raw = line.rstrip("\r\n") if row.value is None else ""
@@ -538,7 +539,7 @@ def _element(text: _Window) -> Row:
         except json.JSONDecodeError as error:
             flaw = text.error_at(error.msg, error.pos)
         except ValueError as error:
-            row = Row(0, None, str(error))
+            row = Row(0, None, _reason(error))
             try:
                 _, end = LENIENT.raw_decode(text.text, start)
             except json.JSONDecodeError as broken:
@@ -594,6 +595,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _reason(error: ValueError) -> str:
+    """Why a text is no row: Python's message for a whole number that it does not convert is about its settings."""
+    return LONG_NUMBER if "int_max_str_digits" in str(error) else str(error)
+
+
+LONG_NUMBER = f"a whole number has more than {sys.get_int_max_str_digits():,} digits"
 STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=finite_number, parse_float=finite_number)
 LENIENT = json.JSONDecoder(parse_int=len)
 """Finds only the end of an element; `len`, because Python refuses to convert integers of thousands of digits."""
@@ -612,10 +619,17 @@ def parse_json(text: str) -> Any:
         value = STRICT.decode(text)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(_reason(error)) from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise ValueError(TOO_DEEP)
     if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(HALF) from None
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -109,10 +110,11 @@ def _number(value: Any) -> float:
         raise ValueError(f"expected a number, found {type(value).__name__}")
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, found {'text' if isinstance(value, str) else value}")
+        found = "text" if isinstance(value, str) else shortened(str(value), 40)
+        raise ValueError(f"expected a finite number, found {found}")
     return number
 
 
@@ -308,6 +310,8 @@ def _arena_columns(row: dict[str, Any]) -> list[Pair]:
     if None in wins or all(wins):
         raise ValueError("winner_model_a and winner_model_b must be 0 or 1, and not both 1")
     winner = "model_a" if wins[0] else "model_b" if wins[1] else "tie"
+    if any(len(texts) != len(asked) for texts in answers):
+        raise ValueError("prompt, response_a and response_b must have the same number of turns")
     rounds = [[one for both in zip(asked, texts, strict=True) for one in both] for texts in answers]
     first, second = ([{"role": ROUND[i % 2], "content": text} for i, text in enumerate(texts)] for texts in rounds)
     return _arena({"conversation_a": first, "conversation_b": second, "winner": winner})
@@ -317,8 +321,12 @@ ROUND = ("user", "assistant")
 
 
 def _texts(value: Any) -> list[str]:
-    texts = parse_json(value) if isinstance(value, str) and value.startswith("[") else [value]
-    return [as_text(text) for text in (value if isinstance(value, list) else texts)]
+    if not isinstance(value, str) or not value.startswith("["):
+        return [as_text(text) for text in (value if isinstance(value, list) else [value])]
+    try:
+        return [as_text(text) for text in parse_json(value)]
+    except json.JSONDecodeError:
+        raise ValueError("the turns of a side are text that begins with [ and is not JSON") from None
 
 
 def _read_ranked(given: Any) -> Parsed:
