@@ -14,6 +14,7 @@ import pytest
 import torch
 from builders.commands import exit_code
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.records import said, stored, user
 from builders.tool_calls import WEATHER
 from conftest import ROOT, edit_params
 from safetensors.torch import load_file
@@ -627,15 +628,7 @@ def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_mod
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     pairs = [preference_row(10 + i, "aaa", "z" * (1 + 300 * (i == 5))) for i in range(12)]
     write_records(tokenized / "data" / "preferences" / "train", pairs, PREFERENCE_SCHEMA)
-    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
-    task = {
-        "example_id": "a" * 32,
-        "source": "a.jsonl",
-        "messages": messages,
-        "category": None,
-        "group_id": None,
-        "meta": "{}",
-    }
+    task = stored(user("1+1?"), said("2"), example_id="a" * 32, group_id=None)
     for split in ("train", "validation"):
         write_records(tokenized / "data" / "splits" / split, [task, {**task, "example_id": "b" * 32}])
     online = {"adapter": "lora", "options": {"max_completion_length": 10, "num_generations": 4}}
