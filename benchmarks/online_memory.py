@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from children import output_of, result_of  # noqa: E402
 from online import LENGTH, LORA, RATE, distinct, prompts_of  # noqa: E402
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 STEPS, ANSWERS = 2, 8
 METHODS = ("rloo", "grpo", "online_dpo")
@@ -144,9 +144,7 @@ def main() -> None:
         print(json.dumps(measured[-1]), file=sys.stderr, flush=True)
     runtime = int(output_of("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
     shown = table([{**one, **predict(one["method"], given.project, runtime)} for one in measured])
-    print(shown)
-    if given.out:
-        replace(given.out, "online_memory", shown)
+    show(given.out, "online_memory", shown)
 
 
 if __name__ == "__main__":
