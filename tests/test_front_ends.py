@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,23 +219,21 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
 
 
-def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:
-    for path, text in {
-        "data/reports/a.json": '{"loss": 0.7}',
-        "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(text)
+def described(root: Path, address: str, files: Mapping[str, str]) -> Mapping[str, Any]:
+    """What Dagster shows of a stage that has written these files."""
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text(text)
+    report, out = "data/reports/a.json", "data/a"
     state = SimpleNamespace(
-        report="data/reports/a.json",
-        out="data/a",
-        version="v",
-        address="adapter@x",
-        meta={},
-        recorded=True,
-        output_problem="",
+        report=report, out=out, version="v", address=address, meta={}, recorded=True, output_problem=""
     )
-    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    return describe(root, state)  # type: ignore[arg-type]
+
+
+def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:
+    files = {"data/reports/a.json": '{"loss": 0.7}', "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n"}
+    found = described(tmp_path, "adapter@x", files)
     assert found["loss"] == 0.7 and found["loss_curves"].md_str.startswith("![loss](data:image/png;base64,")
 
 
@@ -253,19 +252,7 @@ def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_pat
         "data/plots/alignment/x.csv": "step,reward\n1,0.5\n2,0.7\n",
         "data/pages/aligned/x/alignment.html": "page",
     }
-    for path, text in files.items():
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(text)
-    state = SimpleNamespace(
-        report="data/reports/a.json",
-        out="data/a",
-        version="v",
-        address="aligned@x",
-        meta={},
-        recorded=True,
-        output_problem="",
-    )
-    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    found = described(tmp_path, "aligned@x", files)
     assert "/aligned/x/alignment.html?" in found["alignment"].url
     assert found["alignment_curves"].md_str.startswith("![alignment](data:image/png;base64,")
 
