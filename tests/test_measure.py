@@ -329,7 +329,7 @@ def test_the_tokens_of_a_prompt_are_those_that_the_model_reads(
         model.answer(prompts, "x", thinking_tokens=40)
 
 
-def test_each_of_several_equal_test_examples_counts(tmp_path: Path) -> None:
+def test_each_of_several_equal_test_examples_counts() -> None:
     """They are kept with `policy: {exact_duplicates: warn}`."""
     test, ours, theirs = FREE[:2] + FREE[1:2] * 2, results((1.0, 2), (4.0, 6)), results((3.0, 2), (6.0, 6))
     sums = comparison._likelihoods(ours, theirs, test)

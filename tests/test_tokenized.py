@@ -355,7 +355,7 @@ def test_chatml_adds_the_models_end_of_text_token_if_it_is_another_one(tiny_toke
     ]
 
 
-def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
