@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from measurements import Measurements, content  # noqa: E402
 from seeds import gain, spread, training_seconds  # noqa: E402
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 ANSWERS_PER_STEP = 8
 
@@ -335,9 +335,7 @@ def main() -> int:
     report = options.project / "data" / "reports" / "evaluation" / f"{options.adapter}.json"
     sft = json.loads(report.read_text()).get("macro_f1") if report.is_file() else None
     shown = table(runs, sft, f"{machine()}, {dtype_of(options.project)}, {options.threads} thread(s)")
-    if options.out:
-        replace(options.out, "alignment", shown)
-    print(shown)
+    show(options.out, "alignment", shown)
     return int(any("watch" not in run for run in runs))
 
 

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 SYSTEMS = ("zero_shot", "few_shot", "retrieved")
 THEIRS = {"dynamic": None, "static": "static"}
@@ -221,9 +221,7 @@ def main() -> None:
         else []
     )
     made = "\n".join([*speed, "", *same]).strip() + "\n"
-    print(made)
-    if given.out:
-        replace(given.out, "answers", made)
+    show(given.out, "answers", made)
 
 
 if __name__ == "__main__":

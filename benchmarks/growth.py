@@ -31,7 +31,7 @@ from typing import Any
 import audit
 import curation
 from children import result_of
-from tables import machine, replace
+from tables import machine, show
 
 ROOT = Path(__file__).resolve().parents[1]
 Costs = dict[str, dict[int, tuple[float, float]]]
@@ -276,9 +276,7 @@ def main() -> None:
         measure, sizes, unit = PARTS[name]
         with tempfile.TemporaryDirectory() as folder:
             found = table(measure(sorted(options.sizes or sizes), Path(folder)), unit)
-        print(found, flush=True)
-        if options.out:
-            replace(options.out, f"growth of {name}", found)
+        show(options.out, f"growth of {name}", found)
 
 
 if __name__ == "__main__":

@@ -478,7 +478,7 @@ def main() -> int:
     work = options.work / str(options.seed)
     folder = options.out or work / "others"
     folder.mkdir(parents=True, exist_ok=True)
-    from tables import machine, replace
+    from tables import machine, show
 
     ids, kinds, inputs = inputs_of(options.project, work, options.seed, folder)
     culprits = json.loads((work / "culprits.json").read_text())
@@ -494,9 +494,7 @@ def main() -> int:
     training = json.loads((work / "adapter" / "training.json").read_text())
     place = f"Seed {options.seed}, {training['steps']} steps, {len(ids)} records, {len(kinds)} questions; {machine()}"
     table = table_of(rows, place)
-    print(table)
-    if options.docs:
-        replace(options.docs, "why_others", table)
+    show(options.docs, "why_others", table)
     return 0
 
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from children import ONE_THREAD, result_of  # noqa: E402
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 LENGTH, BETA, RATE = 48, 0.05, 2e-4
@@ -357,9 +357,7 @@ def main() -> None:
                         )
                         print(found[-1], file=sys.stderr, flush=True)
     table = report(found)
-    print(table)
-    if options.out:
-        replace(options.out, "online", table)
+    show(options.out, "online", table)
 
 
 if __name__ == "__main__":

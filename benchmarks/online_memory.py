@@ -20,9 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from memory import python  # noqa: E402
+from children import output_of, result_of  # noqa: E402
 from online import LENGTH, LORA, RATE, distinct, prompts_of  # noqa: E402
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 STEPS, ANSWERS = 2, 8
 METHODS = ("rloo", "grpo", "online_dpo")
@@ -140,15 +140,11 @@ def main() -> None:
         given.methods or METHODS
     ):  # all measurements first: the maximum resident size of a process starts with that of its parent
         print(f"training {name}", file=sys.stderr, flush=True)
-        measured.append(
-            json.loads(python(__file__, "--project", str(given.project.resolve()), "--child", name).splitlines()[-1])
-        )
+        measured.append(result_of(__file__, "--project", str(given.project.resolve()), "--child", name))
         print(json.dumps(measured[-1]), file=sys.stderr, flush=True)
-    runtime = int(python("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
+    runtime = int(output_of("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
     shown = table([{**one, **predict(one["method"], given.project, runtime)} for one in measured])
-    print(shown)
-    if given.out:
-        replace(given.out, "online_memory", shown)
+    show(given.out, "online_memory", shown)
 
 
 if __name__ == "__main__":

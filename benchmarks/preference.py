@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from children import result_of  # noqa: E402
-from tables import replace  # noqa: E402
+from tables import show  # noqa: E402
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 SHARED = {"lr_scheduler_type": "cosine", "optim": "adamw_torch_fused", "per_device_train_batch_size": 8}
@@ -278,9 +278,7 @@ def main() -> None:
                     found.append(result_of(__file__, "--one", f"{task},{name},{seed}", "--steps", str(given.steps)))
                     print(found[-1], file=sys.stderr, flush=True)
     table = report(found)
-    print(table)
-    if given.out:
-        replace(given.out, "preference", table)
+    show(given.out, "preference", table)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 QUANTIZATIONS = ("f16", "q8_0", "q4_k_m")
 CONTEXT = 2048
@@ -355,12 +356,7 @@ def main() -> None:
         questions = Questions(
             options.project.resolve(), folder, results_of(options.project, options.model), options.threads
         )
-
-        def write(text: str) -> None:
-            print(text, flush=True)
-            if options.out:
-                replace(options.out, "serving", text)
-
+        write = partial(show, options.out, "serving")
         measured(questions, files, options.threads, time.monotonic() + 60 * options.minutes, write, options.model)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 from dagster_project.pipeline import PEDIGREE  # noqa: E402
 
@@ -133,9 +133,7 @@ def main() -> int:
     parser.add_argument("profile", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "time.md", help="default: %(default)s")
     options = parser.parse_args()
-    shown = table(options.profile)
-    replace(options.out, "stages", shown)
-    print(shown)
+    show(options.out, "stages", table(options.profile))
     return 0
 
 

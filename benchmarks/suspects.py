@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -46,55 +45,19 @@ def flipped(records: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, An
 
 def prepare(project: Path, work: Path, seed: int, steps: int, most: int) -> None:
     """Plant, tokenize and train, if that was not done before: work/{data,flipped.json}."""
-    from dagster_project.core import params
-    from dagster_project.core.params import Compute
-    from dagster_project.core.records import iter_ledger, read_records, write_json, write_ledger, write_records
-    from dagster_project.stages import adapter, tokenized
+    from influence import train_on
+
+    from dagster_project.core.records import read_records, write_json
 
     if (work / "adapter" / "training.json").is_file():
         return
-    values = params.read(project)
     tickets = [record for record in read_records(project / "data/splits/train") if record["category"]]
     if most < len(tickets):
         tickets = random.Random(f"tickets {seed}").sample(tickets, most)
     records, names = flipped(tickets, seed)
-    for split in ("validation", "test"):
-        shutil.copytree(project / "data/splits" / split, work / "splits" / split, dirs_exist_ok=True)
-    write_records(work / "splits" / "train", records)
-    kept = {record["example_id"] for record in records}
-    lines = [line for line in iter_ledger(project / "data/splits") if line["example_id"] in kept]
-    new = [
-        {
-            "source": record["source"],
-            "source_row": 0,
-            "example_id": record["example_id"],
-            "outcome": "train",
-            "why": "flipped",
-        }
-        for record in records
-        if record["example_id"] in names
-    ]
-    write_ledger(work / "splits", [*lines, *new])
     write_json(work / "flipped.json", names)
-    compute = params.parse(Compute, values["compute"], "compute").model_copy(update={"seed": seed, "threads": 1})
-    settings = params.parse(tokenized.Params, values["tokenized"], "tokenized")
-    (work / "tokenized").mkdir(exist_ok=True)
-    tokenized.produce(project, settings, seed, work / "splits", project / "data/base_model", work / "tokenized")
-    out = work / "adapter"
-    out.mkdir(exist_ok=True)
-    entry = params.parse(adapter.Params, values["adapter"]["lora"] | {"max_steps": steps}, "adapter.lora")
-    start = time.process_time()
-    adapter.produce(
-        "lora",
-        entry,
-        compute,
-        work / "tokenized",
-        project / "data/base_model",
-        out,
-        work / "loss.csv",
-        work / "checkpoints",
-    )
-    write_json(work / "seconds.json", {"training": time.process_time() - start})
+    new = {record["example_id"]: "flipped" for record in records if record["example_id"] in names}
+    train_on(project, work, records, new, seed, steps)
 
 
 def store_of(project: Path, work: Path, strength: float) -> Any:

@@ -15,6 +15,13 @@ def replace(path: Path, name: str, table: str) -> None:
     path.write_text(before + begin + table + end + rest.partition(end)[2])
 
 
+def show(path: Path | None, name: str, table: str) -> None:
+    """Print a table, and write it to a file if one is given."""
+    print(table, flush=True)
+    if path:
+        replace(path, name, table)
+
+
 def machine() -> str:
     """The processor of this machine, for the text of a table, e.g. "AMD EPYC, 2
     cores, bfloat16 products without AMX"."""

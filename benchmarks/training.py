@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from children import result_of  # noqa: E402
-from tables import replace  # noqa: E402
+from tables import show  # noqa: E402
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SHARED = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused"}
@@ -325,9 +325,7 @@ def main() -> None:
             found.append(result_of(__file__, "--one", f"{name},{seed}", *size, variables=variables))
             print(found[-1], file=sys.stderr, flush=True)
     table = report(found, result_of(__file__, "--peak", variables=variables), given.threads)
-    print(table)
-    if given.out:
-        replace(given.out, "training", table)
+    show(given.out, "training", table)
 
 
 if __name__ == "__main__":

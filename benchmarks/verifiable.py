@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from measurements import Measurements, content  # noqa: E402
 from seeds import gain, spread, training_seconds  # noqa: E402
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 from dagster_project.core.hashing import sha256_of_text  # noqa: E402
 
@@ -360,9 +360,7 @@ def main() -> int:
     shown = table(
         [run_of(training, seed, options.data_seed, project, work) for seed in seeds for training in trainings]
     )
-    if options.out:
-        replace(options.out, "verifiable", shown)
-    print(shown)
+    show(options.out, "verifiable", shown)
     return 0
 
 

@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tables import machine, replace  # noqa: E402
+from tables import machine, show  # noqa: E402
 
 from dagster_project.commands import own_process  # noqa: E402
 from dagster_project.core import waiting  # noqa: E402
@@ -159,9 +159,7 @@ def main() -> None:
                 values.append(measure(name, count, options.project, options.rows))
                 print(f"{count} others, {name}: {values[-1]:.0f} tokens/s", file=sys.stderr, flush=True)
         speeds |= {(name, count): statistics.median(values) for name, values in found.items()}
-    print(text := table(speeds, options.rounds))
-    if options.out:
-        replace(options.out, "waiting", text)
+    show(options.out, "waiting", table(speeds, options.rounds))
 
 
 if __name__ == "__main__":

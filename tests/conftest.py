@@ -314,6 +314,13 @@ def tool(name: str) -> ModuleType:
     )
 
 
+def skip_without(*libraries: str) -> None:
+    """Skip a test, or a whole module, where a library is not installed. CI must have all."""
+    for name in libraries:
+        if importlib.util.find_spec(name) is None and not os.environ.get("CI"):
+            pytest.skip(f"{name} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+
+
 def made_once(
     name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> Path:
@@ -552,8 +559,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server of S3 with an empty bucket (builders.s3.S3Server). CI must have one."""
     from builders.s3 import s3_server
 
-    if importlib.util.find_spec("moto") is None and not os.environ.get("CI"):
-        pytest.skip("moto is not installed: pip install --editable '.[dev]'")
+    skip_without("moto")
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 

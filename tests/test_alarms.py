@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from builders.ballots import make_answered_project
-from builders.records import ask, placed
+from builders.records import ask, placed, said, stored, user
 from builders.small_pipeline import make_project
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.messages import Call
-from dagster_project.core.records import CheckResult, example_id, write_json, write_ledger, write_records
+from dagster_project.core.records import CheckResult, write_json, write_ledger, write_records
 from dagster_project.core.stored_rows import StoredRows
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result
@@ -43,16 +43,7 @@ EMPTY, CALL = Answer(" \n"), Answer("", "", (Call("weather", {"city": "Oslo"}, N
 
 
 def record(number: int, answer: str = "Yes.") -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]
-    identity = example_id(messages)
-    return {
-        "example_id": identity,
-        "source": "a.jsonl",
-        "messages": messages,
-        "category": None,
-        "group_id": identity,
-        "meta": "{}",
-    }
+    return stored(user(f"question {number}"), said(answer))
 
 
 def named(checks: list[CheckResult], name: str) -> CheckResult:

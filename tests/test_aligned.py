@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from builders.files import contents
-from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.preferences import preference_row, write_letters, write_pairs
 from conftest import draw_pages
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
-from dagster_project.core.records import Report, read_table, write_records
+from dagster_project.core.records import Report, read_table
 from dagster_project.evaluation.paired.alignment import Policies, gamed, paired, samples
 from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
@@ -37,14 +37,8 @@ COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """People like answers of a, and dislike those of z. Both are as long."""
     folder = tmp_path_factory.mktemp("preferences")
-    for split, numbers in {"train": range(16), "validation": range(20, 22), "test": range(30, 38)}.items():
-        write_records(
-            folder / split,
-            [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers],
-            PREFERENCE_SCHEMA,
-        )
+    write_letters(folder, train=range(16), validation=range(20, 22), test=range(30, 38))
     return folder
 
 
@@ -219,7 +213,7 @@ def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokeniz
     ):
         (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | changed))
     for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
-        write_records(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd") for i in numbers], PREFERENCE_SCHEMA)
+        write_pairs(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd") for i in numbers])
     report = train_reward(tmp_path, tmp_path / "pairs", base, max_steps=1, min_accuracy=0.0)
     assert report.metrics["pairs"]["test"] == 4
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -233,11 +227,7 @@ def test_a_reward_model_reads_turns_that_end_with_another_token_than_the_tokeniz
 
 def test_the_length_rule_is_fitted_on_train_and_reported_with_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:
     for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
-        write_records(
-            tmp_path / "pairs" / split,
-            [preference_row(i, "ab", "abcd" if i != 13 else "a") for i in numbers],
-            PREFERENCE_SCHEMA,
-        )
+        write_pairs(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd" if i != 13 else "a") for i in numbers])
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, max_steps=1, min_accuracy=0.0)
     assert (report.metrics["length_rule"], report.metrics["length_rule_says"]) == (0.75, "shorter")
 
@@ -360,7 +350,7 @@ def test_a_reward_model_without_recorded_checks_is_refused(
 
 def test_without_preferences_the_reward_model_stage_writes_nothing_and_passes(tmp_path: Path, tiny_model: Path) -> None:
     for split in ("train", "validation", "test"):
-        write_records(tmp_path / "pairs" / split, [], PREFERENCE_SCHEMA)
+        write_pairs(tmp_path / "pairs" / split, [])
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model)
     assert not report.failures and report.metrics == {"pairs": 0}
     with pytest.raises(InputError, match="no pair in the train split"):
@@ -376,7 +366,7 @@ def test_a_margin_by_which_the_rejected_answer_is_better_is_refused(tmp_path: Pa
     """-log sigmoid(difference - margin) would let the chosen answer be the worse one."""
     for split in ("train", "validation", "test"):
         pairs = [preference_row(i, "aaa", "zzz", 1.0 if i else -0.5) for i in range(4)]
-        write_records(tmp_path / "pairs" / split, pairs, PREFERENCE_SCHEMA)
+        write_pairs(tmp_path / "pairs" / split, pairs)
     with pytest.raises(InputError, match="margins: 3 pairs have a margin below 0"):
         train_reward(tmp_path, tmp_path / "pairs", tiny_model, margins=True)
 
@@ -405,9 +395,7 @@ def test_the_output_layer_of_a_reward_model_is_trained_with_the_modules_that_the
 
 def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tiny_model: Path) -> None:
     for split in ("train", "validation", "test"):
-        write_records(
-            tmp_path / "pairs" / split, [preference_row(i, "aaa", "zzz", 1.0) for i in range(4)], PREFERENCE_SCHEMA
-        )
+        write_pairs(tmp_path / "pairs" / split, [preference_row(i, "aaa", "zzz", 1.0) for i in range(4)])
     settings = {"method": "full", "learning_rate": 1e-3, "margins": True, "center_rewards_coefficient": 0.01}
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, **settings)
     assert not report.failures and report.metrics["accuracy"] == 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.preferences import write_letters
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -20,7 +20,6 @@ import alignment
 from measurements import Measurements, content
 
 from dagster_project.core.params import Compute
-from dagster_project.core.records import write_records
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training.trainers.alignment import ppo, preference
 
@@ -109,9 +108,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     (root / "params.yaml").write_text("compute: {dtype: float32}\n")
     (data / "merged").mkdir(parents=True)
     (data / "merged" / "lora").symlink_to(tiny_model)
-    for split, numbers in {"train": range(16), "validation": range(20, 22), "test": range(30, 38)}.items():
-        rows = [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers]
-        write_records(data / "preferences" / split, rows, PREFERENCE_SCHEMA)
+    write_letters(data / "preferences", train=range(16), validation=range(20, 22), test=range(30, 38))
     scratch = root / "scratch"
     scratch.mkdir()
     report = reward_model.produce(

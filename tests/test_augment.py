@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.records import stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -56,15 +57,7 @@ calm = settings(deadline=None, max_examples=80)
 
 def record(*turns: str, meta: str = "{}") -> dict[str, Any]:
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    identity = example_id(messages)
-    return {
-        "example_id": identity,
-        "source": "rows.jsonl",
-        "messages": messages,
-        "category": "a",
-        "group_id": identity[:8],
-        "meta": meta,
-    }
+    return stored(*messages, category="a", group_id=example_id(messages)[:8], meta=meta)
 
 
 def questions(n: int) -> list[dict[str, Any]]:

@@ -262,7 +262,7 @@ def test_an_empty_pipeline_is_not_up_to_date(site: Path, project: Path) -> None:
         )
 
 
-def test_a_clone_is_not_affected(tmp_path: Path) -> None:
+def test_a_clone_is_not_affected() -> None:
     assert not code_lock.is_used(ROOT)
     code_lock.refuse_other_code(ROOT)
     assert code_lock.recorded_in({"params": {"params.yaml": {"instructions": {}}}}) == {}

@@ -309,7 +309,7 @@ def test_a_text_is_found_whether_its_letters_are_composed_or_not_and_as_windows_
     assert scanner.content("Die Bürgermeister prüften die Größen, và hóa đơn".encode()) == set()
 
 
-def test_ids_are_found_as_text_and_as_bytes(tmp_path: Path) -> None:
+def test_ids_are_found_as_text_and_as_bytes() -> None:
     scanner = Scanner(Needles(ids=("0123456789abcdef0123456789abcdef",)))
     assert scanner.content(b'"0123456789abcdef0123456789abcdef"') == {"id", "sure"}
     assert scanner.content(b"..\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef..") == {"id", "sure"}

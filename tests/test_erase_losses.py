@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from builders.history import Project, identity
+from builders.records import said, stored, user
 
 from dagster_project.commands.erase_certificate import _membership, certificate_text
 from dagster_project.core.chat import encode_record
 from dagster_project.core.params import Compute
-from dagster_project.core.records import example_id, write_records
+from dagster_project.core.records import write_records
 from dagster_project.curation.sources.erased import record_mark
 from dagster_project.evaluation.evaluator import Settings
 from dagster_project.lineage.erasure.likelihoods import FEWEST, Loss, compare, sensitivity
@@ -28,17 +29,7 @@ MODEL = "merged@lora"
 
 
 def record(prompt: str, answer: str, group: str = "", **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    identity = example_id(turns)
-    return {
-        "example_id": identity,
-        "source": "a.jsonl",
-        "messages": turns,
-        "category": None,
-        "group_id": group or identity,
-        "meta": "{}",
-        **more,
-    }
+    return stored(user(prompt), said(answer), **({"group_id": group} if group else {}), **more)
 
 
 ERASED = record("Who wrote about the order?", SECRET)

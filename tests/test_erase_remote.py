@@ -4,7 +4,6 @@ names the source that still holds it. A row of a file is refused as before."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from builders.hub import NAME, OLD, PAIRS, hub_with_pairs, lines, parquet, servi
 from builders.project_data import messages as ticket
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import git
-from conftest import ROOT, dvc, edit_params, pedigree
+from conftest import ROOT, dvc, edit_params, pedigree, skip_without
 
 from dagster_project.commands.erase import as_text, dry_run, dry_run_text, erase, exit_code
 from dagster_project.core.errors import InputError
@@ -37,9 +36,7 @@ from dagster_project.orchestration.erasure.plan import refuse_empty
 from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, raw_preferences
 
-for needed in ("s3fs", "moto"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("s3fs", "moto")
 
 KEY = "5f" * 32
 PROMPT, ANSWER = "Zephyrine Okonkwo asks where the cobalt lantern of order 8817 is.", "It left our house on Monday."

@@ -10,11 +10,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from builders.records import said, stored, user
 from conftest import ROOT
 from ruamel.yaml import YAML
 
 from dagster_project.core.context import StageContext
-from dagster_project.core.records import example_id, write_records
+from dagster_project.core.records import write_records
 from dagster_project.curation.checks import content, row_checks
 from dagster_project.curation.sources import layouts
 from dagster_project.evaluation import metrics
@@ -86,15 +87,7 @@ def test_the_export_format_writes_a_text() -> None:
 
 def test_the_stage_runs_and_its_entry_is_like_the_others(tmp_path: Path) -> None:
     names, _ = skeleton("A stage")
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
-    row = {
-        "example_id": example_id(messages),
-        "source": "s",
-        "messages": messages,
-        "category": None,
-        "group_id": "g",
-        "meta": "{}",
-    }
+    row = stored(user("Hi"), said("Hello you"))
     for split in ("train", "validation", "test"):
         write_records(tmp_path / "data/splits" / split, [row])
     ctx = StageContext(tmp_path, "word_counts", None, tmp_path / "scratch", {})

@@ -10,12 +10,12 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from builders.records import said, stored, user
 from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dagster_project.core.records import example_id
 from dagster_project.evaluation.evaluator import Settings, select_questions
 from dagster_project.evaluation.final_answers import FinalAnswer, last_number
 from dagster_project.evaluation.metrics import NO_LABEL, label
@@ -28,16 +28,7 @@ LETTER = FinalAnswer(final_answer=r"[Aa]nswer is \(?([A-D])\b")
 
 
 def record(prompt: str, response: str, **more: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, **more}]
-    identity = example_id(messages)
-    return {
-        "example_id": identity,
-        "source": "s",
-        "messages": messages,
-        "category": None,
-        "group_id": identity,
-        "meta": "{}",
-    }
+    return stored(user(prompt), said(response, **more))
 
 
 @pytest.mark.parametrize(

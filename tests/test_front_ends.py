@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,20 +220,16 @@ def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_wa
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
 
 
-def described(root: Path, address: str, report: dict[str, Any]) -> dict[str, Any]:
-    """Metadata in Dagster of a stage with this report."""
-    (root / "data/reports").mkdir(parents=True)
-    (root / "data/reports/a.json").write_text(json.dumps(report))
-    state: Any = SimpleNamespace(
-        report="data/reports/a.json",
-        out="data/a",
-        version="v",
-        address=address,
-        meta={},
-        recorded=True,
-        output_problem="",
+def described(root: Path, address: str, files: Mapping[str, str]) -> Mapping[str, Any]:
+    """What Dagster shows of a stage that has written these files."""
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text(text)
+    report, out = "data/reports/a.json", "data/a"
+    state = SimpleNamespace(
+        report=report, out=out, version="v", address=address, meta={}, recorded=True, output_problem=""
     )
-    return describe(root, state)
+    return describe(root, state)  # type: ignore[arg-type]
 
 
 def test_dagster_shows_mappings_and_lists_of_a_report_as_tables_and_texts(tmp_path: Path) -> None:
@@ -247,7 +244,7 @@ def test_dagster_shows_mappings_and_lists_of_a_report_as_tables_and_texts(tmp_pa
         "sources": {"a": {"rows": 3, "fields": {"used": {"x": 1, "y": 2}}}, "b": {"rows": 4}},
         "deep": {"a": {"b": {"c": {"interval": [1, 2]}}}, "d": 1, "d_interval": [0, 2]},
     }
-    found = described(tmp_path, "adapter@x", report)
+    found = described(tmp_path, "adapter@x", {"data/reports/a.json": json.dumps(report)})
     shown = {
         name: value.md_str.split("\n") for name, value in found.items() if isinstance(value, dg.MarkdownMetadataValue)
     }
@@ -279,7 +276,7 @@ def test_dagster_shows_links_and_results_before_hashes_and_the_counts_of_checks(
     (tmp_path / "data/pages/instructions/report.html").write_text("page")
     check = {"passed": True, "severity": "info", "count": 0}
     report = {"output_sha256": "0" * 64, "rows_in": 2, "rows_out": 1, "share": 0.5, "checks": {"a": check}}
-    names = [*described(tmp_path, "instructions", report)]
+    names = [*described(tmp_path, "instructions", {"data/reports/a.json": json.dumps(report)})]
     first = ["report", "rows_in", "rows_out", "share"]
     assert names == [*first, "path", "data_version", "output_sha256", "pages_folder", "check/a"]
 
@@ -287,31 +284,16 @@ def test_dagster_shows_links_and_results_before_hashes_and_the_counts_of_checks(
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_curves_are_narrow_enough_for_dagsters_dialog(count: int, tmp_path: Path) -> None:
     """The dialog is 1,280 pixels wide, with margins of 20 pixels, and does not scroll."""
-    (tmp_path / "data/plots/loss").mkdir(parents=True)
     row = {"step": "1", **{f"figure_{n}": "0.5" for n in range(count)}}
-    (tmp_path / "data/plots/loss/x.csv").write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
-    shown = described(tmp_path, "adapter@x", {})["loss"].md_str
+    files = {"data/plots/loss/x.csv": f"{','.join(row)}\n{','.join(row.values())}\n"}
+    shown = described(tmp_path, "adapter@x", files)["loss"].md_str
     header = base64.b64decode(shown.partition("base64,")[2].removesuffix(")"))[:24]
     assert header[1:4] == b"PNG" and int.from_bytes(header[16:20], "big") <= 1240
 
 
 def test_dagster_shows_the_last_loss_of_a_training_and_its_curves(tmp_path: Path) -> None:
-    for path, text in {
-        "data/reports/a.json": '{"loss": 0.7}',
-        "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(text)
-    state = SimpleNamespace(
-        report="data/reports/a.json",
-        out="data/a",
-        version="v",
-        address="adapter@x",
-        meta={},
-        recorded=True,
-        output_problem="",
-    )
-    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    files = {"data/reports/a.json": '{"loss": 0.7}', "data/plots/loss/x.csv": "step,loss\n1,0.9\n2,0.7\n"}
+    found = described(tmp_path, "adapter@x", files)
     assert found["loss"] == 0.7 and found["loss_curves"].md_str.startswith("![loss](data:image/png;base64,")
 
 
@@ -330,19 +312,7 @@ def test_dagster_shows_the_curves_of_an_alignment_and_a_link_to_its_page(tmp_pat
         "data/plots/alignment/x.csv": "step,reward\n1,0.5\n2,0.7\n",
         "data/pages/aligned/x/alignment.html": "page",
     }
-    for path, text in files.items():
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).write_text(text)
-    state = SimpleNamespace(
-        report="data/reports/a.json",
-        out="data/a",
-        version="v",
-        address="aligned@x",
-        meta={},
-        recorded=True,
-        output_problem="",
-    )
-    found = describe(tmp_path, state)  # type: ignore[arg-type]
+    found = described(tmp_path, "aligned@x", files)
     assert "/aligned/x/alignment.html?" in found["alignment"].url
     assert found["alignment_curves"].md_str.startswith("![alignment](data:image/png;base64,")
 

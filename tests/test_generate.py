@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders.records import said, stored, user
 from conftest import ROOT
 
-from dagster_project.core.records import example_id, write_records
+from dagster_project.core.records import write_records
 from dagster_project.training.inference import decoding, packed_weights
 from dagster_project.training.inference.generate import generate_ids
 
@@ -187,18 +188,7 @@ def test_the_benchmark_gives_all_implementations_the_same_prompts(
         "{baselines: {few_shot: 2, retrieved: 1}, evaluation: {batch_size: 4}, compute: {dtype: float32, threads: 1}}"
     )
     for split in ("train", "test"):
-        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": split}] for q in QUESTIONS]
-        records = [
-            {
-                "example_id": example_id(m),
-                "source": "s",
-                "messages": m,
-                "category": None,
-                "group_id": None,
-                "meta": None,
-            }
-            for m in turns
-        ]
+        records = [stored(user(question), said(split), group_id=None, meta=None) for question in QUESTIONS]
         write_records(tmp_path / "data/splits" / split, records)
     given = {"--project": tmp_path, "--rows": 6, "--rounds": 1, "--max-new-tokens": 3, "--out": tmp_path / "table.md"}
     monkeypatch.setattr("sys.argv", ["answers.py", *(str(word) for pair in given.items() for word in pair)])

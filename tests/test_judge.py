@@ -53,11 +53,7 @@ class Stub:
                 usage = {"usage": {"prompt_tokens": 100, "completion_tokens": 2}}
                 quoted = {"error": f"bad key {self.headers['Authorization']}"}  # as some do
                 text = json.dumps(quoted if status >= 300 else usage | reply).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(text)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text)
+                self.send(status, headers, text)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from builders.records import said, stored, user
 from builders.sources import to_records
 from conftest import evaluate
 from hypothesis import given, settings
@@ -34,16 +35,7 @@ NAMES = LabelSet(("negative", "Not sure", "positive", "yes, please"))
 
 
 def record(text: str, response: str) -> dict[str, Any]:
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": response}]
-    identity = example_id(messages)
-    return {
-        "example_id": identity,
-        "source": "s",
-        "messages": messages,
-        "category": response,
-        "group_id": identity,
-        "meta": "{}",
-    }
+    return stored(user(text), said(response), category=response)
 
 
 def write_csv(path: Path, *rows: tuple[str, ...]) -> Path:

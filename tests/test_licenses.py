@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,7 +209,7 @@ def test_the_card_names_the_most_restrictive_license(base: str, data: str, licen
     assert all(f"- {line}" in card.text for line in found["licenses"]["problems"])
 
 
-def test_a_bill_of_materials_claims_no_license_for_the_whole(tmp_path: Path) -> None:
+def test_a_bill_of_materials_claims_no_license_for_the_whole() -> None:
     found = summary("Apache-2.0", "CC-BY-NC-4.0") | {"code": {"commit": "c" * 40, "clean": True}, "parameters": {}}
     document = json.loads(cyclonedx({**found, "stages": {}}, date(2026, 1, 31)))
     whole = document["metadata"]["component"]

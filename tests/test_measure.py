@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.records import said, stored, user
 from conftest import ROOT, evaluate
 from pydantic import ValidationError
 
@@ -19,7 +20,7 @@ from dagster_project.commands.elsewhere import BOUNDS, judge
 from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
-from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.core.records import read_table, write_records
 from dagster_project.core.words import split_words
 from dagster_project.evaluation.alarms import scores_differ
 from dagster_project.evaluation.baselines import prompted
@@ -47,18 +48,8 @@ TONE = "def polite(reference, answer):\n    return 'please' in reference\n"
 
 
 def record(question: str, answer: str, category: str | None = None, meta: str | None = None) -> dict[str, Any]:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] if question else [
-        {"role": "assistant", "content": answer}
-    ]  # fmt: skip
-    identity = example_id(messages)
-    return {
-        "example_id": identity,
-        "source": "s",
-        "messages": messages,
-        "category": category,
-        "group_id": identity,
-        "meta": meta,
-    }
+    asked = [user(question)] if question else []
+    return stored(*asked, said(answer), category=category, meta=meta)
 
 
 FREE = [record(f"question {i} {'about it ' * (i % 5)}", f"answer {i}, please", "ab"[i % 2]) for i in range(12)]
@@ -338,7 +329,7 @@ def test_the_tokens_of_a_prompt_are_those_that_the_model_reads(
         model.answer(prompts, "x", thinking_tokens=40)
 
 
-def test_each_of_several_equal_test_examples_counts(tmp_path: Path) -> None:
+def test_each_of_several_equal_test_examples_counts() -> None:
     """They are kept with `policy: {exact_duplicates: warn}`."""
     test, ours, theirs = FREE[:2] + FREE[1:2] * 2, results((1.0, 2), (4.0, 6)), results((3.0, 2), (6.0, 6))
     sums = comparison._likelihoods(ours, theirs, test)

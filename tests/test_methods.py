@@ -335,7 +335,7 @@ def test_adalora_prunes_ranks_to_the_budget_and_reloads_in_plain_peft(tiny_model
     )
 
 
-def test_adalora_prunes_ranks_under_the_trainer(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_adalora_prunes_ranks_under_the_trainer(tiny_model: Path) -> None:
     """The callback is called where gradients still exist."""
     from transformers import Trainer, TrainingArguments
 

@@ -462,7 +462,7 @@ def test_a_modelfile_renders_as_the_template_does(tokenizer: Any) -> None:
     )
 
 
-def test_a_default_system_message_is_in_the_modelfile_and_an_unusual_template_is_not(folder: Path) -> None:
+def test_a_default_system_message_is_in_the_modelfile_and_an_unusual_template_is_not() -> None:
     default = (
         "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
         + byte_fallback_model.CHAT_TEMPLATE

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from builders.commands import exit_code
-from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.preferences import preference_row, write_pairs
+from builders.records import said, stored, user
 from builders.tool_calls import WEATHER
 from conftest import ROOT, edit_params
 from safetensors.torch import load_file
@@ -401,6 +402,11 @@ def tokenized(project: Path, tiny_model: Path) -> Path:
     return project
 
 
+def write_preferences(root: Path, count: int) -> None:
+    pairs = [preference_row(10 + i, "aaa", "z") for i in range(count)]
+    write_pairs(root / "data" / "preferences" / "train", pairs)
+
+
 def test_a_plan_reports_tokens_parameters_memory_and_time(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 600_000_000)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (2.0, 3.0))
@@ -490,11 +496,7 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(
     assert "dpo: not planned: run `dvc repro preferences` first" in plan.as_text(without).splitlines()
     with pytest.raises(InputError, match="no preferences to train on yet"):
         plan.plan_variants(tokenized, ["dpo"])
-    write_records(
-        tokenized / "data" / "preferences" / "train",
-        [preference_row(10 + i, "aaa", "z") for i in range(12)],
-        PREFERENCE_SCHEMA,
-    )
+    write_preferences(tokenized, 12)
     entries = {
         "dpo": {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "kto": {"method": "kto", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
@@ -529,11 +531,7 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(
 def test_a_plan_counts_the_tokens_of_sampled_answers_once(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: None)
-    write_records(
-        tokenized / "data" / "preferences" / "train",
-        [preference_row(10 + i, "aaa", "z") for i in range(8)],
-        PREFERENCE_SCHEMA,
-    )
+    write_preferences(tokenized, 8)
     entries = {
         f"{method}_{n}": {"method": method, "adapter": "lora", "options": {key: n, **more}}
         for method, key, more in (
@@ -554,11 +552,7 @@ def test_a_plan_counts_the_tokens_of_sampled_answers_once(tokenized: Path, monke
 def test_a_plan_of_training_on_pairs_has_exactly_max_steps(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (30.0, 60.0))
-    write_records(
-        tokenized / "data" / "preferences" / "train",
-        [preference_row(10 + i, "aaa", "z") for i in range(12)],
-        PREFERENCE_SCHEMA,
-    )
+    write_preferences(tokenized, 12)
     entry = {"adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2}
     entries = {
         f"{method}_{n}": {**entry, "method": method, "max_steps": n} for method in ("dpo", "simpo") for n in (3, 9, 1)
@@ -597,11 +591,7 @@ def test_an_epoch_that_ends_with_a_smaller_step_has_the_tokens_of_its_data(
 ) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: None)
-    write_records(
-        tokenized / "data" / "preferences" / "train",
-        [preference_row(10 + i, "aaa", "z") for i in range(10)],
-        PREFERENCE_SCHEMA,
-    )
+    write_preferences(tokenized, 10)
 
     def tokens(batch: int, **changes: Any) -> list[int]:
         entry = {"per_device_train_batch_size": batch, "num_train_epochs": 1, **changes}
@@ -626,16 +616,8 @@ def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_mod
 ) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     pairs = [preference_row(10 + i, "aaa", "z" * (1 + 300 * (i == 5))) for i in range(12)]
-    write_records(tokenized / "data" / "preferences" / "train", pairs, PREFERENCE_SCHEMA)
-    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
-    task = {
-        "example_id": "a" * 32,
-        "source": "a.jsonl",
-        "messages": messages,
-        "category": None,
-        "group_id": None,
-        "meta": "{}",
-    }
+    write_pairs(tokenized / "data" / "preferences" / "train", pairs)
+    task = stored(user("1+1?"), said("2"), example_id="a" * 32, group_id=None)
     for split in ("train", "validation"):
         write_records(tokenized / "data" / "splits" / split, [task, {**task, "example_id": "b" * 32}])
     online = {"adapter": "lora", "options": {"max_completion_length": 10, "num_generations": 4}}
@@ -670,11 +652,7 @@ def test_a_plan_of_an_online_method_reads_prompts_once_and_counts_the_reward_mod
 def test_a_plan_of_a_distillation_counts_the_teacher(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
-    write_records(
-        tokenized / "data" / "preferences" / "train",
-        [preference_row(10 + i, "aaa", "z") for i in range(12)],
-        PREFERENCE_SCHEMA,
-    )
+    write_preferences(tokenized, 12)
     large = tokenized / "models" / "large"
     shutil.copytree(tokenized / "data" / "base_model", large)
     teacher = {
@@ -702,11 +680,7 @@ def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(
 ) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
-    write_records(
-        tokenized / "data" / "preferences" / "train",
-        [preference_row(10 + i, "aaa", "z") for i in range(12)],
-        PREFERENCE_SCHEMA,
-    )
+    write_preferences(tokenized, 12)
     entry = {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 2, "num_train_epochs": 2}
     sharded = {**entry, "sharding": {"fsdp": "full_shard"}}
     judge = {"model": "base_model", "per_device_train_batch_size": 2, "num_train_epochs": 2}
@@ -736,15 +710,13 @@ def test_a_plan_counts_the_tools_of_pairs_by_the_template_of_training(
         tokenized, lambda values: values.update(aligned={"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 1}})
     )
     pairs = [preference_row(i, "aaa", "z") for i in range(8)]
-    write_records(
-        tokenized / "data/preferences/train", [{**pair, "tools": [WEATHER]} for pair in pairs], PREFERENCE_SCHEMA
-    )
+    write_pairs(tokenized / "data/preferences/train", [{**pair, "tools": [WEATHER]} for pair in pairs])
     with pytest.raises(InputError, match="does not write the definitions of tools"):
         plan.plan_variants(tokenized, ["dpo"])
     (tokenized / "data/tokenized").mkdir()
     (tokenized / "data/tokenized/chat_template.jinja").write_text(HERMES)
     with_tools = plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"]
-    write_records(tokenized / "data/preferences/train", pairs, PREFERENCE_SCHEMA)
+    write_pairs(tokenized / "data/preferences/train", pairs)
     assert with_tools > plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"] + 16 * len(
         json.dumps(WEATHER["function"])
     )

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.processes import run_main
 from builders.training import ready_to_fork, run_in_child
 from conftest import ROOT
 
@@ -702,14 +702,7 @@ def main() -> None:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ppo")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), str(tiny_model)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_main(__file__, folder, tiny_model)
     log = (folder / "log").read_text()
     assert json.loads((folder / "ends.json").read_text()) == [0, -signal.SIGKILL, 0, 0], log
     return {

@@ -16,14 +16,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from builders.processes import at_pass, group, printed, tune
-from builders.training import LORA, make_data, output_files, ready_to_fork, run_in_child
-from conftest import ROOT, edit_params
+from builders.processes import Trained, at_pass, group, printed, run_main, train_all, tune
+from builders.training import LORA, make_data, output_files, ready_to_fork
+from conftest import edit_params
 
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
@@ -104,8 +105,7 @@ def main() -> None:
     def is_killed(rank: int) -> Callable[[], None]:
         return lambda: at_pass(5, lambda: group()[1 + rank].kill())
 
-    found = {}
-    for name, count, accumulation, recipe, arrange in (
+    runs = (
         ("one", 1, 2, PLAIN, None),
         ("two", 2, 1, PLAIN, None),
         ("three", 3, 1, PLAIN, None),
@@ -121,17 +121,9 @@ def main() -> None:
         ("lonely", 2, 2, LORA, is_killed(1)),
         ("headless", 2, 2, LORA, is_killed(0)),
         ("headless", 2, 2, LORA, None),
-        ("diverged", 2, 1, {**PLAIN, "data": "bad"}, None),
-    ):
-        data = recipe.pop("data", "tokenized") if "data" in recipe else "tokenized"
-
-        def work(name=name, count=count, recipe=recipe, accumulation=accumulation, arrange=arrange, data=data) -> None:  # type: ignore[no-untyped-def]
-            if arrange:
-                arrange()
-            tune(folder, model, name, count, recipe, accumulation, data)
-
-        found.setdefault(name, []).append(run_in_child(work, folder / f"{name}.log"))
-    print(json.dumps(found))
+    )
+    trainings = [(name, arrange, partial(tune, folder, model, name, *how)) for name, *how, arrange in runs]
+    train_all(folder, [*trainings, ("diverged", None, partial(tune, folder, model, "diverged", 2, 1, PLAIN, "bad"))])
 
 
 # the tests
@@ -139,7 +131,7 @@ def main() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, list[int]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Trained:
     """The folder of all trainings of `main`, and with what each of their runs ended."""
     from dagster_project.stages.tokenized import row_schema
 
@@ -151,14 +143,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
     write_table(
         folder / "bad" / "validation.parquet", read_table(folder / "tokenized" / "validation.parquet"), row_schema()
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(tiny_model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    return folder, json.loads(run_main(__file__, folder, tiny_model))
 
 
-def assert_ended(trained: tuple[Path, dict[str, list[int]]], name: str, *codes: int) -> None:
+def assert_ended(trained: Trained, name: str, *codes: int) -> None:
     """The runs of a name ended with these exit codes."""
     folder, ends = trained
     assert ends[name] == [*codes], printed(folder, name)

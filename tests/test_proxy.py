@@ -34,10 +34,7 @@ class Echo(Quiet):
 
     def do_GET(self) -> None:
         body = json.dumps([[name.lower(), value] for name, value in self.headers.items()]).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.send(200, {}, body)
 
 
 def _certificate(folder: Path) -> None:

@@ -7,7 +7,6 @@ of one stage is then removed, from the workspace and from the cache.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from builders.relay import Relay
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import PIPELINE, hold, published
 from builders.training import LORA
-from conftest import run
+from conftest import run, skip_without
 
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
@@ -50,9 +49,7 @@ from dagster_project.orchestration.run_stage import run_stage
 
 pytestmark = pytest.mark.cluster
 
-for needed in ("ray", "moto", "dvc_s3"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("ray", "moto", "dvc_s3")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ the number of operations, PEDIGREE_RAY_SEED their seed; `make soak` plays many.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -30,16 +29,14 @@ from builders.agreement import agree
 from builders.cluster import Cluster, add_remote
 from builders.ray_jobs import all_jobs, is_stage_command, stages_on_nodes, until, workers
 from builders.s3 import BUCKET, S3Server
-from conftest import run
+from conftest import run, skip_without
 from ruamel.yaml import YAML
 
 from dagster_project.orchestration.executors.ray import PROJECT, _project_id
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
-for needed in ("ray", "moto", "dvc_s3"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("ray", "moto", "dvc_s3")
 
 STEPS, SEED = int(os.environ.get("PEDIGREE_RAY_STEPS", "4")), int(os.environ.get("PEDIGREE_RAY_SEED", "3"))
 OPERATIONS = {

@@ -5,7 +5,6 @@ Each node has its own folder. The record and the bytes are those of two processe
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -23,16 +22,14 @@ from builders.cluster import Cluster, add_remote
 from builders.s3 import BUCKET, S3Server
 from builders.small_pipeline import published
 from builders.training import LORA
-from conftest import run
+from conftest import run, skip_without
 
 from dagster_project.core.layout import measured_path
 from dagster_project.orchestration.executors.ray import PROJECT, _project_id
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
-for needed in ("ray", "moto", "dvc_s3"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("ray", "moto", "dvc_s3")
 
 PARAMS = {**LORA, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "load_best_model_at_end": False}
 """Eight steps of a pass in each process; the fourth and the eighth have one row, so the second process has none."""
@@ -142,7 +139,7 @@ def test_a_training_on_two_nodes_survives_the_loss_of_one_and_gives_the_record_o
     )
 
 
-def test_an_interrupt_ends_a_training_on_two_nodes(cluster: Cluster, away: Path, tmp_path: Path, s3: S3Server) -> None:
+def test_an_interrupt_ends_a_training_on_two_nodes(cluster: Cluster, away: Path, s3: S3Server) -> None:
     process = start(away)
     try:
         stage, part = until_it_trains(cluster, away, process, s3)

@@ -6,7 +6,6 @@ It takes about nine minutes of processor time, so `make test-projects` runs it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,16 +18,14 @@ from typing import Any
 import pytest
 from builders.cluster import Cluster, add_remote
 from builders.s3 import BUCKET, S3Server
-from conftest import edit_params
+from conftest import edit_params, skip_without
 
 from dagster_project.core.layout import measured_path
 from dagster_project.orchestration.executors.ray import PROJECT, STAGE, _project_id
 from dagster_project.pipeline import STAGES
 
 pytestmark = pytest.mark.projects
-for needed in ("ray", "moto", "dvc_s3"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("ray", "moto", "dvc_s3")
 
 
 def start(project: Path, **environment: str) -> subprocess.Popen[str]:

@@ -5,7 +5,6 @@ A trial runs in DVC's copy of the workspace, whose drivers are processes of DVC'
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from builders import small_pipeline
 from builders.cluster import Cluster, add_remote
 from builders.ray_jobs import all_jobs, commands, is_stage_command, stages_on_nodes, until
 from builders.s3 import BUCKET, S3Server
+from conftest import skip_without
 from ruamel.yaml import YAML
 
 from dagster_project.lineage.history import Objects
@@ -29,9 +29,7 @@ from dagster_project.orchestration import experiments
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
-for needed in ("ray", "moto", "dvc_s3"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("ray", "moto", "dvc_s3")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from builders.cluster import Cluster
 from builders.training import LORA, make_data, output_files, run_in_child
-from conftest import ROOT
+from conftest import ROOT, skip_without
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
@@ -24,9 +23,7 @@ from dagster_project.training.trainers.harness.launch import LAUNCHER, launch, s
 
 pytestmark = pytest.mark.cluster
 
-for needed in ("ray", "moto"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("ray", "moto")
 
 
 def first_process(work: dict[str, Any]) -> Any:

@@ -52,6 +52,27 @@ def test_every_name_that_benchmarks_and_examples_import_exists() -> None:
     assert [one for one in imports if not exists(*one[1:])] == []
 
 
+def test_every_name_that_a_benchmark_imports_from_another_one_exists() -> None:
+    trees = {file.stem: ast.parse(file.read_text()) for file in (ROOT / "benchmarks").glob("*.py")}
+
+    def names(tree: ast.Module) -> set[str]:
+        aliases = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assigned = [node for one in tree.body if isinstance(one, ast.Assign | ast.AnnAssign) for node in ast.walk(one)]
+        return {*defined, *(alias.name for alias in aliases), *(n.id for n in assigned if isinstance(n, ast.Name))}
+
+    known = {name: names(tree) for name, tree in trees.items()}
+    imports = [
+        (file, node.module, alias.name)
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in known
+        for alias in node.names
+    ]
+    assert len(imports) > 20
+    assert [one for one in imports if one[2] not in known[str(one[1])]] == []
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     released = re.findall(r"^## (\d\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]

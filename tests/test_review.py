@@ -133,7 +133,7 @@ def test_a_line_with_an_unquoted_comma_is_refused_and_spaces_around_names_do_not
     ]
 
 
-def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) -> None:
+def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless() -> None:
     line = next(csv.DictReader(io.StringIO(queue(placed([ask("Hi", "=cmd()")]), [(0, "pii")]))))
     assert line["response"] == "'=cmd()"
 

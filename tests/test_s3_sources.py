@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import json
-import os
 import re
 import sys
 import uuid
@@ -21,7 +19,7 @@ from builders.layouts import BENCHMARK_ROWS
 from builders.s3 import BUCKET, S3Server
 from builders.servers import free_port
 from builders.small_pipeline import commit, git
-from conftest import dvc, edit_params, pedigree
+from conftest import dvc, edit_params, pedigree, skip_without
 
 from dagster_project.commands.init import init
 from dagster_project.core.errors import InputError
@@ -35,9 +33,7 @@ from dagster_project.lineage.lineage import audit
 from dagster_project.pipeline import validate
 from dagster_project.stages import raw_examples, raw_preferences
 
-for needed in ("s3fs", "moto"):
-    if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
+skip_without("s3fs", "moto")
 
 ROWS = [{"prompt": f"Question {number}", "completion": f"Answer {number}"} for number in range(50)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from builders import small_pipeline
+from builders.training import example
 from conftest import dvc
 
 from dagster_project.core.curves import thinned
@@ -165,15 +166,8 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
     from dagster_project.stages import adapter
     from dagster_project.stages.tokenized import row_schema
 
-    row = {
-        "example_ids": ["a"],
-        "input_ids": [5, 6, 7, 8],
-        "labels": [-100, 6, 7, 8],
-        "weights": [0.0, 1.0, 1.0, 1.0],
-        "lengths": [4],
-    }
     for split in ("train", "validation"):
-        write_table(tmp_path / "data/tokenized" / f"{split}.parquet", [row], row_schema())
+        write_table(tmp_path / "data/tokenized" / f"{split}.parquet", [example([5, 6, 7, 8], 1)], row_schema())
     said = "<script>alert(1)</script> ⟦its answer⟧"
     (tmp_path / "data/tokenized/audit.json").write_text(
         json.dumps({"examples": [{"source": "faq.jsonl", "text": said}]})
@@ -219,15 +213,8 @@ def test_a_method_whose_memory_depends_on_weights_has_no_prediction(tiny_model: 
     from dagster_project.training.planning.hints import forecast_training
 
     params = adapter.Params(method="waveft", peft={"n_frequency": 100})
-    row = {
-        "example_ids": ["a"],
-        "input_ids": [5, 6, 7, 8],
-        "labels": [-100, 6, 7, 8],
-        "weights": [0.0, 1.0, 1.0, 1.0],
-        "lengths": [4],
-    }
     for split in ("train", "validation"):
-        write_table(tmp_path / f"{split}.parquet", [row], row_schema())
+        write_table(tmp_path / f"{split}.parquet", [example([5, 6, 7, 8], 1)], row_schema())
     forecast = forecast_training(params, tmp_path, tiny_model, 1, (torch.device("cpu"), torch.float32), "adapter.x")
     assert forecast.memory is None
     assert forecast.hints.advice() == "", "then the message gives the general advice"

@@ -823,7 +823,7 @@ def test_a_full_disk_is_reported_before_training(
         tune(tokenized, tiny_model, tmp_path / "adapter")
 
 
-def test_all_mistakes_are_reported_before_the_model_is_loaded(tokenized: Path, tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_before_the_model_is_loaded(tokenized: Path) -> None:
     write_table(tokenized / "validation.parquet", [], row_schema())
     write_table(tokenized / "train.parquet", [packed(SHORT, LONG)], row_schema())
     lengths = [row["lengths"] for row in read_table(tokenized / "train.parquet")]

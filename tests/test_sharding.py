@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.processes import at_pass, group, printed, tune
-from builders.training import LORA, make_data, output_files, ready_to_fork, run_in_child
-from conftest import ROOT
+from builders.processes import Trained, at_pass, group, printed, run_main, train_all, tune, weights
+from builders.training import LORA, make_data, output_files, ready_to_fork
 
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
@@ -69,8 +67,7 @@ def main() -> None:
 
         checkpoint.remove = remove_slowly
 
-    found: dict[str, list[int]] = {}
-    for name, count, accumulation, recipe, arrange in (
+    runs = (
         ("full", 2, 2, FULL, None),
         ("full_sharded", 2, 2, {**FULL, **SHARDED}, None),
         ("full_sharded_checkpointed", 2, 2, {**FULL, **GRADIENTS}, the_first_process_is_slow_to_make_a_folder),
@@ -91,18 +88,8 @@ def main() -> None:
             lambda: at_pass(5, the_launcher_is_asked_to_stop),
         ),
         ("stopped", 2, 2, {**LORA_TWO_EPOCHS, **SHARDED, "save_strategy": "no"}, None),
-    ):
-
-        def work(name=name, count=count, recipe=recipe, accumulation=accumulation, arrange=arrange) -> None:  # type: ignore[no-untyped-def]
-            if arrange:
-                arrange()
-            tune(folder, model, name, count, recipe, accumulation)
-
-        found.setdefault(name, []).append(run_in_child(work, folder / f"{name}.log"))
-    print(json.dumps(found))
-
-
-Trained = tuple[Path, dict[str, list[int]]]
+    )
+    train_all(folder, [(name, arrange, partial(tune, folder, model, name, *how)) for name, *how, arrange in runs])
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Train
     """The folder of all trainings of `main`, and the exit codes of each."""
     folder = tmp_path_factory.mktemp("sharding")
     make_data(folder)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(tiny_model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
-
-
-def weights(trained: Trained, name: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    folder, ends = trained
-    assert ends[name][-1] == 0, printed(folder, name)
-    [file] = (folder / name).glob("*model.safetensors")
-    return load_file(file)
+    return folder, json.loads(run_main(__file__, folder, tiny_model))
 
 
 @pytest.mark.long

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.preferences import PREFERENCE_SCHEMA, preference_row
-from builders.processes import at_pass, group, printed
-from builders.training import output_files, ready_to_fork, run_in_child
+from builders.preferences import write_letters
+from builders.processes import Trained, at_pass, group, printed, run_main, train_all, weights
+from builders.training import output_files, ready_to_fork
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
-from dagster_project.core.records import write_records
 from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training.trainers.alignment import ppo, preference
@@ -159,42 +157,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
     ready_to_fork()
-    found: dict[str, list[int]] = {}
-    for name, count, recipe, arrange in runs():
-
-        def one(name: str = name, count: int = count, recipe: Any = recipe, arrange: Any = arrange) -> None:
-            if arrange:
-                arrange()
-            work(folder, model, name, count, recipe)
-
-        found.setdefault(name, []).append(run_in_child(one, folder / f"{name}.log"))
-    print(json.dumps(found))
-
-
-Trained = tuple[Path, dict[str, list[int]]]
+    train_all(folder, [(name, arrange, partial(work, folder, model, name, *how)) for name, *how, arrange in runs()])
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Trained:
     """The folder of all trainings of `main`, and the exit codes of each."""
     folder = tmp_path_factory.mktemp("sharding")
-    for split, numbers in {"train": range(13), "validation": range(20, 23), "test": range(30, 34)}.items():
-        rows = [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers]
-        write_records(folder / "preferences" / split, rows, PREFERENCE_SCHEMA)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(tiny_model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
-
-
-def weights(trained: Trained, name: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    folder, ends = trained
-    assert ends[name][-1] == 0, printed(folder, name)
-    [file] = (folder / name).glob("*model.safetensors")
-    return load_file(file)
+    write_letters(folder / "preferences", train=range(13), validation=range(20, 23), test=range(30, 34))
+    return folder, json.loads(run_main(__file__, folder, tiny_model))
 
 
 @pytest.mark.long

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.records import said, stored, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.records import Report, read_ledger, read_records, write_ledger, write_records
 from dagster_project.core.strings import StringIndex
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting.split import (
@@ -337,16 +338,8 @@ def record(
     source: str = "rows.jsonl",
     answer: str = "Yes.",
 ) -> dict[str, Any]:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    identity = example_id(messages)
-    return {
-        "example_id": identity,
-        "source": source,
-        "messages": messages,
-        "category": category,
-        "group_id": group or identity,
-        "meta": meta,
-    }
+    fields = {"source": source, "category": category, "meta": meta, **({"group_id": group} if group else {})}
+    return stored(user(prompt), said(answer), **fields)
 
 
 def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:
@@ -446,16 +439,9 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def folder_of(path: Path, n: int) -> Path:
     """A set of n rows in two categories, in which rows 2k and 2k + 1 are of one group."""
-    rows = []
-    for i in range(n):
-        messages = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
-        rows.append(
-            {
-                "example_id": example_id(messages), "source": "rows.jsonl", "messages": messages,
-                "category": "ab"[i // 2 % 2], "group_id": f"group {i // 2}", "meta": "{}",
-            }
-        )  # fmt: skip
-    return written(path, rows)
+    return written(
+        path, [record(f"question {i}", f"group {i // 2}", "ab"[i // 2 % 2], answer=f"answer {i}") for i in range(n)]
+    )
 
 
 def run(params: splits.Params, source: Path, out: Path, seed: int = 7) -> Report:

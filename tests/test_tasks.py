@@ -13,6 +13,7 @@ import pytest
 from builders.history import Project, entry, identity, out, table
 from builders.installed import pretend_to_run
 from builders.layouts import LAYOUT_ROWS, PAIR_ROWS
+from builders.records import said, stored, user
 from builders.small_pipeline import commit
 from builders.tool_calls import WEATHER, call
 from conftest import draw_pages, edit_params, run
@@ -23,7 +24,7 @@ from dagster_project.commands.plan import plan_variants
 from dagster_project.commands.verify import verify
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
-from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.core.records import read_table, write_records
 from dagster_project.evaluation.paired.alignment import PolicyAnswer, sample_schema
 from dagster_project.lineage.export.summary import chain
 from dagster_project.lineage.impact.question import impact
@@ -43,15 +44,7 @@ WHERE = "aligned.mine.rewards"
 
 
 def row(question: str, answer: str, **fields: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **fields}]
-    return {
-        "example_id": example_id(messages),
-        "source": "a.jsonl",
-        "messages": messages,
-        "category": None,
-        "group_id": None,
-        "meta": "{}",
-    }
+    return stored(user(question), said(answer, **fields), group_id=None)
 
 
 def split(folder: Path, **rows: list[dict[str, Any]]) -> Path:

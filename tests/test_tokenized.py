@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import byte_fallback_model
+from builders.records import stored
 from builders.tiny_model import CHAT_TEMPLATE
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -27,7 +28,6 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import (
     CheckResult,
     Report,
-    example_id,
     read_ledger,
     read_table,
     write_ledger,
@@ -51,14 +51,7 @@ def say(role: str, content: str) -> dict[str, str]:
 def record(
     *messages: dict[str, str], source: str = "data/sources/a.jsonl", category: str | None = None, meta: str = "{}"
 ) -> dict[str, Any]:
-    return {
-        "example_id": example_id(messages),
-        "source": source,
-        "messages": list(messages),
-        "category": category,
-        "group_id": None,
-        "meta": meta,
-    }
+    return stored(*messages, source=source, category=category, group_id=None, meta=meta)
 
 
 def ask(question: str, answer: str = "Yes?", **about: Any) -> dict[str, Any]:
@@ -362,7 +355,7 @@ def test_chatml_adds_the_models_end_of_text_token_if_it_is_another_one(tiny_toke
     ]
 
 
-def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

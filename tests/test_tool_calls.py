@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.records import stored
 from conftest import evaluate
 
 from dagster_project.core.messages import Call
-from dagster_project.core.records import example_id, read_table, write_records, write_table
+from dagster_project.core.records import read_table, write_records, write_table
 from dagster_project.core.tool_schemas import call_problem
 from dagster_project.evaluation import ballots, judge
 from dagster_project.evaluation.alarms import scores_differ
@@ -136,17 +137,7 @@ def dialogue(i: int, *, asks: bool = True) -> dict[str, Any]:
         if asks
         else []
     )
-    messages = [question, *middle, reply]
-    identity = example_id(messages, TOOLS)
-    return {
-        "example_id": identity,
-        "source": "s",
-        "messages": messages,
-        "category": None,
-        "group_id": identity,
-        "meta": "{}",
-        "tools": TOOLS,
-    }
+    return stored(question, *middle, reply, tools=TOOLS)
 
 
 def test_every_turn_with_calls_is_a_question_and_the_last_turn_too() -> None:

@@ -3,12 +3,12 @@ validation split: parts of answers, excess and p-value."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from builders.records import said, stored, user
 
 from dagster_project.commands import why_calibration
 from dagster_project.commands.why import as_text
@@ -127,15 +127,7 @@ def test_near_copies_in_the_validation_split_do_not_hide_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def record(i: int, group: str) -> dict[str, object]:
-        messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]
-        return {
-            "example_id": f"{i}",
-            "source": "a",
-            "messages": messages,
-            "category": None,
-            "group_id": group,
-            "meta": json.dumps({}),
-        }
+        return stored(user(f"Question {i}?"), said(f"Answer {i}."), example_id=f"{i}", group_id=group)
 
     write_records(tmp_path / why_calibration.VALIDATION, [record(i, f"{i // 2}") for i in range(2 * LEAST)])
     monkeypatch.setattr(why_calibration, "_is_of_another_training", lambda found: False)

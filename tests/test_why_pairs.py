@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from builders import alignment_pipeline
 from builders.gradients import flat
-from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.preferences import write_letters
 from conftest import dvc, pedigree
 
 from dagster_project.__main__ import main
 from dagster_project.core.params import Compute
-from dagster_project.core.records import read_preferences, read_table, write_records
+from dagster_project.core.records import read_preferences, read_table
 from dagster_project.lineage.attribution.owners import stores_of
 from dagster_project.lineage.attribution.pairs import (
     AlignedModel,
@@ -54,9 +54,7 @@ VARIANTS = {
 def root(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project in which a policy of DPO, one of KTO and a reward model were trained."""
     folder = tmp_path_factory.mktemp("pairs")
-    for split, numbers in {"train": range(12), "validation": range(20, 22), "test": range(30, 34)}.items():
-        rows = [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers]
-        write_records(folder / "preferences" / split, rows, PREFERENCE_SCHEMA)
+    write_letters(folder / "preferences", train=range(12), validation=range(20, 22), test=range(30, 34))
     project = alignment_pipeline.make_project(folder / "project", tiny_model, folder / "preferences", VARIANTS)
     done = dvc(project, "repro", "-q")
     assert done.returncode == 0, done.stderr + done.stdout

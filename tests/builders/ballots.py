@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.records import example_id, write_json, write_records, write_table
+from builders.records import said, stored, user
+from dagster_project.core.records import write_json, write_records, write_table
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.training.inference.answers import Answer
 
@@ -14,16 +15,8 @@ ANSWERS = 24
 
 
 def record(i: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Reference {i}."}]
     category = ["login", "billing", None][i % 3]
-    return {
-        "example_id": example_id(messages),
-        "source": "a",
-        "messages": messages,
-        "category": category,
-        "group_id": None,
-        "meta": "{}",
-    }
+    return stored(user(f"Question {i}?"), said(f"Reference {i}."), source="a", category=category, group_id=None)
 
 
 def make_answered_project(folder: Path) -> None:

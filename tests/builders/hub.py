@@ -126,19 +126,9 @@ def serving(found: Hub) -> Iterator[Hub]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             found.asked.append(f"{self.command} {self.path}")
             status, headers, content = found.answer(self.path, body)
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                **headers,
-                "Content-Length": str(len(content)),
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD" and any(self.path.endswith(file) for file in found.cut):
-                self.wfile.write(content[: len(content) // 2])
-                self.close_connection = True
-            elif self.command != "HEAD":
-                self.wfile.write(content)
+            is_cut = any(self.path.endswith(file) for file in found.cut)
+            sent = len(content) // 2 if is_cut else None
+            self.send(status, {"Content-Type": "application/json", **headers}, content, sent)
 
         do_GET = do_HEAD = do_POST = handle_it
 

@@ -234,16 +234,7 @@ def serving(hub: ModelHub) -> Iterator[ModelHub]:
                 )
             except Refused as refused:
                 status, headers, content = refused.status, {"X-Error-Code": refused.code} if refused.code else {}, b"{}"
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                **headers,
-                "Content-Length": str(len(content)),
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            self.send(status, {"Content-Type": "application/json", **headers}, content)
 
         def _chunks(self) -> bytes:
             parts = []

@@ -63,6 +63,20 @@ def rich(*messages: Record, tools: list[Record] | None = None, **meta: Any) -> R
     return {**row, "example_id": example_id(list(messages), tools)}
 
 
+def stored(*messages: Record, **fields: Any) -> Record:
+    """A record as a data set holds it, in a group of its own."""
+    identity = example_id(messages, fields.get("tools"))
+    return {
+        "example_id": identity,
+        "source": "a.jsonl",
+        "messages": [*messages],
+        "category": None,
+        "group_id": identity,
+        "meta": "{}",
+        **fields,
+    }
+
+
 def tool(name: str = "weather", **properties: str) -> Record:
     """The definition of a function whose parameters, name -> type, are all required."""
     types = {key: {"type": kind} for key, kind in (properties or {"city": "string"}).items()}

@@ -43,6 +43,18 @@ class Quiet(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:
         pass
 
+    def send(self, status: int, headers: Mapping[str, str], content: bytes, sent: int | None = None) -> None:
+        """Args:
+        sent: bytes of the content after which the connection breaks; None: all.
+        """
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.close_connection |= sent is not None
+            self.wfile.write(content[:sent])
+
 
 @contextmanager
 def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:

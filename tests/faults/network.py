@@ -149,10 +149,7 @@ class _JudgeHandler(Quiet):
             "padding": "x" * 2000,
         }
         text = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+        self.send(200, {}, text)
 
 
 def _hub(kind: str) -> Callable[[Play], None]:

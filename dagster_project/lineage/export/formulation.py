@@ -45,13 +45,11 @@ def _task_ref(name: str) -> str:
 
 def _task(name: str, summary: Mapping[str, Any], refs: set[str]) -> Json:
     stage = summary["stages"][name]
-    read = [
-        _component(one, summary, refs) or _output(summary["stages"][one]) for one in parents_of(name, summary["stages"])
-    ]
+    read = [_component(one, refs) or _output(summary["stages"][one]) for one in parents_of(name, summary["stages"])]
     read += [{"ref": f"source:{path}"} for path in stage.get("sources", ())]
     read += [{"ref": f"teacher:{name}"}] if f"teacher:{name}" in refs else []
     values = [{"name": key, "value": json.dumps(value)} for key, value in stage.get("parameters", {}).items()]
-    made = {"ref": "model"} if name == summary["model"]["stage"] else _component(name, summary, refs) or _output(stage)
+    made = {"ref": "model"} if name == summary["model"]["stage"] else _component(name, refs) or _output(stage)
     return {
         "bom-ref": _task_ref(name),
         "uid": stage["md5"],
@@ -63,7 +61,7 @@ def _task(name: str, summary: Mapping[str, Any], refs: set[str]) -> Json:
     }
 
 
-def _component(name: str, summary: Mapping[str, Any], refs: set[str]) -> Json | None:
+def _component(name: str, refs: set[str]) -> Json | None:
     found = name if name in refs else f"stage:{name}"
     return {"ref": found} if found in refs else None
 
