@@ -1142,6 +1142,19 @@ def test_ids_that_a_row_that_stays_has_too_are_not_those_of_the_erased_record(tm
         Finder(index, bytes.fromhex(KEY)).find(Request(sources=("data/sources/a.jsonl:²",)), [])
 
 
+@pytest.mark.parametrize("capitals", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_text_is_found_in_json_that_is_a_text_in_json(depth: int, capitals: bool) -> None:
+    """As the arguments of tool calls are written, and rows in logs: each time all escapes are escaped again."""
+    text = "Поставщик Виссарион просит заменить фарфоровый самовар 🦊 до пятницы"
+    scanner, content = Scanner(needles_of([text], [], [])), text
+    for _ in range(depth):
+        content = json.dumps({"text": content})
+    if capitals:
+        content = re.sub("u[0-9a-f]{4}", lambda found: f"u{found[0][1:].upper()}", content)
+    assert scanner.content(content.encode()) == {"text", "sure"}
+
+
 def test_a_text_with_capital_letters_in_its_escapes_is_found() -> None:
     """As System.Text.Json of .NET writes JSON."""
     text = "Потерян кобальтовый фонарь 🏮 без фитиля"

@@ -257,6 +257,11 @@ def test_the_next_step_for_a_file_of_an_output_repairs_it(root: Path, name: str,
     assert examine(root)["verdict"] == "intact"
 
 
+def test_one_revision_and_all_of_them_are_not_asked_for_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--integrity", "--rev", "HEAD", "--all-revs"]) == 2
+    assert "--rev and --all-revs exclude each other" in capsys.readouterr().err
+
+
 def test_a_record_of_the_run_cache_that_was_altered_is_named(root: Path) -> None:
     record = files([root / ".dvc/cache/runs"])[0]
     content = record.read_bytes()

@@ -212,6 +212,8 @@ def verify(options: argparse.Namespace) -> int:
             "verify: --deep and --install require a stage, --all-revs requires --integrity",
             "see `pedigree verify --help`",
         )
+    if options.all_revs and options.rev:  # else the workspace would not be hashed
+        raise InputError("verify: --rev and --all-revs exclude each other", "leave one of the two out")
     if options.integrity:
         document = integrity.examine(project(options), options.rev, options.all_revs)
         print_result(options, document, integrity.as_text)

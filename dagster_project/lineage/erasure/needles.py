@@ -17,6 +17,9 @@ at least twice LONGEST contains one of them whole."""
 PIECES = re.compile(r"[^\x00-\x1f\x7f\"\\<>&'`\ud800-\udfff]+")
 """Runs of characters that JSON, HTML and CSV leave as they are. JSON may escape
 those beyond ASCII, which is searched for too."""
+BACKSLASHES = (1, 2, 4)
+"""Before an escape in JSON, in JSON that is a text in JSON (arguments of a tool call), and in JSON around that (a row
+in a log)."""
 
 
 def fragments(text: str) -> list[str]:
@@ -83,9 +86,9 @@ def _encoded(text: str) -> Iterator[str]:
         escaped = text.encode("ascii", "backslashreplace").decode()  # "\xe9" for Latin-1, which JSON writes as \u00e9
         escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
         escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
-        yield escaped
-        # as .NET and others write it
-        yield re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped)
+        # capital letters: as .NET and others write it
+        for spelled in (escaped, re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped)):
+            yield from (spelled.replace("\\", "\\" * count) for count in BACKSLASHES)
 
 
 def _surrogates(code: int) -> str:
