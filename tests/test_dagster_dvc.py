@@ -113,7 +113,7 @@ def test_metrics_plots_and_checks_are_shown(foreign: Path, instance: dg.DagsterI
     record = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])[check]
     assert record.status.value == "SUCCEEDED"
     evaluation = record.event.dagster_event.asset_check_evaluation_data
-    assert evaluation.metadata.keys() == {"truth", "severity", "result_hash"}
+    assert evaluation.metadata.keys() == {"description", "severity", "result_hash"}
     script = foreign / "src/evaluate.py"
     script.write_text(script.read_text().replace("> 0.5", "> 1"))
     assert dvc(foreign, "repro").returncode == 0

@@ -998,7 +998,13 @@ def test_an_erasure_is_refused_where_a_stage_is_frozen(tmp_path: Path) -> None:
 def test_a_raw_data_set_that_dvc_reads_each_time_can_be_erased_from_while_it_is_as_recorded(tmp_path: Path) -> None:
     """With `always_changed`, e.g. for a source at an address, DVC would never call it up to date."""
     (tmp_path / "params.yaml").write_text("raw_examples: {}\n")
-    recorded = {"address": "raw_examples", "recorded": True, "inputs": (), "output_problem": ALWAYS}
+    recorded = {
+        "address": "raw_examples",
+        "recorded": True,
+        "inputs": (),
+        "definition_changes": (),
+        "output_problem": ALWAYS,
+    }
     raw = StageState(**{**dict.fromkeys(StageState.__dataclass_fields__), **recorded})
     plans._refuse_outdated(tmp_path, {"raw_examples": raw})
     edited = dataclasses.replace(raw, inputs=(Input(None, "data/sources/mine.jsonl", "now", "before"),))
