@@ -85,7 +85,7 @@ def _plots(root: Path, state: StageState, others: Mapping[str, Any]) -> dict[str
 
 
 SHOWN_OTHERWISE = {"dropped", "fixed", "checks"}
-"""Mappings of a report that are no figures."""
+"""Mappings of a report that `describe` shows by itself, or not at all."""
 COLUMNS = 5
 """Most columns of a table of figures: Dagster's pane is narrow."""
 HASH = re.compile("[0-9a-f]{40,64}")
